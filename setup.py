@@ -1,0 +1,40 @@
+"""Packaging. The scripts run from a checkout: `pip install -e .`"""
+
+from setuptools import setup
+
+EXTRAS = {
+    "plot": ["matplotlib"],
+    "tensorboard": ["tensorboard"],
+    "parquet": ["pyarrow"],
+    "bench": ["transformers>=5"],
+}
+EXTRAS["test"] = [
+    "pytest",
+    "hypothesis",
+    "ruff",
+    "transformers>=5",
+    "jinja2",
+    *EXTRAS["plot"],
+    *EXTRAS["parquet"],
+    *EXTRAS["tensorboard"],
+]
+
+setup(
+    name="minillm",
+    version="0.1.0",
+    description="Train a language model from scratch and understand every line of it",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=["minillm", "kernels"],
+    # One folder on the path: an editable install then also finds `data`, which no wheel contains.
+    package_dir={"": "."},
+    install_requires=[
+        "torch>=2.11",
+        "numpy",
+        "sentencepiece[protobuf]",
+        "safetensors",
+        "tqdm",
+        "triton>=3.6; platform_system == 'Linux'",
+    ],
+    extras_require=EXTRAS,
+)
