@@ -1,0 +1,107 @@
+"""What every op means, in a few lines of plain torch: the specification the kernels are held to.
+
+Shapes: B batch, Tq and Tk query and key length, H query heads, K key/value heads (H a multiple
+of K), D head size, C width, N rows, V vocabulary. Nothing here is fast; everything here is right.
+"""
+
+import torch
+from torch import Tensor
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """y = x / sqrt(mean(x², last dim) + eps) · weight, in fp32 (Zhang & Sennrich 2019, arXiv:1910.07467).
+
+    x: (..., C) any float dtype; weight: (C,); returns x's shape and dtype.
+    """
+    wide = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype) * weight.to(x.dtype)
+
+
+def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """Rotate each pair (x[i], x[i + D/2]) by its position's angle, half-split (Su et al. 2021, arXiv:2104.09864).
+
+    q: (B, T, H, D), k: (B, T, K, D); cos, sin: (T, D/2) or (B, T, D/2), fp32. Returns both, rotated.
+    """
+    cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)  # one angle for all heads
+
+    def rotate(x: Tensor) -> Tensor:
+        first, second = x.chunk(2, dim=-1)
+        turned = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+        return turned.to(x.dtype)
+
+    return rotate(q), rotate(k)
+
+
+def visible(
+    q_len: int,
+    k_len: int,
+    *,
+    causal: bool = True,
+    window: int | None = None,
+    documents: Tensor | None = None,
+    device: torch.device | None = None,
+) -> Tensor:
+    """Which key each query may see: bool, (Tq, Tk), or (B, Tq, Tk) where documents are given.
+
+    Queries are the last Tq of the Tk positions (so a cache needs nothing special).
+    documents: (B, Tk) integers; a token sees only tokens of its own number.
+    """
+    i = torch.arange(k_len - q_len, k_len, device=device)[:, None]
+    j = torch.arange(k_len, device=device)[None, :]
+    seen = j <= i if causal else torch.ones(q_len, k_len, dtype=torch.bool, device=device)
+    if window is not None:
+        seen = seen & (i - j < window) & (j - i < window)
+    if documents is not None:
+        seen = seen & (documents[:, k_len - q_len :, None] == documents[:, None, :])
+    return seen
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = True,
+    window: int | None = None,
+    documents: Tensor | None = None,
+    softcap: float | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """softmax(q kᵀ · scale) v over the visible keys, heads grouped (Ainslie et al. 2023, arXiv:2305.13245).
+
+    q: (B, Tq, H, D); k, v: (B, Tk, K, D), query head h uses key head h // (H / K). causal, window, documents:
+    see `visible`. softcap: scores become softcap · tanh(scores / softcap). scale: default D^-0.5.
+    Returns (B, Tq, H, D); a query that sees no key gives zeros.
+    """
+    groups = q.shape[2] // k.shape[2]
+    k, v = k.repeat_interleave(groups, dim=2), v.repeat_interleave(groups, dim=2)
+    scores = torch.einsum("bqhd,bkhd->bhqk", q, k) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    seen = visible(q.shape[1], k.shape[1], causal=causal, window=window, documents=documents, device=q.device)
+    seen = seen if seen.dim() == 2 else seen[:, None]  # (B, 1, Tq, Tk): the same for all heads
+    scores = scores.masked_fill(~seen, float("-inf"))
+    weights = torch.softmax(scores, dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32))
+    weights = weights.nan_to_num(0.0).to(v.dtype)  # a row of -inf has no softmax: it sees nothing
+    return torch.einsum("bhqk,bkhd->bqhd", weights, v)
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) · up, elementwise (Shazeer 2020, arXiv:2002.05202). Same shape and dtype for all three."""
+    return torch.nn.functional.silu(gate) * up
+
+
+def linear_cross_entropy(
+    x: Tensor, weight: Tensor, targets: Tensor, mask: Tensor | None = None, softcap: float | None = None
+) -> Tensor:
+    """Sum over unmasked rows of −log softmax(x weightᵀ)[target], in nats.
+
+    x: (N, C); weight: (V, C); targets: (N,) int64; mask: (N,) bool, True where the target counts.
+    softcap: logits become softcap · tanh(logits / softcap). Returns a scalar, at least fp32.
+    """
+    logits = x @ weight.to(x.dtype).T
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    nats = torch.logsumexp(logits, dim=-1) - logits.gather(-1, targets[:, None]).squeeze(-1)
+    return (nats if mask is None else nats.masked_fill(~mask, 0.0)).sum()

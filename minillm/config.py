@@ -1,0 +1,230 @@
+"""Configuration: the model's shape, its presets, and dataclasses as command lines.
+
+A script has one frozen dataclass; each field carries its help text, its default is the
+default, and `parse` turns `--name value` (or `--config file.toml`) into an instance.
+"""
+
+import argparse
+import dataclasses
+import difflib
+import sys
+import tomllib
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from minillm import UserError
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """How rotary positions are stretched beyond the length a model was trained on.
+
+    type: "linear" (positions divided by `factor`; Chen et al. 2023, arXiv:2306.15595),
+        "yarn" (Peng et al. 2023, arXiv:2309.00071) or "llama3" (Llama 3.1's rule).
+    factor: new length / `original_max_seq_len`.
+    """
+
+    type: str
+    factor: float
+    original_max_seq_len: int
+    low_freq_factor: float = 1.0  # llama3: wavelengths over original/low are divided by factor
+    high_freq_factor: float = 4.0  # llama3: wavelengths under original/high are kept
+    beta_fast: float = 32.0  # yarn: dimensions turning more often than this are kept
+    beta_slow: float = 1.0  # yarn: dimensions turning less often than this are interpolated
+    attention_factor: float | None = None  # yarn: multiplies cos and sin; None = 0.1 ln(factor) + 1
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Shape and options of a decoder. Sizes are counts of elements; None means "derive it"."""
+
+    vocab_size: int
+    dim: int = 192
+    n_layers: int = 4
+    n_heads: int = 6
+    n_kv_heads: int | None = None  # None: as many as query heads
+    head_dim: int | None = None  # None: dim / n_heads
+    ffn_dim: int | None = None  # None: 8/3 dim rounded up to 64 (Shazeer 2020, arXiv:2002.05202)
+    max_seq_len: int = 1024
+    positions: str = "rope"  # or "learned": one trained vector a position, added to the embedding
+    rope_theta: float = 10_000.0
+    rope_scaling: RopeScaling | None = None
+    norm_eps: float = 1e-5
+    tie_embeddings: bool = True
+    qk_norm: bool = False
+    qkv_bias: bool = False
+    window: int | None = None  # sliding window: a token sees itself and window - 1 before it
+    softcap: float | None = None  # logits become softcap * tanh(logits / softcap)
+    dropout: float = 0.0
+
+    def __post_init__(self):
+        derived = {
+            "n_kv_heads": self.n_kv_heads or self.n_heads,
+            "head_dim": self.head_dim or self.dim // self.n_heads,
+            "ffn_dim": self.ffn_dim or -(-8 * self.dim // (3 * 64)) * 64,
+        }
+        for name, value in derived.items():
+            object.__setattr__(self, name, value)
+        problems = [
+            f"{name} is {getattr(self, name)}: it must be at least 1"
+            for name in ("vocab_size", "dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "max_seq_len")
+            if getattr(self, name) < 1
+        ]
+        if not problems and self.n_heads % self.n_kv_heads:
+            problems.append(f"n_heads {self.n_heads} is no multiple of n_kv_heads {self.n_kv_heads}")
+        if self.positions not in ("rope", "learned"):
+            problems.append(f"positions is {self.positions!r}: choose rope or learned")
+        if self.positions == "rope" and self.head_dim % 2:
+            problems.append(f"head_dim is {self.head_dim}: rotary positions need an even size")
+        if not 0 <= self.dropout < 1:
+            problems.append(f"dropout is {self.dropout}: it must lie in [0, 1)")
+        if self.rope_scaling and self.rope_scaling.type not in ("linear", "yarn", "llama3"):
+            problems.append(f"rope scaling {self.rope_scaling.type!r}: choose linear, yarn or llama3")
+        if problems:
+            raise UserError("model: " + "; ".join(problems))
+
+    def n_parameters(self) -> int:
+        """Number of trainable parameters, by formula (a tied embedding counts once)."""
+        attention = self.dim * self.head_dim * (2 * self.n_heads + 2 * self.n_kv_heads)
+        attention += 2 * self.head_dim if self.qk_norm else 0
+        attention += self.head_dim * (self.n_heads + 2 * self.n_kv_heads) if self.qkv_bias else 0
+        layer = attention + 3 * self.dim * self.ffn_dim + 2 * self.dim
+        embeddings = self.vocab_size * self.dim * (1 if self.tie_embeddings else 2)
+        embeddings += self.max_seq_len * self.dim if self.positions == "learned" else 0
+        return embeddings + self.n_layers * layer + self.dim
+
+    def flops_per_token(self, seq_len: int) -> int:
+        """Floating-point operations of forward and backward for one trained token.
+
+        6 N + 12 L H D T, where N counts every parameter that multiplies (not the input embedding,
+        which is looked up) and attention is counted in full, as in PaLM's appendix B
+        (Chowdhery et al. 2022, arXiv:2204.02311). `seq_len` is T in tokens.
+        """
+        lookups = self.max_seq_len * self.dim if self.positions == "learned" else 0
+        lookups += 0 if self.tie_embeddings else self.vocab_size * self.dim
+        attention = 12 * self.n_layers * self.n_heads * self.head_dim * seq_len
+        return 6 * (self.n_parameters() - lookups) + attention
+
+
+PRESETS: dict[str, dict] = {
+    "tiny": dict(dim=192, n_layers=4, n_heads=6, n_kv_heads=3, ffn_dim=512, max_seq_len=256),
+    "26m": dict(dim=512, n_layers=8, n_heads=8, n_kv_heads=4, ffn_dim=1408, max_seq_len=1024),
+    "124m": dict(dim=768, n_layers=12, n_heads=12, ffn_dim=2048, max_seq_len=1024),
+    "350m": dict(dim=1024, n_layers=24, n_heads=16, ffn_dim=2816, max_seq_len=2048),
+    "1b": dict(
+        dim=2048, n_layers=22, n_heads=32, n_kv_heads=4, ffn_dim=5632, max_seq_len=2048, tie_embeddings=False
+    ),
+    "3b": dict(
+        dim=3072, n_layers=28, n_heads=24, n_kv_heads=8, ffn_dim=8192, max_seq_len=4096, rope_theta=5e5
+    ),
+    "8b": dict(
+        dim=4096,
+        n_layers=32,
+        n_heads=32,
+        n_kv_heads=8,
+        ffn_dim=14336,
+        max_seq_len=8192,
+        rope_theta=5e5,
+        tie_embeddings=False,
+    ),
+}
+
+
+def option(default, help: str, choices: tuple[str, ...] | None = None):
+    """A dataclass field with help text (say the unit) and, where they are few, its choices."""
+    return field(default=default, metadata={"help": help, "choices": choices})
+
+
+def preset(name: str, **overrides) -> ModelConfig:
+    """The `ModelConfig` of a preset; overrides that are None keep the preset's value."""
+    if name not in PRESETS:
+        raise UserError(f"--preset {name}: unknown; choose {', '.join(PRESETS)}")
+    chosen = {key: value for key, value in overrides.items() if value is not None}
+    return ModelConfig(**{**PRESETS[name], **chosen})
+
+
+def parse(config_class: type, description: str, argv: list[str] | None = None):
+    """An instance of `config_class` from the command line.
+
+    Values come from the defaults, then `--config file.toml`, then `--name value`. An unknown name
+    is a `UserError` that suggests the nearest; a value of the wrong type names what is expected.
+    """
+    parser = argparse.ArgumentParser(
+        description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.error = lambda message: (_ for _ in ()).throw(UserError(f"{message} (see --help)"))
+    parser.add_argument("--config", metavar="FILE", help="TOML file of the options below")
+    fields = {f.name: f for f in dataclasses.fields(config_class)}
+    for name, f in fields.items():
+        kind = _value_type(config_class, name)
+        shown = "none" if f.default is None else str(f.default).lower() if kind is bool else f.default
+        words = f"{f.metadata['help']} (default {shown})".replace("%", "%%")
+        extra = (
+            dict(nargs="?", const="true", metavar="BOOL")
+            if kind is bool
+            else dict(metavar=kind.__name__.upper())
+        )
+        if f.metadata.get("choices"):
+            extra = dict(metavar="|".join(f.metadata["choices"]))
+        parser.add_argument(f"--{name}", help=words, default=None, **extra)
+    known, unknown = parser.parse_known_args(argv)
+    for word in unknown:
+        _refuse_unknown(word.split("=")[0].lstrip("-"), fields, f"argument {word}")
+    given = {key: value for key, value in vars(known).items() if value is not None}
+    source = _read_toml(given.pop("config"), fields) if "config" in given else {}
+    values = {k: _convert(config_class, k, v) for k, v in {**source, **given}.items()}
+    return config_class(**values)
+
+
+def show(config) -> str:
+    """The effective configuration, one `name = value` a line, for the top of a run's output."""
+    pairs = dataclasses.asdict(config).items()
+    return "\n".join(f"  {name} = {value}" for name, value in pairs)
+
+
+def _value_type(config_class: type, name: str) -> type:
+    hint = typing.get_type_hints(config_class)[name]
+    if isinstance(hint, types.UnionType):  # "int | None"
+        hint = next(t for t in typing.get_args(hint) if t is not types.NoneType)
+    return hint
+
+
+def _convert(config_class: type, name: str, value):
+    kind = _value_type(config_class, name)
+    optional = isinstance(typing.get_type_hints(config_class)[name], types.UnionType)
+    choices = {f.name: f.metadata.get("choices") for f in dataclasses.fields(config_class)}[name]
+    if isinstance(value, str) and value.lower() == "none" and optional:
+        return None
+    if choices and value not in choices:
+        raise UserError(f"--{name} {value}: choose one of {', '.join(choices)}")
+    try:
+        if kind is bool:
+            return {"true": True, "false": False, "1": True, "0": False}[str(value).lower()]
+        if kind is int and not isinstance(value, int):
+            number = float(value)  # so that 1e6 is a number of steps
+            if number != int(number):
+                raise ValueError
+            return int(number)
+        return kind(value)
+    except (KeyError, ValueError, OverflowError):
+        expected = {bool: "true or false", int: "a whole number", float: "a number"}[kind]
+        raise UserError(f"--{name} {value}: expected {expected}") from None
+
+
+def _read_toml(path: str, fields) -> dict:
+    try:
+        values = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as problem:
+        raise UserError(f"--config {path}: {problem}") from None
+    for name in values:
+        if name not in fields:
+            _refuse_unknown(name, fields, f"{path}: {name}")
+    return values
+
+
+def _refuse_unknown(name: str, known, shown: str):
+    near = difflib.get_close_matches(name, list(known), n=1)
+    hint = f"; did you mean --{near[0]}?" if near else ""
+    raise UserError(f"{shown}: no such option{hint} ({Path(sys.argv[0]).name} --help lists them)")

@@ -1,0 +1,245 @@
+"""The decoder-only transformer, on one device, knowing nothing of ranks.
+
+    tokens (B, T) → embedding (B, T, C) → L × [x += attention(norm(x)); x += mlp(norm(x))] → norm → logits (B, T, V)
+
+Modules carry the names that Hugging Face's Llama has, so a state dict is a checkpoint as it lies.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from minillm import UserError, ops
+from minillm.config import ModelConfig
+from minillm.kv_cache import KVCache
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) · weight over the last dimension (see `kernels.reference.rms_norm`)."""
+
+    def __init__(self, dim: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.rms_norm(x, self.weight, self.eps)
+
+
+class Attention(nn.Module):
+    """Causal self-attention with grouped key/value heads and rotary positions."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        q_dim, kv_dim = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
+        self.q_proj = nn.Linear(config.dim, q_dim, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(config.dim, kv_dim, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(config.dim, kv_dim, bias=config.qkv_bias)
+        self.o_proj = nn.Linear(q_dim, config.dim, bias=False)
+        if config.qk_norm:  # each head's query and key normed before the rotation (Qwen3, OLMo 2)
+            self.q_norm = RMSNorm(config.head_dim, config.norm_eps)
+            self.k_norm = RMSNorm(config.head_dim, config.norm_eps)
+
+    def forward(
+        self, x: Tensor, rotation, documents: Tensor | None, cache: KVCache | None, layer: int
+    ) -> Tensor:
+        batch, length, _ = x.shape
+        q = self.q_proj(x).view(batch, length, self.config.n_heads, self.config.head_dim)  # (B, T, H, D)
+        k = self.k_proj(x).view(batch, length, self.config.n_kv_heads, self.config.head_dim)  # (B, T, K, D)
+        v = self.v_proj(x).view(batch, length, self.config.n_kv_heads, self.config.head_dim)
+        if self.config.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if rotation is not None:
+            q, k = ops.rope(q, k, *rotation)
+        if cache is not None:
+            k, v = cache.update(layer, k, v)  # (B, Tk, K, D): all tokens so far
+        out = ops.attention(q, k, v, causal=True, window=self.config.window, documents=documents)
+        return self.o_proj(out.reshape(batch, length, -1))  # (B, T, H·D) → (B, T, C)
+
+
+class MLP(nn.Module):
+    """The gated feed-forward network: down(silu(gate(x)) · up(x))."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.dim, config.ffn_dim, bias=False)
+        self.up_proj = nn.Linear(config.dim, config.ffn_dim, bias=False)
+        self.down_proj = nn.Linear(config.ffn_dim, config.dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(ops.swiglu(self.gate_proj(x), self.up_proj(x)))
+
+
+class Block(nn.Module):
+    """One layer: attention, then the feed-forward network, each on a normed input, each added back."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.dim, config.norm_eps)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = RMSNorm(config.dim, config.norm_eps)
+        self.mlp = MLP(config)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(
+        self, x: Tensor, rotation, documents: Tensor | None, cache: KVCache | None, layer: int
+    ) -> Tensor:
+        x = x + self.dropout(self.self_attn(self.input_layernorm(x), rotation, documents, cache, layer))
+        return x + self.dropout(self.mlp(self.post_attention_layernorm(x)))
+
+
+class Transformer(nn.Module):
+    """A decoder of the given `ModelConfig`; weights are drawn by `init_weights`."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.dim)
+        if config.positions == "learned":
+            self.embed_positions = nn.Embedding(config.max_seq_len, config.dim)
+        self.dropout = nn.Dropout(config.dropout)
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layers))
+        self.norm = RMSNorm(config.dim, config.norm_eps)
+        self.lm_head = nn.Linear(config.dim, config.vocab_size, bias=False)
+        self.checkpoint_activations = False  # True: recompute each layer in the backward pass, to save memory
+        self.tie()
+        self.build_rotation()
+
+    def tie(self) -> None:
+        """Let the output use the embedding's own weights, if the config ties them."""
+        if self.config.tie_embeddings:
+            self.lm_head.weight = self.embed_tokens.weight
+
+    def build_rotation(self) -> None:
+        """(Re)make the rotary tables, fp32 (T_max, D/2): they are no part of a checkpoint."""
+        if self.config.positions == "rope":
+            cos, sin = rotary_tables(self.config, self.embed_tokens.weight.device)
+            self.register_buffer("cos", cos, persistent=False)
+            self.register_buffer("sin", sin, persistent=False)
+
+    @torch.no_grad()
+    def init_weights(self, seed: int = 0) -> None:
+        """Draw all weights from N(0, 0.02²), the two projections that write into the residual stream
+        from N(0, (0.02/√(2L))²), so that its variance does not grow with depth (Radford et al. 2019,
+        GPT-2, section 2.3); norms start at 1, biases at 0. The draw depends on the seed alone.
+        """
+        generator = torch.Generator().manual_seed(seed)  # on the CPU: every device gets the same weights
+        for name, parameter in self.named_parameters():
+            if name.endswith("bias"):
+                parameter.zero_()
+            elif parameter.dim() < 2:
+                parameter.fill_(1.0)
+            else:
+                last = name.endswith(("o_proj.weight", "down_proj.weight"))
+                std = 0.02 / math.sqrt(2 * self.config.n_layers) if last else 0.02
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        targets: Tensor | None = None,
+        *,
+        mask: Tensor | None = None,
+        documents: Tensor | None = None,
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        """Logits (B, T, V), or, with targets, the summed loss in nats.
+
+        tokens, targets: (B, T) int64. mask: (B, T) bool, True where a target counts (None: everywhere).
+        documents: (B, T) int32, non-decreasing along a row; attention and positions stay inside a document.
+        cache: what came before; it grows by these T tokens.
+        """
+        hidden = self.hidden(tokens, documents=documents, cache=cache)
+        if targets is None:
+            return self.logits(hidden)
+        flat_mask = None if mask is None else mask.flatten()
+        return ops.linear_cross_entropy(
+            hidden.flatten(0, 1), self.lm_head.weight, targets.flatten(), flat_mask, self.config.softcap
+        )
+
+    def hidden(
+        self, tokens: Tensor, *, documents: Tensor | None = None, cache: KVCache | None = None
+    ) -> Tensor:
+        """The final normed states (B, T, C), from which logits and losses are made."""
+        length = tokens.shape[1]
+        if cache is not None:
+            positions, documents = (
+                cache.positions(length, tokens.device),
+                cache.documents(length, tokens.device),
+            )
+            reach = cache.length + length
+        else:
+            positions = None if documents is None else positions_within(documents)
+            reach = length
+        if reach > self.config.max_seq_len:
+            raise UserError(f"{reach} tokens are more than the model's max_seq_len {self.config.max_seq_len}")
+        x = self.embed_tokens(tokens)  # (B, T, C)
+        rotation = None
+        if self.config.positions == "learned":
+            table = self.embed_positions.weight
+            x = x + (table[:length] if positions is None else table[positions])
+        elif positions is None:
+            rotation = self.cos[:length], self.sin[:length]  # (T, D/2)
+        else:
+            rotation = self.cos[positions], self.sin[positions]  # (T, D/2) or (B, T, D/2)
+        x = self.dropout(x)
+        for number, layer in enumerate(self.layers):
+            if self.checkpoint_activations and self.training:
+                x = checkpoint(layer, x, rotation, documents, cache, number, use_reentrant=False)
+            else:
+                x = layer(x, rotation, documents, cache, number)
+        if cache is not None:
+            cache.advance(length)
+        return self.norm(x)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Scores of every vocabulary entry (B, T, V) from `hidden` (B, T, C), soft-capped if configured."""
+        logits = self.lm_head(hidden)
+        cap = self.config.softcap
+        return logits if cap is None else cap * torch.tanh(logits / cap)
+
+
+def positions_within(documents: Tensor) -> Tensor:
+    """Position of each token inside its document: (B, T) int64 from non-decreasing numbers (B, T)."""
+    index = torch.arange(documents.shape[1], device=documents.device).expand_as(documents)
+    begins = torch.ones_like(documents, dtype=torch.bool)
+    begins[:, 1:] = documents[:, 1:] != documents[:, :-1]
+    return index - torch.where(begins, index, 0).cummax(dim=1).values
+
+
+def rotary_tables(config: ModelConfig, device) -> tuple[Tensor, Tensor]:
+    """cos and sin of position × frequency, fp32 (max_seq_len, D/2), with the config's scaling applied."""
+    half = torch.arange(0, config.head_dim, 2, dtype=torch.float64) / config.head_dim
+    frequency = config.rope_theta**-half  # radians a token, (D/2,)
+    scaling, magnitude = config.rope_scaling, 1.0
+    if scaling is not None and scaling.type == "linear":
+        frequency = frequency / scaling.factor
+    elif scaling is not None and scaling.type == "llama3":
+        # turns over the original context: few turns → stretched, many → kept, between → blended
+        turns = scaling.original_max_seq_len * frequency / (2 * math.pi)
+        blend = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+        blend = blend.clamp(0, 1)
+        frequency = frequency * (blend + (1 - blend) / scaling.factor)
+    elif scaling is not None:
+        frequency = frequency * _yarn_blend(config)
+        magnitude = scaling.attention_factor or 0.1 * math.log(scaling.factor) + 1.0
+    angle = torch.arange(config.max_seq_len, dtype=torch.float64)[:, None] * frequency
+    return (angle.cos() * magnitude).float().to(device), (angle.sin() * magnitude).float().to(device)
+
+
+def _yarn_blend(config: ModelConfig) -> Tensor:
+    """YaRN's "NTK-by-parts" factor for each frequency, (D/2,) fp64 (arXiv:2309.00071, section 3.2)."""
+    scaling = config.rope_scaling
+
+    def dimension_of(turns: float) -> float:  # the pair of dimensions that makes so many turns in the context
+        wavelength = scaling.original_max_seq_len / (turns * 2 * math.pi)
+        return config.head_dim * math.log(wavelength) / (2 * math.log(config.rope_theta))
+
+    low = max(math.floor(dimension_of(scaling.beta_fast)), 0)
+    high = min(math.ceil(dimension_of(scaling.beta_slow)), config.head_dim - 1)
+    pair = torch.arange(config.head_dim // 2, dtype=torch.float64)
+    stretched = ((pair - low) / max(high - low, 0.001)).clamp(0, 1)
+    return stretched / scaling.factor + (1 - stretched)
