@@ -109,16 +109,12 @@ class ModelConfig:
 
 
 PRESETS: dict[str, dict] = {
-    "tiny": dict(dim=192, n_layers=4, n_heads=6, n_kv_heads=3, ffn_dim=512, max_seq_len=256),
+    "tiny": dict(dim=192, n_layers=4, n_heads=6, n_kv_heads=3, ffn_dim=512, max_seq_len=512),
     "26m": dict(dim=512, n_layers=8, n_heads=8, n_kv_heads=4, ffn_dim=1408, max_seq_len=1024),
     "124m": dict(dim=768, n_layers=12, n_heads=12, ffn_dim=2048, max_seq_len=1024),
     "350m": dict(dim=1024, n_layers=24, n_heads=16, ffn_dim=2816, max_seq_len=2048),
-    "1b": dict(
-        dim=2048, n_layers=22, n_heads=32, n_kv_heads=4, ffn_dim=5632, max_seq_len=2048, tie_embeddings=False
-    ),
-    "3b": dict(
-        dim=3072, n_layers=28, n_heads=24, n_kv_heads=8, ffn_dim=8192, max_seq_len=4096, rope_theta=5e5
-    ),
+    "1b": dict(dim=2048, n_layers=22, n_heads=32, n_kv_heads=4, ffn_dim=5632, max_seq_len=2048, tie_embeddings=False),
+    "3b": dict(dim=3072, n_layers=28, n_heads=24, n_kv_heads=8, ffn_dim=8192, max_seq_len=4096, rope_theta=5e5),
     "8b": dict(
         dim=4096,
         n_layers=32,
@@ -135,6 +131,45 @@ PRESETS: dict[str, dict] = {
 def option(default, help: str, choices: tuple[str, ...] | None = None):
     """A dataclass field with help text (say the unit) and, where they are few, its choices."""
     return field(default=default, metadata={"help": help, "choices": choices})
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """The options that every training script has; each script adds its own and changes defaults."""
+
+    data: str = option("data/bundled", "what to train on")
+    out: str = option("out/run", "the run's folder: checkpoints, metrics.jsonl, curve.png")
+    init_from: str | None = option(None, "start from the weights of this model folder or run")
+    resume: str = option("auto", "auto: go on from the newest whole checkpoint in --out; none: start anew; or a folder")
+    allow_data_change: bool = option(False, "resume although data, batch size, sequence length or seed changed")
+    steps: int = option(1000, "optimizer steps of the whole run")
+    batch_size: int = option(32, "sequences per optimizer step, over all ranks")
+    micro_batch_size: int = option(32, "sequences per forward pass and rank; lower it when memory runs out")
+    seq_len: int = option(256, "tokens per sequence")
+    optimizer: str = option("muon", "muon (with AdamW for embeddings, head and norms) or adamw", ("muon", "adamw"))
+    lr: float = option(2e-3, "peak learning rate")
+    warmup_steps: int = option(20, "steps of linear warm-up")
+    schedule: str = option("cosine", "shape of the learning rate", ("cosine", "wsd", "constant"))
+    min_lr_ratio: float = option(0.1, "final learning rate as a share of the peak")
+    decay_share: float = option(0.2, "share of all steps in which wsd decays")
+    weight_decay: float = option(0.1, "weight decay, on matrices only")
+    grad_clip: float = option(1.0, "largest gradient norm; 0 switches clipping off")
+    dropout: float = option(0.0, "dropout on embeddings and both residual branches")
+    seed: int = option(0, "of weights, data order and dropout")
+    device: str = option("auto", "auto, cpu, cuda, cuda:N or mps")
+    dtype: str = option(
+        "auto", "of matrix products; auto: bfloat16 on CUDA, else float32", ("auto", "float32", "bfloat16", "float16")
+    )
+    compile: bool = option(False, "compile the model with torch.compile")
+    checkpoint_activations: bool = option(False, "recompute each layer in the backward pass, to save memory")
+    impl: str = option("auto", "implementation of the ops", ("auto", "torch", "reference"))
+    eval_every: int = option(100, "steps between validations; 0: only at the end")
+    eval_tokens: int = option(65536, "validation tokens, the first whole documents")
+    save_every: int = option(500, "steps between checkpoints; the last step is always saved")
+    keep_last: int = option(2, "checkpoints to keep")
+    max_bad_steps: int = option(20, "stop after so many steps in a row whose gradients are not finite")
+    timeout_s: float = option(600.0, "seconds without a finished step after which a hanging run is ended")
+    tensorboard: bool = option(False, "also write TensorBoard events")
 
 
 def preset(name: str, **overrides) -> ModelConfig:
@@ -161,11 +196,7 @@ def parse(config_class: type, description: str, argv: list[str] | None = None):
         kind = _value_type(config_class, name)
         shown = "none" if f.default is None else str(f.default).lower() if kind is bool else f.default
         words = f"{f.metadata['help']} (default {shown})".replace("%", "%%")
-        extra = (
-            dict(nargs="?", const="true", metavar="BOOL")
-            if kind is bool
-            else dict(metavar=kind.__name__.upper())
-        )
+        extra = dict(nargs="?", const="true", metavar="BOOL") if kind is bool else dict(metavar=kind.__name__.upper())
         if f.metadata.get("choices"):
             extra = dict(metavar="|".join(f.metadata["choices"]))
         parser.add_argument(f"--{name}", help=words, default=None, **extra)

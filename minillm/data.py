@@ -14,9 +14,7 @@ from torch import Tensor
 
 from minillm import UserError
 
-SCANNED_TOKENS = (
-    1 << 28
-)  # bins up to this size are checked for bad ids when opened, larger ones as they are read
+SCANNED_TOKENS = 1 << 28  # bins up to this size are checked for bad ids when opened, larger ones as they are read
 MIXTURE_SLOTS = 256  # a mixture's weights hold exactly over every so many windows
 
 
@@ -70,9 +68,7 @@ def permute(index: np.ndarray, n: int, key: int) -> np.ndarray:
 class TokenBins:
     """One split of one prepared folder (or one foreign `.bin`), opened read-only and checked."""
 
-    def __init__(
-        self, path: str | Path, split: str, *, dtype: str | None = None, vocab_size: int | None = None
-    ):
+    def __init__(self, path: str | Path, split: str, *, dtype: str | None = None, vocab_size: int | None = None):
         """path: a folder with meta.json, or a raw .bin described by `dtype` (uint16 or uint32) and
         `vocab_size`, of which the last hundredth serves as the validation split. Raises UserError.
         """
@@ -85,13 +81,9 @@ class TokenBins:
             if not files:
                 raise UserError(f"{self.path}: holds no {split} split; prepare it again with one")
         elif not self.path.exists():
-            raise UserError(
-                f"{self.path}: no such data; make it with `python data/prepare.py --out {self.path}`"
-            )
+            raise UserError(f"{self.path}: no such data; make it with `python data/prepare.py --out {self.path}`")
         elif dtype not in ("uint16", "uint32") or vocab_size is None:
-            raise UserError(
-                f"{self.path}: a raw .bin needs --data_dtype uint16|uint32 and --data_vocab_size N"
-            )
+            raise UserError(f"{self.path}: a raw .bin needs --data_dtype uint16|uint32 and --data_vocab_size N")
         else:
             files = [(self.path, None)]
         self.vocab_size: int = vocab_size
@@ -115,12 +107,8 @@ class TokenBins:
                 f"{file}: {size} bytes, but meta.json says {tokens} tokens of {dtype.itemsize} bytes; prepare again"
             )
         if size == 0 or size % dtype.itemsize:
-            raise UserError(
-                f"{file}: {size} bytes are no whole number of {dtype.name} tokens; is the dtype right?"
-            )
-        return np.asarray(
-            np.memmap(file, dtype=dtype, mode="r")
-        )  # a plain view: slicing a memmap object is slow
+            raise UserError(f"{file}: {size} bytes are no whole number of {dtype.name} tokens; is the dtype right?")
+        return np.asarray(np.memmap(file, dtype=dtype, mode="r"))  # a plain view: slicing a memmap object is slow
 
     def check_ids(self, tokens: np.ndarray, number: int, offset: int) -> None:
         """Refuse ids at or above the vocabulary size; `offset` is where `tokens` begin in file `number`."""
@@ -142,9 +130,7 @@ def read_meta(folder: Path) -> dict:
             f"{folder}: holds no meta.json, so it was never finished; run `python data/prepare.py --out {folder}` again"
         ) from None
     except (ValueError, KeyError, TypeError) as problem:
-        raise UserError(
-            f"{folder / 'meta.json'}: cannot be read ({problem!r}); prepare the data again"
-        ) from None
+        raise UserError(f"{folder / 'meta.json'}: cannot be read ({problem!r}); prepare the data again") from None
     return meta
 
 
@@ -159,9 +145,7 @@ def parse_mixture(text: str) -> list[tuple[Path, float]]:
         except ValueError:
             pairs.append((Path(part), 1.0))  # a colon that belongs to the path
     if not pairs or any(not 0 < weight < float("inf") for _, weight in pairs):
-        raise UserError(
-            f"--data {text!r}: expected FOLDER, or FOLDER:WEIGHT,FOLDER:WEIGHT,… with weights above 0"
-        )
+        raise UserError(f"--data {text!r}: expected FOLDER, or FOLDER:WEIGHT,FOLDER:WEIGHT,… with weights above 0")
     total = sum(weight for _, weight in pairs)
     return [(path, weight / total) for path, weight in pairs]
 
@@ -172,9 +156,7 @@ class TokenWindows:
     (The last window of a file is moved back to end with it, so a few targets there come twice in an epoch.)
     """
 
-    def __init__(
-        self, mixture: list[tuple[TokenBins, float]], seq_len: int, *, seed: int, documents: bool = False
-    ):
+    def __init__(self, mixture: list[tuple[TokenBins, float]], seq_len: int, *, seed: int, documents: bool = False):
         """mixture: opened bins with shares that sum to one. seq_len: T in tokens. documents: say where
         documents begin, so that attention stays inside them.
         """
@@ -183,21 +165,16 @@ class TokenWindows:
         for bins in self.sources:
             for tokens, name in zip(bins.arrays, bins.names, strict=True):
                 if len(tokens) < seq_len + 1:
-                    raise UserError(
-                        f"{name}: {len(tokens)} tokens are fewer than one window of {seq_len} + 1"
-                    )
+                    raise UserError(f"{name}: {len(tokens)} tokens are fewer than one window of {seq_len} + 1")
             if (bins.vocab_size, bins.eos_id) != (self.sources[0].vocab_size, self.sources[0].eos_id):
                 raise UserError(
                     f"{bins.path}: prepared with another tokenizer than {self.sources[0].path}; mix like with like"
                 )
             if documents and bins.eos_id is None:
-                raise UserError(
-                    f"{bins.path}: the end-of-document id is unknown, so --document_attention cannot be"
-                )
+                raise UserError(f"{bins.path}: the end-of-document id is unknown, so --document_attention cannot be")
         # cumulative number of windows per file, for each source: [0, w0, w0 + w1, …]
         self.edges = [
-            np.cumsum([0] + [-(-(len(tokens) - 1) // seq_len) for tokens in bins.arrays])
-            for bins in self.sources
+            np.cumsum([0] + [-(-(len(tokens) - 1) // seq_len) for tokens in bins.arrays]) for bins in self.sources
         ]
         shares = np.array([share for _, share in mixture])
         self.slots = np.round(np.cumsum([0.0, *shares]) * MIXTURE_SLOTS).astype(np.int64)
@@ -227,9 +204,7 @@ class TokenWindows:
             shuffled = np.empty_like(index)
             for e in np.unique(epoch):
                 here = epoch == e
-                shuffled[here] = permute(
-                    index[here], int(self.edges[s][-1]), _key(self.seed, 2, int(e), int(s))
-                )
+                shuffled[here] = permute(index[here], int(self.edges[s][-1]), _key(self.seed, 2, int(e), int(s)))
             window[mine] = shuffled
         return source, window
 

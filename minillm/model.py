@@ -43,9 +43,7 @@ class Attention(nn.Module):
             self.q_norm = RMSNorm(config.head_dim, config.norm_eps)
             self.k_norm = RMSNorm(config.head_dim, config.norm_eps)
 
-    def forward(
-        self, x: Tensor, rotation, documents: Tensor | None, cache: KVCache | None, layer: int
-    ) -> Tensor:
+    def forward(self, x: Tensor, rotation, documents: Tensor | None, cache: KVCache | None, layer: int) -> Tensor:
         batch, length, _ = x.shape
         q = self.q_proj(x).view(batch, length, self.config.n_heads, self.config.head_dim)  # (B, T, H, D)
         k = self.k_proj(x).view(batch, length, self.config.n_kv_heads, self.config.head_dim)  # (B, T, K, D)
@@ -84,9 +82,7 @@ class Block(nn.Module):
         self.mlp = MLP(config)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(
-        self, x: Tensor, rotation, documents: Tensor | None, cache: KVCache | None, layer: int
-    ) -> Tensor:
+    def forward(self, x: Tensor, rotation, documents: Tensor | None, cache: KVCache | None, layer: int) -> Tensor:
         x = x + self.dropout(self.self_attn(self.input_layernorm(x), rotation, documents, cache, layer))
         return x + self.dropout(self.mlp(self.post_attention_layernorm(x)))
 
@@ -160,9 +156,7 @@ class Transformer(nn.Module):
             hidden.flatten(0, 1), self.lm_head.weight, targets.flatten(), flat_mask, self.config.softcap
         )
 
-    def hidden(
-        self, tokens: Tensor, *, documents: Tensor | None = None, cache: KVCache | None = None
-    ) -> Tensor:
+    def hidden(self, tokens: Tensor, *, documents: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
         """The final normed states (B, T, C), from which logits and losses are made."""
         length = tokens.shape[1]
         if cache is not None:

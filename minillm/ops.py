@@ -35,9 +35,7 @@ def describe() -> str:
     """One line for a run's start: which implementation each op uses."""
     if _selected == "reference":
         return "ops: reference (plain torch) for all"
-    return (
-        "ops: torch (attention: scaled_dot_product_attention; norm: rms_norm; loss: cross_entropy in chunks)"
-    )
+    return "ops: torch (attention: scaled_dot_product_attention; norm: rms_norm; loss: cross_entropy in chunks)"
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -78,9 +76,7 @@ def attention(
     seen = None
     if not simple or (causal and 1 < q_len < k_len):
         # torch's causal flag aligns the first query with the first key; ours the last with the last
-        seen = reference.visible(
-            q_len, k_len, causal=causal, window=window, documents=documents, device=q.device
-        )
+        seen = reference.visible(q_len, k_len, causal=causal, window=window, documents=documents, device=q.device)
         seen = seen if seen.dim() == 2 else seen[:, None]
     out = F.scaled_dot_product_attention(
         q.transpose(1, 2),

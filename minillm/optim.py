@@ -1,0 +1,113 @@
+"""Optimizers and learning-rate schedules.
+
+AdamW is torch's (fused where there is one); Muon is written here. A schedule is a pure function of
+the step, so a resumed run is on it by itself.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from minillm import UserError
+
+# Coefficients of the quintic iteration, chosen by its author for speed: singular values end in about
+# [0.7, 1.2], not at 1 (Jordan et al. 2024, "Muon: an optimizer for hidden layers in neural networks").
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+
+
+def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:
+    """Bring all singular values of each matrix near 1, by Newton–Schulz iteration.
+
+    matrices: (n, rows, columns), any float dtype; returns the same shape and dtype. Works in bf16 on
+    CUDA (the iteration is stable there) and in fp32 on a CPU.
+    """
+    x = matrices.bfloat16() if matrices.is_cuda else matrices.float()
+    tall = x.shape[1] > x.shape[2]
+    x = x.mT if tall else x  # the Gram matrix of the shorter side is the smaller one
+    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)  # singular values into [0, 1]
+    a, b, c = NEWTON_SCHULZ
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return (x.mT if tall else x).to(matrices.dtype)
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum, orthogonalized: w ← w − lr (0.2 √max(rows, columns) · O(g + βm) + λ w), m ← βm + g.
+
+    For the matrices inside the layers. The factor makes an update's root mean square that of AdamW's, so
+    that both share one learning rate and weight decay (Liu et al. 2025, arXiv:2502.16982, section 2.2).
+    """
+
+    def __init__(self, params, lr: float, momentum: float = 0.95, weight_decay: float = 0.0):
+        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            by_shape: dict[tuple, list[Tensor]] = {}
+            for p in group["params"]:
+                if p.grad is not None:
+                    by_shape.setdefault(tuple(p.shape), []).append(p)
+            for shape, params in by_shape.items():  # equal shapes in one batch of matrix products
+                self._update(shape, params, **{k: group[k] for k in ("lr", "momentum", "weight_decay")})
+
+    def _update(self, shape: tuple, params: list[Tensor], lr: float, momentum: float, weight_decay: float):
+        for p in params:
+            if not self.state[p]:
+                self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+        grads, buffers = [p.grad for p in params], [self.state[p]["momentum_buffer"] for p in params]
+        torch._foreach_mul_(buffers, momentum)
+        torch._foreach_add_(buffers, grads)
+        updates = torch._foreach_add(grads, buffers, alpha=momentum)  # Nesterov: look one step ahead
+        updates = orthogonalize(torch.stack(updates)).unbind(0)
+        torch._foreach_mul_(params, 1 - lr * weight_decay)
+        torch._foreach_add_(params, list(updates), alpha=-lr * 0.2 * math.sqrt(max(shape)))
+
+
+def build_optimizers(
+    model: nn.Module, kind: str, *, lr: float, weight_decay: float, betas: tuple[float, float] = (0.9, 0.95)
+) -> list[torch.optim.Optimizer]:
+    """The optimizers of a model: ["adamw"], or ["muon" for the layers' matrices, AdamW for the rest].
+
+    Weight decay is on matrices only (a norm's gain or a bias has nothing to gain from being small).
+    """
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    if not named:
+        raise UserError("nothing to train: every parameter is frozen")
+    hidden = [p for name, p in named if p.dim() == 2 and ".layers." in f".{name}"] if kind == "muon" else []
+    chosen = {id(p) for p in hidden}
+    rest = [p for _, p in named if id(p) not in chosen]
+    groups = [
+        dict(params=[p for p in rest if p.dim() >= 2], weight_decay=weight_decay),
+        dict(params=[p for p in rest if p.dim() < 2], weight_decay=0.0),
+    ]
+    groups = [group for group in groups if group["params"]]
+    optimizers = [torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True)] if groups else []
+    return ([Muon(hidden, lr=lr, weight_decay=weight_decay)] if hidden else []) + optimizers
+
+
+def lr_at(step: int, *, lr: float, steps: int, warmup: int, schedule: str, min_ratio: float, decay: float) -> float:
+    """Learning rate of step `step` (0-based) of `steps`.
+
+    Linear warm-up over `warmup` steps, then "cosine" down to min_ratio · lr; "wsd" (constant, then linear
+    down over the last `decay` share of all steps; Hu et al. 2024, arXiv:2404.06395); or "constant".
+    """
+    if step < warmup:
+        return lr * (step + 1) / warmup
+    if schedule == "constant":
+        return lr
+    if schedule == "wsd":
+        begin = max(steps - round(decay * steps), warmup)
+        left = (steps - step) / max(1, steps - begin)
+        return lr * (min_ratio + (1 - min_ratio) * min(1.0, left))
+    done = (step - warmup) / max(1, steps - warmup)
+    return lr * (min_ratio + (1 - min_ratio) * 0.5 * (1 + math.cos(math.pi * min(1.0, done))))
+
+
+def set_lr(optimizers: list[torch.optim.Optimizer], lr: float) -> None:
+    """Give every parameter group the same learning rate."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = lr
