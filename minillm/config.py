@@ -61,15 +61,16 @@ class ModelConfig:
 
     def __post_init__(self):
         derived = {
-            "n_kv_heads": self.n_kv_heads or self.n_heads,
-            "head_dim": self.head_dim or self.dim // self.n_heads,
-            "ffn_dim": self.ffn_dim or -(-8 * self.dim // (3 * 64)) * 64,
+            "n_kv_heads": self.n_heads,
+            "head_dim": self.dim // max(1, self.n_heads),
+            "ffn_dim": -(-8 * self.dim // (3 * 64)) * 64,
         }
         for name, value in derived.items():
-            object.__setattr__(self, name, value)
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
         problems = [
             f"{name} is {getattr(self, name)}: it must be at least 1"
-            for name in ("vocab_size", "dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "max_seq_len")
+            for name in "vocab_size dim n_layers n_heads n_kv_heads head_dim ffn_dim max_seq_len".split()
             if getattr(self, name) < 1
         ]
         if not problems and self.n_heads % self.n_kv_heads:

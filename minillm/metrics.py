@@ -69,7 +69,8 @@ class Progress:
         if not self.enabled:
             return
         mfu = "" if row.get("mfu") is None else f" mfu {100 * row['mfu']:.1f}%"
-        numbers = f"loss {row['loss']:.4f} lr {row['lr']:.2e} grad {row['grad_norm']:.2f} {row['tokens_per_s']:,.0f} tok/s{mfu}"
+        numbers = f"loss {row['loss']:.4f} lr {row['lr']:.2e} grad {row['grad_norm']:.2f}"
+        numbers += f" {row['tokens_per_s']:,.0f} tok/s{mfu}"
         if self.bar is not None:
             self.bar.set_postfix_str(numbers, refresh=False)
             self.bar.update(step - self.bar.n)

@@ -1,0 +1,199 @@
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from minillm import UserError
+from minillm.data import (
+    MIXTURE_SLOTS,
+    TokenBins,
+    TokenWindows,
+    documents_in,
+    parse_mixture,
+    permute,
+    validation_part,
+)
+
+EOS = 2
+
+
+def write_bins(folder, files: dict[str, list[np.ndarray]], dtype="uint16", vocab_size=1000, **changes):
+    """A prepared folder, written by hand as the format says."""
+    folder.mkdir(parents=True, exist_ok=True)
+    meta = {"dtype": dtype, "vocab_size": vocab_size, "eos_id": EOS, "tokenizer_sha256": "x", "files": {}}
+    for split, arrays in files.items():
+        meta["files"][split] = []
+        for i, tokens in enumerate(arrays):
+            name = f"{split}-{i:05}.bin"
+            np.asarray(tokens).astype("<u2" if dtype == "uint16" else "<u4").tofile(folder / name)
+            meta["files"][split].append({"name": name, "tokens": len(tokens), "documents": 1})
+    (folder / "meta.json").write_text(json.dumps({**meta, **changes}))
+    return folder
+
+
+def windows(folder, seq_len, **options):
+    return TokenWindows([(TokenBins(folder, "train"), 1.0)], seq_len, **{"seed": 0, **options})
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 5, 64, 100, 1000, 4097])
+@pytest.mark.parametrize("key", [0, 7, 1 << 100])
+def test_permutation_is_a_bijection_and_pointwise(n, key):
+    whole = permute(np.arange(n), n, key)
+    assert sorted(whole) == list(range(n))
+    assert [int(permute(np.array([i]), n, key)[0]) for i in range(0, n, 97)] == whole[::97].tolist()
+
+
+def test_permutation_looks_random():
+    """Neighbours land anywhere: mean gap and fixed points as for a random permutation of 10,000 (n/3 and 1)."""
+    n = 10_000
+    whole = permute(np.arange(n), n, 5)
+    assert abs(np.abs(np.diff(whole)).mean() / (n / 3) - 1) < 0.03
+    assert (whole == np.arange(n)).sum() < 8
+    assert (permute(np.arange(n), n, 6) == whole).sum() < 8
+
+
+def test_y_is_x_shifted_and_every_token_is_a_target_once(tmp_path):
+    tokens = np.arange(3, 3 + 41)  # 40 targets: 5 windows of 8
+    data = windows(write_bins(tmp_path / "d", {"train": [tokens]}), 8)
+    assert data.n_windows == 5
+    batch = data.batch(np.arange(5))
+    assert batch.x.dtype == batch.y.dtype == torch.int64 and batch.mask is None and batch.documents is None
+    assert torch.equal(batch.y, batch.x + 1)
+    assert sorted(batch.y.flatten().tolist()) == list(range(4, 44))
+
+
+def test_the_tail_of_a_file_is_not_lost(tmp_path):
+    files = [np.arange(3, 3 + 12), np.arange(100, 100 + 30)]
+    data = windows(write_bins(tmp_path / "d", {"train": files}), 8)
+    targets = set(data.batch(np.arange(data.n_windows)).y.flatten().tolist())
+    assert targets == set(range(4, 15)) | set(range(101, 130))
+
+
+def test_order_is_a_pure_function_of_seed_and_position(tmp_path):
+    folder = write_bins(tmp_path / "d", {"train": [np.arange(3, 900)]})
+    a, b = windows(folder, 4, seed=3), windows(folder, 4, seed=3)
+    whole = a.batch(np.arange(600)).x  # more than two epochs of 224 windows
+    assert torch.equal(whole[500:510], b.batch(np.arange(500, 510)).x)
+    assert not torch.equal(whole, windows(folder, 4, seed=4).batch(np.arange(600)).x)
+    n = a.n_windows
+    assert sorted(whole[:n, 0].tolist()) == sorted(whole[n : 2 * n, 0].tolist())
+    assert whole[:n].tolist() != whole[n : 2 * n].tolist()  # another order in the second epoch
+
+
+def test_mixture_holds_its_shares_and_visits_every_window(tmp_path):
+    a = write_bins(tmp_path / "a", {"train": [np.arange(3, 3 + 401)]})
+    b = write_bins(tmp_path / "b", {"train": [np.arange(500, 500 + 401)]})
+    pairs = [(TokenBins(p, "train"), w) for p, w in parse_mixture(f"{a}:3,{b}:1")]
+    data = TokenWindows(pairs, 4, seed=1)
+    first = data.batch(np.arange(MIXTURE_SLOTS)).x[:, 0]
+    assert int((first >= 500).sum()) == MIXTURE_SLOTS // 4
+    assert len(set(first[first >= 500].tolist())) == MIXTURE_SLOTS // 4  # none of them twice
+    some = data.batch(np.arange(2 * MIXTURE_SLOTS)).x[:, 0]
+    assert len(set(some[some >= 500].tolist())) == 100  # two blocks give 128 of b: each of its 100 windows
+    assert torch.equal(data.batch(np.array([300, 20])).x, data.batch(np.arange(400)).x[[300, 20]])
+
+
+def test_mixture_of_two_tokenizers_is_refused(tmp_path):
+    a = write_bins(tmp_path / "a", {"train": [np.arange(100)]})
+    b = write_bins(tmp_path / "b", {"train": [np.arange(100)]}, vocab_size=1001)
+    with pytest.raises(UserError, match="another tokenizer"):
+        TokenWindows([(TokenBins(a, "train"), 0.5), (TokenBins(b, "train"), 0.5)], 4, seed=0)
+
+
+@pytest.mark.parametrize("text", ["", "a:0", "a:-1,b:2", ","])
+def test_bad_mixtures(text):
+    with pytest.raises(UserError, match="--data"):
+        parse_mixture(text)
+
+
+def test_parse_mixture():
+    assert [(str(p), w) for p, w in parse_mixture("x/a:3, y:1")] == [("x/a", 0.75), ("y", 0.25)]
+    assert [(str(p), w) for p, w in parse_mixture("x")] == [("x", 1.0)]
+
+
+def test_documents_begin_after_an_eos(tmp_path):
+    x = np.array([[5, 6, EOS, 7, EOS, EOS, 8]])
+    assert documents_in(x, EOS).tolist() == [[0, 0, 0, 1, 1, 2, 3]]
+    folder = write_bins(tmp_path / "d", {"train": [np.array([5, 6, EOS, 7, 8, EOS, 9, 9, 9])]})
+    batch = windows(folder, 8, documents=True).batch(np.array([0]))
+    assert batch.documents.tolist() == [[0, 0, 0, 1, 1, 1, 2, 2]] and batch.documents.dtype == torch.int32
+
+
+def test_validation_part_is_whole_documents_each_target_once(tmp_path):
+    documents = [[10, 11, EOS], [12, EOS], [13, 14, 15, 16, EOS], [17, 18, 19, EOS]]
+    folder = write_bins(tmp_path / "d", {"train": [np.arange(100)], "val": [np.concatenate(documents)]})
+    part = validation_part(TokenBins(folder, "val"), seq_len=4, max_tokens=12)
+    assert part.n_documents == 3  # the fourth would need 14
+    targets = part.rows[:, 1:][part.mask]
+    assert targets.tolist() == [10, 11, EOS, 12, EOS, 13, 14, 15, 16, EOS]
+    assert part.rows[0, 0] == EOS  # the first document too begins after an end
+    batches = list(part.batches(2, documents=False, eos_id=EOS))
+    assert sum(b.n_targets() for b in batches) == 10 and len(batches) == 2
+
+
+def test_uint32(tmp_path):
+    folder = write_bins(tmp_path / "d", {"train": [np.array([70000, 1, 2, 3, 69999])]}, "uint32", vocab_size=70001)
+    assert windows(folder, 4).batch(np.array([0])).x[0, 0] == 70000
+
+
+def test_a_foreign_bin_is_described_on_the_command_line(tmp_path):
+    np.arange(1000, dtype="<u2").tofile(tmp_path / "x.bin")
+    train = TokenBins(tmp_path / "x.bin", "train", dtype="uint16", vocab_size=1000)
+    val = TokenBins(tmp_path / "x.bin", "val", dtype="uint16", vocab_size=1000)
+    assert (train.n_tokens, val.n_tokens) == (990, 10) and val.arrays[0][0] == 990
+    with pytest.raises(UserError, match="--data_dtype"):
+        TokenBins(tmp_path / "x.bin", "train")
+
+
+def damaged(tmp_path, how):
+    folder = write_bins(tmp_path / "d", {"train": [np.arange(3, 103)]})
+    file = folder / "train-00000.bin"
+    if how == "missing":
+        file.unlink()
+    elif how == "empty":
+        file.write_bytes(b"")
+    elif how == "odd":
+        file.write_bytes(file.read_bytes()[:-1])
+    elif how == "cut":
+        file.write_bytes(file.read_bytes()[:-2])
+    elif how == "bad id":
+        np.where(np.arange(100) == 77, 1000, 5).astype("<u2").tofile(file)
+    elif how == "no meta":
+        (folder / "meta.json").unlink()
+    elif how == "torn meta":
+        (folder / "meta.json").write_text('{"dtype": "uint16", "fi')
+    elif how == "no split":
+        write_bins(folder, {"train": []})
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [
+        ("missing", "missing"),
+        ("empty", "0 bytes"),
+        ("odd", "199 bytes"),
+        ("cut", "198 bytes, but meta.json says 100 tokens"),
+        ("bad id", "token 77 is 1000"),
+        ("no meta", "never finished"),
+        ("torn meta", "cannot be read"),
+        ("no split", "no train split"),
+    ],
+)
+def test_damaged_data_is_refused_when_opened(tmp_path, how, said):
+    with pytest.raises(UserError, match=said) as caught:
+        TokenBins(damaged(tmp_path, how), "train")
+    assert str(tmp_path) in str(caught.value)
+
+
+def test_fewer_tokens_than_a_window(tmp_path):
+    folder = write_bins(tmp_path / "d", {"train": [np.arange(8)]})
+    with pytest.raises(UserError, match="8 tokens are fewer than one window of 8"):
+        windows(folder, 8)
+    assert windows(folder, 7).n_windows == 1
+
+
+def test_absent_data_names_the_remedy(tmp_path):
+    with pytest.raises(UserError, match=r"prepare\.py"):
+        TokenBins(tmp_path / "nowhere", "train")

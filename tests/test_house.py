@@ -1,0 +1,129 @@
+"""The house holds: who may import whom, how large it may grow, and that it needs nothing it does not name."""
+
+import ast
+import io
+import tokenize
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+LAYERS = [
+    {"config", "metrics", "packing", "distributed", "run"},
+    {"ops", "kv_cache", "tokenizer", "data"},
+    {"model", "chat_data", "data/"},
+    {"optim", "parallel", "checkpoint", "huggingface"},
+    {"generate", "evaluate", "plot", "training", "bench"},
+    {"__main__", "train_pretrain", "train_sft"},
+]
+LAYER = {name: number for number, names in enumerate(LAYERS) for name in names}
+OPTIONAL = {"matplotlib", "tensorboard", "pyarrow", "transformers", "peft"}
+SOURCES = sorted(
+    path
+    for folder in ("minillm", "kernels", "data", ".")
+    for path in (ROOT / folder).glob("*.py")
+    if path.name != "setup.py"
+)
+
+
+def place(path: Path) -> str:
+    """The room a file stands in: its module's name, or data/ or kernels/ for those folders."""
+    folder = path.relative_to(ROOT).parts[0]
+    return f"{folder}/" if folder in ("data", "kernels") else path.stem
+
+
+def imports(path: Path, top_level_only: bool = False) -> set[str]:
+    """Dotted names that a file imports: `from minillm import run` gives minillm.run."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    found = set()
+    for node in tree.body if top_level_only else ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def rooms_used(path: Path) -> set[str]:
+    used = set()
+    for name in imports(path):
+        parts = name.split(".")
+        if parts[0] == "minillm" and len(parts) > 1 and (ROOT / "minillm" / f"{parts[1]}.py").exists():
+            used.add(parts[1])
+        elif parts[0] in ("data", "kernels"):
+            used.add(f"{parts[0]}/")
+    return used - {place(path)}
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_a_file_imports_only_from_its_own_layer_or_below(path):
+    room = place(path)
+    if room == "__init__":
+        assert not rooms_used(path)
+        return
+    if room == "kernels/":
+        assert not any(name.split(".")[0] in ("minillm", "data") for name in imports(path))
+        return
+    used = rooms_used(path)
+    assert ("kernels/" in used) == (room == "ops")
+    assert room in LAYER, f"{path.name} has no layer: give it one in this test"
+    too_high = {other for other in used - {"kernels/"} if LAYER[other] > LAYER[room]}
+    assert not too_high, f"{room} (layer {LAYER[room]}) imports {too_high}"
+    if LAYER[room] == 0:
+        assert not used, f"layer 0 knows nothing of each other, but {room} imports {used}"
+
+
+def test_no_import_cycle_inside_a_layer():
+    graph = {place(path): rooms_used(path) for path in SOURCES if place(path) in LAYER}
+
+    def reach(room: str, path: tuple[str, ...]) -> None:
+        assert room not in path, " → ".join((*path, room))
+        for other in graph.get(room, set()):
+            if LAYER.get(other) == LAYER[room]:
+                reach(other, (*path, room))
+
+    for room in graph:
+        reach(room, ())
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_optional_packages_are_imported_where_they_are_used(path):
+    assert not {name.split(".")[0] for name in imports(path, top_level_only=True)} & OPTIONAL
+
+
+def code_lines(source: str) -> set[int]:
+    """Numbers of lines that hold code: no blanks, comments or docstrings."""
+    tree = ast.parse(source)
+    documentation = set()
+    for node in ast.walk(tree):
+        body = getattr(node, "body", None)
+        if isinstance(body, list) and body and isinstance(body[0], ast.Expr):
+            value = body[0].value
+            if isinstance(value, ast.Constant) and isinstance(value.value, str):
+                documentation |= set(range(value.lineno, value.end_lineno + 1))
+    skipped = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER)
+    lines = set()
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type not in skipped:
+            lines |= set(range(token.start[0], token.end[0] + 1))
+    return lines - documentation
+
+
+def test_code_lines_counts_code_alone():
+    source = '"""Doc\nstring."""\n\n# comment\ndef f(x):\n    """Doc."""\n    return (\n        x\n    )\n'
+    assert code_lines(source) == {5, 7, 8, 9}
+
+
+def test_the_whole_stays_within_its_budget():
+    sizes = {str(p.relative_to(ROOT)): len(code_lines(p.read_text(encoding="utf-8"))) for p in SOURCES}
+    assert sum(sizes.values()) <= 6000, sizes
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_functions_stay_within_a_screen(path):
+    source = path.read_text(encoding="utf-8")
+    lines = code_lines(source)
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.FunctionDef):
+            size = len(lines & set(range(node.lineno, node.end_lineno + 1)))
+            assert size <= 60, f"{path.name}: {node.name} has {size} lines of code"
