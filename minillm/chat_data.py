@@ -1,0 +1,467 @@
+"""Instructions and conversations (JSONL or a JSON array) become X, Y and a loss mask.
+
+In the order of the work: a row of a file becomes messages (`conversations`), messages become token ids
+and, for each, whether it is to be learned (`encode_messages`), what is too long is cut (`fit`,
+`truncate`), and examples are laid out as X, Y and mask (`lay_out`). `InstructionRows` does it for whole
+files and packs several examples into a row.
+"""
+
+import gzip
+import hashlib
+import io
+import json
+import math
+import os
+import re
+import tempfile
+import zipfile
+import zlib
+from array import array
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from minillm import UserError
+from minillm.data import Batch
+from minillm.packing import fill_ratio, pack, shuffled
+
+ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
+PAIRS = (
+    ("instruction", "output"),
+    ("question", "answer"),
+    ("prompt", "response"),
+    ("prompt", "completion"),
+)
+NOT_LEARNED = ("learn", "train", "weight")  # false or 0 under one of these: read the answer, learn nothing
+KEPT_TOKENS = 1 << 25  # data up to this size stays in memory as ids, 5 bytes each (160 MiB)
+
+
+# ---- A row of a file becomes messages.
+
+
+def conversations(row: dict) -> list[list[dict]]:
+    """The conversations in one row of a file, each a list of {"role", "content"} and maybe "learn": False.
+
+    Known are `messages` and ShareGPT's `conversations` (role/content or from/value); `instruction`,
+    `input`, `output` and the other names in PAIRS; and such pairs nested in `instances`, each of them
+    a conversation. A `system` text and earlier turns in `history` ([[question, answer], …]) go before.
+    Raises UserError with the reason if the row is none of these.
+    """
+    if not isinstance(row, dict):
+        raise UserError(f"a row is a JSON object, not a {type(row).__name__}")
+    system = _text(row, "system", "")
+    opening = [{"role": "system", "content": system}] if system else []
+    for key in ("messages", "conversations"):
+        if key in row:
+            return [opening + [_message(message) for message in _objects(row, key)]]
+    for turn in row.get("history") or []:
+        if not (isinstance(turn, list) and len(turn) == 2):
+            raise UserError("'history' is a list of [question, answer] pairs")
+        opening += _pair({"prompt": turn[0], "response": turn[1]})
+    if "instances" in row:
+        return [opening + _pair({**row, **instance}) for instance in _objects(row, "instances")]
+    return [opening + _pair(row)]
+
+
+def _pair(row: dict) -> list[dict]:
+    for asked, answered in PAIRS:
+        if asked in row and answered in row:
+            parts = [_text(row, asked), _text(row, "input", "")]
+            prompt = "\n".join(part for part in parts if part.strip())
+            answer = _text(row, answered)
+            return [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
+    known = ["messages", "conversations", *(f"{asked} with {answered}" for asked, answered in PAIRS)]
+    raise UserError(f"its keys are {', '.join(row) or 'none'}; known are {', '.join(known)}")
+
+
+def _message(message: dict) -> dict:
+    names = ("role", "content") if "role" in message else ("from", "value")
+    role, content = (_text(message, name) for name in names)
+    if role not in ROLES:
+        raise UserError(f"role {role!r} is none of {', '.join(ROLES)}")
+    flags = [message[name] for name in NOT_LEARNED if name in message]
+    if any(flag not in (True, False) for flag in flags):
+        raise UserError(f"whether a message is learned is true or false, not {flags!r}")
+    return {"role": ROLES[role], "content": content} | ({} if all(flags) else {"learn": False})
+
+
+def _text(row: dict, key: str, default: str | None = None) -> str:
+    value = row.get(key, default)
+    if value is None and default is not None:
+        return default  # "input": null
+    if not isinstance(value, str):
+        raise UserError(f"{key!r} is a {type(value).__name__}, not a text" if key in row else f"{key!r} is missing")
+    return value
+
+
+def _objects(row: dict, key: str) -> list[dict]:
+    if not isinstance(row[key], list) or not all(isinstance(item, dict) for item in row[key]):
+        raise UserError(f"{key!r} is not a list of JSON objects")
+    return row[key]
+
+
+# ---- Messages become token ids, no longer than a row.
+
+
+def is_learned(message: dict) -> bool:
+    """Whether a message is an answer to learn: not one marked, nor an empty one (it teaches to say nothing)."""
+    return message["role"] == "assistant" and message.get("learn", True) and bool(message["content"].strip())
+
+
+def encode_messages(messages: list[dict], tokenizer, template: str = "auto") -> tuple[np.ndarray, np.ndarray]:
+    """ids (n,) int32 and learn (n,) bool, up to the last token that is learned; both empty if none is.
+
+    Learned are the tokens of the answers that `is_learned` names, and the eos after each.
+    """
+    ids, learn = tokenizer.encode_chat(messages, template=template)
+    ids, learn = np.array(ids, dtype=np.int32), np.array(learn, dtype=bool)
+    ends = learn & (ids == tokenizer.eos_id)  # each answer ends in an eos, which no text can forge
+    wanted = np.array([is_learned(m) for m in messages if m["role"] == "assistant"] + [False])
+    learn &= wanted[np.cumsum(ends) - ends]  # token i belongs to the answer after so many eos
+    learn[:1] = False  # nothing stands before the first token to predict it from
+    return _without_tail(ids, learn)
+
+
+def _without_tail(ids: np.ndarray, learn: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    end = len(learn) - int(np.argmax(learn[::-1])) if learn.any() else 0
+    return ids[:end], learn[:end]
+
+
+def truncate(ids: np.ndarray, learn: np.ndarray, seq_len: int) -> tuple[np.ndarray, np.ndarray]:
+    """Cuts one example to seq_len + 1 tokens, of which X and Y take seq_len each.
+
+    The prompt (all before the first learned token) gives way first. It is shortened from its middle,
+    since the task is named at its beginning and its end is the question and the separator, and not
+    below a quarter of the row. What is still too much goes from the end of the answer, eos and all, and
+    no other eos takes its place: a model must not learn to stop where the text did not.
+    """
+    limit = seq_len + 1
+    if len(ids) <= limit:
+        return ids, learn
+    start = int(np.argmax(learn))
+    prompt = min(start, max(limit - (len(ids) - start), limit // 4, 1))
+    head, tail = prompt // 2, prompt - prompt // 2
+    kept = np.r_[0:head, start - tail : start + limit - prompt]
+    return _without_tail(ids[kept], learn[kept])
+
+
+def fit(messages: list[dict], tokenizer, seq_len: int, template: str = "auto") -> tuple[np.ndarray, np.ndarray, bool]:
+    """ids and learn of at most seq_len + 1 tokens (see `encode_messages`), and whether something was cut.
+
+    A conversation that is too long loses its earliest turns, as few as will do, and keeps its system
+    message; if its last learned turn alone is too long, that turn is truncated.
+    """
+    ids, learn = encode_messages(messages, tokenizer, template)
+    if len(ids) <= seq_len + 1:
+        return ids, learn, False
+    end = max(i for i, message in enumerate(messages) if is_learned(message))
+    system = next(i for i, message in enumerate(messages) if message["role"] != "system")  # so many of them
+    asks = [message["role"] == "user" for message in messages[:end]]
+    turns = [i for i in range(system, end) if asks[i] and (i == system or not asks[i - 1])] or [system]
+
+    def since(turn: int) -> tuple[np.ndarray, np.ndarray]:
+        return encode_messages(messages[:system] + messages[turn:], tokenizer, template)
+
+    first = bisect_left(turns, True, hi=len(turns) - 1, key=lambda turn: len(since(turn)[0]) <= seq_len + 1)
+    return *truncate(*since(turns[first]), seq_len), True
+
+
+# ---- Examples become X, Y and mask.
+
+
+def lay_out(rows: list[list[tuple[np.ndarray, np.ndarray]]], width: int, pad_id: int, *, documents: bool) -> Batch:
+    """Lays examples (ids, learn) of n + 1 tokens each side by side in rows, n positions an example.
+
+    This is the one place where the rule stands: X is an example without its last token, Y without its
+    first, and the mask lies on Y: 1 exactly where Y is an answer token or the eos that ends an answer.
+    Padding is pad_id under mask 0. With `documents` the examples of a row are numbered 0, 1, … and its
+    padding has the next number, so that attention keeps them apart.
+    Returns a Batch of (len(rows), width).
+    """
+    x = np.full((len(rows), width), pad_id, dtype=np.int64)
+    y = x.copy()
+    mask = np.zeros(x.shape, dtype=bool)
+    numbers = np.zeros(x.shape, dtype=np.int32)
+    for row, examples in enumerate(rows):
+        start = 0
+        for number, (ids, learn) in enumerate(examples):
+            end = start + len(ids) - 1
+            x[row, start:end] = ids[:-1]
+            y[row, start:end] = ids[1:]
+            mask[row, start:end] = learn[1:]
+            numbers[row, start:end] = number
+            start = end
+        numbers[row, start:] = len(examples)
+    x, y, mask, numbers = (torch.from_numpy(array) for array in (x, y, mask, numbers))
+    return Batch(x, y, mask, numbers if documents else None)
+
+
+# ---- Files.
+
+
+def open_rows(path: Path) -> BinaryIO:
+    """The file as seekable JSONL: as it lies, or a .gz or a JSON array copied to an unnamed temporary file."""
+    try:
+        file = path.open("rb")
+        if file.read(2) == b"\x1f\x8b":
+            file.seek(0)
+            file = _temporary(iter(partial(gzip.GzipFile(fileobj=file).read, 1 << 20), b""))
+        file.seek(0)
+        start = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
+        file.seek(0)
+        if start.startswith(b"["):
+            text = io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape")
+            file = _temporary(json.dumps(item).encode() + b"\n" for item in _array_items(text))
+        file.seek(0)
+        return file
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} starts like a JSON array but is none: {error}") from None
+
+
+def _temporary(pieces: Iterator[bytes]) -> BinaryIO:
+    file = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the rows are read
+    file.writelines(pieces)
+    return file
+
+
+def _array_items(file: io.TextIOBase) -> Iterator[object]:
+    """The items of a JSON array one by one, with little more in memory than the longest of them."""
+    decode, space = json.JSONDecoder().raw_decode, re.compile(r"\s*")
+    text, at, number = file.read(1 << 16), 0, 0
+    at = text.index("[") + 1
+    while True:
+        at = space.match(text, at).end()
+        if number == 0 and text[at : at + 1] == "]":
+            return
+        try:
+            item, end = decode(text, at)
+            end = space.match(text, end).end()
+            incomplete = "it does not end in ]" if end == len(text) else ""
+        except ValueError as error:
+            incomplete = f"item {number + 1}: {error}"
+        if incomplete:  # read as much again as there is, so that a long item is not parsed too often
+            more = file.read(max(1 << 16, len(text) - at))
+            if not more:
+                raise ValueError(incomplete)
+            text, at = text[at:] + more, 0
+            continue
+        number += 1
+        yield item
+        if text[end] not in ",]":
+            raise ValueError(f"after item {number} stands {text[end]!r}, not a comma or ]")
+        at = end + 1
+        if text[end] == "]":
+            break
+    if (text[at:] + file.read(1 << 16)).strip():
+        raise ValueError("more text follows its end")
+
+
+def parse_line(line: bytes) -> dict:
+    """The JSON value on one line (a BOM and CRLF do no harm). Raises UserError with the reason."""
+    if not line.strip():
+        raise UserError("the line is empty")
+    try:
+        return json.loads(line.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise UserError(f"byte {error.start} of the line is not UTF-8") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(
+            f"not JSON ({getattr(error, 'msg', error)}); a file is one object a line, or one array"
+        ) from None
+
+
+def numbered_lines(file: BinaryIO) -> Iterator[tuple[int, int, bytes]]:
+    """(number from 1, byte offset, line) of each line; empty lines at the end of the file are left out."""
+    offset, empty = 0, []
+    for number, line in enumerate(file, 1):
+        if line.strip():
+            yield from empty
+            empty = []
+            yield number, offset, line
+        else:
+            empty.append((number, offset, line))
+        offset += len(line)
+
+
+# ---- The data set.
+
+FILE, OFFSET, SIZE, CHECK, INSTANCE, LENGTH = range(6)  # an example's columns in the index; LENGTH in tokens
+
+
+class InstructionRows:
+    """Instruction files as rows of a batch, epoch after epoch.
+
+    A first pass reads and tokenizes everything once and keeps, for each example, where it lies and how
+    many tokens it has: 48 bytes. Up to KEPT_TOKENS the tokens stay in memory too; of larger data each
+    batch reads its lines again and tokenizes them on the fly. Row p is a pure function of (seed, p):
+    epoch p // rows_per_epoch is shuffled, and packed, by its own number.
+    """
+
+    def __init__(
+        self,
+        paths: str | Path | list[str | Path],
+        tokenizer,
+        seq_len: int,
+        *,
+        seed: int = 0,
+        template: str = "auto",
+        packing: bool = True,
+        on_bad_line: str = "error",
+        cache_dir: str | Path | None = None,
+    ):
+        """paths: .jsonl or .json files, also .gz. seq_len: the positions of a row. template: auto, chat or
+        simple (Tokenizer.encode_chat). packing: several examples a row. on_bad_line: error, or skip to
+        count them. cache_dir: where the first pass is kept for the next run (one .npz). Raises UserError.
+        """
+        if on_bad_line not in ("error", "skip"):
+            raise UserError(f"on_bad_line is {on_bad_line!r}; choose error or skip")
+        if seq_len < 1:
+            raise UserError(f"seq_len is {seq_len}; a row needs at least 1 position")
+        self.paths = [Path(path) for path in ([paths] if isinstance(paths, str | Path) else paths)]
+        self.tokenizer, self.seq_len, self.seed, self.template = tokenizer, seq_len, seed, template
+        self.packing, self.on_bad_line = packing, on_bad_line
+        tokenizer.encode_chat([{"role": "user", "content": "?"}], template=template)  # a wrong template fails here
+        self.files = [open_rows(path) for path in self.paths]
+        self._first_pass(cache_dir)
+        if not len(self.index):
+            raise UserError(f"{', '.join(map(str, self.paths))}: nothing left to learn from ({self.summary()})")
+        self.starts = np.cumsum(self.index[:, LENGTH]) - self.index[:, LENGTH]
+        self.epochs: dict[int, list[np.ndarray]] = {}  # the rows of the last two epochs asked for
+        self.rows_per_epoch = len(self._epoch(0))
+
+    def batch(self, positions: np.ndarray, end: int | None = None) -> Batch:
+        """The rows at these positions; a position at or beyond `end` gives a row of padding, all masked.
+
+        positions: (B,) int. Packed rows have T = seq_len; others the longest row of the batch, rounded
+        up to 8. Raises UserError if a line that is read again is not what it was.
+        """
+        rows = []
+        for position in np.asarray(positions).tolist():
+            epoch, row = divmod(position, self.rows_per_epoch)
+            members = [] if end is not None and position >= end else self._epoch(epoch)[row]
+            rows.append([self._example(i) for i in members])
+        longest = max(sum(len(ids) - 1 for ids, _ in row) for row in rows)
+        width = self.seq_len if self.packing else min(self.seq_len, max(8, -(-longest // 8) * 8))
+        return lay_out(rows, width, self.tokenizer.pad_id, documents=self.packing)
+
+    def total_rows(self, epochs: float) -> int:
+        """How many rows so many epochs have: the `end` of a run, and what it divides into steps."""
+        return math.ceil(epochs * self.rows_per_epoch)
+
+    def summary(self) -> str:
+        """One line: rows read, examples kept, dropped (and why) and cut, tokens, how full the rows are."""
+        n = self.counts
+        kept, tokens = len(self.index), int(self.index[:, LENGTH].sum())
+        dropped = (
+            ", ".join(f"{n[why]:,} dropped ({why})" for why in ("empty answer", "no answer") if n[why]) or "0 dropped"
+        )
+        line = f"{n['rows']:,} rows, {n['examples']:,} examples: {kept:,} kept, {dropped}, {n['cut']:,} cut to fit"
+        line += f"; {n['bad lines']:,} bad lines skipped" if n["bad lines"] else ""
+        line += f"; {tokens:,} tokens, {n['learned']:,} of them learned"
+        if kept and self.packing:
+            full = fill_ratio(self.index[:, LENGTH] - 1, self.rows_per_epoch, self.seq_len)
+            line += f"; packed into {self.rows_per_epoch:,} rows of {self.seq_len}, {full:.1%} full"
+        return line
+
+    def _epoch(self, epoch: int) -> list[np.ndarray]:
+        """The rows of an epoch, each the numbers of its examples: packed, or one example a row."""
+        if epoch not in self.epochs:
+            if len(self.epochs) > 1:
+                self.epochs.pop(next(iter(self.epochs)))
+            lengths = self.index[:, LENGTH] - 1
+            self.epochs[epoch] = (
+                pack(lengths, self.seq_len, self.seed, epoch)
+                if self.packing
+                else shuffled(len(lengths), self.seed, epoch)[:, None]
+            )
+        return self.epochs[epoch]
+
+    def _example(self, i: int) -> tuple[np.ndarray, np.ndarray]:
+        file, offset, size, check, instance, length = self.index[i].tolist()
+        if len(self.ids):
+            kept = slice(self.starts[i], self.starts[i] + length)
+            return self.ids[kept], self.learn[kept]
+        self.files[file].seek(offset)
+        line = self.files[file].read(size)
+        if zlib.crc32(line) != check:
+            raise UserError(f"{self.paths[file]} has changed at byte {offset} since it was first read; start again")
+        ids, learn, _ = fit(conversations(parse_line(line))[instance], self.tokenizer, self.seq_len, self.template)
+        return ids, learn
+
+    def _first_pass(self, cache_dir: str | Path | None) -> None:
+        """Sets index, ids, learn (empty above KEPT_TOKENS), counts and fingerprint; from the cache if there."""
+        stats = [path.stat() for path in self.paths]
+        made_of = [[str(path.resolve()), s.st_size, s.st_mtime_ns] for path, s in zip(self.paths, stats, strict=True)]
+        made_of += [self.tokenizer.sha256, self.seq_len, self.template, self.on_bad_line, KEPT_TOKENS]
+        key = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:16]
+        cache = None if cache_dir is None else Path(cache_dir) / f"instructions-{key}.npz"
+        if cache is not None and cache.exists():
+            try:
+                with np.load(cache) as saved:
+                    self.index, self.ids, self.learn = (saved[name] for name in ("index", "ids", "learn"))
+                    record = json.loads(str(saved["record"]))
+                self.counts, self.fingerprint = Counter(record["counts"]), record["fingerprint"]
+                return
+            except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+                pass  # a broken cache is a missing one
+        self._scan()
+        if cache is not None:
+            record = json.dumps({"counts": self.counts, "fingerprint": self.fingerprint})
+            unfinished = cache.with_suffix(f".tmp-{os.getpid()}.npz")
+            try:
+                cache.parent.mkdir(parents=True, exist_ok=True)
+                np.savez(unfinished, index=self.index, ids=self.ids, learn=self.learn, record=np.array(record))
+                unfinished.replace(cache)
+            except OSError as error:
+                unfinished.unlink(missing_ok=True)
+                raise UserError(f"{cache} cannot be written: {error.strerror or error}") from None
+
+    def _scan(self) -> None:
+        """Reads, tokenizes and counts every row of every file."""
+        index, ids, learn = array("q"), bytearray(), bytearray()
+        self.counts, digest = Counter(), hashlib.sha256()
+        total = sum(file.seek(0, os.SEEK_END) for file in self.files)
+        bar = tqdm(total=total, desc="reading instructions", unit="B", unit_scale=True, delay=2, leave=False)
+        for number, file in enumerate(self.files):
+            file.seek(0)
+            for line_number, offset, line in numbered_lines(file):
+                digest.update(line)
+                bar.update(len(line))
+                try:
+                    found = conversations(parse_line(line))
+                    examples = [fit(messages, self.tokenizer, self.seq_len, self.template) for messages in found]
+                except UserError as reason:
+                    if self.on_bad_line == "error":
+                        raise UserError(
+                            f"{self.paths[number]}, row {line_number}: {reason}; mend it or take --on_bad_line skip"
+                        ) from None
+                    self.counts["bad lines"] += 1
+                    continue
+                self.counts["rows"] += 1
+                self.counts["examples"] += len(found)
+                for instance, (messages, example) in enumerate(zip(found, examples, strict=True)):
+                    if not len(example[0]):
+                        empty = any(m["role"] == "assistant" and m.get("learn", True) for m in messages)
+                        self.counts["empty answer" if empty else "no answer"] += 1
+                        continue
+                    self.counts["cut"] += example[2]
+                    self.counts["learned"] += int(example[1].sum())
+                    index.extend([number, offset, len(line), zlib.crc32(line), instance, len(example[0])])
+                    if len(ids) <= 4 * KEPT_TOKENS:
+                        ids += example[0].tobytes()
+                        learn += example[1].tobytes()
+        bar.close()
+        if len(ids) > 4 * KEPT_TOKENS:
+            ids, learn = b"", b""
+        self.index = np.frombuffer(index, dtype=np.int64).reshape(-1, 6)
+        self.ids, self.learn = np.frombuffer(ids, dtype=np.int32), np.frombuffer(learn, dtype=bool)
+        self.fingerprint = digest.hexdigest()
