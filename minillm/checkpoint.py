@@ -1,0 +1,289 @@
+"""Checkpoints: weights, optimizer and progress as safetensors and JSON in a Hugging Face model folder.
+
+step-00000060/
+    config.json model.safetensors      the model, as transformers, vLLM and others read it
+    tokenizer.model …                  its tokenizer
+    resume/optimizer.safetensors       what only going on needs, apart, since some loaders read every
+    resume/train_state.json            *.safetensors that lies beside the model
+    manifest.json                      size and SHA-256 of each file (see run.py)
+
+There is no pickle anywhere: nothing that is read can run code. Reading is strict: what is missing, too
+much, of another shape or broken is listed in full, and nothing is loaded in part.
+"""
+
+import json
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from minillm import UserError, run
+
+INDEX = "model.safetensors.index.json"
+STATE = "resume/train_state.json"
+OPTIMIZER = "resume/optimizer.safetensors"
+
+
+# ---- writing
+
+
+def save(
+    folder: str | Path,
+    step: int,
+    *,
+    write_model: Callable[[Path], None],
+    tokenizer,
+    state: dict,
+    optimizers: list[torch.optim.Optimizer],
+    named_parameters: dict[str, Tensor],
+) -> Path:
+    """Write the checkpoint of `step` into a run's folder, whole or not at all; returns its path.
+
+    write_model(folder): writes config.json and weights; tokenizer: has `save(folder)`, or None; state: anything
+    JSON can say. Raises `UserError` when the disk refuses; earlier checkpoints are untouched.
+    """
+    path = Path(folder) / run.step_name(step)
+    tensors, described = flatten_optimizers(optimizers, named_parameters)
+
+    def fill(scratch: Path) -> None:
+        (scratch / "resume").mkdir()
+        try:
+            write_model(scratch)
+            save_file(tensors, scratch / OPTIMIZER)
+        except SafetensorError as problem:
+            raise _as_os_error(problem) from None
+        if tokenizer is not None:
+            tokenizer.save(scratch)
+        text = json.dumps({**state, "format": 1, "step": step, "optimizer": described}, indent=1)
+        (scratch / STATE).write_text(text + "\n", encoding="utf-8")
+
+    run.write_folder(path, fill)
+    return path
+
+
+def _as_os_error(problem: SafetensorError) -> Exception:
+    """safetensors tells of a full disk in words, "… (os error 28)"; the number makes it an OSError again."""
+    found = re.search(r"I/O error: (.*) \(os error (\d+)\)", str(problem))
+    return OSError(int(found[2]), found[1]) if found else problem
+
+
+def flatten_optimizers(
+    optimizers: list[torch.optim.Optimizer], named_parameters: dict[str, Tensor]
+) -> tuple[dict[str, Tensor], dict]:
+    """The state of one or several optimizers as flat tensors, "parameter/key", whatever the order of parameters.
+
+    Returns the tensors and, per parameter, {"kind": the optimizer's class, "keys": names of its tensors}. Options
+    (learning rate, weight decay…) are left out: on resuming those of the configuration hold.
+    """
+    names = {parameter: name for name, parameter in named_parameters.items()}
+    tensors, described = {}, {}
+    for optimizer in optimizers:
+        for parameter in _parameters(optimizer):
+            name, held = names[parameter], optimizer.state.get(parameter, {})
+            described[name] = {"kind": type(optimizer).__name__, "keys": sorted(held)}
+            tensors |= {f"{name}/{key}": value.detach().contiguous() for key, value in held.items()}
+    return tensors, described
+
+
+def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+# ---- reading what resuming needs
+
+
+def read_state(folder: str | Path) -> dict:
+    """What train_state.json of a checkpoint says. Raises `UserError` if the folder holds only a model."""
+    path = Path(folder) / STATE
+    try:
+        state = json.loads(path.read_text(encoding="utf-8"))
+        if state["format"] != 1:
+            raise UserError(f"{path}: format {state['format']}, but this version reads 1; resume with a newer minillm")
+    except OSError:
+        raise UserError(f"{folder}: no {STATE} there, so it is no checkpoint; start from it by --init_from") from None
+    except (ValueError, KeyError, TypeError) as problem:
+        raise UserError(f"{path}: not a training state ({type(problem).__name__}: {problem})") from None
+    return state
+
+
+def restore_optimizers(
+    folder: str | Path, optimizers: list[torch.optim.Optimizer], named_parameters: dict[str, Tensor]
+) -> None:
+    """Give optimizers the state, bit for bit, that a checkpoint holds; their options stay as they are.
+
+    Raises `UserError` with all that is missing, too much or misshaped, before anything is changed.
+    """
+    described = read_state(folder)["optimizer"]
+    tensors = load_tensors(Path(folder) / OPTIMIZER)
+    names = {parameter: name for name, parameter in named_parameters.items()}
+    wanted = {names[p]: (type(o).__name__, p.shape) for o in optimizers for p in _parameters(o)}
+    problems = [f"{name} is not trained any more" for name in described if name not in wanted]
+    expected = {}
+    for name, (kind, shape) in wanted.items():
+        saved = described.get(name, {"kind": "nothing", "keys": []})
+        if saved["kind"] != kind:
+            problems.append(f"{name} was trained by {saved['kind']}, now by {kind}")
+        # a tensor of state is as large as its parameter, or one number (AdamW's count of steps)
+        scalars = {key for key in saved["keys"] if f"{name}/{key}" in tensors and not tensors[f"{name}/{key}"].dim()}
+        expected |= {f"{name}/{key}": () if key in scalars else shape for key in saved["keys"]}
+    if problems:
+        raise UserError(f"{folder}: its optimizer is of another set-up: {'; '.join(problems)}; choose another --out")
+    match_tensors(expected, {name: tensor.shape for name, tensor in tensors.items()}, f"{folder}/{OPTIMIZER}")
+    for optimizer in optimizers:
+        whole = optimizer.state_dict()
+        whole["state"] = {
+            i: {key: tensors[f"{names[p]}/{key}"] for key in described[names[p]]["keys"]}
+            for i, p in enumerate(_parameters(optimizer))
+            if described[names[p]]["keys"]
+        }
+        optimizer.load_state_dict(whole)  # torch knows which tensor belongs on which device
+
+
+def compare_fingerprints(saved: dict, now: dict, allow_data_change: bool = False) -> list[str]:
+    """What changed between a saved state and the present one, as lines to print.
+
+    Both hold "fingerprints" {name: value} and may hold "config" {option: value}, "threads", "world", "torch". Raises
+    `UserError` naming the remedy when a fingerprint differs; with allow_data_change only those of
+    tokenizer and architecture must agree.
+    """
+    before, after = saved.get("fingerprints", {}), now.get("fingerprints", {})
+    differs = [name for name in sorted({*before, *after}) if before.get(name) != after.get(name)]
+    fatal = [name for name in differs if name in ("tokenizer", "architecture") or not allow_data_change]
+    if fatal:
+        flag = "" if {"tokenizer", "architecture"} & set(fatal) else ", or accept it by --allow_data_change"
+        raise UserError(
+            f"the checkpoint of step {saved.get('step')} was made with another {' and another '.join(fatal)}: "
+            f"choose another --out, give what it was made with{flag}"
+        )
+    lines = [f"{name}: changed since the checkpoint, as --allow_data_change allows" for name in differs]
+    old, new = dict(saved.get("config", {})), dict(now.get("config", {}))
+    lines += [
+        f"--{name}: {old[name]} in the checkpoint, {value} now"
+        for name, value in new.items()
+        if name in old and _plain(old[name]) != _plain(value) and name not in ("resume", "allow_data_change")
+    ]
+    words = {"threads": "threads", "world": "ranks", "torch": "torch version"}
+    return lines + [
+        f"{word}: {saved[key]} in the checkpoint, {now[key]} now; results agree to rounding, not bit for bit"
+        for key, word in words.items()
+        if key in saved and key in now and saved[key] != now[key]
+    ]
+
+
+def _plain(value):
+    """A value as it is after a way through JSON (a tuple becomes a list)."""
+    return json.loads(json.dumps(value, default=str))
+
+
+# ---- reading tensors
+
+
+def load_tensors(path: str | Path) -> dict[str, Tensor]:
+    """All tensors of one safetensors file, on the CPU. Raises `UserError` if it is anything else or broken."""
+    shapes = _read_header(Path(path))
+    return dict(_tensors(Path(path), shapes))
+
+
+def read_weights(folder: str | Path) -> Iterator[tuple[str, Tensor]]:
+    """The (name, tensor) pairs of a model folder one after another, from one file or from indexed shards.
+
+    All headers are checked first. Raises `UserError` with the complete list of what is wrong: shards missing or
+    outside the folder, tensors missing, unlisted or held twice, files that are not safetensors.
+    """
+    folder = Path(folder)
+    if (folder / "model.safetensors").exists() or not (folder / INDEX).exists():
+        names = {"model.safetensors": None}
+    else:
+        names = _read_index(folder)
+    shards, problems, seen = {}, [], {}
+    for file, listed in names.items():
+        try:
+            shards[file] = _read_header(folder / file)
+        except UserError as problem:
+            problems.append(str(problem))
+            continue
+        held = set(shards[file])
+        problems += [f"{name} is missing from {file}" for name in sorted((listed or held) - held)]
+        problems += [f"{name} in {file} is not in the index" for name in sorted(held - (listed or held))]
+        problems += [f"{name} is in {seen[name]} and in {file}" for name in sorted(held & set(seen))]
+        seen |= dict.fromkeys(held, file)
+    if problems:
+        raise UserError(f"{folder}: its weights cannot be used: {'; '.join(problems)}")
+    return (pair for file, shapes in shards.items() for pair in _tensors(folder / file, shapes))
+
+
+def _read_index(folder: Path) -> dict[str, set[str]]:
+    """The tensors that the index promises, by shard."""
+    path = folder / INDEX
+    try:
+        places = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_no_duplicates)["weight_map"]
+        names = {str(file) for file in places.values()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as problem:
+        raise UserError(f"{path}: not an index of weights ({type(problem).__name__}: {problem})") from None
+    outside = sorted(name for name in names if not re.fullmatch(r"[^/\\:]+\.safetensors", name))
+    if outside:
+        raise UserError(f"{path}: {', '.join(map(repr, outside))}: not a safetensors file of this folder; refused")
+    return {file: {name for name, place in places.items() if place == file} for file in sorted(names)}
+
+
+def _no_duplicates(pairs: list[tuple]) -> dict:
+    names = [name for name, _ in pairs]
+    twice = sorted({name for name in names if names.count(name) > 1}) if len(set(names)) < len(names) else []
+    if twice:
+        raise ValueError(f"holds twice: {', '.join(twice)}")
+    return dict(pairs)
+
+
+def _read_header(path: Path) -> dict[str, tuple[int, ...]]:
+    """Name and shape of each tensor in a file, after safetensors has checked that header and bytes agree."""
+    try:
+        with path.open("rb") as stream:
+            start = stream.read(8)
+            if start[:2] in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"):
+                raise UserError(f"{path}: a pickle, which could run code; refused unread: convert it to safetensors")
+            with safe_open(path, framework="pt"):
+                pass
+            header = json.loads(stream.read(int.from_bytes(start, "little")), object_pairs_hook=_no_duplicates)
+    except FileNotFoundError:
+        others = sorted(file.name for file in path.parent.glob("*.bin")) if path.parent.is_dir() else []
+        hint = f" (there is {others[0]}, a pickle: convert it to safetensors)" if others else ""
+        raise UserError(f"{path}: no such file{hint}") from None
+    except (SafetensorError, OSError, ValueError) as problem:
+        raise UserError(f"{path}: truncated or no safetensors file ({problem}); get a whole copy") from None
+    return {name: tuple(entry["shape"]) for name, entry in header.items() if name != "__metadata__"}
+
+
+def _tensors(path: Path, names) -> Iterator[tuple[str, Tensor]]:
+    with safe_open(path, framework="pt") as file:
+        for name in names:
+            # A copy: what safetensors gives lies in the mapped file, not aligned as torch aligns, and
+            # vector code may round otherwise there, so that a resumed run would leave its track.
+            yield name, file.get_tensor(name).clone()
+
+
+def check_finite(name: str, tensor: Tensor, source: str | Path) -> None:
+    """Raise `UserError` naming the tensor if it holds NaN or infinity."""
+    if tensor.is_floating_point():
+        bad = tensor.numel() - int(torch.isfinite(tensor.float() if tensor.element_size() == 1 else tensor).sum())
+        if bad:
+            raise UserError(
+                f"{source}: {name} holds {bad:,} of {tensor.numel():,} values that are not finite; "
+                "take an earlier checkpoint"
+            )
+
+
+def match_tensors(expected: dict, got: dict, source: str | Path) -> None:
+    """Raise one `UserError` listing all tensors missing, too many or of another shape. Both: {name: shape}."""
+    problems = [f"{name} is missing" for name in expected if name not in got]
+    problems += [f"{name} is not expected" for name in got if name not in expected]
+    problems += [
+        f"{name} is {tuple(got[name])}, expected {tuple(shape)}"
+        for name, shape in expected.items()
+        if name in got and tuple(got[name]) != tuple(shape)
+    ]
+    if problems:
+        raise UserError(f"{source}: does not fit the model: {'; '.join(problems)}")

@@ -1,0 +1,416 @@
+"""The folder of a run: every checkpoint whole or absent, one owner, and signals that never tear a save.
+
+out/<run>/step-00000060/   a checkpoint; manifest.json in it holds size and SHA-256 of each file
+out/<run>/metrics.jsonl    one row a logged step
+out/<run>/lock             held while a run trains here
+*.tmp-<pid>, *.old         what a killed process left in the middle of writing; never loaded
+
+A folder appears under its name by one rename, after its bytes have reached the disk. So a kill or a
+power cut leaves the checkpoint before, or this one, and nothing between. There is no "latest" pointer:
+the newest folder whose manifest verifies is the latest.
+"""
+
+import hashlib
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import socket
+import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from minillm import UserError
+
+try:
+    import fcntl
+    import resource
+except ImportError:  # Windows
+    fcntl = resource = None
+
+MANIFEST = "manifest.json"
+
+
+# ---- whole files and folders
+
+
+def _scratch(path: Path) -> Path:
+    """Where this process writes what shall appear at `path`."""
+    return path.with_name(f"{path.name}.tmp-{os.getpid()}")
+
+
+def _sync(path: Path) -> None:
+    """Wait until a file's bytes, or a folder's list of names, are on the disk."""
+    windows = os.name == "nt"
+    if windows and path.is_dir():
+        return  # Windows cannot, and keeps names in order by itself
+    handle = os.open(path, os.O_RDWR if windows else os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _files(folder: Path) -> dict[str, Path]:
+    """Every file under `folder` by its relative name, sorted; the manifest itself left out."""
+    found = {file.relative_to(folder).as_posix(): file for file in folder.rglob("*") if file.is_file()}
+    found.pop(MANIFEST, None)
+    return dict(sorted(found.items()))
+
+
+def _describe(file: Path) -> dict:
+    with file.open("rb") as stream:
+        return {"size": file.stat().st_size, "sha256": hashlib.file_digest(stream, "sha256").hexdigest()}
+
+
+def _disk_error(path: Path, problem: OSError, written: int | None = None) -> UserError:
+    """The line a person needs when the disk says no."""
+    home = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+    done = "" if written is None else f" after {written:,} bytes"
+    return UserError(
+        f"{path}: writing failed{done}: {problem.strerror or problem} ({shutil.disk_usage(home).free:,} bytes free "
+        "there); free space, mend the folder or choose another --out; earlier checkpoints are untouched"
+    )
+
+
+def write_json_atomically(path: str | Path, value) -> None:
+    """Write `value` as JSON: a reader sees the old file or the new one, whole. Raises `UserError` naming the path."""
+    path = Path(path)
+    scratch = _scratch(path)
+    try:
+        scratch.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        _sync(scratch)
+        scratch.replace(path)
+        _sync(path.parent)
+    except OSError as problem:
+        scratch.unlink(missing_ok=True)
+        raise _disk_error(path, problem) from None
+
+
+def write_folder(path: str | Path, fill: Callable[[Path], None]) -> None:
+    """Make the folder `path` appear whole, with a manifest, or not at all.
+
+    fill(folder): writes the files into the folder it is given. A folder that is there already is replaced,
+    and stays on the disk until the new one is whole. Raises `UserError` with path and bytes when the disk is
+    full, read-only or the like; whatever goes wrong, nothing but the old content is left.
+    """
+    path = Path(path)
+    scratch = _scratch(path)
+    try:
+        shutil.rmtree(scratch, ignore_errors=True)
+        scratch.mkdir(parents=True)
+        fill(scratch)
+        files = _files(scratch)
+        (scratch / MANIFEST).touch()
+        for file in files.values():  # safetensors makes files that only their owner may read
+            file.chmod((scratch / MANIFEST).stat().st_mode)
+        with ThreadPoolExecutor() as pool:  # hashing runs outside Python's lock: one core per file
+            list(pool.map(_sync, files.values()))
+            manifest = {"format": 1, "files": dict(zip(files, pool.map(_describe, files.values()), strict=True))}
+        (scratch / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+        _sync(scratch / MANIFEST)
+        for folder in (*(f for f in scratch.rglob("*") if f.is_dir()), scratch):
+            _sync(folder)
+        _put_in_place(scratch, path)
+    except OSError as problem:
+        written = sum(file.stat().st_size for file in _files(scratch).values()) if scratch.exists() else 0
+        shutil.rmtree(scratch, ignore_errors=True)
+        raise _disk_error(path, problem, written) from None
+    except BaseException:
+        shutil.rmtree(scratch, ignore_errors=True)
+        raise
+
+
+def _put_in_place(scratch: Path, path: Path) -> None:
+    # A rename cannot replace a full folder, so the old one steps aside under a name that clean_stale
+    # gives back, should we be killed between the two renames.
+    aside = path.with_name(path.name + ".old")
+    if path.exists() and verify_folder(path):
+        remove_folder(path)
+    elif path.exists():
+        shutil.rmtree(aside, ignore_errors=True)
+        path.rename(aside)
+    scratch.rename(path)
+    _sync(path.parent)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def remove_folder(path: Path) -> None:
+    """Delete a folder; one half deleted never stands under its own name."""
+    scratch = _scratch(path)
+    path.rename(scratch)
+    shutil.rmtree(scratch)
+
+
+def verify_folder(path: str | Path) -> list[str]:
+    """What is wrong with a folder that `write_folder` wrote; empty when every file is as it was written.
+
+    Files added later are no fault, weights (*.safetensors and their index) excepted: a loader might read them.
+    """
+    path = Path(path)
+    try:
+        files = json.loads((path / MANIFEST).read_text(encoding="utf-8"))["files"]
+        expected = {name: (entry["size"], entry["sha256"]) for name, entry in files.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as problem:
+        return [f"{MANIFEST} cannot be read ({type(problem).__name__}: {problem})"]
+    present = _files(path)
+    problems = [f"{name} is missing" for name in expected if name not in present]
+    problems += [
+        f"{name} was added"
+        for name in present
+        if name not in expected and name.endswith((".safetensors", ".safetensors.index.json"))
+    ]
+    right_size = []
+    for name in (name for name in expected if name in present):
+        size = present[name].stat().st_size
+        if size == expected[name][0]:
+            right_size.append(name)
+        else:
+            problems.append(f"{name} has {size:,} bytes instead of {expected[name][0]:,}")
+    with ThreadPoolExecutor() as pool:
+        found = pool.map(lambda name: _describe(present[name])["sha256"], right_size)
+        changed = [name for name, sha in zip(right_size, found, strict=True) if sha != expected[name][1]]
+    return problems + [f"{name} differs from its checksum" for name in changed]
+
+
+def check_writable(path: str | Path, bytes_needed: int, largest_file: int = 0) -> None:
+    """Refuse, before the first step, a run's folder that could not take its checkpoints.
+
+    bytes_needed: for all checkpoints that will lie there at once, beyond those there now; largest_file: bytes.
+    Raises `UserError` if the folder cannot be written, has too little space or allows no file so large.
+    """
+    path = Path(path)
+    probe = _scratch(path / "probe")
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        probe.write_bytes(b"x")
+        probe.unlink()
+        free = shutil.disk_usage(path).free
+    except OSError as problem:
+        raise _disk_error(path, problem) from None
+    if free < bytes_needed:
+        raise UserError(
+            f"{path}: {free:,} bytes free, but the checkpoints will need {bytes_needed:,}; "
+            "free space, lower --keep_last or choose another --out"
+        )
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0] if resource else -1
+    if 0 <= limit < largest_file:
+        raise UserError(
+            f"{path}: a checkpoint has a file of {largest_file:,} bytes, but the limit on a file is {limit:,}; "
+            "raise it (ulimit -f unlimited)"
+        )
+
+
+# ---- checkpoints of a run
+
+
+def step_name(step: int) -> str:
+    """The folder name of a step's checkpoint."""
+    return f"step-{step:08d}"
+
+
+def step_of(folder: str | Path) -> int:
+    """The step that a checkpoint's folder name says."""
+    return int(Path(folder).name.removeprefix("step-"))
+
+
+def step_folders(run: str | Path) -> list[Path]:
+    """The checkpoints of a run, oldest first, whole or not."""
+    found = [path for path in Path(run).glob("step-*") if re.fullmatch(r"step-\d+", path.name) and path.is_dir()]
+    return sorted(found, key=step_of)
+
+
+def newest_checkpoint(run: str | Path, log: Callable[[str], None] = print) -> Path | None:
+    """The newest checkpoint of a run that verifies; None if the run has none.
+
+    Says of each broken one it passes over what is wrong with it. Raises `UserError` if there are checkpoints
+    but not one is whole: to begin anew in their place is for a person to decide.
+    """
+    folders = step_folders(run)
+    for folder in reversed(folders):
+        problems = verify_folder(folder)
+        if not problems:
+            return folder
+        log(f"{folder} is damaged and passed over: {'; '.join(problems)}")
+    if folders:
+        raise UserError(
+            f"{run}: none of its {len(folders)} checkpoints is whole; bring back a copy, or choose another --out"
+        )
+    return None
+
+
+def resolve_checkpoint(path: str | Path, log: Callable[[str], None] = print) -> Path:
+    """The model folder that `path` means: itself, or a run's newest checkpoint.
+
+    Raises `UserError` if there is none, or if it has a manifest and does not verify.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise UserError(f"{path}: no such folder; give a run, a checkpoint or a Hugging Face model folder")
+    if (path / MANIFEST).exists():
+        problems = verify_folder(path)
+        if problems:
+            raise UserError(f"{path}: damaged: {'; '.join(problems)}; give the checkpoint before it, or the run")
+        return path
+    newest = newest_checkpoint(path, log)
+    if newest is None and not (path / "config.json").exists():
+        raise UserError(f"{path}: holds no checkpoint and no config.json; give a run or a model folder")
+    return newest or path
+
+
+def clean_stale(run: str | Path) -> None:
+    """Tidy what a killed process left: call it while holding the run's lock."""
+    for aside in Path(run).glob("step-*.old"):
+        if aside.with_suffix("").exists():
+            shutil.rmtree(aside, ignore_errors=True)
+        else:
+            aside.rename(aside.with_suffix(""))
+    for scratch in Path(run).glob("*.tmp-*"):
+        pid = scratch.name.rpartition(".tmp-")[2]
+        if pid.isdecimal() and not _alive(int(pid)):
+            shutil.rmtree(scratch) if scratch.is_dir() else scratch.unlink()
+
+
+def _alive(pid: int) -> bool:
+    """Whether another process of that number exists. (In a container every run may be process 1: not another.)"""
+    if os.name == "nt" or pid == os.getpid():
+        return False
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
+def prune(run: str | Path, keep_last: int, log: Callable[[str], None] = print) -> None:
+    """Delete all but the newest `keep_last` checkpoints (0: keep all), if the newest verifies."""
+    folders = step_folders(run)
+    if keep_last < 1 or len(folders) <= keep_last:
+        return
+    problems = verify_folder(folders[-1])
+    if problems:
+        log(f"{folders[-1]} is damaged ({'; '.join(problems)}): the older checkpoints are kept")
+        return
+    for folder in folders[:-keep_last]:
+        try:
+            remove_folder(folder)
+        except OSError as problem:  # a checkpoint too many is no reason to end a run
+            log(f"{folder}: could not be deleted ({problem})")
+
+
+# ---- one owner, orderly ends
+
+
+class RunLock:
+    """Holds a run's folder for this process; the system lets go when the process ends, however it ends."""
+
+    def __init__(self, run: str | Path):
+        """Raises `UserError` naming the holder if another process trains in `run`."""
+        path = Path(run) / "lock"
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self.file = path.open("a+", encoding="utf-8")
+        except OSError as problem:
+            raise _disk_error(path.parent, problem) from None
+        if fcntl is None:
+            return print(f"{run}: cannot be locked on this system; start no second run with the same --out")
+        try:
+            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self.file.seek(0)
+            holder = self.file.read().strip() or "another process"
+            self.file.close()
+            raise UserError(f"--out {run}: in use by {holder}; end that run or choose another --out") from None
+        except OSError as problem:  # some network disks
+            return print(f"{run}: cannot be locked ({problem.strerror}); start no second run with the same --out")
+        os.register_at_fork(after_in_child=self.file.close)  # a child that outlives us must not hold it
+        self.file.truncate(0)
+        self.file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        self.file.flush()
+
+    def release(self) -> None:
+        """Let go before the process ends."""
+        self.file.close()
+
+
+class StopSignals:
+    """Turns SIGTERM and Ctrl-C into a wish that the loop grants between two steps.
+
+    The loop sees `requested` (signal number, 0 for none), saves one checkpoint and exits with `exit_code`: 130 after
+    Ctrl-C, 143 after SIGTERM. A second one changes nothing; a third Ctrl-C ends the process at once. torchrun
+    passes SIGTERM on to every rank, gives them 30 s, then kills; a save cut short by that leaves the one before.
+    """
+
+    def __init__(self):
+        self.requested, self.interrupts = 0, 0
+        self.before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def _note(self, number: int, frame) -> None:
+        self.interrupts += number == signal.SIGINT
+        if self.interrupts == 2:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # the next is the system's, even inside a long call
+        if os.environ.get("RANK", "0") == "0":
+            ends = "once more ends at once, unsaved" if self.interrupts == 2 else "finishing this step, then saving"
+            os.write(2, f"\n{signal.Signals(number).name}: {ends}\n".encode())  # print is not safe in here
+        self.requested = self.requested or int(number)
+
+    @property
+    def exit_code(self) -> int:
+        """0, or 128 + the signal's number, as a shell would report it."""
+        return 128 + self.requested if self.requested else 0
+
+    def restore(self) -> None:
+        """Give the signals back to whoever had them before."""
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+
+def run_script(main: Callable[[], int | None]) -> None:
+    """Run a script's main and exit with its status: 2 and one line for a `UserError`, 130 for Ctrl-C."""
+    try:
+        status = main()
+    except UserError as problem:
+        print(f"error: {problem}", file=sys.stderr, flush=True)
+        status = 2
+    except KeyboardInterrupt:
+        status = 130
+    sys.exit(status)
+
+
+class MetricsLog:
+    """metrics.jsonl: one JSON object a line, on its way to the disk as soon as it is written."""
+
+    def __init__(self, path: str | Path, resume_step: int | None = None):
+        """Keep the rows up to `resume_step` (None or 0: a new run, none), cut later ones and a torn last line."""
+        self.path = Path(path)
+        scratch = _scratch(self.path)
+        try:
+            if self.path.exists():
+                with self.path.open("rb") as old, scratch.open("wb") as kept:
+                    kept.writelines(line for line in old if resume_step and _step_in(line) <= resume_step)
+                _sync(scratch)
+                scratch.replace(self.path)
+            self.file = self.path.open("ab", buffering=0)
+        except OSError as problem:
+            raise _disk_error(self.path, problem) from None
+
+    def write(self, row: dict) -> None:
+        """Append a row; what is not finite is written as null, since JSON has no NaN."""
+        row = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+        try:
+            self.file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
+        except OSError as problem:
+            raise _disk_error(self.path, problem) from None
+
+
+def _step_in(line: bytes) -> float:
+    """The step of a row; infinite for a line that is no whole row."""
+    try:
+        return json.loads(line)["step"] if line.endswith(b"\n") else math.inf
+    except (ValueError, KeyError, TypeError):
+        return math.inf
