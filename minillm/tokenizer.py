@@ -8,11 +8,7 @@ the 256 bytes, and the learnt pieces from 263 on.
 
 import codecs
 import hashlib
-import io
 import json
-import random
-import re
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
@@ -110,24 +106,21 @@ class Tokenizer:
 
     def encode_many(self, texts: list[str], *, threads: int = 1) -> list[list[int]]:
         """Token ids of each text; `threads` of SentencePiece's own share the work."""
-        return self._encode_with(self._processor, texts, threads)
-
-    def _encode_with(self, processor, texts: list[str], threads: int = 1) -> list[list[int]]:
         odd = [i for i, text in enumerate(texts) if len(text) > LONG_TEXT or SPACE_MARK in text]
         plain = list(texts)
         for i in odd:
             plain[i] = ""
         try:
-            rows = processor.encode(plain, num_threads=threads)
+            rows = self._processor.encode(plain, num_threads=threads)
             for i in odd:
-                rows[i] = self._encode_odd(processor, texts[i], threads)
+                rows[i] = self._encode_odd(texts[i], threads)
         except (RuntimeError, TypeError, UnicodeEncodeError):
             for text in texts:
                 _refuse_surrogates(text)
             raise
         return rows
 
-    def _encode_odd(self, processor, text: str, threads: int) -> list[int]:
+    def _encode_odd(self, text: str, threads: int) -> list[int]:
         """A text that is long or holds the character ▁, stretch by stretch, with the same ids as at one go."""
         ids: list[int] = []
         for number, between in enumerate(text.split(SPACE_MARK)):
@@ -135,7 +128,7 @@ class Tokenizer:
                 ids += self._mark_ids
             stretches = list(self._stretches(between))
             if number == 0:
-                ids += processor.encode(stretches.pop(0))
+                ids += self._processor.encode(stretches.pop(0))
             for row in self._no_prefix.encode(stretches, num_threads=threads):
                 ids += row
         return ids
@@ -163,8 +156,7 @@ class Tokenizer:
     ) -> tuple[list[int], list[bool]]:
         """Tokens of a conversation, and which of them are to be learnt.
 
-        messages: [{"role": "system" | "user" | "assistant", "content": str}, …]; an assistant message with
-            "learn": False is context only.
+        messages: [{"role": "system" | "user" | "assistant", "content": str}, …]
         template: "chat" is `<s>`, then for each message its role piece and its content, and `</s>` after an
             assistant's. "simple" is `prompt <s> answer </s>` turn by turn, what precedes an answer joined by
             newlines. "auto" takes "chat" if the model has the role pieces.
@@ -181,22 +173,19 @@ class Tokenizer:
             ids.extend(tokens)
             learn.extend([learnt] * len(tokens))
 
-        def encode(text: str) -> list[int]:  # a dummy prefix only at the very start of the sequence
-            return self._encode_with(self._no_prefix if ids else self._processor, [text])[0]
-
         prompt: list[str] = []
         for message, content in zip(messages, contents, strict=True):
             answer = message["role"] == "assistant"
             if template == "chat":
                 add([self._roles[message["role"]]])
             elif answer:
-                add([*encode("\n".join(prompt)), self.bos_id])
+                add([*self.encode("\n".join(prompt)), self.bos_id])
                 prompt = []
             else:
                 prompt.append(content)
                 continue
-            add([*encode(content), *([self.eos_id] if answer else [])], answer and message.get("learn", True))
-        add(encode("\n".join(prompt)))
+            add([*self.encode(content), *([self.eos_id] if answer else [])], answer)
+        add(self.encode("\n".join(prompt)))
         if add_generation_prompt:
             add([self._roles["assistant"] if template == "chat" else self.bos_id])
         return ids, learn
@@ -243,37 +232,74 @@ class Tokenizer:
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        files = {"tokenizer.model": self._model_bytes, **self._companions}
-        config = json.loads(files.get("tokenizer_config.json", b"{}")) or self._transformers_config()
-        if template or "tokenizer_config.json" not in files:
-            files.pop("chat_template.jinja", None)
-            chat = self.resolve_template(template or "auto") == "chat"
+        if "tokenizer_config.json" not in self._companions:
+            self._companions["tokenizer_config.json"] = _json(self._transformers_config())
+            self._companions["tokenizer.json"] = _json(self._tokenizers_file())
+            template = template or "auto"
+        if template:
+            chat = self.resolve_template(template) == "chat"
+            config = json.loads(self._companions["tokenizer_config.json"])
             config["chat_template"] = CHAT_JINJA if chat else SIMPLE_JINJA
-            files["tokenizer_config.json"] = (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
-        for name, data in files.items():
+            self._companions["tokenizer_config.json"] = _json(config)
+            self._companions.pop("chat_template.jinja", None)
+        for name, data in {"tokenizer.model": self._model_bytes, **self._companions}.items():
             (folder / name).write_bytes(data)
 
     def _transformers_config(self) -> dict:
-        pieces = self._proto.pieces
-        special = {
-            str(i): {"content": p.piece, "special": p.type != p.USER_DEFINED, "normalized": False}
-            | {"lstrip": False, "rstrip": False, "single_word": False}
-            for i, p in enumerate(pieces)
-            if p.type in (p.UNKNOWN, p.CONTROL, p.USER_DEFINED)
-        }
-        unknown = self._processor.unk_id()
+        names = {"bos": self.bos_id, "eos": self.eos_id, "pad": self.pad_id, "unk": self._processor.unk_id()}
         return {
-            "tokenizer_class": "LlamaTokenizer",
+            # Transformers' own Llama class adds no dummy prefix before a text that starts with a space.
+            "tokenizer_class": "PreTrainedTokenizerFast" if self._dummy_prefix else "LlamaTokenizer",
             "add_bos_token": False,
             "add_eos_token": False,
             "add_prefix_space": self._dummy_prefix,
             "legacy": False,
             "clean_up_tokenization_spaces": False,
-            "bos_token": pieces[self.bos_id].piece,
-            "eos_token": pieces[self.eos_id].piece,
-            "pad_token": pieces[self.pad_id].piece,
-            "unk_token": pieces[unknown].piece,
-            "added_tokens_decoder": special,
+            **{f"{name}_token": self._proto.pieces[i].piece for name, i in names.items()},
+            "added_tokens_decoder": {added.pop("id"): added for added in self._added_tokens()},
+        }
+
+    def _added_tokens(self) -> list[dict]:
+        flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+        return [
+            {"id": i, "content": p.piece, "special": p.type != p.USER_DEFINED, **flags}
+            for i, p in enumerate(self._proto.pieces)
+            if p.type in (p.UNKNOWN, p.CONTROL, p.USER_DEFINED)
+        ]
+
+    def _tokenizers_file(self) -> dict:
+        """The model in the format of the `tokenizers` library, whose BPE wants merges where ours has scores."""
+        plain = {p.piece: p.score for p in self._proto.pieces if p.type == p.NORMAL}
+        ids = {piece.piece: i for i, piece in enumerate(self._proto.pieces)}
+        merges = [
+            (-score, piece[:cut], piece[cut:])
+            for piece, score in plain.items()
+            for cut in range(1, len(piece))
+            if piece[:cut] in plain and piece[cut:] in plain
+        ]
+        merges.sort(key=lambda merge: (merge[0], ids[merge[1]], ids[merge[2]]))
+        normalizers = [{"type": "Replace", "pattern": {"String": " "}, "content": SPACE_MARK}]
+        decoder = [
+            {"type": "Replace", "pattern": {"String": SPACE_MARK}, "content": " "},
+            {"type": "ByteFallback"},
+            {"type": "Fuse"},
+        ]
+        if self._dummy_prefix:
+            normalizers.insert(0, {"type": "Prepend", "prepend": SPACE_MARK})
+            decoder.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
+        return {
+            "version": "1.0",
+            "added_tokens": self._added_tokens(),
+            "normalizer": {"type": "Sequence", "normalizers": normalizers},
+            "decoder": {"type": "Sequence", "decoders": decoder},
+            "model": {
+                "type": "BPE",
+                "unk_token": self._proto.pieces[self._processor.unk_id()].piece,
+                "fuse_unk": True,
+                "byte_fallback": True,
+                "vocab": ids,
+                "merges": [[left, right] for _, left, right in merges],
+            },
         }
 
 
@@ -308,6 +334,10 @@ def _parse(model_bytes: bytes, source: str) -> proto.ModelProto:
     return model
 
 
+def _json(value: dict) -> bytes:
+    return (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode()
+
+
 def _piece_bytes(piece) -> bytes:
     if piece.type == piece.CONTROL:
         return b""
@@ -334,104 +364,3 @@ def _refuse_surrogates(text: str) -> None:
             f"text, character {error.start}: the lone surrogate U+{ord(text[error.start]):04X} "
             "has no UTF-8 form; remove it or replace it by U+FFFD"
         ) from None
-
-
-# -------------------------------------------------------------------- training
-
-
-def train_tokenizer(
-    texts: Iterable[str],
-    vocab_size: int,
-    out_folder: str | Path,
-    *,
-    sample_bytes: int = 24 << 20,
-    seed: int = 0,
-) -> Tokenizer:
-    """Learn a BPE vocabulary and save it in `out_folder`, with a readable `tokenizer.vocab` beside it.
-
-    texts: any number of documents; at most about `sample_bytes` (UTF-8) of their lines, chosen evenly by `seed`,
-        are kept in memory and learnt from.
-    vocab_size: all pieces, the 263 special and byte pieces and printable ASCII included.
-
-    Same texts and seed give the same file. Raises UserError when the text is too small for the vocabulary,
-    naming the largest possible, or the vocabulary for the characters.
-    """
-    printable = "".join(map(chr, range(33, 127)))
-    smallest = 263 + len(printable) + 3
-    if vocab_size < smallest:
-        raise UserError(f"vocab_size {vocab_size}: at least {smallest} (bytes, ASCII and special pieces)")
-    lines = _sample_lines(texts, sample_bytes, seed)
-    if not lines:
-        raise UserError("no text to train a tokenizer on: every document is empty")
-    counts = Counter()
-    for line in lines:
-        counts.update(line)
-
-    def train(size: int) -> bytes | int:
-        """The model, or the largest size that SentencePiece thinks possible."""
-        # At most half of what is left goes to single characters; the rare ones are spelt in bytes.
-        common = counts.most_common((size - smallest) // 2 + 1)
-        coverage = min(0.9995, sum(n for _, n in common) / counts.total())
-        model = io.BytesIO()
-        try:
-            sentencepiece.SentencePieceTrainer.train(
-                sentence_iterator=iter(lines),
-                model_writer=model,
-                model_type="bpe",
-                vocab_size=size,
-                character_coverage=coverage,
-                required_chars=printable,
-                byte_fallback=True,
-                split_digits=True,
-                normalization_rule_name="identity",
-                add_dummy_prefix=False,
-                remove_extra_whitespaces=False,
-                allow_whitespace_only_pieces=True,
-                pad_id=3,
-                pad_piece="<pad>",
-                control_symbols=list(ROLES.values()),
-                max_sentence_length=4 * MAX_LINE + 1,
-                num_threads=4,  # recorded in the file, so it must not depend on the machine
-                minloglevel=2,
-            )
-        except RuntimeError as error:
-            limit = re.search(r"value <= (\d+)", str(error))
-            if not limit:
-                raise
-            return int(limit[1])
-        return model.getvalue()
-
-    model = train(vocab_size)
-    if isinstance(model, int):
-        largest = model
-        while isinstance(again := train(largest), int):
-            largest = again
-        raise UserError(
-            f"vocab_size {vocab_size:,}: the text gives at most {largest:,} pieces; ask for fewer or add text"
-        )
-    tokenizer = Tokenizer(model, "trained model")
-    tokenizer.save(out_folder)
-    rows = (f"{i}\t{p.piece}\t{p.score:g}\n" for i, p in enumerate(tokenizer._proto.pieces))
-    (Path(out_folder) / "tokenizer.vocab").write_text("".join(rows), encoding="utf-8")
-    return tokenizer
-
-
-MAX_LINE = 1000  # characters; SentencePiece would drop a line over 4,192 bytes, so longer ones are cut
-
-
-def _sample_lines(texts: Iterable[str], limit: int, seed: int) -> list[str]:
-    """Lines of the texts, each kept with the same probability, halved whenever they exceed `limit` bytes."""
-    draw = random.Random(seed).random
-    kept: list[str] = []
-    size, rate = 0, 1.0
-    for text in texts:
-        # ▁ would be taken for a space; a line with ▅, SentencePiece's own mark, would be dropped.
-        for line in re.split("[\n▁▅]", text):
-            for start in range(0, len(line), MAX_LINE):
-                if rate == 1.0 or draw() < rate:
-                    kept.append(line[start : start + MAX_LINE])
-                    size += len(kept[-1].encode())
-            if size > limit:
-                kept = [line for line in kept if draw() < 0.5]
-                size, rate = sum(len(line.encode()) for line in kept), rate / 2
-    return kept

@@ -1,0 +1,110 @@
+"""Learning a vocabulary: BPE by SentencePiece, with nothing of the text lost."""
+
+import io
+import random
+import re
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+
+import sentencepiece
+
+from minillm import UserError
+from minillm.tokenizer import ROLES, Tokenizer
+
+MAX_LINE = 1000  # characters; SentencePiece would drop a line over 4,192 bytes, so longer ones are cut
+
+
+def train_tokenizer(
+    texts: Iterable[str],
+    vocab_size: int,
+    out_folder: str | Path,
+    *,
+    sample_bytes: int = 24 << 20,
+    seed: int = 0,
+) -> Tokenizer:
+    """Learn a BPE vocabulary and save it in `out_folder`, with a readable `tokenizer.vocab` beside it.
+
+    texts: any number of documents; at most about `sample_bytes` (UTF-8) of their lines, chosen evenly by `seed`,
+        are kept in memory and learnt from.
+    vocab_size: all pieces, the 263 special and byte pieces and printable ASCII included.
+
+    Same texts and seed give the same file. Raises UserError when the text is too small for the vocabulary,
+    naming the largest possible, or the vocabulary for the characters.
+    """
+    printable = "".join(map(chr, range(33, 127)))
+    smallest = 263 + len(printable) + 3
+    if vocab_size < smallest:
+        raise UserError(f"vocab_size {vocab_size}: at least {smallest} (bytes, ASCII and special pieces)")
+    lines = _sample_lines(texts, sample_bytes, seed)
+    if not lines:
+        raise UserError("no text to train a tokenizer on: every document is empty")
+    counts = Counter()
+    for line in lines:
+        counts.update(line)
+
+    def train(size: int) -> bytes | int:
+        """The model, or the largest size that SentencePiece thinks possible."""
+        # At most half of what is left goes to single characters; the rare ones are spelt in bytes.
+        common = counts.most_common((size - smallest) // 2 + 1)
+        coverage = min(0.9995, sum(n for _, n in common) / counts.total())
+        model = io.BytesIO()
+        try:
+            sentencepiece.SentencePieceTrainer.train(
+                sentence_iterator=iter(lines),
+                model_writer=model,
+                model_type="bpe",
+                vocab_size=size,
+                character_coverage=coverage,
+                required_chars=printable,
+                byte_fallback=True,
+                split_digits=True,
+                normalization_rule_name="identity",
+                add_dummy_prefix=False,
+                remove_extra_whitespaces=False,
+                allow_whitespace_only_pieces=True,
+                pad_id=3,
+                pad_piece="<pad>",
+                control_symbols=list(ROLES.values()),
+                max_sentence_length=4 * MAX_LINE + 1,
+                num_threads=4,  # recorded in the file, so it must not depend on the machine
+                minloglevel=2,
+            )
+        except RuntimeError as error:
+            limit = re.search(r"value <= (\d+)", str(error))
+            if not limit:
+                raise
+            return int(limit[1])
+        return model.getvalue()
+
+    model = train(vocab_size)
+    if isinstance(model, int):
+        largest = model
+        while isinstance(again := train(largest), int):
+            largest = again
+        raise UserError(
+            f"vocab_size {vocab_size:,}: the text gives at most {largest:,} pieces; ask for fewer or add text"
+        )
+    tokenizer = Tokenizer(model, "trained model")
+    tokenizer.save(out_folder)
+    rows = (f"{i}\t{p.piece}\t{p.score:g}\n" for i, p in enumerate(tokenizer._proto.pieces))
+    (Path(out_folder) / "tokenizer.vocab").write_text("".join(rows), encoding="utf-8")
+    return tokenizer
+
+
+def _sample_lines(texts: Iterable[str], limit: int, seed: int) -> list[str]:
+    """Lines of the texts, each kept with the same probability, halved whenever they exceed `limit` bytes."""
+    draw = random.Random(seed).random
+    kept: list[str] = []
+    size, rate = 0, 1.0
+    for text in texts:
+        # ▁ would be taken for a space; a line with ▅, SentencePiece's own mark, would be dropped.
+        for line in re.split("[\n▁▅]", text):
+            for start in range(0, len(line), MAX_LINE):
+                if rate == 1.0 or draw() < rate:
+                    kept.append(line[start : start + MAX_LINE])
+                    size += len(kept[-1].encode())
+            if size > limit:
+                kept = [line for line in kept if draw() < 0.5]
+                size, rate = sum(len(line.encode()) for line in kept), rate / 2
+    return kept
