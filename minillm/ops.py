@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minillm import UserError
+from minillm import UserError, losses
 
 try:
     from kernels import reference
@@ -96,8 +96,4 @@ def linear_cross_entropy(
     """See `kernels.reference.linear_cross_entropy`."""
     if _selected == "reference":
         return reference.linear_cross_entropy(x, weight, targets, mask, softcap)
-    logits = F.linear(x, weight).float()
-    if softcap is not None:
-        logits = softcap * torch.tanh(logits / softcap)
-    labels = targets if mask is None else targets.masked_fill(~mask, -100)
-    return F.cross_entropy(logits, labels, ignore_index=-100, reduction="sum")
+    return losses.linear_cross_entropy(x, weight, targets, mask, softcap)

@@ -10,8 +10,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 LAYERS = [
     {"config", "metrics", "packing", "distributed", "run"},
-    {"ops", "kv_cache", "tokenizer", "data"},
-    {"model", "chat_data", "data/"},
+    {"ops", "losses", "kv_cache", "tokenizer", "data"},
+    {"model", "chat_data", "vocab", "data/"},
     {"optim", "parallel", "checkpoint", "huggingface"},
     {"generate", "evaluate", "plot", "training", "bench"},
     {"__main__", "train_pretrain", "train_sft"},
