@@ -10,6 +10,8 @@ power cut leaves the checkpoint before, or this one, and nothing between. There 
 the newest folder whose manifest verifies is the latest.
 """
 
+import contextlib
+import errno
 import hashlib
 import json
 import math
@@ -86,7 +88,8 @@ def write_json_atomically(path: str | Path, value) -> None:
         scratch.replace(path)
         _sync(path.parent)
     except OSError as problem:
-        scratch.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            scratch.unlink()
         raise _disk_error(path, problem) from None
 
 
@@ -129,7 +132,7 @@ def _put_in_place(scratch: Path, path: Path) -> None:
     # gives back, should we be killed between the two renames.
     aside = path.with_name(path.name + ".old")
     if path.exists() and verify_folder(path):
-        remove_folder(path)
+        shutil.rmtree(path)  # damaged: worth less than what may still lie aside
     elif path.exists():
         shutil.rmtree(aside, ignore_errors=True)
         path.rename(aside)
@@ -271,7 +274,8 @@ def clean_stale(run: str | Path) -> None:
     for scratch in Path(run).glob("*.tmp-*"):
         pid = scratch.name.rpartition(".tmp-")[2]
         if pid.isdecimal() and not _alive(int(pid)):
-            shutil.rmtree(scratch) if scratch.is_dir() else scratch.unlink()
+            with contextlib.suppress(OSError):  # what cannot be deleted is ignored all the same
+                shutil.rmtree(scratch) if scratch.is_dir() else scratch.unlink()
 
 
 def _alive(pid: int) -> bool:
@@ -402,8 +406,10 @@ class MetricsLog:
     def write(self, row: dict) -> None:
         """Append a row; what is not finite is written as null, since JSON has no NaN."""
         row = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+        line = json.dumps(row, ensure_ascii=False).encode() + b"\n"
         try:
-            self.file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
+            if self.file.write(line) < len(line):  # how a disk fills up
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError as problem:
             raise _disk_error(self.path, problem) from None
 
@@ -411,6 +417,6 @@ class MetricsLog:
 def _step_in(line: bytes) -> float:
     """The step of a row; infinite for a line that is no whole row."""
     try:
-        return json.loads(line)["step"] if line.endswith(b"\n") else math.inf
+        return float(json.loads(line)["step"]) if line.endswith(b"\n") else math.inf
     except (ValueError, KeyError, TypeError):
         return math.inf
