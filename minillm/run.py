@@ -216,8 +216,11 @@ def step_name(step: int) -> str:
 
 
 def step_of(folder: str | Path) -> int:
-    """The step that a checkpoint's folder name says."""
-    return int(Path(folder).name.removeprefix("step-"))
+    """The step that a checkpoint's folder name says. Raises `UserError` if the name is not of that form."""
+    found = re.fullmatch(r"step-(\d+)", Path(folder).name)
+    if not found:
+        raise UserError(f"{folder}: no checkpoint of a run (step-00000060 or so); start from it by --init_from")
+    return int(found[1])
 
 
 def step_folders(run: str | Path) -> list[Path]:
@@ -374,16 +377,15 @@ class StopSignals:
             signal.signal(number, handler)
 
 
-def run_script(main: Callable[[], int | None]) -> None:
-    """Run a script's main and exit with its status: 2 and one line for a `UserError`, 130 for Ctrl-C."""
+def run_script(main: Callable[[], int | None]) -> int:
+    """Run a script's main and return its exit status; 2 and one line on stderr for a `UserError`, 130 for Ctrl-C."""
     try:
-        status = main()
+        return main() or 0
     except UserError as problem:
         print(f"error: {problem}", file=sys.stderr, flush=True)
-        status = 2
+        return 2
     except KeyboardInterrupt:
-        status = 130
-    sys.exit(status)
+        return 130
 
 
 class MetricsLog:
