@@ -33,13 +33,9 @@ from minillm.data import Batch
 from minillm.packing import fill_ratio, pack, shuffled
 
 ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
-PAIRS = (
-    ("instruction", "output"),
-    ("question", "answer"),
-    ("prompt", "response"),
-    ("prompt", "completion"),
-)
+PAIRS = [pair.split() for pair in ("instruction output", "question answer", "prompt response", "prompt completion")]
 NOT_LEARNED = ("learn", "train", "weight")  # false or 0 under one of these: read the answer, learn nothing
+CHUNK = 1 << 16  # characters of a JSON array read at a time
 KEPT_TOKENS = 1 << 25  # data up to this size stays in memory as ids, 5 bytes each (160 MiB)
 
 
@@ -78,14 +74,14 @@ def _pair(row: dict) -> list[dict]:
             answer = _text(row, answered)
             return [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
     known = ["messages", "conversations", *(f"{asked} with {answered}" for asked, answered in PAIRS)]
-    raise UserError(f"its keys are {', '.join(row) or 'none'}; known are {', '.join(known)}")
+    raise UserError(f"its keys are {', '.join(row)[:200] or 'none'}; known are {', '.join(known)}")
 
 
 def _message(message: dict) -> dict:
     names = ("role", "content") if "role" in message else ("from", "value")
     role, content = (_text(message, name) for name in names)
     if role not in ROLES:
-        raise UserError(f"role {role!r} is none of {', '.join(ROLES)}")
+        raise UserError(f"role {role[:40]!r} is none of {', '.join(ROLES)}")
     flags = [message[name] for name in NOT_LEARNED if name in message]
     if any(flag not in (True, False) for flag in flags):
         raise UserError(f"whether a message is learned is true or false, not {flags!r}")
@@ -222,7 +218,8 @@ def open_rows(path: Path) -> BinaryIO:
         file.seek(0)
         return file
     except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
+        why = getattr(error, "strerror", None) or error
+        raise UserError(f"{path} cannot be read ({why}); give .jsonl or .json files, gzipped or not") from None
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} starts like a JSON array but is none: {error}") from None
 
@@ -236,7 +233,7 @@ def _temporary(pieces: Iterator[bytes]) -> BinaryIO:
 def _array_items(file: io.TextIOBase) -> Iterator[object]:
     """The items of a JSON array one by one, with little more in memory than the longest of them."""
     decode, space = json.JSONDecoder().raw_decode, re.compile(r"\s*")
-    text, at, number = file.read(1 << 16), 0, 0
+    text, number = file.read(4096), 0  # as much as showed that an array opens here
     at = text.index("[") + 1
     while True:
         at = space.match(text, at).end()
@@ -249,7 +246,7 @@ def _array_items(file: io.TextIOBase) -> Iterator[object]:
         except ValueError as error:
             incomplete = f"item {number + 1}: {error}"
         if incomplete:  # read as much again as there is, so that a long item is not parsed too often
-            more = file.read(max(1 << 16, len(text) - at))
+            more = file.read(max(CHUNK, len(text) - at))
             if not more:
                 raise ValueError(incomplete)
             text, at = text[at:] + more, 0
@@ -261,7 +258,7 @@ def _array_items(file: io.TextIOBase) -> Iterator[object]:
         at = end + 1
         if text[end] == "]":
             break
-    if (text[at:] + file.read(1 << 16)).strip():
+    if (text[at:] + file.read(CHUNK)).strip():
         raise ValueError("more text follows its end")
 
 
@@ -329,7 +326,7 @@ class InstructionRows:
         self.paths = [Path(path) for path in ([paths] if isinstance(paths, str | Path) else paths)]
         self.tokenizer, self.seq_len, self.seed, self.template = tokenizer, seq_len, seed, template
         self.packing, self.on_bad_line = packing, on_bad_line
-        tokenizer.encode_chat([{"role": "user", "content": "?"}], template=template)  # a wrong template fails here
+        tokenizer.encode_chat([{"role": "user", "content": ""}], template=template)  # is the template known?
         self.files = [open_rows(path) for path in self.paths]
         self._first_pass(cache_dir)
         if not len(self.index):
@@ -349,7 +346,7 @@ class InstructionRows:
             epoch, row = divmod(position, self.rows_per_epoch)
             members = [] if end is not None and position >= end else self._epoch(epoch)[row]
             rows.append([self._example(i) for i in members])
-        longest = max(sum(len(ids) - 1 for ids, _ in row) for row in rows)
+        longest = max((sum(len(ids) - 1 for ids, _ in row) for row in rows), default=0)
         width = self.seq_len if self.packing else min(self.seq_len, max(8, -(-longest // 8) * 8))
         return lay_out(rows, width, self.tokenizer.pad_id, documents=self.packing)
 
@@ -361,11 +358,10 @@ class InstructionRows:
         """One line: rows read, examples kept, dropped (and why) and cut, tokens, how full the rows are."""
         n = self.counts
         kept, tokens = len(self.index), int(self.index[:, LENGTH].sum())
-        dropped = (
-            ", ".join(f"{n[why]:,} dropped ({why})" for why in ("empty answer", "no answer") if n[why]) or "0 dropped"
-        )
-        line = f"{n['rows']:,} rows, {n['examples']:,} examples: {kept:,} kept, {dropped}, {n['cut']:,} cut to fit"
-        line += f"; {n['bad lines']:,} bad lines skipped" if n["bad lines"] else ""
+        dropped = [f"{n[why]:,} dropped ({why})" for why in ("empty answer", "no answer") if n[why]]
+        dropped += [f"{n['bad rows']:,} bad rows skipped"] if n["bad rows"] else []
+        line = f"{n['rows']:,} rows, {n['examples']:,} examples: {kept:,} kept, "
+        line += f"{', '.join(dropped) or '0 dropped'}, {n['cut']:,} cut to fit"
         line += f"; {tokens:,} tokens, {n['learned']:,} of them learned"
         if kept and self.packing:
             full = fill_ratio(self.index[:, LENGTH] - 1, self.rows_per_epoch, self.seq_len)
@@ -378,11 +374,10 @@ class InstructionRows:
             if len(self.epochs) > 1:
                 self.epochs.pop(next(iter(self.epochs)))
             lengths = self.index[:, LENGTH] - 1
-            self.epochs[epoch] = (
-                pack(lengths, self.seq_len, self.seed, epoch)
-                if self.packing
-                else shuffled(len(lengths), self.seed, epoch)[:, None]
-            )
+            if self.packing:
+                self.epochs[epoch] = pack(lengths, self.seq_len, self.seed, epoch)
+            else:
+                self.epochs[epoch] = shuffled(len(lengths), self.seed, epoch)[:, None]
         return self.epochs[epoch]
 
     def _example(self, i: int) -> tuple[np.ndarray, np.ndarray]:
@@ -400,7 +395,7 @@ class InstructionRows:
     def _first_pass(self, cache_dir: str | Path | None) -> None:
         """Sets index, ids, learn (empty above KEPT_TOKENS), counts and fingerprint; from the cache if there."""
         stats = [path.stat() for path in self.paths]
-        made_of = [[str(path.resolve()), s.st_size, s.st_mtime_ns] for path, s in zip(self.paths, stats, strict=True)]
+        made_of = [*map(str, self.paths), *((s.st_size, s.st_mtime_ns) for s in stats)]
         made_of += [self.tokenizer.sha256, self.seq_len, self.template, self.on_bad_line, KEPT_TOKENS]
         key = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:16]
         cache = None if cache_dir is None else Path(cache_dir) / f"instructions-{key}.npz"
@@ -444,7 +439,7 @@ class InstructionRows:
                         raise UserError(
                             f"{self.paths[number]}, row {line_number}: {reason}; mend it or take --on_bad_line skip"
                         ) from None
-                    self.counts["bad lines"] += 1
+                    self.counts["bad rows"] += 1
                     continue
                 self.counts["rows"] += 1
                 self.counts["examples"] += len(found)
