@@ -4,6 +4,7 @@ out/<run>/step-00000060/   a checkpoint; manifest.json in it holds size and SHA-
 out/<run>/metrics.jsonl    one row a logged step
 out/<run>/lock             held while a run trains here
 *.tmp-<pid>, *.old         what a killed process left in the middle of writing; never loaded
+*.left-<time>              later checkpoints than the one that training went on from; yours to delete
 
 A folder appears under its name by one rename, after its bytes have reached the disk. So a kill or a
 power cut leaves the checkpoint before, or this one, and nothing between. There is no "latest" pointer:
@@ -21,6 +22,7 @@ import shutil
 import signal
 import socket
 import sys
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -166,17 +168,21 @@ def verify_folder(path: str | Path) -> list[str]:
         for name in present
         if name not in expected and name.endswith((".safetensors", ".safetensors.index.json"))
     ]
-    right_size = []
-    for name in (name for name in expected if name in present):
-        size = present[name].stat().st_size
-        if size == expected[name][0]:
-            right_size.append(name)
-        else:
-            problems.append(f"{name} has {size:,} bytes instead of {expected[name][0]:,}")
+
+    def compare(name: str) -> str | None:
+        try:
+            size = present[name].stat().st_size
+            if size != expected[name][0]:
+                return f"{name} has {size:,} bytes instead of {expected[name][0]:,}"
+            return (
+                None if _describe(present[name])["sha256"] == expected[name][1] else f"{name} differs from its checksum"
+            )
+        except OSError as problem:  # a bad sector, or another person's file
+            return f"{name} cannot be read ({problem.strerror})"
+
     with ThreadPoolExecutor() as pool:
-        found = pool.map(lambda name: _describe(present[name])["sha256"], right_size)
-        changed = [name for name, sha in zip(right_size, found, strict=True) if sha != expected[name][1]]
-    return problems + [f"{name} differs from its checksum" for name in changed]
+        found = pool.map(compare, (name for name in expected if name in present))
+        return problems + [problem for problem in found if problem]
 
 
 def check_writable(path: str | Path, bytes_needed: int, largest_file: int = 0) -> None:
@@ -294,6 +300,18 @@ def _alive(pid: int) -> bool:
     return True
 
 
+def set_aside_later(run: str | Path, step: int, log: Callable[[str], None] = print) -> None:
+    """Rename a run's checkpoints after `step`, from which it now goes on: they are damaged or of a track left behind.
+
+    Else the next start would take them for the newest, and `prune` the new ones for the oldest.
+    """
+    for folder in step_folders(run):
+        if step_of(folder) > step:
+            aside = folder.with_name(f"{folder.name}.left-{time.time_ns()}")
+            folder.rename(aside)
+            log(f"going on from step {step}: the later {folder} is kept as {aside.name}")
+
+
 def prune(run: str | Path, keep_last: int, log: Callable[[str], None] = print) -> None:
     """Delete all but the newest `keep_last` checkpoints (0: keep all), if the newest verifies."""
     folders = step_folders(run)
@@ -356,6 +374,8 @@ class StopSignals:
     def __init__(self):
         self.requested, self.interrupts = 0, 0
         self.before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+        if hasattr(os, "register_at_fork"):  # a worker process shall end when it is told to
+            os.register_at_fork(after_in_child=self.restore)
 
     def _note(self, number: int, frame) -> None:
         self.interrupts += number == signal.SIGINT

@@ -253,6 +253,25 @@ def test_stale_folders_go_but_not_those_of_the_living_or_of_others(saved):
     assert {path.name for path in saved.iterdir() if ".tmp-" in path.name} == {living.name, "mine.tmp-backup"}
 
 
+def test_what_cannot_be_read_is_damage(saved, monkeypatch):
+    def broken(file):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(run, "_describe", broken)
+    assert "model.safetensors cannot be read (Input/output error)" in run.verify_folder(saved / "step-00000030")
+
+
+def test_later_checkpoints_are_kept_out_of_the_way(saved):
+    lines = []
+    run.set_aside_later(saved, 10, lines.append)
+    assert run.newest_checkpoint(saved) == saved / "step-00000010" and len(lines) == 2
+    run.write_folder(saved / "step-00000015", fill_with("15"))
+    run.prune(saved, 1)
+    assert [run.step_of(f) for f in run.step_folders(saved)] == [15]
+    run.clean_stale(saved)
+    assert sorted(content(path) for path in saved.iterdir() if ".left-" in path.name) == ["20", "30"]
+
+
 def test_prune_keeps_the_newest_and_only_if_it_is_whole(saved):
     lines = []
     run.prune(saved, 0)
@@ -411,6 +430,12 @@ def test_a_third_ctrl_c_ends_at_once(tmp_path):
     assert run.newest_checkpoint(tmp_path) == tmp_path / run.step_name(1)
     run.clean_stale(tmp_path)
     assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_child_process_can_still_be_ended(tmp_path):
+    signals = run.StopSignals()
+    assert in_child(lambda: os.kill(os.getpid(), signal.SIGTERM)) == -signal.SIGTERM
+    signals.restore()
 
 
 def test_signals_are_given_back(tmp_path):
