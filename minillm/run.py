@@ -23,7 +23,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -41,9 +41,31 @@ MANIFEST = "manifest.json"
 # ---- whole files and folders
 
 
-def _scratch(path: Path) -> Path:
-    """Where this process writes what shall appear at `path`."""
-    return path.with_name(f"{path.name}.tmp-{os.getpid()}")
+@contextlib.contextmanager
+def _writing(path: Path) -> Iterator[Path]:
+    """Gives the place where this process may write what shall appear at `path`; whatever goes wrong, it is
+    empty again in the end, and what the disk refuses becomes a `UserError`."""
+    scratch = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield scratch
+    except OSError as problem:
+        files = _files(scratch).values() if scratch.is_dir() else ()
+        written = sum(file.stat().st_size for file in files)
+        home = next(folder for folder in path.absolute().parents if folder.is_dir())
+        raise UserError(
+            f"{path}: writing failed after {written:,} bytes: {problem.strerror or problem} "
+            f"({shutil.disk_usage(home).free:,} bytes free there); free space, mend the folder or choose another "
+            "--out; earlier checkpoints are untouched"
+        ) from None
+    finally:
+        _discard(scratch)
+
+
+def _discard(path: Path) -> None:
+    """Delete a file or folder, if it is there and can be deleted."""
+    with contextlib.suppress(OSError):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def _sync(path: Path) -> None:
@@ -70,29 +92,13 @@ def _describe(file: Path) -> dict:
         return {"size": file.stat().st_size, "sha256": hashlib.file_digest(stream, "sha256").hexdigest()}
 
 
-def _disk_error(path: Path, problem: OSError, written: int | None = None) -> UserError:
-    """The line a person needs when the disk says no."""
-    home = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
-    done = "" if written is None else f" after {written:,} bytes"
-    return UserError(
-        f"{path}: writing failed{done}: {problem.strerror or problem} ({shutil.disk_usage(home).free:,} bytes free "
-        "there); free space, mend the folder or choose another --out; earlier checkpoints are untouched"
-    )
-
-
 def write_json_atomically(path: str | Path, value) -> None:
     """Write `value` as JSON: a reader sees the old file or the new one, whole. Raises `UserError` naming the path."""
-    path = Path(path)
-    scratch = _scratch(path)
-    try:
+    with _writing(path := Path(path)) as scratch:
         scratch.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         _sync(scratch)
         scratch.replace(path)
         _sync(path.parent)
-    except OSError as problem:
-        with contextlib.suppress(OSError):
-            scratch.unlink()
-        raise _disk_error(path, problem) from None
 
 
 def write_folder(path: str | Path, fill: Callable[[Path], None]) -> None:
@@ -102,11 +108,9 @@ def write_folder(path: str | Path, fill: Callable[[Path], None]) -> None:
     and stays on the disk until the new one is whole. Raises `UserError` with path and bytes when the disk is
     full, read-only or the like; whatever goes wrong, nothing but the old content is left.
     """
-    path = Path(path)
-    scratch = _scratch(path)
-    try:
-        shutil.rmtree(scratch, ignore_errors=True)
-        scratch.mkdir(parents=True)
+    with _writing(path := Path(path)) as scratch:
+        _discard(scratch)
+        scratch.mkdir()
         fill(scratch)
         files = _files(scratch)
         (scratch / MANIFEST).touch()
@@ -120,13 +124,6 @@ def write_folder(path: str | Path, fill: Callable[[Path], None]) -> None:
         for folder in (*(f for f in scratch.rglob("*") if f.is_dir()), scratch):
             _sync(folder)
         _put_in_place(scratch, path)
-    except OSError as problem:
-        written = sum(file.stat().st_size for file in _files(scratch).values()) if scratch.exists() else 0
-        shutil.rmtree(scratch, ignore_errors=True)
-        raise _disk_error(path, problem, written) from None
-    except BaseException:
-        shutil.rmtree(scratch, ignore_errors=True)
-        raise
 
 
 def _put_in_place(scratch: Path, path: Path) -> None:
@@ -141,13 +138,6 @@ def _put_in_place(scratch: Path, path: Path) -> None:
     scratch.rename(path)
     _sync(path.parent)
     shutil.rmtree(aside, ignore_errors=True)
-
-
-def remove_folder(path: Path) -> None:
-    """Delete a folder; one half deleted never stands under its own name."""
-    scratch = _scratch(path)
-    path.rename(scratch)
-    shutil.rmtree(scratch)
 
 
 def verify_folder(path: str | Path) -> list[str]:
@@ -191,15 +181,9 @@ def check_writable(path: str | Path, bytes_needed: int, largest_file: int = 0) -
     bytes_needed: for all checkpoints that will lie there at once, beyond those there now; largest_file: bytes.
     Raises `UserError` if the folder cannot be written, has too little space or allows no file so large.
     """
-    path = Path(path)
-    probe = _scratch(path / "probe")
-    try:
-        path.mkdir(parents=True, exist_ok=True)
+    with _writing(Path(path) / "probe") as probe:
         probe.write_bytes(b"x")
-        probe.unlink()
         free = shutil.disk_usage(path).free
-    except OSError as problem:
-        raise _disk_error(path, problem) from None
     if free < bytes_needed:
         raise UserError(
             f"{path}: {free:,} bytes free, but the checkpoints will need {bytes_needed:,}; "
@@ -283,8 +267,7 @@ def clean_stale(run: str | Path) -> None:
     for scratch in Path(run).glob("*.tmp-*"):
         pid = scratch.name.rpartition(".tmp-")[2]
         if pid.isdecimal() and not _alive(int(pid)):
-            with contextlib.suppress(OSError):  # what cannot be deleted is ignored all the same
-                shutil.rmtree(scratch) if scratch.is_dir() else scratch.unlink()
+            _discard(scratch)
 
 
 def _alive(pid: int) -> bool:
@@ -323,7 +306,8 @@ def prune(run: str | Path, keep_last: int, log: Callable[[str], None] = print) -
         return
     for folder in folders[:-keep_last]:
         try:
-            remove_folder(folder)
+            doomed = folder.rename(f"{folder}.tmp-{os.getpid()}")  # half deleted, it must not bear a step's name
+            shutil.rmtree(doomed)
         except OSError as problem:  # a checkpoint too many is no reason to end a run
             log(f"{folder}: could not be deleted ({problem})")
 
@@ -337,11 +321,8 @@ class RunLock:
     def __init__(self, run: str | Path):
         """Raises `UserError` naming the holder if another process trains in `run`."""
         path = Path(run) / "lock"
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
+        with _writing(path):
             self.file = path.open("a+", encoding="utf-8")
-        except OSError as problem:
-            raise _disk_error(path.parent, problem) from None
         if fcntl is None:
             return print(f"{run}: cannot be locked on this system; start no second run with the same --out")
         try:
@@ -414,26 +395,21 @@ class MetricsLog:
     def __init__(self, path: str | Path, resume_step: int | None = None):
         """Keep the rows up to `resume_step` (None or 0: a new run, none), cut later ones and a torn last line."""
         self.path = Path(path)
-        scratch = _scratch(self.path)
-        try:
+        with _writing(self.path) as scratch:
             if self.path.exists():
                 with self.path.open("rb") as old, scratch.open("wb") as kept:
                     kept.writelines(line for line in old if resume_step and _step_in(line) <= resume_step)
                 _sync(scratch)
                 scratch.replace(self.path)
             self.file = self.path.open("ab", buffering=0)
-        except OSError as problem:
-            raise _disk_error(self.path, problem) from None
 
     def write(self, row: dict) -> None:
         """Append a row; what is not finite is written as null, since JSON has no NaN."""
         row = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
         line = json.dumps(row, ensure_ascii=False).encode() + b"\n"
-        try:
+        with _writing(self.path):
             if self.file.write(line) < len(line):  # how a disk fills up
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        except OSError as problem:
-            raise _disk_error(self.path, problem) from None
 
 
 def _step_in(line: bytes) -> float:
