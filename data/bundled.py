@@ -1,0 +1,120 @@
+"""The corpus that comes with the project: written by a generator, in seconds, wherever it is needed.
+
+    python data/bundled.py            # data/bundled/: texts, token bins, instructions, the floor
+
+A folder holds text/{train,val}.jsonl ({"text", "bits"}), the token bins with their tokenizer (`data/prepare.py`),
+val_bits.npy (float64, one a validation document: its exact information in bits, the floor of validation loss), and
+sft_train.jsonl and sft_heldout.jsonl (`data/world_tasks.py`).
+"""
+
+import hashlib
+import itertools
+import json
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+
+FOLDER = "data/bundled"  # where the training scripts look for it
+ROOT = Path(__file__).resolve().parents[1]
+if __name__ == "__main__":
+    sys.path.insert(0, str(ROOT))
+
+from data.world import documents  # noqa: E402
+from data.world_tasks import SPLITS, tasks  # noqa: E402
+from minillm.run import RunLock  # noqa: E402
+
+SIZES = {
+    "train_bytes": 10_000_000,
+    "val_documents": 2_000,
+    "sft_train": 30_000,
+    "sft_heldout": 840,  # 120 of each family
+    "vocab_size": 2048,
+}
+SEEDS = {"train": 1, "val": 2}  # of the documents; the instructions have their own
+
+
+def fingerprint() -> str:
+    """SHA-256 over the generator's source and the sizes: another value, another corpus."""
+    digest = hashlib.sha256(json.dumps([SIZES, SEEDS]).encode())
+    for source in sorted((ROOT / "data").glob("world*.py")):
+        digest.update(source.read_bytes().replace(b"\r\n", b"\n"))
+    return digest.hexdigest()
+
+
+def write_lines(path: Path, rows) -> None:
+    with path.open("w", encoding="utf-8", newline="\n") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def write_documents(path: Path, seed: int, *, count: int | None = None, size: int | None = None) -> list[float]:
+    """Write `count` documents, or as many as give `size` bytes of text; returns their bits."""
+    bits = []
+
+    def rows():
+        written = 0
+        for text, information in itertools.islice(documents(seed), count):
+            bits.append(information)
+            written += len(text.encode())
+            yield {"text": text, "bits": round(information, 6)}
+            if size and written >= size:
+                return
+
+    write_lines(path, rows())
+    return bits
+
+
+def different(rows, count: int):
+    """The first `count` rows whose questions differ."""
+    seen = set()
+    for row in rows:
+        question = (row["instruction"], row["input"])
+        if question not in seen:
+            seen.add(question)
+            yield row
+            if len(seen) == count:
+                return
+
+
+def build(folder: str | Path = FOLDER) -> None:
+    """Write the bundled corpus into `folder`, unless it lies there already, and say what is being done."""
+    from data.prepare import prepare
+
+    folder = Path(folder)
+    if finished(folder):
+        return
+    text = folder / "text"
+    lock = RunLock(text)
+    try:
+        if finished(folder):  # by another process, meanwhile
+            return
+        started = time.monotonic()
+        print(f"{folder}: writing the bundled corpus", flush=True)
+        for path in (folder / "meta.json", *folder.glob("*.*")):  # first what says that an older one is whole
+            path.unlink(missing_ok=True)
+        train_bits = write_documents(text / "train.jsonl", SEEDS["train"], size=SIZES["train_bytes"])
+        val_bits = write_documents(text / "val.jsonl", SEEDS["val"], count=SIZES["val_documents"])
+        np.save(folder / "val_bits.npy", np.array(val_bits))
+        for split in SPLITS:
+            rows = different(tasks(0, split), SIZES[f"sft_{split}"])
+            write_lines(folder / f"sft_{split}.jsonl", rows)
+        (folder / "world.json").write_text(json.dumps({"fingerprint": fingerprint()}) + "\n")
+        seconds = time.monotonic() - started
+        print(f"{folder}: {len(train_bits):,} documents, {len(val_bits):,} for validation, in {seconds:.1f} s")
+        prepare([text / "train.jsonl"], folder, val_inputs=[text / "val.jsonl"], train_tokenizer=SIZES["vocab_size"])
+    finally:
+        lock.release()
+
+
+def finished(folder: Path) -> bool:
+    """Whether `folder` holds the whole corpus of this very generator."""
+    try:
+        made_by = json.loads((folder / "world.json").read_text())["fingerprint"]
+    except (OSError, ValueError, KeyError):
+        return False
+    return made_by == fingerprint() and (folder / "meta.json").exists()
+
+
+if __name__ == "__main__":
+    build()
