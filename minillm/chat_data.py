@@ -121,7 +121,6 @@ def encode_messages(messages: list[dict], tokenizer, template: str = "auto") -> 
     ends = learn & (ids == tokenizer.eos_id)  # each answer ends in an eos, which no text can forge
     wanted = np.array([is_learned(m) for m in messages if m["role"] == "assistant"] + [False])
     learn &= wanted[np.cumsum(ends) - ends]  # token i belongs to the answer after so many eos
-    learn[:1] = False  # nothing stands before the first token to predict it from
     return _without_tail(ids, learn)
 
 

@@ -5,7 +5,7 @@ import os
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minillm import UserError, chat_data
@@ -171,6 +171,7 @@ MESSAGES = st.lists(
 
 
 @given(MESSAGES, st.integers(1, 40), st.sampled_from(["chat", "simple"]))
+@settings(deadline=None)
 def test_what_is_cut_still_fits_and_still_teaches(messages, seq_len, template):
     ids, learn, cut = fit(messages, Numbers(), seq_len, template)
     whole, learned = encode_messages(messages, Numbers(), template)
@@ -361,6 +362,15 @@ def test_unpacked_rows_are_padded_to_the_longest_of_the_batch(tmp_path):
     assert data.batch(np.arange(2)).x.shape == (2, 16)
     assert data.batch(np.arange(2)).documents is None
     assert InstructionRows(path, Numbers(), 13, packing=False).batch(np.arange(2)).x.shape == (2, 13)
+
+
+def test_unpacked_epochs_have_an_order_each(tmp_path):
+    data = InstructionRows(write_jsonl(tmp_path / "rows.jsonl", ROWS), Numbers(), 32, packing=False)
+    n = data.rows_per_epoch
+    assert n == len(ROWS)
+    orders = [data.batch(np.arange(e * n, (e + 1) * n)).x[:, 2].tolist() for e in (0, 1)]  # the questions
+    assert sorted(orders[0]) == sorted(orders[1]) == list(range(20, 60))
+    assert orders[0] != orders[1] != sorted(orders[1]) != orders[0]
 
 
 def test_positions_beyond_the_end_are_all_masked(tmp_path):
