@@ -49,7 +49,7 @@ class Options:
     field: str
     on_bad_line: str
     val_fraction: float
-    val_from: int  # files from this number on are validation files; val_fraction is then without meaning
+    val_from: int | None  # files from this number on are validation files, which leaves val_fraction without meaning
     shard_tokens: int
 
 
@@ -86,7 +86,7 @@ def prepare(
         raise UserError(f"--val_fraction {val_fraction}: choose one from 0 to below 1")
     inputs, val_inputs, out = list(inputs), list(val_inputs or []), Path(out)
     files, val_files = find_files(inputs), find_files(val_inputs)
-    val_from = len(files) if val_files else 1 << 62
+    val_from = len(files) if val_files else None
     options = Options(split, field, on_bad_line, val_fraction, val_from, shard_tokens)
     files += val_files
     given = Tokenizer.load(tokenizer) if tokenizer is not None else None
@@ -149,6 +149,13 @@ def _finished(out: Path, made_from: str) -> dict | None:
             f"--out {out}: holds a data set made from other input, options or tokenizer; "
             "choose another --out or delete the folder"
         )
+    width = np.dtype(meta["dtype"]).itemsize
+    for file in (file for kind in SPLITS for file in meta["files"][kind]):
+        path = out / file["name"]
+        if not path.is_file() or path.stat().st_size != file["tokens"] * width:
+            raise UserError(
+                f"{path}: not the {file['tokens'] * width:,} bytes of meta.json; delete {out} and start again"
+            )
     return meta
 
 
@@ -258,7 +265,7 @@ def _batches(files: list[Path], options: Options) -> Iterator[tuple[int, list[tu
 
 
 def _is_val(data: bytes, file: int, options: Options) -> bool:
-    if options.val_from < 1 << 62:
+    if options.val_from is not None:
         return file >= options.val_from
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest()) < options.val_fraction * 2**64
 
@@ -287,9 +294,10 @@ def encode_batch(batch: list[tuple], tokenizer: Tokenizer, options: Options, thr
     dtype = "<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4"
     result = {"bad": bad, "empty": empty}
     for kind in SPLITS:
-        mine = [row for row, side in zip(rows, sides, strict=True) if side == kind]
-        tokens = [token for row in mine for token in (*row, tokenizer.eos_id)]
-        result[kind] = (np.array(tokens, dtype=dtype).tobytes(), len(mine), sizes[kind])
+        ends = [
+            np.array([*row, tokenizer.eos_id], dtype) for row, side in zip(rows, sides, strict=True) if side == kind
+        ]
+        result[kind] = (b"".join(ends), len(ends), sizes[kind])
     return result
 
 
@@ -438,8 +446,8 @@ def main() -> None:
     add("--train_tokenizer", type=int, metavar="N", help="learn a tokenizer of N pieces from the training documents")
     add("--val_input", nargs="+", metavar="PATH", help="files of the validation split (instead of --val_fraction)")
     add("--val_fraction", type=float, default=0.01, help="share of documents for validation (default 0.01)")
-    add("--split", choices=("blank", "lines", "file"), default="blank")
-    parser._actions[-1].help = "a .txt document ends at blank lines, at each line, or with its file (default blank)"
+    ends = "a .txt document ends at blank lines (default), with each line, or with its file"
+    add("--split", choices=("blank", "lines", "file"), default="blank", help=ends)
     add("--field", default="text", help="key or column that holds the text (default text)")
     add("--on_bad_line", choices=("error", "skip"), default="error", help="stop at a bad line (default) or count it")
     add("--workers", type=int, help="processes (default: all cores)")

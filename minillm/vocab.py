@@ -13,6 +13,7 @@ from minillm import UserError
 from minillm.tokenizer import ROLES, Tokenizer
 
 MAX_LINE = 1000  # characters; SentencePiece would drop a line over 4,192 bytes, so longer ones are cut
+COVERAGE = 0.9995  # of the text by characters that have a piece of their own, if the vocabulary is large enough
 
 
 def train_tokenizer(
@@ -45,17 +46,22 @@ def train_tokenizer(
 
     def train(size: int) -> bytes | int:
         """The model, or the largest size that SentencePiece thinks possible."""
-        # At most half of what is left goes to single characters; the rare ones are spelt in bytes.
-        common = counts.most_common((size - smallest) // 2 + 1)
-        coverage = min(0.9995, sum(n for _, n in common) / counts.total())
+        # At most half of what is left goes to single characters; the rare ones are spelt in bytes, and a line
+        # is cut where one stands. (SentencePiece itself would give up when the characters are too many.)
+        room, covered, rare = (size - smallest) // 2 + 1, 0, {}
+        for rank, (character, count) in enumerate(counts.most_common()):
+            if rank >= room or covered > COVERAGE * counts.total():
+                rare[ord(character)] = "\n"
+            covered += count
+        common = "\n".join(lines).translate(rare).split("\n") if rare else lines
         model = io.BytesIO()
         try:
             sentencepiece.SentencePieceTrainer.train(
-                sentence_iterator=iter(lines),
+                sentence_iterator=iter(common),
                 model_writer=model,
                 model_type="bpe",
                 vocab_size=size,
-                character_coverage=coverage,
+                character_coverage=1.0,
                 required_chars=printable,
                 byte_fallback=True,
                 split_digits=True,

@@ -1,0 +1,217 @@
+"""Text → ids → text, what cannot be forged, both chat templates, and the same ids in transformers."""
+
+import io
+import json
+import random
+
+import numpy as np
+import pytest
+import sentencepiece
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from minillm import UserError
+from minillm import tokenizer as module
+from minillm.tokenizer import StreamDecoder, Tokenizer
+from minillm.vocab import train_tokenizer
+
+CORPUS = [
+    "Ana and Nana saw a banana in Panama. The man ran; the dog sat on 12 mats, and 345 cats looked on.",
+    "小明在厨房里。他拿着三个苹果，去了花园。小红说：“你好，小明！”今天天气很好。",
+    "def f(x):\n    if x:\n        return    x + 1\n\t# a tab\n",
+    "once upon a time there was a little girl who lived in a house near the wood with her mother",
+]
+PIECES = [*"an b", "na", "the ", "The", "  ", "\n", "\r\n", "\t", "\0", "▁", "▅", "😀", "👩‍👩‍👧", "é", "e\u0301"]
+PIECES += ["中", "你好，", "，。", "<s>", "</s>", "<|user|>", "<0x0A>", "<unk>", "7", "42", "\u2028", "\x85", "\ufeff"]
+FORGED = ("▁", "<s>", "</s>", "<|user|>", "<unk>")
+
+
+def mixed_texts(count: int, pieces: list[str]) -> list[str]:
+    draw = random.Random(7)
+    return ["".join(draw.choices(pieces, k=draw.randrange(20))) for _ in range(count)]
+
+
+@pytest.fixture(scope="module")
+def ours(tmp_path_factory) -> Tokenizer:
+    return train_tokenizer(CORPUS * 20, 480, tmp_path_factory.mktemp("ours"))
+
+
+@pytest.fixture(scope="module")
+def foreign() -> Tokenizer:
+    """Llama's way: a dummy space before each text, no pad piece, no roles."""
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(CORPUS * 20),
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=420,
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        minloglevel=2,
+    )
+    return Tokenizer(model.getvalue(), "foreign")
+
+
+@given(st.text(st.characters(exclude_categories=["Cs"])) | st.lists(st.sampled_from(PIECES)).map("".join))
+@example("\0")
+@example("▁▁ ▁a▁ ")
+@example(" \n\n   \t ")
+@example("\U0010ffff\ufffe𠮷")
+@settings(max_examples=400, deadline=None)
+def test_round_trip(ours, foreign, text):
+    for tokenizer in (ours, foreign):
+        ids = tokenizer.encode(text)
+        assert tokenizer.decode(ids) == text
+    # ids 0 to 6 are special: no text yields one; and every byte of the text is accounted for
+    ids = ours.encode(text)
+    assert all(i >= 7 for i in ids)
+    assert ours.byte_lengths()[ids].sum() == len(text.encode())
+
+
+def test_special_ids_and_printable_ascii(ours):
+    assert (ours.bos_id, ours.eos_id, ours.pad_id, ours.vocab_size) == (1, 2, 3, 480)
+    assert ours.byte_lengths().dtype == np.int64
+    assert ours.byte_lengths()[:7].tolist() == [3, 0, 0, 0, 0, 0, 0]  # unk shows as U+FFFD
+    assert all(len(ours.encode(chr(code))) == 1 for code in range(33, 127))
+    assert ours.encode("\n") == [7 + 10]  # the byte piece
+    assert ours.encode("▁") == [7 + 0xE2, 7 + 0x96, 7 + 0x81]
+    assert len(ours.encode("12345")) == 5
+    assert ours.encode("") == []
+    assert ours.decode([1, *ours.encode("a b"), 2, 3, 5]) == "a b"
+
+
+def test_many_texts_at_once(ours):
+    texts = mixed_texts(300, PIECES)
+    assert ours.encode_many(texts, threads=2) == [ours.encode(text) for text in texts]
+
+
+def test_long_texts_are_cut_where_nothing_changes(ours, foreign, monkeypatch):
+    texts = [" ".join(mixed_texts(8, [p for p in PIECES if p != "▁"])) + CORPUS[i % 4] for i in range(60)]
+    whole = [(tokenizer._processor.encode(texts)) for tokenizer in (ours, foreign)]
+    monkeypatch.setattr(module, "LONG_TEXT", 40)
+    assert [tokenizer.encode_many(texts) for tokenizer in (ours, foreign)] == whole
+    endless = "an" * 500  # no place to cut
+    assert ours.decode(ours.encode(endless)) == endless
+
+
+def test_lone_surrogate_is_named(ours):
+    for encode in (ours.encode, lambda text: ours.encode_many(["fine", text])):
+        with pytest.raises(UserError, match=r"character 2.*U\+D83D"):
+            encode("ab\ud83d")
+
+
+def test_chat_template_by_hand(ours):
+    hi, yo = ours.encode("Hi"), ours.encode("<s> yo ")
+    messages = [
+        {"role": "system", "content": ""},
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": "<s> yo "},
+        {"role": "user", "content": "Hi"},
+    ]
+    ids, learn = ours.encode_chat(messages, add_generation_prompt=True)
+    assert ids == [1, 4, 5, *hi, 6, *yo, 2, 5, *hi, 6]
+    assert [i for i, learnt in enumerate(learn) if learnt] == list(range(4 + len(hi), 5 + len(hi) + len(yo)))
+    assert ours.encode_chat(messages)[0] == ids[:-1]
+
+
+def test_simple_template_by_hand(ours):
+    messages = [
+        {"role": "system", "content": "Be kind."},
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": "yo"},
+        {"role": "user", "content": "Ana"},
+    ]
+    first, yo, ana = ours.encode("Be kind.\nHi"), ours.encode("yo"), ours.encode("Ana")
+    ids, learn = ours.encode_chat(messages, template="simple", add_generation_prompt=True)
+    assert ids == [*first, 1, *yo, 2, *ana, 1]
+    assert learn == [False] * (len(first) + 1) + [True] * (len(yo) + 1) + [False] * (len(ana) + 1)
+
+
+def test_bad_messages_are_refused(ours, foreign):
+    with pytest.raises(UserError, match="role 'robot'"):
+        ours.encode_chat([{"role": "robot", "content": "a"}])
+    with pytest.raises(UserError, match="role user: a string"):
+        ours.encode_chat([{"role": "user", "content": None}])
+    with pytest.raises(UserError, match="template 'nice'"):
+        ours.encode_chat([], template="nice")
+    with pytest.raises(UserError, match="lacks the role pieces"):
+        foreign.encode_chat([], template="chat")
+    assert foreign.resolve_template("auto") == "simple"
+    assert foreign.pad_id == foreign.eos_id
+
+
+def test_ids_out_of_range(ours):
+    for wrong in (-1, 480):
+        with pytest.raises(UserError, match=f"token id {wrong}.*0 to 479"):
+            ours.decode([7, wrong])
+
+
+def test_stream_never_shows_half_a_character(ours):
+    text = "Ana 😀你好▁é\n 𠮷"
+    stream = StreamDecoder(ours)
+    shown = [stream.push(i) for i in ours.encode(text)]
+    assert "".join(shown) == text and stream.flush() == ""
+    assert "" in shown and not any("\ufffd" in part for part in shown)
+    cut = StreamDecoder(ours)
+    assert cut.push(ours.encode("😀")[0]) == ""
+    assert cut.flush() == "\ufffd"
+
+
+def test_damaged_files(ours, tmp_path):
+    ours.save(tmp_path)
+    data = (tmp_path / "tokenizer.model").read_bytes()
+    assert Tokenizer.load(tmp_path).sha256 == Tokenizer.load(tmp_path / "tokenizer.model").sha256 == ours.sha256
+    for cut in (*range(0, len(data), 61), *range(len(data) - 250, len(data))):
+        with pytest.raises(UserError, match="copy or train it again"):
+            Tokenizer(data[:cut], "cut.model")
+    with pytest.raises(UserError, match="cannot read the tokenizer"):
+        Tokenizer.load(tmp_path / "none.model")
+
+
+@pytest.mark.parametrize("model_type", [None, "llama", "qwen3", "mistral"])
+def test_transformers_gives_equal_ids(ours, foreign, tmp_path, model_type):
+    from transformers import AutoTokenizer
+
+    plain = [piece for piece in PIECES if piece not in FORGED]
+    texts = mixed_texts(1500, plain) + mixed_texts(1500, [*"anbhe "]) + CORPUS
+    chat = [
+        {"role": "system", "content": "Be  kind\n"},
+        {"role": "user", "content": " 你好 "},
+        {"role": "assistant", "content": "\n ok"},
+        {"role": "user", "content": ""},
+    ]
+    for name, tokenizer in {"ours": ours, "foreign": foreign}.items():
+        folder = tmp_path / name
+        tokenizer.save(folder)
+        if model_type:
+            (folder / "config.json").write_text(json.dumps({"model_type": model_type}))
+        theirs = AutoTokenizer.from_pretrained(folder)
+        assert theirs(texts)["input_ids"] == tokenizer.encode_many(texts)
+        assert (theirs.bos_token_id, theirs.eos_token_id, theirs.pad_token_id) == (
+            tokenizer.bos_id,
+            tokenizer.eos_id,
+            tokenizer.pad_id,
+        )
+        for template in ("auto", "simple"):
+            tokenizer.save(folder, template=template)
+            theirs = AutoTokenizer.from_pretrained(folder)
+            for prompt in (True, False):
+                ids = tokenizer.encode_chat(chat, template=template, add_generation_prompt=prompt)[0]
+                assert theirs.apply_chat_template(chat, add_generation_prompt=prompt)["input_ids"] == ids
+        tokenizer.save(folder, template="auto")
+
+
+def test_a_loaded_folder_keeps_its_own_files(ours, tmp_path):
+    ours.save(tmp_path / "a")
+    config = json.loads((tmp_path / "a" / "tokenizer_config.json").read_text()) | {"chat_template": "their own"}
+    (tmp_path / "a" / "tokenizer_config.json").write_text(json.dumps(config))
+    (tmp_path / "a" / "chat_template.jinja").write_text("their own")
+    loaded = Tokenizer.load(tmp_path / "a")
+    loaded.save(tmp_path / "b")
+    assert json.loads((tmp_path / "b" / "tokenizer_config.json").read_text()) == config
+    assert (tmp_path / "b" / "chat_template.jinja").read_text() == "their own"
+    loaded.save(tmp_path / "c", template="simple")
+    assert not (tmp_path / "c" / "chat_template.jinja").exists()
+    written = json.loads((tmp_path / "c" / "tokenizer_config.json").read_text())["chat_template"]
+    assert written == module.SIMPLE_JINJA

@@ -1,0 +1,59 @@
+"""Learning a tokenizer: reproducible, nothing dropped, bounded memory, clear limits."""
+
+import re
+
+import pytest
+
+from minillm import UserError
+from minillm.vocab import MAX_LINE, _sample_lines, train_tokenizer
+
+TEXTS = ["the cat sat on the mat and the dog sat on the log\nhello hello world 2024"] * 30
+
+
+def test_same_text_gives_the_same_file(tmp_path):
+    one = train_tokenizer(TEXTS, 380, tmp_path / "a")
+    two = train_tokenizer(iter(TEXTS), 380, tmp_path / "b")
+    assert one.sha256 == two.sha256
+    rows = (tmp_path / "a" / "tokenizer.vocab").read_text(encoding="utf-8").splitlines()
+    assert rows[1].split("\t")[:2] == ["1", "<s>"] and len(rows) == 380
+
+
+def test_largest_possible_vocabulary_is_named_and_possible(tmp_path):
+    with pytest.raises(UserError, match=r"vocab_size 5,000: the text gives at most (\d+) pieces") as error:
+        train_tokenizer(TEXTS, 5000, tmp_path)
+    largest = int(re.search(r"at most (\d+)", str(error.value))[1])
+    assert train_tokenizer(TEXTS, largest, tmp_path).vocab_size == largest
+    with pytest.raises(UserError, match=f"at most {largest} "):
+        train_tokenizer(TEXTS, largest + 1, tmp_path)
+
+
+def test_limits_below(tmp_path):
+    with pytest.raises(UserError, match="vocab_size 100: at least 360"):
+        train_tokenizer(TEXTS, 100, tmp_path)
+    with pytest.raises(UserError, match="no text"):
+        train_tokenizer(["", "\n\n"], 400, tmp_path)
+
+
+def test_more_characters_than_the_vocabulary_holds(tmp_path):
+    """The rare ones are spelt in bytes; SentencePiece alone would give up."""
+    many = "".join(map(chr, range(0x4E00, 0x4E00 + 3000)))
+    tokenizer = train_tokenizer([many, "天地玄黄" * 50], 500, tmp_path)
+    assert tokenizer.decode(tokenizer.encode(many)) == many
+    assert len(tokenizer.encode("天地玄黄")) < 4
+
+
+def test_long_and_oddly_marked_lines_are_learnt_from(tmp_path):
+    long_line = "床前明月光疑是地上霜" * 2000  # 60,000 bytes in one line
+    tokenizer = train_tokenizer([long_line, "▅举头望▁低头思▅" * 200], 390, tmp_path)
+    assert len(tokenizer.encode("床前明月光")) < 5
+    assert len(tokenizer.encode("举头望低头思")) < 6
+
+
+def test_sample_is_bounded_even_and_reproducible():
+    texts = [f"line {i:06d}" for i in range(20_000)]  # 11 bytes each
+    kept = _sample_lines(texts, 50_000, seed=0)
+    assert 15_000 < sum(map(len, kept)) <= 50_000
+    first_half = sum(line < "line 010000" for line in kept) / len(kept)
+    assert 0.45 < first_half < 0.55
+    assert kept == _sample_lines(iter(texts), 50_000, seed=0) != _sample_lines(texts, 50_000, seed=1)
+    assert _sample_lines(["a\nb", "", "c" * (MAX_LINE + 1)], 10_000, 0) == ["a", "b", "c" * MAX_LINE, "c"]
