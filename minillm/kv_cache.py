@@ -44,6 +44,20 @@ class KVCache:
     def advance(self, n_tokens: int) -> None:
         self.length += n_tokens
 
+    def keep(self, rows: Tensor) -> None:
+        """Let go of all rows but these, (n,) int64, and of the slots that are padding in all of them."""
+        unused = 0
+        if self.padding is not None:
+            self.padding = self.padding[rows]
+            unused = int(self.padding.min())
+            self.padding = self.padding - unused if int(self.padding.max()) > unused else None
+        for tensors in (self.keys, self.values):
+            for layer, old in enumerate(tensors):
+                new = old.new_zeros(len(rows), *old.shape[1:])
+                new[:, : self.length - unused] = old[rows, unused : self.length]
+                tensors[layer] = new
+        self.length -= unused
+
     def positions(self, n_tokens: int, device) -> Tensor:
         """Position of each of the next `n_tokens` in its own sequence: (T,), or (B, T) with padding."""
         slots = torch.arange(self.length, self.length + n_tokens, device=device)

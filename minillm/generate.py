@@ -1,0 +1,301 @@
+"""Generation: prompts in, new tokens out, one at a time through the KV cache.
+
+    logits → repetition penalty → / temperature → top-k → top-p → min-p → draw      (temperature 0: the largest)
+
+Row r of a batch draws with its own random numbers, a pure function of (seed, r), so what it says does not
+depend on which other rows there are. See docs/generation.md.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from minillm import UserError, ops
+from minillm.decode import Decoder, is_plain
+from minillm.kv_cache import KVCache
+from minillm.model import Transformer
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is drawn. Each value that is refused raises UserError."""
+
+    temperature: float = 0.8  # logits are divided by it; 0: always the most probable token (greedy)
+    top_k: int = 0  # keep the k most probable; 0 or more than the vocabulary: all
+    top_p: float = 1.0  # keep the fewest most probable that sum to p or more; 0: the best one, 1: all
+    min_p: float = 0.0  # keep those with at least min_p × the best one's probability; 0: all
+    repetition_penalty: float = 1.0  # divides positive, multiplies negative logits of ids already there
+    seed: int = 0
+
+    def __post_init__(self):
+        checks = {
+            "temperature": (0 <= self.temperature < float("inf"), "0 (greedy) or above"),
+            "top_k": (self.top_k >= 0, "0 (off) or above"),
+            "top_p": (0 <= self.top_p <= 1, "0 to 1"),
+            "min_p": (0 <= self.min_p <= 1, "0 to 1"),
+            "repetition_penalty": (0 < self.repetition_penalty < float("inf"), "above 0 (1 is off)"),
+            "seed": (self.seed >= 0, "0 or above"),
+        }
+        wrong = [f"{k} {getattr(self, k)}: must be {rule}" for k, (good, rule) in checks.items() if not good]
+        if wrong:
+            raise UserError("sampling: " + "; ".join(wrong))
+
+
+GREEDY = Sampling(temperature=0.0)
+
+
+class Completion(NamedTuple):
+    """New tokens of one prompt, without a stop id, and why they end there.
+
+    reason: "stop" (a stop id or stop string came), "length" (max_new_tokens) or "context" (the model's
+    max_seq_len is full).
+    """
+
+    tokens: list[int]
+    reason: str
+
+
+def filtered(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor | None]:
+    """Probabilities after temperature, top-k, top-p and min-p, unnormalised: (B, n) float64.
+
+    logits: (B, V) at temperature > 0. With them come the ids they belong to, (B, n) int64, best first,
+    or None when the columns are the ids themselves. The best token always stays.
+    """
+    ids, vocab = None, logits.shape[-1]
+    if 0 < sampling.top_k < vocab:
+        logits, ids = logits.topk(sampling.top_k, dim=-1)
+    elif sampling.top_p < 1:  # "the most probable that sum to p" needs an order
+        logits, ids = logits.sort(dim=-1, descending=True)
+    best = logits.amax(-1, keepdim=True)  # subtracted before dividing, so that no temperature overflows
+    p = torch.softmax((logits - best).double() / sampling.temperature, dim=-1)
+    best = p.amax(-1, keepdim=True)
+    if sampling.top_p < 1:  # Holtzman et al. 2020, arXiv:1904.09751: kept while what stands before is below p
+        before = p.cumsum(-1) - p
+        before[:, 0] = -1.0
+        p = p.masked_fill(before >= sampling.top_p, 0.0)
+    if sampling.min_p > 0:  # Nguyen et al. 2024, arXiv:2407.01082
+        p = p.masked_fill(p < sampling.min_p * best, 0.0)
+    return p, ids
+
+
+def pick(logits: Tensor, sampling: Sampling, uniform: Tensor | None, seen: Tensor | None = None) -> Tensor:
+    """The next token of each row, (B,) int64.
+
+    logits: (B, V). uniform: (B,) float64 in [0, 1): where in the cumulated probabilities the draw falls
+    (inverse transform sampling). seen: (B, V) bool, ids that the repetition penalty is for.
+    """
+    if seen is not None:  # Keskar et al. 2019, arXiv:1909.05858, section 4.1, with both signs made less likely
+        penalty = sampling.repetition_penalty
+        logits = torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
+    if sampling.temperature == 0:
+        return logits.argmax(-1)
+    p, ids = filtered(logits.float(), sampling)
+    total = p.cumsum(-1)
+    drawn = torch.searchsorted(total, uniform[:, None] * total[:, -1:], right=True)  # (B, 1)
+    return (drawn if ids is None else ids.gather(-1, drawn)).squeeze(-1)
+
+
+def random_numbers(seed: int, rows: Sequence[int], n: int, device) -> Tensor:
+    """(len(rows), n) float64 in [0, 1): number t of row r is a function of (seed, r, t) alone.
+
+    They are multiples of 2⁻²⁴, so that one times a sum in float64 stays below the sum.
+    """
+    draws = [np.random.default_rng([seed, row]).random(n, dtype=np.float32) for row in rows]
+    return torch.from_numpy(np.stack(draws).astype(np.float64)).to(device)
+
+
+def check_prompts(model: Transformer, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
+    """Raise UserError for what cannot be generated from."""
+    if max_new_tokens < 1:
+        raise UserError(f"max_new_tokens {max_new_tokens}: must be at least 1")
+    vocab, context = model.config.vocab_size, model.config.max_seq_len
+    for row, prompt in enumerate(prompts):
+        if not len(prompt):
+            raise UserError(f"prompt {row}: is empty; begin it with the tokenizer's bos")
+        if len(prompt) >= context:
+            raise UserError(
+                f"prompt {row}: {len(prompt)} tokens leave no room for a new one in the model's context of "
+                f"{context}; shorten it"
+            )
+        if not 0 <= min(prompt) <= max(prompt) < vocab:
+            raise UserError(
+                f"prompt {row}: holds ids from {min(prompt)} to {max(prompt)}, but the model knows 0 to "
+                f"{vocab - 1}; it belongs to another tokenizer"
+            )
+
+
+def prefill(model: Transformer, prompts: Sequence[Sequence[int]], room: int) -> tuple[KVCache, Tensor]:
+    """A cache with `room` more slots that has read the prompts, and the logits (B, V) after each.
+
+    Shorter prompts are padded on the left, so all end in the same slot; padding is never seen.
+    """
+    weight = model.embed_tokens.weight
+    lengths = torch.tensor([len(prompt) for prompt in prompts], device=weight.device)
+    longest = int(lengths.max())
+    padding = None if int(lengths.min()) == longest else longest - lengths
+    rows = [[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts]
+    cache = KVCache(
+        model.config,
+        len(prompts),
+        longest + room,
+        padding=padding,
+        device=weight.device,
+        dtype=weight.dtype,
+    )
+    hidden = model.hidden(torch.tensor(rows, device=weight.device), cache=cache)
+    logits = model.logits(hidden[:, -1])
+    if not torch.isfinite(logits).all():
+        raise UserError("the model's logits are not finite: its weights are damaged or its dtype too narrow")
+    return cache, logits
+
+
+@torch.inference_mode()
+def steps(
+    model: Transformer,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    *,
+    sampling: Sampling = GREEDY,
+    ended=lambda row, token: False,
+) -> Iterator[list[tuple[int, int]]]:
+    """Yield the new (row, token) pairs of each step, until every row has ended.
+
+    ended(row, token): asked once for every new token; True lets the row go. A row also goes when its
+    context is full. Rows that went leave the cache once they are half of it.
+    """
+    check_prompts(model, prompts, max_new_tokens)
+    device, context = model.embed_tokens.weight.device, model.config.max_seq_len
+    limits = [min(max_new_tokens, context - len(prompt)) for prompt in prompts]
+    was_training = model.training
+    model.eval()
+    try:
+        longest = max(map(len, prompts))
+        cache, logits = prefill(model, prompts, min(max(limits), context - longest))
+        decoder = Decoder(model, cache) if is_plain(model) and ops.selected() != "reference" else None
+        rows = list(range(len(prompts)))  # of the cache; those that went have left `alive`
+        alive, seen, uniform = set(rows), None, None
+        if sampling.temperature > 0:
+            uniform = random_numbers(sampling.seed, rows, max(limits), device)
+        if sampling.repetition_penalty != 1:
+            seen = torch.zeros_like(logits, dtype=torch.bool)
+            for row, prompt in enumerate(prompts):
+                seen[row, list(prompt)] = True
+        for step in range(max(limits)):
+            tokens = pick(logits, sampling, None if uniform is None else uniform[:, step], seen)
+            pairs = [(r, t) for r, t in zip(rows, tokens.tolist(), strict=True) if r in alive]
+            yield pairs
+            alive -= {r for r, t in pairs if ended(r, t) or step + 1 == limits[r]}
+            if not alive:
+                return
+            if seen is not None:
+                seen[torch.arange(len(rows), device=device), tokens] = True
+            if cache.length == cache.max_len or 2 * len(alive) <= len(rows):
+                kept = torch.tensor([i for i, r in enumerate(rows) if r in alive], device=device)
+                rows = [r for r in rows if r in alive]
+                cache.keep(kept)
+                tokens = tokens[kept]
+                uniform = None if uniform is None else uniform[kept]
+                seen = None if seen is None else seen[kept]
+            if decoder is not None:
+                logits = decoder.step(tokens)
+            else:
+                logits = model.logits(model.hidden(tokens[:, None], cache=cache))[:, -1]
+    finally:
+        model.train(was_training)
+
+
+def generate(
+    model: Transformer,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    *,
+    sampling: Sampling = GREEDY,
+    stop_ids: Sequence[int] = (),
+    stop_strings: Sequence[str] = (),
+    tokenizer=None,
+) -> list[Completion]:
+    """What the model says after each prompt.
+
+    prompts: token ids, at least one each; refused when one fills the model's context (max_seq_len).
+    max_new_tokens: at most so many each; fewer ("context") where prompt and new tokens fill the context.
+    stop_ids: a row ends at one of these, which is left out. stop_strings: a row ends with the token that
+    completes one of these in its text, decoded by `tokenizer`; `cut` removes it from a text.
+    """
+    if stop_strings and tokenizer is None:
+        raise ValueError("stop_strings need the tokenizer that makes text of the tokens")
+    new: list[list[int]] = [[] for _ in prompts]
+    stopped = [False] * len(prompts)
+    tail = max((len(s.encode()) for s in stop_strings), default=0)  # no stop string has more tokens than bytes
+
+    def ended(row: int, token: int) -> bool:
+        if token in stop_ids:
+            stopped[row] = True
+            return True
+        new[row].append(token)
+        if stop_strings:
+            text = tokenizer.decode(new[row][-tail:])
+            stopped[row] = any(s in text for s in stop_strings)
+        return stopped[row]
+
+    for _ in steps(model, prompts, max_new_tokens, sampling=sampling, ended=ended):
+        pass
+    return [
+        Completion(tokens, "stop" if stop else "length" if len(tokens) == max_new_tokens else "context")
+        for tokens, stop in zip(new, stopped, strict=True)
+    ]
+
+
+def cut(text: str, stop_strings: Sequence[str]) -> str:
+    """The text before the first of these strings."""
+    return text[: min((text.find(s) for s in stop_strings if s in text), default=len(text))]
+
+
+def stream(
+    model: Transformer,
+    tokenizer,
+    prompt: Sequence[int],
+    max_new_tokens: int,
+    *,
+    sampling: Sampling = GREEDY,
+    stop_ids: Sequence[int] = (),
+    stop_strings: Sequence[str] = (),
+) -> Iterator[str]:
+    """Pieces of the text as it comes, each of whole characters; never any part of a stop string.
+
+    Arguments as in `generate`. The iterator's return value is the `Completion`.
+    """
+    from minillm.tokenizer import StreamDecoder
+
+    decoder, new, waiting, reason = StreamDecoder(tokenizer), [], "", None
+    for ((_, token),) in steps(model, [prompt], max_new_tokens, sampling=sampling):
+        if token in stop_ids:
+            reason = "stop"
+            break
+        new.append(token)
+        waiting += decoder.push(token)
+        if any(s in waiting for s in stop_strings):
+            waiting, reason = cut(waiting, stop_strings), "stop"
+            break
+        held = _could_become(waiting, stop_strings)
+        if len(waiting) > held:
+            yield waiting[: len(waiting) - held]
+            waiting = waiting[len(waiting) - held :]
+    else:
+        waiting = cut(waiting + decoder.flush(), stop_strings)
+        reason = "length" if len(new) == max_new_tokens else "context"
+    if waiting:
+        yield waiting
+    return Completion(new, reason)
+
+
+def _could_become(text: str, stop_strings: Sequence[str]) -> int:
+    """Length of the longest end of `text` that begins a stop string."""
+    longest = max((len(s) - 1 for s in stop_strings), default=0)
+    for n in range(min(longest, len(text)), 0, -1):
+        if any(s.startswith(text[-n:]) for s in stop_strings):
+            return n
+    return 0
