@@ -31,6 +31,11 @@ def select(implementation: str) -> None:
     _selected = implementation
 
 
+def selected() -> str:
+    """The implementation chosen by `select`."""
+    return _selected
+
+
 def describe() -> str:
     """One line for a run's start: which implementation each op uses."""
     if _selected == "reference":
