@@ -181,6 +181,18 @@ def preset(name: str, **overrides) -> ModelConfig:
     return ModelConfig(**{**PRESETS[name], **chosen})
 
 
+def parse_rope_scaling(text: str, original_max_seq_len: int) -> RopeScaling:
+    """`yarn:4` → a scaling by 4 of a model trained on `original_max_seq_len` tokens."""
+    kind, _, factor = text.partition(":")
+    try:
+        scaling = RopeScaling(kind, float(factor), original_max_seq_len)
+        if kind not in ("linear", "yarn", "llama3") or scaling.factor < 1:
+            raise ValueError
+    except ValueError:
+        raise UserError(f"--rope_scaling {text}: expected linear:F, yarn:F or llama3:F with F at least 1") from None
+    return scaling
+
+
 def parse(config_class: type, description: str, argv: list[str] | None = None):
     """An instance of `config_class` from the command line.
 

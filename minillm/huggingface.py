@@ -196,14 +196,14 @@ def load_model(
     *,
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
-    **overrides,
+    config: ModelConfig | None = None,
 ) -> Transformer:
     """Load a model folder, tensor by tensor, so that memory holds the model and one tensor more.
 
-    dtype: convert floating weights to it (None: as stored). overrides: `ModelConfig` fields to change,
-    e.g. dropout or max_seq_len. Raises `UserError` with the complete list of what does not fit.
+    dtype: convert floating weights to it (None: as stored). config: to use in place of the folder's, e.g. with
+    dropout or a longer context. Raises `UserError` with the complete list of what does not fit.
     """
-    config = dataclasses.replace(load_config(folder), **overrides)
+    config = config or load_config(folder)
     with torch.device("meta"):
         model = Transformer(config)
     expected = {export_name(n): t.shape for n, t in model.state_dict().items()}

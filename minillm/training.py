@@ -1,0 +1,235 @@
+"""What the training scripts do around their loops: the run's folder, resuming, saving, validating.
+
+The loops themselves stand in the scripts.
+"""
+
+import contextlib
+import ctypes
+import dataclasses
+import hashlib
+import json
+import math
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from minillm import UserError, checkpoint, config, distributed, huggingface, metrics, run
+from minillm.model import Transformer
+from minillm.tokenizer import Tokenizer
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class Run:
+    """One training run: its folder, its lock, and where it stands."""
+
+    def __init__(self, cfg: config.TrainingConfig, ranks: distributed.Ranks, fingerprints: dict[str, str]):
+        """Take the folder and find the checkpoint to go on from, if any.
+
+        fingerprints: of tokenizer, data, its order and architecture. Raises `UserError` if another run holds the
+        folder, if the checkpoint there is of something else, or if `--resume none` meets checkpoints.
+        """
+        self.cfg, self.ranks, self.fingerprints = cfg, ranks, fingerprints
+        self.folder = Path(cfg.out)
+        self.lock = run.RunLock(self.folder) if ranks.main else None
+        self.signals = run.StopSignals()
+        self.source: Path | None = None
+        self.state: dict = {"step": 0, "time_s": 0.0}
+        self.bad_steps = 0
+        if ranks.main:
+            run.clean_stale(self.folder)
+            self.source = self._find_source()
+        found = ranks.any(0 if self.source is None else run.step_of(self.source))
+        if found and self.source is None:
+            self.source = self._find_source(found)
+        if self.source is not None:
+            self.state = checkpoint.read_state(self.source)
+            for line in checkpoint.compare_fingerprints(self.state, self._describe(0), cfg.allow_data_change):
+                self.say(line)
+        self.start_step: int = self.state["step"]
+        if ranks.main:
+            run.set_aside_later(self.folder, self.start_step, log=self.say)
+        self.begun = time.monotonic()
+        if ranks.main:
+            self.log = run.MetricsLog(self.folder / "metrics.jsonl", self.start_step)
+        self.board = metrics.tensorboard_writer(self.folder / "tensorboard") if cfg.tensorboard and ranks.main else None
+        self.progress = metrics.Progress(cfg.steps, self.start_step, ranks.main)
+        self.watchdog = distributed.Watchdog(ranks, cfg.timeout_s)
+
+    def _find_source(self, step: int | None = None) -> Path | None:
+        """The checkpoint that --resume means; `step` where rank 0 has already chosen and verified it."""
+        if self.cfg.resume == "none":
+            if run.step_folders(self.folder):
+                raise UserError(
+                    f"--resume none: {self.folder} already holds checkpoints; choose another --out, delete it, "
+                    "or go on with --resume auto"
+                )
+            return None
+        at = self.folder if self.cfg.resume == "auto" else Path(self.cfg.resume)
+        if step is not None:
+            return at if at.name == run.step_name(step) else at / run.step_name(step)
+        if self.cfg.resume == "auto":
+            return run.newest_checkpoint(at, log=self.say)
+        return run.resolve_checkpoint(at, log=self.say)
+
+    def say(self, text: str) -> None:
+        if self.ranks.main:
+            print(text, flush=True)
+
+    @property
+    def finished(self) -> bool:
+        return self.start_step >= self.cfg.steps
+
+    def seconds(self) -> float:
+        """Training time so far, over restarts."""
+        return self.state["time_s"] + time.monotonic() - self.begun
+
+    def check_disk(self, model: Transformer) -> None:
+        """Say before the first step if the disk cannot hold the checkpoints: weights and two moments in fp32 each."""
+        if self.ranks.main:
+            weights = 4 * model.config.n_parameters()
+            held = len(run.step_folders(self.folder))
+            copies = max(1, (self.cfg.keep_last or 1) + 1 - held)
+            run.check_writable(self.folder, copies * 3 * weights, largest_file=2 * weights)
+
+    def _describe(self, step: int) -> dict:
+        return {
+            "step": step,
+            "time_s": round(self.seconds(), 3) if step else 0.0,
+            "fingerprints": self.fingerprints,
+            "config": dataclasses.asdict(self.cfg),
+            "threads": torch.get_num_threads(),
+            "world": self.ranks.world,
+            "torch": torch.__version__,
+        }
+
+    def restore(self, model: Transformer, optimizers: list, scaler: torch.amp.GradScaler) -> None:
+        """Optimizer and scaler as the checkpoint left them (the model has been loaded from it before)."""
+        if self.source is not None:
+            checkpoint.restore_optimizers(self.source, optimizers, dict(model.named_parameters()))
+            scaler.load_state_dict(self.state["scaler"])
+
+    def save(self, step: int, model: Transformer, optimizers: list, scaler, tokenizer: Tokenizer | None) -> None:
+        """Write `step-N/` whole or not at all, then drop the oldest beyond --keep_last."""
+        if self.ranks.main:
+            state = self._describe(step) | {"scaler": scaler.state_dict()}
+            checkpoint.save(
+                self.folder,
+                step,
+                write_model=lambda folder: huggingface.save_model(model, folder, special_ids=special_ids(tokenizer)),
+                tokenizer=tokenizer,
+                state=state,
+                optimizers=optimizers,
+                named_parameters=dict(model.named_parameters()),
+            )
+            run.prune(self.folder, self.cfg.keep_last)
+        self.ranks.barrier()
+
+    def finish_step(self, row: dict, speed: float, peak: float | None, flops: int) -> None:
+        """Log a step and move the bar. row: step, loss, lr, grad_norm; speed: tokens/s; peak: FLOP/s; flops: a token."""
+        mfu = None if peak is None else speed * flops / (peak * self.ranks.world)
+        row |= {"tokens_per_s": speed, "mfu": mfu, "time_s": self.seconds()}
+        self.record(row)
+        done = row["step"] - self.start_step
+        self.progress.show(row["step"], row, (time.monotonic() - self.begun) / done * (self.cfg.steps - row["step"]))
+        self.watchdog.tick(row["step"])
+
+    def due(self, step: int, every: int) -> bool:
+        """True every so many steps (0: never) and at the last."""
+        return step == self.cfg.steps or (every > 0 and step % every == 0)
+
+    def record(self, row: dict) -> None:
+        """Append a row to metrics.jsonl (and TensorBoard)."""
+        if not self.ranks.main:
+            return
+        self.log.write(row)
+        if self.board is not None:
+            for name, value in row.items():
+                if name != "step" and value is not None:
+                    self.board.add_scalar(name, value, row["step"])
+
+    def check_finite(self, step: int, loss: float, grad_norm: float) -> bool:
+        """False if this step must not be applied; too many of those in a row end the run, its last checkpoint kept."""
+        if math.isfinite(loss) and math.isfinite(grad_norm):
+            self.bad_steps = 0
+            return True
+        self.bad_steps += 1
+        self.progress.say(
+            f"step {step}: loss {loss}, gradient norm {grad_norm}: not applied ({self.bad_steps} in a row)"
+        )
+        if self.bad_steps >= self.cfg.max_bad_steps:
+            raise UserError(
+                f"step {step}: {self.bad_steps} steps in a row were not finite; the last good checkpoint is kept in "
+                f"{self.folder}; lower --lr, raise --warmup_steps or choose --dtype float32"
+            )
+        return False
+
+    def close(self) -> None:
+        """The loop has ended: no more bar, no more watching."""
+        self.progress.close()
+        self.watchdog.pause()
+
+    def stop_requested(self) -> int:
+        """The signal that asked any rank to stop, or 0."""
+        return self.ranks.any(self.signals.requested)
+
+
+def autocast(device: torch.device, dtype: torch.dtype):
+    """Matrix products in `dtype`, everything delicate in fp32; nothing to do for float32."""
+    if dtype == torch.float32:
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, dtype)
+
+
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The dtype of matrix products; "auto" is bfloat16 on CUDA, else float32."""
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+    return DTYPES[name]
+
+
+def seed_step(seed: int, step: int, rank: int) -> None:
+    """Make a step's dropout a function of (seed, step, rank), so that no random state need be saved."""
+    torch.manual_seed(int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0] >> 1))
+
+
+def schedule(cfg: config.TrainingConfig) -> dict:
+    """The options of a configuration that `optim.lr_at` takes."""
+    return dict(
+        lr=cfg.lr,
+        steps=cfg.steps,
+        warmup=cfg.warmup_steps,
+        schedule=cfg.schedule,
+        min_ratio=cfg.min_lr_ratio,
+        decay=cfg.decay_share,
+    )
+
+
+def fingerprint(*parts) -> str:
+    """Short SHA-256 of anything JSON can say."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def special_ids(tokenizer: Tokenizer | None) -> dict[str, int]:
+    """The ids that config.json records."""
+    if tokenizer is None:
+        return {}
+    return {f"{name}_token_id": getattr(tokenizer, f"{name}_id") for name in ("bos", "eos", "pad")}
+
+
+def clip(model: torch.nn.Module, optimizers: list, scaler: torch.amp.GradScaler, limit: float) -> float:
+    """Undo the loss scale, bring the gradient's norm down to `limit` (0: leave it), and return the norm before."""
+    if scaler.is_enabled():
+        for optimizer in optimizers:
+            scaler.unscale_(optimizer)
+    return float(torch.nn.utils.clip_grad_norm_(model.parameters(), limit or math.inf))
+
+
+def keep_freed_memory() -> None:
+    """Have glibc keep freed memory for the next step: on a CPU, new pages for each activation cost a tenth of the time."""
+    with contextlib.suppress(OSError, AttributeError):
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD: blocks below 1 GiB come from the heap
+        libc.mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD: of which up to 1 GiB is not given back

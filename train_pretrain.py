@@ -1,0 +1,180 @@
+"""Pretrain a language model: from nothing, or going on from another.
+
+    python train_pretrain.py                                        the bundled corpus, a tiny model, minutes
+    python train_pretrain.py --data data/mine --preset 124m --out out/mine
+    torchrun --nproc_per_node 8 train_pretrain.py --data data/mine --preset 1b --batch_size 512 --micro_batch_size 8
+
+Run the same command again to go on where it was stopped. Reads from top to bottom: configuration, data,
+model, optimizer, the loop.
+"""
+
+import dataclasses
+import math
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from data import bundled
+from minillm import UserError, config, distributed, evaluate, generate, huggingface, ops, optim, plot, run, training
+from minillm.config import option
+from minillm.data import TokenBins, TokenWindows, parse_mixture, validation_part
+from minillm.metrics import duration, peak_flops
+from minillm.model import Transformer
+from minillm.parallel import gradients_synced, parallelize
+from minillm.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Config(config.TrainingConfig):
+    data: str = option("data/bundled", "folder of token bins, or a mixture FOLDER:WEIGHT,FOLDER:WEIGHT,…")
+    out: str = option("out/pretrain", "the run's folder: checkpoints, metrics.jsonl, curve.png")
+    data_dtype: str | None = option(None, "dtype of a raw .bin made elsewhere: uint16 or uint32")
+    data_vocab_size: int | None = option(None, "vocabulary size of a raw .bin made elsewhere")
+    document_attention: bool = option(False, "attention stays inside documents")
+    preset: str = option("tiny", "shape of a new model", tuple(config.PRESETS))
+    dim: int | None = option(None, "model width, in place of the preset's")
+    n_layers: int | None = option(None, "layers")
+    n_heads: int | None = option(None, "query heads")
+    n_kv_heads: int | None = option(None, "key/value heads")
+    head_dim: int | None = option(None, "size of a head")
+    ffn_dim: int | None = option(None, "feed-forward width")
+    max_seq_len: int | None = option(None, "longest context in tokens; also extends a model given by --init_from")
+    positions: str | None = option(None, "rope or learned", ("rope", "learned"))
+    rope_theta: float | None = option(None, "base of the rotary frequencies")
+    rope_scaling: str | None = option(None, "stretch rotary positions: linear:FACTOR, yarn:FACTOR or llama3:FACTOR")
+    tie_embeddings: bool | None = option(None, "output layer shares the embedding's weights")
+    qk_norm: bool | None = option(None, "norm queries and keys per head")
+    qkv_bias: bool | None = option(None, "biases on query, key and value projections")
+    window: int | None = option(None, "sliding attention window in tokens")
+    softcap: float | None = option(None, "soft cap on the logits")
+
+
+MODEL_OPTIONS = [f.name for f in dataclasses.fields(config.ModelConfig) if f.name not in ("vocab_size", "dropout")]
+
+
+def main() -> int:
+    cfg = config.parse(Config, __doc__)
+    ranks = distributed.start(cfg.device, cfg.timeout_s)
+    distributed.check_batch(cfg.batch_size, cfg.micro_batch_size, ranks.world)
+    ops.select(cfg.impl)
+
+    # data: token bins, and the tokenizer that lies beside them
+    if cfg.data == bundled.FOLDER and ranks.main:
+        bundled.build(Path(cfg.data))
+    ranks.barrier()
+    mixture = parse_mixture(cfg.data)
+    raw = dict(dtype=cfg.data_dtype, vocab_size=cfg.data_vocab_size)
+    bins = [(TokenBins(path, "train", **raw), share) for path, share in mixture]
+    windows = TokenWindows(bins, cfg.seq_len, seed=cfg.seed, documents=cfg.document_attention)
+    first = bins[0][0]
+    tokenizer = Tokenizer.load(first.path) if first.meta else None
+    validation = evaluate.Validation(TokenBins(first.path, "val", **raw), tokenizer, cfg.seq_len, cfg.eval_tokens)
+
+    # the run: its folder, and the checkpoint to go on from
+    init = run.resolve_checkpoint(cfg.init_from) if cfg.init_from else None
+    model_config = shape(cfg, first.vocab_size, init)
+    fingerprints = {
+        "data": training.fingerprint([b.meta for b, _ in bins], cfg.data if not first.meta else [w for _, w in bins]),
+        "batch size, sequence length or seed": training.fingerprint(cfg.batch_size, cfg.seq_len, cfg.seed),
+        "tokenizer": first.meta.get("tokenizer_sha256", ""),
+        "architecture": training.fingerprint(huggingface.to_hf(model_config)),
+    }
+    this = training.Run(cfg, ranks, fingerprints)
+    if this.finished:
+        this.say(f"{this.folder} has finished its {this.start_step} steps; to go on, raise --steps. {NEXT}")
+        return 0
+    this.say(f"configuration:\n{config.show(cfg)}")
+
+    # the model: resumed, or continued from another, or new
+    source = this.source or init
+    if source:
+        model = huggingface.load_model(source, config=model_config, device=ranks.device, dtype=torch.float32)
+        this.say(f"weights from {source}")
+    else:
+        model = Transformer(model_config)
+        model.init_weights(cfg.seed)
+        model = model.to(ranks.device)
+    model.checkpoint_activations = cfg.checkpoint_activations
+    status = train(cfg, this, model, windows, validation, tokenizer)
+    if status == 0 and ranks.main:
+        conclude(cfg, this, model, tokenizer)
+    distributed.stop()
+    return status
+
+
+def shape(cfg: Config, vocab_size: int, init: Path | None) -> config.ModelConfig:
+    """The model's shape: the preset's, or that of --init_from, with the options given on top."""
+    names = [f.name for f in dataclasses.fields(config.ModelConfig) if hasattr(cfg, f.name)]
+    given = {name: getattr(cfg, name) for name in names if getattr(cfg, name) is not None}
+    if cfg.rope_scaling:
+        base = huggingface.load_config(init).max_seq_len if init else config.PRESETS[cfg.preset]["max_seq_len"]
+        given["rope_scaling"] = config.parse_rope_scaling(cfg.rope_scaling, base)
+    if init is None:
+        return config.preset(cfg.preset, vocab_size=vocab_size, **given)
+    loaded = huggingface.load_config(init)
+    if loaded.vocab_size < vocab_size:
+        raise UserError(
+            f"--init_from {init}: its vocabulary has {loaded.vocab_size} ids, but {cfg.data} has {vocab_size}; "
+            "prepare the data with the model's own tokenizer"
+        )
+    return dataclasses.replace(loaded, **given)
+
+
+def train(cfg: Config, this: training.Run, model, windows, validation, tokenizer) -> int:
+    ranks, n_targets = this.ranks, cfg.batch_size * cfg.seq_len
+    dtype = training.pick_dtype(cfg.dtype, ranks.device)
+    optimizers = optim.build_optimizers(model, cfg.optimizer, lr=cfg.lr, weight_decay=cfg.weight_decay)
+    scaler = torch.amp.GradScaler(ranks.device.type, enabled=dtype == torch.float16)
+    this.restore(model, optimizers, scaler)
+    this.check_disk(model)
+    trained = parallelize(model, ranks, cfg.compile)
+    flops, peak = model.config.flops_per_token(cfg.seq_len), peak_flops(ranks.device, dtype)
+    this.say(f"{model.config.n_parameters():,} parameters, {flops / 1e6:.1f} MFLOP a token; {ops.describe()}")
+    this.say(f"{windows.n_windows:,} windows of {cfg.seq_len} tokens; {cfg.steps * n_targets:,} tokens to train on")
+
+    for step in range(this.start_step + 1, cfg.steps + 1):
+        begun = time.monotonic()
+        lr = optim.lr_at(step - 1, **training.schedule(cfg))
+        optim.set_lr(optimizers, lr)
+        training.seed_step(cfg.seed, step, ranks.rank)
+        nats = torch.zeros((), device=ranks.device)
+        micro_batches = ranks.micro_batches(step - 1, cfg.batch_size, cfg.micro_batch_size)
+        for i, positions in enumerate(micro_batches):
+            batch = windows.batch(positions).to(ranks.device)
+            with gradients_synced(trained, i == len(micro_batches) - 1):
+                with training.autocast(ranks.device, dtype):
+                    loss = trained(batch.x, batch.y, documents=batch.documents)
+                # the mean over all targets of the global batch; DDP averages over the ranks, hence their number
+                scaler.scale(loss * (ranks.world / n_targets)).backward()
+            nats += loss.detach()
+        loss = ranks.sum(float(nats))[0] / n_targets
+        grad_norm = training.clip(model, optimizers, scaler, cfg.grad_clip)
+        if this.check_finite(step, loss, grad_norm):
+            for optimizer in optimizers:
+                scaler.step(optimizer)
+        scaler.update()
+        model.zero_grad(set_to_none=True)
+
+        row = {"step": step, "loss": loss, "lr": lr, "grad_norm": grad_norm}
+        this.finish_step(row, n_targets / (time.monotonic() - begun), peak, flops)
+        stop = this.stop_requested()
+        if this.due(step, cfg.eval_every):
+            this.record({"step": step, **validation.scores(model, ranks, training.autocast(ranks.device, dtype))})
+        if stop or this.due(step, cfg.save_every):
+            this.save(step, model, optimizers, scaler, tokenizer)
+        if stop:
+            this.say(f"stopped by signal {stop} after step {step}; the same command goes on from there")
+            return 128 + stop
+    this.close()
+    return 0
+
+
+def conclude(cfg: Config, this: training.Run, model: Transformer, tokenizer: Tokenizer | None) -> None:
+    """What a person wants to see at the end."""
+
+
+if __name__ == "__main__":
+    sys.exit(run.run_script(main))

@@ -1,0 +1,153 @@
+"""Teach a pretrained model to follow instructions.
+
+    python train_sft.py                                        newest checkpoint of out/pretrain, bundled instructions
+    python train_sft.py --data my.jsonl --init_from out/mine --out out/mine-sft --epochs 3
+    torchrun --nproc_per_node 8 train_sft.py --data my.jsonl --init_from Qwen3-0.6B --batch_size 64 --micro_batch_size 8
+
+Data: .jsonl or .json rows of instruction/input/output, messages, or conversations. Only answers (and the end of an
+answer) are learned. Run the same command again to go on where it was stopped.
+"""
+
+import dataclasses
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from data import bundled
+from minillm import UserError, config, distributed, evaluate, huggingface, ops, optim, plot, run, training
+from minillm.chat_data import InstructionRows
+from minillm.config import option
+from minillm.metrics import peak_flops
+from minillm.model import Transformer
+from minillm.parallel import gradients_synced, parallelize
+from minillm.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Config(config.TrainingConfig):
+    data: str = option(f"{bundled.FOLDER}/sft_train.jsonl", "instruction file(s), separated by commas")
+    out: str = option("out/sft", "the run's folder: checkpoints, metrics.jsonl, curve.png")
+    init_from: str | None = option("out/pretrain", "model folder or run to start from")
+    steps: int | None = option(None, "optimizer steps; none: as many as --epochs need")
+    epochs: float = option(1.0, "passes over the data, if --steps is not given")
+    lr: float = option(1e-3, "peak learning rate")
+    template: str = option(
+        "auto", "prompt format; auto: chat if the tokenizer has role pieces", ("auto", "chat", "simple")
+    )
+    packing: bool = option(True, "several examples in a row, attention kept inside each")
+    on_bad_line: str = option("error", "what to do with a line that cannot be read", ("error", "skip"))
+    eval_data: str | None = option(
+        None, "held-out instructions to answer before and after; none: the bundled ones, if used"
+    )
+    eval_rows: int = option(800, "how many of them to answer")
+
+
+def main() -> int:
+    cfg = config.parse(Config, __doc__)
+    ranks = distributed.start(cfg.device, cfg.timeout_s)
+    distributed.check_batch(cfg.batch_size, cfg.micro_batch_size, ranks.world)
+    ops.select(cfg.impl)
+
+    # the model to start from, and its tokenizer
+    init = run.resolve_checkpoint(cfg.init_from)
+    model_config = dataclasses.replace(huggingface.load_config(init), dropout=cfg.dropout)
+    tokenizer = Tokenizer.load(init)
+    if cfg.seq_len > model_config.max_seq_len:
+        raise UserError(f"--seq_len {cfg.seq_len}: the model's longest context is {model_config.max_seq_len}")
+
+    # data: rows of instructions, packed, with a mask on what is to be learned
+    paths = cfg.data.split(",")
+    rows = InstructionRows(
+        paths,
+        tokenizer,
+        cfg.seq_len,
+        seed=cfg.seed,
+        template=cfg.template,
+        packing=cfg.packing,
+        on_bad_line=cfg.on_bad_line,
+    )
+    end = rows.total_rows(cfg.epochs)
+    if cfg.steps is None:
+        cfg = dataclasses.replace(cfg, steps=-(-end // cfg.batch_size))
+    held_out = cfg.eval_data or (f"{bundled.FOLDER}/sft_heldout.jsonl" if cfg.data == Config.data else None)
+    questions = evaluate.read_questions(held_out, cfg.eval_rows) if held_out else []
+
+    # the run: its folder, and the checkpoint to go on from
+    fingerprints = {
+        "data": rows.fingerprint,
+        "batch size, sequence length or seed": training.fingerprint(cfg.batch_size, cfg.seq_len, cfg.seed, cfg.packing),
+        "tokenizer": tokenizer.sha256,
+        "architecture": training.fingerprint(huggingface.to_hf(model_config)),
+    }
+    this = training.Run(cfg, ranks, fingerprints)
+    if this.finished:
+        this.say(f"{this.folder} has finished its {this.start_step} steps; to go on, raise --epochs. {NEXT}")
+        return 0
+    this.say(f"configuration:\n{config.show(cfg)}\n{rows.summary()}")
+    model = huggingface.load_model(this.source or init, config=model_config, device=ranks.device, dtype=torch.float32)
+    this.say(f"weights from {this.source or init}")
+    model.checkpoint_activations = cfg.checkpoint_activations
+
+    before = evaluate.exact_match(model, tokenizer, questions) if questions and ranks.main and not this.source else None
+    ranks.barrier()
+    status = train(cfg, this, model, rows, end, tokenizer)
+    if status == 0 and ranks.main:
+        conclude(this, model, tokenizer, questions, before)
+    distributed.stop()
+    return status
+
+
+def train(cfg: Config, this: training.Run, model: Transformer, rows: InstructionRows, end: int, tokenizer) -> int:
+    ranks, dtype = this.ranks, training.pick_dtype(cfg.dtype, this.ranks.device)
+    optimizers = optim.build_optimizers(model, cfg.optimizer, lr=cfg.lr, weight_decay=cfg.weight_decay)
+    scaler = torch.amp.GradScaler(ranks.device.type, enabled=dtype == torch.float16)
+    this.restore(model, optimizers, scaler)
+    this.check_disk(model)
+    trained = parallelize(model, ranks, cfg.compile)
+    flops, peak = model.config.flops_per_token(cfg.seq_len), peak_flops(ranks.device, dtype)
+    this.say(f"{model.config.n_parameters():,} parameters; {cfg.steps} steps; {ops.describe()}")
+
+    for step in range(this.start_step + 1, cfg.steps + 1):
+        begun = time.monotonic()
+        lr = optim.lr_at(step - 1, **training.schedule(cfg))
+        optim.set_lr(optimizers, lr)
+        training.seed_step(cfg.seed, step, ranks.rank)
+        micro_batches = ranks.micro_batches(step - 1, cfg.batch_size, cfg.micro_batch_size)
+        batches = [rows.batch(positions, end) for positions in micro_batches]
+        # how many targets a batch has differs from step to step: count those of all ranks before the first backward
+        n_targets, n_tokens = ranks.sum(
+            *(sum(n) for n in zip(*((b.n_targets(), b.x.numel()) for b in batches), strict=True))
+        )
+        nats = torch.zeros((), device=ranks.device)
+        for i, batch in enumerate(batches):
+            batch = batch.to(ranks.device)
+            with gradients_synced(trained, i == len(batches) - 1):
+                with training.autocast(ranks.device, dtype):
+                    loss = trained(batch.x, batch.y, mask=batch.mask, documents=batch.documents)
+                scaler.scale(loss * (ranks.world / n_targets)).backward()  # DDP averages over the ranks
+            nats += loss.detach()
+        loss = ranks.sum(float(nats))[0] / n_targets
+        grad_norm = training.clip(model, optimizers, scaler, cfg.grad_clip)
+        if this.check_finite(step, loss, grad_norm):
+            for optimizer in optimizers:
+                scaler.step(optimizer)
+        scaler.update()
+        model.zero_grad(set_to_none=True)
+
+        row = {"step": step, "loss": loss, "lr": lr, "grad_norm": grad_norm}
+        this.finish_step(row, n_tokens / (time.monotonic() - begun), peak, flops)
+        stop = this.stop_requested()
+        if stop or this.due(step, cfg.save_every):
+            this.save(step, model, optimizers, scaler, tokenizer)
+        if stop:
+            this.say(f"stopped by signal {stop} after step {step}; the same command goes on from there")
+            return 128 + stop
+    this.close()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run.run_script(main))
