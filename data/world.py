@@ -42,8 +42,8 @@ FACTS = {
     "month": "{a}出生在{x}。 | {a} was born in {x}.\n{s}生日在{x}。 | {s} birthday is in {x}.",
     "colour": "{a}最喜欢{x}。 | {a} likes {x} best.\n{a}最爱的颜色是{x}。 | {s} favourite colour is {x}.",
     "region": "{a}在{x}。 | {a} is in the {x}.\n{a}是{x}的一个小镇。 | {a} is a small town in the {x}.",
-    "site": "{a}坐落在{x}。 | {a} lies {x}.\n{a}就在{x}。 | {a} is right {x}.",
-    "product": "{a}以{x}闻名。 | {a} is famous for its {x}.\n{a}出产{x}。 | {a} makes {x}.",
+    "site": "{a}坐落在{x}。 | {a} lies {x}.\n{a}位于{x}。 | {a} is {x}.",
+    "product": "{a}以{x}闻名。 | {a} is famous for its {x}.\n{a}盛产{x}。 | {a} has plenty of {x}.",
 }
 FACTS = {key: phrases(text) for key, text in FACTS.items()}
 PERSON_FACTS, TOWN_FACTS = list(FACTS)[:7], list(FACTS)[7:]

@@ -24,7 +24,7 @@ IT_WAS, ON_DAY, IN, WITH, THERE, AND, NOTHING, LEAVE, FETCH, LIFT = phrases("""
 """)
 GO = phrases("{a}去了{p}。 | {a} went to the {p}.\n{a}走到了{p}。 | {a} walked to the {p}.")
 TAKE = phrases(
-    "{a}把{x}带到了{p}。 | {a} took the {x} to the {p}.\n{a}把{x}搬到了{p}。 | {a} moved the {x} to the {p}."
+    "{a}把{x}带到了{p}。 | {a} took the {x} to the {p}.\n{a}把{x}拿到了{p}。 | {a} carried the {x} to the {p}."
 )
 GIVE = phrases("{a}把{x}给了{b}。 | {a} gave the {x} to {b}.\n{a}把{x}交给了{b}。 | {a} handed the {x} to {b}.")
 GAIN = phrases("{a}又买了{d}。 | {a} bought {n} more {ds}.\n{a}又找到了{d}。 | {a} found {n} more {ds}.")

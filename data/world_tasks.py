@@ -58,7 +58,7 @@ FACT_QUESTIONS = {
 {a}坐落在哪里？ | Where does {a} lie?""",
     "product": """
 {a}以什么闻名？ | What is {a} famous for?
-{a}有什么特产？ | What does {a} make?""",
+{a}盛产什么？ | What does {a} have plenty of?""",
 }
 FACT_QUESTIONS = {key: phrases(text) for key, text in FACT_QUESTIONS.items()}
 STORY_QUESTIONS = {

@@ -85,7 +85,7 @@ DISHES = """面条 noodles|饺子 dumplings|米饭 rice|汤 soup|披萨 pizza|�
 豆腐 tofu|鸡肉 chicken|牛肉 beef|沙拉 salad|煎饼 pancakes|粥 porridge"""
 HOBBIES = """游泳 swimming|看书 reading|唱歌 singing|跳舞 dancing|钓鱼 fishing|做饭 cooking|画画 painting
 跑步 running|下棋 playing chess|踢足球 playing football|爬山 climbing mountains|种花 growing flowers
-拍照 taking photos|滑冰 skating"""
+拍照 photography|滑冰 skating"""
 MONTHS = """一月 January|二月 February|三月 March|四月 April|五月 May|六月 June|七月 July|八月 August
 九月 September|十月 October|十一月 November|十二月 December"""
 SITES = "海边 by the sea|山里 in the mountains|河边 by a river|森林旁边 near a forest|平原上 on a plain"

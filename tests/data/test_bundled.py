@@ -1,0 +1,63 @@
+"""The bundled corpus as written: its bits lie beside its documents, and it is written once."""
+
+import json
+
+import numpy as np
+import pytest
+
+from data import bundled
+from data.world import documents
+from minillm.tokenizer import Tokenizer
+
+
+@pytest.fixture
+def small(monkeypatch):
+    sizes = {"train_bytes": 150_000, "val_documents": 40, "sft_train": 300, "sft_heldout": 70, "vocab_size": 700}
+    monkeypatch.setattr(bundled, "SIZES", sizes)
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def test_build(small, tmp_path, capsys):
+    folder = tmp_path / "bundled"
+    bundled.build(folder)
+
+    val = lines(folder / "text" / "val.jsonl")
+    bits = np.load(folder / "val_bits.npy")
+    assert bits.dtype == np.float64 and len(bits) == len(val) == 40
+    told = documents(bundled.SEEDS["val"])
+    for row, exact in zip(val, bits, strict=True):
+        assert (row["text"], exact) == next(told) and row["bits"] == pytest.approx(exact, abs=1e-5)
+    assert sum(len(row["text"].encode()) for row in lines(folder / "text" / "train.jsonl")) >= 150_000
+
+    meta = json.loads((folder / "meta.json").read_text())
+    assert sum(file["documents"] for file in meta["files"]["val"]) == 40
+    tokenizer = Tokenizer.load(folder)
+    ids = np.fromfile(folder / meta["files"]["val"][0]["name"], dtype=meta["dtype"])
+    ends = np.flatnonzero(ids == tokenizer.eos_id)
+    assert tokenizer.decode(ids[: ends[0]].tolist()) == val[0]["text"]  # the order of val_bits.npy
+
+    train, held_out = lines(folder / "sft_train.jsonl"), lines(folder / "sft_heldout.jsonl")
+    assert (len(train), len(held_out)) == (300, 70)
+    assert len({(row["instruction"], row["input"]) for row in train + held_out}) == 370
+
+    capsys.readouterr()
+    before = (folder / "meta.json").stat().st_mtime_ns
+    bundled.build(folder)
+    assert capsys.readouterr().out == "" and (folder / "meta.json").stat().st_mtime_ns == before
+
+
+def test_an_unfinished_or_older_corpus_is_written_again(small, tmp_path, monkeypatch):
+    folder = tmp_path / "bundled"
+    bundled.build(folder)
+    meta = (folder / "meta.json").read_bytes()
+    (folder / "meta.json").unlink()
+    assert not bundled.finished(folder)
+    bundled.build(folder)
+    assert json.loads((folder / "meta.json").read_bytes())["made_from"] == json.loads(meta)["made_from"]
+    monkeypatch.setattr(bundled, "SEEDS", {"train": 1, "val": 3})
+    assert not bundled.finished(folder)
+    bundled.build(folder)
+    assert lines(folder / "text" / "val.jsonl")[0]["text"] == next(documents(3))[0]
