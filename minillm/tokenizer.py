@@ -112,8 +112,9 @@ class Tokenizer:
             plain[i] = ""
         try:
             # a list makes SentencePiece start threads, which for one text takes ten times the encoding
-            one = threads == 1 or len(plain) == 1
-            rows = [self._processor.encode(t) for t in plain] if one else self._processor.encode(plain, num_threads=threads)
+            encode = self._processor.encode
+            alone = threads == 1 or len(plain) == 1
+            rows = [encode(text) for text in plain] if alone else encode(plain, num_threads=threads)
             for i in odd:
                 rows[i] = self._encode_odd(texts[i], threads)
         except (RuntimeError, TypeError, UnicodeEncodeError):
