@@ -5,6 +5,8 @@ torchrun --nproc_per_node 4 train_pretrain.py             four GPUs (or CPU proc
 torchrun --nnodes 2 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint HOST:29500 train_pretrain.py
 """
 
+import contextlib
+import ctypes
 import os
 import sys
 import threading
@@ -84,6 +86,8 @@ def start(device: str = "auto", timeout_s: float = 600.0) -> Ranks:
             chosen = torch.device("cuda", local)
         torch.cuda.set_device(chosen)
         torch.set_float32_matmul_precision("high")  # TF32 for what stays in fp32
+    elif chosen.type == "cpu":
+        _keep_freed_memory()
     if world > 1:
         backend = "nccl" if chosen.type == "cuda" else "gloo"
         dist.init_process_group(
@@ -110,6 +114,14 @@ def stop() -> None:
     """Leave the process group."""
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def _keep_freed_memory() -> None:
+    """Have glibc keep freed memory for the next step: on a CPU, new pages for each activation cost a tenth of the time."""
+    with contextlib.suppress(OSError, AttributeError):
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD: blocks below 1 GiB come from the heap
+        libc.mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD: of which up to 1 GiB is not given back
 
 
 def check_batch(batch_size: int, micro_batch_size: int, world: int) -> None:

@@ -4,7 +4,6 @@ The loops themselves stand in the scripts.
 """
 
 import contextlib
-import ctypes
 import dataclasses
 import hashlib
 import json
@@ -225,11 +224,3 @@ def clip(model: torch.nn.Module, optimizers: list, scaler: torch.amp.GradScaler,
         for optimizer in optimizers:
             scaler.unscale_(optimizer)
     return float(torch.nn.utils.clip_grad_norm_(model.parameters(), limit or math.inf))
-
-
-def keep_freed_memory() -> None:
-    """Have glibc keep freed memory for the next step: on a CPU, new pages for each activation cost a tenth of the time."""
-    with contextlib.suppress(OSError, AttributeError):
-        libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD: blocks below 1 GiB come from the heap
-        libc.mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD: of which up to 1 GiB is not given back
