@@ -102,11 +102,15 @@ def pick_device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.empty(1, device=device)
+        if device.type == "cuda":  # asked of the driver, since a tensor would take memory there
+            known = torch.cuda.device_count()
+            if (device.index or 0) >= known:
+                raise RuntimeError(f"{known} GPU(s) found")
+        else:
+            torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as problem:
-        raise UserError(
-            f"--device {name}: cannot be used here ({str(problem).splitlines()[0]}); try auto or cpu"
-        ) from None
+        reason = str(problem).splitlines()[0]
+        raise UserError(f"--device {name}: cannot be used here ({reason}); try auto or cpu") from None
     return device
 
 
@@ -117,7 +121,7 @@ def stop() -> None:
 
 
 def _keep_freed_memory() -> None:
-    """Have glibc keep freed memory for the next step: on a CPU, new pages for each activation cost a tenth of the time."""
+    """Have glibc keep freed memory for the next step: on a CPU, new pages for each step cost a tenth of its time."""
     with contextlib.suppress(OSError, AttributeError):
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD: blocks below 1 GiB come from the heap
