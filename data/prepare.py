@@ -15,6 +15,7 @@ import multiprocessing
 import os
 import random
 import signal
+import sys
 import threading
 import time
 from collections import deque
@@ -35,7 +36,7 @@ from minillm.vocab import train_tokenizer as learn_tokenizer
 
 BATCH = 1 << 20  # raw bytes of documents that one worker gets at a time (one document may be more)
 POOL_FROM = 64 << 20  # bytes of input; below, starting processes takes longer than the work
-TOKENIZER_SAMPLE = 24 << 20  # bytes of text that a tokenizer is learnt from
+TOKENIZER_SAMPLE = 16 << 20  # bytes of text that a tokenizer is learnt from
 GZIP_RATIO = 3  # how much larger than its .gz a text is taken to be
 SAVE_EVERY = 5.0  # seconds between two records of how far it has got
 SPLITS = ("train", "val")
@@ -98,17 +99,24 @@ def prepare(
             print(f"{out}: already prepared from the same input, nothing to do")
             return finished
         state = _unfinished(out, made_from)
-        if given is None and "tokenizer" in state:
+        if state:
             given = Tokenizer.load(out)
-        if given is None or given.sha256 != state.get("tokenizer", given.sha256):
+        elif given is None:
             print(f"{out}: learning a tokenizer of {train_tokenizer:,} pieces", flush=True)
             texts = _sample(files[:val_from], options)
             given = learn_tokenizer(texts, train_tokenizer, out, sample_bytes=TOKENIZER_SAMPLE)
-        given.save(out)
+        else:
+            given.save(out)
+        if given.sha256 != state.get("tokenizer", given.sha256):
+            raise UserError(f"{out}/tokenizer.model: changed since the preparation began; delete {out} and start again")
         bins = Bins(out, given, options, {**state, "made_from": made_from, "tokenizer": given.sha256})
         _tokenize(files, bins, options, workers or _cores())
         source = {"source": [str(path) for path in inputs], "val_source": [str(path) for path in val_inputs]}
         return bins.finish(source | {"options": asdict(options)})
+    except OSError as error:
+        raise UserError(
+            f"{error.filename or out}: {error.strerror}; mend that and run the same command again"
+        ) from None
     finally:
         lock.release()
 
@@ -181,7 +189,6 @@ class Bins:
         empty = {"batches": 0, "files": {k: [] for k in SPLITS}, "bytes": dict.fromkeys(SPLITS, 0)}
         self.state = {**empty, "bad_lines": 0, "empty_documents": 0, "first_bad": [], **state}
         self.open = {}
-        self.saved_at = time.monotonic()
         known = [file for kind in SPLITS for file in self.state["files"][kind]]
         for kind in SPLITS:
             for path in out.glob(f"{kind}-*.bin"):
@@ -192,6 +199,7 @@ class Bins:
             if not path.exists() or path.stat().st_size < file["tokens"] * self.dtype.itemsize:
                 raise UserError(f"{path}: shorter than progress.json says; delete the folder and start again")
             os.truncate(path, file["tokens"] * self.dtype.itemsize)
+        self.save()  # from now on, bins in this folder are known to be ours
 
     def tokens(self) -> int:
         return sum(file["tokens"] for kind in SPLITS for file in self.state["files"][kind])
@@ -458,4 +466,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_script(main)
+    sys.exit(run_script(main))

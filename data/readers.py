@@ -19,6 +19,7 @@ from minillm import UserError
 
 SUFFIXES = (".txt", ".jsonl", ".json", ".txt.gz", ".jsonl.gz", ".json.gz", ".parquet")
 READ = 1 << 20  # bytes read at a time
+LONGEST_TEXT = 64 << 20  # bytes; a longer document of a .txt ends with the line that passes this
 LONGEST_ITEM = 1 << 30  # characters in one element of a JSON array
 BOM = codecs.BOM_UTF8
 
@@ -60,7 +61,8 @@ def find_files(inputs: Iterable[str | Path]) -> list[Path]:
 def records(path: Path, *, split: str, field: str) -> Iterator[Record]:
     """Every document of one file.
 
-    split: where documents of a .txt end: "lines" (each line is one), "blank" (at blank lines), "file" (none).
+    split: where documents of a .txt end: "lines" (each line is one), "blank" (at blank lines), "file" (nowhere,
+        but after LONGEST_TEXT, so that memory stays bounded).
     field: the key or column that holds the text, elsewhere.
     """
     try:
@@ -84,7 +86,7 @@ def records(path: Path, *, split: str, field: str) -> Iterator[Record]:
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{path}: cannot be read to its end ({error}); mend or remove it") from None
     except ValueError as error:
-        raise UserError(f"{path}: {error}; mend the file") from None
+        raise UserError(f"{path}: {error}") from None
 
 
 def text_of(kind: str, raw, field: str) -> str:
@@ -99,7 +101,7 @@ def text_of(kind: str, raw, field: str) -> str:
             further = f", {line} lines further on" if line else ""
             raise ValueError(f"not UTF-8 (byte 0x{raw[error.start]:02X}{further})") from None
     if kind == "json":
-        text = _field(_parse(text), field)
+        text = _field(_parse(text.rstrip()), field)
     if isinstance(text, ValueError):
         raise text
     return text
@@ -136,22 +138,26 @@ def _type(value) -> str:
 
 
 def _text(stream: IO[bytes], split: str) -> Iterator[tuple]:
-    if split == "file":
-        yield 1, "text", stream.read().replace(b"\r\n", b"\n")
-        return
-    paragraph: list[bytes] = []
-    number = 0
+    lines: list[bytes] = []
+    first, size = 1, 0
     for number, line in enumerate(stream, 1):
-        line = line.rstrip(b"\r\n")
-        if line.strip():
-            paragraph.append(line)
-            if split == "blank":
-                continue
-        if paragraph:
-            yield number - len(paragraph) + (split == "lines"), "text", b"\n".join(paragraph)
-            paragraph = []
-    if paragraph:
-        yield number - len(paragraph) + 1, "text", b"\n".join(paragraph)
+        if line.endswith(b"\r\n"):
+            line = line[:-2] + b"\n"
+        between = split != "file" and not line.strip()
+        if not between:
+            lines.append(line)
+            size += len(line)
+        if between or split == "lines" or size > LONGEST_TEXT:
+            if lines:
+                yield first, "text", _joined(lines, split)
+            lines, first, size = [], number + 1, 0
+    if lines:
+        yield first, "text", _joined(lines, split)
+
+
+def _joined(lines: list[bytes], split: str) -> bytes:
+    text = b"".join(lines)
+    return text if split == "file" else text.rstrip(b"\n")
 
 
 def _lines(stream: IO[bytes]) -> Iterator[tuple]:
@@ -189,14 +195,15 @@ def _array(stream: IO[bytes], field: str) -> Iterator[tuple]:
         while True:
             try:
                 value, end = scan(buffer, at)
-                if end < len(buffer) or ended:  # a number might go on in the next read
+                goes_on = end == len(buffer) or (buffer[end] in ".eE" and end > len(buffer) - 4)
+                if ended or not goes_on:  # a number might go on in the next read
                     at = end
                     return value
             except (json.JSONDecodeError, RecursionError) as error:
                 wrong, position = getattr(error, "msg", "nested too deeply"), getattr(error, "pos", 0)
                 unfinished = wrong.startswith("Unterminated") or position > len(buffer) - 16
                 if ended or not unfinished or len(buffer) - at > LONGEST_ITEM:
-                    raise ValueError(f"item {number} of the array: not JSON ({wrong})") from None
+                    raise ValueError(f"item {number} of the array: not JSON ({wrong}); mend the file") from None
             read_on()
 
     mark()
@@ -211,7 +218,8 @@ def _array(stream: IO[bytes], field: str) -> Iterator[tuple]:
         except ValueError as problem:
             yield number, "value", problem
         if (follows := mark()) not in ("]", ","):
-            raise ValueError(f"after item {number} of the array: {follows or 'the end of the file'!r}, not ',' or ']'")
+            found = repr(follows) if follows else "the end of the file"
+            raise ValueError(f"after item {number} of the array comes {found}, not ',' or ']'; mend the file")
         at += 1
         if follows == "]":
             return

@@ -21,7 +21,7 @@ def train_tokenizer(
     vocab_size: int,
     out_folder: str | Path,
     *,
-    sample_bytes: int = 24 << 20,
+    sample_bytes: int = 16 << 20,
     seed: int = 0,
 ) -> Tokenizer:
     """Learn a BPE vocabulary and save it in `out_folder`, with a readable `tokenizer.vocab` beside it.
@@ -43,16 +43,18 @@ def train_tokenizer(
     counts = Counter()
     for line in lines:
         counts.update(line)
+    sure = sum(counts[character] for character in printable + " ")  # these have pieces in any case
+    further = [pair for pair in counts.most_common() if pair[0] not in printable + " "]
 
     def train(size: int) -> bytes | int:
         """The model, or the largest size that SentencePiece thinks possible."""
         # At most half of what is left goes to single characters; the rare ones are spelt in bytes, and a line
         # is cut where one stands. (SentencePiece itself would give up when the characters are too many.)
-        room, covered, rare = (size - smallest) // 2 + 1, 0, {}
-        for rank, (character, count) in enumerate(counts.most_common()):
-            if rank >= room or covered > COVERAGE * counts.total():
+        room, covered, rare = (size - smallest) // 2, sure, {}
+        for character, count in further:
+            if room <= 0 or covered > COVERAGE * counts.total():
                 rare[ord(character)] = "\n"
-            covered += count
+            covered, room = covered + count, room - 1
         common = "\n".join(lines).translate(rare).split("\n") if rare else lines
         model = io.BytesIO()
         try:

@@ -57,3 +57,8 @@ def test_sample_is_bounded_even_and_reproducible():
     assert 0.45 < first_half < 0.55
     assert kept == _sample_lines(iter(texts), 50_000, seed=0) != _sample_lines(texts, 50_000, seed=1)
     assert _sample_lines(["a\nb", "", "c" * (MAX_LINE + 1)], 10_000, 0) == ["a", "b", "c" * MAX_LINE, "c"]
+
+
+def test_ascii_is_learnt_however_small_the_vocabulary(tmp_path):
+    tokenizer = train_tokenizer(["apple 世界 " * 20] * 20, 365, tmp_path)
+    assert len(tokenizer.encode("apple apple")) < 11

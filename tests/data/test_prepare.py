@@ -1,0 +1,370 @@
+"""Text files of every kind → the same token bins; faults with their line; killed, it goes on."""
+
+import gzip
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data import prepare as module
+from data import readers
+from data.prepare import prepare
+from minillm import UserError
+from minillm.tokenizer import Tokenizer
+from minillm.vocab import train_tokenizer
+
+TEXTS = ["One apple.\nTwo  apples.", "你好，世界。", "\ttab and NUL \0 here", "emoji 😀 and ▁", "  last one  "]
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def tok(tmp_path_factory) -> Tokenizer:
+    folder = tmp_path_factory.mktemp("tok")
+    train_tokenizer(["One apple, two apples. 你好，世界。 and one here"] * 20, 380, folder)
+    return Tokenizer.load(folder)
+
+
+@pytest.fixture
+def tok_path(tok, tmp_path) -> Path:
+    tok.save(tmp_path / "tok")
+    return tmp_path / "tok"
+
+
+def write_lines(path: Path, texts: list[str], end: str = "\n") -> Path:
+    path.write_bytes("".join(json.dumps({"text": text}) + end for text in texts).encode())
+    return path
+
+
+def many(count: int) -> list[str]:
+    return [f"Document {i}: " + "apple 世界 " * (i % 7) for i in range(count)]
+
+
+def documents(out: Path, kind: str = "train") -> list[str]:
+    """The texts in the bins, in order, read by nothing but the format's description."""
+    meta = json.loads((out / "meta.json").read_text())
+    tok = Tokenizer.load(out)
+    found = []
+    for file in meta["files"][kind]:
+        ids = np.fromfile(out / file["name"], dtype=meta["dtype"])
+        assert len(ids) == file["tokens"]
+        ends = np.flatnonzero(ids == meta["eos_id"])
+        assert len(ends) == file["documents"] and ends[-1] == len(ids) - 1
+        found += [tok.decode(part[:-1]) for part in np.split(ids, ends[:-1] + 1)]
+    return found
+
+
+def bins(out: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(out.glob("*.bin"))}
+
+
+def test_meta_and_bins_by_hand(tok, tok_path, tmp_path):
+    meta = prepare(
+        [write_lines(tmp_path / "a.jsonl", TEXTS)],
+        tmp_path / "out",
+        tokenizer=tok_path,
+        val_inputs=[write_lines(tmp_path / "b.jsonl", ["v2", "v1"])],
+    )
+    assert documents(tmp_path / "out") == TEXTS
+    assert documents(tmp_path / "out", "val") == ["v2", "v1"]
+    ids = [i for text in TEXTS for i in [*tok.encode(text), tok.eos_id]]
+    assert np.fromfile(tmp_path / "out" / "train-00000.bin", dtype="<u2").tolist() == ids
+    assert meta == json.loads((tmp_path / "out" / "meta.json").read_text())
+    assert meta["format"] == 1 and meta["dtype"] == "uint16" and meta["vocab_size"] == 380
+    assert meta["tokenizer_sha256"] == tok.sha256 == Tokenizer.load(tmp_path / "out").sha256
+    assert (meta["bos_id"], meta["eos_id"], meta["pad_id"]) == (1, 2, 3)
+    assert meta["bytes"] == {"train": sum(len(text.encode()) for text in TEXTS), "val": 4}
+    assert not (tmp_path / "out" / "progress.json").exists()
+
+
+def test_every_kind_of_file_gives_the_same_documents(tok_path, tmp_path):
+    from pyarrow import parquet, table
+
+    plain = write_lines(tmp_path / "a.jsonl", TEXTS).read_bytes()
+    array = json.dumps([{"id": 1, "text": text} for text in TEXTS], ensure_ascii=False).encode()
+    kinds = {
+        "crlf.jsonl": plain.replace(b"\n", b"\r\n") + b"\r\n\r\n",  # blank lines at the end are no lines
+        "bom.jsonl": b"\xef\xbb\xbf" + plain.rstrip(),
+        "a.jsonl.gz": gzip.compress(plain),
+        "a.json": b"\xef\xbb\xbf \n" + array,
+        "pretty.json.gz": gzip.compress(json.dumps(json.loads(array), indent=2).encode()),
+    }
+    for name, data in kinds.items():
+        (tmp_path / name).write_bytes(data)
+    parquet.write_table(table({"text": TEXTS, "id": list(range(5))}), tmp_path / "a.parquet")
+    for name in ["a.jsonl", "a.parquet", *kinds]:
+        prepare([tmp_path / name], tmp_path / f"out-{name}", tokenizer=tok_path, val_fraction=0)
+        assert documents(tmp_path / f"out-{name}") == TEXTS, name
+
+
+@pytest.mark.parametrize(
+    ("split", "expected"),
+    [
+        ("blank", ["a\n b", "c", "d\ne"]),
+        ("lines", ["a", " b", "c", "d", "e"]),
+        ("file", ["a\n b\n\n \nc\n\nd\ne"]),
+    ],
+)
+def test_txt_splits(tok_path, tmp_path, split, expected):
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfa\r\n b\r\n\r\n \nc\n\nd\ne")
+    prepare([tmp_path / "a.txt"], tmp_path / "out", tokenizer=tok_path, split=split, val_fraction=0)
+    found = documents(tmp_path / "out")
+    assert found == expected
+
+
+def test_a_folder_is_read_in_order_of_names(tok_path, tmp_path):
+    (tmp_path / "in" / "sub").mkdir(parents=True)
+    (tmp_path / "in" / ".hidden").mkdir()
+    for name in ("b.txt", "a.txt", "sub/c.txt", "picture.png", ".hidden/d.txt"):
+        (tmp_path / "in" / name).write_text(name)
+    prepare([tmp_path / "in"], tmp_path / "out", tokenizer=tok_path, val_fraction=0)
+    assert documents(tmp_path / "out") == ["a.txt", "b.txt", "sub/c.txt"]
+
+
+BAD = {
+    "not UTF-8": (b'{"text": "\xff"}', "not UTF-8 (byte 0xFF)"),
+    "not JSON": (b'{"text": ', "not JSON (Expecting value, column 9)"),
+    "missing key": (b'{"txt": "a"}', "key 'text' is missing (its keys: txt; choose with --field)"),
+    "wrong type": (b'{"text": 5}', "key 'text' holds a number, not a string"),
+    "no object": (b'"hello"', "a JSON object is needed, this is a string"),
+    "empty line": (b" ", "empty line"),
+    "surrogate": (b'{"text": "a\\ud800"}', "lone surrogate U+D800 in the text"),
+    "deep": (b"[" * 100_000, "JSON nested too deeply"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_lines_are_named_or_skipped(tok_path, tmp_path, name):
+    line, reason = BAD[name]
+    file = tmp_path / "a.jsonl"
+    file.write_bytes(b'{"text": "one"}\n{"text": ""}\n' + line + b'\n{"text": "two"}\n')
+    with pytest.raises(UserError) as error:
+        prepare([file], tmp_path / "out", tokenizer=tok_path, val_fraction=0)
+    assert str(error.value).startswith(f"{file}, line 3: {reason}")
+    meta = prepare([file], tmp_path / "out", tokenizer=tok_path, val_fraction=0, on_bad_line="skip")
+    assert documents(tmp_path / "out") == ["one", "two"]
+    assert (meta["bad_lines"], meta["empty_documents"]) == (1, 1)
+    assert meta["first_bad"] == [f"{file}, line 3: {reason}"]
+
+
+def test_bad_utf8_in_a_text_names_the_line_in_the_document(tok_path, tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"one\n\ntwo\nthr\xe9e\n")
+    with pytest.raises(UserError, match=r"a\.txt, line 3: not UTF-8 \(byte 0xE9, 1 lines further on\)"):
+        prepare([tmp_path / "a.txt"], tmp_path / "out", tokenizer=tok_path, val_fraction=0)
+
+
+def test_json_array_read_in_the_smallest_steps(tok_path, tmp_path, monkeypatch):
+    monkeypatch.setattr(readers, "READ", 1)
+    values = [{"text": 'a "quoted" ] , [ \\ text 😀'}, 12345, {"text": "b", "more": [1, {"x": []}]}, None, [], "s", 1.5]
+    for file, spaces in (("a.json", None), ("b.json", 3)):
+        (tmp_path / file).write_text(json.dumps(values, indent=spaces, ensure_ascii=False))
+        found = list(readers.records(tmp_path / file, split="blank", field="text"))
+        assert [str(record.raw) for record in found[::2]] == [
+            values[0]["text"],
+            "b",
+            *[str(found[i].raw) for i in (4, 6)],
+        ]
+        assert [record.number for record in found] == list(range(1, 8))
+        kinds = ["a number", "null", "an array", "a string", "a number"]
+        assert [str(found[i].raw).rsplit("is ")[-1] for i in (1, 3, 4, 5, 6)] == kinds
+    (tmp_path / "none.json").write_text(" [ ] ")
+    assert not list(readers.records(tmp_path / "none.json", split="blank", field="text"))
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (b'[{"text": "a"}', "after item 1 of the array comes the end of the file"),
+        (b'[{"text": "a"} {"text": "b"}]', "after item 1 of the array comes '{'"),
+        (b'[{"text": "a"},]', "item 2 of the array: not JSON"),
+        (b'[{"text": "a"}, {"text": "b', "item 2 of the array: not JSON (Unterminated string"),
+        (b'[{"text": oops}' + b" " * 100, "item 1 of the array: not JSON (Expecting value)"),
+        (b'[{"text": "\xff"}]', "invalid start byte"),
+    ],
+)
+def test_broken_arrays(tok_path, tmp_path, data, reason):
+    (tmp_path / "a.json").write_bytes(data)
+    with pytest.raises(UserError) as error:
+        prepare([tmp_path / "a.json"], tmp_path / "out", tokenizer=tok_path, on_bad_line="skip")
+    assert str(error.value).startswith(f"{tmp_path / 'a.json'}: ") and reason in str(error.value)
+
+
+def test_broken_files(tok_path, tmp_path):
+    from pyarrow import parquet, table
+
+    whole = gzip.compress(b'{"text": "a"}\n' * 1000)
+    (tmp_path / "cut.jsonl.gz").write_bytes(whole[:-20])
+    (tmp_path / "no.jsonl.gz").write_bytes(b"not gzip at all")
+    (tmp_path / "no.parquet").write_bytes(b"not parquet at all")
+    (tmp_path / "a.pdf").write_bytes(b"")
+    (tmp_path / "empty").mkdir()
+    parquet.write_table(table({"body": ["a"]}), tmp_path / "key.parquet")
+    reasons = {
+        "cut.jsonl.gz": "cannot be read to its end",
+        "no.jsonl.gz": "cannot be read to its end",
+        "no.parquet": "not a whole parquet file",
+        "key.parquet": "column 'text' is missing .its columns: body",
+        "a.pdf": "not a known kind of file",
+        "none.txt": "no such file",
+        "empty": "holds no file of a known kind",
+    }
+    for name, reason in reasons.items():
+        with pytest.raises(UserError, match=reason):
+            prepare([tmp_path / name], tmp_path / "out", tokenizer=tok_path)
+
+
+def test_same_bins_whatever_the_number_of_workers(tok_path, tmp_path, monkeypatch):
+    file = write_lines(tmp_path / "a.jsonl", many(400))
+    prepare([file], tmp_path / "one", tokenizer=tok_path, val_fraction=0.1, workers=1, shard_tokens=2000)
+    monkeypatch.setattr(module, "POOL_FROM", 0)
+    monkeypatch.setattr(module, "BATCH", 1000)
+    prepare([file], tmp_path / "few", tokenizer=tok_path, val_fraction=0.1, workers=1, shard_tokens=2000)
+    prepare([file], tmp_path / "two", tokenizer=tok_path, val_fraction=0.1, workers=2, shard_tokens=2000)
+    assert bins(tmp_path / "two") == bins(tmp_path / "few")
+    assert len(bins(tmp_path / "few")) > 3  # several shards, each closed after a batch
+    for kind in ("train", "val"):
+        assert documents(tmp_path / "one", kind) == documents(tmp_path / "two", kind)
+
+
+def test_split_by_hash(tok_path, tmp_path):
+    texts = [f"text number {i}" for i in range(2000)]
+    file = write_lines(tmp_path / "a.jsonl", texts + texts)
+    prepare([file], tmp_path / "out", tokenizer=tok_path, val_fraction=0.05)
+    train, val = documents(tmp_path / "out"), documents(tmp_path / "out", "val")
+    assert sorted(train + val) == sorted(texts + texts)
+    assert not set(train) & set(val)  # copies fall on one side
+    assert 130 < len(val) < 270  # 200 expected, in pairs: standard deviation 20
+    with pytest.raises(UserError, match="none of 1 documents fell into the validation split; raise --val_fraction"):
+        prepare([write_lines(tmp_path / "b.jsonl", ["x"])], tmp_path / "few", tokenizer=tok_path)
+    with pytest.raises(UserError, match="no document is left"):
+        prepare([write_lines(tmp_path / "c.jsonl", [""])], tmp_path / "none", tokenizer=tok_path)
+
+
+def test_stopped_anywhere_it_goes_on(tok_path, tmp_path, monkeypatch):
+    file = write_lines(tmp_path / "a.jsonl", many(300))
+    monkeypatch.setattr(module, "BATCH", 500)
+    options = {"tokenizer": tok_path, "val_fraction": 0.1, "shard_tokens": 1500, "workers": 1}
+    prepare([file], tmp_path / "straight", **options)
+    encode_batch = module.encode_batch
+    for save_every in (0, 1e9):
+        out = tmp_path / f"out{save_every}"
+        for stop_after in (1, 4, 0, 9):
+
+            def stopping(*args, left=[stop_after]):  # noqa: B006
+                if not left[0]:
+                    raise KeyboardInterrupt
+                left[0] -= 1
+                return encode_batch(*args)
+
+            monkeypatch.setattr(module, "SAVE_EVERY", save_every)
+            monkeypatch.setattr(module, "encode_batch", stopping)
+            with pytest.raises(KeyboardInterrupt):
+                prepare([file], out, **options)
+            assert not (out / "meta.json").exists()
+            with (out / "train-00000.bin").open("ab") as stream:
+                stream.write(b"torn")
+        monkeypatch.setattr(module, "encode_batch", encode_batch)
+        prepare([file], out, **options)
+        assert bins(out) == bins(tmp_path / "straight")
+
+
+def test_killed_with_workers_it_goes_on(tok_path, tmp_path):
+    file = write_lines(tmp_path / "a.jsonl", many(3000))
+    code = (
+        "import sys; from data import prepare as p\n"
+        "p.BATCH, p.SAVE_EVERY, p.POOL_FROM = 2000, 0, 0\n"
+        "if __name__ == '__main__':\n"
+        "    p.prepare(sys.argv[1:2], sys.argv[2], train_tokenizer=365, workers=2)\n"
+    )
+    (tmp_path / "script.py").write_text(code)
+
+    def start(out: str) -> subprocess.Popen:
+        arguments = [sys.executable, tmp_path / "script.py", file, tmp_path / out]
+        return subprocess.Popen(arguments, env={**os.environ, "PYTHONPATH": str(ROOT)}, stderr=subprocess.DEVNULL)
+
+    assert start("straight").wait(60) == 0
+    killed, progress = start("killed"), tmp_path / "killed" / "progress.json"
+    while killed.poll() is None:
+        if progress.exists() and json.loads(progress.read_text())["batches"] >= 5:
+            killed.send_signal(signal.SIGKILL)
+            break
+        time.sleep(0.002)
+    assert killed.wait(60) == -signal.SIGKILL
+    assert not (tmp_path / "killed" / "meta.json").exists()
+    assert start("killed").wait(60) == 0
+    assert bins(tmp_path / "killed") == bins(tmp_path / "straight")
+
+
+def test_finished_is_told_and_another_input_refused(tok_path, tmp_path, capsys):
+    file = write_lines(tmp_path / "a.jsonl", TEXTS)
+    out = tmp_path / "out"
+    first = prepare([file], out, tokenizer=tok_path, val_fraction=0)
+    before = {path: path.stat().st_mtime_ns for path in out.iterdir()}
+    capsys.readouterr()
+    assert prepare([file], out, tokenizer=tok_path, val_fraction=0, workers=3) == first
+    assert "already prepared" in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in before if path.name != "lock"} == {
+        path: when for path, when in before.items() if path.name != "lock"
+    }
+    with pytest.raises(UserError, match="made from other input"):
+        prepare([file], out, tokenizer=tok_path, val_fraction=0.5)
+    write_lines(file, TEXTS[1:])
+    with pytest.raises(UserError, match="made from other input"):
+        prepare([file], out, tokenizer=tok_path, val_fraction=0)
+    write_lines(file, TEXTS)
+    with (out / "train-00000.bin").open("ab") as stream:
+        stream.write(b"x")
+    with pytest.raises(UserError, match=r"bytes of meta\.json"):
+        prepare([file], out, tokenizer=tok_path, val_fraction=0)
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs" / "train-00000.bin").write_bytes(b"precious")
+    with pytest.raises(UserError, match="choose another --out"):
+        prepare([file], tmp_path / "theirs", tokenizer=tok_path, val_fraction=0)
+    assert (tmp_path / "theirs" / "train-00000.bin").read_bytes() == b"precious"
+
+
+def test_large_vocabulary_takes_uint32(tok, tmp_path):
+    from sentencepiece import sentencepiece_model_pb2 as proto
+
+    model = proto.ModelProto.FromString(tok._model_bytes)
+    for i in range(66_000):
+        model.pieces.add(piece=f"<<{i}>>", score=0, type=model.pieces[0].USER_DEFINED)
+    (tmp_path / "big.model").write_bytes(model.SerializeToString())
+    file = write_lines(tmp_path / "a.jsonl", ["a<<65999>>"])
+    meta = prepare([file], tmp_path / "out", tokenizer=tmp_path / "big.model", val_fraction=0)
+    ids = np.fromfile(tmp_path / "out" / "train-00000.bin", dtype="<u4")
+    assert meta["dtype"] == "uint32" and ids.tolist()[-2:] == [380 + 65_999, 2]
+    assert documents(tmp_path / "out") == ["a<<65999>>"]
+
+
+def test_a_long_line(tok_path, tmp_path):
+    text = "One apple 世界 " * 100_000
+    file = write_lines(tmp_path / "a.jsonl", ["before", text, "after"])
+    prepare([file], tmp_path / "out", tokenizer=tok_path, val_fraction=0)
+    assert documents(tmp_path / "out") == ["before", text, "after"]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows sets no limit on a file's size")
+def test_a_full_disk_is_named_and_survived(tok_path, tmp_path):
+    file = write_lines(tmp_path / "a.jsonl", many(2000))
+    arguments = f"--input {file} --tokenizer {tok_path} --val_fraction 0 --workers 1 --out".split()
+    command = [sys.executable, str(ROOT / "data" / "prepare.py"), *arguments, str(tmp_path / "out")]
+    limited = subprocess.run(["bash", "-c", 'ulimit -f 30; exec "$@"', "-", *command], capture_output=True, text=True)
+    last = limited.stderr.splitlines()[-1]
+    assert limited.returncode == 2 and last.startswith(f"error: {tmp_path}/out/train-00000.bin: writing ")
+    assert "Traceback" not in limited.stderr and not (tmp_path / "out" / "meta.json").exists()
+    again = subprocess.run(command, capture_output=True, text=True)
+    assert again.returncode == 0 and "2,000 documents" in again.stdout
+    assert documents(tmp_path / "out") == many(2000)
+
+
+def test_help_names_every_option():
+    command = [sys.executable, str(ROOT / "data" / "prepare.py"), "--help"]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    for name in ("input", "out", "tokenizer", "train_tokenizer", "val_input", "split", "field", "on_bad_line"):
+        assert f"--{name} " in text
