@@ -127,7 +127,7 @@ class Run:
         self.ranks.barrier()
 
     def finish_step(self, row: dict, speed: float, peak: float | None, flops: int) -> None:
-        """Log a step and move the bar. row: step, loss, lr, grad_norm; speed in tokens/s, peak in FLOP/s, flops a token."""
+        """Log a step and move the bar. row: step, loss, lr, grad_norm; speed: tokens a second; flops: of one token."""
         mfu = None if peak is None else speed * flops / (peak * self.ranks.world)
         row |= {"tokens_per_s": speed, "mfu": mfu, "time_s": self.seconds()}
         self.record(row)
