@@ -16,15 +16,11 @@ from pathlib import Path
 
 import numpy as np
 
+from data.world import documents
+from data.world_tasks import SPLITS, tasks
+from minillm.run import RunLock, run_script
+
 FOLDER = "data/bundled"  # where the training scripts look for it
-ROOT = Path(__file__).resolve().parents[1]
-if __name__ == "__main__":
-    sys.path.insert(0, str(ROOT))
-
-from data.world import documents  # noqa: E402
-from data.world_tasks import SPLITS, tasks  # noqa: E402
-from minillm.run import RunLock  # noqa: E402
-
 SIZES = {
     "train_bytes": 10_000_000,
     "val_documents": 2_000,
@@ -38,7 +34,7 @@ SEEDS = {"train": 1, "val": 2}  # of the documents; the instructions have their 
 def fingerprint() -> str:
     """SHA-256 over the generator's source and the sizes: another value, another corpus."""
     digest = hashlib.sha256(json.dumps([SIZES, SEEDS]).encode())
-    for source in sorted((ROOT / "data").glob("world*.py")):
+    for source in sorted(Path(__file__).parent.glob("world*.py")):
         digest.update(source.read_bytes().replace(b"\r\n", b"\n"))
     return digest.hexdigest()
 
@@ -117,4 +113,4 @@ def finished(folder: Path) -> bool:
 
 
 if __name__ == "__main__":
-    build()
+    sys.exit(run_script(build))
