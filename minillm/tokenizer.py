@@ -69,7 +69,9 @@ class Tokenizer:
 
         self.eos_id = self._processor.eos_id()
         if self.eos_id < 0:
-            raise UserError(f"{source}: the model has no end-of-text piece; train one with a tokenizer of ours")
+            raise UserError(
+                f"{source}: the model has no end-of-text piece; choose another, or train one (--train_tokenizer)"
+            )
         self.bos_id = self._processor.bos_id() if self._processor.bos_id() >= 0 else self.eos_id
         self.pad_id = self._processor.pad_id() if self._processor.pad_id() >= 0 else self.eos_id
         control = {p.piece: i for i, p in enumerate(self._proto.pieces) if p.type == p.CONTROL}
@@ -94,9 +96,8 @@ class Tokenizer:
             raise UserError(
                 f"{file}: cannot read the tokenizer ({error.strerror}); give a .model file or its folder"
             ) from None
-        beside = file.parent if file.name == "tokenizer.model" else Path("/nonexistent")
-        companions = {n: (beside / n).read_bytes() for n in COMPANIONS if (beside / n).is_file()}
-        return cls(model_bytes, str(file), companions)
+        beside = [file.parent / name for name in COMPANIONS] if file.name == "tokenizer.model" else []
+        return cls(model_bytes, str(file), {path.name: path.read_bytes() for path in beside if path.is_file()})
 
     # ---------------------------------------------------------------- text → ids
 
@@ -208,7 +209,8 @@ class Tokenizer:
         """The text of `ids`, control pieces left out; bytes that are not UTF-8 become U+FFFD.
 
         A model that puts a dummy space before each text (Llama's) loses one leading space here, as in
-        SentencePiece; `decode(encode(text)) == text` holds with it. StreamDecoder keeps that space.
+        SentencePiece; `decode(encode(text)) == text` holds with it. StreamDecoder keeps that space. A foreign
+        model that normalizes its text (T5's) gives back the normalized text.
         """
         data = b"".join(self._bytes_of(ids))
         if self._dummy_prefix and data.startswith(b" "):
@@ -235,18 +237,25 @@ class Tokenizer:
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        if "tokenizer_config.json" not in self._companions:
-            self._companions["tokenizer_config.json"] = _json(self._transformers_config())
-            self._companions["tokenizer.json"] = _json(self._tokenizers_file())
-            template = template or "auto"
+        files = {"tokenizer.model": self._model_bytes, **(self._companions or self._own_companions)}
         if template:
             chat = self.resolve_template(template) == "chat"
-            config = json.loads(self._companions["tokenizer_config.json"])
+            config = json.loads(files.get("tokenizer_config.json", b"{}"))
             config["chat_template"] = CHAT_JINJA if chat else SIMPLE_JINJA
-            self._companions["tokenizer_config.json"] = _json(config)
-            self._companions.pop("chat_template.jinja", None)
-        for name, data in {"tokenizer.model": self._model_bytes, **self._companions}.items():
+            files["tokenizer_config.json"] = _json(config)
+            files.pop("chat_template.jinja", None)
+        for name, data in files.items():
             (folder / name).write_bytes(data)
+
+    @cached_property
+    def _own_companions(self) -> dict[str, bytes]:
+        """What transformers needs; no `tokenizer.json` for a model that is not BPE, such as T5's."""
+        config = self._transformers_config()
+        config["chat_template"] = CHAT_JINJA if self.resolve_template("auto") == "chat" else SIMPLE_JINJA
+        files = {"tokenizer_config.json": _json(config)}
+        if self._proto.trainer_spec.model_type == proto.TrainerSpec.BPE:
+            files["tokenizer.json"] = _json(self._tokenizers_file())
+        return files
 
     def _transformers_config(self) -> dict:
         names = {"bos": self.bos_id, "eos": self.eos_id, "pad": self.pad_id, "unk": self._processor.unk_id()}
@@ -299,7 +308,7 @@ class Tokenizer:
                 "type": "BPE",
                 "unk_token": self._proto.pieces[self._processor.unk_id()].piece,
                 "fuse_unk": True,
-                "byte_fallback": True,
+                "byte_fallback": self._proto.trainer_spec.byte_fallback,
                 "vocab": ids,
                 "merges": [[left, right] for _, left, right in merges],
             },

@@ -13,6 +13,8 @@ from minillm import UserError
 from minillm.tokenizer import ROLES, Tokenizer
 
 MAX_LINE = 1000  # characters; SentencePiece would drop a line over 4,192 bytes, so longer ones are cut
+PRINTABLE = "".join(map(chr, range(33, 127)))  # ASCII, which every vocabulary has whole
+SMALLEST = 263 + len(PRINTABLE) + 3  # pieces: the special ones, the bytes, ASCII, and two or three to learn
 COVERAGE = 0.9995  # of the text by characters that have a piece of their own, if the vocabulary is large enough
 
 
@@ -33,71 +35,72 @@ def train_tokenizer(
     Same texts and seed give the same file. Raises UserError when the text is too small for the vocabulary,
     naming the largest possible, or the vocabulary for the characters.
     """
-    printable = "".join(map(chr, range(33, 127)))
-    smallest = 263 + len(printable) + 3
-    if vocab_size < smallest:
-        raise UserError(f"vocab_size {vocab_size}: at least {smallest} (bytes, ASCII and special pieces)")
+    if vocab_size < SMALLEST:
+        raise UserError(f"vocab_size {vocab_size}: at least {SMALLEST} (bytes, ASCII and special pieces)")
     lines = _sample_lines(texts, sample_bytes, seed)
     if not lines:
         raise UserError("no text to train a tokenizer on: every document is empty")
     counts = Counter()
     for line in lines:
         counts.update(line)
-    sure = sum(counts[character] for character in printable + " ")  # these have pieces in any case
-    further = [pair for pair in counts.most_common() if pair[0] not in printable + " "]
-
-    def train(size: int) -> bytes | int:
-        """The model, or the largest size that SentencePiece thinks possible."""
-        # At most half of what is left goes to single characters; the rare ones are spelt in bytes, and a line
-        # is cut where one stands. (SentencePiece itself would give up when the characters are too many.)
-        room, covered, rare = (size - smallest) // 2, sure, {}
-        for character, count in further:
-            if room <= 0 or covered > COVERAGE * counts.total():
-                rare[ord(character)] = "\n"
-            covered, room = covered + count, room - 1
-        common = "\n".join(lines).translate(rare).split("\n") if rare else lines
-        model = io.BytesIO()
-        try:
-            sentencepiece.SentencePieceTrainer.train(
-                sentence_iterator=iter(common),
-                model_writer=model,
-                model_type="bpe",
-                vocab_size=size,
-                character_coverage=1.0,
-                required_chars=printable,
-                byte_fallback=True,
-                split_digits=True,
-                normalization_rule_name="identity",
-                add_dummy_prefix=False,
-                remove_extra_whitespaces=False,
-                allow_whitespace_only_pieces=True,
-                pad_id=3,
-                pad_piece="<pad>",
-                control_symbols=list(ROLES.values()),
-                max_sentence_length=4 * MAX_LINE + 1,
-                num_threads=4,  # recorded in the file, so it must not depend on the machine
-                minloglevel=2,
-            )
-        except RuntimeError as error:
-            limit = re.search(r"value <= (\d+)", str(error))
-            if not limit:
-                raise
-            return int(limit[1])
-        return model.getvalue()
-
-    model = train(vocab_size)
-    if isinstance(model, int):
-        largest = model
-        while isinstance(again := train(largest), int):
-            largest = again
-        raise UserError(
-            f"vocab_size {vocab_size:,}: the text gives at most {largest:,} pieces; ask for fewer or add text"
-        )
+    size = vocab_size
+    while isinstance(model := _learn(_without_rare(lines, counts, size), size), int):
+        size = model  # with fewer pieces fewer characters have their own, and so the limit may sink again
+    if size < vocab_size:
+        raise UserError(f"vocab_size {vocab_size:,}: the text gives at most {size:,} pieces; ask for fewer or add text")
     tokenizer = Tokenizer(model, "trained model")
     tokenizer.save(out_folder)
     rows = (f"{i}\t{p.piece}\t{p.score:g}\n" for i, p in enumerate(tokenizer._proto.pieces))
     (Path(out_folder) / "tokenizer.vocab").write_text("".join(rows), encoding="utf-8")
     return tokenizer
+
+
+def _learn(lines: list[str], size: int) -> bytes | int:
+    """The model; or, if the lines do not give so many pieces, how many SentencePiece thinks they give."""
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(lines),
+            model_writer=model,
+            model_type="bpe",
+            vocab_size=size,
+            character_coverage=1.0,
+            required_chars=PRINTABLE,
+            byte_fallback=True,
+            split_digits=True,
+            normalization_rule_name="identity",
+            add_dummy_prefix=False,
+            remove_extra_whitespaces=False,
+            allow_whitespace_only_pieces=True,
+            pad_id=3,
+            pad_piece="<pad>",
+            control_symbols=list(ROLES.values()),
+            max_sentence_length=4 * MAX_LINE + 1,
+            num_threads=4,  # recorded in the file, so it must not depend on the machine
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        limit = re.search(r"value <= (\d+)", str(error))
+        if not limit:
+            raise
+        return int(limit[1])
+    return model.getvalue()
+
+
+def _without_rare(lines: list[str], counts: Counter, size: int) -> list[str]:
+    """Cut the lines at characters too rare for a piece of their own: these are spelt in bytes.
+
+    At most half of the pieces that are free go to single characters; SentencePiece itself would give up when
+    the characters are too many.
+    """
+    sure = PRINTABLE + " "
+    room, covered, rare = (size - SMALLEST) // 2, sum(counts[character] for character in sure), {}
+    for character, count in counts.most_common():
+        if character not in sure:
+            if room <= 0 or covered > COVERAGE * counts.total():
+                rare[ord(character)] = "\n"
+            covered, room = covered + count, room - 1
+    return "\n".join(lines).translate(rare).split("\n") if rare else lines
 
 
 def _sample_lines(texts: Iterable[str], limit: int, seed: int) -> list[str]:

@@ -36,21 +36,24 @@ def ours(tmp_path_factory) -> Tokenizer:
     return train_tokenizer(CORPUS * 20, 480, tmp_path_factory.mktemp("ours"))
 
 
+def train_foreign(kind: str, **options) -> Tokenizer:
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(CORPUS * 20), model_writer=model, model_type=kind, minloglevel=2, **options
+    )
+    return Tokenizer(model.getvalue(), kind)
+
+
 @pytest.fixture(scope="module")
 def foreign() -> Tokenizer:
     """Llama's way: a dummy space before each text, no pad piece, no roles."""
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(CORPUS * 20),
-        model_writer=model,
-        model_type="bpe",
+    return train_foreign(
+        "bpe",
         vocab_size=420,
         byte_fallback=True,
         normalization_rule_name="identity",
         remove_extra_whitespaces=False,
-        minloglevel=2,
     )
-    return Tokenizer(model.getvalue(), "foreign")
 
 
 @given(st.text(st.characters(exclude_categories=["Cs"])) | st.lists(st.sampled_from(PIECES)).map("".join))
@@ -215,3 +218,15 @@ def test_a_loaded_folder_keeps_its_own_files(ours, tmp_path):
     assert not (tmp_path / "c" / "chat_template.jinja").exists()
     written = json.loads((tmp_path / "c" / "tokenizer_config.json").read_text())["chat_template"]
     assert written == module.SIMPLE_JINJA
+
+
+def test_other_kinds_of_models_load(tmp_path):
+    """T5's kind: no bytes, text normalized; an unknown character shows as U+FFFD."""
+    tokenizer = train_foreign("unigram", vocab_size=90, bos_id=-1)
+    assert tokenizer.bos_id == tokenizer.eos_id == tokenizer.pad_id == 2
+    assert tokenizer.decode(tokenizer.encode("the  man ran")) == "the man ran"
+    assert "\ufffd" in tokenizer.decode(tokenizer.encode("the 龘 cat"))
+    tokenizer.save(tmp_path)
+    assert not (tmp_path / "tokenizer.json").exists()
+    with pytest.raises(UserError, match="no end-of-text piece"):
+        train_foreign("unigram", vocab_size=90, eos_id=-1)
