@@ -28,9 +28,10 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from data.bins import SPLITS, Bins, finished, unfinished
 from data.readers import find_files, records, text_of
 from minillm import UserError
-from minillm.run import RunLock, run_script, write_json_atomically
+from minillm.run import RunLock, run_script
 from minillm.tokenizer import Tokenizer
 from minillm.vocab import train_tokenizer as learn_tokenizer
 
@@ -38,8 +39,8 @@ BATCH = 1 << 20  # raw bytes of documents that one worker gets at a time (one do
 POOL_FROM = 64 << 20  # bytes of input; below, starting processes takes longer than the work
 TOKENIZER_SAMPLE = 16 << 20  # bytes of text that a tokenizer is learnt from
 GZIP_RATIO = 3  # how much larger than its .gz a text is taken to be
+TXT_SPLITS, ON_BAD_LINE = ("blank", "lines", "file"), ("error", "skip")
 SAVE_EVERY = 5.0  # seconds between two records of how far it has got
-SPLITS = ("train", "val")
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,16 @@ class Options:
     val_fraction: float
     val_from: int | None  # files from this number on are validation files, which leaves val_fraction without meaning
     shard_tokens: int
+
+    def check(self) -> None:
+        """Raises UserError for a value that means nothing."""
+        for name, value, known in (("split", self.split, TXT_SPLITS), ("on_bad_line", self.on_bad_line, ON_BAD_LINE)):
+            if value not in known:
+                raise UserError(f"--{name} {value}: choose one of {', '.join(known)}")
+        if not 0 <= self.val_fraction < 1:
+            raise UserError(f"--val_fraction {self.val_fraction}: choose one from 0 to below 1")
+        if self.shard_tokens < 1:
+            raise UserError(f"--shard_tokens {self.shard_tokens}: at least 1 is needed")
 
 
 def prepare(
@@ -83,34 +94,36 @@ def prepare(
     """
     if (tokenizer is None) == (train_tokenizer is None):
         raise UserError("tokenizer: give either --tokenizer PATH or --train_tokenizer N")
-    if not 0 <= val_fraction < 1:
-        raise UserError(f"--val_fraction {val_fraction}: choose one from 0 to below 1")
     inputs, val_inputs, out = list(inputs), list(val_inputs or []), Path(out)
-    files, val_files = find_files(inputs), find_files(val_inputs)
-    val_from = len(files) if val_files else None
-    options = Options(split, field, on_bad_line, val_fraction, val_from, shard_tokens)
-    files += val_files
+    for folder in map(Path, inputs + val_inputs):
+        if folder.is_dir() and out.resolve().is_relative_to(folder.resolve()):
+            raise UserError(f"--out {out}: lies inside the input {folder} and would be read again; choose another")
+    train_files = find_files(inputs)
+    files = find_files(inputs + val_inputs)
+    options = Options(split, field, on_bad_line, val_fraction, len(train_files) if val_inputs else None, shard_tokens)
+    options.check()
     given = Tokenizer.load(tokenizer) if tokenizer is not None else None
     made_from = _fingerprint(files, options, given.sha256 if given else train_tokenizer)
 
     lock = RunLock(out)
     try:
-        if (finished := _finished(out, made_from)) is not None:
+        if (meta := finished(out, made_from)) is not None:
             print(f"{out}: already prepared from the same input, nothing to do")
-            return finished
-        state = _unfinished(out, made_from)
+            return meta
+        state = unfinished(out, made_from, BATCH)
         if state:
             given = Tokenizer.load(out)
         elif given is None:
             print(f"{out}: learning a tokenizer of {train_tokenizer:,} pieces", flush=True)
-            texts = _sample(files[:val_from], options)
+            texts = _sample(train_files, options)
             given = learn_tokenizer(texts, train_tokenizer, out, sample_bytes=TOKENIZER_SAMPLE)
         else:
             given.save(out)
         if given.sha256 != state.get("tokenizer", given.sha256):
             raise UserError(f"{out}/tokenizer.model: changed since the preparation began; delete {out} and start again")
-        bins = Bins(out, given, options, {**state, "made_from": made_from, "tokenizer": given.sha256})
-        _tokenize(files, bins, options, workers or _cores())
+        state |= {"made_from": made_from, "batch_bytes": BATCH, "tokenizer": given.sha256}
+        bins = Bins(out, given, shard_tokens, state)
+        _tokenize(files, bins, options, max(1, workers or _cores()))
         source = {"source": [str(path) for path in inputs], "val_source": [str(path) for path in val_inputs]}
         return bins.finish(source | {"options": asdict(options)})
     except OSError as error:
@@ -119,9 +132,6 @@ def prepare(
         ) from None
     finally:
         lock.release()
-
-
-# ---- what is in the folder already
 
 
 def _fingerprint(files: list[Path], options: Options, tokenizer: str | int) -> str:
@@ -137,119 +147,6 @@ def _fingerprint(files: list[Path], options: Options, tokenizer: str | int) -> s
 def _sha256(file: Path) -> str:
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _read_json(file: Path) -> dict:
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-        return value if isinstance(value, dict) else {}
-    except (OSError, ValueError):
-        return {}
-
-
-def _finished(out: Path, made_from: str) -> dict | None:
-    """meta.json of a folder finished from the same input; raises UserError if from other input."""
-    if not (out / "meta.json").exists():
-        return None
-    meta = _read_json(out / "meta.json")
-    if meta.get("made_from") != made_from:
-        raise UserError(
-            f"--out {out}: holds a data set made from other input, options or tokenizer; "
-            "choose another --out or delete the folder"
-        )
-    width = np.dtype(meta["dtype"]).itemsize
-    for file in (file for kind in SPLITS for file in meta["files"][kind]):
-        path = out / file["name"]
-        if not path.is_file() or path.stat().st_size != file["tokens"] * width:
-            raise UserError(
-                f"{path}: not the {file['tokens'] * width:,} bytes of meta.json; delete {out} and start again"
-            )
-    return meta
-
-
-def _unfinished(out: Path, made_from: str) -> dict:
-    """How far an interrupted preparation of the same input got; what another one left is cleared away."""
-    state = _read_json(out / "progress.json")
-    bins = [file for kind in SPLITS for file in out.glob(f"{kind}-*.bin")]
-    if not state and bins:
-        raise UserError(f"{bins[0]}: not written by a preparation that could go on; choose another --out or delete it")
-    if state.get("made_from") == made_from:
-        return state
-    for file in bins:
-        file.unlink()
-    return {}
-
-
-class Bins:
-    """The growing .bin files, and `progress.json`, which says up to where they are valid."""
-
-    def __init__(self, out: Path, tokenizer: Tokenizer, options: Options, state: dict):
-        self.out, self.tokenizer, self.shard_tokens = out, tokenizer, options.shard_tokens
-        self.dtype = np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
-        empty = {"batches": 0, "files": {k: [] for k in SPLITS}, "bytes": dict.fromkeys(SPLITS, 0)}
-        self.state = {**empty, "bad_lines": 0, "empty_documents": 0, "first_bad": [], **state}
-        self.open = {}
-        known = [file for kind in SPLITS for file in self.state["files"][kind]]
-        for kind in SPLITS:
-            for path in out.glob(f"{kind}-*.bin"):
-                if path.name not in [file["name"] for file in known]:
-                    path.unlink()
-        for file in known:  # what came after the last record is written again
-            path = out / file["name"]
-            if not path.exists() or path.stat().st_size < file["tokens"] * self.dtype.itemsize:
-                raise UserError(f"{path}: shorter than progress.json says; delete the folder and start again")
-            os.truncate(path, file["tokens"] * self.dtype.itemsize)
-        self.save()  # from now on, bins in this folder are known to be ours
-
-    def tokens(self) -> int:
-        return sum(file["tokens"] for kind in SPLITS for file in self.state["files"][kind])
-
-    def add(self, kind: str, data: bytes, documents: int, text_bytes: int) -> None:
-        files = self.state["files"][kind]
-        if not files or files[-1]["tokens"] >= self.shard_tokens:
-            if kind in self.open:
-                self._sync(self.open.pop(kind))
-            files.append({"name": f"{kind}-{len(files):05d}.bin", "tokens": 0, "documents": 0})
-        path = self.out / files[-1]["name"]
-        try:
-            if kind not in self.open:
-                self.open[kind] = path.open("ab")
-            self.open[kind].write(data)
-        except OSError as error:
-            raise UserError(
-                f"{path}: writing {len(data):,} bytes failed ({error.strerror}); make room, then run the same "
-                "command again: it goes on from here"
-            ) from None
-        files[-1]["tokens"] += len(data) // self.dtype.itemsize
-        files[-1]["documents"] += documents
-        self.state["bytes"][kind] += text_bytes
-
-    def save(self) -> None:
-        for file in self.open.values():
-            self._sync(file, close=False)
-        write_json_atomically(self.out / "progress.json", self.state)
-        self.saved_at = time.monotonic()
-
-    def _sync(self, file, close: bool = True) -> None:
-        file.flush()
-        os.fsync(file.fileno())
-        if close:
-            file.close()
-
-    def finish(self, about: dict) -> dict:
-        """Write meta.json, by which the folder counts as complete."""
-        self.save()
-        for file in self.open.values():
-            file.close()
-        t, state = self.tokenizer, dict(self.state)
-        for name in ("batches", "tokenizer"):
-            state.pop(name)
-        ids = {"bos_id": t.bos_id, "eos_id": t.eos_id, "pad_id": t.pad_id}
-        meta = {"format": 1, "dtype": "uint16" if self.dtype.itemsize == 2 else "uint32", "vocab_size": t.vocab_size}
-        meta |= {"tokenizer_sha256": t.sha256, **ids, **about, **state}
-        write_json_atomically(self.out / "meta.json", meta)
-        (self.out / "progress.json").unlink()
-        return meta
 
 
 # ---- from documents to tokens
@@ -286,11 +183,8 @@ def encode_batch(batch: list[tuple], tokenizer: Tokenizer, options: Options, thr
         try:
             text = text_of(record.kind, record.raw, options.field)
             data = text.encode()
-        except UnicodeEncodeError as error:
-            bad.append((file, record.number, f"lone surrogate U+{ord(error.object[error.start]):04X} in the text"))
-            continue
         except ValueError as error:
-            bad.append((file, record.number, str(error)))
+            bad.append((file, f"{'item' if record.kind == 'value' else 'line'} {record.number}", str(error)))
             continue
         if not text:
             empty += 1
@@ -380,9 +274,8 @@ def _work(batch: list[tuple]) -> dict:
 
 
 def _count_bad(bad: list[tuple], files: list[Path], bins: Bins, options: Options) -> None:
-    for file, number, reason in bad:
-        what = "line" if files[file].name.removesuffix(".gz").endswith((".txt", ".jsonl")) else "item"
-        message = f"{files[file]}, {what} {number}: {reason}"
+    for file, place, reason in bad:
+        message = f"{files[file]}, {place}: {reason}"
         if options.on_bad_line == "error":
             raise UserError(f"{message}; mend it, or leave such documents out with --on_bad_line skip")
         bins.state["bad_lines"] += 1
@@ -455,9 +348,9 @@ def main() -> None:
     add("--val_input", nargs="+", metavar="PATH", help="files of the validation split (instead of --val_fraction)")
     add("--val_fraction", type=float, default=0.01, help="share of documents for validation (default 0.01)")
     ends = "a .txt document ends at blank lines (default), with each line, or with its file"
-    add("--split", choices=("blank", "lines", "file"), default="blank", help=ends)
+    add("--split", choices=TXT_SPLITS, default="blank", help=ends)
     add("--field", default="text", help="key or column that holds the text (default text)")
-    add("--on_bad_line", choices=("error", "skip"), default="error", help="stop at a bad line (default) or count it")
+    add("--on_bad_line", choices=ON_BAD_LINE, default="error", help="stop at a bad line (default) or count it")
     add("--workers", type=int, help="processes (default: all cores)")
     add("--shard_tokens", type=int, default=1 << 30, help="begin a new .bin after so many tokens (default 2^30)")
     options = vars(parser.parse_args())

@@ -11,6 +11,7 @@ import io
 import json
 import re
 import zlib
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, NamedTuple
@@ -52,9 +53,9 @@ def find_files(inputs: Iterable[str | Path]) -> list[Path]:
             raise UserError(f"{path}: not a known kind of file ({known}); convert or rename it")
         else:
             files.append(path)
-    twice = {str(path) for path in files if files.count(path) > 1} if len(files) < 10_000 else set()
-    if twice:
-        raise UserError(f"{', '.join(sorted(twice))}: given twice; name each file once")
+    for path, times in Counter(file.resolve() for file in files).items():
+        if times > 1:
+            raise UserError(f"{path}: given {times} times; name each file once")
     return files
 
 
@@ -104,6 +105,10 @@ def text_of(kind: str, raw, field: str) -> str:
         text = _field(_parse(text.rstrip()), field)
     if isinstance(text, ValueError):
         raise text
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # JSON can spell half of a character, UTF-8 cannot
+        raise ValueError(f"lone surrogate U+{ord(text[error.start]):04X} in the text") from None
     return text
 
 

@@ -368,3 +368,22 @@ def test_help_names_every_option():
     text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     for name in ("input", "out", "tokenizer", "train_tokenizer", "val_input", "split", "field", "on_bad_line"):
         assert f"--{name} " in text
+
+
+def test_options_that_mean_nothing(tok_path, tmp_path):
+    file = write_lines(tmp_path / "a.jsonl", TEXTS)
+    for wrong, message in {
+        "split": "--split wrong: choose one of blank, lines, file",
+        "on_bad_line": "--on_bad_line wrong: choose one of error, skip",
+    }.items():
+        with pytest.raises(UserError, match=message):
+            prepare([file], tmp_path / "out", tokenizer=tok_path, **{wrong: "wrong"})
+    with pytest.raises(UserError, match=r"--val_fraction 1\.5"):
+        prepare([file], tmp_path / "out", tokenizer=tok_path, val_fraction=1.5)
+    with pytest.raises(UserError, match="either --tokenizer PATH or --train_tokenizer N"):
+        prepare([file], tmp_path / "out")
+    with pytest.raises(UserError, match=r"a\.jsonl: given 2 times"):
+        prepare([file], tmp_path / "out", tokenizer=tok_path, val_inputs=[file])
+    with pytest.raises(UserError, match="lies inside the input"):
+        prepare([tmp_path], tmp_path / "out", tokenizer=tok_path)
+    assert not (tmp_path / "out").exists()
