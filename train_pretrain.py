@@ -9,8 +9,8 @@ model, optimizer, the loop.
 """
 
 import dataclasses
-import math
 import sys
+import textwrap
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,13 +18,14 @@ from pathlib import Path
 import torch
 
 from data import bundled
-from minillm import UserError, config, distributed, evaluate, generate, huggingface, ops, optim, plot, run, training
+from minillm import UserError, config, distributed, generate, huggingface, ops, optim, run, training
 from minillm.config import option
-from minillm.data import TokenBins, TokenWindows, parse_mixture, validation_part
+from minillm.data import TokenBins, TokenWindows, parse_mixture
 from minillm.metrics import duration, peak_flops
 from minillm.model import Transformer
 from minillm.parallel import gradients_synced, parallelize
 from minillm.tokenizer import Tokenizer
+from minillm.validation import Validation
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class Config(config.TrainingConfig):
     softcap: float | None = option(None, "soft cap on the logits")
 
 
-MODEL_OPTIONS = [f.name for f in dataclasses.fields(config.ModelConfig) if f.name not in ("vocab_size", "dropout")]
+NEXT = "python train_sft.py"
 
 
 def main() -> int:
@@ -71,7 +72,8 @@ def main() -> int:
     windows = TokenWindows(bins, cfg.seq_len, seed=cfg.seed, documents=cfg.document_attention)
     first = bins[0][0]
     tokenizer = Tokenizer.load(first.path) if first.meta else None
-    validation = evaluate.Validation(TokenBins(first.path, "val", **raw), tokenizer, cfg.seq_len, cfg.eval_tokens)
+    held_out = TokenBins(first.path, "val", **raw)
+    validation = Validation(held_out, tokenizer, cfg.seq_len, cfg.eval_tokens, cfg.document_attention)
 
     # the run: its folder, and the checkpoint to go on from
     init = run.resolve_checkpoint(cfg.init_from) if cfg.init_from else None
@@ -84,7 +86,7 @@ def main() -> int:
     }
     this = training.Run(cfg, ranks, fingerprints)
     if this.finished:
-        this.say(f"{this.folder} has finished its {this.start_step} steps; to go on, raise --steps. {NEXT}")
+        this.say(f"{this.folder} has finished its {this.start_step} steps; to go on, raise --steps; next: {NEXT}")
         return 0
     this.say(f"configuration:\n{config.show(cfg)}")
 
@@ -99,8 +101,6 @@ def main() -> int:
         model = model.to(ranks.device)
     model.checkpoint_activations = cfg.checkpoint_activations
     status = train(cfg, this, model, windows, validation, tokenizer)
-    if status == 0 and ranks.main:
-        conclude(cfg, this, model, tokenizer)
     distributed.stop()
     return status
 
@@ -109,18 +109,24 @@ def shape(cfg: Config, vocab_size: int, init: Path | None) -> config.ModelConfig
     """The model's shape: the preset's, or that of --init_from, with the options given on top."""
     names = [f.name for f in dataclasses.fields(config.ModelConfig) if hasattr(cfg, f.name)]
     given = {name: getattr(cfg, name) for name in names if getattr(cfg, name) is not None}
+    base = config.PRESETS[cfg.preset] if init is None else dataclasses.asdict(huggingface.load_config(init))
     if cfg.rope_scaling:
-        base = huggingface.load_config(init).max_seq_len if init else config.PRESETS[cfg.preset]["max_seq_len"]
-        given["rope_scaling"] = config.parse_rope_scaling(cfg.rope_scaling, base)
+        given["rope_scaling"] = config.parse_rope_scaling(cfg.rope_scaling, base["max_seq_len"])
     if init is None:
+        given.setdefault("max_seq_len", max(base["max_seq_len"], cfg.seq_len))
         return config.preset(cfg.preset, vocab_size=vocab_size, **given)
-    loaded = huggingface.load_config(init)
-    if loaded.vocab_size < vocab_size:
+    chosen = dataclasses.replace(huggingface.load_config(init), **given)
+    if chosen.vocab_size < vocab_size or not training.same_tokenizer(init, cfg.data):
         raise UserError(
-            f"--init_from {init}: its vocabulary has {loaded.vocab_size} ids, but {cfg.data} has {vocab_size}; "
-            "prepare the data with the model's own tokenizer"
+            f"--init_from {init} has another vocabulary ({chosen.vocab_size} ids) than {cfg.data} ({vocab_size}); "
+            f"prepare the data with the model's own: data/prepare.py --tokenizer {init}"
         )
-    return dataclasses.replace(loaded, **given)
+    if cfg.seq_len > chosen.max_seq_len:
+        raise UserError(
+            f"--seq_len {cfg.seq_len}: the model's longest context is {chosen.max_seq_len} tokens; lower it, or extend "
+            f"the context by --max_seq_len {cfg.seq_len} (see --rope_scaling)"
+        )
+    return chosen
 
 
 def train(cfg: Config, this: training.Run, model, windows, validation, tokenizer) -> int:
@@ -162,18 +168,32 @@ def train(cfg: Config, this: training.Run, model, windows, validation, tokenizer
         this.finish_step(row, n_targets / (time.monotonic() - begun), peak, flops)
         stop = this.stop_requested()
         if this.due(step, cfg.eval_every):
-            this.record({"step": step, **validation.scores(model, ranks, training.autocast(ranks.device, dtype))})
+            scores = validation.scores(model, ranks, training.autocast(ranks.device, dtype))
+            this.record({"step": step, **scores})
         if stop or this.due(step, cfg.save_every):
             this.save(step, model, optimizers, scaler, tokenizer)
         if stop:
             this.say(f"stopped by signal {stop} after step {step}; the same command goes on from there")
             return 128 + stop
     this.close()
+    conclude(this, model, scores, tokenizer)
     return 0
 
 
-def conclude(cfg: Config, this: training.Run, model: Transformer, tokenizer: Tokenizer | None) -> None:
+def conclude(this: training.Run, model: Transformer, scores: dict, tokenizer: Tokenizer | None) -> None:
     """What a person wants to see at the end."""
+    if "val_bpb" in scores:
+        floor = f"; floor {scores['floor_bpb']:.3f} ± {scores['floor_error']:.3f}" if "floor_bpb" in scores else ""
+        this.say(f"validation: {scores['val_loss']:.4f} nats a token, {scores['val_bpb']:.3f} bits per byte{floor}")
+    else:
+        this.say(f"validation: {scores['val_loss']:.4f} nats a token")
+    if tokenizer is not None:
+        model.eval()
+        sampling = generate.Sampling(temperature=0.8, top_p=0.95)
+        length = min(100, model.config.max_seq_len - 1)
+        sample = generate.generate(model, [[tokenizer.eos_id]], length, sampling=sampling, stop_ids=[tokenizer.eos_id])
+        this.say(f"a sample:\n{textwrap.indent(tokenizer.decode(sample[0].tokens), '  ')}")
+    this.say(f"trained for {duration(this.seconds())}; checkpoint {this.newest()}; {this.draw()}\nnext: {NEXT}")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from minillm import UserError, checkpoint, config, distributed, huggingface, metrics, run
+from minillm import UserError, checkpoint, config, distributed, huggingface, metrics, plot, run
+from minillm.data import parse_mixture
 from minillm.model import Transformer
 from minillm.tokenizer import Tokenizer
 
@@ -170,6 +171,19 @@ class Run:
         self.progress.close()
         self.watchdog.pause()
 
+    def newest(self) -> Path:
+        """The checkpoint saved last."""
+        return run.step_folders(self.folder)[-1]
+
+    def draw(self) -> str:
+        """Draw the run's curves into its folder, and say where; or say what is lacking."""
+        if not self.ranks.main:
+            return ""
+        try:
+            return f"curve {plot.draw([self.folder], self.folder / 'curve.png')}"
+        except UserError as problem:  # matplotlib is an extra: its absence is no failure of the run
+            return f"no curve: {problem}"
+
     def stop_requested(self) -> int:
         """The signal that asked any rank to stop, or 0."""
         return self.ranks.any(self.signals.requested)
@@ -209,6 +223,13 @@ def schedule(cfg: config.TrainingConfig) -> dict:
 def fingerprint(*parts) -> str:
     """Short SHA-256 of anything JSON can say."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def same_tokenizer(model: Path, data: str) -> bool:
+    """False if both a model folder and the first data folder hold a tokenizer, and they differ."""
+    folders = Path(model), parse_mixture(data)[0][0]
+    models = [(folder / "tokenizer.model").read_bytes() for folder in folders if (folder / "tokenizer.model").is_file()]
+    return len(models) < 2 or models[0] == models[1]
 
 
 def special_ids(tokenizer: Tokenizer | None) -> dict[str, int]:

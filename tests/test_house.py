@@ -13,7 +13,7 @@ LAYERS = [
     {"ops", "losses", "kv_cache", "tokenizer", "data"},
     {"model", "chat_data", "vocab", "data/"},
     {"optim", "parallel", "checkpoint", "huggingface"},
-    {"generate", "evaluate", "plot", "training", "bench"},
+    {"validation", "generate", "evaluate", "plot", "training", "bench"},
     {"__main__", "train_pretrain", "train_sft"},
 ]
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names}

@@ -1,0 +1,78 @@
+"""Validation loss in nats, perplexity and bits per byte, beside the floor where it is known.
+
+    bits per byte = summed nats of all evaluated targets, ends of documents included / ln 2 / UTF-8 bytes of their text
+
+It does not depend on the vocabulary, so models with different tokenizers compare, and so does a generator that knows
+how many bits of choice each document holds: no model can stay below that floor on average.
+"""
+
+import math
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from minillm.data import Batch, TokenBins, validation_part
+from minillm.distributed import Ranks
+from minillm.tokenizer import Tokenizer
+
+ROWS = 16  # rows of a batch
+
+
+@torch.no_grad()
+def token_loss(model: nn.Module, batches: Iterable[Batch], device: torch.device) -> tuple[float, int]:
+    """Summed loss in nats, and the number of targets, over some batches."""
+    training, nats, targets = model.training, 0.0, 0
+    model.eval()
+    for batch in batches:
+        targets += batch.n_targets()
+        batch = batch.to(device)
+        nats += float(model(batch.x, batch.y, mask=batch.mask, documents=batch.documents))
+    model.train(training)
+    return nats, targets
+
+
+class Validation:
+    """A fixed part of a validation split, the first whole documents of it."""
+
+    def __init__(
+        self, bins: TokenBins, tokenizer: Tokenizer | None, seq_len: int, max_tokens: int, documents: bool = False
+    ):
+        """bins: the validation split; tokenizer: for the number of bytes (None: no bits per byte); seq_len and
+        max_tokens in tokens; documents: attention stays inside each. Raises `UserError` as `TokenBins` does.
+        """
+        self.part, self.documents, self.eos_id = validation_part(bins, seq_len, max_tokens), documents, bins.eos_id
+        targets = self.part.rows[:, 1:][self.part.mask]
+        self.n_bytes = None if tokenizer is None else int(tokenizer.byte_lengths()[targets].sum())
+        self.floor, self.floor_error = self._floor(bins, tokenizer, targets)
+
+    def _floor(self, bins: TokenBins, tokenizer, targets: np.ndarray) -> tuple[float | None, float | None]:
+        """Bits per byte that the generator itself needs for these very documents, and its standard error."""
+        file = Path(bins.path) / "val_bits.npy"
+        n = self.part.n_documents
+        if tokenizer is None or n < 2 or not file.is_file():
+            return None, None
+        bits = np.load(file, allow_pickle=False)[:n]
+        ends = np.flatnonzero(targets == bins.eos_id)
+        sizes = np.diff(np.cumsum(tokenizer.byte_lengths()[targets])[ends], prepend=0)
+        floor = float(bits.sum() / sizes.sum())
+        # of a ratio of sums over independent documents (Cochran, Sampling Techniques, equation 2.46)
+        residual = bits - floor * sizes
+        return floor, float(math.sqrt((residual**2).sum() * n / (n - 1)) / sizes.sum())
+
+    def scores(self, model: nn.Module, ranks: Ranks, autocast) -> dict[str, float]:
+        """val_loss (nats a token) and, where bytes and floor are known, val_bpb, floor_bpb and its standard error.
+
+        The ranks share the work; autocast: the context to compute in.
+        """
+        batches = list(self.part.batches(ROWS, self.documents, self.eos_id))[ranks.rank :: ranks.world]
+        with autocast:
+            nats, targets = ranks.sum(*token_loss(model, batches, ranks.device))
+        scores = {"val_loss": nats / targets}
+        if self.n_bytes:
+            scores["val_bpb"] = nats / math.log(2) / self.n_bytes
+        if self.floor is not None:
+            scores |= {"floor_bpb": self.floor, "floor_error": self.floor_error}
+        return scores
