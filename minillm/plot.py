@@ -1,0 +1,157 @@
+"""Curves of one or several runs, from their metrics.jsonl to one PNG: `python -m minillm plot RUN… --out FILE`."""
+
+import json
+from pathlib import Path
+
+from minillm import UserError
+
+# Colours that stay apart for colour-blind readers (Okabe & Ito 2008)
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+FLOOR = "#777777"
+RAW_POINTS = 100  # runs with more logged steps than this are shown smoothed over a hundredth of them
+
+
+def read_metrics(run: str | Path) -> list[dict]:
+    """Rows of a run's metrics.jsonl; `run` is its folder or the file. A torn last line is left out."""
+    path = Path(run)
+    path = path / "metrics.jsonl" if path.is_dir() else path
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; give the folder of a run (out/pretrain) that has begun training")
+    rows = []
+    lines = path.read_text(encoding="utf-8").splitlines()
+    for number, line in enumerate(lines, 1):
+        try:
+            rows.append(json.loads(line))
+            rows[-1]["step"]
+        except (ValueError, KeyError, TypeError):
+            if number == len(lines):
+                return rows[: number - 1]
+            raise UserError(f"{path}, line {number}: not a row of metrics; is this the file of a run?") from None
+    if not rows:
+        raise UserError(f"{path}: holds no step yet")
+    return rows
+
+
+def series(rows: list[dict], name: str) -> tuple[list[float], list[float], list[float]]:
+    """(steps, hours, values) of the rows that have `name`; a row without a time takes the one before's."""
+    steps, hours, values, last = [], [], [], 0.0
+    for row in rows:
+        last = row.get("time_s") or last
+        if row.get(name) is not None:
+            steps.append(row["step"])
+            hours.append(last)
+            values.append(row[name])
+    return steps, hours, values
+
+
+def smoothed(values: list[float], width: int) -> list[float]:
+    """The mean over `width` values up to each one (fewer at the start)."""
+    sums = [0.0]
+    for value in values:
+        sums.append(sums[-1] + value)
+    return [(sums[i + 1] - sums[max(0, i + 1 - width)]) / min(i + 1, width) for i in range(len(values))]
+
+
+def draw(runs: list[str | Path], out: str | Path) -> Path:
+    """Draw training loss and validation score of each run against steps and against time, into `out` (.png).
+
+    The validation score is in bits per byte with the corpus's floor where the run knows them, else in nats a token.
+    Raises UserError without matplotlib, for a run without metrics, or if `out` cannot be written.
+    """
+    try:
+        import matplotlib
+    except ImportError:
+        raise UserError('drawing needs matplotlib: pip install -e ".[plot]"') from None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    loaded = {_label(run): read_metrics(run) for run in runs}
+    if len(loaded) < len(runs):
+        loaded = {str(run): read_metrics(run) for run in runs}
+    in_bytes = any(row.get("val_bpb") is not None for rows in loaded.values() for row in rows)
+    validated = any(row.get("val_loss") is not None for rows in loaded.values() for row in rows)
+    lines = [("loss", "training loss (nats a token)")]
+    if validated:
+        score = ("val_bpb", "validation (bits per byte)") if in_bytes else ("val_loss", "validation (nats a token)")
+        lines.append(score)
+    longest = max((row.get("time_s") or 0.0) for rows in loaded.values() for row in rows)
+    unit, seconds = next(
+        (u, s) for u, s in (("hours", 3600), ("minutes", 60), ("seconds", 1)) if longest > 2 * s or s == 1
+    )
+    figure, axes = pyplot.subplots(
+        len(lines), 2, figsize=(11, 3.6 * len(lines)), sharey="row", squeeze=False, layout="constrained"
+    )
+    for row_of_axes, (name, title) in zip(axes, lines, strict=True):
+        for axis, by_time in zip(row_of_axes, (False, True), strict=True):
+            for colour, (label, rows) in zip(COLOURS * len(loaded), loaded.items(), strict=False):
+                steps, times, values = series(rows, name)
+                x = [t / seconds for t in times] if by_time else steps
+                _line(axis, x, values, colour, label, points=name != "loss")
+            if name == "val_bpb":
+                _floors(axis, loaded)
+            axis.set_xlabel(f"training time ({unit})" if by_time else "steps")
+            _dress(axis)
+        row_of_axes[0].set_ylabel(title)
+        _limit(row_of_axes[0], [v for rows in loaded.values() for v in series(rows, name)[2]], name, loaded)
+        if row_of_axes[0].get_legend_handles_labels()[0]:
+            row_of_axes[0].legend(frameon=False, loc="upper right")
+    out = Path(out)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(out, dpi=150, format="png")
+    except OSError as problem:
+        raise UserError(f"{out}: cannot be written ({problem.strerror or problem})") from None
+    finally:
+        pyplot.close(figure)
+    return out
+
+
+def _label(run: str | Path) -> str:
+    path = Path(run)
+    return path.parent.name if path.is_file() else path.resolve().name
+
+
+def _line(axis, x: list, values: list, colour: str, label: str, points: bool) -> None:
+    if points:
+        axis.plot(x, values, color=colour, label=label, linewidth=1.6, marker="o", markersize=3.5)
+    elif len(values) <= RAW_POINTS:
+        axis.plot(x, values, color=colour, label=label, linewidth=1.6)
+    else:  # each step faintly, their running mean clearly
+        axis.plot(x, values, color=colour, alpha=0.22, linewidth=0.7)
+        axis.plot(x, smoothed(values, len(values) // RAW_POINTS + 1), color=colour, label=label, linewidth=1.6)
+
+
+def _floors(axis, loaded: dict[str, list[dict]]) -> None:
+    """A dashed line at each floor that the runs know (one, if they share a corpus), with its standard error."""
+    floors = {
+        row["floor_bpb"]: row.get("floor_error") or 0.0
+        for rows in loaded.values()
+        for row in rows
+        if row.get("floor_bpb")
+    }
+    for floor, error in floors.items():
+        axis.axhline(floor, color=FLOOR, linestyle="--", linewidth=1.2, label=f"floor {floor:.3f}")
+        axis.axhspan(floor - error, floor + error, color=FLOOR, alpha=0.2, linewidth=0)
+
+
+def _limit(axis, values: list[float], name: str, loaded: dict[str, list[dict]]) -> None:
+    """Leave the first steep fall out of sight, so that the part that matters has room."""
+    floors = (
+        [row["floor_bpb"] for rows in loaded.values() for row in rows if row.get("floor_bpb")]
+        if name == "val_bpb"
+        else []
+    )
+    ordered = sorted(values)
+    if not ordered:
+        return
+    low = min(ordered[0], *floors) if floors else ordered[0]
+    high = ordered[min(len(ordered) - 1, int(0.98 * len(ordered)))] if name == "loss" else ordered[-1]
+    margin = 0.06 * (high - low) or 0.1
+    axis.set_ylim(low - margin, high + margin)
+
+
+def _dress(axis) -> None:
+    axis.grid(True, color="#dddddd", linewidth=0.6)
+    axis.set_axisbelow(True)
+    for side in ("top", "right"):
+        axis.spines[side].set_visible(False)
