@@ -12,18 +12,19 @@ import dataclasses
 import sys
 import time
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
 from data import bundled
-from minillm import UserError, config, distributed, evaluate, huggingface, ops, optim, plot, run, training
+from minillm import UserError, config, distributed, evaluate, huggingface, ops, optim, run, training
 from minillm.chat_data import InstructionRows
 from minillm.config import option
-from minillm.metrics import peak_flops
+from minillm.metrics import duration, peak_flops
 from minillm.model import Transformer
 from minillm.parallel import gradients_synced, parallelize
 from minillm.tokenizer import Tokenizer
+
+NEXT = "python -m minillm chat"
 
 
 @dataclass(frozen=True)
@@ -69,15 +70,14 @@ def main() -> int:
         packing=cfg.packing,
         on_bad_line=cfg.on_bad_line,
     )
-    end = rows.total_rows(cfg.epochs)
-    if cfg.steps is None:
-        cfg = dataclasses.replace(cfg, steps=-(-end // cfg.batch_size))
+    end = rows.total_rows(cfg.epochs) if cfg.steps is None else cfg.steps * cfg.batch_size
+    cfg = dataclasses.replace(cfg, steps=-(-end // cfg.batch_size))  # the last batch may be short
     held_out = cfg.eval_data or (f"{bundled.FOLDER}/sft_heldout.jsonl" if cfg.data == Config.data else None)
     questions = evaluate.read_questions(held_out, cfg.eval_rows) if held_out else []
 
     # the run: its folder, and the checkpoint to go on from
     fingerprints = {
-        "data": rows.fingerprint,
+        "data": training.fingerprint(rows.fingerprint, tokenizer.resolve_template(cfg.template)),
         "batch size, sequence length or seed": training.fingerprint(cfg.batch_size, cfg.seq_len, cfg.seed, cfg.packing),
         "tokenizer": tokenizer.sha256,
         "architecture": training.fingerprint(huggingface.to_hf(model_config)),
@@ -91,8 +91,7 @@ def main() -> int:
     this.say(f"weights from {this.source or init}")
     model.checkpoint_activations = cfg.checkpoint_activations
 
-    before = evaluate.exact_match(model, tokenizer, questions) if questions and ranks.main and not this.source else None
-    ranks.barrier()
+    before = this.once("before.json", lambda: evaluate.exact_match(model, tokenizer, questions, template=cfg.template))
     status = train(cfg, this, model, rows, end, tokenizer)
     if status == 0 and ranks.main:
         conclude(this, model, tokenizer, questions, before)
@@ -147,6 +146,17 @@ def train(cfg: Config, this: training.Run, model: Transformer, rows: Instruction
             return 128 + stop
     this.close()
     return 0
+
+
+def conclude(this: training.Run, model: Transformer, tokenizer: Tokenizer, questions: list[dict], before: dict) -> None:
+    """What a person wants to see at the end: how many questions are answered exactly, before and after."""
+    if questions:
+        after = evaluate.exact_match(model, tokenizer, questions, template=this.cfg.template)
+        this.record({"step": this.cfg.steps, "exact_match": sum(r for r, _ in after.values()) / len(questions)})
+        this.say(f"exact answers to {len(questions)} held-out questions   before → after")
+        for family, (right, asked) in after.items():
+            this.say(f"  {family:<20} {before[family][0] / asked:6.1%} → {right / asked:6.1%}   ({right}/{asked})")
+    this.say(f"trained for {duration(this.seconds())}; checkpoint {this.newest()}; {this.draw()}\nnext: {NEXT}")
 
 
 if __name__ == "__main__":

@@ -171,6 +171,16 @@ class Run:
         self.progress.close()
         self.watchdog.pause()
 
+    def once(self, name: str, measure):
+        """What `measure()` gives on rank 0 at the beginning of the run; a continued run reads it from its folder."""
+        file, value = self.folder / name, None
+        if self.ranks.main:
+            if not file.exists() and self.source is None:
+                run.write_json_atomically(file, measure())
+            value = json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
+        self.ranks.barrier()
+        return value
+
     def newest(self) -> Path:
         """The checkpoint saved last."""
         return run.step_folders(self.folder)[-1]
