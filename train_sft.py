@@ -12,6 +12,7 @@ import dataclasses
 import sys
 import time
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -91,10 +92,11 @@ def main() -> int:
     this.say(f"weights from {this.source or init}")
     model.checkpoint_activations = cfg.checkpoint_activations
 
-    before = this.once("before.json", lambda: evaluate.exact_match(model, tokenizer, questions, template=cfg.template))
+    ask = partial(evaluate.exact_match, model, tokenizer, questions, template=cfg.template)
+    before = this.once("before.json", ask) if questions else {}
     status = train(cfg, this, model, rows, end, tokenizer)
     if status == 0 and ranks.main:
-        conclude(this, model, tokenizer, questions, before)
+        conclude(this, before, ask() if questions else {})
     distributed.stop()
     return status
 
@@ -148,14 +150,14 @@ def train(cfg: Config, this: training.Run, model: Transformer, rows: Instruction
     return 0
 
 
-def conclude(this: training.Run, model: Transformer, tokenizer: Tokenizer, questions: list[dict], before: dict) -> None:
-    """What a person wants to see at the end: how many questions are answered exactly, before and after."""
-    if questions:
-        after = evaluate.exact_match(model, tokenizer, questions, template=this.cfg.template)
-        this.record({"step": this.cfg.steps, "exact_match": sum(r for r, _ in after.values()) / len(questions)})
-        this.say(f"exact answers to {len(questions)} held-out questions   before → after")
+def conclude(this: training.Run, before: dict, after: dict) -> None:
+    """What a person wants to see at the end; before, after: family → (exact answers, questions)."""
+    if after:
+        right, asked = map(sum, zip(*after.values(), strict=True))
+        this.record({"step": this.cfg.steps, "exact_match": right / asked})
+        this.say(f"exact answers to {asked} held-out questions, before → after:")
         for family, (right, asked) in after.items():
-            this.say(f"  {family:<20} {before[family][0] / asked:6.1%} → {right / asked:6.1%}   ({right}/{asked})")
+            this.say(f"  {family:<16} {before[family][0] / asked:6.1%} → {right / asked:6.1%}   ({right}/{asked})")
     this.say(f"trained for {duration(this.seconds())}; checkpoint {this.newest()}; {this.draw()}\nnext: {NEXT}")
 
 
