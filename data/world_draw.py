@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from functools import cache
 from typing import NamedTuple
 
-from data.world_words import COLOURS, EN, NUMBERS, PEOPLE, PLACES, THINGS, ZH, Person, Thing
+from data.world_words import ACTORS, COLOURS, EN, NUMBERS, PLACES, THINGS, ZH, Person, Thing
 
 LOG2 = [0.0] + [math.log2(n) for n in range(1, 10_000)]
 
@@ -59,7 +59,7 @@ class Draw:
         return table.options[i]
 
     def person(self) -> Person:
-        """Somebody who is not yet in this text's cast, and now is."""
+        """Somebody of `ACTORS` who is not yet in this text's cast, and now is."""
         pool = pool_of("person", self.what | self.who if self.held_out else self.what, self.held_out)
         if self.cast:
             pool = pool.copy()
@@ -82,7 +82,7 @@ class Draw:
 def pool_of(kind: str, groups: int, held_out: bool = False) -> list:
     """The words of a kind that may be named beside words of the other kind from `groups` (a bit set)."""
     foods, items = [t for t in THINGS if t.food], [t for t in THINGS if not t.food]
-    words = {"person": PEOPLE, "thing": THINGS, "food": foods, "item": items, "place": PLACES}[kind]
+    words = {"person": ACTORS, "thing": THINGS, "food": foods, "item": items, "place": PLACES}[kind]
     return [w for w in words if bool(groups >> w.group & 1) == held_out] if groups else words
 
 

@@ -24,7 +24,7 @@ from data.world import (
     translated,
 )
 from data.world_draw import COLOURS_OF, Draw, Table, phrases, some, tell, without_number, written
-from data.world_stories import STATES, story_count, story_give, story_where
+from data.world_stories import story_count, story_give, story_where
 from data.world_words import COLOURS, EN, GROUPS, HELD_PAIRS, PEOPLE, THINGS, TOWNS, ZH
 
 SPLITS = ("train", "heldout")
@@ -76,6 +76,13 @@ STORY_QUESTIONS = {
 {a}有多少{m}{x}？ | How many {xs} does {a} have?""",
 }
 STORY_QUESTIONS = {key: phrases(text) for key, text in STORY_QUESTIONS.items()}
+STORY_ANSWERS = phrases("""
+在{p}里。 | In the {p}.
+在{p}里。 | In the {p}.
+{a}。 | {a}.
+{x}。 | {x}.
+""")
+STORY_ANSWERS = dict(zip(STORY_QUESTIONS, STORY_ANSWERS, strict=True))
 INTO_CHINESE = phrases("翻译成中文。 | Translate into Chinese.\n把这句话翻译成中文。 | Put this sentence into Chinese.")
 INTO_ENGLISH = phrases("翻译成英文。 | Translate into English.\n把这句话翻译成英文。 | Put this sentence into English.")
 SUM_QUESTIONS = [phrases(text) for text in (
@@ -114,11 +121,6 @@ def fact_held_out(index: int, key: str) -> bool:
     return (index + 3 * list(FACTS).index(key)) % 8 == 0
 
 
-def sentence(lang: int, phrase: tuple, slots: dict) -> str:
-    text = written(lang, phrase, slots)
-    return text[0].upper() + text[1:]
-
-
 ASKED_FACTS = [
     [
         (who, key)
@@ -142,7 +144,7 @@ def ask_fact(c: Draw, lang: int) -> tuple:
     return (
         written(lang, c.pick(FACT_QUESTIONS[key]), {"a": a}),
         "",
-        sentence(lang, FACTS[key][0], {"a": a, "s": s, "x": who.facts[key]}),
+        written(lang, FACTS[key][0], {"a": a, "s": s, "x": who.facts[key]}),
     )
 
 
@@ -154,7 +156,12 @@ def ask_story(c: Draw, lang: int) -> tuple:
         thing = slots["x"].thing
         asked |= {"m": (thing.measure, ""), "x": thing, "xs": (thing.zh, thing.plural)}
     question = written(lang, c.pick(STORY_QUESTIONS[kind]), asked)
-    return question, "".join(c.said), sentence(lang, STATES[kind], slots)
+    return (
+        question,
+        "".join(c.said),
+        written(lang, STORY_ANSWERS[kind], slots),
+        "number" if kind == "count" else "exact",
+    )
 
 
 def ask_translation(c: Draw, lang: int) -> tuple:

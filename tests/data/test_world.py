@@ -106,7 +106,7 @@ def test_golden_document():
         "Julie took the coin to the theatre. Next Julie carried the coin to the library. Julie carried t"
         "he coin to the bank. Then Molly went to the bathroom. Now the coin is in the bank."
     )
-    assert bits == pytest.approx(80.490902336, abs=1e-9)
+    assert bits == pytest.approx(77.293755866, abs=1e-9)
 
 
 # ---- what the texts say
