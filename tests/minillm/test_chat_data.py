@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minillm import UserError, chat_data
-from minillm.chat_data import InstructionRows, conversations, encode_messages, fit, lay_out, truncate
+from minillm.chat_data import InstructionRows, encode_messages, fit, lay_out, truncate
 from minillm.config import ModelConfig
 from minillm.model import Transformer
 from minillm.tokenizer import Tokenizer
@@ -192,34 +192,6 @@ def test_what_is_cut_still_fits_and_still_teaches(messages, seq_len, template):
 
 
 @pytest.mark.parametrize(
-    ("row", "expected"),
-    [
-        (pair("a", "b"), [talk("a", "b")]),
-        ({"instruction": "a", "input": None, "output": "b"}, [talk("a", "b")]),
-        ({"instruction": "a", "input": "i", "output": "b", "system": "s"}, [talk("a\ni", "b", system="s")]),
-        ({"instruction": "", "input": "i", "output": "b", "family": "f"}, [talk("i", "b")]),
-        ({"question": "a", "answer": "b"}, [talk("a", "b")]),
-        ({"prompt": "a", "response": "b", "history": [["c", "d"]]}, [talk("c", "d", "a", "b")]),
-        (
-            {"instruction": "a", "instances": [{"input": "i", "output": "b"}, {"input": "", "output": "c"}]},
-            [talk("a\ni", "b"), talk("a", "c")],
-        ),
-        ({"messages": talk("a", "b", system="s")}, [talk("a", "b", system="s")]),
-        (
-            {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}], "system": "s"},
-            [talk("a", "b", system="s")],
-        ),
-        (
-            {"messages": [{"role": "assistant", "content": "a", "weight": 0}, *talk("b")]},
-            [[{"role": "assistant", "content": "a", "learn": False}, *talk("b")]],
-        ),
-    ],
-)
-def test_known_forms_of_rows(row, expected):
-    assert conversations(row) == expected
-
-
-@pytest.mark.parametrize(
     ("line", "reason"),
     [
         (b"", "the line is empty"),
@@ -236,6 +208,7 @@ def test_known_forms_of_rows(row, expected):
         (b'{"messages": [{"role": "assistant", "content": "1", "learn": "no"}]}', "is true or false, not ['no']"),
         (b'{"instruction": "1", "instances": [3]}', "'instances' is not a list"),
         (b'{"prompt": "1", "response": "2", "history": ["1"]}', "'history' is a list of [question, answer]"),
+        (b'{"prompt": "1", "response": "2", "history": 3}', "'history' is a list of [question, answer]"),
     ],
 )
 def test_a_bad_row_is_named_or_counted(tmp_path, line, reason):
