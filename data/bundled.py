@@ -24,7 +24,7 @@ FOLDER = "data/bundled"  # where the training scripts look for it
 SIZES = {
     "train_bytes": 10_000_000,
     "val_documents": 2_000,
-    "sft_train": 30_000,
+    "sft_train": 40_000,
     "sft_heldout": 840,  # 120 of each family
     "vocab_size": 2048,
 }

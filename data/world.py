@@ -179,7 +179,7 @@ SPOKEN = phrases("""
 """)
 SUMS = list(zip(sum_operands(), (1, -1, 0, 0, 0), SYMBOLS, SPOKEN, strict=True))
 CHANGES = [operands(range(10, 60), lambda n: range(1, 10), held_out) for held_out in (False, True)]
-SUM_KINDS = Table(*zip((0.35, 0.35, 0.1, 0.1, 0.1), SUMS, strict=True))
+SUM_KINDS = Table(*zip((0.4, 0.4, 0.06, 0.07, 0.07), SUMS, strict=True))
 HAS, BUYS, EATS, LOSES, LEFT = phrases("""
 {a}有{x}， | {a} has {x} and
 又买了{d}。 | buys {n} more.
@@ -252,10 +252,10 @@ def told(story):
 
 KINDS = Table(
     *((p / 2, (tell_document, lang)) for p, tell_document in (
-        (0.16, told(story_where)), (0.08, told(story_give)), (0.10, told(story_count)), (0.15, person_facts),
+        (0.16, told(story_where)), (0.08, told(story_give)), (0.10, told(story_count)), (0.12, person_facts),
         (0.03, town_facts), (0.22, translations), (0.04, dictionary), (0.05, spoken_sums), (0.07, problems),
     ) for lang in (ZH, EN)),
-    (0.10, (sums, ZH)),
+    (0.13, (sums, ZH)),
 )  # fmt: skip
 
 

@@ -244,7 +244,7 @@ def sample(c: Draw, options, n: int) -> list:
 
 ASK = dict(zip(FAMILIES, (ask_story, ask_translation, ask_sum, ask_fact, ask_rewrite, ask_count, ask_compare),
                strict=True))  # fmt: skip
-TRAIN_SHARES = Table(*zip((0.27, 0.27, 0.18, 0.1, 0.07, 0.05, 0.06), FAMILIES, strict=True))
+TRAIN_SHARES = Table(*zip((0.3, 0.3, 0.22, 0.06, 0.05, 0.03, 0.04), FAMILIES, strict=True))
 
 
 def tasks(seed: int, split: str) -> Iterator[dict[str, str]]:

@@ -155,7 +155,7 @@ def test_facts_never_contradict_each_other():
     for text in TEXTS:
         for person, town in re.findall(rf"({NAMES[EN]})(?: lives|'s home is) in (\w+)\.", text):
             homes.setdefault(person, set()).add(town)
-    assert len(homes) > 60 and all(len(towns) == 1 for towns in homes.values())
+    assert len(homes) > 40 and all(len(towns) == 1 for towns in homes.values())
 
 
 def test_translations_name_the_same_things():
