@@ -18,6 +18,7 @@ def parallelize(model: nn.Module, ranks: Ranks, compile: bool) -> nn.Module:
     if ranks.world > 1:
         devices = [ranks.device.index] if ranks.device.type == "cuda" else None
         trained = DistributedDataParallel(trained, device_ids=devices, gradient_as_bucket_view=True)
+        trained.broadcast_buffers = False  # the rotary tables: alike on every rank, no need to send them each pass
     return trained
 
 
