@@ -13,12 +13,15 @@ import threading
 import time
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
 from minillm import UserError
+
+ANSWER_S = 2.0  # seconds in which a rank that lives tells where it stands
 
 
 @dataclass(frozen=True)
@@ -71,8 +74,8 @@ class Ranks:
 def start(device: str = "auto", timeout_s: float = 600.0) -> Ranks:
     """Join the other ranks (nccl on CUDA, gloo elsewhere) and take a device.
 
-    device: auto, cpu, cuda, cuda:N or mps. timeout_s: after how many seconds a collective that one rank never
-    joins is given up.
+    device: auto, cpu, cuda, cuda:N or mps. timeout_s: half the seconds after which a collective that one rank never
+    joins is given up, should no `Watchdog` have ended the run before.
     """
     world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
     chosen = pick_device(device)
@@ -89,10 +92,10 @@ def start(device: str = "auto", timeout_s: float = 600.0) -> Ranks:
     elif chosen.type == "cpu":
         _keep_freed_memory()
     if world > 1:
+        _explain_lost_ranks(rank, world)
         backend = "nccl" if chosen.type == "cuda" else "gloo"
-        dist.init_process_group(
-            backend, timeout=timedelta(seconds=timeout_s), device_id=chosen if backend == "nccl" else None
-        )
+        patience = timedelta(seconds=2 * timeout_s)  # so that the watchdog, which can name the rank, is first
+        dist.init_process_group(backend, timeout=patience, device_id=chosen if backend == "nccl" else None)
     return Ranks(rank, world, chosen)
 
 
@@ -138,15 +141,16 @@ def check_batch(batch_size: int, micro_batch_size: int, world: int) -> None:
 
 
 class Watchdog:
-    """Ends this rank, naming the slowest, when no step has been finished for `limit_s` seconds.
+    """Ends this rank, naming the one that hangs, when no step has been finished for `limit_s` seconds.
 
-    Each rank tells the others its step through the group's key-value store; whoever waits too long reads
-    them. Without it a rank that hangs would leave all others waiting without a word.
+    Without it a rank that hangs would leave all others waiting without a word. Each tells the others through the
+    group's key-value store which step it finished last and, when time is up, where it stands: the one that hangs
+    stands elsewhere than those that wait for it, or says nothing at all.
     """
 
     def __init__(self, ranks: Ranks, limit_s: float):
         self.ranks, self.limit_s, self.step, self.since = ranks, limit_s, 0, time.monotonic()
-        self.store = dist.distributed_c10d._get_default_store() if ranks.world > 1 else None
+        self.store = _store() if ranks.world > 1 else None
         if self.store is not None:
             threading.Thread(target=self._watch, daemon=True).start()
 
@@ -163,15 +167,64 @@ class Watchdog:
     def _watch(self) -> None:
         while time.monotonic() - self.since < self.limit_s:
             time.sleep(min(1.0, self.limit_s / 4))
-        steps = {}
-        for rank in range(self.ranks.world):
-            key = f"step/{rank}"
-            steps[rank] = int(self.store.get(key)) if self.store.check([key]) else 0
-        slowest = min(steps, key=steps.get)
-        print(
-            f"error: rank {self.ranks.rank}: no step finished for {self.limit_s:.0f} s after step {self.step}; "
-            f"rank {slowest} is behind (last finished step {steps[slowest]}); ending all ranks",
-            file=sys.stderr,
-            flush=True,
+        found = []
+        asking = threading.Thread(target=lambda: found.append(self._places()), daemon=True)
+        asking.start()
+        asking.join(2 * ANSWER_S)  # a store that the hanging rank itself keeps answers nobody
+        places = found[0] if found else "the rank that keeps the store (rank 0, without torchrun) gives no sign"
+        _end(f"rank {self.ranks.rank}: no step finished for {self.limit_s:.0f} s after step {self.step}: {places}")
+
+    def _places(self) -> str:
+        """Where each rank stands, as far as it says so."""
+        frame = sys._current_frames()[threading.main_thread().ident]
+        while frame.f_back is not None and f"{os.sep}torch{os.sep}" in frame.f_code.co_filename:
+            frame = frame.f_back
+        self.store.set(f"place/{self.ranks.rank}", f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}")
+        places = _answers(self.store, "place", self.ranks.world, ANSWER_S)
+        steps = _answers(self.store, "step", self.ranks.world)
+        return ", ".join(
+            f"rank {rank} {f'is at {places[rank]}' if rank in places else 'gives no sign'} "
+            f"(last finished step {steps.get(rank, 0)})"
+            for rank in range(self.ranks.world)
         )
-        os._exit(3)
+
+
+def _explain_lost_ranks(rank: int, world: int) -> None:
+    """Have a collective that fails since another rank is gone end this one with a line in place of a traceback."""
+    before = sys.excepthook
+
+    def explain(kind, problem, traceback):
+        if not isinstance(problem, dist.DistError) and "gloo" not in str(problem):
+            return before(kind, problem, traceback)
+        where = "the rank that keeps the store (rank 0, without torchrun) is gone"
+        with contextlib.suppress(RuntimeError, ValueError):
+            store = _store()
+            store.set(f"lost/{rank}", "another rank")
+            alive = _answers(store, "lost", world, ANSWER_S)
+            gone = [str(other) for other in range(world) if other not in alive]
+            steps = _answers(store, "step", world)
+            where = f"rank {' and '.join(gone) or '?'} has failed or ended after step {steps.get(rank, 0)}"
+        words = str(problem).splitlines()[0].rpartition("] ")[2]
+        _end(f"rank {rank}: {where} ({words[:80]}); the same command goes on from the newest checkpoint")
+
+    sys.excepthook = explain
+
+
+def _store() -> dist.Store:
+    return dist.distributed_c10d._get_default_store()
+
+
+def _answers(store: dist.Store, what: str, world: int, wait_s: float = 0.0) -> dict[int, str]:
+    """What the ranks have set under `what`, by rank, as soon as all have or `wait_s` seconds have passed."""
+    until = time.monotonic() + wait_s
+    while True:
+        found = [rank for rank in range(world) if store.check([f"{what}/{rank}"])]
+        if len(found) == world or time.monotonic() >= until:
+            return {rank: store.get(f"{what}/{rank}").decode() for rank in found}
+        time.sleep(0.05)
+
+
+def _end(problem: str) -> None:
+    """End this process here and now: what waits for another rank cannot be unwound."""
+    os.write(2, f"error: {problem}\n".encode())  # torch's hook for exceptions has put a buffer in stderr's place
+    os._exit(3)
