@@ -1,8 +1,8 @@
 """One token at a time: the model's forward pass with everything but the arithmetic taken out.
 
 A small model's time goes into calling modules, not into multiplying: per new token, this loop over plain
-tensors does in half the time what `Transformer.hidden` does, and gives the same logits (a test holds it).
-The method is in model.py; read that first.
+tensors does in less than half the time what `Transformer.hidden` does, and gives the same logits (a test
+holds it). The method is in model.py; read that first.
 """
 
 import torch
@@ -29,9 +29,10 @@ class Decoder:
     """Reads one token a row, after a prefill has put the prompts into the cache."""
 
     def __init__(self, model: parts.Transformer, cache: KVCache):
-        """model: a plain one (see `is_plain`), on the cache's device and in its dtype."""
+        """model: a plain one (see `is_plain`), on the cache's device and in its dtype. Its weights are not copied."""
         self.config, self.cache, self.model = model.config, cache, model
         self.layers = [self._weights(layer) for layer in model.layers]
+        self.final_norm = _Norm(model.norm)
         if model.config.positions == "rope":  # both halves of a head turn by the same angle: (T_max, D)
             self.cos = torch.cat((model.cos, model.cos), -1).to(cache.keys[0].dtype)
             self.sin = torch.cat((-model.sin, model.sin), -1).to(cache.keys[0].dtype)
@@ -39,43 +40,35 @@ class Decoder:
     @staticmethod
     def _weights(layer: parts.Block) -> tuple:
         attention, mlp = layer.self_attn, layer.mlp
-        qkv = [(p.weight, p.bias) for p in (attention.q_proj, attention.k_proj, attention.v_proj)]
-        norms = (attention.q_norm.weight, attention.k_norm.weight) if attention.config.qk_norm else None
+        norms = (_Norm(attention.q_norm), _Norm(attention.k_norm)) if attention.config.qk_norm else None
         return (
-            *(layer.input_layernorm.weight, qkv, norms, attention.o_proj.weight),
-            *(layer.post_attention_layernorm.weight, mlp.gate_proj.weight, mlp.up_proj.weight),
-            mlp.down_proj.weight,
+            _Norm(layer.input_layernorm),
+            [_product(p) for p in (attention.q_proj, attention.k_proj, attention.v_proj)],
+            norms,
+            _Norm(layer.post_attention_layernorm),
+            # transposed views, (in, out): a product is then one call
+            [p.weight.t() for p in (attention.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj)],
         )
 
     def step(self, tokens: Tensor) -> Tensor:
         """Logits (B, V) after one more token a row, (B,) int64. The cache grows by one."""
-        config, cache = self.config, self.cache
-        batch, slot = tokens.shape[0], cache.length
-        end, begin = slot + 1, max(0, slot + 1 - config.window) if config.window else 0
-        position = slot if cache.padding is None else slot - cache.padding  # int, or (B,)
-        seen = None  # which slots of the cache are text: (B, 1, 1, Tk)
-        if cache.padding is not None:
-            seen = (torch.arange(begin, end, device=tokens.device) >= cache.padding[:, None])[:, None, None]
-        x = F.embedding(tokens, self.model.embed_tokens.weight)  # (B, C)
-        if config.positions == "learned":
-            x = x + self.model.embed_positions.weight[position]
-            cos = sin = None
-        else:  # (D,), or (B, 1, 1, D)
-            cos, sin = self.cos[position], self.sin[position]
-            if cache.padding is not None:
-                cos, sin = cos[:, None, None], sin[:, None, None]
+        config, cache, batch = self.config, self.cache, tokens.shape[0]
         heads, kv_heads, size = config.n_heads, config.n_kv_heads, config.head_dim
-        for i, (norm1, qkv, qk_norms, out, norm2, gate, up, down) in enumerate(self.layers):
-            normed = ops.rms_norm(x, norm1, config.norm_eps)
-            q, k, v = (F.linear(normed, weight, bias) for weight, bias in qkv)
-            q, k = q.view(batch, 1, heads, size), k.view(batch, 1, kv_heads, size)
+        end = cache.length + 1
+        begin = max(0, end - config.window) if config.window else 0
+        x, cos, sin, seen = self._start(tokens, begin, end)
+        for i, (norm1, (to_q, to_k, to_v), qk_norms, norm2, (out, gate, up, down)) in enumerate(self.layers):
+            normed = norm1(x)  # (B, C)
+            q = to_q(normed).view(batch, 1, heads, size)
+            k = to_k(normed).view(batch, 1, kv_heads, size)
             if qk_norms is not None:
-                q = ops.rms_norm(q, qk_norms[0], config.norm_eps)
-                k = ops.rms_norm(k, qk_norms[1], config.norm_eps)
-            if cos is not None:
-                q, k = _turn(q, cos, sin), _turn(k, cos, sin)
-            cache.keys[i][:, slot:end] = k
-            cache.values[i][:, slot:end] = v.view(batch, 1, kv_heads, size)
+                q, k = qk_norms[0](q), qk_norms[1](k)
+            if cos is not None:  # `kernels.reference.rope`, queries and keys at once: (B, 1, H + K, D)
+                both = torch.cat((q, k), 2)
+                both = torch.addcmul(both * cos, both.roll(size // 2, -1), sin)
+                q, k = both[:, :, :heads], both[:, :, heads:]
+            cache.keys[i][:, end - 1 : end] = k
+            cache.values[i][:, end - 1 : end] = to_v(normed).view(batch, 1, kv_heads, size)
             attended = F.scaled_dot_product_attention(
                 q.transpose(1, 2),  # (B, H, 1, D)
                 cache.keys[i][:, begin:end].transpose(1, 2),  # (B, K, Tk, D)
@@ -83,13 +76,50 @@ class Decoder:
                 attn_mask=seen,
                 enable_gqa=heads != kv_heads,
             )
-            x = x + F.linear(attended.reshape(batch, -1), out)
-            normed = ops.rms_norm(x, norm2, config.norm_eps)
-            x = x + F.linear(F.silu(F.linear(normed, gate)).mul_(F.linear(normed, up)), down)
+            x = torch.addmm(x, attended.reshape(batch, heads * size), out)
+            normed = norm2(x)
+            x = torch.addmm(x, F.silu(torch.mm(normed, gate), inplace=True).mul_(torch.mm(normed, up)), down)
         cache.advance(1)
-        return self.model.logits(ops.rms_norm(x, self.model.norm.weight, config.norm_eps))
+        return self.model.logits(self.final_norm(x))
+
+    def _start(
+        self, tokens: Tensor, begin: int, end: int
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+        """What all layers share: the embedding (B, C), cos and sin of the position, the cache's slots that are text."""
+        padding = self.cache.padding
+        position = end - 1 if padding is None else end - 1 - padding  # int, or (B,)
+        seen = cos = sin = None
+        if padding is not None:
+            seen = (torch.arange(begin, end, device=tokens.device) >= padding[:, None])[:, None, None]  # (B, 1, 1, Tk)
+        x = F.embedding(tokens, self.model.embed_tokens.weight)
+        if self.config.positions == "learned":
+            x = x + self.model.embed_positions.weight[position]
+        else:
+            cos, sin = self.cos[position], self.sin[position]  # (D,)
+            if padding is not None:
+                cos, sin = cos[:, None, None], sin[:, None, None]  # (B, 1, 1, D)
+        return x, cos, sin, seen
 
 
-def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """`kernels.reference.rope` for (B, 1, H, D), with cos and sin laid out for the whole head."""
-    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
+def _product(layer: nn.Linear):
+    """x (B, in) → x Wᵀ + b, in one call."""
+    transposed, bias = layer.weight.t(), layer.bias
+    if bias is None:
+        return lambda x: torch.mm(x, transposed)
+    return lambda x: torch.addmm(bias, x, transposed)
+
+
+class _Norm:
+    """RMS norm in four small calls where fp32 allows it: x / √(|x|²/C + ε) = x √C / hypot(|x|, √(Cε))."""
+
+    def __init__(self, norm: parts.RMSNorm):
+        width, weight = norm.weight.numel(), norm.weight.detach()
+        self.norm, self.quick = norm, weight.dtype == torch.float32
+        self.scaled = weight * width**0.5
+        self.floor = torch.tensor((width * norm.eps) ** 0.5, device=weight.device)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if not self.quick:
+            return ops.rms_norm(x, self.norm.weight, self.norm.eps)
+        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        return (x * self.scaled).div_(length.hypot_(self.floor))
