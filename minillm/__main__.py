@@ -68,7 +68,7 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--seq_len", type=int, help="tokens of a sequence; default: the model's context")
     sub.add_argument("--micro_batch_size", type=int, default=8, help="sequences in one forward pass (default 8)")
     sub = command(run_bench, "bench")
-    sub.add_argument("what", choices=("generate",), help="what to measure")
+    sub.add_argument("what", choices=("generate", "train", "data"), help="what to measure")
     sub.add_argument("--preset", default="tiny", choices=tuple(config.PRESETS), help="the model's shape (default tiny)")
     return parser
 
@@ -323,7 +323,10 @@ def activations(shape: config.ModelConfig, rows: int, seq_len: int, size: int) -
 
 def run_bench(args) -> None:
     """Measure speed beside other tools on this machine, both sides in one process."""
-    bench.bench_generate(args.preset)
+    if args.what == "data":
+        bench.bench_data()
+    else:
+        {"generate": bench.bench_generate, "train": bench.bench_train}[args.what](args.preset)
 
 
 if __name__ == "__main__":
