@@ -79,7 +79,7 @@ def draw(runs: list[str | Path], out: str | Path) -> Path:
         (u, s) for u, s in (("hours", 3600), ("minutes", 60), ("seconds", 1)) if longest > 2 * s or s == 1
     )
     figure, axes = pyplot.subplots(
-        len(lines), 2, figsize=(11, 3.6 * len(lines)), sharey="row", squeeze=False, layout="constrained"
+        len(lines), 2, figsize=(11, 3.6 * len(lines)), sharex="col", sharey="row", squeeze=False, layout="constrained"
     )
     for row_of_axes, (name, title) in zip(axes, lines, strict=True):
         for axis, by_time in zip(row_of_axes, (False, True), strict=True):
@@ -89,7 +89,8 @@ def draw(runs: list[str | Path], out: str | Path) -> Path:
                 _line(axis, x, values, colour, label, points=name != "loss")
             if name == "val_bpb":
                 _floors(axis, loaded)
-            axis.set_xlabel(f"training time ({unit})" if by_time else "steps")
+            if name == lines[-1][0]:
+                axis.set_xlabel(f"training time ({unit})" if by_time else "steps")
             _dress(axis)
         row_of_axes[0].set_ylabel(title)
         _limit(row_of_axes[0], [v for rows in loaded.values() for v in series(rows, name)[2]], name, loaded)
