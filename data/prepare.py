@@ -29,8 +29,8 @@ import numpy as np
 from tqdm import tqdm
 
 from data.bins import SPLITS, Bins, finished, unfinished
-from data.readers import find_files, records, text_of
 from minillm import UserError
+from minillm.readers import find_files, records, text_of
 from minillm.run import RunLock, run_script
 from minillm.tokenizer import Tokenizer
 from minillm.vocab import train_tokenizer as learn_tokenizer
@@ -183,7 +183,7 @@ def encode_batch(batch: list[tuple], tokenizer: Tokenizer, options: Options, thr
         try:
             text = text_of(record.kind, record.raw, options.field)
             data = text.encode()
-        except ValueError as error:
+        except UserError as error:
             bad.append((file, f"{'item' if record.kind == 'value' else 'line'} {record.number}", str(error)))
             continue
         if not text:
@@ -307,7 +307,7 @@ def _sample(files: list[Path], options: Options) -> Iterator[str]:
                 text = text_of(record.kind, record.raw, options.field)
                 if not _is_val(text.encode(), file, options):
                     yield text
-            except ValueError:
+            except UserError:
                 pass  # spoken of when its turn comes
 
 

@@ -6,23 +6,16 @@ and examples are laid out as X, Y and mask (`lay_out`). `InstructionRows` does i
 packs several examples into a row.
 """
 
-import gzip
 import hashlib
-import io
 import json
 import math
 import os
-import re
-import tempfile
 import zipfile
 import zlib
 from array import array
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -32,8 +25,8 @@ from minillm import UserError
 from minillm.data import Batch
 from minillm.messages import conversations, is_learned
 from minillm.packing import fill_ratio, pack, shuffled
+from minillm.readers import numbered_lines, open_rows, parse_line
 
-CHUNK = 1 << 16  # characters of a JSON array read at a time
 KEPT_TOKENS = 1 << 25  # data up to this size stays in memory as ids, 5 bytes each (160 MiB)
 
 
@@ -125,96 +118,6 @@ def lay_out(rows: list[list[tuple[np.ndarray, np.ndarray]]], width: int, pad_id:
         numbers[row, start:] = len(examples)
     x, y, mask, numbers = (torch.from_numpy(array) for array in (x, y, mask, numbers))
     return Batch(x, y, mask, numbers if documents else None)
-
-
-# ---- Files.
-
-
-def open_rows(path: Path) -> BinaryIO:
-    """The file as seekable JSONL: as it lies, or a .gz or a JSON array copied to an unnamed temporary file."""
-    try:
-        file = path.open("rb")
-        if file.read(2) == b"\x1f\x8b":
-            file.seek(0)
-            file = _temporary(iter(partial(gzip.GzipFile(fileobj=file).read, 1 << 20), b""))
-        file.seek(0)
-        start = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
-        file.seek(0)
-        if start.startswith(b"["):
-            text = io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape")
-            file = _temporary(json.dumps(item).encode() + b"\n" for item in _array_items(text))
-        file.seek(0)
-        return file
-    except (OSError, EOFError, zlib.error) as error:
-        why = getattr(error, "strerror", None) or error
-        raise UserError(f"{path} cannot be read ({why}); give .jsonl or .json files, gzipped or not") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} starts like a JSON array but is none: {error}") from None
-
-
-def _temporary(pieces: Iterator[bytes]) -> BinaryIO:
-    file = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the rows are read
-    file.writelines(pieces)
-    return file
-
-
-def _array_items(file: io.TextIOBase) -> Iterator[object]:
-    """The items of a JSON array one by one, with little more in memory than the longest of them."""
-    decode, space = json.JSONDecoder().raw_decode, re.compile(r"\s*")
-    text, number = file.read(4096), 0  # as much as showed that an array opens here
-    at = text.index("[") + 1
-    while True:
-        at = space.match(text, at).end()
-        if number == 0 and text[at : at + 1] == "]":
-            return
-        try:
-            item, end = decode(text, at)
-            end = space.match(text, end).end()
-            incomplete = "it does not end in ]" if end == len(text) else ""
-        except ValueError as error:
-            incomplete = f"item {number + 1}: {error}"
-        if incomplete:  # read as much again as there is, so that a long item is not parsed too often
-            more = file.read(max(CHUNK, len(text) - at))
-            if not more:
-                raise ValueError(incomplete)
-            text, at = text[at:] + more, 0
-            continue
-        number += 1
-        yield item
-        if text[end] not in ",]":
-            raise ValueError(f"after item {number} stands {text[end]!r}, not a comma or ]")
-        at = end + 1
-        if text[end] == "]":
-            break
-    if (text[at:] + file.read(CHUNK)).strip():
-        raise ValueError("more text follows its end")
-
-
-def parse_line(line: bytes) -> dict:
-    """The JSON value on one line (a BOM and CRLF do no harm). Raises UserError with the reason."""
-    if not line.strip():
-        raise UserError("the line is empty")
-    try:
-        return json.loads(line.decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        raise UserError(f"byte {error.start} of the line is not UTF-8") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(
-            f"not JSON ({getattr(error, 'msg', error)}); a file is one object a line, or one array"
-        ) from None
-
-
-def numbered_lines(file: BinaryIO) -> Iterator[tuple[int, int, bytes]]:
-    """(number from 1, byte offset, line) of each line; empty lines at the end of the file are left out."""
-    offset, empty = 0, []
-    for number, line in enumerate(file, 1):
-        if line.strip():
-            yield from empty
-            empty = []
-            yield number, offset, line
-        else:
-            empty.append((number, offset, line))
-        offset += len(line)
 
 
 # ---- The data set.

@@ -12,8 +12,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from data import readers
-from minillm import UserError, chat_data
+from minillm import UserError, chat_data, readers
 from minillm.generate import GREEDY, generate
 from minillm.model import Transformer
 from minillm.tokenizer import Tokenizer
@@ -56,10 +55,10 @@ def read_questions(path: str | Path, limit: int | None = None) -> list[dict]:
     path: .jsonl or .json, also .gz. limit: at most so many rows, the first. Raises UserError with the row's number.
     """
     rows = []
-    with chat_data.open_rows(Path(path)) as file:
-        for number, _, line in chat_data.numbered_lines(file):
+    with readers.open_rows(Path(path)) as file:
+        for number, _, line in readers.numbered_lines(file):
             try:
-                row = chat_data.parse_line(line)
+                row = readers.parse_line(line)
                 for messages in chat_data.conversations(row):
                     if len(messages) < 2 or messages[-1]["role"] != "assistant":
                         raise UserError("does not end with an assistant's answer after a question")

@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 LAYERS = [
     {"config", "metrics", "packing", "distributed", "run"},
-    {"ops", "losses", "kv_cache", "tokenizer", "data", "messages"},
+    {"ops", "losses", "kv_cache", "tokenizer", "data", "messages", "readers"},
     {"model", "chat_data", "vocab", "data/"},
     {"optim", "parallel", "checkpoint", "huggingface"},
     {"validation", "generate", "evaluate", "plot", "training", "bench"},

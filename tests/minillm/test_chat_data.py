@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minillm import UserError, chat_data
+from minillm import UserError, chat_data, readers
 from minillm.chat_data import InstructionRows, encode_messages, fit, lay_out, truncate
 from minillm.config import ModelConfig
 from minillm.model import Transformer
@@ -194,9 +194,9 @@ def test_what_is_cut_still_fits_and_still_teaches(messages, seq_len, template):
 @pytest.mark.parametrize(
     ("line", "reason"),
     [
-        (b"", "the line is empty"),
+        (b"", "empty line"),
         (b'{"instruction": "1"', "not JSON"),
-        (b'{"instruction": "1", "output": "\xff"}', "byte 32 of the line is not UTF-8"),
+        (b'{"instruction": "1", "output": "\xff"}', "not UTF-8 (byte 0xFF, column 33)"),
         (b"[" * 100_000, "not JSON"),
         (b"3", "a row is a JSON object, not a int"),
         (b'{"instruction": "1", "input": "2"}', "its keys are instruction, input; known are messages"),
@@ -248,7 +248,7 @@ def test_all_forms_of_a_file_give_the_same_batches(tmp_path, monkeypatch, form, 
     expected = InstructionRows(write_jsonl(tmp_path / "plain.jsonl", ROWS), Numbers(), 32, seed=5)
     (tmp_path / "other").write_bytes(as_bytes(form))
     monkeypatch.setattr(chat_data, "KEPT_TOKENS", kept_tokens)
-    monkeypatch.setattr(chat_data, "CHUNK", 7)
+    monkeypatch.setattr(readers, "READ", 7)
     data = InstructionRows(tmp_path / "other", Numbers(), 32, seed=5)
     assert bool(len(data.ids)) == bool(kept_tokens)
     assert data.summary() == expected.summary()
@@ -260,10 +260,7 @@ def test_all_forms_of_a_file_give_the_same_batches(tmp_path, monkeypatch, form, 
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        (json.dumps(ROWS).encode()[:-1], "starts like a JSON array but is none: it does not end in ]"),
-        (json.dumps(ROWS).encode()[:-9], "starts like a JSON array but is none: item 40"),
-        (json.dumps(ROWS).encode() + b"[]", "more text follows its end"),
-        (json.dumps(ROWS[:1]).encode()[:-1] + b"; {}]", "after item 1 stands ';', not a comma or ]"),
+        (json.dumps(ROWS).encode()[:-1], "after item 40 of the array comes the end of the file"),
         (gzip.compress(os.urandom(100) + json.dumps(ROWS).encode())[:-20], "cannot be read"),
         (b"\x1f\x8b no gzip", "cannot be read"),
         (b"", "nothing left to learn from (0 rows"),
