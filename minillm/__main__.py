@@ -9,7 +9,19 @@ from pathlib import Path
 
 import torch
 
-from minillm import UserError, bench, config, distributed, evaluate, generate, huggingface, plot, run, training
+from minillm import (
+    UserError,
+    bench,
+    checkpoint,
+    config,
+    distributed,
+    evaluate,
+    generate,
+    huggingface,
+    plot,
+    run,
+    training,
+)
 from minillm.data import TokenBins
 from minillm.tokenizer import Tokenizer
 from minillm.validation import Validation
@@ -52,7 +64,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("--split", default="blank", choices=("blank", "lines", "file"), help="where texts in a .txt end")
     sub.add_argument("--field", default="text", help="the key that holds a text in .jsonl, .json or .parquet")
-    sub.add_argument("--seq_len", type=int, help="tokens of a window; default: the model's context, at most 1024")
+    sub.add_argument("--seq_len", type=int, help="tokens of a window; default: as the model was trained")
     sub.add_argument(
         "--max_tokens", type=int, default=1 << 20, help="evaluate the first documents up to so many tokens"
     )
@@ -242,7 +254,9 @@ def run_eval(args) -> None:
     if bins and TokenBins(path, "val").meta["tokenizer_sha256"] != tokenizer.sha256:
         raise UserError(f"--data {path}: prepared with another tokenizer than the model's; evaluate the text itself")
     texts = TokenBins(path, "val") if bins else evaluate.read_text(path, tokenizer, split=args.split, field=args.field)
-    seq_len = args.seq_len or min(model.config.max_seq_len, 1024)
+    seq_len = args.seq_len
+    if seq_len is None:
+        seq_len = min(_trained_length(folder), model.config.max_seq_len)
     if not 1 <= seq_len <= model.config.max_seq_len:
         raise UserError(f"--seq_len {seq_len}: must lie from 1 to the model's context, {model.config.max_seq_len}")
     validation = Validation(texts, tokenizer, seq_len, args.max_tokens)
@@ -255,6 +269,13 @@ def run_eval(args) -> None:
         print(f"  bits per byte   {scores['val_bpb']:.4f}")
     if "floor_bpb" in scores:
         print(f"  floor           {scores['floor_bpb']:.4f} ± {scores['floor_error']:.4f} (of these very documents)")
+
+
+def _trained_length(folder: Path) -> int:
+    """Tokens of the sequences that a checkpoint was trained on; 1024 for a folder that does not say."""
+    if not (folder / "resume").is_dir():
+        return 1024
+    return checkpoint.read_state(folder)["config"].get("seq_len", 1024)
 
 
 def _is_questions(path: Path) -> bool:
@@ -285,7 +306,7 @@ def run_info(args) -> None:
         shape = huggingface.load_config(run.resolve_checkpoint(args.model))
     else:
         shape = config.preset(args.preset, vocab_size=args.vocab_size or bench.VOCABULARY.get(args.preset, 50_257))
-    seq_len, rows = args.seq_len or shape.max_seq_len, args.micro_batch_size
+    seq_len, rows = shape.max_seq_len if args.seq_len is None else args.seq_len, args.micro_batch_size
     if seq_len < 1 or rows < 1:
         raise UserError(f"--seq_len {seq_len}, --micro_batch_size {rows}: both must be at least 1")
     n = shape.n_parameters()
