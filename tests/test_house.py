@@ -12,7 +12,7 @@ LAYERS = [
     {"config", "metrics", "packing", "distributed", "run"},
     {"ops", "losses", "kv_cache", "tokenizer", "data", "messages", "readers"},
     {"model", "chat_data", "vocab", "data/"},
-    {"optim", "parallel", "checkpoint", "huggingface"},
+    {"optim", "parallel", "checkpoint", "huggingface", "decode"},
     {"validation", "generate", "evaluate", "plot", "training", "bench"},
     {"__main__", "train_pretrain", "train_sft"},
 ]
