@@ -34,7 +34,9 @@ class Config(config.TrainingConfig):
     out: str = option("out/pretrain", "the run's folder: checkpoints, metrics.jsonl, curve.png")
     data_dtype: str | None = option(None, "dtype of a raw .bin made elsewhere: uint16 or uint32")
     data_vocab_size: int | None = option(None, "vocabulary size of a raw .bin made elsewhere")
-    document_attention: bool = option(False, "attention stays inside documents")
+    document_attention: bool | None = option(
+        None, "attention stays inside documents; none: if they are shorter than half a sequence on average"
+    )
     preset: str = option("tiny", "shape of a new model", tuple(config.PRESETS))
     dim: int | None = option(None, "model width, in place of the preset's")
     n_layers: int | None = option(None, "layers")
@@ -69,6 +71,9 @@ def main() -> int:
     mixture = parse_mixture(cfg.data)
     raw = dict(dtype=cfg.data_dtype, vocab_size=cfg.data_vocab_size)
     bins = [(TokenBins(path, "train", **raw), share) for path, share in mixture]
+    if cfg.document_attention is None:
+        short = all(0 < b.mean_document < cfg.seq_len / 2 for b, _ in bins)
+        cfg = dataclasses.replace(cfg, document_attention=short)
     windows = TokenWindows(bins, cfg.seq_len, seed=cfg.seed, documents=cfg.document_attention)
     first = bins[0][0]
     tokenizer = Tokenizer.load(first.path) if first.meta else None

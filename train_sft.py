@@ -2,7 +2,7 @@
 
     python train_sft.py                                        newest checkpoint of out/pretrain, bundled instructions
     python train_sft.py --data my.jsonl --init_from out/mine --out out/mine-sft --epochs 3
-    torchrun --nproc_per_node 8 train_sft.py --data my.jsonl --init_from Qwen3-0.6B --batch_size 64 --micro_batch_size 8
+    torchrun --nproc_per_node 8 train_sft.py --data my.jsonl --init_from TinyLlama-1.1B --batch_size 64 --micro_batch_size 8
 
 Data: .jsonl or .json rows of instruction/input/output, messages, or conversations. Only answers (and the end of an
 answer) are learned. Run the same command again to go on where it was stopped.

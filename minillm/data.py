@@ -94,6 +94,8 @@ class TokenBins:
             self.arrays = [self.arrays[0][cut:] if split == "val" else self.arrays[0][:cut]]
         self.names = [str(file) for file, _ in files]
         self.n_tokens = sum(len(a) for a in self.arrays)
+        documents = sum(f["documents"] for f in self.meta.get("files", {}).get(split, []))
+        self.mean_document = self.n_tokens / documents if documents else 0.0  # tokens; 0: not known
         if self.n_tokens <= SCANNED_TOKENS:
             for number, tokens in enumerate(self.arrays):
                 self.check_ids(tokens, number, 0)
@@ -235,9 +237,12 @@ def shifted(rows: np.ndarray, mask: np.ndarray | None = None, documents: np.ndar
 
 
 def documents_in(x: np.ndarray, eos_id: int) -> np.ndarray:
-    """Number of the document each token belongs to, when every document ends in eos: (B, T) int32."""
-    ends = x == eos_id
-    return (np.cumsum(ends, axis=1) - ends).astype(np.int32)
+    """Number of the document each input token belongs to, when every document ends in eos: (B, T) int32.
+
+    As an input, the eos that ends a document is the beginning of the next: it is what the next one's first token is
+    predicted from, with nothing of the document before in sight. So a text is generated from a lone eos.
+    """
+    return np.cumsum(x == eos_id, axis=1).astype(np.int32)
 
 
 class ValidationPart(NamedTuple):

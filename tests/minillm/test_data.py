@@ -112,12 +112,12 @@ def test_parse_mixture():
     assert [(str(p), w) for p, w in parse_mixture("x")] == [("x", 1.0)]
 
 
-def test_documents_begin_after_an_eos(tmp_path):
+def test_documents_begin_with_the_eos_before_them(tmp_path):
     x = np.array([[5, 6, EOS, 7, EOS, EOS, 8]])
-    assert documents_in(x, EOS).tolist() == [[0, 0, 0, 1, 1, 2, 3]]
+    assert documents_in(x, EOS).tolist() == [[0, 0, 1, 1, 2, 3, 3]]
     folder = write_bins(tmp_path / "d", {"train": [np.array([5, 6, EOS, 7, 8, EOS, 9, 9, 9])]})
     batch = windows(folder, 8, documents=True).batch(np.array([0]))
-    assert batch.documents.tolist() == [[0, 0, 0, 1, 1, 1, 2, 2]] and batch.documents.dtype == torch.int32
+    assert batch.documents.tolist() == [[0, 0, 1, 1, 1, 2, 2, 2]] and batch.documents.dtype == torch.int32
 
 
 def test_validation_part_is_whole_documents_each_target_once(tmp_path):
