@@ -109,7 +109,8 @@ class Run:
         """Optimizer and scaler as the checkpoint left them (the model has been loaded from it before)."""
         if self.source is not None:
             checkpoint.restore_optimizers(self.source, optimizers, dict(model.named_parameters()))
-            scaler.load_state_dict(self.state["scaler"])
+            if scaler.is_enabled() and self.state["scaler"]:  # empty if --dtype was another before
+                scaler.load_state_dict(self.state["scaler"])
 
     def save(self, step: int, model: Transformer, optimizers: list, scaler, tokenizer: Tokenizer | None) -> None:
         """Write `step-N/` whole or not at all, then drop the oldest beyond --keep_last."""
