@@ -1,0 +1,170 @@
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests import launch
+
+OPTIONS = f"{launch.SMALL} --micro_batch_size 2"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A folder with the corpus in data/; each test's runs go beside it."""
+    here = tmp_path_factory.mktemp("pretrain")
+    launch.write_corpus(here / "data")
+    return here
+
+
+def options(folder: Path, out: str, more: str = "") -> str:
+    return f"--data {folder}/data --out {folder}/{out} {OPTIONS} {more}"
+
+
+def train(folder: Path, out: str, more: str = "", **how) -> str:
+    return launch.finish("pretrain", options(folder, out, more), folder / "log" / out, **how)
+
+
+@pytest.fixture(scope="module")
+def straight(folder) -> dict[int, float]:
+    """Losses of 20 steps at a constant learning rate on one rank."""
+    train(folder, "constant", "--steps 20 --schedule constant")
+    return launch.losses(folder / "constant")
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_stopped_and_resumed_is_bit_for_bit_the_run_never_stopped(folder, optimizer):
+    more = f"--steps 40 --optimizer {optimizer} --dropout 0.1 --eval_every 10"
+    straight, broken = folder / f"straight-{optimizer}", folder / f"broken-{optimizer}"
+    train(folder, straight.name, more)
+
+    (process,) = launch.start("pretrain", options(folder, broken.name, f"{more} --save_every 20"), folder / "broken")
+    process.wait_for_checkpoint(broken, 20)
+    process.kill(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    text = train(folder, broken.name, more)
+
+    assert "--save_every: 20 in the checkpoint, 500 now" in text
+    assert launch.tensors(broken, 40) == launch.tensors(straight, 40)
+    assert launch.losses(broken) == launch.losses(straight) and len(launch.losses(broken)) == 40
+    scores = [
+        {row["step"]: row["val_loss"] for row in launch.rows(run) if "val_loss" in row} for run in (broken, straight)
+    ]
+    assert scores[0] == scores[1] and list(scores[0]) == [10, 20, 30, 40]
+
+
+def test_dropout_is_not_the_same_every_step(folder, straight):
+    train(folder, "dropout", "--steps 3 --schedule constant --dropout 0.3")
+    assert all(abs(loss - straight[step]) > 1e-4 for step, loss in launch.losses(folder / "dropout").items())
+
+
+def test_two_ranks_take_the_same_steps_as_one(folder, straight):
+    train(folder, "two", "--steps 20 --schedule constant", ranks=2)
+    assert launch.losses(folder / "two") == pytest.approx(straight, abs=1e-5)
+
+
+def test_going_on_with_another_number_of_ranks(folder, straight):
+    for steps, ranks in ((7, 1), (13, 2), (20, 1)):
+        text = train(folder, "changing", f"--steps {steps} --schedule constant", ranks=ranks)
+        if steps > 7:
+            assert f"ranks: {3 - ranks} in the checkpoint, {ranks} now" in text
+    assert launch.losses(folder / "changing") == pytest.approx(straight, abs=1e-5)
+
+
+def test_the_size_of_micro_batches_changes_nothing_but_rounding(folder, straight):
+    train(folder, "whole", "--steps 5 --schedule constant --micro_batch_size 8")
+    train(folder, "recomputed", "--steps 5 --schedule constant --checkpoint_activations")
+    first = {step: straight[step] for step in range(1, 6)}
+    assert launch.losses(folder / "whole") == pytest.approx(first, abs=1e-5)
+    assert launch.losses(folder / "recomputed") == pytest.approx(first, abs=1e-6)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_lower_precision_trains_almost_alike_and_resumes(folder, straight, dtype):
+    out = f"{dtype}"
+    train(folder, out, f"--steps 4 --schedule constant --dtype {dtype}")
+    text = train(folder, out, f"--steps 8 --schedule constant --dtype {dtype}")
+    losses = launch.losses(folder / out)
+    assert "--steps: 4 in the checkpoint, 8 now" in text
+    assert list(losses) == list(range(1, 9))
+    assert losses[8] == pytest.approx(straight[8], abs=0.3) and losses[8] < losses[1]
+
+
+def test_float16_may_follow_float32_and_the_other_way_round(folder):
+    for steps, dtype in ((2, "float32"), (4, "float16"), (6, "float32")):
+        train(folder, "mixed", f"--steps {steps} --schedule constant --dtype {dtype}")
+    assert list(launch.losses(folder / "mixed")) == [1, 2, 3, 4, 5, 6]
+
+
+def test_metrics_have_the_promised_columns_and_the_end_says_where_all_is(folder):
+    text = train(folder, "shown", "--steps 6 --eval_every 3 --save_every 2 --keep_last 2", hidden=())
+    rows = launch.rows(folder / "shown")
+    for row in rows:
+        if "loss" in row:
+            assert set(row) == {"step", "loss", "lr", "grad_norm", "tokens_per_s", "mfu", "time_s"}
+            assert 0 < row["mfu"] < 2
+        else:
+            assert {"step", "val_loss", "val_bpb"} <= set(row)
+    assert [row["step"] for row in rows] == [1, 2, 3, 3, 4, 5, 6, 6]
+    times = [row["time_s"] for row in rows if "loss" in row]
+    assert times == sorted(times)
+    assert launch.steps(folder / "shown") == [4, 6]
+    assert (folder / "shown" / "curve.png").stat().st_size > 1000
+    for words in ("  dim = 32", "validation: ", "bits per byte", "a sample:", "step-00000006", "curve.png", "next: "):
+        assert words in text, words
+
+    again = train(folder, "shown", "--steps 6 --eval_every 3 --save_every 2 --keep_last 2")
+    assert "has finished its 6 steps" in again
+    assert launch.rows(folder / "shown") == rows
+
+    longer = train(folder, "shown", "--steps 8")
+    assert "--steps: 6 in the checkpoint, 8 now" in longer
+    assert launch.rows(folder / "shown")[-1]["step"] == 8
+    assert launch.rows(folder / "shown")[-2]["time_s"] > times[-1]
+
+
+def test_continuing_from_a_model_starts_at_its_loss_and_at_step_1(folder, straight):
+    train(folder, "onward", f"--steps 2 --init_from {folder}/constant --lr 1e-4")
+    losses = launch.losses(folder / "onward")
+    assert list(losses) == [1, 2]
+    assert losses[1] < straight[1] - 0.5 and losses[1] == pytest.approx(straight[20], abs=0.5)
+
+
+def test_mixtures_documents_and_raw_bins(folder):
+    other = launch.write_corpus(folder / "other" / "data", seed=0)  # the same text, so the same tokenizer
+    mixture = f"{folder}/data:3,{other}:1"
+    launch.finish("pretrain", options(folder, "mixture", f"--data {mixture} --steps 2"), folder / "log" / "mixture")
+    train(folder, "documents", "--steps 2 --document_attention")
+    raw = folder / "raw.bin"
+    np.random.default_rng(0).integers(0, 300, 20_000).astype("<u2").tofile(raw)
+    more = f"--data {raw} --data_dtype uint16 --data_vocab_size 300 --steps 2"
+    launch.finish("pretrain", options(folder, "raw", more), folder / "log" / "raw")
+    for out in ("mixture", "documents", "raw"):
+        assert list(launch.losses(folder / out)) == [1, 2] and launch.steps(folder / out) == [2]
+    assert not (folder / "raw" / "step-00000002" / "tokenizer.model").exists()
+
+
+def test_tensorboard_holds_what_metrics_hold(folder):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    train(folder, "board", "--steps 4 --tensorboard --schedule constant")
+    train(folder, "board", "--steps 6 --tensorboard --schedule constant")
+    events = EventAccumulator(str(folder / "board" / "tensorboard")).Reload()
+    logged = {event.step: event.value for event in events.Scalars("loss")}
+    assert logged == pytest.approx(launch.losses(folder / "board"))
+    assert [event.step for event in events.Scalars("val_loss")] == [4, 6]
+
+
+@pytest.mark.slow
+def test_from_a_shell_under_torchrun(folder, straight, tmp_path):
+    script = str(launch.ROOT / "train_pretrain.py")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    more = options(folder, "torchrun", "--steps 3 --schedule constant").split()
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    done = subprocess.run([*torchrun, script, *more], env=environment, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    first = {step: straight[step] for step in (1, 2, 3)}
+    assert launch.losses(folder / "torchrun") == pytest.approx(first, abs=1e-5)
