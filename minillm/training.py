@@ -113,7 +113,15 @@ class Run:
                 scaler.load_state_dict(self.state["scaler"])
 
     def save(self, step: int, model: Transformer, optimizers: list, scaler, tokenizer: Tokenizer | None) -> None:
-        """Write `step-N/` whole or not at all, then drop the oldest beyond --keep_last."""
+        """Write `step-N/` whole or not at all, then drop the oldest beyond --keep_last, unless steps are going wrong.
+
+        Raises `UserError` on every rank if weights are not finite, since no later step could mend them.
+        """
+        if not torch.stack([torch.isfinite(p).all() for p in model.parameters()]).all():
+            raise UserError(
+                f"step {step}: weights are not finite any more, so they are not saved; go on from an earlier "
+                f"checkpoint in {self.folder} (--resume PATH) with a lower --lr"
+            )
         if self.ranks.main:
             state = self._describe(step) | {"scaler": scaler.state_dict()}
             checkpoint.save(
@@ -125,7 +133,8 @@ class Run:
                 optimizers=optimizers,
                 named_parameters=dict(model.named_parameters()),
             )
-            run.prune(self.folder, self.cfg.keep_last)
+            if not self.bad_steps:
+                run.prune(self.folder, self.cfg.keep_last)
         self.ranks.barrier()
 
     def finish_step(self, row: dict, speed: float, peak: float | None, flops: int) -> None:
@@ -162,8 +171,8 @@ class Run:
         )
         if self.bad_steps >= self.cfg.max_bad_steps:
             raise UserError(
-                f"step {step}: {self.bad_steps} steps in a row were not finite; the last good checkpoint is kept in "
-                f"{self.folder}; lower --lr, raise --warmup_steps or choose --dtype float32"
+                f"step {step}: {self.bad_steps} steps in a row were not finite; lower --lr, raise --warmup_steps or "
+                f"choose --dtype float32, and go on from a checkpoint in {self.folder} of before (--resume PATH)"
             )
         return False
 
