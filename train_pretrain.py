@@ -60,6 +60,7 @@ NEXT = "python train_sft.py"
 
 def main() -> int:
     cfg = config.parse(Config, __doc__)
+    training.check_options(cfg)
     ranks = distributed.start(cfg.device, cfg.timeout_s)
     distributed.check_batch(cfg.batch_size, cfg.micro_batch_size, ranks.world)
     ops.select(cfg.impl)

@@ -21,6 +21,27 @@ from minillm.tokenizer import Tokenizer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
+LIMITS = {  # options: least and most that mean something
+    (1, 1 << 40): ("steps", "seq_len", "eval_tokens", "max_bad_steps"),
+    (0, 1 << 40): ("seed", "warmup_steps", "save_every", "eval_every", "keep_last"),
+    (0.0, 1e38): ("lr", "weight_decay", "grad_clip"),
+    (0.0, 1.0): ("min_lr_ratio", "decay_share"),
+    (1.0, 1e6): ("timeout_s",),
+    (0.001, 1e6): ("epochs",),
+}
+
+
+def check_options(cfg: config.TrainingConfig) -> None:
+    """Raise one `UserError` with all the options whose values mean nothing."""
+    problems = [
+        f"--{name} {value}: choose one from {least} to {most}"
+        for (least, most), names in LIMITS.items()
+        for name in names
+        if (value := getattr(cfg, name, None)) is not None and not least <= value <= most  # NaN is never within
+    ]
+    if problems:
+        raise UserError("; ".join(problems))
+
 
 class Run:
     """One training run: its folder, its lock, and where it stands."""
