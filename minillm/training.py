@@ -198,9 +198,10 @@ class Run:
         return False
 
     def close(self) -> None:
-        """The loop has ended: no more bar, no more watching."""
+        """The loop has ended: no more bar, no more watching, and Ctrl-C ends what follows at once."""
         self.progress.close()
         self.watchdog.pause()
+        self.signals.restore()
 
     def once(self, name: str, measure):
         """What `measure()` gives on rank 0 at the beginning of the run; a continued run reads it from its folder."""
