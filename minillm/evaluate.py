@@ -12,8 +12,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from minillm import UserError, chat_data, readers
+from minillm import UserError, readers
 from minillm.generate import GREEDY, generate
+from minillm.messages import conversations as conversations_in
 from minillm.model import Transformer
 from minillm.tokenizer import Tokenizer
 
@@ -59,7 +60,7 @@ def read_questions(path: str | Path, limit: int | None = None) -> list[dict]:
         for number, _, line in readers.numbered_lines(file):
             try:
                 row = readers.parse_line(line)
-                for messages in chat_data.conversations(row):
+                for messages in conversations_in(row):
                     if len(messages) < 2 or messages[-1]["role"] != "assistant":
                         raise UserError("does not end with an assistant's answer after a question")
                     if row.get("check", "exact") not in CHECKS:
