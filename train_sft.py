@@ -97,7 +97,7 @@ def main() -> int:
     before = this.once("before.json", ask) if questions else {}
     status = train(cfg, this, model, rows, end, tokenizer)
     if status == 0 and ranks.main:
-        conclude(this, before, ask() if questions else {})
+        conclude(this, before or {}, ask() if questions else {})
     distributed.stop()
     return status
 
@@ -158,7 +158,8 @@ def conclude(this: training.Run, before: dict, after: dict) -> None:
         this.record({"step": this.cfg.steps, "exact_match": right / asked})
         this.say(f"exact answers to {asked} held-out questions, before → after:")
         for family, (right, asked) in after.items():
-            this.say(f"  {family:<16} {before[family][0] / asked:6.1%} → {right / asked:6.1%}   ({right}/{asked})")
+            was = f"{before[family][0] / before[family][1]:6.1%}" if family in before else "not asked"
+            this.say(f"  {family:<16} {was} → {right / asked:6.1%}   ({right}/{asked})")
     this.say(f"trained for {duration(this.seconds())}; checkpoint {this.newest()}; {this.draw()}\nnext: {NEXT}")
 
 

@@ -207,7 +207,7 @@ class Run:
         """What `measure()` gives on rank 0 at the beginning of the run; a continued run reads it from its folder."""
         file, value = self.folder / name, None
         if self.ranks.main:
-            if not file.exists() and self.source is None:
+            if self.source is None:  # not what an earlier start, perhaps of another model, left there
                 run.write_json_atomically(file, measure())
             value = json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
         self.ranks.barrier()
