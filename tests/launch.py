@@ -9,6 +9,7 @@ import json
 import multiprocessing
 import os
 import random
+import resource
 import runpy
 import signal
 import socket
@@ -53,12 +54,12 @@ def write_corpus(folder: Path, seed: int = 0) -> Path:
 
 
 class Process:
-    """A script under way in one process. hidden: packages that shall seem not to be installed."""
+    """A script under way in one process."""
 
-    def __init__(self, script: str, arguments: list[str], output: Path, env: dict[str, str], hidden: tuple[str, ...]):
+    def __init__(self, script: str, arguments: list[str], output: Path, env: dict[str, str], **how):
         self.output = output
         output.parent.mkdir(parents=True, exist_ok=True)
-        self.process = _server().Process(target=_run, args=(script, arguments, str(output), env, hidden))
+        self.process = _server().Process(target=_run, args=(script, arguments, str(output), env), kwargs=how)
         self.process.start()
         self.pid = self.process.pid
 
@@ -94,12 +95,11 @@ class Process:
         return self.output.read_text() if self.output.exists() else ""
 
 
-def start(
-    script: str, arguments: str | list[str], output: Path, ranks: int = 1, hidden: tuple[str, ...] = ("matplotlib",)
-) -> list[Process]:
+def start(script: str, arguments: str | list[str], output: Path, ranks: int = 1, **how) -> list[Process]:
     """Start train_<script>.py with these arguments on so many ranks; their output goes to <output>-<rank>.txt.
 
-    Without matplotlib a run draws no curve, which takes longer than its training.
+    how: `hidden`, packages that shall seem not to be installed (by default matplotlib: a run then draws no curve,
+    which takes longer than its training); `limit`, the largest file in bytes.
     """
     arguments = arguments.split() if isinstance(arguments, str) else arguments
     port = str(free_port())
@@ -110,7 +110,7 @@ def start(
             arguments,
             Path(f"{output}-{rank}.txt"),
             {} if ranks == 1 else {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            hidden,
+            **how,
         )
         for rank in range(ranks)
     ]
@@ -162,7 +162,7 @@ def _server():
     return context
 
 
-def _run(script: str, arguments: list[str], output: str, env: dict[str, str], hidden: tuple[str, ...]) -> None:
+def _run(script, arguments: list[str], output: str, env: dict[str, str], hidden=("matplotlib",), limit=None) -> None:
     import torch
 
     file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
@@ -171,6 +171,8 @@ def _run(script: str, arguments: list[str], output: str, env: dict[str, str], hi
     os.environ.update(env)
     sys.modules.update(dict.fromkeys(hidden))
     torch.set_num_threads(1)
+    if limit is not None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
     sys.argv = [script, *arguments]
     try:
         runpy.run_path(str(ROOT / script), run_name="__main__")

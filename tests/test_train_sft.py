@@ -1,0 +1,151 @@
+import json
+import random
+import signal
+from pathlib import Path
+
+import pytest
+
+from minillm.chat_data import InstructionRows
+from minillm.tokenizer import Tokenizer
+from tests import launch
+
+OPTIONS = "--seq_len 64 --batch_size 8 --micro_batch_size 2 --warmup_steps 2 --device cpu --dtype float32"
+
+
+def write_instructions(path: Path, count: int, seed: int = 0) -> Path:
+    """Questions of unequal length about a word, whose answer is the word."""
+    draw = random.Random(seed)
+    with path.open("w", encoding="utf-8") as file:
+        for _ in range(count):
+            words = draw.choices(launch.WORDS, k=draw.randrange(2, 12))
+            row = {"instruction": "say the last", "input": " ".join(words), "output": words[-1], "family": "last"}
+            file.write(json.dumps(row) + "\n")
+    return path
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A folder with a model of a few steps in base/, and instructions."""
+    here = tmp_path_factory.mktemp("sft")
+    launch.write_corpus(here / "data")
+    base = f"--data {here}/data --out {here}/base {launch.SMALL} --micro_batch_size 8 --steps 4 --max_seq_len 128"
+    launch.finish("pretrain", base, here / "log" / "base")
+    write_instructions(here / "train.jsonl", 400)
+    write_instructions(here / "held_out.jsonl", 12, seed=1)
+    return here
+
+
+def options(folder: Path, out: str, more: str = "") -> str:
+    return f"--data {folder}/train.jsonl --init_from {folder}/base --out {folder}/{out} {OPTIONS} {more}"
+
+
+def train(folder: Path, out: str, more: str = "", **how) -> str:
+    return launch.finish("sft", options(folder, out, more), folder / "log" / out, **how)
+
+
+def n_rows(folder: Path, **how) -> int:
+    """Rows of one epoch."""
+    return InstructionRows(folder / "train.jsonl", Tokenizer.load(folder / "data"), 64, **how).rows_per_epoch
+
+
+@pytest.mark.parametrize("more", ["", "--optimizer adamw --packing false"], ids=["packed-muon", "unpacked-adamw"])
+def test_stopped_and_resumed_is_bit_for_bit_the_run_never_stopped(folder, more):
+    more += " --steps 40 --dropout 0.1"  # some epochs, so that the stop lies within one
+    straight, broken = folder / f"straight-{len(more)}", folder / f"broken-{len(more)}"
+    train(folder, straight.name, more)
+    (process,) = launch.start("sft", options(folder, broken.name, f"{more} --save_every 20"), folder / "broken")
+    process.wait_for_checkpoint(broken, 20)
+    process.kill(signal.SIGKILL)
+    process.wait()
+    train(folder, broken.name, more)
+    assert launch.tensors(broken, 40) == launch.tensors(straight, 40)
+    assert launch.losses(broken) == launch.losses(straight) and len(launch.losses(broken)) == 40
+
+
+@pytest.mark.parametrize("packing", ["true", "false"])
+def test_two_ranks_take_the_same_steps_as_one_to_the_last_short_batch(folder, packing):
+    epochs = 1.02  # rows beyond the end: padding, on the second rank alone
+    rows = -(-n_rows(folder, packing=packing == "true") * 102 // 100)
+    for ranks in (1, 2):
+        train(folder, f"ranks-{packing}-{ranks}", f"--epochs {epochs} --packing {packing}", ranks=ranks)
+    one, two = (launch.losses(folder / f"ranks-{packing}-{ranks}") for ranks in (1, 2))
+    assert two == pytest.approx(one, abs=1e-5)
+    assert len(one) == -(-rows // 8)
+
+
+def test_going_on_with_another_number_of_ranks(folder):
+    for steps, ranks in ((4, 1), (8, 2), (12, 1)):
+        train(folder, "changing", f"--steps {steps} --schedule constant", ranks=ranks)
+    train(folder, "unchanging", "--steps 12 --schedule constant")
+    assert launch.losses(folder / "changing") == pytest.approx(launch.losses(folder / "unchanging"), abs=1e-5)
+
+
+def test_more_steps_than_an_epoch_has_begin_another(folder):
+    steps = -(-n_rows(folder) // 8) + 3
+    train(folder, "long", f"--steps {steps}")
+    assert list(launch.losses(folder / "long")) == list(range(1, steps + 1))
+
+
+def test_loss_falls_and_answers_are_counted_before_and_after(folder):
+    more = f"--steps 30 --lr 1e-2 --schedule constant --eval_data {folder}/held_out.jsonl"
+    text = train(folder, "learnt", more)
+    losses = launch.losses(folder / "learnt")
+    assert losses[30] < losses[1] - 1
+    assert "rows, 400 examples: 400 kept, 0 dropped" in text
+    assert "exact answers to 12 held-out questions, before → after:" in text and "  last " in text
+    assert 0 <= launch.rows(folder / "learnt")[-1]["exact_match"] <= 1
+    for words in ("weights from", "step-00000030", "next: "):
+        assert words in text, words
+    assert "has finished its 30 steps" in train(folder, "learnt", more)
+
+
+def test_questions_first_asked_of_a_resumed_run_are_counted_after_alone(folder):
+    train(folder, "asked", "--steps 2 --schedule constant")
+    text = train(folder, "asked", f"--steps 4 --schedule constant --eval_data {folder}/held_out.jsonl")
+    assert "  last             not asked → " in text and "step-00000004" in text
+
+
+def test_a_signal_leaves_one_whole_checkpoint(folder):
+    (process,) = launch.start("sft", options(folder, "stopped", "--steps 1000"), folder / "log" / "stopped")
+    process.wait_for("step 1/")
+    process.kill(signal.SIGINT)
+    assert process.wait() == 130
+    (step,) = launch.steps(folder / "stopped")
+    assert list(launch.losses(folder / "stopped")) == list(range(1, step + 1))
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        ("--init_from {folder}/nowhere", ["nowhere: no such folder"]),
+        ("--data {folder}/nowhere.jsonl", ["nowhere.jsonl"]),
+        ("--data {folder}/broken.jsonl", ["broken.jsonl, row 2", "--on_bad_line skip"]),
+        ("--eval_data {folder}/nowhere.jsonl", ["nowhere.jsonl"]),
+        ("--seq_len 1000", ["--seq_len 1000", "longest context is 128"]),
+        ("--epochs 0", ["--epochs 0"]),
+        ("--template none", ["--template none"]),
+        ("--batch_size 7", ["--batch_size 7", "a multiple of 2"]),
+    ],
+)
+def test_what_cannot_be_is_refused_in_one_line(folder, more, words):
+    lines = (folder / "train.jsonl").read_text().splitlines()
+    (folder / "broken.jsonl").write_text(lines[0] + "\n{not json\n")
+    text = train(folder, "refused", "--steps 2 " + more.format(folder=folder), status=2)
+    (line,) = (line for line in text.splitlines() if line.startswith("error: "))
+    assert text.endswith(line + "\n") and "Traceback" not in text
+    assert all(word in line for word in words), line
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        ("--data {folder}/held_out.jsonl", ["another data"]),
+        ("--template simple", ["another data"]),
+        ("--packing false", ["another batch size"]),
+    ],
+)
+def test_going_on_with_other_data_is_refused(folder, more, words):
+    if not (folder / "begun").exists():
+        train(folder, "begun", "--steps 2")
+    text = train(folder, "begun", "--steps 4 " + more.format(folder=folder), status=2)
+    assert all(word in text for word in words) and "--allow_data_change" in text and "Traceback" not in text
