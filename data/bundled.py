@@ -1,12 +1,14 @@
 """The corpus that comes with the project: written by a generator, in seconds, wherever it is needed.
 
-    python data/bundled.py            # data/bundled/: texts, token bins, instructions, the floor
+    python data/bundled.py                          data/bundled/: texts, token bins, instructions, the floor
+    python data/bundled.py --out FOLDER             the same elsewhere
 
 A folder holds text/{train,val}.jsonl ({"text", "bits"}), the token bins with their tokenizer (`data/prepare.py`),
 val_bits.npy (float64, one a validation document: its exact information in bits, the floor of validation loss), and
 sft_train.jsonl and sft_heldout.jsonl (`data/world_tasks.py`).
 """
 
+import argparse
 import hashlib
 import itertools
 import json
@@ -18,6 +20,7 @@ import numpy as np
 
 from data.world import documents
 from data.world_tasks import SPLITS, tasks
+from minillm import UserError
 from minillm.run import RunLock, run_script
 
 FOLDER = "data/bundled"  # where the training scripts look for it
@@ -74,13 +77,18 @@ def different(rows, count: int):
 
 
 def build(folder: str | Path = FOLDER) -> None:
-    """Write the bundled corpus into `folder`, unless it lies there already, and say what is being done."""
+    """Write the bundled corpus into `folder`, unless it lies there already, and say what is being done.
+
+    Raises `UserError` if other files lie there: an older corpus is deleted, and they would be too.
+    """
     from data.prepare import prepare
 
     folder = Path(folder)
     if finished(folder):
         return
     text = folder / "text"
+    if folder.is_dir() and any(folder.iterdir()) and not (text / "lock").exists():
+        raise UserError(f"{folder}: holds files that are no bundled corpus; empty it, or give another folder by --out")
     lock = RunLock(text)
     try:
         if finished(folder):  # by another process, meanwhile
@@ -112,5 +120,12 @@ def finished(folder: Path) -> bool:
     return made_by == fingerprint() and (folder / "meta.json").exists()
 
 
+def main() -> None:
+    about = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=about)
+    parser.add_argument("--out", default=FOLDER, metavar="FOLDER", help=f"where to write it (default {FOLDER})")
+    build(parser.parse_args().out)
+
+
 if __name__ == "__main__":
-    sys.exit(run_script(build))
+    sys.exit(run_script(main))

@@ -7,6 +7,7 @@ import pytest
 
 from data import bundled
 from data.world import documents
+from minillm import UserError
 from minillm.tokenizer import Tokenizer
 
 
@@ -61,3 +62,23 @@ def test_an_unfinished_or_older_corpus_is_written_again(small, tmp_path, monkeyp
     assert not bundled.finished(folder)
     bundled.build(folder)
     assert lines(folder / "text" / "val.jsonl")[0]["text"] == next(documents(3))[0]
+
+
+def test_the_command_line(monkeypatch, tmp_path, capsys):
+    built = []
+    monkeypatch.setattr(bundled, "build", built.append)
+    for words in ([], ["--out", "elsewhere"]):
+        monkeypatch.setattr("sys.argv", ["bundled.py", *words])
+        bundled.main()
+    assert built == [bundled.FOLDER, "elsewhere"]
+    monkeypatch.setattr("sys.argv", ["bundled.py", "--ouput", "elsewhere"])
+    with pytest.raises(SystemExit):
+        bundled.main()
+    assert "--ouput" in capsys.readouterr().err and len(built) == 2
+
+
+def test_a_folder_of_other_files_is_left_alone(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match="no bundled corpus"):
+        bundled.build(tmp_path)
+    assert [file.name for file in tmp_path.iterdir()] == ["notes.txt"]
