@@ -1,5 +1,6 @@
 """What a run shows of itself: a progress line, the share of the machine's peak it uses, TensorBoard."""
 
+import re
 import sys
 import time
 
@@ -9,11 +10,13 @@ from tqdm import tqdm
 from minillm import UserError
 
 # Dense peak of the tensor cores in TFLOP/s without sparsity, from NVIDIA's data sheets; first match wins.
-# (name part, bf16/fp16 with fp32 accumulation, fp32 as TF32)
+# (words of its name, bf16/fp16 with fp32 accumulation, fp32 as TF32)
 GPU_PEAKS = (
     ("B200", 2250, 1125),
     ("H200", 989, 494),
+    ("GH200", 989, 494),
     ("H100 PCIe", 756, 378),
+    ("H100 NVL", 835, 417),
     ("H100", 989, 494),
     ("H20", 148, 74),
     ("A100", 312, 156),
@@ -38,7 +41,7 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
         for part, half, single in GPU_PEAKS:
-            if part in name:
+            if re.search(rf"\b{part}\b(?! (D|Ti|SUPER|Laptop)\b)", name):  # RTX A1000 is no A100
                 return (single if dtype == torch.float32 else half) * 1e12
         return None
     if device.type != "cpu":
