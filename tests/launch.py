@@ -59,7 +59,7 @@ class Process:
     def __init__(self, script: str, arguments: list[str], output: Path, env: dict[str, str], **how):
         self.output = output
         output.parent.mkdir(parents=True, exist_ok=True)
-        self.process = _server().Process(target=_run, args=(script, arguments, str(output), env), kwargs=how)
+        self.process = server().Process(target=_run, args=(script, arguments, str(output), env), kwargs=how)
         self.process.start()
         self.pid = self.process.pid
 
@@ -153,8 +153,8 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def _server():
-    """Processes forked from one that has imported the scripts, single-threaded."""
+def server():
+    """Gives processes forked from one that has imported the scripts, single-threaded."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["train_pretrain", "train_sft", "torch._dynamo"])  # which optimizers import
     os.environ.setdefault("OMP_NUM_THREADS", "1")

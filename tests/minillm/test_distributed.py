@@ -1,0 +1,140 @@
+import threading
+import time
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from minillm import UserError, distributed
+from minillm.distributed import Ranks, Watchdog
+
+CPU = torch.device("cpu")
+
+
+@given(step=st.integers(0, 10**12), micro=st.integers(1, 5), per_rank=st.integers(1, 4), world=st.integers(1, 8))
+def test_micro_batches_of_all_ranks_are_the_global_batch_in_order(step, micro, per_rank, world):
+    batch = micro * per_rank * world
+    taken = [Ranks(rank, world, CPU).micro_batches(step, batch, micro) for rank in range(world)]
+    assert np.concatenate([m for mine in taken for m in mine]).tolist() == list(range(step * batch, (step + 1) * batch))
+    assert {len(m) for mine in taken for m in mine} == {micro}
+    assert {len(mine) for mine in taken} == {per_rank}
+
+
+def test_micro_batches_by_hand():
+    first, second = Ranks(0, 2, CPU), Ranks(1, 2, CPU)
+    assert [m.tolist() for m in first.micro_batches(3, 8, 2)] == [[24, 25], [26, 27]]
+    assert [m.tolist() for m in second.micro_batches(3, 8, 2)] == [[28, 29], [30, 31]]
+    assert first.micro_batches(0, 8, 2)[0].dtype == np.int64
+
+
+def test_one_rank_needs_no_group():
+    ranks = Ranks(0, 1, CPU)
+    assert ranks.main and ranks.sum(1.5, 2) == [1.5, 2] and ranks.any(15) == 15 and ranks.any(0) == 0
+    ranks.barrier()
+
+
+@pytest.mark.parametrize(("batch", "micro", "world"), [(8, 2, 3), (6, 4, 1), (0, 1, 1), (8, 0, 1), (4, 4, 2)])
+def test_a_batch_that_does_not_divide_is_refused_with_one_that_does(batch, micro, world):
+    with pytest.raises(UserError, match=f"--batch_size {batch} ") as refusal:
+        distributed.check_batch(batch, micro, world)
+    proposed = int(str(refusal.value).rpartition(" ")[2])
+    distributed.check_batch(proposed, max(1, micro), world)
+    distributed.check_batch(3 * proposed, max(1, micro), world)
+
+
+@pytest.mark.parametrize("name", ["tpu", "cuda:99", "", "meta:x"])
+def test_a_device_that_is_not_there_is_refused(name):
+    with pytest.raises(UserError, match=f"--device {name}: .*try auto or cpu"):
+        distributed.pick_device(name)
+
+
+def test_devices():
+    assert distributed.pick_device("cpu") == CPU
+    assert distributed.pick_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+class Store(dict):
+    """What the watchdog uses of a group's key-value store."""
+
+    def set(self, key, value):
+        self[key] = value.encode()
+
+    def check(self, keys):
+        return all(key in self for key in keys)
+
+    def get(self, key):
+        return self[key]
+
+
+@pytest.fixture
+def watched(monkeypatch):
+    """(store, lines with which ranks were ended): a watchdog here ends no process."""
+    store, ended = Store(), []
+    monkeypatch.setattr(distributed, "_store", lambda: store)
+    monkeypatch.setattr(distributed, "_end", ended.append)
+    monkeypatch.setattr(distributed, "ANSWER_S", 0.2)
+    return store, ended
+
+
+def wait_for(ended: list, seconds: float = 20) -> str:
+    until = time.monotonic() + seconds
+    while not ended and time.monotonic() < until:
+        time.sleep(0.01)
+    return ended[0]
+
+
+def test_the_watchdog_says_where_this_rank_stands_and_who_gives_no_sign(watched):
+    store, ended = watched
+    store["step/1"] = b"6"
+    dog = Watchdog(Ranks(0, 3, CPU), limit_s=0.3)
+    dog.tick(7)
+    store["place/1"] = b"data.py:88"
+    line = wait_for(ended)
+    assert line.startswith("rank 0: no step finished for 0 s after step 7: rank 0 is at test_distributed.py:")
+    assert "(last finished step 7), rank 1 is at data.py:88 (last finished step 6)" in line
+    assert line.endswith("rank 2 gives no sign (last finished step 0)")
+
+
+def test_the_watchdog_ends_the_rank_even_if_the_store_answers_no_more(watched):
+    store, ended = watched
+    store.check = lambda keys: time.sleep(5)
+    Watchdog(Ranks(1, 2, CPU), limit_s=0.2)
+    assert "the rank that keeps the store (rank 0, without torchrun) gives no sign" in wait_for(ended, 3)
+
+
+def test_the_watchdog_lets_a_run_that_moves_or_has_ended_alone(watched):
+    _, ended = watched
+    dog = Watchdog(Ranks(0, 2, CPU), limit_s=0.5)
+    for step in range(10):
+        time.sleep(0.1)
+        dog.tick(step)
+    dog.pause()
+    time.sleep(1)
+    assert not ended
+
+
+def test_one_rank_is_not_watched():
+    before = threading.active_count()
+    Watchdog(Ranks(0, 1, CPU), limit_s=0.01).tick(1)
+    assert threading.active_count() == before
+
+
+def test_only_the_loss_of_a_rank_is_explained(watched, monkeypatch):
+    store, ended = watched
+    shown = []
+    monkeypatch.setattr("sys.excepthook", lambda kind, problem, traceback: shown.append(problem))
+    distributed._explain_lost_ranks(1, 3)
+    import sys
+
+    bug = RuntimeError("shapes do not match")
+    sys.excepthook(RuntimeError, bug, None)
+    assert shown == [bug] and not ended
+
+    store["lost/2"], store["step/1"] = b"another rank", b"41"
+    sys.excepthook(RuntimeError, RuntimeError("[/gloo/transport/tcp/pair.cc:537] Connection closed by peer"), None)
+    sys.excepthook(torch.distributed.DistNetworkError, torch.distributed.DistNetworkError("socket timeout"), None)
+    assert shown == [bug]
+    assert ended[0].startswith("rank 1: rank 0 has failed or ended after step 41 (Connection closed by peer);")
+    assert "(socket timeout)" in ended[1]
