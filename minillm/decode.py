@@ -32,10 +32,10 @@ class Decoder:
         """model: a plain one (see `is_plain`), on the cache's device and in its dtype. Its weights are not copied."""
         self.config, self.cache, self.model = model.config, cache, model
         self.layers = [self._weights(layer) for layer in model.layers]
-        self.final_norm = _Norm(model.norm)
+        self.final_norm, self.head, self.cap = _Norm(model.norm), _product(model.lm_head), model.config.softcap
         if model.config.positions == "rope":  # both halves of a head turn by the same angle: (T_max, D)
-            self.cos = torch.cat((model.cos, model.cos), -1).to(cache.keys[0].dtype)
-            self.sin = torch.cat((-model.sin, model.sin), -1).to(cache.keys[0].dtype)
+            self.cos = torch.cat((model.cos, model.cos), -1)
+            self.sin = torch.cat((-model.sin, model.sin), -1)
 
     @staticmethod
     def _weights(layer: parts.Block) -> tuple:
@@ -65,7 +65,7 @@ class Decoder:
                 q, k = qk_norms[0](q), qk_norms[1](k)
             if cos is not None:  # `kernels.reference.rope`, queries and keys at once: (B, 1, H + K, D)
                 both = torch.cat((q, k), 2)
-                both = torch.addcmul(both * cos, both.roll(size // 2, -1), sin)
+                both = torch.addcmul(both * cos, both.roll(size // 2, -1), sin).to(x.dtype)
                 q, k = both[:, :, :heads], both[:, :, heads:]
             cache.keys[i][:, end - 1 : end] = k
             cache.values[i][:, end - 1 : end] = to_v(normed).view(batch, 1, kv_heads, size)
@@ -80,7 +80,8 @@ class Decoder:
             normed = norm2(x)
             x = torch.addmm(x, F.silu(torch.mm(normed, gate), inplace=True).mul_(torch.mm(normed, up)), down)
         cache.advance(1)
-        return self.model.logits(self.final_norm(x))
+        logits = self.head(self.final_norm(x))
+        return logits if self.cap is None else self.cap * torch.tanh(logits / self.cap)
 
     def _start(
         self, tokens: Tensor, begin: int, end: int

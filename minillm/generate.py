@@ -153,7 +153,6 @@ def prefill(model: Transformer, prompts: Sequence[Sequence[int]], room: int) -> 
     return cache, logits
 
 
-@torch.inference_mode()
 def steps(
     model: Transformer,
     prompts: Sequence[Sequence[int]],
@@ -164,6 +163,7 @@ def steps(
 ) -> Iterator[list[tuple[int, int]]]:
     """Yield the new (row, token) pairs of each step, until every row has ended.
 
+    Call it under `torch.inference_mode()`, which a generator cannot cheaply enter by itself at each step.
     ended(row, token): asked once for every new token; True lets the row go. A row also goes when its
     context is full. Rows that went leave the cache once they are half of it.
     """
@@ -208,6 +208,7 @@ def steps(
         model.train(was_training)
 
 
+@torch.inference_mode()
 def generate(
     model: Transformer,
     prompts: Sequence[Sequence[int]],
@@ -254,6 +255,7 @@ def cut(text: str, stop_strings: Sequence[str]) -> str:
     return text[: min((text.find(s) for s in stop_strings if s in text), default=len(text))]
 
 
+@torch.inference_mode()
 def stream(
     model: Transformer,
     tokenizer,

@@ -121,6 +121,19 @@ def test_the_lean_step_gives_the_model_s_logits(name, padded):
         torch.testing.assert_close(torch.stack([s[row] for s in steps]), whole, atol=1e-5, rtol=0)
 
 
+@torch.no_grad()
+def test_the_lean_step_is_as_exact_as_the_model_in_bfloat16():
+    exact, model = build(), build().bfloat16()
+    model.build_rotation()  # .bfloat16() rounded the tables too
+    tokens = prompt(60)
+    cache, _ = generate.prefill(model, [tokens[:50]], 10)
+    decoder = decode.Decoder(model, cache)
+    lean = torch.cat([decoder.step(torch.tensor([token])) for token in tokens[50:]]).float()
+    truth = exact(torch.tensor([tokens]))[0, 50:]
+    usual = model(torch.tensor([tokens]))[0, 50:].float()
+    assert (lean - truth).square().mean() < 1.5 * (usual - truth).square().mean()
+
+
 def test_rows_that_went_leave_the_others_as_they_were():
     model = build()
     prompts = [prompt(9), prompt(4, seed=1), prompt(6, seed=2)]
@@ -212,7 +225,7 @@ def test_the_model_is_left_as_it_was():
     model = build(dropout=0.5).train()
     assert generate.generate(model, [[1]], 20) == generate.generate(build(), [[1]], 20)  # no dropout in it
     assert model.training
-    for _ in generate.steps(model, [[1]], 20):
+    for _ in generate.stream(model, Bytes(), [1], 20):
         break
     assert model.training
     model(torch.tensor([[1]])).sum().backward()  # no tensor of inference mode is left in the model
