@@ -122,10 +122,11 @@ def shape(cfg: Config, vocab_size: int, init: Path | None) -> config.ModelConfig
         given.setdefault("max_seq_len", max(base["max_seq_len"], cfg.seq_len))
         return config.preset(cfg.preset, vocab_size=vocab_size, **given)
     chosen = dataclasses.replace(huggingface.load_config(init), **given)
-    if chosen.vocab_size < vocab_size or not training.same_tokenizer(init, cfg.data):
+    training.check_tokenizer(init, cfg.data)
+    if chosen.vocab_size < vocab_size:
         raise UserError(
-            f"--init_from {init} has another vocabulary ({chosen.vocab_size} ids) than {cfg.data} ({vocab_size}); "
-            f"prepare the data with the model's own: data/prepare.py --tokenizer {init}"
+            f"--init_from {init}: its embedding has {chosen.vocab_size} ids, fewer than {cfg.data} "
+            f"({vocab_size}); give data made with the model's own tokenizer"
         )
     if cfg.seq_len > chosen.max_seq_len:
         raise UserError(

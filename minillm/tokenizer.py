@@ -87,9 +87,11 @@ class Tokenizer:
     def load(cls, path: str | Path) -> "Tokenizer":
         """Read a SentencePiece `.model` file, or the `tokenizer.model` of a folder.
 
-        Raises UserError if there is none or it is damaged.
+        Raises UserError if there is none, if it has another format or is damaged.
         """
         file = Path(path) / "tokenizer.model" if Path(path).is_dir() else Path(path)
+        if Path(path).is_dir() and not file.exists():
+            _refuse_folder(Path(path))
         try:
             model_bytes = file.read_bytes()
         except OSError as error:
@@ -344,6 +346,17 @@ def _parse(model_bytes: bytes, source: str) -> proto.ModelProto:
     if not model.pieces or not model.HasField("trainer_spec") or not model.HasField("normalizer_spec"):
         raise UserError(f"{source} ({len(model_bytes):,} bytes): cut short; {remedy}")
     return model
+
+
+def _refuse_folder(folder: Path) -> None:
+    other = [name for name in ("tokenizer.json", "vocab.json", "tekken.json") if (folder / name).exists()]
+    if other:
+        raise UserError(
+            f"{folder}: its tokenizer is a {other[0]}, but only SentencePiece's tokenizer.model is read (Llama 2, "
+            "TinyLlama and Mistral 7B have one); such a model can only be pretrained on, with ids made elsewhere: "
+            f"train_pretrain.py --init_from {folder} --data FILE.bin --data_dtype uint32 --data_vocab_size N"
+        )
+    raise UserError(f"{folder}: holds no tokenizer.model; copy the one there that its model was trained with")
 
 
 def _json(value: dict) -> bytes:

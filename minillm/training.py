@@ -267,11 +267,14 @@ def fingerprint(*parts) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
-def same_tokenizer(model: Path, data: str) -> bool:
-    """False if both a model folder and the first data folder hold a tokenizer, and they differ."""
-    folders = Path(model), parse_mixture(data)[0][0]
-    models = [(folder / "tokenizer.model").read_bytes() for folder in folders if (folder / "tokenizer.model").is_file()]
-    return len(models) < 2 or models[0] == models[1]
+def check_tokenizer(model: Path, data: str) -> None:
+    """Raise `UserError` unless the data was prepared with a model folder's own tokenizer; a raw .bin does not say."""
+    first = parse_mixture(data)[0][0]
+    if first.is_dir() and Tokenizer.load(first).sha256 != Tokenizer.load(model).sha256:
+        raise UserError(
+            f"--init_from {model} has another tokenizer than {data}; prepare the data with the model's own: "
+            f"data/prepare.py --tokenizer {model}"
+        )
 
 
 def special_ids(tokenizer: Tokenizer | None) -> dict[str, int]:

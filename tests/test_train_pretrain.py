@@ -1,4 +1,5 @@
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -131,6 +132,20 @@ def test_continuing_from_a_model_starts_at_its_loss_and_at_step_1(folder, straig
     losses = launch.losses(folder / "onward")
     assert list(losses) == [1, 2]
     assert losses[1] < straight[1] - 0.5 and losses[1] == pytest.approx(straight[20], abs=0.5)
+
+
+def test_a_model_whose_tokenizer_is_not_read_goes_on_with_ids_alone(folder, straight):
+    model = folder / "model"
+    shutil.copytree(folder / "constant" / "step-00000020", model)
+    for name in ("tokenizer.model", "manifest.json"):
+        (model / name).unlink()
+    more = options(folder, "unread", f"--steps 2 --init_from {model}")
+    text = launch.finish("pretrain", more, folder / "log" / "unread", status=2)
+    assert "Traceback" not in text and "model: its tokenizer is a tokenizer.json" in text
+    ids = next((folder / "data").glob("train-*.bin"))
+    more += f" --data {ids} --data_dtype uint16 --data_vocab_size 400"
+    launch.finish("pretrain", more, folder / "log" / "unread")
+    assert launch.losses(folder / "unread")[1] < straight[1] - 0.5
 
 
 def test_mixtures_documents_and_raw_bins(folder):
