@@ -3,6 +3,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -174,12 +175,29 @@ def test_tensorboard_holds_what_metrics_hold(folder):
 
 
 @pytest.mark.slow
-def test_from_a_shell_under_torchrun(folder, straight, tmp_path):
+def test_torchrun_told_to_end_leaves_one_whole_checkpoint_and_the_rerun_goes_on(folder, straight, tmp_path):
+    run, command = folder / "torchrun", [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     script = str(launch.ROOT / "train_pretrain.py")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    more = options(folder, "torchrun", "--steps 3 --schedule constant").split()
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    done = subprocess.run([*torchrun, script, *more], env=environment, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    first = {step: straight[step] for step in (1, 2, 3)}
-    assert launch.losses(folder / "torchrun") == pytest.approx(first, abs=1e-5)
+    more = options(folder, run.name, "--steps 1000 --schedule constant").split()
+    with (tmp_path / "output").open("w") as output:
+        process = subprocess.Popen(
+            [*command, "--nproc_per_node", "2", script, *more],
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            cwd=tmp_path,
+            stdout=output,
+            stderr=output,
+        )
+        until = time.monotonic() + 120
+        while not (run / "metrics.jsonl").exists() or not launch.rows(run):
+            assert process.poll() is None and time.monotonic() < until, (tmp_path / "output").read_text()
+            time.sleep(0.01)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) != 0
+    (step,) = launch.steps(run)
+    assert f"stopped by signal 15 after step {step}" in (tmp_path / "output").read_text()
+
+    train(folder, run.name, f"--steps {step + 2} --schedule constant", ranks=2)
+    losses = launch.losses(run)
+    assert list(losses) == list(range(1, step + 3))
+    shared = {number: loss for number, loss in losses.items() if number in straight}
+    assert shared == pytest.approx({number: straight[number] for number in shared}, abs=1e-5)
