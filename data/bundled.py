@@ -12,6 +12,7 @@ import argparse
 import hashlib
 import itertools
 import json
+import re
 import sys
 import time
 from pathlib import Path
@@ -20,8 +21,10 @@ import numpy as np
 
 from data.world import documents
 from data.world_tasks import SPLITS, tasks
+from data.world_words import WORDS_ZH
 from minillm import UserError
 from minillm.run import RunLock, run_script
+from minillm.vocab import train_tokenizer
 
 FOLDER = "data/bundled"  # where the training scripts look for it
 SIZES = {
@@ -106,9 +109,27 @@ def build(folder: str | Path = FOLDER) -> None:
         (folder / "world.json").write_text(json.dumps({"fingerprint": fingerprint()}) + "\n")
         seconds = time.monotonic() - started
         print(f"{folder}: {len(train_bits):,} documents, {len(val_bits):,} for validation, in {seconds:.1f} s")
-        prepare([text / "train.jsonl"], folder, val_inputs=[text / "val.jsonl"], train_tokenizer=SIZES["vocab_size"])
+        learn_tokenizer(folder)
+        prepare([text / "train.jsonl"], folder, val_inputs=[text / "val.jsonl"], tokenizer=text)
     finally:
         lock.release()
+
+
+def learn_tokenizer(folder: Path) -> None:
+    """Learn the vocabulary of texts and questions, in which no piece of Chinese reaches over the end of a word.
+
+    Chinese has no spaces, so pieces would grow across words ("a hat", "puts the hat", "red hat" as a piece each), and
+    a tiny model would have to learn of each anew what a hat is. The generator knows its words; a line ends at each.
+    """
+    words = re.compile("|".join(map(re.escape, WORDS_ZH)))
+
+    def texts():
+        for name, keys in (("text/train.jsonl", ["text"]), ("sft_train.jsonl", ["instruction", "input", "output"])):
+            with (folder / name).open(encoding="utf-8") as lines:
+                for row in map(json.loads, lines):
+                    yield words.sub(lambda word: f"\n{word[0]}\n", "\n".join(row[key] for key in keys))
+
+    train_tokenizer(texts(), SIZES["vocab_size"], folder / "text")
 
 
 def finished(folder: Path) -> bool:

@@ -148,3 +148,8 @@ def _hold_out_pairs() -> frozenset[tuple[int, int]]:
 HELD_PAIRS = _hold_out_pairs()
 OPERANDS = [*range(1, 10), *range(10, 100, 10)]  # what is added to or taken from a number: few digits change
 LEXICON = [*PEOPLE, *TOWNS, *THINGS, *PLACES, *COLOURS, *NUMBERS]
+
+# Every Chinese word of the tables, longest first: where words begin and end, which Chinese writing does not say.
+_TABLES = (JOBS, PETS, DISHES, HOBBIES, MONTHS, SITES, PRODUCTS, REGIONS, WEATHERS_, HOURS_, DAYS_, TIMES_, SIZES_)
+_NAMED = [word.zh for table in _TABLES for word in _words(table)] + [word.zh for word in LEXICON]
+WORDS_ZH = sorted(set(_NAMED), key=lambda zh: (-len(zh), zh))
