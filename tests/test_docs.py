@@ -1,0 +1,62 @@
+"""What the pages name is there: links, files, options, commands; and both READMEs say the same."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from data import bundled, prepare
+from minillm import __main__, config, generate
+from train_pretrain import Config as Pretrain
+from train_sft import Config as Sft
+
+ROOT = Path(__file__).parents[1]
+BLOCK = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
+TORCHRUN = {"nproc_per_node", "nnodes", "rdzv_backend", "rdzv_endpoint", "max_restarts"}
+every_page = pytest.mark.parametrize("path", [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")], ids=lambda path: path.name)
+
+
+class Page:
+    def __init__(self, path: Path):
+        self.text = path.read_text(encoding="utf-8")
+        prose = BLOCK.sub("", self.text)
+        self.headings = re.findall(r"^(#+) (.*)", prose, re.MULTILINE)
+        self.anchors = {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for _, title in self.headings}
+        self.blocks = [re.sub(r"  +# .*", "", block) for block in BLOCK.findall(self.text)]
+        self.words, self.links = re.findall("`([^`]+)`", prose), re.findall(r"\]\(([^)]+)\)", prose)
+        lines = [line for block in self.blocks for line in block.replace("\\\n", "").splitlines()]
+        lines += [word for word in self.words if word.startswith("python") and " --" in word]
+        found = [re.search(r"((?:\w+/)?\w+\.py|(?<=-m )minillm) .*", line.replace(" …", "")) for line in lines]
+        self.commands = [shlex.split(match[0]) for match in found if match]
+
+
+def test_both_readmes_say_the_same():
+    english, chinese = (Page(ROOT / name) for name in ("README.md", "README.zh.md"))
+    assert [level for level, _ in english.headings] == [level for level, _ in chinese.headings]
+    assert english.blocks == chinese.blocks and set(english.words) == set(chinese.words)
+    assert {*english.links, "README.md"} == {*chinese.links, "README.zh.md"}
+
+
+@every_page
+def test_links_and_files_are_there(path):
+    links = [link.partition("#") for link in Page(path).links if not link.startswith("https://")]
+    targets = [(path.parent / (file or path.name), anchor) for file, _, anchor in links]
+    assert not [str(f) for f, anchor in targets if not f.exists() or (anchor and anchor not in Page(f).anchors)]
+    files = set(re.findall(r"\b(?:minillm|data|kernels|tests)/[\w/*]+\.py|\btrain_\w+\.py", Page(path).text))
+    assert not [file for file in files if not list(ROOT.glob(file))]
+
+
+@every_page
+def test_commands_and_options_are_known(path, monkeypatch):
+    monkeypatch.setattr(prepare, "prepare", lambda *_, **options: None)
+    monkeypatch.setattr(prepare, "report", lambda meta: None)
+    parse = {"train_pretrain.py": lambda: config.parse(Pretrain, ""), "train_sft.py": lambda: config.parse(Sft, "")}
+    parse |= {"data/prepare.py": prepare.main, "minillm": lambda: __main__.build_parser().parse_args()}
+    for command in Page(path).commands:
+        monkeypatch.setattr("sys.argv", command)
+        parse[command[0]]()
+    sources = "".join(Path(module.__file__).read_text(encoding="utf-8") for module in (prepare, bundled, __main__))
+    known = {field for shape in (Pretrain, Sft, generate.Sampling) for field in shape.__dataclass_fields__}
+    known |= {*re.findall(r'"--(\w+)"', sources), *TORCHRUN, "config", "help", "name"}
+    assert set(re.findall(r"(?<![\w-])--(\w+)", Page(path).text)) <= known
