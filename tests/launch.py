@@ -136,6 +136,11 @@ def losses(run: Path) -> dict[int, float]:
     return dict(found)
 
 
+def norms(run: Path) -> dict[int, float]:
+    """Gradient norm by step, of before clipping: unlike losses it tells a gradient from twice that gradient."""
+    return {row["step"]: row["grad_norm"] for row in rows(run) if "loss" in row}
+
+
 def steps(run: Path) -> list[int]:
     """The steps of which the run's folder holds checkpoints."""
     return sorted(int(path.name[5:]) for path in run.glob("step-????????"))

@@ -1,3 +1,4 @@
+import json
 import os
 import shutil
 import signal
@@ -8,7 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
+from minillm.config import ModelConfig
+from minillm.data import TokenBins, TokenWindows
+from minillm.model import Transformer
 from tests import launch
 
 OPTIONS = f"{launch.SMALL} --micro_batch_size 2"
@@ -66,6 +71,23 @@ def test_dropout_is_not_the_same_every_step(folder, straight):
 def test_two_ranks_take_the_same_steps_as_one(folder, straight):
     train(folder, "two", "--steps 20 --schedule constant", ranks=2)
     assert launch.losses(folder / "two") == pytest.approx(straight, abs=1e-5)
+    assert launch.norms(folder / "two") == pytest.approx(launch.norms(folder / "constant"), rel=1e-3)
+
+
+def test_the_first_step_is_the_mean_over_the_global_batch(folder, straight):
+    """Computed here from the pieces, in one pass over all rows and with torch's own loss."""
+    config = ModelConfig(
+        vocab_size=400, dim=32, n_layers=2, n_heads=2, n_kv_heads=1, ffn_dim=64, max_seq_len=512, tie_embeddings=True
+    )
+    model = Transformer(config)
+    model.init_weights(seed=0)
+    windows = TokenWindows([(TokenBins(folder / "data", "train"), 1.0)], 32, seed=0)
+    batch = windows.batch(np.arange(8))
+    loss = torch.nn.functional.cross_entropy(model(batch.x).flatten(0, 1), batch.y.flatten())
+    loss.backward()
+    norm = torch.stack([p.grad.norm() for p in model.parameters()]).norm()
+    assert straight[1] == pytest.approx(loss.item(), abs=1e-5)
+    assert launch.norms(folder / "constant")[1] == pytest.approx(norm.item(), rel=1e-4)
 
 
 def test_going_on_with_another_number_of_ranks(folder, straight):
@@ -93,6 +115,9 @@ def test_lower_precision_trains_almost_alike_and_resumes(folder, straight, dtype
     assert "--steps: 4 in the checkpoint, 8 now" in text
     assert list(losses) == list(range(1, 9))
     assert losses[8] == pytest.approx(straight[8], abs=0.3) and losses[8] < losses[1]
+    state = json.loads((folder / out / "step-00000008" / "resume" / "train_state.json").read_text())
+    if dtype == "float16":  # good steps in a row since the beginning, not since resuming
+        assert state["scaler"]["_growth_tracker"] == 8
 
 
 def test_float16_may_follow_float32_and_the_other_way_round(folder):

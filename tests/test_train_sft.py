@@ -70,6 +70,8 @@ def test_two_ranks_take_the_same_steps_as_one_to_the_last_short_batch(folder, pa
         train(folder, f"ranks-{packing}-{ranks}", f"--epochs {epochs} --packing {packing}", ranks=ranks)
     one, two = (launch.losses(folder / f"ranks-{packing}-{ranks}") for ranks in (1, 2))
     assert two == pytest.approx(one, abs=1e-5)
+    one_norm, two_norm = (launch.norms(folder / f"ranks-{packing}-{ranks}") for ranks in (1, 2))
+    assert two_norm == pytest.approx(one_norm, rel=1e-3)
     assert len(one) == -(-rows // 8)
 
 
