@@ -183,7 +183,8 @@ def train(cfg: Config, this: training.Run, model, windows, validation, tokenizer
             this.say(f"stopped by signal {stop} after step {step}; the same command goes on from there")
             return 128 + stop
     this.close()
-    conclude(this, model, scores, tokenizer)
+    if ranks.main:
+        conclude(this, model, scores, tokenizer)
     return 0
 
 
