@@ -177,6 +177,7 @@ def train(cfg: Config, this: training.Run, model, windows, validation, tokenizer
         if this.due(step, cfg.eval_every):
             scores = validation.scores(model, ranks, training.autocast(ranks.device, dtype))
             this.record({"step": step, **scores})
+            this.progress.say(f"step {step}: " + ", ".join(f"{name} {score:.4f}" for name, score in scores.items()))
         if stop or this.due(step, cfg.save_every):
             this.save(step, model, optimizers, scaler, tokenizer)
         if stop:

@@ -140,7 +140,16 @@ def test_metrics_have_the_promised_columns_and_the_end_says_where_all_is(folder)
     assert times == sorted(times)
     assert launch.steps(folder / "shown") == [4, 6]
     assert (folder / "shown" / "curve.png").stat().st_size > 1000
-    for words in ("  dim = 32", "validation: ", "bits per byte", "a sample:", "step-00000006", "curve.png", "next: "):
+    for words in (
+        "  dim = 32",
+        "step 3: val_loss ",
+        "validation: ",
+        "bits per byte",
+        "a sample:",
+        "step-00000006",
+        "curve.png",
+        "next: ",
+    ):
         assert words in text, words
 
     again = train(folder, "shown", "--steps 6 --eval_every 3 --save_every 2 --keep_last 2")
