@@ -84,6 +84,7 @@ def main() -> int:
     # the run: its folder, and the checkpoint to go on from
     init = run.resolve_checkpoint(cfg.init_from) if cfg.init_from else None
     model_config = shape(cfg, first.vocab_size, init)
+    cfg = dataclasses.replace(cfg, lr=cfg.lr or optim.default_lr(cfg.optimizer, model_config.dim))
     fingerprints = {
         "data": training.fingerprint([b.meta for b, _ in bins], cfg.data if not first.meta else [w for _, w in bins]),
         "batch size, sequence length or seed": training.fingerprint(cfg.batch_size, cfg.seq_len, cfg.seed),

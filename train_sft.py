@@ -2,7 +2,7 @@
 
     python train_sft.py                                        newest checkpoint of out/pretrain, bundled instructions
     python train_sft.py --data my.jsonl --init_from out/mine --out out/mine-sft --epochs 3
-    torchrun --nproc_per_node 8 train_sft.py --data my.jsonl --init_from TinyLlama-1.1B --batch_size 64 --micro_batch_size 8
+    torchrun --nproc_per_node 8 train_sft.py --data my.jsonl --init_from TinyLlama-1.1B --batch_size 64
 
 Data: .jsonl or .json rows of instruction/input/output, messages, or conversations. Only answers (and the end of an
 answer) are learned. Run the same command again to go on where it was stopped.
@@ -35,7 +35,10 @@ class Config(config.TrainingConfig):
     init_from: str | None = option("out/pretrain", "model folder or run to start from")
     steps: int | None = option(None, "optimizer steps; none: as many as --epochs need")
     epochs: float = option(1.0, "passes over the data, if --steps is not given")
-    lr: float = option(1e-3, "peak learning rate")
+    seq_len: int = option(256, "tokens per row; longer examples are cut")
+    batch_size: int = option(8, "rows per optimizer step, over all ranks")
+    micro_batch_size: int = option(8, "rows per forward pass and rank; lower it when memory runs out")
+    lr: float | None = option(None, "peak learning rate; none: a quarter of what pretraining takes")
     template: str = option(
         "auto", "prompt format; auto: chat if the tokenizer has role pieces", ("auto", "chat", "simple")
     )
@@ -58,6 +61,7 @@ def main() -> int:
     init = run.resolve_checkpoint(cfg.init_from)
     model_config = dataclasses.replace(huggingface.load_config(init), dropout=cfg.dropout)
     tokenizer = Tokenizer.load(init)
+    cfg = dataclasses.replace(cfg, lr=cfg.lr or optim.default_lr(cfg.optimizer, model_config.dim) / 4)
     if cfg.seq_len > model_config.max_seq_len:
         raise UserError(f"--seq_len {cfg.seq_len}: the model's longest context is {model_config.max_seq_len}")
 

@@ -254,12 +254,13 @@ def run_eval(args) -> None:
     if bins and TokenBins(path, "val").meta["tokenizer_sha256"] != tokenizer.sha256:
         raise UserError(f"--data {path}: prepared with another tokenizer than the model's; evaluate the text itself")
     texts = TokenBins(path, "val") if bins else evaluate.read_text(path, tokenizer, split=args.split, field=args.field)
-    seq_len = args.seq_len
-    if seq_len is None:
-        seq_len = min(_trained_length(folder), model.config.max_seq_len)
+    trained = checkpoint.read_state(folder)["config"] if (folder / "resume").is_dir() else {}
+    usual = min(trained.get("seq_len", 1024), model.config.max_seq_len)
+    seq_len = usual if args.seq_len is None else args.seq_len
     if not 1 <= seq_len <= model.config.max_seq_len:
         raise UserError(f"--seq_len {seq_len}: must lie from 1 to the model's context, {model.config.max_seq_len}")
-    validation = Validation(texts, tokenizer, seq_len, args.max_tokens)
+    alone = trained.get("document_attention", True)  # each document on its own, unless trained otherwise
+    validation = Validation(texts, tokenizer, seq_len, args.max_tokens, alone)
     ranks = distributed.Ranks(0, 1, next(model.parameters()).device)
     scores = validation.scores(model, ranks, contextlib.nullcontext())
     print(f"  documents       {validation.part.n_documents:,} ({int(validation.part.mask.sum()):,} tokens)")
@@ -269,13 +270,6 @@ def run_eval(args) -> None:
         print(f"  bits per byte   {scores['val_bpb']:.4f}")
     if "floor_bpb" in scores:
         print(f"  floor           {scores['floor_bpb']:.4f} ± {scores['floor_error']:.4f} (of these very documents)")
-
-
-def _trained_length(folder: Path) -> int:
-    """Tokens of the sequences that a checkpoint was trained on; 1024 for a folder that does not say."""
-    if not (folder / "resume").is_dir():
-        return 1024
-    return checkpoint.read_state(folder)["config"].get("seq_len", 1024)
 
 
 def _is_questions(path: Path) -> bool:

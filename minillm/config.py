@@ -36,14 +36,17 @@ class RopeScaling:
     attention_factor: float | None = None  # yarn: multiplies cos and sin; None = 0.1 ln(factor) + 1
 
 
+COUNTS = ("vocab_size", "dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "ffn_dim", "max_seq_len")
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """Shape and options of a decoder. Sizes are counts of elements; None means "derive it"."""
 
     vocab_size: int
-    dim: int = 192
+    dim: int = 128
     n_layers: int = 4
-    n_heads: int = 6
+    n_heads: int = 4
     n_kv_heads: int | None = None  # None: as many as query heads
     head_dim: int | None = None  # None: dim / n_heads
     ffn_dim: int | None = None  # None: 8/3 dim rounded up to 64 (Shazeer 2020, arXiv:2002.05202)
@@ -69,9 +72,7 @@ class ModelConfig:
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
         problems = [
-            f"{name} is {getattr(self, name)}: it must be at least 1"
-            for name in "vocab_size dim n_layers n_heads n_kv_heads head_dim ffn_dim max_seq_len".split()
-            if getattr(self, name) < 1
+            f"{name} is {getattr(self, name)}: it must be at least 1" for name in COUNTS if getattr(self, name) < 1
         ]
         if not problems and self.n_heads % self.n_kv_heads:
             problems.append(f"n_heads {self.n_heads} is no multiple of n_kv_heads {self.n_kv_heads}")
@@ -110,7 +111,7 @@ class ModelConfig:
 
 
 PRESETS: dict[str, dict] = {
-    "tiny": dict(dim=192, n_layers=4, n_heads=6, n_kv_heads=3, ffn_dim=512, max_seq_len=512),
+    "tiny": dict(dim=128, n_layers=4, n_heads=4, n_kv_heads=2, ffn_dim=384, max_seq_len=512, qk_norm=True),
     "26m": dict(dim=512, n_layers=8, n_heads=8, n_kv_heads=4, ffn_dim=1408, max_seq_len=1024),
     "124m": dict(dim=768, n_layers=12, n_heads=12, ffn_dim=2048, max_seq_len=1024),
     "350m": dict(dim=1024, n_layers=24, n_heads=16, ffn_dim=2816, max_seq_len=2048),
@@ -144,11 +145,11 @@ class TrainingConfig:
     resume: str = option("auto", "auto: go on from the newest whole checkpoint in --out; none: start anew; or a folder")
     allow_data_change: bool = option(False, "resume although data, batch size, sequence length or seed changed")
     steps: int = option(1000, "optimizer steps of the whole run")
-    batch_size: int = option(32, "sequences per optimizer step, over all ranks")
-    micro_batch_size: int = option(32, "sequences per forward pass and rank; lower it when memory runs out")
-    seq_len: int = option(256, "tokens per sequence")
+    batch_size: int = option(16, "sequences per optimizer step, over all ranks")
+    micro_batch_size: int = option(16, "sequences per forward pass and rank; lower it when memory runs out")
+    seq_len: int = option(128, "tokens per sequence")
     optimizer: str = option("muon", "muon (with AdamW for embeddings, head and norms) or adamw", ("muon", "adamw"))
-    lr: float = option(2e-3, "peak learning rate")
+    lr: float | None = option(None, "peak learning rate; none: 0.09/√width for muon, 0.045/√width for adamw")
     warmup_steps: int = option(20, "steps of linear warm-up")
     schedule: str = option("cosine", "shape of the learning rate", ("cosine", "wsd", "constant"))
     min_lr_ratio: float = option(0.1, "final learning rate as a share of the peak")

@@ -5,7 +5,6 @@ torch      torch's own fused ops
 reference  the specification in `kernels/reference.py`: slow, for reading and comparing
 """
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 

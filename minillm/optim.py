@@ -88,6 +88,13 @@ def build_optimizers(
     return ([Muon(hidden, lr=lr, weight_decay=weight_decay)] if hidden else []) + optimizers
 
 
+def default_lr(kind: str, dim: int) -> float:
+    """A peak learning rate to begin with, for a width of `dim`: best of those tried at 128 (docs/defaults.md), carried
+    to other widths by 1/√width, which is a rule of thumb and no measurement.
+    """
+    return {"muon": 0.09, "adamw": 0.045}[kind] / math.sqrt(dim)
+
+
 def lr_at(step: int, *, lr: float, steps: int, warmup: int, schedule: str, min_ratio: float, decay: float) -> float:
     """Learning rate of step `step` (0-based) of `steps`.
 
