@@ -62,7 +62,8 @@ def main() -> int:
     cfg = config.parse(Config, __doc__)
     training.check_options(cfg)
     ranks = distributed.start(cfg.device, cfg.timeout_s)
-    distributed.check_batch(cfg.batch_size, cfg.micro_batch_size, ranks.world)
+    micro_batch_size = distributed.micro_batch(cfg.batch_size, cfg.micro_batch_size, ranks.world)
+    cfg = dataclasses.replace(cfg, micro_batch_size=micro_batch_size)
     ops.select(cfg.impl)
 
     # data: token bins, and the tokenizer that lies beside them

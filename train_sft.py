@@ -34,10 +34,9 @@ class Config(config.TrainingConfig):
     out: str = option("out/sft", "the run's folder: checkpoints, metrics.jsonl, curve.png")
     init_from: str | None = option("out/pretrain", "model folder or run to start from")
     steps: int | None = option(None, "optimizer steps; none: as many as --epochs need")
-    epochs: float = option(1.0, "passes over the data, if --steps is not given")
+    epochs: float = option(1.5, "passes over the data, if --steps is not given")
     seq_len: int = option(256, "tokens per row; longer examples are cut")
     batch_size: int = option(8, "rows per optimizer step, over all ranks")
-    micro_batch_size: int = option(8, "rows per forward pass and rank; lower it when memory runs out")
     lr: float | None = option(None, "peak learning rate; none: a quarter of what pretraining takes")
     template: str = option(
         "auto", "prompt format; auto: chat if the tokenizer has role pieces", ("auto", "chat", "simple")
@@ -54,7 +53,8 @@ def main() -> int:
     cfg = config.parse(Config, __doc__)
     training.check_options(cfg)
     ranks = distributed.start(cfg.device, cfg.timeout_s)
-    distributed.check_batch(cfg.batch_size, cfg.micro_batch_size, ranks.world)
+    micro_batch_size = distributed.micro_batch(cfg.batch_size, cfg.micro_batch_size, ranks.world)
+    cfg = dataclasses.replace(cfg, micro_batch_size=micro_batch_size)
     ops.select(cfg.impl)
 
     # the model to start from, and its tokenizer

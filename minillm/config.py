@@ -82,6 +82,12 @@ class ModelConfig:
             problems.append(f"head_dim is {self.head_dim}: rotary positions need an even size")
         if not 0 <= self.dropout < 1:
             problems.append(f"dropout is {self.dropout}: it must lie in [0, 1)")
+        if self.window is not None and self.window < 1:
+            problems.append(f"window is {self.window}: a token must at least see itself, so 1 or more")
+        if self.softcap is not None and not self.softcap > 0:
+            problems.append(f"softcap is {self.softcap}: it must be above 0")
+        if not self.rope_theta > 0:
+            problems.append(f"rope_theta is {self.rope_theta}: it must be above 0")
         if self.rope_scaling and self.rope_scaling.type not in ("linear", "yarn", "llama3"):
             problems.append(f"rope scaling {self.rope_scaling.type!r}: choose linear, yarn or llama3")
         if problems:
@@ -111,7 +117,7 @@ class ModelConfig:
 
 
 PRESETS: dict[str, dict] = {
-    "tiny": dict(dim=128, n_layers=4, n_heads=4, n_kv_heads=2, ffn_dim=384, max_seq_len=512, qk_norm=True),
+    "tiny": dict(dim=128, n_layers=4, n_heads=4, n_kv_heads=2, ffn_dim=384, max_seq_len=512),
     "26m": dict(dim=512, n_layers=8, n_heads=8, n_kv_heads=4, ffn_dim=1408, max_seq_len=1024),
     "124m": dict(dim=768, n_layers=12, n_heads=12, ffn_dim=2048, max_seq_len=1024),
     "350m": dict(dim=1024, n_layers=24, n_heads=16, ffn_dim=2816, max_seq_len=2048),
@@ -144,9 +150,11 @@ class TrainingConfig:
     init_from: str | None = option(None, "start from the weights of this model folder or run")
     resume: str = option("auto", "auto: go on from the newest whole checkpoint in --out; none: start anew; or a folder")
     allow_data_change: bool = option(False, "resume although data, batch size, sequence length or seed changed")
-    steps: int = option(1000, "optimizer steps of the whole run")
+    steps: int = option(1200, "optimizer steps of the whole run")
     batch_size: int = option(16, "sequences per optimizer step, over all ranks")
-    micro_batch_size: int = option(16, "sequences per forward pass and rank; lower it when memory runs out")
+    micro_batch_size: int | None = option(
+        None, "sequences per forward pass and rank; none: a rank's share, at most 32; lower it when memory runs out"
+    )
     seq_len: int = option(128, "tokens per sequence")
     optimizer: str = option("muon", "muon (with AdamW for embeddings, head and norms) or adamw", ("muon", "adamw"))
     lr: float | None = option(None, "peak learning rate; none: 0.09/√width for muon, 0.045/√width for adamw")

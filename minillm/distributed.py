@@ -131,13 +131,20 @@ def _keep_freed_memory() -> None:
         libc.mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD: of which up to 1 GiB is not given back
 
 
-def check_batch(batch_size: int, micro_batch_size: int, world: int) -> None:
-    """Refuse a batch that does not divide evenly, before anything is built."""
-    if batch_size < 1 or micro_batch_size < 1 or batch_size % (micro_batch_size * world):
+def micro_batch(batch_size: int, micro_batch_size: int | None, world: int) -> int:
+    """Sequences per forward pass: as asked for, or the most up to 32 that divide a rank's share evenly.
+
+    Raises `UserError` for a batch that does not divide evenly, before anything is built.
+    """
+    asked = micro_batch_size or 1
+    if batch_size < 1 or (micro_batch_size is not None and micro_batch_size < 1) or batch_size % (asked * world):
+        micro = "" if micro_batch_size is None else f"--micro_batch_size {micro_batch_size} × "
         raise UserError(
-            f"--batch_size {batch_size} is no multiple of --micro_batch_size {micro_batch_size} × {world} "
-            f"rank(s): choose a multiple of {max(1, micro_batch_size) * world}"
+            f"--batch_size {batch_size} is no multiple of {micro}{world} rank(s): "
+            f"choose a multiple of {max(1, asked) * world}"
         )
+    share = batch_size // world
+    return micro_batch_size or max(n for n in range(1, min(share, 32) + 1) if share % n == 0)
 
 
 class Watchdog:

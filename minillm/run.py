@@ -380,13 +380,21 @@ class StopSignals:
 
 def run_script(main: Callable[[], int | None]) -> int:
     """Run a script's main and return its exit status; 2 and one line on stderr for a `UserError`, 130 for Ctrl-C."""
+    rank = os.environ.get("RANK", "0")
+    who = "error" if rank == "0" else f"error: rank {rank}"
     try:
         return main() or 0
     except UserError as problem:
-        print(f"error: {problem}", file=sys.stderr, flush=True)
+        print(f"{who}: {problem}", file=sys.stderr, flush=True)
         return 2
     except KeyboardInterrupt:
         return 130
+    except RuntimeError as problem:
+        if type(problem).__name__ != "OutOfMemoryError":  # torch's; its module is not known here
+            raise
+        remedy = "halve --micro_batch_size, or set --checkpoint_activations true, or choose a shorter --seq_len"
+        print(f"{who}: {str(problem).split('. ')[0]}: {remedy}", file=sys.stderr, flush=True)
+        return 2
 
 
 class MetricsLog:

@@ -19,7 +19,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 SMALL = "--dim 32 --n_layers 2 --n_heads 2 --n_kv_heads 1 --ffn_dim 64 --seq_len 32 --batch_size 8 --warmup_steps 4"
-SMALL += " --eval_every 0 --eval_tokens 512 --device cpu --dtype float32"
+SMALL += " --lr 2e-3 --eval_every 0 --eval_tokens 512 --device cpu --dtype float32"
 WORDS = (
     "the",
     "a",

@@ -121,6 +121,9 @@ def test_presets_have_the_sizes_of_their_names():
         (dict(head_dim=7), "even"),
         (dict(dropout=1.0), "dropout"),
         (dict(positions="none"), "positions"),
+        (dict(window=0), "window is 0"),
+        (dict(softcap=0.0), "softcap is 0"),
+        (dict(rope_theta=0.0), "rope_theta is 0"),
     ],
 )
 def test_impossible_shapes_are_refused(change, said):

@@ -38,10 +38,15 @@ def test_one_rank_needs_no_group():
 @pytest.mark.parametrize(("batch", "micro", "world"), [(8, 2, 3), (6, 4, 1), (0, 1, 1), (8, 0, 1), (4, 4, 2)])
 def test_a_batch_that_does_not_divide_is_refused_with_one_that_does(batch, micro, world):
     with pytest.raises(UserError, match=f"--batch_size {batch} ") as refusal:
-        distributed.check_batch(batch, micro, world)
+        distributed.micro_batch(batch, micro, world)
     proposed = int(str(refusal.value).rpartition(" ")[2])
-    distributed.check_batch(proposed, max(1, micro), world)
-    distributed.check_batch(3 * proposed, max(1, micro), world)
+    assert distributed.micro_batch(proposed, max(1, micro), world) == max(1, micro)
+    assert distributed.micro_batch(3 * proposed, max(1, micro), world) == max(1, micro)
+
+
+@pytest.mark.parametrize(("batch", "world", "micro"), [(16, 1, 16), (16, 2, 8), (128, 1, 32), (80, 2, 20), (37, 1, 1)])
+def test_a_micro_batch_not_asked_for_is_a_rank_s_share_up_to_32(batch, world, micro):
+    assert distributed.micro_batch(batch, None, world) == micro
 
 
 @pytest.mark.parametrize("name", ["tpu", "cuda:99", "", "meta:x"])
