@@ -34,7 +34,7 @@ class Config(config.TrainingConfig):
     out: str = option("out/sft", "the run's folder: checkpoints, metrics.jsonl, curve.png")
     init_from: str | None = option("out/pretrain", "model folder or run to start from")
     steps: int | None = option(None, "optimizer steps; none: as many as --epochs need")
-    epochs: float = option(1.5, "passes over the data, if --steps is not given")
+    epochs: float = option(2.5, "passes over the data, if --steps is not given")
     seq_len: int = option(256, "tokens per row; longer examples are cut")
     batch_size: int = option(8, "rows per optimizer step, over all ranks")
     lr: float | None = option(None, "peak learning rate; none: a quarter of what pretraining takes")

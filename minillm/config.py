@@ -150,7 +150,7 @@ class TrainingConfig:
     init_from: str | None = option(None, "start from the weights of this model folder or run")
     resume: str = option("auto", "auto: go on from the newest whole checkpoint in --out; none: start anew; or a folder")
     allow_data_change: bool = option(False, "resume although data, batch size, sequence length or seed changed")
-    steps: int = option(1200, "optimizer steps of the whole run")
+    steps: int = option(1500, "optimizer steps of the whole run")
     batch_size: int = option(16, "sequences per optimizer step, over all ranks")
     micro_batch_size: int | None = option(
         None, "sequences per forward pass and rank; none: a rank's share, at most 32; lower it when memory runs out"
@@ -173,7 +173,7 @@ class TrainingConfig:
     compile: bool = option(False, "compile the model with torch.compile")
     checkpoint_activations: bool = option(False, "recompute each layer in the backward pass, to save memory")
     impl: str = option("auto", "implementation of the ops", ("auto", "torch", "reference"))
-    eval_every: int = option(100, "steps between validations; 0: only at the end")
+    eval_every: int = option(250, "steps between validations; 0: only at the end")
     eval_tokens: int = option(65536, "validation tokens, the first whole documents")
     save_every: int = option(500, "steps between checkpoints; the last step is always saved")
     keep_last: int = option(2, "checkpoints to keep")
