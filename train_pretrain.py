@@ -203,7 +203,8 @@ def conclude(this: training.Run, model: Transformer, scores: dict, tokenizer: To
         sampling = generate.Sampling(temperature=0.8, top_p=0.95)
         length = min(100, model.config.max_seq_len - 1)
         sample = generate.generate(model, [[tokenizer.eos_id]], length, sampling=sampling, stop_ids=[tokenizer.eos_id])
-        this.say(f"a sample:\n{textwrap.indent(tokenizer.decode(sample[0].tokens), '  ')}")
+        text = tokenizer.decode(sample[0].tokens) or "(nothing: the first token already ended the text)"
+        this.say(f"a sample:\n{textwrap.indent(text, '  ')}")
     this.say(f"trained for {duration(this.seconds())}; checkpoint {this.newest()}; {this.draw()}\nnext: {NEXT}")
 
 
