@@ -9,6 +9,7 @@ model, optimizer, the loop.
 """
 
 import dataclasses
+import math
 import sys
 import textwrap
 import time
@@ -193,11 +194,12 @@ def train(cfg: Config, this: training.Run, model, windows, validation, tokenizer
 
 def conclude(this: training.Run, model: Transformer, scores: dict, tokenizer: Tokenizer | None) -> None:
     """What a person wants to see at the end."""
+    said = f"validation: {scores['val_loss']:.4f} nats a token, perplexity {math.exp(min(scores['val_loss'], 700)):.2f}"
     if "val_bpb" in scores:
-        floor = f"; floor {scores['floor_bpb']:.3f} ± {scores['floor_error']:.3f}" if "floor_bpb" in scores else ""
-        this.say(f"validation: {scores['val_loss']:.4f} nats a token, {scores['val_bpb']:.3f} bits per byte{floor}")
-    else:
-        this.say(f"validation: {scores['val_loss']:.4f} nats a token")
+        said += f", {scores['val_bpb']:.3f} bits per byte"
+    if "floor_bpb" in scores:
+        said += f"; floor {scores['floor_bpb']:.3f} ± {scores['floor_error']:.3f}"
+    this.say(said)
     if tokenizer is not None:
         model.eval()
         sampling = generate.Sampling(temperature=0.8, top_p=0.95)
