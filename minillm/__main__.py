@@ -27,7 +27,6 @@ from minillm.tokenizer import Tokenizer
 from minillm.validation import Validation
 
 DEFAULT_RUNS = ("out/sft", "out/pretrain")
-GB = 1e9
 
 
 def main() -> int:
@@ -308,19 +307,22 @@ def run_info(args) -> None:
     print("\n".join(f"  {name:<16}{value}" for name, value in dataclasses.asdict(shape).items() if value is not None))
     print(f"\nparameters          {n:,}")
     print(f"FLOPs a token       {flops / 1e6:,.1f} M to train at {seq_len} tokens, {flops / 3e6:,.1f} M forward")
-    state = 16 * n / GB  # fp32: weights, gradients, and AdamW's two moments
-    print(f"training            {state:.2f} GB of state: weights, gradients and AdamW's two moments, fp32")
+    state = 16 * n  # fp32: weights, gradients, and AdamW's two moments
+    print(f"training            {_bytes(state)} of state: weights, gradients and AdamW's two moments, fp32")
     for name, size in (("float32", 4), ("bfloat16", 2)):
         kept, least = activations(shape, rows, seq_len, size)
         print(
-            f"  + {name:<16}{kept / GB:.2f} GB of activations at {rows} × {seq_len} tokens; "
-            f"{least / GB:.2f} GB with --checkpoint_activations"
+            f"  + {name:<16}{_bytes(kept)} of activations at {rows} × {seq_len} tokens; "
+            f"{_bytes(least)} with --checkpoint_activations"
         )
     for name, size in (("float32", 4), ("bfloat16", 2)):
         cache = 2 * shape.n_layers * shape.n_kv_heads * shape.head_dim * seq_len * size
-        print(
-            f"generation {name:<9}{n * size / GB:.2f} GB of weights + {cache / GB:.3f} GB of cache for {seq_len} tokens"
-        )
+        print(f"generation {name:<9}{_bytes(n * size)} of weights + {_bytes(cache)} of cache for {seq_len} tokens")
+
+
+def _bytes(n: float) -> str:
+    """A size in GB, or in MB below a tenth of one."""
+    return f"{n / 1e9:.2f} GB" if n >= 1e8 else f"{n / 1e6:.1f} MB"
 
 
 def activations(shape: config.ModelConfig, rows: int, seq_len: int, size: int) -> tuple[float, float]:
