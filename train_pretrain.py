@@ -45,7 +45,9 @@ class Config(config.TrainingConfig):
     n_kv_heads: int | None = option(None, "key/value heads")
     head_dim: int | None = option(None, "size of a head")
     ffn_dim: int | None = option(None, "feed-forward width")
-    max_seq_len: int | None = option(None, "longest context in tokens; also extends a model given by --init_from")
+    max_seq_len: int | None = option(
+        None, "longest context in tokens; with rotary positions also extends a model given by --init_from"
+    )
     positions: str | None = option(None, "rope or learned", ("rope", "learned"))
     rope_theta: float | None = option(None, "base of the rotary frequencies")
     rope_scaling: str | None = option(None, "stretch rotary positions: linear:FACTOR, yarn:FACTOR or llama3:FACTOR")
@@ -86,7 +88,7 @@ def main() -> int:
     # the run: its folder, and the checkpoint to go on from
     init = run.resolve_checkpoint(cfg.init_from) if cfg.init_from else None
     model_config = shape(cfg, first.vocab_size, init)
-    cfg = dataclasses.replace(cfg, lr=cfg.lr or optim.default_lr(cfg.optimizer, model_config.dim))
+    cfg = dataclasses.replace(cfg, lr=optim.default_lr(cfg.optimizer, model_config.dim) if cfg.lr is None else cfg.lr)
     fingerprints = {
         "data": training.fingerprint([b.meta for b, _ in bins], cfg.data if not first.meta else [w for _, w in bins]),
         "batch size, sequence length or seed": training.fingerprint(cfg.batch_size, cfg.seq_len, cfg.seed),
@@ -96,6 +98,7 @@ def main() -> int:
     this = training.Run(cfg, ranks, fingerprints)
     if this.finished:
         this.say(f"{this.folder} has finished its {this.start_step} steps; to go on, raise --steps; next: {NEXT}")
+        distributed.stop()
         return 0
     this.say(f"configuration:\n{config.show(cfg)}")
 

@@ -61,7 +61,9 @@ def main() -> int:
     init = run.resolve_checkpoint(cfg.init_from)
     model_config = dataclasses.replace(huggingface.load_config(init), dropout=cfg.dropout)
     tokenizer = Tokenizer.load(init)
-    cfg = dataclasses.replace(cfg, lr=cfg.lr or optim.default_lr(cfg.optimizer, model_config.dim) / 4)
+    cfg = dataclasses.replace(
+        cfg, lr=optim.default_lr(cfg.optimizer, model_config.dim) / 4 if cfg.lr is None else cfg.lr
+    )
     if cfg.seq_len > model_config.max_seq_len:
         raise UserError(f"--seq_len {cfg.seq_len}: the model's longest context is {model_config.max_seq_len}")
 
@@ -90,7 +92,8 @@ def main() -> int:
     }
     this = training.Run(cfg, ranks, fingerprints)
     if this.finished:
-        this.say(f"{this.folder} has finished its {this.start_step} steps; to go on, raise --epochs. {NEXT}")
+        this.say(f"{this.folder} has finished its {this.start_step} steps; to go on, raise --epochs; next: {NEXT}")
+        distributed.stop()
         return 0
     this.say(f"configuration:\n{config.show(cfg)}\n{rows.summary()}")
     model = huggingface.load_model(this.source or init, config=model_config, device=ranks.device, dtype=torch.float32)

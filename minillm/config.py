@@ -168,7 +168,9 @@ class TrainingConfig:
     seed: int = option(0, "of weights, data order and dropout")
     device: str = option("auto", "auto, cpu, cuda, cuda:N or mps")
     dtype: str = option(
-        "auto", "of matrix products; auto: bfloat16 on CUDA, else float32", ("auto", "float32", "bfloat16", "float16")
+        "auto",
+        "of matrix products; auto: bfloat16 on GPUs that compute in it, else float32",
+        ("auto", "float32", "bfloat16", "float16"),
     )
     compile: bool = option(False, "compile the model with torch.compile")
     checkpoint_activations: bool = option(False, "recompute each layer in the backward pass, to save memory")

@@ -82,6 +82,10 @@ def start(device: str = "auto", timeout_s: float = 600.0) -> Ranks:
     if chosen.type == "cuda":
         if world > 1:
             local = int(os.environ.get("LOCAL_RANK", 0))
+            if chosen.index is not None:
+                raise UserError(
+                    f"--device {device}: is for one process; with torchrun choose GPUs by CUDA_VISIBLE_DEVICES"
+                )
             if local >= torch.cuda.device_count():
                 raise UserError(
                     f"rank {rank} wants GPU {local}, but there are {torch.cuda.device_count()}: lower --nproc_per_node"

@@ -46,7 +46,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if grad_x is not None:
                 grad_x[part] = grad @ w
             if grad_w is not None:
-                grad_w += grad.T @ x_part
+                # fp16 ends at 65,504, and no loss scale reaches this sum over rows: for it, products in fp32
+                grad_w += grad.float().T @ x_part.float() if dtype == torch.float16 else grad.T @ x_part
         ctx.save_for_backward(grad_x, grad_w)
         ctx.weight_dtype = weight.dtype
         return total
@@ -64,7 +65,7 @@ def linear_cross_entropy(
 ) -> Tensor:
     """As `kernels.reference.linear_cross_entropy`, in memory for one chunk of logits and both gradients.
 
-    Under autocast the products run in its dtype, the softmax and the sums in fp32.
+    Under autocast the products run in its dtype; the softmax and the sums are in fp32, for fp64 inputs too.
     """
     kind = x.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype

@@ -82,6 +82,9 @@ def attention(
         # torch's causal flag aligns the first query with the first key; ours the last with the last
         seen = reference.visible(q_len, k_len, causal=causal, window=window, documents=documents, device=q.device)
         seen = seen if seen.dim() == 2 else seen[:, None]
+    groups = q.shape[2] // k.shape[2]
+    if seen is not None and groups > 1 and q.is_cuda:  # torch has no fused CUDA kernel for a mask and grouped heads
+        k, v = k.repeat_interleave(groups, dim=2), v.repeat_interleave(groups, dim=2)
     out = F.scaled_dot_product_attention(
         q.transpose(1, 2),
         k.transpose(1, 2),

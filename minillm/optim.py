@@ -15,6 +15,8 @@ from minillm import UserError
 # [0.7, 1.2], not at 1 (Jordan et al. 2024, "Muon: an optimizer for hidden layers in neural networks").
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 
+MUON_ELEMENTS = 1 << 26  # numbers orthogonalized at a time: the iteration holds three copies of them
+
 
 def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:
     """Bring all singular values of each matrix near 1, by Newton–Schulz iteration.
@@ -51,7 +53,10 @@ class Muon(torch.optim.Optimizer):
                 if p.grad is not None:
                     by_shape.setdefault(tuple(p.shape), []).append(p)
             for shape, params in by_shape.items():  # equal shapes in one batch of matrix products
-                self._update(shape, params, **{k: group[k] for k in ("lr", "momentum", "weight_decay")})
+                at_once = max(1, MUON_ELEMENTS // math.prod(shape))
+                for i in range(0, len(params), at_once):
+                    part = params[i : i + at_once]
+                    self._update(shape, part, **{k: group[k] for k in ("lr", "momentum", "weight_decay")})
 
     def _update(self, shape: tuple, params: list[Tensor], lr: float, momentum: float, weight_decay: float):
         for p in params:

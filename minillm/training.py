@@ -241,7 +241,11 @@ def autocast(device: torch.device, dtype: torch.dtype):
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     """The dtype of matrix products; "auto" is bfloat16 on CUDA, else float32."""
     if name == "auto":
-        return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+        return (
+            torch.bfloat16
+            if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+            else torch.float32
+        )
     return DTYPES[name]
 
 

@@ -238,6 +238,7 @@ def test_the_model_is_left_as_it_was():
 )
 def test_greedy_tokens_are_those_of_transformers(change, tmp_path):
     import transformers
+
     model = build(vocab_size=300, max_seq_len=128, **change)
     huggingface.save_model(model, tmp_path)
     twin = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
