@@ -58,9 +58,6 @@ class Config(config.TrainingConfig):
     softcap: float | None = option(None, "soft cap on the logits")
 
 
-NEXT = "python train_sft.py"
-
-
 def main() -> int:
     cfg = config.parse(Config, __doc__)
     training.check_options(cfg)
@@ -97,7 +94,8 @@ def main() -> int:
     }
     this = training.Run(cfg, ranks, fingerprints)
     if this.finished:
-        this.say(f"{this.folder} has finished its {this.start_step} steps; to go on, raise --steps; next: {NEXT}")
+        this.say(f"{this.folder} has finished its {this.start_step} steps; to go on, raise --steps")
+        this.say(f"next: {next_command(cfg.out)}")
         distributed.stop()
         return 0
     this.say(f"configuration:\n{config.show(cfg)}")
@@ -115,6 +113,11 @@ def main() -> int:
     status = train(cfg, this, model, windows, validation, tokenizer)
     distributed.stop()
     return status
+
+
+def next_command(out: str) -> str:
+    """What to try after this run."""
+    return "python train_sft.py" + ("" if out == Config.out else f" --init_from {out}")
 
 
 def shape(cfg: Config, vocab_size: int, init: Path | None) -> config.ModelConfig:
@@ -210,7 +213,8 @@ def conclude(this: training.Run, model: Transformer, scores: dict, tokenizer: To
         sample = generate.generate(model, [[tokenizer.eos_id]], length, sampling=sampling, stop_ids=[tokenizer.eos_id])
         text = tokenizer.decode(sample[0].tokens) or "(nothing: the first token already ended the text)"
         this.say(f"a sample:\n{textwrap.indent(text, '  ')}")
-    this.say(f"trained for {duration(this.seconds())}; checkpoint {this.newest()}; {this.draw()}\nnext: {NEXT}")
+    this.say(f"trained for {duration(this.seconds())}; checkpoint {this.newest()}; {this.draw()}")
+    this.say(f"next: {next_command(this.cfg.out)}")
 
 
 if __name__ == "__main__":

@@ -25,8 +25,6 @@ from minillm.model import Transformer
 from minillm.parallel import gradients_synced, parallelize
 from minillm.tokenizer import Tokenizer
 
-NEXT = "python -m minillm chat"
-
 
 @dataclass(frozen=True)
 class Config(config.TrainingConfig):
@@ -92,7 +90,8 @@ def main() -> int:
     }
     this = training.Run(cfg, ranks, fingerprints)
     if this.finished:
-        this.say(f"{this.folder} has finished its {this.start_step} steps; to go on, raise --epochs; next: {NEXT}")
+        this.say(f"{this.folder} has finished its {this.start_step} steps; to go on, raise --epochs")
+        this.say(f"next: {next_command(cfg.out)}")
         distributed.stop()
         return 0
     this.say(f"configuration:\n{config.show(cfg)}\n{rows.summary()}")
@@ -107,6 +106,11 @@ def main() -> int:
         conclude(this, before or {}, ask() if questions else {})
     distributed.stop()
     return status
+
+
+def next_command(out: str) -> str:
+    """What to try after this run."""
+    return "python -m minillm chat" + ("" if out == Config.out else f" --model {out}")
 
 
 def train(cfg: Config, this: training.Run, model: Transformer, rows: InstructionRows, end: int, tokenizer) -> int:
@@ -167,7 +171,8 @@ def conclude(this: training.Run, before: dict, after: dict) -> None:
         for family, (right, asked) in after.items():
             was = f"{before[family][0] / before[family][1]:6.1%}" if family in before else "not asked"
             this.say(f"  {family:<16} {was} → {right / asked:6.1%}   ({right}/{asked})")
-    this.say(f"trained for {duration(this.seconds())}; checkpoint {this.newest()}; {this.draw()}\nnext: {NEXT}")
+    this.say(f"trained for {duration(this.seconds())}; checkpoint {this.newest()}; {this.draw()}")
+    this.say(f"next: {next_command(this.cfg.out)}")
 
 
 if __name__ == "__main__":
