@@ -24,6 +24,7 @@ from minillm.metrics import duration, peak_flops
 from minillm.model import Transformer
 from minillm.parallel import gradients_synced, parallelize
 from minillm.tokenizer import Tokenizer
+from minillm.validation import answer_loss
 
 
 @dataclass(frozen=True)
@@ -67,19 +68,13 @@ def main() -> int:
 
     # data: rows of instructions, packed, with a mask on what is to be learned
     paths = cfg.data.split(",")
-    rows = InstructionRows(
-        paths,
-        tokenizer,
-        cfg.seq_len,
-        seed=cfg.seed,
-        template=cfg.template,
-        packing=cfg.packing,
-        on_bad_line=cfg.on_bad_line,
-    )
+    how = dict(seed=cfg.seed, template=cfg.template, packing=cfg.packing, on_bad_line=cfg.on_bad_line)
+    rows = InstructionRows(paths, tokenizer, cfg.seq_len, **how)
     end = rows.total_rows(cfg.epochs) if cfg.steps is None else cfg.steps * cfg.batch_size
     cfg = dataclasses.replace(cfg, steps=-(-end // cfg.batch_size))  # the last batch may be short
     held_out = cfg.eval_data or (f"{bundled.FOLDER}/sft_heldout.jsonl" if cfg.data == Config.data else None)
     questions = evaluate.read_questions(held_out, cfg.eval_rows) if held_out else []
+    held_rows = InstructionRows(held_out, tokenizer, cfg.seq_len, **how) if held_out else None
 
     # the run: its folder, and the checkpoint to go on from
     fingerprints = {
@@ -101,7 +96,7 @@ def main() -> int:
 
     ask = partial(evaluate.exact_match, model, tokenizer, questions, template=cfg.template)
     before = this.once("before.json", ask) if questions else {}
-    status = train(cfg, this, model, rows, end, tokenizer)
+    status = train(cfg, this, model, rows, end, held_rows, tokenizer)
     if status == 0 and ranks.main:
         conclude(this, before or {}, ask() if questions else {})
     distributed.stop()
@@ -113,7 +108,7 @@ def next_command(out: str) -> str:
     return "python -m minillm chat" + ("" if out == Config.out else f" --model {out}")
 
 
-def train(cfg: Config, this: training.Run, model: Transformer, rows: InstructionRows, end: int, tokenizer) -> int:
+def train(cfg: Config, this: training.Run, model: Transformer, rows, end: int, held_rows, tokenizer) -> int:
     ranks, dtype = this.ranks, training.pick_dtype(cfg.dtype, this.ranks.device)
     optimizers = optim.build_optimizers(model, cfg.optimizer, lr=cfg.lr, weight_decay=cfg.weight_decay)
     scaler = torch.amp.GradScaler(ranks.device.type, enabled=dtype == torch.float16)
@@ -153,6 +148,11 @@ def train(cfg: Config, this: training.Run, model: Transformer, rows: Instruction
         row = {"step": step, "loss": loss, "lr": lr, "grad_norm": grad_norm}
         this.finish_step(row, n_tokens / (time.monotonic() - begun), peak, flops)
         stop = this.stop_requested()
+        if held_rows and this.due(step, cfg.eval_every):
+            autocast = training.autocast(ranks.device, dtype)
+            scores = answer_loss(model, held_rows, cfg.eval_tokens, ranks, autocast)
+            this.record({"step": step, **scores})
+            this.progress.say(f"step {step}: held-out answers {scores['val_loss']:.4f} nats a token")
         if stop or this.due(step, cfg.save_every):
             this.save(step, model, optimizers, scaler, tokenizer)
         if stop:

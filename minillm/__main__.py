@@ -194,7 +194,7 @@ def run_chat(args) -> None:
             messages = list(opening)
             continue
         messages.append({"role": "user", "content": question})
-        ids, forgotten = _fit(tokenizer, messages, args.template, model.config.max_seq_len, len(opening))
+        ids, forgotten = _fit(tokenizer, messages, _template(args, folder), model.config.max_seq_len, len(opening))
         if forgotten:
             print(f"(the context of {model.config.max_seq_len} tokens is full: {forgotten} earlier messages forgotten)")
         said: list[str] = []
@@ -235,6 +235,16 @@ def _fit(tokenizer, messages: list[dict], template: str, context: int, opening: 
         dropped += 2
 
 
+def _trained(folder: Path) -> dict:
+    """The configuration a checkpoint was trained with; empty for a folder that does not say."""
+    return checkpoint.read_state(folder)["config"] if (folder / "resume").is_dir() else {}
+
+
+def _template(args, folder: Path) -> str:
+    """The prompt format: as asked for, else the one that the checkpoint was taught with."""
+    return args.template if args.template != "auto" else _trained(folder).get("template", "auto")
+
+
 def run_eval(args) -> None:
     """Score a model: loss, perplexity and bits per byte on texts, exact match on instruction files."""
     path = Path(args.data)
@@ -245,7 +255,7 @@ def run_eval(args) -> None:
     if _is_questions(path):
         questions = evaluate.read_questions(path, args.limit)
         scores = evaluate.exact_match(
-            model, tokenizer, questions, template=args.template, max_new_tokens=args.max_new_tokens
+            model, tokenizer, questions, template=_template(args, folder), max_new_tokens=args.max_new_tokens
         )
         print(f"exact match, greedy answers:\n{evaluate.table(scores)}")
         return
@@ -253,7 +263,7 @@ def run_eval(args) -> None:
     if bins and TokenBins(path, "val").meta["tokenizer_sha256"] != tokenizer.sha256:
         raise UserError(f"--data {path}: prepared with another tokenizer than the model's; evaluate the text itself")
     texts = TokenBins(path, "val") if bins else evaluate.read_text(path, tokenizer, split=args.split, field=args.field)
-    trained = checkpoint.read_state(folder)["config"] if (folder / "resume").is_dir() else {}
+    trained = _trained(folder)
     usual = min(trained.get("seq_len", 1024), model.config.max_seq_len)
     seq_len = usual if args.seq_len is None else args.seq_len
     if not 1 <= seq_len <= model.config.max_seq_len:

@@ -37,13 +37,15 @@ def save(
     *,
     write_model: Callable[[Path], None],
     tokenizer,
+    template: str | None = None,
     state: dict,
     optimizers: list[torch.optim.Optimizer],
     named_parameters: dict[str, Tensor],
 ) -> Path:
     """Write the checkpoint of `step` into a run's folder, whole or not at all; returns its path.
 
-    write_model(folder): writes config.json and weights; tokenizer: has `save(folder)`, or None; state: anything
+    write_model(folder): writes config.json and weights; tokenizer: a `Tokenizer` or None; template: the prompt
+    format to record with it (None: its own); state: anything
     JSON can say. Raises `UserError` when the disk refuses; earlier checkpoints are untouched.
     """
     path = Path(folder) / run.step_name(step)
@@ -57,7 +59,7 @@ def save(
         except SafetensorError as problem:
             raise _as_os_error(problem) from None
         if tokenizer is not None:
-            tokenizer.save(scratch)
+            tokenizer.save(scratch, template=template)
         text = json.dumps({**state, "format": 1, "step": step, "optimizer": described}, indent=1)
         (scratch / STATE).write_text(text + "\n", encoding="utf-8")
 

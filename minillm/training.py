@@ -150,6 +150,7 @@ class Run:
                 step,
                 write_model=lambda folder: huggingface.save_model(model, folder, special_ids=special_ids(tokenizer)),
                 tokenizer=tokenizer,
+                template=getattr(self.cfg, "template", None),
                 state=state,
                 optimizers=optimizers,
                 named_parameters=dict(model.named_parameters()),

@@ -76,3 +76,15 @@ class Validation:
         if self.floor is not None:
             scores |= {"floor_bpb": self.floor, "floor_error": self.floor_error}
         return scores
+
+
+def answer_loss(model: nn.Module, rows, max_tokens: int, ranks: Ranks, autocast) -> dict[str, float]:
+    """val_loss of held-out instructions: nats a learned token over the first rows, up to `max_tokens` positions.
+
+    rows: a `chat_data.InstructionRows`. The ranks share the work; autocast: the context to compute in.
+    """
+    n = min(rows.rows_per_epoch, max(1, max_tokens // rows.seq_len))
+    batches = [rows.batch(np.arange(i, min(i + ROWS, n))) for i in range(0, n, ROWS)][ranks.rank :: ranks.world]
+    with autocast:
+        nats, targets = ranks.sum(*token_loss(model, batches, ranks.device))
+    return {"val_loss": nats / targets}

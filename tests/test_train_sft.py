@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from minillm.chat_data import InstructionRows
-from minillm.tokenizer import Tokenizer
+from minillm.tokenizer import SIMPLE_JINJA, Tokenizer
 from tests import launch
 
 OPTIONS = "--seq_len 64 --batch_size 8 --micro_batch_size 2 --warmup_steps 2 --device cpu --dtype float32"
@@ -151,3 +151,19 @@ def test_going_on_with_other_data_is_refused(folder, more, words):
         train(folder, "begun", "--steps 2")
     text = train(folder, "begun", "--steps 4 " + more.format(folder=folder), status=2)
     assert all(word in text for word in words) and "--allow_data_change" in text and "Traceback" not in text
+
+
+def test_held_out_answers_are_scored_as_often_as_asked_and_the_template_goes_along(folder):
+    """--eval_every does something here too, and a checkpoint tells how its questions were put."""
+    for ranks in (1, 2):
+        more = f"--steps 4 --eval_every 2 --template simple --eval_data {folder}/held_out.jsonl"
+        text = train(folder, f"scored-{ranks}", more, ranks=ranks)
+        assert "step 2: held-out answers" in text
+    one, two = (
+        {row["step"]: row["val_loss"] for row in launch.rows(folder / f"scored-{ranks}") if "val_loss" in row}
+        for ranks in (1, 2)
+    )
+    assert list(one) == [2, 4] and two == pytest.approx(one, abs=1e-4)
+    checkpoint = folder / "scored-1" / "step-00000004"
+    written = json.loads((checkpoint / "tokenizer_config.json").read_text(encoding="utf-8"))
+    assert written["chat_template"] == SIMPLE_JINJA

@@ -20,7 +20,7 @@ from minillm import UserError, checkpoint, optim, run
 class Words:
     """Stands in for a tokenizer: all that a checkpoint asks of it."""
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path, template: str | None = None) -> None:
         (folder / "tokenizer.model").write_bytes(b"words")
 
 
