@@ -17,6 +17,12 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype) * weight.to(x.dtype)
 
 
+def add_rms_norm(x: Tensor, delta: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """(x + delta, rms_norm(x + delta)): the residual addition and the norm after it. x, delta: (..., C)."""
+    total = (x + delta).to(x.dtype)
+    return total, rms_norm(total, weight, eps)
+
+
 def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     """Rotate each pair (x[i], x[i + D/2]) by its position's angle, half-split (Su et al. 2021, arXiv:2104.09864).
 
@@ -32,27 +38,41 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor
     return rotate(q), rotate(k)
 
 
+def document_spans(documents: Tensor) -> Tensor:
+    """First and one past the last position of each token's document: (B, T, 2) int32.
+
+    documents: (B, T) integers that never decrease along a row.
+    """
+    index = torch.arange(documents.shape[1], device=documents.device).expand_as(documents)
+    change = documents[:, 1:] != documents[:, :-1]
+    edge = torch.ones_like(documents[:, :1], dtype=torch.bool)
+    first = torch.where(torch.cat((edge, change), 1), index, 0).cummax(dim=1).values
+    last = torch.where(torch.cat((change, edge), 1), index, documents.shape[1]).flip(1).cummin(dim=1).values.flip(1)
+    return torch.stack((first, last + 1), dim=-1).int()
+
+
 def visible(
     q_len: int,
     k_len: int,
     *,
     causal: bool = True,
     window: int | None = None,
-    documents: Tensor | None = None,
+    spans: Tensor | None = None,
     device: torch.device | None = None,
 ) -> Tensor:
-    """Which key each query may see: bool, (Tq, Tk), or (B, Tq, Tk) where documents are given.
+    """Which key each query may see: bool, (Tq, Tk), or (B, Tq, Tk) where spans are given.
 
     Queries are the last Tq of the Tk positions (so a cache needs nothing special).
-    documents: (B, Tk) integers; a token sees only tokens of its own number.
+    spans: (B, Tk, 2) of `document_spans`: a token sees only tokens of its own document.
     """
     i = torch.arange(k_len - q_len, k_len, device=device)[:, None]
     j = torch.arange(k_len, device=device)[None, :]
     seen = j <= i if causal else torch.ones(q_len, k_len, dtype=torch.bool, device=device)
     if window is not None:
         seen = seen & (i - j < window) & (j - i < window)
-    if documents is not None:
-        seen = seen & (documents[:, k_len - q_len :, None] == documents[:, None, :])
+    if spans is not None:
+        own = spans[:, k_len - q_len :, :, None]  # (B, Tq, 2, 1)
+        seen = seen & (own[:, :, 0] <= j) & (j < own[:, :, 1])
     return seen
 
 
@@ -63,27 +83,29 @@ def attention(
     *,
     causal: bool = True,
     window: int | None = None,
-    documents: Tensor | None = None,
+    spans: Tensor | None = None,
     softcap: float | None = None,
     scale: float | None = None,
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """softmax(q kᵀ · scale) v over the visible keys, heads grouped (Ainslie et al. 2023, arXiv:2305.13245).
 
-    q: (B, Tq, H, D); k, v: (B, Tk, K, D), query head h uses key head h // (H / K). causal, window, documents:
+    q: (B, Tq, H, D); k, v: (B, Tk, K, D), query head h uses key head h // (H / K). causal, window, spans:
     see `visible`. softcap: scores become softcap · tanh(scores / softcap). scale: default D^-0.5.
-    Returns (B, Tq, H, D); a query that sees no key gives zeros.
+    Returns the output (B, Tq, H, D) and the scores' log-sum-exp (B, H, Tq), natural logarithm, at least fp32; a
+    query that sees no key gives zeros, and -inf.
     """
     groups = q.shape[2] // k.shape[2]
     k, v = k.repeat_interleave(groups, dim=2), v.repeat_interleave(groups, dim=2)
     scores = torch.einsum("bqhd,bkhd->bhqk", q, k) * (q.shape[-1] ** -0.5 if scale is None else scale)
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
-    seen = visible(q.shape[1], k.shape[1], causal=causal, window=window, documents=documents, device=q.device)
+    seen = visible(q.shape[1], k.shape[1], causal=causal, window=window, spans=spans, device=q.device)
     seen = seen if seen.dim() == 2 else seen[:, None]  # (B, 1, Tq, Tk): the same for all heads
     scores = scores.masked_fill(~seen, float("-inf"))
-    weights = torch.softmax(scores, dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32))
+    wide = scores.to(torch.promote_types(scores.dtype, torch.float32))
+    weights = torch.softmax(wide, dim=-1)
     weights = weights.nan_to_num(0.0).to(v.dtype)  # a row of -inf has no softmax: it sees nothing
-    return torch.einsum("bhqk,bkhd->bqhd", weights, v)
+    return torch.einsum("bhqk,bkhd->bqhd", weights, v), torch.logsumexp(wide, dim=-1)
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:

@@ -43,7 +43,7 @@ class Attention(nn.Module):
             self.q_norm = RMSNorm(config.head_dim, config.norm_eps)
             self.k_norm = RMSNorm(config.head_dim, config.norm_eps)
 
-    def forward(self, x: Tensor, rotation, documents: Tensor | None, cache: KVCache | None, layer: int) -> Tensor:
+    def forward(self, x: Tensor, rotation, spans: Tensor | None, cache: KVCache | None, layer: int) -> Tensor:
         batch, length, _ = x.shape
         q = self.q_proj(x).view(batch, length, self.config.n_heads, self.config.head_dim)  # (B, T, H, D)
         k = self.k_proj(x).view(batch, length, self.config.n_kv_heads, self.config.head_dim)  # (B, T, K, D)
@@ -54,7 +54,7 @@ class Attention(nn.Module):
             q, k = ops.rope(q, k, *rotation)
         if cache is not None:
             k, v = cache.update(layer, k, v)  # (B, Tk, K, D): all tokens so far
-        out = ops.attention(q, k, v, causal=True, window=self.config.window, documents=documents)
+        out = ops.attention(q, k, v, causal=True, window=self.config.window, spans=spans)
         return self.o_proj(out.reshape(batch, length, -1))  # (B, T, H·D) → (B, T, C)
 
 
@@ -82,8 +82,8 @@ class Block(nn.Module):
         self.mlp = MLP(config)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor, rotation, documents: Tensor | None, cache: KVCache | None, layer: int) -> Tensor:
-        x = x + self.dropout(self.self_attn(self.input_layernorm(x), rotation, documents, cache, layer))
+    def forward(self, x: Tensor, rotation, spans: Tensor | None, cache: KVCache | None, layer: int) -> Tensor:
+        x = x + self.dropout(self.self_attn(self.input_layernorm(x), rotation, spans, cache, layer))
         return x + self.dropout(self.mlp(self.post_attention_layernorm(x)))
 
 
@@ -179,12 +179,13 @@ class Transformer(nn.Module):
             rotation = self.cos[:length], self.sin[:length]  # (T, D/2)
         else:
             rotation = self.cos[positions], self.sin[positions]  # (T, D/2) or (B, T, D/2)
+        spans = None if documents is None else ops.document_spans(documents)
         x = self.dropout(x)
         for number, layer in enumerate(self.layers):
             if self.checkpoint_activations and self.training:
-                x = checkpoint(layer, x, rotation, documents, cache, number, use_reentrant=False)
+                x = checkpoint(layer, x, rotation, spans, cache, number, use_reentrant=False)
             else:
-                x = layer(x, rotation, documents, cache, number)
+                x = layer(x, rotation, spans, cache, number)
         if cache is not None:
             cache.advance(length)
         return self.norm(x)

@@ -59,6 +59,11 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     return reference.swiglu(gate, up)
 
 
+def document_spans(documents: Tensor) -> Tensor:
+    """See `kernels.reference.document_spans`."""
+    return reference.document_spans(documents)
+
+
 def attention(
     q: Tensor,
     k: Tensor,
@@ -66,21 +71,19 @@ def attention(
     *,
     causal: bool = True,
     window: int | None = None,
-    documents: Tensor | None = None,
+    spans: Tensor | None = None,
     softcap: float | None = None,
     scale: float | None = None,
 ) -> Tensor:
     """See `kernels.reference.attention`."""
     if _selected == "reference" or softcap is not None:
-        return reference.attention(
-            q, k, v, causal=causal, window=window, documents=documents, softcap=softcap, scale=scale
-        )
+        return reference.attention(q, k, v, causal=causal, window=window, spans=spans, softcap=softcap, scale=scale)[0]
     q_len, k_len = q.shape[1], k.shape[1]
-    simple = documents is None and (window is None or window >= k_len)
+    simple = spans is None and (window is None or window >= k_len)
     seen = None
     if not simple or (causal and 1 < q_len < k_len):
         # torch's causal flag aligns the first query with the first key; ours the last with the last
-        seen = reference.visible(q_len, k_len, causal=causal, window=window, documents=documents, device=q.device)
+        seen = reference.visible(q_len, k_len, causal=causal, window=window, spans=spans, device=q.device)
         seen = seen if seen.dim() == 2 else seen[:, None]
     groups = q.shape[2] // k.shape[2]
     if seen is not None and groups > 1 and q.is_cuda:  # torch has no fused CUDA kernel for a mask and grouped heads

@@ -43,7 +43,7 @@ def slow_attention(q, k, v, causal, window, documents, softcap):
     """One query, one head, one key at a time."""
     batch, q_len, heads, size = q.shape
     k_len, group = k.shape[1], heads // k.shape[2]
-    out = torch.zeros_like(q)
+    out, lse = torch.zeros_like(q), torch.zeros(batch, heads, q_len)
     for b in range(batch):
         for h in range(heads):
             for row in range(q_len):
@@ -59,9 +59,10 @@ def slow_attention(q, k, v, causal, window, documents, softcap):
                     s = float(q[b, row, h] @ k[b, j, h // group]) / math.sqrt(size)
                     scores[j] = s if softcap is None else softcap * math.tanh(s / softcap)
                 total = sum(math.exp(s) for s in scores.values())
+                lse[b, h, row] = math.log(total) if scores else -math.inf
                 for j, s in scores.items():
                     out[b, row, h] += math.exp(s) / total * v[b, j, h // group]
-    return out
+    return out, lse
 
 
 @pytest.mark.parametrize("causal", [True, False])
@@ -72,14 +73,24 @@ def test_attention_against_loops(causal, window, packed, q_len, k_len):
     q, k, v = torch.randn(2, q_len, 4, 8), torch.randn(2, k_len, 2, 8), torch.randn(2, k_len, 2, 8)
     documents = torch.tensor([[0, 0, 1, 1, 1, 1], [0, 1, 1, 2, 2, 2]]) if packed else None
     for softcap in (None, 1.5):
-        options = dict(causal=causal, window=window, documents=documents, softcap=softcap)
-        out = reference.attention(q, k, v, **options)
-        torch.testing.assert_close(out, slow_attention(q, k, v, **options), atol=1e-5, rtol=1e-4)
+        options = dict(causal=causal, window=window, softcap=softcap)
+        spans = None if documents is None else reference.document_spans(documents)
+        out, lse = reference.attention(q, k, v, spans=spans, **options)
+        slow, slow_lse = slow_attention(q, k, v, documents=documents, **options)
+        torch.testing.assert_close(out, slow, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(lse, slow_lse, atol=1e-5, rtol=1e-4)
+
+
+def test_document_spans_by_hand():
+    spans = reference.document_spans(torch.tensor([[0, 0, 3, 3, 3, 9], [1, 2, 2, 2, 2, 2]]))
+    assert spans[0].tolist() == [[0, 2], [0, 2], [2, 5], [2, 5], [2, 5], [5, 6]]
+    assert spans[1].tolist() == [[0, 1], [1, 6], [1, 6], [1, 6], [1, 6], [1, 6]]
 
 
 def test_a_query_that_sees_nothing_gives_zeros_and_no_nan():
     q, k, v = (torch.randn(1, 3, 1, 4, requires_grad=True) for _ in range(3))
-    out = reference.attention(q, k, v, causal=False, window=0)
+    out, lse = reference.attention(q, k, v, causal=False, window=0)
+    assert (lse == -math.inf).all()
     out.sum().backward()
     assert (out == 0).all() and all((x.grad == 0).all() for x in (q, k, v))
 
@@ -106,6 +117,6 @@ def test_gradients_by_finite_differences():
     angle = torch.randn(3, 2, dtype=torch.float64)
     assert check(lambda q, k: reference.rope(q, k, angle.cos(), angle.sin()), (double(1, 3, 2, 4), double(1, 3, 1, 4)))
     qkv = (double(1, 3, 2, 4), double(1, 4, 1, 4), double(1, 4, 1, 4))
-    assert check(lambda q, k, v: reference.attention(q, k, v, window=3, softcap=2.0), qkv)
+    assert check(lambda q, k, v: reference.attention(q, k, v, window=3, softcap=2.0)[0], qkv)
     targets, mask = torch.tensor([1, 0, 4]), torch.tensor([True, True, False])
     assert check(lambda x, w: reference.linear_cross_entropy(x, w, targets, mask, 3.0), (double(3, 4), double(5, 4)))

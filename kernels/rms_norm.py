@@ -1,0 +1,223 @@
+"""RMSNorm in Triton, alone and joined with the residual addition before it.
+
+Forward, for each row of x (N, C):
+    r = 1 / √(mean(x²) + ε)        y = x r w
+and with a residual branch: s = x + delta, then y from s. Both s and y are returned.
+
+Backward, with g = dy w:
+    dx = r g − x r³ mean(g x)       dw = Σ_rows dy x r
+
+Memory traffic is all there is: forward reads x and writes y (with the branch: reads two, writes two), backward reads
+x and dy and writes dx. Everything else is kept in registers, so a row is read once. r is kept (4 bytes a row).
+
+Tiling: a program takes as many whole rows as make about 8,192 numbers, so that each thread has several independent
+16-byte loads in flight, and the sum over a row never leaves the block. Backward, a few programs for each
+multiprocessor walk over all rows and add up dw in registers; each writes its part once, and the parts are summed in
+a second, tiny pass: no atomics, the same bits each time. Rows wider than 8,192 would not fit the registers that way:
+there dw is a pass of its own over blocks of columns.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels import launch
+
+FUSED_WIDTH = 8192  # up to here one backward kernel computes dx and dw
+
+
+@triton.jit
+def _forward(X, Delta, W, Sum, Y, R, n_rows, width, x_stride, d_stride, eps,
+             ADD: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    column = tl.arange(0, BLOCK)
+    inside = (row < n_rows)[:, None] & (column < width)[None, :]
+    w = tl.load(W + column, mask=column < width, other=0.0).to(tl.float32)
+    x = tl.load(X + row[:, None] * x_stride + column[None, :], mask=inside, other=0.0).to(tl.float32)
+    if ADD:
+        x += tl.load(Delta + row[:, None] * d_stride + column[None, :], mask=inside, other=0.0).to(tl.float32)
+        rounded = x.to(Sum.dtype.element_ty)
+        tl.store(Sum + row[:, None] * width + column[None, :], rounded, mask=inside)
+        x = rounded.to(tl.float32)  # what backward will read
+    r = tl.rsqrt(tl.sum(x * x, axis=1) / width + eps)
+    y = x * r[:, None] * w[None, :]
+    tl.store(Y + row[:, None] * width + column[None, :], y.to(Y.dtype.element_ty), mask=inside)
+    tl.store(R + row, r, mask=row < n_rows)
+
+
+@triton.jit
+def _backward(DY, DSum, X, W, R, DX, DW, n_rows, width, dy_stride, ds_stride, x_stride,
+              ADD: tl.constexpr, WEIGHT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    column = tl.arange(0, BLOCK)
+    w = tl.load(W + column, mask=column < width, other=0.0).to(tl.float32)
+    dw = tl.zeros([ROWS, BLOCK], tl.float32)
+    for begin in range(tl.program_id(0) * ROWS, n_rows, tl.num_programs(0) * ROWS):
+        row = (begin + tl.arange(0, ROWS)).to(tl.int64)
+        inside = (row < n_rows)[:, None] & (column < width)[None, :]
+        dy = tl.load(DY + row[:, None] * dy_stride + column[None, :], mask=inside, other=0.0).to(tl.float32)
+        x = tl.load(X + row[:, None] * x_stride + column[None, :], mask=inside, other=0.0).to(tl.float32)
+        r = tl.load(R + row, mask=row < n_rows, other=0.0)[:, None]
+        normed = x * r
+        if WEIGHT:
+            dw += dy * normed
+        g = dy * w[None, :]
+        dx = r * (g - normed * (tl.sum(g * normed, axis=1) / width)[:, None])
+        if ADD:
+            dx += tl.load(DSum + row[:, None] * ds_stride + column[None, :], mask=inside, other=0.0).to(tl.float32)
+        tl.store(DX + row[:, None] * width + column[None, :], dx.to(DX.dtype.element_ty), mask=inside)
+    if WEIGHT:
+        part = DW + tl.program_id(0).to(tl.int64) * width + column
+        tl.store(part, tl.sum(dw, axis=0), mask=column < width)
+
+
+@triton.jit
+def _backward_weight(DY, X, R, DW, n_rows, width, dy_stride, x_stride, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    dw = tl.zeros([ROWS, BLOCK], tl.float32)
+    for begin in range(tl.program_id(0) * ROWS, n_rows, tl.num_programs(0) * ROWS):
+        row = (begin + tl.arange(0, ROWS)).to(tl.int64)
+        inside = (row < n_rows)[:, None] & (column < width)[None, :]
+        dy = tl.load(DY + row[:, None] * dy_stride + column[None, :], mask=inside, other=0.0).to(tl.float32)
+        x = tl.load(X + row[:, None] * x_stride + column[None, :], mask=inside, other=0.0).to(tl.float32)
+        dw += dy * x * tl.load(R + row, mask=row < n_rows, other=0.0)[:, None]
+    part = DW + tl.program_id(0).to(tl.int64) * width + column
+    tl.store(part, tl.sum(dw, axis=0), mask=column < width)
+
+
+def forward_settings(width: int, device: torch.device) -> dict:
+    """Rows and warps of the forward kernel: about 8,192 numbers a program, 32 a thread."""
+    block = triton.next_power_of_2(width)
+    rows = max(1, (65536 if launch.INTERPRETED else 8192) // block)  # the interpreter's cost is by program
+    warps = min(32, max(4, rows * block // 1024))
+    return launch.settings("rms_norm_forward", (width,), device, {"ROWS": rows, "num_warps": warps})
+
+
+def backward_settings(width: int, device: torch.device) -> dict:
+    """Rows and warps of the backward kernel, and programs for each multiprocessor.
+
+    Four vectors of 16 to 32 numbers a thread stay below 128 registers, so two to four programs share a multiprocessor.
+    """
+    block = triton.next_power_of_2(width)
+    rows = max(1, (65536 if launch.INTERPRETED else 2048) // block)
+    warps = min(16, max(4, rows * block // 512))
+    default = {"ROWS": rows, "num_warps": warps, "PROGRAMS": max(1, 32 // warps)}
+    return launch.settings("rms_norm_backward", (width,), device, default)
+
+
+def forward(
+    x: Tensor, delta: Tensor | None, weight: Tensor, eps: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(s, y, r) for x, delta (..., C): s and x alike, y in `dtype`, r (N,) fp32; s is empty without a delta."""
+    matrix, branch = launch.rows(x), launch.rows(x if delta is None else delta)
+    n, width = matrix.shape
+    y = torch.empty(x.shape, dtype=dtype, device=x.device)
+    s = torch.empty(0 if delta is None else x.shape, dtype=x.dtype, device=x.device)
+    r = torch.empty(n, dtype=torch.float32, device=x.device)
+    chosen = forward_settings(width, x.device)
+    if n:
+        launch.run(
+            _forward, (triton.cdiv(n, chosen["ROWS"]),),
+            matrix, branch, weight.contiguous(), s, y, r, n, width, matrix.stride(0), branch.stride(0), eps,
+            ADD=delta is not None, BLOCK=triton.next_power_of_2(width), **chosen,
+        )  # fmt: skip
+    return s, y, r
+
+
+def backward(
+    dy: Tensor, ds: Tensor | None, x: Tensor, weight: Tensor, r: Tensor, need_weight: bool
+) -> tuple[Tensor, Tensor]:
+    """(dx, dw) from dy (..., C), and ds where the sum itself was used; dw is empty unless it is needed."""
+    grad, matrix = launch.rows(dy), launch.rows(x)
+    passed = grad if ds is None else launch.rows(ds)
+    n, width = matrix.shape
+    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    block = triton.next_power_of_2(width)
+    chosen = dict(backward_settings(width, x.device))
+    fused = need_weight and width <= FUSED_WIDTH
+    programs = min(chosen.pop("PROGRAMS") * launch.multiprocessors(x.device), max(1, triton.cdiv(n, chosen["ROWS"])))
+    parts = torch.empty(programs if need_weight else 0, width, dtype=torch.float32, device=x.device)
+    launch.run(
+        _backward, (programs,) if width <= FUSED_WIDTH else (max(1, triton.cdiv(n, chosen["ROWS"])),),
+        grad, passed, matrix, weight.contiguous(), r, dx, parts, n, width,
+        grad.stride(0), passed.stride(0), matrix.stride(0),
+        ADD=ds is not None, WEIGHT=fused, BLOCK=block, **chosen,
+    )  # fmt: skip
+    if need_weight and not fused:
+        launch.run(
+            _backward_weight, (programs, triton.cdiv(width, 1024)),
+            grad, matrix, r, parts, n, width, grad.stride(0), matrix.stride(0), ROWS=4, BLOCK=1024, num_warps=4,
+        )  # fmt: skip
+    dw = parts.sum(0).to(weight.dtype) if need_weight else torch.empty(0, dtype=weight.dtype, device=x.device)
+    return dx, dw
+
+
+@torch.library.custom_op("minillm::rms_norm", mutates_args=())
+def _op(
+    x: Tensor, delta: Tensor | None, weight: Tensor, eps: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    return forward(x, delta, weight, eps, dtype)
+
+
+@_op.register_fake
+def _(x, delta, weight, eps, dtype):
+    rows = x.numel() // x.shape[-1]
+    s = x.new_empty(0 if delta is None else x.shape)
+    return s, x.new_empty(x.shape, dtype=dtype), x.new_empty(rows, dtype=torch.float32)
+
+
+@torch.library.custom_op("minillm::rms_norm_backward", mutates_args=())
+def _backward_op(
+    dy: Tensor, ds: Tensor | None, x: Tensor, weight: Tensor, r: Tensor, need_weight: bool
+) -> tuple[Tensor, Tensor]:
+    return backward(dy, ds, x, weight, r, need_weight)
+
+
+@_backward_op.register_fake
+def _(dy, ds, x, weight, r, need_weight):
+    return x.new_empty(x.shape), weight.new_empty(weight.shape if need_weight else 0)
+
+
+def _setup(ctx, inputs, output):
+    x, delta, weight, _, _ = inputs
+    s, _, r = output
+    ctx.mark_non_differentiable(r)
+    ctx.set_materialize_grads(False)
+    ctx.delta_dtype = None if delta is None else delta.dtype
+    ctx.save_for_backward(x if delta is None else s, weight, r)
+
+
+def _gradient(ctx, ds, dy, _):
+    x, weight, r = ctx.saved_tensors
+    if dy is None:  # only the sum was used
+        dx, dw = ds, None
+    else:
+        need_weight = ctx.needs_input_grad[2]
+        passed = ds if ctx.delta_dtype is not None else None
+        dx, dw = _backward_op(dy, passed, x, weight, r, need_weight)
+        dw = dw if need_weight else None
+    ddelta = None if ctx.delta_dtype is None or dx is None else dx.to(ctx.delta_dtype)
+    return dx, ddelta, dw, None, None
+
+
+_op.register_autograd(_gradient, setup_context=_setup)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype | None = None) -> Tensor:
+    """x / rms(x) · weight over the last dimension: see `kernels.reference.rms_norm`.
+
+    x: (..., C) fp32, bf16 or fp16, any strides, C ≤ 32,768; weight: (C,). Sums in fp32. Returns x's shape, in
+    `dtype` (default: x's own).
+    """
+    return _op(x, None, weight, eps, dtype or x.dtype)[1]
+
+
+def add_rms_norm(
+    x: Tensor, delta: Tensor, weight: Tensor, eps: float, dtype: torch.dtype | None = None
+) -> tuple[Tensor, Tensor]:
+    """(x + delta, rms_norm(x + delta)) in one pass: see `kernels.reference.add_rms_norm`.
+
+    x, delta: (..., C), their dtypes may differ; the sum has x's dtype, the normed one `dtype` (default: x's).
+    """
+    s, y, _ = _op(x, delta, weight, eps, dtype or x.dtype)
+    return s, y

@@ -1,0 +1,101 @@
+"""Compile what a GPU would be given, without a GPU: `python tests/kernels/offline.py ARCH [WORD]`.
+
+Every host function of the kernels is called with tensors of the meta device, and each launch it makes is compiled
+for the asked architecture by Triton's own path, arguments specialized as they would be. For each a line of JSON:
+what it was, its registers, spilled bytes, shared memory, and what the code uses. Needs Triton without its interpreter.
+"""
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from kernels import launch
+from tests.kernels import shipped
+
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+
+
+class Driver:
+    """What Triton asks of a driver in order to compile, and no more."""
+
+    def __init__(self, architecture: int):
+        self.target = GPUTarget("cuda", architecture, 32)
+
+    def get_current_target(self):
+        return self.target
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device):
+        return 0
+
+    def get_device_interface(self):
+        return torch.cuda
+
+
+def resources(cubin: bytes) -> dict[str, int]:
+    """Registers a thread and bytes of stack (spills) of a compiled kernel."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        told = subprocess.run([TOOLS / "cuobjdump", "--dump-resource-usage", file.name], capture_output=True, text=True)
+    found = re.search(r"REG:(\d+) STACK:(\d+)", told.stdout)
+    assert found, told.stdout + told.stderr
+    return {"registers": int(found[1]), "stack": int(found[2])}
+
+
+def warnings(ptx: str, architecture: int) -> list[str]:
+    """ptxas's warnings that matrix products were serialized or register hints ignored (C7508 to C7517)."""
+    tool = TOOLS / ("ptxas-blackwell" if architecture >= 100 else "ptxas")
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "kernel.ptx"
+        source.write_text(ptx)
+        name = f"sm_{architecture}{'a' if architecture >= 90 else ''}"
+        command = [tool, "-v", f"--gpu-name={name}", source, "-o", Path(folder) / "kernel.cubin"]
+        told = subprocess.run(command, capture_output=True, text=True)
+    return sorted(set(re.findall(r"C75(?:0[89]|1[0-7])", told.stderr)))
+
+
+def main(architecture: int, word: str = "") -> None:
+    driver.set_active(Driver(architecture))
+    launch.architecture = lambda device: architecture
+    launch.multiprocessors = lambda device: 132
+    seen = set()
+    for name, call in shipped.calls(architecture):
+        if word not in name:
+            continue
+        launches = []
+        launch.run = lambda kernel, grid, *a, launches=launches, **k: launches.append((kernel, grid, a, k))
+        call()
+        for kernel, grid, arguments, options in launches:
+            compiled = kernel.warmup(*arguments, grid=grid, **options)
+            if compiled.hash in seen:
+                continue
+            seen.add(compiled.hash)
+            ptx = compiled.asm["ptx"]
+            told = {
+                "call": name,
+                "kernel": kernel.fn.__name__,
+                **resources(compiled.asm["cubin"]),
+                "shared": compiled.metadata.shared,
+                "wgmma": "wgmma.mma_async" in ptx,
+                "tma": "cp.async.bulk.tensor" in ptx,
+                "warnings": warnings(ptx, architecture) if "wgmma" in ptx else [],
+                "options": {k: v for k, v in options.items() if isinstance(v, int)},
+            }
+            print(json.dumps(told), flush=True)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), *sys.argv[2:])

@@ -1,0 +1,13 @@
+"""Calls that between them start every configuration that is shipped, for tensors of the meta device.
+
+`calls(architecture)` gives (name, call) pairs, gathered from `shipped_*.py`, one file for each subject.
+"""
+
+from collections.abc import Callable, Iterator
+
+from tests.kernels import shipped_rowwise
+
+
+def calls(architecture: int) -> Iterator[tuple[str, Callable]]:
+    for subject in (shipped_rowwise,):
+        yield from subject.calls(architecture)
