@@ -1,4 +1,4 @@
-"""Without a GPU, kernels run on the CPU through Triton's interpreter; it must be asked for before Triton is imported."""
+"""Without a GPU kernels run on the CPU through Triton's interpreter, which must be asked for before it is imported."""
 
 import os
 
