@@ -116,7 +116,7 @@ def train(cfg: Config, this: training.Run, model: Transformer, rows, end: int, h
     this.check_disk(model)
     trained = parallelize(model, ranks, cfg.compile)
     flops, peak = model.config.flops_per_token(cfg.seq_len), peak_flops(ranks.device, dtype)
-    this.say(f"{model.config.n_parameters():,} parameters; {cfg.steps} steps; {ops.describe()}")
+    this.say(f"{model.config.n_parameters():,} parameters; {cfg.steps} steps; {ops.describe(ranks.device)}")
 
     for step in range(this.start_step + 1, cfg.steps + 1):
         begun = time.monotonic()

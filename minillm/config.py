@@ -174,7 +174,7 @@ class TrainingConfig:
     )
     compile: bool = option(False, "compile the model with torch.compile")
     checkpoint_activations: bool = option(False, "recompute each layer in the backward pass, to save memory")
-    impl: str = option("auto", "implementation of the ops", ("auto", "torch", "reference"))
+    impl: str = option("auto", "implementation of the ops", ("auto", "triton", "torch", "reference"))
     eval_every: int = option(250, "steps between validations; 0: only at the end")
     eval_tokens: int = option(65536, "validation tokens, the first whole documents")
     save_every: int = option(500, "steps between checkpoints; the last step is always saved")

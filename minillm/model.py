@@ -27,6 +27,10 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return ops.rms_norm(x, self.weight, self.eps)
 
+    def after_adding(self, x: Tensor, delta: Tensor | None) -> tuple[Tensor, Tensor]:
+        """x + delta, and that normed: one pass over memory where there is a kernel for it."""
+        return (x, self(x)) if delta is None else ops.add_rms_norm(x, delta, self.weight, self.eps)
+
 
 class Attention(nn.Module):
     """Causal self-attention with grouped key/value heads and rotary positions."""
@@ -48,10 +52,12 @@ class Attention(nn.Module):
         q = self.q_proj(x).view(batch, length, self.config.n_heads, self.config.head_dim)  # (B, T, H, D)
         k = self.k_proj(x).view(batch, length, self.config.n_kv_heads, self.config.head_dim)  # (B, T, K, D)
         v = self.v_proj(x).view(batch, length, self.config.n_kv_heads, self.config.head_dim)
-        if self.config.qk_norm:
-            q, k = self.q_norm(q), self.k_norm(k)
-        if rotation is not None:
+        if rotation is not None and self.config.qk_norm:
+            q, k = ops.rope(q, k, *rotation, self.q_norm.weight, self.k_norm.weight, self.config.norm_eps)
+        elif rotation is not None:
             q, k = ops.rope(q, k, *rotation)
+        elif self.config.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
         if cache is not None:
             k, v = cache.update(layer, k, v)  # (B, Tk, K, D): all tokens so far
         out = ops.attention(q, k, v, causal=True, window=self.config.window, spans=spans)
@@ -72,7 +78,11 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer: attention, then the feed-forward network, each on a normed input, each added back."""
+    """One layer: attention, then the feed-forward network, each on a normed input, each added back.
+
+    What is to be added is handed on, so that the addition and the norm after it are one op: with residual stream x,
+    x₁ = x + delta, x₂ = x₁ + attention(norm(x₁)), and mlp(norm(x₂)) is the delta of the next layer.
+    """
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -82,9 +92,14 @@ class Block(nn.Module):
         self.mlp = MLP(config)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor, rotation, spans: Tensor | None, cache: KVCache | None, layer: int) -> Tensor:
-        x = x + self.dropout(self.self_attn(self.input_layernorm(x), rotation, spans, cache, layer))
-        return x + self.dropout(self.mlp(self.post_attention_layernorm(x)))
+    def forward(
+        self, x: Tensor, delta: Tensor | None, rotation, spans: Tensor | None, cache: KVCache | None, layer: int
+    ) -> tuple[Tensor, Tensor]:
+        """x, delta: (B, T, C), delta not yet added (None: nothing). Returns the two that follow."""
+        x, normed = self.input_layernorm.after_adding(x, delta)
+        delta = self.dropout(self.self_attn(normed, rotation, spans, cache, layer))
+        x, normed = self.post_attention_layernorm.after_adding(x, delta)
+        return x, self.dropout(self.mlp(normed))
 
 
 class Transformer(nn.Module):
@@ -181,14 +196,15 @@ class Transformer(nn.Module):
             rotation = self.cos[positions], self.sin[positions]  # (T, D/2) or (B, T, D/2)
         spans = None if documents is None else ops.document_spans(documents)
         x = self.dropout(x)
+        delta = None
         for number, layer in enumerate(self.layers):
             if self.checkpoint_activations and self.training:
-                x = checkpoint(layer, x, rotation, spans, cache, number, use_reentrant=False)
+                x, delta = checkpoint(layer, x, delta, rotation, spans, cache, number, use_reentrant=False)
             else:
-                x = layer(x, rotation, spans, cache, number)
+                x, delta = layer(x, delta, rotation, spans, cache, number)
         if cache is not None:
             cache.advance(length)
-        return self.norm(x)
+        return self.norm.after_adding(x, delta)[1]
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Scores of every vocabulary entry (B, T, V) from `hidden` (B, T, C), soft-capped if configured."""

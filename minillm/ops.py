@@ -1,10 +1,15 @@
 """The only door to `kernels/`: each op picks an implementation, and `describe` says which.
 
-auto       the fastest there is for the device
+auto       the fastest there is for the device: triton on an NVIDIA GPU from the A100 on, else torch
+triton     our own kernels; on a CPU only through Triton's interpreter (TRITON_INTERPRET=1), to look into them
 torch      torch's own fused ops
 reference  the specification in `kernels/reference.py`: slow, for reading and comparing
 """
 
+import importlib.util
+from types import SimpleNamespace
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -18,8 +23,12 @@ except ImportError as problem:  # another package of that name is on the registr
         "or `pip uninstall kernels` and `pip install -e .`"
     ) from None
 
-IMPLEMENTATIONS = ("auto", "torch", "reference")
+IMPLEMENTATIONS = ("auto", "triton", "torch", "reference")
+OLDEST_GPU = 8, 0  # compute capability: what the kernels are compiled for and tested against
+MODULES = ("attention", "linear_cross_entropy", "rms_norm", "rope", "swiglu")
+
 _selected = "auto"
+_triton: SimpleNamespace | None = None  # the kernels' modules, once they are imported
 
 
 def select(implementation: str) -> None:
@@ -27,6 +36,13 @@ def select(implementation: str) -> None:
     global _selected
     if implementation not in IMPLEMENTATIONS:
         raise UserError(f"implementation {implementation!r}: choose one of {', '.join(IMPLEMENTATIONS)}")
+    if implementation == "triton":
+        _import_kernels()
+        if not torch.cuda.is_available() and not _triton.launch.INTERPRETED:
+            raise UserError(
+                "implementation triton: no CUDA GPU here; choose auto or torch, or set TRITON_INTERPRET=1 to run the "
+                "kernels slowly on the CPU"
+            )
     _selected = implementation
 
 
@@ -35,28 +51,86 @@ def selected() -> str:
     return _selected
 
 
-def describe() -> str:
-    """One line for a run's start: which implementation each op uses."""
+def _import_kernels() -> None:
+    """Import Triton and the kernels, once. Raises `UserError` where Triton is not installed."""
+    global _triton
+    try:
+        names = ("launch", *MODULES)
+        _triton = _triton or SimpleNamespace(**{name: importlib.import_module(f"kernels.{name}") for name in names})
+    except ImportError as problem:
+        raise UserError(
+            f"implementation triton: {problem}; install triton (Linux only), or choose --impl torch"
+        ) from None
+
+
+def _gpu_is_supported() -> bool:
+    nvidia = torch.version.cuda is not None and torch.cuda.is_available()
+    return nvidia and torch.cuda.get_device_capability() >= OLDEST_GPU
+
+
+# Before any op is called, not in one: torch.compile could not look into an import.
+if _gpu_is_supported() and importlib.util.find_spec("triton") is not None:
+    _import_kernels()
+
+
+def fused(x: Tensor) -> bool:
+    """Whether our own kernels compute on x."""
+    return _selected == "triton" or (_selected == "auto" and x.is_cuda and _triton is not None)
+
+
+def describe(device: torch.device) -> str:
+    """One line for a run's start: which implementation each op uses on the device."""
     if _selected == "reference":
         return "ops: reference (plain torch) for all"
+    if _selected == "triton" or (_selected == "auto" and device.type == "cuda" and _triton is not None):
+        how = ", interpreted on the CPU" if _triton.launch.INTERPRETED else ""
+        return f"ops: triton{how} (attention, norm with residual, rope, swiglu, loss in chunks)"
     return "ops: torch (attention: scaled_dot_product_attention; norm: rms_norm; loss: cross_entropy in chunks)"
+
+
+def _product_dtype(x: Tensor) -> torch.dtype:
+    """What a matrix product will round x to: autocast's dtype inside autocast, else its own."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """See `kernels.reference.rms_norm`."""
+    if fused(x):
+        return _triton.rms_norm.rms_norm(x, weight, eps, _product_dtype(x))
     if _selected == "reference":
         return reference.rms_norm(x, weight, eps)
     return F.rms_norm(x, weight.shape, weight.to(x.dtype), eps)
 
 
-def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+def add_rms_norm(x: Tensor, delta: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """See `kernels.reference.add_rms_norm`."""
+    if fused(x):
+        return _triton.rms_norm.add_rms_norm(x, delta, weight, eps, _product_dtype(x))
+    x = x + delta
+    return x, rms_norm(x, weight, eps)
+
+
+def rope(
+    q: Tensor,
+    k: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    q_weight: Tensor | None = None,
+    k_weight: Tensor | None = None,
+    eps: float = 1e-6,
+) -> tuple[Tensor, Tensor]:
     """See `kernels.reference.rope`."""
+    if fused(q):
+        return _triton.rope.rope(q, k, cos, sin, q_weight, k_weight, eps)
+    if q_weight is not None:
+        q, k = rms_norm(q, q_weight, eps), rms_norm(k, k_weight, eps)
     return reference.rope(q, k, cos, sin)
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """See `kernels.reference.swiglu`."""
-    return reference.swiglu(gate, up)
+    return _triton.swiglu.swiglu(gate, up) if fused(gate) else reference.swiglu(gate, up)
 
 
 def document_spans(documents: Tensor) -> Tensor:
@@ -75,9 +149,13 @@ def attention(
     softcap: float | None = None,
     scale: float | None = None,
 ) -> Tensor:
-    """See `kernels.reference.attention`."""
+    """See `kernels.reference.attention`; the output alone."""
+    options = dict(causal=causal, window=window, spans=spans, softcap=softcap, scale=scale)
+    if fused(q):
+        dtype = _product_dtype(q)
+        return _triton.attention.attention(q.to(dtype), k.to(dtype), v.to(dtype), **options)
     if _selected == "reference" or softcap is not None:
-        return reference.attention(q, k, v, causal=causal, window=window, spans=spans, softcap=softcap, scale=scale)[0]
+        return reference.attention(q, k, v, **options)[0]
     q_len, k_len = q.shape[1], k.shape[1]
     simple = spans is None and (window is None or window >= k_len)
     seen = None
@@ -104,6 +182,8 @@ def linear_cross_entropy(
     x: Tensor, weight: Tensor, targets: Tensor, mask: Tensor | None = None, softcap: float | None = None
 ) -> Tensor:
     """See `kernels.reference.linear_cross_entropy`."""
+    if fused(x):
+        return _triton.linear_cross_entropy.linear_cross_entropy(x, weight, targets, mask, softcap)
     if _selected == "reference":
         return reference.linear_cross_entropy(x, weight, targets, mask, softcap)
     return losses.linear_cross_entropy(x, weight, targets, mask, softcap)
