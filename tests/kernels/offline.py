@@ -67,6 +67,12 @@ def warnings(ptx: str, architecture: int) -> list[str]:
     return sorted(set(re.findall(r"C75(?:0[89]|1[0-7])", told.stderr)))
 
 
+def has_large_products(asm: dict) -> bool:
+    """Whether there is a product of 16-bit matrices with at least the 64 rows that wgmma computes at a time."""
+    products = re.findall(r"tt\.dot .*?: tensor<(\d+)x\d+xb?f16>", asm.get("ttir", ""))
+    return any(int(rows) >= 64 for rows in products)
+
+
 def main(architecture: int, word: str = "") -> None:
     driver.set_active(Driver(architecture))
     launch.architecture = lambda device: architecture
@@ -89,6 +95,7 @@ def main(architecture: int, word: str = "") -> None:
                 "kernel": kernel.fn.__name__,
                 **resources(compiled.asm["cubin"]),
                 "shared": compiled.metadata.shared,
+                "large_products": has_large_products(compiled.asm),
                 "wgmma": "wgmma.mma_async" in ptx,
                 "tma": "cp.async.bulk.tensor" in ptx,
                 "warnings": warnings(ptx, architecture) if "wgmma" in ptx else [],

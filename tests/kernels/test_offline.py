@@ -1,0 +1,59 @@
+"""What is shipped compiles for the GPUs people have, without spills, within their shared memory, by wgmma on sm_90.
+
+Nothing here needs a GPU: `offline.py` compiles in processes of its own, outside the interpreter.
+"""
+
+import functools
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from kernels import launch
+
+ARCHITECTURES = (80, 86, 89, 90, 100, 120)
+SPILLS: dict[str, int] = {}  # bytes of stack that a kernel is known to need, by its name
+FOLDER = Path(__file__).parent
+
+
+@functools.cache
+def compiled() -> dict[int, list[dict]]:
+    """Every kernel of every architecture: compiled once, two processes at a time."""
+
+    def one(architecture: int) -> list[dict]:
+        outside = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+        command = [sys.executable, FOLDER / "offline.py", str(architecture)]
+        told = subprocess.run(command, capture_output=True, text=True, env=outside | {"OMP_NUM_THREADS": "1"})
+        assert told.returncode == 0, told.stderr[-3000:]
+        return [json.loads(line) for line in told.stdout.splitlines()]
+
+    with ThreadPoolExecutor(2) as pool:
+        return dict(zip(ARCHITECTURES, pool.map(one, ARCHITECTURES), strict=True))
+
+
+def name(kernel: dict) -> str:
+    return f"{kernel['call']}: {kernel['kernel']} {kernel['options']}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_nothing_spills_and_everything_fits(architecture):
+    kernels = compiled()[architecture]
+    assert len(kernels) > 20
+    limit = launch.SHARED_MEMORY[architecture]
+    assert {name(k): k["shared"] for k in kernels if k["shared"] > limit} == {}
+    spills = {name(k): k["stack"] for k in kernels if k["stack"] > SPILLS.get(k["kernel"], 0)}
+    assert spills == {}
+
+
+@pytest.mark.slow
+def test_matrix_kernels_use_wgmma_on_hopper_and_none_is_serialized():
+    kernels = compiled()[90]
+    matrix = [k for k in kernels if k["large_products"]]
+    assert matrix
+    assert [name(k) for k in matrix if not k["wgmma"]] == []
+    assert [name(k) for k in kernels if k["warnings"]] == []
