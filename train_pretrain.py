@@ -154,7 +154,8 @@ def train(cfg: Config, this: training.Run, model, windows, validation, tokenizer
     this.check_disk(model)
     trained = parallelize(model, ranks, cfg.compile)
     flops, peak = model.config.flops_per_token(cfg.seq_len), peak_flops(ranks.device, dtype)
-    this.say(f"{model.config.n_parameters():,} parameters, {flops / 1e6:.1f} MFLOP a token; {ops.describe(ranks.device)}")
+    this.say(f"{model.config.n_parameters():,} parameters, {flops / 1e6:.1f} MFLOP a token")
+    this.say(ops.describe(ranks.device))
     this.say(f"{windows.n_windows:,} windows of {cfg.seq_len} tokens; {cfg.steps * n_targets:,} tokens to train on")
 
     for step in range(this.start_step + 1, cfg.steps + 1):
