@@ -81,6 +81,12 @@ def build_parser() -> argparse.ArgumentParser:
     sub = command(run_bench, "bench")
     sub.add_argument("what", choices=("generate", "train", "data"), help="what to measure")
     sub.add_argument("--preset", default="tiny", choices=tuple(config.PRESETS), help="the model's shape (default tiny)")
+    sub.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    sub.add_argument("--rows", type=int, default=8, help="train: sequences of a step (default 8)")
+    sub.add_argument("--seq_len", type=int, default=256, help="train: tokens of a sequence (default 256)")
+    sub.add_argument(
+        "--vocab_size", type=int, help="train: entries of the vocabulary (default: the preset's usual one)"
+    )
     return parser
 
 
@@ -352,8 +358,12 @@ def run_bench(args) -> None:
     """Measure speed beside other tools on this machine, both sides in one process."""
     if args.what == "data":
         bench.bench_data()
+    elif args.what == "generate":
+        bench.bench_generate(args.preset, args.device)
     else:
-        {"generate": bench.bench_generate, "train": bench.bench_train}[args.what](args.preset)
+        if min(args.rows, args.seq_len, args.vocab_size or 1) < 1:
+            raise UserError("--rows, --seq_len and --vocab_size must be at least 1")
+        bench.bench_train(args.preset, args.device, args.rows, args.seq_len, args.vocab_size)
 
 
 if __name__ == "__main__":

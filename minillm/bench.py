@@ -5,6 +5,7 @@ and prints medians with the versions and threads they were taken with.
 """
 
 import statistics
+import subprocess
 import tempfile
 import time
 from collections.abc import Callable
@@ -15,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from minillm import UserError, config, data, distributed, generate, huggingface
+from minillm import UserError, config, data, distributed, generate, huggingface, metrics, ops, optim, training
 from minillm.model import Transformer
 
 VOCABULARY = {"tiny": 2048, "26m": 4096}  # of the presets' random models; all others GPT-2's 50,257
@@ -58,33 +59,62 @@ def transformers_twin(model: Transformer):
     return twin, f"transformers {transformers.__version__}"
 
 
-def bench_generate(preset: str = "tiny", new_tokens: int = 64, prompt_tokens: int = 32) -> None:
-    """Tokens a second of greedy generation, batch 1, with cache, beside transformers' `generate`."""
-    model = random_model(preset)
+def bench_generate(preset: str = "tiny", device: str = "cpu", new_tokens: int = 64, prompt_tokens: int = 32) -> None:
+    """Tokens a second of greedy generation, batch 1, with cache, beside transformers' `generate`.
+
+    On a CPU in fp32, with one thread and with all; on a GPU in bf16, and transformers also compiled, on a static cache.
+    """
+    place = distributed.pick_device(device)
+    dtype = training.pick_dtype("auto", place)
+    model = random_model(preset).to(place, dtype)
+    model.build_rotation()  # its tables stay in fp32
     twin, version = transformers_twin(model)
+    twin = twin.to(place, dtype)
     prompt = list(range(1, prompt_tokens + 1))
-    asked = {"attention_mask": torch.ones(1, prompt_tokens, dtype=torch.long), "do_sample": False}
+    asked = {"attention_mask": torch.ones(1, prompt_tokens, dtype=torch.long, device=place), "do_sample": False}
     limits = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens, "pad_token_id": 0}
 
     def ours() -> list[int]:
         return generate.generate(model, [prompt], new_tokens)[0].tokens
 
-    def theirs() -> list[int]:
-        return twin.generate(torch.tensor([prompt]), **asked, **limits)[0, prompt_tokens:].tolist()
+    def theirs(**more) -> list[int]:
+        return twin.generate(torch.tensor([prompt], device=place), **asked, **limits, **more)[
+            0, prompt_tokens:
+        ].tolist()
 
-    if ours() != theirs():
+    sides: dict[str, Callable] = {"minillm": ours, "transformers": theirs}
+    if place.type == "cuda":
+        sides["transformers, static cache, compiled"] = lambda: theirs(cache_implementation="static")
+    elif ours() != theirs():  # in bf16 two right computations may differ in a token
         raise UserError("the two sides do not choose the same tokens, so their speed does not compare")
-    print(f"{preset}: {model.config.n_parameters():,} parameters, float32, torch {torch.__version__}, {version}")
-    print(f"greedy, batch 1, {prompt_tokens} + {new_tokens} tokens; the same {new_tokens} chosen by both")
-    print("threads   minillm tok/s   transformers tok/s   ratio")
+    print(f"{preset}: {model.config.n_parameters():,} parameters, {dtype}, {_machine(place)}, {version}")
+    print(f"greedy, batch 1, {prompt_tokens} + {new_tokens} tokens, medians of {REPEATS}; {ops.describe(place)}")
     before = torch.get_num_threads()
-    for threads in sorted({1, before}):
+    for threads in sorted({1, before}) if place.type == "cpu" else (before,):
         torch.set_num_threads(threads)
-        taken = medians({"ours": ours, "theirs": theirs})
-        speed = {name: new_tokens / seconds for name, seconds in taken.items()}
-        ratio = taken["theirs"] / taken["ours"]
-        print(f"{threads:7d}   {speed['ours']:13.1f}   {speed['theirs']:18.1f}   {ratio:5.2f}", flush=True)
+        for side in sides.values():  # compile, capture
+            side()
+        taken = medians(sides)
+        print(f"{threads} thread(s)" if place.type == "cpu" else place)
+        for name, seconds in taken.items():
+            ratio = taken["transformers"] / seconds
+            print(f"  {name:<38}{new_tokens / seconds:10.1f} tok/s   {ratio:5.2f} x transformers", flush=True)
     torch.set_num_threads(before)
+
+
+def _machine(device: torch.device) -> str:
+    """What a number was taken with, in a few words: GPU and versions."""
+    if device.type != "cuda":
+        return f"torch {torch.__version__}"
+    return f"{torch.cuda.get_device_name(device)}, power limit {_power_limit()}, torch {torch.__version__}"
+
+
+def _power_limit() -> str:
+    query = ["nvidia-smi", "--query-gpu=power.limit", "--format=csv,noheader"]
+    try:
+        return subprocess.run(query, capture_output=True, text=True, check=True).stdout.splitlines()[0]
+    except (OSError, subprocess.CalledProcessError, IndexError):
+        return "unknown"
 
 
 class PlainDecoder(nn.Module):
@@ -117,39 +147,118 @@ class PlainDecoder(nn.Module):
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
 
 
-def bench_train(preset: str = "tiny", rows: int = 8, seq_len: int = 256) -> None:
-    """Tokens a second of a training step (forward, backward, clipping, AdamW), fp32, beside plain PyTorch and GPT-2."""
-    distributed.start("cpu")  # as the scripts do it
-    model = Transformer(config.preset(preset, vocab_size=VOCABULARY.get(preset, 50_257)))
-    model.init_weights()
-    tokens = torch.randint(0, model.config.vocab_size, (rows, seq_len + 1), generator=torch.Generator().manual_seed(0))
-    x, y = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
-    sides: dict[str, Callable] = {"minillm": model, "plain PyTorch": PlainDecoder(model)}
-    losses = [side(x, y).item() for side in sides.values()]
-    if abs(losses[0] / losses[1] - 1) > 1e-5:
-        raise UserError(f"the two sides compute other losses ({losses}), so their speed does not compare")
-    gpt2, version = _gpt2_like(model)
-    sides[f"GPT-2, {sum(p.numel() for p in gpt2.parameters()):,}"] = lambda x, y: gpt2(x, labels=x).loss
+def bench_train(
+    preset: str = "tiny", device: str = "cpu", rows: int = 8, seq_len: int = 256, vocab_size: int | None = None
+) -> None:
+    """Tokens a second of a training step (forward, backward, clipping, AdamW) beside plain PyTorch and transformers.
 
-    def step(side) -> Callable[[], None]:
-        module = gpt2 if side not in (model, sides["plain PyTorch"]) else model
-        optimizer = torch.optim.AdamW(module.parameters(), lr=1e-4, fused=True)
+    On a CPU in fp32, beside GPT-2 of the same size; on a GPU in bf16 autocast, each side alone on the device and
+    each also compiled, with the share of the GPU's peak that it uses (MFU) and the memory it takes.
+    """
+    ranks = distributed.start(device)  # as the scripts do it
+    place, dtype = ranks.device, training.pick_dtype("auto", ranks.device)
+    vocab_size = vocab_size or VOCABULARY.get(preset, 50_257)
+    model = Transformer(config.preset(preset, vocab_size=vocab_size, max_seq_len=seq_len))
+    model.init_weights()
+    model = model.to(place)
+    tokens = torch.randint(0, vocab_size, (rows, seq_len + 1), generator=torch.Generator().manual_seed(0)).to(place)
+    x, y = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+    with training.autocast(place, dtype):
+        losses = [side(x, y).item() for side in (model, PlainDecoder(model))]
+    if abs(losses[0] / losses[1] - 1) > (1e-5 if dtype == torch.float32 else 2e-3):
+        raise UserError(f"the two sides compute other losses ({losses}), so their speed does not compare")
+    print(f"{preset}: {model.config.n_parameters():,} parameters, {dtype}, {_machine(place)}")
+    print(f"one step of {rows} x {seq_len} tokens, {torch.get_num_threads()} thread(s), medians of {REPEATS}")
+    print(ops.describe(place), flush=True)
+
+    def step_of(module: nn.Module, loss: Callable, ours: bool = False) -> Callable[[], None]:
+        parameters = list(module.parameters())
+        if ours:
+            optimizers = optim.build_optimizers(model, "adamw", lr=1e-4, weight_decay=0.1)
+        else:
+            optimizers = [torch.optim.AdamW(parameters, lr=1e-4, fused=True)]
 
         def run() -> None:
-            side(x, y).backward()
-            torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            with training.autocast(place, dtype):
+                value = loss()
+            (value / (rows * seq_len)).backward()
+            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+            for optimizer in optimizers:
+                optimizer.step()
+            module.zero_grad(set_to_none=True)
+            if place.type == "cuda":
+                torch.cuda.synchronize()
 
-        run()
         return run
 
-    steps = {name: step(side) for name, side in sides.items()}
-    print(f"{preset}: {model.config.n_parameters():,} parameters, float32, torch {torch.__version__}, {version}")
-    print(f"one training step of {rows} × {seq_len} tokens, {torch.get_num_threads()} thread(s), medians of {REPEATS}")
-    taken = medians(steps)
+    plain = PlainDecoder(model)
+    builds: dict[str, Callable] = {
+        "plain PyTorch": lambda: step_of(model, lambda: plain(x, y)),
+        "minillm": lambda: step_of(model, lambda: model(x, y), ours=True),
+    }
+    if place.type == "cuda":
+        builds |= _gpu_sides(model, plain, step_of, x, y)
+    else:
+        gpt2, version = _gpt2_like(model)
+        name = f"GPT-2, {sum(p.numel() for p in gpt2.parameters()):,} ({version})"
+        builds[name] = lambda: step_of(gpt2, lambda: gpt2(x, labels=x).loss * x.numel())
+    taken, memory = _time_steps(builds, together=place.type != "cuda")
+    flops, peak = model.config.flops_per_token(seq_len), metrics.peak_flops(place, dtype)
     for name, seconds in taken.items():
-        print(f"  {name:<22}{rows * seq_len / seconds:12,.0f} tok/s   {taken['plain PyTorch'] / seconds:5.2f} × plain")
+        speed, ratio = rows * seq_len / seconds, taken["plain PyTorch"] / seconds
+        used = f"   MFU {speed * flops / peak:6.1%}" if peak else ""
+        held = f"   {memory[name] / 2**30:6.1f} GiB" if name in memory else ""
+        print(f"  {name:<36}{speed:12,.0f} tok/s   {ratio:5.2f} x plain{used}{held}", flush=True)
+
+
+def _time_steps(builds: dict[str, Callable], together: bool) -> tuple[dict[str, float], dict[str, int]]:
+    """Median seconds of each side's step, and on a GPU the peak bytes; one side at a time unless `together`."""
+    if together:
+        steps = {name: build() for name, build in builds.items()}
+        for step in steps.values():
+            step()
+        return medians(steps), {}
+    taken, memory = {}, {}
+    for name, build in builds.items():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        step = build()
+        for _ in range(3):  # compile, fill the optimizer's state, warm up
+            step()
+        taken |= medians({name: step})
+        memory[name] = torch.cuda.max_memory_allocated()
+        del step
+    return taken, memory
+
+
+def _gpu_sides(model: Transformer, plain: nn.Module, step_of: Callable, x, y) -> dict[str, Callable]:
+    """What people would take instead on a GPU: compiled PyTorch; transformers, also compiled, and with Liger."""
+    our_fast, plain_fast = torch.compile(model), torch.compile(plain)
+    sides = {
+        "plain PyTorch, compiled": lambda: step_of(model, lambda: plain_fast(x, y)),
+        "minillm, compiled": lambda: step_of(model, lambda: our_fast(x, y), ours=True),
+    }
+    try:
+        twin, version = transformers_twin(model)
+    except UserError as problem:
+        print(f"  transformers: {problem}")
+        return sides
+    twin = twin.to(x.device).train()
+    fast = torch.compile(twin)
+    sides[version] = lambda: step_of(twin, lambda: twin(x, labels=x).loss * x.numel())
+    sides[f"{version}, compiled"] = lambda: step_of(twin, lambda: fast(x, labels=x).loss * x.numel())
+    try:
+        from liger_kernel.transformers import apply_liger_kernel_to_llama
+    except ImportError:
+        print("  Liger: not installed")
+        return sides
+
+    def with_liger() -> Callable[[], None]:  # last: it changes transformers' classes for good
+        apply_liger_kernel_to_llama()
+        other = transformers_twin(model)[0].to(x.device).train()
+        return step_of(other, lambda: other(x, labels=x).loss * x.numel())
+
+    return sides | {f"{version}, Liger": with_liger}
 
 
 def _gpt2_like(model: Transformer):
