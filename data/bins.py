@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from minillm import UserError
-from minillm.run import write_json_atomically
+from minillm.files import write_json_atomically
 from minillm.tokenizer import Tokenizer
 
 SPLITS = ("train", "val")

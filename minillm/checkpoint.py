@@ -5,7 +5,7 @@ step-00000060/
     tokenizer.model …                  its tokenizer
     resume/optimizer.safetensors       what only going on needs, apart, since some loaders read every
     resume/train_state.json            *.safetensors that lies beside the model
-    manifest.json                      size and SHA-256 of each file (see run.py)
+    manifest.json                      size and SHA-256 of each file (see files.py)
 
 There is no pickle anywhere: nothing that is read can run code. Reading is strict: what is missing, too
 much, of another shape or broken is listed in full, and nothing is loaded in part.
@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from minillm import UserError, run
+from minillm import UserError, files, run
 
 INDEX = "model.safetensors.index.json"
 STATE = "resume/train_state.json"
@@ -63,7 +63,7 @@ def save(
         text = json.dumps({**state, "format": 1, "step": step, "optimizer": described}, indent=1)
         (scratch / STATE).write_text(text + "\n", encoding="utf-8")
 
-    run.write_folder(path, fill)
+    files.write_folder(path, fill)
     return path
 
 

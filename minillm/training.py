@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from minillm import UserError, checkpoint, config, distributed, huggingface, metrics, plot, run
+from minillm import UserError, checkpoint, config, distributed, files, huggingface, metrics, plot, run
 from minillm.data import parse_mixture
 from minillm.model import Transformer
 from minillm.tokenizer import Tokenizer
@@ -113,7 +113,7 @@ class Run:
             weights = 4 * model.config.n_parameters()
             held = len(run.step_folders(self.folder))
             copies = max(1, (self.cfg.keep_last or 1) + 1 - held)
-            run.check_writable(self.folder, copies * 3 * weights, largest_file=2 * weights)
+            files.check_writable(self.folder, copies * 3 * weights, largest_file=2 * weights)
 
     def _describe(self, step: int) -> dict:
         return {
@@ -209,7 +209,7 @@ class Run:
         file, value = self.folder / name, None
         if self.ranks.main:
             if self.source is None:  # not what an earlier start, perhaps of another model, left there
-                run.write_json_atomically(file, measure())
+                files.write_json_atomically(file, measure())
             value = json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
         self.ranks.barrier()
         return value

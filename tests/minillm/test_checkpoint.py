@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from minillm import UserError, checkpoint, optim, run
+from minillm import UserError, checkpoint, files, optim, run
 
 
 class Words:
@@ -109,9 +109,9 @@ def test_ten_steps_are_five_and_five_after_a_checkpoint_bit_for_bit(tmp_path, bu
 def test_a_checkpoint_is_a_model_folder_with_what_resuming_needs_apart(tmp_path):
     model = small_model(0)
     folder = save(tmp_path, 60, model, adamw(model), time_s=2.0, config={"lr": 0.01})
-    assert folder == tmp_path / "step-00000060" and run.verify_folder(folder) == []
-    files = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-    assert files == [
+    assert folder == tmp_path / "step-00000060" and files.verify_folder(folder) == []
+    names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    assert names == [
         "manifest.json",
         "model.safetensors",
         "resume/optimizer.safetensors",
@@ -198,7 +198,7 @@ def test_a_full_disk_inside_safetensors_names_the_checkpoint(tmp_path, large):
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert "step-00000002" in text and "File too large" in text
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
-    assert run.verify_folder(tmp_path / "step-00000001") == []
+    assert files.verify_folder(tmp_path / "step-00000001") == []
 
 
 # ---- refusals on resuming

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from minillm import __main__ as commands
-from minillm import config, generate, huggingface, run
+from minillm import config, files, generate, huggingface, run
 from minillm.model import Transformer
 from minillm.tokenizer import Tokenizer
 from minillm.vocab import train_tokenizer
@@ -43,7 +43,7 @@ def home(tmp_path_factory) -> Home:
         huggingface.save_model(model, folder)
         tokenizer.save(folder)
 
-    run.write_folder(step, fill)
+    files.write_folder(step, fill)
     (home / "text.txt").write_text("\n\n".join(TEXTS), encoding="utf-8")
     (home / "texts.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in TEXTS), encoding="utf-8")
     rows = [{"instruction": t, "output": "Tom", "family": f} for f, t in zip("aba", TEXTS, strict=True)]

@@ -1,10 +1,7 @@
-"""A run's folder under kills, full disks, second runs and signals."""
+"""A run's folder: which checkpoint is the newest, one owner, signals, metrics."""
 
-import errno
 import json
 import os
-import random
-import resource
 import signal
 import subprocess
 import sys
@@ -14,159 +11,21 @@ from pathlib import Path
 
 import pytest
 
-from minillm import UserError, run
-
-
-def fill_with(text: str):
-    def fill(folder: Path) -> None:
-        (folder / "resume").mkdir()
-        (folder / "model.safetensors").write_text(text * 1000)
-        (folder / "resume" / "state.json").write_text(json.dumps({"text": text}))
-
-    return fill
-
-
-def content(folder: Path) -> str:
-    """What `fill_with` wrote, both files agreeing."""
-    text = json.loads((folder / "resume" / "state.json").read_text())["text"]
-    assert (folder / "model.safetensors").read_text() == text * 1000
-    return text
+from minillm import UserError, files, run
+from tests.minillm.test_files import content, fill_with, in_child, refused
 
 
 @pytest.fixture
 def saved(tmp_path):
     for step in (10, 20, 30):
-        run.write_folder(tmp_path / run.step_name(step), fill_with(str(step)))
+        files.write_folder(tmp_path / run.step_name(step), fill_with(str(step)))
     return tmp_path
-
-
-def in_child(work) -> int:
-    """Run `work` in a forked child; its exit status (0, or that of its os._exit), negative if killed."""
-    pid = os.fork()
-    if pid == 0:
-        status = 1
-        try:
-            work()
-            status = 0
-        finally:
-            os._exit(status)
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
 def script(text: str, *arguments, **options) -> subprocess.Popen:
     command = [sys.executable, "-u", "-c", textwrap.dedent(text), *map(str, arguments)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen(command, cwd=Path(run.__file__).parents[1], **pipes | options)
-
-
-# ---- whole or not at all
-
-
-def test_a_written_folder_verifies_and_holds_its_manifest(saved):
-    folder = saved / "step-00000020"
-    assert run.verify_folder(folder) == []
-    manifest = json.loads((folder / "manifest.json").read_text())["files"]
-    assert list(manifest) == ["model.safetensors", "resume/state.json"]
-    assert manifest["model.safetensors"]["size"] == 2000
-    # printf '20%.0s' {1..1000} | sha256sum
-    assert manifest["model.safetensors"]["sha256"].startswith("b9db6ef157120787")
-    assert [run.step_of(f) for f in run.step_folders(saved)] == [10, 20, 30]
-
-
-def test_files_may_be_read_by_whom_the_umask_allows(tmp_path):
-    def fill(folder):
-        (folder / "a").write_text("a")
-        (folder / "a").chmod(0o600)  # as safetensors leaves its files
-
-    old = os.umask(0o022)
-    try:
-        run.write_folder(tmp_path / "step-1", fill)
-    finally:
-        os.umask(old)
-    assert (tmp_path / "step-1" / "a").stat().st_mode & 0o777 == 0o644
-
-
-@pytest.mark.parametrize("there_before", ["nothing", "whole", "damaged"])
-def test_killed_at_every_file_operation_of_a_save(tmp_path, there_before):
-    """The process ends before its first, second, … file operation; the next start finds the old or the new."""
-    outcomes = set()
-    for moment in range(1000):
-        home = tmp_path / str(moment)
-        run.write_folder(home / "step-1", fill_with("first"))
-        target = home / "step-2"
-        if there_before != "nothing":
-            run.write_folder(target, fill_with("old"))
-        if there_before == "damaged":
-            (target / "model.safetensors").write_text("x")
-
-        def save(home=home, target=target, left=moment):
-            def end_when_due(event, arguments):
-                nonlocal left
-                if event in ("open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.chmod"):
-                    if left == 0:
-                        os._exit(9)
-                    left -= 1
-
-            sys.addaudithook(end_when_due)  # sees each operation just before it is done
-            run.write_folder(target, fill_with("new"))
-
-        status = in_child(save)
-        run.clean_stale(home)
-        assert {path.name for path in home.iterdir()} <= {"step-1", "step-2"}
-        newest = run.newest_checkpoint(home, log=lambda line: None)
-        outcomes.add(found := content(newest))
-        assert (
-            found in {"nothing": ("first", "new"), "whole": ("old", "new"), "damaged": ("first", "new")}[there_before]
-        )
-        if status == 0:
-            assert found == "new" and moment > 15
-            break
-        assert status == 9
-    assert len(outcomes) == 2
-
-
-def test_killed_at_ten_random_moments_of_a_loop_that_saves(tmp_path):
-    """Signal 9 from outside; all that stands under a step's name is whole, and nothing acknowledged is lost."""
-    rng, acknowledged = random.Random(0), -1
-    for _ in range(10):
-        reader, writer = os.pipe()
-        pid = os.fork()
-        if pid == 0:
-            run.clean_stale(tmp_path)
-            newest = run.newest_checkpoint(tmp_path)
-            step = run.step_of(newest) if newest else 0
-            while True:  # the first save replaces a checkpoint that is there
-                run.write_folder(tmp_path / run.step_name(step), fill_with(f"{step:4}" * 200))
-                os.write(writer, step.to_bytes(4, "little"))
-                run.prune(tmp_path, 2)
-                step += 1
-        os.close(writer)
-        assert len(os.read(reader, 4)) == 4
-        time.sleep(rng.uniform(0, 0.1))
-        os.kill(pid, signal.SIGKILL)
-        os.waitpid(pid, 0)
-        while word := os.read(reader, 4):
-            acknowledged = int.from_bytes(word, "little")
-        os.close(reader)
-        run.clean_stale(tmp_path)
-        for folder in run.step_folders(tmp_path):
-            assert run.verify_folder(folder) == []
-            assert content(folder) == f"{run.step_of(folder):4}" * 200
-        assert run.step_of(run.newest_checkpoint(tmp_path)) >= acknowledged
-    assert acknowledged > 10
-
-
-def test_an_error_while_filling_leaves_nothing(saved):
-    def fill(folder):
-        (folder / "half").write_text("x")
-        raise ZeroDivisionError
-
-    with pytest.raises(ZeroDivisionError):
-        run.write_folder(saved / "step-00000040", fill)
-    assert [path.name for path in saved.iterdir() if "40" in path.name] == []
-
-
-# ---- damage
 
 
 def damage(folder: Path, kind: str) -> str:
@@ -213,20 +72,6 @@ def test_no_whole_checkpoint_is_not_the_same_as_none(saved):
     assert run.newest_checkpoint(saved / "nowhere") is None
 
 
-def test_notes_beside_a_model_are_no_damage(saved):
-    (saved / "step-00000030" / "README.md").write_text("my best model")
-    assert run.verify_folder(saved / "step-00000030") == []
-
-
-def test_a_manifest_cannot_point_outside(saved):
-    folder = saved / "step-00000030"
-    (saved / "outside").write_text("x")
-    manifest = json.loads((folder / "manifest.json").read_text())
-    manifest["files"]["../outside"] = run._describe(saved / "outside")
-    (folder / "manifest.json").write_text(json.dumps(manifest))
-    assert run.verify_folder(folder) == ["../outside is missing"]
-
-
 def test_resolve_takes_a_run_a_checkpoint_or_a_foreign_folder(saved, tmp_path_factory):
     foreign = tmp_path_factory.mktemp("foreign")
     with pytest.raises(UserError, match="holds no checkpoint"):
@@ -253,19 +98,11 @@ def test_stale_folders_go_but_not_those_of_the_living_or_of_others(saved):
     assert {path.name for path in saved.iterdir() if ".tmp-" in path.name} == {living.name, "mine.tmp-backup"}
 
 
-def test_what_cannot_be_read_is_damage(saved, monkeypatch):
-    def broken(file):
-        raise OSError(errno.EIO, os.strerror(errno.EIO))
-
-    monkeypatch.setattr(run, "_describe", broken)
-    assert "model.safetensors cannot be read (Input/output error)" in run.verify_folder(saved / "step-00000030")
-
-
 def test_later_checkpoints_are_kept_out_of_the_way(saved):
     lines = []
     run.set_aside_later(saved, 10, lines.append)
     assert run.newest_checkpoint(saved) == saved / "step-00000010" and len(lines) == 2
-    run.write_folder(saved / "step-00000015", fill_with("15"))
+    files.write_folder(saved / "step-00000015", fill_with("15"))
     run.prune(saved, 1)
     assert [run.step_of(f) for f in run.step_folders(saved)] == [15]
     run.clean_stale(saved)
@@ -278,69 +115,9 @@ def test_prune_keeps_the_newest_and_only_if_it_is_whole(saved):
     damage(saved / "step-00000030", "flip")
     run.prune(saved, 1, lines.append)
     assert len(run.step_folders(saved)) == 3 and "kept" in lines[0]
-    run.write_folder(saved / "step-00000030", fill_with("30"))
+    files.write_folder(saved / "step-00000030", fill_with("30"))
     run.prune(saved, 2)
     assert [run.step_of(f) for f in run.step_folders(saved)] == [20, 30]
-
-
-# ---- disks that refuse
-
-
-def refused(work) -> str:
-    with pytest.raises(UserError) as caught:
-        work()
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
-
-
-def test_a_limit_on_file_size_names_path_and_bytes(saved):
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))  # writing beyond fails with EFBIG
-    try:
-        early = refused(lambda: run.check_writable(saved, 1, largest_file=5000))
-        run.check_writable(saved, 1, largest_file=4096)
-        late = refused(lambda: run.write_folder(saved / "step-00000040", fill_with("12345")))
-        row = refused(lambda: run.write_json_atomically(saved / "a.json", "x" * 5000))
-        log = run.MetricsLog(saved / "metrics.jsonl")
-        refused(lambda: log.write({"step": 1, "text": "x" * 5000}))
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert "5,000" in early and "4,096" in early and "ulimit" in early
-    assert "step-00000040" in late and "4,096 bytes" in late and os.strerror(errno.EFBIG) in late
-    assert str(saved / "a.json") in row
-    assert {path.name for path in saved.iterdir()} == {*(f.name for f in run.step_folders(saved)), "metrics.jsonl"}
-    assert run.newest_checkpoint(saved) == saved / "step-00000030"
-
-
-def test_a_full_disk_names_path_and_keeps_the_checkpoint_before(saved):
-    def fill(folder):
-        (folder / "model.safetensors").symlink_to("/dev/full")
-        (folder / "model.safetensors").write_text("x")
-
-    assert os.strerror(errno.ENOSPC) in refused(lambda: run.write_folder(saved / "step-00000030", fill))
-    assert content(run.newest_checkpoint(saved)) == "30"
-    assert len(list(saved.iterdir())) == 3
-
-
-def test_too_little_space_is_said_before_the_first_step(tmp_path):
-    run.check_writable(tmp_path / "new", 1)
-    assert list((tmp_path / "new").iterdir()) == []
-    assert f"{1 << 60:,}" in refused(lambda: run.check_writable(tmp_path, 1 << 60))
-
-
-def test_a_file_in_the_way(tmp_path):
-    (tmp_path / "out").write_text("")
-    for work in (
-        lambda: run.check_writable(tmp_path / "out" / "run", 1),
-        lambda: run.RunLock(tmp_path / "out" / "run"),
-        lambda: run.write_folder(tmp_path / "out" / "step-1", fill_with("x")),
-        lambda: run.write_json_atomically(tmp_path / "out" / "a.json", 1),
-        lambda: run.MetricsLog(tmp_path / "out" / "metrics.jsonl"),
-    ):
-        assert str(tmp_path / "out") in refused(work)
-
-
-# ---- one owner
 
 
 def test_a_second_run_is_refused_until_the_first_is_dead(tmp_path):
@@ -370,12 +147,10 @@ def test_a_second_run_is_refused_until_the_first_is_dead(tmp_path):
         os.killpg(holder.pid, signal.SIGKILL)
 
 
-# ---- signals
-
 LOOP = """
 import sys, time
 from pathlib import Path
-from minillm import run
+from minillm import files, run
 home, slow = Path(sys.argv[1]), float(sys.argv[2])
 def main():
     signals = run.StopSignals()
@@ -390,9 +165,9 @@ def main():
         print("step", flush=True)
         time.sleep(0.02)
         if step == 3 or signals.requested:
-            run.write_folder(home / run.step_name(step), fill)
+            files.write_folder(home / run.step_name(step), fill)
         if signals.requested:
-            return signals.exit_code
+            return 128 + signals.requested
 sys.exit(run.run_script(main))
 """
 
@@ -418,12 +193,12 @@ def test_signals_end_with_one_whole_checkpoint_more(tmp_path, moment, numbers, s
     returned, errors = stop(tmp_path, moment, numbers)
     assert returned == status and "Traceback" not in errors and "finishing this step" in errors
     folders = run.step_folders(tmp_path)
-    assert folders and all(run.verify_folder(folder) == [] for folder in folders)
+    assert folders and all(files.verify_folder(folder) == [] for folder in folders)
     assert {path.name for path in tmp_path.iterdir()} == {folder.name for folder in folders}
 
 
 def test_a_third_ctrl_c_ends_at_once(tmp_path):
-    run.write_folder(tmp_path / run.step_name(1), fill_with("1"))
+    files.write_folder(tmp_path / run.step_name(1), fill_with("1"))
     begin = time.monotonic()
     returned, errors = stop(tmp_path, "saving", [signal.SIGINT] * 3, slow=25.0)
     assert returned == -signal.SIGINT and time.monotonic() - begin < 20 and "ends at once" in errors
@@ -441,9 +216,9 @@ def test_a_child_process_can_still_be_ended(tmp_path):
 def test_signals_are_given_back(tmp_path):
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
     signals = run.StopSignals()
-    assert signals.exit_code == 0
+    assert signals.requested == 0
     os.kill(os.getpid(), signal.SIGTERM)
-    assert signals.requested == signal.SIGTERM and signals.exit_code == 143
+    assert signals.requested == signal.SIGTERM
     signals.restore()
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
 
@@ -458,9 +233,6 @@ def test_a_user_error_is_one_line_and_status_two(capsys):
     for work, status in ((fail, 2), (interrupt, 130), (lambda: None, 0), (lambda: 143, 143)):
         assert run.run_script(work) == status
     assert capsys.readouterr().err == "error: --steps 0: must be at least 1\n"
-
-
-# ---- metrics.jsonl
 
 
 def test_metrics_rows_beyond_the_resumed_step_and_a_torn_line_are_cut(tmp_path):

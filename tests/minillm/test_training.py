@@ -130,13 +130,13 @@ def test_rows_of_metrics(new_run, tmp_path):
 
 
 def test_a_disk_too_small_is_said_with_what_will_be_needed(new_run, monkeypatch):
-    from minillm import run
+    from minillm import files
     from minillm.model import Transformer
 
     model = Transformer(config.ModelConfig(vocab_size=50, dim=8, n_layers=1, n_heads=2, max_seq_len=8))
     asked = []
     monkeypatch.setattr(
-        run, "check_writable", lambda folder, needed, largest_file: asked.append((needed, largest_file))
+        files, "check_writable", lambda folder, needed, largest_file: asked.append((needed, largest_file))
     )
     new_run(keep_last=2).check_disk(model)
     size = 4 * model.config.n_parameters()

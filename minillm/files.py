@@ -1,0 +1,179 @@
+"""Files and folders that are whole or absent, whatever ends the process that writes them.
+
+What is written goes to `<name>.tmp-<pid>` first and appears under its name by one rename, after its bytes have
+reached the disk. A folder gets a manifest.json with size and SHA-256 of each file, by which it can be verified.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from minillm import UserError
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
+
+MANIFEST = "manifest.json"
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[Path]:
+    """Gives the place where this process may write what shall appear at `path`; whatever goes wrong, it is
+    empty again in the end, and what the disk refuses becomes a `UserError`."""
+    scratch = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield scratch
+    except OSError as problem:
+        files = _files(scratch).values() if scratch.is_dir() else ()
+        written = sum(file.stat().st_size for file in files)
+        home = next(folder for folder in path.absolute().parents if folder.is_dir())
+        raise UserError(
+            f"{path}: writing failed after {written:,} bytes: {problem.strerror or problem} "
+            f"({shutil.disk_usage(home).free:,} bytes free there); free space, mend the folder or choose another "
+            "--out; earlier checkpoints are untouched"
+        ) from None
+    finally:
+        discard(scratch)
+
+
+def discard(path: Path) -> None:
+    """Delete a file or folder, if it is there and can be deleted."""
+    with contextlib.suppress(OSError):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def sync(path: Path) -> None:
+    """Wait until a file's bytes, or a folder's list of names, are on the disk."""
+    windows = os.name == "nt"
+    if windows and path.is_dir():
+        return  # Windows cannot, and keeps names in order by itself
+    handle = os.open(path, os.O_RDWR if windows else os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _files(folder: Path) -> dict[str, Path]:
+    """Every file under `folder` by its relative name, sorted; the manifest itself left out."""
+    found = {file.relative_to(folder).as_posix(): file for file in folder.rglob("*") if file.is_file()}
+    found.pop(MANIFEST, None)
+    return dict(sorted(found.items()))
+
+
+def _describe(file: Path) -> dict:
+    with file.open("rb") as stream:
+        return {"size": file.stat().st_size, "sha256": hashlib.file_digest(stream, "sha256").hexdigest()}
+
+
+def write_json_atomically(path: str | Path, value) -> None:
+    """Write `value` as JSON: a reader sees the old file or the new one, whole. Raises `UserError` naming the path."""
+    with writing(path := Path(path)) as scratch:
+        scratch.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        sync(scratch)
+        scratch.replace(path)
+        sync(path.parent)
+
+
+def write_folder(path: str | Path, fill: Callable[[Path], None]) -> None:
+    """Make the folder `path` appear whole, with a manifest, or not at all.
+
+    fill(folder): writes the files into the folder it is given. A folder that is there already is replaced,
+    and stays on the disk until the new one is whole. Raises `UserError` with path and bytes when the disk is
+    full, read-only or the like; whatever goes wrong, nothing but the old content is left.
+    """
+    with writing(path := Path(path)) as scratch:
+        discard(scratch)
+        scratch.mkdir()
+        fill(scratch)
+        files = _files(scratch)
+        (scratch / MANIFEST).touch()
+        for file in files.values():  # safetensors makes files that only their owner may read
+            file.chmod((scratch / MANIFEST).stat().st_mode)
+        with ThreadPoolExecutor() as pool:  # hashing runs outside Python's lock: one core per file
+            list(pool.map(sync, files.values()))
+            manifest = {"format": 1, "files": dict(zip(files, pool.map(_describe, files.values()), strict=True))}
+        (scratch / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+        sync(scratch / MANIFEST)
+        for folder in (*(f for f in scratch.rglob("*") if f.is_dir()), scratch):
+            sync(folder)
+        _put_in_place(scratch, path)
+
+
+def _put_in_place(scratch: Path, path: Path) -> None:
+    # A rename cannot replace a full folder, so the old one steps aside under a name that clean_stale
+    # gives back, should we be killed between the two renames.
+    aside = path.with_name(path.name + ".old")
+    if path.exists() and verify_folder(path):
+        shutil.rmtree(path)  # damaged: worth less than what may still lie aside
+    elif path.exists():
+        shutil.rmtree(aside, ignore_errors=True)
+        path.rename(aside)
+    scratch.rename(path)
+    sync(path.parent)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def verify_folder(path: str | Path) -> list[str]:
+    """What is wrong with a folder that `write_folder` wrote; empty when every file is as it was written.
+
+    Files added later are no fault, weights (*.safetensors and their index) excepted: a loader might read them.
+    """
+    path = Path(path)
+    try:
+        files = json.loads((path / MANIFEST).read_text(encoding="utf-8"))["files"]
+        expected = {name: (entry["size"], entry["sha256"]) for name, entry in files.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as problem:
+        return [f"{MANIFEST} cannot be read ({type(problem).__name__}: {problem})"]
+    present = _files(path)
+    problems = [f"{name} is missing" for name in expected if name not in present]
+    problems += [
+        f"{name} was added"
+        for name in present
+        if name not in expected and name.endswith((".safetensors", ".safetensors.index.json"))
+    ]
+
+    def compare(name: str) -> str | None:
+        try:
+            size = present[name].stat().st_size
+            if size != expected[name][0]:
+                return f"{name} has {size:,} bytes instead of {expected[name][0]:,}"
+            return (
+                None if _describe(present[name])["sha256"] == expected[name][1] else f"{name} differs from its checksum"
+            )
+        except OSError as problem:  # a bad sector, or another person's file
+            return f"{name} cannot be read ({problem.strerror})"
+
+    with ThreadPoolExecutor() as pool:
+        found = pool.map(compare, (name for name in expected if name in present))
+        return problems + [problem for problem in found if problem]
+
+
+def check_writable(path: str | Path, bytes_needed: int, largest_file: int = 0) -> None:
+    """Refuse, before the first step, a run's folder that could not take its checkpoints.
+
+    bytes_needed: for all checkpoints that will lie there at once, beyond those there now; largest_file: bytes.
+    Raises `UserError` if the folder cannot be written, has too little space or allows no file so large.
+    """
+    with writing(Path(path) / "probe") as probe:
+        probe.write_bytes(b"x")
+        free = shutil.disk_usage(path).free
+    if free < bytes_needed:
+        raise UserError(
+            f"{path}: {free:,} bytes free, but the checkpoints will need {bytes_needed:,}; "
+            "free space, lower --keep_last or choose another --out"
+        )
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0] if resource else -1
+    if 0 <= limit < largest_file:
+        raise UserError(
+            f"{path}: a checkpoint has a file of {largest_file:,} bytes, but the limit on a file is {limit:,}; "
+            "raise it (ulimit -f unlimited)"
+        )
