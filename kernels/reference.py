@@ -114,16 +114,30 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 
 
 def linear_cross_entropy(
-    x: Tensor, weight: Tensor, targets: Tensor, mask: Tensor | None = None, softcap: float | None = None
+    x: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    mask: Tensor | None = None,
+    softcap: float | None = None,
+    *,
+    smoothing: float = 0.0,
+    z_loss: float = 0.0,
 ) -> Tensor:
-    """Sum over unmasked rows of −log softmax(x weightᵀ)[target], in nats.
+    """Weighted sum over rows of the cross-entropy of softmax(x weightᵀ), in nats.
 
-    x: (N, C); weight: (V, C); targets: (N,) int64; mask: (N,) bool, True where the target counts.
-    softcap: logits become softcap · tanh(logits / softcap). Returns a scalar, at least fp32.
+    x: (N, C); weight: (V, C); targets: (N,) int64, −100 where none counts. mask: (N,) bool, True where the target
+    counts, or float, each row's weight (1 / their number gives the mean). softcap: logits become
+    softcap · tanh(logits / softcap). smoothing s: the target is (1 − s) one-hot + s / V everywhere (Szegedy et al.
+    2016, arXiv:1512.00567). z_loss ζ: each row adds ζ · logsumexp² (Chowdhery et al. 2022, arXiv:2204.02311).
+    Returns a scalar, at least fp32.
     """
     logits = x @ weight.to(x.dtype).T
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
-    nats = torch.logsumexp(logits, dim=-1) - logits.gather(-1, targets[:, None]).squeeze(-1)
-    return (nats if mask is None else nats.masked_fill(~mask, 0.0)).sum()
+    rows = torch.ones_like(logits[:, 0]) if mask is None else mask.to(logits.dtype)
+    rows = rows.masked_fill(targets == -100, 0.0)
+    target = targets.masked_fill(rows == 0, 0)[:, None]
+    lse = torch.logsumexp(logits, dim=-1)
+    nats = lse - (1 - smoothing) * logits.gather(-1, target).squeeze(-1) - smoothing * logits.mean(-1)
+    return ((nats + z_loss * lse.square()).masked_fill(rows == 0, 0.0) * rows).sum()

@@ -13,55 +13,83 @@ from torch import Tensor
 CHUNK_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 26}
 
 
-class _LinearCrossEntropy(torch.autograd.Function):
-    """loss = Σ_i m_i (log Σ_v exp z_iv − z_i,y_i) with z = cap(x Wᵀ), by chunks of rows.
+IGNORED = -100  # the target of a row that never counts, as in torch
 
-    ∂loss/∂z_iv = m_i (softmax(z_i)_v − [v = y_i]); a soft cap z = c tanh(u / c) multiplies it by 1 − (z / c)².
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """loss = Σ_i m_i (lse_i − (1 − s) z_i,y − s mean_v z_iv + ζ lse_i²), z = cap(x Wᵀ), lse = logsumexp z, by chunks.
+
+    ∂loss/∂z_iv = m_i (softmax(z_i)_v (1 + 2 ζ lse_i) − (1 − s) [v = y_i] − s / V); a soft cap z = c tanh(u / c)
+    multiplies it by 1 − (z / c)². The m_i, over the largest of them, join the narrow side of each product.
     """
 
     @staticmethod
-    def forward(ctx, x, weight, labels, mask, softcap, dtype, trained):
-        rows = max(16, CHUNK_ELEMENTS.get(x.device.type, 1 << 24) // weight.shape[0])
+    def forward(ctx, x, weight, labels, mask, softcap, smoothing, z_loss, dtype, trained):
+        n, vocabulary = x.shape[0], weight.shape[0]
+        counts = torch.ones(n, device=x.device) if mask is None else mask.float()
+        counts = counts.masked_fill(labels == IGNORED, 0.0)[:, None]
+        labels = labels[:, None].masked_fill(counts == 0, 0)  # there any number may stand
+        largest = counts.abs().amax().clamp_min(1e-30) if n else counts.new_ones(())
+        shares = counts / largest  # fp16 knows nothing as small as a probability over the number of tokens
+        rows = max(16, CHUNK_ELEMENTS.get(x.device.type, 1 << 24) // vocabulary)
         w = weight.to(dtype)
         grad_x = torch.empty_like(x) if trained and x.requires_grad else None
         grad_w = torch.zeros_like(w, dtype=torch.float32) if trained and weight.requires_grad else None
         total = torch.zeros((), dtype=torch.float32, device=x.device)
-        for begin in range(0, x.shape[0], rows):
+        for begin in range(0, n, rows):
             part = slice(begin, begin + rows)
-            x_part, y_part = x[part].to(dtype), labels[part, None]
+            x_part, y_part = x[part].to(dtype), labels[part]
             z = (x_part @ w.T).float()
             if softcap is not None:
                 z = z.div_(softcap).tanh_().mul_(softcap)
             log_p = torch.log_softmax(z, dim=-1)
             nats = -log_p.gather(-1, y_part)
-            total += (nats if mask is None else nats.masked_fill(~mask[part, None], 0.0)).sum()
+            lse = z.gather(-1, y_part) + nats
+            loss = nats + z_loss * lse.square()
+            if smoothing:
+                loss = loss - smoothing * (nats + log_p.mean(-1, keepdim=True))
+            total += (loss.masked_fill(counts[part] == 0, 0.0) * counts[part]).sum()
             if not trained:
                 continue
-            grad = log_p.exp_().scatter_add_(-1, y_part, -torch.ones_like(nats))
-            if mask is not None:
-                grad = grad.mul_(mask[part, None])
+            grad = log_p.exp_()
+            if z_loss:
+                grad = grad.mul_(1 + 2 * z_loss * lse)
+            grad = grad.scatter_add_(-1, y_part, torch.full_like(nats, smoothing - 1))
+            if smoothing:
+                grad = grad.sub_(smoothing / vocabulary)
             if softcap is not None:
                 grad = grad.mul_(1 - (z / softcap).square())
             grad = grad.to(dtype)
             if grad_x is not None:
-                grad_x[part] = grad @ w
+                grad_x[part] = (grad @ w) * shares[part].to(dtype)
             if grad_w is not None:
+                x_part = x_part * shares[part].to(dtype)
                 # fp16 ends at 65,504, and no loss scale reaches this sum over rows: for it, products in fp32
                 grad_w += grad.float().T @ x_part.float() if dtype == torch.float16 else grad.T @ x_part
-        ctx.save_for_backward(grad_x, grad_w)
+        ctx.save_for_backward(grad_x, grad_w, largest)
         ctx.weight_dtype = weight.dtype
         return total
 
     @staticmethod
     def backward(ctx, grad_output):
-        grad_x, grad_w = ctx.saved_tensors
-        grad_x = None if grad_x is None else grad_x * grad_output.to(grad_x.dtype)
-        grad_w = None if grad_w is None else (grad_w * grad_output).to(ctx.weight_dtype)
-        return grad_x, grad_w, None, None, None, None, None
+        grad_x, grad_w, largest = ctx.saved_tensors
+        factor = grad_output * largest
+        if grad_x is not None:
+            wide = torch.promote_types(grad_x.dtype, torch.float32)
+            grad_x = (grad_x.to(wide) * factor).to(grad_x.dtype)
+        grad_w = None if grad_w is None else (grad_w * factor).to(ctx.weight_dtype)
+        return grad_x, grad_w, None, None, None, None, None, None, None
 
 
 def linear_cross_entropy(
-    x: Tensor, weight: Tensor, targets: Tensor, mask: Tensor | None = None, softcap: float | None = None
+    x: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    mask: Tensor | None = None,
+    softcap: float | None = None,
+    *,
+    smoothing: float = 0.0,
+    z_loss: float = 0.0,
 ) -> Tensor:
     """As `kernels.reference.linear_cross_entropy`, in memory for one chunk of logits and both gradients.
 
@@ -69,4 +97,6 @@ def linear_cross_entropy(
     """
     kind = x.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-    return _LinearCrossEntropy.apply(x, weight, targets, mask, softcap, dtype, torch.is_grad_enabled())
+    return _LinearCrossEntropy.apply(
+        x, weight, targets, mask, softcap, smoothing, z_loss, dtype, torch.is_grad_enabled()
+    )

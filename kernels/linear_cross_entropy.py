@@ -1,0 +1,299 @@
+"""Linear layer and cross-entropy in one, a chunk of rows at a time: the N × V logits never exist together.
+
+Forward, for each row i of z = cap(x Wᵀ), with targets y, smoothing s, z-loss coefficient ζ and row weights m:
+    L_i = lse_i − (1 − s) z_i,y − s mean_v(z_iv) + ζ lse_i²        lse_i = log Σ_v exp z_iv        loss = Σ m_i L_i
+Backward, with p_iv = exp(z_iv − lse_i) and the soft cap z = c tanh(u / c):
+    g_iv = ∂loss/∂u_iv = m_i (p_iv (1 + 2 ζ lse_i) − (1 − s) [v = y_i] − s / V) (1 − (z_iv / c)²)
+    dx = g W        dW = gᵀ x
+(smoothing: Szegedy et al. 2016, arXiv:1512.00567; z-loss: Chowdhery et al. 2022, arXiv:2204.02311, section 5.)
+
+The loss is the last thing a model computes, so g is known up to one scalar as soon as z is: a chunk of logits is turned
+into its gradient at once, in its own memory, and both gradients are made from it. Backward only multiplies by the
+scalar. A chunk takes three matrix products, which torch (cuBLAS) runs at its peak, and between the first and the
+others one kernel of ours: a program reads a row once for its log-sum-exp (online: Milakov & Gimelshein 2018,
+arXiv:1805.02867), and once more to write the gradient over it, backwards, since the end is what a cache still holds.
+By its registers an H100 runs three programs a multiprocessor at V = 32,000, which hold 25 MB of rows of the 50 MB of
+its L2 cache, and two at 128,256, 68 MB, of which the last half or so is still there.
+
+What a chunk of R rows costs, on an H100 (132 multiprocessors, 3 TB/s, about 700 TFLOP/s), per 128 × 256 tile of dW:
+    memory         2 R V bytes for the chunk
+    dW's sums      read and written in fp32 once a chunk, 8 C V bytes: by tile 262 KB, 12 µs at a multiprocessor's share
+                   of the bandwidth, against R / 81 µs for the products: as long as they at R = 1,024, half at 2,048
+    waves of dx    (R / 128) (C / 256) tiles on 132 multiprocessors: with R a power of two and C too 2^k tiles, of which
+                   128 fill 97 % of a wave; R = 2,816 at C = 2,048 makes 176, 67 % of two waves
+                   (at C = 768, R = 1,024 only 24: cuBLAS has to split the sum over V)
+    waves of z, dW (R / 128) (V / 256) and (V / 128) (C / 256) tiles: 6 waves or more at V = 32,000, 95 % full
+So R should be as large as memory allows, and a power of two. Memory: dW's sums take 4 C V bytes, dx 2 N C, and at the
+end dW in 16 bits 2 C V more, when the chunk is gone. A chunk of (V + N) C numbers therefore adds at most the size
+of dx to a peak that is there anyway: R is the power of two below C (1 + N / V). Peak over x and W, in MiB, with the
+gradients (H100 rows of 16,384 tokens, 16-bit; counted, not measured):
+    C 768, V 32,000: R 1,024, 180        2,048, 32,000: R 2,048, 439
+    2,048, 128,256:  R 2,048, 1,567      4,096, 128,256: R 4,096, 3,134
+Bytes moved for a logit: written by the first product, read and written here, read by both others, 10 in all.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels import launch
+
+IGNORED = -100  # the target of a row that never counts, as in torch
+SMALLEST_CHUNK = 1 << 25  # numbers: 64 MiB in 16 bits, 1,024 rows at V = 32,000, however few tokens there are
+HEADROOM = 256.0  # fp16: the largest row weight, as the gradient's kernel sees it
+
+
+@triton.jit
+def _capped(u, softcap):
+    """softcap · tanh(u / softcap)"""
+    return softcap * (2.0 / (1.0 + tl.exp(u * (-2.0 / softcap))) - 1.0)
+
+
+@triton.jit
+def _logits(Logits, row, column, live, vocabulary, stride, softcap, beyond, CAPPED: tl.constexpr):
+    """A block of capped logits in fp32: `beyond` after the vocabulary's end, zeros in rows that do not count."""
+    at = Logits + row[:, None] * stride + column[None, :]
+    # Rows are padded to `stride`, a multiple of 64: this mask lets the loads stay 16 bytes wide for any vocabulary.
+    z = tl.load(at, mask=live[:, None] & (column < stride)[None, :], other=0.0).to(tl.float32)
+    if CAPPED:
+        z = _capped(z, softcap)
+    return tl.where((column < vocabulary)[None, :], z, beyond)
+
+
+@triton.jit
+def _loss_and_gradient(Logits, Targets, Weights, Scales, Losses, n_rows, vocabulary, stride, softcap, smoothing, z_loss,
+                       CAPPED: tl.constexpr, SMOOTHED: tl.constexpr, GRADIENT: tl.constexpr,
+                       ROWS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    target = tl.load(Targets + row, mask=row < n_rows, other=-1)
+    weight = tl.load(Weights + row, mask=row < n_rows, other=0.0)
+    live = weight != 0.0
+    row = row.to(tl.int64)
+
+    # The target's logit, read before it is overwritten. NaN where a row counts but has no valid target.
+    valid = live & (target >= 0) & (target < vocabulary)
+    picked = tl.load(Logits + row * stride + target, mask=valid, other=float("nan")).to(tl.float32)
+    if CAPPED:
+        picked = _capped(picked, softcap)
+
+    largest = tl.full([ROWS], float("-inf"), tl.float32)
+    total = tl.zeros([ROWS], tl.float32)  # Σ exp(z − largest)
+    plain = tl.zeros([ROWS], tl.float32)  # Σ z
+    columns = tl.where(tl.max(live.to(tl.int32), axis=0) > 0, vocabulary, 0)
+    for begin in range(0, columns, BLOCK):
+        column = begin + tl.arange(0, BLOCK)
+        z = _logits(Logits, row, column, live, vocabulary, stride, softcap, float("-inf"), CAPPED)
+        larger = tl.maximum(largest, tl.max(z, axis=1))
+        total = total * tl.exp(largest - larger) + tl.sum(tl.exp(z - larger[:, None]), axis=1)
+        largest = larger
+        if SMOOTHED:
+            plain += tl.sum(tl.where((column < vocabulary)[None, :], z, 0.0), axis=1)
+    lse = tl.where(live, largest + tl.log(tl.where(live, total, 1.0)), 0.0)
+    loss = lse - (1.0 - smoothing) * picked + z_loss * lse * lse
+    if SMOOTHED:
+        loss -= smoothing / vocabulary * plain
+    tl.static_assert(loss.dtype == tl.float32)  # Python's floats have come as fp32
+    tl.store(Losses + row, tl.where(live, weight * loss, 0.0), mask=row < n_rows)
+
+    if GRADIENT:
+        scale = tl.load(Scales + row, mask=row < n_rows, other=0.0)
+        share = 1.0 + 2.0 * z_loss * lse
+        blocks = tl.cdiv(stride, BLOCK)
+        for block in range(0, blocks):  # backwards: what was read last is most likely still in a cache
+            column = (blocks - 1 - block) * BLOCK + tl.arange(0, BLOCK)
+            z = _logits(Logits, row, column, live, vocabulary, stride, softcap, 0.0, CAPPED)
+            g = tl.exp(z - lse[:, None]) * share[:, None]
+            g -= tl.where(column[None, :] == target[:, None], 1.0 - smoothing, 0.0)
+            if SMOOTHED:
+                g -= smoothing / vocabulary
+            if CAPPED:
+                t = z * (1.0 / softcap)
+                g *= 1.0 - t * t
+            g = tl.where(live[:, None] & (column < vocabulary)[None, :], g * scale[:, None], 0.0)
+            at = Logits + row[:, None] * stride + column[None, :]
+            tl.store(at, g.to(Logits.dtype.element_ty), mask=(row < n_rows)[:, None] & (column < stride)[None, :])
+
+
+@triton.jit
+def _scaled(From, Factor, To, size, BLOCK: tl.constexpr):
+    index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    factor = tl.load(Factor).to(tl.float32)
+    values = tl.load(From + index, mask=index < size).to(tl.float32)
+    tl.store(To + index, (values * factor).to(To.dtype.element_ty), mask=index < size)
+
+
+def chunk_rows(n: int, width: int, vocabulary: int) -> int:
+    """Rows of a chunk: the largest power of two whose logits are no more numbers than both gradients together."""
+    rows = max((vocabulary + n) * width, SMALLEST_CHUNK) // vocabulary
+    return 1 << (max(16, rows).bit_length() - 1)
+
+
+def kernel_settings(vocabulary: int, device: torch.device) -> dict:
+    """Numbers at a time and warps of the kernel between the products, a row a program.
+
+    16 numbers a thread. Few, large programs, so that the rows being read at a time stay in the L2 cache (see above).
+    """
+    block = min(triton.next_power_of_2(vocabulary), 8192 if vocabulary <= 65536 else 16384)
+    default = {"ROWS": 1, "BLOCK": max(128, block), "num_warps": min(32, max(4, block // 512))}
+    if launch.INTERPRETED:  # its cost is by program
+        default["ROWS"] = max(1, min(64, 65536 // default["BLOCK"]))
+    return launch.settings("linear_cross_entropy", (vocabulary,), device, default)
+
+
+def kept_dtype(own: torch.dtype, product: torch.dtype) -> torch.dtype:
+    """What a gradient waits in for backward: its tensor's own dtype if the products have that too, else fp32.
+
+    fp16 ends at 65,504, and no loss scale reaches the sums over rows before backward: there it is fp32 as well.
+    """
+    return torch.float32 if own != product or own == torch.float16 else own
+
+
+def _add_product(out: Tensor, a: Tensor, b: Tensor, beta: float) -> None:
+    """out ← beta out + a b in place; out in a's dtype or in fp32. With beta 0, what was there is not read.
+
+    In place, so that autocast, which would round the sums, does not step in.
+    """
+    if out.dtype == a.dtype:
+        torch.addmm(out, a, b, beta=beta, out=out)
+    elif out.device.type != "cuda":  # there torch has no product of 16-bit matrices in fp32
+        torch.addmm(out, a.float(), b.float(), beta=beta, out=out)
+    else:
+        torch.addmm(out, a, b, out_dtype=out.dtype, beta=beta, out=out)
+
+
+def forward(
+    x: Tensor, weight: Tensor, targets: Tensor, mask: Tensor | None, softcap: float | None, smoothing: float,
+    z_loss: float, dtype: torch.dtype, need_x: bool, need_weight: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """The loss, and its gradients by x and weight, in `kept_dtype`, empty unless needed."""
+    (n, width), vocabulary = x.shape, weight.shape[0]
+    half, device = dtype == torch.float16, x.device
+    w = weight.to(dtype)
+    rows = min(n, chunk_rows(n, width, vocabulary))
+    dx = torch.empty((n, width) if need_x else 0, dtype=kept_dtype(x.dtype, dtype), device=device)
+    # One chunk needs no sum over chunks; no chunk at all writes nothing.
+    dw_dtype = kept_dtype(weight.dtype, dtype) if rows == n else torch.float32
+    make = torch.empty if n else torch.zeros
+    dw = make((vocabulary, width) if need_weight else 0, dtype=dw_dtype, device=device)
+    losses = torch.empty(n, dtype=torch.float32, device=device)
+    weights = torch.ones(n, device=device) if mask is None else mask.to(torch.float32).contiguous()
+    targets = targets.contiguous()
+    weights = weights.masked_fill(targets == IGNORED, 0.0)
+    # fp16 knows nothing below 6e-8, and a probability times 1 / (number of tokens) is easily less.
+    unit = weights.abs().amax().clamp_min(1e-30) / HEADROOM if half and n else None
+    scales = weights if unit is None else weights / unit
+    stride = triton.cdiv(vocabulary, 64) * 64
+    logits = torch.empty(rows, stride, dtype=dtype, device=device)
+    chosen = kernel_settings(vocabulary, device)
+    for begin in range(0, n, max(1, rows)):
+        part = slice(begin, min(n, begin + rows))
+        a, z = x[part].to(dtype), logits[: part.stop - begin, :vocabulary]
+        _add_product(z, a, w.T, 0.0)
+        launch.run(
+            _loss_and_gradient, (triton.cdiv(len(z), chosen["ROWS"]),),
+            logits, targets[part], weights[part], scales[part], losses[part], len(z), vocabulary, stride,
+            float(softcap or 1.0), float(smoothing), float(z_loss),
+            CAPPED=softcap is not None, SMOOTHED=smoothing != 0.0, GRADIENT=need_x or need_weight, **chosen,
+        )  # fmt: skip
+        if need_x:
+            _add_product(dx[part], z, w, 0.0)
+        if need_weight:
+            _add_product(dw, z.T, a, 1.0 if begin else 0.0)
+    del logits  # before the weight's gradient in its own dtype needs as much
+    if unit is not None:
+        dx, dw = dx.mul_(unit), dw.mul_(unit)
+    return losses.sum(), dx, dw.to(kept_dtype(weight.dtype, dtype))
+
+
+def scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """gradient · factor in `dtype`, in one pass; the product is made in fp32. factor: one number."""
+    out = torch.empty(gradient.shape, dtype=dtype, device=gradient.device)
+    block = 65536 if launch.INTERPRETED else 8192
+    if out.numel():
+        launch.run(_scaled, (triton.cdiv(out.numel(), block),), gradient, factor, out, out.numel(), BLOCK=block,
+                   num_warps=8)  # fmt: skip
+    return out
+
+
+@torch.library.custom_op("minillm::linear_cross_entropy", mutates_args=())
+def _op(
+    x: Tensor, weight: Tensor, targets: Tensor, mask: Tensor | None, softcap: float | None, smoothing: float,
+    z_loss: float, dtype: torch.dtype, need_x: bool, need_weight: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    return forward(x, weight, targets, mask, softcap, smoothing, z_loss, dtype, need_x, need_weight)
+
+
+@_op.register_fake
+def _(x, weight, targets, mask, softcap, smoothing, z_loss, dtype, need_x, need_weight):
+    dx = x.new_empty(x.shape if need_x else 0, dtype=kept_dtype(x.dtype, dtype))
+    dw = weight.new_empty(weight.shape if need_weight else 0, dtype=kept_dtype(weight.dtype, dtype))
+    return x.new_empty((), dtype=torch.float32), dx, dw
+
+
+@torch.library.custom_op("minillm::linear_cross_entropy_backward", mutates_args=())
+def _backward_op(
+    grad_loss: Tensor, dx: Tensor, dw: Tensor, x_dtype: torch.dtype, weight_dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    return scaled(dx, grad_loss, x_dtype), scaled(dw, grad_loss, weight_dtype)
+
+
+@_backward_op.register_fake
+def _(grad_loss, dx, dw, x_dtype, weight_dtype):
+    return dx.new_empty(dx.shape, dtype=x_dtype), dw.new_empty(dw.shape, dtype=weight_dtype)
+
+
+def _setup(ctx, inputs, output):
+    _, dx, dw = output
+    ctx.mark_non_differentiable(dx, dw)
+    ctx.set_materialize_grads(False)
+    ctx.dtypes = inputs[0].dtype, inputs[1].dtype
+    ctx.needs = inputs[-2:]
+    ctx.save_for_backward(dx, dw)
+
+
+def _gradient(ctx, grad_loss, _, __):
+    if grad_loss is None:
+        return (None,) * 10
+    dx, dw = _backward_op(grad_loss, *ctx.saved_tensors, *ctx.dtypes)
+    need_x, need_weight = ctx.needs
+    return dx if need_x else None, dw if need_weight else None, *[None] * 8
+
+
+_op.register_autograd(_gradient, setup_context=_setup)
+
+
+def _check(x: Tensor, weight: Tensor, targets: Tensor, mask: Tensor | None) -> None:
+    """Raise `ValueError` for what the kernels cannot take."""
+    if x.dim() != 2 or weight.dim() != 2 or weight.shape[1] != x.shape[1]:
+        raise ValueError(f"x (N, C) and weight (V, C): got {tuple(x.shape)} and {tuple(weight.shape)}")
+    for name, rows in (("targets", targets), ("mask", mask)):
+        if rows is not None and rows.shape != x.shape[:1]:
+            raise ValueError(f"{name} {tuple(rows.shape)}: one for each row of x, ({x.shape[0]},); flatten both")
+    for name, tensor in (("x", x), ("weight", weight)):
+        if tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+            raise ValueError(f"{name} is {tensor.dtype}: the kernels take float32, float16 or bfloat16; cast it")
+
+
+def linear_cross_entropy(
+    x: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    mask: Tensor | None = None,
+    softcap: float | None = None,
+    *,
+    smoothing: float = 0.0,
+    z_loss: float = 0.0,
+) -> Tensor:
+    """As `kernels.reference.linear_cross_entropy`, in memory for one chunk of logits and both gradients.
+
+    x: (N, C), weight: (V, C), fp32, bf16 or fp16, any strides; targets: (N,) int64; mask: (N,) bool or float.
+    Under autocast the products run in its dtype; the loss, log-sum-exp and sums over rows are in fp32. Returns a
+    scalar in fp32, NaN if a row that counts has a target outside 0…V − 1; raises `ValueError` for other shapes, dtypes.
+    """
+    _check(x, weight, targets, mask)
+    kind = x.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    trained = torch.is_grad_enabled()
+    need_x, need_weight = trained and x.requires_grad, trained and weight.requires_grad
+    return _op(x, weight, targets, mask, softcap, smoothing, z_loss, dtype, need_x, need_weight)[0]
