@@ -141,3 +141,40 @@ def linear_cross_entropy(
     lse = torch.logsumexp(logits, dim=-1)
     nats = lse - (1 - smoothing) * logits.gather(-1, target).squeeze(-1) - smoothing * logits.mean(-1)
     return ((nats + z_loss * lse.square()).masked_fill(rows == 0, 0.0) * rows).sum()
+
+
+def adamw(
+    param: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    *,
+    step: int,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One step of AdamW, counted from 1 (Loshchilov & Hutter 2019, arXiv:1711.05101).
+
+    All of one shape and dtype. Returns the new parameter and its new moments; nothing is written to.
+    """
+    exp_avg = betas[0] * exp_avg + (1 - betas[0]) * grad
+    exp_avg_sq = betas[1] * exp_avg_sq + (1 - betas[1]) * grad.square()
+    mean, square = exp_avg / (1 - betas[0] ** step), exp_avg_sq / (1 - betas[1] ** step)
+    return param - lr * (mean / (square.sqrt() + eps) + weight_decay * param), exp_avg, exp_avg_sq
+
+
+def newton_schulz(matrices: Tensor, steps: int, coefficients: tuple[float, float, float]) -> Tensor:
+    """Bring all singular values of each matrix near 1: x ← a x + (b g + c g²) x with g = x xᵀ (Jordan et al. 2024,
+    "Muon: an optimizer for hidden layers in neural networks").
+
+    matrices: (n, rows, columns), divided by their Frobenius norms first, so that no singular value is above 1.
+    coefficients: a, b, c. Returns a tensor of the same shape.
+    """
+    a, b, c = coefficients
+    x = matrices / (matrices.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x

@@ -1,0 +1,52 @@
+"""Many tensors in one launch: a table of their addresses on the device, and a list of the chunks they make.
+
+A kernel takes a fixed number of arguments, but a model has hundreds of parameters, most of them small. So the
+kernel gets a table of addresses as 64-bit integers, turns them back into pointers, and each of its programs works on
+one chunk of one tensor. Tables are kept by what they hold: as long as no tensor moves nothing is sent, and a table
+can never be out of date.
+"""
+
+import functools
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
+VECTOR = 16  # bytes that a thread can load or store at once, if the address is a multiple of it
+
+
+@functools.lru_cache(maxsize=64)
+def table(numbers: tuple[int, ...], device: torch.device) -> Tensor:
+    """Integers as an int64 tensor on the device, sent without waiting for it."""
+    host = torch.tensor(numbers, dtype=torch.int64, pin_memory=device.type == "cuda")
+    return host.to(device, non_blocking=True)
+
+
+@functools.lru_cache(maxsize=16)
+def chunks(sizes: tuple[int, ...], chunk: int, device: torch.device) -> Tensor:
+    """(number of chunks, 2) int32: which tensor a chunk is of, and which of the tensor's chunks it is.
+
+    sizes: how many elements each tensor has; chunk: elements a chunk has, fewer at a tensor's end.
+    """
+    counts = torch.tensor([-(-size // chunk) for size in sizes], dtype=torch.int64)
+    tensor = torch.repeat_interleave(torch.arange(len(sizes)), counts)
+    within = torch.arange(len(tensor)) - (counts.cumsum(0) - counts)[tensor]
+    return torch.stack((tensor, within), dim=1).int().to(device)
+
+
+def aligned(addresses: list[int]) -> bool:
+    """Whether every address is a multiple of 16 bytes; views into a larger buffer may not be."""
+    return not any(address % VECTOR for address in addresses)
+
+
+def dense(x: Tensor) -> bool:
+    """Whether the elements of x fill one stretch of memory, in whatever order."""
+    return x.is_contiguous() or x.permute(sorted(range(x.dim()), key=x.stride, reverse=True)).is_contiguous()
+
+
+def stored_alike(first: Tensor, *others: Tensor) -> bool:
+    """Whether equal elements of all these tensors lie equally far from their beginnings, without gaps."""
+    if first.is_contiguous():
+        return all(x.is_contiguous() for x in others)
+    return dense(first) and all(x.stride() == first.stride() for x in others)
