@@ -21,6 +21,7 @@ from minillm import (
     plot,
     run,
     training,
+    vocab_commands,
 )
 from minillm.data import TokenBins
 from minillm.tokenizer import Tokenizer
@@ -78,6 +79,8 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--vocab_size", type=int, help="ids; default: GPT-2's 50257, small presets less")
     sub.add_argument("--seq_len", type=int, help="tokens of a sequence; default: the model's context")
     sub.add_argument("--micro_batch_size", type=int, default=8, help="sequences in one forward pass (default 8)")
+    text = "train, merge, prune or inspect a vocabulary"
+    vocab_commands.add_parsers(commands.add_parser("vocab", help=text, description=text, allow_abbrev=False), _Parser)
     sub = command(run_bench, "bench")
     sub.add_argument("what", choices=("generate", "train", "data"), help="what to measure")
     sub.add_argument("--preset", default="tiny", choices=tuple(config.PRESETS), help="the model's shape (default tiny)")

@@ -249,6 +249,15 @@ class Tokenizer:
         for name, data in files.items():
             (folder / name).write_bytes(data)
 
+    def with_chat_template_of(self, other: "Tokenizer") -> "Tokenizer":
+        """This tokenizer, writing what `other`'s folder says of chat templates into its own."""
+        config = json.loads(self._own_companions["tokenizer_config.json"])
+        theirs = json.loads(other._companions.get("tokenizer_config.json", b"{}"))
+        config |= {key: theirs[key] for key in ("chat_template",) if key in theirs}
+        own = self._own_companions | {"tokenizer_config.json": _json(config)}
+        kept = {name: data for name, data in other._companions.items() if name == "chat_template.jinja"}
+        return Tokenizer(self._model_bytes, "the new vocabulary", own | kept)
+
     @cached_property
     def _own_companions(self) -> dict[str, bytes]:
         """What transformers needs; no `tokenizer.json` for a model that is not BPE, such as T5's."""

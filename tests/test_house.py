@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 LAYERS = [
     {"config", "metrics", "packing", "distributed", "files"},
     {"ops", "losses", "kv_cache", "tokenizer", "data", "messages", "readers", "run"},
-    {"model", "chat_data", "vocab", "data/"},
+    {"model", "chat_data", "vocab", "vocab_edit", "vocab_commands", "data/"},
     {"optim", "parallel", "checkpoint", "huggingface", "decode"},
     {"validation", "generate", "evaluate", "plot", "training", "bench"},
     {"__main__", "train_pretrain", "train_sft"},

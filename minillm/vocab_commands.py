@@ -1,0 +1,211 @@
+"""`python -m minillm vocab train|merge|prune|inspect`: a vocabulary of your own, or other people's changed."""
+
+import argparse
+import random
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+from tqdm import tqdm
+
+from minillm import UserError, vocab, vocab_edit
+from minillm.readers import find_files, records, text_of
+from minillm.tokenizer import Tokenizer
+
+HELD_OUT, HELD_OUT_CHARACTERS = 50, 1 << 20  # one document of so many is not learnt from, up to so much text
+EXAMPLES = 5  # pieces shown of each kind
+
+
+def add_parsers(parser: argparse.ArgumentParser, parser_class: type) -> None:
+    """Give `vocab` its four commands."""
+    commands = parser.add_subparsers(required=True, metavar="train|merge|prune|inspect", parser_class=parser_class)
+
+    def command(function: Callable, name: str) -> argparse.ArgumentParser:
+        text = function.__doc__
+        sub = commands.add_parser(name, help=text.split("\n")[0], description=text, allow_abbrev=False)
+        sub.set_defaults(command=function)
+        return sub
+
+    sub = command(run_train, "train")
+    _texts(sub, "--input", required=True, help="texts to learn from: files or folders (.txt .jsonl .json .gz .parquet)")
+    sub.add_argument("--vocab_size", type=int, required=True, help="pieces in all")
+    sub.add_argument("--out", required=True, help="new folder for tokenizer.model and its readable tokenizer.vocab")
+    sub.add_argument("--model_type", default="bpe", choices=("bpe", "unigram"), help="default: bpe")
+    sub.add_argument("--max_memory", type=int, default=64, help="MB of text to learn from, drawn evenly (default 64)")
+    sub.add_argument("--keep_digits_together", action="store_true", help="let a number be one piece")
+    sub.add_argument("--required_chars", default="", metavar="TEXT", help="characters that must have a piece")
+    sub.add_argument("--user_defined", nargs="+", default=[], metavar="PIECE", help="pieces always cut out of a text")
+    sub.add_argument("--control", nargs="+", default=[], metavar="PIECE", help="pieces that no text is cut into")
+    sub.add_argument("--compare", nargs="+", default=[], metavar="MODEL", help="tokenizers to compare with")
+    sub.add_argument("--seed", type=int, default=0, help="of the draw of lines, and of the held-out documents")
+
+    sub = command(run_merge, "merge")
+    sub.add_argument("--base", required=True, help="the vocabulary to add to: .model file or its folder")
+    sub.add_argument("--add", required=True, help="the vocabulary whose pieces to add")
+    sub.add_argument("--out", required=True, help="new folder")
+    sub.add_argument("--rule", default="safe", choices=vocab_edit.RULES, help="common: score 0, changes old text")
+    _texts(sub, "--corpus", help="texts to verify on; without them the new pieces alone are verified")
+
+    sub = command(run_prune, "prune")
+    sub.add_argument("--base", required=True, help="the vocabulary to make smaller: .model file or its folder")
+    _texts(sub, "--corpus", required=True, help="texts whose pieces stay")
+    sub.add_argument("--keep", nargs="+", default=[], metavar="PIECE", help="pieces that stay whatever the texts use")
+    sub.add_argument("--out", required=True, help="new folder")
+
+    sub = command(run_inspect, "inspect")
+    sub.add_argument("model", help=".model file or its folder")
+    _texts(sub, "--corpus", help="texts to count characters per token on")
+    sub.add_argument("--text", help="show how this text is cut")
+
+
+def _texts(parser: argparse.ArgumentParser, name: str, **options) -> None:
+    parser.add_argument(name, nargs="+", default=[], metavar="FILE", **options)
+    if "--field" not in parser._option_string_actions:
+        parser.add_argument("--field", default="text", help="the key that holds a text in .jsonl, .json or .parquet")
+        parser.add_argument(
+            "--split", default="blank", choices=("blank", "lines", "file"), help="where texts end in a .txt"
+        )
+
+
+def _read(paths: list[str], args, what: str) -> Iterator[str]:
+    """All documents of the files, with a progress bar by bytes. Raises `UserError` naming file and place."""
+    found = find_files(paths)
+    with tqdm(total=sum(f.stat().st_size for f in found), unit="B", unit_scale=True, desc=what, leave=False) as bar:
+        done = 0
+        for path in found:
+            for record in records(path, split=args.split, field=args.field):
+                try:
+                    text = text_of(record.kind, record.raw, args.field)
+                except UserError as problem:
+                    raise UserError(f"{path}, item {record.number}: {problem}") from None
+                bar.update(done + record.position - bar.n)
+                yield text
+            done += path.stat().st_size
+
+
+def run_train(args) -> None:
+    """Learn a vocabulary from texts.
+
+    One document of fifty is held out, to show how many characters a token has on text that was not learnt from.
+    """
+    if Path(args.out).exists():
+        raise UserError(f"--out {args.out}: is there already; choose another folder or delete it")
+    if args.max_memory < 1:
+        raise UserError(f"--max_memory {args.max_memory}: at least 1 MB is needed")
+    others = {path: Tokenizer.load(path) for path in args.compare}
+    held_out: list[str] = []
+    draw = random.Random(args.seed + 1)
+
+    def learnt() -> Iterator[str]:
+        room = HELD_OUT_CHARACTERS
+        for text in _read(args.input, args, "reading"):
+            if room > 0 and draw.random() < 1 / HELD_OUT:
+                held_out.append(text[:room])
+                room -= len(text)
+            else:
+                yield text
+
+    kind = vocab.Kind(
+        args.model_type,
+        not args.keep_digits_together,
+        args.required_chars,
+        tuple(args.user_defined),
+        tuple(args.control),
+    )
+    with tempfile.TemporaryDirectory() as scratch:
+        made = vocab.train_tokenizer(
+            learnt(), args.vocab_size, scratch, sample_bytes=args.max_memory << 20, seed=args.seed, kind=kind
+        )
+    vocab_edit.save(made, args.out)
+    print(f"{args.out}: {made.vocab_size:,} pieces")
+    _show_scripts(made)
+    if not held_out:
+        print("no document was held out (one of fifty is): characters per token not counted")
+        return
+    print(f"on {sum(map(len, held_out)):,} held-out characters:")
+    for name, tokenizer in {args.out: made, **others}.items():
+        _show_density(name, tokenizer, held_out)
+
+
+def run_merge(args) -> None:
+    """Add the pieces of one vocabulary to another, changing nothing of how old text is cut."""
+    base, more = Tokenizer.load(args.base), Tokenizer.load(args.add)
+    done = vocab_edit.merge(base, more, args.rule)
+    lost = vocab_edit.unreachable(done.tokenizer, done.added)
+    if lost and args.rule == "safe":
+        raise UserError(
+            f"--add {args.add}: {len(lost)} pieces could never arise ({lost[:EXAMPLES]}); nothing was written"
+        )
+    print(f"added {len(done.added):,}, already there {done.already_there:,}, can never arise {len(lost):,}")
+    for reason, pieces in done.refused.items():
+        print(f"refused {len(pieces):,}: {reason} ({' '.join(pieces[:EXAMPLES])} …)")
+    if args.corpus:
+        counts = vocab_edit.compare(base, done.tokenizer, done.added, _read(args.corpus, args, "verifying"))
+        if counts["changed"] and args.rule == "safe":
+            raise UserError(
+                f"--corpus: {counts['changed']:,} lines without new pieces are cut otherwise; nothing was written"
+            )
+        print(
+            f"{counts['lines']:,} lines, {counts['without']:,} without a new piece, "
+            f"{counts['changed']:,} of these changed"
+        )
+        before, after = (counts["characters"] / max(1, counts[f"{which}_tokens"]) for which in ("old", "new"))
+        print(f"characters per token {before:.3f} → {after:.3f}")
+    vocab_edit.save(done.tokenizer, args.out, base, done.id_map)
+    print(f"{args.out}: {done.tokenizer.vocab_size:,} pieces, id_map.json; next: python -m minillm resize")
+
+
+def run_prune(args) -> None:
+    """Leave out of a vocabulary what some texts do not use; they are cut as before."""
+    base = Tokenizer.load(args.base)
+    made, id_map = vocab_edit.prune(base, _read(args.corpus, args, "reading"), args.keep)
+    lines = changed = 0
+    for text in _read(args.corpus, args, "verifying"):
+        for part in (text, *text.split("\n")):
+            lines += 1
+            changed += [id_map[i] for i in base.encode(part)] != made.encode(part)
+    if changed:
+        raise UserError(f"--corpus: {changed:,} of {lines:,} lines would be cut otherwise; nothing was written")
+    vocab_edit.save(made, args.out, base, id_map)
+    print(f"{args.out}: {made.vocab_size:,} of {base.vocab_size:,} pieces stay; {lines:,} texts and lines, 0 changed")
+
+
+def run_inspect(args) -> None:
+    """Show what a vocabulary is made of."""
+    tokenizer = Tokenizer.load(args.model)
+    spec = tokenizer._proto.trainer_spec
+    kind = spec.ModelType.Name(spec.model_type).lower()
+    print(f"{args.model}: {tokenizer.vocab_size:,} pieces, {kind}, sha256 {tokenizer.sha256[:16]}")
+    special = ", ".join(f"{name} {getattr(tokenizer, f'{name}_id')}" for name in ("bos", "eos", "pad"))
+    rules = tokenizer._proto.normalizer_spec
+    space = "yes" if rules.add_dummy_prefix else "no"
+    print(f"{special}; normalization {rules.name or 'none'}; a space put before each text: {space}")
+    _show_scripts(tokenizer)
+    if args.text is not None:
+        ids = tokenizer.encode(args.text)
+        print(" ".join(tokenizer._proto.pieces[i].piece for i in ids), ids, sep="\n")
+    if args.corpus:
+        _show_density(args.model, tokenizer, _read(args.corpus, args, "reading"))
+
+
+def _show_scripts(tokenizer: Tokenizer) -> None:
+    found = vocab_edit.scripts(tokenizer)
+    print("pieces: " + ", ".join(f"{name} {count:,}" for name, count in found.items()))
+
+
+def _show_density(name: str, tokenizer: Tokenizer, texts: Iterable[str]) -> None:
+    """Characters per token, and the share of characters that lie in a piece of text, not spelt in bytes."""
+    pieces = tokenizer._proto.pieces
+    # of a character's bytes one does not have the form 10xxxxxx; a newline is a byte piece in any case
+    first_bytes = {
+        i
+        for i, p in enumerate(pieces)
+        if p.type == p.UNKNOWN or (p.type == p.BYTE and int(p.piece[3:5], 16) & 0xC0 != 0x80 and p.piece != "<0x0A>")
+    }
+    characters = tokens = spelt = 0
+    for text in texts:
+        ids = tokenizer.encode(text)
+        characters, tokens = characters + len(text), tokens + len(ids)
+        spelt += sum(i in first_bytes for i in ids)
+    share = 1 - spelt / max(1, characters)
+    print(f"  {name:<32}{characters / max(1, tokens):6.3f} characters per token, {share:8.3%} covered by pieces")

@@ -1,0 +1,213 @@
+"""Changing a vocabulary that models already use: adding pieces, leaving some out, and saying what became of each id.
+
+BPE builds a text's pieces by merging the neighbouring pair whose union has the highest score, until none is left.
+From this follow both rules here. Merging: new pieces whose scores lie below all old ones are made only after every
+old merge, so a text in which no new piece occurs is cut as before. Pruning: a piece arises by a fixed series of
+merges inside itself; if all of those stay, it arises as before, and a piece that never arose is missed by nobody.
+"""
+
+import itertools
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from sentencepiece import sentencepiece_model_pb2 as proto
+
+from minillm import UserError, files
+from minillm.tokenizer import SPACE_MARK, Tokenizer
+
+WHITESPACE_SCORE = -1e8  # runs of spaces are given scores far below all others (Mistral: -1e9)
+RULES = ("safe", "common")
+
+
+@dataclass
+class Merged:
+    """What `merge` did. refused: reason → pieces."""
+
+    tokenizer: Tokenizer
+    id_map: list[int]
+    added: list[str] = field(default_factory=list)
+    already_there: int = 0
+    refused: dict[str, list[str]] = field(default_factory=dict)
+
+
+def merge(base: Tokenizer, more: Tokenizer, rule: str = "safe") -> Merged:
+    """The base's vocabulary with the pieces of another appended; every old id stays.
+
+    rule "safe": pieces of BPE text without ASCII characters and spaces, with scores below all of the base, so that
+    what holds no new piece is cut as before; a piece that could never arise is left out. "common": every piece not
+    there yet, with score 0, as the well-known recipe does it: it changes how old text is cut.
+    Raises `UserError` if either is no BPE model.
+    """
+    for name, tokenizer in (("--base", base), ("--add", more)):
+        if tokenizer._proto.trainer_spec.model_type != proto.TrainerSpec.BPE:
+            raise UserError(f"{name}: a BPE vocabulary is needed to merge; this one is of another kind (unigram?)")
+    if rule not in RULES:
+        raise UserError(f"--rule {rule}: choose one of {', '.join(RULES)}")
+    there = {p.piece for p in base._proto.pieces}
+    done = Merged(base, list(range(base.vocab_size)))
+    taken = []
+    ranked = sorted(more._proto.pieces, key=lambda p: -p.score)  # the order in which they were learnt
+    for piece in ranked:
+        reason = None if rule == "common" and piece.type == piece.NORMAL else _reason_against(piece)
+        if piece.piece in there:
+            done.already_there += 1
+        elif reason:
+            done.refused.setdefault(reason, []).append(piece.piece)
+        else:
+            taken.append(piece.piece)
+    lowest = min(p.score for p in base._proto.pieces if p.type == p.NORMAL and p.score > WHITESPACE_SCORE)
+    scores = itertools.repeat(0.0) if rule == "common" else itertools.count(lowest - 1, -1)
+    tokenizer = _with_pieces(base, taken, scores)
+    if rule == "safe":
+        # What never arises takes no part in any merge, so leaving it out changes no other piece's fate.
+        lost = {piece for i, piece in enumerate(taken, base.vocab_size) if not _arises(tokenizer, piece, i)}
+        if lost:
+            done.refused["could never arise: an older merge comes before"] = [p for p in taken if p in lost]
+            taken = [p for p in taken if p not in lost]
+            tokenizer = _with_pieces(base, taken, itertools.count(lowest - 1, -1))
+    done.tokenizer, done.added = tokenizer, taken
+    return done
+
+
+def unreachable(tokenizer: Tokenizer, pieces: Iterable[str]) -> list[str]:
+    """Which of these pieces no text is ever cut into."""
+    ids = {p.piece: i for i, p in enumerate(tokenizer._proto.pieces)}
+    return [piece for piece in pieces if not _arises(tokenizer, piece, ids[piece])]
+
+
+def _arises(tokenizer: Tokenizer, piece: str, piece_id: int) -> bool:
+    return tokenizer._no_prefix.encode(piece) == [piece_id]
+
+
+def _reason_against(piece) -> str | None:
+    if piece.type != piece.NORMAL:
+        return "no piece of text (control, byte, unknown or user-defined)"
+    if SPACE_MARK in piece.piece:
+        return "holds a space"
+    if any(character.isascii() for character in piece.piece):
+        return "holds an ASCII character"
+    return None
+
+
+def _with_pieces(base: Tokenizer, pieces: Iterable[str], scores: Iterable[float]) -> Tokenizer:
+    model = proto.ModelProto.FromString(base._model_bytes)
+    for piece, score in zip(pieces, scores, strict=False):
+        model.pieces.add(piece=piece, score=score, type=proto.ModelProto.SentencePiece.NORMAL)
+    return _finish(model, base)
+
+
+def _finish(model: proto.ModelProto, base: Tokenizer) -> Tokenizer:
+    model.trainer_spec.vocab_size = len(model.pieces)
+    made = Tokenizer(model.SerializeToString(), "the new vocabulary")
+    return made.with_chat_template_of(base)
+
+
+def prune(base: Tokenizer, texts: Iterable[str], keep: Iterable[str] = ()) -> tuple[Tokenizer, list[int]]:
+    """The base's vocabulary with only what these texts use, which are cut as before; and old id → new id, or -1.
+
+    Special, byte and user-defined pieces stay, as do the pieces named in `keep`. With a kept piece stay those that
+    it is merged from.
+    """
+    pieces = base._proto.pieces
+    ids = {p.piece: i for i, p in enumerate(pieces)}
+    used = {i for i, p in enumerate(pieces) if p.type != p.NORMAL or p.piece == SPACE_MARK}  # a space is never bytes
+    for text in texts:
+        used.update(base.encode(text))
+        for row in base.encode_many(text.split("\n")):  # many models put a space before each text they are given
+            used.update(row)
+    for piece in keep:
+        if piece not in ids:
+            raise UserError(f"--keep {piece!r}: no piece of the vocabulary")
+        used.add(ids[piece])
+    if base._proto.trainer_spec.model_type == proto.TrainerSpec.BPE:
+        scores = {p.piece: p.score for p in pieces if p.type == p.NORMAL}
+        parts = {
+            part for i in used if pieces[i].type == pieces[i].NORMAL for part in merges_of(pieces[i].piece, scores)
+        }
+        used |= {ids[part] for part in parts}
+    model = proto.ModelProto.FromString(base._model_bytes)
+    kept = sorted(used)
+    del model.pieces[:]
+    model.pieces.extend(pieces[i] for i in kept)
+    new = {old: i for i, old in enumerate(kept)}
+    for role in ("unk_id", "bos_id", "eos_id", "pad_id"):
+        old = getattr(model.trainer_spec, role)
+        setattr(model.trainer_spec, role, new.get(old, -1))
+    return _finish(model, base), [new.get(i, -1) for i in range(base.vocab_size)]
+
+
+def merges_of(piece: str, scores: dict[str, float]) -> set[str]:
+    """Every piece that arises while BPE puts `piece` together, itself and single characters included."""
+    parts = list(piece)
+    seen = {part for part in parts if part in scores}
+    while len(parts) > 1:
+        unions = [(scores[a + b], -i) for i, (a, b) in enumerate(itertools.pairwise(parts)) if a + b in scores]
+        if not unions:
+            break
+        at = -max(unions)[1]  # the highest score, leftmost first
+        parts[at : at + 2] = [parts[at] + parts[at + 1]]
+        seen.add(parts[at])
+    return seen
+
+
+def save(tokenizer: Tokenizer, out: str | Path, old: Tokenizer | None = None, id_map: list[int] | None = None) -> None:
+    """Write tokenizer.model, a readable tokenizer.vocab and, for a changed one, id_map.json; whole or not at all.
+
+    Raises `UserError` if `out` is there already.
+    """
+    if Path(out).exists():
+        raise UserError(f"--out {out}: is there already; choose another folder or delete it")
+
+    def fill(folder: Path) -> None:
+        tokenizer.save(folder)
+        rows = (f"{i}\t{p.piece}\t{p.score:g}\n" for i, p in enumerate(tokenizer._proto.pieces))
+        (folder / "tokenizer.vocab").write_text("".join(rows), encoding="utf-8")
+        if id_map is not None:
+            described = {"old_sha256": old.sha256, "new_sha256": tokenizer.sha256, "new_id_of_old": id_map}
+            files.write_json_atomically(folder / "id_map.json", described)
+
+    files.write_folder(out, fill)
+
+
+# ---------------------------------------------------------------- what people want to know of a vocabulary
+
+
+def compare(old: Tokenizer, new: Tokenizer, added: Iterable[str], texts: Iterable[str]) -> dict[str, int]:
+    """How two vocabularies cut the lines of some texts, the second being the first with `added`.
+
+    Returns numbers: lines, characters, old_tokens, new_tokens; without (lines that hold no added piece) and
+    changed (those of them that are cut differently).
+    """
+    added = set(added)
+    lengths = sorted({len(piece) for piece in added})
+    starts = {piece[0] for piece in added}
+    counts = Counter(lines=0, characters=0, old_tokens=0, new_tokens=0, without=0, changed=0)
+    for line in (line for text in texts for line in text.split("\n")):
+        before, after = old.encode(line), new.encode(line)
+        counts.update(lines=1, characters=len(line), old_tokens=len(before), new_tokens=len(after))
+        holds = any(
+            line[i : i + n] in added for i, character in enumerate(line) if character in starts for n in lengths
+        )
+        counts.update(without=not holds, changed=not holds and before != after)
+    return dict(counts)
+
+
+def scripts(tokenizer: Tokenizer) -> dict[str, int]:
+    """How many pieces of text there are in each script (of a piece's first letter), most frequent first."""
+    counts: Counter[str] = Counter()
+    for piece in tokenizer._proto.pieces:
+        kind = {piece.CONTROL: "control", piece.BYTE: "byte", piece.UNKNOWN: "unknown"}.get(piece.type)
+        counts[kind or _script(piece.piece)] += 1
+    return dict(counts.most_common())
+
+
+def _script(text: str) -> str:
+    """The first word of the Unicode name of the first letter: LATIN, CJK, CYRILLIC; "digit", "space" or "sign"."""
+    text = text.replace(SPACE_MARK, " ")
+    for character in text:
+        if character.isalpha():
+            return unicodedata.name(character, "other").split(" ")[0].split("-")[0].lower()
+    return "digit" if any(c.isdigit() for c in text) else "space" if text.isspace() else "sign"
