@@ -19,6 +19,7 @@ from minillm import (
     generate,
     huggingface,
     plot,
+    resize,
     run,
     training,
     vocab_commands,
@@ -81,6 +82,13 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--micro_batch_size", type=int, default=8, help="sequences in one forward pass (default 8)")
     text = "train, merge, prune or inspect a vocabulary"
     vocab_commands.add_parsers(commands.add_parser("vocab", help=text, description=text, allow_abbrev=False), _Parser)
+    sub = command(run_resize, "resize")
+    sub.add_argument("--model", required=True, help="model folder whose tokenizer is the old one")
+    sub.add_argument("--tokenizer", required=True, help="the new one: folder that vocab merge or prune wrote")
+    sub.add_argument("--id_map", help="id_map.json; default: the one beside the new tokenizer")
+    sub.add_argument("--out", required=True, help="new model folder")
+    sub.add_argument("--start", default="mean", choices=resize.STARTS, help="new rows: mean of the old sub-tokens, …")
+    sub.add_argument("--pad_to_multiple", type=int, default=1, help="of the number of rows (GPUs like 64)")
     sub = command(run_bench, "bench")
     sub.add_argument("what", choices=("generate", "train", "data"), help="what to measure")
     sub.add_argument("--preset", default="tiny", choices=tuple(config.PRESETS), help="the model's shape (default tiny)")
@@ -355,6 +363,16 @@ def activations(shape: config.ModelConfig, rows: int, seq_len: int, size: int) -
     layer = 4 * shape.dim + 3 * q + 3 * kv + 4 * shape.ffn_dim
     tokens = rows * seq_len * size
     return tokens * (shape.n_layers * layer + 2 * shape.dim), tokens * (shape.n_layers * shape.dim + layer)
+
+
+def run_resize(args) -> None:
+    """Give a model another vocabulary: embedding and head follow the mapping of ids, new pieces get a start."""
+    id_map = args.id_map or Path(args.tokenizer) / "id_map.json"
+    print(
+        resize.resize_folder(
+            args.model, args.tokenizer, id_map, args.out, start=args.start, multiple=args.pad_to_multiple
+        )
+    )
 
 
 def run_bench(args) -> None:

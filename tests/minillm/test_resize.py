@@ -1,0 +1,130 @@
+"""A model with another vocabulary computes the same where nothing changed."""
+
+import json
+
+import pytest
+import torch
+
+from minillm import UserError, huggingface, resize, vocab_edit
+from minillm import __main__ as commands
+from minillm.config import ModelConfig
+from minillm.model import Transformer
+from minillm.tokenizer import Tokenizer
+from minillm.vocab import train_tokenizer
+
+ENGLISH = ["the cat sat on the mat and the dog sat on the log\nhello hello world"] * 30
+CHINESE = ["床前明月光，疑是地上霜。举头望明月，低头思故乡。", "春眠不觉晓，处处闻啼鸟。夜来风雨声，花落知多少。"] * 30
+
+
+def model_folder(path, tokenizer, tied):
+    config = ModelConfig(
+        vocab_size=tokenizer.vocab_size, dim=16, n_layers=2, n_heads=2, ffn_dim=24, max_seq_len=64, tie_embeddings=tied
+    )
+    model = Transformer(config)
+    model.init_weights(0)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())) * 0.1 + (p.dim() == 1))
+    path.mkdir(parents=True)
+    huggingface.save_model(model, path)
+    tokenizer.save(path)
+    return model
+
+
+@pytest.fixture(scope="module")
+def vocabularies(tmp_path_factory):
+    home = tmp_path_factory.mktemp("vocabularies")
+    base, more = train_tokenizer(ENGLISH, 390, home / "en"), train_tokenizer(CHINESE, 440, home / "zh")
+    merged = vocab_edit.merge(base, more)
+    vocab_edit.save(merged.tokenizer, home / "merged", base, merged.id_map)
+    vocab_edit.save(*(lambda made, ids: (made, home / "pruned", base, ids))(*vocab_edit.prune(base, ["the cat sat"])))
+    return home, base
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("multiple", [1, 64])
+def test_logits_over_kept_ids_are_equal_on_text_without_new_pieces(vocabularies, tmp_path, tied, multiple):
+    home, base = vocabularies
+    before = model_folder(tmp_path / "old", base, tied)
+    merged = home / "merged"
+    resize.resize_folder(
+        tmp_path / "old", merged, merged / "id_map.json", tmp_path / "new", start="mean", multiple=multiple
+    )
+    after, new = huggingface.load_model(tmp_path / "new"), Tokenizer.load(tmp_path / "new")
+    assert after.config.vocab_size % multiple == 0 and after.config.vocab_size >= new.vocab_size
+    ids = torch.tensor([new.encode("the cat and the dog")])
+    assert ids[0].tolist() == base.encode("the cat and the dog")
+    assert torch.equal(after(ids)[..., : base.vocab_size], before(ids))
+    assert (after.lm_head.weight is after.embed_tokens.weight) == tied
+    piece = next(i for i in range(base.vocab_size, new.vocab_size) if len(new._proto.pieces[i].piece) > 1)
+    parts = base.encode(new._proto.pieces[piece].piece)
+    for name in ("embed_tokens", "lm_head"):
+        table, old = getattr(after, name).weight, getattr(before, name).weight
+        torch.testing.assert_close(table[piece], old[parts].mean(0))
+
+
+def test_a_pruned_models_logits_are_the_old_ones_sliced(vocabularies, tmp_path):
+    home, base = vocabularies
+    before = model_folder(tmp_path / "old", base, tied=False)
+    pruned = home / "pruned"
+    resize.resize_folder(tmp_path / "old", pruned, pruned / "id_map.json", tmp_path / "new", start="mean", multiple=1)
+    after, new = huggingface.load_model(tmp_path / "new"), Tokenizer.load(tmp_path / "new")
+    ids = json.loads((pruned / "id_map.json").read_text())["new_id_of_old"]
+    kept = [old for old, new_id in enumerate(ids) if new_id >= 0]
+    text = "the cat sat"
+    torch.testing.assert_close(
+        after(torch.tensor([new.encode(text)])), before(torch.tensor([base.encode(text)]))[..., kept], atol=1e-6, rtol=0
+    )
+
+
+@pytest.mark.parametrize("start", resize.STARTS)
+def test_where_new_rows_start(start):
+    table = torch.randn(50, 8, generator=torch.Generator().manual_seed(0))
+    out = resize.resize_rows(table, [[3], [1, 2], []], 4, start)
+    assert torch.equal(out[0], table[3]) and out.shape == (4, 8)
+    torch.testing.assert_close(out[3], table.mean(0))
+    if start == "mean":
+        torch.testing.assert_close(out[1], (table[1] + table[2]) / 2)
+    elif start == "mean_all":
+        torch.testing.assert_close(out[1], table.mean(0))
+    else:
+        assert not torch.equal(out[1], out[2]) and (out[1] - table.mean(0)).abs().max() < 5 * table.std()
+
+
+def test_the_command_and_its_faults(vocabularies, tmp_path, monkeypatch, capsys):
+    home, base = vocabularies
+    model_folder(tmp_path / "old", base, tied=True)
+
+    def call(**given):
+        options = dict(model=tmp_path / "old", tokenizer=home / "merged", id_map=home / "merged" / "id_map.json")
+        options |= dict(out=tmp_path / "new") | given
+        arguments = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+        monkeypatch.setattr("sys.argv", ["minillm", "resize", *arguments])
+        return commands.main()
+
+    for given, said in (
+        (dict(tokenizer=home / "zh"), "not the one that"),
+        (dict(id_map=home / "pruned" / "id_map.json"), "not the one that"),
+        (dict(id_map=home / "merged" / "tokenizer.vocab"), "no id map"),
+        (dict(id_map=home / "none.json"), "cannot be read"),
+        (dict(pad_to_multiple=0), "--pad_to_multiple 0"),
+    ):
+        with pytest.raises(UserError, match=said):
+            call(**given)
+        assert not (tmp_path / "new").exists()
+    assert call() == 0 and "rows kept" in capsys.readouterr().out
+    with pytest.raises(UserError, match="is there already"):
+        call()
+
+
+def test_transformers_reads_the_result(vocabularies, tmp_path):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    home, base = vocabularies
+    model_folder(tmp_path / "old", base, tied=True)
+    merged = home / "merged"
+    resize.resize_folder(tmp_path / "old", merged, merged / "id_map.json", tmp_path / "new", start="mean", multiple=8)
+    ours, theirs = huggingface.load_model(tmp_path / "new"), AutoModelForCausalLM.from_pretrained(tmp_path / "new")
+    ids = AutoTokenizer.from_pretrained(tmp_path / "new")("明月 the cat", add_special_tokens=False, return_tensors="pt")
+    assert ids["input_ids"][0].tolist() == Tokenizer.load(tmp_path / "new").encode("明月 the cat")
+    torch.testing.assert_close(theirs(ids["input_ids"]).logits, ours(ids["input_ids"]), atol=1e-5, rtol=0)
