@@ -19,15 +19,14 @@ What a chunk of R rows costs, on an H100 (132 multiprocessors, 3 TB/s, about 700
     memory         2 R V bytes for the chunk
     dW's sums      read and written in fp32 once a chunk, 8 C V bytes: by tile 262 KB, 12 µs at a multiprocessor's share
                    of the bandwidth, against R / 81 µs for the products: as long as they at R = 1,024, half at 2,048
-    waves of dx    (R / 128) (C / 256) tiles on 132 multiprocessors: with R a power of two and C too 2^k tiles, of which
-                   128 fill 97 % of a wave; R = 2,816 at C = 2,048 makes 176, 67 % of two waves
-                   (at C = 768, R = 1,024 only 24: cuBLAS has to split the sum over V)
+    waves of dx    (R / 128) (C / 256) tiles: at C = 2,048, R = 2,048 makes 128, which fill 97 % of a wave, R = 2,816
+                   176, 67 % of two waves (at C = 768 and R = 1,152 only 27: cuBLAS has to split the sum over V)
     waves of z, dW (R / 128) (V / 256) and (V / 128) (C / 256) tiles: 6 waves or more at V = 32,000, 95 % full
-So R should be as large as memory allows, and a power of two. Memory: dW's sums take 4 C V bytes, dx 2 N C, and at the
-end dW in 16 bits 2 C V more, when the chunk is gone. A chunk of (V + N) C numbers therefore adds at most the size
-of dx to a peak that is there anyway: R is the power of two below C (1 + N / V). Peak over x and W, in MiB, with the
-gradients (H100 rows of 16,384 tokens, 16-bit; counted, not measured):
-    C 768, V 32,000: R 1,024, 180        2,048, 32,000: R 2,048, 439
+So R should be as large as memory allows, down to full waves of dx where it takes more than one. Memory: dW's sums take
+4 C V bytes, dx 2 N C, and at the end dW in 16 bits 2 C V more, when the chunk is gone. A chunk of (V + N) C numbers
+therefore adds at most the size of dx to a peak that is there anyway: R is below C (1 + N / V). Peak over x and W, in
+MiB, with the gradients (H100 rows of 16,384 tokens, 16-bit; counted, not measured):
+    C 768, V 32,000: R 1,152, 188        2,048, 32,000: R 2,048, 439
     2,048, 128,256:  R 2,048, 1,567      4,096, 128,256: R 4,096, 3,134
 Bytes moved for a logit: written by the first product, read and written here, read by both others, 10 in all.
 """
@@ -123,10 +122,14 @@ def _scaled(From, Factor, To, size, BLOCK: tl.constexpr):
     tl.store(To + index, (values * factor).to(To.dtype.element_ty), mask=index < size)
 
 
-def chunk_rows(n: int, width: int, vocabulary: int) -> int:
-    """Rows of a chunk: the largest power of two whose logits are no more numbers than both gradients together."""
-    rows = max((vocabulary + n) * width, SMALLEST_CHUNK) // vocabulary
-    return 1 << (max(16, rows).bit_length() - 1)
+def chunk_rows(n: int, width: int, vocabulary: int, multiprocessors: int) -> int:
+    """Rows of a chunk, in tiles of 128: logits of as many numbers as both gradients, but full waves (see above)."""
+    tiles = max(1, max((vocabulary + n) * width, SMALLEST_CHUNK) // vocabulary // 128)
+    across = triton.cdiv(width, 256)
+    if tiles * across > multiprocessors:
+        tiles = max(1, tiles * across // multiprocessors * multiprocessors // across)
+    chunks = triton.cdiv(n, 128 * tiles)
+    return 128 * triton.cdiv(n, 128 * max(1, chunks))  # chunks alike
 
 
 def kernel_settings(vocabulary: int, device: torch.device) -> dict:
@@ -170,14 +173,14 @@ def forward(
     (n, width), vocabulary = x.shape, weight.shape[0]
     half, device = dtype == torch.float16, x.device
     w = weight.to(dtype)
-    rows = min(n, chunk_rows(n, width, vocabulary))
+    rows = min(n, chunk_rows(n, width, vocabulary, launch.multiprocessors(device)))
     dx = torch.empty((n, width) if need_x else 0, dtype=kept_dtype(x.dtype, dtype), device=device)
     # One chunk needs no sum over chunks; no chunk at all writes nothing.
     dw_dtype = kept_dtype(weight.dtype, dtype) if rows == n else torch.float32
     make = torch.empty if n else torch.zeros
     dw = make((vocabulary, width) if need_weight else 0, dtype=dw_dtype, device=device)
     losses = torch.empty(n, dtype=torch.float32, device=device)
-    weights = torch.ones(n, device=device) if mask is None else mask.to(torch.float32).contiguous()
+    weights = torch.ones(n, dtype=torch.float32, device=device) if mask is None else mask.to(torch.float32).contiguous()
     targets = targets.contiguous()
     weights = weights.masked_fill(targets == IGNORED, 0.0)
     # fp16 knows nothing below 6e-8, and a probability times 1 / (number of tokens) is easily less.

@@ -26,7 +26,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, labels, mask, softcap, smoothing, z_loss, dtype, trained):
         n, vocabulary = x.shape[0], weight.shape[0]
-        counts = torch.ones(n, device=x.device) if mask is None else mask.float()
+        counts = torch.ones(n, dtype=torch.float32, device=x.device) if mask is None else mask.float()
         counts = counts.masked_fill(labels == IGNORED, 0.0)[:, None]
         labels = labels[:, None].masked_fill(counts == 0, 0)  # there any number may stand
         largest = counts.abs().amax().clamp_min(1e-30) if n else counts.new_ones(())

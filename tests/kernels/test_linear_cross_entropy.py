@@ -37,7 +37,7 @@ def hold(x, w, targets, mask=None, grad=0.3, **options):
         lambda x, w: ours(x, w, targets, mask, **options),
         lambda x, w: reference.linear_cross_entropy(x, w, targets, mask, **options),
         [x, w],
-        [torch.tensor(grad, device=DEVICE)],
+        [torch.tensor(grad, device=x.device)],
     )
 
 
@@ -266,12 +266,12 @@ def test_says_what_is_wrong():
             ours(*bad)
 
 
-def test_chunks_take_no_more_than_the_gradients():
-    """Rows at the sizes of the docstring, and 1,024 at least for a usual vocabulary."""
-    tokens = 16384
-    sizes = {(768, 32000): 1024, (2048, 32000): 2048, (2048, 128256): 2048, (4096, 128256): 4096}
-    assert {(c, v): chunk_rows(tokens, c, v) for c, v in sizes} == sizes
-    assert chunk_rows(1, 64, 32000) == 1024 and chunk_rows(1, 8, 1 << 40) == 16
+def test_chunks_are_as_large_as_the_docstring_says():
+    tokens, h100 = 16384, 132
+    sizes = {(768, 32000): 1152, (2048, 32000): 2048, (2048, 128256): 2048, (4096, 128256): 4096}
+    assert {(c, v): chunk_rows(tokens, c, v, h100) for c, v in sizes} == sizes
+    assert chunk_rows(1, 64, 32000, h100) == chunk_rows(1, 1 << 20, 1 << 20, 4) == 128
+    assert chunk_rows(0, 64, 32000, h100) == 0
 
 
 @pytest.mark.gpu
