@@ -25,7 +25,7 @@ except ImportError as problem:  # another package of that name is on the registr
 
 IMPLEMENTATIONS = ("auto", "triton", "torch", "reference")
 OLDEST_GPU = 8, 0  # compute capability: what the kernels are compiled for and tested against
-MODULES = ("attention", "linear_cross_entropy", "rms_norm", "rope", "swiglu")
+MODULES = ("attention", "decode_attention", "linear_cross_entropy", "rms_norm", "rope", "swiglu")
 
 _selected = "auto"
 _triton: SimpleNamespace | None = None  # the kernels' modules, once they are imported
@@ -175,6 +175,24 @@ def attention(
         scale=scale,
         enable_gqa=q.shape[2] != k.shape[2],
     )
+    return out.transpose(1, 2)
+
+
+def decode_attention(q: Tensor, k: Tensor, v: Tensor, begin: Tensor, end: Tensor, window: int | None = None) -> Tensor:
+    """Attention of the newest Tq tokens, q (B, Tq, H, D), over a whole cache, k and v (B, Tmax, K, D), without gradient.
+
+    begin, end: (B,) int32 or int64 on q's device: row b's keys are the slots begin[b] ≤ j < end[b], and its query t
+    stands at slot end[b] − Tq + t; no number of the host's changes from step to step. Returns (B, Tq, H, D).
+    """
+    if fused(q):
+        return _triton.decode_attention.decode_attention(q, k, v, begin=begin, end=end, window=window)
+    slots = torch.arange(k.shape[1], device=q.device)
+    own = end[:, None, None] - q.shape[1] + slots[: q.shape[1], None]  # (B, Tq, 1)
+    seen = (slots >= begin[:, None, None]) & (slots <= own)
+    if window is not None:
+        seen = seen & (slots > own - window)
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=seen[:, None], enable_gqa=q.shape[1] != k.shape[1])
     return out.transpose(1, 2)
 
 
