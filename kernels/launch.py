@@ -85,8 +85,12 @@ def settings(op: str, key: tuple, device: torch.device, default: dict) -> dict:
 
     key: whatever the best settings depend on, head size or width or dtype, but no number of tokens.
     """
-    name = " ".join(map(str, (op, *key)))
-    return _trying.get(op) or _tuned(device).get(name) or default
+    return _trying.get(op) or _tuned(device).get(settings_name(op, key)) or default
+
+
+def settings_name(op: str, key: tuple) -> str:
+    """What settings for (op, key) are called in the tuned file."""
+    return " ".join(map(str, (op, *key)))
 
 
 @contextlib.contextmanager
