@@ -37,14 +37,6 @@ COLUMNS = 7  # of the table: addresses of parameter, gradient, m, v and master c
 
 
 @triton.jit
-def _pointer(Entry, TYPE: tl.constexpr, ALIGNED: tl.constexpr):
-    pointer = tl.load(Entry).to(tl.pointer_type(TYPE))
-    if ALIGNED:
-        pointer = tl.multiple_of(pointer, 16)
-    return pointer
-
-
-@triton.jit
 def _random_rounding(w, begin, number, step, seed, BLOCK: tl.constexpr):
     """fp32 → bf16, up or down at random; `begin`, a multiple of 4: the block's first element."""
     index = (begin + 4 * tl.arange(0, BLOCK // 4)).to(tl.int64) >> 2
@@ -85,9 +77,11 @@ def _adamw(Table, Chunks, Scale, decay, step_size, shrink, share1, share2, eps, 
            BLOCK: tl.constexpr):  # fmt: skip
     row = Table + tl.load(Chunks + 2 * tl.program_id(0)).to(tl.int64) * COLUMNS
     first = tl.load(Chunks + 2 * tl.program_id(0) + 1).to(tl.int64) * CHUNK
-    P, G = _pointer(row, PARAMETER, ALIGNED), _pointer(row + 1, GRADIENT, ALIGNED)
-    M, V = _pointer(row + 2, tl.float32, ALIGNED), _pointer(row + 3, tl.float32, ALIGNED)
-    W = _pointer(row + 4, tl.float32, ALIGNED)
+    P = tensor_lists.pointer(row, PARAMETER, ALIGNED)
+    G = tensor_lists.pointer(row + 1, GRADIENT, ALIGNED)
+    M = tensor_lists.pointer(row + 2, tl.float32, ALIGNED)
+    V = tensor_lists.pointer(row + 3, tl.float32, ALIGNED)
+    W = tensor_lists.pointer(row + 4, tl.float32, ALIGNED)
     size, number = tl.load(row + 5), tl.load(row + 6)
     scale = tl.load(Scale) if SCALED else 1.0
     if first + CHUNK <= size:

@@ -9,6 +9,7 @@ can never be out of date.
 import functools
 
 import torch
+import triton
 import triton.language as tl
 from torch import Tensor
 
@@ -50,3 +51,13 @@ def stored_alike(first: Tensor, *others: Tensor) -> bool:
     if first.is_contiguous():
         return all(x.is_contiguous() for x in others)
     return dense(first) and all(x.stride() == first.stride() for x in others)
+
+
+@triton.jit
+def pointer(Entry, TYPE: tl.constexpr, ALIGNED: tl.constexpr):
+    """The pointer that an entry of a table holds; said of the pointer, not of the integer, to be aligned: Triton
+    forgets what it knows of an integer when it becomes a pointer."""
+    start = tl.load(Entry).to(tl.pointer_type(TYPE))
+    if ALIGNED:
+        start = tl.multiple_of(start, 16)
+    return start
