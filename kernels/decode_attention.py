@@ -139,21 +139,23 @@ def _combine(Part, Lse, Begin, End, Out, n_queries, n_keys, window, splits, HEAD
     tl.store(Out + row * D + d, out.to(Out.dtype.element_ty), mask=d < D)
 
 
-def block_settings(head_size: int, dtype: torch.dtype, device: torch.device) -> dict:
-    """Keys a block, warps, stages, and programs for each multiprocessor.
+def block_settings(rows: int, head_size: int, dtype: torch.dtype, device: torch.device) -> dict:
+    """Keys a block, warps, stages, and programs for each multiprocessor, for tiles of 16, 32 or 64 rows.
 
     Memory takes about 800 ns to answer, in which an H100 could have sent 20 KB to each multiprocessor: so much must be
     asked for and not yet there. A stage is a block of keys and one of values, 32 KB together where a
     multiprocessor has 163 KB of shared memory or more, 16 KB where it has 99; two programs with two stages on
     the way ask for several times enough, and one computes while the other waits at a barrier. fp32 is multiplied
-    without tensor cores, from registers: 32 KB would spill.
+    without tensor cores, from registers: 32 KB would spill, as would 128 keys and 32 rows at 16 bits.
     """
     large = launch.shared_memory(device) > 99 << 10 and dtype.itemsize == 2
     stage = (32 if large else 16) << 10
     keys = stage // (2 * triton.next_power_of_2(head_size) * dtype.itemsize)
-    keys = 128 if launch.INTERPRETED else min(128, max(16, keys))  # the interpreter's cost is by block
+    keys = (
+        128 if launch.INTERPRETED else min(128 if rows == 16 else 64, max(16, keys))
+    )  # the interpreter's cost is by block
     default = {"BLOCK_N": keys, "num_warps": 4, "num_stages": 3, "PROGRAMS": 2}
-    return launch.settings("decode_attention", (head_size, dtype.itemsize), device, default)
+    return launch.settings("decode_attention", (rows, head_size, dtype.itemsize), device, default)
 
 
 def split_count(groups: int, slots: int, most: int) -> int:
@@ -194,7 +196,7 @@ def forward(
     most_rows = 16 if q.dtype == torch.float32 else 64 if block_d <= 64 else 32
     block_m = min(most_rows, max(16, triton.next_power_of_2(n_queries * group)))
     tiles = triton.cdiv(n_queries * group, block_m)
-    chosen = dict(block_settings(head_size, q.dtype, q.device))
+    chosen = dict(block_settings(block_m, head_size, q.dtype, q.device))
     block_n, slots = chosen["BLOCK_N"], chosen.pop("PROGRAMS") * launch.multiprocessors(q.device)
     splits = split_count(batch * kv_heads * tiles, slots, max(1, triton.cdiv(n_keys, block_n)))
     rows = batch * n_queries * heads if splits > 1 else 0

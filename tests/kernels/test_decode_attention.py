@@ -110,7 +110,7 @@ def test_any_number_of_splits(splits, monkeypatch, poisoned):  # noqa: F811
 @pytest.mark.parametrize("size", [64, 128])
 def test_the_settings_of_a_gpu(size, dtype, monkeypatch, poisoned):  # noqa: F811
     monkeypatch.setattr(launch, "INTERPRETED", False)
-    chosen = block_settings(size, dtype, torch.device("cpu"))
+    chosen = block_settings(16, size, dtype, torch.device("cpu"))
     with launch.trying("decode_attention", chosen):
         compare(*inputs(1, 1, 400, 8, 2, size, dtype), ints(3), ints(390))
 
