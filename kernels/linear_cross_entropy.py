@@ -45,8 +45,10 @@ HEADROOM = 256.0  # fp16: the largest row weight, as the gradient's kernel sees 
 
 @triton.jit
 def _capped(u, softcap):
-    """softcap · tanh(u / softcap)"""
-    return softcap * (2.0 / (1.0 + tl.exp(u * (-2.0 / softcap))) - 1.0)
+    """softcap · tanh(u / softcap), by an exponential that cannot overflow"""
+    e = tl.exp(tl.abs(u) * (-2.0 / softcap))
+    t = softcap * ((1.0 - e) / (1.0 + e))
+    return tl.where(u < 0, -t, t)
 
 
 @triton.jit
@@ -88,7 +90,8 @@ def _loss_and_gradient(Logits, Targets, Weights, Scales, Losses, n_rows, vocabul
         largest = larger
         if SMOOTHED:
             plain += tl.sum(tl.where((column < vocabulary)[None, :], z, 0.0), axis=1)
-    lse = tl.where(live, largest + tl.log(tl.where(live, total, 1.0)), 0.0)
+    largest, total = tl.where(live, largest, 0.0), tl.where(live, total, 1.0)
+    lse = largest + tl.log(total)
     loss = lse - (1.0 - smoothing) * picked + z_loss * lse * lse
     if SMOOTHED:
         loss -= smoothing / vocabulary * plain
@@ -97,12 +100,12 @@ def _loss_and_gradient(Logits, Targets, Weights, Scales, Losses, n_rows, vocabul
 
     if GRADIENT:
         scale = tl.load(Scales + row, mask=row < n_rows, other=0.0)
-        share = 1.0 + 2.0 * z_loss * lse
+        share = (1.0 + 2.0 * z_loss * lse) / total
         blocks = tl.cdiv(stride, BLOCK)
         for block in range(0, blocks):  # backwards: what was read last is most likely still in a cache
             column = (blocks - 1 - block) * BLOCK + tl.arange(0, BLOCK)
             z = _logits(Logits, row, column, live, vocabulary, stride, softcap, 0.0, CAPPED)
-            g = tl.exp(z - lse[:, None]) * share[:, None]
+            g = tl.exp(z - largest[:, None]) * share[:, None]  # closer than exp(z − lse): no rounded logarithm
             g -= tl.where(column[None, :] == target[:, None], 1.0 - smoothing, 0.0)
             if SMOOTHED:
                 g -= smoothing / vocabulary
@@ -132,16 +135,18 @@ def chunk_rows(n: int, width: int, vocabulary: int, multiprocessors: int) -> int
     return 128 * triton.cdiv(n, 128 * max(1, chunks))  # chunks alike
 
 
-def kernel_settings(vocabulary: int, device: torch.device) -> dict:
+def kernel_settings(vocabulary: int, capped: bool, device: torch.device) -> dict:
     """Numbers at a time and warps of the kernel between the products, a row a program.
 
-    16 numbers a thread. Few, large programs, so that the rows being read at a time stay in the L2 cache (see above).
+    16 numbers a thread, 8 with a soft cap, which needs more registers for each. Few, large programs, so that most of
+    the rows being read stay in the L2 cache (see above).
     """
-    block = min(triton.next_power_of_2(vocabulary), 8192 if vocabulary <= 65536 else 16384)
-    default = {"ROWS": 1, "BLOCK": max(128, block), "num_warps": min(32, max(4, block // 512))}
+    block = max(128, min(triton.next_power_of_2(vocabulary), 8192 if vocabulary <= 65536 else 16384))
+    warps = min(32, max(4, block // 512))
+    default = {"ROWS": 1, "BLOCK": max(128, block // 2) if capped else block, "num_warps": warps}
     if launch.INTERPRETED:  # its cost is by program
         default["ROWS"] = max(1, min(64, 65536 // default["BLOCK"]))
-    return launch.settings("linear_cross_entropy", (vocabulary,), device, default)
+    return launch.settings("linear_cross_entropy", (vocabulary, capped), device, default)
 
 
 def kept_dtype(own: torch.dtype, product: torch.dtype) -> torch.dtype:
@@ -188,7 +193,7 @@ def forward(
     scales = weights if unit is None else weights / unit
     stride = triton.cdiv(vocabulary, 64) * 64
     logits = torch.empty(rows, stride, dtype=dtype, device=device)
-    chosen = kernel_settings(vocabulary, device)
+    chosen = kernel_settings(vocabulary, softcap is not None, device)
     for begin in range(0, n, max(1, rows)):
         part = slice(begin, min(n, begin + rows))
         a, z = x[part].to(dtype), logits[: part.stop - begin, :vocabulary]
