@@ -25,7 +25,7 @@ OPS: dict[str, Callable[[Place], Iterator[Function | Update]]] = {
     "muon": bench_optimizers.muon,
 }
 OTHERS_MAY_ERR = 5  # times our own limit: to see that a side computes the same thing at all
-QUICK_SECONDS = 80  # --quick: after so long no more is compiled by torch
+QUICK_SECONDS = 70  # --quick: after so long nothing of others is compiled any more
 
 EXAMPLES = """examples:
   python -m kernels.bench                         all ops; table, out/bench/kernels.csv, out/bench/<op>.png
@@ -184,6 +184,8 @@ def main() -> int:
         ops = chosen_ops(options.ops)
     except ValueError as problem:
         parser.error(str(problem))
+    if options.rounds is not None and options.rounds < 1:
+        parser.error(f"--rounds {options.rounds}: at least 1")
     from kernels import launch
 
     on_cpu = launch.INTERPRETED or not torch.cuda.is_available()

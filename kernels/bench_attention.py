@@ -7,13 +7,14 @@ the keys and values that are read.
 import functools
 import inspect
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from kernels import reference
+from kernels import launch, reference
 from kernels.bench_case import Function, Place, Side, compiled
 
 HEADS = ((32, 32, 64), (16, 16, 128), (32, 8, 128))  # query heads, key heads, head size
@@ -53,13 +54,49 @@ def _head_groups(kv_heads: int) -> tuple[Callable[[Tensor], Tensor], ...]:
     return first, lambda x: cut(x, x.shape[0] - 1, kv_heads - 1)
 
 
-def ours(**options) -> Side:
-    def load() -> Callable:
-        from kernels.attention import attention
+class _Apart(torch.autograd.Function):
+    """Attention by a forward and a backward function of one file, whatever `kernels.attention` would choose."""
 
-        return functools.partial(attention, **options)
+    @staticmethod
+    def forward(ctx, q, k, v, spans, forward, backward):
+        ctx.backward, ctx.options = backward, dict(causal=True, scale=q.shape[-1] ** -0.5)
+        out, lse = forward(q, k, v, spans, **ctx.options)
+        ctx.save_for_backward(q, k, v, out, lse, spans)
+        return out
 
-    return Side(load)
+    @staticmethod
+    def backward(ctx, dout):
+        *tensors, spans = ctx.saved_tensors
+        return *ctx.backward(dout, *tensors, spans, **ctx.options)[:3], None, None, None
+
+
+def _ours(spans: Tensor | None) -> Callable:
+    from kernels.attention import attention
+
+    return functools.partial(attention, spans=spans)
+
+
+def _sm90(spans: Tensor | None) -> Callable:
+    from kernels import attention_sm90, attention_sm90_backward
+
+    return lambda *qkv: _Apart.apply(*qkv, spans, attention_sm90.forward, attention_sm90_backward.backward)
+
+
+def _plain_triton(spans: Tensor | None) -> Callable:
+    from kernels import attention_backward, attention_forward
+
+    none = dict(window=None, softcap=None)
+    forward = functools.partial(attention_forward.forward, **none)
+    backward = functools.partial(attention_backward.backward, **none)
+    return lambda *qkv: _Apart.apply(*qkv, spans, forward, backward)
+
+
+def our_paths(place: Place, spans: Tensor | None = None) -> dict[str, Side]:
+    """What a user gets, and on sm_90 each of its two paths by itself."""
+    loads = {"ours": _ours}
+    if place.device.type == "cuda" and launch.architecture(place.device) == 90 and find_spec("kernels.attention_sm90"):
+        loads |= {"ours (sm_90)": _sm90, "ours (plain Triton)": _plain_triton}
+    return {name: Side(functools.partial(load, spans)) for name, load in loads.items()}
 
 
 def sdpa(backend: str, causal: bool) -> Side:
@@ -122,7 +159,7 @@ def flash(four: bool, lengths: tuple[int, ...] | None = None, device: torch.devi
 
         return run
 
-    return Side(load)
+    return Side(load, compiled=four)
 
 
 def _first(out) -> Tensor:
@@ -156,8 +193,7 @@ def varlen(lengths: tuple[int, ...], device: torch.device) -> Side:
 def causal(place: Place, heads: int, kv_heads: int, head_size: int, batch: int, length: int) -> Function:
     """Causal attention over whole rows."""
     operations = 4 * batch * heads * length**2 * head_size / 2
-    sides = {
-        "ours": ours(),
+    sides = our_paths(place) | {
         "SDPA flash": sdpa("FLASH_ATTENTION", True), "SDPA efficient": sdpa("EFFICIENT_ATTENTION", True),
         "SDPA cuDNN": sdpa("CUDNN_ATTENTION", True), "FlexAttention": flex(place, length),
         "flash-attn 2": flash(False), "flash-attn 4": flash(True),
@@ -185,8 +221,8 @@ def packed(place: Place, heads: int, kv_heads: int, head_size: int, lengths: tup
     documents = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)).to(device)
     spans = reference.document_spans(documents[None])
     operations = sum(4 * heads * n**2 * head_size / 2 for n in lengths)
-    sides = {
-        "ours": ours(spans=spans), "FlexAttention": flex(place, tokens, documents),
+    sides = our_paths(place, spans) | {
+        "FlexAttention": flex(place, tokens, documents),
         "torch varlen_attn": varlen(lengths, device),
         "flash-attn 2": flash(False, lengths, device), "flash-attn 4": flash(True, lengths, device),
     }  # fmt: skip

@@ -38,7 +38,7 @@ class Place:
 class Side:
     """Someone who can compute an op. load: imports what it needs and returns the function; may raise anything.
 
-    compiled: torch.compile takes seconds. writes: it writes to its inputs, and so gets copies.
+    compiled: its first call compiles for seconds. writes: it writes to its inputs, and so gets copies.
     """
 
     load: Callable[[], Callable]

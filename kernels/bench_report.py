@@ -8,9 +8,10 @@ from pathlib import Path
 
 from kernels.bench_case import OURS
 
-# Colours that stay apart for colour-blind readers (Okabe & Ito 2008); ours is the first
-COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000", "#999999")
-OURS_TOO = "#66AAD7"  # a second path of ours
+# Colours that stay apart for colour-blind readers (Okabe & Ito 2008), after two for us
+OURS_COLOURS = ("#0072B2", "#002F4A")
+COLOURS = ("#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#999999", "#000000")
+CASES_A_ROW = 4
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ def write_csv(path: Path, measurements: list[Measurement], machine: dict[str, st
 
 
 def draw(path: Path, measurements: list[Measurement], machine: dict[str, str]) -> None:
-    """One op's measurements as bars, ours beside the others, the ceiling a dashed line: a panel for each part.
+    """One op's measurements as bars, ours beside the others, the ceiling a dashed line.
 
     Raises ImportError without matplotlib.
     """
@@ -97,33 +98,48 @@ def draw(path: Path, measurements: list[Measurement], machine: dict[str, str]) -
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    parts = list(dict.fromkeys(m.part for m in measurements))
-    cases = list(dict.fromkeys(m.case for m in measurements))
-    sides = sorted(dict.fromkeys(m.side for m in measurements), key=lambda side: not side.startswith(OURS))
-    ours, others = [s for s in sides if s.startswith(OURS)], [s for s in sides if not s.startswith(OURS)]
-    colours = dict(zip(ours, (COLOURS[0], *[OURS_TOO] * len(ours)), strict=False))
-    colours |= {side: COLOURS[1 + i % (len(COLOURS) - 1)] for i, side in enumerate(others)}
-    wide = max(7.0, min(20.0, 2.5 + 0.16 * len(cases) * (len(sides) + 1)))
-    figure, axes = pyplot.subplots(
-        len(parts), 1, figsize=(wide, 1.0 + 2.9 * len(parts)), sharex=True, squeeze=False, layout="constrained"
+    parts, cases, sides = (
+        list(dict.fromkeys(getattr(m, name) for m in measurements)) for name in ("part", "case", "side")
     )
-    bar = 0.84 / len(sides)
-    for axis, part in zip(axes[:, 0], parts, strict=True):
-        shown = [m for m in measurements if m.part == part]
-        for number, side in enumerate(sides):
-            found = [(cases.index(m.case), m.rate) for m in shown if m.side == side]
-            x = [place + (number - (len(sides) - 1) / 2) * bar for place, _ in found]
-            axis.bar(x, [rate for _, rate in found], 0.92 * bar, color=colours[side], label=side)
-        axis.axhline(max(m.ceiling for m in shown), color="#777777", linestyle="--", linewidth=1.2)
-        axis.set_ylabel(f"{part} ({shown[0].unit})")
-        axis.grid(True, axis="y", color="#dddddd", linewidth=0.6)
-        axis.set_axisbelow(True)
-        for edge in ("top", "right"):
-            axis.spines[edge].set_visible(False)
-    axes[-1, 0].set_xticks(range(len(cases)), [case.replace(", ", "\n") for case in cases], fontsize=8)
+    sides.sort(key=lambda side: not side.startswith(OURS))
+    n_ours = sum(side.startswith(OURS) for side in sides)
+    colours = dict(zip(sides, OURS_COLOURS[:n_ours] + 2 * COLOURS, strict=False))
+    n_rows = -(-len(cases) // CASES_A_ROW)
+    each = -(-len(cases) // n_rows)
+    rows = [cases[i * each : (i + 1) * each] for i in range(n_rows)]
+    figure, axes = pyplot.subplots(
+        n_rows,
+        len(parts),
+        figsize=(7 * len(parts), 1.2 + 2.8 * n_rows),
+        sharey=True,
+        squeeze=False,
+        layout="constrained",
+    )
+    for row, shown in zip(axes, rows, strict=True):
+        for axis, part in zip(row, parts, strict=True):
+            _bars(axis, [m for m in measurements if m.part == part and m.case in shown], shown, colours)
+            axis.set_title(part, fontsize=9)
+        row[0].set_ylabel(measurements[0].unit)
     versions = f"{machine['gpu']}, {machine['power limit']}, torch {machine['torch']}, triton {machine['triton']}"
-    figure.suptitle(f"{measurements[0].op}: {versions}; dashed: the ceiling", fontsize=10)
-    handles, labels = axes[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside right upper", frameon=False, fontsize=8)
+    figure.suptitle(f"{measurements[0].op}, {versions}; dashed: the ceiling", fontsize=10)
+    swatches = [pyplot.Rectangle((0, 0), 1, 1, color=colours[side]) for side in sides]
+    figure.legend(swatches, sides, loc="outside lower center", ncols=min(5, len(sides)), frameon=False, fontsize=8)
     figure.savefig(path, dpi=150)
     pyplot.close(figure)
+
+
+def _bars(axis, measurements: list[Measurement], cases: list[str], colours: dict[str, str]) -> None:
+    """A group of bars for each case, as fast as they are high."""
+    here = [[side for side in colours if any((m.case, m.side) == (case, side) for m in measurements)] for case in cases]
+    bar = 0.84 / max(6, *map(len, here))
+    for m in measurements:
+        place, sides = cases.index(m.case), here[cases.index(m.case)]
+        x = place + (sides.index(m.side) - (len(sides) - 1) / 2) * bar
+        axis.bar(x, m.rate, 0.92 * bar, color=colours[m.side])
+    axis.axhline(max((m.ceiling for m in measurements), default=0.0), color="#777777", linestyle="--", linewidth=1.2)
+    axis.set_xlim(-0.5, len(cases) - 0.5)
+    axis.set_xticks(range(len(cases)), ["\n".join(case.rsplit(", ", 1)) for case in cases], fontsize=8)
+    axis.grid(True, axis="y", color="#dddddd", linewidth=0.6)
+    axis.set_axisbelow(True)
+    for edge in ("top", "right"):
+        axis.spines[edge].set_visible(False)

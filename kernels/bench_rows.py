@@ -71,7 +71,8 @@ def normed(place: Place, rows: int, width: int, added: bool = False) -> Function
 
     sides = {
         "ours": Side(ours), "reference": Side(lambda: spec), "F.rms_norm": Side(lambda: torchs),
-        "reference, compiled": compiled(lambda: spec), "Liger": Side(liger, writes=True), "QuACK": Side(quack),
+        "reference, compiled": compiled(lambda: spec), "Liger": Side(liger, writes=True),
+        "QuACK": Side(quack, compiled=True),
     }  # fmt: skip
     name = f"{rows:,} x {width:,}" + (", with addition" if added else "")
     shapes = [*[(rows, width)] * (1 + added), (width,)]

@@ -217,19 +217,28 @@ def test_without_matplotlib_the_extra_is_named(tmp_path, monkeypatch, fake_gpu, 
     assert 'pip install -e ".[plot]"' in capsys.readouterr().out and (tmp_path / "kernels.csv").exists()
 
 
-def command(*words: str, **env: str) -> subprocess.CompletedProcess:
-    hidden = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PATH": os.environ["PATH"]}
-    return subprocess.run([sys.executable, "-m", *words], cwd=ROOT, capture_output=True, text=True, env=hidden | env)
+@pytest.fixture
+def no_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(launch, "INTERPRETED", False)
 
 
-def test_without_a_gpu_the_benchmark_says_what_it_can_do():
-    done = command("kernels.bench")
-    assert done.returncode == 1 and len(done.stdout.splitlines()) == 1 and not done.stderr
-    assert "CUDA GPU" in done.stdout and "TRITON_INTERPRET=1 python -m kernels.bench --check" in done.stdout
+def test_without_a_gpu_the_benchmark_says_what_it_can_do(no_gpu, monkeypatch, capsys):
+    for words in ([], ["--check"], ["attention", "--quick"]):
+        monkeypatch.setattr(sys, "argv", ["bench", *words])
+        assert bench.main() == 1
+        said = capsys.readouterr().out
+        assert (
+            said.count("\n") == 1
+            and "CUDA GPU" in said
+            and "TRITON_INTERPRET=1 python -m kernels.bench --check" in said
+        )
 
 
 def test_check_compares_every_op_on_the_cpu():
-    done = command("kernels.bench", "--check", TRITON_INTERPRET="1")
+    words = [sys.executable, "-m", "kernels.bench", "--check"]
+    env = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PATH": os.environ["PATH"], "TRITON_INTERPRET": "1"}
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, env=env)
     lines = done.stdout.splitlines()
     assert {line.split()[0] for line in lines} == set(bench.OPS), done.stderr
     assert done.returncode == 0 and all(", ours" in line and ": right, error at most" in line for line in lines), lines
@@ -255,9 +264,9 @@ def test_every_side_that_runs_here_computes_the_op(op, monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
     for case in bench.cases(SMALL, [op], ""):
         for name, side in case.sides.items():
-            function, _, problem = bench.checked(case, name, side)
             if name in PACKAGES | BROKEN_ON_CPU or (name == "FlexAttention" and "backward" in case.work):
                 continue
+            function, _, problem = bench.checked(case, name, side)
             assert not problem, f"{case.name}, {name}: {problem}"
             runs = case.runs(function, side)
             assert set(runs) == set(case.work)
@@ -388,9 +397,22 @@ def test_every_op_can_be_tuned_and_its_options_are_its_own(capsys):
         tune.build_parser().parse_args(["adamw", "--width", "4096"])
 
 
-def test_without_a_gpu_tuning_is_refused_in_a_line():
-    done = command("kernels.tune", "attention", "--head_dim", "64")
-    assert done.returncode == 1 and len(done.stdout.splitlines()) == 1 and "needs a CUDA GPU" in done.stdout
+def test_without_a_gpu_tuning_is_refused_in_a_line(no_gpu, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["tune", "attention", "--head_dim", "64"])
+    assert tune.main() == 1
+    said = capsys.readouterr().out
+    assert said.count("\n") == 1 and "needs a CUDA GPU" in said
+
+
+def test_the_two_paths_of_attention_can_be_measured_apart():
+    case = bench_attention.causal(SMALL, 4, 2, 16, 1, 40)
+    spans = reference.document_spans(torch.zeros(1, 40, dtype=torch.int64, device=DEVICE))
+    for given in (None, spans):
+        side = Side(lambda given=given: bench_attention._plain_triton(given))
+        function, error, problem = bench.checked(case, "ours", side)
+        assert not problem and error > 0
+        runs = case.runs(function, side)
+        assert torch.equal(runs["backward"]()[0], runs["backward"]()[0])
 
 
 def test_the_machine_is_named_without_a_gpu():
