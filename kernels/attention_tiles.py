@@ -1,0 +1,91 @@
+"""How attention's kernels read (rows, D) tiles of (B, T, H, D) tensors, and in which order they take their blocks.
+
+From Hopper on a tile comes by a tensor descriptor: the copy engine computes the addresses (12 to 24 % faster than the
+next best Triton kernel, measured on an H100). The tensor is described as a matrix of B·T rows, a head being a range of
+its columns; as a 4-D tensor it costs registers in every kernel. Elsewhere, and for tensors that are no such matrix, a
+tile comes by pointers. Rows beyond T are zeros by pointers, the next sequence's by descriptors: the kernels give both
+no weight.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from kernels import launch
+
+
+def describable(width: int, *tensors: Tensor) -> bool:
+    """Whether the copy engine can read all of these (B, T, H, D) in tiles of `width` columns."""
+
+    def one(x: Tensor) -> bool:
+        batch, length, heads, size = x.shape
+        unit = 16 // x.element_size()  # rows must begin at multiples of 16 bytes
+        matrix = x.stride(3) == 1 and x.stride(1) > 0 and (batch == 1 or x.stride(0) == length * x.stride(1))
+        inside_a_row = (heads - 1) * x.stride(2) + size <= x.stride(1)
+        return matrix and inside_a_row and size == width and x.stride(1) % unit == 0 and x.data_ptr() % 16 == 0
+
+    return launch.architecture(tensors[0].device) >= 90 and all(map(one, tensors))
+
+
+def tile_source(x: Tensor, rows: int, tma: bool) -> TensorDescriptor | Tensor:
+    """What `load_tile` reads from: a descriptor of x (B, T, H, D) in tiles of (rows, D), or x itself."""
+    if not tma:
+        return x
+    batch, length, heads, size = x.shape
+    shape = [batch * length, (heads - 1) * x.stride(2) + size]
+    return TensorDescriptor(x, shape, [x.stride(1), 1], [rows, size])
+
+
+@triton.jit
+def load_tile(X, b, row, h, n_rows, stride_b, stride_t, stride_h,
+              ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, TMA: tl.constexpr):  # fmt: skip
+    """X[b, row : row + ROWS, h, :] as (ROWS, BLOCK_D), with zeros beyond D."""
+    if TMA:
+        tile = X.load([b * n_rows + row, h * stride_h])
+    else:
+        t = row + tl.arange(0, ROWS)
+        d = tl.arange(0, BLOCK_D)
+        at = X + b.to(tl.int64) * stride_b + h.to(tl.int64) * stride_h + t.to(tl.int64)[:, None] * stride_t + d[None, :]
+        inside = (t < n_rows)[:, None]
+        if D != BLOCK_D:
+            inside = inside & (d < D)[None, :]
+        tile = tl.load(at, mask=inside, other=0.0)
+    return tile
+
+
+@triton.jit
+def store_tile(X, x, b, row, h, n_rows, heads, ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """The (ROWS, BLOCK_D) tile x to a contiguous X[b, row : row + ROWS, h, :], what lies outside left out."""
+    t = row + tl.arange(0, ROWS)
+    d = tl.arange(0, BLOCK_D)
+    at = X + ((b.to(tl.int64) * n_rows + t[:, None]) * heads + h) * D + d[None, :]
+    tl.store(at, x.to(X.dtype.element_ty), mask=(t < n_rows)[:, None] & (d < D)[None, :])
+
+
+@triton.jit
+def place(n_blocks, group, LAST_FIRST: tl.constexpr):
+    """Which block, and which (row of the batch, head) counted through, the program computes.
+
+    Programs run over the heads of a group first, then over blocks, so that a group shares what it reads.
+    """
+    program = tl.program_id(0)
+    g = program // (group * n_blocks)
+    rest = program - g * group * n_blocks
+    block = rest // group
+    if LAST_FIRST:
+        block = n_blocks - 1 - block
+    return block, g * group + rest % group
+
+
+def heads_together(n_blocks: int, n_heads: int, device: torch.device) -> int:
+    """How many heads make a group: about as many as have one block for each multiprocessor, dividing their number."""
+    wanted = max(1, min(n_heads, launch.multiprocessors(device) // max(1, n_blocks)))
+    return next(n for n in range(wanted, 0, -1) if n_heads % n == 0)
+
+
+@triton.jit
+def soft_capped(s, cap):
+    """cap · tanh(s / cap), by the logistic function: there is no tanh in Triton itself."""
+    return cap * (2 * tl.sigmoid(2 * s / cap) - 1)
