@@ -6,7 +6,7 @@ Row r of a batch draws with its own random numbers, a pure function of (seed, r)
 depend on which other rows there are. See docs/generation.md.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from minillm import UserError, ops
 from minillm.decode import Decoder, is_plain
+from minillm.decode_cuda import GraphDecoder
 from minillm.kv_cache import KVCache
 from minillm.model import Transformer
 
@@ -153,6 +154,27 @@ def prefill(model: Transformer, prompts: Sequence[Sequence[int]], room: int) -> 
     return cache, logits
 
 
+def _decoder(model: Transformer, cache: KVCache) -> Decoder | GraphDecoder | None:
+    """What makes the steps after the prefill, if more than the model itself can."""
+    if not is_plain(model) or ops.selected() == "reference":
+        return None
+    return GraphDecoder(model, cache) if ops.fused(cache.keys[0]) else Decoder(model, cache)
+
+
+def _on_the_way(tokens: Tensor) -> Callable[[], list[int]]:
+    """Start copying tokens from their GPU; the result waits for them, and not for what the GPU is given next."""
+    if not tokens.is_cuda:
+        return tokens.tolist
+    host, copied = tokens.to("cpu", non_blocking=True), torch.cuda.Event()
+    copied.record()
+
+    def arrived() -> list[int]:
+        copied.synchronize()
+        return host.tolist()
+
+    return arrived
+
+
 def steps(
     model: Transformer,
     prompts: Sequence[Sequence[int]],
@@ -175,7 +197,8 @@ def steps(
     try:
         longest = max(map(len, prompts))
         cache, logits = prefill(model, prompts, min(max(limits), context - longest))
-        decoder = Decoder(model, cache) if is_plain(model) and ops.selected() != "reference" else None
+        decoder = _decoder(model, cache)
+        ahead = isinstance(decoder, GraphDecoder)  # the GPU computes the next step while the CPU looks at this one
         rows = list(range(len(prompts)))  # of the cache; those that went have left `alive`
         alive, seen, uniform = set(rows), None, None
         if sampling.temperature > 0:
@@ -186,20 +209,26 @@ def steps(
                 seen[row, list(prompt)] = True
         for step in range(max(limits)):
             tokens = pick(logits, sampling, None if uniform is None else uniform[:, step], seen)
-            pairs = [(r, t) for r, t in zip(rows, tokens.tolist(), strict=True) if r in alive]
+            arrived = _on_the_way(tokens)
+            early = ahead and step + 1 < max(limits) and cache.length < cache.max_len
+            if early:
+                logits = decoder.step(tokens)
+            pairs = [(r, t) for r, t in zip(rows, arrived(), strict=True) if r in alive]
             yield pairs
             alive -= {r for r, t in pairs if ended(r, t) or step + 1 == limits[r]}
             if not alive:
                 return
             if seen is not None:
                 seen[torch.arange(len(rows), device=device), tokens] = True
-            if cache.length == cache.max_len or 2 * len(alive) <= len(rows):
+            if (cache.length == cache.max_len and not early) or 2 * len(alive) <= len(rows):
                 kept = torch.tensor([i for i, r in enumerate(rows) if r in alive], device=device)
                 rows = [r for r in rows if r in alive]
                 cache.keep(kept)
-                tokens = tokens[kept]
+                tokens, logits = tokens[kept], logits[kept]
                 uniform = None if uniform is None else uniform[kept]
                 seen = None if seen is None else seen[kept]
+            if early:
+                continue
             if decoder is not None:
                 logits = decoder.step(tokens)
             else:

@@ -1,0 +1,85 @@
+"""The whole model through our kernels (interpreted where there is no GPU) against the model through torch's ops."""
+
+import pytest
+import torch
+
+from minillm import UserError, ops
+from minillm.kv_cache import KVCache
+from tests.kernels.check import DEVICE, error  # corrects the interpreter
+from tests.minillm.test_model import OPTIONS, build, tokens_of
+
+DOCUMENTS = torch.tensor([[0] * 6 + [1] * 9 + [4] * 5, [0] * 20], dtype=torch.int32)
+
+
+@pytest.fixture(autouse=True)
+def select_auto_again():
+    yield
+    ops.select("auto")
+
+
+def loss_and_gradients(model, implementation, dtype=None, call=None, **inputs):
+    ops.select(implementation)
+    model.zero_grad()
+    tokens = tokens_of(2, 20).to(DEVICE)
+    with torch.autocast(DEVICE, dtype or torch.bfloat16, enabled=dtype is not None):
+        loss = (call or model)(tokens, tokens.roll(-1, 1), **inputs)
+    loss.backward()
+    return [loss.detach(), *(p.grad.clone() for p in model.parameters())]
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("documents", [None, DOCUMENTS], ids=["whole", "packed"])
+def test_the_model_through_kernels_is_the_model(name, documents):
+    model = build(**OPTIONS[name]).to(DEVICE)
+    inputs = {"mask": (torch.arange(20) % 3 > 0).expand(2, 20).to(DEVICE)}
+    inputs |= {} if documents is None else {"documents": documents.to(DEVICE)}
+    ours, torchs = (loss_and_gradients(model, name, **inputs) for name in ("triton", "torch"))
+    for a, b in zip(ours, torchs, strict=True):
+        assert error(a, b) < 2e-5
+
+
+def test_under_autocast_it_errs_no_more_than_torch():
+    model = build(qk_norm=True).to(DEVICE)
+    exact = loss_and_gradients(model, "torch")
+    ours, torchs = (loss_and_gradients(model, name, torch.bfloat16) for name in ("triton", "torch"))
+    for a, b, c in zip(ours, torchs, exact, strict=True):
+        assert error(a, c) <= 2 * error(b, c) + 1e-3
+
+
+def test_with_activation_checkpointing_and_compiled_it_is_the_same():
+    model = build().to(DEVICE)
+    plain = loss_and_gradients(model, "triton")
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    for a, b in zip(plain, loss_and_gradients(model, "triton", call=compiled), strict=True):
+        assert error(a, b) < 1e-6
+    model.checkpoint_activations = True
+    model.train()
+    for a, b in zip(plain, loss_and_gradients(model, "triton"), strict=True):
+        assert error(a, b) < 1e-6
+
+
+@torch.no_grad()
+def test_a_cache_with_padding_through_kernels():
+    model, tokens = build(window=9).to(DEVICE), tokens_of(2, 12).to(DEVICE)
+    results = []
+    for implementation in ("triton", "torch"):
+        ops.select(implementation)
+        cache = KVCache(model.config, 2, 14, padding=torch.tensor([7, 0]), device=DEVICE)
+        results.append(torch.cat([model(tokens, cache=cache), model(tokens[:, :2], cache=cache)], dim=1))
+    ours, torchs = results
+    assert error(ours[0, 7:], torchs[0, 7:]) < 1e-5 and error(ours[1], torchs[1]) < 1e-5
+
+
+def test_what_is_used_is_said():
+    ops.select("triton")
+    assert ops.describe(torch.device(DEVICE)).startswith("ops: triton")
+    ops.select("torch")
+    assert ops.describe(torch.device(DEVICE)).startswith("ops: torch")
+
+
+def test_without_a_gpu_the_kernels_are_refused(monkeypatch):
+    ops.select("triton")
+    monkeypatch.setattr(ops._triton.launch, "INTERPRETED", False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match="no CUDA GPU here"):
+        ops.select("triton")
