@@ -183,6 +183,8 @@ class Transformer(nn.Module):
         else:
             positions = None if documents is None else positions_within(documents)
             reach = length
+            if positions is not None and length > self.config.max_seq_len:
+                reach = int(positions.max()) + 1  # a row may be longer than the context, a document may not
         if reach > self.config.max_seq_len:
             raise UserError(f"{reach} tokens are more than the model's max_seq_len {self.config.max_seq_len}")
         x = self.embed_tokens(tokens)  # (B, T, C)

@@ -171,6 +171,16 @@ def test_too_long_a_sequence_is_refused():
         model(tokens_of(1, 2), cache=cache)
 
 
+def test_a_row_of_documents_may_be_longer_than_the_context_but_no_document():
+    model = build()
+    row = tokens_of(1, 80)
+    documents = (torch.arange(80) >= 30).int()[None]
+    alone = torch.cat((model(row[:, :30]), model(row[:, 30:])), 1)
+    torch.testing.assert_close(model(row, documents=documents), alone, atol=1e-5, rtol=0)
+    with pytest.raises(UserError, match="70 tokens are more than the model's max_seq_len 64"):
+        model(row, documents=(torch.arange(80) >= 10).int()[None])
+
+
 def test_a_full_cache_is_refused():
     with pytest.raises(ValueError, match="holds 4 tokens, 5"):
         build()(tokens_of(1, 5), cache=KVCache(BASE, 1, 4))
