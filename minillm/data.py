@@ -40,6 +40,28 @@ class Batch(NamedTuple):
     def n_targets(self) -> int:
         return self.y.numel() if self.mask is None else int(self.mask.sum())
 
+    def with_placeholders(self, n: int) -> "Batch":
+        """With n positions before each document, id 0 and no targets, for a model's n virtual tokens.
+
+        Without documents a row is one. Rows grow as wide as the one with most documents, those of others end in padding
+        under mask False.
+        """
+        if n == 0:
+            return self
+        begins = torch.zeros_like(self.x)
+        begins[:, 0] = 1
+        if self.documents is not None:
+            begins[:, 1:] = self.documents[:, 1:] != self.documents[:, :-1]
+        index = torch.arange(self.x.shape[1]) + n * begins.cumsum(1)  # where each token goes, (B, T)
+        width = int(index.max()) + 1
+
+        def spread(values: Tensor, index: Tensor = index) -> Tensor:
+            return values.new_zeros(len(values), width).scatter(1, index, values)
+
+        mask = torch.ones_like(self.x, dtype=torch.bool) if self.mask is None else self.mask
+        documents = None if self.documents is None else spread(begins, index - n).cumsum(1).int()
+        return Batch(spread(self.x), spread(self.y), spread(mask), documents)
+
 
 def permute(index: np.ndarray, n: int, key: int) -> np.ndarray:
     """A permutation of range(n), keyed by any integer, evaluated only where asked.

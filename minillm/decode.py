@@ -20,9 +20,11 @@ PLAIN += (parts.Transformer, parts.Block, parts.Attention, parts.MLP, parts.RMSN
 def is_plain(model: nn.Module) -> bool:
     """Whether the model is only what model.py builds, so that its weights alone say what it does.
 
-    False once anything was put around or into a layer (an adapter, a hook, quantized weights).
+    False once anything was put around or into a layer (an adapter, a hook, quantized weights). Virtual tokens do no
+    harm: the prefill has put them into the cache.
     """
-    return all(type(m) in PLAIN and not (m._forward_hooks or m._forward_pre_hooks) for m in model.modules())
+    within = [m for name, m in model.named_modules() if name.split(".")[0] != "virtual"]
+    return all(type(m) in PLAIN and not (m._forward_hooks or m._forward_pre_hooks) for m in within)
 
 
 class Decoder:

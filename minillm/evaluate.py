@@ -120,7 +120,7 @@ def answers(
         tokenizer.encode_chat(messages, template=template, add_generation_prompt=True)[0] for messages in conversations
     ]
     found: list[str | None] = [None] * len(prompts)
-    short = [i for i, prompt in enumerate(prompts) if len(prompt) < model.config.max_seq_len]
+    short = [i for i, prompt in enumerate(prompts) if len(prompt) < model.context]
     short.sort(key=lambda i: len(prompts[i]))  # like lengths together: little padding
     for begin in range(0, len(short), ASKED_AT_ONCE):
         batch = short[begin : begin + ASKED_AT_ONCE]

@@ -113,7 +113,7 @@ def check_prompts(model: Transformer, prompts: Sequence[Sequence[int]], max_new_
     """Raise UserError for what cannot be generated from."""
     if max_new_tokens < 1:
         raise UserError(f"max_new_tokens {max_new_tokens}: must be at least 1")
-    vocab, context = model.config.vocab_size, model.config.max_seq_len
+    vocab, context = model.config.vocab_size, model.context
     for row, prompt in enumerate(prompts):
         if not len(prompt):
             raise UserError(f"prompt {row}: is empty; begin it with the tokenizer's bos")
@@ -132,13 +132,15 @@ def check_prompts(model: Transformer, prompts: Sequence[Sequence[int]], max_new_
 def prefill(model: Transformer, prompts: Sequence[Sequence[int]], room: int) -> tuple[KVCache, Tensor]:
     """A cache with `room` more slots that has read the prompts, and the logits (B, V) after each.
 
-    Shorter prompts are padded on the left, so all end in the same slot; padding is never seen.
+    Shorter prompts are padded on the left, so all end in the same slot; padding is never seen. Before each
+    prompt stand the placeholders of the model's virtual tokens.
     """
     weight = model.embed_tokens.weight
+    prompts = [[0] * model.n_virtual + list(prompt) for prompt in prompts]
     lengths = torch.tensor([len(prompt) for prompt in prompts], device=weight.device)
     longest = int(lengths.max())
     padding = None if int(lengths.min()) == longest else longest - lengths
-    rows = [[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts]
+    rows = [[0] * (longest - len(prompt)) + prompt for prompt in prompts]
     cache = KVCache(
         model.config,
         len(prompts),
@@ -190,7 +192,7 @@ def steps(
     context is full. Rows that went leave the cache once they are half of it.
     """
     check_prompts(model, prompts, max_new_tokens)
-    device, context = model.embed_tokens.weight.device, model.config.max_seq_len
+    device, context = model.embed_tokens.weight.device, model.context
     limits = [min(max_new_tokens, context - len(prompt)) for prompt in prompts]
     was_training = model.training
     model.eval()

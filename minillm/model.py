@@ -47,7 +47,7 @@ class Attention(nn.Module):
             self.q_norm = RMSNorm(config.head_dim, config.norm_eps)
             self.k_norm = RMSNorm(config.head_dim, config.norm_eps)
 
-    def forward(self, x: Tensor, rotation, spans: Tensor | None, cache: KVCache | None, layer: int) -> Tensor:
+    def forward(self, x: Tensor, rotation, spans: Tensor | None, cache: KVCache | None, layer: int, prefix) -> Tensor:
         batch, length, _ = x.shape
         q = self.q_proj(x).view(batch, length, self.config.n_heads, self.config.head_dim)  # (B, T, H, D)
         k = self.k_proj(x).view(batch, length, self.config.n_kv_heads, self.config.head_dim)  # (B, T, K, D)
@@ -58,6 +58,8 @@ class Attention(nn.Module):
             q, k = ops.rope(q, k, *rotation)
         elif self.config.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
+        if prefix is not None:
+            k, v = prefix(layer, k, v)
         if cache is not None:
             k, v = cache.update(layer, k, v)  # (B, Tk, K, D): all tokens so far
         out = ops.attention(q, k, v, causal=True, window=self.config.window, spans=spans)
@@ -93,11 +95,14 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(
-        self, x: Tensor, delta: Tensor | None, rotation, spans: Tensor | None, cache: KVCache | None, layer: int
+        self, x: Tensor, delta: Tensor | None, rotation, spans: Tensor | None, cache: KVCache | None, layer: int, prefix
     ) -> tuple[Tensor, Tensor]:
-        """x, delta: (B, T, C), delta not yet added (None: nothing). Returns the two that follow."""
+        """x, delta: (B, T, C), delta not yet added (None: nothing). Returns the two that follow.
+
+        prefix: what overwrites keys and values (layer, k, v) → (k, v), or None.
+        """
         x, normed = self.input_layernorm.after_adding(x, delta)
-        delta = self.dropout(self.self_attn(normed, rotation, spans, cache, layer))
+        delta = self.dropout(self.self_attn(normed, rotation, spans, cache, layer, prefix))
         x, normed = self.post_attention_layernorm.after_adding(x, delta)
         return x, self.dropout(self.mlp(normed))
 
@@ -116,6 +121,7 @@ class Transformer(nn.Module):
         self.norm = RMSNorm(config.dim, config.norm_eps)
         self.lm_head = nn.Linear(config.dim, config.vocab_size, bias=False)
         self.checkpoint_activations = False  # True: recompute each layer in the backward pass, to save memory
+        self.virtual: nn.Module | None = None  # trained vectors before each document (tuning/virtual.py)
         self.tie()
         self.build_rotation()
 
@@ -130,6 +136,16 @@ class Transformer(nn.Module):
             cos, sin = rotary_tables(self.config, self.embed_tokens.weight.device)
             self.register_buffer("cos", cos, persistent=False)
             self.register_buffer("sin", sin, persistent=False)
+
+    @property
+    def n_virtual(self) -> int:
+        """How many placeholders the model wants before each document: as many as it has virtual tokens."""
+        return 0 if self.virtual is None else self.virtual.n
+
+    @property
+    def context(self) -> int:
+        """How many tokens it can read and write: max_seq_len, less the virtual ones."""
+        return self.config.max_seq_len - self.n_virtual
 
     @torch.no_grad()
     def init_weights(self, seed: int = 0) -> None:
@@ -161,7 +177,8 @@ class Transformer(nn.Module):
 
         tokens, targets: (B, T) int64. mask: (B, T) bool, True where a target counts (None: everywhere).
         documents: (B, T) int32, non-decreasing along a row; attention and positions stay inside a document.
-        cache: what came before; it grows by these T tokens.
+        cache: what came before; it grows by these T tokens. With virtual tokens each document begins with `n_virtual`
+        placeholders, any ids: what comes out there is not to be used.
         """
         hidden = self.hidden(tokens, documents=documents, cache=cache)
         if targets is None:
@@ -188,7 +205,9 @@ class Transformer(nn.Module):
         if reach > self.config.max_seq_len:
             raise UserError(f"{reach} tokens are more than the model's max_seq_len {self.config.max_seq_len}")
         x = self.embed_tokens(tokens)  # (B, T, C)
-        rotation = None
+        rotation = prefix = None
+        if self.virtual is not None:
+            x, prefix = self.virtual(x, torch.arange(length, device=x.device) if positions is None else positions)
         if self.config.positions == "learned":
             table = self.embed_positions.weight
             x = x + (table[:length] if positions is None else table[positions])
@@ -201,9 +220,9 @@ class Transformer(nn.Module):
         delta = None
         for number, layer in enumerate(self.layers):
             if self.checkpoint_activations and self.training:
-                x, delta = checkpoint(layer, x, delta, rotation, spans, cache, number, use_reentrant=False)
+                x, delta = checkpoint(layer, x, delta, rotation, spans, cache, number, prefix, use_reentrant=False)
             else:
-                x, delta = layer(x, delta, rotation, spans, cache, number)
+                x, delta = layer(x, delta, rotation, spans, cache, number, prefix)
         if cache is not None:
             cache.advance(length)
         return self.norm.after_adding(x, delta)[1]

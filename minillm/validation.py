@@ -16,6 +16,7 @@ from torch import nn
 
 from minillm.data import Batch, TokenBins, validation_part
 from minillm.distributed import Ranks
+from minillm.model import Transformer
 from minillm.tokenizer import Tokenizer
 
 ROWS = 16  # rows of a batch
@@ -62,12 +63,13 @@ class Validation:
         residual = bits - floor * sizes
         return floor, float(math.sqrt((residual**2).sum() * n / (n - 1)) / sizes.sum())
 
-    def scores(self, model: nn.Module, ranks: Ranks, autocast) -> dict[str, float]:
+    def scores(self, model: Transformer, ranks: Ranks, autocast) -> dict[str, float]:
         """val_loss (nats a token) and, where bytes and floor are known, val_bpb, floor_bpb and its standard error.
 
         The ranks share the work; autocast: the context to compute in.
         """
-        batches = list(self.part.batches(ROWS, self.documents, self.eos_id))[ranks.rank :: ranks.world]
+        batches = [b.with_placeholders(model.n_virtual) for b in self.part.batches(ROWS, self.documents, self.eos_id)]
+        batches = batches[ranks.rank :: ranks.world]
         with autocast:
             nats, targets = ranks.sum(*token_loss(model, batches, ranks.device))
         scores = {"val_loss": nats / targets}

@@ -7,6 +7,7 @@ import torch
 from minillm import UserError
 from minillm.data import (
     MIXTURE_SLOTS,
+    Batch,
     TokenBins,
     TokenWindows,
     documents_in,
@@ -118,6 +119,22 @@ def test_documents_begin_with_the_eos_before_them(tmp_path):
     folder = write_bins(tmp_path / "d", {"train": [np.array([5, 6, EOS, 7, 8, EOS, 9, 9, 9])]})
     batch = windows(folder, 8, documents=True).batch(np.array([0]))
     assert batch.documents.tolist() == [[0, 0, 1, 1, 1, 2, 2, 2]] and batch.documents.dtype == torch.int32
+
+
+def test_placeholders_before_each_document():
+    x = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12]])
+    mask = torch.tensor([[True, True, False, True], [False, True, True, True]])
+    batch = Batch(x, x + 20, mask, torch.tensor([[3, 3, 4, 6], [0, 0, 0, 0]], dtype=torch.int32))
+    wide = batch.with_placeholders(2)
+    assert wide.x.tolist() == [[0, 0, 5, 6, 0, 0, 7, 0, 0, 8], [0, 0, 9, 10, 11, 12, 0, 0, 0, 0]]
+    assert torch.equal(wide.y, torch.where(wide.x > 0, wide.x + 20, 0))
+    assert wide.mask.int().tolist() == [[0, 0, 1, 1, 0, 0, 0, 0, 0, 1], [0, 0, 0, 1, 1, 1, 0, 0, 0, 0]]
+    assert wide.documents.tolist() == [[1, 1, 1, 1, 2, 2, 2, 3, 3, 3], [1] * 10]
+    assert [t.dtype for t in wide] == [t.dtype for t in batch]
+    whole = Batch(x, x).with_placeholders(2)  # nothing known of documents: a row is one, all of it targets
+    assert whole.x.tolist() == [[0, 0, 5, 6, 7, 8], [0, 0, 9, 10, 11, 12]] and whole.documents is None
+    assert whole.mask.int().tolist() == [[0, 0, 1, 1, 1, 1]] * 2
+    assert batch.with_placeholders(0) is batch
 
 
 def test_validation_part_is_whole_documents_each_target_once(tmp_path):

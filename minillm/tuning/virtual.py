@@ -1,0 +1,233 @@
+"""Virtual tokens: n trained vectors before each document, while the model stays as it is.
+
+    prompt    the vectors are embeddings                                Lester et al. 2021, arXiv:2104.08691
+    ptuning   embeddings that a small network makes                     Liu et al. 2021, arXiv:2103.10385
+    prefix    the vectors are keys and values, some for each layer      Li & Liang 2021, arXiv:2101.00190
+
+The data puts n placeholders before each document (`chat_data.lay_out`, `Batch.with_placeholders`, `generate.prefill`),
+so documents, positions and the cache need to know nothing of virtual tokens. The model computes what it likes at these
+positions, and it is overwritten: the embeddings, or each layer's keys and values after the rotation. With a prefix
+nothing reads what then comes out at a placeholder, and no loss is taken there.
+"""
+
+import math
+from collections.abc import Sequence
+from functools import partial
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+
+from minillm import UserError
+from minillm.config import ModelConfig
+from minillm.kv_cache import KVCache
+from minillm.model import Transformer
+
+ENCODERS = {"prefix": ("none", "mlp"), "prompt": ("none",), "ptuning": ("mlp", "lstm", "none")}  # the first: default
+PEFT_TYPES = {"prefix": "PREFIX_TUNING", "prompt": "PROMPT_TUNING", "ptuning": "P_TUNING"}
+
+
+class VirtualTokens(nn.Module):
+    """The vectors of n virtual tokens, as a table or as what an encoder makes of a smaller one."""
+
+    def __init__(self, config: ModelConfig, kind: str, n: int, encoder: str, hidden: int):
+        """encoder: one of ENCODERS[kind]; hidden: its width. Drawn as torch draws: the table from N(0, 1)."""
+        super().__init__()
+        self.config, self.kind, self.n, self.encoder, self.hidden = config, kind, n, encoder, hidden
+        prefix = kind == "prefix"
+        self.dim = config.n_kv_heads * config.head_dim if prefix else config.dim
+        self.width = 2 * config.n_layers * self.dim if prefix else self.dim  # numbers a token
+        self.embedding = nn.Embedding(n, self.width if encoder == "none" else self.dim)
+        self.lstm = self.mlp = None
+        if encoder == "lstm":
+            self.lstm = LSTM(self.dim, hidden)
+            self.mlp = _mlp(nn.ReLU, 2 * hidden, 2 * hidden, self.width)
+        elif encoder == "mlp":
+            inner = (nn.Tanh, self.dim, hidden) if prefix else (nn.ReLU, self.dim, hidden, hidden)
+            self.mlp = _mlp(*inner, self.width)
+
+    def table(self) -> Tensor:
+        """The vectors (n, width): embeddings (n, C), or of each layer the keys, then the values (n, L·2·K·D)."""
+        table = self.embedding.weight
+        if self.lstm is not None:
+            table = self.lstm(table)
+        return table if self.mlp is None else self.mlp(table)
+
+    def forward(self, x: Tensor, positions: Tensor):
+        """The embeddings x (B, T, C), overwritten where they are placeholders, and what does that in the layers.
+
+        positions: (T,) or (B, T) int64, those inside each document: placeholders are below n. The second is None, or
+        for a prefix a function (layer, k, v) → (k, v), each (B, T, K, D).
+        """
+        chosen = positions[..., None] == torch.arange(self.n, device=x.device)  # (T, n) or (B, T, n)
+        table = self.table()
+        if self.kind != "prefix":
+            return overwritten(x, table, chosen), None
+        return x, partial(_keys_values, chosen, table.view(self.n, self.config.n_layers, 2, self.dim))
+
+    @torch.no_grad()
+    def start_from(self, model: Transformer, ids: Sequence[int]) -> None:
+        """Begin with what n real tokens would be to the model: their embeddings, or their keys and values.
+
+        ids are repeated, or cut, to n of them.
+        """
+        weight = model.embed_tokens.weight
+        tokens = torch.tensor(ids, device=weight.device).repeat(math.ceil(self.n / len(ids)))[None, : self.n]
+        if self.kind != "prefix":
+            self.embedding.weight.copy_(model.embed_tokens(tokens)[0])
+            return
+        cache = KVCache(model.config, 1, self.n, device=weight.device, dtype=weight.dtype)
+        training = model.training
+        model.eval().hidden(tokens, cache=cache)
+        model.train(training)
+        pairs = [t for pair in zip(cache.keys, cache.values, strict=True) for t in pair]  # each (1, n, K, D)
+        self.embedding.weight.copy_(torch.cat(pairs, 2).reshape(self.n, self.width))
+
+    def peft_config(self) -> dict:
+        """What PEFT's adapter_config.json says of these tokens; the name of the base is left None."""
+        heads = self.config.n_kv_heads if self.kind == "prefix" else self.config.n_heads
+        common = dict(
+            auto_mapping=None,
+            base_model_name_or_path=None,
+            inference_mode=True,
+            modules_to_save=None,
+            num_attention_heads=heads,
+            num_layers=self.config.n_layers,
+            num_transformer_submodules=1,
+            num_virtual_tokens=self.n,
+            peft_type=PEFT_TYPES[self.kind],
+            revision=None,
+            task_type="CAUSAL_LM",
+            token_dim=self.dim,
+        )
+        own = {
+            "prefix": dict(encoder_hidden_size=self.hidden, init_weights=None, prefix_projection=self.encoder == "mlp"),
+            "prompt": dict(
+                prompt_tuning_init="RANDOM",
+                prompt_tuning_init_text=None,
+                tokenizer_kwargs=None,
+                tokenizer_name_or_path=None,
+            ),
+            "ptuning": dict(
+                encoder_dropout=0.0,
+                encoder_hidden_size=self.hidden,
+                encoder_num_layers=2,
+                encoder_reparameterization_type="LSTM" if self.encoder == "lstm" else "MLP",
+            ),
+        }
+        return common | own[self.kind]
+
+    def peft_tensors(self) -> dict[str, Tensor]:
+        """What PEFT's adapter_model.safetensors holds: the table, (n, width), the encoder folded away."""
+        return {"prompt_embeddings": self.table().detach().clone()}
+
+    def load_peft(self, tensors: dict[str, Tensor]) -> None:
+        """Become the table that was saved; an encoder goes, since nothing leads back to it. Raises `UserError`."""
+        shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        if shapes != {"prompt_embeddings": (self.n, self.width)}:
+            raise UserError(
+                f"the adapter holds {shapes}, but {self.n} virtual tokens ({self.kind}) of this model are "
+                f"prompt_embeddings of {(self.n, self.width)}: it belongs to another base"
+            )
+        here = self.embedding.weight
+        self.embedding.weight = nn.Parameter(tensors["prompt_embeddings"].to(here.device, here.dtype, copy=True))
+        self.encoder, self.lstm, self.mlp = "none", None, None
+
+
+class LSTM(nn.Module):
+    """Two layers that read in both directions, (n, C) → (n, 2·hidden): nn.LSTM, which torch.compile does not enter."""
+
+    def __init__(self, dim: int, hidden: int):
+        super().__init__()
+        self.hidden = hidden
+        self.weights = nn.ParameterList(nn.LSTM(dim, hidden, num_layers=2, bidirectional=True).parameters())
+
+    def forward(self, x: Tensor) -> Tensor:
+        start = x.new_zeros(4, 1, self.hidden)  # the states before the first token: layers × directions, a batch of 1
+        how = dict(has_biases=True, num_layers=2, dropout=0.0, bidirectional=True, batch_first=False)
+        return torch.lstm(x[:, None], (start, start), list(self.weights), train=self.training, **how)[0][:, 0]
+
+
+def _mlp(activation: type[nn.Module], *sizes: int) -> nn.Sequential:
+    """Linear layers of these sizes, with the activation between each two."""
+    modules = [m for pair in pairwise(sizes) for m in (nn.Linear(*pair), activation())]
+    return nn.Sequential(*modules[:-1])
+
+
+def overwritten(x: Tensor, rows: Tensor, chosen: Tensor) -> Tensor:
+    """x (B, T, …), but rows[i] at each position whose `chosen` is True at i; rows (n, N), chosen (T, n) or (B, T, n).
+
+    The rows are placed by a product with ones and zeros: no shape depends on the data, and its backward pass adds up
+    in a fixed order, which that of a gather would not.
+    """
+    placed = (chosen.to(rows.dtype) @ rows).to(x.dtype)  # (T, N) or (B, T, N)
+    return torch.where(chosen.any(-1, keepdim=True), placed, x.flatten(2)).view_as(x)
+
+
+def _keys_values(chosen: Tensor, table: Tensor, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """A layer's k and v (B, T, K, D) with the prefix put into them; table: (n, L, 2, K·D)."""
+    return overwritten(k, table[:, layer, 0], chosen), overwritten(v, table[:, layer, 1], chosen)
+
+
+def attach_virtual(
+    model: Transformer,
+    kind: str,
+    n_virtual: int,
+    *,
+    encoder: str | None = None,
+    hidden: int | None = None,
+    init: str = "vocabulary",
+    init_ids: Sequence[int] | None = None,
+    seed: int = 0,
+) -> VirtualTokens:
+    """Give the model virtual tokens, `model.virtual`, in fp32 on its device; freezing the rest is the caller's.
+
+    kind: prefix, prompt or ptuning. encoder: what makes the table in training, see ENCODERS (None: the usual one).
+    hidden: its width (None: C). Without an encoder the tokens begin as real ones do: `init_ids`, or by `init`
+    random entries of the "vocabulary"; init "normal" draws from N(0, 1). All draws depend on the seed alone.
+    Raises `UserError`.
+    """
+    choices, longest = ENCODERS.get(kind), model.config.max_seq_len - 1
+    if choices is None:
+        raise UserError(f"virtual tokens of kind {kind!r}: choose one of {', '.join(ENCODERS)}")
+    encoder = encoder or choices[0]
+    if encoder not in choices:
+        raise UserError(f"{kind} tuning with encoder {encoder!r}: choose one of {', '.join(choices)}")
+    if not 1 <= n_virtual <= longest:
+        raise UserError(f"{n_virtual} virtual tokens: must be 1 to {longest}, since text has to fit behind them")
+    if init not in ("vocabulary", "normal"):
+        raise UserError(f"virtual tokens from {init!r}: choose vocabulary or normal, or give init_ids")
+    if init_ids is not None and (encoder != "none" or not len(init_ids)):
+        raise UserError(f"{len(init_ids)} tokens to begin with, encoder {encoder}: give at least one, and no encoder")
+    if model.virtual is not None:
+        raise UserError(f"the model has {model.n_virtual} virtual tokens already; load the base anew")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        virtual = VirtualTokens(model.config, kind, n_virtual, encoder, hidden or model.config.dim)
+        random_ids = torch.randint(model.config.vocab_size, (n_virtual,)).tolist()
+    virtual.to(model.embed_tokens.weight.device)
+    if encoder == "none" and (init_ids is not None or init == "vocabulary"):
+        virtual.start_from(model, random_ids if init_ids is None else init_ids)
+    model.virtual = virtual
+    return virtual
+
+
+def attach_peft(model: Transformer, config: dict, tensors: dict[str, Tensor]) -> VirtualTokens:
+    """Give the model the virtual tokens of a PEFT adapter, as a plain table to use or to train on.
+
+    config: what its adapter_config.json says; tensors: what its adapter_model.safetensors holds. Raises `UserError`.
+    """
+    kinds = {theirs: kind for kind, theirs in PEFT_TYPES.items()}
+    if config.get("peft_type") not in kinds or not isinstance(config.get("num_virtual_tokens"), int):
+        raise UserError(
+            f"adapter with peft_type {config.get('peft_type')!r} and num_virtual_tokens "
+            f"{config.get('num_virtual_tokens')!r}: virtual tokens are {', '.join(kinds)}, with a number of them"
+        )
+    kind, n = kinds[config["peft_type"]], config["num_virtual_tokens"]
+    virtual = attach_virtual(model, kind, n, encoder="none", init="normal")
+    try:
+        virtual.load_peft(tensors)
+    except UserError:
+        model.virtual = None
+        raise
+    return virtual
