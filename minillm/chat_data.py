@@ -93,13 +93,16 @@ def fit(messages: list[dict], tokenizer, seq_len: int, template: str = "auto") -
 # ---- Examples become X, Y and mask.
 
 
-def lay_out(rows: list[list[tuple[np.ndarray, np.ndarray]]], width: int, pad_id: int, *, documents: bool) -> Batch:
+def lay_out(
+    rows: list[list[tuple[np.ndarray, np.ndarray]]], width: int, pad_id: int, *, documents: bool, n_virtual: int = 0
+) -> Batch:
     """Lays examples (ids, learn) of n + 1 tokens each side by side in rows, n positions an example.
 
     This is the one place where the rule stands: X is an example without its last token, Y without its
     first, and the mask lies on Y: 1 exactly where Y is an answer token or the eos that ends an answer.
     Padding is pad_id under mask 0. With `documents` the examples of a row are numbered 0, 1, … and its
-    padding has the next number, so that attention keeps them apart.
+    padding has the next number, so that attention keeps them apart. Before each example stand `n_virtual`
+    placeholders for virtual tokens, pad_id under mask 0 as well.
     Returns a Batch of (len(rows), width).
     """
     x = np.full((len(rows), width), pad_id, dtype=np.int64)
@@ -109,10 +112,11 @@ def lay_out(rows: list[list[tuple[np.ndarray, np.ndarray]]], width: int, pad_id:
     for row, examples in enumerate(rows):
         start = 0
         for number, (ids, learn) in enumerate(examples):
-            end = start + len(ids) - 1
-            x[row, start:end] = ids[:-1]
-            y[row, start:end] = ids[1:]
-            mask[row, start:end] = learn[1:]
+            begin = start + n_virtual
+            end = begin + len(ids) - 1
+            x[row, begin:end] = ids[:-1]
+            y[row, begin:end] = ids[1:]
+            mask[row, begin:end] = learn[1:]
             numbers[row, start:end] = number
             start = end
         numbers[row, start:] = len(examples)
@@ -143,20 +147,23 @@ class InstructionRows:
         seed: int = 0,
         template: str = "auto",
         packing: bool = True,
+        n_virtual: int = 0,
         on_bad_line: str = "error",
         cache_dir: str | Path | None = None,
     ):
         """paths: .jsonl or .json files, also .gz. seq_len: the positions of a row. template: auto, chat or
-        simple (Tokenizer.encode_chat). packing: several examples a row. on_bad_line: error, or skip to
-        count them. cache_dir: where the first pass is kept for the next run (one .npz). Raises UserError.
+        simple (Tokenizer.encode_chat). packing: several examples a row. n_virtual: positions before each
+        example that the model's virtual tokens take. on_bad_line: error, or skip to count them.
+        cache_dir: where the first pass is kept for the next run (one .npz). Raises UserError.
         """
         if on_bad_line not in ("error", "skip"):
             raise UserError(f"on_bad_line is {on_bad_line!r}; choose error or skip")
-        if seq_len < 1:
-            raise UserError(f"seq_len is {seq_len}; a row needs at least 1 position")
+        if seq_len < 1 + n_virtual:
+            beside = f" beside its {n_virtual} virtual tokens" if n_virtual else ""
+            raise UserError(f"seq_len is {seq_len}; a row needs at least 1 position{beside}")
         self.paths = [Path(path) for path in ([paths] if isinstance(paths, str | Path) else paths)]
         self.tokenizer, self.seq_len, self.seed, self.template = tokenizer, seq_len, seed, template
-        self.packing, self.on_bad_line = packing, on_bad_line
+        self.packing, self.on_bad_line, self.n_virtual = packing, on_bad_line, n_virtual
         tokenizer.encode_chat([{"role": "user", "content": ""}], template=template)  # is the template known?
         self.files = [open_rows(path) for path in self.paths]
         self._first_pass(cache_dir)
@@ -177,9 +184,9 @@ class InstructionRows:
             epoch, row = divmod(position, self.rows_per_epoch)
             members = [] if end is not None and position >= end else self._epoch(epoch)[row]
             rows.append([self._example(i) for i in members])
-        longest = max((sum(len(ids) - 1 for ids, _ in row) for row in rows), default=0)
+        longest = max((sum(len(ids) - 1 + self.n_virtual for ids, _ in row) for row in rows), default=0)
         width = self.seq_len if self.packing else min(self.seq_len, max(8, -(-longest // 8) * 8))
-        return lay_out(rows, width, self.tokenizer.pad_id, documents=self.packing)
+        return lay_out(rows, width, self.tokenizer.pad_id, documents=self.packing, n_virtual=self.n_virtual)
 
     def total_rows(self, epochs: float) -> int:
         """How many rows so many epochs have: the `end` of a run, and what it divides into steps."""
@@ -195,16 +202,20 @@ class InstructionRows:
         line += f"{', '.join(dropped) or '0 dropped'}, {n['cut']:,} cut to fit"
         line += f"; {tokens:,} tokens, {n['learned']:,} of them learned"
         if kept and self.packing:
-            full = fill_ratio(self.index[:, LENGTH] - 1, self.rows_per_epoch, self.seq_len)
+            full = fill_ratio(self._positions(), self.rows_per_epoch, self.seq_len)
             line += f"; packed into {self.rows_per_epoch:,} rows of {self.seq_len}, {full:.1%} full"
         return line
+
+    def _positions(self) -> np.ndarray:
+        """How many positions of a row each example takes, (n,) int64."""
+        return self.index[:, LENGTH] - 1 + self.n_virtual
 
     def _epoch(self, epoch: int) -> list[np.ndarray]:
         """The rows of an epoch, each the numbers of its examples: packed, or one example a row."""
         if epoch not in self.epochs:
             if len(self.epochs) > 1:
                 self.epochs.pop(next(iter(self.epochs)))
-            lengths = self.index[:, LENGTH] - 1
+            lengths = self._positions()
             if self.packing:
                 self.epochs[epoch] = pack(lengths, self.seq_len, self.seed, epoch)
             else:
@@ -220,14 +231,16 @@ class InstructionRows:
         line = self.files[file].read(size)
         if zlib.crc32(line) != check:
             raise UserError(f"{self.paths[file]} has changed at byte {offset} since it was first read; start again")
-        ids, learn, _ = fit(conversations(parse_line(line))[instance], self.tokenizer, self.seq_len, self.template)
-        return ids, learn
+        return self._fit(conversations(parse_line(line))[instance])[:2]
+
+    def _fit(self, messages: list[dict]) -> tuple[np.ndarray, np.ndarray, bool]:
+        return fit(messages, self.tokenizer, self.seq_len - self.n_virtual, self.template)
 
     def _first_pass(self, cache_dir: str | Path | None) -> None:
         """Sets index, ids, learn (empty above KEPT_TOKENS), counts and fingerprint; from the cache if there."""
         stats = [path.stat() for path in self.paths]
         made_of = [*map(str, self.paths), *((s.st_size, s.st_mtime_ns) for s in stats)]
-        made_of += [self.tokenizer.sha256, self.seq_len, self.template, self.on_bad_line, KEPT_TOKENS]
+        made_of += [self.tokenizer.sha256, self.seq_len - self.n_virtual, self.template, self.on_bad_line, KEPT_TOKENS]
         key = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:16]
         cache = None if cache_dir is None else Path(cache_dir) / f"instructions-{key}.npz"
         if cache is not None and cache.exists():
@@ -264,7 +277,7 @@ class InstructionRows:
                 bar.update(len(line))
                 try:
                     found = conversations(parse_line(line))
-                    examples = [fit(messages, self.tokenizer, self.seq_len, self.template) for messages in found]
+                    examples = [self._fit(messages) for messages in found]
                 except UserError as reason:
                     if self.on_bad_line == "error":
                         raise UserError(

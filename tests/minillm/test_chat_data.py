@@ -96,6 +96,39 @@ def test_packed_row_by_hand():
     assert [t.dtype for t in batch] == [torch.int64, torch.int64, torch.bool, torch.int32]
 
 
+def test_placeholders_stand_before_each_example_and_teach_nothing():
+    first, second = (encode_messages(talk(*t), Numbers(), "simple") for t in [("1 2", "9"), ("3", "10 11")])
+    batch = lay_out([[first, second], [second]], 13, PAD, documents=True, n_virtual=2)
+    assert batch.x.tolist() == [
+        [PAD, PAD, 1, 2, 8, 9, PAD, PAD, 3, 8, 10, 11, PAD],
+        [PAD, PAD, 3, 8, 10, 11] + [PAD] * 7,
+    ]
+    assert batch.y[0].tolist() == [PAD, PAD, 2, 8, 9, EOS, PAD, PAD, 8, 10, 11, EOS, PAD]
+    assert batch.mask[0].int().tolist() == [0, 0, 0, 0, 1, 1, 0, 0, 0, 1, 1, 1, 0]
+    assert batch.documents.tolist() == [[0] * 6 + [1] * 6 + [2], [0] * 6 + [1] * 7]
+
+
+@pytest.mark.parametrize("kept_tokens", [1 << 25, 0])
+@pytest.mark.parametrize("packing", [True, False])
+def test_rows_with_placeholders_are_no_longer_and_hold_the_same_examples(tmp_path, monkeypatch, packing, kept_tokens):
+    monkeypatch.setattr(chat_data, "KEPT_TOKENS", kept_tokens)
+    rows = [pair("1 " * (i % 7 + 1), "2 " * (i % 5 + 1)) for i in range(40)] + [pair("1", "3 " * 40)]
+    path = write_jsonl(tmp_path / "rows.jsonl", rows)
+    plain = InstructionRows(path, Numbers(), 27, packing=packing)
+    data = InstructionRows(path, Numbers(), 30, packing=packing, n_virtual=3)
+    assert data.counts == plain.counts and data.counts["cut"] == 1
+    batch = data.batch(np.arange(data.rows_per_epoch))
+    assert batch.x.shape[1] == 30 and batch.n_targets() == plain.batch(np.arange(plain.rows_per_epoch)).n_targets()
+    for x, mask in zip(batch.x.tolist(), batch.mask, strict=True):
+        starts = [t for t in range(30) if x[t] == BOS]  # the template begins with it
+        assert starts and all(x[t - 3 : t] == [PAD] * 3 and not mask[t - 3 : t].any() for t in starts)
+    if packing:
+        used = sum(len(ids) - 1 + 3 for ids, _ in map(data._example, range(len(rows))))
+        assert f"{used / (30 * data.rows_per_epoch):.1%} full" in data.summary()
+    with pytest.raises(UserError, match="seq_len is 3; a row needs at least 1 position beside its 3 virtual tokens"):
+        InstructionRows(path, Numbers(), 3, n_virtual=3)
+
+
 def test_several_turns_by_hand():
     ids, learn, cut = example(talk("1", "2 3", "4", "5", system="7"), 20)
     assert ids == [BOS, SYSTEM, 7, USER, 1, ASSISTANT, 2, 3, EOS, USER, 4, ASSISTANT, 5, EOS]
