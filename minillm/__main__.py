@@ -189,7 +189,7 @@ def run_generate(args) -> None:
     )
     print()
     if done.reason == "context":
-        print(f"(stopped: the model's context of {model.config.max_seq_len} tokens is full)", file=sys.stderr)
+        print(f"(stopped: the model's context of {model.context} tokens is full)", file=sys.stderr)
 
 
 def run_chat(args) -> None:
@@ -211,9 +211,9 @@ def run_chat(args) -> None:
             messages = list(opening)
             continue
         messages.append({"role": "user", "content": question})
-        ids, forgotten = _fit(tokenizer, messages, _template(args, folder), model.config.max_seq_len, len(opening))
+        ids, forgotten = _fit(tokenizer, messages, _template(args, folder), model.context, len(opening))
         if forgotten:
-            print(f"(the context of {model.config.max_seq_len} tokens is full: {forgotten} earlier messages forgotten)")
+            print(f"(the context of {model.context} tokens is full: {forgotten} earlier messages forgotten)")
         said: list[str] = []
         stream = generate.stream(
             model, tokenizer, ids, args.max_new_tokens, sampling=sampling, stop_ids=[tokenizer.eos_id]
@@ -281,10 +281,10 @@ def run_eval(args) -> None:
         raise UserError(f"--data {path}: prepared with another tokenizer than the model's; evaluate the text itself")
     texts = TokenBins(path, "val") if bins else evaluate.read_text(path, tokenizer, split=args.split, field=args.field)
     trained = _trained(folder)
-    usual = min(trained.get("seq_len", 1024), model.config.max_seq_len)
+    usual = min(trained.get("seq_len", 1024), model.context)
     seq_len = usual if args.seq_len is None else args.seq_len
-    if not 1 <= seq_len <= model.config.max_seq_len:
-        raise UserError(f"--seq_len {seq_len}: must lie from 1 to the model's context, {model.config.max_seq_len}")
+    if not 1 <= seq_len <= model.context:
+        raise UserError(f"--seq_len {seq_len}: must lie from 1 to the model's context, {model.context}")
     alone = trained.get("document_attention", True)  # each document on its own, unless trained otherwise
     validation = Validation(texts, tokenizer, seq_len, args.max_tokens, alone)
     ranks = distributed.Ranks(0, 1, next(model.parameters()).device)
