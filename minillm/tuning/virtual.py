@@ -7,7 +7,8 @@
 The data puts n placeholders before each document (`chat_data.lay_out`, `Batch.with_placeholders`, `generate.prefill`),
 so documents, positions and the cache need to know nothing of virtual tokens. The model computes what it likes at these
 positions, and it is overwritten: the embeddings, or each layer's keys and values after the rotation. With a prefix
-nothing reads what then comes out at a placeholder, and no loss is taken there.
+nothing reads what then comes out at a placeholder, and no loss is taken there. To a sliding window they are tokens as
+any others, and leave it as these do.
 """
 
 import math
