@@ -83,8 +83,12 @@ def _check(q: Tensor, k: Tensor, v: Tensor, window: int | None, spans: Tensor | 
     if not 1 <= size <= 256:
         raise ValueError(f"attention: head size {size}; 1 to 256 are supported: choose more heads, or impl torch")
     if q.dtype not in DTYPES or not q.dtype == k.dtype == v.dtype:
-        raise ValueError(f"attention: dtypes {q.dtype}, {k.dtype}, {v.dtype}; one of fp32, fp16, bf16 is needed for all")
-    if spans is not None and (spans.shape != (batch, k.shape[1], 2) or spans.dtype != torch.int32 or q_len > k.shape[1]):
+        raise ValueError(
+            f"attention: dtypes {q.dtype}, {k.dtype}, {v.dtype}; one of fp32, fp16, bf16 is needed for all"
+        )
+    if spans is not None and (
+        spans.shape != (batch, k.shape[1], 2) or spans.dtype != torch.int32 or q_len > k.shape[1]
+    ):
         raise ValueError(
             f"attention: spans {tuple(spans.shape)} {spans.dtype} for {q_len} queries and {k.shape[1]} keys; int32 "
             "(B, Tk, 2) of document_spans, and no more queries than keys, are needed"

@@ -24,16 +24,25 @@ from torch import Tensor
 
 from kernels import launch
 from kernels.attention_mask import seen_keys
-from kernels.attention_tiles import describable, heads_together, load_tile, place, soft_capped, store_tile, tile_source
+from kernels.attention_settings import attention_settings
+from kernels.attention_tiles import (
+    describable,
+    heads_together,
+    load_tile,
+    place,
+    scores,
+    soft_capped,
+    store_tile,
+    tile_source,
+)
 
 LOG2E = 1.4426950408889634
-FAR = 2147483647  # the largest int32
 
 
 @triton.jit
 def _step(acc, total, top, q, k, v, key, begin, end, scale, cap, MASK: tl.constexpr, SOFTCAP: tl.constexpr):
     """A block of keys joins output, sum and maximum (of powers of two)."""
-    s = tl.dot(q, k.T, input_precision="ieee")
+    s = scores(q, k, tl.zeros([q.shape[0], k.shape[0]], tl.float32))
     if SOFTCAP:
         s = soft_capped(s * scale, cap) * 1.4426950408889634
     else:
@@ -52,7 +61,7 @@ def _step(acc, total, top, q, k, v, key, begin, end, scale, cap, MASK: tl.conste
 
 
 @triton.jit
-def _forward(Q, K, V, O, Lse, Spans, n_blocks, group, heads, kv_heads, q_len, k_len, window, scale, cap,
+def _forward(Q, K, V, Out, Lse, Spans, n_blocks, group, heads, kv_heads, q_len, k_len, window, scale, cap,
              q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h,
              CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SPANS: tl.constexpr, SOFTCAP: tl.constexpr,
              D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -92,23 +101,10 @@ def _forward(Q, K, V, O, Lse, Spans, n_blocks, group, heads, kv_heads, q_len, k_
 
     seen = total > 0
     acc = tl.where(seen[:, None], acc / tl.where(seen, total, 1.0)[:, None], 0.0)
-    store_tile(O, acc, b, row, h, q_len, heads, BLOCK_M, D, BLOCK_D)
+    store_tile(Out, acc, b, row, h, q_len, heads, BLOCK_M, D, BLOCK_D)
     lse = tl.where(seen, (top + tl.log2(tl.where(seen, total, 1.0))) * 0.6931471805599453, float("-inf"))
     t = row + tl.arange(0, BLOCK_M)
     tl.store(Lse + bh.to(tl.int64) * q_len + t, lse, mask=t < q_len)
-
-
-# (head size padded to a power of two, bytes of a number, small shared memory): BLOCK_M, BLOCK_N, warps, stages
-TABLE = {}
-
-
-def settings(width: int, x: Tensor) -> dict:
-    """Block sizes, warps and stages for heads padded to `width`."""
-    if launch.INTERPRETED:
-        return {"BLOCK_M": 64, "BLOCK_N": 64}
-    key = (width, x.element_size(), launch.shared_memory(x.device) < 128 << 10)
-    names = ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages")
-    return launch.settings("attention_forward", (width, x.dtype), x.device, dict(zip(names, TABLE[key])))
 
 
 def forward(
@@ -131,8 +127,9 @@ def forward(
     if q.numel() == 0 or k.numel() == 0:
         return out.zero_(), lse.fill_(float("-inf"))
     width = max(16, triton.next_power_of_2(size))
-    chosen = settings(width, q)
     tma = describable(width, q, k, v)
+    more = window is not None or spans is not None or softcap is not None
+    chosen = attention_settings("forward", size, q.dtype, q.device, tma=tma, more=more)
     m, n = chosen["BLOCK_M"], chosen["BLOCK_N"]
     blocks = triton.cdiv(q_len, m)
     launch.run(

@@ -1,10 +1,10 @@
 """How attention's kernels read (rows, D) tiles of (B, T, H, D) tensors, and in which order they take their blocks.
 
-From Hopper on a tile comes by a tensor descriptor: the copy engine computes the addresses (12 to 24 % faster than the
-next best Triton kernel, measured on an H100). The tensor is described as a matrix of B·T rows, a head being a range of
-its columns; as a 4-D tensor it costs registers in every kernel. Elsewhere, and for tensors that are no such matrix, a
-tile comes by pointers. Rows beyond T are zeros by pointers, the next sequence's by descriptors: the kernels give both
-no weight.
+On Hopper and datacenter Blackwell a tile comes by a tensor descriptor: the copy engine computes the addresses (12 to
+24 % faster than the next best Triton kernel, measured on an H100). The tensor is described as a matrix of B·T rows, a
+head being a range of its columns; as a 4-D tensor it costs registers in every kernel. Elsewhere, and for tensors that
+are no such matrix, a tile comes by pointers. Rows beyond T are zeros by pointers, the next sequence's by descriptors:
+the kernels give both no weight.
 """
 
 import torch
@@ -26,7 +26,8 @@ def describable(width: int, *tensors: Tensor) -> bool:
         inside_a_row = (heads - 1) * x.stride(2) + size <= x.stride(1)
         return matrix and inside_a_row and size == width and x.stride(1) % unit == 0 and x.data_ptr() % 16 == 0
 
-    return launch.architecture(tensors[0].device) >= 90 and all(map(one, tensors))
+    # on consumer Blackwell (sm_120) the same blocks spill when they come by descriptors
+    return 90 <= launch.architecture(tensors[0].device) < 120 and all(map(one, tensors))
 
 
 def tile_source(x: Tensor, rows: int, tma: bool) -> TensorDescriptor | Tensor:
@@ -83,6 +84,23 @@ def heads_together(n_blocks: int, n_heads: int, device: torch.device) -> int:
     """How many heads make a group: about as many as have one block for each multiprocessor, dividing their number."""
     wanted = max(1, min(n_heads, launch.multiprocessors(device) // max(1, n_blocks)))
     return next(n for n in range(wanted, 0, -1) if n_heads % n == 0)
+
+
+@triton.jit
+def scores(a, b, start):
+    """a bᵀ + start, fp32 (M, N), for a (M, D) and b (N, D).
+
+    fp32 is multiplied without tensor cores, where Triton holds all D numbers of a row in registers and spills: there D
+    is cut into pieces of 16, multiplied as a batch and then added.
+    """
+    if a.dtype == tl.float32 and a.shape[1] > 16:
+        PIECES: tl.constexpr = a.shape[1] // 16
+        pieces_a = tl.permute(tl.reshape(a, [a.shape[0], PIECES, 16]), (1, 0, 2))
+        pieces_b = tl.permute(tl.reshape(b, [b.shape[0], PIECES, 16]), (1, 2, 0))
+        out = start + tl.sum(tl.dot(pieces_a, pieces_b, input_precision="ieee"), axis=0)
+    else:
+        out = tl.dot(a, b.T, start, input_precision="ieee")
+    return out
 
 
 @triton.jit

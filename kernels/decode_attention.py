@@ -146,14 +146,13 @@ def block_settings(rows: int, head_size: int, dtype: torch.dtype, device: torch.
     asked for and not yet there. A stage is a block of keys and one of values, 32 KB together where a
     multiprocessor has 163 KB of shared memory or more, 16 KB where it has 99; two programs with two stages on
     the way ask for several times enough, and one computes while the other waits at a barrier. fp32 is multiplied
-    without tensor cores, from registers: 32 KB would spill, as would 128 keys and 32 rows at 16 bits.
+    without tensor cores, from registers: 32 KB would spill, as would more keys with more rows at 16 bits.
     """
     large = launch.shared_memory(device) > 99 << 10 and dtype.itemsize == 2
     stage = (32 if large else 16) << 10
     keys = stage // (2 * triton.next_power_of_2(head_size) * dtype.itemsize)
-    keys = (
-        128 if launch.INTERPRETED else min(128 if rows == 16 else 64, max(16, keys))
-    )  # the interpreter's cost is by block
+    most = {16: 128, 32: 64, 64: 32}[rows]
+    keys = 128 if launch.INTERPRETED else min(most, max(16, keys))  # the interpreter's cost is by block
     default = {"BLOCK_N": keys, "num_warps": 4, "num_stages": 3, "PROGRAMS": 2}
     return launch.settings("decode_attention", (rows, head_size, dtype.itemsize), device, default)
 

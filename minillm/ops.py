@@ -179,7 +179,7 @@ def attention(
 
 
 def decode_attention(q: Tensor, k: Tensor, v: Tensor, begin: Tensor, end: Tensor, window: int | None = None) -> Tensor:
-    """Attention of the newest Tq tokens, q (B, Tq, H, D), over a whole cache, k and v (B, Tmax, K, D), without gradient.
+    """Attention of the newest Tq tokens, q (B, Tq, H, D), over a whole cache, k and v (B, Tmax, K, D); no gradient.
 
     begin, end: (B,) int32 or int64 on q's device: row b's keys are the slots begin[b] ≤ j < end[b], and its query t
     stands at slot end[b] − Tq + t; no number of the host's changes from step to step. Returns (B, Tq, H, D).

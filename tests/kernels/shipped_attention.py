@@ -17,14 +17,14 @@ def calls(architecture: int) -> Iterator[tuple[str, Callable]]:
     sizes = (16, 32, 64, 80, 128, 256) if architecture in (80, 90) else (64, 128, 256)
     plain = dict(causal=True, window=None, softcap=None, scale=0.125)
     for size in sizes:
-        for name, q, k, spans, options in (
-            ("causal", meta(2, LONG, 8, size), meta(2, LONG, 2, size), None, plain),
-            ("packed, window, cap", meta(2, LONG, 8, size), meta(2, LONG, 2, size), meta(2, LONG, 2, dtype=torch.int32),
-             plain | dict(window=512, softcap=30.0)),
-            ("float32", meta(2, LONG, 8, size, dtype=torch.float32), meta(2, LONG, 2, size, dtype=torch.float32), None, plain),
-        ):  # fmt: skip
-            if name != "causal" and size not in (64, 128):
-                continue
+        q, k = meta(2, LONG, 8, size), meta(2, LONG, 2, size)
+        spans = meta(2, LONG, 2, dtype=torch.int32)
+        cases = [("causal", q, k, None, plain)]
+        if size in (64, 80, 128):
+            cases.append(("packed, window, cap", q, k, spans, plain | dict(window=512, softcap=30.0)))
+        if size in (64, 128, 256):
+            cases.append(("float32", q.float(), k.float(), None, plain))
+        for name, q, k, spans, options in cases:
             lse = meta(2, 8, LONG, dtype=torch.float32)
             yield f"attention {name} {size}", lambda a=(q, k, k, spans), o=options: attention_forward.forward(*a, **o)
             yield (

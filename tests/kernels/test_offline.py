@@ -16,7 +16,8 @@ import pytest
 from kernels import launch
 
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
-SPILLS: dict[str, int] = {}  # bytes of stack that a kernel is known to need, by its name
+# Bytes of stack that calls are known to need: fp32 has no tensor cores, and wide heads take all registers.
+SPILLS = {"attention float32 256 backward": 160, "attention float32 128 backward": 8}
 FOLDER = Path(__file__).parent
 
 
@@ -46,7 +47,7 @@ def test_nothing_spills_and_everything_fits(architecture):
     assert len(kernels) > 20
     limit = launch.SHARED_MEMORY[architecture]
     assert {name(k): k["shared"] for k in kernels if k["shared"] > limit} == {}
-    spills = {name(k): k["stack"] for k in kernels if k["stack"] > SPILLS.get(k["kernel"], 0)}
+    spills = {name(k): k["stack"] for k in kernels if k["stack"] > SPILLS.get(k["call"], 0)}
     assert spills == {}
 
 
