@@ -14,7 +14,8 @@ Tiling: a program takes as many whole rows as make about 8,192 numbers, so that 
 16-byte loads in flight, and the sum over a row never leaves the block. Backward, a few programs for each
 multiprocessor walk over all rows and add up dw in registers; each writes its part once, and the parts are summed in
 a second, tiny pass: no atomics, the same bits each time. Rows wider than 8,192 would not fit the registers that way:
-there dw is a pass of its own over blocks of columns.
+there a program walks over one row twice, in blocks of 8,192 columns, first for mean(g x), then for dx, finding x and
+dy in the cache; and dw is a pass of its own over blocks of columns.
 """
 
 import torch
@@ -69,6 +70,31 @@ def _backward(DY, DSum, X, W, R, DX, DW, n_rows, width, dy_stride, ds_stride, x_
     if WEIGHT:
         part = DW + tl.program_id(0).to(tl.int64) * width + column
         tl.store(part, tl.sum(dw, axis=0), mask=column < width)
+
+
+@triton.jit
+def _backward_wide(DY, DSum, X, W, R, DX, width, dy_stride, ds_stride, x_stride,
+                   ADD: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    r = tl.load(R + row)
+    products = tl.zeros([BLOCK], tl.float32)
+    for begin in range(0, width, BLOCK):
+        column = begin + tl.arange(0, BLOCK)
+        inside = column < width
+        dy = tl.load(DY + row * dy_stride + column, mask=inside, other=0.0).to(tl.float32)
+        x = tl.load(X + row * x_stride + column, mask=inside, other=0.0).to(tl.float32)
+        products += dy * tl.load(W + column, mask=inside, other=0.0).to(tl.float32) * x
+    mean = tl.sum(products, axis=0) * r / width
+    for begin in range(0, width, BLOCK):
+        column = begin + tl.arange(0, BLOCK)
+        inside = column < width
+        dy = tl.load(DY + row * dy_stride + column, mask=inside, other=0.0).to(tl.float32)
+        x = tl.load(X + row * x_stride + column, mask=inside, other=0.0).to(tl.float32)
+        g = dy * tl.load(W + column, mask=inside, other=0.0).to(tl.float32)
+        dx = r * (g - x * r * mean)
+        if ADD:
+            dx += tl.load(DSum + row * ds_stride + column, mask=inside, other=0.0).to(tl.float32)
+        tl.store(DX + row * width + column, dx.to(DX.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -132,21 +158,25 @@ def backward(
     passed = grad if ds is None else launch.rows(ds)
     n, width = matrix.shape
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    block = triton.next_power_of_2(width)
+    weight = weight.contiguous()
     chosen = dict(backward_settings(width, x.device))
-    fused = need_weight and width <= FUSED_WIDTH
     programs = min(chosen.pop("PROGRAMS") * launch.multiprocessors(x.device), max(1, triton.cdiv(n, chosen["ROWS"])))
     parts = torch.empty(programs if need_weight else 0, width, dtype=torch.float32, device=x.device)
-    launch.run(
-        _backward, (programs,) if width <= FUSED_WIDTH else (max(1, triton.cdiv(n, chosen["ROWS"])),),
-        grad, passed, matrix, weight.contiguous(), r, dx, parts, n, width,
-        grad.stride(0), passed.stride(0), matrix.stride(0),
-        ADD=ds is not None, WEIGHT=fused, BLOCK=block, **chosen,
-    )  # fmt: skip
-    if need_weight and not fused:
+    strides = grad.stride(0), passed.stride(0), matrix.stride(0)
+    if width <= FUSED_WIDTH:
+        launch.run(
+            _backward, (programs,), grad, passed, matrix, weight, r, dx, parts, n, width, *strides,
+            ADD=ds is not None, WEIGHT=need_weight, BLOCK=triton.next_power_of_2(width), **chosen,
+        )  # fmt: skip
+    elif n:
+        launch.run(
+            _backward_wide, (n,), grad, passed, matrix, weight, r, dx, width, *strides,
+            ADD=ds is not None, BLOCK=FUSED_WIDTH, num_warps=16,
+        )  # fmt: skip
+    if need_weight and width > FUSED_WIDTH:
         launch.run(
             _backward_weight, (programs, triton.cdiv(width, 1024)),
-            grad, matrix, r, parts, n, width, grad.stride(0), matrix.stride(0), ROWS=4, BLOCK=1024, num_warps=4,
+            grad, matrix, r, parts, n, width, grad.stride(0), matrix.stride(0), ROWS=2, BLOCK=1024, num_warps=4,
         )  # fmt: skip
     dw = parts.sum(0).to(weight.dtype) if need_weight else torch.empty(0, dtype=weight.dtype, device=x.device)
     return dx, dw

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kernels import reference
-from kernels.rms_norm import FUSED_WIDTH, _op, add_rms_norm, rms_norm
+from kernels.rms_norm import FUSED_WIDTH, _op, add_rms_norm, backward, forward, rms_norm
 from tests.kernels.check import DEVICE, DTYPES, compare, draw, error, layouts, poisoned, run  # noqa: F401
 
 EPS = 0.1  # large enough that the gradient of a row of one or two numbers is no difference of equals
@@ -43,9 +43,19 @@ def test_with_the_residual_agrees_with_the_reference(width, dtype, poisoned):  #
     compare(ours_added, spec_added, [x, d, w], [draw(5, width, dtype=dtype, seed=s) for s in (3, 4)])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("width", [FUSED_WIDTH + 1, 32768])
-def test_wide_rows(width, poisoned):  # noqa: F811
-    compare(ours, spec, [draw(3, width), draw(width, seed=1)], [draw(3, width, seed=2)])
+def test_wide_rows(width, dtype, poisoned):  # noqa: F811
+    x, d, *grads = (draw(3, width, dtype=dtype, seed=seed) for seed in range(4))
+    w = draw(width, dtype=dtype, seed=4)
+    compare(ours, spec, [x, w], grads[:1])
+    compare(ours_added, spec_added, [x, d, w], grads)
+
+
+@pytest.mark.parametrize("width", [100, FUSED_WIDTH + 1])
+def test_a_weight_that_is_not_trained(width, poisoned):  # noqa: F811
+    w = draw(width, seed=1)
+    compare(lambda x: ours(x, w), lambda x: spec(x, w.to(x.dtype)), [draw(3, width)], [draw(3, width, seed=2)])
 
 
 @pytest.mark.parametrize("given_as", ["contiguous", "transposed", "rows apart", "inside"])
@@ -117,3 +127,16 @@ def test_compiles_without_a_graph_break():
     compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
     for a, b in zip(run(compiled, [x, w], [g]), run(ours, [x, w], [g]), strict=True):
         assert all(torch.equal(p, q) for p, q in zip(a, b, strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("width", [8192, 16384])
+def test_offsets_beyond_int32(width):
+    """More than 2³¹ numbers: the last rows must be what they are alone."""
+    x = torch.randn((1 << 31) // width + 5, width, device=DEVICE, dtype=torch.bfloat16)
+    w = draw(width, dtype=torch.bfloat16)
+    y, r = forward(x, None, w, EPS, x.dtype)[1:]
+    dx, _ = backward(x, None, x, w, r, False)
+    last = x[-3:].clone()
+    assert error(y[-3:], spec(last, w)) < 1e-2
+    assert error(dx[-3:], backward(last, None, last, w, r[-3:], False)[0]) < 1e-2
