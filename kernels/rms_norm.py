@@ -122,12 +122,14 @@ def forward_settings(width: int, device: torch.device) -> dict:
 def backward_settings(width: int, device: torch.device) -> dict:
     """Rows and warps of the backward kernel, and programs for each multiprocessor.
 
-    Four vectors of 16 to 32 numbers a thread stay below 128 registers, so two to four programs share a multiprocessor.
+    Four vectors of 16 numbers a thread fit in 96 registers, so 20 warps share a multiprocessor, and no more are
+    started: the others would run after them, on a multiprocessor that is no longer full. Without the limit ptxas
+    spills a few bytes to stay below 80.
     """
     block = triton.next_power_of_2(width)
     rows = max(1, (65536 if launch.INTERPRETED else 2048) // block)
     warps = min(16, max(4, rows * block // 512))
-    default = {"ROWS": rows, "num_warps": warps, "PROGRAMS": max(1, 32 // warps)}
+    default = {"ROWS": rows, "num_warps": warps, "PROGRAMS": 20 // warps, "maxnreg": 96}
     return launch.settings("rms_norm_backward", (width,), device, default)
 
 
