@@ -22,7 +22,7 @@ def loss_and_gradients(model, implementation, dtype=None, call=None, **inputs):
     model.zero_grad()
     tokens = tokens_of(2, 20).to(DEVICE)
     with torch.autocast(DEVICE, dtype or torch.bfloat16, enabled=dtype is not None):
-        loss = (call or model)(tokens, tokens.roll(-1, 1), **inputs)
+        loss = (model if call is None else call)(tokens, tokens.roll(-1, 1), **inputs)
     loss.backward()
     return [loss.detach(), *(p.grad.clone() for p in model.parameters())]
 
