@@ -184,11 +184,8 @@ def backward(
     return dx, dw
 
 
-@torch.library.custom_op("minillm::rms_norm", mutates_args=())
-def _op(
-    x: Tensor, delta: Tensor | None, weight: Tensor, eps: float, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor]:
-    return forward(x, delta, weight, eps, dtype)
+_op = torch.library.custom_op("minillm::rms_norm", forward, mutates_args=())
+_backward_op = torch.library.custom_op("minillm::rms_norm_backward", backward, mutates_args=())
 
 
 @_op.register_fake
@@ -196,13 +193,6 @@ def _(x, delta, weight, eps, dtype):
     rows = x.numel() // x.shape[-1]
     s = x.new_empty(0 if delta is None else x.shape)
     return s, x.new_empty(x.shape, dtype=dtype), x.new_empty(rows, dtype=torch.float32)
-
-
-@torch.library.custom_op("minillm::rms_norm_backward", mutates_args=())
-def _backward_op(
-    dy: Tensor, ds: Tensor | None, x: Tensor, weight: Tensor, r: Tensor, need_weight: bool
-) -> tuple[Tensor, Tensor]:
-    return backward(dy, ds, x, weight, r, need_weight)
 
 
 @_backward_op.register_fake
