@@ -178,3 +178,45 @@ def newton_schulz(matrices: Tensor, steps: int, coefficients: tuple[float, float
         gram = x @ x.mT
         x = a * x + (b * gram + c * gram @ gram) @ x
     return x
+
+
+def nf4_values() -> Tensor:
+    """The 16 values of 4-bit NormalFloat, ascending from −1 to 1, fp64 (Dettmers et al. 2023, arXiv:2305.14314).
+
+    Quantiles of N(0, 1), the same probability apart on each side: 8 up to zero, 9 from zero on, divided by the
+    outermost. That one lies at 1 − (1/30 + 1/32) / 2: halfway into the last bin, the mean of a side of 15 and of 16.
+    """
+    edge = 1 - (1 / 30 + 1 / 32) / 2
+    below = torch.special.ndtri(torch.linspace(1 - edge, 0.5, 8, dtype=torch.float64))
+    above = torch.special.ndtri(torch.linspace(0.5, edge, 9, dtype=torch.float64))
+    return torch.cat((below, above[1:])) / above[-1]
+
+
+def dequantize_int8(codes: Tensor, scale: Tensor, kept: Tensor, columns: Tensor) -> Tensor:
+    """codes (N, K) int8 · scale (N,) fp32 of the row, but columns (O,) int64 are kept (N, O). Returns (N, K) fp32."""
+    return (codes * scale[:, None]).index_copy_(1, columns, kept.float())
+
+
+def dequantize_nf4(codes: Tensor, scale: Tensor, coarse: Tensor, offset: Tensor, width: int) -> Tensor:
+    """Each block of 64 columns: NF4 values · its scale, itself 8 bits in groups of 256 blocks (double quantization).
+
+    codes: (N, 32 B) uint8, of each block the 32 first columns in the low halves, the others in the high ones; scale:
+    (N, B) int8; coarse: (⌈N B / 256⌉,) and offset: (1,) fp32. Returns (N, width) fp32.
+    """
+    n, blocks = scale.shape
+    pairs = codes.view(n, blocks, 1, 32)
+    halves = torch.cat((pairs & 15, pairs >> 4), dim=2).int()  # (N, B, 2, 32)
+    values = nf4_values().to(codes.device, torch.float32).index_select(0, halves.flatten()).view_as(halves)
+    group = coarse.repeat_interleave(256)[: n * blocks].view(n, blocks)
+    size = scale * group + offset
+    return (values * size[:, :, None, None]).view(n, blocks * 64)[:, :width]  # (N, B, 2, 32) → (N, K)
+
+
+def dequantize(weight: list[Tensor], width: int) -> Tensor:
+    """W (N, K = width) in fp32 from its four tensors, those of `dequantize_int8` or of `dequantize_nf4`."""
+    return dequantize_int8(*weight) if weight[0].dtype == torch.int8 else dequantize_nf4(*weight, width)
+
+
+def quant_matmul(x: Tensor, weight: list[Tensor]) -> Tensor:
+    """x Wᵀ, W as `dequantize` gives it, rounded to x's dtype. x: (..., K). Returns (..., N)."""
+    return x @ dequantize(weight, x.shape[-1]).to(x.dtype).T

@@ -5,9 +5,11 @@
 
 from collections.abc import Callable, Iterator
 
-from tests.kernels import shipped_attention, shipped_decode, shipped_loss, shipped_optim, shipped_rowwise
+from tests.kernels import shipped_attention, shipped_decode, shipped_loss, shipped_optim, shipped_quant, shipped_rowwise
+
+SUBJECTS = (shipped_attention, shipped_decode, shipped_loss, shipped_optim, shipped_quant, shipped_rowwise)
 
 
 def calls(architecture: int) -> Iterator[tuple[str, Callable]]:
-    for subject in (shipped_attention, shipped_decode, shipped_loss, shipped_optim, shipped_rowwise):
+    for subject in SUBJECTS:
         yield from subject.calls(architecture)

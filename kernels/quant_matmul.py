@@ -1,0 +1,312 @@
+"""A linear layer whose frozen weight is kept in 8 or 4 bits: y = x Wᵀ forward, dx = dy W backward, W never trained.
+
+W (N, K) is four tensors, in one of two formats, which `kernels.reference.dequantize` spells out:
+    int8    codes (N, K) int8; scale (N,) fp32: w = code · scale of its row; a few columns kept as they were
+            kept (N, O), 16 or 32 bits; columns (O,) int64: where they belong; their codes are 0
+    NF4     codes (N, 32 B) uint8, two to a byte; scale (N, B) int8; coarse (⌈N B / 256⌉,) fp32; offset (1,) fp32:
+            w = nf4[code] · (scale · coarse of its group + offset), one scale for 64 columns, B = ⌈K / 64⌉
+(4-bit NormalFloat with double quantization: Dettmers et al. 2023, QLoRA, arXiv:2305.14314, section 3.) A byte's low
+half is a column among the first 32 of its block, the high half the one 32 further: a tile of bytes is then two tiles of
+weights, each of whole runs of columns, and nothing has to be interleaved.
+
+Products are of x and W rounded to x's dtype, summed in fp32. There are two ways to them:
+    fused     tiles of codes are turned into weights between memory and tensor cores. Weights are the product's first
+              operand, y being made transposed: few rows of x then fill tiles of 16 columns, not of 64 rows.
+    by way of a scratch W in x's dtype (one layer's, 16 bits a weight, gone after the call) and cuBLAS.
+A step of decoding (M = 1) is memory traffic alone: codes are read once, a quarter of the bytes of a 16-bit W. Each tile
+of rows (up to 128) decodes all of W anew, some 5 instructions a weight: for 4096 × 11008 on an H100 about 15 µs a
+tile, whose products take 16 µs. The scratch costs 38 µs, however many rows there are (half a byte read, 2 written and
+read again, of 3 TB/s). By this reckoning the fused way is ahead up to about 256 rows and level at 512, where cuBLAS's
+own peak speaks for the scratch: FUSED_ROWS = 256. Reckoned, not measured on a GPU. In fp32, which has no tensor cores,
+the fused way serves decoding alone.
+
+The 16 values of NF4 are looked up in shared memory (`tl.gather`): different words of one 64-byte line are no bank
+conflict. A load from a pointer would be taken for data to be pipelined, and hold up the pipeline of the codes.
+"""
+
+import functools
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels import launch, reference
+
+FUSED_ROWS = 256
+
+
+@triton.jit
+def _column(j, half, BITS: tl.constexpr):
+    """Which column of W is coded by this half of the row's byte j."""
+    return j if BITS == 8 else j // 32 * 64 + half * 32 + j % 32
+
+
+@triton.jit
+def _scales(Scale, Coarse, Offset, n, first, n_out, blocks, BITS: tl.constexpr, COUNT: tl.constexpr):
+    """Scales of the rows n and of COUNT blocks of columns from `first` on, (N, COUNT), or (N, 1) for whole rows."""
+    if BITS == 8:
+        scale = tl.load(Scale + n, mask=n < n_out, other=0.0)[:, None]
+    else:
+        b = first + tl.arange(0, COUNT)
+        inside, at = (n < n_out)[:, None] & (b < blocks)[None, :], n[:, None].to(tl.int64) * blocks + b[None, :]
+        fine = tl.load(Scale + at, mask=inside, other=0).to(tl.float32)
+        scale = fine * tl.load(Coarse + at // 256, mask=inside, other=0.0) + tl.load(Offset)
+    return scale
+
+
+@triton.jit
+def _weights(packed, half, scale, table, dtype: tl.constexpr, BITS: tl.constexpr):
+    """Weights of a tile of bytes, or of one half of each: (N, BYTES) in `dtype`."""
+    N: tl.constexpr = packed.shape[0]
+    BYTES: tl.constexpr = packed.shape[1]
+    COUNT: tl.constexpr = scale.shape[1]
+    if BITS == 8:
+        value = packed.to(tl.float32)
+    else:
+        code = (packed >> (4 * half)) & 15
+        value = tl.gather(table, tl.reshape(code.to(tl.int32), [N * BYTES]), 0)
+    value = tl.reshape(value, [N, COUNT, BYTES // COUNT]) * scale[:, :, None]
+    return tl.reshape(value, [N, BYTES]).to(dtype)
+
+
+@triton.jit(do_not_specialize=["n_rows"])
+def _forward(X, Codes, Scale, Coarse, Offset, Kept, Columns, Table, Y, n_rows, n_out, n_in, row_bytes, n_kept, x_stride,
+             BITS: tl.constexpr, KEPT: tl.constexpr, PRECISION: tl.constexpr,
+             BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BYTES: tl.constexpr):  # fmt: skip
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    row, real, there = n[:, None].to(tl.int64), (n < n_out)[:, None], (m < n_rows)[None, :]
+    X += m[None, :].to(tl.int64) * x_stride
+    dtype: tl.constexpr = X.dtype.element_ty
+    table = tl.load(Table + tl.arange(0, 16))
+    y = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)  # transposed
+    scale = _scales(Scale, Coarse, Offset, n, 0, n_out, row_bytes // 32, BITS, BYTES // 32)
+    for start in range(0, row_bytes, BYTES):
+        j = start + tl.arange(0, BYTES)
+        packed = tl.load(Codes + row * row_bytes + j[None, :], mask=real & (j < row_bytes)[None, :], other=0)
+        following = scale  # asked for a step ahead: single bytes cannot be copied to shared memory in the background
+        if BITS == 4:
+            next_block = start // 32 + BYTES // 32
+            following = _scales(Scale, Coarse, Offset, n, next_block, n_out, row_bytes // 32, BITS, BYTES // 32)
+        for half in tl.static_range(8 // BITS):
+            k = _column(j, half, BITS)
+            x = tl.load(X + k[:, None], mask=(k < n_in)[:, None] & there, other=0.0)
+            w = _weights(packed, half, scale, table, dtype, BITS)
+            y = tl.dot(w, x, y, input_precision=PRECISION)
+        scale = following
+    if KEPT:
+        for start in range(0, n_kept, 32):
+            o = start + tl.arange(0, 32)
+            k = tl.load(Columns + o, mask=o < n_kept, other=0)
+            x = tl.load(X + k[:, None], mask=(o < n_kept)[:, None] & there, other=0.0)
+            w = tl.load(Kept + row * n_kept + o[None, :], mask=real & (o < n_kept)[None, :], other=0.0)
+            y = tl.dot(w.to(tl.float32).to(dtype), x, y, input_precision=PRECISION)
+    tl.store(Y + m[None, :].to(tl.int64) * n_out + n[:, None], y.to(dtype), mask=real & there)
+
+
+@triton.jit(do_not_specialize=["n_rows"])
+def _backward(DY, Codes, Scale, Coarse, Offset, Table, DX, n_rows, n_out, n_in, row_bytes, dy_stride,
+              BITS: tl.constexpr, PRECISION: tl.constexpr,
+              BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BYTES: tl.constexpr):  # fmt: skip
+    j = tl.program_id(0) * BYTES + tl.arange(0, BYTES)
+    m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    first, blocks, there = tl.program_id(0) * (BYTES // 32), row_bytes // 32, (m < n_rows)[:, None]
+    dtype: tl.constexpr = DY.dtype.element_ty
+    table = tl.load(Table + tl.arange(0, 16))
+    dx = tl.zeros([BLOCK_M, BYTES], tl.float32)  # of the first halves
+    dx_high = tl.zeros([BLOCK_M, BYTES], tl.float32)
+    scale = _scales(Scale, Coarse, Offset, tl.arange(0, BLOCK_N), first, n_out, blocks, BITS, BYTES // 32)
+    for start in range(0, n_out, BLOCK_N):
+        n = start + tl.arange(0, BLOCK_N)
+        at = n[:, None].to(tl.int64) * row_bytes + j[None, :]
+        packed = tl.load(Codes + at, mask=(n < n_out)[:, None] & (j < row_bytes)[None, :], other=0)
+        following = _scales(Scale, Coarse, Offset, n + BLOCK_N, first, n_out, blocks, BITS, BYTES // 32)
+        at = m[:, None].to(tl.int64) * dy_stride + n[None, :]
+        dy = tl.load(DY + at, mask=there & (n < n_out)[None, :], other=0.0)
+        dx = tl.dot(dy, _weights(packed, 0, scale, table, dtype, BITS), dx, input_precision=PRECISION)
+        if BITS == 4:
+            dx_high = tl.dot(dy, _weights(packed, 1, scale, table, dtype, BITS), dx_high, input_precision=PRECISION)
+        scale = following
+    DX += m[:, None].to(tl.int64) * n_in
+    k = _column(j, 0, BITS)[None, :]
+    tl.store(DX + k, dx.to(dtype), mask=(k < n_in) & there)
+    if BITS == 4:
+        tl.store(DX + k + 32, dx_high.to(dtype), mask=(k + 32 < n_in) & there)
+
+
+@triton.jit
+def _dequantize(Codes, Scale, Coarse, Offset, Table, W, n_out, n_in, row_bytes, BITS: tl.constexpr,
+                BLOCK_N: tl.constexpr, BYTES: tl.constexpr):  # fmt: skip
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    j = tl.program_id(1) * BYTES + tl.arange(0, BYTES)
+    row, real, first = n[:, None].to(tl.int64), (n < n_out)[:, None], tl.program_id(1) * (BYTES // 32)
+    table = tl.load(Table + tl.arange(0, 16))
+    packed = tl.load(Codes + row * row_bytes + j[None, :], mask=real & (j < row_bytes)[None, :], other=0)
+    scale = _scales(Scale, Coarse, Offset, n, first, n_out, row_bytes // 32, BITS, BYTES // 32)
+    for half in tl.static_range(8 // BITS):
+        k = _column(j, half, BITS)
+        w = _weights(packed, half, scale, table, W.dtype.element_ty, BITS)
+        tl.store(W + row * n_in + k[None, :], w, mask=real & (k < n_in)[None, :])
+
+
+def block_settings(rows: int, bits: int, itemsize: int, forward: bool, device: torch.device) -> dict:
+    """A tile's rows of x (or dy), rows of W and bytes of codes, warps and stages, for 16, 32, 64 or 128 rows of x.
+
+    Decoding wants bytes on their way: 16 rows of W a program, so that a layer of 4,096 gives an H100 two programs
+    a multiprocessor, and five stages of 2 KB of codes (int8: 4) for each (fp32: half). With more rows the sums take
+    the registers, 64 a thread at 128 × 64; int8 takes 8 warps there, since 4 would leave no register over.
+    """
+    default = {"BLOCK_M": rows, "BLOCK_N": 64, "BYTES": 8 * bits, "num_warps": 4, "num_stages": 4}
+    if launch.INTERPRETED:  # its cost is by program
+        default |= {"BLOCK_M": 32, "BYTES": 128}
+    elif rows == 16 and forward:
+        default |= {"BLOCK_N": 16, "BYTES": 64 * bits // itemsize, "num_stages": 6}
+    elif rows == 128:
+        default |= {"num_warps": bits, "num_stages": 3}
+    return launch.settings(
+        f"quant_matmul_{'forward' if forward else 'backward'}", (rows, bits, itemsize), device, default
+    )
+
+
+@functools.cache
+def _table(device: torch.device) -> Tensor:
+    return reference.nf4_values().to(device, torch.float32)
+
+
+def _operands(weight: list[Tensor]) -> tuple[int, tuple[Tensor, ...], Tensor, Tensor]:
+    """Bits of a code, what every kernel takes of W, and its kept columns: those and their numbers."""
+    codes, scale, third, fourth = weight
+    table = _table(codes.device)
+    if codes.dtype == torch.int8:
+        return 8, (codes, scale, scale, scale, table), third, fourth
+    return 4, (codes, scale, third, fourth, table), scale, scale
+
+
+def _settings(n_rows: int, bits: int, forward: bool, like: Tensor) -> dict:
+    tile = next(tile for tile in (16, 32, 64, 128) if n_rows <= tile or tile == 128)
+    precision = "ieee" if like.dtype == torch.float32 else "tf32"
+    return {
+        **block_settings(tile, bits, like.element_size(), forward, like.device),
+        "PRECISION": precision,
+        "BITS": bits,
+    }
+
+
+def is_fused(matrix: Tensor, other: int, forward: bool) -> bool:
+    """Whether a product of `matrix` with W, which has `other` numbers on its other side, decodes tiles (see above).
+
+    In fp32, and where rows are not aligned to 16 numbers, large tiles would spill registers: there only decoding is.
+    """
+    large = matrix.element_size() == 2 and all(n % 16 == 0 for n in (matrix.stride(0), matrix.shape[1], other))
+    return len(matrix) <= (FUSED_ROWS if large else 16 * forward)
+
+
+def dequantize(weight: list[Tensor], width: int, dtype: torch.dtype) -> Tensor:
+    """W (N, K = width) in `dtype`: see `kernels.reference.dequantize`."""
+    bits, operands, kept, columns = _operands(weight)
+    n, row_bytes = operands[0].shape
+    w = torch.empty(n, width, dtype=dtype, device=operands[0].device)
+    block_n, block = (64, 256) if launch.INTERPRETED else (16, 128)
+    grid = (triton.cdiv(n, block_n), triton.cdiv(row_bytes, block))
+    launch.run(_dequantize, grid, *operands, w, n, width, row_bytes, BITS=bits, BLOCK_N=block_n, BYTES=block,
+               num_warps=4)  # fmt: skip
+    return w.index_copy_(1, columns, kept.to(dtype)) if bits == 8 and columns.numel() else w
+
+
+def forward(x: Tensor, weight: list[Tensor]) -> Tensor:
+    """y = x Wᵀ (..., N) in x's dtype, for x (..., K) of any strides."""
+    matrix, (n_out, row_bytes) = launch.rows(x), weight[0].shape
+    n_rows, n_in = matrix.shape
+    if not is_fused(matrix, n_out, True):
+        return (matrix @ dequantize(weight, n_in, x.dtype).T).view(*x.shape[:-1], n_out)
+    y = torch.empty(*x.shape[:-1], n_out, dtype=x.dtype, device=x.device)
+    bits, (*operands, table), kept, columns = _operands(weight)
+    n_kept = columns.numel() if bits == 8 else 0
+    chosen = _settings(n_rows, bits, True, x)
+    if n_rows:
+        launch.run(
+            _forward, (triton.cdiv(n_out, chosen["BLOCK_N"]), triton.cdiv(n_rows, chosen["BLOCK_M"])),
+            matrix, *operands, kept, columns, table, y, n_rows, n_out, n_in, row_bytes, n_kept, matrix.stride(0),
+            KEPT=n_kept > 0, **chosen,
+        )  # fmt: skip
+    return y
+
+
+def backward(dy: Tensor, weight: list[Tensor], width: int) -> Tensor:
+    """dx = dy W (..., K = width) in dy's dtype, for dy (..., N) of any strides."""
+    matrix, (n_out, row_bytes) = launch.rows(dy), weight[0].shape
+    n_rows = len(matrix)
+    if not is_fused(matrix, width, False):
+        return (matrix @ dequantize(weight, width, dy.dtype)).view(*dy.shape[:-1], width)
+    dx = torch.empty(*dy.shape[:-1], width, dtype=dy.dtype, device=dy.device)
+    bits, operands, kept, columns = _operands(weight)
+    chosen = _settings(n_rows, bits, False, dy)
+    if n_rows:
+        launch.run(
+            _backward, (triton.cdiv(row_bytes, chosen["BYTES"]), triton.cdiv(n_rows, chosen["BLOCK_M"])),
+            matrix, *operands, dx, n_rows, n_out, width, row_bytes, matrix.stride(0), **chosen,
+        )  # fmt: skip
+    if bits == 8 and columns.numel():
+        dx.view(n_rows, width).index_copy_(1, columns, matrix @ kept.to(dy.dtype))
+    return dx
+
+
+@torch.library.custom_op("minillm::quant_matmul", mutates_args=())
+def _op(x: Tensor, weight: list[Tensor]) -> Tensor:
+    return forward(x, weight)
+
+
+@_op.register_fake
+def _(x, weight):
+    return x.new_empty(*x.shape[:-1], weight[0].shape[0])
+
+
+@torch.library.custom_op("minillm::quant_matmul_backward", mutates_args=())
+def _backward_op(dy: Tensor, weight: list[Tensor], width: int) -> Tensor:
+    return backward(dy, weight, width)
+
+
+@_backward_op.register_fake
+def _(dy, weight, width):
+    return dy.new_empty(*dy.shape[:-1], width)
+
+
+def _setup(ctx, inputs, output):
+    x, weight = inputs
+    ctx.width = x.shape[-1]
+    ctx.save_for_backward(*weight)  # the layer's own tensors: x is not kept, W being frozen
+
+
+def _gradient(ctx, dy):
+    return _backward_op(dy, list(ctx.saved_tensors), ctx.width), [None] * 4
+
+
+_op.register_autograd(_gradient, setup_context=_setup)
+
+
+def _check(x: Tensor, weight: list[Tensor]) -> None:
+    """Raise `ValueError` for what the kernels cannot take."""
+    codes = weight[0]
+    if codes.dtype not in (torch.int8, torch.uint8) or not all(t.is_contiguous() for t in weight):
+        raise ValueError(
+            f"codes are {codes.dtype}: contiguous int8 or uint8, as kernels.reference.dequantize reads them"
+        )
+    row_bytes = x.shape[-1] if codes.dtype == torch.int8 else triton.cdiv(x.shape[-1], 64) * 32
+    if codes.shape[1] != row_bytes:
+        raise ValueError(f"x (..., {x.shape[-1]}) needs {row_bytes} bytes of codes a row; W has {tuple(codes.shape)}")
+    if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        raise ValueError(f"x is {x.dtype}: the kernels take float32, float16 or bfloat16; cast it")
+
+
+def quant_matmul(x: Tensor, weight: list[Tensor]) -> Tensor:
+    """x Wᵀ for a quantized W: see `kernels.reference.quant_matmul`.
+
+    x: (..., K) fp32, bf16 or fp16, any strides; under autocast it is cast to its dtype. weight: four tensors, see
+    `kernels.reference.dequantize`. Sums in fp32. Returns (..., N) in x's dtype; the gradient is x's alone. Raises
+    `ValueError` for other shapes and dtypes.
+    """
+    kind = x.device.type
+    x = x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
+    _check(x, weight)
+    return _op(x, list(weight))
