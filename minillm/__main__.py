@@ -19,6 +19,7 @@ from minillm import (
     generate,
     huggingface,
     plot,
+    quant,
     resize,
     run,
     training,
@@ -74,12 +75,7 @@ def build_parser() -> argparse.ArgumentParser:
     sub = command(run_plot, "plot")
     sub.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run, or its metrics.jsonl")
     sub.add_argument("--out", help="PNG to write; default: curve.png in the run's folder, curves.png here for several")
-    sub = command(run_info, "info")
-    sub.add_argument("--preset", choices=tuple(config.PRESETS), help="a preset's shape")
-    sub.add_argument("--model", help="a run or model folder's shape, in place of a preset's")
-    sub.add_argument("--vocab_size", type=int, help="ids; default: GPT-2's 50257, small presets less")
-    sub.add_argument("--seq_len", type=int, help="tokens of a sequence; default: the model's context")
-    sub.add_argument("--micro_batch_size", type=int, default=8, help="sequences in one forward pass (default 8)")
+    _info_options(command(run_info, "info"))
     text = "train, merge, prune or inspect a vocabulary"
     vocab_commands.add_parsers(commands.add_parser("vocab", help=text, description=text, allow_abbrev=False), _Parser)
     sub = command(run_resize, "resize")
@@ -110,6 +106,18 @@ def _model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", help="run or model folder; default: the newest of out/sft, else of out/pretrain")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     parser.add_argument("--dtype", choices=tuple(training.DTYPES), help="of the weights; default: as stored")
+
+
+def _info_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--preset", choices=tuple(config.PRESETS), help="a preset's shape")
+    parser.add_argument("--model", help="a run or model folder's shape, in place of a preset's")
+    parser.add_argument("--vocab_size", type=int, help="ids; default: GPT-2's 50257, small presets less")
+    parser.add_argument("--seq_len", type=int, help="tokens of a sequence; default: the model's context")
+    parser.add_argument("--micro_batch_size", type=int, default=8, help="sequences in one forward pass (default 8)")
+    parser.add_argument(
+        "--lora_rank", type=int, help="add the memory of training adapters of this rank on a frozen base"
+    )
+    parser.add_argument("--base_bits", type=int, choices=quant.BITS, help="of that base (default: 32)")
 
 
 def _template_option(parser: argparse.ArgumentParser) -> None:
@@ -329,6 +337,12 @@ def run_info(args) -> None:
     seq_len, rows = shape.max_seq_len if args.seq_len is None else args.seq_len, args.micro_batch_size
     if seq_len < 1 or rows < 1:
         raise UserError(f"--seq_len {seq_len}, --micro_batch_size {rows}: both must be at least 1")
+    if args.base_bits is not None and args.lora_rank is None:
+        raise UserError(
+            f"--base_bits {args.base_bits}: this is the base of adapters; give their rank too (--lora_rank)"
+        )
+    if args.lora_rank is not None and args.lora_rank < 1:
+        raise UserError(f"--lora_rank {args.lora_rank}: must be at least 1")
     n = shape.n_parameters()
     flops = shape.flops_per_token(seq_len)
     print("\n".join(f"  {name:<16}{value}" for name, value in dataclasses.asdict(shape).items() if value is not None))
@@ -345,6 +359,15 @@ def run_info(args) -> None:
     for name, size in (("float32", 4), ("bfloat16", 2)):
         cache = 2 * shape.n_layers * shape.n_kv_heads * shape.head_dim * seq_len * size
         print(f"generation {name:<9}{_bytes(n * size)} of weights + {_bytes(cache)} of cache for {seq_len} tokens")
+    if args.lora_rank is not None:
+        _print_adapters(shape, args.base_bits, args.lora_rank, rows, seq_len)
+
+
+def _print_adapters(shape: config.ModelConfig, bits: int | None, rank: int, rows: int, seq_len: int) -> None:
+    """Memory for training adapters on a frozen base, item by item."""
+    items = quant.memory_estimate(shape, bits, rank, rows, seq_len)
+    print(f"\nLoRA, {rows} × {seq_len} tokens in bfloat16 with --checkpoint_activations")
+    print("\n".join(f"  {name:<30}{_bytes(size):>10}" for name, size in {**items, "all": sum(items.values())}.items()))
 
 
 def _bytes(n: float) -> str:

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from minillm import UserError, checkpoint
+from minillm import UserError, checkpoint, quant
 from minillm.config import ModelConfig, RopeScaling
 from minillm.model import Transformer
 
@@ -155,7 +155,12 @@ def export_name(name: str) -> str:
 
 
 def weights_of(model: Transformer, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-    """Tensors to save under Hugging Face's keys; a tied head is left out, as their files do."""
+    """Tensors to save under Hugging Face's keys; a tied head is left out, as their files do.
+
+    Raises `UserError` for a quantized model, whose codes no other loader would understand.
+    """
+    if quant.is_quantized(model):
+        raise UserError("a quantized base is not saved: save its adapter, or call quant.dequantize_base first")
     tensors = {
         export_name(name): t.detach().to(dtype or t.dtype).contiguous()
         for name, t in model.state_dict().items()
@@ -197,12 +202,16 @@ def load_model(
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
     config: ModelConfig | None = None,
+    base_bits: int | None = None,
 ) -> Transformer:
     """Load a model folder, tensor by tensor, so that memory holds the model and one tensor more.
 
     dtype: convert floating weights to it (None: as stored). config: to use in place of the folder's, e.g. with
-    dropout or a longer context. Raises `UserError` with the complete list of what does not fit.
+    dropout or a longer context. base_bits: 8 or 4, quantize on the way (see `minillm.quant`). Raises `UserError` with
+    the complete list of what does not fit.
     """
+    if base_bits is not None:
+        quant.check_bits(base_bits)
     config = config or load_config(folder)
     with torch.device("meta"):
         model = Transformer(config)
@@ -217,9 +226,13 @@ def load_model(
         shapes[name] = tensor.shape
         if name in expected and tensor.shape == expected[name]:
             checkpoint.check_finite(name, tensor, folder)
-            loaded[ours[name]] = tensor.to(device=device, dtype=dtype or tensor.dtype)
+            tensor = tensor.to(device=device, dtype=dtype or tensor.dtype)
+            if base_bits is None or not quant.take_weight(model, ours[name], tensor, base_bits):
+                loaded[ours[name]] = tensor
     checkpoint.match_tensors(expected, shapes, str(folder))
     model.load_state_dict(loaded, strict=False, assign=True)
     model.tie()
     model.build_rotation()
+    if base_bits is not None:
+        quant.prepare_base(model)
     return model

@@ -25,7 +25,7 @@ except ImportError as problem:  # another package of that name is on the registr
 
 IMPLEMENTATIONS = ("auto", "triton", "torch", "reference")
 OLDEST_GPU = 8, 0  # compute capability: what the kernels are compiled for and tested against
-MODULES = ("attention", "decode_attention", "linear_cross_entropy", "rms_norm", "rope", "swiglu")
+MODULES = ("attention", "decode_attention", "linear_cross_entropy", "quant_matmul", "rms_norm", "rope", "swiglu")
 
 _selected = "auto"
 _triton: SimpleNamespace | None = None  # the kernels' modules, once they are imported
@@ -205,3 +205,25 @@ def linear_cross_entropy(
     if _selected == "reference":
         return reference.linear_cross_entropy(x, weight, targets, mask, softcap)
     return losses.linear_cross_entropy(x, weight, targets, mask, softcap)
+
+
+class _QuantMatmul(torch.autograd.Function):
+    """x Wᵀ, for which W is made from its codes in the forward pass and again in the backward pass, never kept."""
+
+    @staticmethod
+    def forward(ctx, x, *weight):
+        ctx.width = x.shape[-1]
+        ctx.save_for_backward(*weight)
+        return reference.quant_matmul(x, weight)
+
+    @staticmethod
+    def backward(ctx, dy):
+        w = reference.dequantize(ctx.saved_tensors, ctx.width)
+        return dy @ w.to(dy.dtype), None, None, None, None
+
+
+def quant_matmul(x: Tensor, weight: list[Tensor]) -> Tensor:
+    """See `kernels.reference.quant_matmul`; under autocast in its dtype. The quantized weight gets no gradient."""
+    if fused(x):
+        return _triton.quant_matmul.quant_matmul(x, weight)
+    return _QuantMatmul.apply(x.to(_product_dtype(x)), *weight)

@@ -12,7 +12,7 @@ LAYERS = [
     {"config", "metrics", "packing", "distributed", "files"},
     {"ops", "losses", "kv_cache", "tokenizer", "data", "messages", "readers", "run"},
     {"model", "chat_data", "vocab", "vocab_edit", "vocab_commands", "data/"},
-    {"optim", "parallel", "checkpoint", "huggingface", "resize", "decode", "decode_cuda"},
+    {"optim", "parallel", "checkpoint", "huggingface", "quant", "resize", "decode", "decode_cuda"},
     {"validation", "generate", "evaluate", "plot", "training", "bench"},
     {"__main__", "train_pretrain", "train_sft"},
 ]

@@ -1,0 +1,228 @@
+"""A frozen base in 8 or 4 bits, to train a few parameters on top of: int8 by rows, or NF4 with double quantization.
+
+    load_model(folder, base_bits=4)     quantized tensor by tensor: the whole never lies in memory
+    quantize_base(model, 4)             a model that is there, layer by layer
+
+The linear maps inside the layers become `QuantLinear`; everything else is put into fp32: norms, head, embedding, and so
+the residual stream (products run in 16 bits under autocast, as in all training here). Nothing of it is trained.
+
+int8 keeps a column as it was if one of its entries is beyond 6 times the root mean square of its row, for that entry
+alone would take the row's steps for itself. (LLM.int8, Dettmers et al. 2022, arXiv:2208.07339, finds columns by the
+size of the inputs, which it rounds as well; here inputs stay as they are, so the weights decide. Of 45 million normal
+numbers 0.09 lie beyond 6.)
+
+A rounded weight stays rounded: an adapter is merged into what `dequantize_base` gives, a plain model in fp32 or 16
+bits.
+"""
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from minillm import UserError, ops
+from minillm.config import ModelConfig
+from minillm.model import Transformer
+
+BITS = (8, 4)
+BLOCK, GROUP = 64, 256  # columns to a scale, scales to a scale of theirs (arXiv:2305.14314, section 3)
+OUTLIER = 6.0
+MOST_KEPT = 64  # at most one column in so many is kept: 3 % more memory
+CHUNK = 1 << 22  # weights quantized at a time: some 16 bytes for each on the way
+NAMES = {8: ("codes", "scale", "kept", "columns"), 4: ("codes", "scale", "coarse", "offset")}
+
+
+def _parts(weight: Tensor) -> Iterator[slice]:
+    rows = max(1, CHUNK // max(1, weight.shape[1]))
+    return (slice(begin, begin + rows) for begin in range(0, len(weight), rows))
+
+
+def quantize_int8(weight: Tensor) -> list[Tensor]:
+    """W (N, K) → codes (N, K) int8, scale (N,) fp32, kept (N, O) in W's dtype, columns (O,) int64.
+
+    Each row in 255 steps up to its largest magnitude outside the kept columns; to nearest.
+    """
+    n, width = weight.shape
+    size = torch.zeros(width, device=weight.device)  # each column's largest entry, in units of its row's
+    for part in _parts(weight):
+        w = weight[part].float()
+        size = torch.maximum(size, (w.abs() / w.square().mean(1, keepdim=True).sqrt().clamp_min(1e-30)).amax(0))
+    beyond = min(int((size > OUTLIER).sum()), width // MOST_KEPT)
+    columns = size.topk(beyond).indices.sort().values
+    codes = torch.empty(n, width, dtype=torch.int8, device=weight.device)
+    scale = torch.empty(n, device=weight.device)
+    for part in _parts(weight):
+        rest = weight[part].float().index_fill(1, columns, 0.0)
+        scale[part] = rest.abs().amax(1) / 127
+        codes[part] = (rest / scale[part].clamp_min(1e-30)[:, None]).round().to(torch.int8)
+    return [codes, scale, weight[:, columns].contiguous(), columns]
+
+
+def quantize_nf4(weight: Tensor) -> list[Tensor]:
+    """W (N, K) → codes, scale, coarse, offset of `kernels.reference.dequantize_nf4`, B = ⌈K / 64⌉ blocks a row.
+
+    The largest magnitude of each block, less the mean of them all, is rounded to 255 steps a group (8-bit integers:
+    nearer than the paper's 8-bit floats); a weight goes to the nearest value times the scale so rounded.
+    """
+    n, width = weight.shape
+    blocks = -(-width // BLOCK)
+
+    def padded(part: slice) -> Tensor:
+        return F.pad(weight[part].float(), (0, blocks * BLOCK - width)).view(-1, blocks, BLOCK)
+
+    size = torch.cat([padded(part).abs().amax(2) for part in _parts(weight)])  # (N, B)
+    offset = size.mean().view(1)
+    groups = -(-n * blocks // GROUP)
+    excess = F.pad(size.flatten() - offset, (0, groups * GROUP - n * blocks)).view(groups, GROUP)
+    coarse = excess.abs().amax(1) / 127
+    fine = (excess / coarse.clamp_min(1e-30)[:, None]).round()
+    size = (fine * coarse[:, None] + offset).flatten()[: n * blocks].view(n, blocks)
+    size = torch.where(size == 0, 1.0, size)
+    values = ops.reference.nf4_values().to(weight.device, torch.float32)
+    between = (values[1:] + values[:-1]) / 2
+    codes = torch.empty(n, blocks, 32, dtype=torch.uint8, device=weight.device)
+    for part in _parts(weight):
+        code = torch.bucketize(padded(part) / size[part, :, None], between, out_int32=True).to(torch.uint8)
+        codes[part] = code[:, :, :32] | code[:, :, 32:] << 4
+    fine = fine.to(torch.int8).flatten()[: n * blocks].view(n, blocks)
+    return [codes.view(n, blocks * 32), fine, coarse, offset]
+
+
+class QuantLinear(nn.Module):
+    """y = x Wᵀ + b with a frozen W in 8 or 4 bits: `kernels.reference.quant_matmul`.
+
+    in_features, out_features as in nn.Linear. W's four tensors are buffers outside the state dict: files hold adapters,
+    or whole models by way of `dequantize_base`.
+    """
+
+    def __init__(self, linear: nn.Linear, bits: int):
+        """Quantizes the weight of `linear`, on its device, and takes over its bias."""
+        super().__init__()
+        self.in_features, self.out_features, self.bits = linear.in_features, linear.out_features, bits
+        self.bias = linear.bias
+        weight = linear.weight.detach()
+        quantized = (quantize_int8 if bits == 8 else quantize_nf4)(weight)
+        for name, tensor in zip(NAMES[bits], quantized, strict=True):
+            self.register_buffer(name, tensor, persistent=False)
+
+    @property
+    def quantized(self) -> list[Tensor]:
+        """The four tensors that `kernels.reference.dequantize` takes."""
+        return [getattr(self, name) for name in NAMES[self.bits]]
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = ops.quant_matmul(x, self.quantized)
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> nn.Linear:
+        """A plain layer that computes the same."""
+        weight = ops.reference.dequantize(self.quantized, self.in_features)
+        with torch.device("meta"):
+            linear = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None)
+        linear.weight = nn.Parameter(weight.to(dtype))
+        linear.bias = None if self.bias is None else nn.Parameter(self.bias.detach().to(dtype))
+        return linear
+
+    def _apply(self, fn, recurse: bool = True):
+        """Moves between devices, but rounds nothing: .half() or .bfloat16() would spoil the scales."""
+        return super()._apply(lambda tensor: tensor.to(fn(tensor[:0]).device), recurse)
+
+    def extra_repr(self) -> str:
+        bias = self.bias is not None
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={bias}, bits={self.bits}"
+
+
+def take_weight(model: Transformer, name: str, weight: Tensor, bits: int) -> bool:
+    """Put `weight` into the layer it is named for, quantized, if that is a linear map of the base; whether it was."""
+    path, _, kind = name.rpartition(".")
+    linear = model.get_submodule(path)
+    if kind != "weight" or not path.startswith("layers.") or type(linear) is not nn.Linear:
+        return False
+    linear.weight = nn.Parameter(weight, requires_grad=False)
+    model.set_submodule(path, QuantLinear(linear, bits))
+    return True
+
+
+def check_bits(bits: int) -> None:
+    """Raise `UserError` for a number of bits that there is no format for."""
+    if bits not in BITS:
+        raise UserError(f"--base_bits {bits}: choose one of {', '.join(map(str, BITS))}")
+
+
+def is_quantized(model: nn.Module) -> bool:
+    """Whether any of its linear maps is."""
+    return any(isinstance(module, QuantLinear) for module in model.modules())
+
+
+def quantize_base(model: Transformer, bits: int) -> None:
+    """Quantize a model in place and freeze it: memory holds it and one layer more. See the top of this file.
+
+    Raises `UserError` for bits other than 8 and 4, for weights that are not finite and for a model already quantized.
+    """
+    check_bits(bits)
+    if is_quantized(model):
+        raise UserError("the base is quantized already: load it anew, or dequantize it first")
+    for name, parameter in model.named_parameters():
+        if not parameter.isfinite().all():
+            raise UserError(f"{name} holds values that are not finite: it cannot be quantized")
+    for name in [name for name, _ in model.named_parameters()]:  # names alone: they keep no weight alive
+        take_weight(model, name, model.get_parameter(name).detach(), bits)
+    prepare_base(model)
+
+
+def prepare_base(model: Transformer) -> None:
+    """Freeze everything, and put what is not quantized into fp32."""
+    model.requires_grad_(False)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.float()
+
+
+def dequantize_base(model: Transformer, dtype: torch.dtype = torch.float32) -> None:
+    """Make a quantized model plain again, in place, all its parameters in `dtype` and trainable."""
+    for name in [name for name, module in model.named_modules() if isinstance(module, QuantLinear)]:
+        model.set_submodule(name, model.get_submodule(name).dequantize(dtype))
+    model.requires_grad_(True)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+
+
+def _stored(n_in: int, n_out: int, bits: int | None) -> int:
+    """Bytes of a weight as it is kept; None: in fp32."""
+    blocks = -(-n_in // BLOCK)
+    if bits == 4:
+        return n_out * blocks * (BLOCK // 2 + 1) + 4 * -(-n_out * blocks // GROUP) + 4
+    return n_out * (n_in + 4) if bits == 8 else 4 * n_out * n_in
+
+
+def memory_estimate(
+    config: ModelConfig, bits: int | None, rank: int, rows: int, seq_len: int, size: int = 2
+) -> dict[str, int]:
+    """Bytes that training LoRA on a quantized base takes at its largest moment, item by item; their sum is the whole.
+
+    bits: of the base (None: fp32). rank: of an adapter on every linear map of the layers, in fp32, with AdamW. rows ×
+    seq_len tokens at once, layers recomputed in the backward pass, products in numbers of `size` bytes under autocast,
+    the residual stream in fp32. Of int8, kept columns are not counted (at most 3 % of the base); nor is what the CUDA
+    context takes, some 0.5 GB.
+
+    A layer keeps two inputs: the stream and what is to be added to it. At the worst moment in a layer there are two
+    more states of the stream, two normed ones, queries, keys, values and attention's output, and six of the width of
+    the feed-forward network: gate, up, their product, a gradient of each. Under the loss there are logits, their
+    chunk at most `kernels.linear_cross_entropy.chunk_rows`, the head in numbers of `size`, and a gradient.
+    """
+    c, f, tokens = config.dim, config.ffn_dim, rows * seq_len
+    q, kv = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
+    maps = ((c, q), (c, kv), (c, kv), (q, c), (c, f), (c, f), (f, c))
+    weights = sum(n_in * n_out for n_in, n_out in maps)
+    tables = config.max_seq_len * config.head_dim if config.positions == "rope" else 0
+    scratch = max(n_in * n_out for n_in, n_out in maps) * size if bits or size < 4 else 0
+    layer = tokens * (8 * c + size * (2 * c + 2 * q + 2 * kv + 6 * f)) + scratch
+    logits = min(tokens * config.vocab_size, max((config.vocab_size + tokens) * c, 1 << 25))
+    head = config.vocab_size * c if size < 4 else 0
+    return {
+        f"base, {bits or 32} bits": config.n_layers * sum(_stored(*shape, bits) for shape in maps),
+        "embedding, norms, head": 4 * (config.n_parameters() - config.n_layers * weights + tables),
+        f"adapters of rank {rank}, AdamW": 16 * config.n_layers * rank * sum(n_in + n_out for n_in, n_out in maps),
+        "inputs of all layers": tokens * config.n_layers * c * (4 + size),
+        "one layer, or the loss": max(layer, size * (logits + head + tokens * c)),
+    }
