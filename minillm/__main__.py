@@ -182,8 +182,7 @@ def run_generate(args) -> None:
     prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
     sampling = _sampling(args)
     model, tokenizer, _ = _load(args)
-    # every training document follows another's end, so a text begins after eos
-    ids = [tokenizer.eos_id, *tokenizer.encode(prompt)]
+    ids = [tokenizer.start_id, *tokenizer.encode(prompt)]
     done = _print_stream(
         generate.stream(
             model,

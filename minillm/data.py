@@ -110,6 +110,8 @@ class TokenBins:
             files = [(self.path, None)]
         self.vocab_size: int = vocab_size
         self.eos_id: int | None = self.meta.get("eos_id")
+        with_bos = self.meta.get("wrap") == "bos_eos"
+        self.start_id: int | None = self.meta["bos_id"] if with_bos else self.eos_id  # what a document begins after
         self.arrays = [self._open(file, tokens, np.dtype(dtype).newbyteorder("<")) for file, tokens in files]
         if not self.meta:
             cut = len(self.arrays[0]) - max(2, len(self.arrays[0]) // 100)
@@ -190,9 +192,10 @@ class TokenWindows:
             for tokens, name in zip(bins.arrays, bins.names, strict=True):
                 if len(tokens) < seq_len + 1:
                     raise UserError(f"{name}: {len(tokens)} tokens are fewer than one window of {seq_len} + 1")
-            if (bins.vocab_size, bins.eos_id) != (self.sources[0].vocab_size, self.sources[0].eos_id):
+            first = self.sources[0]
+            if (bins.vocab_size, bins.eos_id, bins.start_id) != (first.vocab_size, first.eos_id, first.start_id):
                 raise UserError(
-                    f"{bins.path}: prepared with another tokenizer than {self.sources[0].path}; mix like with like"
+                    f"{bins.path}: prepared with another tokenizer or --wrap than {first.path}; mix like with like"
                 )
             if documents and bins.eos_id is None:
                 raise UserError(f"{bins.path}: the end-of-document id is unknown, so --document_attention cannot be")
@@ -243,7 +246,7 @@ class TokenWindows:
             row[:] = tokens[start : start + self.seq_len + 1]
             if bins.n_tokens > SCANNED_TOKENS:
                 bins.check_ids(row, number, start)
-        documents = documents_in(rows[:, :-1], self.sources[0].eos_id) if self.documents else None
+        documents = documents_in(rows[:, :-1], self.sources[0].start_id) if self.documents else None
         return shifted(rows, documents=documents)
 
 
@@ -258,13 +261,14 @@ def shifted(rows: np.ndarray, mask: np.ndarray | None = None, documents: np.ndar
     )
 
 
-def documents_in(x: np.ndarray, eos_id: int) -> np.ndarray:
-    """Number of the document each input token belongs to, when every document ends in eos: (B, T) int32.
+def documents_in(x: np.ndarray, start_id: int) -> np.ndarray:
+    """Number of the document each input token belongs to: (B, T) int32.
 
-    As an input, the eos that ends a document is the beginning of the next: it is what the next one's first token is
-    predicted from, with nothing of the document before in sight. So a text is generated from a lone eos.
+    start_id: bos if every document begins with one, else eos. As an input, the eos that ends a document is then the
+    beginning of the next: it is what the next one's first token is predicted from, with nothing of the document before
+    in sight. So a text is generated from a lone bos or eos.
     """
-    return np.cumsum(x == eos_id, axis=1).astype(np.int32)
+    return np.cumsum(x == start_id, axis=1).astype(np.int32)
 
 
 class ValidationPart(NamedTuple):
@@ -274,18 +278,19 @@ class ValidationPart(NamedTuple):
     mask: np.ndarray  # (n, T) bool: True on the targets of those documents
     n_documents: int
 
-    def batches(self, rows_per_batch: int, documents: bool, eos_id: int | None):
+    def batches(self, rows_per_batch: int, documents: bool, start_id: int | None):
         for i in range(0, len(self.rows), rows_per_batch):
             rows = self.rows[i : i + rows_per_batch]
-            inside = documents_in(rows[:, :-1], eos_id) if documents else None
+            inside = documents_in(rows[:, :-1], start_id) if documents else None
             yield shifted(rows, self.mask[i : i + rows_per_batch], inside)
 
 
 def validation_part(bins: TokenBins, seq_len: int, max_tokens: int) -> ValidationPart:
     """The first whole documents of up to `max_tokens` tokens, every token of theirs a target exactly once.
 
-    An eos stands before the first, as one does before each other document. Where no eos is known, or the first
-    document alone is longer, the part is simply the first tokens.
+    An eos stands before the first, as one does before each other document; where documents begin with bos, none is
+    needed, and bos is no target: it says nothing of a text. Where no eos is known, or the first document alone is
+    longer, the part is simply the first tokens.
     """
     tokens = bins.arrays[0][:max_tokens].astype(np.int64)
     n_documents = 0
@@ -293,12 +298,15 @@ def validation_part(bins: TokenBins, seq_len: int, max_tokens: int) -> Validatio
         ends = np.flatnonzero(tokens == bins.eos_id)
         if len(ends):
             tokens, n_documents = tokens[: ends[-1] + 1], len(ends)
-        tokens = np.concatenate([[bins.eos_id], tokens])
+        if bins.start_id == bins.eos_id:
+            tokens = np.concatenate([[bins.eos_id], tokens])
     n_rows = -(-(len(tokens) - 1) // seq_len)
     padded = np.zeros(n_rows * seq_len + 1, dtype=np.int64)
     padded[: len(tokens)] = tokens
     rows = np.lib.stride_tricks.sliding_window_view(padded, seq_len + 1)[::seq_len].copy()
     mask = np.arange(1, n_rows * seq_len + 1).reshape(n_rows, seq_len) < len(tokens)
+    if bins.start_id != bins.eos_id:
+        mask &= rows[:, 1:] != bins.start_id
     return ValidationPart(rows, mask, n_documents)
 
 

@@ -26,8 +26,9 @@ FINAL = ".。!！?？;；,，、"  # an answer is as right without its full stop
 class TextTokens(NamedTuple):
     """A text file's tokens, in the form in which `validation.Validation` takes prepared bins."""
 
-    arrays: list[np.ndarray]  # one, int64: each document's tokens and eos
+    arrays: list[np.ndarray]  # one, int64: each document's tokens and eos, after bos if the model knows texts so
     eos_id: int
+    start_id: int
     path: Path
 
 
@@ -46,8 +47,10 @@ def read_text(path: Path, tokenizer: Tokenizer, *, split: str = "blank", field: 
     documents = [text for text in documents if text]
     if not documents:
         raise UserError(f"{path}: holds no text")
-    ids = [t for tokens in tokenizer.encode_many(documents) for t in (*tokens, tokenizer.eos_id)]
-    return TextTokens([np.array(ids, dtype=np.int64)], tokenizer.eos_id, Path(path))
+    start, end = tokenizer.start_id, tokenizer.eos_id
+    begin = [start] if start != end else []
+    ids = [t for tokens in tokenizer.encode_many(documents) for t in (*begin, *tokens, end)]
+    return TextTokens([np.array(ids, dtype=np.int64)], end, start, Path(path))
 
 
 def read_questions(path: str | Path, limit: int | None = None) -> list[dict]:

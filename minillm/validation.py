@@ -44,7 +44,7 @@ class Validation:
         """bins: the validation split; tokenizer: for the number of bytes (None: no bits per byte); seq_len and
         max_tokens in tokens; documents: attention stays inside each. Raises `UserError` as `TokenBins` does.
         """
-        self.part, self.documents, self.eos_id = validation_part(bins, seq_len, max_tokens), documents, bins.eos_id
+        self.part, self.documents, self.start_id = validation_part(bins, seq_len, max_tokens), documents, bins.start_id
         targets = self.part.rows[:, 1:][self.part.mask]
         self.n_bytes = None if tokenizer is None else int(tokenizer.byte_lengths()[targets].sum())
         self.floor, self.floor_error = self._floor(bins, tokenizer, targets)
@@ -68,7 +68,7 @@ class Validation:
 
         The ranks share the work; autocast: the context to compute in.
         """
-        batches = [b.with_placeholders(model.n_virtual) for b in self.part.batches(ROWS, self.documents, self.eos_id)]
+        batches = [b.with_placeholders(model.n_virtual) for b in self.part.batches(ROWS, self.documents, self.start_id)]
         batches = batches[ranks.rank :: ranks.world]
         with autocast:
             nats, targets = ranks.sum(*token_loss(model, batches, ranks.device))

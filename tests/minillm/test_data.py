@@ -145,8 +145,37 @@ def test_validation_part_is_whole_documents_each_target_once(tmp_path):
     targets = part.rows[:, 1:][part.mask]
     assert targets.tolist() == [10, 11, EOS, 12, EOS, 13, 14, 15, 16, EOS]
     assert part.rows[0, 0] == EOS  # the first document too begins after an end
-    batches = list(part.batches(2, documents=False, eos_id=EOS))
+    batches = list(part.batches(2, documents=False, start_id=EOS))
     assert sum(b.n_targets() for b in batches) == 10 and len(batches) == 2
+
+
+BOS = 1
+WRAPPED = [[BOS, 10, 11, EOS], [BOS, 12, EOS], [BOS, 13, 14, 15, 16, EOS], [BOS, 17, 18, 19, EOS]]
+
+
+def test_documents_that_begin_with_bos(tmp_path):
+    """X and Y are shifted as ever; bos is a document's first input, and the eos before it belongs to the one it ends."""
+    stream = np.concatenate(WRAPPED)
+    folder = write_bins(tmp_path / "d", {"train": [stream]}, wrap="bos_eos", bos_id=BOS)
+    batch = windows(folder, len(stream) - 1, documents=True).batch(np.array([0]))
+    assert batch.x[0].tolist() == stream[:-1].tolist() and batch.y[0].tolist() == stream[1:].tolist()
+    assert batch.documents[0].tolist() == [1] * 4 + [2] * 3 + [3] * 6 + [4] * 4
+    for document, ids in zip(range(1, 5), WRAPPED, strict=True):
+        seen = batch.x[0][batch.documents[0] == document].tolist()
+        assert seen == ids[: len(seen)]  # begins with its bos, sees nothing of another
+    other = write_bins(tmp_path / "e", {"train": [stream]})
+    with pytest.raises(UserError, match="another tokenizer or --wrap"):
+        TokenWindows([(TokenBins(folder, "train"), 0.5), (TokenBins(other, "train"), 0.5)], 4, seed=0)
+
+
+def test_validation_of_documents_that_begin_with_bos(tmp_path):
+    """The same targets as of documents without: bos is none."""
+    folder = write_bins(tmp_path / "d", {"val": [np.concatenate(WRAPPED)], "train": []}, wrap="bos_eos", bos_id=BOS)
+    part = validation_part(TokenBins(folder, "val"), seq_len=4, max_tokens=14)
+    targets = part.rows[:, 1:][part.mask]
+    assert part.n_documents == 3 and part.rows[0, 0] == BOS
+    assert targets.tolist() == [10, 11, EOS, 12, EOS, 13, 14, 15, 16, EOS]
+    assert [b.documents.tolist() for b in part.batches(9, True, BOS)] == [[[1, 1, 1, 1], [1, 1, 1, 2], [0, 0, 0, 0]]]
 
 
 def test_uint32(tmp_path):

@@ -19,7 +19,7 @@ ONE = Ranks(0, 1, torch.device("cpu"))
 class Bytes:
     """A tokenizer whose ids are bytes, with eos 0 and bos 1; its template is question, bos, answer."""
 
-    bos_id, eos_id, vocab_size = 1, 0, 256
+    bos_id, eos_id, start_id, vocab_size = 1, 0, 0, 256
 
     def encode(self, text):
         return list(text.encode())

@@ -182,6 +182,18 @@ def test_a_folder_of_another_format_says_what_is_read(ours, tmp_path):
     assert Tokenizer.load(tmp_path).sha256 == ours.sha256
 
 
+@pytest.mark.parametrize("wanted", [True, False])
+def test_what_a_text_begins_after_is_kept_in_the_folder(ours, foreign, tmp_path, wanted):
+    from transformers import AutoTokenizer
+
+    for name, tokenizer in {"ours": ours, "foreign": foreign}.items():
+        tokenizer.with_bos(not wanted).with_bos(wanted).save(tmp_path / name)
+        again = Tokenizer.load(tmp_path / name)
+        assert again.start_id == (tokenizer.bos_id if wanted else tokenizer.eos_id) and again.sha256 == tokenizer.sha256
+        ids = AutoTokenizer.from_pretrained(tmp_path / name).encode("a b")
+        assert ids == [tokenizer.bos_id] * wanted + tokenizer.encode("a b")
+
+
 @pytest.mark.parametrize("model_type", [None, "llama", "qwen3", "mistral"])
 def test_transformers_gives_equal_ids(ours, foreign, tmp_path, model_type):
     from transformers import AutoTokenizer
