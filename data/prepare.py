@@ -6,11 +6,16 @@
 
 In `--out` lie train-00000.bin, val-00000.bin, … (each document's tokens, then eos), the tokenizer, and meta.json,
 which is written last: without it the folder is unfinished, and the same command goes on where it was stopped.
+
+Run it again after changing some files, options or the tokenizer: only what that concerns is tokenized anew. What each
+input file gave is remembered in parts.json with checksums, and what is damaged is made again. The result is what a
+fresh folder would hold. (--train_tokenizer learns from the files: when they change, so may all tokens. To keep the
+tokenizer, give --tokenizer the folder itself.)
 """
 
 import argparse
 import hashlib
-import json
+import itertools
 import multiprocessing
 import os
 import random
@@ -20,17 +25,19 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
-from data.bins import SPLITS, Bins, finished, unfinished
+from data.bins import SPLITS, Bins, Origin, Parts, checksum
 from minillm import UserError
-from minillm.readers import find_files, records, text_of
+from minillm.readers import Record, find_files, records, text_of
 from minillm.run import RunLock, run_script
 from minillm.tokenizer import Tokenizer
 from minillm.vocab import train_tokenizer as learn_tokenizer
@@ -39,7 +46,9 @@ BATCH = 1 << 20  # raw bytes of documents that one worker gets at a time (one do
 POOL_FROM = 64 << 20  # bytes of input; below, starting processes takes longer than the work
 TOKENIZER_SAMPLE = 16 << 20  # bytes of text that a tokenizer is learnt from
 GZIP_RATIO = 3  # how much larger than its .gz a text is taken to be
-TXT_SPLITS, ON_BAD_LINE = ("blank", "lines", "file"), ("error", "skip")
+TXT_SPLITS, ON_BAD_LINE, WRAPS = ("blank", "lines", "file"), ("error", "skip"), ("eos", "bos_eos")
+NAMED = 5  # files named of those to which the same happens
+FIRST_BAD = 5  # bad lines quoted of each file
 SAVE_EVERY = 5.0  # seconds between two records of how far it has got
 
 
@@ -51,18 +60,32 @@ class Options:
     field: str
     on_bad_line: str
     val_fraction: float
-    val_from: int | None  # files from this number on are validation files, which leaves val_fraction without meaning
     shard_tokens: int
+    wrap: str
 
     def check(self) -> None:
         """Raises UserError for a value that means nothing."""
-        for name, value, known in (("split", self.split, TXT_SPLITS), ("on_bad_line", self.on_bad_line, ON_BAD_LINE)):
-            if value not in known:
-                raise UserError(f"--{name} {value}: choose one of {', '.join(known)}")
+        for name, known in (("split", TXT_SPLITS), ("on_bad_line", ON_BAD_LINE), ("wrap", WRAPS)):
+            if getattr(self, name) not in known:
+                raise UserError(f"--{name} {getattr(self, name)}: choose one of {', '.join(known)}")
         if not 0 <= self.val_fraction < 1:
             raise UserError(f"--val_fraction {self.val_fraction}: choose one from 0 to below 1")
         if self.shard_tokens < 1:
             raise UserError(f"--shard_tokens {self.shard_tokens}: at least 1 is needed")
+
+    def of(self, path: Path) -> str:
+        """What of these options decides which tokens this file gives."""
+        text = path.name.removesuffix(".gz").endswith(".txt")
+        where = f"split {self.split}" if text else f"field {self.field}"
+        return f"{where}, val_fraction {self.val_fraction}, wrap {self.wrap}, in batches of {BATCH}"
+
+
+class Source(NamedTuple):
+    """An input file."""
+
+    path: Path
+    sha256: str
+    options: Options  # of a file that is train or validation as a whole, val_fraction is 0 or 1
 
 
 def prepare(
@@ -78,6 +101,7 @@ def prepare(
     on_bad_line: str = "error",
     workers: int | None = None,
     shard_tokens: int = 1 << 30,
+    wrap: str = "eos",
 ) -> dict:
     """Tokenize text files into the folder `out` and return its meta.json.
 
@@ -89,8 +113,11 @@ def prepare(
     on_bad_line: "error", or "skip" to leave out and count documents that cannot be read.
     workers: processes, all cores by default; the result does not depend on it.
     shard_tokens: a new .bin begins once one holds this many.
+    wrap: "eos" ends each document in eos; "bos_eos" also begins it with bos, as Llama and Mistral know texts.
 
-    Raises UserError for bad input, naming file and line, and for an `out` made from something else.
+    Only what has changed since an earlier preparation in `out` is done, and said.
+
+    Raises UserError for bad input, naming file and line, and for an `out` that holds bins from elsewhere.
     """
     if (tokenizer is None) == (train_tokenizer is None):
         raise UserError("tokenizer: give either --tokenizer PATH or --train_tokenizer N")
@@ -98,34 +125,38 @@ def prepare(
     for folder in map(Path, inputs + val_inputs):
         if folder.is_dir() and out.resolve().is_relative_to(folder.resolve()):
             raise UserError(f"--out {out}: lies inside the input {folder} and would be read again; choose another")
-    train_files = find_files(inputs)
+    n_train = len(find_files(inputs))
     files = find_files(inputs + val_inputs)
-    options = Options(split, field, on_bad_line, val_fraction, len(train_files) if val_inputs else None, shard_tokens)
+    options = Options(split, field, on_bad_line, val_fraction, shard_tokens, wrap)
     options.check()
     given = Tokenizer.load(tokenizer) if tokenizer is not None else None
-    made_from = _fingerprint(files, options, given.sha256 if given else train_tokenizer)
 
     lock = RunLock(out)
     try:
-        if (meta := finished(out, made_from)) is not None:
+        sides = [options] * len(files)
+        if val_inputs:
+            sides = [replace(options, val_fraction=float(i >= n_train)) for i in range(len(files))]
+        with ThreadPoolExecutor() as pool:
+            sources = list(map(Source, files, pool.map(_sha256, files), sides))
+        learnt = ""
+        if given is None:
+            given, learnt = _learn(out, train_tokenizer, sources[:n_train])
+        if wrap == "bos_eos" and given.bos_id == given.eos_id:
+            raise UserError("--wrap bos_eos: the tokenizer has no bos piece; choose --wrap eos")
+        given = given.with_bos(wrap == "bos_eos")
+        origins = [Origin(s.sha256, s.options.of(s.path), given.sha256, str(s.path)) for s in sources]
+        bins = Bins(out, given, origins, shard_tokens=shard_tokens, learnt=learnt)
+        if bins.finished:
             print(f"{out}: already prepared from the same input, nothing to do")
-            return meta
-        state = unfinished(out, made_from, BATCH)
-        if state:
-            given = Tokenizer.load(out)
-        elif given is None:
-            print(f"{out}: learning a tokenizer of {train_tokenizer:,} pieces", flush=True)
-            texts = _sample(train_files, options)
-            given = learn_tokenizer(texts, train_tokenizer, out, sample_bytes=TOKENIZER_SAMPLE)
         else:
+            _explain(bins)
+        if not bins.finished or not _holds(out, given.sha256):
             given.save(out)
-        if given.sha256 != state.get("tokenizer", given.sha256):
-            raise UserError(f"{out}/tokenizer.model: changed since the preparation began; delete {out} and start again")
-        state |= {"made_from": made_from, "batch_bytes": BATCH, "tokenizer": given.sha256}
-        bins = Bins(out, given, shard_tokens, state)
-        _tokenize(files, bins, options, max(1, workers or _cores()))
+        _refuse_bad([*bins.parts, *(bins.aside.parts[i] for i in bins.reused.values())], options)
+        if not bins.finished:
+            _tokenize(sources, bins, options, max(1, workers or _cores()))
         source = {"source": [str(path) for path in inputs], "val_source": [str(path) for path in val_inputs]}
-        return bins.finish(source | {"options": asdict(options)})
+        return bins.finish(source, {"wrap": wrap, "options": asdict(options)})
     except OSError as error:
         raise UserError(
             f"{error.filename or out}: {error.strerror}; mend that and run the same command again"
@@ -134,100 +165,122 @@ def prepare(
         lock.release()
 
 
-def _fingerprint(files: list[Path], options: Options, tokenizer: str | int) -> str:
-    """Changes with the files, the options and the tokenizer; small files by content, large ones by their date."""
-    rows = []
-    for file in files:
-        status = file.stat()
-        small = status.st_size <= 32 << 20
-        rows.append((file.name, status.st_size, _sha256(file) if small else status.st_mtime_ns))
-    return hashlib.sha256(json.dumps([rows, asdict(options), tokenizer]).encode()).hexdigest()
-
-
 def _sha256(file: Path) -> str:
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
+def _learn(out: Path, size: int, sources: list[Source]) -> tuple[Tokenizer, str]:
+    """A tokenizer of the training documents, and what it was learnt from; the one in `out` if it is just that."""
+    learnt = checksum([size, [(s.sha256, s.options.of(s.path)) for s in sources]])
+    state = Parts(out).state
+    if state.get("learnt") == learnt and _holds(out, state["tokenizer"]):
+        return Tokenizer.load(out), learnt
+    print(f"{out}: learning a tokenizer of {size:,} pieces", flush=True)
+    (out / "meta.json").unlink(missing_ok=True)  # it would not fit the bins that are there
+    return learn_tokenizer(_sample(sources), size, out, sample_bytes=TOKENIZER_SAMPLE), learnt
+
+
+def _holds(out: Path, tokenizer: str) -> bool:
+    return (out / "tokenizer.model").is_file() and _sha256(out / "tokenizer.model") == tokenizer
+
+
+def _explain(bins: Bins) -> None:
+    """Say which files' tokens stay, and why those of others cannot."""
+    if bins.forgotten:
+        print(f"{bins.out}/parts.json: damaged, so that nothing is known of the bins; all is tokenized anew")
+    if not bins.earlier:
+        return
+    files: dict[str, list[str]] = {}
+    for number, origin in enumerate(bins.origins):
+        if number < len(bins.parts) or number in bins.reused:
+            continue
+        why, before = "new", bins.earlier.get(origin.file)
+        if before:
+            options = ", ".join(set(origin.options.split(", ")) - set(before.options.split(", ")))
+            pairs = zip(("text", f"options (now {options})", "tokenizer"), before[:3], origin[:3], strict=True)
+            changed = [name for name, old, new in pairs if old != new]
+            why = f"{' and '.join(changed)} changed" if changed else "tokens damaged or lost"
+        files.setdefault(why, []).append(origin.file)
+    gone = sorted(bins.earlier.keys() - {origin.file for origin in bins.origins})
+    reused = len(bins.parts) + len(bins.reused)
+    print(f"{bins.out}: {reused:,} of {len(bins.origins):,} files are tokenized already; the others:")
+    for why, names in {**files, **({"no longer an input": gone} if gone else {})}.items():
+        more = f" and {len(names) - NAMED:,} more" if len(names) > NAMED else ""
+        print(f"  {why}: {', '.join(names[:NAMED])}{more}")
+
+
 # ---- from documents to tokens
 
 
-def _batches(files: list[Path], options: Options) -> Iterator[tuple[int, list[tuple]]]:
-    """(bytes of the files read so far, [(number of the file, record), …]), about BATCH bytes each."""
-    batch, size, before = [], 0, 0
-    for number, path in enumerate(files):
-        position = 0
-        for record in records(path, split=options.split, field=options.field):
-            batch.append((number, record))
-            size += len(record.raw) if isinstance(record.raw, bytes | str) else 100
-            position = record.position
-            if size >= BATCH:
-                yield before + position, batch
-                batch, size = [], 0
-        before += path.stat().st_size
-    if batch:
-        yield before, batch
+def _batches(source: Source) -> Iterator[tuple[int, bool, list[Record]]]:
+    """(bytes of the file read so far, whether this is the last batch, documents), about BATCH bytes of them each."""
+    batch, size = [], 0
+    for record in records(source.path, split=source.options.split, field=source.options.field):
+        batch.append(record)
+        size += len(record.raw) if isinstance(record.raw, bytes | str) else 100
+        if size >= BATCH:
+            yield record.position, False, batch
+            batch, size = [], 0
+    yield source.path.stat().st_size, True, batch
 
 
-def _is_val(data: bytes, file: int, options: Options) -> bool:
-    if options.val_from is not None:
-        return file >= options.val_from
+def _is_val(data: bytes, options: Options) -> bool:
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest()) < options.val_fraction * 2**64
 
 
-def encode_batch(batch: list[tuple], tokenizer: Tokenizer, options: Options, threads: int = 1) -> dict:
-    """Tokens of a batch: for each split (bytes of the bin, documents, UTF-8 bytes), and what was left out."""
+def encode_batch(batch: list[Record], tokenizer: Tokenizer, options: Options, threads: int = 1) -> dict:
+    """Tokens of a batch: for each split (bytes of the bin, UTF-8 bytes of its text), and what was left out."""
     texts, sides, bad, empty = [], [], [], 0
     sizes = dict.fromkeys(SPLITS, 0)
-    for file, record in batch:
+    for record in batch:
         try:
             text = text_of(record.kind, record.raw, options.field)
             data = text.encode()
         except UserError as error:
-            bad.append((file, f"{'item' if record.kind == 'value' else 'line'} {record.number}", str(error)))
+            bad.append(f"{'item' if record.kind == 'value' else 'line'} {record.number}: {error}")
             continue
         if not text:
             empty += 1
             continue
         texts.append(text)
-        sides.append(SPLITS[_is_val(data, file, options)])
+        sides.append(SPLITS[_is_val(data, options)])
         sizes[sides[-1]] += len(data)
     rows = tokenizer.encode_many(texts, threads=threads)
     dtype = "<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4"
+    begin = [tokenizer.bos_id] if options.wrap == "bos_eos" else []
     result = {"bad": bad, "empty": empty}
     for kind in SPLITS:
-        ends = [
-            np.array([*row, tokenizer.eos_id], dtype) for row, side in zip(rows, sides, strict=True) if side == kind
-        ]
-        result[kind] = (b"".join(ends), len(ends), sizes[kind])
+        inside = [row for row, side in zip(rows, sides, strict=True) if side == kind]
+        data = b"".join(np.array([*begin, *row, tokenizer.eos_id], dtype) for row in inside)
+        result[kind] = (data, sizes[kind])
     return result
 
 
-def _tokenize(files: list[Path], bins: Bins, options: Options, workers: int) -> None:
-    total = sum(file.stat().st_size for file in files)
-    done = bins.state["batches"]
-    if done:
+def _tokenize(sources: list[Source], bins: Bins, options: Options, workers: int) -> None:
+    sizes = [0, *itertools.accumulate(source.path.stat().st_size for source in sources)]
+    if bins.parts:
         print(f"{bins.out}: going on after {bins.tokens():,} tokens")
+    left = [source.path for i, source in enumerate(sources) if i >= bins.done and i not in bins.reused]
     pool = None
-    if workers > 1 and sum(_text_size(file) for file in files) >= POOL_FROM:
+    if workers > 1 and sum(map(_text_size, left)) >= POOL_FROM:
         spawn = multiprocessing.get_context("spawn")
-        initial = (str(bins.out / "tokenizer.model"), options)
+        initial = (str(bins.out / "tokenizer.model"),)
         pool = ProcessPoolExecutor(workers, spawn, initializer=_start_worker, initargs=initial)
-    started, tokens_before = time.monotonic(), bins.tokens()
-    bar = tqdm(total=total, unit="B", unit_scale=True, desc="tokenizing", mininterval=0.5)
+    started, made = time.monotonic(), 0
+    bar = tqdm(total=sizes[-1], unit="B", unit_scale=True, desc="tokenizing", mininterval=0.5)
     try:
-        for number, (position, result) in enumerate(_results(files, bins, options, pool, workers, done), done + 1):
-            _count_bad(result["bad"], files, bins, options)
-            bins.state["empty_documents"] += result["empty"]
-            for kind in SPLITS:
-                if result[kind][1]:
-                    bins.add(kind, *result[kind])
-            bins.state["batches"] = number
+        for number, position, last, result in _results(sources, bins, pool, workers):
+            if number in bins.reused:
+                bins.copy(number)
+            else:
+                made += _add(result, bins, bins.begin(number), options)
+                if last:
+                    bins.end()
             if time.monotonic() - bins.saved_at > SAVE_EVERY:
                 bins.save()
-            speed = (bins.tokens() - tokens_before) / (time.monotonic() - started)
-            bar.set_postfix_str(f"{speed / 1e6:.2f} M tokens/s", refresh=False)
-            bar.update(position - bar.n)
+            bar.set_postfix_str(f"{made / (time.monotonic() - started) / 1e6:.2f} M tokens/s", refresh=False)
+            bar.update(sizes[number] + position - bar.n)
     except BrokenProcessPool:
         raise UserError("a worker process died, likely for want of memory; run again with fewer --workers") from None
     finally:
@@ -237,29 +290,36 @@ def _tokenize(files: list[Path], bins: Bins, options: Options, workers: int) -> 
     _check_splits(bins, options)
 
 
-def _results(files, bins: Bins, options: Options, pool, workers: int, skip: int) -> Iterator[tuple[int, dict]]:
-    """Each batch's result, in order, with a bounded number of batches on their way."""
+def _results(sources: list[Source], bins: Bins, pool, workers: int) -> Iterator[tuple[int, int, bool, dict | None]]:
+    """(number of the file, bytes of it read, whether that is all, tokens) of each batch, in order.
+
+    A bounded number of batches is on its way. What is reused is one batch, without tokens.
+    """
     waiting: deque = deque()
-    for number, (position, batch) in enumerate(_batches(files, options)):
-        if number < skip:
-            continue
-        if pool is None:
-            yield position, encode_batch(batch, bins.tokenizer, options, workers)
-            continue
-        waiting.append((position, pool.submit(_work, batch)))
-        if len(waiting) >= 2 * workers:
-            position, future = waiting.popleft()
-            yield position, future.result()
-    for position, future in waiting:
-        yield position, future.result()
+    for number, source in enumerate(sources[bins.done :], bins.done):
+        skip = bins.parts[number]["batches"] if number < len(bins.parts) else 0
+        reused = [(source.path.stat().st_size, True, None)] if number in bins.reused else None
+        for position, last, batch in reused or itertools.islice(_batches(source), skip, None):
+            if batch is None:
+                work = lambda: None  # noqa: E731
+            elif pool:
+                work = pool.submit(_work, batch, source.options).result
+            else:
+                work = partial(encode_batch, batch, bins.tokenizer, source.options, workers)
+            waiting.append((number, position, last, work))
+            if len(waiting) > (2 * workers if pool else 0):
+                *what, work = waiting.popleft()
+                yield *what, work()
+    for *what, work in waiting:
+        yield *what, work()
 
 
-_worker: tuple[Tokenizer, Options]  # what each worker process holds
+_worker: Tokenizer  # what each worker process holds
 
 
-def _start_worker(tokenizer: str, options: Options) -> None:
+def _start_worker(tokenizer: str) -> None:
     global _worker
-    _worker = Tokenizer.load(tokenizer), options
+    _worker = Tokenizer.load(tokenizer)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which then ends us
 
     def end_with_parent() -> None:  # a parent killed by −9 would leave us waiting for ever
@@ -269,23 +329,36 @@ def _start_worker(tokenizer: str, options: Options) -> None:
     threading.Thread(target=end_with_parent, daemon=True).start()
 
 
-def _work(batch: list[tuple]) -> dict:
-    return encode_batch(batch, *_worker)
+def _work(batch: list[Record], options: Options) -> dict:
+    return encode_batch(batch, _worker, options)
 
 
-def _count_bad(bad: list[tuple], files: list[Path], bins: Bins, options: Options) -> None:
-    for file, place, reason in bad:
-        message = f"{files[file]}, {place}: {reason}"
-        if options.on_bad_line == "error":
-            raise UserError(f"{message}; mend it, or leave such documents out with --on_bad_line skip")
-        bins.state["bad_lines"] += 1
-        if len(bins.state["first_bad"]) < 5:
-            bins.state["first_bad"].append(message)
+def _add(result: dict, bins: Bins, part: dict, options: Options) -> int:
+    """Put a batch's tokens into the bins; returns their number."""
+    if result["bad"] and options.on_bad_line == "error":
+        bins.save()  # what came before need not be done again
+    _refuse_bad([{"origin": part["origin"], "first_bad": result["bad"]}], options)
+    before = bins.tokens()
+    part["first_bad"] += result["bad"][: FIRST_BAD - len(part["first_bad"])]
+    for kind in SPLITS:
+        bins.add(kind, *result[kind])
+    part["batches"] += 1
+    part["bad_lines"] += len(result["bad"])
+    part["empty_documents"] += result["empty"]
+    return bins.tokens() - before
+
+
+def _refuse_bad(parts: list[dict], options: Options) -> None:
+    for part in parts:
+        if part["first_bad"] and options.on_bad_line == "error":
+            raise UserError(
+                f"{Origin(*part['origin']).file}, {part['first_bad'][0]}; mend it, or leave such documents out with "
+                "--on_bad_line skip"
+            )
 
 
 def _check_splits(bins: Bins, options: Options) -> None:
-    files = bins.state["files"]
-    counts = {kind: sum(file["documents"] for file in files[kind]) for kind in SPLITS}
+    counts = {kind: sum(file["documents"] for file in bins.files[kind]) for kind in SPLITS}
     if not counts["train"]:
         raise UserError(f"{bins.out}: no document is left to train on; is the input empty?")
     if not counts["val"] and options.val_fraction:
@@ -295,17 +368,17 @@ def _check_splits(bins: Bins, options: Options) -> None:
         )
 
 
-def _sample(files: list[Path], options: Options) -> Iterator[str]:
+def _sample(sources: list[Source]) -> Iterator[str]:
     """Training documents for the tokenizer, all or an even sample; only those taken are decoded."""
-    size = sum(_text_size(file) for file in files)
+    size = sum(_text_size(source.path) for source in sources)
     rate, draw = 2 * TOKENIZER_SAMPLE / max(size, 1), random.Random(0).random
-    for _, batch in _batches(files, options):
-        for file, record in batch:
+    for path, _, options in sources:
+        for record in records(path, split=options.split, field=options.field):
             if rate < 1 and draw() > rate:
                 continue
             try:
                 text = text_of(record.kind, record.raw, options.field)
-                if not _is_val(text.encode(), file, options):
+                if not _is_val(text.encode(), options):
                     yield text
             except UserError:
                 pass  # spoken of when its turn comes
@@ -327,7 +400,7 @@ def report(meta: dict, print_line: Callable[[str], None] = print) -> None:
     for kind in SPLITS:
         tokens = sum(file["tokens"] for file in meta["files"][kind])
         documents = sum(file["documents"] for file in meta["files"][kind])
-        per_token = meta["bytes"][kind] / max(tokens - documents, 1)
+        per_token = meta["bytes"][kind] / max(tokens - documents * (2 if meta["wrap"] == "bos_eos" else 1), 1)
         print_line(f"{kind:5} {documents:,} documents, {tokens:,} tokens, {per_token:.2f} bytes of text per token")
     if meta["bad_lines"] or meta["empty_documents"]:
         print_line(f"left out: {meta['bad_lines']:,} bad lines, {meta['empty_documents']:,} empty documents")
@@ -351,6 +424,8 @@ def main() -> None:
     add("--split", choices=TXT_SPLITS, default="blank", help=ends)
     add("--field", default="text", help="key or column that holds the text (default text)")
     add("--on_bad_line", choices=ON_BAD_LINE, default="error", help="stop at a bad line (default) or count it")
+    begins = "documents end in eos (default), or also begin with bos"
+    add("--wrap", choices=WRAPS, default="eos", help=begins)
     add("--workers", type=int, help="processes (default: all cores)")
     add("--shard_tokens", type=int, default=1 << 30, help="begin a new .bin after so many tokens (default 2^30)")
     options = vars(parser.parse_args())

@@ -245,9 +245,9 @@ def test_killed_with_workers_it_goes_on(tok_path, tmp_path):
         return subprocess.Popen(arguments, env={**os.environ, "PYTHONPATH": str(ROOT)}, stderr=subprocess.DEVNULL)
 
     assert start("straight").wait(60) == 0
-    killed, progress = start("killed"), tmp_path / "killed" / "progress.json"
+    killed, progress = start("killed"), tmp_path / "killed" / "parts.json"
     while killed.poll() is None:
-        if progress.exists() and json.loads(progress.read_text())["batches"] >= 5:
+        if progress.exists() and any(part["batches"] >= 5 for part in json.loads(progress.read_text())["parts"]):
             killed.send_signal(signal.SIGKILL)
             break
         time.sleep(0.002)
@@ -257,7 +257,7 @@ def test_killed_with_workers_it_goes_on(tok_path, tmp_path):
     assert bins(tmp_path / "killed") == bins(tmp_path / "straight")
 
 
-def test_finished_is_told_and_another_input_refused(tok_path, tmp_path, capsys):
+def test_finished_is_told_and_bins_from_elsewhere_are_refused(tok_path, tmp_path, capsys):
     file = write_lines(tmp_path / "a.jsonl", TEXTS)
     out = tmp_path / "out"
     first = prepare([file], out, tokenizer=tok_path, val_fraction=0)
@@ -268,21 +268,23 @@ def test_finished_is_told_and_another_input_refused(tok_path, tmp_path, capsys):
     assert {path: path.stat().st_mtime_ns for path in before if path.name != "lock"} == {
         path: when for path, when in before.items() if path.name != "lock"
     }
-    with pytest.raises(UserError, match="made from other input"):
-        prepare([file], out, tokenizer=tok_path, val_fraction=0.5)
-    write_lines(file, TEXTS[1:])
-    with pytest.raises(UserError, match="made from other input"):
-        prepare([file], out, tokenizer=tok_path, val_fraction=0)
-    write_lines(file, TEXTS)
-    with (out / "train-00000.bin").open("ab") as stream:
-        stream.write(b"x")
-    with pytest.raises(UserError, match=r"bytes of meta\.json"):
-        prepare([file], out, tokenizer=tok_path, val_fraction=0)
     (tmp_path / "theirs").mkdir()
     (tmp_path / "theirs" / "train-00000.bin").write_bytes(b"precious")
     with pytest.raises(UserError, match="choose another --out"):
         prepare([file], tmp_path / "theirs", tokenizer=tok_path, val_fraction=0)
     assert (tmp_path / "theirs" / "train-00000.bin").read_bytes() == b"precious"
+
+
+def test_documents_begin_with_bos_if_asked(tok, tok_path, tmp_path):
+    file = write_lines(tmp_path / "a.jsonl", TEXTS)
+    meta = prepare([file], tmp_path / "out", tokenizer=tok_path, val_fraction=0, wrap="bos_eos")
+    ids = [i for text in TEXTS for i in [tok.bos_id, *tok.encode(text), tok.eos_id]]
+    assert np.fromfile(tmp_path / "out" / "train-00000.bin", dtype="<u2").tolist() == ids
+    assert meta["wrap"] == "bos_eos" and meta["files"]["train"][0]["documents"] == len(TEXTS)
+    assert Tokenizer.load(tmp_path / "out").start_id == tok.bos_id
+    again = prepare([file], tmp_path / "out", tokenizer=tmp_path / "out", val_fraction=0)
+    assert again["wrap"] == "eos" and Tokenizer.load(tmp_path / "out").start_id == tok.eos_id
+    assert documents(tmp_path / "out") == TEXTS
 
 
 def test_large_vocabulary_takes_uint32(tok, tmp_path):
@@ -332,6 +334,7 @@ def test_options_that_mean_nothing(tok_path, tmp_path):
     for wrong, message in {
         "split": "--split wrong: choose one of blank, lines, file",
         "on_bad_line": "--on_bad_line wrong: choose one of error, skip",
+        "wrap": "--wrap wrong: choose one of eos, bos_eos",
     }.items():
         with pytest.raises(UserError, match=message):
             prepare([file], tmp_path / "out", tokenizer=tok_path, **{wrong: "wrong"})
