@@ -151,6 +151,7 @@ def prepare(
         else:
             _explain(bins)
         if not bins.finished or not _holds(out, given.sha256):
+            (out / "meta.json").unlink(missing_ok=True)
             given.save(out)
         _refuse_bad([*bins.parts, *(bins.aside.parts[i] for i in bins.reused.values())], options)
         if not bins.finished:
