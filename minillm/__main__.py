@@ -80,7 +80,7 @@ def build_parser() -> argparse.ArgumentParser:
     vocab_commands.add_parsers(commands.add_parser("vocab", help=text, description=text, allow_abbrev=False), _Parser)
     sub = command(run_resize, "resize")
     sub.add_argument("--model", required=True, help="model folder whose tokenizer is the old one")
-    sub.add_argument("--tokenizer", required=True, help="the new one: folder that vocab merge or prune wrote")
+    sub.add_argument("--tokenizer", required=True, help="the new one: folder or .model that vocab merge or prune wrote")
     sub.add_argument("--id_map", help="id_map.json; default: the one beside the new tokenizer")
     sub.add_argument("--out", required=True, help="new model folder")
     sub.add_argument("--start", default="mean", choices=resize.STARTS, help="new rows: mean of the old sub-tokens, …")
@@ -389,7 +389,8 @@ def activations(shape: config.ModelConfig, rows: int, seq_len: int, size: int) -
 
 def run_resize(args) -> None:
     """Give a model another vocabulary: embedding and head follow the mapping of ids, new pieces get a start."""
-    id_map = args.id_map or Path(args.tokenizer) / "id_map.json"
+    given = Path(args.tokenizer)
+    id_map = args.id_map or (given if given.is_dir() else given.parent) / "id_map.json"
     print(
         resize.resize_folder(
             args.model, args.tokenizer, id_map, args.out, start=args.start, multiple=args.pad_to_multiple

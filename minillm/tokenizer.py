@@ -57,7 +57,10 @@ class Tokenizer:
         self._proto = _parse(model_bytes, source)
         self._companions = companions or {}
         self._model_bytes = model_bytes
-        self._processor = sentencepiece.SentencePieceProcessor(model_proto=model_bytes)
+        try:
+            self._processor = sentencepiece.SentencePieceProcessor(model_proto=model_bytes)
+        except RuntimeError as error:  # two pieces alike, or an empty one
+            raise UserError(f"{source}: SentencePiece refuses the model ({error}); train or merge it again") from None
         self.sha256 = hashlib.sha256(model_bytes).hexdigest()
         self.vocab_size = len(self._proto.pieces)
         self._dummy_prefix = self._proto.normalizer_spec.add_dummy_prefix

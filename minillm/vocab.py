@@ -1,22 +1,30 @@
 """Learning a vocabulary by SentencePiece, with nothing of the text lost."""
 
 import io
+import os
 import random
 import re
+import threading
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import sentencepiece
+from tqdm import tqdm
 
 from minillm import UserError
-from minillm.tokenizer import ROLES, Tokenizer
+from minillm.tokenizer import ROLES, SPACE_MARK, Tokenizer
 
+MEMORY_PER_BYTE = 40  # of text learnt from, in bytes: measured 31 to 37 for Chinese, 14 for English
 MAX_LINE = 1000  # characters; SentencePiece would drop a line over 4,192 bytes, so longer ones are cut
 PRINTABLE = "".join(map(chr, range(33, 127)))  # ASCII, which every vocabulary has whole
 SMALLEST = 263 + len(PRINTABLE) + 3  # pieces: the special ones, the bytes, ASCII, and two or three to learn
 COVERAGE = 0.9995  # of the text by characters that have a piece of their own, if the vocabulary is large enough
+ESCAPED = str.maketrans({"\n": "\\n", "\r": "\\r", "\t": "\\t"})  # how a piece is shown to people
+TAKEN = {"<unk>", "<s>", "</s>", "<pad>", *ROLES.values(), *(f"<0x{byte:02X}>" for byte in range(256))}
+UNKNOWN_MARK = "▅"  # what SentencePiece puts in place of a character without a piece
 
 
 @dataclass(frozen=True)
@@ -25,7 +33,9 @@ class Kind:
 
     model_type: "bpe", or "unigram" (Kudo 2018, arXiv:1804.10959). split_digits: each digit a piece of its own.
     required: characters that get a piece whatever the text has, beside printable ASCII. user_defined: pieces that a
-    text is always cut into where they stand; control: pieces that no text is ever cut into.
+    text is always cut into where they stand; control: pieces that no text is ever cut into. coverage: the share of the
+    text whose characters have a piece of their own, the others being spelt in bytes; None: COVERAGE, but no more than
+    half of the room that is left to learn.
     """
 
     model_type: str = "bpe"
@@ -33,11 +43,33 @@ class Kind:
     required: str = ""
     user_defined: tuple[str, ...] = ()
     control: tuple[str, ...] = ()
+    coverage: float | None = None
+
+    @property
+    def characters(self) -> str:
+        """Those that get a piece whatever the text has; a space always has one."""
+        return "".join(sorted({*PRINTABLE, *self.required} - {" ", *self.user_defined}))
 
     @property
     def fixed(self) -> int:
         """Pieces that are not learnt: special ones, bytes and those asked for; two or three must be left to learn."""
-        return SMALLEST + len(set(self.required) - set(PRINTABLE)) + len(self.user_defined) + len(self.control)
+        return SMALLEST - len(PRINTABLE) + len(self.characters) + len(self.user_defined) + len(self.control)
+
+    def check(self) -> None:
+        """Raises UserError for pieces that no vocabulary can have."""
+        bad = sorted({SPACE_MARK, UNKNOWN_MARK, "\0"} & set(self.required))
+        if bad:
+            raise UserError(f"--required_chars {bad[0]!r}: a mark of SentencePiece's own; leave it out")
+        there = set(TAKEN)
+        for name, pieces in (("--user_defined", self.user_defined), ("--control", self.control)):
+            for piece in pieces:
+                if not piece or UNKNOWN_MARK in piece or "\0" in piece:
+                    raise UserError(f"{name} {piece!r}: a piece must not be empty or hold {UNKNOWN_MARK} or NUL")
+                if piece in there:
+                    raise UserError(f"{name} {piece!r}: given twice, or in every vocabulary already; leave it out")
+                there.add(piece)
+        if self.coverage is not None and not 0 < self.coverage <= 1:
+            raise UserError(f"--character_coverage {self.coverage}: choose one above 0, at most 1")
 
 
 def train_tokenizer(
@@ -52,14 +84,15 @@ def train_tokenizer(
     """Learn a vocabulary, BPE unless `kind` says otherwise, and save it in `out_folder` with a readable `.vocab`.
 
     texts: any number of documents; at most about `sample_bytes` (UTF-8) of their lines, chosen evenly by `seed`,
-        are kept in memory and learnt from.
+        are kept in memory and learnt from, which takes up to MEMORY_PER_BYTE times as much.
     vocab_size: all pieces, the 263 special and byte pieces and printable ASCII included.
 
     Same texts and seed give the same file. Raises UserError when the text is too small for the vocabulary,
     naming the largest possible, or the vocabulary for the characters.
     """
+    kind.check()
     if vocab_size < kind.fixed:
-        raise UserError(f"vocab_size {vocab_size}: at least {kind.fixed} (bytes, ASCII and special pieces)")
+        raise UserError(f"vocab_size {vocab_size}: at least {kind.fixed} (bytes, ASCII, special and required pieces)")
     lines = _sample_lines(texts, sample_bytes, seed)
     if not lines:
         raise UserError("no text to train a tokenizer on: every document is empty")
@@ -71,15 +104,50 @@ def train_tokenizer(
         usual = _without_rare(lines, counts, size, kind)
         if not any(usual):
             raise UserError(f"vocab_size {vocab_size:,}: the text repeats too little to learn pieces from; add text")
-        if isinstance(model := _learn(usual, size, kind), int):
+        with _progress(size):
+            model = _learn(usual, size, kind)
+        if isinstance(model, int):
             size = model  # with fewer pieces fewer characters have their own, and so the limit may sink again
     if size < vocab_size:
         raise UserError(f"vocab_size {vocab_size:,}: the text gives at most {size:,} pieces; ask for fewer or add text")
     tokenizer = Tokenizer(model, "trained model")
     tokenizer.save(out_folder)
-    rows = (f"{i}\t{p.piece}\t{p.score:g}\n" for i, p in enumerate(tokenizer._proto.pieces))
-    (Path(out_folder) / "tokenizer.vocab").write_text("".join(rows), encoding="utf-8")
+    write_readable(tokenizer, Path(out_folder))
     return tokenizer
+
+
+def write_readable(tokenizer: Tokenizer, folder: Path) -> None:
+    """tokenizer.vocab: number, piece and score of each piece, one a line; line ends and tabs inside are escaped."""
+    rows = (f"{i}\t{p.piece.translate(ESCAPED)}\t{p.score:g}\n" for i, p in enumerate(tokenizer._proto.pieces))
+    (folder / "tokenizer.vocab").write_text("".join(rows), encoding="utf-8", newline="\n")
+
+
+@contextmanager
+def _progress(size: int) -> Iterator[None]:
+    """Show how many pieces there are so far: SentencePiece tells it to stderr, among much else, which is kept back."""
+    screen, (log, to_log) = os.fdopen(os.dup(2), "w"), os.pipe()
+    os.dup2(to_log, 2)
+    os.close(to_log)
+
+    def follow() -> None:
+        form = "{desc}{postfix} [{elapsed}]"
+        with (
+            os.fdopen(log, errors="replace") as lines,
+            tqdm(desc=f"learning {size:,} pieces", bar_format=form, file=screen, leave=False) as bar,
+        ):
+            for line in lines:
+                if found := re.search(r"\bsize=(\d+)", line):  # BPE adds up to the size, unigram prunes down to it
+                    bar.set_postfix_str(f"now {int(found[1]):,}", refresh=False)
+                    bar.update()
+
+    thread = threading.Thread(target=follow, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        os.dup2(screen.fileno(), 2)  # which closes the pipe, and so ends the thread
+        thread.join()
+        screen.close()
 
 
 def _learn(lines: list[str], size: int, kind: Kind) -> bytes | int:
@@ -92,7 +160,7 @@ def _learn(lines: list[str], size: int, kind: Kind) -> bytes | int:
             model_type=kind.model_type,
             vocab_size=size,
             character_coverage=1.0,
-            required_chars=PRINTABLE + "".join(sorted(set(kind.required) - set(PRINTABLE))),
+            required_chars=kind.characters,
             byte_fallback=True,
             split_digits=kind.split_digits,
             normalization_rule_name="identity",
@@ -102,10 +170,10 @@ def _learn(lines: list[str], size: int, kind: Kind) -> bytes | int:
             pad_id=3,
             pad_piece="<pad>",
             control_symbols=[*ROLES.values(), *kind.control],
-            user_defined_symbols=list(kind.user_defined),
+            user_defined_symbols=[piece.replace(" ", SPACE_MARK) for piece in kind.user_defined],
             max_sentence_length=4 * MAX_LINE + 1,
             num_threads=4,  # recorded in the file, so it must not depend on the machine
-            minloglevel=2,
+            minloglevel=0,  # for _progress
         )
     except RuntimeError as error:
         limit = re.search(r"value <= (\d+)", str(error))
@@ -118,14 +186,15 @@ def _learn(lines: list[str], size: int, kind: Kind) -> bytes | int:
 def _without_rare(lines: list[str], counts: Counter, size: int, kind: Kind) -> list[str]:
     """Cut the lines at characters too rare for a piece of their own: these are spelt in bytes.
 
-    At most half of the pieces that are free go to single characters; SentencePiece itself would give up when
-    the characters are too many.
+    Unless another coverage is asked for, at most half of the pieces that are free go to single characters;
+    SentencePiece itself would give up when the characters are too many.
     """
-    sure = {*PRINTABLE, " ", *kind.required}
-    room, covered, rare = (size - kind.fixed) // 2, sum(counts[character] for character in sure), {}
+    sure, wanted = {*PRINTABLE, " ", *kind.required}, COVERAGE if kind.coverage is None else kind.coverage
+    free = size - kind.fixed
+    room, covered, rare = free // 2 if kind.coverage is None else free, sum(counts[c] for c in sure), {}
     for character, count in counts.most_common():
         if character not in sure:
-            if room <= 0 or covered > COVERAGE * counts.total():
+            if room <= 0 or covered >= wanted * counts.total():
                 rare[ord(character)] = "\n"
             covered, room = covered + count, room - 1
     return "\n".join(lines).translate(rare).split("\n") if rare else lines
@@ -143,7 +212,7 @@ def _sample_lines(texts: Iterable[str], limit: int, seed: int) -> list[str]:
                 if rate == 1.0 or draw() < rate:
                     kept.append(line[start : start + MAX_LINE])
                     size += len(kept[-1].encode())
-            if size > limit:
-                kept = [line for line in kept if draw() < 0.5]
-                size, rate = sum(len(line.encode()) for line in kept), rate / 2
+                if size > limit:
+                    kept = [line for line in kept if draw() < 0.5]
+                    size, rate = sum(len(line.encode()) for line in kept), rate / 2
     return kept

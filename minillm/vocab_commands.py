@@ -12,7 +12,8 @@ from minillm import UserError, vocab, vocab_edit
 from minillm.readers import find_files, records, text_of
 from minillm.tokenizer import Tokenizer
 
-HELD_OUT, HELD_OUT_CHARACTERS = 50, 1 << 20  # one document of so many is not learnt from, up to so much text
+STRETCH = 4000  # characters; documents are learnt from and held out by stretches of this length at most
+HELD_OUT, HELD_OUT_CHARACTERS = 50, 1 << 20  # one stretch of so many is not learnt from, up to so much text
 EXAMPLES = 5  # pieces shown of each kind
 
 
@@ -31,9 +32,16 @@ def add_parsers(parser: argparse.ArgumentParser, parser_class: type) -> None:
     sub.add_argument("--vocab_size", type=int, required=True, help="pieces in all")
     sub.add_argument("--out", required=True, help="new folder for tokenizer.model and its readable tokenizer.vocab")
     sub.add_argument("--model_type", default="bpe", choices=("bpe", "unigram"), help="default: bpe")
-    sub.add_argument("--max_memory", type=int, default=64, help="MB of text to learn from, drawn evenly (default 64)")
+    sub.add_argument(
+        "--max_memory",
+        type=int,
+        default=2560,
+        help="MB that learning may take: of more text than that allows an even sample is learnt from (default 2560)",
+    )
     sub.add_argument("--keep_digits_together", action="store_true", help="let a number be one piece")
     sub.add_argument("--required_chars", default="", metavar="TEXT", help="characters that must have a piece")
+    text = f"share of the text by characters with a piece; default: {vocab.COVERAGE}, with at most half of the room"
+    sub.add_argument("--character_coverage", type=float, metavar="SHARE", help=text)
     sub.add_argument("--user_defined", nargs="+", default=[], metavar="PIECE", help="pieces always cut out of a text")
     sub.add_argument("--control", nargs="+", default=[], metavar="PIECE", help="pieces that no text is cut into")
     sub.add_argument("--compare", nargs="+", default=[], metavar="MODEL", help="tokenizers to compare with")
@@ -86,7 +94,7 @@ def _read(paths: list[str], args, what: str) -> Iterator[str]:
 def run_train(args) -> None:
     """Learn a vocabulary from texts.
 
-    One document of fifty is held out, to show how many characters a token has on text that was not learnt from.
+    A fiftieth of the text is held out, to show how many characters a token has where nothing was learnt from.
     """
     if Path(args.out).exists():
         raise UserError(f"--out {args.out}: is there already; choose another folder or delete it")
@@ -94,16 +102,19 @@ def run_train(args) -> None:
         raise UserError(f"--max_memory {args.max_memory}: at least 1 MB is needed")
     others = {path: Tokenizer.load(path) for path in args.compare}
     held_out: list[str] = []
+    first: list[str] = []  # of what is learnt from, to count on if nothing was held out
     draw = random.Random(args.seed + 1)
 
     def learnt() -> Iterator[str]:
         room = HELD_OUT_CHARACTERS
         for text in _read(args.input, args, "reading"):
-            if room > 0 and draw.random() < 1 / HELD_OUT:
-                held_out.append(text[:room])
-                room -= len(text)
-            else:
-                yield text
+            for stretch in (text[i : i + STRETCH] for i in range(0, len(text), STRETCH)):
+                if first and room > 0 and draw.random() < 1 / HELD_OUT:
+                    held_out.append(stretch)
+                    room -= len(stretch)
+                else:
+                    first.extend([stretch] * (len(first) < HELD_OUT))
+                    yield stretch
 
     kind = vocab.Kind(
         args.model_type,
@@ -111,20 +122,19 @@ def run_train(args) -> None:
         args.required_chars,
         tuple(args.user_defined),
         tuple(args.control),
+        args.character_coverage,
     )
+    sample = (args.max_memory << 20) // vocab.MEMORY_PER_BYTE
     with tempfile.TemporaryDirectory() as scratch:
-        made = vocab.train_tokenizer(
-            learnt(), args.vocab_size, scratch, sample_bytes=args.max_memory << 20, seed=args.seed, kind=kind
-        )
-    vocab_edit.save(made, args.out)
+        made = vocab.train_tokenizer(learnt(), args.vocab_size, scratch, sample_bytes=sample, seed=args.seed, kind=kind)
+    vocab_edit.save(made, args.out, made, list(range(made.vocab_size)))
     print(f"{args.out}: {made.vocab_size:,} pieces")
     _show_scripts(made)
-    if not held_out:
-        print("no document was held out (one of fifty is): characters per token not counted")
-        return
-    print(f"on {sum(map(len, held_out)):,} held-out characters:")
+    shown = held_out or first
+    why = "held-out characters" if held_out else "characters that were learnt from (too few to hold any out)"
+    print(f"on {sum(map(len, shown)):,} {why}:")
     for name, tokenizer in {args.out: made, **others}.items():
-        _show_density(name, tokenizer, held_out)
+        _show_density(name, tokenizer, shown)
 
 
 def run_merge(args) -> None:
@@ -136,11 +146,14 @@ def run_merge(args) -> None:
         raise UserError(
             f"--add {args.add}: {len(lost)} pieces could never arise ({lost[:EXAMPLES]}); nothing was written"
         )
-    print(f"added {len(done.added):,}, already there {done.already_there:,}, can never arise {len(lost):,}")
+    print(f"added {len(done.added):,}, already there {done.already_there:,}, unreachable {len(lost):,}")
     for reason, pieces in done.refused.items():
-        print(f"refused {len(pieces):,}: {reason} ({' '.join(pieces[:EXAMPLES])} …)")
+        examples = " ".join(pieces[:EXAMPLES]).translate(vocab.ESCAPED)
+        print(f"refused {len(pieces):,}: {reason} ({examples}{' …' if len(pieces) > EXAMPLES else ''})")
     if args.corpus:
         counts = vocab_edit.compare(base, done.tokenizer, done.added, _read(args.corpus, args, "verifying"))
+        if not counts["characters"]:
+            raise UserError("--corpus: holds no text to verify on; nothing was written")
         if counts["changed"] and args.rule == "safe":
             raise UserError(
                 f"--corpus: {counts['changed']:,} lines without new pieces are cut otherwise; nothing was written"
@@ -164,6 +177,8 @@ def run_prune(args) -> None:
         for part in (text, *text.split("\n")):
             lines += 1
             changed += [id_map[i] for i in base.encode(part)] != made.encode(part)
+    if not lines:
+        raise UserError("--corpus: holds no text to keep pieces for; nothing was written")
     if changed:
         raise UserError(f"--corpus: {changed:,} of {lines:,} lines would be cut otherwise; nothing was written")
     vocab_edit.save(made, args.out, base, id_map)

@@ -17,6 +17,7 @@ from sentencepiece import sentencepiece_model_pb2 as proto
 
 from minillm import UserError, files
 from minillm.tokenizer import SPACE_MARK, Tokenizer
+from minillm.vocab import write_readable
 
 WHITESPACE_SCORE = -1e8  # runs of spaces are given scores far below all others (Mistral: -1e9)
 RULES = ("safe", "common")
@@ -65,7 +66,7 @@ def merge(base: Tokenizer, more: Tokenizer, rule: str = "safe") -> Merged:
         # What never arises takes no part in any merge, so leaving it out changes no other piece's fate.
         lost = {piece for i, piece in enumerate(taken, base.vocab_size) if not _arises(tokenizer, piece, i)}
         if lost:
-            done.refused["could never arise: an older merge comes before"] = [p for p in taken if p in lost]
+            done.refused["unreachable: an older merge comes before"] = [p for p in taken if p in lost]
             taken = [p for p in taken if p not in lost]
             tokenizer = _with_pieces(base, taken, itertools.count(lowest - 1, -1))
     done.tokenizer, done.added = tokenizer, taken
@@ -119,9 +120,9 @@ def prune(base: Tokenizer, texts: Iterable[str], keep: Iterable[str] = ()) -> tu
         for row in base.encode_many(text.split("\n")):  # many models put a space before each text they are given
             used.update(row)
     for piece in keep:
-        if piece not in ids:
+        if (marked := piece.replace(" ", SPACE_MARK)) not in ids:
             raise UserError(f"--keep {piece!r}: no piece of the vocabulary")
-        used.add(ids[piece])
+        used.add(ids[marked])
     if base._proto.trainer_spec.model_type == proto.TrainerSpec.BPE:
         scores = {p.piece: p.score for p in pieces if p.type == p.NORMAL}
         parts = {
@@ -163,8 +164,7 @@ def save(tokenizer: Tokenizer, out: str | Path, old: Tokenizer | None = None, id
 
     def fill(folder: Path) -> None:
         tokenizer.save(folder)
-        rows = (f"{i}\t{p.piece}\t{p.score:g}\n" for i, p in enumerate(tokenizer._proto.pieces))
-        (folder / "tokenizer.vocab").write_text("".join(rows), encoding="utf-8")
+        write_readable(tokenizer, folder)
         if id_map is not None:
             described = {"old_sha256": old.sha256, "new_sha256": tokenizer.sha256, "new_id_of_old": id_map}
             files.write_json_atomically(folder / "id_map.json", described)

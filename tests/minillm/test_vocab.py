@@ -5,7 +5,7 @@ import re
 import pytest
 
 from minillm import UserError
-from minillm.vocab import MAX_LINE, _sample_lines, train_tokenizer
+from minillm.vocab import MAX_LINE, Kind, _sample_lines, train_tokenizer
 
 TEXTS = ["the cat sat on the mat and the dog sat on the log\nhello hello world 2024"] * 30
 
@@ -57,6 +57,58 @@ def test_sample_is_bounded_even_and_reproducible():
     assert 0.45 < first_half < 0.55
     assert kept == _sample_lines(iter(texts), 50_000, seed=0) != _sample_lines(texts, 50_000, seed=1)
     assert _sample_lines(["a\nb", "", "c" * (MAX_LINE + 1)], 10_000, 0) == ["a", "b", "c" * MAX_LINE, "c"]
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ({"user_defined": ("<t>", "<t>")}, "--user_defined '<t>': given twice"),
+        ({"user_defined": ("<t>",), "control": ("<t>",)}, "--control '<t>': given twice"),
+        ({"control": ("<|user|>",)}, "in every vocabulary already"),
+        ({"user_defined": ("<s>",)}, "in every vocabulary already"),
+        ({"user_defined": ("<0x41>",)}, "in every vocabulary already"),
+        ({"user_defined": ("",)}, "must not be empty"),
+        ({"control": ("a▅",)}, "must not be empty or hold ▅"),
+        ({"required": "月▁"}, "--required_chars '▁'"),
+        ({"coverage": 1.5}, "--character_coverage 1.5"),
+    ],
+)
+def test_pieces_that_cannot_be_are_named(tmp_path, asked, said):
+    with pytest.raises(UserError, match=re.escape(said)):
+        train_tokenizer(TEXTS, 400, tmp_path, kind=Kind(**asked))
+    assert not list(tmp_path.iterdir())
+
+
+def test_pieces_of_all_sorts(tmp_path):
+    """Spaces, line ends and single letters can be pieces of one's own; the .vocab stays one piece a line."""
+    kind = Kind(required="龘 \n", user_defined=("the cat", "\t", "a", "é"), control=("<|end|>",))
+    made = train_tokenizer(TEXTS, 400, tmp_path, kind=kind)
+    pieces = {p.piece: p.type for p in made._proto.pieces}
+    assert set("龘\n09~") <= set(pieces) and pieces["the▁cat"] == pieces["a"] == 4 and pieces["<|end|>"] == 3
+    text = "on the cat\ta é 龘<|end|>\n"
+    cut = [made._proto.pieces[i].piece for i in made.encode(text)]
+    assert {"the▁cat", "\t", "a", "é", "龘", "\n"} <= set(cut) and "<|end|>" not in cut
+    assert made.decode(made.encode(text)) == text
+    rows = [row.split("\t") for row in (tmp_path / "tokenizer.vocab").read_text(encoding="utf-8").splitlines()]
+    assert len(rows) == 400 and all(len(row) == 3 for row in rows) and "\\n" in [row[1] for row in rows]
+
+
+def test_character_coverage_is_what_was_asked_for(tmp_path):
+    """200 characters, ever rarer; of the room for 100 half goes to single ones unless a coverage is asked for."""
+    letters = [chr(0x4E00 + i) for i in range(200)]
+    text = "".join(letter * (400 // (i + 1)) for i, letter in enumerate(letters)) + "天地玄黄" * 50
+    known = {}
+    for coverage in (None, 0.5, 0.85):
+        made = train_tokenizer([text], 460, tmp_path, kind=Kind(coverage=coverage))
+        single = {p.piece for p in made._proto.pieces if len(p.piece) == 1}
+        known[coverage] = sum(letter in single for letter in text) / len(text)
+    assert 0.5 <= known[0.5] < 0.6 and 0.85 <= known[0.85] < 0.86 and known[0.5] < known[None] < known[0.85]
+
+
+def test_learning_shows_how_far_it_is(tmp_path, capfd):
+    train_tokenizer(TEXTS, 400, tmp_path)
+    said = capfd.readouterr().err
+    assert "learning 400 pieces" in said and "LOG(INFO)" not in said
 
 
 def test_ascii_is_learnt_however_small_the_vocabulary(tmp_path):
