@@ -24,6 +24,7 @@ from minillm.tokenizer import Tokenizer
 
 SPLITS = ("train", "val")
 READ = 1 << 24  # bytes of a bin read at a time
+NAMED = 5  # files named of those to which the same happens
 
 
 class Origin(NamedTuple):
@@ -97,19 +98,13 @@ class Bins:
     """
 
     def __init__(self, out: Path, tokenizer: Tokenizer, origins: list[Origin], *, shard_tokens: int, learnt: str):
-        """origins: of every part, in order. learnt: what the tokenizer was learnt from, "" for a given one.
-
-        Raises UserError if bins lie in `out` that are not from here.
-        """
+        """origins: of every part, in order. learnt: what the tokenizer was learnt from, "" for a given one."""
         self.out, self.tokenizer, self.origins, self.shard_tokens = out, tokenizer, origins, shard_tokens
         self.dtype = np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
         self.frame = {"width": self.dtype.itemsize, "shard_tokens": shard_tokens}
         self.frame |= {"tokenizer": tokenizer.sha256, "learnt": learnt}
-        bins = _bins(out)
         if (out / "old" / "parts.json").exists() and not (out / "parts.json").exists():
-            bins = _move(bins, out / "old")  # killed while they were stepping aside
-        if bins and not (out / "parts.json").exists():
-            raise UserError(f"{bins[0]}: not written by this program's preparation; choose another --out or delete it")
+            _move(_bins(out), out / "old")  # killed while they were stepping aside
         here, aside = Parts(out), Parts(out / "old")
         self.forgotten = (out / "parts.json").exists() and not here.state
         self.earlier = {origin.file: origin for origin in aside.origins + here.origins}
@@ -159,6 +154,30 @@ class Bins:
                 kept.append({"name": file["name"], "tokens": min(left, file["tokens"]), "documents": inside})
                 left, documents = left - kept[-1]["tokens"], documents - inside
         return kept
+
+    def explain(self) -> None:
+        """Say which files' tokens stay, and why those of others cannot."""
+        if self.forgotten:
+            print(f"{self.out}/parts.json: damaged, so that nothing is known of the bins; all is tokenized anew")
+        if not self.earlier:
+            return
+        files: dict[str, list[str]] = {}
+        for number, origin in enumerate(self.origins):
+            if number < len(self.parts) or number in self.reused:
+                continue
+            why, before = "new", self.earlier.get(origin.file)
+            if before:
+                options = ", ".join(set(origin.options.split(", ")) - set(before.options.split(", ")))
+                pairs = zip(("text", f"options (now {options})", "tokenizer"), before[:3], origin[:3], strict=True)
+                changed = [name for name, old, new in pairs if old != new]
+                why = f"{' and '.join(changed)} changed" if changed else "tokens damaged or lost"
+            files.setdefault(why, []).append(origin.file)
+        gone = sorted(self.earlier.keys() - {origin.file for origin in self.origins})
+        reused = len(self.parts) + len(self.reused)
+        print(f"{self.out}: {reused:,} of {len(self.origins):,} files are tokenized already; the others:")
+        for why, names in {**files, **({"no longer an input": gone} if gone else {})}.items():
+            more = f" and {len(names) - NAMED:,} more" if len(names) > NAMED else ""
+            print(f"  {why}: {', '.join(names[:NAMED])}{more}")
 
     def tokens(self) -> int:
         return sum(file["tokens"] for kind in SPLITS for file in self.files[kind])
@@ -258,8 +277,13 @@ def _bins(folder: Path) -> list[Path]:
     return [path for kind in SPLITS for path in sorted(folder.glob(f"{kind}-*.bin"))]
 
 
-def _move(files: list[Path], folder: Path) -> list[Path]:
-    """Into another folder, in this order; returns what is left, nothing."""
+def _move(files: list[Path], folder: Path) -> None:
+    """Into another folder, in this order."""
     for file in files:
         file.replace(folder / file.name)
-    return []
+
+
+def refuse_foreign(out: Path) -> None:
+    """Raises UserError if bins lie in `out` that no preparation of today's kind has written."""
+    if (bins := _bins(out)) and not any((folder / "parts.json").exists() for folder in (out, out / "old")):
+        raise UserError(f"{bins[0]}: no parts.json tells what it was made from; choose another --out or delete {out}")

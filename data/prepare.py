@@ -35,7 +35,7 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from data.bins import SPLITS, Bins, Origin, Parts, checksum
+from data.bins import SPLITS, Bins, Origin, Parts, checksum, refuse_foreign
 from minillm import UserError
 from minillm.readers import Record, find_files, records, text_of
 from minillm.run import RunLock, run_script
@@ -47,7 +47,6 @@ POOL_FROM = 64 << 20  # bytes of input; below, starting processes takes longer t
 TOKENIZER_SAMPLE = 16 << 20  # bytes of text that a tokenizer is learnt from
 GZIP_RATIO = 3  # how much larger than its .gz a text is taken to be
 TXT_SPLITS, ON_BAD_LINE, WRAPS = ("blank", "lines", "file"), ("error", "skip"), ("eos", "bos_eos")
-NAMED = 5  # files named of those to which the same happens
 FIRST_BAD = 5  # bad lines quoted of each file
 SAVE_EVERY = 5.0  # seconds between two records of how far it has got
 
@@ -133,23 +132,22 @@ def prepare(
 
     lock = RunLock(out)
     try:
-        sides = [options] * len(files)
-        if val_inputs:
-            sides = [replace(options, val_fraction=float(i >= n_train)) for i in range(len(files))]
-        with ThreadPoolExecutor() as pool:
-            sources = list(map(Source, files, pool.map(_sha256, files), sides))
+        refuse_foreign(out)
+        sources = _sources(files, options, n_train if val_inputs else None)
         learnt = ""
         if given is None:
             given, learnt = _learn(out, train_tokenizer, sources[:n_train])
         if wrap == "bos_eos" and given.bos_id == given.eos_id:
             raise UserError("--wrap bos_eos: the tokenizer has no bos piece; choose --wrap eos")
+        if wrap == "eos" and given.start_id != given.eos_id:
+            print(f"{tokenizer}: its model knows texts that begin with bos; to go on like that, give --wrap bos_eos")
         given = given.with_bos(wrap == "bos_eos")
         origins = [Origin(s.sha256, s.options.of(s.path), given.sha256, str(s.path)) for s in sources]
         bins = Bins(out, given, origins, shard_tokens=shard_tokens, learnt=learnt)
         if bins.finished:
             print(f"{out}: already prepared from the same input, nothing to do")
         else:
-            _explain(bins)
+            bins.explain()
         if not bins.finished or not _holds(out, given.sha256):
             (out / "meta.json").unlink(missing_ok=True)
             given.save(out)
@@ -164,6 +162,15 @@ def prepare(
         ) from None
     finally:
         lock.release()
+
+
+def _sources(files: list[Path], options: Options, val_from: int | None) -> list[Source]:
+    """val_from: files from this number on are validation files; None: each file has its share of both."""
+    sides = [options] * len(files)
+    if val_from is not None:
+        sides = [replace(options, val_fraction=float(number >= val_from)) for number in range(len(files))]
+    with ThreadPoolExecutor() as pool:  # hashing runs outside Python's lock
+        return list(map(Source, files, pool.map(_sha256, files), sides))
 
 
 def _sha256(file: Path) -> str:
@@ -184,31 +191,6 @@ def _learn(out: Path, size: int, sources: list[Source]) -> tuple[Tokenizer, str]
 
 def _holds(out: Path, tokenizer: str) -> bool:
     return (out / "tokenizer.model").is_file() and _sha256(out / "tokenizer.model") == tokenizer
-
-
-def _explain(bins: Bins) -> None:
-    """Say which files' tokens stay, and why those of others cannot."""
-    if bins.forgotten:
-        print(f"{bins.out}/parts.json: damaged, so that nothing is known of the bins; all is tokenized anew")
-    if not bins.earlier:
-        return
-    files: dict[str, list[str]] = {}
-    for number, origin in enumerate(bins.origins):
-        if number < len(bins.parts) or number in bins.reused:
-            continue
-        why, before = "new", bins.earlier.get(origin.file)
-        if before:
-            options = ", ".join(set(origin.options.split(", ")) - set(before.options.split(", ")))
-            pairs = zip(("text", f"options (now {options})", "tokenizer"), before[:3], origin[:3], strict=True)
-            changed = [name for name, old, new in pairs if old != new]
-            why = f"{' and '.join(changed)} changed" if changed else "tokens damaged or lost"
-        files.setdefault(why, []).append(origin.file)
-    gone = sorted(bins.earlier.keys() - {origin.file for origin in bins.origins})
-    reused = len(bins.parts) + len(bins.reused)
-    print(f"{bins.out}: {reused:,} of {len(bins.origins):,} files are tokenized already; the others:")
-    for why, names in {**files, **({"no longer an input": gone} if gone else {})}.items():
-        more = f" and {len(names) - NAMED:,} more" if len(names) > NAMED else ""
-        print(f"  {why}: {', '.join(names[:NAMED])}{more}")
 
 
 # ---- from documents to tokens

@@ -253,20 +253,28 @@ class Tokenizer:
             (folder / name).write_bytes(data)
 
     @cached_property
+    def _config(self) -> dict:
+        """What the folder it came from says in tokenizer_config.json; {} if it came without."""
+        try:
+            return json.loads(self._companions.get("tokenizer_config.json", b"{}"))
+        except ValueError as problem:
+            raise UserError(f"tokenizer_config.json beside tokenizer.model: not JSON ({problem}); mend it") from None
+
+    @cached_property
     def start_id(self) -> int:
         """What a text begins after: bos if the folder's tokenizer_config.json adds one, else the eos of another text.
 
         Where it does not say, Llama's class adds one.
         """
-        config = json.loads(self._companions.get("tokenizer_config.json", b"{}"))
+        config = self._config
         adds = config.get("add_bos_token", "Llama" in (config.get("tokenizer_class") or ""))
         return self.bos_id if adds else self.eos_id
 
     def with_bos(self, wanted: bool) -> "Tokenizer":
         """This tokenizer for a model whose texts begin after bos, or else after the eos of another text."""
         files = dict(self._companions or self._own_companions)
-        config = json.loads(files.get("tokenizer_config.json", b"{}")) | {"add_bos_token": wanted}
-        files["tokenizer_config.json"] = _json(config)
+        config = self._config or json.loads(files.get("tokenizer_config.json", b"{}"))
+        files["tokenizer_config.json"] = _json(config | {"add_bos_token": wanted})
         if "tokenizer.json" in files:
             bos = self._proto.pieces[self.bos_id].piece
             single = [{"SpecialToken": {"id": bos, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
@@ -280,8 +288,7 @@ class Tokenizer:
     def with_chat_template_of(self, other: "Tokenizer") -> "Tokenizer":
         """This tokenizer, whose folder will say of chat templates and bos what `other`'s does."""
         config = json.loads(self._own_companions["tokenizer_config.json"])
-        theirs = json.loads(other._companions.get("tokenizer_config.json", b"{}"))
-        config |= {key: theirs[key] for key in ("chat_template",) if key in theirs}
+        config |= {key: other._config[key] for key in ("chat_template",) if key in other._config}
         config["add_bos_token"] = other.start_id != other.eos_id
         own = self._own_companions | {"tokenizer_config.json": _json(config)}
         kept = {name: data for name, data in other._companions.items() if name == "chat_template.jinja"}

@@ -269,13 +269,16 @@ def test_finished_is_told_and_bins_from_elsewhere_are_refused(tok_path, tmp_path
         path: when for path, when in before.items() if path.name != "lock"
     }
     (tmp_path / "theirs").mkdir()
-    (tmp_path / "theirs" / "train-00000.bin").write_bytes(b"precious")
-    with pytest.raises(UserError, match="choose another --out"):
-        prepare([file], tmp_path / "theirs", tokenizer=tok_path, val_fraction=0)
-    assert (tmp_path / "theirs" / "train-00000.bin").read_bytes() == b"precious"
+    for name in ("train-00000.bin", "meta.json", "tokenizer.model"):
+        (tmp_path / "theirs" / name).write_bytes(b"precious")
+    for kind in ({"tokenizer": tok_path}, {"train_tokenizer": 380}):
+        with pytest.raises(UserError, match="choose another --out"):
+            prepare([file], tmp_path / "theirs", val_fraction=0, **kind)
+    found = {path.name: path.read_bytes() for path in (tmp_path / "theirs").iterdir() if path.name != "lock"}
+    assert found == dict.fromkeys(("train-00000.bin", "meta.json", "tokenizer.model"), b"precious")
 
 
-def test_documents_begin_with_bos_if_asked(tok, tok_path, tmp_path):
+def test_documents_begin_with_bos_if_asked(tok, tok_path, tmp_path, capsys):
     file = write_lines(tmp_path / "a.jsonl", TEXTS)
     meta = prepare([file], tmp_path / "out", tokenizer=tok_path, val_fraction=0, wrap="bos_eos")
     ids = [i for text in TEXTS for i in [tok.bos_id, *tok.encode(text), tok.eos_id]]
@@ -283,6 +286,7 @@ def test_documents_begin_with_bos_if_asked(tok, tok_path, tmp_path):
     assert meta["wrap"] == "bos_eos" and meta["files"]["train"][0]["documents"] == len(TEXTS)
     assert Tokenizer.load(tmp_path / "out").start_id == tok.bos_id
     again = prepare([file], tmp_path / "out", tokenizer=tmp_path / "out", val_fraction=0)
+    assert "its model knows texts that begin with bos" in capsys.readouterr().out
     assert again["wrap"] == "eos" and Tokenizer.load(tmp_path / "out").start_id == tok.eos_id
     assert documents(tmp_path / "out") == TEXTS
 
