@@ -52,7 +52,7 @@ def add_parsers(parser: argparse.ArgumentParser, parser_class: type) -> None:
     sub.add_argument("--add", required=True, help="the vocabulary whose pieces to add")
     sub.add_argument("--out", required=True, help="new folder")
     sub.add_argument("--rule", default="safe", choices=vocab_edit.RULES, help="common: score 0, changes old text")
-    _texts(sub, "--corpus", help="texts to verify on; without them the new pieces alone are verified")
+    _texts(sub, "--corpus", help="texts to verify on; default: the pieces of both vocabularies")
 
     sub = command(run_prune, "prune")
     sub.add_argument("--base", required=True, help="the vocabulary to make smaller: .model file or its folder")
@@ -151,19 +151,22 @@ def run_merge(args) -> None:
         examples = " ".join(pieces[:EXAMPLES]).translate(vocab.ESCAPED)
         print(f"refused {len(pieces):,}: {reason} ({examples}{' …' if len(pieces) > EXAMPLES else ''})")
     if args.corpus:
-        counts = vocab_edit.compare(base, done.tokenizer, done.added, _read(args.corpus, args, "verifying"))
-        if not counts["characters"]:
-            raise UserError("--corpus: holds no text to verify on; nothing was written")
-        if counts["changed"] and args.rule == "safe":
-            raise UserError(
-                f"--corpus: {counts['changed']:,} lines without new pieces are cut otherwise; nothing was written"
-            )
-        print(
-            f"{counts['lines']:,} lines, {counts['without']:,} without a new piece, "
-            f"{counts['changed']:,} of these changed"
+        texts = _read(args.corpus, args, "verifying")
+    else:
+        texts = [text for tokenizer in (base, more) for text in vocab_edit.piece_texts(tokenizer)]
+        print("without --corpus, the pieces of both vocabularies are the lines to verify on:")
+    counts = vocab_edit.compare(base, done.tokenizer, done.added, texts)
+    if not counts["characters"]:
+        raise UserError("--corpus: holds no text to verify on; nothing was written")
+    if counts["changed"] and args.rule == "safe":
+        raise UserError(
+            f"--corpus: {counts['changed']:,} lines without new pieces are cut otherwise; nothing was written"
         )
-        before, after = (counts["characters"] / max(1, counts[f"{which}_tokens"]) for which in ("old", "new"))
-        print(f"characters per token {before:.3f} → {after:.3f}")
+    print(
+        f"{counts['lines']:,} lines, {counts['without']:,} without a new piece, {counts['changed']:,} of these changed"
+    )
+    before, after = (counts["characters"] / max(1, counts[f"{which}_tokens"]) for which in ("old", "new"))
+    print(f"characters per token {before:.3f} → {after:.3f}")
     vocab_edit.save(done.tokenizer, args.out, base, done.id_map)
     print(f"{args.out}: {done.tokenizer.vocab_size:,} pieces, id_map.json; next: python -m minillm resize")
 

@@ -79,6 +79,11 @@ def unreachable(tokenizer: Tokenizer, pieces: Iterable[str]) -> list[str]:
     return [piece for piece in pieces if not _arises(tokenizer, piece, ids[piece])]
 
 
+def piece_texts(tokenizer: Tokenizer) -> list[str]:
+    """The texts of the pieces that texts are cut into."""
+    return [p.piece.replace(SPACE_MARK, " ") for p in tokenizer._proto.pieces if p.type == p.NORMAL]
+
+
 def _arises(tokenizer: Tokenizer, piece: str, piece_id: int) -> bool:
     return tokenizer._no_prefix.encode(piece) == [piece_id]
 

@@ -154,7 +154,7 @@ WRAPPED = [[BOS, 10, 11, EOS], [BOS, 12, EOS], [BOS, 13, 14, 15, 16, EOS], [BOS,
 
 
 def test_documents_that_begin_with_bos(tmp_path):
-    """X and Y are shifted as ever; bos is a document's first input, and the eos before it belongs to the one it ends."""
+    """X and Y are shifted as ever; bos is a document's first input, and eos belongs to the document it ends."""
     stream = np.concatenate(WRAPPED)
     folder = write_bins(tmp_path / "d", {"train": [stream]}, wrap="bos_eos", bos_id=BOS)
     batch = windows(folder, len(stream) - 1, documents=True).batch(np.array([0]))
