@@ -12,8 +12,10 @@ much, of another shape or broken is listed in full, and nothing is loaded in par
 """
 
 import json
+import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -26,6 +28,21 @@ from minillm import UserError, files, run
 INDEX = "model.safetensors.index.json"
 STATE = "resume/train_state.json"
 OPTIMIZER = "resume/optimizer.safetensors"
+DTYPES = {  # safetensors' name → torch's
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+PIECE = 1 << 20  # numbers read at once
 
 
 # ---- writing
@@ -184,38 +201,74 @@ def _plain(value):
 # ---- reading tensors
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where a tensor lies: `offset` bytes into a file, contiguous, little-endian."""
+
+    file: Path
+    offset: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    def read(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The tensor in memory of its own, converted piece by piece: no second copy of it is ever there.
+
+        The file is not mapped: pages of it would count as memory, and a tensor would not be aligned as torch aligns,
+        so that vector code may round otherwise and a resumed run leave its track.
+        """
+        out = torch.empty(self.shape, dtype=dtype or self.dtype)
+        with self.file.open("rb") as stream:
+            stream.seek(self.offset)
+            for piece in out.view(-1).split(PIECE):
+                stored = piece if piece.dtype == self.dtype else torch.empty(piece.shape, dtype=self.dtype)
+                if stream.readinto(stored.view(torch.uint8).numpy()) < stored.nbytes:
+                    raise UserError(f"{self.file}: ends before its tensors do; get a whole copy")
+                if stored is not piece:
+                    piece.copy_(stored)
+        return out
+
+
 def load_tensors(path: str | Path) -> dict[str, Tensor]:
     """All tensors of one safetensors file, on the CPU. Raises `UserError` if it is anything else or broken."""
-    shapes = _read_header(Path(path))
-    return dict(_tensors(Path(path), shapes))
+    return {name: place.read() for name, place in _read_header(Path(path)).items()}
 
 
-def read_weights(folder: str | Path) -> Iterator[tuple[str, Tensor]]:
-    """The (name, tensor) pairs of a model folder one after another, from one file or from indexed shards.
+def read_weights(folder: str | Path, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
+    """The (name, tensor) pairs of a model folder one after another; see `find_weights`.
 
-    All headers are checked first. Raises `UserError` with the complete list of what is wrong: shards missing or
-    outside the folder, tensors missing, unlisted or held twice, files that are not safetensors.
+    dtype: convert floating-point tensors to it (None: as stored).
+    """
+    places = find_weights(folder)
+    return ((name, place.read(dtype if place.dtype.is_floating_point else None)) for name, place in places.items())
+
+
+def find_weights(folder: str | Path) -> dict[str, Place]:
+    """Where each tensor of a model folder lies, in one file or in indexed shards, of which all headers are checked.
+
+    Raises `UserError` with the complete list of what is wrong: shards missing or outside the folder, tensors missing,
+    unlisted or held twice, files that are not safetensors.
     """
     folder = Path(folder)
     if (folder / "model.safetensors").exists() or not (folder / INDEX).exists():
         names = {"model.safetensors": None}
     else:
         names = _read_index(folder)
-    shards, problems, seen = {}, [], {}
+    places, problems, seen = {}, [], {}
     for file, listed in names.items():
         try:
-            shards[file] = _read_header(folder / file)
+            found = _read_header(folder / file)
         except UserError as problem:
             problems.append(str(problem))
             continue
-        held = set(shards[file])
+        held = set(found)
         problems += [f"{name} is missing from {file}" for name in sorted((listed or held) - held)]
         problems += [f"{name} in {file} is not in the index" for name in sorted(held - (listed or held))]
         problems += [f"{name} is in {seen[name]} and in {file}" for name in sorted(held & set(seen))]
         seen |= dict.fromkeys(held, file)
+        places |= found
     if problems:
         raise UserError(f"{folder}: its weights cannot be used: {'; '.join(problems)}")
-    return (pair for file, shapes in shards.items() for pair in _tensors(folder / file, shapes))
+    return places
 
 
 def _read_index(folder: Path) -> dict[str, set[str]]:
@@ -240,8 +293,8 @@ def _no_duplicates(pairs: list[tuple]) -> dict:
     return dict(pairs)
 
 
-def _read_header(path: Path) -> dict[str, tuple[int, ...]]:
-    """Name and shape of each tensor in a file, after safetensors has checked that header and bytes agree."""
+def _read_header(path: Path) -> dict[str, Place]:
+    """Where each tensor of a file lies, after safetensors has checked that header and bytes agree."""
     try:
         with path.open("rb") as stream:
             start = stream.read(8)
@@ -250,27 +303,46 @@ def _read_header(path: Path) -> dict[str, tuple[int, ...]]:
             with safe_open(path, framework="pt"):
                 pass
             header = json.loads(stream.read(int.from_bytes(start, "little")), object_pairs_hook=_no_duplicates)
+            begin = stream.tell()
     except FileNotFoundError:
         others = sorted(file.name for file in path.parent.glob("*.bin")) if path.parent.is_dir() else []
         hint = f" (there is {others[0]}, a pickle: convert it to safetensors)" if others else ""
         raise UserError(f"{path}: no such file{hint}") from None
     except (SafetensorError, OSError, ValueError) as problem:
         raise UserError(f"{path}: truncated or no safetensors file ({problem}); get a whole copy") from None
-    return {name: tuple(entry["shape"]) for name, entry in header.items() if name != "__metadata__"}
+    header.pop("__metadata__", None)
+    strange = sorted({entry["dtype"] for entry in header.values()} - set(DTYPES))
+    if strange:
+        raise UserError(f"{path}: holds tensors of type {', '.join(strange)}, which is not supported")
+    return {
+        name: Place(path, begin + entry["data_offsets"][0], tuple(entry["shape"]), DTYPES[entry["dtype"]])
+        for name, entry in header.items()
+    }
 
 
-def _tensors(path: Path, names) -> Iterator[tuple[str, Tensor]]:
-    with safe_open(path, framework="pt") as file:
-        for name in names:
-            # A copy: what safetensors gives lies in the mapped file, not aligned as torch aligns, and
-            # vector code may round otherwise there, so that a resumed run would leave its track.
-            yield name, file.get_tensor(name).clone()
+def write_tensors(
+    path: Path, shapes: dict[str, Sequence[int]], dtype: torch.dtype, read: Callable[[str], Tensor]
+) -> None:
+    """Write a safetensors file, of which only one tensor at a time is in memory: read(name) gives it, of its shape."""
+    header, end, word = {"__metadata__": {"format": "pt"}}, 0, {value: name for name, value in DTYPES.items()}[dtype]
+    for name, shape in shapes.items():
+        begin, end = end, end + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": word, "shape": list(shape), "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in shapes:
+            tensor = read(name).to(device="cpu", dtype=dtype).contiguous()
+            file.write(tensor.view(torch.uint8).numpy())
 
 
 def check_finite(name: str, tensor: Tensor, source: str | Path) -> None:
     """Raise `UserError` naming the tensor if it holds NaN or infinity."""
     if tensor.is_floating_point():
-        bad = tensor.numel() - int(torch.isfinite(tensor.float() if tensor.element_size() == 1 else tensor).sum())
+        parts = tensor.reshape(-1).split(PIECE)  # no second tensor of this size
+        wide = (part.float() if part.element_size() == 1 else part for part in parts)
+        bad = tensor.numel() - sum(int(torch.isfinite(part).sum()) for part in wide)
         if bad:
             raise UserError(
                 f"{source}: {name} holds {bad:,} of {tensor.numel():,} values that are not finite; "

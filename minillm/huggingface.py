@@ -6,10 +6,12 @@ under a name of our own, which other loaders refuse instead of computing somethi
 
 import dataclasses
 import json
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from minillm import UserError, checkpoint, quant
@@ -36,6 +38,7 @@ SHARED = {
     "norm_eps": "rms_norm_eps",
     "tie_embeddings": "tie_word_embeddings",
 }
+SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 OURS_ALONE = ("positions", "qk_norm", "qkv_bias", "window", "softcap")  # spelled out under our own name
 
 
@@ -154,19 +157,39 @@ def export_name(name: str) -> str:
     return name if name.startswith("lm_head.") else "model." + name
 
 
+def shapes_of(config: ModelConfig) -> dict[str, torch.Size]:
+    """Key and shape of each tensor in a Hugging Face file; a tied head is left out, as their files do."""
+    with torch.device("meta"):
+        state = Transformer(config).state_dict()
+    shapes = {export_name(name): tensor.shape for name, tensor in state.items()}
+    if config.tie_embeddings:
+        del shapes["lm_head.weight"]
+    return shapes
+
+
+@dataclass
+class StoredModel:
+    """A model that lies somewhere, of which one tensor after another can be had.
+
+    dtype: of the weights as they lie. read(key, dtype): the tensor of a Hugging Face key, in memory of its own or
+    the model's, rotary positions half-split. special_ids: bos_token_id and the like, for config.json.
+    """
+
+    config: ModelConfig
+    dtype: torch.dtype
+    read: Callable[[str, torch.dtype], Tensor]
+    special_ids: dict[str, int] = field(default_factory=dict)
+
+
 def weights_of(model: Transformer, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-    """Tensors to save under Hugging Face's keys; a tied head is left out, as their files do.
+    """Tensors to save under Hugging Face's keys.
 
     Raises `UserError` for a quantized model, whose codes no other loader would understand.
     """
     if quant.is_quantized(model):
         raise UserError("a quantized base is not saved: save its adapter, or call quant.dequantize_base first")
-    tensors = {
-        export_name(name): t.detach().to(dtype or t.dtype).contiguous()
-        for name, t in model.state_dict().items()
-        if not (model.config.tie_embeddings and name == "lm_head.weight")
-    }
-    return tensors
+    state = {export_name(name): tensor.detach() for name, tensor in model.state_dict().items()}
+    return {key: state[key].to(dtype or state[key].dtype).contiguous() for key in shapes_of(model.config)}
 
 
 def save_model(
@@ -177,23 +200,81 @@ def save_model(
     dtype: torch.dtype | None = None,
 ) -> None:
     """Write config.json and model.safetensors into an existing folder. dtype: of the file; None: the model's."""
-    tensors = weights_of(model, dtype)
-    name = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    text = json.dumps(to_hf(model.config, special_ids, name), indent=2)
+    state = {export_name(name): tensor.detach() for name, tensor in model.state_dict().items()}
+    dtype = dtype or model.embed_tokens.weight.dtype
+    write_folder(StoredModel(model.config, dtype, lambda key, dtype: state[key].to(dtype), special_ids or {}), folder)
+
+
+def write_folder(
+    model: StoredModel, folder: Path, *, dtype: torch.dtype | None = None, max_shard_size: int | None = None
+) -> None:
+    """Write config.json and the weights into an existing folder, tensor by tensor.
+
+    dtype: of the files; None: as the weights lie. max_shard_size: bytes of tensors in one file; None: one file.
+    """
+    dtype, shapes = dtype or model.dtype, shapes_of(model.config)
+    shards: list[dict] = [{}]
+    room = max_shard_size = max_shard_size or sys.maxsize
+    for key, shape in shapes.items():
+        size = shape.numel() * dtype.itemsize
+        if shards[-1] and size > room:
+            shards.append({})
+            room = max_shard_size
+        shards[-1][key] = shape
+        room -= size
+    weight_map = {}
+    for number, shard in enumerate(shards, 1):
+        name = "model.safetensors" if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
+        checkpoint.write_tensors(folder / name, shard, dtype, lambda key: model.read(key, dtype))
+        weight_map |= dict.fromkeys(shard, name)
+    if len(shards) > 1:
+        total = sum(shape.numel() for shape in shapes.values())
+        metadata = {"total_parameters": total, "total_size": total * dtype.itemsize}
+        text = json.dumps({"metadata": metadata, "weight_map": weight_map}, indent=2)
+        (folder / checkpoint.INDEX).write_text(text + "\n", encoding="utf-8")
+    text = json.dumps(to_hf(model.config, model.special_ids, str(dtype).removeprefix("torch.")), indent=2)
     (folder / "config.json").write_text(text + "\n", encoding="utf-8")
 
 
-def load_config(folder: str | Path) -> ModelConfig:
-    """The `ModelConfig` of a model folder."""
+def read_config(folder: str | Path) -> dict:
+    """What config.json of a model folder says. Raises `UserError` if there is none or it is no JSON."""
     path = Path(folder) / "config.json"
     try:
-        written = json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{folder}: no config.json there, so it is no model folder") from None
     except ValueError as problem:
         raise UserError(f"{path}: not valid JSON ({problem})") from None
-    return from_hf(written, str(path))
+
+
+def load_config(folder: str | Path) -> ModelConfig:
+    """The `ModelConfig` of a model folder."""
+    return from_hf(read_config(folder), f"{folder}/config.json")
+
+
+def _find_weights(folder: str | Path, config: ModelConfig) -> dict[str, checkpoint.Place]:
+    """Where each tensor lies, by key. Raises `UserError` with the complete list of what does not fit the config."""
+    places = checkpoint.find_weights(folder)
+    tied = {"lm_head.weight"} if config.tie_embeddings else set()  # a second copy of the embedding
+    tables = {key for key in places if key.endswith("rotary_emb.inv_freq")}  # that we compute
+    places = {key: place for key, place in places.items() if key not in tied | tables}
+    checkpoint.match_tensors(shapes_of(config), {key: place.shape for key, place in places.items()}, str(folder))
+    return places
+
+
+def open_folder(folder: str | Path) -> StoredModel:
+    """The model of a folder, of which so far only the headers were read and checked."""
+    written = read_config(folder)
+    config = from_hf(written, f"{folder}/config.json")
+    places = _find_weights(folder, config)
+
+    def read(key: str, dtype: torch.dtype) -> Tensor:
+        tensor = places[key].read(dtype)
+        checkpoint.check_finite(key, tensor, folder)
+        return tensor
+
+    ids = {name: written[name] for name in SPECIAL_IDS if written.get(name) is not None}
+    return StoredModel(config, places["model.embed_tokens.weight"].dtype, read, ids)
 
 
 def load_model(
@@ -204,7 +285,7 @@ def load_model(
     config: ModelConfig | None = None,
     base_bits: int | None = None,
 ) -> Transformer:
-    """Load a model folder, tensor by tensor, so that memory holds the model and one tensor more.
+    """Load a model folder, tensor by tensor: memory never holds more than the model and one tensor on its way.
 
     dtype: convert floating weights to it (None: as stored). config: to use in place of the folder's, e.g. with
     dropout or a longer context. base_bits: 8 or 4, quantize on the way (see `minillm.quant`). Raises `UserError` with
@@ -213,23 +294,17 @@ def load_model(
     if base_bits is not None:
         quant.check_bits(base_bits)
     config = config or load_config(folder)
+    places = _find_weights(folder, config)
     with torch.device("meta"):
         model = Transformer(config)
-    expected = {export_name(n): t.shape for n, t in model.state_dict().items()}
-    if config.tie_embeddings:
-        expected.pop("lm_head.weight")
-    ours = {export_name(n): n for n in model.state_dict()}
-    shapes, loaded = {}, {}
-    for name, tensor in checkpoint.read_weights(folder):
-        if name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and config.tie_embeddings):
-            continue  # a second copy of the embedding; a table that we compute
-        shapes[name] = tensor.shape
-        if name in expected and tensor.shape == expected[name]:
-            checkpoint.check_finite(name, tensor, folder)
-            tensor = tensor.to(device=device, dtype=dtype or tensor.dtype)
-            if base_bits is None or not quant.take_weight(model, ours[name], tensor, base_bits):
-                loaded[ours[name]] = tensor
-    checkpoint.match_tensors(expected, shapes, str(folder))
+    loaded = {}
+    for name in model.state_dict():
+        if (key := export_name(name)) in places:
+            tensor = places[key].read(dtype)
+            checkpoint.check_finite(key, tensor, folder)
+            tensor = tensor.to(device)
+            if base_bits is None or not quant.take_weight(model, name, tensor, base_bits):
+                loaded[name] = tensor
     model.load_state_dict(loaded, strict=False, assign=True)
     model.tie()
     model.build_rotation()
