@@ -6,6 +6,7 @@ EXTRAS = {
     "plot": ["matplotlib"],
     "tensorboard": ["tensorboard"],
     "parquet": ["pyarrow"],
+    "gguf": ["gguf"],
     "bench": ["transformers>=5"],
 }
 EXTRAS["test"] = [
@@ -17,6 +18,7 @@ EXTRAS["test"] = [
     *EXTRAS["plot"],
     *EXTRAS["parquet"],
     *EXTRAS["tensorboard"],
+    *EXTRAS["gguf"],
 ]
 
 setup(

@@ -19,6 +19,7 @@ from minillm import (
     generate,
     huggingface,
     plot,
+    port_commands,
     quant,
     resize,
     run,
@@ -85,15 +86,14 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--out", required=True, help="new model folder")
     sub.add_argument("--start", default="mean", choices=resize.STARTS, help="new rows: mean of the old sub-tokens, …")
     sub.add_argument("--pad_to_multiple", type=int, default=1, help="of the number of rows (GPUs like 64)")
+    port_commands.add_parsers(command)
     sub = command(run_bench, "bench")
     sub.add_argument("what", choices=("generate", "train", "data"), help="what to measure")
     sub.add_argument("--preset", default="tiny", choices=tuple(config.PRESETS), help="the model's shape (default tiny)")
     sub.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     sub.add_argument("--rows", type=int, default=8, help="train: sequences of a step (default 8)")
     sub.add_argument("--seq_len", type=int, default=256, help="train: tokens of a sequence (default 256)")
-    sub.add_argument(
-        "--vocab_size", type=int, help="train: entries of the vocabulary (default: the preset's usual one)"
-    )
+    sub.add_argument("--vocab_size", type=int, help="train: entries of the vocabulary (default: the preset's usual)")
     return parser
 
 

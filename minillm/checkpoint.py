@@ -42,7 +42,8 @@ DTYPES = {  # safetensors' name → torch's
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-PIECE = 1 << 20  # numbers read at once
+PICKLES = (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")  # how they begin
+PIECE = 1 << 18  # numbers read at once
 
 
 # ---- writing
@@ -298,7 +299,7 @@ def _read_header(path: Path) -> dict[str, Place]:
     try:
         with path.open("rb") as stream:
             start = stream.read(8)
-            if start[:2] in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"):
+            if start[:2] in PICKLES:
                 raise UserError(f"{path}: a pickle, which could run code; refused unread: convert it to safetensors")
             with safe_open(path, framework="pt"):
                 pass

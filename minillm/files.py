@@ -76,8 +76,14 @@ def _describe(file: Path) -> dict:
 
 def write_json_atomically(path: str | Path, value) -> None:
     """Write `value` as JSON: a reader sees the old file or the new one, whole. Raises `UserError` naming the path."""
+    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    write_file(path, lambda scratch: scratch.write_text(text, encoding="utf-8"))
+
+
+def write_file(path: str | Path, write: Callable[[Path], None]) -> None:
+    """Make the file `path` appear whole or not at all; write(place): writes it. Raises `UserError` naming the path."""
     with writing(path := Path(path)) as scratch:
-        scratch.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        write(scratch)
         sync(scratch)
         scratch.replace(path)
         sync(path.parent)

@@ -38,6 +38,7 @@ SHARED = {
     "norm_eps": "rms_norm_eps",
     "tie_embeddings": "tie_word_embeddings",
 }
+ROTATED = ("self_attn.q_proj.weight", "self_attn.k_proj.weight")  # whose rows depend on how positions are rotated
 SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 OURS_ALONE = ("positions", "qk_norm", "qkv_bias", "window", "softcap")  # spelled out under our own name
 
@@ -181,6 +182,18 @@ class StoredModel:
     special_ids: dict[str, int] = field(default_factory=dict)
 
 
+def half_split(weight: Tensor, head_dim: int) -> Tensor:
+    """Query or key rows (n·D, …) with rotary pairs (0, 1), (2, 3), … → rows with pairs (0, D/2), (1, D/2 + 1), …"""
+    pairs = weight.view(-1, head_dim // 2, 2, *weight.shape[1:])  # (n, D/2, 2, …)
+    return pairs.transpose(1, 2).reshape(weight.shape)
+
+
+def interleaved(weight: Tensor, head_dim: int) -> Tensor:
+    """The way back from `half_split`."""
+    halves = weight.view(-1, 2, head_dim // 2, *weight.shape[1:])  # (n, 2, D/2, …)
+    return halves.transpose(1, 2).reshape(weight.shape)
+
+
 def weights_of(model: Transformer, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
     """Tensors to save under Hugging Face's keys.
 
@@ -285,7 +298,7 @@ def load_model(
     config: ModelConfig | None = None,
     base_bits: int | None = None,
 ) -> Transformer:
-    """Load a model folder, tensor by tensor: memory never holds more than the model and one tensor on its way.
+    """Load a model folder tensor by tensor: memory holds the model, and one tensor more on its way to a device.
 
     dtype: convert floating weights to it (None: as stored). config: to use in place of the folder's, e.g. with
     dropout or a longer context. base_bits: 8 or 4, quantize on the way (see `minillm.quant`). Raises `UserError` with

@@ -17,7 +17,7 @@ import numpy as np
 import sentencepiece
 from sentencepiece import sentencepiece_model_pb2 as proto
 
-from minillm import UserError
+from minillm import UserError, byte_bpe
 
 ROLES = {"system": "<|system|>", "user": "<|user|>", "assistant": "<|assistant|>"}
 SPACE_MARK = "▁"  # U+2581: how SentencePiece writes a space inside a piece
@@ -94,6 +94,8 @@ class Tokenizer:
         """
         file = Path(path) / "tokenizer.model" if Path(path).is_dir() else Path(path)
         if Path(path).is_dir() and not file.exists():
+            if (Path(path) / "tokenizer.json").exists():
+                return _load_byte_level(Path(path))
             _refuse_folder(Path(path))
         try:
             model_bytes = file.read_bytes()
@@ -242,7 +244,7 @@ class Tokenizer:
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        files = {"tokenizer.model": self._model_bytes, **(self._companions or self._own_companions)}
+        files = {**self._own_files, **(self._companions or self._own_companions)}
         if template:
             chat = self.resolve_template(template) == "chat"
             config = json.loads(files.get("tokenizer_config.json", b"{}"))
@@ -252,29 +254,10 @@ class Tokenizer:
         for name, data in files.items():
             (folder / name).write_bytes(data)
 
-    @cached_property
-    def _config(self) -> dict:
-        """What the folder it came from says in tokenizer_config.json; {} if it came without."""
-        try:
-            return json.loads(self._companions.get("tokenizer_config.json", b"{}"))
-        except ValueError as problem:
-            raise UserError(f"tokenizer_config.json beside tokenizer.model: not JSON ({problem}); mend it") from None
-
-    @cached_property
-    def start_id(self) -> int:
-        """What a text begins after: bos if the folder's tokenizer_config.json adds one, else the eos of another text.
-
-        Where it does not say, Llama's class adds one.
-        """
-        config = self._config
-        adds = config.get("add_bos_token", "Llama" in (config.get("tokenizer_class") or ""))
-        return self.bos_id if adds else self.eos_id
-
     def with_bos(self, wanted: bool) -> "Tokenizer":
         """This tokenizer for a model whose texts begin after bos, or else after the eos of another text."""
         files = dict(self._companions or self._own_companions)
-        config = self._config or json.loads(files.get("tokenizer_config.json", b"{}"))
-        files["tokenizer_config.json"] = _json(config | {"add_bos_token": wanted})
+        files["tokenizer_config.json"] = _json(self.config | {"add_bos_token": wanted})
         if "tokenizer.json" in files:
             bos = self._proto.pieces[self.bos_id].piece
             single = [{"SpecialToken": {"id": bos, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
@@ -284,11 +267,38 @@ class Tokenizer:
             described = json.loads(files["tokenizer.json"]) | {"post_processor": adding if wanted else None}
             files["tokenizer.json"] = _json(described)
         return Tokenizer(self._model_bytes, "tokenizer", files)
+    @property
+    def _own_files(self) -> dict[str, bytes]:
+        return {"tokenizer.model": self._model_bytes}
+
+    @property
+    def config(self) -> dict:
+        """What tokenizer_config.json says, as `save` writes it."""
+        return json.loads((self._companions or self._own_companions).get("tokenizer_config.json", b"{}"))
+
+    @property
+    def start_id(self) -> int:
+        """What a text begins after: bos if the model was taught so, else eos, the end of the document before."""
+        config = self.config
+        llama = str(config.get("tokenizer_class")).startswith("Llama")  # whose class adds bos unless told not to
+        return self.bos_id if config.get("add_bos_token", llama) else self.eos_id
+
+    @property
+    def chat_template(self) -> str | None:
+        """The Jinja template that transformers uses, if there is one."""
+        beside = self._companions.get("chat_template.jinja")
+        return beside.decode() if beside else self.config.get("chat_template")
+
+    def with_config(self, **changes) -> "Tokenizer":
+        """This tokenizer with entries of tokenizer_config.json changed, those that are None left as they are."""
+        config = self.config | {key: value for key, value in changes.items() if value is not None}
+        own = (self._companions or self._own_companions) | {"tokenizer_config.json": _json(config)}
+        return Tokenizer(self._model_bytes, "the new vocabulary", own)
 
     def with_chat_template_of(self, other: "Tokenizer") -> "Tokenizer":
         """This tokenizer, whose folder will say of chat templates and bos what `other`'s does."""
         config = json.loads(self._own_companions["tokenizer_config.json"])
-        config |= {key: other._config[key] for key in ("chat_template",) if key in other._config}
+        config |= {key: other.config[key] for key in ("chat_template",) if key in other.config}
         config["add_bos_token"] = other.start_id != other.eos_id
         own = self._own_companions | {"tokenizer_config.json": _json(config)}
         kept = {name: data for name, data in other._companions.items() if name == "chat_template.jinja"}
@@ -362,6 +372,44 @@ class Tokenizer:
         }
 
 
+class ByteLevelTokenizer(Tokenizer):
+    """A byte-level BPE in a `tokenizer.json`, in place of a SentencePiece model (see `byte_bpe`).
+
+    companions: the files of its folder. Raises UserError for a kind that is not read, or one without an end of text.
+    """
+
+    def __init__(self, companions: dict[str, bytes], source: str):
+        self._companions, self._source = companions, source
+        self.bpe, self.control = byte_bpe.read(companions["tokenizer.json"], source)
+        self.sha256 = hashlib.sha256(companions["tokenizer.json"]).hexdigest()
+        ids = self.bpe.ids | self.bpe.whole | self.control
+        named = {role: self.config.get(f"{role}_token") for role in ("bos", "eos", "pad")}
+        pieces = {role: name["content"] if isinstance(name, dict) else name for role, name in named.items()}
+        if pieces["eos"] not in ids:
+            raise UserError(f"{source}: the tokenizer_config.json beside it names no end-of-text piece (eos_token)")
+        self.eos_id = ids[pieces["eos"]]
+        self.bos_id, self.pad_id = (ids.get(pieces[role], self.eos_id) for role in ("bos", "pad"))
+        self.vocab_size = max(ids.values()) + 1
+        self._roles = {role: self.control[piece] for role, piece in ROLES.items() if piece in self.control}
+        self._dummy_prefix = False
+        table = self.bpe.bytes_of() | dict.fromkeys(self.control.values(), b"")
+        self._table = [table.get(i, b"") for i in range(self.vocab_size)]
+
+    @property
+    def _proto(self):
+        raise UserError(f"{self._source}: a byte-level BPE; this needs a SentencePiece model, a tokenizer.model")
+
+    @property
+    def _own_files(self) -> dict[str, bytes]:
+        return {}
+
+    def encode_many(self, texts: list[str], *, threads: int = 1) -> list[list[int]]:
+        """Token ids of each text; threads would not help here."""
+        for text in texts:
+            _refuse_surrogates(text)
+        return [self.bpe.encode(text) for text in texts]
+
+
 class StreamDecoder:
     """Turns ids into text one by one, never showing part of a character.
 
@@ -393,15 +441,29 @@ def _parse(model_bytes: bytes, source: str) -> proto.ModelProto:
     return model
 
 
+def _load_byte_level(folder: Path) -> "ByteLevelTokenizer":
+    beside = [folder / name for name in COMPANIONS]
+    try:
+        return ByteLevelTokenizer({f.name: f.read_bytes() for f in beside if f.is_file()}, f"{folder}/tokenizer.json")
+    except UserError as problem:
+        raise UserError(f"{problem}; {_elsewhere(folder)}") from None
+
+
 def _refuse_folder(folder: Path) -> None:
-    other = [name for name in ("tokenizer.json", "vocab.json", "tekken.json") if (folder / name).exists()]
+    other = [name for name in ("vocab.json", "tekken.json") if (folder / name).exists()]
     if other:
         raise UserError(
-            f"{folder}: its tokenizer is a {other[0]}, but only SentencePiece's tokenizer.model is read (Llama 2, "
-            "TinyLlama and Mistral 7B have one); such a model can only be pretrained on, with ids made elsewhere: "
-            f"train_pretrain.py --init_from {folder} --data FILE.bin --data_dtype uint32 --data_vocab_size N"
+            f"{folder}: its tokenizer is a {other[0]}, but only tokenizer.model (SentencePiece) and tokenizer.json "
+            f"(byte-level BPE) are read; {_elsewhere(folder)}"
         )
     raise UserError(f"{folder}: holds no tokenizer.model; copy the one there that its model was trained with")
+
+
+def _elsewhere(folder: Path) -> str:
+    return (
+        "such a model can only be pretrained on, with ids made elsewhere: train_pretrain.py "
+        f"--init_from {folder} --data FILE.bin --data_dtype uint32 --data_vocab_size N"
+    )
 
 
 def _json(value: dict) -> bytes:

@@ -73,6 +73,31 @@ def merge(base: Tokenizer, more: Tokenizer, rule: str = "safe") -> Merged:
     return done
 
 
+def from_pieces(
+    pieces: list[tuple[str, float, str]], ids: dict[str, int], *, dummy_prefix: bool, source: str
+) -> Tokenizer:
+    """A BPE vocabulary from its pieces (text, score, name of the type: NORMAL, BYTE, …), nothing normalized.
+
+    ids: of "bos", "eos", "pad" as far as there are any. dummy_prefix: put a space before each text. Raises `UserError`
+    if SentencePiece refuses them.
+    """
+    model = proto.ModelProto()
+    for text, score, kind in pieces:
+        model.pieces.add(piece=text, score=score, type=kind)
+    spec, rules = model.trainer_spec, model.normalizer_spec
+    spec.model_type, spec.vocab_size = proto.TrainerSpec.BPE, len(pieces)
+    spec.byte_fallback = any(kind == "BYTE" for *_, kind in pieces)
+    unknown = [i for i, (*_, kind) in enumerate(pieces) if kind == "UNKNOWN"]
+    for role, i in {"unk": unknown[0] if unknown else -1, "bos": -1, "eos": -1, "pad": -1, **ids}.items():
+        setattr(spec, f"{role}_id", i)
+        setattr(spec, f"{role}_piece", pieces[i][0] if i >= 0 else f"<no {role}>")
+    rules.name, rules.add_dummy_prefix, rules.remove_extra_whitespaces = "identity", dummy_prefix, False
+    try:
+        return Tokenizer(model.SerializeToString(), source)
+    except RuntimeError as problem:
+        raise UserError(f"{source}: its pieces make no SentencePiece model ({problem})") from None
+
+
 def unreachable(tokenizer: Tokenizer, pieces: Iterable[str]) -> list[str]:
     """Which of these pieces no text is ever cut into."""
     ids = {p.piece: i for i, p in enumerate(tokenizer._proto.pieces)}

@@ -1,0 +1,129 @@
+"""`python -m minillm import | export`: other people's models in and out, tensor by tensor."""
+
+import argparse
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from minillm import UserError, checkpoint, files, gguf_format, gguf_model, huggingface, llama2c, run
+from minillm.huggingface import StoredModel
+from minillm.tokenizer import COMPANIONS, Tokenizer
+from minillm.training import DTYPES
+
+FORMATS = ("hf", "llama2c", "gguf")
+UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+
+
+def add_parsers(command: Callable[[Callable, str], argparse.ArgumentParser]) -> None:
+    """Add the two commands; command(function, name): makes a parser."""
+    sub = command(run_import, "import")
+    sub.add_argument("--model", required=True, help="Hugging Face folder, .gguf file or llama2.c's .bin")
+    sub.add_argument("--tokenizer", help="llama2.c's tokenizer.bin, or a folder whose tokenizer to take")
+    sub.add_argument("--out", required=True, help="new model folder")
+    _options(sub)
+    sub = command(run_export, "export")
+    sub.add_argument("--model", required=True, help="run or model folder, or any file that import reads")
+    sub.add_argument("--tokenizer", help="as for import")
+    sub.add_argument("--out", required=True, help="new folder (hf) or file (llama2c, gguf)")
+    sub.add_argument("--format", required=True, choices=FORMATS, help="whose format to write")
+    _options(sub)
+
+
+def _options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--dtype", choices=tuple(DTYPES), help="of the weights written; default: as they are stored")
+    parser.add_argument("--max_shard_size", default="5GB", help="hf: largest file of weights (default 5GB)")
+
+
+def run_import(args) -> None:
+    """Turn a model of others into a model folder, which every command here takes."""
+    args.format = "hf"
+    run_export(args)
+
+
+def run_export(args) -> None:
+    """Write a model in a format of others."""
+    out, shard = Path(args.out), _bytes(args.max_shard_size)
+    if out.exists():
+        raise UserError(f"--out {out}: is there already; choose another or delete it")
+    model, tokenizer = open_model(args.model, args.tokenizer)
+    dtype = DTYPES[args.dtype] if args.dtype else model.dtype
+    if args.format == "hf":
+
+        def fill(folder: Path) -> None:
+            huggingface.write_folder(model, folder, dtype=dtype, max_shard_size=shard)
+            if tokenizer:
+                tokenizer.save(folder)
+
+        files.write_folder(out, fill)
+    elif args.format == "gguf":
+        files.write_file(out, lambda path: gguf_model.write_file(model, tokenizer, path, dtype))
+    else:
+        if dtype != torch.float32 and args.dtype:
+            raise UserError(f"--dtype {args.dtype}: llama2.c's format has float32 only")
+        _write_llama2c(model, tokenizer, out)
+    size = sum(f.stat().st_size for f in out.rglob("*")) if out.is_dir() else out.stat().st_size
+    words = f"{tokenizer.vocab_size:,} pieces" if tokenizer else "no tokenizer"
+    print(f"{out}: {model.config.n_parameters():,} parameters, {size:,} bytes, {words}")
+
+
+def _write_llama2c(model: StoredModel, tokenizer: Tokenizer | None, out: Path) -> None:
+    files.write_file(out, lambda path: llama2c.write_file(model, path))
+    beside = out.with_name(f"{out.stem}_tokenizer.bin")
+    try:
+        if tokenizer:
+            files.write_file(beside, lambda path: llama2c.write_tokenizer(tokenizer, path))
+    except UserError as problem:
+        print(f"{beside} not written: {problem}")
+
+
+def open_model(path: str, tokenizer: str | None = None) -> tuple[StoredModel, Tokenizer | None]:
+    """A model in any known format, of which so far only headers were read, and its tokenizer, if there is one.
+
+    tokenizer: where it lies, if not with the model. One of a kind that is not read is left out, and that is printed.
+    """
+    place, metadata = Path(path), {}
+    if not place.exists():
+        raise UserError(f"--model {path}: no such file or folder")
+    if place.is_dir():
+        place = run.resolve_checkpoint(path)
+        model = huggingface.open_folder(place)
+    else:
+        model, metadata = _open_file(place)
+    found = None
+    if tokenizer and Path(tokenizer).suffix == ".bin":
+        found = llama2c.read_tokenizer(tokenizer, model.config.vocab_size)
+    elif tokenizer:
+        found = Tokenizer.load(tokenizer)
+    else:
+        try:
+            if place.is_dir() and any((place / name).exists() for name in ("tokenizer.model", "tokenizer.json")):
+                found = Tokenizer.load(place)
+            elif "tokenizer.ggml.model" in metadata:
+                found = gguf_model.read_tokenizer(metadata, path)
+        except UserError as problem:
+            print(f"the tokenizer is left out: {problem}")
+    if found and found.vocab_size > model.config.vocab_size:
+        raise UserError(f"{path}: {model.config.vocab_size:,} rows for a tokenizer of {found.vocab_size:,} pieces")
+    return model, found
+
+
+def _open_file(path: Path) -> tuple[StoredModel, dict]:
+    """The model in a file, and its metadata, which only a GGUF file has."""
+    with path.open("rb") as stream:
+        start = stream.read(4)
+    if start == gguf_format.MAGIC:
+        return gguf_model.open_file(path)
+    if start[:2] in checkpoint.PICKLES:
+        raise UserError(f"{path}: a pickle, which could run code; refused unread: convert it to safetensors")
+    if path.suffix == ".safetensors":
+        raise UserError(f"{path}: give the folder it lies in, with its config.json")
+    return llama2c.open_file(path), {}
+
+
+def _bytes(text: str) -> int:
+    found = re.fullmatch(r"(\d+)\s*([KMG]B)?", text)
+    if not found or not int(found[1]):
+        raise UserError(f"--max_shard_size {text}: a size is needed, such as 500MB or 5GB")
+    return int(found[1]) * UNITS[found[2] or ""]
