@@ -181,8 +181,8 @@ def read(data: bytes, source: str) -> tuple[ByteBPE, dict[str, int]]:
     return bpe, control
 
 
-def write(bpe: ByteBPE, control: dict[str, int]) -> bytes:
-    """A tokenizer.json that `read` and the `tokenizers` library read."""
+def write(bpe: ByteBPE, control: dict[str, int], bos: str | None = None) -> bytes:
+    """A tokenizer.json that `read` and the `tokenizers` library read. bos: the control piece that texts begin with."""
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
     added = sorted(
         [(i, piece, False) for piece, i in bpe.whole.items()] + [(i, piece, True) for piece, i in control.items()]
@@ -192,6 +192,7 @@ def write(bpe: ByteBPE, control: dict[str, int]) -> bytes:
         "added_tokens": [{"id": i, "content": piece, "special": special, **flags} for i, piece, special in added],
         "normalizer": {"type": "NFC"} if bpe.nfc else None,
         "pre_tokenizer": _pre_tokenizer(bpe.split),
+        "post_processor": begin_with(bos, control[bos]) if bos else None,
         "decoder": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True},
         "model": {
             "type": "BPE",
@@ -203,6 +204,18 @@ def write(bpe: ByteBPE, control: dict[str, int]) -> bytes:
         },
     }
     return (json.dumps(described, ensure_ascii=False) + "\n").encode()
+
+
+def begin_with(piece: str, i: int) -> dict:
+    """The post_processor of a tokenizer.json that puts this control piece before each text."""
+    first = {"SpecialToken": {"id": piece, "type_id": 0}}
+    texts = [{"Sequence": {"id": name, "type_id": 0}} for name in "AB"]
+    return {
+        "type": "TemplateProcessing",
+        "single": [first, texts[0]],
+        "pair": [first, texts[0], first, texts[1]],
+        "special_tokens": {piece: {"id": piece, "ids": [i], "tokens": [piece]}},
+    }
 
 
 def _pre_tokenizer(split: str) -> dict:

@@ -235,21 +235,28 @@ def read_tokenizer(metadata: dict, source: str) -> Tokenizer:
     ids = _special_ids(metadata)
     if max(ids.values(), default=0) >= len(tokens):
         raise UserError(f"{source}: its tokenizer is damaged: special ids {ids}, but {len(tokens):,} tokens")
-    config = {
-        "add_bos_token": bool(metadata.get("tokenizer.ggml.add_bos_token", kind == "llama")),
-        "chat_template": metadata.get("tokenizer.chat_template"),
-    }
+    add_bos = bool(metadata.get("tokenizer.ggml.add_bos_token", kind == "llama")) and "bos" in ids
+    template = metadata.get("tokenizer.chat_template")
     if kind == "gpt2":
-        return _read_byte_level(metadata, tokens, types, found, ids, config, source)
+        split = metadata.get("tokenizer.ggml.pre", "gpt-2")
+        return _read_byte_level(tokens, types, found, split, ids, add_bos, template, source)
     pieces = [(text, score, TYPES.get(t, "NORMAL")) for text, score, t in zip(tokens, found, types, strict=False)]
     prefix = bool(metadata.get("tokenizer.ggml.add_space_prefix", True))
-    return from_pieces(pieces, ids, dummy_prefix=prefix, source=source).with_config(**config)
+    return from_pieces(pieces, ids, dummy_prefix=prefix, source=source).with_settings(
+        add_bos=add_bos, chat_template=template
+    )
 
 
 def _read_byte_level(
-    metadata: dict, tokens: list[str], types: list[int], merges: list[str], ids: dict, config: dict, source: str
+    tokens: list[str],
+    types: list[int],
+    merges: list[str],
+    split: str,
+    ids: dict,
+    add_bos: bool,
+    template: str | None,
+    source: str,
 ) -> Tokenizer:
-    split = metadata.get("tokenizer.ggml.pre", "gpt-2")
     if split not in byte_bpe.SPLITS:
         known = ", ".join(byte_bpe.SPLITS)
         raise UserError(f"{source}: its tokenizer cuts text by the rules {split!r}; known are {known}")
@@ -264,11 +271,13 @@ def _read_byte_level(
         nfc=split == "qwen2",
         words_first=split == "llama-bpe",
     )
-    special = {f"{role}_token": tokens[i] for role, i in ids.items()}
-    settled = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **special, **config}
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+    config |= {f"{role}_token": tokens[i] for role, i in ids.items()} | {"add_bos_token": add_bos}
+    config |= {"chat_template": template} if template else {}
+    control = named["CONTROL"] | named["UNKNOWN"]
     files = {
-        "tokenizer.json": byte_bpe.write(bpe, named["CONTROL"] | named["UNKNOWN"]),
-        "tokenizer_config.json": json.dumps(settled, indent=1, ensure_ascii=False).encode(),
+        "tokenizer.json": byte_bpe.write(bpe, control, tokens[ids["bos"]] if add_bos else None),
+        "tokenizer_config.json": json.dumps(config, indent=1, ensure_ascii=False).encode(),
     }
     return ByteLevelTokenizer(files, source)
 

@@ -111,6 +111,7 @@ def from_hf(written: dict, source: str = "config.json") -> ModelConfig:
         "attention_bias": kind in ("llama", "mistral", "qwen3") and written.get("attention_bias"),
         "mlp_bias": written.get("mlp_bias"),
         "use_sliding_window": windowed,
+        "partial_rotary_factor": _rope(written).get("partial_rotary_factor", 1.0) != 1.0,
         "hidden_act": written.get("hidden_act", "silu") not in ("silu", "swish"),
     }
     if any(unsupported.values()):
@@ -124,8 +125,8 @@ def from_hf(written: dict, source: str = "config.json") -> ModelConfig:
     }
     values = {ours: written[theirs] for ours, theirs in SHARED.items() if theirs in written}
     values = {**defaults, **{k: v for k, v in values.items() if v is not None}}
-    rope = written.get("rope_parameters") or written.get("rope_scaling") or {}
-    values["rope_theta"] = float(rope.get("rope_theta") or written.get("rope_theta") or 1e4)
+    rope = _rope(written)
+    values["rope_theta"] = float(rope.get("rope_theta", 1e4))
     values["rope_scaling"] = _read_scaling(rope, values["max_seq_len"], source)
     if kind == "minillm":
         values |= {name: written[name] for name in OURS_ALONE if name in written}
@@ -133,6 +134,12 @@ def from_hf(written: dict, source: str = "config.json") -> ModelConfig:
         values |= {"qk_norm": kind == "qwen3", "qkv_bias": kind == "qwen2"}
         values["window"] = written.get("sliding_window") if kind == "mistral" else None
     return ModelConfig(**values)
+
+
+def _rope(written: dict) -> dict:
+    """What a config says of rotary positions, in the style of transformers 5 or 4."""
+    old = {key: written[key] for key in ("rope_theta", "partial_rotary_factor") if written.get(key) is not None}
+    return old | (written.get("rope_parameters") or written.get("rope_scaling") or {})
 
 
 def _read_scaling(rope: dict, max_seq_len: int, source: str) -> RopeScaling | None:
@@ -160,8 +167,11 @@ def export_name(name: str) -> str:
 
 def shapes_of(config: ModelConfig) -> dict[str, torch.Size]:
     """Key and shape of each tensor in a Hugging Face file; a tied head is left out, as their files do."""
-    with torch.device("meta"):
-        state = Transformer(config).state_dict()
+    try:
+        with torch.device("meta"):
+            state = Transformer(config).state_dict()
+    except RuntimeError:
+        raise UserError(f"model: {config}: larger than any memory") from None
     shapes = {export_name(name): tensor.shape for name, tensor in state.items()}
     if config.tie_embeddings:
         del shapes["lm_head.weight"]
@@ -262,7 +272,14 @@ def read_config(folder: str | Path) -> dict:
 
 def load_config(folder: str | Path) -> ModelConfig:
     """The `ModelConfig` of a model folder."""
-    return from_hf(read_config(folder), f"{folder}/config.json")
+    return _from_hf(read_config(folder), folder)
+
+
+def _from_hf(written: dict, folder: str | Path) -> ModelConfig:
+    try:
+        return from_hf(written, f"{folder}/config.json")
+    except (TypeError, ValueError, KeyError, AttributeError) as problem:
+        raise UserError(f"{folder}/config.json: damaged ({type(problem).__name__}: {problem})") from None
 
 
 def _find_weights(folder: str | Path, config: ModelConfig) -> dict[str, checkpoint.Place]:
@@ -271,6 +288,8 @@ def _find_weights(folder: str | Path, config: ModelConfig) -> dict[str, checkpoi
     tied = {"lm_head.weight"} if config.tie_embeddings else set()  # a second copy of the embedding
     tables = {key for key in places if key.endswith("rotary_emb.inv_freq")}  # that we compute
     places = {key: place for key, place in places.items() if key not in tied | tables}
+    if config.n_layers > len(places):  # which would take long to list
+        raise UserError(f"{folder}: {config.n_layers:,} layers, as config.json says, in {len(places):,} tensors")
     checkpoint.match_tensors(shapes_of(config), {key: place.shape for key, place in places.items()}, str(folder))
     return places
 
@@ -278,7 +297,7 @@ def _find_weights(folder: str | Path, config: ModelConfig) -> dict[str, checkpoi
 def open_folder(folder: str | Path) -> StoredModel:
     """The model of a folder, of which so far only the headers were read and checked."""
     written = read_config(folder)
-    config = from_hf(written, f"{folder}/config.json")
+    config = _from_hf(written, folder)
     places = _find_weights(folder, config)
 
     def read(key: str, dtype: torch.dtype) -> Tensor:

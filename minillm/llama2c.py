@@ -139,7 +139,7 @@ def read_tokenizer(path: str | Path, vocab_size: int) -> Tokenizer:
     pieces[:FIRST_BYTE] = [("<unk>", 0.0), ("<s>", 0.0), ("</s>", 0.0)]  # the file has newlines around the last two
     described = [(piece, score, kinds.get(i, "NORMAL")) for i, (piece, score) in enumerate(pieces)]
     made = from_pieces(described, {"bos": BOS, "eos": EOS}, dummy_prefix=True, source=str(path))
-    return made.with_config(add_bos_token=True)
+    return made.with_settings(add_bos=True)
 
 
 def write_tokenizer(tokenizer: Tokenizer, path: Path) -> None:

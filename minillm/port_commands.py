@@ -9,7 +9,7 @@ import torch
 
 from minillm import UserError, checkpoint, files, gguf_format, gguf_model, huggingface, llama2c, run
 from minillm.huggingface import StoredModel
-from minillm.tokenizer import COMPANIONS, Tokenizer
+from minillm.tokenizer import Tokenizer
 from minillm.training import DTYPES
 
 FORMATS = ("hf", "llama2c", "gguf")

@@ -289,10 +289,13 @@ class Tokenizer:
         beside = self._companions.get("chat_template.jinja")
         return beside.decode() if beside else self.config.get("chat_template")
 
-    def with_config(self, **changes) -> "Tokenizer":
-        """This tokenizer with entries of tokenizer_config.json changed, those that are None left as they are."""
-        config = self.config | {key: value for key, value in changes.items() if value is not None}
-        own = (self._companions or self._own_companions) | {"tokenizer_config.json": _json(config)}
+    def with_settings(self, *, add_bos: bool, chat_template: str | None = None) -> "Tokenizer":
+        """This tokenizer, for other programs: with bos before each text or not, and with a chat template of others."""
+        config = self.config | {"add_bos_token": add_bos} | ({"chat_template": chat_template} if chat_template else {})
+        own = self._own_companions | {"tokenizer_config.json": _json(config)}
+        if add_bos and "tokenizer.json" in own:
+            first = byte_bpe.begin_with(config["bos_token"], self.bos_id)
+            own["tokenizer.json"] = _json(json.loads(own["tokenizer.json"]) | {"post_processor": first})
         return Tokenizer(self._model_bytes, "the new vocabulary", own)
 
     def with_chat_template_of(self, other: "Tokenizer") -> "Tokenizer":
