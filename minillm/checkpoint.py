@@ -334,7 +334,7 @@ def write_tensors(
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name in shapes:
-            tensor = read(name).to(device="cpu", dtype=dtype).contiguous()
+            tensor = read(name).to(device="cpu", dtype=dtype).contiguous().view(-1)
             file.write(tensor.view(torch.uint8).numpy())
 
 

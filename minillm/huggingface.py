@@ -223,9 +223,8 @@ def save_model(
     dtype: torch.dtype | None = None,
 ) -> None:
     """Write config.json and model.safetensors into an existing folder. dtype: of the file; None: the model's."""
-    state = {export_name(name): tensor.detach() for name, tensor in model.state_dict().items()}
-    dtype = dtype or model.embed_tokens.weight.dtype
-    write_folder(StoredModel(model.config, dtype, lambda key, dtype: state[key].to(dtype), special_ids or {}), folder)
+    weights, dtype = weights_of(model), dtype or model.embed_tokens.weight.dtype
+    write_folder(StoredModel(model.config, dtype, lambda key, dtype: weights[key].to(dtype), special_ids or {}), folder)
 
 
 def write_folder(

@@ -386,7 +386,8 @@ class ByteLevelTokenizer(Tokenizer):
         self.bpe, self.control = byte_bpe.read(companions["tokenizer.json"], source)
         self.sha256 = hashlib.sha256(companions["tokenizer.json"]).hexdigest()
         ids = self.bpe.ids | self.bpe.whole | self.control
-        named = {role: self.config.get(f"{role}_token") for role in ("bos", "eos", "pad")}
+        config = json.loads(companions.get("special_tokens_map.json", b"{}")) | self.config
+        named = {role: config.get(f"{role}_token") for role in ("bos", "eos", "pad")}
         pieces = {role: name["content"] if isinstance(name, dict) else name for role, name in named.items()}
         if pieces["eos"] not in ids:
             raise UserError(f"{source}: the tokenizer_config.json beside it names no end-of-text piece (eos_token)")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from minillm import UserError, checkpoint, files, optim, run
@@ -409,3 +409,26 @@ def test_tensors_that_do_not_match_are_all_listed():
     text = refused(lambda: checkpoint.match_tensors(expected, {"a": (3, 2), "b": (4,), "d": (1,)}, "m"))
     assert text == "m: does not fit the model: c is missing; d is not expected; a is (3, 2), expected (2, 3)"
     checkpoint.match_tensors(expected, dict(expected), "m")
+
+
+@pytest.mark.parametrize("dtype", checkpoint.DTYPES.values(), ids=checkpoint.DTYPES)
+def test_safetensors_reads_what_is_written_tensor_by_tensor_and_we_read_it_in_pieces(dtype, tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "PIECE", 7)
+    given = {"b": torch.arange(24).view(2, 3, 4), "a": torch.tensor(3), "empty": torch.zeros(0, 4)}
+    given = {name: tensor.to(dtype) for name, tensor in given.items()}
+    shapes = {name: tensor.shape for name, tensor in given.items()}
+    checkpoint.write_tensors(tmp_path / "model.safetensors", shapes, dtype, lambda name: given[name])
+    theirs = load_file(tmp_path / "model.safetensors")
+    for name, place in checkpoint.find_weights(tmp_path).items():
+        assert place.shape == given[name].shape and place.dtype == theirs[name].dtype == dtype
+        assert torch.equal(place.read().float(), given[name].float())
+        assert torch.equal(theirs[name].float(), given[name].float())
+        assert torch.equal(place.read(torch.float32), given[name].to(torch.float32))
+
+
+def test_a_file_that_shrinks_after_its_header_was_read_is_named(tmp_path):
+    save_file({"x": torch.ones(100)}, tmp_path / "model.safetensors")
+    places = checkpoint.find_weights(tmp_path)
+    data = (tmp_path / "model.safetensors").read_bytes()
+    (tmp_path / "model.safetensors").write_bytes(data[:-8])
+    assert "ends before its tensors do" in refused(lambda: places["x"].read())

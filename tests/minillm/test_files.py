@@ -229,3 +229,16 @@ def test_a_file_in_the_way(tmp_path):
         lambda: run.MetricsLog(tmp_path / "out" / "metrics.jsonl"),
     ):
         assert str(tmp_path / "out") in refused(work)
+
+
+def test_a_file_appears_whole_or_not_at_all(tmp_path):
+    files.write_file(tmp_path / "new" / "one", lambda path: path.write_text("whole"))
+    assert (tmp_path / "new" / "one").read_text() == "whole"
+
+    def fail(path: Path) -> None:
+        path.write_text("half")
+        raise ValueError
+
+    with pytest.raises(ValueError):
+        files.write_file(tmp_path / "new" / "one", fail)
+    assert [p.name for p in (tmp_path / "new").iterdir()] == ["one"] and (tmp_path / "new/one").read_text() == "whole"

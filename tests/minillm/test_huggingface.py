@@ -9,7 +9,18 @@ import transformers
 
 from minillm import UserError
 from minillm.config import ModelConfig, RopeScaling
-from minillm.huggingface import from_hf, load_config, load_model, model_type, save_model, to_hf
+from minillm.huggingface import (
+    from_hf,
+    half_split,
+    interleaved,
+    load_config,
+    load_model,
+    model_type,
+    open_folder,
+    save_model,
+    to_hf,
+    write_folder,
+)
 from minillm.model import Transformer
 
 BASE = ModelConfig(vocab_size=160, dim=64, n_layers=2, n_heads=4, n_kv_heads=2, ffn_dim=96, max_seq_len=128)
@@ -84,10 +95,11 @@ THEIRS = dict(
 
 
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("kind", ["Llama", "Qwen2", "Qwen3"])
+@pytest.mark.parametrize("kind", ["Llama", "Mistral", "Qwen2", "Qwen3"])
 def test_ours_loads_theirs(kind, tied, tmp_path):
     torch.manual_seed(0)
-    hf_config = getattr(transformers, kind + "Config")(**THEIRS, tie_word_embeddings=tied)
+    more = {"sliding_window": 8 if tied else None} if kind == "Mistral" else {}
+    hf_config = getattr(transformers, kind + "Config")(**THEIRS, tie_word_embeddings=tied, **more)
     theirs = getattr(transformers, kind + "ForCausalLM")(hf_config)
     theirs.save_pretrained(tmp_path, max_shard_size="60KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 1  # sharded, with an index
@@ -149,6 +161,8 @@ def test_our_own_options_get_a_name_that_others_refuse(change, tmp_path):
         (dict(model_type="gpt2"), "gpt2"),
         (dict(attention_bias=True), "attention_bias"),
         (dict(hidden_act="gelu"), "hidden_act"),
+        (dict(partial_rotary_factor=0.5), "partial_rotary_factor"),
+        (dict(rope_parameters={"partial_rotary_factor": 0.5, "rope_theta": 1e4}), "partial_rotary_factor"),
         (dict(rope_parameters={"rope_type": "longrope", "rope_theta": 1e4}), "longrope"),
     ],
 )
@@ -171,3 +185,43 @@ def test_weights_that_do_not_fit_are_all_listed(tmp_path):
         load_model(tmp_path)
     for name in ("layers.2.self_attn.q_proj", "layers.0.mlp.down_proj", "layers.1.mlp.up_proj"):
         assert name in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (dict(hidden_size="wide"), "damaged"),
+        (dict(rope_parameters=[1]), "damaged"),
+        (dict(rope_parameters={"rope_type": "yarn"}), "damaged"),
+        (dict(num_hidden_layers=10**9), "1,000,000,000 layers, as config.json says"),
+        (dict(num_hidden_layers=0), "n_layers is 0"),
+        (dict(hidden_size=2**62), "larger than any memory"),
+    ],
+)
+def test_a_config_with_wrong_values_is_refused_at_once(change, words, tmp_path):
+    save_model(random_model(BASE), tmp_path)
+    written = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(written | change))
+    for load in (load_model, open_folder):
+        with pytest.raises(UserError, match=words) as caught:
+            load(tmp_path)
+        assert "\n" not in str(caught.value)
+
+
+def test_rows_for_neighbouring_pairs_and_back():
+    """Two heads of four: pairs (0, 1) and (2, 3) of a head become (0, 2) and (1, 3)."""
+    rows = torch.arange(8.0)[:, None] * torch.ones(3)
+    assert half_split(rows, 4)[:, 0].tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
+    assert torch.equal(interleaved(half_split(rows, 4), 4), rows)
+
+
+def test_shards_are_no_larger_than_asked_and_transformers_reads_them(tmp_path):
+    model = random_model(CASES["qwen2-untied"])
+    save_model(model, tmp_path)
+    stored = open_folder(tmp_path)
+    (tmp_path / "shards").mkdir()
+    write_folder(stored, tmp_path / "shards", max_shard_size=50_000)
+    sizes = [path.stat().st_size for path in (tmp_path / "shards").glob("*.safetensors")]
+    assert len(sizes) > 2 and max(sizes) < 50_000 + 4_000  # and the header
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "shards", attn_implementation="eager")
+    compare(load_model(tmp_path / "shards"), theirs)

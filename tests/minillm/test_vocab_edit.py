@@ -4,6 +4,7 @@ import json
 import random
 
 import pytest
+import transformers
 from sentencepiece import sentencepiece_model_pb2 as proto
 
 from minillm import UserError, vocab_edit
@@ -146,3 +147,25 @@ def test_only_bpe_can_be_merged(base, tmp_path):
         vocab_edit.merge(base, unigram)
     with pytest.raises(UserError, match="--rule odd"):
         vocab_edit.merge(base, base, "odd")
+
+
+def test_a_vocabulary_from_pieces_cuts_as_the_one_they_are_from(base):
+    types = {number: name for name, number in proto.ModelProto.SentencePiece.Type.items()}
+    pieces = [(p.piece, p.score, types[p.type]) for p in base._proto.pieces]
+    made = vocab_edit.from_pieces(pieces, {"bos": 1, "eos": 2, "pad": 3}, dummy_prefix=True, source="made")
+    assert (made.bos_id, made.eos_id, made.pad_id) == (1, 2, 3)
+    for line in [*ENGLISH[:1], "明月", "  a  b", *random_lines(5, "the cat,é\n1")]:
+        assert made.encode(line) == base.encode(line) and made.decode(made.encode(line)) == line
+    for wrong in (pieces + pieces[-1:], [*pieces[:-1], (pieces[300][0], 0.0, "NORMAL")]):
+        with pytest.raises(UserError, match="made: "):
+            vocab_edit.from_pieces(wrong, {"bos": 1, "eos": 2}, dummy_prefix=True, source="made")
+
+
+def test_bos_before_each_text_and_a_chat_template_are_for_other_programs(base, tmp_path):
+    assert base.opening_id == base.eos_id
+    made = base.with_settings(add_bos=True, chat_template="{{ messages }}")
+    made.save(tmp_path)
+    loaded = Tokenizer.load(tmp_path)
+    assert loaded.opening_id == loaded.bos_id and loaded.chat_template == "{{ messages }}"
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert theirs("the cat").input_ids == [1, *base.encode("the cat")] and theirs.chat_template == "{{ messages }}"
