@@ -3,9 +3,22 @@
 __version__ = "0.1.0"
 
 
+import contextlib
+from collections.abc import Iterator
+
+
 class UserError(Exception):
     """A mistake or fault that a user can cause and mend.
 
     The message is one line naming the thing, its value, the limit and the remedy;
     the scripts print it without a traceback and exit with status 2.
     """
+
+
+@contextlib.contextmanager
+def naming_damage(source: object) -> Iterator[None]:
+    """Whatever a file with wrong contents leads to inside becomes a `UserError` that names the file."""
+    try:
+        yield
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError, ZeroDivisionError) as problem:
+        raise UserError(f"{source}: damaged, or of another kind ({type(problem).__name__}: {problem})") from None

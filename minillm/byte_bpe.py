@@ -10,9 +10,10 @@ import json
 import re
 import sys
 import unicodedata
+from dataclasses import dataclass
 from functools import cache
 
-from minillm import UserError
+from minillm import UserError, naming_damage
 
 GPT2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 # Contractions; letters with the sign before them; digits, up to so many; signs; line ends; spaces.
@@ -63,36 +64,34 @@ def byte_characters() -> dict[str, int]:
     return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
 
 
+@dataclass
 class ByteBPE:
     """Text → ids for one such vocabulary.
 
     ids: piece, in byte characters → id. merges: pairs of pieces, earliest learnt first. split: a name in SPLITS.
     whole: pieces that a text is cut out at before anything else, with their ids. nfc: compose characters first.
+    words_first: a word that is a piece is not built by merges.
     """
 
-    def __init__(
-        self,
-        ids: dict[str, int],
-        merges: list[tuple[str, str]],
-        split: str,
-        *,
-        whole: dict[str, int],
-        nfc: bool = False,
-        words_first: bool = False,
-    ):
-        self.ids, self.nfc, self.words_first, self.split = ids, nfc, words_first, split
-        self.merges = merges
-        self.whole = whole
-        self._rank = {pair: i for i, pair in enumerate(merges)}
-        self._splits = [compile_split(pattern) for pattern in SPLITS[split]]
-        self._whole = re.compile("|".join(map(re.escape, sorted(whole, key=len, reverse=True)))) if whole else None
+    ids: dict[str, int]
+    merges: list[tuple[str, str]]
+    split: str
+    whole: dict[str, int]
+    nfc: bool
+    words_first: bool
+
+    def __post_init__(self):
+        self._rank = {pair: i for i, pair in enumerate(self.merges)}
+        self._splits = [compile_split(pattern) for pattern in SPLITS[self.split]]
+        longest_first = sorted(self.whole, key=len, reverse=True)
+        self._whole = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")  # which matches nothing
         self._character = {byte: character for character, byte in byte_characters().items()}
         self._known: dict[str, list[int]] = {}  # words met before
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text."""
         ids: list[int] = []
-        for part, is_whole in _isolate(self._whole, [text]) if self._whole else [(text, False)]:
+        for part, is_whole in _isolate(self._whole, [text]):
             if is_whole:
                 ids.append(self.whole[part])
                 continue
@@ -151,42 +150,28 @@ def read(data: bytes, source: str) -> tuple[ByteBPE, dict[str, int]]:
 
     Raises `UserError` if it is damaged or of a kind that would be cut wrongly here.
     """
-    try:
+    with naming_damage(source):
         described = json.loads(data)
         model, added = described["model"], described.get("added_tokens") or []
-        steps = _steps(described.get("pre_tokenizer"))
-        splits = [name for name in SPLITS if steps == _steps(_pre_tokenizer(name))]
+        splits = [name for name in SPLITS if _steps(described.get("pre_tokenizer")) == _steps(_pre_tokenizer(name))]
         normalizer = (described.get("normalizer") or {}).get("type")
-        if (
-            model.get("type", "BPE") != "BPE"
-            or model.get("byte_fallback")
-            or not splits
-            or normalizer not in (None, "NFC")
-        ):
-            raise UserError(
-                f"{source}: cuts text by rules that are not read here (known are those of {', '.join(SPLITS)})"
-            )
+        kind = model.get("type", "BPE"), bool(model.get("byte_fallback"))
+        if kind != ("BPE", False) or not splits or normalizer not in (None, "NFC"):
+            known = ", ".join(SPLITS)
+            raise UserError(f"{source}: cuts text by rules that are not read here (known are those of {known})")
         merges = [tuple(pair.split(" ")) if isinstance(pair, str) else tuple(pair) for pair in model["merges"]]
-        control = {token["content"]: token["id"] for token in added if token["special"]}
-        bpe = ByteBPE(
-            {piece: i for piece, i in model["vocab"].items() if piece not in control},
-            merges,
-            splits[0],
-            whole={token["content"]: token["id"] for token in added if not token["special"]},
-            nfc=normalizer == "NFC",
-            words_first=bool(model.get("ignore_merges")),
+        control, whole = (
+            {t["content"]: t["id"] for t in added if t["special"] == special} for special in (True, False)
         )
-    except (ValueError, KeyError, TypeError, AttributeError) as problem:
-        raise UserError(f"{source}: no tokenizer.json of a BPE ({type(problem).__name__}: {problem})") from None
-    return bpe, control
+        ids = {piece: i for piece, i in model["vocab"].items() if piece not in control}
+        words_first = bool(model.get("ignore_merges"))
+        return ByteBPE(ids, merges, splits[0], whole, normalizer == "NFC", words_first), control
 
 
 def write(bpe: ByteBPE, control: dict[str, int], bos: str | None = None) -> bytes:
     """A tokenizer.json that `read` and the `tokenizers` library read. bos: the control piece that texts begin with."""
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
-    added = sorted(
-        [(i, piece, False) for piece, i in bpe.whole.items()] + [(i, piece, True) for piece, i in control.items()]
-    )
+    added = sorted((i, piece, piece in control) for piece, i in (bpe.whole | control).items())
     described = {
         "version": "1.0",
         "added_tokens": [{"id": i, "content": piece, "special": special, **flags} for i, piece, special in added],
@@ -219,12 +204,8 @@ def begin_with(piece: str, i: int) -> dict:
 
 
 def _pre_tokenizer(split: str) -> dict:
-    level = {
-        "type": "ByteLevel",
-        "add_prefix_space": False,
-        "trim_offsets": True,
-        "use_regex": SPLITS[split][-1] == GPT2,
-    }
+    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+    level["use_regex"] = SPLITS[split][-1] == GPT2
     if split == "gpt-2":
         return level
     if split == "smollm":

@@ -14,7 +14,7 @@ much, of another shape or broken is listed in full, and nothing is loaded in par
 import json
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -232,15 +232,6 @@ class Place:
 def load_tensors(path: str | Path) -> dict[str, Tensor]:
     """All tensors of one safetensors file, on the CPU. Raises `UserError` if it is anything else or broken."""
     return {name: place.read() for name, place in _read_header(Path(path)).items()}
-
-
-def read_weights(folder: str | Path, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
-    """The (name, tensor) pairs of a model folder one after another; see `find_weights`.
-
-    dtype: convert floating-point tensors to it (None: as stored).
-    """
-    places = find_weights(folder)
-    return ((name, place.read(dtype if place.dtype.is_floating_point else None)) for name, place in places.items())
 
 
 def find_weights(folder: str | Path) -> dict[str, Place]:

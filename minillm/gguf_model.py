@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from minillm import UserError, byte_bpe, checkpoint, gguf_format
+from minillm import UserError, byte_bpe, checkpoint, gguf_format, naming_damage
 from minillm.config import ModelConfig, RopeScaling
 from minillm.gguf_format import Entry
 from minillm.huggingface import OURS_ALONE, ROTATED, StoredModel, half_split, interleaved, model_type, shapes_of
@@ -59,7 +59,8 @@ def open_file(path: str | Path) -> tuple[StoredModel, dict]:
     """
     path = Path(path)
     metadata, entries = gguf_format.read_header(path)
-    config = _config(metadata, entries, path)
+    with naming_damage(path):
+        config = _config(metadata, entries, path)
     keys = {gguf_name(key): key for key in shapes_of(config)}
     held = {keys.get(name, name): entry for name, entry in entries.items() if name != FACTORS}
     checkpoint.match_tensors(shapes_of(config), {key: entry.shape for key, entry in held.items()}, path)
@@ -94,9 +95,8 @@ def _config(metadata: dict, entries: dict[str, Entry], path: Path) -> ModelConfi
         raise UserError(f"{path}: lacks {', '.join(missing) or 'the other parts of a split file: join them first'}")
     values = {ours: about[theirs] for ours, theirs in needed.items()}
     values["n_kv_heads"] = about.get("attention.head_count_kv", values["n_heads"])
-    strange = [name for name, value in values.items() if not isinstance(value, int | float)]
-    if strange or values["n_heads"] < 1 or values["n_layers"] > len(entries):
-        raise UserError(f"{path}: {kind}: {values}: layers that differ, or a damaged header, are not supported")
+    if values["n_layers"] > len(entries):
+        raise UserError(f"{path}: {values['n_layers']:,} layers, as its header says, in {len(entries):,} tensors")
     rotated = about.get("rope.dimension_count")
     head_dim = about.get("attention.key_length", rotated or values["dim"] // values["n_heads"])
     unsupported = {
@@ -203,7 +203,7 @@ def write_file(model: StoredModel, tokenizer: Tokenizer | None, path: Path, dtyp
     def read(name: str) -> Tensor:
         if name == FACTORS:
             return factors
-        tensor = model.read(keys[name], dtype)
+        tensor = model.read(keys[name], tensors[keys[name]][1])
         rotated = kind == "llama" and keys[name].endswith(ROTATED)
         return interleaved(tensor, config.head_dim) if rotated else tensor
 
@@ -220,63 +220,41 @@ def _special_ids(metadata: dict) -> dict[str, int]:
 
 def read_tokenizer(metadata: dict, source: str) -> Tokenizer:
     """The tokenizer that a GGUF file's metadata describe. Raises `UserError` if it is of a kind we do not have."""
-    about = {name: metadata.get(f"tokenizer.ggml.{name}") for name in ("model", "tokens", "token_type")}
-    kind, tokens, types = about.values()
+    kind = metadata.get("tokenizer.ggml.model")
     if kind not in ("llama", "gpt2"):
         raise UserError(f"{source}: a tokenizer of the kind {kind!r} is not supported; choose llama or gpt2")
-    others = "scores" if kind == "llama" else "merges"
-    found = metadata.get(f"tokenizer.ggml.{others}")
-    if not (isinstance(tokens, list) and isinstance(types, list) and isinstance(found, list)) or (
-        len(tokens) != len(types) or (kind == "llama" and len(found) != len(tokens))
-    ):
-        raise UserError(f"{source}: its tokenizer is damaged: tokens, types and {others} do not belong together")
-    while tokens and tokens[-1] == PADDING.format(len(tokens) - 1):
-        tokens, types = tokens[:-1], types[:-1]
-    ids = _special_ids(metadata)
-    if max(ids.values(), default=0) >= len(tokens):
-        raise UserError(f"{source}: its tokenizer is damaged: special ids {ids}, but {len(tokens):,} tokens")
-    add_bos = bool(metadata.get("tokenizer.ggml.add_bos_token", kind == "llama")) and "bos" in ids
-    template = metadata.get("tokenizer.chat_template")
-    if kind == "gpt2":
-        split = metadata.get("tokenizer.ggml.pre", "gpt-2")
-        return _read_byte_level(tokens, types, found, split, ids, add_bos, template, source)
-    pieces = [(text, score, TYPES.get(t, "NORMAL")) for text, score, t in zip(tokens, found, types, strict=False)]
-    prefix = bool(metadata.get("tokenizer.ggml.add_space_prefix", True))
-    return from_pieces(pieces, ids, dummy_prefix=prefix, source=source).with_settings(
-        add_bos=add_bos, chat_template=template
-    )
+    with naming_damage(f"{source}: its tokenizer"):
+        tokens = metadata["tokenizer.ggml.tokens"]
+        n = len(tokens)
+        while n and tokens[n - 1] == PADDING.format(n - 1):
+            n -= 1
+        types = [TYPES[t] for t in metadata["tokenizer.ggml.token_type"]]
+        pieces = list(zip(tokens, types, strict=True))[:n]
+        ids = _special_ids(metadata)
+        config = {f"{role}_token": pieces[i][0] for role, i in ids.items()}
+        config["add_bos_token"] = bool(metadata.get("tokenizer.ggml.add_bos_token", kind == "llama")) and "bos" in ids
+        config["chat_template"] = metadata.get("tokenizer.chat_template")
+        if kind == "gpt2":
+            return _read_byte_level(metadata, pieces, config, source)
+        scored = [(text, score, t) for (text, t), score in zip(pieces, metadata["tokenizer.ggml.scores"], strict=False)]
+        prefix = bool(metadata.get("tokenizer.ggml.add_space_prefix", True))
+        made = from_pieces(scored, ids, dummy_prefix=prefix, source=source)
+        return made.with_settings(add_bos=config["add_bos_token"], chat_template=config["chat_template"])
 
 
-def _read_byte_level(
-    tokens: list[str],
-    types: list[int],
-    merges: list[str],
-    split: str,
-    ids: dict,
-    add_bos: bool,
-    template: str | None,
-    source: str,
-) -> Tokenizer:
+def _read_byte_level(metadata: dict, pieces: list[tuple[str, str]], config: dict, source: str) -> Tokenizer:
+    split = metadata.get("tokenizer.ggml.pre", "gpt-2")
     if split not in byte_bpe.SPLITS:
         known = ", ".join(byte_bpe.SPLITS)
         raise UserError(f"{source}: its tokenizer cuts text by the rules {split!r}; known are {known}")
-    named = {name: {} for name in TYPES.values()}
-    for i, (text, t) in enumerate(zip(tokens, types, strict=True)):
-        named[TYPES.get(t, "NORMAL")][text] = i
-    bpe = byte_bpe.ByteBPE(
-        named["NORMAL"],
-        [tuple(merge.split(" ", 1)) for merge in merges],
-        split,
-        whole=named["USER_DEFINED"],
-        nfc=split == "qwen2",
-        words_first=split == "llama-bpe",
-    )
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
-    config |= {f"{role}_token": tokens[i] for role, i in ids.items()} | {"add_bos_token": add_bos}
-    config |= {"chat_template": template} if template else {}
-    control = named["CONTROL"] | named["UNKNOWN"]
+    named = {name: {text: i for i, (text, t) in enumerate(pieces) if t == name} for name in TYPES.values()}
+    merges = [tuple(merge.split(" ", 1)) for merge in metadata["tokenizer.ggml.merges"]]
+    qwen, llama = split == "qwen2", split == "llama-bpe"
+    bpe = byte_bpe.ByteBPE(named["NORMAL"], merges, split, named["USER_DEFINED"], nfc=qwen, words_first=llama)
+    config |= {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+    bos = config["bos_token"] if config["add_bos_token"] else None
     files = {
-        "tokenizer.json": byte_bpe.write(bpe, control, tokens[ids["bos"]] if add_bos else None),
+        "tokenizer.json": byte_bpe.write(bpe, named["CONTROL"] | named["UNKNOWN"], bos),
         "tokenizer_config.json": json.dumps(config, indent=1, ensure_ascii=False).encode(),
     }
     return ByteLevelTokenizer(files, source)

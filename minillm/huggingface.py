@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from minillm import UserError, checkpoint, quant
+from minillm import UserError, checkpoint, naming_damage, quant
 from minillm.config import ModelConfig, RopeScaling
 from minillm.model import Transformer
 
@@ -271,14 +271,8 @@ def read_config(folder: str | Path) -> dict:
 
 def load_config(folder: str | Path) -> ModelConfig:
     """The `ModelConfig` of a model folder."""
-    return _from_hf(read_config(folder), folder)
-
-
-def _from_hf(written: dict, folder: str | Path) -> ModelConfig:
-    try:
-        return from_hf(written, f"{folder}/config.json")
-    except (TypeError, ValueError, KeyError, AttributeError) as problem:
-        raise UserError(f"{folder}/config.json: damaged ({type(problem).__name__}: {problem})") from None
+    with naming_damage(f"{folder}/config.json"):
+        return from_hf(read_config(folder), f"{folder}/config.json")
 
 
 def _find_weights(folder: str | Path, config: ModelConfig) -> dict[str, checkpoint.Place]:
@@ -295,8 +289,7 @@ def _find_weights(folder: str | Path, config: ModelConfig) -> dict[str, checkpoi
 
 def open_folder(folder: str | Path) -> StoredModel:
     """The model of a folder, of which so far only the headers were read and checked."""
-    written = read_config(folder)
-    config = _from_hf(written, folder)
+    config, written = load_config(folder), read_config(folder)
     places = _find_weights(folder, config)
 
     def read(key: str, dtype: torch.dtype) -> Tensor:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from data import bundled, prepare
-from minillm import __main__, config, generate, vocab_commands
+from minillm import __main__, config, generate, port_commands, vocab_commands
 from train_pretrain import Config as Pretrain
 from train_sft import Config as Sft
 
@@ -56,9 +56,8 @@ def test_commands_and_options_are_known(path, monkeypatch):
     for command in Page(path).commands:
         monkeypatch.setattr("sys.argv", command)
         parse[command[0]]()
-    sources = "".join(
-        Path(module.__file__).read_text(encoding="utf-8") for module in (prepare, bundled, vocab_commands, __main__)
-    )
+    modules = (prepare, bundled, port_commands, vocab_commands, __main__)
+    sources = "".join(Path(module.__file__).read_text(encoding="utf-8") for module in modules)
     known = {field for shape in (Pretrain, Sft, generate.Sampling) for field in shape.__dataclass_fields__}
     known |= {*re.findall(r'"--(\w+)"', sources), *TORCHRUN, "config", "help", "name"}
     assert set(re.findall(r"(?<![\w-])--(\w+)", Page(path).text)) <= known

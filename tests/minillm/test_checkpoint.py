@@ -17,6 +17,10 @@ from torch import nn
 from minillm import UserError, checkpoint, files, optim, run
 
 
+def read_weights(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: place.read() for name, place in checkpoint.find_weights(folder).items()}
+
+
 class Words:
     """Stands in for a tokenizer: all that a checkpoint asks of it."""
 
@@ -86,7 +90,7 @@ def test_ten_steps_are_five_and_five_after_a_checkpoint_bit_for_bit(tmp_path, bu
     train(straight, optimizers, range(5, 10))
 
     resumed = small_model(1)
-    resumed.load_state_dict(dict(checkpoint.read_weights(folder)))
+    resumed.load_state_dict(read_weights(folder))
     restored = build(resumed)
     for optimizer in restored:  # the order of parameters is nothing to rely on
         for group in optimizer.param_groups:
@@ -137,7 +141,7 @@ def test_an_optimizer_that_has_not_stepped_and_options_of_now(tmp_path):
 
 def test_what_is_read_lies_in_memory_of_its_own_aligned_as_torch_aligns(tmp_path):
     save_file({"a": torch.ones(3), "b": torch.ones(64), "c": torch.tensor(2)}, tmp_path / "model.safetensors")
-    held = dict(checkpoint.read_weights(tmp_path))
+    held = read_weights(tmp_path)
     assert all(tensor.data_ptr() % 64 == 0 for tensor in held.values())
     (tmp_path / "model.safetensors").write_bytes(b"\0" * 300)
     assert held["b"].sum() == 64 and held["c"].shape == () and held["c"].dtype == torch.int64
@@ -170,7 +174,7 @@ def test_killed_at_ten_random_moments_of_a_loop_that_saves(tmp_path):
         newest = run.newest_checkpoint(tmp_path, log=pytest.fail)
         step = run.step_of(newest)
         assert step >= last and checkpoint.read_state(newest)["note"] == step
-        assert all((tensor == step).all() for name, tensor in checkpoint.read_weights(newest) if name == "weight")
+        assert all((tensor == step).all() for name, tensor in read_weights(newest).items() if name == "weight")
         last = step
     assert last > 5
 
@@ -293,7 +297,7 @@ def test_a_pickle_in_disguise_is_refused_and_not_run(tmp_path, protocol):
         torch.save(Bomb(struck), file, _use_new_zipfile_serialization=False)
     else:
         file.write_bytes(pickle.dumps(Bomb(struck), protocol=protocol))
-    text = refused(lambda: list(checkpoint.read_weights(tmp_path)))
+    text = refused(lambda: read_weights(tmp_path))
     assert str(file) in text and ("a pickle" in text or protocol == 0)
     assert not struck.exists()
 
@@ -325,10 +329,10 @@ TWO = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
 )
 def test_a_header_that_lies_is_refused(tmp_path, header, body, length):
     raw(tmp_path / "model.safetensors", header, body, length)
-    text = refused(lambda: list(checkpoint.read_weights(tmp_path)))
+    text = refused(lambda: read_weights(tmp_path))
     assert str(tmp_path / "model.safetensors") in text
     raw(tmp_path / "model.safetensors", {"a": TWO}, b"\0" * 8)
-    assert [(name, tensor.tolist()) for name, tensor in checkpoint.read_weights(tmp_path)] == [("a", [0.0, 0.0])]
+    assert [(name, tensor.tolist()) for name, tensor in read_weights(tmp_path).items()] == [("a", [0.0, 0.0])]
 
 
 def test_every_truncation_of_a_file_is_refused(tmp_path):
@@ -349,15 +353,13 @@ def shards(folder: Path, weight_map: dict, **files: dict) -> None:
 def test_shards_are_read_one_tensor_at_a_time(tmp_path):
     places = {"x": "one.safetensors", "y": "two.safetensors", "z": "one.safetensors"}
     shards(tmp_path, places, one={"x": torch.ones(1), "z": torch.ones(2)}, two={"y": torch.ones(3)})
-    pairs = checkpoint.read_weights(tmp_path)
-    assert next(pairs)[0] in places
-    assert {name: len(tensor) for name, tensor in checkpoint.read_weights(tmp_path)} == {"x": 1, "y": 3, "z": 2}
+    assert {name: len(tensor) for name, tensor in read_weights(tmp_path).items()} == {"x": 1, "y": 3, "z": 2}
 
 
 def test_all_that_is_wrong_with_shards_is_listed_before_anything_is_read(tmp_path):
     places = {"x": "one.safetensors", "gone": "one.safetensors", "y": "two.safetensors", "w": "three.safetensors"}
     shards(tmp_path, places, one={"x": torch.ones(1), "y": torch.ones(1)}, two={"y": torch.ones(3)})
-    text = refused(lambda: checkpoint.read_weights(tmp_path))
+    text = refused(lambda: read_weights(tmp_path))
     for part in (
         "gone is missing from one.safetensors",
         "y in one.safetensors is not in the index",
@@ -376,23 +378,23 @@ def test_an_index_that_leaves_the_folder_is_refused(tmp_path, place):
     inside.mkdir()
     save_file({"x": torch.ones(1)}, tmp_path / "secret.safetensors")
     shards(inside, {"x": place})
-    text = refused(lambda: checkpoint.read_weights(inside))
+    text = refused(lambda: read_weights(inside))
     assert "refused" in text and checkpoint.INDEX in text
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "{}", '{"weight_map": 3}', '{"weight_map": {"a": "s", "a": "t"}}', ""])
 def test_an_index_that_is_none_is_refused(tmp_path, text):
     (tmp_path / checkpoint.INDEX).write_text(text)
-    assert checkpoint.INDEX in refused(lambda: checkpoint.read_weights(tmp_path))
+    assert checkpoint.INDEX in refused(lambda: read_weights(tmp_path))
 
 
 def test_a_folder_without_weights_names_the_pickle_beside(tmp_path):
-    assert "no such file" in refused(lambda: checkpoint.read_weights(tmp_path))
+    assert "no such file" in refused(lambda: read_weights(tmp_path))
     (tmp_path / "pytorch_model.bin").write_bytes(b"")
-    assert "pytorch_model.bin, a pickle" in refused(lambda: checkpoint.read_weights(tmp_path))
+    assert "pytorch_model.bin, a pickle" in refused(lambda: read_weights(tmp_path))
     (tmp_path / "model.safetensors").mkdir()
-    refused(lambda: checkpoint.read_weights(tmp_path))
-    refused(lambda: checkpoint.read_weights(tmp_path / "nowhere"))
+    refused(lambda: read_weights(tmp_path))
+    refused(lambda: read_weights(tmp_path / "nowhere"))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn])
