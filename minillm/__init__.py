@@ -1,10 +1,9 @@
 """minillm: train a language model yourself and understand every line of it."""
 
-__version__ = "0.1.0"
-
-
 import contextlib
 from collections.abc import Iterator
+
+__version__ = "0.1.0"
 
 
 class UserError(Exception):
@@ -13,6 +12,10 @@ class UserError(Exception):
     The message is one line naming the thing, its value, the limit and the remedy;
     the scripts print it without a traceback and exit with status 2.
     """
+
+
+class UnsupportedError(UserError):
+    """Something sound, of a kind that there is no code for here; who needs it least may go on without it."""
 
 
 @contextlib.contextmanager

@@ -13,7 +13,7 @@ import unicodedata
 from dataclasses import dataclass
 from functools import cache
 
-from minillm import UserError, naming_damage
+from minillm import UnsupportedError, naming_damage
 
 GPT2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 # Contractions; letters with the sign before them; digits, up to so many; signs; line ends; spaces.
@@ -158,7 +158,7 @@ def read(data: bytes, source: str) -> tuple[ByteBPE, dict[str, int]]:
         kind = model.get("type", "BPE"), bool(model.get("byte_fallback"))
         if kind != ("BPE", False) or not splits or normalizer not in (None, "NFC"):
             known = ", ".join(SPLITS)
-            raise UserError(f"{source}: cuts text by rules that are not read here (known are those of {known})")
+            raise UnsupportedError(f"{source}: cuts text by rules that are not read here (known are those of {known})")
         merges = [tuple(pair.split(" ")) if isinstance(pair, str) else tuple(pair) for pair in model["merges"]]
         control, whole = (
             {t["content"]: t["id"] for t in added if t["special"] == special} for special in (True, False)

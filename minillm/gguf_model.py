@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from minillm import UserError, byte_bpe, checkpoint, gguf_format, naming_damage
+from minillm import UnsupportedError, UserError, byte_bpe, checkpoint, gguf_format, naming_damage
 from minillm.config import ModelConfig, RopeScaling
 from minillm.gguf_format import Entry
 from minillm.huggingface import OURS_ALONE, ROTATED, StoredModel, half_split, interleaved, model_type, shapes_of
@@ -104,8 +104,9 @@ def _config(metadata: dict, entries: dict[str, Entry], path: Path) -> ModelConfi
         "rope.dimension_count": rotated not in (None, head_dim),
         "attention.value_length": about.get("attention.value_length", head_dim) != head_dim,
         "attention.sliding_window": about.get("attention.sliding_window"),
-        "rope.scaling.attn_factor": about.get("rope.scaling.attn_factor", 1.0) != 1.0,
     }
+    usual = {"attn_factor": 1.0, "yarn_beta_fast": RopeScaling.beta_fast, "yarn_beta_slow": RopeScaling.beta_slow}
+    unsupported |= {f"rope.scaling.{k}": about.get(f"rope.scaling.{k}", value) != value for k, value in usual.items()}
     if any(unsupported.values()):
         raise UserError(f"{path}: {', '.join(k for k, v in unsupported.items() if v)} as set there is not supported")
     config = ModelConfig(
@@ -127,13 +128,8 @@ def _read_scaling(about: dict, path: Path) -> RopeScaling | None:
         return None
     if kind not in ("linear", "yarn"):
         raise UserError(f"{path}: rope scaling {kind!r} is not supported; choose none, linear or yarn")
-    optional = {name: about.get(f"rope.scaling.yarn_{name}") for name in ("beta_fast", "beta_slow")}
-    return RopeScaling(
-        kind,
-        about.get("rope.scaling.factor", 1.0),
-        about.get("rope.scaling.original_context_length", about["context_length"]),
-        **{name: value for name, value in optional.items() if value is not None},
-    )
+    length = about.get("rope.scaling.original_context_length", about["context_length"])
+    return RopeScaling(kind, about.get("rope.scaling.factor", 1.0), length)
 
 
 def _llama3_factors(config: ModelConfig) -> Tensor:
@@ -165,7 +161,9 @@ def write_file(model: StoredModel, tokenizer: Tokenizer | None, path: Path, dtyp
     """
     config, kind = model.config, model_type(model.config)
     scaling = config.rope_scaling
-    if kind not in ARCHITECTURES or (scaling and scaling.attention_factor) or dtype not in FILE_TYPES:
+    # llama.cpp takes YaRN's other numbers to be the usual ones, whatever the file says of them.
+    usual = scaling and RopeScaling(scaling.type, scaling.factor, scaling.original_max_seq_len)
+    if kind not in ARCHITECTURES or scaling != usual or dtype not in FILE_TYPES:
         options = {name: getattr(config, name) for name in OURS_ALONE} | {"rope_scaling": scaling, "dtype": dtype}
         raise UserError(f"--format gguf: that format has no place for a model with {options}; choose hf")
     about = {
@@ -193,8 +191,6 @@ def write_file(model: StoredModel, tokenizer: Tokenizer | None, path: Path, dtyp
         tensors[FACTORS] = (tuple(factors.shape), torch.float32)
     elif scaling:
         about |= {"rope.scaling.type": scaling.type, "rope.scaling.factor": float(scaling.factor)}
-    if scaling and scaling.type == "yarn":
-        about |= {f"rope.scaling.yarn_{name}": float(getattr(scaling, name)) for name in ("beta_fast", "beta_slow")}
     metadata = {"general.architecture": kind, "general.type": "model", "general.file_type": FILE_TYPES[dtype]}
     metadata |= {f"{kind}.{name}": value for name, value in about.items()}
     metadata |= _describe(tokenizer, config.vocab_size) if tokenizer else {}
@@ -222,7 +218,7 @@ def read_tokenizer(metadata: dict, source: str) -> Tokenizer:
     """The tokenizer that a GGUF file's metadata describe. Raises `UserError` if it is of a kind we do not have."""
     kind = metadata.get("tokenizer.ggml.model")
     if kind not in ("llama", "gpt2"):
-        raise UserError(f"{source}: a tokenizer of the kind {kind!r} is not supported; choose llama or gpt2")
+        raise UnsupportedError(f"{source}: a tokenizer of the kind {kind!r} is not supported; choose llama or gpt2")
     with naming_damage(f"{source}: its tokenizer"):
         tokens = metadata["tokenizer.ggml.tokens"]
         n = len(tokens)
@@ -246,7 +242,7 @@ def _read_byte_level(metadata: dict, pieces: list[tuple[str, str]], config: dict
     split = metadata.get("tokenizer.ggml.pre", "gpt-2")
     if split not in byte_bpe.SPLITS:
         known = ", ".join(byte_bpe.SPLITS)
-        raise UserError(f"{source}: its tokenizer cuts text by the rules {split!r}; known are {known}")
+        raise UnsupportedError(f"{source}: its tokenizer cuts text by the rules {split!r}; known are {known}")
     named = {name: {text: i for i, (text, t) in enumerate(pieces) if t == name} for name in TYPES.values()}
     merges = [tuple(merge.split(" ", 1)) for merge in metadata["tokenizer.ggml.merges"]]
     qwen, llama = split == "qwen2", split == "llama-bpe"

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from minillm import UserError, checkpoint
+from minillm import UnsupportedError, UserError, checkpoint
 from minillm.config import ModelConfig
 from minillm.huggingface import ROTATED, StoredModel, half_split, interleaved, shapes_of
 from minillm.model import rotary_tables
@@ -143,14 +143,14 @@ def read_tokenizer(path: str | Path, vocab_size: int) -> Tokenizer:
 
 
 def write_tokenizer(tokenizer: Tokenizer, path: Path) -> None:
-    """Write a vocabulary as tokenizer.bin. Raises `UserError` if llama2.c would cut text otherwise with it."""
+    """Write a vocabulary as tokenizer.bin. Raises `UnsupportedError` if llama2.c would cut text otherwise with it."""
     pieces = tokenizer._proto.pieces
     kinds = [piece.type for piece in pieces]
     usual = [UNKNOWN, CONTROL, CONTROL, *[BYTE] * 256]
     if (tokenizer.bos_id, tokenizer.eos_id) != (BOS, EOS) or kinds[: len(usual)] != usual:
-        raise UserError("llama2.c takes unk, bos, eos to be ids 0 to 2 and the bytes to be ids 3 to 258")
+        raise UnsupportedError("llama2.c takes unk, bos, eos to be ids 0 to 2 and the bytes to be ids 3 to 258")
     if not tokenizer._dummy_prefix:
-        raise UserError("llama2.c puts a space before each text, this vocabulary does not")
+        raise UnsupportedError("llama2.c puts a space before each text, this vocabulary does not")
     texts = [piece.piece.replace(SPACE_MARK, " ").encode() for piece in pieces]
     texts[BOS], texts[EOS] = b"\n<s>\n", b"\n</s>\n"
     rows = (struct.pack("<fi", p.score, len(text)) + text for p, text in zip(pieces, texts, strict=True))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from minillm import UserError, checkpoint, files, gguf_format, gguf_model, huggingface, llama2c, run
+from minillm import UnsupportedError, UserError, checkpoint, files, gguf_format, gguf_model, huggingface, llama2c, run
 from minillm.huggingface import StoredModel
 from minillm.tokenizer import Tokenizer
 from minillm.training import DTYPES
@@ -47,7 +47,10 @@ def run_export(args) -> None:
     out, shard = Path(args.out), _bytes(args.max_shard_size)
     if out.exists():
         raise UserError(f"--out {out}: is there already; choose another or delete it")
-    model, tokenizer = open_model(args.model, args.tokenizer)
+    try:
+        model, tokenizer = open_model(args.model, args.tokenizer)
+    except OSError as problem:
+        raise UserError(f"{problem.filename}: cannot be read ({problem.strerror})") from None
     dtype = DTYPES[args.dtype] if args.dtype else model.dtype
     if args.format == "hf":
 
@@ -69,12 +72,14 @@ def run_export(args) -> None:
 
 
 def _write_llama2c(model: StoredModel, tokenizer: Tokenizer | None, out: Path) -> None:
-    files.write_file(out, lambda path: llama2c.write_file(model, path))
     beside = out.with_name(f"{out.stem}_tokenizer.bin")
+    if beside.exists():
+        raise UserError(f"{beside}: is there already; choose another --out or delete it")
+    files.write_file(out, lambda path: llama2c.write_file(model, path))
     try:
         if tokenizer:
             files.write_file(beside, lambda path: llama2c.write_tokenizer(tokenizer, path))
-    except UserError as problem:
+    except UnsupportedError as problem:
         print(f"{beside} not written: {problem}")
 
 
@@ -102,7 +107,7 @@ def open_model(path: str, tokenizer: str | None = None) -> tuple[StoredModel, To
                 found = Tokenizer.load(place)
             elif "tokenizer.ggml.model" in metadata:
                 found = gguf_model.read_tokenizer(metadata, path)
-        except UserError as problem:
+        except UnsupportedError as problem:
             print(f"the tokenizer is left out: {problem}")
     if found and found.vocab_size > model.config.vocab_size:
         raise UserError(f"{path}: {model.config.vocab_size:,} rows for a tokenizer of {found.vocab_size:,} pieces")

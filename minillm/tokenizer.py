@@ -450,7 +450,7 @@ def _load_byte_level(folder: Path) -> "ByteLevelTokenizer":
     try:
         return ByteLevelTokenizer({f.name: f.read_bytes() for f in beside if f.is_file()}, f"{folder}/tokenizer.json")
     except UserError as problem:
-        raise UserError(f"{problem}; {_elsewhere(folder)}") from None
+        raise type(problem)(f"{problem}; {_elsewhere(folder)}") from None
 
 
 def _refuse_folder(folder: Path) -> None:

@@ -1,6 +1,7 @@
 """The container against the gguf package's own reader and writer, and against files that lie."""
 
 import struct
+import sys
 
 import gguf
 import numpy as np
@@ -111,3 +112,11 @@ def test_a_header_that_lies_is_refused_at_once(body, words, tmp_path):
     (tmp_path / "bad.gguf").write_bytes(b"GGUF" + struct.pack("<I", 3) + body)
     with pytest.raises(UserError, match=words):
         gguf_format.read_header(tmp_path / "bad.gguf")
+
+
+def test_quantised_weights_without_the_package_name_the_extra(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    body = struct.pack("<QQQ1sIQIQ", 1, 0, 1, b"a", 1, 32, 8, 0) + bytes(100)
+    (tmp_path / "q.gguf").write_bytes(b"GGUF" + struct.pack("<I", 3) + body)
+    with pytest.raises(UserError, match=r"pip install -e \"\.\[gguf\]\""):
+        gguf_format.read_header(tmp_path / "q.gguf")

@@ -28,7 +28,7 @@ CASES = {
 }
 SCALED = {
     "linear": RopeScaling("linear", 2.0, 32),
-    "yarn": RopeScaling("yarn", 4.0, 16, beta_fast=16.0, beta_slow=2.0),
+    "yarn": RopeScaling("yarn", 4.0, 16),
     "llama3": RopeScaling("llama3", 8.0, 32),
 }
 
@@ -205,6 +205,8 @@ def test_a_tokenizer_we_do_not_have_is_refused(change, words):
         dict(positions="learned"),
         dict(qk_norm=True, qkv_bias=True),
         dict(rope_scaling=RopeScaling("yarn", 2.0, 32, attention_factor=1.2)),
+        dict(rope_scaling=RopeScaling("yarn", 2.0, 32, beta_slow=2.0)),
+        dict(rope_scaling=RopeScaling("llama3", 2.0, 32, high_freq_factor=8.0)),
     ],
 )
 def test_what_the_format_cannot_say_is_refused(change, tmp_path):
@@ -226,6 +228,7 @@ def test_what_the_format_cannot_say_is_refused(change, tmp_path):
         ({"llama.rope.dimension_count": 8}, r"rope\.dimension_count"),
         ({"llama.attention.sliding_window": 8}, "sliding_window"),
         ({"llama.rope.scaling.type": "longrope"}, "longrope"),
+        ({"llama.rope.scaling.yarn_beta_slow": 2.0}, "yarn_beta_slow"),
         ({"split.count": 2}, "other parts of a split file"),
     ],
 )
@@ -237,8 +240,11 @@ def test_what_we_would_compute_wrongly_is_refused(change, words, tmp_path, monke
         gguf_model.open_file(tmp_path / "m.gguf")
 
 
-def test_other_factors_than_llama_3s_are_refused(tmp_path):
-    config = dataclasses.replace(BASE, rope_scaling=RopeScaling("llama3", 8.0, 32, high_freq_factor=8.0))
+def test_other_factors_than_llama_3s_are_refused(tmp_path, monkeypatch):
+    config = dataclasses.replace(BASE, rope_scaling=RopeScaling("llama3", 8.0, 32))
     gguf_model.write_file(stored(config), None, tmp_path / "m.gguf", torch.float32)
+    metadata, entries = gguf_format.read_header(tmp_path / "m.gguf")
+    metadata["llama.rope.scaling.original_context_length"] = 64
+    monkeypatch.setattr(gguf_format, "read_header", lambda path: (metadata, entries))
     with pytest.raises(UserError, match=r"rope_freqs\.weight"):
         gguf_model.open_file(tmp_path / "m.gguf")

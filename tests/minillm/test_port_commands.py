@@ -121,6 +121,8 @@ def test_without_a_place_for_the_tokenizer_it_is_said(home, tmp_path, capsys):
 def test_a_tokenizer_that_is_not_read_is_left_out_and_the_weights_come(tmp_path, capsys):
     make(tmp_path / "start", BASE)
     (tmp_path / "start/tokenizer.json").write_text('{"model": {"type": "WordPiece"}}')
+    with pytest.raises(UserError, match=r"cuts text by rules .* can only be pretrained on"):
+        Tokenizer.load(tmp_path / "start")
     command(f"import --model {tmp_path}/start --out {tmp_path}/out")
     assert "the tokenizer is left out:" in capsys.readouterr().out
     assert huggingface.load_model(tmp_path / "out").config == BASE
@@ -230,6 +232,11 @@ def test_memory_holds_a_tenth_more_than_the_model_and_a_conversion_never_holds_i
         ("import --model {home}/cut --out {out}", "truncated or no safetensors file"),
         ("import --model {home}/deep --out {out}", "1,000,000,000 layers, as config.json says"),
         ("import --model {home}/words --out {out}", "damaged"),
+        (
+            "import --model {home}/odd --out {out}",
+            "odd/tokenizer.model .*cut short|odd/tokenizer.model .*no SentencePiece",
+        ),
+        ("import --model {home}/start --tokenizer {home}/no.bin --out {out}", r"no.bin: cannot be read"),
         ("import --model {home}/nan --out {out}", "model.norm.weight holds 1 of 32 values that are not finite"),
         ("export --model {home}/nan --format gguf --out {out}", "not finite"),
         ("export --model {home}/nan --format llama2c --out {out}", "not finite"),
@@ -262,6 +269,7 @@ def broken(home):
         "cut": {"config.json": config, "model.safetensors": data[:-7]},
         "deep": {"config.json": config | {"num_hidden_layers": 10**9}, "model.safetensors": data},
         "words": {"config.json": config | {"hidden_size": "wide"}, "model.safetensors": data},
+        "odd": {"config.json": config, "model.safetensors": data, "tokenizer.model": b"damaged"},
         "nan": {"config.json": config},
     }
     for name, files in contents.items():
