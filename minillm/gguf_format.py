@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minillm import UserError, checkpoint
+from minillm import UserError, checkpoint, naming_damage
 
 MAGIC, VERSION, ALIGNMENT = b"GGUF", 3, 32
 SCALARS = dict(enumerate("BbHhIif?")) | {10: "Q", 11: "q", 12: "d"}  # type → struct's letter
@@ -42,7 +42,7 @@ class Entry:
             return checkpoint.Place(self.file, self.offset, self.shape, PLAIN[self.kind]).read(dtype)
         quants, (block, size) = _gguf(self.file), _block(self.file, self.kind)
         out, row_bytes = torch.empty(self.shape, dtype=dtype), self.shape[-1] // block * size
-        with self.file.open("rb") as stream:
+        with naming_damage(self.file), self.file.open("rb") as stream:
             stream.seek(self.offset)
             for rows in out.view(-1, self.shape[-1]).split(max(1, checkpoint.PIECE // self.shape[-1])):
                 raw = np.frombuffer(stream.read(len(rows) * row_bytes), np.uint8).reshape(len(rows), row_bytes)
@@ -132,7 +132,7 @@ def read_header(path: Path) -> tuple[dict, dict[str, Entry]]:
             name = header.text()
             if name in found:
                 raise UserError(f"{path}: damaged: holds {name} twice")
-            shape = header.numbers("Q", min(header.number("I"), 9))[::-1]
+            shape = header.numbers("Q", header.number("I"))[::-1]
             found[name] = (shape, header.number("I"), header.number("Q"))
         alignment = metadata.get("general.alignment", ALIGNMENT)
         begin = stream.tell()
@@ -156,7 +156,7 @@ def write(
     size first, and dtype; read(name) gives the tensor of that shape.
     """
     kinds = {dtype: kind for kind, dtype in PLAIN.items()}
-    header = MAGIC + struct.pack("<IQQ", VERSION, len(tensors), len(metadata))
+    header = bytearray(MAGIC + struct.pack("<IQQ", VERSION, len(tensors), len(metadata)))
     header += b"".join(_string(name) + _packed(value) for name, value in metadata.items())
     offset = 0
     for name, (shape, dtype) in tensors.items():

@@ -17,7 +17,7 @@ import numpy as np
 import sentencepiece
 from sentencepiece import sentencepiece_model_pb2 as proto
 
-from minillm import UserError, byte_bpe
+from minillm import UserError, byte_bpe, naming_damage
 
 ROLES = {"system": "<|system|>", "user": "<|user|>", "assistant": "<|assistant|>"}
 SPACE_MARK = "▁"  # U+2581: how SentencePiece writes a space inside a piece
@@ -274,7 +274,8 @@ class Tokenizer:
     @property
     def config(self) -> dict:
         """What tokenizer_config.json says, as `save` writes it."""
-        return json.loads((self._companions or self._own_companions).get("tokenizer_config.json", b"{}"))
+        with naming_damage("tokenizer_config.json beside the tokenizer"):
+            return dict(json.loads((self._companions or self._own_companions).get("tokenizer_config.json", b"{}")))
 
     @property
     def start_id(self) -> int:
@@ -386,9 +387,10 @@ class ByteLevelTokenizer(Tokenizer):
         self.bpe, self.control = byte_bpe.read(companions["tokenizer.json"], source)
         self.sha256 = hashlib.sha256(companions["tokenizer.json"]).hexdigest()
         ids = self.bpe.ids | self.bpe.whole | self.control
-        config = json.loads(companions.get("special_tokens_map.json", b"{}")) | self.config
-        named = {role: config.get(f"{role}_token") for role in ("bos", "eos", "pad")}
-        pieces = {role: name["content"] if isinstance(name, dict) else name for role, name in named.items()}
+        with naming_damage(source):
+            config = json.loads(companions.get("special_tokens_map.json", b"{}")) | self.config
+            named = {role: config.get(f"{role}_token") for role in ("bos", "eos", "pad")}
+            pieces = {role: name["content"] if isinstance(name, dict) else name for role, name in named.items()}
         if pieces["eos"] not in ids:
             raise UserError(f"{source}: the tokenizer_config.json beside it names no end-of-text piece (eos_token)")
         self.eos_id = ids[pieces["eos"]]

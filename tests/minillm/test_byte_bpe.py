@@ -126,3 +126,11 @@ def test_without_an_end_of_text_it_is_refused(pair, tmp_path):
 def test_what_needs_a_sentencepiece_model_says_so(pair):
     with pytest.raises(UserError, match=r"needs a SentencePiece model"):
         _ = pair[0]._proto
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", '{"eos_token": {"id": 3}}'])
+def test_a_damaged_config_beside_it_is_named(pair, tmp_path, text):
+    (tmp_path / "tokenizer.json").write_bytes((pair[2] / "tokenizer.json").read_bytes())
+    (tmp_path / "tokenizer_config.json").write_text(text)
+    with pytest.raises(UserError, match=r"tokenizer\w*\.json.*: damaged"):
+        Tokenizer.load(tmp_path)
