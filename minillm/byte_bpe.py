@@ -5,6 +5,7 @@ bytes are merged pair by pair, the earliest-learnt pair first (Radford et al. 20
 each byte is written as one printable character, a space as Ġ.
 """
 
+import heapq
 import itertools
 import json
 import re
@@ -106,18 +107,27 @@ class ByteBPE:
         parts = [self._character[byte] for byte in word.encode()]
         if self.words_first and "".join(parts) in self.ids:
             parts = ["".join(parts)]
-        while len(parts) > 1:
-            first = min(itertools.pairwise(parts), key=lambda pair: self._rank.get(pair, len(self._rank)))
-            if first not in self._rank:
-                break
-            merged, i = [], 0
-            while i < len(parts):  # every place of this pair at once, from the left
-                both = tuple(parts[i : i + 2]) == first
-                merged.append(parts[i] + parts[i + 1] if both else parts[i])
-                i += 2 if both else 1
-            parts = merged
+        n = len(parts)
+        before, after = list(range(-1, n - 1)), list(range(1, n + 1))  # neighbours that are left
+        waiting: list[tuple[int, int, tuple[str, str]]] = []  # (rank, place, pair): earliest learnt, leftmost first
+
+        def offer(i: int) -> None:
+            if i >= 0 and after[i] < n and (pair := (parts[i], parts[after[i]])) in self._rank:
+                heapq.heappush(waiting, (self._rank[pair], i, pair))
+
+        for i in range(n):
+            offer(i)
+        while waiting:
+            _, i, pair = heapq.heappop(waiting)
+            j = after[i]
+            if j < n and (parts[i], parts[j]) == pair:  # else one of them was merged meanwhile
+                parts[i], parts[j], after[i] = parts[i] + parts[j], "", after[j]
+                if after[i] < n:
+                    before[after[i]] = i
+                offer(before[i])
+                offer(i)
         ids = [self.ids[part] for part in parts if part in self.ids]
-        if len(self._known) < 1 << 16 and len(word) < 64:
+        if len(self._known) < 1 << 16 and n < 64:
             self._known[word] = ids
         return ids
 
