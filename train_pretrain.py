@@ -211,7 +211,9 @@ def conclude(this: training.Run, model: Transformer, scores: dict, tokenizer: To
         model.eval()
         sampling = generate.Sampling(temperature=0.8, top_p=0.95)
         length = min(100, model.config.max_seq_len - 1)
-        sample = generate.generate(model, [[tokenizer.start_id]], length, sampling=sampling, stop_ids=[tokenizer.eos_id])
+        sample = generate.generate(
+            model, [[tokenizer.start_id]], length, sampling=sampling, stop_ids=[tokenizer.eos_id]
+        )
         text = tokenizer.decode(sample[0].tokens) or "(nothing: the first token already ended the text)"
         this.say(f"a sample:\n{textwrap.indent(text, '  ')}")
     this.say(f"trained for {duration(this.seconds())}; checkpoint {this.newest()}; {this.draw()}")

@@ -141,7 +141,8 @@ def prepare(
             raise UserError("--wrap bos_eos: the tokenizer has no bos piece; choose --wrap eos")
         if wrap == "eos" and given.start_id != given.eos_id:
             print(f"{tokenizer}: its model knows texts that begin with bos; to go on like that, give --wrap bos_eos")
-        given = given.with_bos(wrap == "bos_eos")
+        if given.start_id != (given.bos_id if wrap == "bos_eos" else given.eos_id):
+            given = given.with_settings(add_bos=wrap == "bos_eos")
         origins = [Origin(s.sha256, s.options.of(s.path), given.sha256, str(s.path)) for s in sources]
         bins = Bins(out, given, origins, shard_tokens=shard_tokens, learnt=learnt)
         if bins.finished:

@@ -254,19 +254,6 @@ class Tokenizer:
         for name, data in files.items():
             (folder / name).write_bytes(data)
 
-    def with_bos(self, wanted: bool) -> "Tokenizer":
-        """This tokenizer for a model whose texts begin after bos, or else after the eos of another text."""
-        files = dict(self._companions or self._own_companions)
-        files["tokenizer_config.json"] = _json(self.config | {"add_bos_token": wanted})
-        if "tokenizer.json" in files:
-            bos = self._proto.pieces[self.bos_id].piece
-            single = [{"SpecialToken": {"id": bos, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
-            pair = [*single, {"Sequence": {"id": "B", "type_id": 0}}]
-            ids = {bos: {"id": bos, "ids": [self.bos_id], "tokens": [bos]}}
-            adding = {"type": "TemplateProcessing", "single": single, "pair": pair, "special_tokens": ids}
-            described = json.loads(files["tokenizer.json"]) | {"post_processor": adding if wanted else None}
-            files["tokenizer.json"] = _json(described)
-        return Tokenizer(self._model_bytes, "tokenizer", files)
     @property
     def _own_files(self) -> dict[str, bytes]:
         return {"tokenizer.model": self._model_bytes}
@@ -292,12 +279,13 @@ class Tokenizer:
 
     def with_settings(self, *, add_bos: bool, chat_template: str | None = None) -> "Tokenizer":
         """This tokenizer, for other programs: with bos before each text or not, and with a chat template of others."""
+        files = dict(self._companions or self._own_companions)
         config = self.config | {"add_bos_token": add_bos} | ({"chat_template": chat_template} if chat_template else {})
-        own = self._own_companions | {"tokenizer_config.json": _json(config)}
-        if add_bos and "tokenizer.json" in own:
-            first = byte_bpe.begin_with(config["bos_token"], self.bos_id)
-            own["tokenizer.json"] = _json(json.loads(own["tokenizer.json"]) | {"post_processor": first})
-        return Tokenizer(self._model_bytes, "the new vocabulary", own)
+        files["tokenizer_config.json"] = _json(config)
+        if "tokenizer.json" in files:
+            first = byte_bpe.begin_with(self._proto.pieces[self.bos_id].piece, self.bos_id) if add_bos else None
+            files["tokenizer.json"] = _json(json.loads(files["tokenizer.json"]) | {"post_processor": first})
+        return Tokenizer(self._model_bytes, "the new vocabulary", files)
 
     def with_chat_template_of(self, other: "Tokenizer") -> "Tokenizer":
         """This tokenizer, whose folder will say of chat templates and bos what `other`'s does."""
@@ -408,6 +396,13 @@ class ByteLevelTokenizer(Tokenizer):
     @property
     def _own_files(self) -> dict[str, bytes]:
         return {}
+
+    def with_settings(self, *, add_bos: bool, chat_template: str | None = None) -> "Tokenizer":
+        """Refused: the settings are part of tokenizer.json, which is this tokenizer's identity."""
+        raise UserError(
+            f"{self._source}: a byte-level BPE is used as it is; leave out --wrap, or set add_bos_token in its "
+            "tokenizer_config.json"
+        )
 
     def encode_many(self, texts: list[str], *, threads: int = 1) -> list[list[int]]:
         """Token ids of each text; threads would not help here."""

@@ -98,7 +98,7 @@ def test_control_pieces_come_from_no_text_and_show_no_text(pair):
     ours, _, _ = pair
     control = {ours.control[piece] for piece in ("<|end|>", "<|im_start|>", "<|im_end|>")}
     assert not control & set(ours.encode("<|im_start|>user<|end|>")) and ours.decode(control) == ""
-    assert (ours.eos_id, ours.bos_id, ours.opening_id) == (ours.control["<|end|>"],) * 3
+    assert (ours.eos_id, ours.bos_id, ours.start_id) == (ours.control["<|end|>"],) * 3
 
 
 @pytest.mark.parametrize(

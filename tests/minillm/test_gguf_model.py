@@ -128,7 +128,7 @@ def test_a_vocabulary_goes_both_ways(dummy_prefix, tmp_path):
     assert len(metadata["tokenizer.ggml.tokens"]) == len(metadata["tokenizer.ggml.scores"]) == 448
     again = gguf_model.read_tokenizer(metadata, "m.gguf")
     assert [(p.piece, p.score, gguf_model.TYPES[p.type]) for p in again._proto.pieces] == pieces
-    assert (again.bos_id, again.eos_id, again.pad_id, again.opening_id) == (
+    assert (again.bos_id, again.eos_id, again.pad_id, again.start_id) == (
         1,
         2,
         2 + (not dummy_prefix),

@@ -207,7 +207,7 @@ def test_a_vocabulary_goes_both_ways_and_texts_begin_with_bos(vocabulary, tmp_pa
     assert again[4:] == data[4:]
     tokenizer.save(tmp_path)
     loaded = Tokenizer.load(tmp_path)
-    assert (loaded.bos_id, loaded.eos_id, loaded.opening_id) == (1, 2, 1)
+    assert (loaded.bos_id, loaded.eos_id, loaded.start_id) == (1, 2, 1)
     theirs = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path)
     for text in ("there in the  re", "中 国 é", "a\nb", "  a"):
         assert theirs(text).input_ids == [1, *loaded.encode(text)]

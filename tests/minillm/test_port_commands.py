@@ -71,7 +71,7 @@ def test_through_every_format_and_back_nothing_changes(home, tied, tmp_path):
     for folder in ("b", "d", "e"):
         torch.testing.assert_close(huggingface.load_model(tmp_path / folder)(TOKENS), expected, rtol=0, atol=0)
         again = Tokenizer.load(tmp_path / folder)
-        assert again.encode("the bath, 明") == tokenizer.encode("the bath, 明") and again.opening_id == 1
+        assert again.encode("the bath, 明") == tokenizer.encode("the bath, 明") and again.start_id == 1
         assert huggingface.read_config(tmp_path / folder)["bos_token_id"] == 1
         theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / folder)
         assert theirs("the bath, 明").input_ids == [1, *tokenizer.encode("the bath, 明")]

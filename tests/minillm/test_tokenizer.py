@@ -187,7 +187,7 @@ def test_what_a_text_begins_after_is_kept_in_the_folder(ours, foreign, tmp_path,
     from transformers import AutoTokenizer
 
     for name, tokenizer in {"ours": ours, "foreign": foreign}.items():
-        tokenizer.with_bos(not wanted).with_bos(wanted).save(tmp_path / name)
+        tokenizer.with_settings(add_bos=not wanted).with_settings(add_bos=wanted).save(tmp_path / name)
         again = Tokenizer.load(tmp_path / name)
         assert again.start_id == (tokenizer.bos_id if wanted else tokenizer.eos_id) and again.sha256 == tokenizer.sha256
         ids = AutoTokenizer.from_pretrained(tmp_path / name).encode("a b")

@@ -162,10 +162,10 @@ def test_a_vocabulary_from_pieces_cuts_as_the_one_they_are_from(base):
 
 
 def test_bos_before_each_text_and_a_chat_template_are_for_other_programs(base, tmp_path):
-    assert base.opening_id == base.eos_id
+    assert base.start_id == base.eos_id
     made = base.with_settings(add_bos=True, chat_template="{{ messages }}")
     made.save(tmp_path)
     loaded = Tokenizer.load(tmp_path)
-    assert loaded.opening_id == loaded.bos_id and loaded.chat_template == "{{ messages }}"
+    assert loaded.start_id == loaded.bos_id and loaded.chat_template == "{{ messages }}"
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
     assert theirs("the cat").input_ids == [1, *base.encode("the cat")] and theirs.chat_template == "{{ messages }}"
