@@ -1,13 +1,20 @@
 """Attention as a torch op: forward and backward kernels, their fake twins, autograd.
 
 The mathematics is in `attention_forward.py` and `attention_backward.py`, what a query sees in `attention_mask.py`.
-The backward pass is deterministic: each gradient has one owner, nothing is added by atomics.
+The backward pass is deterministic: each gradient has one owner, nothing is added by atomics. On a Hopper GPU, and with
+a Triton they were tested with, `attention_sm90.py` and `attention_sm90_backward.py` take what they support; that
+backward pass adds dq by atomics, so `torch.use_deterministic_algorithms(True)` goes by the other.
 """
 
 import torch
 from torch import Tensor
 
 from kernels import attention_backward, attention_forward
+
+try:
+    from kernels import attention_sm90, attention_sm90_backward
+except (ImportError, AttributeError):  # Gluon is experimental: another Triton may have it otherwise, or not at all
+    attention_sm90 = None
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -23,6 +30,8 @@ def _op(
     softcap: float | None,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
+    if attention_sm90 and attention_sm90.chosen(q, k, v, spans, causal, window, softcap):
+        return attention_sm90.forward(q, k, v, spans, causal=causal, scale=scale)
     return attention_forward.forward(q, k, v, spans, causal=causal, window=window, softcap=softcap, scale=scale)
 
 
@@ -47,6 +56,10 @@ def _backward_op(
     softcap: float | None,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    repeatable = torch.are_deterministic_algorithms_enabled()
+    if attention_sm90 and not repeatable and attention_sm90.chosen(q, k, v, spans, causal, window, softcap):
+        options = dict(causal=causal, scale=scale, dlse=dlse)
+        return attention_sm90_backward.backward(dout, q, k, v, out, lse, spans, **options)
     options = dict(causal=causal, window=window, softcap=softcap, scale=scale, dlse=dlse)
     return attention_backward.backward(dout, q, k, v, out, lse, spans, **options)
 
