@@ -285,9 +285,9 @@ def _compute(me: gl.constexpr, SPANS: gl.constexpr, Out, OutPointer, Lse, Spans,
 
 
 @gluon.jit(do_not_specialize=["n_tiles", "n_blocks", "group", "heads", "kv_heads"])
-def _forward(Q, K, V, Out, OutPointer, Lse, Spans, counter, n_tiles, n_blocks, group, length, heads, kv_heads, scale,
-             COMPUTERS: gl.constexpr, STAGES: gl.constexpr, Q_BUFFERS: gl.constexpr, SPANS: gl.constexpr,
-             COMPUTE_REGISTERS: gl.constexpr, LOAD_REGISTERS: gl.constexpr):  # fmt: skip
+def _forward_sm90(Q, K, V, Out, OutPointer, Lse, Spans, counter, n_tiles, n_blocks, group, length, heads, kv_heads,
+                  scale, COMPUTERS: gl.constexpr, STAGES: gl.constexpr, Q_BUFFERS: gl.constexpr, SPANS: gl.constexpr,
+                  COMPUTE_REGISTERS: gl.constexpr, LOAD_REGISTERS: gl.constexpr):  # fmt: skip
     ROWS: gl.constexpr = Q.block_shape[0]
     BLOCK_N: gl.constexpr = K.block_shape[0]
     D: gl.constexpr = K.block_shape[1]
@@ -360,7 +360,7 @@ def forward(
     blocks = triton.cdiv(length, 64 * chosen["COMPUTERS"])
     tiles = blocks * batch * heads
     launch.run(
-        _forward, (min(tiles, launch.multiprocessors(q.device)),),
+        _forward_sm90, (min(tiles, launch.multiprocessors(q.device)),),
         describe(q, 64), describe(k, 128), describe(v, 128), describe(out, 64), out, lse,
         lse if spans is None else spans.contiguous(),  # any pointer will do where there are no spans
         torch.zeros(1, dtype=torch.int32, device=q.device), tiles, blocks,

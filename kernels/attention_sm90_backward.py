@@ -325,9 +325,9 @@ def _compute(me: gl.constexpr, PERSISTENT: gl.constexpr, SPANS: gl.constexpr, DQ
 
 
 @gluon.jit(do_not_specialize=["n_tiles", "n_blocks", "group", "heads", "kv_heads"])
-def _backward(Q, K, V, DO, Lse, Delta, Spans, DK, DV, DQ, counter, n_tiles, n_blocks, group, length, padded, heads,
-              kv_heads, scale, scale_log2, STAGES: gl.constexpr, PERSISTENT: gl.constexpr, SPANS: gl.constexpr,
-              COMPUTE_REGISTERS: gl.constexpr, LOAD_REGISTERS: gl.constexpr):  # fmt: skip
+def _backward_sm90(Q, K, V, DO, Lse, Delta, Spans, DK, DV, DQ, counter, n_tiles, n_blocks, group, length, padded,
+                   heads, kv_heads, scale, scale_log2, STAGES: gl.constexpr, PERSISTENT: gl.constexpr,
+                   SPANS: gl.constexpr, COMPUTE_REGISTERS: gl.constexpr, LOAD_REGISTERS: gl.constexpr):  # fmt: skip
     STEP: gl.constexpr = Q.block_shape[0]
     D: gl.constexpr = Q.block_shape[1]
     KV_BUFFERS: gl.constexpr = 2 if PERSISTENT else 1
@@ -399,7 +399,7 @@ def backward(
     persistent = chosen["PERSISTENT"]
     group = heads_together(triton.cdiv(blocks, 2) if persistent else blocks, batch * kv_heads, q.device)
     launch.run(
-        _backward, (min(tiles, launch.multiprocessors(q.device)) if persistent else tiles,),
+        _backward_sm90, (min(tiles, launch.multiprocessors(q.device)) if persistent else tiles,),
         *(describe(x, 64) for x in (q, k, v, dout)), describe_vector(lse2, STEP), describe_vector(delta, STEP),
         lse2 if spans is None else spans.contiguous(),  # any pointer will do where there are no spans
         describe(dk, 64), describe(dv, 64), dq_sum, torch.zeros(1, dtype=torch.int32, device=q.device),

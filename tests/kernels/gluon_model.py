@@ -37,13 +37,16 @@ class Scalar(int):
         return self
 
 
-for name in ("add", "sub", "mul", "floordiv", "mod", "and", "xor", "radd", "rsub", "rmul", "rfloordiv", "rmod"):
-
-    def operation(self, other, _plain=getattr(int, f"__{name}__")):
-        result = _plain(self, other)
+def staying(plain):
+    def operation(self, other):
+        result = plain(self, other)
         return Scalar(result) if isinstance(result, int) else result
 
-    setattr(Scalar, f"__{name}__", operation)
+    return operation
+
+
+for name in ("add", "sub", "mul", "floordiv", "mod", "and", "xor", "radd", "rsub", "rmul", "rfloordiv", "rmod"):
+    setattr(Scalar, f"__{name}__", staying(getattr(int, f"__{name}__")))
 
 
 class Registers(torch.Tensor):
@@ -158,6 +161,8 @@ def warpgroup_mma(a, b, acc, use_acc=True, is_async=False):
 
 
 def warpgroup_mma_wait(outstanding, deps):
+    if here.block.random.random() < 0.1:
+        time.sleep(1e-3)  # others go on meanwhile, if they may
     while len(here.flying) > outstanding:
         product = here.flying.pop(0)
         for reading in product.readings:
@@ -224,7 +229,7 @@ class Pointer:
         at = torch.as_tensor(self.at).as_subclass(torch.Tensor)
         wanted = torch.ones_like(at, dtype=torch.bool) if mask is None else mask.expand(at.shape)
         chosen = at[wanted]
-        assert chosen.numel() == 0 or (0 <= chosen.min() and chosen.max() < self.memory.numel()), "out of bounds"
+        assert chosen.numel() == 0 or (chosen.min() >= 0 and chosen.max() < self.memory.numel()), "out of bounds"
         return at, wanted
 
 
@@ -330,9 +335,7 @@ mbarrier = SimpleNamespace(
     arrive=lambda barrier, count: barrier[0][barrier[1]].change(arrivals=count),
     expect=lambda barrier, size: barrier[0][barrier[1]].change(arrivals=1, promised=size),
 )  # fmt: skip
-tma = SimpleNamespace(
-    async_copy_global_to_shared=copy_in, async_copy_shared_to_global=copy_out, store_wait=store_wait
-)
+tma = SimpleNamespace(async_copy_global_to_shared=copy_in, async_copy_shared_to_global=copy_out, store_wait=store_wait)
 PARTS = dict(gl=gl, mbarrier=mbarrier, tma=tma, fence_async_shared=fence, warpgroup_mma=warpgroup_mma,
              warpgroup_mma_wait=warpgroup_mma_wait)  # fmt: skip
 

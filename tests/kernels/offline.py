@@ -68,9 +68,13 @@ def warnings(ptx: str, architecture: int) -> list[str]:
 
 
 def has_large_products(asm: dict) -> bool:
-    """Whether there is a product of 16-bit matrices with at least the 64 rows that wgmma computes at a time."""
+    """Whether there is a product of 16-bit matrices with at least the 64 rows that wgmma computes at a time.
+
+    Gluon's products are wgmma or nothing, and have no form from before Triton chose.
+    """
     products = re.findall(r"tt\.dot .*?: tensor<(\d+)x\d+xb?f16>", asm.get("ttir", ""))
-    return any(int(rows) >= 64 for rows in products)
+    gluon = "ttir" not in asm and "warp_group_dot " in asm["ttgir"]
+    return gluon or any(int(rows) >= 64 for rows in products)
 
 
 def main(architecture: int, word: str = "") -> None:

@@ -5,9 +5,25 @@
 
 from collections.abc import Callable, Iterator
 
-from tests.kernels import shipped_attention, shipped_decode, shipped_loss, shipped_optim, shipped_quant, shipped_rowwise
+from tests.kernels import (
+    shipped_attention,
+    shipped_attention_sm90,
+    shipped_decode,
+    shipped_loss,
+    shipped_optim,
+    shipped_quant,
+    shipped_rowwise,
+)
 
-SUBJECTS = (shipped_attention, shipped_decode, shipped_loss, shipped_optim, shipped_quant, shipped_rowwise)
+SUBJECTS = (
+    shipped_attention,
+    shipped_attention_sm90,
+    shipped_decode,
+    shipped_loss,
+    shipped_optim,
+    shipped_quant,
+    shipped_rowwise,
+)
 
 
 def calls(architecture: int) -> Iterator[tuple[str, Callable]]:

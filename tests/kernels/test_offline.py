@@ -16,8 +16,9 @@ import pytest
 from kernels import launch
 
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
-# Bytes of stack that calls are known to need: fp32 has no tensor cores, and wide heads take all registers.
-SPILLS = {"attention float32 256 backward": 160, "attention float32 128 backward": 8}
+# Bytes of stack that are known to be needed, by call or kernel: fp32 has no tensor cores, and wide heads take all
+# registers; of the Hopper backward's few bytes see its file.
+SPILLS = {"attention float32 256 backward": 160, "attention float32 128 backward": 8, "_backward_sm90": 40}
 FOLDER = Path(__file__).parent
 
 
@@ -47,7 +48,7 @@ def test_nothing_spills_and_everything_fits(architecture):
     assert len(kernels) > 20
     limit = launch.SHARED_MEMORY[architecture]
     assert {name(k): k["shared"] for k in kernels if k["shared"] > limit} == {}
-    spills = {name(k): k["stack"] for k in kernels if k["stack"] > SPILLS.get(k["call"], 0)}
+    spills = {name(k): k["stack"] for k in kernels if k["stack"] > SPILLS.get(k["call"], SPILLS.get(k["kernel"], 0))}
     assert spills == {}
 
 
