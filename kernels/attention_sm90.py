@@ -45,10 +45,11 @@ What each idea brought, in TFLOP/s on an H100 SXM (700 W), triton 3.6, causal, b
 That gave 305, 382, 418 and 482 at 1k, 2k, 4k and 16k for 32 heads of 64 (0.91, 0.98, 1.03 and 1.10 times cuDNN in the
 same run), and 410, 528, 579 and 650 for 16 heads of 128 (0.96, 1.10, 1.13 and 1.19).
 
-Those numbers are of a first version of this code. This one compiles, by triton 3.6 and 3.8, to the same instructions in
-its inner loops, but has not run on a GPU yet: `TESTED_TRITON` is empty, and until `pytest -m gpu` has passed with a
-version and that version stands in it, `attention` takes the plain kernels. `python -m kernels.bench attention` measures
-both, this one as "ours (sm_90)".
+Those numbers are of a first version of this code. This one has, compiled by triton 3.6 and 3.8, the same instructions in
+its inner loops, integers for addresses aside, and the same order of products, waits and exponentials; but it has not
+run on a GPU yet. `TESTED_TRITON` is empty, and until `pytest -m gpu` has passed with a version and that version stands
+in it, `attention` takes the plain kernels. `python -m kernels.bench attention` measures both, this one as
+"ours (sm_90)". Without a GPU, the tests run this source in a model of Gluon: `tests/kernels/gluon_model.py`.
 
 Packed documents: a tile stops at the block where its first query's document begins, and compares in every block.
 """
@@ -184,6 +185,77 @@ def _skip(n_steps, step, k_full, k_empty, v_full, v_empty, STAGES: gl.constexpr)
 
 
 @gluon.jit
+def _diagonal(q_tile, at, k_tile, k_full, k_empty, step, rows, end, Spans, row_of_batch, length, scale,
+              SPANS: gl.constexpr):  # fmt: skip
+    """A tile's first step, the block of keys before `end`: probabilities, maximum, sums, and each row's first key.
+
+    All other blocks lie before the diagonal, so this one alone is compared with it, element by element. And each row
+    sees a key of this block, its own, so that no maximum is ever minus infinity.
+    """
+    ROWS: gl.constexpr = q_tile.shape[1]
+    BLOCK_N: gl.constexpr = k_tile.shape[1]
+    STAGES: gl.constexpr = k_tile.shape[0]
+    S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
+    stage = step % STAGES
+    zero = gl.zeros((ROWS, BLOCK_N), gl.float32, S_LAYOUT)
+    mbarrier.wait(k_full.index(stage), (step // STAGES) & 1)
+    s = warpgroup_mma(q_tile.index(at), k_tile.index(stage).permute((1, 0)), zero, use_acc=False, is_async=True)
+    s = warpgroup_mma_wait(0, deps=[s])
+    mbarrier.arrive(k_empty.index(stage), count=1)
+    keys = (end - 1) * BLOCK_N + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, S_LAYOUT))
+    s = gl.where(rows[:, None] >= keys[None, :], s, -1.0e30)
+    first_key = 0
+    if SPANS:
+        first_key = gl.load(Spans + 2 * (row_of_batch + rows), mask=rows < length, other=0)
+        s = gl.where(keys[None, :] >= first_key[:, None], s, -1.0e30)
+    top = gl.max(s, 1) * scale
+    p = gl.exp2(s * scale - top[:, None])
+    return p, top, _row_sums(p), first_key
+
+
+@gluon.jit
+def _walk(at, tiles, full, empty, step, begin, end, first_key, o, p16, top, total, scale, SPANS: gl.constexpr):
+    """The steps after the first, down to block `begin`. Their last probabilities have not joined the output yet."""
+    q_tile, k_tile, v_tile, o_tile = tiles
+    k_full, v_full = full[1], full[2]
+    k_empty, v_empty = empty[1], empty[2]
+    ROWS: gl.constexpr = q_tile.shape[1]
+    BLOCK_N: gl.constexpr = k_tile.shape[1]
+    STAGES: gl.constexpr = k_tile.shape[0]
+    S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
+    zero = gl.zeros((ROWS, BLOCK_N), gl.float32, S_LAYOUT)
+    columns = gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, S_LAYOUT))
+    stage = step % STAGES
+    phase = (step // STAGES) & 1
+    for i in range(end - 1 - begin):
+        before = stage
+        phase_before = phase
+        step += 1
+        stage = step % STAGES
+        phase = (step // STAGES) & 1
+        # Two products in flight: scores of this block, then the block before joins the output. The exponentials below
+        # need the first alone, and run while the tensor cores are busy with the second.
+        mbarrier.wait(k_full.index(stage), phase)
+        s = warpgroup_mma(q_tile.index(at), k_tile.index(stage).permute((1, 0)), zero, use_acc=False, is_async=True)
+        mbarrier.wait(v_full.index(before), phase_before)
+        pv = warpgroup_mma(p16, v_tile.index(before), o, is_async=True)
+        s = warpgroup_mma_wait(1, deps=[s])
+        mbarrier.arrive(k_empty.index(stage), count=1)
+        if SPANS:
+            s = gl.where(columns[None, :] >= (first_key - (end - 2 - i) * BLOCK_N)[:, None], s, -1.0e30)
+        p, top, shrink, total = _softmax(s, top, total, scale)
+        # This wait was over long ago. It stands here because ptxas would move the next one, which waits for registers
+        # alone, above the exponentials; across a barrier it moves nothing. What the second wait carries is `p` in fp32:
+        # as 16-bit numbers they would be taken apart and packed again (32 PRMT a step).
+        mbarrier.wait(v_full.index(before), phase_before)
+        o, p, total, _ = warpgroup_mma_wait(0, deps=[pv, p, total, p16])
+        mbarrier.arrive(v_empty.index(before), count=1)
+        p16 = gl.convert_layout(p.to(o_tile.dtype), p16.type.layout)
+        o = o * gl.convert_layout(shrink, gl.SliceLayout(1, o.type.layout))[:, None]
+    return o, p16, top, total, step
+
+
+@gluon.jit
 def _compute(me: gl.constexpr, SPANS: gl.constexpr, Out, OutPointer, Lse, Spans, tiles, full, empty, next_tile, n_tiles,
              n_blocks, group, length, heads, scale):  # fmt: skip
     """Warpgroup number `me`: its 64 rows of each tile, from scores to output."""
@@ -197,10 +269,9 @@ def _compute(me: gl.constexpr, SPANS: gl.constexpr, Out, OutPointer, Lse, Spans,
     BLOCK_N: gl.constexpr = k_tile.shape[1]
     STAGES: gl.constexpr = k_tile.shape[0]
     Q_BUFFERS: gl.constexpr = q_tile.shape[0] // COMPUTERS
-    S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
+    S_ROWS: gl.constexpr = gl.SliceLayout(1, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16]))
     O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     P_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, O_LAYOUT, 2)
-    O_ROWS: gl.constexpr = gl.SliceLayout(1, O_LAYOUT)
     step = 0
     done = 0
     tile = take(slot, slot_full, slot_empty, 0)
@@ -210,68 +281,27 @@ def _compute(me: gl.constexpr, SPANS: gl.constexpr, Out, OutPointer, Lse, Spans,
         h = bh % heads
         first_row = block * COMPUTERS * ROWS
         row = first_row + me * ROWS
-        rows = row + gl.arange(0, ROWS, layout=gl.SliceLayout(1, S_LAYOUT))
-        columns = gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, S_LAYOUT))
+        rows = row + gl.arange(0, ROWS, layout=S_ROWS)
         # a tile's first row sees the earliest key of all its rows: every warpgroup walks down to that key's block
         begin, tile_end = _key_blocks(Spans, b, first_row, first_row + COMPUTERS * ROWS, length, BLOCK_N, SPANS)
         end = min(row + ROWS + BLOCK_N - 1, length + BLOCK_N - 1) // BLOCK_N
         step = _skip(tile_end - end, step, k_full, k_empty, v_full, v_empty, STAGES)
         at = (done % Q_BUFFERS) * COMPUTERS + me
-        zero = gl.zeros((ROWS, BLOCK_N), gl.float32, S_LAYOUT)
-        stage = step % STAGES
-        phase = (step // STAGES) & 1
         mbarrier.wait(q_full.index(at), (done // Q_BUFFERS) & 1)
-
-        # The diagonal's block first. All others lie before it, so it alone is compared element by element; and each
-        # row sees a key of it, its own, so that no maximum is ever minus infinity.
-        mbarrier.wait(k_full.index(stage), phase)
-        s = warpgroup_mma(q_tile.index(at), k_tile.index(stage).permute((1, 0)), zero, use_acc=False, is_async=True)
-        s = warpgroup_mma_wait(0, deps=[s])
-        mbarrier.arrive(k_empty.index(stage), count=1)
-        keys = (end - 1) * BLOCK_N + columns
-        s = gl.where(rows[:, None] >= keys[None, :], s, -1.0e30)
-        if SPANS:
-            first_key = gl.load(Spans + 2 * (b * length + rows), mask=rows < length, other=0)
-            s = gl.where(keys[None, :] >= first_key[:, None], s, -1.0e30)
-        top = gl.max(s, 1) * scale
-        p = gl.exp2(s * scale - top[:, None])
-        total = _row_sums(p)
+        p, top, total, first_key = _diagonal(q_tile, at, k_tile, k_full, k_empty, step, rows, end, Spans, b * length,
+                                             length, scale, SPANS)  # fmt: skip
         o = gl.zeros((ROWS, D), gl.float32, O_LAYOUT)
         p16 = gl.convert_layout(p.to(o_tile.dtype), P_LAYOUT)
-
-        for i in range(end - 1 - begin):
-            before = stage
-            phase_before = phase
-            step += 1
-            stage = step % STAGES
-            phase = (step // STAGES) & 1
-            # Two products in flight: scores of this block, then the block before joins the output. The exponentials
-            # below need the first alone, and run while the tensor cores are busy with the second.
-            mbarrier.wait(k_full.index(stage), phase)
-            s = warpgroup_mma(q_tile.index(at), k_tile.index(stage).permute((1, 0)), zero, use_acc=False, is_async=True)
-            mbarrier.wait(v_full.index(before), phase_before)
-            pv = warpgroup_mma(p16, v_tile.index(before), o, is_async=True)
-            s = warpgroup_mma_wait(1, deps=[s])
-            mbarrier.arrive(k_empty.index(stage), count=1)
-            if SPANS:
-                s = gl.where(columns[None, :] >= (first_key - (end - 2 - i) * BLOCK_N)[:, None], s, -1.0e30)
-            p, top, shrink, total = _softmax(s, top, total, scale)
-            # This wait was over long ago. It stands here because ptxas would move the next one, which only waits for
-            # registers, above the exponentials; across a barrier it moves nothing. `p` stays fp32 among the values
-            # that the second wait carries: as 16-bit numbers they would be taken apart and packed again (32 PRMT).
-            mbarrier.wait(v_full.index(before), phase_before)
-            o, p, total, _ = warpgroup_mma_wait(0, deps=[pv, p, total, p16])
-            mbarrier.arrive(v_empty.index(before), count=1)
-            p16 = gl.convert_layout(p.to(o_tile.dtype), P_LAYOUT)
-            o = o * gl.convert_layout(shrink, O_ROWS)[:, None]
+        o, p16, top, total, step = _walk(at, tiles, full, empty, step, begin, end, first_key, o, p16, top, total, scale,
+                                         SPANS)  # fmt: skip
         mbarrier.arrive(q_empty.index(at), count=1)
         done += 1
-
-        mbarrier.wait(v_full.index(stage), phase)
+        stage = step % STAGES
+        mbarrier.wait(v_full.index(stage), (step // STAGES) & 1)
         pv = warpgroup_mma(p16, v_tile.index(stage), o, is_async=True)
-        total = gl.convert_layout(gl.sum(total, 1), gl.SliceLayout(1, S_LAYOUT))
-        # The loading warp offers a tile when it has asked for all of the one before, and waits for nothing that is
-        # freed below: no circle. Which tile comes next is read while the last product runs.
+        total = gl.convert_layout(gl.sum(total, 1), S_ROWS)
+        # Which tile comes next is read while the last product runs. The loading warp offers it when it has asked for
+        # all of this tile's keys and values, and waits for nothing that is freed below: no circle.
         tile = take(slot, slot_full, slot_empty, done)
         lse = (top + gl.log2(total)) * 0.6931471805599453
         gl.store(Lse + bh.to(gl.int64) * length + rows, lse, mask=rows < length)
@@ -279,7 +309,7 @@ def _compute(me: gl.constexpr, SPANS: gl.constexpr, Out, OutPointer, Lse, Spans,
         o, _ = warpgroup_mma_wait(0, deps=[pv, p16])
         mbarrier.arrive(v_empty.index(stage), count=1)
         step += 1
-        o = o / gl.convert_layout(total, O_ROWS)[:, None]
+        o = o / gl.convert_layout(total, gl.SliceLayout(1, O_LAYOUT))[:, None]
         _store(Out, OutPointer, o_tile.index(me), o, b, h, row, length, heads)
     tma.store_wait(0)
 

@@ -255,6 +255,19 @@ def _step(me: gl.constexpr, DIAGONAL: gl.constexpr, SPANS: gl.constexpr, kv, ste
 
 
 @gluon.jit
+def _store(PERSISTENT: gl.constexpr, DK, DV, dk_tile, dv_tile, dk, dv, row, column):
+    """A warpgroup's gradients go out by the copy engine; if not persistent, by the buffers of its keys and values."""
+    dv_tile.store(dv.to(dv_tile.dtype))
+    fence_async_shared()
+    tma.async_copy_shared_to_global(DV, [row, column], dv_tile)
+    if not PERSISTENT:
+        _both_warpgroups()  # v was this warpgroup's own, but the other one read these keys too, for its half of dq
+    dk_tile.store(dk.to(dk_tile.dtype))
+    fence_async_shared()
+    tma.async_copy_shared_to_global(DK, [row, column], dk_tile)
+
+
+@gluon.jit
 def _compute(me: gl.constexpr, PERSISTENT: gl.constexpr, SPANS: gl.constexpr, DQ, DK, DV, Spans, tiles, vectors,
              ds_tiles, step_barriers, kv_barriers, next_tile, n_tiles, n_blocks, group, length, padded, heads, kv_heads,
              scale, scale_log2):  # fmt: skip
@@ -313,14 +326,7 @@ def _compute(me: gl.constexpr, PERSISTENT: gl.constexpr, SPANS: gl.constexpr, DQ
             tma.store_wait(0)  # the last tile's gradients have left their buffers
         else:
             tile = n_tiles
-        tiles.index(OUT + 2 + me).store(dv.to(tiles.dtype))
-        fence_async_shared()
-        tma.async_copy_shared_to_global(DV, [row, column], tiles.index(OUT + 2 + me))
-        if not PERSISTENT:
-            _both_warpgroups()  # v is this warpgroup's own, but the other one read these keys too, for its half of dq
-        tiles.index(OUT + me).store((dk * scale).to(tiles.dtype))
-        fence_async_shared()
-        tma.async_copy_shared_to_global(DK, [row, column], tiles.index(OUT + me))
+        _store(PERSISTENT, DK, DV, tiles.index(OUT + me), tiles.index(OUT + 2 + me), dk * scale, dv, row, column)
     tma.store_wait(0)
 
 
