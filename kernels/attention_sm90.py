@@ -6,28 +6,27 @@ the same time waits for anything but its data.
 
 One block of threads on each multiprocessor takes tile after tile: 128 queries of one head, or 192.
 
-    loading warp, 24 registers a thread          compute warpgroup 0 │ 1 [│ 2], 64 queries each, 240 registers
-    ┌─────────────────────────────┐  q_full     ┌──────────────────────────────────────────────────────────┐
-    │ number of the tile ─────────┼──► slot ───►│ for each block of 128 keys, from the diagonal back:        │
-    │ q (64, D) a warpgroup ──────┼──► q   ────►│     s = q kᵀ                     tensor cores             │
-    │ k (128, D) ─────────────────┼──► k 0│1[│2]│     p = 2^(s − top), Σ p         exponentials             │
-    │ v (128, D) ─────────────────┼──► v 0│1[│2]│     o = o · 2^(old top − top) + p v    tensor cores       │
-    │      by the copy engine     │◄── empty ───│ o / Σ p ──► o (64, D) ──► memory, by the copy engine       │
-    └─────────────────────────────┘             └──────────────────────────────────────────────────────────┘
-                                  shared memory
+    loading warp, 24 registers       shared memory      compute warpgroups 0, 1 [, 2]: 64 queries, 240 registers
+    ┌─────────────────────────────┐                   ┌──────────────────────────────────────────────────────┐
+    │ number of the tile ─────────┼─► slot       ──►  │ for each block of 128 keys, from the diagonal back:  │
+    │ q (64, D) a warpgroup ──────┼─► q          ──►  │     s = q kᵀ                        tensor cores     │
+    │ k (128, D) ─────────────────┼─► k 0│1[│2]  ──►  │     p = 2^(s − top), Σ p            exponentials     │
+    │ v (128, D) ─────────────────┼─► v 0│1[│2]  ──►  │     o = o · 2^(old top − top) + p v tensor cores     │
+    │      by the copy engine     │◄─ empty      ◄──  │ o / Σ p ──► o (64, D) ──► memory, by the copy engine │
+    └─────────────────────────────┘                   └──────────────────────────────────────────────────────┘
 
 A step of a warpgroup, and the next; ▒ is time for which it waits:
 
-    tensor cores    s(i) ███ │ o += p(i−1) v(i−1) ███ │          s(i+1) ███ │ o += p(i) v(i) ███ │
-    exponentials     ▒▒▒▒▒▒▒ │ p(i) ████████████████████████████  ▒▒▒▒▒▒▒▒▒ │ p(i+1) ████████████████
+    tensor cores    s(i) ███ │ o += p(i−1) v(i−1) ███ ·      │ s(i+1) ███ │ o += p(i) v(i) ███ ·      │
+    exponentials    ▒▒▒▒▒▒▒▒ │ p(i) ████████████████████████ │ ▒▒▒▒▒▒▒▒▒▒ │ p(i+1) ██████████████████ │
 
-and while one warpgroup waits, another computes. The barriers, each with one use by one side and one by the other:
+and while one warpgroup waits, another computes. The barriers, by whom they are completed, and who waits for them:
 
-    q_full                 bytes of one copy       a warpgroup, before its first product of a tile
-    k_full, v_full [stage] bytes of one copy       every warpgroup
-    q_empty                its warpgroup           loading warp, before the next tile's queries
-    k_empty, v_empty       every warpgroup         loading warp, before the same stage's next copy
-    slot_full, slot_empty  loading warp; every warpgroup
+    q_full                  bytes of one copy                  a warpgroup, before its first product of a tile
+    k_full, v_full [stage]  bytes of one copy                  every warpgroup, before the product that reads it
+    q_empty                 its warpgroup                      the loading warp, before the next tile's queries
+    k_empty, v_empty        every warpgroup                    the loading warp, before the stage's next copy
+    slot_full; slot_empty   loading warp; every warpgroup      every warpgroup; loading warp
 
 k and v have barriers of their own because a block's v is needed a step later than its k.
 
@@ -38,15 +37,15 @@ What each idea brought, in TFLOP/s on an H100 SXM (700 W), triton 3.6, causal, b
     a third compute warpgroup, 192 queries                D 64: 16k 450 → 482
     heads in groups of about two tiles a multiprocessor   all heads in one group costs up to 35 %
     heavy tiles first                                     light ones first cost 12 %
-    a wait that only keeps ptxas from moving another      see `_compute`
+    a wait that only keeps ptxas from moving another      see `_walk`
     no effect: turns between the warpgroups (named barriers), sums kept in each thread, the next tile's first scores
     under this tile's end. Lost: a quarter of the exponentials as polynomials, 2 to 15 %.
 
 That gave 305, 382, 418 and 482 at 1k, 2k, 4k and 16k for 32 heads of 64 (0.91, 0.98, 1.03 and 1.10 times cuDNN in the
 same run), and 410, 528, 579 and 650 for 16 heads of 128 (0.96, 1.10, 1.13 and 1.19).
 
-Those numbers are of a first version of this code. This one has, compiled by triton 3.6 and 3.8, the same instructions in
-its inner loops, integers for addresses aside, and the same order of products, waits and exponentials; but it has not
+Those numbers are of a first version of this code. In its inner loops this one has, compiled by triton 3.6 and 3.8, the
+same instructions, integers for addresses aside, and the same order of products, waits and exponentials; but it has not
 run on a GPU yet. `TESTED_TRITON` is empty, and until `pytest -m gpu` has passed with a version and that version stands
 in it, `attention` takes the plain kernels. `python -m kernels.bench attention` measures both, this one as
 "ours (sm_90)". Without a GPU, the tests run this source in a model of Gluon: `tests/kernels/gluon_model.py`.
@@ -91,7 +90,11 @@ def _key_blocks(Spans, b, first_row, end_row, length, BLOCK_N: gl.constexpr, SPA
 @gluon.jit
 def _load(SPANS: gl.constexpr, Q, K, V, Spans, tiles, full, empty, next_tile, counter, n_tiles, n_blocks, group, length,
           heads, kv_heads):  # fmt: skip
-    """The loading warp: keeps the copy engine busy and the queue moving; 24 registers are enough."""
+    """The loading warp: keeps the copy engine busy and the queue moving; 24 registers are enough.
+
+    A block's first tile is its own number: there are no more blocks than tiles. Every later one is asked for once, and
+    the counter gives each number once, from the number of blocks on; the first that is too large ends the block.
+    """
     q_tile, k_tile, v_tile, o_tile = tiles
     q_full, k_full, v_full = full
     q_empty, k_empty, v_empty = empty
@@ -386,8 +389,8 @@ def forward(
     batch, length, heads, size = q.shape
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(batch, heads, length, dtype=torch.float32, device=q.device)
-    chosen = settings(size, length, spans is not None)
-    blocks = triton.cdiv(length, 64 * chosen["COMPUTERS"])
+    how = settings(size, length, spans is not None)
+    blocks = triton.cdiv(length, 64 * how["COMPUTERS"])
     tiles = blocks * batch * heads
     launch.run(
         _forward_sm90, (min(tiles, launch.multiprocessors(q.device)),),
@@ -395,6 +398,6 @@ def forward(
         lse if spans is None else spans.contiguous(),  # any pointer will do where there are no spans
         torch.zeros(1, dtype=torch.int32, device=q.device), tiles, blocks,
         heads_together(triton.cdiv(blocks, 2), batch * heads, q.device),  # two tiles a multiprocessor make a group
-        length, heads, k.shape[2], scale * LOG2E, SPANS=int(spans is not None), num_warps=4, **chosen,
+        length, heads, k.shape[2], scale * LOG2E, SPANS=int(spans is not None), num_warps=4, **how,
     )  # fmt: skip
     return out, lse

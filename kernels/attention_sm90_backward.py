@@ -102,7 +102,7 @@ def from_fragments(Sum, DQ, heads, length, padded, scale, D: tl.constexpr):
 
 @gluon.jit
 def _both_warpgroups():
-    """Both compute warpgroups meet here (a barrier of the hardware, number 8, that Triton itself does not use)."""
+    """Both compute warpgroups meet here (a barrier of the hardware; Triton uses numbers 0 to 3 itself)."""
     gl.inline_asm_elementwise("bar.sync 8, 256;\n\tmov.u32 $0, 0;", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
 
 
@@ -399,10 +399,10 @@ def backward(
         out, dout, lse.contiguous(), delta if dlse is None else dlse.contiguous(), delta, lse2, dq_sum, heads, length,
         padded, *out.stride()[:3], *dout.stride()[:3], DLSE=dlse is not None, D=size, ROWS=64, num_warps=4,
     )  # fmt: skip
-    chosen = settings(size, heads != kv_heads)
+    how = settings(size, heads != kv_heads)
     tiles = blocks * batch * kv_heads
     # a persistent block of the grid takes tile after tile: two for each multiprocessor make a group of heads
-    persistent = chosen["PERSISTENT"]
+    persistent = how["PERSISTENT"]
     group = heads_together(triton.cdiv(blocks, 2) if persistent else blocks, batch * kv_heads, q.device)
     launch.run(
         _backward_sm90, (min(tiles, launch.multiprocessors(q.device)) if persistent else tiles,),
@@ -410,7 +410,7 @@ def backward(
         lse2 if spans is None else spans.contiguous(),  # any pointer will do where there are no spans
         describe(dk, 64), describe(dv, 64), dq_sum, torch.zeros(1, dtype=torch.int32, device=q.device),
         tiles, blocks, group, length, padded, heads, kv_heads, scale, scale * LOG2E,
-        SPANS=int(spans is not None), num_warps=4, **chosen,
+        SPANS=int(spans is not None), num_warps=4, **how,
     )  # fmt: skip
     launch.run(
         from_fragments, (padded // 64, batch * heads), dq_sum, dq, heads, length, padded, scale, D=size, num_warps=4

@@ -12,8 +12,8 @@ def calls(architecture: int) -> Iterator[tuple[str, Callable]]:
     if architecture != 90:
         return
     options = dict(causal=True, scale=0.125)
-    for size, length, heads in ((64, 1024, 8), (64, 1024, 2), (64, 4096, 8), (128, 4096, 8)):
-        for dtype in (torch.bfloat16, torch.float16) if size == 128 else (torch.bfloat16,):
+    for size, length, heads in ((64, 1024, 8), (64, 1024, 2), (64, 4096, 8), (128, 4096, 8), (128, 1001, 8)):
+        for dtype in (torch.bfloat16, torch.float16) if (size, length) == (128, 4096) else (torch.bfloat16,):
             for spans in (None, meta(2, length, 2, dtype=torch.int32)):
                 q, k = meta(2, length, heads, size, dtype=dtype), meta(2, length, 2, size, dtype=dtype)
                 lse = meta(2, heads, length, dtype=torch.float32)

@@ -175,7 +175,7 @@ def test_attention_comes_here_only_when_chosen(model, monkeypatch):
     assert calls == ["forward", "backward", "forward"]
 
 
-HEADS = [(1, 1, 64), (32, 32, 64), (12, 12, 64), (32, 4, 64), (16, 16, 128), (32, 8, 128), (3, 1, 128)]
+HEADS = [(1, 1, 64), (12, 12, 64), (8, 1, 64), (6, 6, 128), (8, 2, 128), (3, 1, 128)]
 
 
 @pytest.mark.gpu
