@@ -25,7 +25,10 @@ except ImportError as problem:  # another package of that name is on the registr
 
 IMPLEMENTATIONS = ("auto", "triton", "torch", "reference")
 OLDEST_GPU = 8, 0  # compute capability: what the kernels are compiled for and tested against
-MODULES = ("attention", "decode_attention", "linear_cross_entropy", "quant_matmul", "rms_norm", "rope", "swiglu")
+MODULES = (
+    *("adamw", "attention", "decode_attention", "linear_cross_entropy", "muon", "quant_matmul", "rms_norm", "rope"),
+    "swiglu",
+)
 
 _selected = "auto"
 _triton: SimpleNamespace | None = None  # the kernels' modules, once they are imported
@@ -84,7 +87,7 @@ def describe(device: torch.device) -> str:
         return "ops: reference (plain torch) for all"
     if _selected == "triton" or (_selected == "auto" and device.type == "cuda" and _triton is not None):
         how = ", interpreted on the CPU" if _triton.launch.INTERPRETED else ""
-        return f"ops: triton{how} (attention, norm with residual, rope, swiglu, loss in chunks)"
+        return f"ops: triton{how} (attention, norm with residual, rope, swiglu, loss in chunks, optimizers)"
     return "ops: torch (attention: scaled_dot_product_attention; norm: rms_norm; loss: cross_entropy in chunks)"
 
 
@@ -227,3 +230,15 @@ def quant_matmul(x: Tensor, weight: list[Tensor]) -> Tensor:
     if fused(x):
         return _triton.quant_matmul.quant_matmul(x, weight)
     return _QuantMatmul.apply(x.to(_product_dtype(x)), *weight)
+
+
+def adamw(
+    params: list[Tensor], grads: list[Tensor], exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor], **options
+) -> None:
+    """One step for a list of fp32 tensors where `fused`, in place: see `kernels.adamw.adamw`."""
+    _triton.adamw.adamw(params, grads, exp_avgs, exp_avg_sqs, **options)
+
+
+def muon(params: list[Tensor], grads: list[Tensor], buffers: list[Tensor], **options) -> None:
+    """One step for matrices of one shape on a device where `fused`, in place: see `kernels.muon.muon`."""
+    _triton.muon.muon(params, grads, buffers, **options)

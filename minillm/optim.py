@@ -1,7 +1,8 @@
 """Optimizers and learning-rate schedules.
 
-AdamW is torch's (fused where there is one); Muon is written here. A schedule is a pure function of
-the step, so a resumed run is on it by itself.
+On GPUs where our kernels run, a step of AdamW is one launch for all tensors, and Muon's is theirs too; elsewhere AdamW
+is torch's and Muon is written here. Their state is the same, so a checkpoint goes from one to the other. A schedule is
+a pure function of the step, so a resumed run is on it by itself.
 """
 
 import math
@@ -9,16 +10,17 @@ import math
 import torch
 from torch import Tensor, nn
 
-from minillm import UserError
+from minillm import UserError, ops
 
 # Coefficients of the quintic iteration, chosen by its author for speed: singular values end in about
 # [0.7, 1.2], not at 1 (Jordan et al. 2024, "Muon: an optimizer for hidden layers in neural networks").
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 
+NEWTON_SCHULZ_STEPS = 5
 MUON_ELEMENTS = 1 << 26  # numbers orthogonalized at a time: the iteration holds three copies of them
 
 
-def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:
+def orthogonalize(matrices: Tensor, steps: int = NEWTON_SCHULZ_STEPS) -> Tensor:
     """Bring all singular values of each matrix near 1, by Newton–Schulz iteration.
 
     matrices: (n, rows, columns), any float dtype; returns the same shape and dtype. Works in bf16 on
@@ -63,12 +65,54 @@ class Muon(torch.optim.Optimizer):
             if not self.state[p]:
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p)
         grads, buffers = [p.grad for p in params], [self.state[p]["momentum_buffer"] for p in params]
+        rate = lr * 0.2 * math.sqrt(max(shape))
+        if ops.fused(params[0]):
+            iteration = dict(steps=NEWTON_SCHULZ_STEPS, coefficients=NEWTON_SCHULZ)
+            ops.muon(params, grads, buffers, rate=rate, momentum=momentum, decay=lr * weight_decay, **iteration)
+            return
         torch._foreach_mul_(buffers, momentum)
         torch._foreach_add_(buffers, grads)
         updates = torch._foreach_add(grads, buffers, alpha=momentum)  # Nesterov: look one step ahead
         updates = orthogonalize(torch.stack(updates)).unbind(0)
         torch._foreach_mul_(params, 1 - lr * weight_decay)
-        torch._foreach_add_(params, list(updates), alpha=-lr * 0.2 * math.sqrt(max(shape)))
+        torch._foreach_add_(params, list(updates), alpha=-rate)
+
+
+class AdamW(torch.optim.AdamW):
+    """torch's AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101), its step by our kernel where that runs.
+
+    params: a list of groups, all on one device.
+    """
+
+    def __init__(self, params: list[dict], lr: float, betas: tuple[float, float]):
+        first = params[0]["params"][0]
+        # torch's fused step counts on the device; ours counts on the CPU, where the step is a number to compute with
+        super().__init__(params, lr=lr, betas=betas, fused=not ops.fused(first))
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            if not params:
+                continue
+            if group["fused"] or not ops.fused(params[0]):
+                return super().step(closure)
+            for p in params:
+                if not self.state[p]:
+                    self.state[p] |= {"step": torch.zeros(()), "exp_avg": torch.zeros_like(p)}
+                    self.state[p]["exp_avg_sq"] = torch.zeros_like(p)
+                self.state[p]["step"] += 1
+            held = [self.state[p] for p in params]
+            for step in sorted({int(state["step"]) for state in held}):  # one, but for parameters that joined later
+                now = [i for i, state in enumerate(held) if int(state["step"]) == step]
+                ops.adamw(
+                    [params[i] for i in now],
+                    [params[i].grad for i in now],
+                    [held[i]["exp_avg"] for i in now],
+                    [held[i]["exp_avg_sq"] for i in now],
+                    step=step,
+                    **{name: group[name] for name in ("lr", "betas", "eps", "weight_decay")},
+                )
 
 
 def build_optimizers(
@@ -89,7 +133,7 @@ def build_optimizers(
         dict(params=[p for p in rest if p.dim() < 2], weight_decay=0.0),
     ]
     groups = [group for group in groups if group["params"]]
-    optimizers = [torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True)] if groups else []
+    optimizers = [AdamW(groups, lr=lr, betas=betas)] if groups else []
     return ([Muon(hidden, lr=lr, weight_decay=weight_decay)] if hidden else []) + optimizers
 
 
