@@ -14,6 +14,7 @@ EXTRAS["test"] = [
     "hypothesis",
     "ruff",
     "transformers>=5",
+    "peft",
     "jinja2",
     *EXTRAS["plot"],
     *EXTRAS["parquet"],
@@ -27,7 +28,7 @@ setup(
     description="Train a language model from scratch and understand every line of it",
     license="Apache-2.0",
     python_requires=">=3.11",
-    packages=["minillm", "kernels"],
+    packages=["minillm", "minillm.tuning", "kernels"],
     # One folder on the path: an editable install then also finds `data`, which no wheel contains.
     package_dir={"": "."},
     install_requires=[

@@ -28,6 +28,7 @@ from minillm import UserError, files, run
 INDEX = "model.safetensors.index.json"
 STATE = "resume/train_state.json"
 OPTIMIZER = "resume/optimizer.safetensors"
+FIXED = {"tokenizer", "architecture", "base model", "tuning"}  # fingerprints that no run may change
 DTYPES = {  # safetensors' name → torch's
     "F64": torch.float64,
     "F32": torch.float32,
@@ -168,13 +169,13 @@ def compare_fingerprints(saved: dict, now: dict, allow_data_change: bool = False
 
     Both hold "fingerprints" {name: value} and may hold "config" {option: value}, "threads", "world", "torch". Raises
     `UserError` naming the remedy when a fingerprint differs; with allow_data_change only those of
-    tokenizer and architecture must agree.
+    tokenizer, model and its tuning must agree.
     """
     before, after = saved.get("fingerprints", {}), now.get("fingerprints", {})
     differs = [name for name in sorted({*before, *after}) if before.get(name) != after.get(name)]
-    fatal = [name for name in differs if name in ("tokenizer", "architecture") or not allow_data_change]
+    fatal = [name for name in differs if name in FIXED or not allow_data_change]
     if fatal:
-        flag = "" if {"tokenizer", "architecture"} & set(fatal) else ", or accept it by --allow_data_change"
+        flag = "" if FIXED & set(fatal) else ", or accept it by --allow_data_change"
         raise UserError(
             f"the checkpoint of step {saved.get('step')} was made with another {' and another '.join(fatal)}: "
             f"choose another --out, give what it was made with{flag}"

@@ -264,6 +264,11 @@ def read_config(folder: str | Path) -> dict:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
+        if (Path(folder) / "adapter_config.json").exists():
+            raise UserError(
+                f"{folder}: an adapter, and no model; merge it into its base first: "
+                f"python -m minillm merge --model BASE --adapter {folder} --out DIR"
+            ) from None
         raise UserError(f"{folder}: no config.json there, so it is no model folder") from None
     except ValueError as problem:
         raise UserError(f"{path}: not valid JSON ({problem})") from None

@@ -17,6 +17,8 @@ from minillm import UserError, ops
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 
 NEWTON_SCHULZ_STEPS = 5
+TUNING_LR = {"lora": 5e-3, "dora": 5e-3, "ia3": 5e-2, "adapter": 5e-3, "prefix": 1e-2, "prompt": 1e-1, "ptuning": 1e-2}
+
 MUON_ELEMENTS = 1 << 26  # numbers orthogonalized at a time: the iteration holds three copies of them
 
 

@@ -82,7 +82,7 @@ def resolve_checkpoint(path: str | Path, log: Callable[[str], None] = print) -> 
             raise UserError(f"{path}: damaged: {'; '.join(problems)}; give the checkpoint before it, or the run")
         return path
     newest = newest_checkpoint(path, log)
-    if newest is None and not (path / "config.json").exists():
+    if newest is None and not any((path / name).exists() for name in ("config.json", "adapter_config.json")):
         raise UserError(f"{path}: holds no checkpoint and no config.json; give a run or a model folder")
     return newest or path
 

@@ -1,0 +1,284 @@
+"""Putting an adapter into a model and taking it off.
+
+An `Adapter` is some modules, each with its place in the model ("layers.0.self_attn.q_proj"). While it is active they
+stand there in place of the base's own modules; with none active the model is the base again, bit for bit. So a model
+has any number of adapters over one base, and parameters of the active one alone.
+"""
+
+import contextlib
+import copy
+import dataclasses
+import difflib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from minillm import UserError
+from minillm.config import VIRTUAL, TuningConfig
+from minillm.model import Transformer
+from minillm.tuning.adapter import Bottleneck
+from minillm.tuning.ia3 import Ia3Linear
+from minillm.tuning.lora import LoraEmbedding, LoraLinear, dense_weight, plain_linear
+
+LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+IA3_TARGETS = ("k_proj", "v_proj", "down_proj")  # the paper's; of the last the input is scaled
+NORMS = ("input_layernorm", "post_attention_layernorm", "q_norm", "k_norm", "norm")
+
+
+@dataclass
+class Adapter:
+    """Modules by their place in the model, what stood there before, and which model they were made for."""
+
+    options: TuningConfig
+    parts: dict[str, nn.Module]
+    base: dict[str, nn.Module] = field(default_factory=dict)
+    tied: bool = False  # whether the base's head shares the embedding's weight
+    merged: bool = False
+    base_folder: Path | None = None
+    base_sha256: str | None = None
+
+    @property
+    def is_linear(self) -> bool:
+        """Whether plain weights can hold what it does."""
+        return self.options.tune not in ("adapter", *VIRTUAL)
+
+    def parameters(self) -> dict[str, Tensor]:
+        """What is trained, by its name in the model without the adapter; what two parts share comes under both."""
+        return {
+            f"{path}.{name}": parameter
+            for path, part in self.parts.items()
+            for name, parameter in part.named_parameters(remove_duplicate=False)
+            if not name.startswith("base_layer.") and parameter.requires_grad
+        }
+
+
+def attach(
+    model: Transformer, options: TuningConfig, seed: int = 0, name: str = "default", keep_base: bool = True
+) -> Adapter:
+    """Freeze the model, add what `options.tune` trains, and make it active. Raises `UserError` for unknown modules.
+
+    The draw depends on the seed alone. keep_base False: modules that are trained in full are the base's own and no
+    copies, which saves memory and gives up going back to the base.
+    """
+    adapters = vars(model).setdefault("adapters", {})
+    if name in adapters:
+        raise UserError(f"adapter {name!r} is there already; give the new one another name")
+    set_adapter(model, None)
+    model.requires_grad_(False)
+    parts = _build(model, options, seed, keep_base)
+    adapters[name] = Adapter(options, parts, tied=model.config.tie_embeddings)
+    adapters[name].base = {path: _at(model, path) for path in parts}
+    set_adapter(model, name)
+    return adapters[name]
+
+
+def active_adapter(model: nn.Module) -> Adapter | None:
+    """The adapter that a model computes with now; None: it is the base alone, or was never given one."""
+    return vars(model).get("active")
+
+
+def set_adapter(model: Transformer, name: str | None) -> None:
+    """Compute with the adapter of this name from here on; None: with the base alone."""
+    adapters, now = vars(model).get("adapters", {}), active_adapter(model)
+    if name is not None and name not in adapters:
+        raise UserError(f"adapter {name!r}: no such adapter; there are {', '.join(adapters) or 'none'}")
+    if now is not None:
+        now.merged = False
+        _place(model, now.base)
+    model.active = None if name is None else adapters[name]
+    if name is not None:
+        _place(model, adapters[name].parts)
+    _mark_tying(model)
+
+
+def remove_adapter(model: Transformer, name: str) -> None:
+    """Forget an adapter; if it was active, the model computes with the base alone."""
+    if model.adapters[name] is active_adapter(model):
+        set_adapter(model, None)
+    del model.adapters[name]
+
+
+def merge(model: Transformer) -> None:
+    """Fold the active adapter into plain layers; arithmetic in fp32. `unmerge` gives base and adapter back unchanged.
+
+    A quantised base is multiplied out. Where embedding and head were one and are no more, the config says so.
+    Raises `UserError` if there is nothing to merge, if it is merged already, or if the method cannot be.
+    """
+    adapter = active_adapter(model)
+    if adapter is None:
+        raise UserError("merge: no adapter is active")
+    if adapter.merged:
+        raise UserError("merge: the adapter is merged already; a second time would apply it twice")
+    if not adapter.is_linear:
+        raise UserError(f"merge: --tune {adapter.options.tune} adds what no plain weight can hold; keep the adapter")
+    _place(model, {path: p.merged() if hasattr(p, "merged") else p for path, p in adapter.parts.items()})
+    dense = {path: m for path, m in model.named_modules() if hasattr(m, "dequantize")}
+    adapter.base |= {path: m for path, m in dense.items() if path not in adapter.base}
+    _place(model, {path: plain_linear(dense_weight(m), m.bias) for path, m in dense.items()})
+    adapter.merged = True
+    _mark_tying(model)
+
+
+def unmerge(model: Transformer) -> None:
+    """Undo `merge`, bit for bit: the base's own modules were kept."""
+    adapter = active_adapter(model)
+    if adapter is None or not adapter.merged:
+        raise UserError("unmerge: no adapter is merged")
+    set_adapter(model, next(name for name, other in model.adapters.items() if other is adapter))
+
+
+@contextlib.contextmanager
+def merged(model: Transformer) -> Iterator[None]:
+    """Within it the active adapter, if any can be, is merged: a plain model generates faster.
+
+    Not over a quantised base, which would be multiplied out, and take the memory that it saves.
+    """
+    adapter = active_adapter(model)
+    if adapter is None or not adapter.is_linear or adapter.options.base_bits:
+        yield
+        return
+    merge(model)
+    try:
+        yield
+    finally:
+        unmerge(model)
+
+
+def _at(model: nn.Module, path: str) -> nn.Module | None:
+    return None if path == "virtual" else model.get_submodule(path)
+
+
+def _place(model: nn.Module, modules: dict[str, nn.Module]) -> None:
+    for path, module in modules.items():
+        parent, _, name = path.rpartition(".")
+        setattr(model.get_submodule(parent), name, module)
+        if module is not None:
+            module.train(model.training)
+
+
+def _mark_tying(model: Transformer) -> None:
+    """Say in the config whether embedding and head are one, now that a merge may have parted them."""
+    adapter = active_adapter(model)
+    if adapter is not None and adapter.tied:
+        tied = not adapter.merged or model.lm_head.weight is model.embed_tokens.weight
+        model.config = dataclasses.replace(model.config, tie_embeddings=tied)
+
+
+# ---- which modules
+
+
+def _build(model: Transformer, options: TuningConfig, seed: int, keep_base: bool) -> dict[str, nn.Module]:
+    """The parts of a new adapter, by place."""
+    generator, tune = torch.Generator().manual_seed(seed), options.tune
+    device = model.norm.weight.device
+    if tune in VIRTUAL:
+        from minillm.tuning.virtual import attach_virtual
+
+        attach_virtual(model, tune, options.n_virtual, seed)
+        return {"virtual": model.virtual}
+    if tune == "freeze":
+        return _trained_in_full(model, _chosen_layers(model, options.train_layers or ""), keep_base, tied=True)
+    parts: dict[str, nn.Module] = {}
+    if tune == "adapter":
+        for path in (f"layers.{i}.{name}" for i in range(len(model.layers)) for name in ("self_attn", "mlp")):
+            base = model.get_submodule(path)
+            parts[path] = Bottleneck(base, model.config.dim, options.bottleneck_dim, generator).to(device)
+        return parts
+    for path in targets(model, default_targets(options)):
+        base = model.get_submodule(path)
+        if tune == "ia3":
+            if path in ("embed_tokens", "lm_head"):
+                raise UserError(f"--target_modules {path}: IA3 scales layers of attention and the feed-forward network")
+            parts[path] = Ia3Linear(base, on_input=path.endswith("down_proj"))
+        elif path == "embed_tokens":
+            parts[path] = LoraEmbedding(base, options.lora_rank, options.lora_scaling, tune == "dora", generator)
+        else:
+            dropout = 0.0 if path == "lm_head" else options.lora_dropout  # the loss takes the head's weight whole
+            how = (options.lora_rank, options.lora_scaling, dropout, tune == "dora", generator)
+            parts[path] = LoraLinear(base, *how)
+    saved = _saved(model, options.modules_to_save, list(parts))
+    tied = options.ensure_weight_tying
+    tied = {"embed_tokens", "lm_head"} <= set(saved) if tied is None else tied
+    return parts | _trained_in_full(model, saved, keep_base, tied)
+
+
+def default_targets(options: TuningConfig) -> str:
+    """Names of the modules to adapt, by commas, where the options may leave them open."""
+    return options.target_modules or ",".join(IA3_TARGETS if options.tune == "ia3" else LINEARS)
+
+
+def targets(model: Transformer, names: str) -> list[str]:
+    """Places of the linear layers (and the embedding) that `names` mean: each a name, or the end of a path."""
+    known = [path for path, m in model.named_modules() if hasattr(m, "in_features") or path == "embed_tokens"]
+    return _matching(known, names, "--target_modules", lambda path, name: f".{path}".endswith(f".{name}"))
+
+
+def _saved(model: Transformer, names: str | None, taken: list[str]) -> list[str]:
+    """Places of the modules to train in full: as PEFT, all whose path ends in one of the names."""
+    known = [path for path, _ in model.named_modules() if path]
+    chosen = _matching(known, names, "--modules_to_save", str.endswith) if names else []
+    for path in chosen:
+        if any(f"{other}.".startswith(f"{path}.") for other in taken):
+            raise UserError(f"--modules_to_save {names}: {path} is a target module, too; leave it out of one of both")
+        if any(hasattr(m, "dequantize") for m in model.get_submodule(path).modules()):
+            raise UserError(f"--modules_to_save {names}: {path} is quantised, and so cannot be trained in full")
+    return chosen
+
+
+def _matching(known: list[str], names: str, option: str, matches) -> list[str]:
+    """The known paths that any of the comma-separated names matches, in the model's order."""
+    wanted = [name.strip().removeprefix("model.") for name in names.split(",")]
+    for name in wanted:
+        if not name or not any(matches(path, name) for path in known):
+            ends = sorted({path.rpartition(".")[2] for path in known} - {str(i) for i in range(len(known))})
+            near = difflib.get_close_matches(name, ends, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"choose from {', '.join(ends)}"
+            raise UserError(f"{option} {name}: the model has no such module; {hint}")
+    return [path for path in known if any(matches(path, name) for name in wanted)]
+
+
+def _chosen_layers(model: Transformer, text: str) -> list[str]:
+    """Places of what --train_layers means: last:2, first:1, numbers of layers, embed, head, norms, by commas."""
+    n = len(model.layers)
+    chosen: set[str] = set()
+    for item in text.replace(" ", "").split(","):
+        kind, _, count = item.partition(":")
+        if kind in ("first", "last") and count.isdecimal() and 1 <= int(count) <= n:
+            numbers = range(int(count)) if kind == "first" else range(n - int(count), n)
+            chosen |= {f"layers.{i}" for i in numbers}
+        elif item.isdecimal() and int(item) < n:
+            chosen.add(f"layers.{int(item)}")
+        elif item == "embed":
+            chosen |= {path for path in ("embed_tokens", "embed_positions") if hasattr(model, path)}
+        elif item == "head":
+            chosen.add("lm_head")
+        elif item == "norms":
+            chosen |= {path for path, _ in model.named_modules() if path.rpartition(".")[2] in NORMS}
+        else:
+            raise UserError(
+                f"--train_layers {text}: {item!r} is none of first:N, last:N (N from 1 to {n}), 0 to {n - 1}, "
+                "embed, head, norms"
+            )
+    return [path for path, _ in model.named_modules() if path in chosen and not _inside(path, chosen)]
+
+
+def _inside(path: str, others: set[str]) -> bool:
+    return any(path.startswith(f"{other}.") for other in others)
+
+
+def _trained_in_full(model: Transformer, paths: list[str], keep_base: bool, tied: bool) -> dict[str, nn.Module]:
+    """The modules at these places, or copies of them, to be trained; tied: a head tied to the embedding stays so."""
+    one = model.config.tie_embeddings and not {"embed_tokens", "lm_head"}.isdisjoint(paths)  # weight for both
+    if one and tied:
+        paths = [*(path for path in paths if path not in ("embed_tokens", "lm_head")), "embed_tokens", "lm_head"]
+    parts = {path: model.get_submodule(path) for path in paths}
+    if keep_base or (one and not tied):
+        parts = {path: copy.deepcopy(module) for path, module in parts.items()}
+    if one and tied:
+        parts["lm_head"].weight = parts["embed_tokens"].weight
+    for module in parts.values():
+        module.requires_grad_(True)
+    return parts

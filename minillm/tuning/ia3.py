@@ -1,0 +1,36 @@
+"""IA3: the outputs of keys and values, and the input of the feed-forward network's last layer, each times a vector.
+
+One number a channel, 1 at first (Liu et al. 2022, arXiv:2205.05638). Names of parameters are those that PEFT saves.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from minillm.tuning.lora import dense_weight, plain_linear
+
+
+class Ia3Linear(nn.Module):
+    """x → (W x + b) · l, or with `on_input` x → W (x · l) + b."""
+
+    def __init__(self, base: nn.Module, on_input: bool):
+        """base: a linear layer, plain or quantised."""
+        super().__init__()
+        self.base_layer, self.on_input = base, on_input
+        self.in_features, self.out_features = base.in_features, base.out_features
+        shape = (1, self.in_features) if on_input else (self.out_features, 1)
+        self.ia3_l = nn.Parameter(torch.ones(shape, device=dense_weight(base).device))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(…, in) → (…, out)."""
+        gain = self.ia3_l.flatten()
+        if self.on_input:
+            return self.base_layer(x * gain.to(x.dtype))
+        out = self.base_layer(x)
+        return out * gain.to(out.dtype)
+
+    def merged(self) -> nn.Linear:
+        """A plain layer that computes the same; fp32 arithmetic, the base's dtype."""
+        base, bias = dense_weight(self.base_layer), self.base_layer.bias
+        if bias is not None and not self.on_input:
+            bias = (bias.float() * self.ia3_l.flatten()).to(bias.dtype)
+        return plain_linear((base.float() * self.ia3_l.float()).to(base.dtype), bias)

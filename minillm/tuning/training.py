@@ -1,0 +1,78 @@
+"""What a training script asks of tuning: its model, options left open, and what to say and count."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import torch
+
+from minillm import huggingface, optim
+from minillm.config import ModelConfig, TuningConfig
+from minillm.model import Transformer
+from minillm.tuning.attach import active_adapter, attach
+from minillm.tuning.peft_format import base_sha256, read_tensors
+
+
+def choose_optimizer(cfg, dim: int, share: float = 1.0):
+    """A script's configuration with optimizer and peak learning rate filled in where it leaves them open.
+
+    Weights the model has already are trained as in pretraining, at `share` of its rate. New parameters go to AdamW:
+    Muon makes all directions of an update equally large, which says nothing for a matrix that is one factor of two.
+    """
+    whole = cfg.tune in ("full", "freeze")
+    kind = cfg.optimizer or ("muon" if whole else "adamw")
+    lr = optim.default_lr(kind, dim) * share if whole else optim.TUNING_LR[cfg.tune]
+    return dataclasses.replace(cfg, optimizer=kind, lr=lr if cfg.lr is None else cfg.lr)
+
+
+def fingerprints(cfg: TuningConfig, base: Path | None) -> dict[str, str]:
+    """What must not change in a run that trains an adapter: its base, and its own options; nothing for a full run."""
+    if cfg.tune == "full":
+        return {}
+    options = {f.name: getattr(cfg, f.name) for f in dataclasses.fields(TuningConfig)}
+    return {"base model": base_sha256(base), "tuning": json.dumps(options)}
+
+
+def load_model(cfg, shape: ModelConfig, init: Path, source: Path | None, device: torch.device) -> Transformer:
+    """The model to train, in fp32: that of the checkpoint `source`, else of `init`.
+
+    With --tune it is always init's, frozen, and over it an adapter, new (by the seed) or from `source`.
+    """
+    tuned = cfg.tune != "full"
+    model = huggingface.load_model(init if tuned else source or init, config=shape, device=device, dtype=torch.float32)
+    if not tuned:
+        return model
+    if cfg.base_bits:
+        from minillm.quant import quantize_base
+
+        quantize_base(model, cfg.base_bits)
+    adapter = attach(model, cfg, cfg.seed, keep_base=False)
+    adapter.base_folder, adapter.base_sha256 = init.absolute(), base_sha256(init)
+    if source is not None:
+        read_tensors(adapter, source)
+    return model
+
+
+def n_trained(model: Transformer) -> int:
+    """How many parameters are trained."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def describe_parameters(model: Transformer) -> str:
+    """One phrase for a run's start."""
+    whole, trained = model.config.n_parameters(), n_trained(model)
+    if active_adapter(model) is None:
+        return f"{whole:,} parameters"
+    return f"{trained:,} parameters trained, {trained / whole:.2%} of the base's {whole:,}"
+
+
+def flops_per_token(model: Transformer, seq_len: int) -> int:
+    """Floating-point operations of forward and backward for one token, as `ModelConfig.flops_per_token` counts them.
+
+    Of a frozen weight no gradient is computed, so it takes 4 operations instead of 6; a new parameter takes 6.
+    """
+    adapter, flops = active_adapter(model), model.config.flops_per_token(seq_len)
+    if adapter is None:
+        return flops
+    own = 2 if adapter.options.tune == "freeze" else 6
+    return flops - model.config.flops_per_token(0) // 3 + own * n_trained(model)

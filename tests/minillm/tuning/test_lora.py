@@ -1,0 +1,58 @@
+import pytest
+import torch
+from torch import nn
+
+from minillm.tuning.lora import LoraEmbedding, LoraLinear, kaiming, row_norms
+
+
+def drawn(*shape: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+def test_row_norms_without_the_product():
+    weight, a, b = drawn(7, 5), drawn(3, 5), drawn(7, 3)
+    torch.testing.assert_close(row_norms(weight, a, b, 0.7), (weight + 0.7 * b @ a).norm(dim=1))
+    half = row_norms(weight.bfloat16(), a, b, 0.7)
+    assert half.dtype == torch.float32
+
+
+def test_a_begins_as_torch_s_linear_layers_do():
+    ours = kaiming((64, 400), torch.Generator().manual_seed(0))
+    other = nn.Linear(400, 64).weight.detach()
+    assert ours.abs().max() <= 1 / 20 and abs(float(ours.std() / other.std()) - 1) < 0.02 and abs(ours.mean()) < 1e-3
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_the_formula(dora):
+    layer = LoraLinear(nn.Linear(5, 7), 3, 0.5, 0.0, dora, torch.Generator().manual_seed(0))
+    layer.lora_B.weight.data = drawn(7, 3)
+    x, w, bias = drawn(4, 5), layer.base_layer.weight, layer.base_layer.bias
+    whole = w + 0.5 * drawn(7, 3) @ layer.lora_A.weight
+    if dora:  # the length of each row is the base's own at first
+        whole = whole / whole.norm(dim=1, keepdim=True) * w.norm(dim=1, keepdim=True)
+    torch.testing.assert_close(layer(x), x @ whole.T + bias)
+    torch.testing.assert_close(layer.weight, whole)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer(x).dtype == torch.bfloat16
+        torch.testing.assert_close(layer(x).float(), x @ whole.T + bias, atol=0.1, rtol=0.05)
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_an_embedding(dora):
+    table = LoraEmbedding(nn.Embedding(9, 6), 3, 0.5, dora, torch.Generator().manual_seed(0))
+    table.lora_embedding_A.data = drawn(3, 9)
+    w, ids = table.base_layer.weight, torch.tensor([[0, 8, 3]])
+    whole = w + 0.5 * (table.lora_embedding_B @ drawn(3, 9)).T
+    if dora:
+        whole = whole / whole.norm(dim=0) * w.norm(dim=0)
+    torch.testing.assert_close(table(ids), whole[ids])
+    torch.testing.assert_close(table.merged()(ids), whole[ids])
+
+
+def test_dropout_is_of_the_input_of_a_alone():
+    layer = LoraLinear(nn.Linear(5, 7), 3, 0.5, 0.9, False, torch.Generator().manual_seed(0))
+    x = drawn(4, 5)
+    assert torch.equal(layer(x), layer.base_layer(x))  # B is zero
+    layer.lora_B.weight.data = drawn(7, 3)
+    assert not torch.equal(layer(x), layer(x))
+    torch.testing.assert_close(layer.eval()(x), x @ layer.weight.T + layer.base_layer.bias)

@@ -1,0 +1,220 @@
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from minillm import UserError, huggingface, tuning
+from minillm.config import TuningConfig
+from minillm.huggingface import export_name
+from tests.minillm.tuning import tiny
+
+peft = pytest.importorskip("peft")
+
+CASES = {  # ours, and what peft calls the same
+    "lora": (TuningConfig("lora", lora_rank=4), dict(r=4, lora_alpha=8, target_modules="all-linear")),
+    "rslora": (
+        TuningConfig("lora", rslora=True, lora_alpha=6.0, target_modules="q_proj,embed_tokens,lm_head"),
+        dict(r=8, lora_alpha=6, use_rslora=True, target_modules=["q_proj", "embed_tokens", "lm_head"]),
+    ),
+    "dora": (
+        TuningConfig("dora", target_modules="k_proj,down_proj,embed_tokens,lm_head"),
+        dict(r=8, lora_alpha=16, use_dora=True, target_modules=["k_proj", "down_proj", "embed_tokens", "lm_head"]),
+    ),
+    "in full, together": (
+        TuningConfig("lora", target_modules="q_proj,up_proj", modules_to_save="embed_tokens,lm_head"),
+        dict(
+            r=8,
+            lora_alpha=16,
+            target_modules=r".*(q|up)_proj",
+            modules_to_save=["embed_tokens", "lm_head"],
+            ensure_weight_tying=True,
+        ),
+    ),
+    "in full, apart": (
+        TuningConfig("lora", target_modules="v_proj", modules_to_save="embed_tokens,norm"),
+        dict(r=8, lora_alpha=16, target_modules=["self_attn.v_proj"], modules_to_save=["embed_tokens", "norm"]),
+    ),
+    "ia3": (TuningConfig("ia3"), None),
+}
+each_case = pytest.mark.parametrize("case", CASES)
+each_base = pytest.mark.parametrize(("tie", "bias"), [(False, False), (True, True)], ids=["untied", "tied-biased"])
+
+
+def peft_config(case: str):
+    options = CASES[case][1]
+    kind = peft.IA3Config if options is None else peft.LoraConfig
+    return kind(**(options or {}), task_type="CAUSAL_LM")
+
+
+@each_base
+@each_case
+def test_peft_loads_ours_and_computes_the_same_gradients_too(case, tie, bias, tmp_path):
+    model = tiny.base(tie, bias)
+    base = tiny.write(model, tmp_path / "base")
+    adapter = tuning.attach(model, CASES[case][0])
+    tiny.shake(adapter.parameters())
+    (tmp_path / "adapter").mkdir()
+    tuning.save_adapter(adapter, tmp_path / "adapter")
+    other = tiny.load_peft(base, tmp_path / "adapter", train=True)
+    logits = other(tiny.IDS).logits
+    torch.testing.assert_close(model(tiny.IDS), logits, atol=1e-5, rtol=0)
+    assert (logits - tiny.theirs(base)(tiny.IDS).logits).abs().max() > 0.1
+
+    torch.nn.functional.cross_entropy(logits.flatten(0, 1), tiny.TARGETS.flatten(), reduction="sum").backward()
+    model(tiny.IDS, tiny.TARGETS).backward()
+    wanted = tiny.peft_gradients(other)
+    ours = {f"base_model.model.{export_name(name)}": p.grad for name, p in adapter.parameters().items()}
+    if tie and "together" in case:  # one weight under two names there, too
+        wanted.setdefault("base_model.model.lm_head.weight", wanted["base_model.model.model.embed_tokens.weight"])
+    assert ours.keys() == wanted.keys()
+    for name, grad in wanted.items():
+        torch.testing.assert_close(
+            ours[name], grad, atol=2e-4, rtol=1e-4, msg=lambda text, name=name: f"{name}: {text}"
+        )
+    assert not any(p.grad is not None for n, p in model.named_parameters() if "base_layer" in n)
+
+
+@each_base
+@each_case
+def test_we_load_peft_s_own(case, tie, bias, tmp_path):
+    model = tiny.base(tie, bias)
+    other = tiny.with_peft(tiny.write(model, tmp_path / "base"), peft_config(case))
+    folder = tiny.save_peft(other, tmp_path / "adapter")
+    adapter = tuning.load_adapter(model, folder)
+    torch.testing.assert_close(model(tiny.IDS), other(tiny.IDS).logits, atol=1e-5, rtol=0)
+    (tmp_path / "again").mkdir()
+    tuning.save_adapter(adapter, tmp_path / "again")  # and hand it on as it came
+    torch.testing.assert_close(
+        tiny.load_peft(tmp_path / "base", tmp_path / "again")(tiny.IDS).logits,
+        other(tiny.IDS).logits,
+        atol=1e-5,
+        rtol=0,
+    )
+
+
+def test_an_embedding_and_head_that_peft_adapts_as_one(tmp_path):
+    model = tiny.base(tie=True)
+    config = peft.LoraConfig(r=4, target_modules=["q_proj", "embed_tokens"], ensure_weight_tying=True)
+    other = tiny.with_peft(tiny.write(model, tmp_path / "base"), config)
+    tuning.load_adapter(model, tiny.save_peft(other, tmp_path / "adapter"))
+    torch.testing.assert_close(model(tiny.IDS), other(tiny.IDS).logits, atol=1e-5, rtol=0)
+
+
+OWN = [TuningConfig("adapter", bottleneck_dim=4), TuningConfig("freeze", train_layers="1,embed")]
+
+
+@pytest.mark.parametrize("options", OWN, ids=["adapter", "freeze"])
+def test_methods_that_peft_does_not_have_are_refused_there_and_read_here(options, tmp_path):
+    model = tiny.base(tie=True)
+    base = tiny.write(model, tmp_path / "base")
+    adapter = tuning.attach(model, options)
+    tiny.shake(adapter.parameters())
+    (tmp_path / "adapter").mkdir()
+    tuning.save_adapter(adapter, tmp_path / "adapter")
+    again = tiny.base(tie=True)
+    tuning.load_adapter(again, tmp_path / "adapter")
+    assert torch.equal(again(tiny.IDS), model(tiny.IDS))
+    with pytest.raises(Exception, match="MINILLM"):
+        tiny.load_peft(base, tmp_path / "adapter")
+
+
+# ---- what cannot be
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory):
+    """Folders: a base, and an adapter of ours made for it."""
+    here = tmp_path_factory.mktemp("adapter")
+    model = tiny.base()
+    base = tiny.write(model, here / "base")
+    made = tuning.attach(model, TuningConfig("lora", lora_rank=2))
+    made.base_folder, made.base_sha256 = base, tuning.base_sha256(base)
+    tiny.shake(made.parameters())
+    (here / "lora").mkdir()
+    tuning.save_adapter(made, here / "lora")
+    return here
+
+
+def changed(adapter, tmp_path, tensors=None, **config):
+    """A copy of the adapter's folder with other tensors or entries in its config."""
+    folder = shutil.copytree(adapter / "lora", tmp_path / "changed")
+    written = json.loads((folder / "adapter_config.json").read_text()) | config
+    (folder / "adapter_config.json").write_text(json.dumps(written))
+    if tensors is not None:
+        weights = load_file(folder / "adapter_model.safetensors")
+        tensors(weights)
+        save_file(weights, folder / "adapter_model.safetensors")
+    return folder
+
+
+KEY = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+
+
+@pytest.mark.parametrize(
+    ("how", "words"),
+    [
+        (dict(tensors=lambda t: t.pop(KEY)), [f"{KEY} is missing"]),
+        (dict(tensors=lambda t: t.update({KEY: torch.zeros(2, 17)})), [f"{KEY} is (2, 17), expected (2, 16)"]),
+        (dict(tensors=lambda t: t.update({KEY: torch.full((2, 16), torch.nan)})), ["not finite"]),
+        (dict(tensors=lambda t: t.update(more=torch.zeros(1))), ["more is not expected"]),
+        (dict(peft_type="VERA"), ["'VERA' is not supported"]),
+        (dict(peft_type=None), ["not the config of an adapter"]),
+        (dict(rank_pattern={"q_proj": 4}, lora_bias=True), ["lora_bias, rank_pattern", "not supported"]),
+        (dict(init_lora_weights="pissa"), ["init_lora_weights"]),
+        (dict(bias="all"), ["bias as set there"]),
+        (dict(target_modules=["q_projj"]), ["q_projj", "did you mean q_proj?"]),
+        (dict(target_modules=None), ["no target_modules"]),
+    ],
+)
+def test_an_adapter_that_does_not_fit_is_refused_and_the_model_left_as_it_was(adapter, tmp_path, how, words):
+    model = tiny.base()
+    before = model(tiny.IDS)
+    with pytest.raises(UserError) as problem:
+        tuning.load_adapter(model, changed(adapter, tmp_path, **how))
+    assert all(word in str(problem.value) for word in words), problem.value
+    assert torch.equal(model(tiny.IDS), before) and tuning.active_adapter(model) is None
+    tuning.load_adapter(model, adapter / "lora")
+
+
+def test_another_base_is_refused(adapter, tmp_path):
+    """Ours by its fingerprint; peft's own where it laid the embedding it adapts beside the adapter."""
+    other = tiny.write(tiny.base(seed=2), tmp_path / "other")
+    with pytest.raises(UserError, match="made for another base"):
+        tuning.load_adapted(adapter / "lora", str(other))
+    made = tiny.with_peft(adapter / "base", peft.LoraConfig(r=2, target_modules=["embed_tokens", "q_proj"]))
+    folder = tiny.save_peft(made, tmp_path / "peft")
+    tuning.load_adapted(folder, str(adapter / "base"))
+    with pytest.raises(UserError, match="made for another base"):
+        tuning.load_adapted(folder, str(other))
+
+
+def test_the_fingerprint_of_a_base(tmp_path):
+    """Same in bf16 and for a tied model with its head written out; another for other weights or another config."""
+    model = tiny.base(tie=True)
+    one = tuning.base_sha256(tiny.write(model, tmp_path / "a"))
+    weights = load_file(tmp_path / "a" / "model.safetensors")
+    doubled = weights | {"lm_head.weight": weights["model.embed_tokens.weight"].clone()}
+    save_file({name: t.bfloat16() for name, t in doubled.items()}, tmp_path / "a" / "model.safetensors")
+    assert tuning.base_sha256(tmp_path / "a") == one
+    seen = {one, tuning.base_sha256(tiny.write(tiny.base(tie=True, seed=2), tmp_path / "b"))}
+    seen.add(tuning.base_sha256(tiny.write(tiny.base(tie=True, rope_theta=2e4), tmp_path / "c")))
+    seen.add(tuning.base_sha256(tiny.write(tiny.base(tie=False), tmp_path / "d")))
+    assert len(seen) == 4
+
+
+def test_the_base_is_found_beside_a_moved_adapter_or_named(adapter, tmp_path):
+    moved = shutil.copytree(adapter, tmp_path / "moved")
+    model, found = tuning.load_adapted(moved / "lora")
+    assert found == moved / "base" and tuning.active_adapter(model).options.lora_rank == 2
+    alone = shutil.copytree(adapter / "lora", tmp_path / "deep" / "lora")
+    assert tuning.load_adapted(alone)[1] == adapter / "base"  # where it was
+    gone = changed(adapter, tmp_path, base_model_name_or_path="meta/none")
+    with pytest.raises(UserError, match=r"its base meta/none is not there; give its folder by --base"):
+        tuning.load_adapted(gone)
+
+
+def test_an_adapter_in_place_of_a_model_names_the_remedy(adapter):
+    with pytest.raises(UserError, match="merge it into its base first: python -m minillm merge"):
+        huggingface.load_config(adapter / "lora")
