@@ -3,6 +3,7 @@
     python train_pretrain.py                                        the bundled corpus, a tiny model, minutes
     python train_pretrain.py --data data/mine --preset 124m --out out/mine
     torchrun --nproc_per_node 8 train_pretrain.py --data data/mine --preset 1b --batch_size 512 --micro_batch_size 8
+    python train_pretrain.py --data data/mine --init_from DIR --tune freeze --train_layers embed,head --out out/stage1
 
 Run the same command again to go on where it was stopped. Reads from top to bottom: configuration, data,
 model, optimizer, the loop.
@@ -19,7 +20,7 @@ from pathlib import Path
 import torch
 
 from data import bundled
-from minillm import UserError, config, distributed, generate, huggingface, ops, optim, run, training
+from minillm import UserError, config, distributed, generate, huggingface, ops, optim, run, training, tuning
 from minillm.config import option
 from minillm.data import TokenBins, TokenWindows, parse_mixture
 from minillm.metrics import duration, peak_flops
@@ -30,7 +31,7 @@ from minillm.validation import Validation
 
 
 @dataclass(frozen=True)
-class Config(config.TrainingConfig):
+class Config(config.TuningConfig, config.TrainingConfig):
     data: str = option("data/bundled", "folder of token bins, or a mixture FOLDER:WEIGHT,FOLDER:WEIGHT,…")
     out: str = option("out/pretrain", "the run's folder: checkpoints, metrics.jsonl, curve.png")
     data_dtype: str | None = option(None, "dtype of a raw .bin made elsewhere: uint16 or uint32")
@@ -85,12 +86,13 @@ def main() -> int:
     # the run: its folder, and the checkpoint to go on from
     init = run.resolve_checkpoint(cfg.init_from) if cfg.init_from else None
     model_config = shape(cfg, first.vocab_size, init)
-    cfg = dataclasses.replace(cfg, lr=optim.default_lr(cfg.optimizer, model_config.dim) if cfg.lr is None else cfg.lr)
+    cfg = tuning.choose_optimizer(cfg, model_config.dim)
     fingerprints = {
         "data": training.fingerprint([b.meta for b, _ in bins], cfg.data if not first.meta else [w for _, w in bins]),
         "batch size, sequence length or seed": training.fingerprint(cfg.batch_size, cfg.seq_len, cfg.seed),
         "tokenizer": first.meta.get("tokenizer_sha256", ""),
         "architecture": training.fingerprint(huggingface.to_hf(model_config)),
+        **tuning.fingerprints(cfg, init),
     }
     this = training.Run(cfg, ranks, fingerprints)
     if this.finished:
@@ -103,7 +105,7 @@ def main() -> int:
     # the model: resumed, or continued from another, or new
     source = this.source or init
     if source:
-        model = huggingface.load_model(source, config=model_config, device=ranks.device, dtype=torch.float32)
+        model = tuning.load_model(cfg, model_config, init, this.source, ranks.device)
         this.say(f"weights from {source}")
     else:
         model = Transformer(model_config)
@@ -124,6 +126,11 @@ def shape(cfg: Config, vocab_size: int, init: Path | None) -> config.ModelConfig
     """The model's shape: the preset's, or that of --init_from, with the options given on top."""
     names = [f.name for f in dataclasses.fields(config.ModelConfig) if hasattr(cfg, f.name)]
     given = {name: getattr(cfg, name) for name in names if getattr(cfg, name) is not None}
+    changed = [*(given.keys() - {"dropout"}), *(["rope_scaling"] if cfg.rope_scaling else [])]
+    if cfg.tune != "full" and init is None:
+        raise UserError(f"--tune {cfg.tune}: trains a part of a model that is there; give it by --init_from")
+    if cfg.tune != "full" and changed:
+        raise UserError(f"--tune {cfg.tune}: its base keeps its shape, so leave out --{', --'.join(sorted(changed))}")
     base = config.PRESETS[cfg.preset] if init is None else dataclasses.asdict(huggingface.load_config(init))
     if cfg.rope_scaling:
         given["rope_scaling"] = config.parse_rope_scaling(cfg.rope_scaling, base["max_seq_len"])
@@ -153,8 +160,8 @@ def train(cfg: Config, this: training.Run, model, windows, validation, tokenizer
     this.restore(model, optimizers, scaler)
     this.check_disk(model)
     trained = parallelize(model, ranks, cfg.compile)
-    flops, peak = model.config.flops_per_token(cfg.seq_len), peak_flops(ranks.device, dtype)
-    this.say(f"{model.config.n_parameters():,} parameters, {flops / 1e6:.1f} MFLOP a token")
+    flops, peak = tuning.flops_per_token(model, cfg.seq_len), peak_flops(ranks.device, dtype)
+    this.say(f"{tuning.describe_parameters(model)}, {flops / 1e6:.1f} MFLOP a token")
     this.say(ops.describe(ranks.device))
     this.say(f"{windows.n_windows:,} windows of {cfg.seq_len} tokens; {cfg.steps * n_targets:,} tokens to train on")
 

@@ -3,6 +3,7 @@
     python train_sft.py                                        newest checkpoint of out/pretrain, bundled instructions
     python train_sft.py --data my.jsonl --init_from out/mine --out out/mine-sft --epochs 3
     torchrun --nproc_per_node 8 train_sft.py --data my.jsonl --init_from TinyLlama-1.1B --batch_size 64
+    python train_sft.py --tune lora --out out/sft-lora         few new parameters over a frozen model
 
 Data: .jsonl or .json rows of instruction/input/output, messages, or conversations. Only answers (and the end of an
 answer) are learned. Run the same command again to go on where it was stopped.
@@ -12,12 +13,11 @@ import dataclasses
 import sys
 import time
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 
 from data import bundled
-from minillm import UserError, config, distributed, evaluate, huggingface, ops, optim, run, training
+from minillm import UserError, config, distributed, evaluate, huggingface, ops, optim, run, training, tuning
 from minillm.chat_data import InstructionRows
 from minillm.config import option
 from minillm.metrics import duration, peak_flops
@@ -28,7 +28,7 @@ from minillm.validation import answer_loss
 
 
 @dataclass(frozen=True)
-class Config(config.TrainingConfig):
+class Config(config.TuningConfig, config.TrainingConfig):
     data: str = option(f"{bundled.FOLDER}/sft_train.jsonl", "instruction file(s), separated by commas")
     out: str = option("out/sft", "the run's folder: checkpoints, metrics.jsonl, curve.png")
     init_from: str | None = option("out/pretrain", "model folder or run to start from")
@@ -36,7 +36,9 @@ class Config(config.TrainingConfig):
     epochs: float = option(2.5, "passes over the data, if --steps is not given")
     seq_len: int = option(256, "tokens per row; longer examples are cut")
     batch_size: int = option(8, "rows per optimizer step, over all ranks")
-    lr: float | None = option(None, "peak learning rate; none: a quarter of what pretraining takes")
+    lr: float | None = option(
+        None, "peak learning rate; none: a quarter of what pretraining takes, or what suits the adapter"
+    )
     template: str = option(
         "auto", "prompt format; auto: chat if the tokenizer has role pieces", ("auto", "chat", "simple")
     )
@@ -60,9 +62,7 @@ def main() -> int:
     init = run.resolve_checkpoint(cfg.init_from)
     model_config = dataclasses.replace(huggingface.load_config(init), dropout=cfg.dropout)
     tokenizer = Tokenizer.load(init)
-    cfg = dataclasses.replace(
-        cfg, lr=optim.default_lr(cfg.optimizer, model_config.dim) / 4 if cfg.lr is None else cfg.lr
-    )
+    cfg = tuning.choose_optimizer(cfg, model_config.dim, share=1 / 4)
     if cfg.seq_len > model_config.max_seq_len:
         raise UserError(f"--seq_len {cfg.seq_len}: the model's longest context is {model_config.max_seq_len}")
 
@@ -82,6 +82,7 @@ def main() -> int:
         "batch size, sequence length or seed": training.fingerprint(cfg.batch_size, cfg.seq_len, cfg.seed, cfg.packing),
         "tokenizer": tokenizer.sha256,
         "architecture": training.fingerprint(huggingface.to_hf(model_config)),
+        **tuning.fingerprints(cfg, init),
     }
     this = training.Run(cfg, ranks, fingerprints)
     if this.finished:
@@ -90,11 +91,14 @@ def main() -> int:
         distributed.stop()
         return 0
     this.say(f"configuration:\n{config.show(cfg)}\n{rows.summary()}")
-    model = huggingface.load_model(this.source or init, config=model_config, device=ranks.device, dtype=torch.float32)
-    this.say(f"weights from {this.source or init}")
+    model = tuning.load_model(cfg, model_config, init, this.source, ranks.device)
     model.checkpoint_activations = cfg.checkpoint_activations
+    this.say(f"weights from {this.source or init}")
 
-    ask = partial(evaluate.exact_match, model, tokenizer, questions, template=cfg.template)
+    def ask() -> dict:
+        with tuning.merged(model):
+            return evaluate.exact_match(model, tokenizer, questions, template=cfg.template)
+
     before = this.once("before.json", ask) if questions else {}
     status = train(cfg, this, model, rows, end, held_rows, tokenizer)
     if status == 0 and ranks.main:
@@ -115,8 +119,8 @@ def train(cfg: Config, this: training.Run, model: Transformer, rows, end: int, h
     this.restore(model, optimizers, scaler)
     this.check_disk(model)
     trained = parallelize(model, ranks, cfg.compile)
-    flops, peak = model.config.flops_per_token(cfg.seq_len), peak_flops(ranks.device, dtype)
-    this.say(f"{model.config.n_parameters():,} parameters; {cfg.steps} steps; {ops.describe(ranks.device)}")
+    flops, peak = tuning.flops_per_token(model, cfg.seq_len), peak_flops(ranks.device, dtype)
+    this.say(f"{tuning.describe_parameters(model)}; {cfg.steps} steps; {ops.describe(ranks.device)}")
 
     for step in range(this.start_step + 1, cfg.steps + 1):
         begun = time.monotonic()

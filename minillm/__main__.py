@@ -1,4 +1,4 @@
-"""The commands around training: `python -m minillm generate|chat|eval|plot|info|bench` (each with --help)."""
+"""The commands around training: `python -m minillm generate|chat|eval|merge|plot|info|bench …` (each with --help)."""
 
 import argparse
 import contextlib
@@ -24,6 +24,7 @@ from minillm import (
     resize,
     run,
     training,
+    tuning,
     vocab_commands,
 )
 from minillm.data import TokenBins
@@ -79,13 +80,7 @@ def build_parser() -> argparse.ArgumentParser:
     _info_options(command(run_info, "info"))
     text = "train, merge, prune or inspect a vocabulary"
     vocab_commands.add_parsers(commands.add_parser("vocab", help=text, description=text, allow_abbrev=False), _Parser)
-    sub = command(run_resize, "resize")
-    sub.add_argument("--model", required=True, help="model folder whose tokenizer is the old one")
-    sub.add_argument("--tokenizer", required=True, help="the new one: folder or .model that vocab merge or prune wrote")
-    sub.add_argument("--id_map", help="id_map.json; default: the one beside the new tokenizer")
-    sub.add_argument("--out", required=True, help="new model folder")
-    sub.add_argument("--start", default="mean", choices=resize.STARTS, help="new rows: mean of the old sub-tokens, …")
-    sub.add_argument("--pad_to_multiple", type=int, default=1, help="of the number of rows (GPUs like 64)")
+    _add_surgery(command)
     port_commands.add_parsers(command)
     sub = command(run_bench, "bench")
     sub.add_argument("what", choices=("generate", "train", "data"), help="what to measure")
@@ -97,6 +92,21 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_surgery(command) -> None:
+    """The commands that make one model folder of another."""
+    sub = command(run_resize, "resize")
+    sub.add_argument("--model", required=True, help="model folder whose tokenizer is the old one")
+    sub.add_argument("--tokenizer", required=True, help="the new one: folder or .model that vocab merge or prune wrote")
+    sub.add_argument("--id_map", help="id_map.json; default: the one beside the new tokenizer")
+    sub.add_argument("--out", required=True, help="new model folder")
+    sub.add_argument("--start", default="mean", choices=resize.STARTS, help="new rows: mean of the old sub-tokens, …")
+    sub.add_argument("--pad_to_multiple", type=int, default=1, help="of the number of rows (GPUs like 64)")
+    sub = command(run_merge, "merge")
+    sub.add_argument("--model", required=True, help="the adapter's base: run or model folder")
+    sub.add_argument("--adapter", required=True, help="run or folder that holds the adapter, of minillm or PEFT")
+    sub.add_argument("--out", required=True, help="new model folder")
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str):
         raise UserError(f"{message} (see {self.prog} --help)")
@@ -104,6 +114,7 @@ class _Parser(argparse.ArgumentParser):
 
 def _model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", help="run or model folder; default: the newest of out/sft, else of out/pretrain")
+    parser.add_argument("--base", help="the base of an adapter given by --model; default: where the adapter says")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     parser.add_argument("--dtype", choices=tuple(training.DTYPES), help="of the weights; default: as stored")
 
@@ -159,8 +170,14 @@ def _load(args) -> tuple:
     dtype = training.DTYPES[args.dtype] if args.dtype else None
     if dtype is None and device.type == "cpu":
         dtype = torch.float32  # half precision is slow on most CPUs
-    tokenizer = Tokenizer.load(folder)
-    model = huggingface.load_model(folder, device=device, dtype=dtype).eval()
+    if tuning.is_adapter(folder):
+        model, base = tuning.load_adapted(folder, args.base, device=device, dtype=dtype)
+        tokenizer = tuning.tokenizer_of(folder, base)
+    elif args.base:
+        raise UserError(f"--base {args.base}: {folder} is a model of its own and no adapter; leave --base out")
+    else:
+        model, tokenizer = huggingface.load_model(folder, device=device, dtype=dtype), Tokenizer.load(folder)
+    model.eval()
     if tokenizer.vocab_size > model.config.vocab_size:
         raise UserError(
             f"{folder}: its tokenizer has {tokenizer.vocab_size} ids, more than the model's {model.config.vocab_size}"
@@ -396,6 +413,11 @@ def run_resize(args) -> None:
             args.model, args.tokenizer, id_map, args.out, start=args.start, multiple=args.pad_to_multiple
         )
     )
+
+
+def run_merge(args) -> None:
+    """Fold an adapter into its base: a plain model folder, for whatever knows no adapters."""
+    print(tuning.merge_folder(args.model, args.adapter, args.out))
 
 
 def run_bench(args) -> None:

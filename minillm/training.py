@@ -9,12 +9,13 @@ import hashlib
 import json
 import math
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from minillm import UserError, checkpoint, config, distributed, files, huggingface, metrics, plot, run
+from minillm import UserError, checkpoint, config, distributed, files, huggingface, metrics, plot, run, tuning
 from minillm.data import parse_mixture
 from minillm.model import Transformer
 from minillm.tokenizer import Tokenizer
@@ -39,6 +40,7 @@ def check_options(cfg: config.TrainingConfig) -> None:
         for name in names
         if (value := getattr(cfg, name, None)) is not None and not least <= value <= most  # NaN is never within
     ]
+    problems += cfg.tuning_problems() if isinstance(cfg, config.TuningConfig) else []
     if problems:
         raise UserError("; ".join(problems))
 
@@ -108,9 +110,10 @@ class Run:
         return self.state["time_s"] + time.monotonic() - self.begun
 
     def check_disk(self, model: Transformer) -> None:
-        """Say before the first step if the disk cannot hold the checkpoints: weights and two moments in fp32 each."""
+        """Say before the first step if the disk cannot hold the checkpoints: of what is trained, weights and two
+        moments in fp32 each."""
         if self.ranks.main:
-            weights = 4 * model.config.n_parameters()
+            weights = 4 * tuning.n_trained(model)
             held = len(run.step_folders(self.folder))
             copies = max(1, (self.cfg.keep_last or 1) + 1 - held)
             files.check_writable(self.folder, copies * 3 * weights, largest_file=2 * weights)
@@ -144,11 +147,13 @@ class Run:
                 f"checkpoint in {self.folder} (--resume PATH) with a lower --lr"
             )
         if self.ranks.main:
-            state = self._describe(step) | {"scaler": scaler.state_dict()}
+            state, adapter = self._describe(step) | {"scaler": scaler.state_dict()}, tuning.active_adapter(model)
             checkpoint.save(
                 self.folder,
                 step,
-                write_model=lambda folder: huggingface.save_model(model, folder, special_ids=special_ids(tokenizer)),
+                write_model=partial(tuning.save_adapter, adapter)
+                if adapter
+                else partial(huggingface.save_model, model, special_ids=special_ids(tokenizer)),
                 tokenizer=tokenizer,
                 template=getattr(self.cfg, "template", None),
                 state=state,
