@@ -216,6 +216,10 @@ class TuningConfig:
     )
     bottleneck_dim: int = option(16, "adapter: width of the bottleneck")
     n_virtual: int = option(16, "prefix, prompt, ptuning: number of virtual tokens")
+    encoder: str = option(
+        "auto", "prefix, ptuning: what makes the virtual tokens in training", ("auto", "mlp", "lstm", "none")
+    )
+    encoder_dim: int | None = option(None, "prefix, ptuning: width of the encoder; none: the model's")
     base_bits: int | None = option(None, "lora, dora: quantise the frozen base to 8 or 4 bits; none: no")
 
     @property
@@ -235,11 +239,12 @@ class TuningConfig:
             "train_layers": self.tune == "freeze",
             "bottleneck_dim": self.tune == "adapter",
             "n_virtual": self.tune in VIRTUAL,
+            **dict.fromkeys(("encoder", "encoder_dim"), self.tune in ("prefix", "ptuning")),
         }
         changed = [name for name in needs if getattr(self, name) != getattr(default, name)]
         problems = [f"--{name}: means nothing with --tune {self.tune}" for name in changed if not needs[name]]
-        sizes = {name: getattr(self, name) for name in ("lora_rank", "bottleneck_dim", "n_virtual")}
-        problems += [f"--{name} {size}: at least 1" for name, size in sizes.items() if size < 1]
+        sizes = {name: getattr(self, name) for name in ("lora_rank", "bottleneck_dim", "n_virtual", "encoder_dim")}
+        problems += [f"--{name} {size}: at least 1" for name, size in sizes.items() if size is not None and size < 1]
         if not 0 <= self.lora_dropout < 1:
             problems.append(f"--lora_dropout {self.lora_dropout}: choose one from 0 to below 1")
         if self.lora_alpha is not None and not 0 < self.lora_alpha < math.inf:

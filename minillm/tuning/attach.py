@@ -21,7 +21,7 @@ from minillm.config import VIRTUAL, TuningConfig
 from minillm.model import Transformer
 from minillm.tuning.adapter import Bottleneck
 from minillm.tuning.ia3 import Ia3Linear
-from minillm.tuning.lora import LoraEmbedding, LoraLinear, dense_weight, plain_linear
+from minillm.tuning.lora import LoraEmbedding, LoraLinear, is_quantised
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 IA3_TARGETS = ("k_proj", "v_proj", "down_proj")  # the paper's; of the last the input is scaled
@@ -115,9 +115,9 @@ def merge(model: Transformer) -> None:
     if not adapter.is_linear:
         raise UserError(f"merge: --tune {adapter.options.tune} adds what no plain weight can hold; keep the adapter")
     _place(model, {path: p.merged() if hasattr(p, "merged") else p for path, p in adapter.parts.items()})
-    dense = {path: m for path, m in model.named_modules() if hasattr(m, "dequantize")}
-    adapter.base |= {path: m for path, m in dense.items() if path not in adapter.base}
-    _place(model, {path: plain_linear(dense_weight(m), m.bias) for path, m in dense.items()})
+    others = {path: m for path, m in model.named_modules() if is_quantised(m)}
+    adapter.base |= others
+    _place(model, {path: m.dequantize() for path, m in others.items()})
     adapter.merged = True
     _mark_tying(model)
 
@@ -172,37 +172,41 @@ def _mark_tying(model: Transformer) -> None:
 
 def _build(model: Transformer, options: TuningConfig, seed: int, keep_base: bool) -> dict[str, nn.Module]:
     """The parts of a new adapter, by place."""
-    generator, tune = torch.Generator().manual_seed(seed), options.tune
-    device = model.norm.weight.device
+    tune = options.tune
     if tune in VIRTUAL:
         from minillm.tuning.virtual import attach_virtual
 
-        attach_virtual(model, tune, options.n_virtual, seed)
+        encoder = None if options.encoder == "auto" else options.encoder
+        attach_virtual(model, tune, options.n_virtual, encoder=encoder, hidden=options.encoder_dim, seed=seed)
         return {"virtual": model.virtual}
     if tune == "freeze":
         return _trained_in_full(model, _chosen_layers(model, options.train_layers or ""), keep_base, tied=True)
-    parts: dict[str, nn.Module] = {}
     if tune == "adapter":
-        for path in (f"layers.{i}.{name}" for i in range(len(model.layers)) for name in ("self_attn", "mlp")):
-            base = model.get_submodule(path)
-            parts[path] = Bottleneck(base, model.config.dim, options.bottleneck_dim, generator).to(device)
-        return parts
-    for path in targets(model, default_targets(options)):
-        base = model.get_submodule(path)
-        if tune == "ia3":
-            if path in ("embed_tokens", "lm_head"):
-                raise UserError(f"--target_modules {path}: IA3 scales layers of attention and the feed-forward network")
-            parts[path] = Ia3Linear(base, on_input=path.endswith("down_proj"))
-        elif path == "embed_tokens":
-            parts[path] = LoraEmbedding(base, options.lora_rank, options.lora_scaling, tune == "dora", generator)
-        else:
-            dropout = 0.0 if path == "lm_head" else options.lora_dropout  # the loss takes the head's weight whole
-            how = (options.lora_rank, options.lora_scaling, dropout, tune == "dora", generator)
-            parts[path] = LoraLinear(base, *how)
-    saved = _saved(model, options.modules_to_save, list(parts))
+        paths = [f"layers.{i}.{name}" for i in range(len(model.layers)) for name in ("self_attn", "mlp")]
+    else:
+        paths = targets(model, default_targets(options))
+    generator = torch.Generator().manual_seed(seed)
+    parts = {path: _wrapped(model, path, options, generator).to(model.norm.weight.device) for path in paths}
+    saved = _saved(model, options.modules_to_save, paths)
     tied = options.ensure_weight_tying
     tied = {"embed_tokens", "lm_head"} <= set(saved) if tied is None else tied
     return parts | _trained_in_full(model, saved, keep_base, tied)
+
+
+def _wrapped(model: Transformer, path: str, options: TuningConfig, generator: torch.Generator) -> nn.Module:
+    """What stands at `path` in place of the base's module, and calls it."""
+    base, tune = model.get_submodule(path), options.tune
+    if tune == "adapter":
+        return Bottleneck(base, model.config.dim, options.bottleneck_dim, generator)
+    if tune == "ia3":
+        if path in ("embed_tokens", "lm_head"):
+            raise UserError(f"--target_modules {path}: IA3 scales layers of attention and the feed-forward network")
+        return Ia3Linear(base, on_input=path.endswith("down_proj"))
+    rank, scaling, dora = options.lora_rank, options.lora_scaling, tune == "dora"
+    if path == "embed_tokens":
+        return LoraEmbedding(base, rank, scaling, dora, generator)
+    dropout = 0.0 if path == "lm_head" else options.lora_dropout  # the loss takes the head's weight whole
+    return LoraLinear(base, rank, scaling, dropout, dora, generator)
 
 
 def default_targets(options: TuningConfig) -> str:
@@ -223,7 +227,7 @@ def _saved(model: Transformer, names: str | None, taken: list[str]) -> list[str]
     for path in chosen:
         if any(f"{other}.".startswith(f"{path}.") for other in taken):
             raise UserError(f"--modules_to_save {names}: {path} is a target module, too; leave it out of one of both")
-        if any(hasattr(m, "dequantize") for m in model.get_submodule(path).modules()):
+        if any(is_quantised(m) for m in model.get_submodule(path).modules()):
             raise UserError(f"--modules_to_save {names}: {path} is quantised, and so cannot be trained in full")
     return chosen
 

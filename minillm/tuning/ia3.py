@@ -18,7 +18,7 @@ class Ia3Linear(nn.Module):
         self.base_layer, self.on_input = base, on_input
         self.in_features, self.out_features = base.in_features, base.out_features
         shape = (1, self.in_features) if on_input else (self.out_features, 1)
-        self.ia3_l = nn.Parameter(torch.ones(shape, device=dense_weight(base).device))
+        self.ia3_l = nn.Parameter(torch.ones(shape))
 
     def forward(self, x: Tensor) -> Tensor:
         """(…, in) → (…, out)."""

@@ -14,9 +14,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
+def is_quantised(layer: nn.Module) -> bool:
+    """Whether a layer has no weight of floats, but can make one."""
+    return hasattr(layer, "dequantize")
+
+
 def dense_weight(layer: nn.Module) -> Tensor:
-    """The weight of a layer as one matrix of floats; a quantised layer is multiplied out."""
-    return layer.dequantize() if hasattr(layer, "dequantize") else layer.weight
+    """The weight of a layer as one matrix (out, in) of floats; a quantised layer is multiplied out."""
+    return layer.dequantize().weight if is_quantised(layer) else layer.weight
 
 
 def plain_linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
@@ -55,14 +60,14 @@ class LoraLinear(nn.Module):
         super().__init__()
         self.base_layer, self.scaling = base, scaling
         self.in_features, self.out_features = base.in_features, base.out_features
-        device = dense_weight(base).device
         self.dropout = nn.Dropout(dropout)
-        self.lora_A = nn.Linear(self.in_features, rank, bias=False, device=device)
-        self.lora_B = nn.Linear(rank, self.out_features, bias=False, device=device)
+        self.lora_A = nn.Linear(self.in_features, rank, bias=False)
+        self.lora_B = nn.Linear(rank, self.out_features, bias=False)
         with torch.no_grad():
             self.lora_A.weight.copy_(kaiming((rank, self.in_features), generator))
             self.lora_B.weight.zero_()
-        self.lora_magnitude_vector = nn.Parameter(self._norms()) if dora else None
+        lengths = torch.linalg.vector_norm(dense_weight(base).detach().float(), dim=1) if dora else None
+        self.lora_magnitude_vector = nn.Parameter(lengths) if dora else None
 
     def _norms(self) -> Tensor:
         return row_norms(dense_weight(self.base_layer), self.lora_A.weight, self.lora_B.weight, self.scaling)
@@ -104,10 +109,10 @@ class LoraEmbedding(nn.Module):
     def __init__(self, base: nn.Embedding, rank: int, scaling: float, dora: bool, generator: torch.Generator):
         super().__init__()
         self.base_layer, self.scaling = base, scaling
-        device = base.weight.device
-        self.lora_embedding_A = nn.Parameter(torch.zeros(rank, base.num_embeddings, device=device))
-        self.lora_embedding_B = nn.Parameter(torch.randn(base.embedding_dim, rank, generator=generator).to(device))
-        self.lora_magnitude_vector = nn.Parameter(self._norms()) if dora else None
+        self.lora_embedding_A = nn.Parameter(torch.zeros(rank, base.num_embeddings))
+        self.lora_embedding_B = nn.Parameter(torch.randn(base.embedding_dim, rank, generator=generator))
+        lengths = torch.linalg.vector_norm(base.weight.detach().float(), dim=0) if dora else None
+        self.lora_magnitude_vector = nn.Parameter(lengths) if dora else None
 
     def _norms(self) -> Tensor:
         return row_norms(self.base_layer.weight.T, self.lora_embedding_A, self.lora_embedding_B, self.scaling)

@@ -28,6 +28,7 @@ from minillm.tokenizer import Tokenizer
 from minillm.tuning.attach import Adapter, active_adapter, attach, default_targets, merge, remove_adapter, targets
 
 CONFIG, WEIGHTS, BASE = "adapter_config.json", "adapter_model.safetensors", "minillm_base.json"
+ENCODER = "resume/virtual.safetensors"
 MERGED = "merged_adapter.json"  # in a merged model's folder: which adapter is in it
 PREFIX = "base_model.model."
 SAMPLES = 256  # numbers of each tensor that its fingerprint looks at
@@ -120,6 +121,8 @@ def save_adapter(adapter: Adapter, folder: Path) -> None:
     """Write the files into an existing folder."""
     if adapter.options.tune in VIRTUAL:
         tensors = adapter.parts["virtual"].peft_tensors()
+        if (folder / ENCODER).parent.exists():  # in a checkpoint: PEFT's file knows the encoder's result alone
+            save_file(dict(adapter.parts["virtual"].state_dict()), folder / ENCODER)
     else:
         tensors = {PREFIX + huggingface.export_name(n): p.detach().clone() for n, p in adapter.parameters().items()}
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
@@ -152,9 +155,10 @@ def to_options(written: dict, model: Transformer, source: str) -> TuningConfig:
     kind = written["peft_type"]
     own = next((tune for tune in OWN if kind == f"MINILLM_{tune.upper()}"), None)
     if own:
-        return TuningConfig(tune=own, **{name: written[name] for name in OWN[own]})
+        return TuningConfig(tune=own, **{name: written.get(name) for name in OWN[own]})
     if kind in VIRTUAL_TYPES:
-        return TuningConfig(tune=VIRTUAL_TYPES[kind], n_virtual=written["num_virtual_tokens"])
+        encoder = "auto" if kind == "PROMPT_TUNING" else "none"
+        return TuningConfig(tune=VIRTUAL_TYPES[kind], n_virtual=written.get("num_virtual_tokens"), encoder=encoder)
     if kind not in ("LORA", "IA3"):
         raise UserError(f"{source}: peft_type {kind!r} is not supported")
     known = {"target_modules", "modules_to_save"}
@@ -177,8 +181,8 @@ def to_options(written: dict, model: Transformer, source: str) -> TuningConfig:
         return TuningConfig(tune="ia3", **shared)
     return TuningConfig(
         tune="dora" if written.get("use_dora") else "lora",
-        lora_rank=written["r"],
-        lora_alpha=written["lora_alpha"],
+        lora_rank=written.get("r"),
+        lora_alpha=written.get("lora_alpha"),
         lora_dropout=written.get("lora_dropout") or 0.0,
         rslora=bool(written.get("use_rslora")),
         ensure_weight_tying=bool(written.get("ensure_weight_tying")),
@@ -192,11 +196,12 @@ def _targets_of(names: list[str] | str | None, model: Transformer, source: str) 
     if names == "all-linear":
         return [path for path in linears if path != "lm_head"]
     if isinstance(names, str):
-        found = (path for path in [*linears, "embed_tokens"] if re.fullmatch(names, huggingface.export_name(path)))
-        return list(found)
-    if not names:
-        raise UserError(f"{source}: no target_modules in it")
-    return targets(model, ",".join(names))
+        places = (path for path in [*linears, "embed_tokens"] if re.fullmatch(names, huggingface.export_name(path)))
+    else:
+        places = targets(model, ",".join(names)) if names else ()
+    if not (found := list(places)):
+        raise UserError(f"{source}: no target_modules of this model in it")
+    return found
 
 
 def load_adapter(model: Transformer, folder: str | Path, name: str = "default", sha256: str | None = None) -> Adapter:
@@ -212,7 +217,14 @@ def load_adapter(model: Transformer, folder: str | Path, name: str = "default", 
             f"{folder}: made for another base ({written.get('base_model_name_or_path')}), not this model; "
             "give that one by --base, or for merging by --model"
         )
-    adapter = attach(model, to_options(written, model, str(folder / CONFIG)), name=name)
+    try:
+        options = to_options(written, model, str(folder / CONFIG))
+        problems = options.tuning_problems()
+    except (TypeError, AttributeError, re.error) as problem:
+        raise UserError(f"{folder / CONFIG}: a value of the wrong kind in it ({problem})") from None
+    if problems:
+        raise UserError(f"{folder / CONFIG}: {'; '.join(problems)}")
+    adapter = attach(model, options, name=name)
     try:
         read_tensors(adapter, folder)
     except UserError:
@@ -223,11 +235,17 @@ def load_adapter(model: Transformer, folder: str | Path, name: str = "default", 
 
 @torch.no_grad()
 def read_tensors(adapter: Adapter, folder: str | Path) -> None:
-    """Give an attached adapter the weights of a folder. Raises `UserError` listing all that is missing or misshaped."""
+    """Give an attached adapter the weights of a folder; virtual tokens, their encoder if it was kept for resuming.
+
+    Raises `UserError` listing all that is missing or misshaped.
+    """
     path = Path(folder) / WEIGHTS
     got = checkpoint.load_tensors(path)
     if adapter.options.tune in VIRTUAL:
-        return adapter.parts["virtual"].load_peft(got)
+        virtual, kept = adapter.parts["virtual"], Path(folder) / ENCODER
+        if not kept.exists() or not any("." in name.partition(".")[2] for name in virtual.state_dict()):
+            return virtual.load_peft(got)
+        return virtual.load_state_dict(checkpoint.load_tensors(kept))
     _check_copies_of_base(adapter, got, path)
     got = {name: tensor for name, tensor in got.items() if ".base_layer." not in name}
     wanted = {PREFIX + huggingface.export_name(name): p for name, p in adapter.parameters().items()}

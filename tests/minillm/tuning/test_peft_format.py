@@ -166,6 +166,12 @@ KEY = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
         (dict(bias="all"), ["bias as set there"]),
         (dict(target_modules=["q_projj"]), ["q_projj", "did you mean q_proj?"]),
         (dict(target_modules=None), ["no target_modules"]),
+        (dict(target_modules=5), ["wrong kind"]),
+        (dict(target_modules="(q_proj"), ["wrong kind"]),
+        (dict(target_modules=".*x_proj"), ["no target_modules"]),
+        (dict(r=0), ["--lora_rank 0: at least 1"]),
+        (dict(r="2"), ["wrong kind"]),
+        (dict(r=None, lora_alpha=[]), ["wrong kind"]),
     ],
 )
 def test_an_adapter_that_does_not_fit_is_refused_and_the_model_left_as_it_was(adapter, tmp_path, how, words):
