@@ -144,10 +144,11 @@ def shape(cfg: Config, vocab_size: int, init: Path | None) -> config.ModelConfig
             f"--init_from {init}: its embedding has {chosen.vocab_size} ids, fewer than {cfg.data} "
             f"({vocab_size}); give data made with the model's own tokenizer"
         )
-    if cfg.seq_len > chosen.max_seq_len:
+    if cfg.seq_len + cfg.placeholders > chosen.max_seq_len:
+        room = f" and --n_virtual {cfg.placeholders}" if cfg.placeholders else ""
         raise UserError(
-            f"--seq_len {cfg.seq_len}: the model's longest context is {chosen.max_seq_len} tokens; lower it, or extend "
-            f"the context by --max_seq_len {cfg.seq_len} (see --rope_scaling)"
+            f"--seq_len {cfg.seq_len}{room}: the model's longest context is {chosen.max_seq_len} tokens; lower it, or "
+            f"extend the context by --max_seq_len {cfg.seq_len} (see --rope_scaling)"
         )
     return chosen
 
@@ -173,10 +174,10 @@ def train(cfg: Config, this: training.Run, model, windows, validation, tokenizer
         nats = torch.zeros((), device=ranks.device)
         micro_batches = ranks.micro_batches(step - 1, cfg.batch_size, cfg.micro_batch_size)
         for i, positions in enumerate(micro_batches):
-            batch = windows.batch(positions).to(ranks.device)
+            batch = windows.batch(positions).with_placeholders(model.n_virtual).to(ranks.device)
             with gradients_synced(trained, i == len(micro_batches) - 1):
                 with training.autocast(ranks.device, dtype):
-                    loss = trained(batch.x, batch.y, documents=batch.documents)
+                    loss = trained(batch.x, batch.y, mask=batch.mask, documents=batch.documents)
                 # the mean over all targets of the global batch; DDP averages over the ranks, hence their number
                 scaler.scale(loss * (ranks.world / n_targets)).backward()
             nats += loss.detach()

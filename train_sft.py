@@ -69,6 +69,7 @@ def main() -> int:
     # data: rows of instructions, packed, with a mask on what is to be learned
     paths = cfg.data.split(",")
     how = dict(seed=cfg.seed, template=cfg.template, packing=cfg.packing, on_bad_line=cfg.on_bad_line)
+    how |= dict(n_virtual=cfg.placeholders)
     rows = InstructionRows(paths, tokenizer, cfg.seq_len, **how)
     end = rows.total_rows(cfg.epochs) if cfg.steps is None else cfg.steps * cfg.batch_size
     cfg = dataclasses.replace(cfg, steps=-(-end // cfg.batch_size))  # the last batch may be short

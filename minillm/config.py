@@ -228,6 +228,11 @@ class TuningConfig:
         alpha = 2 * self.lora_rank if self.lora_alpha is None else self.lora_alpha
         return alpha / (math.sqrt(self.lora_rank) if self.rslora else self.lora_rank)
 
+    @property
+    def placeholders(self) -> int:
+        """How many positions before each document the model's virtual tokens take."""
+        return self.n_virtual if self.tune in VIRTUAL else 0
+
     def tuning_problems(self) -> list[str]:
         """What is wrong with these options, whatever the model; one line each."""
         low_rank = self.tune in ("lora", "dora")

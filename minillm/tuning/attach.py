@@ -22,6 +22,7 @@ from minillm.model import Transformer
 from minillm.tuning.adapter import Bottleneck
 from minillm.tuning.ia3 import Ia3Linear
 from minillm.tuning.lora import LoraEmbedding, LoraLinear, is_quantised
+from minillm.tuning.virtual import attach_virtual
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 IA3_TARGETS = ("k_proj", "v_proj", "down_proj")  # the paper's; of the last the input is scaled
@@ -174,8 +175,6 @@ def _build(model: Transformer, options: TuningConfig, seed: int, keep_base: bool
     """The parts of a new adapter, by place."""
     tune = options.tune
     if tune in VIRTUAL:
-        from minillm.tuning.virtual import attach_virtual
-
         encoder = None if options.encoder == "auto" else options.encoder
         attach_virtual(model, tune, options.n_virtual, encoder=encoder, hidden=options.encoder_dim, seed=seed)
         return {"virtual": model.virtual}

@@ -243,7 +243,7 @@ def read_tensors(adapter: Adapter, folder: str | Path) -> None:
     got = checkpoint.load_tensors(path)
     if adapter.options.tune in VIRTUAL:
         virtual, kept = adapter.parts["virtual"], Path(folder) / ENCODER
-        if not kept.exists() or not any("." in name.partition(".")[2] for name in virtual.state_dict()):
+        if virtual.encoder == "none" or not kept.exists():
             return virtual.load_peft(got)
         return virtual.load_state_dict(checkpoint.load_tensors(kept))
     _check_copies_of_base(adapter, got, path)

@@ -120,6 +120,25 @@ def test_methods_that_peft_does_not_have_are_refused_there_and_read_here(options
         tiny.load_peft(base, tmp_path / "adapter")
 
 
+@pytest.mark.parametrize("tune", ["prefix", "prompt", "ptuning"])
+def test_virtual_tokens_go_there_and_come_back(tune, tmp_path):
+    model = tiny.base(tie=True)
+    base = tiny.write(model, tmp_path / "base")
+    adapter = tuning.attach(model, TuningConfig(tune, n_virtual=4))
+    adapter.base_folder, adapter.base_sha256 = base, tuning.base_sha256(base)
+    (tmp_path / "adapter").mkdir()
+    tuning.save_adapter(adapter, tmp_path / "adapter")
+    placed = torch.nn.functional.pad(tiny.IDS, (4, 0))
+    logits = model(placed)[:, 4:]
+    other = tiny.load_peft(base, tmp_path / "adapter")
+    torch.testing.assert_close(other(tiny.IDS).logits[:, -20:], logits, atol=1e-5, rtol=0)
+    torch.testing.assert_close(tuning.load_adapted(tmp_path / "adapter")[0](placed)[:, 4:], logits, atol=1e-5, rtol=0)
+    before = tiny.base(tie=True)(tiny.IDS)
+    assert (logits - before).abs().max() > 0.1
+    tuning.set_adapter(model, None)
+    assert torch.equal(model(tiny.IDS), before)
+
+
 # ---- what cannot be
 
 

@@ -48,10 +48,13 @@ def tensors(run: Path, step: int) -> list[bytes]:
 FULL = "--tune lora --lora_dropout 0.1 --modules_to_save embed_tokens,lm_head"
 
 
-@pytest.mark.parametrize("more", [FULL, "--tune freeze --train_layers last:1,norms"], ids=["lora", "freeze"])
+STOPPED = [FULL, "--tune freeze --train_layers last:1,norms", "--tune ptuning --n_virtual 4 --encoder lstm"]
+
+
+@pytest.mark.parametrize("more", STOPPED, ids=["lora", "freeze", "ptuning"])
 def test_resumed_is_bit_for_bit_the_run_never_stopped_and_steps_hold_no_base(folder, more):
     """Muon for the layers that are trained in full, AdamW for the adapter."""
-    out, kind = more.split()[1], "adamw" if "lora" in more else "muon"
+    out, kind = more.split()[1], "muon" if "freeze" in more else "adamw"
     text = sft(folder, f"{out}-straight", f"{more} --steps 6")
     assert f"optimizer = {kind}" in text and "parameters trained, " in text and "weights from" in text
     sft(folder, f"{out}-broken", f"{more} --steps 6 --save_every 3")
@@ -74,9 +77,11 @@ def test_resumed_is_bit_for_bit_the_run_never_stopped_and_steps_hold_no_base(fol
     assert "has finished its 6 steps" in sft(folder, broken.name, f"{more} --steps 6")
 
 
-@pytest.mark.parametrize(
-    "more", [FULL.replace("--lora_dropout 0.1 ", ""), "--tune adapter", "--tune freeze --train_layers 0"]
-)
+SHARED = [FULL.replace("--lora_dropout 0.1 ", ""), "--tune adapter", "--tune freeze --train_layers 0"]
+SHARED += ["--tune prefix --n_virtual 4"]
+
+
+@pytest.mark.parametrize("more", SHARED, ids=["lora", "adapter", "freeze", "prefix"])
 def test_two_ranks_take_the_same_steps_as_one(folder, more):
     out = more.split()[1]
     for ranks in (1, 2):
@@ -97,6 +102,11 @@ def test_two_stages_of_pretraining_and_a_plain_model_in_the_end(folder, capsys, 
         assert main() == 0
         return capsys.readouterr().out
 
+    pretrain(folder, "prompted", f"--init_from {folder}/base --tune prompt --n_virtual 4 --steps 2")
+    val_loss = next(row["val_loss"] for row in launch.rows(folder / "prompted") if "val_loss" in row)
+    said = command(f"eval --model {folder}/prompted --data {folder}/data --max_tokens 512 --seq_len 32 --device cpu")
+    assert float(said.split("loss")[1].split()[0]) == pytest.approx(val_loss, abs=2e-3)
+
     stages = ["--tune freeze --train_layers embed,head", "--tune lora --modules_to_save embed_tokens,lm_head"]
     base = folder / "base"
     for stage, more in enumerate(stages, 1):
@@ -116,17 +126,19 @@ def test_two_stages_of_pretraining_and_a_plain_model_in_the_end(folder, capsys, 
     assert Tokenizer.load(base).sha256 == Tokenizer.load(folder / "data").sha256
 
 
-def test_answers_are_scored_before_and_after(folder):
-    more = f"--tune dora --steps 4 --lr 1e-2 --eval_data {folder}/held_out.jsonl --template simple"
-    text = sft(folder, "scored", more)
+@pytest.mark.parametrize("tune", ["dora", "prefix --n_virtual 4"])
+def test_answers_are_scored_before_and_after(folder, tune):
+    run = folder / f"scored-{tune[:3]}"
+    more = f"--tune {tune} --steps 4 --lr 1e-2 --eval_data {folder}/held_out.jsonl --template simple"
+    text = sft(folder, run.name, more)
     assert "exact answers to 8 held-out questions, before → after:" in text
-    model, base = tuning.load_adapted(folder / "scored" / "step-00000004")
-    tokenizer = tuning.tokenizer_of(folder / "scored" / "step-00000004", base)
+    model, base = tuning.load_adapted(run / "step-00000004")
+    tokenizer = tuning.tokenizer_of(run / "step-00000004", base)
     scores = evaluate.exact_match(
         model.eval(), tokenizer, evaluate.read_questions(folder / "held_out.jsonl", None), template="simple"
     )
     right, asked = map(sum, zip(*scores.values(), strict=True))
-    assert launch.rows(folder / "scored")[-1]["exact_match"] == right / asked
+    assert launch.rows(run)[-1]["exact_match"] == right / asked
 
 
 @pytest.mark.parametrize(
@@ -161,6 +173,7 @@ def test_what_cannot_be_is_refused_in_one_line(folder, more, words):
     ("more", "words"),
     [
         ("--tune lora", ["--tune lora", "give it by --init_from"]),
+        ("--tune prefix --n_virtual 100 --init_from {folder}/base", ["--seq_len 32 and --n_virtual 100", "128"]),
         (
             "--tune lora --init_from {folder}/base --max_seq_len 256 --rope_scaling linear:2",
             ["--max_seq_len, --rope_scaling"],
