@@ -97,7 +97,7 @@ def main() -> int:
     this = training.Run(cfg, ranks, fingerprints)
     if this.finished:
         this.say(f"{this.folder} has finished its {this.start_step} steps; to go on, raise --steps")
-        this.say(f"next: {next_command(cfg.out)}")
+        this.say(f"next: {next_command(cfg)}")
         distributed.stop()
         return 0
     this.say(f"configuration:\n{config.show(cfg)}")
@@ -117,9 +117,13 @@ def main() -> int:
     return status
 
 
-def next_command(out: str) -> str:
+def next_command(cfg: Config) -> str:
     """What to try after this run."""
-    return "python train_sft.py" + ("" if out == Config.out else f" --init_from {out}")
+    if cfg.tune == "full":
+        return "python train_sft.py" + ("" if cfg.out == Config.out else f" --init_from {cfg.out}")
+    if cfg.mergeable:
+        return f"python -m minillm merge --model {cfg.init_from} --adapter {cfg.out} --out {cfg.out}-merged"
+    return f"python -m minillm eval --model {cfg.out} --data {cfg.data}"
 
 
 def shape(cfg: Config, vocab_size: int, init: Path | None) -> config.ModelConfig:
@@ -225,7 +229,7 @@ def conclude(this: training.Run, model: Transformer, scores: dict, tokenizer: To
         text = tokenizer.decode(sample[0].tokens) or "(nothing: the first token already ended the text)"
         this.say(f"a sample:\n{textwrap.indent(text, '  ')}")
     this.say(f"trained for {duration(this.seconds())}; checkpoint {this.newest()}; {this.draw()}")
-    this.say(f"next: {next_command(this.cfg.out)}")
+    this.say(f"next: {next_command(this.cfg)}")
 
 
 if __name__ == "__main__":

@@ -171,7 +171,7 @@ def _load(args) -> tuple:
     if dtype is None and device.type == "cpu":
         dtype = torch.float32  # half precision is slow on most CPUs
     if tuning.is_adapter(folder):
-        model, base = tuning.load_adapted(folder, args.base, device=device, dtype=dtype)
+        model, base = tuning.load_adapted(folder, args.base, device=device, dtype=dtype, merged=True)
         tokenizer = tuning.tokenizer_of(folder, base)
     elif args.base:
         raise UserError(f"--base {args.base}: {folder} is a model of its own and no adapter; leave --base out")

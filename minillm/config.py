@@ -229,6 +229,11 @@ class TuningConfig:
         return alpha / (math.sqrt(self.lora_rank) if self.rslora else self.lora_rank)
 
     @property
+    def mergeable(self) -> bool:
+        """Whether plain weights can hold what the method does."""
+        return self.tune not in ("adapter", *VIRTUAL)
+
+    @property
     def placeholders(self) -> int:
         """How many positions before each document the model's virtual tokens take."""
         return self.n_virtual if self.tune in VIRTUAL else 0

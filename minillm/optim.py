@@ -16,9 +16,11 @@ from minillm import UserError, ops
 # [0.7, 1.2], not at 1 (Jordan et al. 2024, "Muon: an optimizer for hidden layers in neural networks").
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 
-NEWTON_SCHULZ_STEPS = 5
-TUNING_LR = {"lora": 5e-3, "dora": 5e-3, "ia3": 5e-2, "adapter": 5e-3, "prefix": 1e-2, "prompt": 1e-1, "ptuning": 1e-2}
+# Peak learning rates of AdamW for an adapter, times the width: near the best of those tried at 128 (docs/tuning.md).
+# By 1/width LoRA's is 1.6e-4 and IA3's 3e-3 at 4096, about what others take there (Chinese-LLaMA; arXiv:2205.05638).
+TUNING_LR = {"lora": 0.64, "dora": 0.64, "ia3": 12.8, "adapter": 1.9, "prefix": 1.3, "prompt": 13.0, "ptuning": 0.64}
 
+NEWTON_SCHULZ_STEPS = 5
 MUON_ELEMENTS = 1 << 26  # numbers orthogonalized at a time: the iteration holds three copies of them
 
 

@@ -42,9 +42,9 @@ class Adapter:
     base_sha256: str | None = None
 
     @property
-    def is_linear(self) -> bool:
-        """Whether plain weights can hold what it does."""
-        return self.options.tune not in ("adapter", *VIRTUAL)
+    def worth_merging(self) -> bool:
+        """Whether it can be merged, and ought to be: a quantised base would take the memory again that it saves."""
+        return self.options.mergeable and not self.options.base_bits
 
     def parameters(self) -> dict[str, Tensor]:
         """What is trained, by its name in the model without the adapter; what two parts share comes under both."""
@@ -102,25 +102,34 @@ def remove_adapter(model: Transformer, name: str) -> None:
     del model.adapters[name]
 
 
-def merge(model: Transformer) -> None:
+def merge(model: Transformer, keep: bool = True) -> None:
     """Fold the active adapter into plain layers; arithmetic in fp32. `unmerge` gives base and adapter back unchanged.
 
-    A quantised base is multiplied out. Where embedding and head were one and are no more, the config says so.
-    Raises `UserError` if there is nothing to merge, if it is merged already, or if the method cannot be.
+    keep False: forget the adapter and what it replaces, layer by layer, to save their memory. A quantised base is
+    multiplied out. Where embedding and head were one and are no more, the config says so. Raises `UserError` if there
+    is nothing to merge, if it is merged already, or if the method cannot be.
     """
     adapter = active_adapter(model)
     if adapter is None:
         raise UserError("merge: no adapter is active")
     if adapter.merged:
         raise UserError("merge: the adapter is merged already; a second time would apply it twice")
-    if not adapter.is_linear:
+    if not adapter.options.mergeable:
         raise UserError(f"merge: --tune {adapter.options.tune} adds what no plain weight can hold; keep the adapter")
-    _place(model, {path: p.merged() if hasattr(p, "merged") else p for path, p in adapter.parts.items()})
-    others = {path: m for path, m in model.named_modules() if is_quantised(m)}
-    adapter.base |= others
-    _place(model, {path: m.dequantize() for path, m in others.items()})
+    for path in [*adapter.parts]:
+        part = adapter.parts[path] if keep else adapter.parts.pop(path)
+        _place(model, {path: part.merged() if hasattr(part, "merged") else part})
+        if not keep:
+            del adapter.base[path]
+    for path in [path for path, module in model.named_modules() if is_quantised(module)]:
+        layer = model.get_submodule(path)
+        _place(model, {path: layer.dequantize()})
+        if keep:
+            adapter.base[path] = layer
     adapter.merged = True
     _mark_tying(model)
+    if not keep:
+        remove_adapter(model, _name_of(model, adapter))
 
 
 def unmerge(model: Transformer) -> None:
@@ -128,17 +137,14 @@ def unmerge(model: Transformer) -> None:
     adapter = active_adapter(model)
     if adapter is None or not adapter.merged:
         raise UserError("unmerge: no adapter is merged")
-    set_adapter(model, next(name for name, other in model.adapters.items() if other is adapter))
+    set_adapter(model, _name_of(model, adapter))
 
 
 @contextlib.contextmanager
 def merged(model: Transformer) -> Iterator[None]:
-    """Within it the active adapter, if any can be, is merged: a plain model generates faster.
-
-    Not over a quantised base, which would be multiplied out, and take the memory that it saves.
-    """
+    """Within it the active adapter is merged, if there is one and it is worth it: a plain model generates faster."""
     adapter = active_adapter(model)
-    if adapter is None or not adapter.is_linear or adapter.options.base_bits:
+    if adapter is None or not adapter.worth_merging:
         yield
         return
     merge(model)
@@ -146,6 +152,10 @@ def merged(model: Transformer) -> Iterator[None]:
         yield
     finally:
         unmerge(model)
+
+
+def _name_of(model: Transformer, adapter: Adapter) -> str:
+    return next(name for name, other in model.adapters.items() if other is adapter)
 
 
 def _at(model: nn.Module, path: str) -> nn.Module | None:
@@ -157,7 +167,7 @@ def _place(model: nn.Module, modules: dict[str, nn.Module]) -> None:
         parent, _, name = path.rpartition(".")
         setattr(model.get_submodule(parent), name, module)
         if module is not None:
-            module.train(model.training)
+            module.to(model.norm.weight.device).train(model.training)
 
 
 def _mark_tying(model: Transformer) -> None:
@@ -185,7 +195,7 @@ def _build(model: Transformer, options: TuningConfig, seed: int, keep_base: bool
     else:
         paths = targets(model, default_targets(options))
     generator = torch.Generator().manual_seed(seed)
-    parts = {path: _wrapped(model, path, options, generator).to(model.norm.weight.device) for path in paths}
+    parts = {path: _wrapped(model, path, options, generator) for path in paths}
     saved = _saved(model, options.modules_to_save, paths)
     tied = options.ensure_weight_tying
     tied = {"embed_tokens", "lm_head"} <= set(saved) if tied is None else tied
@@ -213,27 +223,32 @@ def default_targets(options: TuningConfig) -> str:
     return options.target_modules or ",".join(IA3_TARGETS if options.tune == "ia3" else LINEARS)
 
 
-def targets(model: Transformer, names: str) -> list[str]:
-    """Places of the linear layers (and the embedding) that `names` mean: each a name, or the end of a path."""
+def targets(model: Transformer, text: str) -> list[str]:
+    """Places of the linear layers (and the embedding) that names by commas mean: each a name, or the end of a path."""
     known = [path for path, m in model.named_modules() if hasattr(m, "in_features") or path == "embed_tokens"]
-    return _matching(known, names, "--target_modules", lambda path, name: f".{path}".endswith(f".{name}"))
+    return _matching(known, text, "--target_modules", lambda path, name: f".{path}".endswith(f".{name}"))
 
 
-def _saved(model: Transformer, names: str | None, taken: list[str]) -> list[str]:
+def _saved(model: Transformer, text: str | None, taken: list[str]) -> list[str]:
     """Places of the modules to train in full: as PEFT, all whose path ends in one of the names."""
     known = [path for path, _ in model.named_modules() if path]
-    chosen = _matching(known, names, "--modules_to_save", str.endswith) if names else []
+    chosen = _matching(known, text, "--modules_to_save", str.endswith) if text else []
     for path in chosen:
         if any(f"{other}.".startswith(f"{path}.") for other in taken):
-            raise UserError(f"--modules_to_save {names}: {path} is a target module, too; leave it out of one of both")
+            raise UserError(f"--modules_to_save {text}: {path} is a target module, too; leave it out of one of both")
         if any(is_quantised(m) for m in model.get_submodule(path).modules()):
-            raise UserError(f"--modules_to_save {names}: {path} is quantised, and so cannot be trained in full")
+            raise UserError(f"--modules_to_save {text}: {path} is quantised, and so cannot be trained in full")
     return chosen
 
 
-def _matching(known: list[str], names: str, option: str, matches) -> list[str]:
+def names(text: str) -> list[str]:
+    """Names of modules given by commas."""
+    return [name.strip() for name in text.split(",")]
+
+
+def _matching(known: list[str], text: str, option: str, matches) -> list[str]:
     """The known paths that any of the comma-separated names matches, in the model's order."""
-    wanted = [name.strip().removeprefix("model.") for name in names.split(",")]
+    wanted = [name.removeprefix("model.") for name in names(text)]
     for name in wanted:
         if not name or not any(matches(path, name) for path in known):
             ends = sorted({path.rpartition(".")[2] for path in known} - {str(i) for i in range(len(known))})

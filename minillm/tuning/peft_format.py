@@ -9,6 +9,7 @@ Partly frozen models and bottleneck adapters have no twin in PEFT; peft_type is 
 refuses. Formats of PEFT 0.21.
 """
 
+import dataclasses
 import hashlib
 import json
 import math
@@ -25,7 +26,16 @@ from minillm import UserError, checkpoint, files, huggingface, run
 from minillm.config import VIRTUAL, TuningConfig
 from minillm.model import Transformer
 from minillm.tokenizer import Tokenizer
-from minillm.tuning.attach import Adapter, active_adapter, attach, default_targets, merge, remove_adapter, targets
+from minillm.tuning.attach import (
+    Adapter,
+    active_adapter,
+    attach,
+    default_targets,
+    merge,
+    names,
+    remove_adapter,
+    targets,
+)
 
 CONFIG, WEIGHTS, BASE = "adapter_config.json", "adapter_model.safetensors", "minillm_base.json"
 ENCODER = "resume/virtual.safetensors"
@@ -75,7 +85,7 @@ def find_base(folder: Path, given: str | None, recorded: dict, written: dict) ->
     if given is not None:
         return run.resolve_checkpoint(given)
     named = written.get("base_model_name_or_path") or ""
-    for place in (folder / (recorded["folder"] or "?"), Path(named or "?")):
+    for place in (folder / str(recorded["folder"] or "?"), Path(named or "?")):
         if (place / "config.json").exists():
             return run.resolve_checkpoint(os.path.normpath(place))
     raise UserError(f"{folder}: its base {named or '(not named)'} is not there; give its folder by --base")
@@ -94,11 +104,10 @@ def describe(adapter: Adapter) -> dict:
     if tune in OWN:
         own = {name: getattr(options, name) for name in OWN[tune]}
         return {"peft_type": f"MINILLM_{tune.upper()}", **own, **shared}
-    targets = default_targets(options).split(",")
-    shared["target_modules"] = targets
-    shared["modules_to_save"] = options.modules_to_save.split(",") if options.modules_to_save else None
+    shared["target_modules"] = names(default_targets(options))
+    shared["modules_to_save"] = names(options.modules_to_save) if options.modules_to_save else None
     if tune == "ia3":
-        inputs = [name for name in targets if name.endswith("down_proj")]
+        inputs = [name for name in shared["target_modules"] if name.endswith("down_proj")]
         return {"peft_type": "IA3", "feedforward_modules": inputs, **shared}
     return {
         "peft_type": "LORA",
@@ -183,22 +192,22 @@ def to_options(written: dict, model: Transformer, source: str) -> TuningConfig:
         tune="dora" if written.get("use_dora") else "lora",
         lora_rank=written.get("r"),
         lora_alpha=written.get("lora_alpha"),
-        lora_dropout=written.get("lora_dropout") or 0.0,
+        lora_dropout=0.0 if "lm_head" in places else written.get("lora_dropout") or 0.0,  # the head cannot have any
         rslora=bool(written.get("use_rslora")),
         ensure_weight_tying=bool(written.get("ensure_weight_tying")),
         **shared,
     )
 
 
-def _targets_of(names: list[str] | str | None, model: Transformer, source: str) -> list[str]:
+def _targets_of(wanted: list[str] | str | None, model: Transformer, source: str) -> list[str]:
     """Places of what PEFT's target_modules mean: ends of paths, "all-linear", or a regular expression."""
     linears = [path for path, m in model.named_modules() if hasattr(m, "in_features")]
-    if names == "all-linear":
+    if wanted == "all-linear":
         return [path for path in linears if path != "lm_head"]
-    if isinstance(names, str):
-        places = (path for path in [*linears, "embed_tokens"] if re.fullmatch(names, huggingface.export_name(path)))
+    if isinstance(wanted, str):
+        places = (path for path in [*linears, "embed_tokens"] if re.fullmatch(wanted, huggingface.export_name(path)))
     else:
-        places = targets(model, ",".join(names)) if names else ()
+        places = targets(model, ",".join(wanted)) if wanted else ()
     if not (found := list(places)):
         raise UserError(f"{source}: no target_modules of this model in it")
     return found
@@ -219,6 +228,7 @@ def load_adapter(model: Transformer, folder: str | Path, name: str = "default", 
         )
     try:
         options = to_options(written, model, str(folder / CONFIG))
+        options = dataclasses.replace(options, base_bits=recorded["bits"])
         problems = options.tuning_problems()
     except (TypeError, AttributeError, re.error) as problem:
         raise UserError(f"{folder / CONFIG}: a value of the wrong kind in it ({problem})") from None
@@ -272,10 +282,12 @@ def load_adapted(
     *,
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
+    merged: bool = False,
 ) -> tuple[Transformer, Path]:
     """The base model of an adapter's folder with the adapter active, and the base's folder.
 
-    base: its folder, if it is not where the adapter says. dtype: convert floating weights to it, at last.
+    base: its folder, if it is not where the adapter says. dtype: convert floating weights to it, at last. merged: have
+    the adapter merged if that is worth it.
     """
     folder = Path(folder)
     written, recorded = read_config(folder)
@@ -285,8 +297,14 @@ def load_adapted(
         from minillm.quant import quantize_base
 
         quantize_base(model, recorded["bits"])
-    load_adapter(model, folder, sha256=base_sha256(found))
-    return (model if dtype is None else model.to(dtype)), found
+    sha256 = base_sha256(found)
+    adapter = load_adapter(model, folder, sha256=sha256)
+    adapter.base_folder, adapter.base_sha256 = found.absolute(), sha256
+    if merged and adapter.worth_merging:
+        merge(model, keep=False)
+    if dtype is not None:
+        model.to(dtype).build_rotation()  # its tables stay in fp32
+    return model, found
 
 
 def tokenizer_of(adapter: Path, base: Path) -> Tokenizer:
@@ -304,12 +322,14 @@ def merge_folder(model: str | Path, adapter: str | Path, out: str | Path) -> str
         raise UserError(f"--out {out}: is there already; choose another folder or delete it")
     if not is_adapter(adapter):
         raise UserError(f"--adapter {adapter}: no {CONFIG} there, so it is no adapter")
-    digest = {"adapter_sha256": hashlib.sha256((adapter / WEIGHTS).read_bytes()).hexdigest()}
+    with (adapter / WEIGHTS).open("rb") as stream:
+        digest = {"adapter_sha256": hashlib.file_digest(stream, "sha256").hexdigest()}
     before = base / MERGED
     if before.exists() and json.loads(before.read_text(encoding="utf-8")) == digest:
         raise UserError(f"--model {base}: has this adapter merged in already; a second time would apply it twice")
     merged, _ = load_adapted(adapter, str(base))
-    merge(merged)
+    changed = len(active_adapter(merged).parts)
+    merge(merged, keep=False)
     tokenizer = tokenizer_of(adapter, base)
     special = {f"{name}_token_id": getattr(tokenizer, f"{name}_id") for name in ("bos", "eos", "pad")}
 
@@ -319,5 +339,4 @@ def merge_folder(model: str | Path, adapter: str | Path, out: str | Path) -> str
         (folder / MERGED).write_text(json.dumps(digest) + "\n", encoding="utf-8")
 
     files.write_folder(out, fill)
-    parts = len(active_adapter(merged).parts)
-    return f"{out}: {adapter} merged into {base}, {parts} modules changed"
+    return f"{out}: {adapter} merged into {base}, {changed} modules changed"

@@ -21,7 +21,7 @@ def choose_optimizer(cfg, dim: int, share: float = 1.0):
     """
     whole = cfg.tune in ("full", "freeze")
     kind = cfg.optimizer or ("muon" if whole else "adamw")
-    lr = optim.default_lr(kind, dim) * share if whole else optim.TUNING_LR[cfg.tune]
+    lr = optim.default_lr(kind, dim) * share if whole else optim.TUNING_LR[cfg.tune] / dim
     return dataclasses.replace(cfg, optimizer=kind, lr=lr if cfg.lr is None else cfg.lr)
 
 

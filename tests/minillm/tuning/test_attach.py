@@ -86,6 +86,17 @@ def test_merged_computes_the_same_as_a_plain_model_and_unmerging_loses_nothing(m
         tuning.unmerge(model)
 
 
+@pytest.mark.parametrize("method", MERGED)
+def test_merged_for_good_nothing_is_kept(method):
+    model = tuned(method)
+    before = model(tiny.IDS)
+    tuning.merge(model, keep=False)
+    torch.testing.assert_close(model(tiny.IDS), before, atol=2e-6, rtol=0)
+    assert is_plain(model) and not model.adapters and tuning.active_adapter(model) is None
+    with pytest.raises(UserError, match="no adapter is active"):
+        tuning.merge(model)
+
+
 def test_what_no_plain_weight_can_hold_is_not_merged():
     with pytest.raises(UserError, match="--tune adapter adds what no plain weight can hold"):
         tuning.merge(tuned("adapter"))

@@ -240,6 +240,15 @@ def test_the_base_is_found_beside_a_moved_adapter_or_named(adapter, tmp_path):
         tuning.load_adapted(gone)
 
 
+def test_loading_in_half_precision_to_generate_from(adapter):
+    """Merged before it is rounded; rotary tables are not rounded at all."""
+    exact, _ = tuning.load_adapted(adapter / "lora")
+    half, _ = tuning.load_adapted(adapter / "lora", dtype=torch.bfloat16, merged=True)
+    assert tuning.active_adapter(half) is None and half.cos.dtype == torch.float32
+    tuning.merge(exact)
+    assert torch.equal(half.layers[0].mlp.up_proj.weight, exact.layers[0].mlp.up_proj.weight.bfloat16())
+
+
 def test_an_adapter_in_place_of_a_model_names_the_remedy(adapter):
     with pytest.raises(UserError, match="merge it into its base first: python -m minillm merge"):
         huggingface.load_config(adapter / "lora")
