@@ -220,7 +220,7 @@ class TuningConfig:
         "auto", "prefix, ptuning: what makes the virtual tokens in training", ("auto", "mlp", "lstm", "none")
     )
     encoder_dim: int | None = option(None, "prefix, ptuning: width of the encoder; none: the model's")
-    base_bits: int | None = option(None, "lora, dora: quantise the frozen base to 8 or 4 bits; none: no")
+    base_bits: int | None = option(None, "lora, dora: quantize the frozen base to 8 or 4 bits; none: no")
 
     @property
     def lora_scaling(self) -> float:

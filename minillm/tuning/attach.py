@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from minillm import UserError
 from minillm.config import VIRTUAL, TuningConfig
 from minillm.model import Transformer
+from minillm.quant import QuantLinear
 from minillm.tuning.adapter import Bottleneck
 from minillm.tuning.ia3 import Ia3Linear
-from minillm.tuning.lora import LoraEmbedding, LoraLinear, is_quantised
+from minillm.tuning.lora import LoraEmbedding, LoraLinear
 from minillm.tuning.virtual import attach_virtual
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -43,7 +44,7 @@ class Adapter:
 
     @property
     def worth_merging(self) -> bool:
-        """Whether it can be merged, and ought to be: a quantised base would take the memory again that it saves."""
+        """Whether it can be merged, and ought to be: a quantized base would take the memory again that it saves."""
         return self.options.mergeable and not self.options.base_bits
 
     def parameters(self) -> dict[str, Tensor]:
@@ -105,7 +106,7 @@ def remove_adapter(model: Transformer, name: str) -> None:
 def merge(model: Transformer, keep: bool = True) -> None:
     """Fold the active adapter into plain layers; arithmetic in fp32. `unmerge` gives base and adapter back unchanged.
 
-    keep False: forget the adapter and what it replaces, layer by layer, to save their memory. A quantised base is
+    keep False: forget the adapter and what it replaces, layer by layer, to save their memory. A quantized base is
     multiplied out. Where embedding and head were one and are no more, the config says so. Raises `UserError` if there
     is nothing to merge, if it is merged already, or if the method cannot be.
     """
@@ -121,7 +122,7 @@ def merge(model: Transformer, keep: bool = True) -> None:
         _place(model, {path: part.merged() if hasattr(part, "merged") else part})
         if not keep:
             del adapter.base[path]
-    for path in [path for path, module in model.named_modules() if is_quantised(module)]:
+    for path in [path for path, module in model.named_modules() if isinstance(module, QuantLinear)]:
         layer = model.get_submodule(path)
         _place(model, {path: layer.dequantize()})
         if keep:
@@ -236,8 +237,8 @@ def _saved(model: Transformer, text: str | None, taken: list[str]) -> list[str]:
     for path in chosen:
         if any(f"{other}.".startswith(f"{path}.") for other in taken):
             raise UserError(f"--modules_to_save {text}: {path} is a target module, too; leave it out of one of both")
-        if any(is_quantised(m) for m in model.get_submodule(path).modules()):
-            raise UserError(f"--modules_to_save {text}: {path} is quantised, and so cannot be trained in full")
+        if any(isinstance(m, QuantLinear) for m in model.get_submodule(path).modules()):
+            raise UserError(f"--modules_to_save {text}: {path} is quantized, and so cannot be trained in full")
     return chosen
 
 

@@ -13,7 +13,7 @@ class Ia3Linear(nn.Module):
     """x → (W x + b) · l, or with `on_input` x → W (x · l) + b."""
 
     def __init__(self, base: nn.Module, on_input: bool):
-        """base: a linear layer, plain or quantised."""
+        """base: a linear layer, plain or quantized."""
         super().__init__()
         self.base_layer, self.on_input = base, on_input
         self.in_features, self.out_features = base.in_features, base.out_features

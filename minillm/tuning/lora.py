@@ -13,15 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-
-def is_quantised(layer: nn.Module) -> bool:
-    """Whether a layer has no weight of floats, but can make one."""
-    return hasattr(layer, "dequantize")
+from minillm.quant import QuantLinear
 
 
 def dense_weight(layer: nn.Module) -> Tensor:
-    """The weight of a layer as one matrix (out, in) of floats; a quantised layer is multiplied out."""
-    return layer.dequantize().weight if is_quantised(layer) else layer.weight
+    """The weight of a layer as one matrix (out, in) of floats; a quantized layer is multiplied out."""
+    return layer.dequantize().weight if isinstance(layer, QuantLinear) else layer.weight
 
 
 def plain_linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
@@ -56,7 +53,7 @@ class LoraLinear(nn.Module):
     def __init__(
         self, base: nn.Module, rank: int, scaling: float, dropout: float, dora: bool, generator: torch.Generator
     ):
-        """base: a linear layer, plain or quantised; dropout: share of x; generator: on the CPU, draws A."""
+        """base: a linear layer, plain or quantized; dropout: share of x; generator: on the CPU, draws A."""
         super().__init__()
         self.base_layer, self.scaling = base, scaling
         self.in_features, self.out_features = base.in_features, base.out_features

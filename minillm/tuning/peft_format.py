@@ -3,7 +3,7 @@
 adapter_config.json           the method and its options, in PEFT's words
 adapter_model.safetensors     what is trained
 minillm_base.json             ours alone, for which base: its folder seen from here, its fingerprint, and to how many
-                              bits it is quantised; without it an adapter is accepted wherever its shapes fit
+                              bits it is quantized; without it an adapter is accepted wherever its shapes fit
 
 Partly frozen models and bottleneck adapters have no twin in PEFT; peft_type is then a name of our own, which PEFT
 refuses. Formats of PEFT 0.21.
@@ -292,11 +292,7 @@ def load_adapted(
     folder = Path(folder)
     written, recorded = read_config(folder)
     found = find_base(folder, base, recorded, written)
-    model = huggingface.load_model(found, device=device)
-    if recorded["bits"]:
-        from minillm.quant import quantize_base
-
-        quantize_base(model, recorded["bits"])
+    model = huggingface.load_model(found, device=device, base_bits=recorded["bits"])
     sha256 = base_sha256(found)
     adapter = load_adapter(model, folder, sha256=sha256)
     adapter.base_folder, adapter.base_sha256 = found.absolute(), sha256

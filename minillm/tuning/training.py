@@ -36,16 +36,15 @@ def fingerprints(cfg: TuningConfig, base: Path | None) -> dict[str, str]:
 def load_model(cfg, shape: ModelConfig, init: Path, source: Path | None, device: torch.device) -> Transformer:
     """The model to train, in fp32: that of the checkpoint `source`, else of `init`.
 
-    With --tune it is always init's, frozen, and over it an adapter, new (by the seed) or from `source`.
+    With --tune it is always init's, frozen and perhaps quantized, and over it an adapter, new (by the seed) or from
+    `source`.
     """
     tuned = cfg.tune != "full"
-    model = huggingface.load_model(init if tuned else source or init, config=shape, device=device, dtype=torch.float32)
+    dtype = None if cfg.base_bits else torch.float32  # what is quantized on the way need not be made wide before
+    where = dict(device=device, dtype=dtype, base_bits=cfg.base_bits)
+    model = huggingface.load_model(init if tuned else source or init, config=shape, **where)
     if not tuned:
         return model
-    if cfg.base_bits:
-        from minillm.quant import quantize_base
-
-        quantize_base(model, cfg.base_bits)
     adapter = attach(model, cfg, cfg.seed, keep_base=False)
     adapter.base_folder, adapter.base_sha256 = init.absolute(), base_sha256(init)
     if source is not None:

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from minillm import UserError, tuning
+from minillm import UserError, quant, tuning
 from minillm.config import TuningConfig
 from minillm.decode import is_plain
 from minillm.generate import GREEDY, generate
@@ -95,6 +95,20 @@ def test_merged_for_good_nothing_is_kept(method):
     assert is_plain(model) and not model.adapters and tuning.active_adapter(model) is None
     with pytest.raises(UserError, match="no adapter is active"):
         tuning.merge(model)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("method", ["lora", "dora", "ia3"])
+def test_a_quantized_base_is_multiplied_out_by_merging_and_comes_back(method, bits):
+    model = tiny.base(bias=True)
+    quant.quantize_base(model, bits)
+    tiny.shake(tuning.attach(model, METHODS[method]).parameters())
+    before = model(tiny.IDS)
+    tuning.merge(model)
+    assert is_plain(model)
+    torch.testing.assert_close(model(tiny.IDS), before, atol=2e-6, rtol=0)
+    tuning.unmerge(model)
+    assert torch.equal(model(tiny.IDS), before)
 
 
 def test_what_no_plain_weight_can_hold_is_not_merged():

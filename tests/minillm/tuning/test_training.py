@@ -48,7 +48,11 @@ def tensors(run: Path, step: int) -> list[bytes]:
 FULL = "--tune lora --lora_dropout 0.1 --modules_to_save embed_tokens,lm_head"
 
 
-STOPPED = [FULL, "--tune freeze --train_layers last:1,norms", "--tune ptuning --n_virtual 4 --encoder lstm"]
+STOPPED = [
+    f"{FULL} --base_bits 4",
+    "--tune freeze --train_layers last:1,norms",
+    "--tune ptuning --n_virtual 4 --encoder lstm",
+]
 
 
 @pytest.mark.parametrize("more", STOPPED, ids=["lora", "freeze", "ptuning"])
@@ -78,10 +82,10 @@ def test_resumed_is_bit_for_bit_the_run_never_stopped_and_steps_hold_no_base(fol
 
 
 SHARED = [FULL.replace("--lora_dropout 0.1 ", ""), "--tune adapter", "--tune freeze --train_layers 0"]
-SHARED += ["--tune prefix --n_virtual 4"]
+SHARED += ["--tune prefix --n_virtual 4", "--tune dora --base_bits 8"]
 
 
-@pytest.mark.parametrize("more", SHARED, ids=["lora", "adapter", "freeze", "prefix"])
+@pytest.mark.parametrize("more", SHARED, ids=["lora", "adapter", "freeze", "prefix", "dora on int8"])
 def test_two_ranks_take_the_same_steps_as_one(folder, more):
     out = more.split()[1]
     for ranks in (1, 2):
@@ -126,7 +130,7 @@ def test_two_stages_of_pretraining_and_a_plain_model_in_the_end(folder, capsys, 
     assert Tokenizer.load(base).sha256 == Tokenizer.load(folder / "data").sha256
 
 
-@pytest.mark.parametrize("tune", ["dora", "prefix --n_virtual 4"])
+@pytest.mark.parametrize("tune", ["dora", "prefix --n_virtual 4", "lora --base_bits 4"])
 def test_answers_are_scored_before_and_after(folder, tune):
     run = folder / f"scored-{tune[:3]}"
     more = f"--tune {tune} --steps 4 --lr 1e-2 --eval_data {folder}/held_out.jsonl --template simple"
