@@ -167,7 +167,9 @@ class TrainingConfig:
     schedule: str = option("cosine", "shape of the learning rate", ("cosine", "wsd", "constant"))
     min_lr_ratio: float = option(0.1, "final learning rate as a share of the peak")
     decay_share: float = option(0.2, "share of all steps in which wsd decays")
-    weight_decay: float = option(0.1, "weight decay, on matrices only")
+    weight_decay: float | None = option(
+        None, "weight decay, on matrices only; none: 0.1, but 0 for ia3 and virtual tokens"
+    )
     grad_clip: float = option(1.0, "largest gradient norm; 0 switches clipping off")
     dropout: float = option(0.0, "dropout on embeddings and both residual branches")
     seed: int = option(0, "of weights, data order and dropout")

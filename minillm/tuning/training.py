@@ -7,22 +7,25 @@ from pathlib import Path
 import torch
 
 from minillm import huggingface, optim
-from minillm.config import ModelConfig, TuningConfig
+from minillm.config import VIRTUAL, ModelConfig, TuningConfig
 from minillm.model import Transformer
 from minillm.tuning.attach import active_adapter, attach
 from minillm.tuning.peft_format import base_sha256, read_tensors
 
 
 def choose_optimizer(cfg, dim: int, share: float = 1.0):
-    """A script's configuration with optimizer and peak learning rate filled in where it leaves them open.
+    """A script's configuration with optimizer, peak learning rate and weight decay filled in where it leaves them open.
 
     Weights the model has already are trained as in pretraining, at `share` of its rate. New parameters go to AdamW:
     Muon makes all directions of an update equally large, which says nothing for a matrix that is one factor of two.
+    Decay draws towards zero, where matrices add nothing; for IA3 that is at one, and for virtual tokens nowhere.
     """
     whole = cfg.tune in ("full", "freeze")
     kind = cfg.optimizer or ("muon" if whole else "adamw")
     lr = optim.default_lr(kind, dim) * share if whole else optim.TUNING_LR[cfg.tune] / dim
-    return dataclasses.replace(cfg, optimizer=kind, lr=lr if cfg.lr is None else cfg.lr)
+    decay = 0.0 if cfg.tune in ("ia3", *VIRTUAL) else 0.1
+    chosen = dict(optimizer=kind, lr=lr, weight_decay=decay)
+    return dataclasses.replace(cfg, **{name: v for name, v in chosen.items() if getattr(cfg, name) is None})
 
 
 def fingerprints(cfg: TuningConfig, base: Path | None) -> dict[str, str]:

@@ -198,6 +198,8 @@ def test_optimizer_and_learning_rate_where_they_are_left_open():
     assert chosen(optimizer="adamw")[1] == pytest.approx(0.045 / 128**0.5 / 4)
     assert chosen(tune="lora")[0] == "adamw" and chosen(tune="lora", optimizer="muon")[0] == "muon"
     assert chosen(tune="lora", lr=0.5)[1] == 0.5
+    decays = [tuning.choose_optimizer(Sft(tune=tune), 128).weight_decay for tune in ("full", "lora", "ia3", "prompt")]
+    assert decays == [0.1, 0.1, 0, 0]
 
 
 def test_floating_point_operations():
