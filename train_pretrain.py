@@ -31,7 +31,7 @@ from minillm.validation import Validation
 
 
 @dataclass(frozen=True)
-class Config(config.TuningConfig, config.TrainingConfig):
+class Config(tuning.TuningConfig, config.TrainingConfig):
     data: str = option("data/bundled", "folder of token bins, or a mixture FOLDER:WEIGHT,FOLDER:WEIGHT,…")
     out: str = option("out/pretrain", "the run's folder: checkpoints, metrics.jsonl, curve.png")
     data_dtype: str | None = option(None, "dtype of a raw .bin made elsewhere: uint16 or uint32")

@@ -28,7 +28,7 @@ from minillm.validation import answer_loss
 
 
 @dataclass(frozen=True)
-class Config(config.TuningConfig, config.TrainingConfig):
+class Config(tuning.TuningConfig, config.TrainingConfig):
     data: str = option(f"{bundled.FOLDER}/sft_train.jsonl", "instruction file(s), separated by commas")
     out: str = option("out/sft", "the run's folder: checkpoints, metrics.jsonl, curve.png")
     init_from: str | None = option("out/pretrain", "model folder or run to start from")

@@ -7,7 +7,6 @@ default, and `parse` turns `--name value` (or `--config file.toml`) into an inst
 import argparse
 import dataclasses
 import difflib
-import math
 import sys
 import tomllib
 import types
@@ -189,85 +188,6 @@ class TrainingConfig:
     max_bad_steps: int = option(20, "stop after so many steps in a row whose gradients are not finite")
     timeout_s: float = option(600.0, "seconds without a finished step after which a hanging run is ended")
     tensorboard: bool = option(False, "also write TensorBoard events")
-
-
-VIRTUAL = ("prefix", "prompt", "ptuning")  # methods that train virtual tokens
-METHODS = ("full", "freeze", "lora", "dora", "ia3", "adapter", *VIRTUAL)
-
-
-@dataclass(frozen=True)
-class TuningConfig:
-    """The options of training few parameters (docs/tuning.md), which training scripts have beside `TrainingConfig`."""
-
-    tune: str = option("full", "what is trained: everything, some layers, or few new parameters", METHODS)
-    lora_rank: int = option(8, "lora, dora: columns of A and B")
-    lora_alpha: float | None = option(None, "lora, dora: the update is scaled by alpha/rank; none: 2 · rank")
-    lora_dropout: float = option(0.0, "lora, dora: dropout before A")
-    rslora: bool = option(False, "lora, dora: scale by alpha/√rank instead")
-    target_modules: str | None = option(
-        None, "modules to adapt, by commas; none: all seven linears of a layer (ia3: k_proj,v_proj,down_proj)"
-    )
-    modules_to_save: str | None = option(
-        None, "lora, dora, ia3: modules trained in full besides, e.g. embed_tokens,lm_head"
-    )
-    ensure_weight_tying: bool | None = option(
-        None, "a tied embedding and head, trained in full, stay one weight; none: if modules_to_save names both"
-    )
-    train_layers: str | None = option(
-        None, "freeze: what is trained, by commas: last:2, first:1, numbers of layers, embed, head, norms"
-    )
-    bottleneck_dim: int = option(16, "adapter: width of the bottleneck")
-    n_virtual: int = option(16, "prefix, prompt, ptuning: number of virtual tokens")
-    encoder: str = option(
-        "auto", "prefix, ptuning: what makes the virtual tokens in training", ("auto", "mlp", "lstm", "none")
-    )
-    encoder_dim: int | None = option(None, "prefix, ptuning: width of the encoder; none: the model's")
-    base_bits: int | None = option(None, "lora, dora: quantize the frozen base to 8 or 4 bits; none: no")
-
-    @property
-    def lora_scaling(self) -> float:
-        """What BA is multiplied by."""
-        alpha = 2 * self.lora_rank if self.lora_alpha is None else self.lora_alpha
-        return alpha / (math.sqrt(self.lora_rank) if self.rslora else self.lora_rank)
-
-    @property
-    def mergeable(self) -> bool:
-        """Whether plain weights can hold what the method does."""
-        return self.tune not in ("adapter", *VIRTUAL)
-
-    @property
-    def placeholders(self) -> int:
-        """How many positions before each document the model's virtual tokens take."""
-        return self.n_virtual if self.tune in VIRTUAL else 0
-
-    def tuning_problems(self) -> list[str]:
-        """What is wrong with these options, whatever the model; one line each."""
-        low_rank = self.tune in ("lora", "dora")
-        targeted = low_rank or self.tune == "ia3"
-        default = TuningConfig()
-        needs = {  # option: whether the method knows it
-            **dict.fromkeys(("lora_rank", "lora_alpha", "lora_dropout", "rslora", "base_bits"), low_rank),
-            **dict.fromkeys(("target_modules", "modules_to_save", "ensure_weight_tying"), targeted),
-            "train_layers": self.tune == "freeze",
-            "bottleneck_dim": self.tune == "adapter",
-            "n_virtual": self.tune in VIRTUAL,
-            **dict.fromkeys(("encoder", "encoder_dim"), self.tune in ("prefix", "ptuning")),
-        }
-        changed = [name for name in needs if getattr(self, name) != getattr(default, name)]
-        problems = [f"--{name}: means nothing with --tune {self.tune}" for name in changed if not needs[name]]
-        sizes = {name: getattr(self, name) for name in ("lora_rank", "bottleneck_dim", "n_virtual", "encoder_dim")}
-        problems += [f"--{name} {size}: at least 1" for name, size in sizes.items() if size is not None and size < 1]
-        if not 0 <= self.lora_dropout < 1:
-            problems.append(f"--lora_dropout {self.lora_dropout}: choose one from 0 to below 1")
-        if self.lora_alpha is not None and not 0 < self.lora_alpha < math.inf:
-            problems.append(f"--lora_alpha {self.lora_alpha}: choose one above 0")
-        if self.base_bits not in (None, 8, 4):
-            problems.append(f"--base_bits {self.base_bits}: choose 8 or 4")
-        if self.tune == "freeze" and not self.train_layers:
-            problems.append("--tune freeze: say by --train_layers what is trained, e.g. last:2")
-        if self.lora_dropout and "lm_head" in (self.target_modules or ""):
-            problems.append("--target_modules lm_head: cannot have dropout; set --lora_dropout 0")
-        return problems
 
 
 def preset(name: str, **overrides) -> ModelConfig:

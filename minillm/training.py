@@ -40,7 +40,7 @@ def check_options(cfg: config.TrainingConfig) -> None:
         for name in names
         if (value := getattr(cfg, name, None)) is not None and not least <= value <= most  # NaN is never within
     ]
-    problems += cfg.tuning_problems() if isinstance(cfg, config.TuningConfig) else []
+    problems += cfg.tuning_problems() if isinstance(cfg, tuning.TuningConfig) else []
     if problems:
         raise UserError("; ".join(problems))
 

@@ -1,20 +1,13 @@
 """Training few parameters of a frozen model: LoRA, DoRA, IA3, bottleneck adapters, virtual tokens, some layers only.
 
-attach.py puts an adapter into a model and takes it off, peft_format.py reads and writes its files; the methods
-themselves are in lora.py, ia3.py, adapter.py and virtual.py. See docs/tuning.md.
+attach.py puts an adapter into a model and takes it off, peft_format.py reads and writes its files, folders.py finds
+its base; the methods themselves are in lora.py, ia3.py, adapter.py and virtual.py. See docs/tuning.md.
 """
 
 from minillm.tuning.attach import Adapter, active_adapter, attach, merge, merged, remove_adapter, set_adapter, unmerge
-from minillm.tuning.peft_format import (
-    base_sha256,
-    is_adapter,
-    load_adapted,
-    load_adapter,
-    merge_folder,
-    read_tensors,
-    save_adapter,
-    tokenizer_of,
-)
+from minillm.tuning.folders import base_sha256, is_adapter, load_adapted, merge_folder, tokenizer_of
+from minillm.tuning.options import TuningConfig
+from minillm.tuning.peft_format import load_adapter, read_tensors, save_adapter
 from minillm.tuning.training import (
     choose_optimizer,
     describe_parameters,
@@ -26,6 +19,7 @@ from minillm.tuning.training import (
 
 __all__ = [
     "Adapter",
+    "TuningConfig",
     "active_adapter",
     "attach",
     "base_sha256",

@@ -17,12 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from minillm import UserError
-from minillm.config import VIRTUAL, TuningConfig
 from minillm.model import Transformer
 from minillm.quant import QuantLinear
 from minillm.tuning.adapter import Bottleneck
 from minillm.tuning.ia3 import Ia3Linear
 from minillm.tuning.lora import LoraEmbedding, LoraLinear
+from minillm.tuning.options import VIRTUAL, TuningConfig
 from minillm.tuning.virtual import attach_virtual
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")

@@ -7,10 +7,12 @@ from pathlib import Path
 import torch
 
 from minillm import huggingface, optim
-from minillm.config import VIRTUAL, ModelConfig, TuningConfig
+from minillm.config import ModelConfig
 from minillm.model import Transformer
 from minillm.tuning.attach import active_adapter, attach
-from minillm.tuning.peft_format import base_sha256, read_tensors
+from minillm.tuning.folders import base_sha256
+from minillm.tuning.options import VIRTUAL, TuningConfig
+from minillm.tuning.peft_format import read_tensors
 
 
 def choose_optimizer(cfg, dim: int, share: float = 1.0):

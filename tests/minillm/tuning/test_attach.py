@@ -2,9 +2,9 @@ import pytest
 import torch
 
 from minillm import UserError, quant, tuning
-from minillm.config import TuningConfig
 from minillm.decode import is_plain
 from minillm.generate import GREEDY, generate
+from minillm.tuning import TuningConfig
 from tests.minillm.tuning import tiny
 
 METHODS = {

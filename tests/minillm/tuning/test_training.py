@@ -6,9 +6,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from minillm import evaluate, huggingface, tuning
-from minillm.config import TuningConfig
+from minillm import UserError, evaluate, huggingface, tuning
+from minillm.__main__ import main
 from minillm.tokenizer import Tokenizer
+from minillm.tuning import TuningConfig
 from tests import launch
 from tests.minillm.tuning import tiny
 from tests.test_train_sft import OPTIONS, write_instructions
@@ -97,15 +98,20 @@ def test_two_ranks_take_the_same_steps_as_one(folder, more):
     torch.testing.assert_close(two, one, atol=1e-4, rtol=1e-3)
 
 
-def test_two_stages_of_pretraining_and_a_plain_model_in_the_end(folder, capsys, monkeypatch):
-    """New embeddings first, then low-rank matrices with embeddings in full, each merged into the base."""
-    from minillm.__main__ import main
+@pytest.fixture
+def command(capsys, monkeypatch):
+    """Runs `python -m minillm` with these arguments; returns what it printed."""
 
-    def command(text: str) -> str:
+    def run(text: str) -> str:
         monkeypatch.setattr("sys.argv", ["minillm", *text.split()])
         assert main() == 0
         return capsys.readouterr().out
 
+    return run
+
+
+def test_two_stages_of_pretraining_and_a_plain_model_in_the_end(folder, command):
+    """New embeddings first, then low-rank matrices with embeddings in full, each merged into the base."""
     pretrain(folder, "prompted", f"--init_from {folder}/base --tune prompt --n_virtual 4 --steps 2")
     val_loss = next(row["val_loss"] for row in launch.rows(folder / "prompted") if "val_loss" in row)
     said = command(f"eval --model {folder}/prompted --data {folder}/data --max_tokens 512 --seq_len 32 --device cpu")
@@ -128,6 +134,26 @@ def test_two_stages_of_pretraining_and_a_plain_model_in_the_end(folder, capsys, 
         base = folder / f"merged-{stage}"
     assert huggingface.load_config(base).tie_embeddings
     assert Tokenizer.load(base).sha256 == Tokenizer.load(folder / "data").sha256
+
+
+def test_merging_what_cannot_be_merged_is_refused(folder, command):
+    sft(folder, "once", "--tune lora --steps 2")
+    sft(folder, "never", "--tune adapter --steps 2")
+    base, once = folder / "base", f"--adapter {folder}/once"
+    command(f"merge --model {base} {once} --out {folder}/with-once")
+    for more, words in {
+        f"merge --model {folder}/with-once {once} --out {folder}/twice": "has this adapter merged in already",
+        f"merge --model {base}/step-00000002 {once} --out {folder}/twice": "made for another base",
+        f"merge --model {base} {once} --out {folder}/with-once": "is there already",
+        f"merge --model {base} --adapter {base} --out {folder}/twice": "so it is no adapter",
+        f"merge --model {base} --adapter {folder}/never --out {folder}/twice": "--tune adapter adds what no plain",
+        f"eval --model {base} --base {base} --data {folder}/data": "is a model of its own and no adapter",
+        f"eval --model {folder}/once --base {folder}/with-once --data {folder}/data": "made for another base",
+        f"info --model {folder}/once": "an adapter, and no model; merge it into its base first",
+    }.items():
+        with pytest.raises(UserError, match=words):
+            command(more)
+    assert not (folder / "twice").exists() and not list(folder.glob("*.tmp-*"))
 
 
 @pytest.mark.parametrize("tune", ["dora", "prefix --n_virtual 4", "lora --base_bits 4"])

@@ -1,0 +1,119 @@
+"""An adapter's folder and its base's: which belong together, both as one model, and one merged into the other."""
+
+import hashlib
+import json
+import math
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from minillm import UserError, checkpoint, files, huggingface, run
+from minillm.model import Transformer
+from minillm.tokenizer import Tokenizer
+from minillm.tuning.attach import active_adapter, merge
+from minillm.tuning.peft_format import CONFIG, WEIGHTS, load_adapter, read_config
+
+MERGED = "merged_adapter.json"  # in a merged model's folder: which adapter is in it
+SAMPLES = 256  # numbers of each tensor that its fingerprint looks at
+
+
+def base_sha256(folder: str | Path) -> str:
+    """A fingerprint of a model folder: of its config and some numbers of every weight, rounded to bf16.
+
+    So it is the same for every split into shards and for a copy in bf16, and reads little. It tells apart models of
+    other training, not one number changed.
+    """
+    config = huggingface.load_config(folder)
+    described = hashlib.sha256(json.dumps(huggingface.to_hf(config), sort_keys=True).encode())
+    for name, place in sorted(checkpoint.find_weights(folder).items()):
+        second_copy = name == "lm_head.weight" and config.tie_embeddings
+        if not second_copy and not name.endswith("rotary_emb.inv_freq"):
+            described.update(name.encode() + _sample(place))
+    return described.hexdigest()
+
+
+def _sample(place: checkpoint.Place) -> bytes:
+    """Some numbers of a tensor, evenly apart, as bf16; only the pages of the file that hold them are read."""
+    size, count = place.dtype.itemsize, math.prod(place.shape)
+    numbers = np.memmap(place.file, f"i{size}", "r", place.offset, (max(1, count),))[:: max(1, count // SAMPLES)]
+    return torch.from_numpy(numbers.copy()).view(place.dtype).bfloat16().view(torch.int16).numpy().tobytes()
+
+
+def is_adapter(folder: str | Path) -> bool:
+    """Whether a folder holds an adapter in place of a model."""
+    return (Path(folder) / CONFIG).exists()
+
+
+def find_base(folder: Path, given: str | None, recorded: dict, written: dict) -> Path:
+    """The base's folder: as given, or as the adapter records it, seen from its own folder or as it was then."""
+    if given is not None:
+        return run.resolve_checkpoint(given)
+    named = written.get("base_model_name_or_path") or ""
+    for place in (folder / str(recorded["folder"] or "?"), Path(named or "?")):
+        if (place / "config.json").exists():
+            return run.resolve_checkpoint(os.path.normpath(place))
+    raise UserError(f"{folder}: its base {named or '(not named)'} is not there; give its folder by --base")
+
+
+def load_adapted(
+    folder: str | Path,
+    base: str | None = None,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    merged: bool = False,
+) -> tuple[Transformer, Path]:
+    """The base model of an adapter's folder with the adapter active, and the base's folder.
+
+    base: its folder, if it is not where the adapter says. dtype: convert floating weights to it, at last. merged: have
+    the adapter merged if that is worth it.
+    """
+    folder = Path(folder)
+    written, recorded = read_config(folder)
+    found = find_base(folder, base, recorded, written)
+    model = huggingface.load_model(found, device=device, base_bits=recorded["bits"])
+    sha256 = base_sha256(found)
+    adapter = load_adapter(model, folder, sha256=sha256)
+    adapter.base_folder, adapter.base_sha256 = found.absolute(), sha256
+    if merged and adapter.worth_merging:
+        merge(model, keep=False)
+    if dtype is not None:
+        model.to(dtype).build_rotation()  # its tables stay in fp32
+    return model, found
+
+
+def tokenizer_of(adapter: Path, base: Path) -> Tokenizer:
+    """The tokenizer beside an adapter, which knows the prompt format it was taught with; else the base's."""
+    return Tokenizer.load(adapter if (adapter / "tokenizer.model").exists() else base)
+
+
+def merge_folder(model: str | Path, adapter: str | Path, out: str | Path) -> str:
+    """Write `out`, a plain model folder: `model` with the adapter merged in. Returns a line that says what was done.
+
+    Raises `UserError` if the adapter is for another base or is in already, or if `out` is there already.
+    """
+    base, adapter = run.resolve_checkpoint(model), run.resolve_checkpoint(adapter)
+    if Path(out).exists():
+        raise UserError(f"--out {out}: is there already; choose another folder or delete it")
+    if not is_adapter(adapter):
+        raise UserError(f"--adapter {adapter}: no {CONFIG} there, so it is no adapter")
+    with (adapter / WEIGHTS).open("rb") as stream:
+        digest = {"adapter_sha256": hashlib.file_digest(stream, "sha256").hexdigest()}
+    before = base / MERGED
+    if before.exists() and json.loads(before.read_text(encoding="utf-8")) == digest:
+        raise UserError(f"--model {base}: has this adapter merged in already; a second time would apply it twice")
+    merged, _ = load_adapted(adapter, str(base))
+    changed = len(active_adapter(merged).parts)
+    merge(merged, keep=False)
+    tokenizer = tokenizer_of(adapter, base)
+    special = {f"{name}_token_id": getattr(tokenizer, f"{name}_id") for name in ("bos", "eos", "pad")}
+
+    def fill(folder: Path) -> None:
+        huggingface.save_model(merged, folder, special_ids=special)
+        tokenizer.save(folder)
+        (folder / MERGED).write_text(json.dumps(digest) + "\n", encoding="utf-8")
+
+    files.write_folder(out, fill)
+    return f"{out}: {adapter} merged into {base}, {changed} modules changed"
