@@ -53,7 +53,7 @@ class Adapter:
             f"{path}.{name}": parameter
             for path, part in self.parts.items()
             for name, parameter in part.named_parameters(remove_duplicate=False)
-            if not name.startswith("base_layer.") and parameter.requires_grad
+            if not name.startswith("base_layer.")
         }
 
 
