@@ -18,7 +18,7 @@ NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 
 # Peak learning rates of AdamW for an adapter, times the width: near the best of those tried at 128 (docs/tuning.md).
 # By 1/width LoRA's is 1.6e-4 and IA3's 3e-3 at 4096, about what others take there (Chinese-LLaMA; arXiv:2205.05638).
-TUNING_LR = {"lora": 0.64, "dora": 0.64, "ia3": 12.8, "adapter": 1.9, "prefix": 1.3, "prompt": 13.0, "ptuning": 0.64}
+TUNING_LR = {"lora": 0.64, "dora": 0.64, "ia3": 12.8, "adapter": 1.9, "prefix": 12.8, "prompt": 12.8, "ptuning": 1.9}
 
 NEWTON_SCHULZ_STEPS = 5
 MUON_ELEMENTS = 1 << 26  # numbers orthogonalized at a time: the iteration holds three copies of them
