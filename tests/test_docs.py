@@ -2,11 +2,14 @@
 
 import re
 import shlex
+import sys
 from pathlib import Path
 
 import pytest
 
 from data import bundled, prepare
+from kernels import bench, tune
+from kernels.launch import SHARED_MEMORY
 from minillm import __main__, config, generate, port_commands, vocab_commands
 from train_pretrain import Config as Pretrain
 from train_sft import Config as Sft
@@ -27,7 +30,7 @@ class Page:
         self.words, self.links = re.findall("`([^`]+)`", prose), re.findall(r"\]\(([^)]+)\)", prose)
         lines = [line for block in self.blocks for line in block.replace("\\\n", "").splitlines()]
         lines += [word for word in self.words if word.startswith("python") and " --" in word]
-        found = [re.search(r"((?:\w+/)?\w+\.py|(?<=-m )minillm) .*", line.replace(" …", "")) for line in lines]
+        found = [re.search(r"((?:\w+/)*\w+\.py|(?<=-m )(?:minillm|kernels\.\w+)) .*", line.replace(" …", "")) for line in lines]
         self.commands = [shlex.split(match[0]) for match in found if match]
 
 
@@ -53,10 +56,12 @@ def test_commands_and_options_are_known(path, monkeypatch):
     monkeypatch.setattr(prepare, "report", lambda meta: None)
     parse = {"train_pretrain.py": lambda: config.parse(Pretrain, ""), "train_sft.py": lambda: config.parse(Sft, "")}
     parse |= {"data/prepare.py": prepare.main, "minillm": lambda: __main__.build_parser().parse_args()}
+    parse |= {"kernels.bench": bench.build_parser().parse_args, "kernels.tune": tune.build_parser().parse_args}
+    parse["tests/kernels/offline.py"] = lambda: SHARED_MEMORY[int(sys.argv[1])]
     for command in Page(path).commands:
         monkeypatch.setattr("sys.argv", command)
         parse[command[0]]()
-    modules = (prepare, bundled, port_commands, vocab_commands, __main__)
+    modules = (prepare, bundled, port_commands, vocab_commands, bench, tune, __main__)
     sources = "".join(Path(module.__file__).read_text(encoding="utf-8") for module in modules)
     known = {field for shape in (Pretrain, Sft, generate.Sampling) for field in shape.__dataclass_fields__}
     known |= {*re.findall(r'"--(\w+)"', sources), *TORCHRUN, "config", "help", "name"}
