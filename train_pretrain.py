@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 from data import bundled
-from minillm import UserError, config, distributed, generate, huggingface, ops, optim, run, training, tuning
+from minillm import UserError, config, distributed, generate, huggingface, ops, optim, run, selfcheck, training, tuning
 from minillm.config import option
 from minillm.data import TokenBins, TokenWindows, parse_mixture
 from minillm.metrics import duration, peak_flops
@@ -66,6 +66,7 @@ def main() -> int:
     micro_batch_size = distributed.micro_batch(cfg.batch_size, cfg.micro_batch_size, ranks.world)
     cfg = dataclasses.replace(cfg, micro_batch_size=micro_batch_size)
     ops.select(cfg.impl)
+    selfcheck.check_kernels(ranks)
 
     # data: token bins, and the tokenizer that lies beside them
     if cfg.data == bundled.FOLDER and ranks.main:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 
 from data import bundled
-from minillm import UserError, config, distributed, evaluate, huggingface, ops, optim, run, training, tuning
+from minillm import UserError, config, distributed, evaluate, huggingface, ops, optim, run, selfcheck, training, tuning
 from minillm.chat_data import InstructionRows
 from minillm.config import option
 from minillm.metrics import duration, peak_flops
@@ -57,6 +57,7 @@ def main() -> int:
     micro_batch_size = distributed.micro_batch(cfg.batch_size, cfg.micro_batch_size, ranks.world)
     cfg = dataclasses.replace(cfg, micro_batch_size=micro_batch_size)
     ops.select(cfg.impl)
+    selfcheck.check_kernels(ranks)
 
     # the model to start from, and its tokenizer
     init = run.resolve_checkpoint(cfg.init_from)

@@ -23,6 +23,7 @@ from minillm import (
     quant,
     resize,
     run,
+    selfcheck,
     training,
     tuning,
     vocab_commands,
@@ -167,6 +168,7 @@ def _load(args) -> tuple:
         )
     folder = run.resolve_checkpoint(named, log=tell)
     device = distributed.pick_device(args.device)
+    selfcheck.check_kernels(distributed.Ranks(0, 1, device), tell)
     dtype = training.DTYPES[args.dtype] if args.dtype else None
     if dtype is None and device.type == "cpu":
         dtype = torch.float32  # half precision is slow on most CPUs

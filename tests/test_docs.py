@@ -30,7 +30,10 @@ class Page:
         self.words, self.links = re.findall("`([^`]+)`", prose), re.findall(r"\]\(([^)]+)\)", prose)
         lines = [line for block in self.blocks for line in block.replace("\\\n", "").splitlines()]
         lines += [word for word in self.words if word.startswith("python") and " --" in word]
-        found = [re.search(r"((?:\w+/)*\w+\.py|(?<=-m )(?:minillm|kernels\.\w+)) .*", line.replace(" …", "")) for line in lines]
+        found = [
+            re.search(r"((?:\w+/)*\w+\.py|(?<=-m )(?:minillm|kernels\.\w+)) .*", line.replace(" …", ""))
+            for line in lines
+        ]
         self.commands = [shlex.split(match[0]) for match in found if match]
 
 

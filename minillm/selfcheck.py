@@ -1,0 +1,159 @@
+"""Do the kernels compute on this very GPU what torch does? Asked once, before they are trusted with a run.
+
+GPUs, drivers and compilers are more than anyone can test on. So the first run on a GPU holds a small model through our
+kernels against the same model through torch: loss, every gradient, an optimizer's step, tokens one by one. That
+happens in a process of its own, since a kernel that fails can take its process's GPU with it, or hang. If anything
+differs, the run goes on with torch's ops and says so. What holds is remembered for this GPU, these versions and this
+source; `--impl triton` asks for the kernels without a question.
+"""
+
+import hashlib
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from minillm import config, decode_cuda, generate, ops, optim
+from minillm.distributed import Ranks
+from minillm.model import Transformer
+
+SECONDS = 300  # some 30 kernels are compiled, on a slow machine
+LENGTHS = (130, 62)  # tokens of the documents in a row: block edges inside and outside
+
+
+def check_kernels(ranks: Ranks, say: Callable[[str], None] = print) -> None:
+    """On all ranks: where `auto` means our kernels, see once that they are right, else select torch's ops.
+
+    say: takes the line that tells of it; called on the main rank.
+    """
+    if ops.selected() != "auto" or ranks.device.type != "cuda" or not ops.fused(torch.empty(0, device=ranks.device)):
+        return
+    problem = _problem(ranks.device, say) if ranks.main else ""
+    if ranks.any(int(bool(problem))):
+        ops.select("torch")
+        if ranks.main:
+            say(f"ops: the kernels are not right on this GPU ({problem}); using torch's. Please report it.")
+
+
+def _problem(device: torch.device, say: Callable[[str], None]) -> str:
+    """What a process of its own finds wrong, in a line, or ""."""
+    seen = _cache() / _identity(device)
+    if seen.exists():
+        return ""
+    say("ops: compiling the kernels and comparing them with torch on this GPU, once")
+    command = [sys.executable, "-m", "minillm.selfcheck", str(torch.device(device).index or 0)]
+    folder = Path(__file__).parents[1]  # `-m` finds the package, and ours before another
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, cwd=folder)
+    except subprocess.TimeoutExpired:
+        return f"no answer within {SECONDS} s"
+    if done.returncode == 0:
+        try:
+            seen.parent.mkdir(parents=True, exist_ok=True)
+            seen.touch()
+        except OSError:
+            pass  # then it is asked again
+        return ""
+    return ([*done.stdout.strip().splitlines(), *done.stderr.strip().splitlines()] or ["no words"])[-1]
+
+
+def _cache() -> Path:
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "minillm" / "checked"
+
+
+def _identity(device: torch.device) -> str:
+    """A name for what the answer holds for: GPU, versions, and the source of kernels and model."""
+    import triton
+
+    root = Path(__file__).parents[1]
+    files = sorted([*(root / "kernels").glob("*.py"), *(root / "minillm").glob("*.py")])
+    parts = [torch.cuda.get_device_name(device), torch.__version__, triton.__version__, torch.version.cuda]
+    digest = hashlib.sha256(repr(parts).encode())
+    for file in files:
+        digest.update(file.read_bytes())
+    return digest.hexdigest()[:24]
+
+
+def compare(device: torch.device, ours: str = "auto", dtype: torch.dtype = torch.bfloat16) -> list[str]:
+    """What differs, one line each, between implementation `ours` and torch's ops; [] if nothing does.
+
+    A result may be off fp32's by twice torch's error in `dtype` and 0.01 of its norm; an optimizer's step by 0.03, as
+    Newton–Schulz iterates in bf16.
+    """
+    before, problems = ops.selected(), []
+    try:
+        for name, options in {"plain": {}, "QK-norm and window": {"qk_norm": True, "window": 40}}.items():
+            model = _small(device, **options)
+            exact = _results(model, "torch", None)
+            torchs, mine = (_results(model, implementation, dtype) for implementation in ("torch", ours))
+            for what, value in exact.items():
+                allowed = 2 * _error(torchs[what], value) + (0.03 if what.startswith("update") else 0.01)
+                if not (error := _error(mine[what], value)) <= allowed:  # NaN is never within
+                    problems.append(f"{name}: {what} is off by {error:.1e} of its norm, allowed {allowed:.1e}")
+        return problems
+    finally:
+        ops.select(before)
+
+
+def _small(device: torch.device, **options) -> Transformer:
+    shape = dict(dim=256, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=64, ffn_dim=512, max_seq_len=256)
+    model = Transformer(config.ModelConfig(vocab_size=1000, tie_embeddings=False, **shape, **options))
+    model.init_weights(0)
+    return model.to(device)
+
+
+def _error(actual: Tensor, expected: Tensor) -> float:
+    difference = (actual.double() - expected.double()).norm()
+    return (difference / expected.double().norm().clamp_min(1e-30)).item()
+
+
+def _results(model: Transformer, implementation: str, dtype: torch.dtype | None) -> dict[str, Tensor]:
+    """Loss, gradients, an update by each optimizer, and the logits of three tokens one by one."""
+    ops.select(implementation)
+    device = model.embed_tokens.weight.device
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(0, 1000, (2, sum(LENGTHS) + 1), generator=generator).to(device)
+    documents = torch.repeat_interleave(torch.arange(2), torch.tensor(LENGTHS)).expand(2, -1).to(device)
+    found = {}
+    for packed in (None, documents):
+        model.zero_grad()
+        with torch.autocast(device.type, dtype or torch.bfloat16, enabled=dtype is not None):
+            loss = model(tokens[:, :-1], tokens[:, 1:], documents=packed)
+        loss.backward()
+        kind = "" if packed is None else ", packed"
+        found[f"loss{kind}"] = loss.detach()
+        found |= {f"gradient of {name}{kind}": p.grad.clone() for name, p in model.named_parameters()}
+    copy = _small(device)
+    copy.load_state_dict(model.state_dict(), strict=False)
+    weights = {name: p.detach().clone() for name, p in copy.named_parameters()}
+    for parameter in copy.parameters():  # equal ones: a first step of AdamW is little more than a gradient's sign
+        parameter.grad = torch.randn(parameter.shape, generator=generator).to(device)
+    for optimizer in optim.build_optimizers(copy, "muon", lr=0.02, weight_decay=0.1):
+        optimizer.step()
+    found |= {f"update of {name}": p.detach() - weights[name] for name, p in copy.named_parameters()}
+    return found | {"logits of generated tokens": _generated(model, implementation, dtype, tokens[:, : LENGTHS[0]])}
+
+
+@torch.no_grad()
+def _generated(model: Transformer, implementation: str, dtype: torch.dtype | None, tokens: Tensor) -> Tensor:
+    """Logits (B, 3, V) after each of the last three tokens, read one by one into a cache."""
+    own = _small(tokens.device, **{name: getattr(model.config, name) for name in ("qk_norm", "window")})
+    own.load_state_dict(model.state_dict())
+    own = own.to(dtype or torch.float32).eval()
+    own.build_rotation()
+    cache, _ = generate.prefill(own, tokens[:, :-3].tolist(), 3)
+    if implementation == "torch":
+        return torch.stack([own(column[:, None], cache=cache)[:, -1] for column in tokens[:, -3:].unbind(1)], 1)
+    decoder = decode_cuda.GraphDecoder(own, cache)
+    return torch.stack([decoder.step(column).clone() for column in tokens[:, -3:].unbind(1)], 1)
+
+
+if __name__ == "__main__":
+    found = compare(torch.device("cuda", int(sys.argv[1])))
+    print("\n".join(found[::-1]))
+    sys.exit(1 if found else 0)

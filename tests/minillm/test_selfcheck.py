@@ -1,0 +1,95 @@
+"""A GPU whose kernels are right is asked once, one whose are not goes on with torch's ops."""
+
+import subprocess
+
+import pytest
+import torch
+
+from minillm import ops, selfcheck
+from minillm.distributed import Ranks
+from tests.kernels.check import DEVICE  # corrects the interpreter
+
+
+@pytest.fixture(autouse=True)
+def select_auto_again():
+    yield
+    ops.select("auto")
+
+
+@pytest.fixture
+def short(monkeypatch):
+    """On a CPU a few tokens have to do."""
+    if DEVICE == "cpu":
+        monkeypatch.setattr(selfcheck, "LENGTHS", (20, 12))
+
+
+@pytest.mark.slow
+def test_the_kernels_are_found_right(short):
+    assert selfcheck.compare(torch.device(DEVICE), "triton") == []
+
+
+@pytest.mark.slow
+def test_a_wrong_kernel_is_found(monkeypatch, short):
+    ops.select("triton")  # imports the kernels
+    right = ops._triton.swiglu.swiglu
+    monkeypatch.setattr(ops._triton.swiglu, "swiglu", lambda gate, up: 1.1 * right(gate, up))
+    problems = selfcheck.compare(torch.device(DEVICE), "triton")
+    assert any("gradient of layers.0.mlp.down_proj.weight is off by" in line for line in problems)
+    assert ops.selected() == "triton"
+
+
+class Gpu:
+    """What `check_kernels` sees of a GPU, and how often it asked a process."""
+
+    def __init__(self, monkeypatch, folder):
+        self.asked, self.lines = 0, []
+        self.answer = subprocess.CompletedProcess([], 0, "", "")
+        monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
+        monkeypatch.setattr(ops, "fused", lambda x: ops.selected() == "auto")
+        monkeypatch.setattr(torch, "empty", lambda *_, **__: None)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "a GPU")
+        monkeypatch.setattr(subprocess, "run", self.run)
+
+    def run(self, command, **_):
+        assert command[1:] == ["-m", "minillm.selfcheck", "1"]
+        self.asked += 1
+        if isinstance(self.answer, Exception):
+            raise self.answer
+        return self.answer
+
+    def check(self) -> str:
+        selfcheck.check_kernels(Ranks(0, 1, torch.device("cuda", 1)), self.lines.append)
+        return ops.selected()
+
+
+def test_right_kernels_are_asked_about_once(monkeypatch, tmp_path):
+    gpu = Gpu(monkeypatch, tmp_path)
+    assert gpu.check() == gpu.check() == "auto" and gpu.asked == 1
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "another GPU")
+    assert gpu.check() == "auto" and gpu.asked == 2
+
+
+@pytest.mark.parametrize(
+    ("answer", "words"),
+    [
+        (subprocess.CompletedProcess([], 1, "loss is off by 3e-1\n", ""), "loss is off by 3e-1"),
+        (subprocess.CompletedProcess([], -11, "", "Traceback\nCUDA error: an illegal memory access"), "illegal memory"),
+        (subprocess.TimeoutExpired([], 300), "no answer within"),
+    ],
+)
+def test_wrong_failing_and_hanging_kernels_are_left_for_torchs(answer, words, monkeypatch, tmp_path):
+    gpu = Gpu(monkeypatch, tmp_path)
+    gpu.answer = answer
+    assert gpu.check() == "torch"
+    assert words in gpu.lines[-1] and "using torch's" in gpu.lines[-1]
+    assert gpu.check() == "torch" and gpu.asked == 1  # chosen now, not asked again
+    ops.select("auto")
+    assert gpu.check() == "torch" and gpu.asked == 2  # and not remembered
+
+
+def test_nothing_is_asked_where_no_kernels_run(monkeypatch, tmp_path):
+    gpu = Gpu(monkeypatch, tmp_path)
+    selfcheck.check_kernels(Ranks(0, 1, torch.device("cpu")), gpu.lines.append)
+    ops.select("torch")
+    gpu.check()
+    assert gpu.asked == 0 and not gpu.lines
