@@ -174,7 +174,7 @@ def attention(
         k.transpose(1, 2),
         v.transpose(1, 2),
         attn_mask=seen,
-        is_causal=causal and seen is None and q_len > 1,
+        is_causal=bool(causal and seen is None and q_len > 1),  # a length may be symbolic
         scale=scale,
         enable_gqa=q.shape[2] != k.shape[2],
     )
