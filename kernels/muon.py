@@ -115,7 +115,9 @@ def update(
     addresses = [x.data_ptr() for three in zip(gradients, own[:count], own[count:], strict=True) for x in three]
     table, chosen = tensor_lists.table(tuple(addresses), device), kernel_settings(device)
     grid = triton.cdiv(size, chosen["CHUNK"]), count
-    u = torch.empty(count, *params[0].shape, dtype=torch.bfloat16, device=device)
+    # on a CPU, in fp32: the interpreter computes in bf16 wrongly
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    u = torch.empty(count, *params[0].shape, dtype=dtype, device=device)
     squares = torch.empty(count, grid[0], dtype=torch.float32, device=device)
     types = dict(PARAMETER=tensor_lists.TYPES[params[0].dtype], ALIGNED=tensor_lists.aligned(addresses))
     launch.run(
