@@ -38,7 +38,7 @@ def row_norms(weight: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
     """
     with torch.autocast(weight.device.type, enabled=False):
         weight, a, b = weight.float(), a.float(), b.float() * scaling
-        cross = ((2 * weight @ a.T + b @ (a @ a.T)) * b).sum(1)
+        cross = ((weight @ (2 * a).T + b @ (a @ a.T)) * b).sum(1)
         return (torch.linalg.vector_norm(weight, dim=1).square() + cross).sqrt()
 
 
@@ -71,17 +71,18 @@ class LoraLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(…, in) → (…, out)."""
-        small = F.linear(self.dropout(x), self.lora_A.weight) * self.scaling  # (…, r)
-        out = self.base_layer(x)
-        added = F.linear(small, self.lora_B.weight)
-        if self.lora_magnitude_vector is None:
-            return out + added
-        gain = (self.lora_magnitude_vector / self._norms()).to(out.dtype)
-        bias = self.base_layer.bias
-        if bias is None:
-            return (out + added) * gain
-        bias = bias.to(out.dtype)
-        return (out - bias + added) * gain + bias
+        rows = x.reshape(-1, self.in_features)  # (N, in): what is added in place below must be no view
+        small = F.linear(self.dropout(rows), self.lora_A.weight)  # (N, r)
+        out = self.base_layer(rows)
+        dora = self.lora_magnitude_vector is not None
+        bias = self.base_layer.bias.to(out.dtype) if dora and self.base_layer.bias is not None else None
+        if bias is not None:
+            out = out - bias
+        out.addmm_(small.to(out.dtype), self.lora_B.weight.to(out.dtype).T, alpha=self.scaling)
+        if dora:
+            out = out * (self.lora_magnitude_vector / self._norms()).to(out.dtype)
+        out = out if bias is None else out + bias
+        return out.view(*x.shape[:-1], self.out_features)
 
     @property
     def weight(self) -> Tensor:
