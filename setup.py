@@ -7,7 +7,7 @@ EXTRAS = {
     "tensorboard": ["tensorboard"],
     "parquet": ["pyarrow"],
     "gguf": ["gguf"],
-    "bench": ["transformers>=5"],
+    "bench": ["transformers>=5", "peft"],
 }
 EXTRAS["test"] = [
     "pytest",

@@ -12,6 +12,7 @@ import torch
 from minillm import (
     UserError,
     bench,
+    bench_tune,
     checkpoint,
     config,
     distributed,
@@ -84,11 +85,11 @@ def build_parser() -> argparse.ArgumentParser:
     _add_surgery(command)
     port_commands.add_parsers(command)
     sub = command(run_bench, "bench")
-    sub.add_argument("what", choices=("generate", "train", "data"), help="what to measure")
+    sub.add_argument("what", choices=("generate", "train", "tune", "data"), help="what to measure")
     sub.add_argument("--preset", default="tiny", choices=tuple(config.PRESETS), help="the model's shape (default tiny)")
     sub.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    sub.add_argument("--rows", type=int, default=8, help="train: sequences of a step (default 8)")
-    sub.add_argument("--seq_len", type=int, default=256, help="train: tokens of a sequence (default 256)")
+    sub.add_argument("--rows", type=int, default=8, help="train, tune: sequences of a step (default 8)")
+    sub.add_argument("--seq_len", type=int, default=256, help="train, tune: tokens of a sequence (default 256)")
     sub.add_argument("--vocab_size", type=int, help="train: entries of the vocabulary (default: the preset's usual)")
     return parser
 
@@ -428,9 +429,11 @@ def run_bench(args) -> None:
         bench.bench_data()
     elif args.what == "generate":
         bench.bench_generate(args.preset, args.device)
+    elif min(args.rows, args.seq_len, args.vocab_size or 1) < 1:
+        raise UserError("--rows, --seq_len and --vocab_size must be at least 1")
+    elif args.what == "tune":
+        bench_tune.bench_tune(args.preset, args.device, args.rows, args.seq_len)
     else:
-        if min(args.rows, args.seq_len, args.vocab_size or 1) < 1:
-            raise UserError("--rows, --seq_len and --vocab_size must be at least 1")
         bench.bench_train(args.preset, args.device, args.rows, args.seq_len, args.vocab_size)
 
 

@@ -1,7 +1,7 @@
 """Benchmarks against the usual tools, both sides in one process: `python -m minillm bench generate|train|data`.
 
 Each subcommand is one function that first checks that both sides compute the same, then times them in turns
-and prints medians with the versions and threads they were taken with.
+and prints medians with the versions and threads they were taken with. `bench tune` stands in bench_tune.py.
 """
 
 import statistics
@@ -87,7 +87,7 @@ def bench_generate(preset: str = "tiny", device: str = "cpu", new_tokens: int = 
         sides["transformers, static cache, compiled"] = lambda: theirs(cache_implementation="static")
     elif ours() != theirs():  # in bf16 two right computations may differ in a token
         raise UserError("the two sides do not choose the same tokens, so their speed does not compare")
-    print(f"{preset}: {model.config.n_parameters():,} parameters, {dtype}, {_machine(place)}, {version}")
+    print(f"{preset}: {model.config.n_parameters():,} parameters, {dtype}, {machine(place)}, {version}")
     print(f"greedy, batch 1, {prompt_tokens} + {new_tokens} tokens, medians of {REPEATS}; {ops.describe(place)}")
     before = torch.get_num_threads()
     for threads in sorted({1, before}) if place.type == "cpu" else (before,):
@@ -102,7 +102,7 @@ def bench_generate(preset: str = "tiny", device: str = "cpu", new_tokens: int = 
     torch.set_num_threads(before)
 
 
-def _machine(device: torch.device) -> str:
+def machine(device: torch.device) -> str:
     """What a number was taken with, in a few words: GPU and versions."""
     if device.type != "cuda":
         return f"torch {torch.__version__}"
@@ -167,7 +167,7 @@ def bench_train(
         losses = [side(x, y).item() for side in (model, PlainDecoder(model))]
     if abs(losses[0] / losses[1] - 1) > (1e-5 if dtype == torch.float32 else 2e-3):
         raise UserError(f"the two sides compute other losses ({losses}), so their speed does not compare")
-    print(f"{preset}: {model.config.n_parameters():,} parameters, {dtype}, {_machine(place)}")
+    print(f"{preset}: {model.config.n_parameters():,} parameters, {dtype}, {machine(place)}")
     print(f"one step of {rows} x {seq_len} tokens, {torch.get_num_threads()} thread(s), medians of {REPEATS}")
     print(ops.describe(place), flush=True)
 

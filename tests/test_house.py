@@ -14,7 +14,7 @@ LAYERS = [
     {"model", "chat_data", "vocab", "vocab_edit", "vocab_commands", "data/"},
     {"optim", "parallel", "checkpoint", "huggingface", "quant", "resize", "decode", "decode_cuda", "tuning/"}
     | {"llama2c", "gguf_format", "gguf_model"},
-    {"validation", "generate", "evaluate", "plot", "training", "bench", "selfcheck", "port_commands"},
+    {"validation", "generate", "evaluate", "plot", "training", "bench", "bench_tune", "selfcheck", "port_commands"},
     {"__main__", "train_pretrain", "train_sft"},
 ]
 # Lines of code. Three readers, three budgets: who follows a training run needs neither the kernels nor the generator
