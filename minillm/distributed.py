@@ -80,6 +80,7 @@ def start(device: str = "auto", timeout_s: float = 600.0) -> Ranks:
     world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
     chosen = pick_device(device)
     if chosen.type == "cuda":
+        local = chosen.index or 0
         if world > 1:
             local = int(os.environ.get("LOCAL_RANK", 0))
             if chosen.index is not None:
@@ -90,7 +91,7 @@ def start(device: str = "auto", timeout_s: float = 600.0) -> Ranks:
                 raise UserError(
                     f"rank {rank} wants GPU {local}, but there are {torch.cuda.device_count()}: lower --nproc_per_node"
                 )
-            chosen = torch.device("cuda", local)
+        chosen = torch.device("cuda", local)  # by its number: torch takes no other as the current device
         torch.cuda.set_device(chosen)
         torch.set_float32_matmul_precision("high")  # TF32 for what stays in fp32
     elif chosen.type == "cpu":

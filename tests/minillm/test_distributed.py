@@ -60,6 +60,15 @@ def test_devices():
     assert distributed.pick_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
 
 
+@pytest.mark.parametrize(("name", "number"), [("cuda", 0), ("cuda:1", 1)])
+def test_one_process_takes_its_gpu_by_number(name, number, monkeypatch):
+    taken = []
+    monkeypatch.setattr(distributed, "pick_device", torch.device)
+    monkeypatch.setattr(torch._C, "_cuda_setDevice", taken.append, raising=False)  # below torch's own checks
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", lambda precision: None)
+    assert distributed.start(name) == Ranks(0, 1, torch.device("cuda", number)) and taken == [number]
+
+
 class Store(dict):
     """What the watchdog uses of a group's key-value store."""
 
