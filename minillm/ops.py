@@ -7,6 +7,10 @@ reference  the specification in `kernels/reference.py`: slow, for reading and co
 """
 
 import importlib.util
+import os
+import shutil
+import sysconfig
+from pathlib import Path
 from types import SimpleNamespace
 
 import torch
@@ -46,6 +50,8 @@ def select(implementation: str) -> None:
                 "implementation triton: no CUDA GPU here; choose auto or torch, or set TRITON_INTERPRET=1 to run the "
                 "kernels slowly on the CPU"
             )
+        if not _triton.launch.INTERPRETED and _lacking():
+            raise UserError(f"implementation triton: {_lacking()}; or choose --impl torch")
     _selected = implementation
 
 
@@ -71,8 +77,17 @@ def _gpu_is_supported() -> bool:
     return nvidia and torch.cuda.get_device_capability() >= OLDEST_GPU
 
 
+def _lacking() -> str:
+    """What this machine lacks for Triton, which builds in C what starts a kernel; "" if nothing."""
+    if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
+        return "the kernels need a C compiler, and there is none (apt install gcc)"
+    if not Path(sysconfig.get_path("include", "posix_prefix"), "Python.h").exists():
+        return "the kernels need Python's headers, and Python.h is not there (apt install python3-dev)"
+    return ""
+
+
 # Before any op is called, not in one: torch.compile could not look into an import.
-if _gpu_is_supported() and importlib.util.find_spec("triton") is not None:
+if _gpu_is_supported() and importlib.util.find_spec("triton") is not None and not _lacking():
     _import_kernels()
 
 
@@ -88,7 +103,8 @@ def describe(device: torch.device) -> str:
     if _selected == "triton" or (_selected == "auto" and device.type == "cuda" and _triton is not None):
         how = ", interpreted on the CPU" if _triton.launch.INTERPRETED else ""
         return f"ops: triton{how} (attention, norm with residual, rope, swiglu, loss in chunks, optimizers)"
-    return "ops: torch (attention: scaled_dot_product_attention; norm: rms_norm; loss: cross_entropy in chunks)"
+    why = f"; {_lacking()}" if _selected == "auto" and device.type == "cuda" and _lacking() else ""
+    return f"ops: torch (attention: scaled_dot_product_attention; norm: rms_norm; loss: cross_entropy in chunks){why}"
 
 
 def _product_dtype(x: Tensor) -> torch.dtype:

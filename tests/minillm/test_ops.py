@@ -1,5 +1,8 @@
 """The whole model through our kernels (interpreted where there is no GPU) against the model through torch's ops."""
 
+import shutil
+import sysconfig
+
 import pytest
 import torch
 
@@ -112,4 +115,20 @@ def test_without_a_gpu_the_kernels_are_refused(monkeypatch):
     monkeypatch.setattr(ops._triton.launch, "INTERPRETED", False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(UserError, match="no CUDA GPU here"):
+        ops.select("triton")
+
+
+@pytest.mark.parametrize("lacking", ["gcc", "python3-dev"])
+def test_where_triton_cannot_build_torch_is_taken_and_the_remedy_said(lacking, monkeypatch, tmp_path):
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr(shutil, "which", lambda name: None if lacking == "gcc" else name)
+    monkeypatch.setattr(sysconfig, "get_path", lambda *which: str(tmp_path))
+    monkeypatch.setattr(ops, "_triton", None)
+    line = ops.describe(torch.device("cuda"))
+    assert line.startswith("ops: torch") and f"apt install {lacking}" in line and "\n" not in line
+    assert "apt install" not in ops.describe(torch.device("cpu"))
+    ops._import_kernels()
+    monkeypatch.setattr(ops._triton.launch, "INTERPRETED", False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(UserError, match=f"implementation triton: .*apt install {lacking}.*--impl torch"):
         ops.select("triton")
