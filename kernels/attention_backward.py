@@ -37,7 +37,7 @@ LOG2E = 1.4426950408889634
 LARGEST_BLOCK = 128  # of queries: what is kept for each query is padded to whole ones
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["q_len"])
 def _prepare(Out, DO, Lse, DLse, Delta, Shift, heads, q_len, padded, factor, o_b, o_t, o_h, do_b, do_t, do_h,
              DLSE: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr):  # fmt: skip
     bh = tl.program_id(0)
@@ -106,7 +106,7 @@ def _keys_walk(dk, dv, k, v, Q, DO, Shift, Delta, b, kv, group_size, start, stop
     return dk, dv
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_blocks", "group", "window"])  # a binary for many lengths
 def _backward_keys(Q, K, V, DO, DK, DV, Shift, Delta, Spans, n_blocks, group, heads, kv_heads, q_len, padded, k_len,
                    window, scale, scale_log2, cap, q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, do_b, do_t, do_h,
                    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SPANS: tl.constexpr, SOFTCAP: tl.constexpr,
@@ -177,7 +177,7 @@ def _queries_walk(dq, q, do, K, V, b, kv, start, stop, shift, delta, begin, end,
     return dq
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_blocks", "group", "window"])
 def _backward_queries(Q, K, V, DO, DQ, Shift, Delta, Spans, n_blocks, group, heads, kv_heads, q_len, padded, k_len,
                       window, scale, scale_log2, cap, q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, do_b, do_t, do_h,
                       CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SPANS: tl.constexpr, SOFTCAP: tl.constexpr,

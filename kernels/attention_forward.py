@@ -60,7 +60,7 @@ def _step(acc, total, top, q, k, v, key, begin, end, scale, cap, MASK: tl.conste
     return acc, total, new_top
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_blocks", "group", "window"])  # a binary for many lengths
 def _forward(Q, K, V, Out, Lse, Spans, n_blocks, group, heads, kv_heads, q_len, k_len, window, scale, cap,
              q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h,
              CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SPANS: tl.constexpr, SOFTCAP: tl.constexpr,

@@ -62,7 +62,7 @@ def _logits(Logits, row, column, live, vocabulary, stride, softcap, beyond, CAPP
     return tl.where((column < vocabulary)[None, :], z, beyond)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_rows"])  # one binary for all lengths
 def _loss_and_gradient(Logits, Targets, Weights, Scales, Losses, n_rows, vocabulary, stride, softcap, smoothing, z_loss,
                        CAPPED: tl.constexpr, SMOOTHED: tl.constexpr, GRADIENT: tl.constexpr,
                        ROWS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip

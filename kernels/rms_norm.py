@@ -28,7 +28,7 @@ from kernels import launch
 FUSED_WIDTH = 8192  # up to here one backward kernel computes dx and dw
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_rows"])  # one binary for all lengths
 def _forward(X, Delta, W, Sum, Y, R, n_rows, width, x_stride, d_stride, eps,
              ADD: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -47,7 +47,7 @@ def _forward(X, Delta, W, Sum, Y, R, n_rows, width, x_stride, d_stride, eps,
     tl.store(R + row, r, mask=row < n_rows)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_rows"])
 def _backward(DY, DSum, X, W, R, DX, DW, n_rows, width, dy_stride, ds_stride, x_stride,
               ADD: tl.constexpr, WEIGHT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     column = tl.arange(0, BLOCK)
@@ -97,7 +97,7 @@ def _backward_wide(DY, DSum, X, W, R, DX, width, dy_stride, ds_stride, x_stride,
         tl.store(DX + row * width + column, dx.to(DX.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_rows"])
 def _backward_weight(DY, X, R, DW, n_rows, width, dy_stride, x_stride, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     dw = tl.zeros([ROWS, BLOCK], tl.float32)

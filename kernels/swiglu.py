@@ -27,7 +27,7 @@ def _offsets(row, column, stride):
     return row.to(tl.int64)[:, None] * stride + column[None, :]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_rows"])  # one binary for all lengths
 def _forward(Gate, Up, Y, n_rows, width, g_stride, u_stride, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     across = tl.cdiv(width, BLOCK)  # neighbours in a row run side by side
     row = tl.program_id(0) // across * ROWS + tl.arange(0, ROWS)
@@ -39,7 +39,7 @@ def _forward(Gate, Up, Y, n_rows, width, g_stride, u_stride, ROWS: tl.constexpr,
     tl.store(Y + _offsets(row, column, width), y.to(Y.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_rows"])
 def _backward(DY, Gate, Up, DGate, DUp, n_rows, width, dy_stride, g_stride, u_stride,
               ROWS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     across = tl.cdiv(width, BLOCK)
