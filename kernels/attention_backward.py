@@ -238,7 +238,7 @@ def backward(
         return dq.zero_(), dk.zero_(), dv.zero_()
     padded = triton.cdiv(q_len, LARGEST_BLOCK) * LARGEST_BLOCK
     delta, shift = (torch.empty(batch, heads, padded, dtype=torch.float32, device=q.device) for _ in range(2))
-    rows = LARGEST_BLOCK if launch.INTERPRETED else min(LARGEST_BLOCK, max(16, 8192 // width))
+    rows = LARGEST_BLOCK if launch.INTERPRETED else min(LARGEST_BLOCK, max(16, 4096 // width))
     launch.run(
         _prepare, (batch * heads, padded // rows),
         out, dout, lse.contiguous(), delta if dlse is None else dlse.contiguous(), delta, shift, heads, q_len, padded,
