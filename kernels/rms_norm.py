@@ -8,7 +8,8 @@ Backward, with g = dy w:
     dx = r g − x r³ mean(g x)       dw = Σ_rows dy x r
 
 Memory traffic is all there is: forward reads x and writes y (with the branch: reads two, writes two), backward reads
-x and dy and writes dx. Everything else is kept in registers, so a row is read once. r is kept (4 bytes a row).
+x and dy and writes dx (twice, if delta has another dtype, as under autocast: 2 bytes more, in place of 6 for a cast).
+Everything else is kept in registers, so a row is read once. r is kept (4 bytes a row).
 
 Tiling: a program takes as many whole rows as make about 8,192 numbers, so that each thread has several independent
 16-byte loads in flight, and the sum over a row never leaves the block. Backward, a few programs for each
@@ -48,8 +49,9 @@ def _forward(X, Delta, W, Sum, Y, R, n_rows, width, x_stride, d_stride, eps,
 
 
 @triton.jit(do_not_specialize=["n_rows"])
-def _backward(DY, DSum, X, W, R, DX, DW, n_rows, width, dy_stride, ds_stride, x_stride,
-              ADD: tl.constexpr, WEIGHT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+def _backward(DY, DSum, X, W, R, DX, DDelta, DW, n_rows, width, dy_stride, ds_stride, x_stride,
+              ADD: tl.constexpr, DELTA: tl.constexpr, WEIGHT: tl.constexpr,
+              ROWS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     column = tl.arange(0, BLOCK)
     w = tl.load(W + column, mask=column < width, other=0.0).to(tl.float32)
     dw = tl.zeros([ROWS, BLOCK], tl.float32)
@@ -66,15 +68,18 @@ def _backward(DY, DSum, X, W, R, DX, DW, n_rows, width, dy_stride, ds_stride, x_
         dx = r * (g - normed * (tl.sum(g * normed, axis=1) / width)[:, None])
         if ADD:
             dx += tl.load(DSum + row[:, None] * ds_stride + column[None, :], mask=inside, other=0.0).to(tl.float32)
-        tl.store(DX + row[:, None] * width + column[None, :], dx.to(DX.dtype.element_ty), mask=inside)
+        out = row[:, None] * width + column[None, :]
+        tl.store(DX + out, dx.to(DX.dtype.element_ty), mask=inside)
+        if DELTA:
+            tl.store(DDelta + out, dx.to(DDelta.dtype.element_ty), mask=inside)
     if WEIGHT:
         part = DW + tl.program_id(0).to(tl.int64) * width + column
         tl.store(part, tl.sum(dw, axis=0), mask=column < width)
 
 
 @triton.jit
-def _backward_wide(DY, DSum, X, W, R, DX, width, dy_stride, ds_stride, x_stride,
-                   ADD: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+def _backward_wide(DY, DSum, X, W, R, DX, DDelta, width, dy_stride, ds_stride, x_stride,
+                   ADD: tl.constexpr, DELTA: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     r = tl.load(R + row)
     products = tl.zeros([BLOCK], tl.float32)
@@ -95,6 +100,8 @@ def _backward_wide(DY, DSum, X, W, R, DX, width, dy_stride, ds_stride, x_stride,
         if ADD:
             dx += tl.load(DSum + row * ds_stride + column, mask=inside, other=0.0).to(tl.float32)
         tl.store(DX + row * width + column, dx.to(DX.dtype.element_ty), mask=inside)
+        if DELTA:
+            tl.store(DDelta + row * width + column, dx.to(DDelta.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=["n_rows"])
@@ -153,13 +160,19 @@ def forward(
 
 
 def backward(
-    dy: Tensor, ds: Tensor | None, x: Tensor, weight: Tensor, r: Tensor, need_weight: bool
-) -> tuple[Tensor, Tensor]:
-    """(dx, dw) from dy (..., C), and ds where the sum itself was used; dw is empty unless it is needed."""
+    dy: Tensor, ds: Tensor | None, x: Tensor, weight: Tensor, r: Tensor, need_weight: bool,
+    delta_dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """(dx, dx in `delta_dtype`, dw) from dy (..., C), and ds where the sum itself was used.
+
+    The second is empty without such a dtype, the third unless it is needed.
+    """
     grad, matrix = launch.rows(dy), launch.rows(x)
     passed = grad if ds is None else launch.rows(ds)
     n, width = matrix.shape
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    ddelta = torch.empty(0 if delta_dtype is None else x.shape, dtype=delta_dtype or x.dtype, device=x.device)
+    flags = dict(ADD=ds is not None, DELTA=delta_dtype is not None)
     weight = weight.contiguous()
     chosen = dict(backward_settings(width, x.device))
     programs = min(chosen.pop("PROGRAMS") * launch.multiprocessors(x.device), max(1, triton.cdiv(n, chosen["ROWS"])))
@@ -167,13 +180,13 @@ def backward(
     strides = grad.stride(0), passed.stride(0), matrix.stride(0)
     if width <= FUSED_WIDTH:
         launch.run(
-            _backward, (programs,), grad, passed, matrix, weight, r, dx, parts, n, width, *strides,
-            ADD=ds is not None, WEIGHT=need_weight, BLOCK=triton.next_power_of_2(width), **chosen,
+            _backward, (programs,), grad, passed, matrix, weight, r, dx, ddelta, parts, n, width, *strides,
+            **flags, WEIGHT=need_weight, BLOCK=triton.next_power_of_2(width), **chosen,
         )  # fmt: skip
     elif n:
         launch.run(
-            _backward_wide, (n,), grad, passed, matrix, weight, r, dx, width, *strides,
-            ADD=ds is not None, BLOCK=FUSED_WIDTH, num_warps=16,
+            _backward_wide, (n,), grad, passed, matrix, weight, r, dx, ddelta, width, *strides,
+            **flags, BLOCK=FUSED_WIDTH, num_warps=16,
         )  # fmt: skip
     if need_weight and width > FUSED_WIDTH:
         launch.run(
@@ -181,7 +194,7 @@ def backward(
             grad, matrix, r, parts, n, width, grad.stride(0), matrix.stride(0), ROWS=2, BLOCK=1024, num_warps=4,
         )  # fmt: skip
     dw = parts.sum(0).to(weight.dtype) if need_weight else torch.empty(0, dtype=weight.dtype, device=x.device)
-    return dx, dw
+    return dx, ddelta, dw
 
 
 _op = torch.library.custom_op("minillm::rms_norm", forward, mutates_args=())
@@ -196,8 +209,9 @@ def _(x, delta, weight, eps, dtype):
 
 
 @_backward_op.register_fake
-def _(dy, ds, x, weight, r, need_weight):
-    return x.new_empty(x.shape), weight.new_empty(weight.shape if need_weight else 0)
+def _(dy, ds, x, weight, r, need_weight, delta_dtype=None):
+    ddelta = x.new_empty(0 if delta_dtype is None else x.shape, dtype=delta_dtype or x.dtype)
+    return x.new_empty(x.shape), ddelta, weight.new_empty(weight.shape if need_weight else 0)
 
 
 def _setup(ctx, inputs, output):
@@ -212,14 +226,14 @@ def _setup(ctx, inputs, output):
 def _gradient(ctx, ds, dy, _):
     x, weight, r = ctx.saved_tensors
     if dy is None:  # only the sum was used
-        dx, dw = ds, None
-    else:
-        need_weight = ctx.needs_input_grad[2]
-        passed = ds if ctx.delta_dtype is not None else None
-        dx, dw = _backward_op(dy, passed, x, weight, r, need_weight)
-        dw = dw if need_weight else None
-    ddelta = None if ctx.delta_dtype is None or dx is None else dx.to(ctx.delta_dtype)
-    return dx, ddelta, dw, None, None
+        ddelta = None if ctx.delta_dtype is None or ds is None else ds.to(ctx.delta_dtype)
+        return ds, ddelta, None, None, None
+    need_weight = ctx.needs_input_grad[2]
+    passed = ds if ctx.delta_dtype is not None else None
+    other = ctx.delta_dtype if ctx.delta_dtype != x.dtype else None  # else dx serves both
+    dx, ddelta, dw = _backward_op(dy, passed, x, weight, r, need_weight, other)
+    ddelta = ddelta if other else dx if ctx.delta_dtype else None
+    return dx, ddelta, dw if need_weight else None, None, None
 
 
 _op.register_autograd(_gradient, setup_context=_setup)

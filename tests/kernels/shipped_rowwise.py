@@ -22,6 +22,11 @@ def calls(architecture: int) -> Iterator[tuple[str, Callable]]:
         yield f"add_rms_norm {width}", lambda x=x, w=w: rms_norm.forward(x, x, w, 1e-5, x.dtype)
         yield f"rms_norm backward {width}", lambda x=x, w=w, r=r: rms_norm.backward(x, None, x, w, r, True)
         yield f"add_rms_norm backward {width}", lambda x=x, w=w, r=r: rms_norm.backward(x, x, x, w, r, True)
+        s, g = meta(4096, width, dtype=torch.float32), meta(width, dtype=torch.float32)  # as under autocast
+        yield (
+            f"add_rms_norm {width} backward, mixed",
+            lambda x=x, s=s, g=g, r=r: rms_norm.backward(x, s, s, g, r, True, x.dtype),
+        )
     for heads in HEADS + MORE_HEADS if architecture in (80, 90) else HEADS:
         yield from _rope(*heads, torch.bfloat16)
     yield from _rope(32, 32, 128, torch.float32)
