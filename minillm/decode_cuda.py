@@ -79,7 +79,8 @@ class GraphDecoder:
         self._compute()
         self.clock.copy_(before)  # the first run wrote its keys where the second writes the same
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
+        # what other threads do (NCCL's, a server's) must not end the recording
+        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
             self.logits = self._compute()
 
     def _compute(self) -> Tensor:
