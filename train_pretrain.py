@@ -186,8 +186,8 @@ def train(cfg: Config, this: training.Run, model, windows, validation, tokenizer
                 # the mean over all targets of the global batch; DDP averages over the ranks, hence their number
                 scaler.scale(loss * (ranks.world / n_targets)).backward()
             nats += loss.detach()
-        loss = ranks.sum(float(nats))[0] / n_targets
         grad_norm = training.clip(model, optimizers, scaler, cfg.grad_clip)
+        loss = ranks.sum(float(nats))[0] / n_targets
         if this.check_finite(step, loss, grad_norm):
             for optimizer in optimizers:
                 scaler.step(optimizer)

@@ -143,8 +143,8 @@ def train(cfg: Config, this: training.Run, model: Transformer, rows, end: int, h
                     loss = trained(batch.x, batch.y, mask=batch.mask, documents=batch.documents)
                 scaler.scale(loss * (ranks.world / n_targets)).backward()  # DDP averages over the ranks
             nats += loss.detach()
-        loss = ranks.sum(float(nats))[0] / n_targets
         grad_norm = training.clip(model, optimizers, scaler, cfg.grad_clip)
+        loss = ranks.sum(float(nats))[0] / n_targets
         if this.check_finite(step, loss, grad_norm):
             for optimizer in optimizers:
                 scaler.step(optimizer)
