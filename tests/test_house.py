@@ -17,8 +17,9 @@ LAYERS = [
     {"validation", "generate", "evaluate", "plot", "training", "bench", "bench_tune", "selfcheck", "port_commands"},
     {"__main__", "train_pretrain", "train_sft"},
 ]
-# Lines of code, a budget for each kind of reader: who follows a training run needs neither the kernels, nor the generator
-# of the bundled corpus, nor other people's formats, nor the benchmarks; and who came for one of these needs nothing else.
+# Lines of code, a budget for each kind of reader: who follows a training run needs neither the kernels, nor the
+# generator of the bundled corpus, nor other people's formats, nor the benchmarks; and who came for one of these needs
+# nothing else.
 BUDGET = {
     "library and scripts": 5600,
     "formats": 900,
