@@ -97,7 +97,7 @@ def build_parser() -> argparse.ArgumentParser:
 def _add_surgery(command) -> None:
     """The commands that make one model folder of another."""
     sub = command(run_resize, "resize")
-    sub.add_argument("--model", required=True, help="model folder whose tokenizer is the old one")
+    sub.add_argument("--model", required=True, help="run or model folder whose tokenizer is the old one")
     sub.add_argument("--tokenizer", required=True, help="the new one: folder or .model that vocab merge or prune wrote")
     sub.add_argument("--id_map", help="id_map.json; default: the one beside the new tokenizer")
     sub.add_argument("--out", required=True, help="new model folder")

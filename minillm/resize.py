@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from minillm import UserError, files, huggingface
+from minillm import UserError, files, huggingface, run
 from minillm.model import Transformer
 from minillm.tokenizer import SPACE_MARK, Tokenizer
 
@@ -103,10 +103,12 @@ def resize_folder(
 ) -> str:
     """Write the model folder `out`: `model` with the vocabulary of `tokenizer`. Returns a line that says what was done.
 
-    Raises `UserError` if the mapping belongs to other vocabularies, or `out` is there already; nothing is half written.
+    model: a model folder, or a run, of which the newest checkpoint is taken. Raises `UserError` if the mapping belongs
+    to other vocabularies, or `out` is there already; nothing is half written.
     """
     if Path(out).exists():
         raise UserError(f"--out {out}: is there already; choose another folder or delete it")
+    model = run.resolve_checkpoint(model)
     old, new, described = Tokenizer.load(model), Tokenizer.load(tokenizer), read_id_map(id_map)
     for given, wanted, name in (
         (old, "old_sha256", f"--model {model}"),

@@ -1,11 +1,12 @@
 """A model with another vocabulary computes the same where nothing changed."""
 
 import json
+import shutil
 
 import pytest
 import torch
 
-from minillm import UserError, huggingface, resize, vocab_edit
+from minillm import UserError, files, huggingface, resize, vocab_edit
 from minillm import __main__ as commands
 from minillm.config import ModelConfig
 from minillm.model import Transformer
@@ -128,6 +129,21 @@ def test_the_command_and_its_faults(vocabularies, tmp_path, monkeypatch, capsys)
     ]
     monkeypatch.setattr("sys.argv", ["minillm", "resize", *map(str, beside)])
     assert commands.main() == 0 and (tmp_path / "too" / "model.safetensors").exists()
+
+
+def test_of_a_run_the_newest_checkpoint_is_taken(vocabularies, tmp_path):
+    home, base = vocabularies
+    for step, tied in ((2, True), (10, False)):
+        model_folder(tmp_path / str(step), base, tied)
+        files.write_folder(
+            tmp_path / "run" / f"step-{step:08d}",
+            lambda folder, whole=tmp_path / str(step): shutil.copytree(whole, folder, dirs_exist_ok=True),
+        )
+    given = (home / "merged", home / "merged" / "id_map.json")
+    resize.resize_folder(tmp_path / "run", *given, tmp_path / "of_run", start="mean", multiple=1)
+    resize.resize_folder(tmp_path / "10", *given, tmp_path / "of_step", start="mean", multiple=1)
+    name = "model.safetensors"
+    assert (tmp_path / "of_run" / name).read_bytes() == (tmp_path / "of_step" / name).read_bytes()
 
 
 def test_transformers_reads_the_result(vocabularies, tmp_path):
