@@ -33,15 +33,15 @@ def read_metrics(run: str | Path) -> list[dict]:
 
 
 def series(rows: list[dict], name: str) -> tuple[list[float], list[float], list[float]]:
-    """(steps, hours, values) of the rows that have `name`; a row without a time takes the one before's."""
-    steps, hours, values, last = [], [], [], 0.0
+    """(steps, seconds, values) of the rows that have `name`; a row without a time takes the one before's."""
+    steps, seconds, values, last = [], [], [], 0.0
     for row in rows:
         last = row.get("time_s") or last
         if row.get(name) is not None:
             steps.append(row["step"])
-            hours.append(last)
+            seconds.append(last)
             values.append(row[name])
-    return steps, hours, values
+    return steps, seconds, values
 
 
 def smoothed(values: list[float], width: int) -> list[float]:
