@@ -32,13 +32,12 @@ from data.world import documents
 from data.world_tasks import tasks
 from minillm import plot
 
-BATCH = 16  # sequences of a pretraining step
 HAN, LATIN = re.compile("[\u4e00-\u9fff]"), re.compile("[A-Za-z]")
 
 
 @dataclass(frozen=True)
 class Size:
-    """How much is done: MB of text read in each language, epochs of instructions, pieces, and a model's shape."""
+    """How much is done: MB of text read in each language, epochs of instructions, pieces, a model's shape; and how."""
 
     english: float
     chinese: float
@@ -47,15 +46,19 @@ class Size:
     shape: dict
     seq_len: int = 128
     answer_len: int = 256
+    batch: int = 16  # sequences of a step that learns Chinese; of little text, small steps learn more
+    stage2: str = "lora"
 
 
 TINY = dict(dim=64, n_layers=2, n_heads=2, n_kv_heads=1, ffn_dim=128)
 BUNDLED, BUNDLED_QUICK = Size(1.5, 1, 1, 1500, {}), Size(0.3, 0.15, 0.25, 700, TINY, 64)
-TEXTS, TEXTS_QUICK = Size(0.8, 1, 1, 8000, {}, answer_len=384), Size(0.1, 0.1, 0.1, 8000, TINY, answer_len=384)
-STAGES = {  # Chinese-LLaMA's two: share of the text, and what is trained
-    "stage1": (0.4, dict(tune="freeze", train_layers="embed,head")),
-    "stage2": (0.6, dict(tune="lora", lora_rank=16, modules_to_save="embed_tokens,lm_head")),
+TEXTS, TEXTS_QUICK = Size(0.8, 0.6, 0.5, 8000, {}, 128, 384, 4), Size(0.1, 0.1, 0.1, 8000, TINY, 128, 384, 4)
+STAGE1 = dict(tune="freeze", train_layers="embed,head")
+STAGE2 = {  # another seed: another order, not the text of the first stage once more
+    "lora": dict(tune="lora", lora_rank=16, modules_to_save="embed_tokens,lm_head", seed=1),
+    "full": dict(tune="full", seed=1),
 }
+SHARES = {"stage1": 0.3, "stage2": 0.7}  # of the text
 
 
 # ---- commands ----------------------------------------------------------------------------------------------------
@@ -102,11 +105,11 @@ def bits_per_byte(model: Path, bins: Path, size: Size) -> float:
     return number(r"bits per byte +([\d.]+)", run("-m minillm eval", model=model, data=bins, seq_len=size.seq_len))
 
 
-def steps_for(megabytes: float, bins: Path, size: Size) -> int:
+def steps_for(megabytes: float, bins: Path, tokens_of_step: int) -> int:
     """Steps that read so much of a text."""
     meta = json.loads((bins / "meta.json").read_text())
     tokens = sum(file["tokens"] for file in meta["files"]["train"])
-    return math.ceil(megabytes * 1e6 * tokens / meta["bytes"]["train"] / (BATCH * size.seq_len))
+    return math.ceil(megabytes * 1e6 * tokens / meta["bytes"]["train"] / tokens_of_step)
 
 
 # ---- texts -------------------------------------------------------------------------------------------------------
@@ -180,10 +183,10 @@ def characters_per_token(tokenizer: Path, texts: Texts) -> dict[str, float]:
     return {"pieces": int(number(r": ([\d,]+) pieces", printed)), **found}
 
 
-def pretrain(bins: Path, megabytes: float, size: Size, **options) -> None:
+def pretrain(bins: Path, megabytes: float, size: Size, batch: int, **options) -> None:
     """Train a model on so much of a text."""
-    steps = steps_for(megabytes, bins, size)
-    shape = dict(batch_size=BATCH, seq_len=size.seq_len, document_attention="true", warmup_steps=steps // 10)
+    steps = steps_for(megabytes, bins, batch * size.seq_len)
+    shape = dict(batch_size=batch, seq_len=size.seq_len, document_attention="true", warmup_steps=steps // 10)
     often = dict(eval_every=max(1, steps // 4), eval_tokens=1 << 30)
     run("train_pretrain.py", data=bins, steps=steps, **shape, **often, **options)
 
@@ -206,13 +209,13 @@ def learn_chinese(model: Path, english: Path, chinese: Path, texts: Texts, size:
     model: to begin with; english, chinese: token bins for its vocabulary; more: options of both training scripts.
     """
     models, seconds = {"start": model}, [0.0]
-    for name, (share, how) in STAGES.items():
-        pretrain(chinese, share * size.chinese, size, init_from=model, out=out / name, **how, **more)
-        model = models[name] = fold_in(out / name, model)
-    answers = dict(data=texts.instructions, epochs=size.epochs, seq_len=size.answer_len, tune="lora", **more)
-    run("train_sft.py", init_from=model, out=out / "instructions", **answers)
+    for name, how in (("stage1", STAGE1), ("stage2", STAGE2[size.stage2])):
+        pretrain(chinese, SHARES[name] * size.chinese, size, size.batch, init_from=model, out=out / name, **how, **more)
+        model = models[name] = out / name if how["tune"] == "full" else fold_in(out / name, model)
+    answers = dict(data=texts.instructions, epochs=size.epochs, seq_len=size.answer_len, batch_size=size.batch // 2)
+    run("train_sft.py", tune="lora", **answers, **more, init_from=model, out=out / "instructions")
     model = models["instructions"] = fold_in(out / "instructions", model)
-    seconds += [seconds_of(out / name) for name in (*STAGES, "instructions")]
+    seconds += [seconds_of(out / name) for name in (*SHARES, "instructions")]
     found = {
         name: {
             "chinese": bits_per_byte(folder, chinese, size),
@@ -242,7 +245,7 @@ def whole(texts: Texts, size: Size, out: Path, more: dict) -> dict:
 
     english = prepare(texts.english, old, out / "english-old")
     base = out / "english-model"
-    pretrain(english, size.english, size, out=base, max_seq_len=512, **size.shape, **more)
+    pretrain(english, size.english, size, 16, out=base, max_seq_len=512, **size.shape, **more)
     results["English model's seconds"] = round(seconds_of(base), 1)
 
     resized = out / "resized"
@@ -274,7 +277,7 @@ def table(results: dict) -> str:
 
 
 def draw(results: dict, size: Size, out: Path) -> Path:
-    """Bits per byte on Chinese text against text read and against time, both ways."""
+    """Bits per byte on Chinese text against text read and against tokens trained on, both ways."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -282,18 +285,20 @@ def draw(results: dict, size: Size, out: Path) -> Path:
 
     figure, axes = pyplot.subplots(1, 2, figsize=(10, 3.8), sharey=True)
     for way, colour in zip(("without", "with"), plot.COLOURS, strict=False):
-        read, minutes = [0.0], [0.0]
+        read, tokens = [0.0], [0.0]
         scores = [results[f"{way} surgery"]["start"]["chinese"]]
-        for name, (share, _) in STAGES.items():
+        for name, share in SHARES.items():
             rows = plot.read_metrics(out / way / name)
-            steps, seconds, found = plot.series(rows, "val_bpb")
+            steps, _, found = plot.series(rows, "val_bpb")
             read += [read[-1] + share * size.chinese * step / rows[-1]["step"] for step in steps]
-            minutes += [minutes[-1] + second / 60 for second in seconds]
+            tokens += [tokens[-1] + size.batch * size.seq_len * step / 1000 for step in steps]
             scores += found
-        for axis, x in zip(axes, (read, minutes), strict=True):
+        for axis, x in zip(axes, (read, tokens), strict=True):
             axis.plot(x, scores, "o-", markersize=4, color=colour, label=f"{way} surgery")
-    axes[0].set(xlabel="Chinese text read, MB", ylabel="bits per byte, held-out Chinese")
-    axes[1].set(xlabel="training time, minutes")
+    axes[0].set(xlabel="Chinese text read, MB", ylabel="bits per byte, held-out Chinese", yscale="log")
+    axes[0].yaxis.set_major_formatter("{x:g}")
+    axes[0].yaxis.set_minor_formatter("{x:g}")
+    axes[1].set(xlabel="the same in tokens, thousands")
     axes[0].legend(frameon=False)
     for axis in axes:
         axis.spines[["top", "right"]].set_visible(False)
@@ -315,6 +320,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--question", default="怎样才能睡得好？", help="to answer (default 怎样才能睡得好？)")
     parser.add_argument("--out", type=Path, default=Path("out/chinese"), help="folder (default out/chinese)")
     parser.add_argument("--scale", type=float, default=1.0, help="so many times the text is read")
+    parser.add_argument("--stage2", default="lora", choices=STAGE2, help="what is trained in the second stage")
     parser.add_argument("--quick", action="store_true", help="as little as shows that all of it runs")
     parser.add_argument("--dtype", default="auto", help="of training's matrix products, e.g. bfloat16")
     return parser
@@ -324,12 +330,12 @@ def main() -> None:
     parser = build_parser()
     args = parser.parse_args()
     own = (args.tokenizer, args.english, args.chinese, args.instructions)
-    if any(own) and not all(own):
+    if any((*own, args.rare)) and not all(own):
         parser.error("of texts of yours give all: --tokenizer, --english, --chinese and --instructions")
     if not Path("train_pretrain.py").exists():
         parser.error("run this from minillm's folder: python docs/chinese.py")
     sizes = (TEXTS, TEXTS_QUICK) if any(own) else (BUNDLED, BUNDLED_QUICK)
-    size = sizes[args.quick]
+    size = dataclasses.replace(sizes[args.quick], stage2=args.stage2)
     size = dataclasses.replace(size, english=size.english * args.scale, chinese=size.chinese * args.scale)
     if any(own):
         named = dict(tokenizer=args.tokenizer, rare=args.rare)
