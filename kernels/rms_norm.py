@@ -126,7 +126,7 @@ def forward_settings(width: int, device: torch.device) -> dict:
     return launch.settings("rms_norm_forward", (width,), device, {"ROWS": rows, "num_warps": warps})
 
 
-def backward_settings(width: int, device: torch.device) -> dict:
+def backward_settings(width: int, two_dtypes: bool, device: torch.device) -> dict:
     """Rows and warps of the backward kernel, and programs for each multiprocessor.
 
     Four vectors of 16 numbers a thread fit in 96 registers, so 20 warps share a multiprocessor, and no more are
@@ -137,7 +137,9 @@ def backward_settings(width: int, device: torch.device) -> dict:
     rows = max(1, (65536 if launch.INTERPRETED else 2048) // block)
     warps = min(16, max(4, rows * block // 512))
     default = {"ROWS": rows, "num_warps": warps, "PROGRAMS": 20 // warps, "maxnreg": 96}
-    return launch.settings("rms_norm_backward", (width,), device, default)
+    if two_dtypes:  # the gradient goes to two tensors: 16 registers more, or it spills
+        default |= {"PROGRAMS": max(1, 16 // warps), "maxnreg": 112}
+    return launch.settings("rms_norm_backward", (width, two_dtypes), device, default)
 
 
 def forward(
@@ -174,7 +176,7 @@ def backward(
     ddelta = torch.empty(0 if delta_dtype is None else x.shape, dtype=delta_dtype or x.dtype, device=x.device)
     flags = dict(ADD=ds is not None, DELTA=delta_dtype is not None)
     weight = weight.contiguous()
-    chosen = dict(backward_settings(width, x.device))
+    chosen = dict(backward_settings(width, delta_dtype is not None, x.device))
     programs = min(chosen.pop("PROGRAMS") * launch.multiprocessors(x.device), max(1, triton.cdiv(n, chosen["ROWS"])))
     parts = torch.empty(programs if need_weight else 0, width, dtype=torch.float32, device=x.device)
     strides = grad.stride(0), passed.stride(0), matrix.stride(0)

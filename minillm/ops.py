@@ -182,6 +182,9 @@ def attention(
         # torch's causal flag aligns the first query with the first key; ours the last with the last
         seen = reference.visible(q_len, k_len, causal=causal, window=window, spans=spans, device=q.device)
         seen = seen if seen.dim() == 2 else seen[:, None]
+    is_causal = causal and seen is None
+    if q_len == 1:  # no `and`: where torch.compile's lengths are symbols, that would be one, too
+        is_causal = False
     groups = q.shape[2] // k.shape[2]
     if seen is not None and groups > 1 and q.is_cuda:  # torch has no fused CUDA kernel for a mask and grouped heads
         k, v = k.repeat_interleave(groups, dim=2), v.repeat_interleave(groups, dim=2)
@@ -190,7 +193,7 @@ def attention(
         k.transpose(1, 2),
         v.transpose(1, 2),
         attn_mask=seen,
-        is_causal=bool(causal and seen is None and q_len > 1),  # a length may be symbolic
+        is_causal=is_causal,
         scale=scale,
         enable_gqa=q.shape[2] != k.shape[2],
     )
