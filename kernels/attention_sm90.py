@@ -75,6 +75,7 @@ from kernels.attention_tiles import heads_together
 LOG2E = 1.4426950408889634
 
 TESTED_TRITON: frozenset[str] = frozenset()  # versions (major.minor) on which the tests of these files passed on a GPU
+WRITTEN_FOR = frozenset({"3.6", "3.8"})  # versions with which this compiles: 3.9's Gluon names some things otherwise
 
 
 @gluon.jit
@@ -364,7 +365,16 @@ def chosen(q: Tensor, *arguments) -> bool:
     """Whether `attention` comes here: a GPU of this kind, a Triton these files are tested with, and `supports`."""
     if not q.is_cuda or launch.architecture(q.device) != 90:
         return False
-    return ".".join(triton.__version__.split(".")[:2]) in TESTED_TRITON and supports(q, *arguments)
+    return _version() in TESTED_TRITON and supports(q, *arguments)
+
+
+def compiles() -> bool:
+    """Whether the installed Triton's Gluon is one that these files are written for."""
+    return _version() in WRITTEN_FOR
+
+
+def _version() -> str:
+    return ".".join(triton.__version__.split(".")[:2])
 
 
 def settings(size: int, length: int, packed: bool) -> dict:

@@ -7,7 +7,6 @@ the keys and values that are read.
 import functools
 import inspect
 from collections.abc import Callable, Iterator
-from importlib.util import find_spec
 
 import torch
 import torch.nn.functional as F
@@ -93,8 +92,10 @@ def _plain_triton(spans: Tensor | None) -> Callable:
 
 def our_paths(place: Place, spans: Tensor | None = None) -> dict[str, Side]:
     """What a user gets, and on sm_90 each of its two paths by itself."""
+    from kernels.attention import attention_sm90 as hopper  # None where there is no Gluon
+
     loads = {"ours": _ours}
-    if place.device.type == "cuda" and launch.architecture(place.device) == 90 and find_spec("kernels.attention_sm90"):
+    if place.device.type == "cuda" and launch.architecture(place.device) == 90 and hopper and hopper.compiles():
         loads |= {"ours (sm_90)": _sm90, "ours (plain Triton)": _plain_triton}
     return {name: Side(functools.partial(load, spans)) for name, load in loads.items()}
 

@@ -17,6 +17,8 @@ from tests.kernels import gluon_model
 from tests.kernels.check import DEVICE, compare, draw, error, layouts, poisoned, run  # noqa: F401
 from tests.kernels.test_attention import inputs, spans_of
 
+written_for = f"these kernels are written for Triton {' and '.join(sorted(attention_sm90.WRITTEN_FOR))}"
+pytestmark = pytest.mark.skipif(not attention_sm90.compiles(), reason=written_for)
 MODULES = (attention_sm90, attention_sm90_backward, attention_sm90_tiles)
 BF16 = torch.bfloat16
 HOPPER = DEVICE == "cuda" and launch.architecture(torch.device("cuda", 0)) == 90
