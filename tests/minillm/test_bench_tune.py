@@ -5,8 +5,6 @@ import torch
 
 from minillm import UserError, bench_tune, config
 
-pytest.importorskip("peft")
-
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch):

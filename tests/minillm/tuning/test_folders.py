@@ -1,6 +1,7 @@
 import json
 import shutil
 
+import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -8,8 +9,6 @@ from safetensors.torch import load_file, save_file
 from minillm import UserError, huggingface, tuning
 from minillm.tuning import TuningConfig
 from tests.minillm.tuning import tiny
-
-peft = pytest.importorskip("peft")
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,7 @@
 import json
 import shutil
 
+import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -9,8 +10,6 @@ from minillm import UserError, tuning
 from minillm.huggingface import export_name
 from minillm.tuning import TuningConfig
 from tests.minillm.tuning import tiny
-
-peft = pytest.importorskip("peft")
 
 CASES = {  # ours, and what peft calls the same
     "lora": (TuningConfig("lora", lora_rank=4), dict(r=4, lora_alpha=8, target_modules="all-linear")),
