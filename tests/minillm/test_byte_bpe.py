@@ -101,6 +101,13 @@ def test_control_pieces_come_from_no_text_and_show_no_text(pair):
     assert (ours.eos_id, ours.bos_id, ours.start_id) == (ours.control["<|end|>"],) * 3
 
 
+def test_its_settings_are_its_own_and_the_refusal_names_the_option_that_fits(pair):
+    ours, _, _ = pair
+    for add_bos, fits in ((True, "--wrap eos"), (False, "--wrap bos_eos")):
+        with pytest.raises(UserError, match=f"stays as it is.*{fits}$"):
+            ours.with_settings(add_bos=add_bos)
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
