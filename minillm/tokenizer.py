@@ -399,8 +399,8 @@ class ByteLevelTokenizer(Tokenizer):
 
     def with_settings(self, *, add_bos: bool, chat_template: str | None = None) -> "Tokenizer":
         """Refused: the settings are part of tokenizer.json, which is this tokenizer's identity."""
-        begin, wrap = ("eos", "eos") if add_bos else ("bos", "bos_eos")
-        raise UserError(f"{self._source}: a byte-level BPE stays as it is, its texts begin after {begin}: --wrap {wrap}")
+        own, wrap = ("eos", "eos") if add_bos else ("bos", "bos_eos")
+        raise UserError(f"{self._source}: a byte-level BPE stays as it is; its texts begin after {own}: --wrap {wrap}")
 
     def encode_many(self, texts: list[str], *, threads: int = 1) -> list[list[int]]:
         """Token ids of each text; threads would not help here."""
