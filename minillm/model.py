@@ -8,6 +8,7 @@ Modules carry the names that Hugging Face's Llama has, so a state dict is a chec
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -181,15 +182,19 @@ class Transformer(nn.Module):
         placeholders, any ids: what comes out there is not to be used.
         """
         hidden = self.hidden(tokens, documents=documents, cache=cache)
+        skipped = tokens.shape[1] - hidden.shape[1]
         if targets is None:
-            return self.logits(hidden)
-        flat_mask = None if mask is None else mask.flatten()
+            return F.pad(self.logits(hidden), (0, 0, skipped, 0))
+        flat_mask = None if mask is None else mask[:, skipped:].flatten()
         return ops.linear_cross_entropy(
-            hidden.flatten(0, 1), self.lm_head.weight, targets.flatten(), flat_mask, self.config.softcap
+            hidden.flatten(0, 1), self.lm_head.weight, targets[:, skipped:].flatten(), flat_mask, self.config.softcap
         )
 
     def hidden(self, tokens: Tensor, *, documents: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
-        """The final normed states (B, T, C), from which logits and losses are made."""
+        """The final normed states (B, T, C), from which logits and losses are made.
+
+        Where a row begins with a prefix's placeholders, and has no others, there are none for them: (B, T − n, C).
+        """
         length = tokens.shape[1]
         if cache is not None:
             positions, documents = (
@@ -207,12 +212,11 @@ class Transformer(nn.Module):
         x = self.embed_tokens(tokens)  # (B, T, C)
         rotation = prefix = None
         if self.virtual is not None:
-            x, prefix = self.virtual(x, torch.arange(length, device=x.device) if positions is None else positions)
+            x, prefix = self.virtual(x, positions)
+        if positions is None:
+            positions = slice(length - x.shape[1], length)
         if self.config.positions == "learned":
-            table = self.embed_positions.weight
-            x = x + (table[:length] if positions is None else table[positions])
-        elif positions is None:
-            rotation = self.cos[:length], self.sin[:length]  # (T, D/2)
+            x = x + self.embed_positions.weight[positions]
         else:
             rotation = self.cos[positions], self.sin[positions]  # (T, D/2) or (B, T, D/2)
         spans = None if documents is None else ops.document_spans(documents)

@@ -7,8 +7,9 @@
 The data puts n placeholders before each document (`chat_data.lay_out`, `Batch.with_placeholders`, `generate.prefill`),
 so documents, positions and the cache need to know nothing of virtual tokens. The model computes what it likes at these
 positions, and it is overwritten: the embeddings, or each layer's keys and values after the rotation. With a prefix
-nothing reads what then comes out at a placeholder, and no loss is taken there. To a sliding window they are tokens as
-any others, and leave it as these do.
+nothing reads what then comes out at a placeholder, and no loss is taken there; so where every row begins with them
+and has no others, the model leaves them out, and the prefix is put before each layer's keys and values. To a sliding
+window they are tokens as any others, and leave it as these do.
 """
 
 import math
@@ -54,12 +55,18 @@ class VirtualTokens(nn.Module):
             table = self.lstm(table)
         return table if self.mlp is None else self.mlp(table)
 
-    def forward(self, x: Tensor, positions: Tensor):
+    def forward(self, x: Tensor, positions: Tensor | None):
         """The embeddings x (B, T, C), overwritten where they are placeholders, and what does that in the layers.
 
-        positions: (T,) or (B, T) int64, those inside each document: placeholders are below n. The second is None, or
-        for a prefix a function (layer, k, v) → (k, v), each (B, T, K, D).
+        positions: (T,) or (B, T) int64, those inside each document: placeholders are below n. None: each row is one
+        document, and of a prefix's placeholders nothing is returned: (B, T − n, C). The second is None, or for a
+        prefix a function (layer, k, v) → (k, v), each (B, T, K, D).
         """
+        if self.kind == "prefix" and positions is None:
+            table = self.table().view(1, self.n, self.config.n_layers, 2, self.config.n_kv_heads, -1)
+            return x[:, self.n :], partial(_before, table)
+        if positions is None:
+            positions = torch.arange(x.shape[1], device=x.device)
         chosen = positions[..., None] == torch.arange(self.n, device=x.device)  # (T, n) or (B, T, n)
         table = self.table()
         if self.kind != "prefix":
@@ -87,28 +94,20 @@ class VirtualTokens(nn.Module):
     def peft_config(self) -> dict:
         """What PEFT's adapter_config.json says of these tokens; the name of the base is left None."""
         heads = self.config.n_kv_heads if self.kind == "prefix" else self.config.n_heads
-        common = dict(
-            auto_mapping=None,
-            base_model_name_or_path=None,
+        common = dict.fromkeys(("auto_mapping", "base_model_name_or_path", "modules_to_save", "revision")) | dict(
             inference_mode=True,
-            modules_to_save=None,
             num_attention_heads=heads,
             num_layers=self.config.n_layers,
             num_transformer_submodules=1,
             num_virtual_tokens=self.n,
             peft_type=PEFT_TYPES[self.kind],
-            revision=None,
             task_type="CAUSAL_LM",
             token_dim=self.dim,
         )
         own = {
             "prefix": dict(encoder_hidden_size=self.hidden, init_weights=None, prefix_projection=self.encoder == "mlp"),
-            "prompt": dict(
-                prompt_tuning_init="RANDOM",
-                prompt_tuning_init_text=None,
-                tokenizer_kwargs=None,
-                tokenizer_name_or_path=None,
-            ),
+            "prompt": dict.fromkeys(("prompt_tuning_init_text", "tokenizer_kwargs", "tokenizer_name_or_path"))
+            | dict(prompt_tuning_init="RANDOM"),
             "ptuning": dict(
                 encoder_dropout=0.0,
                 encoder_hidden_size=self.hidden,
@@ -168,6 +167,13 @@ def overwritten(x: Tensor, rows: Tensor, chosen: Tensor) -> Tensor:
 def _keys_values(chosen: Tensor, table: Tensor, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """A layer's k and v (B, T, K, D) with the prefix put into them; table: (n, L, 2, K·D)."""
     return overwritten(k, table[:, layer, 0], chosen), overwritten(v, table[:, layer, 1], chosen)
+
+
+def _before(table: Tensor, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """A layer's k and v (B, T − n, K, D) with the prefix before them, (B, T, K, D); table: (1, n, L, 2, K, D)."""
+    pair = zip(table[:, :, layer].unbind(2), (k, v), strict=True)
+    k, v = (torch.cat((own.to(x.dtype).expand(x.shape[0], -1, -1, -1), x), 1) for own, x in pair)
+    return k, v
 
 
 def attach_virtual(

@@ -186,13 +186,30 @@ def test_packed_equals_unpacked(kind, encoder):
     torch.testing.assert_close(*grads, atol=1e-3, rtol=1e-4)
 
 
+@pytest.mark.parametrize("kind, computed", [("prefix", 20), ("prompt", 20 + N)])
+def test_a_prefix_alone_in_its_rows_costs_no_positions(kind, computed):
+    model = tuned(kind)
+    batch = Batch(TEXT, TEXT).with_placeholders(N)
+    hidden = model.hidden(batch.x)
+    assert hidden.shape[1] == computed
+    one_document_a_row = model.hidden(batch.x, documents=torch.zeros_like(batch.x, dtype=torch.int32))
+    torch.testing.assert_close(hidden, one_document_a_row[:, -computed:], atol=1e-5, rtol=0)
+
+
 @pytest.mark.parametrize(
-    "kind, encoder, checkpointed", [("prefix", "none", False), ("prefix", "mlp", True), ("ptuning", "lstm", False)]
+    "kind, encoder, checkpointed, packed",
+    [
+        ("prefix", "none", False, True),
+        ("prefix", "mlp", True, True),
+        ("prefix", "mlp", True, False),
+        ("ptuning", "lstm", False, True),
+    ],
 )
-def test_compiles_in_one_piece(kind, encoder, checkpointed):
+def test_compiles_in_one_piece(kind, encoder, checkpointed, packed):
     model = tuned(kind, encoder).train()
     model.checkpoint_activations = checkpointed
-    batch = Batch(TEXT, TEXT, None, (torch.arange(20) > torch.tensor([[8], [30]])).int()).with_placeholders(N)
+    documents = (torch.arange(20) > torch.tensor([[8], [30]])).int() if packed else None
+    batch = Batch(TEXT, TEXT, None, documents).with_placeholders(N)
     torch._dynamo.reset()
     values = []
     for trained in (model, torch.compile(model, backend="aot_eager", fullgraph=True)):
