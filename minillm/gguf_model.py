@@ -261,12 +261,12 @@ def _describe(tokenizer: Tokenizer, n_rows: int) -> dict:
     if isinstance(tokenizer, ByteLevelTokenizer):
         kind, tokens, types, more = _describe_byte_level(tokenizer)
     else:
-        pieces = tokenizer._proto.pieces
-        if tokenizer._proto.trainer_spec.model_type != tokenizer._proto.trainer_spec.BPE:
+        pieces = tokenizer.model.proto.pieces
+        if tokenizer.model.proto.trainer_spec.model_type != tokenizer.model.proto.trainer_spec.BPE:
             raise UserError("--format gguf: only BPE vocabularies have a place there; this one is of another kind")
         kind, tokens, types = "llama", [piece.piece for piece in pieces], [piece.type for piece in pieces]
         scores = [piece.score for piece in pieces] + [0.0] * (n_rows - len(pieces))
-        more = {"pre": "default", "scores": scores, "add_space_prefix": tokenizer._dummy_prefix}
+        more = {"pre": "default", "scores": scores, "add_space_prefix": tokenizer.model.dummy_prefix}
     for i in range(len(tokens), n_rows):  # llama.cpp wants a token for each row
         tokens.append(PADDING.format(i))
         types.append(UNUSED)

@@ -20,7 +20,8 @@ from minillm import UnsupportedError, UserError, checkpoint
 from minillm.config import ModelConfig
 from minillm.huggingface import ROTATED, StoredModel, half_split, interleaved, shapes_of
 from minillm.model import rotary_tables
-from minillm.tokenizer import SPACE_MARK, Tokenizer
+from minillm.sentencepiece_model import SPACE_MARK
+from minillm.tokenizer import Tokenizer
 from minillm.vocab_edit import from_pieces
 
 HEADER = struct.Struct("<7i")
@@ -144,12 +145,12 @@ def read_tokenizer(path: str | Path, vocab_size: int) -> Tokenizer:
 
 def write_tokenizer(tokenizer: Tokenizer, path: Path) -> None:
     """Write a vocabulary as tokenizer.bin. Raises `UnsupportedError` if llama2.c would cut text otherwise with it."""
-    pieces = tokenizer._proto.pieces
+    pieces = tokenizer.model.proto.pieces
     kinds = [piece.type for piece in pieces]
     usual = [UNKNOWN, CONTROL, CONTROL, *[BYTE] * 256]
     if (tokenizer.bos_id, tokenizer.eos_id) != (BOS, EOS) or kinds[: len(usual)] != usual:
         raise UnsupportedError("llama2.c takes unk, bos, eos to be ids 0 to 2 and the bytes to be ids 3 to 258")
-    if not tokenizer._dummy_prefix:
+    if not tokenizer.model.dummy_prefix:
         raise UnsupportedError("llama2.c puts a space before each text, this vocabulary does not")
     texts = [piece.piece.replace(SPACE_MARK, " ").encode() for piece in pieces]
     texts[BOS], texts[EOS] = b"\n<s>\n", b"\n</s>\n"

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from minillm import UserError, files, huggingface, run
 from minillm.model import Transformer
-from minillm.tokenizer import SPACE_MARK, Tokenizer
+from minillm.sentencepiece_model import SPACE_MARK
+from minillm.tokenizer import Tokenizer
 
 STARTS = ("mean", "mean_all", "normal")
 
@@ -40,9 +41,9 @@ def old_pieces_of(new: Tokenizer, old: Tokenizer, ids: list[int]) -> list[list[i
     for before, after in enumerate(ids):
         if after >= 0:
             rows[after] = [before]
-    for i, piece in enumerate(new._proto.pieces):
+    for i, piece in enumerate(new.model.proto.pieces):
         if not rows[i] and piece.type in (piece.NORMAL, piece.USER_DEFINED):
-            rows[i] = old._no_prefix.encode(piece.piece.replace(SPACE_MARK, " "))
+            rows[i] = old.model.no_prefix.encode(piece.piece.replace(SPACE_MARK, " "))
     return rows
 
 

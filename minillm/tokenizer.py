@@ -1,27 +1,23 @@
-"""Text to token ids and back: SentencePiece BPE, special pieces, the chat templates.
+"""Text to token ids and back: special ids, and the files of a folder, for both kinds of vocabularies.
 
-A tokenizer is one file, `tokenizer.model`, in SentencePiece's format. Ours are trained so that nothing is lost:
-no normalization, spaces kept, digits split, and byte pieces for every character that has no piece of its own.
-Then `decode(encode(text)) == text` for any text. The ids of ours: unk 0, bos 1, eos 2, pad 3, the chat roles 4–6,
-the 256 bytes, and the learnt pieces from 263 on.
+A tokenizer is one file, `tokenizer.model`, in SentencePiece's format (`sentencepiece_model`), or with some models of
+others a `tokenizer.json` (`byte_bpe`). Ours are trained so that nothing is lost: no normalization, spaces kept, digits
+split, and byte pieces for every character that has no piece of its own. Then `decode(encode(text)) == text` for any
+text. The ids of ours: unk 0, bos 1, eos 2, pad 3, the chat roles 4–6, the 256 bytes, and the learnt pieces from 263 on.
 """
 
 import codecs
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
-import sentencepiece
-from sentencepiece import sentencepiece_model_pb2 as proto
 
-from minillm import UserError, byte_bpe, naming_damage
-
-ROLES = {"system": "<|system|>", "user": "<|user|>", "assistant": "<|assistant|>"}
-SPACE_MARK = "▁"  # U+2581: how SentencePiece writes a space inside a piece
-LONG_TEXT = 1 << 15  # characters; longer texts are encoded in stretches of this size
+from minillm import UserError, byte_bpe, chat_templates, naming_damage
+from minillm.chat_templates import JINJA, ROLES
+from minillm.sentencepiece_model import SentencePieceModel
 
 # What transformers reads beside the model file; kept as it was found when a foreign folder is loaded and saved.
 COMPANIONS = (
@@ -30,19 +26,6 @@ COMPANIONS = (
     "special_tokens_map.json",
     "added_tokens.json",
     "chat_template.jinja",
-)
-
-# The same two templates as encode_chat, for transformers' apply_chat_template.
-CHAT_JINJA = (
-    "{{ bos_token }}{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] }}"
-    "{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
-)
-SIMPLE_JINJA = (
-    "{% set ns = namespace(prompt=[]) %}{% for m in messages %}{% if m['role'] == 'assistant' %}"
-    "{{ ns.prompt | join('\\n') + bos_token + m['content'] + eos_token }}{% set ns.prompt = [] %}"
-    "{% else %}{% set ns.prompt = ns.prompt + [m['content']] %}{% endif %}{% endfor %}"
-    "{{ ns.prompt | join('\\n') }}{% if add_generation_prompt %}{{ bos_token }}{% endif %}"
 )
 
 
@@ -54,37 +37,20 @@ class Tokenizer:
     """
 
     def __init__(self, model_bytes: bytes, source: str, companions: dict[str, bytes] | None = None):
-        self._proto = _parse(model_bytes, source)
-        self._companions = companions or {}
-        self._model_bytes = model_bytes
-        try:
-            self._processor = sentencepiece.SentencePieceProcessor(model_proto=model_bytes)
-        except RuntimeError as error:  # two pieces alike, or an empty one
-            raise UserError(f"{source}: SentencePiece refuses the model ({error}); train or merge it again") from None
+        self.model, self._companions = SentencePieceModel(model_bytes, source), companions or {}
         self.sha256 = hashlib.sha256(model_bytes).hexdigest()
-        self.vocab_size = len(self._proto.pieces)
-        self._dummy_prefix = self._proto.normalizer_spec.add_dummy_prefix
-        self._no_prefix = self._processor
-        if self._dummy_prefix:  # a second reading of the model, for text that does not begin a sequence
-            bare = proto.ModelProto.FromString(model_bytes)
-            bare.normalizer_spec.add_dummy_prefix = False
-            self._no_prefix = sentencepiece.SentencePieceProcessor(model_proto=bare.SerializeToString())
-
-        self.eos_id = self._processor.eos_id()
+        self.vocab_size = len(self.model.proto.pieces)
+        self._dummy_prefix = self.model.dummy_prefix
+        processor = self.model.processor
+        self.eos_id = processor.eos_id()
         if self.eos_id < 0:
             raise UserError(
                 f"{source}: the model has no end-of-text piece; choose another, or train one (--train_tokenizer)"
             )
-        self.bos_id = self._processor.bos_id() if self._processor.bos_id() >= 0 else self.eos_id
-        self.pad_id = self._processor.pad_id() if self._processor.pad_id() >= 0 else self.eos_id
-        control = {p.piece: i for i, p in enumerate(self._proto.pieces) if p.type == p.CONTROL}
-        self._roles = {role: control[piece] for role, piece in ROLES.items() if piece in control}
-
-        self._table = [_piece_bytes(piece) for piece in self._proto.pieces]
-        byte_ids = {self._table[i]: i for i, p in enumerate(self._proto.pieces) if p.type == p.BYTE}
-        unknown = self._processor.unk_id()
-        # SentencePiece takes the character ▁ for a space; only its bytes can stand for it.
-        self._mark_ids = [byte_ids.get(bytes([b]), unknown) for b in SPACE_MARK.encode()]
+        self.bos_id = processor.bos_id() if processor.bos_id() >= 0 else self.eos_id
+        self.pad_id = processor.pad_id() if processor.pad_id() >= 0 else self.eos_id
+        self.roles = {role: self.model.control[piece] for role, piece in ROLES.items() if piece in self.model.control}
+        self._table = self.model.table
 
     @classmethod
     def load(cls, path: str | Path) -> "Tokenizer":
@@ -114,53 +80,12 @@ class Tokenizer:
 
     def encode_many(self, texts: list[str], *, threads: int = 1) -> list[list[int]]:
         """Token ids of each text; `threads` of SentencePiece's own share the work."""
-        odd = [i for i, text in enumerate(texts) if len(text) > LONG_TEXT or SPACE_MARK in text]
-        plain = list(texts)
-        for i in odd:
-            plain[i] = ""
         try:
-            # a list makes SentencePiece start threads, which for one text takes ten times the encoding
-            encode = self._processor.encode
-            alone = threads == 1 or len(plain) == 1
-            rows = [encode(text) for text in plain] if alone else encode(plain, num_threads=threads)
-            for i in odd:
-                rows[i] = self._encode_odd(texts[i], threads)
+            return self.model.encode_many(texts, threads)
         except (RuntimeError, TypeError, UnicodeEncodeError):
             for text in texts:
                 _refuse_surrogates(text)
             raise
-        return rows
-
-    def _encode_odd(self, text: str, threads: int) -> list[int]:
-        """A text that is long or holds the character ▁, stretch by stretch, with the same ids as at one go."""
-        ids: list[int] = []
-        for number, between in enumerate(text.split(SPACE_MARK)):
-            if number:
-                ids += self._mark_ids
-            stretches = list(self._stretches(between))
-            if number == 0:
-                ids += self._processor.encode(stretches.pop(0))
-            for row in self._no_prefix.encode(stretches, num_threads=threads):
-                ids += row
-        return ids
-
-    def _stretches(self, text: str) -> Iterator[str]:
-        """Cut where no piece could span the cut; after LONG_TEXT characters without such a place, anywhere."""
-        start = 0
-        while len(text) - start > LONG_TEXT:
-            end = start + LONG_TEXT
-            while end > start and text[end - 1 : end + 1] in self._joined_pairs:
-                end -= 1
-            end = end if end > start else start + LONG_TEXT
-            yield text[start:end]
-            start = end
-        yield text[start:]
-
-    @cached_property
-    def _joined_pairs(self) -> set[str]:
-        """Every two characters that stand side by side in some piece."""
-        pieces = (p.piece.replace(SPACE_MARK, " ") for p in self._proto.pieces)
-        return {piece[i : i + 2] for piece in pieces for i in range(len(piece) - 1)}
 
     def encode_chat(
         self, messages: list[dict], *, template: str = "auto", add_generation_prompt: bool = False
@@ -168,44 +93,18 @@ class Tokenizer:
         """Tokens of a conversation, and which of them are to be learnt.
 
         messages: [{"role": "system" | "user" | "assistant", "content": str}, …]
-        template: "chat" is `<s>`, then for each message its role piece and its content, and `</s>` after an
-            assistant's. "simple" is `prompt <s> answer </s>` turn by turn, what precedes an answer joined by
-            newlines. "auto" takes "chat" if the model has the role pieces.
+        template: "chat" or "simple" (see `chat_templates`); "auto" takes "chat" if the model has the role pieces.
         add_generation_prompt: end with what an answer follows: the assistant piece, or `<s>`.
 
         Returns (ids, learn), of equal length: learn[i] is True where ids[i] belongs to an answer or is its eos.
         """
-        template = self.resolve_template(template)
-        contents = [_content(message) for message in messages]
-        opener = [self.bos_id] if template == "chat" else []
-        ids, learn = list(opener), [False] * len(opener)
-
-        def add(tokens: list[int], learnt: bool = False) -> None:
-            ids.extend(tokens)
-            learn.extend([learnt] * len(tokens))
-
-        prompt: list[str] = []
-        for message, content in zip(messages, contents, strict=True):
-            answer = message["role"] == "assistant"
-            if template == "chat":
-                add([self._roles[message["role"]]])
-            elif answer:
-                add([*self.encode("\n".join(prompt)), self.bos_id])
-                prompt = []
-            else:
-                prompt.append(content)
-                continue
-            add([*self.encode(content), *([self.eos_id] if answer else [])], answer)
-        add(self.encode("\n".join(prompt)))
-        if add_generation_prompt:
-            add([self._roles["assistant"] if template == "chat" else self.bos_id])
-        return ids, learn
+        return chat_templates.encode(self, messages, self.resolve_template(template), add_generation_prompt)
 
     def resolve_template(self, template: str) -> str:
         """Which of "chat" and "simple" the name `template` ("auto", "chat", "simple") means for this model."""
         if template not in ("auto", "chat", "simple"):
             raise UserError(f"template {template!r}: choose auto, chat or simple")
-        has_roles = len(self._roles) == len(ROLES)
+        has_roles = len(self.roles) == len(ROLES)
         if template == "chat" and not has_roles:
             raise UserError("template 'chat': this tokenizer lacks the role pieces; choose simple or auto")
         return "chat" if template != "simple" and has_roles else "simple"
@@ -246,9 +145,8 @@ class Tokenizer:
         folder.mkdir(parents=True, exist_ok=True)
         files = {**self._own_files, **(self._companions or self._own_companions)}
         if template:
-            chat = self.resolve_template(template) == "chat"
             config = json.loads(files.get("tokenizer_config.json", b"{}"))
-            config["chat_template"] = CHAT_JINJA if chat else SIMPLE_JINJA
+            config["chat_template"] = JINJA[self.resolve_template(template)]
             files["tokenizer_config.json"] = _json(config)
             files.pop("chat_template.jinja", None)
         for name, data in files.items():
@@ -256,7 +154,7 @@ class Tokenizer:
 
     @property
     def _own_files(self) -> dict[str, bytes]:
-        return {"tokenizer.model": self._model_bytes}
+        return {"tokenizer.model": self.model.data}
 
     @property
     def config(self) -> dict:
@@ -283,9 +181,9 @@ class Tokenizer:
         config = self.config | {"add_bos_token": add_bos} | ({"chat_template": chat_template} if chat_template else {})
         files["tokenizer_config.json"] = _json(config)
         if "tokenizer.json" in files:
-            first = byte_bpe.begin_with(self._proto.pieces[self.bos_id].piece, self.bos_id) if add_bos else None
+            first = byte_bpe.begin_with(self.model.proto.pieces[self.bos_id].piece, self.bos_id) if add_bos else None
             files["tokenizer.json"] = _json(json.loads(files["tokenizer.json"]) | {"post_processor": first})
-        return Tokenizer(self._model_bytes, "the new vocabulary", files)
+        return Tokenizer(self.model.data, "the new vocabulary", files)
 
     def with_chat_template_of(self, other: "Tokenizer") -> "Tokenizer":
         """This tokenizer, whose folder will say of chat templates and bos what `other`'s does."""
@@ -294,74 +192,18 @@ class Tokenizer:
         config["add_bos_token"] = other.start_id != other.eos_id
         own = self._own_companions | {"tokenizer_config.json": _json(config)}
         kept = {name: data for name, data in other._companions.items() if name == "chat_template.jinja"}
-        return Tokenizer(self._model_bytes, "the new vocabulary", own | kept)
+        return Tokenizer(self.model.data, "the new vocabulary", own | kept)
 
     @cached_property
     def _own_companions(self) -> dict[str, bytes]:
         """What transformers needs; no `tokenizer.json` for a model that is not BPE, such as T5's."""
-        config = self._transformers_config()
-        config["chat_template"] = CHAT_JINJA if self.resolve_template("auto") == "chat" else SIMPLE_JINJA
+        config = self.model.transformers_config({"bos": self.bos_id, "eos": self.eos_id, "pad": self.pad_id})
+        config["chat_template"] = JINJA[self.resolve_template("auto")]
         files = {"tokenizer_config.json": _json(config)}
-        if self._proto.trainer_spec.model_type == proto.TrainerSpec.BPE:
-            files["tokenizer.json"] = _json(self._tokenizers_file())
+        spec = self.model.proto.trainer_spec
+        if spec.model_type == spec.BPE:
+            files["tokenizer.json"] = _json(self.model.tokenizers_file())
         return files
-
-    def _transformers_config(self) -> dict:
-        names = {"bos": self.bos_id, "eos": self.eos_id, "pad": self.pad_id, "unk": self._processor.unk_id()}
-        return {
-            # Transformers' own Llama class adds no dummy prefix before a text that starts with a space.
-            "tokenizer_class": "PreTrainedTokenizerFast" if self._dummy_prefix else "LlamaTokenizer",
-            "add_bos_token": False,
-            "add_eos_token": False,
-            "add_prefix_space": self._dummy_prefix,
-            "legacy": False,
-            "clean_up_tokenization_spaces": False,
-            **{f"{name}_token": self._proto.pieces[i].piece for name, i in names.items()},
-            "added_tokens_decoder": {added.pop("id"): added for added in self._added_tokens()},
-        }
-
-    def _added_tokens(self) -> list[dict]:
-        flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
-        return [
-            {"id": i, "content": p.piece, "special": p.type != p.USER_DEFINED, **flags}
-            for i, p in enumerate(self._proto.pieces)
-            if p.type in (p.UNKNOWN, p.CONTROL, p.USER_DEFINED)
-        ]
-
-    def _tokenizers_file(self) -> dict:
-        """The model in the format of the `tokenizers` library, whose BPE wants merges where ours has scores."""
-        plain = {p.piece: p.score for p in self._proto.pieces if p.type == p.NORMAL}
-        ids = {piece.piece: i for i, piece in enumerate(self._proto.pieces)}
-        merges = [
-            (-score, piece[:cut], piece[cut:])
-            for piece, score in plain.items()
-            for cut in range(1, len(piece))
-            if piece[:cut] in plain and piece[cut:] in plain
-        ]
-        merges.sort(key=lambda merge: (merge[0], ids[merge[1]], ids[merge[2]]))
-        normalizers = [{"type": "Replace", "pattern": {"String": " "}, "content": SPACE_MARK}]
-        decoder = [
-            {"type": "Replace", "pattern": {"String": SPACE_MARK}, "content": " "},
-            {"type": "ByteFallback"},
-            {"type": "Fuse"},
-        ]
-        if self._dummy_prefix:
-            normalizers.insert(0, {"type": "Prepend", "prepend": SPACE_MARK})
-            decoder.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
-        return {
-            "version": "1.0",
-            "added_tokens": self._added_tokens(),
-            "normalizer": {"type": "Sequence", "normalizers": normalizers},
-            "decoder": {"type": "Sequence", "decoders": decoder},
-            "model": {
-                "type": "BPE",
-                "unk_token": self._proto.pieces[self._processor.unk_id()].piece,
-                "fuse_unk": True,
-                "byte_fallback": self._proto.trainer_spec.byte_fallback,
-                "vocab": ids,
-                "merges": [[left, right] for _, left, right in merges],
-            },
-        }
 
 
 class ByteLevelTokenizer(Tokenizer):
@@ -384,13 +226,13 @@ class ByteLevelTokenizer(Tokenizer):
         self.eos_id = ids[pieces["eos"]]
         self.bos_id, self.pad_id = (ids.get(pieces[role], self.eos_id) for role in ("bos", "pad"))
         self.vocab_size = max(ids.values()) + 1
-        self._roles = {role: self.control[piece] for role, piece in ROLES.items() if piece in self.control}
+        self.roles = {role: self.control[piece] for role, piece in ROLES.items() if piece in self.control}
         self._dummy_prefix = False
         table = self.bpe.bytes_of() | dict.fromkeys(self.control.values(), b"")
         self._table = [table.get(i, b"") for i in range(self.vocab_size)]
 
     @property
-    def _proto(self):
+    def model(self):
         raise UserError(f"{self._source}: a byte-level BPE; this needs a SentencePiece model, a tokenizer.model")
 
     @property
@@ -428,18 +270,6 @@ class StreamDecoder:
         return self._utf8.decode(b"", final=True)
 
 
-def _parse(model_bytes: bytes, source: str) -> proto.ModelProto:
-    remedy = "it is no SentencePiece model, or damaged: copy or train it again"
-    try:
-        model = proto.ModelProto.FromString(model_bytes)
-    except Exception:
-        raise UserError(f"{source} ({len(model_bytes):,} bytes): {remedy}") from None
-    # Protobuf reads a file cut between two fields without complaint; the specs come after the pieces.
-    if not model.pieces or not model.HasField("trainer_spec") or not model.HasField("normalizer_spec"):
-        raise UserError(f"{source} ({len(model_bytes):,} bytes): cut short; {remedy}")
-    return model
-
-
 def _load_byte_level(folder: Path) -> "ByteLevelTokenizer":
     beside = [folder / name for name in COMPANIONS]
     try:
@@ -467,24 +297,6 @@ def _elsewhere(folder: Path) -> str:
 
 def _json(value: dict) -> bytes:
     return (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode()
-
-
-def _piece_bytes(piece) -> bytes:
-    if piece.type == piece.CONTROL:
-        return b""
-    if piece.type == piece.BYTE:
-        return bytes([int(piece.piece[3:5], 16)])  # "<0x0A>"
-    if piece.type == piece.UNKNOWN:
-        return "\ufffd".encode()
-    return piece.piece.replace(SPACE_MARK, " ").encode()
-
-
-def _content(message: dict) -> str:
-    if message.get("role") not in ROLES:
-        raise UserError(f"message role {message.get('role')!r}: choose system, user or assistant")
-    if not isinstance(message.get("content"), str):
-        raise UserError(f"message content of role {message['role']}: a string is needed")
-    return message["content"]
 
 
 def _refuse_surrogates(text: str) -> None:

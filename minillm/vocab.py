@@ -15,7 +15,9 @@ import sentencepiece
 from tqdm import tqdm
 
 from minillm import UserError
-from minillm.tokenizer import ROLES, SPACE_MARK, Tokenizer
+from minillm.chat_templates import ROLES
+from minillm.sentencepiece_model import SPACE_MARK
+from minillm.tokenizer import Tokenizer
 
 MEMORY_PER_BYTE = 40  # of text learnt from, in bytes: measured 31 to 37 for Chinese, 14 for English
 MAX_LINE = 1000  # characters; SentencePiece would drop a line over 4,192 bytes, so longer ones are cut
@@ -118,7 +120,7 @@ def train_tokenizer(
 
 def write_readable(tokenizer: Tokenizer, folder: Path) -> None:
     """tokenizer.vocab: number, piece and score of each piece, one a line; line ends and tabs inside are escaped."""
-    rows = (f"{i}\t{p.piece.translate(ESCAPED)}\t{p.score:g}\n" for i, p in enumerate(tokenizer._proto.pieces))
+    rows = (f"{i}\t{p.piece.translate(ESCAPED)}\t{p.score:g}\n" for i, p in enumerate(tokenizer.model.proto.pieces))
     (folder / "tokenizer.vocab").write_text("".join(rows), encoding="utf-8", newline="\n")
 
 

@@ -191,17 +191,17 @@ def run_prune(args) -> None:
 def run_inspect(args) -> None:
     """Show what a vocabulary is made of."""
     tokenizer = Tokenizer.load(args.model)
-    spec = tokenizer._proto.trainer_spec
+    spec = tokenizer.model.proto.trainer_spec
     kind = spec.ModelType.Name(spec.model_type).lower()
     print(f"{args.model}: {tokenizer.vocab_size:,} pieces, {kind}, sha256 {tokenizer.sha256[:16]}")
     special = ", ".join(f"{name} {getattr(tokenizer, f'{name}_id')}" for name in ("bos", "eos", "pad"))
-    rules = tokenizer._proto.normalizer_spec
+    rules = tokenizer.model.proto.normalizer_spec
     space = "yes" if rules.add_dummy_prefix else "no"
     print(f"{special}; normalization {rules.name or 'none'}; a space put before each text: {space}")
     _show_scripts(tokenizer)
     if args.text is not None:
         ids = tokenizer.encode(args.text)
-        print(" ".join(tokenizer._proto.pieces[i].piece for i in ids), ids, sep="\n")
+        print(" ".join(tokenizer.model.proto.pieces[i].piece for i in ids), ids, sep="\n")
     if args.corpus:
         _show_density(args.model, tokenizer, _read(args.corpus, args, "reading"))
 
@@ -213,7 +213,7 @@ def _show_scripts(tokenizer: Tokenizer) -> None:
 
 def _show_density(name: str, tokenizer: Tokenizer, texts: Iterable[str]) -> None:
     """Characters per token, and the share of characters that lie in a piece of text, not spelt in bytes."""
-    pieces = tokenizer._proto.pieces
+    pieces = tokenizer.model.proto.pieces
     # of a character's bytes one does not have the form 10xxxxxx; a newline is a byte piece in any case
     first_bytes = {
         i

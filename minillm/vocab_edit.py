@@ -16,7 +16,8 @@ from pathlib import Path
 from sentencepiece import sentencepiece_model_pb2 as proto
 
 from minillm import UserError, files
-from minillm.tokenizer import SPACE_MARK, Tokenizer
+from minillm.sentencepiece_model import SPACE_MARK
+from minillm.tokenizer import Tokenizer
 from minillm.vocab import write_readable
 
 WHITESPACE_SCORE = -1e8  # runs of spaces are given scores far below all others (Mistral: -1e9)
@@ -43,14 +44,14 @@ def merge(base: Tokenizer, more: Tokenizer, rule: str = "safe") -> Merged:
     Raises `UserError` if either is no BPE model.
     """
     for name, tokenizer in (("--base", base), ("--add", more)):
-        if tokenizer._proto.trainer_spec.model_type != proto.TrainerSpec.BPE:
+        if tokenizer.model.proto.trainer_spec.model_type != proto.TrainerSpec.BPE:
             raise UserError(f"{name}: a BPE vocabulary is needed to merge; this one is of another kind (unigram?)")
     if rule not in RULES:
         raise UserError(f"--rule {rule}: choose one of {', '.join(RULES)}")
-    there = {p.piece for p in base._proto.pieces}
+    there = {p.piece for p in base.model.proto.pieces}
     done = Merged(base, list(range(base.vocab_size)))
     taken = []
-    ranked = sorted(more._proto.pieces, key=lambda p: -p.score)  # the order in which they were learnt
+    ranked = sorted(more.model.proto.pieces, key=lambda p: -p.score)  # the order in which they were learnt
     for piece in ranked:
         reason = None if rule == "common" and piece.type == piece.NORMAL else _reason_against(piece)
         if piece.piece in there:
@@ -59,7 +60,7 @@ def merge(base: Tokenizer, more: Tokenizer, rule: str = "safe") -> Merged:
             done.refused.setdefault(reason, []).append(piece.piece)
         else:
             taken.append(piece.piece)
-    lowest = min(p.score for p in base._proto.pieces if p.type == p.NORMAL and p.score > WHITESPACE_SCORE)
+    lowest = min(p.score for p in base.model.proto.pieces if p.type == p.NORMAL and p.score > WHITESPACE_SCORE)
     scores = itertools.repeat(0.0) if rule == "common" else itertools.count(lowest - 1, -1)
     tokenizer = _with_pieces(base, taken, scores)
     if rule == "safe":
@@ -100,17 +101,17 @@ def from_pieces(
 
 def unreachable(tokenizer: Tokenizer, pieces: Iterable[str]) -> list[str]:
     """Which of these pieces no text is ever cut into."""
-    ids = {p.piece: i for i, p in enumerate(tokenizer._proto.pieces)}
+    ids = {p.piece: i for i, p in enumerate(tokenizer.model.proto.pieces)}
     return [piece for piece in pieces if not _arises(tokenizer, piece, ids[piece])]
 
 
 def piece_texts(tokenizer: Tokenizer) -> list[str]:
     """The texts of the pieces that texts are cut into."""
-    return [p.piece.replace(SPACE_MARK, " ") for p in tokenizer._proto.pieces if p.type == p.NORMAL]
+    return [p.piece.replace(SPACE_MARK, " ") for p in tokenizer.model.proto.pieces if p.type == p.NORMAL]
 
 
 def _arises(tokenizer: Tokenizer, piece: str, piece_id: int) -> bool:
-    return tokenizer._no_prefix.encode(piece) == [piece_id]
+    return tokenizer.model.no_prefix.encode(piece) == [piece_id]
 
 
 def _reason_against(piece) -> str | None:
@@ -124,7 +125,7 @@ def _reason_against(piece) -> str | None:
 
 
 def _with_pieces(base: Tokenizer, pieces: Iterable[str], scores: Iterable[float]) -> Tokenizer:
-    model = proto.ModelProto.FromString(base._model_bytes)
+    model = proto.ModelProto.FromString(base.model.data)
     for piece, score in zip(pieces, scores, strict=False):
         model.pieces.add(piece=piece, score=score, type=proto.ModelProto.SentencePiece.NORMAL)
     return _finish(model, base)
@@ -142,7 +143,7 @@ def prune(base: Tokenizer, texts: Iterable[str], keep: Iterable[str] = ()) -> tu
     Special, byte and user-defined pieces stay, as do the pieces named in `keep`. With a kept piece stay those that
     it is merged from.
     """
-    pieces = base._proto.pieces
+    pieces = base.model.proto.pieces
     ids = {p.piece: i for i, p in enumerate(pieces)}
     used = {i for i, p in enumerate(pieces) if p.type != p.NORMAL or p.piece == SPACE_MARK}  # a space is never bytes
     for text in texts:
@@ -153,13 +154,13 @@ def prune(base: Tokenizer, texts: Iterable[str], keep: Iterable[str] = ()) -> tu
         if (marked := piece.replace(" ", SPACE_MARK)) not in ids:
             raise UserError(f"--keep {piece!r}: no piece of the vocabulary")
         used.add(ids[marked])
-    if base._proto.trainer_spec.model_type == proto.TrainerSpec.BPE:
+    if base.model.proto.trainer_spec.model_type == proto.TrainerSpec.BPE:
         scores = {p.piece: p.score for p in pieces if p.type == p.NORMAL}
         parts = {
             part for i in used if pieces[i].type == pieces[i].NORMAL for part in merges_of(pieces[i].piece, scores)
         }
         used |= {ids[part] for part in parts}
-    model = proto.ModelProto.FromString(base._model_bytes)
+    model = proto.ModelProto.FromString(base.model.data)
     kept = sorted(used)
     del model.pieces[:]
     model.pieces.extend(pieces[i] for i in kept)
@@ -228,7 +229,7 @@ def compare(old: Tokenizer, new: Tokenizer, added: Iterable[str], texts: Iterabl
 def scripts(tokenizer: Tokenizer) -> dict[str, int]:
     """How many pieces of text there are in each script (of a piece's first letter), most frequent first."""
     counts: Counter[str] = Counter()
-    for piece in tokenizer._proto.pieces:
+    for piece in tokenizer.model.proto.pieces:
         kind = {piece.CONTROL: "control", piece.BYTE: "byte", piece.UNKNOWN: "unknown"}.get(piece.type)
         counts[kind or _script(piece.piece)] += 1
     return dict(counts.most_common())

@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 LAYERS = [
-    {"config", "metrics", "packing", "distributed", "files", "byte_bpe"},
+    {"config", "metrics", "packing", "distributed", "files", "sentencepiece_model", "byte_bpe", "chat_templates"},
     {"ops", "losses", "kv_cache", "tokenizer", "data", "messages", "readers", "run"},
     {"model", "chat_data", "vocab", "vocab_edit", "vocab_commands", "data/"},
     {"optim", "parallel", "checkpoint", "huggingface", "quant", "resize", "decode", "decode_cuda", "tuning/"}

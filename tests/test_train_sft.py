@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from minillm.chat_data import InstructionRows
-from minillm.tokenizer import SIMPLE_JINJA, Tokenizer
+from minillm.chat_templates import JINJA
+from minillm.tokenizer import Tokenizer
 from tests import launch
 
 OPTIONS = "--seq_len 64 --batch_size 8 --micro_batch_size 2 --warmup_steps 2 --device cpu --dtype float32"
@@ -166,4 +167,4 @@ def test_held_out_answers_are_scored_as_often_as_asked_and_the_template_goes_alo
     assert list(one) == [2, 4] and two == pytest.approx(one, abs=1e-4)
     checkpoint = folder / "scored-1" / "step-00000004"
     written = json.loads((checkpoint / "tokenizer_config.json").read_text(encoding="utf-8"))
-    assert written["chat_template"] == SIMPLE_JINJA
+    assert written["chat_template"] == JINJA["simple"]

@@ -294,7 +294,7 @@ def test_documents_begin_with_bos_if_asked(tok, tok_path, tmp_path, capsys):
 def test_large_vocabulary_takes_uint32(tok, tmp_path):
     from sentencepiece import sentencepiece_model_pb2 as proto
 
-    model = proto.ModelProto.FromString(tok._model_bytes)
+    model = proto.ModelProto.FromString(tok.model.data)
     for i in range(66_000):
         model.pieces.add(piece=f"<<{i}>>", score=0, type=model.pieces[0].USER_DEFINED)
     (tmp_path / "big.model").write_bytes(model.SerializeToString())

@@ -134,7 +134,7 @@ def test_without_an_end_of_text_it_is_refused(pair, tmp_path):
 
 def test_what_needs_a_sentencepiece_model_says_so(pair):
     with pytest.raises(UserError, match=r"needs a SentencePiece model"):
-        _ = pair[0]._proto
+        _ = pair[0].model.proto
 
 
 @pytest.mark.parametrize("text", ["{", "[1]", '{"eos_token": {"id": 3}}'])

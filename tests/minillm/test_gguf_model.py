@@ -118,7 +118,7 @@ def test_llama_3s_factors_are_those_of_its_formula(tmp_path):
 def test_a_vocabulary_goes_both_ways(dummy_prefix, tmp_path):
     text = ["The cat sat on the mat, 2024 times.\n  床前明月光，疑是地上霜。"] * 20
     tokenizer = train_tokenizer(text, 420, tmp_path / "vocabulary")
-    pieces = [(p.piece, p.score, gguf_model.TYPES[p.type]) for p in tokenizer._proto.pieces]
+    pieces = [(p.piece, p.score, gguf_model.TYPES[p.type]) for p in tokenizer.model.proto.pieces]
     if dummy_prefix:
         made = from_pieces(pieces, {"bos": 1, "eos": 2}, dummy_prefix=True, source="made")
         tokenizer = made.with_settings(add_bos=True)
@@ -127,7 +127,7 @@ def test_a_vocabulary_goes_both_ways(dummy_prefix, tmp_path):
     _, metadata = gguf_model.open_file(tmp_path / "m.gguf")
     assert len(metadata["tokenizer.ggml.tokens"]) == len(metadata["tokenizer.ggml.scores"]) == 448
     again = gguf_model.read_tokenizer(metadata, "m.gguf")
-    assert [(p.piece, p.score, gguf_model.TYPES[p.type]) for p in again._proto.pieces] == pieces
+    assert [(p.piece, p.score, gguf_model.TYPES[p.type]) for p in again.model.proto.pieces] == pieces
     assert (again.bos_id, again.eos_id, again.pad_id, again.start_id) == (
         1,
         2,

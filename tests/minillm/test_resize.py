@@ -57,8 +57,8 @@ def test_logits_over_kept_ids_are_equal_on_text_without_new_pieces(vocabularies,
     assert ids[0].tolist() == base.encode("the cat and the dog")
     assert torch.equal(after(ids)[..., : base.vocab_size], before(ids))
     assert (after.lm_head.weight is after.embed_tokens.weight) == tied
-    piece = next(i for i in range(base.vocab_size, new.vocab_size) if len(new._proto.pieces[i].piece) > 1)
-    parts = base.encode(new._proto.pieces[piece].piece)
+    piece = next(i for i in range(base.vocab_size, new.vocab_size) if len(new.model.proto.pieces[i].piece) > 1)
+    parts = base.encode(new.model.proto.pieces[piece].piece)
     for name in ("embed_tokens", "lm_head"):
         table, old = getattr(after, name).weight, getattr(before, name).weight
         expected = old[parts].mean(0) if start == "mean" else old.mean(0)

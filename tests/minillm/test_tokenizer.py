@@ -1,4 +1,4 @@
-"""Text → ids → text, what cannot be forged, both chat templates, and the same ids in transformers."""
+"""Text → ids → text, what cannot be forged, and the same ids and templates in transformers."""
 
 import io
 import json
@@ -11,7 +11,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from minillm import UserError
-from minillm import tokenizer as module
+from minillm.chat_templates import JINJA
 from minillm.tokenizer import StreamDecoder, Tokenizer
 from minillm.vocab import train_tokenizer
 
@@ -44,8 +44,7 @@ def train_foreign(kind: str, **options) -> Tokenizer:
     return Tokenizer(model.getvalue(), kind)
 
 
-@pytest.fixture(scope="module")
-def foreign() -> Tokenizer:
+def train_llama() -> Tokenizer:
     """Llama's way: a dummy space before each text, no pad piece, no roles."""
     return train_foreign(
         "bpe",
@@ -54,6 +53,11 @@ def foreign() -> Tokenizer:
         normalization_rule_name="identity",
         remove_extra_whitespaces=False,
     )
+
+
+@pytest.fixture(scope="module")
+def foreign() -> Tokenizer:
+    return train_llama()
 
 
 @given(st.text(st.characters(exclude_categories=["Cs"])) | st.lists(st.sampled_from(PIECES)).map("".join))
@@ -84,64 +88,10 @@ def test_special_ids_and_printable_ascii(ours):
     assert ours.decode([1, *ours.encode("a b"), 2, 3, 5]) == "a b"
 
 
-def test_many_texts_at_once(ours):
-    texts = mixed_texts(300, PIECES)
-    assert ours.encode_many(texts, threads=2) == [ours.encode(text) for text in texts]
-
-
-def test_long_texts_are_cut_where_nothing_changes(ours, foreign, monkeypatch):
-    texts = [" ".join(mixed_texts(8, [p for p in PIECES if p != "▁"])) + CORPUS[i % 4] for i in range(60)]
-    whole = [(tokenizer._processor.encode(texts)) for tokenizer in (ours, foreign)]
-    monkeypatch.setattr(module, "LONG_TEXT", 40)
-    assert [tokenizer.encode_many(texts) for tokenizer in (ours, foreign)] == whole
-    endless = "an" * 500  # no place to cut
-    assert ours.decode(ours.encode(endless)) == endless
-
-
 def test_lone_surrogate_is_named(ours):
     for encode in (ours.encode, lambda text: ours.encode_many(["fine", text])):
         with pytest.raises(UserError, match=r"character 2.*U\+D83D"):
             encode("ab\ud83d")
-
-
-def test_chat_template_by_hand(ours):
-    hi, yo = ours.encode("Hi"), ours.encode("<s> yo ")
-    messages = [
-        {"role": "system", "content": ""},
-        {"role": "user", "content": "Hi"},
-        {"role": "assistant", "content": "<s> yo "},
-        {"role": "user", "content": "Hi"},
-    ]
-    ids, learn = ours.encode_chat(messages, add_generation_prompt=True)
-    assert ids == [1, 4, 5, *hi, 6, *yo, 2, 5, *hi, 6]
-    assert [i for i, learnt in enumerate(learn) if learnt] == list(range(4 + len(hi), 5 + len(hi) + len(yo)))
-    assert ours.encode_chat(messages)[0] == ids[:-1]
-
-
-def test_simple_template_by_hand(ours):
-    messages = [
-        {"role": "system", "content": "Be kind."},
-        {"role": "user", "content": "Hi"},
-        {"role": "assistant", "content": "yo"},
-        {"role": "user", "content": "Ana"},
-    ]
-    first, yo, ana = ours.encode("Be kind.\nHi"), ours.encode("yo"), ours.encode("Ana")
-    ids, learn = ours.encode_chat(messages, template="simple", add_generation_prompt=True)
-    assert ids == [*first, 1, *yo, 2, *ana, 1]
-    assert learn == [False] * (len(first) + 1) + [True] * (len(yo) + 1) + [False] * (len(ana) + 1)
-
-
-def test_bad_messages_are_refused(ours, foreign):
-    with pytest.raises(UserError, match="role 'robot'"):
-        ours.encode_chat([{"role": "robot", "content": "a"}])
-    with pytest.raises(UserError, match="role user: a string"):
-        ours.encode_chat([{"role": "user", "content": None}])
-    with pytest.raises(UserError, match="template 'nice'"):
-        ours.encode_chat([], template="nice")
-    with pytest.raises(UserError, match="lacks the role pieces"):
-        foreign.encode_chat([], template="chat")
-    assert foreign.resolve_template("auto") == "simple"
-    assert foreign.pad_id == foreign.eos_id
 
 
 def test_ids_out_of_range(ours):
@@ -161,13 +111,9 @@ def test_stream_never_shows_half_a_character(ours):
     assert cut.flush() == "\ufffd"
 
 
-def test_damaged_files(ours, tmp_path):
+def test_a_folder_or_its_file_is_loaded(ours, tmp_path):
     ours.save(tmp_path)
-    data = (tmp_path / "tokenizer.model").read_bytes()
     assert Tokenizer.load(tmp_path).sha256 == Tokenizer.load(tmp_path / "tokenizer.model").sha256 == ours.sha256
-    for cut in (*range(0, len(data), 61), *range(len(data) - 250, len(data))):
-        with pytest.raises(UserError, match="copy or train it again"):
-            Tokenizer(data[:cut], "cut.model")
     with pytest.raises(UserError, match="cannot read the tokenizer"):
         Tokenizer.load(tmp_path / "none.model")
 
@@ -239,7 +185,7 @@ def test_a_loaded_folder_keeps_its_own_files(ours, tmp_path):
     loaded.save(tmp_path / "c", template="simple")
     assert not (tmp_path / "c" / "chat_template.jinja").exists()
     written = json.loads((tmp_path / "c" / "tokenizer_config.json").read_text())["chat_template"]
-    assert written == module.SIMPLE_JINJA
+    assert written == JINJA["simple"]
 
 
 def test_other_kinds_of_models_load(tmp_path):

@@ -83,10 +83,10 @@ def test_pieces_of_all_sorts(tmp_path):
     """Spaces, line ends and single letters can be pieces of one's own; the .vocab stays one piece a line."""
     kind = Kind(required="龘 \n", user_defined=("the cat", "\t", "a", "é"), control=("<|end|>",))
     made = train_tokenizer(TEXTS, 400, tmp_path, kind=kind)
-    pieces = {p.piece: p.type for p in made._proto.pieces}
+    pieces = {p.piece: p.type for p in made.model.proto.pieces}
     assert set("龘\n09~") <= set(pieces) and pieces["the▁cat"] == pieces["a"] == 4 and pieces["<|end|>"] == 3
     text = "on the cat\ta é 龘<|end|>\n"
-    cut = [made._proto.pieces[i].piece for i in made.encode(text)]
+    cut = [made.model.proto.pieces[i].piece for i in made.encode(text)]
     assert {"the▁cat", "\t", "a", "é", "龘", "\n"} <= set(cut) and "<|end|>" not in cut
     assert made.decode(made.encode(text)) == text
     rows = [row.split("\t") for row in (tmp_path / "tokenizer.vocab").read_text(encoding="utf-8").splitlines()]
@@ -100,7 +100,7 @@ def test_character_coverage_is_what_was_asked_for(tmp_path):
     known = {}
     for coverage in (None, 0.5, 0.85):
         made = train_tokenizer([text], 460, tmp_path, kind=Kind(coverage=coverage))
-        single = {p.piece for p in made._proto.pieces if len(p.piece) == 1}
+        single = {p.piece for p in made.model.proto.pieces if len(p.piece) == 1}
         known[coverage] = sum(letter in single for letter in text) / len(text)
     assert 0.5 <= known[0.5] < 0.6 and 0.85 <= known[0.85] < 0.86 and known[0.5] < known[None] < known[0.85]
 

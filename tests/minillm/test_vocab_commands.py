@@ -57,10 +57,10 @@ def test_options_of_training(call):
     asked = ["--required_chars", "龘é", "--user_defined", "<tool>", "--control", "<|end|>", "--keep_digits_together"]
     call("train", "--input", "en.txt", "--vocab_size", "400", "--out", "en", *asked)
     made = Tokenizer.load("en")
-    pieces = {p.piece: p.type for p in made._proto.pieces}
+    pieces = {p.piece: p.type for p in made.model.proto.pieces}
     assert pieces["龘"] == 1 and pieces["<tool>"] == 4 and pieces["<|end|>"] == 3
-    assert "<tool>" in [made._proto.pieces[i].piece for i in made.encode("a <tool> b")]
-    assert not made._proto.trainer_spec.split_digits
+    assert "<tool>" in [made.model.proto.pieces[i].piece for i in made.encode("a <tool> b")]
+    assert not made.model.proto.trainer_spec.split_digits
 
 
 def test_faults_are_named_and_nothing_is_written(call, tmp_path):
@@ -122,4 +122,4 @@ def test_pieces_kept_by_name(call):
     call("train", "--input", "en.txt", "--vocab_size", "400", "--out", "en")
     call("prune", "--base", "en", "--corpus", "zh.txt", "--keep", " cat", "--out", "small")
     small = Tokenizer.load("small")
-    assert [small._proto.pieces[i].piece for i in small.encode(" cat")] == ["▁cat"]
+    assert [small.model.proto.pieces[i].piece for i in small.encode(" cat")] == ["▁cat"]

@@ -22,7 +22,7 @@ CHINESE = [
 def base(tmp_path_factory):
     """An English vocabulary that puts a space before each text, as Llama's does."""
     made = train_tokenizer(ENGLISH, 400, tmp_path_factory.mktemp("en"))
-    model = proto.ModelProto.FromString(made._model_bytes)
+    model = proto.ModelProto.FromString(made.model.data)
     model.normalizer_spec.add_dummy_prefix = True
     return Tokenizer(model.SerializeToString(), "base")
 
@@ -41,7 +41,7 @@ def test_merging_keeps_ids_and_changes_no_text_without_new_pieces(base, chinese)
     done = vocab_edit.merge(base, chinese)
     new = done.tokenizer
     assert done.id_map == list(range(base.vocab_size)) and len(done.added) > 20
-    assert [p.piece for p in new._proto.pieces[: base.vocab_size]] == [p.piece for p in base._proto.pieces]
+    assert [p.piece for p in new.model.proto.pieces[: base.vocab_size]] == [p.piece for p in base.model.proto.pieces]
     for line in ENGLISH[:1] + random_lines(0, "the cat sodg 0123.,\n😀é"):
         assert new.encode(line) == base.encode(line)
     for line in CHINESE[:2] + random_lines(1, "床前明月光the 12"):
@@ -62,12 +62,12 @@ def test_the_common_rule_changes_old_text(base, tmp_path):
 
 def test_a_piece_that_an_older_merge_prevents_is_refused(base):
     """With 光明 in the base, 月光 + 明 can never meet: 月光明 is made of 月 and 光明 unless its union is known."""
-    model = proto.ModelProto.FromString(base._model_bytes)
+    model = proto.ModelProto.FromString(base.model.data)
     lowest = min(p.score for p in model.pieces if p.type == p.NORMAL)
     for i, piece in enumerate(("光明",)):
         model.pieces.add(piece=piece, score=lowest - 1 - i, type=1)
     old = Tokenizer(model.SerializeToString(), "old")
-    model = proto.ModelProto.FromString(base._model_bytes)
+    model = proto.ModelProto.FromString(base.model.data)
     for i, piece in enumerate(("月光", "月光明天")):  # 月光 + 明天 needs 明天, which is nowhere; 光明 comes first
         model.pieces.add(piece=piece, score=lowest - 1 - i, type=1)
     done = vocab_edit.merge(old, Tokenizer(model.SerializeToString(), "more"))
@@ -92,7 +92,7 @@ def test_pruning_keeps_how_the_texts_are_cut(model_type, tmp_path):
         " ".join(rng.choices(words[:60], k=12)) + "\n" + " ".join(rng.choices(words[60:], k=12)) for _ in range(200)
     ]
     full = train_tokenizer(texts, 500, tmp_path, kind=Kind(model_type))
-    keep = [p.piece for p in full._proto.pieces if p.type == p.NORMAL][-1:]
+    keep = [p.piece for p in full.model.proto.pieces if p.type == p.NORMAL][-1:]
     used = [text.split("\n")[0] for text in texts]
     pruned, id_map = vocab_edit.prune(full, used, keep)
     assert 300 < pruned.vocab_size < full.vocab_size - 10
@@ -100,10 +100,10 @@ def test_pruning_keeps_how_the_texts_are_cut(model_type, tmp_path):
         assert pruned.encode(text) == [id_map[i] for i in full.encode(text)]
     assert pruned.decode(pruned.encode(texts[0] + "月😀")) == texts[0] + "月😀"
     for old, new in enumerate(id_map):
-        assert new == -1 or pruned._proto.pieces[new].piece == full._proto.pieces[old].piece
+        assert new == -1 or pruned.model.proto.pieces[new].piece == full.model.proto.pieces[old].piece
     assert sorted(i for i in id_map if i >= 0) == list(range(pruned.vocab_size))
     assert (pruned.bos_id, pruned.eos_id) == (id_map[full.bos_id], id_map[full.eos_id])
-    assert keep[0] in [p.piece for p in pruned._proto.pieces]
+    assert keep[0] in [p.piece for p in pruned.model.proto.pieces]
     with pytest.raises(UserError, match="--keep 'zzz'"):
         vocab_edit.prune(full, used, ["zzz"])
 
@@ -151,7 +151,7 @@ def test_only_bpe_can_be_merged(base, tmp_path):
 
 def test_a_vocabulary_from_pieces_cuts_as_the_one_they_are_from(base):
     types = {number: name for name, number in proto.ModelProto.SentencePiece.Type.items()}
-    pieces = [(p.piece, p.score, types[p.type]) for p in base._proto.pieces]
+    pieces = [(p.piece, p.score, types[p.type]) for p in base.model.proto.pieces]
     made = vocab_edit.from_pieces(pieces, {"bos": 1, "eos": 2, "pad": 3}, dummy_prefix=True, source="made")
     assert (made.bos_id, made.eos_id, made.pad_id) == (1, 2, 3)
     for line in [*ENGLISH[:1], "明月", "  a  b", *random_lines(5, "the cat,é\n1")]:
