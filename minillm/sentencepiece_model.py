@@ -118,7 +118,7 @@ class SentencePieceModel:
         ]
 
     def tokenizers_file(self) -> dict:
-        """The model in the format of the `tokenizers` library, whose BPE wants merges where ours has scores."""
+        """What tokenizer.json says, for the `tokenizers` library, whose BPE wants merges where ours has scores."""
         plain = {p.piece: p.score for p in self.proto.pieces if p.type == p.NORMAL}
         ids = {piece.piece: i for i, piece in enumerate(self.proto.pieces)}
         merges = [

@@ -30,9 +30,10 @@ COMPANIONS = (
 
 
 class Tokenizer:
-    """A SentencePiece model with its special ids.
+    """A vocabulary with its special ids and the files beside it; here one of SentencePiece's.
 
     vocab_size, bos_id, eos_id, pad_id: int (pad falls back to eos where the model has none, bos likewise).
+    model: the SentencePieceModel. control: id of each control piece, which no text is cut into.
     sha256: hex digest of the model file, by which token bins and checkpoints know their tokenizer.
     """
 
@@ -49,8 +50,7 @@ class Tokenizer:
             )
         self.bos_id = processor.bos_id() if processor.bos_id() >= 0 else self.eos_id
         self.pad_id = processor.pad_id() if processor.pad_id() >= 0 else self.eos_id
-        self.roles = {role: self.model.control[piece] for role, piece in ROLES.items() if piece in self.model.control}
-        self._table = self.model.table
+        self.control, self._table = self.model.control, self.model.table
 
     @classmethod
     def load(cls, path: str | Path) -> "Tokenizer":
@@ -99,6 +99,11 @@ class Tokenizer:
         Returns (ids, learn), of equal length: learn[i] is True where ids[i] belongs to an answer or is its eos.
         """
         return chat_templates.encode(self, messages, self.resolve_template(template), add_generation_prompt)
+
+    @cached_property
+    def roles(self) -> dict[str, int]:
+        """Id of the piece that opens a message of each role, as far as the model has them."""
+        return {role: self.control[piece] for role, piece in ROLES.items() if piece in self.control}
 
     def resolve_template(self, template: str) -> str:
         """Which of "chat" and "simple" the name `template` ("auto", "chat", "simple") means for this model."""
@@ -209,7 +214,8 @@ class Tokenizer:
 class ByteLevelTokenizer(Tokenizer):
     """A byte-level BPE in a `tokenizer.json`, in place of a SentencePiece model (see `byte_bpe`).
 
-    companions: the files of its folder. Raises UserError for a kind that is not read, or one without an end of text.
+    companions: the files of its folder. bpe: what cuts a text. Raises UserError for a kind that is not read, or one
+    without an end of text.
     """
 
     def __init__(self, companions: dict[str, bytes], source: str):
@@ -226,7 +232,6 @@ class ByteLevelTokenizer(Tokenizer):
         self.eos_id = ids[pieces["eos"]]
         self.bos_id, self.pad_id = (ids.get(pieces[role], self.eos_id) for role in ("bos", "pad"))
         self.vocab_size = max(ids.values()) + 1
-        self.roles = {role: self.control[piece] for role, piece in ROLES.items() if piece in self.control}
         self._dummy_prefix = False
         table = self.bpe.bytes_of() | dict.fromkeys(self.control.values(), b"")
         self._table = [table.get(i, b"") for i in range(self.vocab_size)]
