@@ -11,7 +11,7 @@ import pytest
 from data import bundled, prepare
 from kernels import bench, tune
 from kernels.launch import SHARED_MEMORY
-from minillm import __main__, config, generate, port_commands, vocab_commands
+from minillm import __main__, config, generate, info_command, model_commands, port_commands, vocab_commands
 from train_pretrain import Config as Pretrain
 from train_sft import Config as Sft
 
@@ -67,7 +67,7 @@ def test_commands_and_options_are_known(path, monkeypatch):
     for command in Page(path).commands:
         monkeypatch.setattr("sys.argv", command)
         parse[command[0]]()
-    modules = (prepare, bundled, port_commands, vocab_commands, bench, tune, __main__)
+    modules = (prepare, bundled, model_commands, info_command, port_commands, vocab_commands, bench, tune, __main__)
     files = [*(module.__file__ for module in modules), ROOT / "docs" / "chinese.py"]
     sources = "".join(Path(file).read_text(encoding="utf-8") for file in files)
     known = {field for shape in (Pretrain, Sft, generate.Sampling) for field in shape.__dataclass_fields__}

@@ -14,7 +14,8 @@ LAYERS = [
     {"model", "chat_data", "vocab", "vocab_edit", "vocab_commands", "data/"},
     {"optim", "parallel", "checkpoint", "huggingface", "quant", "resize", "decode", "decode_cuda", "tuning/"}
     | {"llama2c", "gguf_format", "gguf_model"},
-    {"validation", "generate", "evaluate", "plot", "training", "bench", "bench_tune", "selfcheck", "port_commands"},
+    {"validation", "generate", "evaluate", "plot", "training", "bench", "bench_tune", "selfcheck"}
+    | {"model_commands", "info_command", "port_commands"},
     {"__main__", "train_pretrain", "train_sft"},
 ]
 # Lines of code, a budget for each kind of reader: who follows a training run needs neither the kernels, nor the
