@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from minillm import (
@@ -29,20 +30,16 @@ def main() -> int:
 def build_parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="python -m minillm", description=__doc__, allow_abbrev=False)
     commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=_Parser)
-
-    def command(function, name: str) -> argparse.ArgumentParser:
-        text = function.__doc__
-        sub = commands.add_parser(name, help=text.split("\n")[0], description=text, allow_abbrev=False)
-        sub.set_defaults(command=function)
-        return sub
-
+    command = _maker(commands)
     model_commands.add_parsers(command)
     sub = command(run_plot, "plot")
     sub.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run, or its metrics.jsonl")
     sub.add_argument("--out", help="PNG to write; default: curve.png in the run's folder, curves.png here for several")
     info_command.add_parser(command)
     text = "train, merge, prune or inspect a vocabulary"
-    vocab_commands.add_parsers(commands.add_parser("vocab", help=text, description=text, allow_abbrev=False), _Parser)
+    sub = commands.add_parser("vocab", help=text, description=text, allow_abbrev=False)
+    names = "train|merge|prune|inspect"
+    vocab_commands.add_parsers(_maker(sub.add_subparsers(required=True, metavar=names, parser_class=_Parser)))
     _add_surgery(command)
     port_commands.add_parsers(command)
     sub = command(run_bench, "bench")
@@ -55,7 +52,19 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_surgery(command) -> None:
+def _maker(commands) -> Callable[[Callable, str], argparse.ArgumentParser]:
+    """command(function, name) → the parser of a command that does what the function does, and says what it says."""
+
+    def command(function: Callable, name: str) -> argparse.ArgumentParser:
+        text = function.__doc__
+        sub = commands.add_parser(name, help=text.split("\n")[0], description=text, allow_abbrev=False)
+        sub.set_defaults(command=function)
+        return sub
+
+    return command
+
+
+def _add_surgery(command: Callable[[Callable, str], argparse.ArgumentParser]) -> None:
     """The commands that make one model folder of another."""
     sub = command(run_resize, "resize")
     sub.add_argument("--model", required=True, help="run or model folder whose tokenizer is the old one")

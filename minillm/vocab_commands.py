@@ -17,16 +17,8 @@ HELD_OUT, HELD_OUT_CHARACTERS = 50, 1 << 20  # one stretch of so many is not lea
 EXAMPLES = 5  # pieces shown of each kind
 
 
-def add_parsers(parser: argparse.ArgumentParser, parser_class: type) -> None:
-    """Give `vocab` its four commands."""
-    commands = parser.add_subparsers(required=True, metavar="train|merge|prune|inspect", parser_class=parser_class)
-
-    def command(function: Callable, name: str) -> argparse.ArgumentParser:
-        text = function.__doc__
-        sub = commands.add_parser(name, help=text.split("\n")[0], description=text, allow_abbrev=False)
-        sub.set_defaults(command=function)
-        return sub
-
+def add_parsers(command: Callable[[Callable, str], argparse.ArgumentParser]) -> None:
+    """Give `vocab` its four commands; command(function, name): makes a parser."""
     sub = command(run_train, "train")
     _texts(sub, "--input", required=True, help="texts to learn from: files or folders (.txt .jsonl .json .gz .parquet)")
     sub.add_argument("--vocab_size", type=int, required=True, help="pieces in all")
