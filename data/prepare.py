@@ -24,9 +24,8 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Iterable, Iterator
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -37,6 +36,7 @@ from tqdm import tqdm
 
 from data.bins import SPLITS, Bins, Origin, Parts, checksum, refuse_foreign
 from minillm import UserError
+from minillm.files import sha256
 from minillm.readers import Record, find_files, records, text_of
 from minillm.run import RunLock, run_script
 from minillm.tokenizer import Tokenizer
@@ -171,12 +171,7 @@ def _sources(files: list[Path], options: Options, val_from: int | None) -> list[
     if val_from is not None:
         sides = [replace(options, val_fraction=float(number >= val_from)) for number in range(len(files))]
     with ThreadPoolExecutor() as pool:  # hashing runs outside Python's lock
-        return list(map(Source, files, pool.map(_sha256, files), sides))
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+        return list(map(Source, files, pool.map(sha256, files), sides))
 
 
 def _learn(out: Path, size: int, sources: list[Source]) -> tuple[Tokenizer, str]:
@@ -191,7 +186,7 @@ def _learn(out: Path, size: int, sources: list[Source]) -> tuple[Tokenizer, str]
 
 
 def _holds(out: Path, tokenizer: str) -> bool:
-    return (out / "tokenizer.model").is_file() and _sha256(out / "tokenizer.model") == tokenizer
+    return (out / "tokenizer.model").is_file() and sha256(out / "tokenizer.model") == tokenizer
 
 
 # ---- from documents to tokens
@@ -265,7 +260,7 @@ def _tokenize(sources: list[Source], bins: Bins, options: Options, workers: int)
                 bins.save()
             bar.set_postfix_str(f"{made / (time.monotonic() - started) / 1e6:.2f} M tokens/s", refresh=False)
             bar.update(sizes[number] + position - bar.n)
-    except BrokenProcessPool:
+    except BrokenExecutor:
         raise UserError("a worker process died, likely for want of memory; run again with fewer --workers") from None
     finally:
         bar.close()
@@ -274,19 +269,17 @@ def _tokenize(sources: list[Source], bins: Bins, options: Options, workers: int)
     _check_splits(bins, options)
 
 
-def _results(sources: list[Source], bins: Bins, pool, workers: int) -> Iterator[tuple[int, int, bool, dict | None]]:
+def _results(sources: list[Source], bins: Bins, pool, workers: int) -> Iterator[tuple[int, int, bool, dict]]:
     """(number of the file, bytes of it read, whether that is all, tokens) of each batch, in order.
 
-    A bounded number of batches is on its way. What is reused is one batch, without tokens.
+    A bounded number of batches is on its way. What is reused is one empty batch.
     """
     waiting: deque = deque()
     for number, source in enumerate(sources[bins.done :], bins.done):
         skip = bins.parts[number]["batches"] if number < len(bins.parts) else 0
-        reused = [(source.path.stat().st_size, True, None)] if number in bins.reused else None
+        reused = [(source.path.stat().st_size, True, [])] if number in bins.reused else None
         for position, last, batch in reused or itertools.islice(_batches(source), skip, None):
-            if batch is None:
-                work = lambda: None  # noqa: E731
-            elif pool:
+            if pool:
                 work = pool.submit(_work, batch, source.options).result
             else:
                 work = partial(encode_batch, batch, bins.tokenizer, source.options, workers)
@@ -379,17 +372,17 @@ def _cores() -> int:
 # ---- command line
 
 
-def report(meta: dict, print_line: Callable[[str], None] = print) -> None:
+def report(meta: dict) -> None:
     """What a preparation gave, in a few lines."""
     for kind in SPLITS:
         tokens = sum(file["tokens"] for file in meta["files"][kind])
         documents = sum(file["documents"] for file in meta["files"][kind])
         per_token = meta["bytes"][kind] / max(tokens - documents * (2 if meta["wrap"] == "bos_eos" else 1), 1)
-        print_line(f"{kind:5} {documents:,} documents, {tokens:,} tokens, {per_token:.2f} bytes of text per token")
+        print(f"{kind:5} {documents:,} documents, {tokens:,} tokens, {per_token:.2f} bytes of text per token")
     if meta["bad_lines"] or meta["empty_documents"]:
-        print_line(f"left out: {meta['bad_lines']:,} bad lines, {meta['empty_documents']:,} empty documents")
+        print(f"left out: {meta['bad_lines']:,} bad lines, {meta['empty_documents']:,} empty documents")
         for message in meta["first_bad"]:
-            print_line(f"  {message}")
+            print(f"  {message}")
 
 
 def main() -> None:
@@ -408,8 +401,7 @@ def main() -> None:
     add("--split", choices=TXT_SPLITS, default="blank", help=ends)
     add("--field", default="text", help="key or column that holds the text (default text)")
     add("--on_bad_line", choices=ON_BAD_LINE, default="error", help="stop at a bad line (default) or count it")
-    begins = "documents end in eos (default), or also begin with bos"
-    add("--wrap", choices=WRAPS, default="eos", help=begins)
+    add("--wrap", choices=WRAPS, default="eos", help="documents end in eos (default), or also begin with bos")
     add("--workers", type=int, help="processes (default: all cores)")
     add("--shard_tokens", type=int, default=1 << 30, help="begin a new .bin after so many tokens (default 2^30)")
     options = vars(parser.parse_args())

@@ -69,9 +69,14 @@ def _files(folder: Path) -> dict[str, Path]:
     return dict(sorted(found.items()))
 
 
-def _describe(file: Path) -> dict:
+def sha256(file: Path) -> str:
+    """Hex digest of a file's bytes."""
     with file.open("rb") as stream:
-        return {"size": file.stat().st_size, "sha256": hashlib.file_digest(stream, "sha256").hexdigest()}
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _describe(file: Path) -> dict:
+    return {"size": file.stat().st_size, "sha256": sha256(file)}
 
 
 def write_json_atomically(path: str | Path, value) -> None:
@@ -152,9 +157,7 @@ def verify_folder(path: str | Path) -> list[str]:
             size = present[name].stat().st_size
             if size != expected[name][0]:
                 return f"{name} has {size:,} bytes instead of {expected[name][0]:,}"
-            return (
-                None if _describe(present[name])["sha256"] == expected[name][1] else f"{name} differs from its checksum"
-            )
+            return None if sha256(present[name]) == expected[name][1] else f"{name} differs from its checksum"
         except OSError as problem:  # a bad sector, or another person's file
             return f"{name} cannot be read ({problem.strerror})"
 

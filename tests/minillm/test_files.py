@@ -173,7 +173,7 @@ def test_what_cannot_be_read_is_damage(saved, monkeypatch):
     def broken(file):
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
-    monkeypatch.setattr(files, "_describe", broken)
+    monkeypatch.setattr(files, "sha256", broken)
     assert "model.safetensors cannot be read (Input/output error)" in files.verify_folder(saved / "step-00000030")
 
 
