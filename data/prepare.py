@@ -186,7 +186,8 @@ def _learn(out: Path, size: int, sources: list[Source]) -> tuple[Tokenizer, str]
 
 
 def _holds(out: Path, tokenizer: str) -> bool:
-    return (out / "tokenizer.model").is_file() and sha256(out / "tokenizer.model") == tokenizer
+    files = [out / name for name in ("tokenizer.model", "tokenizer.json")]  # SentencePiece's, a byte-level BPE's
+    return any(file.is_file() and sha256(file) == tokenizer for file in files)
 
 
 # ---- from documents to tokens
@@ -244,8 +245,7 @@ def _tokenize(sources: list[Source], bins: Bins, options: Options, workers: int)
     pool = None
     if workers > 1 and sum(map(_text_size, left)) >= POOL_FROM:
         spawn = multiprocessing.get_context("spawn")
-        initial = (str(bins.out / "tokenizer.model"),)
-        pool = ProcessPoolExecutor(workers, spawn, initializer=_start_worker, initargs=initial)
+        pool = ProcessPoolExecutor(workers, spawn, initializer=_start_worker, initargs=(bins.out,))
     started, made = time.monotonic(), 0
     bar = tqdm(total=sizes[-1], unit="B", unit_scale=True, desc="tokenizing", mininterval=0.5)
     try:
@@ -294,7 +294,7 @@ def _results(sources: list[Source], bins: Bins, pool, workers: int) -> Iterator[
 _worker: Tokenizer  # what each worker process holds
 
 
-def _start_worker(tokenizer: str) -> None:
+def _start_worker(tokenizer: Path) -> None:
     global _worker
     _worker = Tokenizer.load(tokenizer)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which then ends us

@@ -154,6 +154,8 @@ class Tokenizer:
             config["chat_template"] = JINJA[self.resolve_template(template)]
             files["tokenizer_config.json"] = _json(config)
             files.pop("chat_template.jinja", None)
+        if "tokenizer.model" not in files:  # one of another kind would be taken for this one
+            (folder / "tokenizer.model").unlink(missing_ok=True)
         for name, data in files.items():
             (folder / name).write_bytes(data)
 

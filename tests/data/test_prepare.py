@@ -291,6 +291,26 @@ def test_documents_begin_with_bos_if_asked(tok, tok_path, tmp_path, capsys):
     assert documents(tmp_path / "out") == TEXTS
 
 
+def test_a_byte_level_tokenizer_in_place_of_another_kind(tok_path, tmp_path, monkeypatch):
+    from tests.minillm.test_byte_bpe import train
+
+    (tmp_path / "level").mkdir()
+    theirs = train("gpt-2")
+    theirs.save(str(tmp_path / "level" / "tokenizer.json"))
+    (tmp_path / "level" / "tokenizer_config.json").write_text('{"eos_token": "<|end|>"}')
+    file, out = write_lines(tmp_path / "a.jsonl", many(50)), tmp_path / "out"
+    prepare([file], out, tokenizer=tok_path, val_fraction=0)
+    monkeypatch.setattr(module, "POOL_FROM", 0)
+    prepare([file], out, tokenizer=tmp_path / "level", val_fraction=0, workers=2)
+    eos = theirs.token_to_id("<|end|>")
+    ids = [i for text in many(50) for i in [*theirs.encode(text).ids, eos]]
+    assert np.fromfile(out / "train-00000.bin", dtype="<u2").tolist() == ids
+    assert documents(out) == many(50)
+    before = (out / "meta.json").stat().st_mtime_ns
+    prepare([file], out, tokenizer=tmp_path / "level", val_fraction=0)
+    assert (out / "meta.json").stat().st_mtime_ns == before
+
+
 def test_large_vocabulary_takes_uint32(tok, tmp_path):
     from sentencepiece import sentencepiece_model_pb2 as proto
 
