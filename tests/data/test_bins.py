@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from data import bins as bins_module
-from data import prepare as module
+from data import encode as module
 from data.prepare import prepare
 from minillm import UserError
 from minillm import files as files_module
