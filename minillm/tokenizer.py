@@ -39,7 +39,7 @@ class Tokenizer:
 
     def __init__(self, model_bytes: bytes, source: str, companions: dict[str, bytes] | None = None):
         self.model, self._companions = SentencePieceModel(model_bytes, source), companions or {}
-        self.sha256 = hashlib.sha256(model_bytes).hexdigest()
+        self._own_file, self.sha256 = {"tokenizer.model": model_bytes}, hashlib.sha256(model_bytes).hexdigest()
         self.vocab_size = len(self.model.proto.pieces)
         self._dummy_prefix = self.model.dummy_prefix
         processor = self.model.processor
@@ -54,7 +54,7 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: str | Path) -> "Tokenizer":
-        """Read a SentencePiece `.model` file, or the `tokenizer.model` of a folder.
+        """Read a SentencePiece `.model` file, or of a folder the `tokenizer.model`, else the `tokenizer.json`.
 
         Raises UserError if there is none, if it has another format or is damaged.
         """
@@ -148,7 +148,7 @@ class Tokenizer:
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        files = {**self._own_files, **(self._companions or self._own_companions)}
+        files = self._own_file | (self._companions or self._own_companions)
         if template:
             config = json.loads(files.get("tokenizer_config.json", b"{}"))
             config["chat_template"] = JINJA[self.resolve_template(template)]
@@ -158,10 +158,6 @@ class Tokenizer:
             (folder / "tokenizer.model").unlink(missing_ok=True)
         for name, data in files.items():
             (folder / name).write_bytes(data)
-
-    @property
-    def _own_files(self) -> dict[str, bytes]:
-        return {"tokenizer.model": self.model.data}
 
     @property
     def config(self) -> dict:
@@ -195,7 +191,7 @@ class Tokenizer:
     def with_chat_template_of(self, other: "Tokenizer") -> "Tokenizer":
         """This tokenizer, whose folder will say of chat templates and bos what `other`'s does."""
         config = json.loads(self._own_companions["tokenizer_config.json"])
-        config |= {key: other.config[key] for key in ("chat_template",) if key in other.config}
+        config |= {key: value for key, value in other.config.items() if key == "chat_template"}
         config["add_bos_token"] = other.start_id != other.eos_id
         own = self._own_companions | {"tokenizer_config.json": _json(config)}
         kept = {name: data for name, data in other._companions.items() if name == "chat_template.jinja"}
@@ -221,7 +217,7 @@ class ByteLevelTokenizer(Tokenizer):
     """
 
     def __init__(self, companions: dict[str, bytes], source: str):
-        self._companions, self._source = companions, source
+        self._own_file, self._companions, self._source = {}, companions, source
         self.bpe, self.control = byte_bpe.read(companions["tokenizer.json"], source)
         self.sha256 = hashlib.sha256(companions["tokenizer.json"]).hexdigest()
         ids = self.bpe.ids | self.bpe.whole | self.control
@@ -241,10 +237,6 @@ class ByteLevelTokenizer(Tokenizer):
     @property
     def model(self):
         raise UserError(f"{self._source}: a byte-level BPE; this needs a SentencePiece model, a tokenizer.model")
-
-    @property
-    def _own_files(self) -> dict[str, bytes]:
-        return {}
 
     def with_settings(self, *, add_bos: bool, chat_template: str | None = None) -> "Tokenizer":
         """Refused: the settings are part of tokenizer.json, which is this tokenizer's identity."""
