@@ -210,7 +210,6 @@ def test_compiles_in_one_piece(kind, encoder, checkpointed, packed):
     model.checkpoint_activations = checkpointed
     documents = (torch.arange(20) > torch.tensor([[8], [30]])).int() if packed else None
     batch = Batch(TEXT, TEXT, None, documents).with_placeholders(N)
-    torch._dynamo.reset()
     values = []
     for trained in (model, torch.compile(model, backend="aot_eager", fullgraph=True)):
         values.append([trained(batch.x, batch.y, mask=batch.mask, documents=batch.documents)])
