@@ -2,6 +2,7 @@
 
 Found in triton 3.6 and 3.8: `tl.dot` multiplies the patterns, casts to bf16 truncate, and arithmetic on bf16 values
 is wrong without a word. Here products and casts are right, and arithmetic on bf16 raises: kernels widen after loading.
+And triton 3.6 takes an array of one number for an int, which numpy since 2.4 refuses.
 """
 
 import numpy as np
@@ -11,6 +12,7 @@ from triton.runtime import interpreter
 _convert_float = interpreter._convert_float
 _create_dot = interpreter.InterpreterBuilder.create_dot
 _binary_op = interpreter.InterpreterBuilder.binary_op
+_patch_lang_tensor = interpreter._patch_lang_tensor
 
 
 def widen(bits: np.ndarray) -> np.ndarray:
@@ -48,10 +50,16 @@ def binary_op(self, lhs, rhs, op):
     return _binary_op(self, lhs, rhs, op)
 
 
+def patch_lang_tensor(tensor, scope) -> None:
+    _patch_lang_tensor(tensor, scope)
+    scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+
 def correct() -> None:
     interpreter._convert_float = convert_float
     interpreter.InterpreterBuilder.create_dot = create_dot
     interpreter.InterpreterBuilder.binary_op = binary_op
+    interpreter._patch_lang_tensor = patch_lang_tensor
     interpreter.InterpreterBuilder.get_bf16 = lambda self, value: interpreter.TensorHandle(
         narrow(np.array([value], dtype=np.float32)), tl.bfloat16
     )
