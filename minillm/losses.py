@@ -48,7 +48,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
             loss = nats + z_loss * lse.square()
             if smoothing:
                 loss = loss - smoothing * (nats + log_p.mean(-1, keepdim=True))
-            total += (loss.masked_fill(counts[part] == 0, 0.0) * counts[part]).sum()
+            # no `+=`: torch 2.11, compiling, gives an output changed in place no gradient
+            total = total + (loss.masked_fill(counts[part] == 0, 0.0) * counts[part]).sum()
             if not trained:
                 continue
             grad = log_p.exp_()
