@@ -137,10 +137,10 @@ def prefill(model: Transformer, prompts: Sequence[Sequence[int]], room: int) -> 
     """
     weight = model.embed_tokens.weight
     prompts = [[0] * model.n_virtual + list(prompt) for prompt in prompts]
-    lengths = torch.tensor([len(prompt) for prompt in prompts], device=weight.device)
-    longest = int(lengths.max())
-    padding = None if int(lengths.min()) == longest else longest - lengths
-    rows = [[0] * (longest - len(prompt)) + prompt for prompt in prompts]
+    longest = max(map(len, prompts))
+    lacking = [longest - len(prompt) for prompt in prompts]
+    padding = torch.tensor(lacking, device=weight.device) if any(lacking) else None
+    rows = [[0] * n + prompt for n, prompt in zip(lacking, prompts, strict=True)]
     cache = KVCache(
         model.config,
         len(prompts),
