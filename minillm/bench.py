@@ -16,7 +16,19 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from minillm import UserError, config, data, distributed, generate, huggingface, metrics, ops, optim, training
+from minillm import (
+    UserError,
+    config,
+    data,
+    distributed,
+    generate,
+    huggingface,
+    metrics,
+    ops,
+    optim,
+    parallel,
+    training,
+)
 from minillm.model import Transformer
 
 VOCABULARY = {"tiny": 2048, "26m": 4096}  # of the presets' random models; all others GPT-2's 50,257
@@ -233,7 +245,7 @@ def _time_steps(builds: dict[str, Callable], together: bool) -> tuple[dict[str, 
 
 def _gpu_sides(model: Transformer, plain: nn.Module, step_of: Callable, x, y) -> dict[str, Callable]:
     """What people would take instead on a GPU: compiled PyTorch; transformers, also compiled, and with Liger."""
-    our_fast, plain_fast = torch.compile(model), torch.compile(plain)
+    our_fast, plain_fast = parallel.compiled(model), torch.compile(plain)
     sides = {
         "plain PyTorch, compiled": lambda: step_of(model, lambda: plain_fast(x, y)),
         "minillm, compiled": lambda: step_of(model, lambda: our_fast(x, y), ours=True),

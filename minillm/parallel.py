@@ -14,12 +14,25 @@ def parallelize(model: nn.Module, ranks: Ranks, compile: bool) -> nn.Module:
 
     The weights stay shared with `model`, which is still the one to save and to evaluate.
     """
-    trained = torch.compile(model) if compile else model
+    trained = compiled(model) if compile else model
     if ranks.world > 1:
         devices = [ranks.device.index] if ranks.device.type == "cuda" else None
         trained = DistributedDataParallel(trained, device_ids=devices, gradient_as_bucket_view=True)
         trained.broadcast_buffers = False  # the rotary tables: alike on every rank, no need to send them each pass
     return trained
+
+
+def compiled(model: nn.Module) -> nn.Module:
+    """torch.compile(model), whose first call compiles.
+
+    torch 2.11 words a message for each custom op it meets, with all that the op's inputs were computed from, theirs and
+    so on: a time that doubles with every layer, for a line that nobody asked for (later versions word what is read).
+    """
+    if torch.__version__.startswith("2.11."):
+        from torch._inductor.exc import OperatorIssue
+
+        OperatorIssue.operator_str = staticmethod(lambda target, args, kwargs: str(target))
+    return torch.compile(model)
 
 
 def gradients_synced(model: nn.Module, last: bool):

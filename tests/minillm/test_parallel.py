@@ -2,13 +2,14 @@ import contextlib
 
 import pytest
 import torch
+import torch._inductor.exc
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from minillm.distributed import Ranks
-from minillm.parallel import gradients_synced, parallelize
+from minillm.parallel import compiled, gradients_synced, parallelize
 from tests import launch
 
 CPU = torch.device("cpu")
@@ -25,6 +26,19 @@ def test_compiled_shares_its_weights_with_the_model():
     trained = parallelize(model, Ranks(0, 1, CPU), compile=True)
     assert trained is not model
     assert [p.data_ptr() for p in trained.parameters()] == [p.data_ptr() for p in model.parameters()]
+
+
+def test_a_message_about_custom_ops_does_not_write_out_the_graph(monkeypatch):
+    issue = torch._inductor.exc.OperatorIssue
+    monkeypatch.setattr(issue, "operator_str", staticmethod(issue.operator_str))
+    monkeypatch.setattr(torch, "__version__", "2.11.0+cu130")
+    compiled(nn.Linear(2, 2))
+
+    class Node:
+        def __str__(self):
+            raise AssertionError("written out")
+
+    assert issue.operator_str("minillm::rope", [Node()], {}) == "minillm::rope"
 
 
 def build(seed: int) -> nn.Module:
