@@ -99,7 +99,7 @@ def _forward(Q, K, V, Out, Lse, Spans, n_blocks, group, heads, kv_heads, q_len, 
         key = start + tl.arange(0, BLOCK_N)
         acc, total, top = _step(acc, total, top, q, k, v, key, begin, end, scale, cap, True, SOFTCAP)
 
-    seen = total > 0
+    seen = total != 0  # NaN is not nothing: it must show
     acc = tl.where(seen[:, None], acc / tl.where(seen, total, 1.0)[:, None], 0.0)
     store_tile(Out, acc, b, row, h, q_len, heads, BLOCK_M, D, BLOCK_D)
     lse = tl.where(seen, (top + tl.log2(tl.where(seen, total, 1.0))) * 0.6931471805599453, float("-inf"))

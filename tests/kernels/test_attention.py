@@ -45,6 +45,20 @@ def test_groups_of_heads(heads, kv_heads, poisoned):  # noqa: F811
     check(*inputs(batch=2, heads=heads, kv_heads=kv_heads, size=16))
 
 
+@pytest.mark.parametrize("where", range(2))
+def test_nan_is_not_taken_for_nothing_seen(where):
+    tensors, grad = inputs(size=16)
+    tensors[where][0, 30, 0, 5] = float("nan")
+    (out,), grads = run(attention, tensors, [grad])
+    wrong = out.isnan().all(-1)[0]
+    assert torch.equal(wrong, out.isnan().any(-1)[0])
+    if where == 0:  # a query's number is that query's alone
+        assert wrong[30, 0] and wrong.sum() == 1
+    else:  # a key's is that of all queries from there on
+        assert wrong[30:].all() and not wrong[:30].any()
+    assert all(g.isnan().any() for g in grads)
+
+
 LENGTHS = [(1, 1), (3, 3), (63, 63), (64, 64), (65, 65), (113, 203), (203, 113), (239, 239), (1, 300), (5, 130)]
 
 
