@@ -28,10 +28,10 @@ from kernels.attention_tiles import (
     load_tile,
     place,
     scores,
-    soft_capped,
     store_tile,
     tile_source,
 )
+from kernels.tanh import tanh
 
 LOG2E = 1.4426950408889634
 LARGEST_BLOCK = 128  # of queries: what is kept for each query is padded to whole ones
@@ -66,8 +66,8 @@ def _keys_step(dk, dv, k, v, q, do, shift, delta, key, position, begin, end, sca
     """
     zero = tl.zeros([k.shape[0], q.shape[0]], tl.float32)
     if SOFTCAP:
-        s = soft_capped(scores(k, q, zero) * scale, cap)
-        p = tl.exp2(s * 1.4426950408889634 - shift[None, :])
+        t = tanh(scores(k, q, zero) * scale, q.dtype == tl.float32)
+        p = tl.exp2(t * cap - shift[None, :])
     else:
         p = tl.exp2(scores(k, q, zero - shift[None, :]) * scale)
     if MASK:
@@ -77,7 +77,7 @@ def _keys_step(dk, dv, k, v, q, do, shift, delta, key, position, begin, end, sca
     if NEED_DK:
         ds = p * scores(v, do, zero - delta[None, :])
         if SOFTCAP:
-            ds *= 1 - (s / cap) * (s / cap)
+            ds *= 1 - t * t
         dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
     return dk, dv
 
@@ -108,7 +108,7 @@ def _keys_walk(dk, dv, k, v, Q, DO, Shift, Delta, b, kv, group_size, start, stop
 
 @triton.jit(do_not_specialize=["n_blocks", "group", "window"])  # a binary for many lengths
 def _backward_keys(Q, K, V, DO, DK, DV, Shift, Delta, Spans, n_blocks, group, heads, kv_heads, q_len, padded, k_len,
-                   window, scale, scale_log2, cap, q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, do_b, do_t, do_h,
+                   window, scale, factor, cap, q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, do_b, do_t, do_h,
                    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SPANS: tl.constexpr, SOFTCAP: tl.constexpr,
                    NEED_DK: tl.constexpr, NEED_DV: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
                    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TMA: tl.constexpr):  # fmt: skip
@@ -131,14 +131,13 @@ def _backward_keys(Q, K, V, DO, DK, DV, Shift, Delta, Spans, n_blocks, group, he
     v = load_tile(V, b, start, kv, k_len, v_b, v_t, v_h, BLOCK_N, D, BLOCK_D, TMA)
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-    used = scale if SOFTCAP else scale_log2
     size = heads // kv_heads
     after = part if WINDOW or SPANS else high  # else the last query sees all keys
     dk, dv = _keys_walk(dk, dv, k, v, Q, DO, Shift, Delta, b, kv, size, low, tl.minimum(whole, high), after, high,
-                        first, key, begin, end, q_len, padded, heads, used, cap, q_b, q_t, q_h, do_b, do_t, do_h,
+                        first, key, begin, end, q_len, padded, heads, factor, cap, q_b, q_t, q_h, do_b, do_t, do_h,
                         True, SOFTCAP, NEED_DK, NEED_DV, D, BLOCK_D, BLOCK_M, TMA)  # fmt: skip
     dk, dv = _keys_walk(dk, dv, k, v, Q, DO, Shift, Delta, b, kv, size, whole, tl.minimum(part, high), 0, 0,
-                        first, key, begin, end, q_len, padded, heads, used, cap, q_b, q_t, q_h, do_b, do_t, do_h,
+                        first, key, begin, end, q_len, padded, heads, factor, cap, q_b, q_t, q_h, do_b, do_t, do_h,
                         False, SOFTCAP, NEED_DK, NEED_DV, D, BLOCK_D, BLOCK_M, TMA)  # fmt: skip
     if NEED_DK:
         store_tile(DK, dk * scale, b, start, kv, k_len, kv_heads, BLOCK_N, D, BLOCK_D)
@@ -152,15 +151,15 @@ def _queries_step(dq, q, do, k, v, shift, delta, key, begin, end, scale, cap,
     """A block of keys joins the gradient of a block of queries."""
     zero = tl.zeros([q.shape[0], k.shape[0]], tl.float32)
     if SOFTCAP:
-        s = soft_capped(scores(q, k, zero) * scale, cap)
-        p = tl.exp2(s * 1.4426950408889634 - shift[:, None])
+        t = tanh(scores(q, k, zero) * scale, q.dtype == tl.float32)
+        p = tl.exp2(t * cap - shift[:, None])
     else:
         p = tl.exp2(scores(q, k, zero - shift[:, None]) * scale)
     if MASK:
         p = tl.where((begin[:, None] <= key[None, :]) & (key[None, :] < end[:, None]), p, 0.0)
     ds = p * scores(do, v, zero - delta[:, None])
     if SOFTCAP:
-        ds *= 1 - (s / cap) * (s / cap)
+        ds *= 1 - t * t
     return tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
 
 
@@ -179,7 +178,7 @@ def _queries_walk(dq, q, do, K, V, b, kv, start, stop, shift, delta, begin, end,
 
 @triton.jit(do_not_specialize=["n_blocks", "group", "window"])
 def _backward_queries(Q, K, V, DO, DQ, Shift, Delta, Spans, n_blocks, group, heads, kv_heads, q_len, padded, k_len,
-                      window, scale, scale_log2, cap, q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, do_b, do_t, do_h,
+                      window, scale, factor, cap, q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, do_b, do_t, do_h,
                       CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SPANS: tl.constexpr, SOFTCAP: tl.constexpr,
                       D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
                       TMA: tl.constexpr):  # fmt: skip
@@ -201,14 +200,13 @@ def _backward_queries(Q, K, V, DO, DQ, Shift, Delta, Spans, n_blocks, group, hea
     shift = tl.load(Shift + at + tl.arange(0, BLOCK_M))
     delta = tl.load(Delta + at + tl.arange(0, BLOCK_M))
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    used = scale if SOFTCAP else scale_log2
     if WINDOW or SPANS:
         dq = _queries_walk(dq, q, do, K, V, b, kv, first, tl.minimum(whole, last), shift, delta, begin, end, k_len,
-                           used, cap, k_b, k_t, k_h, v_b, v_t, v_h, True, SOFTCAP, D, BLOCK_D, BLOCK_N,
+                           factor, cap, k_b, k_t, k_h, v_b, v_t, v_h, True, SOFTCAP, D, BLOCK_D, BLOCK_N,
                            TMA)  # fmt: skip
-    dq = _queries_walk(dq, q, do, K, V, b, kv, whole, part, shift, delta, begin, end, k_len, used,
+    dq = _queries_walk(dq, q, do, K, V, b, kv, whole, part, shift, delta, begin, end, k_len, factor,
                        cap, k_b, k_t, k_h, v_b, v_t, v_h, False, SOFTCAP, D, BLOCK_D, BLOCK_N, TMA)  # fmt: skip
-    dq = _queries_walk(dq, q, do, K, V, b, kv, part, last, shift, delta, begin, end, k_len, used,
+    dq = _queries_walk(dq, q, do, K, V, b, kv, part, last, shift, delta, begin, end, k_len, factor,
                        cap, k_b, k_t, k_h, v_b, v_t, v_h, True, SOFTCAP, D, BLOCK_D, BLOCK_N, TMA)  # fmt: skip
     store_tile(DQ, dq * scale, b, row, h, q_len, heads, BLOCK_M, D, BLOCK_D)
 
@@ -248,7 +246,8 @@ def backward(
     tma = describable(width, q, k, v, dout)
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *dout.stride()[:3])
     flags = dict(CAUSAL=causal, WINDOW=window is not None, SPANS=spans is not None, SOFTCAP=softcap is not None)
-    numbers = (window or 0, scale, scale * LOG2E, softcap or 1.0)
+    factor = scale * LOG2E if softcap is None else scale / softcap
+    numbers = (window or 0, scale, factor, (softcap or 1.0) * LOG2E)
     # spans: any pointer will do where there are none
     extents = (shift, delta, shift if spans is None else spans.contiguous())
     keys, queries = (_backward_keys, kv_heads, k_len), (_backward_queries, heads, q_len)

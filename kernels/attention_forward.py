@@ -31,10 +31,10 @@ from kernels.attention_tiles import (
     load_tile,
     place,
     scores,
-    soft_capped,
     store_tile,
     tile_source,
 )
+from kernels.tanh import tanh
 
 LOG2E = 1.4426950408889634
 
@@ -44,7 +44,7 @@ def _step(acc, total, top, q, k, v, key, begin, end, scale, cap, MASK: tl.conste
     """A block of keys joins output, sum and maximum (of powers of two)."""
     s = scores(q, k, tl.zeros([q.shape[0], k.shape[0]], tl.float32))
     if SOFTCAP:
-        s = soft_capped(s * scale, cap) * 1.4426950408889634
+        s = cap * tanh(s * scale, q.dtype == tl.float32)
     else:
         s *= scale
     if MASK:
@@ -137,7 +137,7 @@ def forward(
         *(tile_source(x, rows, tma) for x, rows in ((q, m), (k, n), (v, n))), out, lse,
         lse if spans is None else spans.contiguous(),  # any pointer will do where there are no spans
         blocks, heads_together(blocks, batch * heads, q.device), heads, kv_heads, q_len, k_len, window or 0,
-        scale if softcap is not None else scale * LOG2E, softcap or 1.0,
+        scale * LOG2E if softcap is None else scale / softcap, (softcap or 1.0) * LOG2E,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
         CAUSAL=causal, WINDOW=window is not None, SPANS=spans is not None, SOFTCAP=softcap is not None,
         D=size, BLOCK_D=width, TMA=tma, **chosen,

@@ -101,9 +101,3 @@ def scores(a, b, start):
     else:
         out = tl.dot(a, b.T, start, input_precision="ieee")
     return out
-
-
-@triton.jit
-def soft_capped(s, cap):
-    """cap · tanh(s / cap), by the logistic function: there is no tanh in Triton itself."""
-    return cap * (2 * tl.sigmoid(2 * s / cap) - 1)

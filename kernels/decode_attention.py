@@ -30,6 +30,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels import launch
+from kernels.tanh import tanh
 
 MOST_QUERIES = 16
 LARGEST_HEAD = 256
@@ -83,9 +84,9 @@ def _attend(Q, K, V, Begin, End, Out, Part, Lse, n_queries, n_keys, window, tile
         at_k, at_v = tl.multiple_of(j.to(tl.int64) * k_token, UNIT), tl.multiple_of(j.to(tl.int64) * v_token, UNIT)
         inside = (j < last)[:, None] & column[None, :]
         k = tl.load(K + at_k[:, None] + d[None, :] * k_step, mask=inside, other=0.0)  # (N, D)
-        s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale  # (M, N), in units of log 2
+        s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale  # (M, N), without a cap in units of log 2
         if SOFTCAP:
-            s = softcap * (1.0 - 2.0 / (tl.exp2(s) + 1.0))  # scale is such that exp2(s) is exp(2 scores / softcap)
+            s = softcap * tanh(s, q.dtype == tl.float32)
         seen = (j[None, :] <= slot[:, None]) & (j < last)[None, :]
         if WINDOW:
             seen = seen & (j[None, :] > slot[:, None] - window)
@@ -201,15 +202,14 @@ def forward(
     rows = batch * n_queries * heads if splits > 1 else 0
     part = torch.empty(rows, splits, head_size, dtype=torch.float32, device=q.device)
     lse = torch.empty(rows, splits, dtype=torch.float32, device=q.device)
-    # exp2 is the hardware's own exponential. With a cap c, c·tanh(s/c) = c (1 − 2 / (exp(2s/c) + 1)).
-    factor = scale * LOG2_E if softcap is None else scale * 2 * LOG2_E / softcap
+    factor = scale * LOG2_E if softcap is None else scale / softcap  # exp2 is the hardware's own exponential
     # Triton learns of a stride only whether 16 divides it; of a head size of 40, that loads of 16 bytes are aligned.
     unit = 8 if all(x.stride(i) % 8 == 0 for x in (k, v) for i in range(3)) else 1
     first, last = q if begin is None else begin.contiguous(), q if end is None else end.contiguous()
     bounded = dict(BEGIN=begin is not None, END=end is not None, WINDOW=window is not None)
     launch.run(
         _attend, (batch * kv_heads * tiles, splits),
-        q, k, v, first, last, out, part, lse, n_queries, n_keys, window or 0, tiles, factor, (softcap or 0.0) * LOG2_E,
+        q, k, v, first, last, out, part, lse, n_queries, n_keys, window or 0, tiles, factor, (softcap or 1.0) * LOG2_E,
         *q.stride(), *k.stride(), *v.stride(), HEADS=kv_heads, GROUP=group, D=head_size,
         **bounded, SOFTCAP=softcap is not None, SPLIT=splits > 1, UNIT=unit,
         PRECISION="ieee" if q.dtype == torch.float32 else "tf32", BLOCK_M=block_m, BLOCK_D=block_d, **chosen,

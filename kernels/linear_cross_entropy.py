@@ -37,18 +37,11 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels import launch
+from kernels.tanh import tanh
 
 IGNORED = -100  # the target of a row that never counts, as in torch
 SMALLEST_CHUNK = 1 << 25  # numbers: 64 MiB in 16 bits, 1,024 rows at V = 32,000, however few tokens there are
 HEADROOM = 256.0  # fp16: the largest row weight, as the gradient's kernel sees it
-
-
-@triton.jit
-def _capped(u, softcap):
-    """softcap · tanh(u / softcap), by an exponential that cannot overflow"""
-    e = tl.exp(tl.abs(u) * (-2.0 / softcap))
-    t = softcap * ((1.0 - e) / (1.0 + e))
-    return tl.where(u < 0, -t, t)
 
 
 @triton.jit
@@ -58,7 +51,7 @@ def _logits(Logits, row, column, live, vocabulary, stride, softcap, beyond, CAPP
     # Rows are padded to `stride`, a multiple of 64: this mask lets the loads stay 16 bytes wide for any vocabulary.
     z = tl.load(at, mask=live[:, None] & (column < stride)[None, :], other=0.0).to(tl.float32)
     if CAPPED:
-        z = _capped(z, softcap)
+        z = softcap * tanh(z * (1.0 / softcap), Logits.dtype.element_ty == tl.float32)
     return tl.where((column < vocabulary)[None, :], z, beyond)
 
 
@@ -76,7 +69,7 @@ def _loss_and_gradient(Logits, Targets, Weights, Scales, Losses, n_rows, vocabul
     valid = live & (target >= 0) & (target < vocabulary)
     picked = tl.load(Logits + row * stride + target, mask=valid, other=float("nan")).to(tl.float32)
     if CAPPED:
-        picked = _capped(picked, softcap)
+        picked = softcap * tanh(picked * (1.0 / softcap), Logits.dtype.element_ty == tl.float32)
 
     largest = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)  # Σ exp(z − largest)
