@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from kernels import bench_attention, bench_measure, bench_optimizers, bench_report, bench_rows
+from kernels import bench_attention, bench_measure, bench_optimizers, bench_quant, bench_report, bench_rows
 from kernels.bench_case import OURS, Function, Place, Side, Update
 from kernels.bench_report import Measurement
 
@@ -21,6 +21,7 @@ OPS: dict[str, Callable[[Place], Iterator[Function | Update]]] = {
     "rope": bench_rows.rope,
     "swiglu": bench_rows.swiglu,
     "loss": bench_rows.loss,
+    "quant_matmul": bench_quant.quant_matmul,
     "adamw": bench_optimizers.adamw,
     "muon": bench_optimizers.muon,
 }

@@ -13,7 +13,7 @@ from unittest import mock
 
 import torch
 
-from kernels import bench_attention, bench_measure, bench_optimizers, bench_rows, launch
+from kernels import bench_attention, bench_measure, bench_optimizers, bench_quant, bench_rows, launch
 from kernels.bench_case import Function, Place, Update
 
 MOST_CANDIDATES = 40
@@ -55,6 +55,10 @@ def loss(place: Place, width: int = 2048, vocabulary: int = 32000) -> Function:
     return bench_rows.linear_loss(place, 16384, width, vocabulary)
 
 
+def quant_matmul(place: Place, bits: int = 4, rows: int = 1, width: int = 11008, outputs: int = 4096) -> Function:
+    return bench_quant.quantized(place, bits, rows, outputs, width)
+
+
 def adamw(place: Place) -> Update:
     return next(bench_optimizers.adamw(place))
 
@@ -63,7 +67,8 @@ def muon(place: Place) -> Update:
     return next(bench_optimizers.muon(place))
 
 
-OPS = {make.__name__: make for make in (attention, decode, rms_norm, rope, swiglu, loss, adamw, muon)}
+MAKERS = (attention, decode, rms_norm, rope, swiglu, loss, quant_matmul, adamw, muon)
+OPS = {make.__name__: make for make in MAKERS}
 
 
 def neighbours(settings: dict) -> Iterator[dict]:

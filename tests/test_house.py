@@ -36,6 +36,7 @@ PARTS = {
 FOLDERS = ("data/", "kernels/", "tuning/")  # rooms of several files
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names}
 OPTIONAL = {"matplotlib", "tensorboard", "pyarrow", "transformers", "peft", "gguf", "liger_kernel", "flash_attn"}
+OPTIONAL |= {"bitsandbytes"}
 SOURCES = sorted(
     path
     for folder in ("minillm", "minillm/tuning", "kernels", "data", ".")

@@ -21,7 +21,8 @@ MACHINE = {
     "driver": "570.1", "torch": "2.14", "triton": "3.8", "python": "3.12", "date": "2026-01-01 12:00",
 }  # fmt: skip
 BROKEN_ON_CPU = {"SDPA efficient", "SDPA cuDNN", "torch varlen_attn"}
-PACKAGES = {"flash-attn 2", "flash-attn 4", "Liger", "QuACK", "CCE"}  # tests neither need nor install them
+# tests neither need nor install these
+PACKAGES = {"flash-attn 2", "flash-attn 4", "Liger", "QuACK", "CCE", "bitsandbytes"}
 
 
 class Clock:
@@ -279,7 +280,8 @@ def test_every_side_that_runs_here_computes_the_op(op, monkeypatch):
 def test_the_cases_of_a_gpu_are_those_of_the_issue(size):
     place = Place(torch.device("meta"), torch.bfloat16, size)
     found = {
-        op: [(case.name, case.work) for case in bench.OPS[op](place)] for op in ("attention", "rms_norm", "swiglu")
+        op: [(case.name, case.work) for case in bench.OPS[op](place)]
+        for op in ("attention", "rms_norm", "swiglu", "quant_matmul")
     }
     work = dict(found["attention"])
     if size == "full":
@@ -290,6 +292,11 @@ def test_the_cases_of_a_gpu_are_those_of_the_issue(size):
         0.10757 * 4 * 32 * 16384**2 * 128 / 2, rel=1e-3
     )
     assert dict(found["swiglu"])["16,384 x 8,192"] == {"forward": 3 * 2**28, "backward": 5 * 2**28}
+    work = dict(found["quant_matmul"])
+    assert list(work) == [f"{bits} bits, {rows} x 11,008 x 4,096" for bits in (8, 4) for rows in ("1", "2,048")]
+    assert work["8 bits, 1 x 11,008 x 4,096"] == {"forward": 4096 * (11008 + 4)}  # codes, and a scale a row
+    assert work["4 bits, 1 x 11,008 x 4,096"] == {"forward": 4096 * (5504 + 172)}  # and one for 64 columns
+    assert work["4 bits, 2,048 x 11,008 x 4,096"]["backward"] == 2 * 2048 * 11008 * 4096
 
 
 def test_the_reference_in_chunks_is_the_reference():
