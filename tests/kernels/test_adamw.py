@@ -255,7 +255,8 @@ def test_more_elements_than_32_bits_count():
     p, g = (torch.ones(n, dtype=BF16, device="cuda") for _ in range(2))
     m, v = (torch.zeros(n, device="cuda") for _ in range(2))
     adamw([p], [g], [m], [v], step=1, seed=0, **(OPTIONS | dict(lr=0.5, weight_decay=0.0)))
-    assert (p == 0.5).all() and (m > 0.09).all()
+    low, high = p.aminmax()  # a last bit of fp32 off is a step of bf16 in one of 65,536
+    assert 0.498 < low <= 0.5 <= high < 0.504 and (m > 0.09).all()
 
 
 @pytest.mark.gpu
