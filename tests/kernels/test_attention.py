@@ -104,7 +104,7 @@ def test_blocks_outside_are_skipped_not_masked():
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_rows_that_see_nothing_give_zeros(dtype, poisoned):  # noqa: F811
     tensors, grad = inputs(q_len=90, k_len=20, size=16, dtype=dtype)
-    outs, grads = run(lambda *t: attention(*t, return_lse=True), tensors, [grad, torch.zeros(1, 2, 90)])
+    outs, grads = run(lambda *t: attention(*t, return_lse=True), tensors, [grad, torch.zeros(1, 2, 90, device=DEVICE)])
     assert not outs[0][:, :70].any() and (outs[1][..., :70] == -torch.inf).all() and outs[1][..., 70:].isfinite().all()
     assert not grads[0][:, :70].any() and all(g.isfinite().all() for g in grads)
     outs, grads = run(lambda *t: attention(*t, window=0), tensors, [grad])
