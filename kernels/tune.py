@@ -13,12 +13,20 @@ from unittest import mock
 
 import torch
 
-from kernels import bench_attention, bench_measure, bench_optimizers, bench_quant, bench_rows, launch
+from kernels import (
+    attention_backward,
+    bench_attention,
+    bench_measure,
+    bench_optimizers,
+    bench_quant,
+    bench_rows,
+    launch,
+)
 from kernels.bench_case import Function, Place, Update
 
 MOST_CANDIDATES = 40
 WORTH_KEEPING = 0.98  # of the shipped settings' time
-LIMITS = {"num_warps": (1, 32), "num_stages": (1, 7)}
+LIMITS = {"num_warps": (1, 32), "num_stages": (1, 7), "BLOCK_M": (1, attention_backward.LARGEST_BLOCK)}
 
 EXAMPLES = """A kernel begins with the settings its own file ships. Then one of them at a time is halved or doubled (or
 moved by one), the fastest of these is kept, and so on until none is faster. Each candidate's results are compared with

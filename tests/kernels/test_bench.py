@@ -10,7 +10,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from kernels import bench, bench_attention, bench_case, bench_measure, bench_report, launch, reference, tune
+from kernels import (
+    attention_backward,
+    bench,
+    bench_attention,
+    bench_case,
+    bench_measure,
+    bench_report,
+    launch,
+    reference,
+    tune,
+)
 from kernels.bench_case import Function, Place, Side
 from tests.kernels.check import DEVICE, draw
 
@@ -370,6 +380,12 @@ def test_neighbours_stay_within_what_the_hardware_has():
         {"num_warps": 16, "FLAG": None}, {"num_stages": 2, "FLAG": None}, {"ROWS": 2, "FLAG": None},
         {"ODD": 6, "FLAG": None},
     ]  # fmt: skip
+
+
+def test_a_block_of_queries_is_never_larger_than_what_is_padded_for_it():
+    """At 384 rows of padding, a block of 256 would read the second half of its log-sum-exps beyond the end."""
+    found = [n["BLOCK_M"] for n in tune.neighbours({"BLOCK_M": attention_backward.LARGEST_BLOCK})]
+    assert found == [attention_backward.LARGEST_BLOCK // 2]
 
 
 def test_what_was_tuned_is_merged_and_used(tmp_path, monkeypatch):
