@@ -75,6 +75,7 @@ def _adamw(Table, Chunks, Scale, decay, step_size, shrink, share1, share2, eps, 
            PARAMETER: tl.constexpr, GRADIENT: tl.constexpr, ALIGNED: tl.constexpr, MASTER: tl.constexpr,
            RANDOM: tl.constexpr, SCALED: tl.constexpr, COLUMNS: tl.constexpr, CHUNK: tl.constexpr,
            BLOCK: tl.constexpr):  # fmt: skip
+    tl.static_assert(CHUNK % BLOCK == 0)  # a whole chunk has no mask
     row = Table + tl.load(Chunks + 2 * tl.program_id(0)).to(tl.int64) * COLUMNS
     first = tl.load(Chunks + 2 * tl.program_id(0) + 1).to(tl.int64) * CHUNK
     P = tensor_lists.pointer(row, PARAMETER, ALIGNED)

@@ -38,6 +38,7 @@ def _look_ahead(begin, inside, G, M, U, momentum, scale, BLOCK: tl.constexpr):
 def _gather(Table, U, Squares, Scale, size, momentum,
             PARAMETER: tl.constexpr, GRADIENT: tl.constexpr, ALIGNED: tl.constexpr, SCALED: tl.constexpr,
             CHUNK: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    tl.static_assert(CHUNK % BLOCK == 0)  # a whole chunk has no mask
     matrix, first = tl.program_id(1).to(tl.int64), tl.program_id(0).to(tl.int64) * CHUNK
     G = tensor_lists.pointer(Table + 3 * matrix, GRADIENT, ALIGNED)
     M = tensor_lists.pointer(Table + 3 * matrix + 1, PARAMETER, ALIGNED)
@@ -63,6 +64,7 @@ def _step(begin, inside, W, U, decay, rate, BLOCK: tl.constexpr):
 @triton.jit
 def _apply(Table, U, size, decay, rate,
            PARAMETER: tl.constexpr, ALIGNED: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    tl.static_assert(CHUNK % BLOCK == 0)  # a whole chunk has no mask
     matrix, first = tl.program_id(1).to(tl.int64), tl.program_id(0).to(tl.int64) * CHUNK
     W = tensor_lists.pointer(Table + 3 * matrix + 2, PARAMETER, ALIGNED)
     U += matrix * size

@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from triton.errors import TritonError
 
 from kernels import adamw as kernel
 from kernels import launch, reference, tensor_lists
@@ -247,6 +248,11 @@ def test_autograd_knows_that_a_parameter_changed():
         adamw([p], [draw(4)], [torch.zeros(4, device=DEVICE)], [torch.zeros(4, device=DEVICE)], step=1, **OPTIONS)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
+
+
+def test_settings_that_would_write_beyond_a_chunk_are_refused():
+    with launch.trying("adamw", {"CHUNK": 64, "BLOCK": 128, "num_warps": 4}), pytest.raises(TritonError):
+        adamw(*parts(), step=1, **OPTIONS)
 
 
 @pytest.mark.gpu

@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from triton.errors import TritonError
 
 from kernels import launch, reference
 from kernels import muon as kernel
@@ -131,6 +132,11 @@ def test_is_a_sound_torch_op_and_runs_are_equal():
     muon(*first, **OPTIONS)
     muon(*second, **OPTIONS)
     assert all(torch.equal(a, b) for a, b in zip(first[0], second[0], strict=True))
+
+
+def test_settings_that_would_write_beyond_a_chunk_are_refused():
+    with launch.trying("muon", {"CHUNK": 64, "BLOCK": 128, "num_warps": 4}), pytest.raises(TritonError):
+        muon(*parts(), **OPTIONS)
 
 
 def test_compiles_without_a_graph_break():
