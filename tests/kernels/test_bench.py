@@ -303,8 +303,9 @@ def test_the_cases_of_a_gpu_are_those_of_the_issue(size):
     )
     assert dict(found["swiglu"])["16,384 x 8,192"] == {"forward": 3 * 2**28, "backward": 5 * 2**28}
     work = dict(found["quant_matmul"])
-    assert list(work) == [f"{bits} bits, {rows} x 11,008 x 4,096" for bits in (8, 4) for rows in ("1", "2,048")]
-    assert work["8 bits, 1 x 11,008 x 4,096"] == {"forward": 4096 * (11008 + 4)}  # codes, and a scale a row
+    if size == "full":
+        assert list(work) == [f"{bits} bits, {rows} x 11,008 x 4,096" for bits in (8, 4) for rows in ("1", "2,048")]
+        assert work["8 bits, 1 x 11,008 x 4,096"] == {"forward": 4096 * (11008 + 4)}  # codes, and a scale a row
     assert work["4 bits, 1 x 11,008 x 4,096"] == {"forward": 4096 * (5504 + 172)}  # and one for 64 columns
     assert work["4 bits, 2,048 x 11,008 x 4,096"]["backward"] == 2 * 2048 * 11008 * 4096
 
