@@ -154,14 +154,15 @@ def block_settings(rows: int, bits: int, itemsize: int, forward: bool, device: t
     """A tile's rows of x (or dy), rows of W and bytes of codes, warps and stages, for 16, 32, 64 or 128 rows of x.
 
     Decoding wants bytes on their way: 16 rows of W a program, so that a layer of 4,096 gives an H100 two programs
-    a multiprocessor, and five stages of 2 KB of codes (int8: 4) for each (fp32: half). With more rows the sums take
-    the registers, 64 a thread at 128 × 64; int8 takes 8 warps there, since 4 would leave no register over.
+    a multiprocessor, and seven stages of 2 KB of NF4 codes or five of 4 KB of int8 for each (fp32: half). That is 28
+    and 40 KB a multiprocessor; 18 must be on their way at 3.35 TB/s and 700 ns. With more rows the sums take the
+    registers, 64 a thread at 128 × 64; int8 takes 8 warps there, since 4 would leave no register over.
     """
     default = {"BLOCK_M": rows, "BLOCK_N": 64, "BYTES": 8 * bits, "num_warps": 4, "num_stages": 4}
     if launch.INTERPRETED:  # its cost is by program
         default |= {"BLOCK_M": 32, "BYTES": 128}
     elif rows == 16 and forward:
-        default |= {"BLOCK_N": 16, "BYTES": 64 * bits // itemsize, "num_stages": 6}
+        default |= {"BLOCK_N": 16, "BYTES": 64 * bits // itemsize, "num_stages": 10 - bits // 2}
     elif rows == 128:
         default |= {"num_warps": bits, "num_stages": 3}
     return launch.settings(
