@@ -63,7 +63,13 @@ def in_turns(
     for number in range(rounds):
         first = number % max(1, len(names))
         for name in names[first:] + names[:first]:
-            taken[name] += timer(runs[name], counts[name])
+            if name in failed:
+                continue
+            try:
+                taken[name] += timer(runs[name], counts[name])
+            except Exception as problem:  # memory may be enough for one run and not for the next
+                failed[name] = problem
+                del taken[name]
     return taken, failed
 
 

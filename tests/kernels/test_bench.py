@@ -80,6 +80,20 @@ def test_sides_take_turns_and_each_runs_as_long_as_it_must(monkeypatch):
     assert clock.order[warm_up:] == ["quick"] * 5 + ["slow", "slow"] + ["quick"] * 10 + ["slow"]
 
 
+def test_a_side_that_fails_later_leaves_the_others_alone(monkeypatch):
+    clock, left = Clock(monkeypatch), [6]
+
+    def tiring():
+        left[0] -= 1
+        if left[0] < 0:
+            raise torch.OutOfMemoryError("tried to allocate")
+        clock.now += 30.0
+
+    timer = lambda run, times: bench_measure.timed(run, times, torch.empty(4))  # noqa: E731
+    taken, failed = bench_measure.in_turns({"tiring": tiring, "slow": clock.side("slow", 30.0)}, 4, 10.0, timer)
+    assert list(failed) == ["tiring"] and taken == {"slow": [30.0] * 4}
+
+
 def test_the_cache_is_emptied_before_each_run(monkeypatch):
     clock, seen = Clock(monkeypatch), []
     cold = torch.ones(4)
