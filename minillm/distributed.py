@@ -105,7 +105,8 @@ def start(device: str = "auto", timeout_s: float = 600.0) -> Ranks:
 
 
 def pick_device(name: str) -> torch.device:
-    """A torch device from a name; "auto" takes CUDA where there is one, else the CPU."""
+    """A torch device from a name; "auto" takes CUDA where there is one, else the CPU. A GPU given by number becomes
+    the current one."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -114,6 +115,8 @@ def pick_device(name: str) -> torch.device:
             known = torch.cuda.device_count()
             if (device.index or 0) >= known:
                 raise RuntimeError(f"{known} GPU(s) found")
+            if device.index is not None:
+                torch.cuda.set_device(device)  # streams, events and CUDA graphs are the current one's
         else:
             torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as problem:

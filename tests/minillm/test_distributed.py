@@ -60,6 +60,14 @@ def test_devices():
     assert distributed.pick_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
 
 
+@pytest.mark.parametrize(("name", "current"), [("cuda", []), ("cuda:1", [1])])
+def test_a_gpu_given_by_number_becomes_the_current_one(name, current, monkeypatch):
+    taken = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch._C, "_cuda_setDevice", taken.append, raising=False)  # below torch's own checks
+    assert distributed.pick_device(name) == torch.device(name) and taken == current
+
+
 @pytest.mark.parametrize(("name", "number"), [("cuda", 0), ("cuda:1", 1)])
 def test_one_process_takes_its_gpu_by_number(name, number, monkeypatch):
     taken = []
