@@ -50,9 +50,7 @@ class VirtualTokens(nn.Module):
 
     def table(self) -> Tensor:
         """The vectors (n, width): embeddings (n, C), or of each layer the keys, then the values (n, L·2·K·D)."""
-        table = self.embedding.weight
-        if self.lstm is not None:
-            table = self.lstm(table)
+        table = self.embedding.weight if self.lstm is None else self.lstm(self.embedding.weight)
         return table if self.mlp is None else self.mlp(table)
 
     def forward(self, x: Tensor, positions: Tensor | None):
@@ -145,7 +143,8 @@ class LSTM(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         start = x.new_zeros(4, 1, self.hidden)  # the states before the first token: layers × directions, a batch of 1
         how = dict(has_biases=True, num_layers=2, dropout=0.0, bidirectional=True, batch_first=False)
-        return torch.lstm(x[:, None], (start, start), list(self.weights), train=self.training, **how)[0][:, 0]
+        with torch.autocast(x.device.type, enabled=False):  # on CUDA it would take fp16, whichever dtype is asked for
+            return torch.lstm(x[:, None], (start, start), list(self.weights), train=self.training, **how)[0][:, 0]
 
 
 def _mlp(activation: type[nn.Module], *sizes: int) -> nn.Sequential:

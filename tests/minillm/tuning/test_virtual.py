@@ -19,7 +19,7 @@ from minillm.evaluate import TextTokens as Tokens
 from minillm.generate import GREEDY
 from minillm.kv_cache import KVCache
 from minillm.model import Transformer
-from minillm.tuning.virtual import PEFT_TYPES, attach_peft, attach_virtual
+from minillm.tuning.virtual import LSTM, PEFT_TYPES, attach_peft, attach_virtual
 from minillm.validation import Validation
 
 BASE = ModelConfig(vocab_size=50, dim=32, n_layers=2, n_heads=4, n_kv_heads=2, ffn_dim=64, max_seq_len=48)
@@ -194,6 +194,14 @@ def test_a_prefix_alone_in_its_rows_costs_no_positions(kind, computed):
     assert hidden.shape[1] == computed
     one_document_a_row = model.hidden(batch.x, documents=torch.zeros_like(batch.x, dtype=torch.int32))
     torch.testing.assert_close(hidden, one_document_a_row[:, -computed:], atol=1e-5, rtol=0)
+
+
+def test_the_lstm_knows_no_autocast():
+    lstm = LSTM(8, 8)
+    x = torch.randn(N, 8, generator=torch.Generator().manual_seed(0))
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = lstm(x)
+    assert inside.dtype == torch.float32 and torch.equal(inside, lstm(x))
 
 
 @pytest.mark.parametrize(
