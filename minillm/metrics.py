@@ -13,11 +13,13 @@ from minillm import UserError
 # (words of its name, bf16/fp16 with fp32 accumulation, fp32 as TF32)
 GPU_PEAKS = (
     ("B200", 2250, 1125),
+    ("H200 NVL", 835, 417),
     ("H200", 989, 494),
     ("GH200", 989, 494),
     ("H100 PCIe", 756, 378),
     ("H100 NVL", 835, 417),
     ("H100", 989, 494),
+    ("H800", 989, 494),
     ("H20", 148, 74),
     ("A100", 312, 156),
     ("A800", 312, 156),
