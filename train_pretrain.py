@@ -66,7 +66,7 @@ def main() -> int:
     micro_batch_size = distributed.micro_batch(cfg.batch_size, cfg.micro_batch_size, ranks.world)
     cfg = dataclasses.replace(cfg, micro_batch_size=micro_batch_size)
     ops.select(cfg.impl)
-    selfcheck.check_kernels(ranks)
+    kernels_settled = selfcheck.begin(ranks)
 
     # data: token bins, and the tokenizer that lies beside them
     if cfg.data == bundled.FOLDER and ranks.main:
@@ -104,6 +104,7 @@ def main() -> int:
     this.say(f"configuration:\n{config.show(cfg)}")
 
     # the model: resumed, or continued from another, or new
+    kernels_settled()
     source = this.source or init
     if source:
         model = tuning.load_model(cfg, model_config, init, this.source, ranks.device)

@@ -57,7 +57,7 @@ def main() -> int:
     micro_batch_size = distributed.micro_batch(cfg.batch_size, cfg.micro_batch_size, ranks.world)
     cfg = dataclasses.replace(cfg, micro_batch_size=micro_batch_size)
     ops.select(cfg.impl)
-    selfcheck.check_kernels(ranks)
+    kernels_settled = selfcheck.begin(ranks)
 
     # the model to start from, and its tokenizer
     init = run.resolve_checkpoint(cfg.init_from)
@@ -93,6 +93,7 @@ def main() -> int:
         distributed.stop()
         return 0
     this.say(f"configuration:\n{config.show(cfg)}\n{rows.summary()}")
+    kernels_settled()
     model = tuning.load_model(cfg, model_config, init, this.source, ranks.device)
     model.checkpoint_activations = cfg.checkpoint_activations
     this.say(f"weights from {this.source or init}")

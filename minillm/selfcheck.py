@@ -7,6 +7,7 @@ differs, the run goes on with torch's ops and says so. What holds is remembered 
 source; `--impl triton` asks for the kernels without a question.
 """
 
+import atexit
 import hashlib
 import os
 import subprocess
@@ -30,35 +31,56 @@ def check_kernels(ranks: Ranks, say: Callable[[str], None] = print) -> None:
 
     say: takes the line that tells of it; called on the main rank.
     """
+    begin(ranks, say)()
+
+
+def begin(ranks: Ranks, say: Callable[[str], None] = print) -> Callable[[], None]:
+    """`check_kernels` in two parts: the process starts, and the function that is returned waits for its answer.
+
+    Meanwhile the caller makes data and model. All ranks call both; no kernel before the second.
+    """
     if ops.selected() != "auto" or ranks.device.type != "cuda" or not ops.fused(torch.empty(0, device=ranks.device)):
-        return
-    problem = _problem(ranks.device, say) if ranks.main else ""
-    if ranks.any(int(bool(problem))):
-        ops.select("torch")
-        if ranks.main:
-            say(f"ops: the kernels are not right on this GPU ({problem}); using torch's. Please report it.")
+        return lambda: None
+    answer = _ask(ranks.device, say) if ranks.main else None
+
+    def settle() -> None:
+        problem = answer() if answer else ""
+        if ranks.any(int(bool(problem))):
+            ops.select("torch")
+            if ranks.main:
+                say(f"ops: the kernels are not right on this GPU ({problem}); using torch's. Please report it.")
+
+    return settle
 
 
-def _problem(device: torch.device, say: Callable[[str], None]) -> str:
-    """What a process of its own finds wrong, in a line, or ""."""
+def _ask(device: torch.device, say: Callable[[str], None]) -> Callable[[], str] | None:
+    """Start a process of its own; what is returned waits for what it finds wrong, a line or "". None: asked before."""
     seen = _cache() / _identity(device)
     if seen.exists():
-        return ""
+        return None
     say("ops: compiling the kernels and comparing them with torch on this GPU, once")
     command = [sys.executable, "-m", "minillm.selfcheck", str(torch.device(device).index or 0)]
     folder = Path(__file__).parents[1]  # `-m` finds the package, and ours before another
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, cwd=folder)
-    except subprocess.TimeoutExpired:
-        return f"no answer within {SECONDS} s"
-    if done.returncode == 0:
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, cwd=folder, **pipes)
+    atexit.register(process.kill)  # of no use once it has ended, or where this process ends before it is asked
+
+    def answer() -> str:
+        try:
+            out, err = process.communicate(timeout=SECONDS)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            return f"no answer within {SECONDS} s"
+        if process.returncode:
+            return ([*out.strip().splitlines(), *err.strip().splitlines()] or ["no words"])[-1]
         try:
             seen.parent.mkdir(parents=True, exist_ok=True)
             seen.touch()
         except OSError:
             pass  # then it is asked again
         return ""
-    return ([*done.stdout.strip().splitlines(), *done.stderr.strip().splitlines()] or ["no words"])[-1]
+
+    return answer
 
 
 def _cache() -> Path:

@@ -1,7 +1,12 @@
 """A GPU whose kernels are right is asked once, one whose are not goes on with torch's ops."""
 
 import contextlib
+import fcntl
+import os
 import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -53,14 +58,22 @@ class Gpu:
         monkeypatch.setattr(ops, "fused", lambda x: ops.selected() == "auto")
         monkeypatch.setattr(torch, "empty", lambda *_, **__: None)
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "a GPU")
-        monkeypatch.setattr(subprocess, "run", self.run)
+        monkeypatch.setattr(subprocess, "Popen", self.start)
 
-    def run(self, command, **_):
+    def start(self, command, **_):
         assert command[1:] == ["-m", "minillm.selfcheck", "1"]
-        self.asked += 1
+        self.asked, self.killed = self.asked + 1, False
+        return self
+
+    returncode = property(lambda self: self.answer.returncode)
+
+    def communicate(self, timeout):
         if isinstance(self.answer, Exception):
             raise self.answer
-        return self.answer
+        return self.answer.stdout, self.answer.stderr
+
+    def kill(self):
+        self.killed = True
 
     def check(self) -> str:
         selfcheck.check_kernels(Ranks(0, 1, torch.device("cuda", 1)), self.lines.append)
@@ -85,11 +98,42 @@ def test_right_kernels_are_asked_about_once(monkeypatch, tmp_path):
 def test_wrong_failing_and_hanging_kernels_are_left_for_torchs(answer, words, monkeypatch, tmp_path):
     gpu = Gpu(monkeypatch, tmp_path)
     gpu.answer = answer
-    assert gpu.check() == "torch"
+    assert gpu.check() == "torch" and gpu.killed == isinstance(answer, Exception)
     assert words in gpu.lines[-1] and "using torch's" in gpu.lines[-1]
     assert gpu.check() == "torch" and gpu.asked == 1  # chosen now, not asked again
     ops.select("auto")
     assert gpu.check() == "torch" and gpu.asked == 2  # and not remembered
+
+
+def test_the_process_runs_beside_its_caller_and_ends_with_it(tmp_path):
+    begun, path = tmp_path / "begun", tmp_path / "a process"
+    body = f"f = open({str(begun)!r}, 'w'); fcntl.flock(f, fcntl.LOCK_EX); f.write('x'); f.flush(); time.sleep(60)"
+    path.write_text(f"#!{sys.executable}\nimport fcntl, time\n{body}")
+    path.chmod(0o755)
+    script = f"""
+import os, sys, time, torch
+from minillm import ops, selfcheck
+from minillm.distributed import Ranks
+ops.fused = lambda x: True
+torch.empty = lambda *_, **__: None
+torch.cuda.get_device_name = lambda _: "a GPU"
+sys.executable = {str(path)!r}
+selfcheck.begin(Ranks(0, 1, torch.device("cuda", 1)))
+while not (os.path.exists({str(begun)!r}) and os.path.getsize({str(begun)!r})):
+    time.sleep(0.01)
+sys.exit("the data are not there")
+"""
+    env = {**os.environ, "XDG_CACHE_HOME": str(tmp_path)}
+    root = Path(selfcheck.__file__).parents[1]
+    done = subprocess.run([sys.executable, "-c", script], env=env, cwd=root, capture_output=True, text=True, timeout=50)
+    assert done.stderr == "the data are not there\n"
+    with begun.open() as file:
+        for _ in range(100):  # the lock goes with the process
+            with contextlib.suppress(BlockingIOError):
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            time.sleep(0.1)
+    raise AssertionError("it lives on")
 
 
 def test_nothing_is_asked_where_no_kernels_run(monkeypatch, tmp_path):
