@@ -230,6 +230,15 @@ class Place:
         return out
 
 
+def refuse_pickle(path: Path, start: bytes) -> None:
+    """Raise `UserError` if a file that begins so is a pickle, or a zip of pickles.
+
+    A safetensors file and a llama2.c model begin with a number, which may begin as these do, but has a 0 at its end.
+    """
+    if start[:2] in PICKLES and start[3:4] != b"\0":
+        raise UserError(f"{path}: a pickle, which could run code; refused unread: convert it to safetensors")
+
+
 def load_tensors(path: str | Path) -> dict[str, Tensor]:
     """All tensors of one safetensors file, on the CPU. Raises `UserError` if it is anything else or broken."""
     return {name: place.read() for name, place in _read_header(Path(path)).items()}
@@ -291,8 +300,7 @@ def _read_header(path: Path) -> dict[str, Place]:
     try:
         with path.open("rb") as stream:
             start = stream.read(8)
-            if start[:2] in PICKLES:
-                raise UserError(f"{path}: a pickle, which could run code; refused unread: convert it to safetensors")
+            refuse_pickle(path, start)
             with safe_open(path, framework="pt"):
                 pass
             header = json.loads(stream.read(int.from_bytes(start, "little")), object_pairs_hook=_no_duplicates)

@@ -120,8 +120,7 @@ def _open_file(path: Path) -> tuple[StoredModel, dict]:
         start = stream.read(4)
     if start == gguf_format.MAGIC:
         return gguf_model.open_file(path)
-    if start[:2] in checkpoint.PICKLES:
-        raise UserError(f"{path}: a pickle, which could run code; refused unread: convert it to safetensors")
+    checkpoint.refuse_pickle(path, start)
     if path.suffix == ".safetensors":
         raise UserError(f"{path}: give the folder it lies in, with its config.json")
     return llama2c.open_file(path), {}

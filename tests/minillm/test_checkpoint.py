@@ -388,6 +388,16 @@ def test_an_index_that_is_none_is_refused(tmp_path, text):
     assert checkpoint.INDEX in refused(lambda: read_weights(tmp_path))
 
 
+@pytest.mark.parametrize("length", [640, 896, 1152, 1408, 19280])  # their bytes are those that pickles and zips begin by
+def test_a_header_as_long_as_a_pickle_begins_is_read(tmp_path, length):
+    file = tmp_path / "model.safetensors"
+    save_file({"x": torch.arange(3.0)}, file)
+    data = file.read_bytes()
+    n = int.from_bytes(data[:8], "little")
+    file.write_bytes(length.to_bytes(8, "little") + data[8 : 8 + n].ljust(length) + data[8 + n :])
+    assert torch.equal(checkpoint.load_tensors(file)["x"], torch.arange(3.0))
+
+
 def test_a_folder_without_weights_names_the_pickle_beside(tmp_path):
     assert "no such file" in refused(lambda: read_weights(tmp_path))
     (tmp_path / "pytorch_model.bin").write_bytes(b"")
