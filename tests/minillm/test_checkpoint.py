@@ -388,7 +388,7 @@ def test_an_index_that_is_none_is_refused(tmp_path, text):
     assert checkpoint.INDEX in refused(lambda: read_weights(tmp_path))
 
 
-@pytest.mark.parametrize("length", [640, 896, 1152, 1408, 19280])  # their bytes are those that pickles and zips begin by
+@pytest.mark.parametrize("length", [640, 896, 1152, 1408, 19280])  # in bytes: what pickles and zips begin by
 def test_a_header_as_long_as_a_pickle_begins_is_read(tmp_path, length):
     file = tmp_path / "model.safetensors"
     save_file({"x": torch.arange(3.0)}, file)
