@@ -48,6 +48,7 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     sub.add_argument("--rows", type=int, default=8, help="train, tune: sequences of a step (default 8)")
     sub.add_argument("--seq_len", type=int, default=256, help="train, tune: tokens of a sequence (default 256)")
+    sub.add_argument("--new_tokens", type=int, help="generate: tokens to write (default 64, on a GPU 256)")
     sub.add_argument("--vocab_size", type=int, help="train: entries of the vocabulary (default: the preset's usual)")
     return parser
 
@@ -110,12 +111,12 @@ def run_merge(args) -> None:
 
 def run_bench(args) -> None:
     """Measure speed beside other tools on this machine, both sides in one process."""
+    if any(n is not None and n < 1 for n in (args.rows, args.seq_len, args.new_tokens, args.vocab_size)):
+        raise UserError("--rows, --seq_len, --new_tokens and --vocab_size must be at least 1")
     if args.what == "data":
         bench.bench_data()
     elif args.what == "generate":
-        bench.bench_generate(args.preset, args.device)
-    elif min(args.rows, args.seq_len, args.vocab_size or 1) < 1:
-        raise UserError("--rows, --seq_len and --vocab_size must be at least 1")
+        bench.bench_generate(args.preset, args.device, args.new_tokens)
     elif args.what == "tune":
         bench_tune.bench_tune(args.preset, args.device, args.rows, args.seq_len)
     else:

@@ -1,8 +1,8 @@
 """One token at a time on a GPU: the step of `decode.Decoder` as one CUDA graph.
 
 A step of a 1.1 B model in bf16 reads 2.2 GB of weights, which an H100 does in 0.73 ms; its some 270 kernels take the
-CPU several times longer to launch one by one. So they are recorded once, and each step replays the record with
-a single launch. A record repeats the same kernels with the same arguments at the same addresses. Therefore
+CPU several times longer to launch one by one. So the second step records them, and each from there on replays the
+record with a single launch. A record repeats the same kernels with the same arguments at the same addresses. Therefore
 everything that changes from step to step is a number on the device, at a fixed place:
 
     clock = [end of each row's keys | position of each row's token | slot the token is written to]      int64, (2B + 1)
@@ -46,10 +46,10 @@ class GraphDecoder:
         if self.length != self.cache.length:
             self._set_clock()
         self.tokens.copy_(tokens)
-        if self.tokens.is_cuda and self.graph is None:
+        if self.warm and self.graph is None:
             self._record()
-        if self.graph is None:
-            self.logits = self._compute()
+        if self.graph is None:  # the first step compiles its kernels and finds their memory, which a record cannot
+            self.logits, self.warm = self._compute(), self.tokens.is_cuda
         else:
             self.graph.replay()
         self.cache.advance(1)
@@ -58,7 +58,7 @@ class GraphDecoder:
 
     def _begin_anew(self) -> None:
         """Make what the step reads, for the cache as it is now."""
-        self.keys, self.graph, self.length = self.cache.keys[0], None, -1
+        self.keys, self.graph, self.warm, self.length = self.cache.keys[0], None, False, -1
         batch, device = self.keys.shape[0], self.keys.device
         self.tokens = torch.zeros(batch, dtype=torch.int64, device=device)
         self.clock = torch.zeros(2 * batch + 1, dtype=torch.int64, device=device)
@@ -74,10 +74,6 @@ class GraphDecoder:
         self.slot.fill_(self.length)
 
     def _record(self) -> None:
-        """Run the step once, so that its kernels are compiled and their memory is found, and then record it."""
-        before = self.clock.clone()
-        self._compute()
-        self.clock.copy_(before)  # the first run wrote its keys where the second writes the same
         self.graph = torch.cuda.CUDAGraph()
         # what other threads do (NCCL's, a server's) must not end the recording
         with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
