@@ -201,7 +201,7 @@ def forward(
             _add_product(dx[part], z, w, 0.0)
         if need_weight:
             _add_product(dw, z.T, a, 1.0 if begin else 0.0)
-    del logits  # before the weight's gradient in its own dtype needs as much
+    logits = a = z = None  # all that holds the chunk, before the weight's gradient in its own dtype needs as much
     if unit is not None:
         dx, dw = dx.mul_(unit), dw.mul_(unit)
     return losses.sum(), dx, dw.to(kept_dtype(weight.dtype, dtype))

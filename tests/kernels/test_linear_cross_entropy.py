@@ -1,6 +1,8 @@
 """Linear and cross-entropy in one against its specification: loss, gradients, chunks, layouts, torch.compile."""
 
 import functools
+import itertools
+import json
 
 import pytest
 import torch
@@ -322,3 +324,26 @@ def test_the_specification_is_torchs_and_its_gradient_true():
     assert torch.autograd.gradcheck(
         lambda x, w: reference.linear_cross_entropy(x, w, y, weights, 2.0, smoothing=0.1, z_loss=0.2), (x, w)
     )
+
+
+def peak_bytes(run, folder) -> int:
+    """The most memory that `run` holds at once, its result included, by the profiler's record of every allocation."""
+    with torch.profiler.profile(profile_memory=True) as profiler:
+        _ = run()
+    profiler.export_chrome_trace(str(folder / "trace.json"))
+    events = json.loads((folder / "trace.json").read_text())["traceEvents"]
+    events = sorted((e["ts"], e["args"]["Bytes"]) for e in events if e["name"] == "[memory]")
+    return max(itertools.accumulate(size for _, size in events))
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="counts the CPU's allocations")
+def test_a_chunk_and_the_weights_gradient_in_its_own_dtype_are_not_held_together(monkeypatch, tmp_path):
+    monkeypatch.setattr(launch, "run", lambda *_, **__: None)  # the interpreter makes copies of its own
+    monkeypatch.setattr(linear_cross_entropy, "chunk_rows", lambda *_: 128)
+    n, width, vocabulary = 256, 2048, 1000
+    x, w = (torch.ones(rows, width, dtype=torch.bfloat16) for rows in (n, vocabulary))
+    targets = torch.zeros(n, dtype=torch.int64)
+    options = (None, None, 0.0, 0.0, torch.bfloat16, True, True)
+    held = peak_bytes(lambda: linear_cross_entropy.forward(x, w, targets, *options), tmp_path)
+    gradients = (4 + 2) * vocabulary * width + 2 * n * width  # the sums over chunks in fp32, and what is returned
+    assert gradients <= held < gradients + 128 * vocabulary
