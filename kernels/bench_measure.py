@@ -7,6 +7,7 @@ finds its inputs there, and each has as much of others' data to write back as it
 """
 
 import datetime
+import gc
 import math
 import platform
 import statistics
@@ -75,6 +76,7 @@ def in_turns(
 
 def peak_memory(run: Callable[[], object], device: torch.device) -> int:
     """Bytes that a run holds at its peak beyond what was held before, its results included."""
+    gc.collect()  # a first call leaves its frames in cycles, its results with them
     torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)

@@ -4,6 +4,7 @@ Each subcommand is one function that first checks that both sides compute the sa
 and prints medians with the versions and threads they were taken with. `bench tune` stands in bench_tune.py.
 """
 
+import gc
 import statistics
 import subprocess
 import tempfile
@@ -239,6 +240,7 @@ def _time_steps(builds: dict[str, Callable], together: bool) -> tuple[dict[str, 
         return medians(steps), {}
     taken, memory = {}, {}
     for name, build in builds.items():
+        gc.collect()  # what compiling left in cycles holds the other side's tensors
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         step = build()

@@ -4,6 +4,7 @@ Both stand on the same base: PEFT on transformers' twin of our model, with our a
 must agree, then steps (forward, backward, torch's fused AdamW) are timed in turns. Nothing is compiled.
 """
 
+import gc
 import warnings
 from collections.abc import Callable
 from typing import NamedTuple
@@ -59,6 +60,7 @@ class Side(NamedTuple):
         moments = [tensor for state in self.optimizer.state.values() for tensor in state.values()]
         kept = _bytes([*self.model.parameters(), *self.model.buffers(), *moments])
         if next(self.model.parameters()).is_cuda:
+            gc.collect()
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated()
             self.step()
