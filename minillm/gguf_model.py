@@ -4,8 +4,10 @@ Architecture "llama" keeps query and key rows for interleaved rotary positions; 
 half-split, as Hugging Face does. A model whose options llama.cpp would ignore is refused, not written wrongly.
 """
 
+import base64
 import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -23,6 +25,7 @@ FILE_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 32}
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
 ROLES = {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown"}  # our name → GGUF's
 TYPES = {1: "NORMAL", 2: "UNKNOWN", 3: "CONTROL", 4: "USER_DEFINED", 5: "UNUSED", 6: "BYTE"}  # of pieces
+OWN_FILE = "minillm.tokenizer_file"  # the tokenizer's very file in base64: the standard keys say only how it cuts text
 UNUSED, PADDING = 5, "[PAD{}]"  # ids of the embedding that the tokenizer does not have
 FACTORS = "rope_freqs.weight"  # Llama 3's scaling: what each pair's frequency is divided by
 LLAMA3_LENGTH = 8192  # that Llama 3 was trained on
@@ -193,7 +196,9 @@ def write_file(model: StoredModel, tokenizer: Tokenizer | None, path: Path, dtyp
         about |= {"rope.scaling.type": scaling.type, "rope.scaling.factor": float(scaling.factor)}
     metadata = {"general.architecture": kind, "general.type": "model", "general.file_type": FILE_TYPES[dtype]}
     metadata |= {f"{kind}.{name}": value for name, value in about.items()}
-    metadata |= _describe(tokenizer, config.vocab_size) if tokenizer else {}
+    if tokenizer:
+        metadata |= _describe(tokenizer, config.vocab_size)
+        metadata[OWN_FILE] = base64.b64encode(tokenizer.data).decode()
     keys = {FACTORS if key == FACTORS else gguf_name(key): key for key in tensors}
 
     def read(name: str) -> Tensor:
@@ -235,7 +240,14 @@ def read_tokenizer(metadata: dict, source: str) -> Tokenizer:
         scored = [(text, score, t) for (text, t), score in zip(pieces, metadata["tokenizer.ggml.scores"], strict=False)]
         prefix = bool(metadata.get("tokenizer.ggml.add_space_prefix", True))
         made = from_pieces(scored, ids, dummy_prefix=prefix, source=source)
+        made = _as_exported(made, lambda data: Tokenizer(data, source), metadata)
         return made.with_settings(add_bos=config["add_bos_token"], chat_template=config["chat_template"])
+
+
+def _as_exported(made: Tokenizer, read: Callable[[bytes], Tokenizer], metadata: dict) -> Tokenizer:
+    """`made`, from the very file that was exported if that still says the same: token bins know it by its SHA-256."""
+    own = read(base64.b64decode(metadata[OWN_FILE])) if OWN_FILE in metadata else made
+    return own if _describe(own, made.vocab_size) == _describe(made, made.vocab_size) else made
 
 
 def _read_byte_level(metadata: dict, pieces: list[tuple[str, str]], config: dict, source: str) -> Tokenizer:
@@ -253,7 +265,8 @@ def _read_byte_level(metadata: dict, pieces: list[tuple[str, str]], config: dict
         "tokenizer.json": byte_bpe.write(bpe, named["CONTROL"] | named["UNKNOWN"], bos),
         "tokenizer_config.json": json.dumps(config, indent=1, ensure_ascii=False).encode(),
     }
-    return ByteLevelTokenizer(files, source)
+    made = ByteLevelTokenizer(files, source)
+    return _as_exported(made, lambda data: ByteLevelTokenizer(files | {"tokenizer.json": data}, source), metadata)
 
 
 def _describe(tokenizer: Tokenizer, n_rows: int) -> dict:

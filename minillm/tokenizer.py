@@ -34,12 +34,13 @@ class Tokenizer:
 
     vocab_size, bos_id, eos_id, pad_id: int (pad falls back to eos where the model has none, bos likewise).
     model: the SentencePieceModel. control: id of each control piece, which no text is cut into.
-    sha256: hex digest of the model file, by which token bins and checkpoints know their tokenizer.
+    data: the model file. sha256: hex digest of it, by which token bins and checkpoints know their tokenizer.
     """
 
     def __init__(self, model_bytes: bytes, source: str, companions: dict[str, bytes] | None = None):
         self.model, self._companions = SentencePieceModel(model_bytes, source), companions or {}
-        self._own_file, self.sha256 = {"tokenizer.model": model_bytes}, hashlib.sha256(model_bytes).hexdigest()
+        self._own_file, self.data = {"tokenizer.model": model_bytes}, model_bytes
+        self.sha256 = hashlib.sha256(self.data).hexdigest()
         self.vocab_size = len(self.model.proto.pieces)
         self._dummy_prefix = self.model.dummy_prefix
         processor = self.model.processor
@@ -219,7 +220,7 @@ class ByteLevelTokenizer(Tokenizer):
     def __init__(self, companions: dict[str, bytes], source: str):
         self._own_file, self._companions, self._source = {}, companions, source
         self.bpe, self.control = byte_bpe.read(companions["tokenizer.json"], source)
-        self.sha256 = hashlib.sha256(companions["tokenizer.json"]).hexdigest()
+        self.data, self.sha256 = companions["tokenizer.json"], hashlib.sha256(companions["tokenizer.json"]).hexdigest()
         ids = self.bpe.ids | self.bpe.whole | self.control
         with naming_damage(source):
             config = json.loads(companions.get("special_tokens_map.json", b"{}")) | self.config

@@ -127,6 +127,7 @@ def test_a_vocabulary_goes_both_ways(dummy_prefix, tmp_path):
     _, metadata = gguf_model.open_file(tmp_path / "m.gguf")
     assert len(metadata["tokenizer.ggml.tokens"]) == len(metadata["tokenizer.ggml.scores"]) == 448
     again = gguf_model.read_tokenizer(metadata, "m.gguf")
+    assert again.sha256 == tokenizer.sha256  # by which its token bins know it
     assert [(p.piece, p.score, gguf_model.TYPES[p.type]) for p in again.model.proto.pieces] == pieces
     assert (again.bos_id, again.eos_id, again.pad_id, again.start_id) == (
         1,
@@ -135,6 +136,9 @@ def test_a_vocabulary_goes_both_ways(dummy_prefix, tmp_path):
         2 - dummy_prefix,
     )
     assert again.chat_template == tokenizer.chat_template
+    metadata["tokenizer.ggml.scores"][419] -= 1  # by another program, which leaves our own key as it is
+    changed = gguf_model.read_tokenizer(metadata, "m.gguf")
+    assert changed.model.proto.pieces[419].score == pieces[419][1] - 1 and changed.sha256 != tokenizer.sha256
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path, gguf_file="m.gguf")
     for line in ("The cat sat on 42 mats", "明月光 and 😀", "", "x", "a  b\n"):
         ids = again.encode(line)
@@ -161,7 +165,7 @@ def test_a_byte_level_vocabulary_goes_both_ways(split, tmp_path):
     again = gguf_model.read_tokenizer(metadata, "m.gguf")
     again.save(tmp_path / "again")
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "again")
-    assert (again.bos_id, again.eos_id) == (tokenizer.bos_id, tokenizer.eos_id)
+    assert (again.bos_id, again.eos_id, again.sha256) == (tokenizer.bos_id, tokenizer.eos_id, tokenizer.sha256)
     assert again.chat_template == template == theirs.chat_template and theirs.eos_token_id == again.eos_id
     for text in TEXTS[:5]:
         assert again.encode(text) == tokenizer.encode(text) == theirs(text, add_special_tokens=False).input_ids
@@ -174,6 +178,7 @@ def test_a_byte_level_vocabulary_goes_both_ways(split, tmp_path):
         ({"tokenizer.ggml.tokens": ["a"]}, "its tokenizer: damaged"),
         ({"tokenizer.ggml.tokens": [1, 2, 3]}, "its tokenizer: damaged"),
         ({"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "gpt-2"}, "its tokenizer: damaged"),
+        ({"minillm.tokenizer_file": "damaged"}, "its tokenizer: damaged"),
         ({"tokenizer.ggml.scores": None}, "its tokenizer: damaged"),
         ({"tokenizer.ggml.eos_token_id": 99999}, "its tokenizer: damaged"),
         (
