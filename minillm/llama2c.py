@@ -62,7 +62,8 @@ def open_file(path: str | Path) -> StoredModel:
     dim, ffn_dim, n_layers, n_heads, n_kv_heads, vocab_size, max_seq_len = HEADER.unpack(start)
     counts = (dim, ffn_dim, n_layers, n_heads, n_kv_heads, abs(vocab_size), max_seq_len)
     if min(counts) < 1 or dim % n_heads or n_heads % n_kv_heads or dim // n_heads % 2:
-        raise UserError(f"{path}: no llama2.c model: its header says {counts}")
+        kinds = "a Hugging Face folder, a .gguf file or llama2.c's .bin"
+        raise UserError(f"{path}: no llama2.c model: its header says {counts}; give {kinds}")
     config = ModelConfig(
         abs(vocab_size),
         dim,

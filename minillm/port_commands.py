@@ -48,7 +48,7 @@ def run_export(args) -> None:
     if out.exists():
         raise UserError(f"--out {out}: is there already; choose another or delete it")
     try:
-        model, tokenizer = open_model(args.model, args.tokenizer)
+        model, tokenizer, found = open_model(args.model, args.tokenizer)
     except OSError as problem:
         raise UserError(f"{problem.filename}: cannot be read ({problem.strerror})") from None
     dtype = DTYPES[args.dtype] if args.dtype else model.dtype
@@ -65,13 +65,14 @@ def run_export(args) -> None:
     else:
         if dtype != torch.float32 and args.dtype:
             raise UserError(f"--dtype {args.dtype}: llama2.c's format has float32 only")
-        _write_llama2c(model, tokenizer, out)
+        tokenizer, found = _write_llama2c(model, tokenizer, out)
     size = sum(f.stat().st_size for f in out.rglob("*")) if out.is_dir() else out.stat().st_size
-    words = f"{tokenizer.vocab_size:,} pieces" if tokenizer else "no tokenizer"
+    words = f"{tokenizer.vocab_size:,} pieces{found}" if tokenizer else "no tokenizer (--tokenizer names one to take)"
     print(f"{out}: {model.config.n_parameters():,} parameters, {size:,} bytes, {words}")
 
 
-def _write_llama2c(model: StoredModel, tokenizer: Tokenizer | None, out: Path) -> None:
+def _write_llama2c(model: StoredModel, tokenizer: Tokenizer | None, out: Path) -> tuple[Tokenizer | None, str]:
+    """Returns the tokenizer, if it has a place there, and which."""
     beside = out.with_name(f"{out.stem}_tokenizer.bin")
     if beside.exists():
         raise UserError(f"{beside}: is there already; choose another --out or delete it")
@@ -81,12 +82,15 @@ def _write_llama2c(model: StoredModel, tokenizer: Tokenizer | None, out: Path) -
             files.write_file(beside, lambda path: llama2c.write_tokenizer(tokenizer, path))
     except UnsupportedError as problem:
         print(f"{beside} not written: {problem}")
+        tokenizer = None
+    return tokenizer, f" in {beside}"
 
 
-def open_model(path: str, tokenizer: str | None = None) -> tuple[StoredModel, Tokenizer | None]:
-    """A model in any known format, of which so far only headers were read, and its tokenizer, if there is one.
+def open_model(path: str, tokenizer: str | None = None) -> tuple[StoredModel, Tokenizer | None, str]:
+    """A model in any known format, of which so far only headers were read; its tokenizer, if there is one; from where.
 
-    tokenizer: where it lies, if not with the model. One of a kind that is not read is left out, and that is printed.
+    tokenizer: where it lies, if not with the model; by default that of x.bin is x_tokenizer.bin beside it, if there.
+    One of a kind that is not read is left out, and that is printed.
     """
     place, metadata = Path(path), {}
     if not place.exists():
@@ -96,7 +100,9 @@ def open_model(path: str, tokenizer: str | None = None) -> tuple[StoredModel, To
         model = huggingface.open_folder(place)
     else:
         model, metadata = _open_file(place)
-    found = None
+    found, beside = None, place.with_name(f"{place.stem}_tokenizer.bin")
+    if not (tokenizer or metadata or place.is_dir()) and beside.exists():
+        tokenizer = str(beside)
     if tokenizer and Path(tokenizer).suffix == ".bin":
         found = llama2c.read_tokenizer(tokenizer, model.config.vocab_size)
     elif tokenizer:
@@ -111,7 +117,7 @@ def open_model(path: str, tokenizer: str | None = None) -> tuple[StoredModel, To
             print(f"the tokenizer is left out: {problem}")
     if found and found.vocab_size > model.config.vocab_size:
         raise UserError(f"{path}: {model.config.vocab_size:,} rows for a tokenizer of {found.vocab_size:,} pieces")
-    return model, found
+    return model, found, f" of {tokenizer}" if tokenizer else ""
 
 
 def _open_file(path: Path) -> tuple[StoredModel, dict]:
