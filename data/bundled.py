@@ -22,7 +22,7 @@ import numpy as np
 from data.world import documents
 from data.world_tasks import SPLITS, tasks
 from data.world_words import WORDS_ZH
-from minillm import UserError
+from minillm import Parser, UserError
 from minillm.run import RunLock, run_script
 from minillm.vocab import train_tokenizer
 
@@ -142,10 +142,11 @@ def finished(folder: Path) -> bool:
 
 
 def main() -> None:
-    about = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=about)
+    parser = Parser(description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", default=FOLDER, metavar="FOLDER", help=f"where to write it (default {FOLDER})")
-    build(parser.parse_args().out)
+    out = parser.parse_args().out
+    build(out)
+    print(f"{out}: the bundled corpus is there; next: python train_pretrain.py --data {out}")
 
 
 if __name__ == "__main__":

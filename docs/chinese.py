@@ -30,7 +30,8 @@ if __name__ == "__main__":
 from data import bundled
 from data.world import documents
 from data.world_tasks import tasks
-from minillm import plot
+from minillm import Parser, plot
+from minillm.run import run_script
 
 HAN, LATIN = re.compile("[\u4e00-\u9fff]"), re.compile("[A-Za-z]")
 
@@ -309,7 +310,7 @@ def draw(results: dict, size: Size, out: Path) -> Path:
 
 def build_parser() -> argparse.ArgumentParser:
     about = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=about)
+    parser = Parser(description=__doc__, allow_abbrev=False, formatter_class=about)
     files = dict(type=Path, nargs="+", metavar="FILE")
     parser.add_argument("--tokenizer", type=Path, metavar="FILE", help="the English model's vocabulary (.model)")
     parser.add_argument("--english", help="texts of the English model", **files)
@@ -350,4 +351,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_script(main))

@@ -1,5 +1,6 @@
 """minillm: train a language model yourself and understand every line of it."""
 
+import argparse
 import contextlib
 from collections.abc import Iterator
 
@@ -16,6 +17,13 @@ class UserError(Exception):
 
 class UnsupportedError(UserError):
     """Something sound, of a kind that there is no code for here; who needs it least may go on without it."""
+
+
+class Parser(argparse.ArgumentParser):
+    """Takes a mistake in a command line as any other of the user's: one line, status 2."""
+
+    def error(self, message: str):
+        raise UserError(f"{message} (see {self.prog} --help)")
 
 
 @contextlib.contextmanager

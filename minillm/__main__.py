@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from minillm import (
+    Parser,
     UserError,
     bench,
     bench_tune,
@@ -28,8 +29,8 @@ def main() -> int:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="python -m minillm", description=__doc__, allow_abbrev=False)
-    commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=_Parser)
+    parser = Parser(prog="python -m minillm", description=__doc__, allow_abbrev=False)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
     command = _maker(commands)
     model_commands.add_parsers(command)
     sub = command(run_plot, "plot")
@@ -38,8 +39,7 @@ def build_parser() -> argparse.ArgumentParser:
     info_command.add_parser(command)
     text = "train, merge, prune or inspect a vocabulary"
     sub = commands.add_parser("vocab", help=text, description=text, allow_abbrev=False)
-    names = "train|merge|prune|inspect"
-    vocab_commands.add_parsers(_maker(sub.add_subparsers(required=True, metavar=names, parser_class=_Parser)))
+    vocab_commands.add_parsers(_maker(sub.add_subparsers(required=True, metavar="train|merge|prune|inspect")))
     _add_surgery(command)
     port_commands.add_parsers(command)
     sub = command(run_bench, "bench")
@@ -72,17 +72,13 @@ def _add_surgery(command: Callable[[Callable, str], argparse.ArgumentParser]) ->
     sub.add_argument("--tokenizer", required=True, help="the new one: folder or .model that vocab merge or prune wrote")
     sub.add_argument("--id_map", help="id_map.json; default: the one beside the new tokenizer")
     sub.add_argument("--out", required=True, help="new model folder")
-    sub.add_argument("--start", default="mean", choices=resize.STARTS, help="new rows: mean of the old sub-tokens, …")
+    text = "new rows: mean of the old sub-tokens' (mean), of all (mean_all), or drawn like all (normal)"
+    sub.add_argument("--start", default="mean", choices=resize.STARTS, help=text)
     sub.add_argument("--pad_to_multiple", type=int, default=1, help="of the number of rows (GPUs like 64)")
     sub = command(run_merge, "merge")
     sub.add_argument("--model", required=True, help="the adapter's base: run or model folder")
     sub.add_argument("--adapter", required=True, help="run or folder that holds the adapter, of minillm or PEFT")
     sub.add_argument("--out", required=True, help="new model folder")
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        raise UserError(f"{message} (see {self.prog} --help)")
 
 
 def run_plot(args) -> None:

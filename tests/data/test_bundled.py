@@ -72,9 +72,12 @@ def test_the_command_line(monkeypatch, tmp_path, capsys):
         bundled.main()
     assert built == [bundled.FOLDER, "elsewhere"]
     monkeypatch.setattr("sys.argv", ["bundled.py", "--ouput", "elsewhere"])
-    with pytest.raises(SystemExit):
+    with pytest.raises(UserError, match=r"--ouput .*see bundled\.py --help"):
         bundled.main()
-    assert "--ouput" in capsys.readouterr().err and len(built) == 2
+    assert len(built) == 2
+    said = capsys.readouterr().out.splitlines()
+    assert said[0] == "data/bundled: the bundled corpus is there; next: python train_pretrain.py --data data/bundled"
+    assert said[1].startswith("elsewhere: the bundled corpus is there") and len(said) == 2
 
 
 def test_a_folder_of_other_files_is_left_alone(tmp_path):
