@@ -205,16 +205,15 @@ def refuse_bad(parts: list[dict], options: Options) -> None:
     """Raises UserError for the first bad line that any of these parts remembers, unless such are skipped."""
     for part in parts:
         if part["first_bad"] and options.on_bad_line == "error":
-            raise UserError(
-                f"{Origin(*part['origin']).file}, {part['first_bad'][0]}; mend it, or leave such documents out with "
-                "--on_bad_line skip"
-            )
+            bad = f"{Origin(*part['origin']).file}, {part['first_bad'][0]}"
+            raise UserError(f"{bad}; mend it, or leave such documents out with --on_bad_line skip")
 
 
 def _check_splits(bins: Bins, options: Options) -> None:
     counts = {kind: sum(file["documents"] for file in bins.files[kind]) for kind in SPLITS}
     if not counts["train"]:
-        raise UserError(f"{bins.out}: no document is left to train on; is the input empty?")
+        bad = sum(part["bad_lines"] for part in bins.parts)
+        raise UserError(f"{bins.out}: no document is left to train on ({bad:,} bad lines left out); give other files")
     if not counts["val"] and options.val_fraction:
         raise UserError(
             f"{bins.out}: none of {counts['train']} documents fell into the validation split; raise --val_fraction, "

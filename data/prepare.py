@@ -24,12 +24,11 @@ from pathlib import Path
 
 from data.bins import SPLITS, Bins, Origin, Parts, checksum, refuse_foreign
 from data.encode import ON_BAD_LINE, TXT_SPLITS, WRAPS, Options, Source, is_val, refuse_bad, text_size, tokenize
-from minillm import UserError
+from minillm import Parser, UserError, vocab
 from minillm.files import sha256
 from minillm.readers import find_files, records, text_of
 from minillm.run import RunLock, run_script
 from minillm.tokenizer import Tokenizer
-from minillm.vocab import train_tokenizer as learn_tokenizer
 
 TOKENIZER_SAMPLE = 16 << 20  # bytes of text that a tokenizer is learnt from
 
@@ -75,6 +74,9 @@ def prepare(
     files = find_files(inputs + val_inputs)
     options = Options(split, field, on_bad_line, val_fraction, shard_tokens, wrap)
     options.check()
+    for name, count, least in (("workers", workers, 1), ("train_tokenizer", train_tokenizer, vocab.SMALLEST)):
+        if count is not None and count < least:
+            raise UserError(f"--{name} {count}: at least {least} is needed")
     given = Tokenizer.load(tokenizer) if tokenizer is not None else None
 
     lock = RunLock(out)
@@ -101,13 +103,11 @@ def prepare(
             given.save(out)
         refuse_bad([*bins.parts, *(bins.aside.parts[i] for i in bins.reused.values())], options)
         if not bins.finished:
-            tokenize(sources, bins, options, max(1, workers or _cores()))
+            tokenize(sources, bins, options, workers or _cores())
         source = {"source": [str(path) for path in inputs], "val_source": [str(path) for path in val_inputs]}
         return bins.finish(source, {"wrap": wrap, "options": asdict(options)})
     except OSError as error:
-        raise UserError(
-            f"{error.filename or out}: {error.strerror}; mend that and run the same command again"
-        ) from None
+        raise UserError(f"{error.filename or out}: {error.strerror}; mend that and run the same again") from None
     finally:
         lock.release()
 
@@ -129,7 +129,7 @@ def _learn(out: Path, size: int, sources: list[Source]) -> tuple[Tokenizer, str]
         return Tokenizer.load(out), learnt
     print(f"{out}: learning a tokenizer of {size:,} pieces", flush=True)
     (out / "meta.json").unlink(missing_ok=True)  # it would not fit the bins that are there
-    return learn_tokenizer(_sample(sources), size, out, sample_bytes=TOKENIZER_SAMPLE), learnt
+    return vocab.train_tokenizer(_sample(sources), size, out, sample_bytes=TOKENIZER_SAMPLE), learnt
 
 
 def _holds(out: Path, tokenizer: str) -> bool:
@@ -174,13 +174,12 @@ def report(meta: dict) -> None:
 
 def main() -> None:
     about = __doc__.split("\n\n")
-    parser = argparse.ArgumentParser(
-        description=about[0], epilog="\n\n".join(about[1:]), formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    looks = dict(epilog="\n\n".join(about[1:]), formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=about[0], allow_abbrev=False, **looks)
     add = parser.add_argument
     add("--input", nargs="+", required=True, metavar="PATH", help="files or folders: .txt .jsonl .json (.gz) .parquet")
     add("--out", required=True, metavar="FOLDER", help="where the token bins go, e.g. data/novels")
-    add("--tokenizer", metavar="PATH", help="an existing tokenizer.model, or a folder that holds one")
+    add("--tokenizer", metavar="PATH", help="an existing one: .model, or a folder with tokenizer.model or .json")
     add("--train_tokenizer", type=int, metavar="N", help="learn a tokenizer of N pieces from the training documents")
     add("--val_input", nargs="+", metavar="PATH", help="files of the validation split (instead of --val_fraction)")
     add("--val_fraction", type=float, default=0.01, help="share of documents for validation (default 0.01)")

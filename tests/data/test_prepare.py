@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from data import encode
-from data.prepare import prepare
+from data.prepare import main, prepare
 from minillm import UserError
 from minillm.tokenizer import Tokenizer
 
@@ -135,6 +135,12 @@ def test_bad_lines_are_named_or_skipped(tok_path, tmp_path, name):
     assert meta["first_bad"] == [f"{file}, line 3: {reason}"]
 
 
+def test_what_was_left_out_is_told_where_nothing_is_left(tok_path, tmp_path):
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9\n\nth\xe9\n")
+    with pytest.raises(UserError, match=r"out: no document is left to train on .2 bad lines left out"):
+        prepare([tmp_path / "latin.txt"], tmp_path / "out", tokenizer=tok_path, on_bad_line="skip")
+
+
 def test_bad_utf8_in_a_text_names_the_line_in_the_document(tok_path, tmp_path):
     (tmp_path / "a.txt").write_bytes(b"one\n\ntwo\nthr\xe9e\n")
     with pytest.raises(UserError, match=r"a\.txt, line 3: not UTF-8 \(byte 0xE9, 1 lines further on, column 4\)"):
@@ -234,7 +240,7 @@ def test_help_names_every_option():
         assert f"--{name} " in text
 
 
-def test_options_that_mean_nothing(tok_path, tmp_path):
+def test_options_that_mean_nothing(tok_path, tmp_path, monkeypatch):
     file = write_lines(tmp_path / "a.jsonl", TEXTS)
     for wrong, message in {
         "split": "--split wrong: choose one of blank, lines, file",
@@ -245,6 +251,13 @@ def test_options_that_mean_nothing(tok_path, tmp_path):
             prepare([file], tmp_path / "out", tokenizer=tok_path, **{wrong: "wrong"})
     with pytest.raises(UserError, match=r"--val_fraction 1\.5"):
         prepare([file], tmp_path / "out", tokenizer=tok_path, val_fraction=1.5)
+    for wrong, least in {"workers": 1, "shard_tokens": 1, "train_tokenizer": 360}.items():
+        given = {"tokenizer": tok_path} if wrong != "train_tokenizer" else {}
+        with pytest.raises(UserError, match=f"--{wrong} 0: at least {least} is needed"):
+            prepare([file], tmp_path / "out", **given, **{wrong: 0})
+    monkeypatch.setattr("sys.argv", ["prepare.py", "--splitt", "lines"])
+    with pytest.raises(UserError, match=r"required: --input, --out .*see prepare\.py --help"):
+        main()
     with pytest.raises(UserError, match="either --tokenizer PATH or --train_tokenizer N"):
         prepare([file], tmp_path / "out")
     with pytest.raises(UserError, match=r"a\.jsonl: given 2 times"):
