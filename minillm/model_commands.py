@@ -35,7 +35,7 @@ def add_parsers(command: Callable[[Callable, str], argparse.ArgumentParser]) -> 
     _model_options(sub)
     _template_option(sub)
     sub.add_argument(
-        "--data", required=True, help="folder of token bins, a text (.txt .parquet), or questions (.jsonl)"
+        "--data", required=True, help="folder of bins, text (.txt .jsonl .json .parquet) or questions (.jsonl .json)"
     )
     sub.add_argument("--split", default="blank", choices=("blank", "lines", "file"), help="where texts in a .txt end")
     sub.add_argument("--field", default="text", help="the key that holds a text in .jsonl, .json or .parquet")

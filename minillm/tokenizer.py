@@ -55,15 +55,16 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: str | Path) -> "Tokenizer":
-        """Read a SentencePiece `.model` file, or of a folder the `tokenizer.model`, else the `tokenizer.json`.
+        """Read a SentencePiece `.model` file, or of a folder, or a `tokenizer.json`'s, `tokenizer.model`, else that.
 
         Raises UserError if there is none, if it has another format or is damaged.
         """
-        file = Path(path) / "tokenizer.model" if Path(path).is_dir() else Path(path)
-        if Path(path).is_dir() and not file.exists():
-            if (Path(path) / "tokenizer.json").exists():
-                return _load_byte_level(Path(path))
-            _refuse_folder(Path(path))
+        folder = Path(path).parent if Path(path).name == "tokenizer.json" else Path(path)
+        file = folder / "tokenizer.model" if folder.is_dir() else folder
+        if folder.is_dir() and not file.exists():
+            if (folder / "tokenizer.json").exists():
+                return _load_byte_level(folder)
+            _refuse_folder(folder)
         try:
             model_bytes = file.read_bytes()
         except OSError as error:
