@@ -22,6 +22,7 @@ from minillm.vocab import write_readable
 
 WHITESPACE_SCORE = -1e8  # runs of spaces are given scores far below all others (Mistral: -1e9)
 RULES = ("safe", "common")
+SCRIPTS = "latin greek cyrillic armenian georgian hebrew arabic devanagari tamil thai cjk hiragana katakana hangul"
 
 
 @dataclass
@@ -236,9 +237,10 @@ def scripts(tokenizer: Tokenizer) -> dict[str, int]:
 
 
 def _script(text: str) -> str:
-    """The first word of the Unicode name of the first letter: LATIN, CJK, CYRILLIC; "digit", "space" or "sign"."""
+    """The script of the first letter, from its Unicode name, "other" if not listed; "digit", "space" or "sign"."""
     text = text.replace(SPACE_MARK, " ")
     for character in text:
         if character.isalpha():
-            return unicodedata.name(character, "other").split(" ")[0].split("-")[0].lower()
+            script = unicodedata.name(character, "").split(" ")[0].lower()
+            return script if script in SCRIPTS.split() else "other"
     return "digit" if any(c.isdigit() for c in text) else "space" if text.isspace() else "sign"

@@ -139,6 +139,9 @@ def test_transformers_cuts_the_merged_vocabulary_alike(base, chinese, tmp_path):
 def test_scripts_are_counted(chinese):
     found = vocab_edit.scripts(chinese)
     assert found["byte"] == 256 and found["cjk"] > 40 and sum(found.values()) == chinese.vocab_size
+    pieces = {"▁le": "latin", "ª": "other", "µm": "other", "ˇ": "other", "ж": "cyrillic", "한": "hangul"}
+    pieces |= {"7": "digit", "▁": "space", "。": "sign"}
+    assert {piece: vocab_edit._script(piece) for piece in pieces} == pieces
 
 
 def test_only_bpe_can_be_merged(base, tmp_path):
