@@ -1,5 +1,6 @@
 """What the pages name is there: links, files, options, commands; and both READMEs say the same."""
 
+import math
 import re
 import runpy
 import shlex
@@ -53,6 +54,17 @@ def test_links_and_files_are_there(path):
     assert not [str(f) for f, anchor in targets if not f.exists() or (anchor and anchor not in Page(f).anchors)]
     files = set(re.findall(r"\b(?:minillm|data|kernels|tests)/[\w/*]+\.py|\btrain_\w+\.py", Page(path).text))
     assert not [file for file in files if not list(ROOT.glob(file))]
+
+
+@every_page
+def test_steps_can_be_shared_out_among_the_processes_of_torchrun(path, monkeypatch):
+    for line in "\n".join(Page(path).blocks).replace("\\\n", "").splitlines():
+        if "torchrun" in line and "…" not in line:
+            launcher, _, options = line.partition("train_pretrain.py")
+            monkeypatch.setattr("sys.argv", ["train_pretrain.py", *shlex.split(options)])
+            asked = config.parse(Pretrain, "")
+            ranks = math.prod(int(n) for n in re.findall(r"--(?:nnodes|nproc_per_node) (\d+)", launcher))
+            assert asked.batch_size % (asked.micro_batch_size * ranks) == 0, line
 
 
 @every_page
