@@ -21,10 +21,15 @@ from minillm import (
     vocab_commands,
 )
 
+COUNTS = ("limit", "max_tokens", "max_new_tokens", "seq_len", "rows", "micro_batch_size", "vocab_size", "lora_rank")
+COUNTS += ("max_memory", "pad_to_multiple", "new_tokens")  # options of any command that mean nothing below 1
+
 
 def main() -> int:
-    parser = build_parser()
-    args = parser.parse_args()
+    args = build_parser().parse_args()
+    for name in COUNTS:
+        if (value := getattr(args, name, None)) is not None and value < 1:
+            raise UserError(f"--{name} {value}: must be at least 1")
     return args.command(args) or 0
 
 
@@ -107,8 +112,6 @@ def run_merge(args) -> None:
 
 def run_bench(args) -> None:
     """Measure speed beside other tools on this machine, both sides in one process."""
-    if any(n is not None and n < 1 for n in (args.rows, args.seq_len, args.new_tokens, args.vocab_size)):
-        raise UserError("--rows, --seq_len, --new_tokens and --vocab_size must be at least 1")
     if args.what == "data":
         bench.bench_data()
     elif args.what == "generate":

@@ -159,8 +159,8 @@ class InstructionRows:
         if on_bad_line not in ("error", "skip"):
             raise UserError(f"on_bad_line is {on_bad_line!r}; choose error or skip")
         if seq_len < 1 + n_virtual:
-            beside = f" beside its {n_virtual} virtual tokens" if n_virtual else ""
-            raise UserError(f"seq_len is {seq_len}; a row needs at least 1 position{beside}")
+            beside = f" beside the virtual tokens of --n_virtual {n_virtual}" if n_virtual else ""
+            raise UserError(f"--seq_len {seq_len}: a row needs at least 1 position{beside}; raise it")
         self.paths = [Path(path) for path in ([paths] if isinstance(paths, str | Path) else paths)]
         self.tokenizer, self.seq_len, self.seed, self.template = tokenizer, seq_len, seed, template
         self.packing, self.on_bad_line, self.n_virtual = packing, on_bad_line, n_virtual
@@ -269,7 +269,9 @@ class InstructionRows:
         index, ids, learn = array("q"), bytearray(), bytearray()
         self.counts, digest = Counter(), hashlib.sha256()
         total = sum(file.seek(0, os.SEEK_END) for file in self.files)
-        bar = tqdm(total=total, desc="reading instructions", unit="B", unit_scale=True, delay=2, leave=False)
+        bar = tqdm(
+            total=total, desc="reading instructions", unit="B", unit_scale=True, delay=2, leave=False, disable=None
+        )
         for number, file in enumerate(self.files):
             file.seek(0)
             for line_number, offset, line in numbered_lines(file):

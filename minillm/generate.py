@@ -41,9 +41,9 @@ class Sampling:
             "repetition_penalty": (0 < self.repetition_penalty < float("inf"), "above 0 (1 is off)"),
             "seed": (self.seed >= 0, "0 or above"),
         }
-        wrong = [f"{k} {getattr(self, k)}: must be {rule}" for k, (good, rule) in checks.items() if not good]
+        wrong = [f"--{k} {getattr(self, k)}: must be {rule}" for k, (good, rule) in checks.items() if not good]
         if wrong:
-            raise UserError("sampling: " + "; ".join(wrong))
+            raise UserError("; ".join(wrong))
 
 
 GREEDY = Sampling(temperature=0.0)
@@ -112,7 +112,7 @@ def random_numbers(seed: int, rows: Sequence[int], n: int, device) -> Tensor:
 def check_prompts(model: Transformer, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
     """Raise UserError for what cannot be generated from."""
     if max_new_tokens < 1:
-        raise UserError(f"max_new_tokens {max_new_tokens}: must be at least 1")
+        raise UserError(f"--max_new_tokens {max_new_tokens}: must be at least 1")
     vocab, context = model.config.vocab_size, model.context
     for row, prompt in enumerate(prompts):
         if not len(prompt):
@@ -141,14 +141,8 @@ def prefill(model: Transformer, prompts: Sequence[Sequence[int]], room: int) -> 
     lacking = [longest - len(prompt) for prompt in prompts]
     padding = torch.tensor(lacking, device=weight.device) if any(lacking) else None
     rows = [[0] * n + prompt for n, prompt in zip(lacking, prompts, strict=True)]
-    cache = KVCache(
-        model.config,
-        len(prompts),
-        longest + room,
-        padding=padding,
-        device=weight.device,
-        dtype=weight.dtype,
-    )
+    where = dict(device=weight.device, dtype=weight.dtype)
+    cache = KVCache(model.config, len(prompts), longest + room, padding=padding, **where)
     hidden = model.hidden(torch.tensor(rows, device=weight.device), cache=cache)
     logits = model.logits(hidden[:, -1])
     if not torch.isfinite(logits).all():

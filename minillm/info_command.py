@@ -30,14 +30,10 @@ def run_info(args) -> None:
     else:
         shape = config.preset(args.preset, vocab_size=args.vocab_size or bench.VOCABULARY.get(args.preset, 50_257))
     seq_len, rows = shape.max_seq_len if args.seq_len is None else args.seq_len, args.micro_batch_size
-    if seq_len < 1 or rows < 1:
-        raise UserError(f"--seq_len {seq_len}, --micro_batch_size {rows}: both must be at least 1")
     if args.base_bits is not None and args.lora_rank is None:
         raise UserError(
             f"--base_bits {args.base_bits}: this is the base of adapters; give their rank too (--lora_rank)"
         )
-    if args.lora_rank is not None and args.lora_rank < 1:
-        raise UserError(f"--lora_rank {args.lora_rank}: must be at least 1")
     n = shape.n_parameters()
     flops = shape.flops_per_token(seq_len)
     print("\n".join(f"  {name:<16}{value}" for name, value in dataclasses.asdict(shape).items() if value is not None))

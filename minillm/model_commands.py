@@ -120,21 +120,16 @@ def _print_stream(pieces) -> generate.Completion:
 
 def run_generate(args) -> None:
     """Continue a text; prints the continuation alone, as it comes."""
+    if args.prompt == "-":
+        sys.stdin.reconfigure(errors="surrogateescape")  # what is not UTF-8 comes through, and the tokenizer says so
     prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
     sampling = _sampling(args)
+    if "" in args.stop:
+        raise UserError("--stop '': every text begins with it, so none would be printed; give a text, or leave it out")
     model, tokenizer, _ = _load(args)
     ids = [tokenizer.start_id, *tokenizer.encode(prompt)]
-    done = _print_stream(
-        generate.stream(
-            model,
-            tokenizer,
-            ids,
-            args.max_new_tokens,
-            sampling=sampling,
-            stop_ids=[tokenizer.eos_id],
-            stop_strings=args.stop,
-        )
-    )
+    how = dict(sampling=sampling, stop_ids=[tokenizer.eos_id], stop_strings=args.stop)
+    done = _print_stream(generate.stream(model, tokenizer, ids, args.max_new_tokens, **how))
     print()
     if done.reason == "context":
         print(f"(stopped: the model's context of {model.context} tokens is full)", file=sys.stderr)
@@ -147,6 +142,7 @@ def run_chat(args) -> None:
     opening = [{"role": "system", "content": args.system}] if args.system else []
     print(f"{folder} ({model.config.n_parameters():,} parameters); an empty line ends, /new starts anew")
     messages = list(opening)
+    sys.stdin.reconfigure(errors="replace")  # one line that is not UTF-8 must not end the talk
     while True:
         try:
             question = input("> ")
@@ -157,6 +153,9 @@ def run_chat(args) -> None:
             return
         if question.strip() == "/new":
             messages = list(opening)
+            continue
+        if "\ufffd" in question:
+            print("(that line is not UTF-8, so it was not asked: set the terminal or file to UTF-8 and ask again)")
             continue
         messages.append({"role": "user", "content": question})
         ids, forgotten = _fit(tokenizer, messages, _template(args, folder), model.context, len(opening))
@@ -224,14 +223,15 @@ def run_eval(args) -> None:
         )
         print(f"exact match, greedy answers:\n{evaluate.table(scores)}")
         return
+    if args.limit is not None:
+        raise UserError(f"--limit {args.limit}: counts questions, and {path} holds texts; say --max_tokens")
     bins = path.is_dir() and (path / "meta.json").is_file()
     if bins and TokenBins(path, "val").meta["tokenizer_sha256"] != tokenizer.sha256:
         raise UserError(f"--data {path}: prepared with another tokenizer than the model's; evaluate the text itself")
     texts = TokenBins(path, "val") if bins else evaluate.read_text(path, tokenizer, split=args.split, field=args.field)
     trained = _trained(folder)
-    usual = min(trained.get("seq_len", 1024), model.context)
-    seq_len = usual if args.seq_len is None else args.seq_len
-    if not 1 <= seq_len <= model.context:
+    seq_len = args.seq_len or min(trained.get("seq_len", 1024), model.context)
+    if seq_len > model.context:
         raise UserError(f"--seq_len {seq_len}: must lie from 1 to the model's context, {model.context}")
     alone = trained.get("document_attention", True)  # each document on its own, unless trained otherwise
     validation = Validation(texts, tokenizer, seq_len, args.max_tokens, alone)

@@ -74,6 +74,8 @@ def resolve_checkpoint(path: str | Path, log: Callable[[str], None] = print) -> 
     Raises `UserError` if there is none, or if it has a manifest and does not verify.
     """
     path = Path(path)
+    if path.is_file():
+        raise UserError(f"{path}: a file and no folder; python -m minillm import makes one of a .gguf or .bin")
     if not path.is_dir():
         raise UserError(f"{path}: no such folder; give a run, a checkpoint or a Hugging Face model folder")
     if (path / files.MANIFEST).exists():

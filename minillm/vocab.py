@@ -94,7 +94,7 @@ def train_tokenizer(
     """
     kind.check()
     if vocab_size < kind.fixed:
-        raise UserError(f"vocab_size {vocab_size}: at least {kind.fixed} (bytes, ASCII, special and required pieces)")
+        raise UserError(f"--vocab_size {vocab_size}: at least {kind.fixed} (bytes, ASCII, special and required pieces)")
     lines = _sample_lines(texts, sample_bytes, seed)
     if not lines:
         raise UserError("no text to train a tokenizer on: every document is empty")
@@ -105,13 +105,15 @@ def train_tokenizer(
     while not isinstance(model, bytes):
         usual = _without_rare(lines, counts, size, kind)
         if not any(usual):
-            raise UserError(f"vocab_size {vocab_size:,}: the text repeats too little to learn pieces from; add text")
+            raise UserError(f"--vocab_size {vocab_size:,}: the text repeats too little to learn pieces from; add text")
         with _progress(size):
             model = _learn(usual, size, kind)
         if isinstance(model, int):
             size = model  # with fewer pieces fewer characters have their own, and so the limit may sink again
     if size < vocab_size:
-        raise UserError(f"vocab_size {vocab_size:,}: the text gives at most {size:,} pieces; ask for fewer or add text")
+        raise UserError(
+            f"--vocab_size {vocab_size:,}: the text gives at most {size:,} pieces; ask for fewer or add text"
+        )
     tokenizer = Tokenizer(model, "trained model")
     tokenizer.save(out_folder)
     write_readable(tokenizer, Path(out_folder))
@@ -135,7 +137,7 @@ def _progress(size: int) -> Iterator[None]:
         form = "{desc}{postfix} [{elapsed}]"
         with (
             os.fdopen(log, errors="replace") as lines,
-            tqdm(desc=f"learning {size:,} pieces", bar_format=form, file=screen, leave=False) as bar,
+            tqdm(desc=f"learning {size:,} pieces", bar_format=form, file=screen, leave=False, disable=None) as bar,
         ):
             for line in lines:
                 if found := re.search(r"\bsize=(\d+)", line):  # BPE adds up to the size, unigram prunes down to it

@@ -70,7 +70,9 @@ def _texts(parser: argparse.ArgumentParser, name: str, **options) -> None:
 def _read(paths: list[str], args, what: str) -> Iterator[str]:
     """All documents of the files, with a progress bar by bytes. Raises `UserError` naming file and place."""
     found = find_files(paths)
-    with tqdm(total=sum(f.stat().st_size for f in found), unit="B", unit_scale=True, desc=what, leave=False) as bar:
+    with tqdm(
+        total=sum(f.stat().st_size for f in found), unit="B", unit_scale=True, desc=what, leave=False, disable=None
+    ) as bar:
         done = 0
         for path in found:
             for record in records(path, split=args.split, field=args.field):
@@ -90,8 +92,6 @@ def run_train(args) -> None:
     """
     if Path(args.out).exists():
         raise UserError(f"--out {args.out}: is there already; choose another folder or delete it")
-    if args.max_memory < 1:
-        raise UserError(f"--max_memory {args.max_memory}: at least 1 MB is needed")
     others = {path: Tokenizer.load(path) for path in args.compare}
     held_out: list[str] = []
     first: list[str] = []  # of what is learnt from, to count on if nothing was held out

@@ -64,10 +64,11 @@ def home(tmp_path_factory) -> Home:
 def call(home, monkeypatch, capsys):
     """Runs a command line in that folder: (status, stdout, stderr)."""
 
-    def call(*arguments: str, typed: str = ""):
+    def call(*arguments: str, typed: str | bytes = ""):
+        data = typed if isinstance(typed, bytes) else typed.encode()
         monkeypatch.chdir(home.path)
         monkeypatch.setattr(sys, "argv", ["minillm", *arguments])
-        monkeypatch.setattr(sys, "stdin", io.StringIO(typed))
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data), "utf-8"))
         status = run.run_script(commands.main)
         captured = capsys.readouterr()
         return status, captured.out, captured.err

@@ -125,7 +125,9 @@ def test_rows_with_placeholders_are_no_longer_and_hold_the_same_examples(tmp_pat
     if packing:
         used = sum(len(ids) - 1 + 3 for ids, _ in map(data._example, range(len(rows))))
         assert f"{used / (30 * data.rows_per_epoch):.1%} full" in data.summary()
-    with pytest.raises(UserError, match="seq_len is 3; a row needs at least 1 position beside its 3 virtual tokens"):
+    with pytest.raises(
+        UserError, match="--seq_len 3: a row needs at least 1 position beside the virtual tokens of --n_virtual 3"
+    ):
         InstructionRows(path, Numbers(), 3, n_virtual=3)
 
 
@@ -318,7 +320,7 @@ def test_what_is_no_file_and_what_is_no_choice(tmp_path):
     path = write_jsonl(tmp_path / "rows", ROWS)
     with pytest.raises(UserError, match="choose error or skip"):
         InstructionRows(path, Numbers(), 16, on_bad_line="ignore")
-    with pytest.raises(UserError, match="seq_len is 0"):
+    with pytest.raises(UserError, match="--seq_len 0"):
         InstructionRows(path, Numbers(), 0)
 
 

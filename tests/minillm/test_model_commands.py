@@ -42,6 +42,8 @@ def test_generate_takes_the_default_run_a_step_folder_and_standard_input(home, c
     assert status == 0 and out == home.tokenizer.decode(continuation(home, "Tom", 9, seed=3, top_k=20)) + "\n"
     assert call(*asked, "--model", "out/sft/step-00000003")[1] == out
     assert call("generate", "--prompt", "-", *asked[3:], typed="Tom")[1] == out
+    status, _, err = call("generate", "--prompt", "-", typed=b"Tom\xff")
+    assert status == 2 and "surrogate" in err and err.count("\n") == 1
 
 
 def test_generate_says_when_the_context_is_full(call):
@@ -72,6 +74,11 @@ def test_chat_answers_remembers_and_forgets(home, call, monkeypatch):
     assert "earlier messages forgotten" in out
     system = chat([{"role": "system", "content": "Tom."}])[0]
     assert all(ids[: len(system)] == system and len(ids) <= 32 for ids in prompts)
+
+
+def test_chat_goes_on_after_a_line_that_is_not_utf_8(call):
+    status, out, _ = call("chat", "--max_new_tokens", "2", typed=b"Who?\n\xff\xfe?\nTom?\n")
+    assert status == 0 and out.count("> ") == 4 and out.count("is not UTF-8") == 1
 
 
 def numbers(out: str, *names: str) -> list[float]:

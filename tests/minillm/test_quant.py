@@ -372,7 +372,7 @@ def test_a_7b_base_trains_in_under_12_gb_by_calculation(bits, gigabytes, tmp_pat
 
 
 @pytest.mark.parametrize("asked", ["--base_bits 4", "--lora_rank 0 --base_bits 4"])
-def test_info_refuses_bits_without_adapters(asked):
-    args = commands.build_parser().parse_args(f"info --preset tiny {asked}".split())
+def test_info_refuses_bits_without_adapters(asked, monkeypatch):
+    monkeypatch.setattr("sys.argv", f"minillm info --preset tiny {asked}".split())
     with pytest.raises(UserError, match="--lora_rank"):
-        args.command(args)
+        commands.main()

@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from minillm import UserError
+from minillm import UserError, vocab
 from minillm.vocab import MAX_LINE, Kind, _sample_lines, train_tokenizer
 
 TEXTS = ["the cat sat on the mat and the dog sat on the log\nhello hello world 2024"] * 30
@@ -105,7 +105,11 @@ def test_character_coverage_is_what_was_asked_for(tmp_path):
     assert 0.5 <= known[0.5] < 0.6 and 0.85 <= known[0.85] < 0.86 and known[0.5] < known[None] < known[0.85]
 
 
-def test_learning_shows_how_far_it_is(tmp_path, capfd):
+def test_learning_shows_how_far_it_is_on_a_terminal_alone(tmp_path, capfd, monkeypatch):
+    train_tokenizer(TEXTS, 400, tmp_path)
+    assert capfd.readouterr().err == ""
+    bar = vocab.tqdm
+    monkeypatch.setattr(vocab, "tqdm", lambda **options: bar(**options | {"disable": False}))
     train_tokenizer(TEXTS, 400, tmp_path)
     said = capfd.readouterr().err
     assert "learning 400 pieces" in said and "LOG(INFO)" not in said
