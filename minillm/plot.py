@@ -8,6 +8,11 @@ from minillm import UserError
 # Colours that stay apart for colour-blind readers (Okabe & Ito 2008)
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 FLOOR = "#777777"
+PANELS = {
+    "loss": "training loss (nats a token)",
+    "val_bpb": "validation (bits per byte)",
+    "val_loss": "validation (nats a token)",  # of runs that know no bits per byte
+}
 RAW_POINTS = 100  # runs with more logged steps than this are shown smoothed over a hundredth of them
 
 
@@ -18,26 +23,29 @@ def read_metrics(run: str | Path) -> list[dict]:
     if not path.is_file():
         raise UserError(f"{path}: no such file; give the folder of a run (out/pretrain) that has begun training")
     rows = []
-    lines = path.read_text(encoding="utf-8").splitlines()
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     for number, line in enumerate(lines, 1):
         try:
             rows.append(json.loads(line))
             rows[-1]["step"]
         except (ValueError, KeyError, TypeError):
-            if number == len(lines):
-                return rows[: number - 1]
-            raise UserError(f"{path}, line {number}: not a row of metrics; is this the file of a run?") from None
+            if number < len(lines):
+                raise UserError(f"{path}, line {number}: not a row of metrics; is this the file of a run?") from None
+            del rows[number - 1 :]
     if not rows:
-        raise UserError(f"{path}: holds no step yet")
+        raise UserError(f"{path}: holds no step yet; give a run that has finished one")
     return rows
 
 
 def series(rows: list[dict], name: str) -> tuple[list[float], list[float], list[float]]:
-    """(steps, seconds, values) of the rows that have `name`; a row without a time takes the one before's."""
+    """(steps, seconds, values) of the rows that have `name`; a row without a time takes the one before's.
+
+    No val_loss where there are bits per byte.
+    """
     steps, seconds, values, last = [], [], [], 0.0
     for row in rows:
         last = row.get("time_s") or last
-        if row.get(name) is not None:
+        if row.get(name) is not None and not (name == "val_loss" and "val_bpb" in row):
             steps.append(row["step"])
             seconds.append(last)
             values.append(row[name])
@@ -55,7 +63,8 @@ def smoothed(values: list[float], width: int) -> list[float]:
 def draw(runs: list[str | Path], out: str | Path) -> Path:
     """Draw training loss and validation score of each run against steps and against time, into `out` (.png).
 
-    The validation score is in bits per byte with the corpus's floor where the run knows them, else in nats a token.
+    The validation score is in bits per byte with the corpus's floor where the run knows them, else, in a panel of its
+    own, in nats a token.
     Raises UserError without matplotlib, for a run without metrics, or if `out` cannot be written.
     """
     try:
@@ -68,12 +77,8 @@ def draw(runs: list[str | Path], out: str | Path) -> Path:
     loaded = {_label(run): read_metrics(run) for run in runs}
     if len(loaded) < len(runs):
         loaded = {str(run): read_metrics(run) for run in runs}
-    in_bytes = any(row.get("val_bpb") is not None for rows in loaded.values() for row in rows)
-    validated = any(row.get("val_loss") is not None for rows in loaded.values() for row in rows)
-    lines = [("loss", "training loss (nats a token)")]
-    if validated:
-        score = ("val_bpb", "validation (bits per byte)") if in_bytes else ("val_loss", "validation (nats a token)")
-        lines.append(score)
+    drawn = {name: {label: series(rows, name) for label, rows in loaded.items()} for name in PANELS}
+    lines = [name for name in PANELS if name == "loss" or any(steps for steps, _, _ in drawn[name].values())]
     longest = max((row.get("time_s") or 0.0) for rows in loaded.values() for row in rows)
     unit, seconds = next(
         (u, s) for u, s in (("hours", 3600), ("minutes", 60), ("seconds", 1)) if longest > 2 * s or s == 1
@@ -81,19 +86,21 @@ def draw(runs: list[str | Path], out: str | Path) -> Path:
     figure, axes = pyplot.subplots(
         len(lines), 2, figsize=(11, 3.6 * len(lines)), sharex="col", sharey="row", squeeze=False, layout="constrained"
     )
-    for row_of_axes, (name, title) in zip(axes, lines, strict=True):
+    for row_of_axes, name in zip(axes, lines, strict=True):
         for axis, by_time in zip(row_of_axes, (False, True), strict=True):
-            for colour, (label, rows) in zip(COLOURS * len(loaded), loaded.items(), strict=False):
-                steps, times, values = series(rows, name)
-                x = [t / seconds for t in times] if by_time else steps
-                _line(axis, x, values, colour, label, points=name != "loss")
+            for colour, (label, (steps, times, values)) in zip(
+                COLOURS * len(loaded), drawn[name].items(), strict=False
+            ):
+                if values:
+                    x = [t / seconds for t in times] if by_time else steps
+                    _line(axis, x, values, colour, label, points=name != "loss")
             if name == "val_bpb":
                 _floors(axis, loaded)
-            if name == lines[-1][0]:
+            if name == lines[-1]:
                 axis.set_xlabel(f"training time ({unit})" if by_time else "steps")
             _dress(axis)
-        row_of_axes[0].set_ylabel(title)
-        _limit(row_of_axes[0], [v for rows in loaded.values() for v in series(rows, name)[2]], name, loaded)
+        row_of_axes[0].set_ylabel(PANELS[name])
+        _limit(row_of_axes[0], [v for _, _, values in drawn[name].values() for v in values], name, loaded)
         if row_of_axes[0].get_legend_handles_labels()[0]:
             row_of_axes[0].legend(frameon=False, loc="upper right")
     out = Path(out)

@@ -60,6 +60,16 @@ def test_without_bytes_or_validation_less_is_drawn(tmp_path, monkeypatch):
     assert len(figures[1].axes) == 2
 
 
+def test_a_run_without_bits_per_byte_has_its_score_beside_one_that_knows_them(tmp_path, monkeypatch):
+    figures = drawn(monkeypatch)
+    plot.draw([run(tmp_path / "pretrain", rows()), run(tmp_path / "sft", rows(bpb=False))], tmp_path / "both.png")
+    _, _, in_bytes, _, in_nats, _ = figures[0].axes
+    assert in_bytes.get_legend_handles_labels()[1] == ["pretrain", "floor 1.200"]
+    assert in_nats.get_legend_handles_labels()[1] == ["sft"]
+    assert in_nats.lines[0].get_xydata().tolist() == [[30, 3.0]] and "nats" in in_nats.get_ylabel()
+    assert in_nats.lines[0].get_color() == figures[0].axes[0].lines[1].get_color()
+
+
 def test_smoothing_is_a_running_mean():
     assert plot.smoothed([1, 2, 3, 4], 2) == [1, 1.5, 2.5, 3.5]
 
@@ -77,6 +87,10 @@ def test_what_cannot_be_drawn_is_said(tmp_path, monkeypatch):
         plot.draw([tmp_path / "none"], tmp_path / "a.png")
     with pytest.raises(UserError, match="holds no step yet"):
         plot.draw([run(tmp_path / "empty", [])], tmp_path / "a.png")
+    for content in (b"garbage", b'{"step": 1, "lo', b"{}", b"\xff"):
+        (tmp_path / "empty" / "metrics.jsonl").write_bytes(content)
+        with pytest.raises(UserError, match="holds no step yet"):
+            plot.draw([tmp_path / "empty"], tmp_path / "a.png")
     (tmp_path / "text").write_text("hello\nworld\n")
     with pytest.raises(UserError, match="line 1: not a row"):
         plot.draw([tmp_path / "text"], tmp_path / "a.png")
