@@ -124,7 +124,7 @@ def read_state(folder: str | Path) -> dict:
         state = json.loads(path.read_text(encoding="utf-8"))
         if state["format"] != 1:
             raise UserError(f"{path}: format {state['format']}, but this version reads 1; resume with a newer minillm")
-    except OSError:
+    except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{folder}: no {STATE} there, so it is no checkpoint; start from it by --init_from") from None
     except (ValueError, KeyError, TypeError) as problem:
         raise UserError(f"{path}: not a training state ({type(problem).__name__}: {problem})") from None
@@ -309,6 +309,8 @@ def _read_header(path: Path) -> dict[str, Place]:
         others = sorted(file.name for file in path.parent.glob("*.bin")) if path.parent.is_dir() else []
         hint = f" (there is {others[0]}, a pickle: convert it to safetensors)" if others else ""
         raise UserError(f"{path}: no such file{hint}") from None
+    except PermissionError:
+        raise
     except (SafetensorError, OSError, ValueError) as problem:
         raise UserError(f"{path}: truncated or no safetensors file ({problem}); get a whole copy") from None
     header.pop("__metadata__", None)

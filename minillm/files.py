@@ -136,12 +136,15 @@ def _put_in_place(scratch: Path, path: Path) -> None:
 def verify_folder(path: str | Path) -> list[str]:
     """What is wrong with a folder that `write_folder` wrote; empty when every file is as it was written.
 
-    Files added later are no fault, weights (*.safetensors and their index) excepted: a loader might read them.
+    Files added later are no fault, weights (*.safetensors and their index) excepted: a loader might read them. Raises
+    PermissionError for a file that may not be read, which is no damage.
     """
     path = Path(path)
     try:
         files = json.loads((path / MANIFEST).read_text(encoding="utf-8"))["files"]
         expected = {name: (entry["size"], entry["sha256"]) for name, entry in files.items()}
+    except PermissionError:
+        raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as problem:
         return [f"{MANIFEST} cannot be read ({type(problem).__name__}: {problem})"]
     present = _files(path)
@@ -158,7 +161,9 @@ def verify_folder(path: str | Path) -> list[str]:
             if size != expected[name][0]:
                 return f"{name} has {size:,} bytes instead of {expected[name][0]:,}"
             return None if sha256(present[name]) == expected[name][1] else f"{name} differs from its checksum"
-        except OSError as problem:  # a bad sector, or another person's file
+        except PermissionError:
+            raise
+        except OSError as problem:  # a bad sector
             return f"{name} cannot be read ({problem.strerror})"
 
     with ThreadPoolExecutor() as pool:

@@ -206,22 +206,27 @@ class StopSignals:
 
 
 def run_script(main: Callable[[], int | None]) -> int:
-    """Run a script's main and return its exit status; 2 and one line on stderr for a `UserError`, 130 for Ctrl-C."""
+    """Run a script's main and return its exit status: 130 after Ctrl-C; 2 and one line on stderr for a `UserError`, for
+    a file that may not be read, and where memory runs out."""
     rank = os.environ.get("RANK", "0")
     who = "error" if rank == "0" else f"error: rank {rank}"
     try:
         return main() or 0
-    except UserError as problem:
-        print(f"{who}: {problem}", file=sys.stderr, flush=True)
-        return 2
     except KeyboardInterrupt:
         return 130
-    except RuntimeError as problem:
-        if type(problem).__name__ != "OutOfMemoryError":  # torch's; its module is not known here
+    except UserError as problem:
+        line = str(problem)
+    except PermissionError as problem:
+        line = f"{problem.filename}: {problem.strerror or problem}; mend its rights (chmod)"
+    except (MemoryError, RuntimeError) as problem:
+        text = str(problem)  # torch says it on a GPU in the first way, on a CPU in the second
+        if not isinstance(problem, MemoryError) and not re.search("out of memory|can't allocate memory", text):
             raise
-        remedy = "halve --micro_batch_size, or set --checkpoint_activations true, or choose a shorter --seq_len"
-        print(f"{who}: {str(problem).split('. ')[0]}: {remedy}", file=sys.stderr, flush=True)
-        return 2
+        asked = re.search(r"allocate [\d.,]+ \w+", text)
+        line = f"out of memory (could not {asked[0]})" if asked else "out of memory"
+        line += ": to train, halve --micro_batch_size, set --checkpoint_activations true, or choose a smaller --preset"
+    print(f"{who}: {line}", file=sys.stderr, flush=True)
+    return 2
 
 
 class MetricsLog:

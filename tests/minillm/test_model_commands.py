@@ -1,3 +1,6 @@
+import errno
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -44,6 +47,23 @@ def test_generate_takes_the_default_run_a_step_folder_and_standard_input(home, c
     assert call("generate", "--prompt", "-", *asked[3:], typed="Tom")[1] == out
     status, _, err = call("generate", "--prompt", "-", typed=b"Tom\xff")
     assert status == 2 and "surrogate" in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("with_manifest", [True, False])
+def test_weights_that_may_not_be_read_are_not_called_damaged(home, call, monkeypatch, tmp_path, with_manifest):
+    folder = shutil.copytree(home.path / "out" / "sft" / "step-00000003", tmp_path / "step-00000003")
+    if not with_manifest:
+        (folder / "manifest.json").unlink()
+    opened = Path.open
+
+    def refuse(path, *arguments, **options):  # root may read whatever its rights are
+        if path.name == "model.safetensors":
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return opened(path, *arguments, **options)
+
+    monkeypatch.setattr(Path, "open", refuse)
+    status, _, err = call("generate", "--prompt", "Tom", "--model", str(tmp_path / "step-00000003"))
+    assert status == 2 and err == f"error: {folder}/model.safetensors: Permission denied; mend its rights (chmod)\n"
 
 
 def test_generate_says_when_the_context_is_full(call):

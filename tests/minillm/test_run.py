@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from minillm import UserError, files, run
 from tests.minillm.test_files import content, fill_with, in_child, refused
@@ -233,6 +234,27 @@ def test_a_user_error_is_one_line_and_status_two(capsys):
     for work, status in ((fail, 2), (interrupt, 130), (lambda: None, 0), (lambda: 143, 143)):
         assert run.run_script(work) == status
     assert capsys.readouterr().err == "error: --steps 0: must be at least 1\n"
+
+
+@pytest.mark.parametrize(
+    ("problem", "words"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has"), "2.00 GiB"),
+        (None, "18014398509481984 bytes"),
+        (MemoryError(), "out of memory: to train, halve --micro_batch_size"),
+    ],
+)
+def test_a_lack_of_memory_is_one_line_with_a_remedy(capsys, problem, words):
+    def fail():
+        if problem:
+            raise problem
+        torch.empty(1 << 52)  # no CPU has so much
+
+    assert run.run_script(fail) == 2
+    line = capsys.readouterr().err
+    assert words in line and "smaller --preset" in line and line.count("\n") == 1
+    with pytest.raises(RuntimeError, match="another"):
+        run.run_script(lambda: (_ for _ in ()).throw(RuntimeError("another")))
 
 
 def test_metrics_rows_beyond_the_resumed_step_and_a_torn_line_are_cut(tmp_path):
