@@ -5,6 +5,7 @@ reached the disk. A folder gets a manifest.json with size and SHA-256 of each fi
 """
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -21,6 +22,7 @@ except ImportError:  # Windows
     resource = None
 
 MANIFEST = "manifest.json"
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # how a disk refuses for want of space, a quota or a limit
 
 
 @contextlib.contextmanager
@@ -32,13 +34,19 @@ def writing(path: Path) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield scratch
     except OSError as problem:
+        home = next(place for place in path.absolute().parents if place.exists())
+        if home.is_file():
+            raise UserError(f"{path}: cannot be written: {home} is a file; choose another --out") from None
+        if problem.errno not in FULL:
+            raise UserError(
+                f"{path}: cannot be written: {problem.strerror or problem}; mend that or choose another --out"
+            ) from None
         files = _files(scratch).values() if scratch.is_dir() else ()
-        written = sum(file.stat().st_size for file in files)
-        home = next(folder for folder in path.absolute().parents if folder.is_dir())
+        written, free = sum(file.stat().st_size for file in files), shutil.disk_usage(home).free
+        kept = "; earlier checkpoints are untouched" if any(home.glob("step-????????")) else ""
         raise UserError(
-            f"{path}: writing failed after {written:,} bytes: {problem.strerror or problem} "
-            f"({shutil.disk_usage(home).free:,} bytes free there); free space, mend the folder or choose another "
-            "--out; earlier checkpoints are untouched"
+            f"{path}: writing failed after {written:,} bytes: {problem.strerror} ({free:,} bytes free there); "
+            f"free space or choose another --out{kept}"
         ) from None
     finally:
         discard(scratch)

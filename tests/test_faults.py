@@ -265,7 +265,7 @@ def test_a_file_too_large_for_the_disk_is_said_before_the_first_step(folder):
         ("--n_heads 3 --dim 33", ["head_dim"]),
         ("--rope_scaling yarn", ["--rope_scaling yarn"]),
         ("--config {folder}/nowhere.toml", ["nowhere.toml"]),
-        ("--out {folder}/data/meta.json", ["meta.json"]),
+        ("--out {folder}/data/meta.json", ["data/meta.json is a file", "choose another --out"]),
     ],
 )
 def test_an_option_that_means_nothing_is_refused_in_one_line(folder, more, words):

@@ -208,9 +208,11 @@ def test_a_full_disk_names_path_and_keeps_the_checkpoint_before(saved):
         (folder / "model.safetensors").symlink_to("/dev/full")
         (folder / "model.safetensors").write_text("x")
 
-    assert os.strerror(errno.ENOSPC) in refused(lambda: files.write_folder(saved / "step-00000030", fill))
+    line = refused(lambda: files.write_folder(saved / "step-00000030", fill))
+    assert os.strerror(errno.ENOSPC) in line and line.endswith("earlier checkpoints are untouched")
     assert content(run.newest_checkpoint(saved)) == "30"
     assert len(list(saved.iterdir())) == 3
+    assert "earlier" not in refused(lambda: files.write_folder(saved / "new" / "step-00000030", fill))
 
 
 def test_too_little_space_is_said_before_the_first_step(tmp_path):
@@ -228,7 +230,18 @@ def test_a_file_in_the_way(tmp_path):
         lambda: files.write_json_atomically(tmp_path / "out" / "a.json", 1),
         lambda: run.MetricsLog(tmp_path / "out" / "metrics.jsonl"),
     ):
-        assert str(tmp_path / "out") in refused(work)
+        line = refused(work)
+        assert f"{tmp_path / 'out'} is a file; choose another --out" in line and "free" not in line
+
+
+def test_a_folder_that_may_not_be_written_is_no_full_disk(tmp_path, monkeypatch):
+    def refuse(*arguments, **options):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    line = refused(lambda: files.check_writable(tmp_path / "run", 1))
+    assert "run/probe: cannot be written: Permission denied; mend that or choose another --out" in line
+    assert "free" not in line and "checkpoints" not in line
 
 
 def test_a_file_appears_whole_or_not_at_all(tmp_path):
