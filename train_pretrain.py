@@ -137,6 +137,8 @@ def shape(cfg: Config, vocab_size: int, init: Path | None) -> config.ModelConfig
         raise UserError(f"--tune {cfg.tune}: trains a part of a model that is there; give it by --init_from")
     if cfg.tune != "full" and changed:
         raise UserError(f"--tune {cfg.tune}: its base keeps its shape, so leave out --{', --'.join(sorted(changed))}")
+    if init is not None and cfg.preset != Config.preset:
+        raise UserError(f"--preset {cfg.preset}: the model of --init_from has its shape already; leave it out")
     base = config.PRESETS[cfg.preset] if init is None else dataclasses.asdict(huggingface.load_config(init))
     if cfg.rope_scaling:
         given["rope_scaling"] = config.parse_rope_scaling(cfg.rope_scaling, base["max_seq_len"])

@@ -235,8 +235,8 @@ def parse(config_class: type, description: str, argv: list[str] | None = None):
         _refuse_unknown(word.split("=")[0].lstrip("-"), fields, f"argument {word}")
     given = {key: value for key, value in vars(known).items() if value is not None}
     source = _read_toml(given.pop("config"), fields) if "config" in given else {}
-    values = {k: _convert(config_class, k, v) for k, v in {**source, **given}.items()}
-    return config_class(**values)
+    values = {k: _convert(config_class, k, v, f"{known.config}: ") for k, v in source.items() if k not in given}
+    return config_class(**values, **{k: _convert(config_class, k, v) for k, v in given.items()})
 
 
 def show(config) -> str:
@@ -252,14 +252,14 @@ def _value_type(config_class: type, name: str) -> type:
     return hint
 
 
-def _convert(config_class: type, name: str, value):
+def _convert(config_class: type, name: str, value, where: str = ""):
     kind = _value_type(config_class, name)
     optional = isinstance(typing.get_type_hints(config_class)[name], types.UnionType)
     choices = {f.name: f.metadata.get("choices") for f in dataclasses.fields(config_class)}[name]
     if isinstance(value, str) and value.lower() == "none" and optional:
         return None
     if choices and value not in choices:
-        raise UserError(f"--{name} {value}: choose one of {', '.join(choices)}")
+        raise UserError(f"{where}--{name} {value}: choose one of {', '.join(choices)}")
     try:
         if kind is bool:
             return {"true": True, "false": False, "1": True, "0": False}[str(value).lower()]
@@ -269,16 +269,17 @@ def _convert(config_class: type, name: str, value):
                 raise ValueError
             return int(number)
         return kind(value)
-    except (KeyError, ValueError, OverflowError):
+    except (KeyError, ValueError, TypeError, OverflowError):
         expected = {bool: "true or false", int: "a whole number", float: "a number"}[kind]
-        raise UserError(f"--{name} {value}: expected {expected}") from None
+        raise UserError(f"{where}--{name} {value}: expected {expected}") from None
 
 
 def _read_toml(path: str, fields) -> dict:
     try:
         values = tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as problem:
-        raise UserError(f"--config {path}: {problem}") from None
+        reason = getattr(problem, "strerror", None) or f"no TOML: {problem}"
+        raise UserError(f"--config {path}: {reason}; give a file of lines NAME = VALUE") from None
     for name in values:
         if name not in fields:
             _refuse_unknown(name, fields, f"{path}: {name}")

@@ -169,6 +169,8 @@ def parse_mixture(text: str) -> list[tuple[Path, float]]:
         try:
             pairs.append((Path(path), float(weight)) if colon and path else (Path(part), 1.0))
         except ValueError:
+            if Path(path).exists() and not Path(part).exists():
+                raise UserError(f"--data {part}: the weight {weight!r} is no number; give FOLDER:WEIGHT") from None
             pairs.append((Path(part), 1.0))  # a colon that belongs to the path
     if not pairs or any(not 0 < weight < float("inf") for _, weight in pairs):
         raise UserError(f"--data {text!r}: expected FOLDER, or FOLDER:WEIGHT,FOLDER:WEIGHT,… with weights above 0")

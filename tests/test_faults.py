@@ -262,6 +262,8 @@ def test_a_file_too_large_for_the_disk_is_said_before_the_first_step(folder):
         ("--data {folder}/nowhere", ["nowhere"]),
         ("--init_from {folder}/nowhere", ["nowhere: no such folder"]),
         ("--init_from {folder}/run --seq_len 1000", ["--seq_len 1000", "longest context is 512", "--max_seq_len 1000"]),
+        ("--init_from {folder}/run --preset 26m", ["--preset 26m: the model of --init_from has its shape already"]),
+        ("--data {folder}/data:x", ["/data:x: the weight 'x' is no number"]),
         ("--n_heads 3 --dim 33", ["head_dim"]),
         ("--rope_scaling yarn", ["--rope_scaling yarn"]),
         ("--config {folder}/nowhere.toml", ["nowhere.toml"]),

@@ -42,7 +42,7 @@ def test_values_by_type():
         (["--shape", "round"], "choose one of cosine, wsd"),
         (["--steps"], "expected one argument"),
         (["stray"], "stray"),
-        (["--config", "/nonexistent.toml"], "nonexistent"),
+        (["--config", "/nonexistent.toml"], "--config /nonexistent.toml: No such file or directory; give a file of"),
     ],
 )
 def test_bad_command_lines_say_what_is_wrong(argv, said):
@@ -50,10 +50,22 @@ def test_bad_command_lines_say_what_is_wrong(argv, said):
         parse(Options, "", argv)
 
 
-def test_unknown_name_in_a_file(tmp_path):
-    (tmp_path / "a.toml").write_text("step = 3\n")
-    with pytest.raises(UserError, match="did you mean --steps"):
-        parse(Options, "", ["--config", str(tmp_path / "a.toml")])
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (b"step = 3", "step: no such option; did you mean --steps"),
+        (b"lr = 1\nsteps: 3", r"no TOML: .*line 2.*; give a file of lines NAME = VALUE"),
+        (b"name = '\xff'", "no TOML: .*utf-8"),
+        (b"steps = 'many'", "--steps many: expected a whole number"),
+        (b"steps = [3]", r"--steps \[3\]: expected a whole number"),
+        (b"shape = 'round'", "--shape round: choose one of cosine, wsd"),
+    ],
+)
+def test_what_is_wrong_in_a_file_is_named_with_it(tmp_path, text, said):
+    file = tmp_path / "a.toml"
+    file.write_bytes(text)
+    with pytest.raises(UserError, match=f"{file}: {said}"):
+        parse(Options, "", ["--config", str(file)])
 
 
 def test_help_shows_every_option_with_its_default(capsys):
