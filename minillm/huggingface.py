@@ -116,13 +116,7 @@ def from_hf(written: dict, source: str = "config.json") -> ModelConfig:
     }
     if any(unsupported.values()):
         raise UserError(f"{source}: {', '.join(k for k, v in unsupported.items() if v)} as set there is not supported")
-    defaults = {
-        "norm_eps": 1e-6,
-        "tie_embeddings": False,
-        "max_seq_len": 2048,
-        "n_kv_heads": None,
-        "head_dim": None,
-    }
+    defaults = {"norm_eps": 1e-6, "tie_embeddings": False, "max_seq_len": 2048, "n_kv_heads": None, "head_dim": None}
     values = {ours: written[theirs] for ours, theirs in SHARED.items() if theirs in written}
     values = {**defaults, **{k: v for k, v in values.items() if v is not None}}
     rope = _rope(written)
@@ -216,11 +210,7 @@ def weights_of(model: Transformer, dtype: torch.dtype | None = None) -> dict[str
 
 
 def save_model(
-    model: Transformer,
-    folder: Path,
-    *,
-    special_ids: dict[str, int] | None = None,
-    dtype: torch.dtype | None = None,
+    model: Transformer, folder: Path, *, special_ids: dict[str, int] | None = None, dtype: torch.dtype | None = None
 ) -> None:
     """Write config.json and model.safetensors into an existing folder. dtype: of the file; None: the model's."""
     weights, dtype = weights_of(model), dtype or model.embed_tokens.weight.dtype

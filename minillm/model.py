@@ -197,10 +197,7 @@ class Transformer(nn.Module):
         """
         length = tokens.shape[1]
         if cache is not None:
-            positions, documents = (
-                cache.positions(length, tokens.device),
-                cache.documents(length, tokens.device),
-            )
+            positions, documents = cache.positions(length, tokens.device), cache.documents(length, tokens.device)
             reach = cache.length + length
         else:
             positions = None if documents is None else positions_within(documents)

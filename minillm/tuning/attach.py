@@ -71,8 +71,7 @@ def attach(
     set_adapter(model, None)
     model.requires_grad_(False)
     parts = _build(model, options, seed, keep_base)
-    adapters[name] = Adapter(options, parts, tied=model.config.tie_embeddings)
-    adapters[name].base = {path: _at(model, path) for path in parts}
+    adapters[name] = Adapter(options, parts, {path: _at(model, path) for path in parts}, model.config.tie_embeddings)
     set_adapter(model, name)
     return adapters[name]
 
@@ -281,11 +280,8 @@ def _chosen_layers(model: Transformer, text: str) -> list[str]:
                 f"--train_layers {text}: {item!r} is none of first:N, last:N (N from 1 to {n}), 0 to {n - 1}, "
                 "embed, head, norms"
             )
-    return [path for path, _ in model.named_modules() if path in chosen and not _inside(path, chosen)]
-
-
-def _inside(path: str, others: set[str]) -> bool:
-    return any(path.startswith(f"{other}.") for other in others)
+    inside = tuple(f"{path}." for path in chosen)
+    return [path for path, _ in model.named_modules() if path in chosen and not path.startswith(inside)]
 
 
 def _trained_in_full(model: Transformer, paths: list[str], keep_base: bool, tied: bool) -> dict[str, nn.Module]:

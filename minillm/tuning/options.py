@@ -56,19 +56,20 @@ class TuningConfig:
 
     def tuning_problems(self) -> list[str]:
         """What is wrong with these options, whatever the model; one line each."""
-        low_rank = self.tune in ("lora", "dora")
-        targeted = low_rank or self.tune == "ia3"
-        default = TuningConfig()
-        needs = {  # option: whether the method knows it
+        low_rank = ("lora", "dora")
+        known = {  # option: the methods that know it
             **dict.fromkeys(("lora_rank", "lora_alpha", "lora_dropout", "rslora", "base_bits"), low_rank),
-            **dict.fromkeys(("target_modules", "modules_to_save", "ensure_weight_tying"), targeted),
-            "train_layers": self.tune == "freeze",
-            "bottleneck_dim": self.tune == "adapter",
-            "n_virtual": self.tune in VIRTUAL,
-            **dict.fromkeys(("encoder", "encoder_dim"), self.tune in ("prefix", "ptuning")),
+            **dict.fromkeys(("target_modules", "modules_to_save", "ensure_weight_tying"), (*low_rank, "ia3")),
+            "train_layers": ("freeze",),
+            "bottleneck_dim": ("adapter",),
+            "n_virtual": VIRTUAL,
+            **dict.fromkeys(("encoder", "encoder_dim"), ("prefix", "ptuning")),
         }
-        changed = [name for name in needs if getattr(self, name) != getattr(default, name)]
-        problems = [f"--{name}: means nothing with --tune {self.tune}" for name in changed if not needs[name]]
+        problems = [
+            f"--{name} {value}: means nothing with --tune {self.tune}; leave it out, or take {', '.join(methods)}"
+            for name, methods in known.items()
+            if (value := getattr(self, name)) != getattr(TuningConfig, name) and self.tune not in methods
+        ]
         sizes = {name: getattr(self, name) for name in ("lora_rank", "bottleneck_dim", "n_virtual", "encoder_dim")}
         problems += [f"--{name} {size}: at least 1" for name, size in sizes.items() if size is not None and size < 1]
         if not 0 <= self.lora_dropout < 1:

@@ -19,16 +19,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from minillm import UserError, checkpoint, huggingface
+from minillm import UserError, checkpoint, huggingface, run
 from minillm.model import Transformer
-from minillm.tuning.attach import (
-    Adapter,
-    attach,
-    default_targets,
-    names,
-    remove_adapter,
-    targets,
-)
+from minillm.tuning.attach import Adapter, attach, default_targets, names, remove_adapter, targets
 from minillm.tuning.options import VIRTUAL, TuningConfig
 
 CONFIG, WEIGHTS, BASE = "adapter_config.json", "adapter_model.safetensors", "minillm_base.json"
@@ -164,12 +157,12 @@ def _targets_of(wanted: list[str] | str | None, model: Transformer, source: str)
 
 
 def load_adapter(model: Transformer, folder: str | Path, name: str = "default", sha256: str | None = None) -> Adapter:
-    """Attach the adapter in a folder, ours or PEFT's, and make it active.
+    """Attach the adapter in a folder (ours, PEFT's, or a run, of which the newest is taken), and make it active.
 
     sha256: fingerprint of the model's base (`base_sha256`), compared with the recorded one if both are known. Raises
     `UserError` with all that does not fit; the model then computes as before.
     """
-    folder = Path(folder)
+    folder = run.resolve_checkpoint(folder)
     written, recorded = read_config(folder)
     if sha256 and recorded["sha256"] not in (None, sha256):
         raise UserError(

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import torch
 
-from minillm import huggingface, optim
+from minillm import UserError, huggingface, optim
 from minillm.config import ModelConfig
 from minillm.model import Transformer
-from minillm.tuning.attach import active_adapter, attach
+from minillm.tuning.attach import active_adapter, attach, default_targets, targets
 from minillm.tuning.folders import base_sha256
 from minillm.tuning.options import VIRTUAL, TuningConfig
 from minillm.tuning.peft_format import read_tensors
@@ -42,7 +42,7 @@ def load_model(cfg, shape: ModelConfig, init: Path, source: Path | None, device:
     """The model to train, in fp32: that of the checkpoint `source`, else of `init`.
 
     With --tune it is always init's, frozen and perhaps quantized, and over it an adapter, new (by the seed) or from
-    `source`.
+    `source`. Raises `UserError` for a rank that none of the targeted matrices can have.
     """
     tuned = cfg.tune != "full"
     dtype = None if cfg.base_bits else torch.float32  # what is quantized on the way need not be made wide before
@@ -50,6 +50,13 @@ def load_model(cfg, shape: ModelConfig, init: Path, source: Path | None, device:
     model = huggingface.load_model(init if tuned else source or init, config=shape, **where)
     if not tuned:
         return model
+    if cfg.tune in ("lora", "dora"):
+        layers = {path: model.get_submodule(path) for path in targets(model, default_targets(cfg))}
+        sides = {p: min(getattr(m, f"{end}_features", shape.dim) for end in ("in", "out")) for p, m in layers.items()}
+        largest = max(sides, key=sides.get)
+        if cfg.lora_rank > sides[largest]:
+            limit = f"at most {sides[largest]}, the smaller side of {largest}"
+            raise UserError(f"--lora_rank {cfg.lora_rank}: {limit}; a larger one adds nothing but memory, so lower it")
     adapter = attach(model, cfg, cfg.seed, keep_base=False)
     adapter.base_folder, adapter.base_sha256 = init.absolute(), base_sha256(init)
     if source is not None:

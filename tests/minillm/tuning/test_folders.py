@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from minillm import UserError, huggingface, tuning
+from minillm import UserError, files, huggingface, tuning
 from minillm.tuning import TuningConfig
 from tests.minillm.tuning import tiny
 
@@ -62,6 +62,17 @@ def test_the_base_is_found_beside_a_moved_adapter_or_named(adapter, tmp_path):
     (gone / "adapter_config.json").write_text(json.dumps(written))
     with pytest.raises(UserError, match=r"its base meta/none is not there; give its folder by --base"):
         tuning.load_adapted(gone)
+
+
+def test_a_run_stands_for_its_newest_adapter(adapter, tmp_path):
+    for step in ("step-00000001", "step-00000002"):
+        files.write_folder(
+            tmp_path / step, lambda folder: shutil.copytree(adapter / "lora", folder, dirs_exist_ok=True)
+        )
+    weights = load_file(adapter / "lora" / "adapter_model.safetensors")
+    made = tuning.load_adapter(tiny.base(), tmp_path)
+    key = "layers.1.mlp.down_proj.lora_B.weight"
+    assert torch.equal(made.parameters()[key], weights[f"base_model.model.model.{key}"])
 
 
 def test_loading_in_half_precision_to_generate_from(adapter):
