@@ -28,7 +28,9 @@ def read_id_map(path: str | Path) -> dict:
             raise ValueError("an id is no number, or given twice")
         return {"old_sha256": str(described["old_sha256"]), "new_sha256": str(described["new_sha256"]), "ids": ids}
     except OSError as problem:
-        raise UserError(f"--id_map {path}: cannot be read ({problem.strerror})") from None
+        raise UserError(
+            f"--id_map {path}: cannot be read ({problem.strerror}); vocab merge and prune write it"
+        ) from None
     except (ValueError, KeyError, TypeError) as problem:
         raise UserError(
             f"--id_map {path}: no id map ({problem}); give the one that vocab merge or prune wrote"
@@ -110,6 +112,7 @@ def resize_folder(
     if Path(out).exists():
         raise UserError(f"--out {out}: is there already; choose another folder or delete it")
     model = run.resolve_checkpoint(model)
+    huggingface.load_config(model)  # refuses an adapter
     old, new, described = Tokenizer.load(model), Tokenizer.load(tokenizer), read_id_map(id_map)
     for given, wanted, name in (
         (old, "old_sha256", f"--model {model}"),

@@ -98,6 +98,9 @@ def test_where_new_rows_start(start):
 def test_the_command_and_its_faults(vocabularies, tmp_path, monkeypatch, capsys):
     home, base = vocabularies
     model_folder(tmp_path / "old", base, tied=True)
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text("{}")
 
     def call(**given):
         options = dict(model=tmp_path / "old", tokenizer=home / "merged", id_map=home / "merged" / "id_map.json")
@@ -110,7 +113,8 @@ def test_the_command_and_its_faults(vocabularies, tmp_path, monkeypatch, capsys)
         (dict(tokenizer=home / "zh"), "not the one that"),
         (dict(id_map=home / "pruned" / "id_map.json"), "not the one that"),
         (dict(id_map=home / "merged" / "tokenizer.vocab"), "no id map"),
-        (dict(id_map=home / "none.json"), "cannot be read"),
+        (dict(id_map=home / "none.json"), "cannot be read.*; vocab merge and prune write it"),
+        (dict(model=adapter), "an adapter, and no model; merge it into its base first"),
         (dict(pad_to_multiple=0), "--pad_to_multiple 0"),
     ):
         with pytest.raises(UserError, match=said):
