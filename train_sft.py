@@ -175,6 +175,7 @@ def conclude(this: training.Run, before: dict, after: dict) -> None:
         right, asked = map(sum, zip(*after.values(), strict=True))
         this.record({"step": this.cfg.steps, "exact_match": right / asked})
         this.say(f"exact answers to {asked} held-out questions, before → after:")
+        before, after = evaluate.with_total(before), evaluate.with_total(after)
         for family, (right, asked) in after.items():
             was = f"{before[family][0] / before[family][1]:6.1%}" if family in before else "not asked"
             this.say(f"  {family:<16} {was} → {right / asked:6.1%}   ({right}/{asked})")

@@ -193,7 +193,7 @@ class InstructionRows:
         return math.ceil(epochs * self.rows_per_epoch)
 
     def summary(self) -> str:
-        """One line: rows read, examples kept, dropped (and why) and cut, tokens, how full the rows are."""
+        """One line (two if most are cut): rows read, examples kept, dropped (why), cut, tokens, how full rows are."""
         n = self.counts
         kept, tokens = len(self.index), int(self.index[:, LENGTH].sum())
         dropped = [f"{n[why]:,} dropped ({why})" for why in ("empty answer", "no answer") if n[why]]
@@ -204,6 +204,8 @@ class InstructionRows:
         if kept and self.packing:
             full = fill_ratio(self._positions(), self.rows_per_epoch, self.seq_len)
             line += f"; packed into {self.rows_per_epoch:,} rows of {self.seq_len}, {full:.1%} full"
+        if 2 * n["cut"] > kept:
+            line += f"\nmost examples were cut: a longer --seq_len than {self.seq_len} would learn more of them"
         return line
 
     def _positions(self) -> np.ndarray:

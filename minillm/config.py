@@ -162,7 +162,7 @@ class TrainingConfig:
         ("muon", "adamw"),
     )
     lr: float | None = option(None, "peak learning rate; none: 0.09/√width for muon, 0.045/√width for adamw")
-    warmup_steps: int = option(20, "steps of linear warm-up")
+    warmup_steps: int | None = option(None, "steps of linear warm-up; none: 20, but at most a tenth of all steps")
     schedule: str = option("cosine", "shape of the learning rate", ("cosine", "wsd", "constant"))
     min_lr_ratio: float = option(0.1, "final learning rate as a share of the peak")
     decay_share: float = option(0.2, "share of all steps in which wsd decays")

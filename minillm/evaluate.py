@@ -157,8 +157,13 @@ def exact_match(
     return dict(sorted(scores.items()))
 
 
+def with_total(scores: dict[str, tuple[int, int]]) -> dict[str, tuple[int, int]]:
+    """The scores, and last their sum if they are several."""
+    return {**scores, "total": tuple(map(sum, zip(*scores.values(), strict=True)))} if len(scores) > 1 else scores
+
+
 def table(scores: dict[str, tuple[int, int]]) -> str:
     """Exact-match scores as lines for the terminal, their sum last."""
-    rows = {**scores, "total": tuple(map(sum, zip(*scores.values(), strict=True)))} if len(scores) > 1 else scores
+    rows = with_total(scores)
     width = max(map(len, rows))
     return "\n".join(f"  {name:<{width}}  {n and right / n:6.1%}  ({right}/{n})" for name, (right, n) in rows.items())

@@ -265,7 +265,7 @@ def schedule(cfg: config.TrainingConfig) -> dict:
     return dict(
         lr=cfg.lr,
         steps=cfg.steps,
-        warmup=cfg.warmup_steps,
+        warmup=min(20, cfg.steps // 10) if cfg.warmup_steps is None else cfg.warmup_steps,
         schedule=cfg.schedule,
         min_ratio=cfg.min_lr_ratio,
         decay=cfg.decay_share,

@@ -1,5 +1,6 @@
 import json
 import random
+import re
 import signal
 from pathlib import Path
 
@@ -19,7 +20,8 @@ def write_instructions(path: Path, count: int, seed: int = 0) -> Path:
     with path.open("w", encoding="utf-8") as file:
         for _ in range(count):
             words = draw.choices(launch.WORDS, k=draw.randrange(2, 12))
-            row = {"instruction": "say the last", "input": " ".join(words), "output": words[-1], "family": "last"}
+            row = {"instruction": "say the last", "input": " ".join(words), "output": words[-1]}
+            row["family"] = "last" if len(words) < 7 else "long"
             file.write(json.dumps(row) + "\n")
     return path
 
@@ -96,6 +98,7 @@ def test_loss_falls_and_answers_are_counted_before_and_after(folder):
     assert losses[30] < losses[1] - 1
     assert "rows, 400 examples: 400 kept, 0 dropped" in text
     assert "exact answers to 12 held-out questions, before → after:" in text and "  last " in text
+    assert re.search(r"  total +[\d.]+% → +[\d.]+%   \(\d+/12\)\n", text)
     assert 0 <= launch.rows(folder / "learnt")[-1]["exact_match"] <= 1
     for words in ("weights from", "step-00000030", "next: "):
         assert words in text, words

@@ -462,6 +462,7 @@ def test_a_very_long_line(tmp_path, tokenizer):
     path = write_jsonl(tmp_path / "rows.jsonl", [pair("x" * 3_000_000, "Tom has the ball."), pair("a", "b" * 100_000)])
     data = InstructionRows(path, tokenizer, 64)
     assert data.counts["cut"] == 2
+    assert data.summary().endswith("\nmost examples were cut: a longer --seq_len than 64 would learn more of them")
     assert data.batch(np.arange(2)).x.shape == (2, 64)
 
 

@@ -48,6 +48,8 @@ def test_schedule_has_all_that_the_learning_rate_needs():
     given = training.schedule(cfg)
     assert lr_at(0, **given) == pytest.approx(0.05) and lr_at(9, **given) == 0.5
     assert lr_at(100, **given) == pytest.approx(0.05)
+    usual = [training.schedule(config.TrainingConfig(lr=0.5, steps=steps))["warmup"] for steps in (5, 20, 200, 2000)]
+    assert usual == [0, 2, 20, 20]
 
 
 def test_fingerprints_tell_apart_and_do_not_depend_on_the_order_of_keys():
