@@ -98,11 +98,8 @@ def run_resize(args) -> None:
     """Give a model another vocabulary: embedding and head follow the mapping of ids, new pieces get a start."""
     given = Path(args.tokenizer)
     id_map = args.id_map or (given if given.is_dir() else given.parent) / "id_map.json"
-    print(
-        resize.resize_folder(
-            args.model, args.tokenizer, id_map, args.out, start=args.start, multiple=args.pad_to_multiple
-        )
-    )
+    how = dict(start=args.start, multiple=args.pad_to_multiple)
+    print(resize.resize_folder(args.model, args.tokenizer, id_map, args.out, **how))
 
 
 def run_merge(args) -> None:

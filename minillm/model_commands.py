@@ -218,9 +218,8 @@ def run_eval(args) -> None:
     print(f"{folder} on {path}")
     if _is_questions(path):
         questions = evaluate.read_questions(path, args.limit)
-        scores = evaluate.exact_match(
-            model, tokenizer, questions, template=_template(args, folder), max_new_tokens=args.max_new_tokens
-        )
+        how = dict(template=_template(args, folder), max_new_tokens=args.max_new_tokens)
+        scores = evaluate.exact_match(model, tokenizer, questions, **how)
         print(f"exact match, greedy answers:\n{evaluate.table(scores)}")
         return
     if args.limit is not None:

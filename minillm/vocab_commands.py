@@ -108,14 +108,8 @@ def run_train(args) -> None:
                     first.extend([stretch] * (len(first) < HELD_OUT))
                     yield stretch
 
-    kind = vocab.Kind(
-        args.model_type,
-        not args.keep_digits_together,
-        args.required_chars,
-        tuple(args.user_defined),
-        tuple(args.control),
-        args.character_coverage,
-    )
+    own = (args.required_chars, tuple(args.user_defined), tuple(args.control))
+    kind = vocab.Kind(args.model_type, not args.keep_digits_together, *own, args.character_coverage)
     sample = (args.max_memory << 20) // vocab.MEMORY_PER_BYTE
     with tempfile.TemporaryDirectory() as scratch:
         made = vocab.train_tokenizer(learnt(), args.vocab_size, scratch, sample_bytes=sample, seed=args.seed, kind=kind)
