@@ -11,6 +11,7 @@ There is no pickle anywhere: nothing that is read can run code. Reading is stric
 much, of another shape or broken is listed in full, and nothing is loaded in part.
 """
 
+import dataclasses
 import json
 import math
 import re
@@ -23,12 +24,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from minillm import UserError, files, run
+from minillm import UserError, config, files, run
 
 INDEX = "model.safetensors.index.json"
 STATE = "resume/train_state.json"
 OPTIMIZER = "resume/optimizer.safetensors"
 FIXED = {"tokenizer", "architecture", "base model", "tuning"}  # fingerprints that no run may change
+BOUND = {"data", "init_from", "batch_size", "seq_len", "seed"}  # options that a fingerprint may look at
+FREE = {f.name for f in dataclasses.fields(config.TrainingConfig)} - BOUND  # those that none does
 DTYPES = {  # safetensors' name → torch's
     "F64": torch.float64,
     "F32": torch.float32,
@@ -164,8 +167,10 @@ def restore_optimizers(
         optimizer.load_state_dict(whole)  # torch knows which tensor belongs on which device
 
 
-def compare_fingerprints(saved: dict, now: dict, allow_data_change: bool = False) -> list[str]:
-    """What changed between a saved state and the present one, as lines to print.
+def compare_fingerprints(
+    saved: dict, now: dict, allow_data_change: bool = False, source: str | Path = "the checkpoint"
+) -> list[str]:
+    """What changed between a saved state, that of the folder `source`, and the present one, as lines to print.
 
     Both hold "fingerprints" {name: value} and may hold "config" {option: value}, "threads", "world", "torch". Raises
     `UserError` naming the remedy when a fingerprint differs; with allow_data_change only those of
@@ -174,19 +179,22 @@ def compare_fingerprints(saved: dict, now: dict, allow_data_change: bool = False
     before, after = saved.get("fingerprints", {}), now.get("fingerprints", {})
     differs = [name for name in sorted({*before, *after}) if before.get(name) != after.get(name)]
     fatal = [name for name in differs if name in FIXED or not allow_data_change]
-    if fatal:
-        flag = "" if FIXED & set(fatal) else ", or accept it by --allow_data_change"
-        raise UserError(
-            f"the checkpoint of step {saved.get('step')} was made with another {' and another '.join(fatal)}: "
-            f"choose another --out, give what it was made with{flag}"
-        )
-    lines = [f"{name}: changed since the checkpoint, as --allow_data_change allows" for name in differs]
     old, new = dict(saved.get("config", {})), dict(now.get("config", {}))
-    lines += [
-        f"--{name}: {old[name]} in the checkpoint, {value} now"
+    changed = {
+        name: f"--{name}: {old[name]} in the checkpoint, {value} now"
         for name, value in new.items()
         if name in old and _plain(old[name]) != _plain(value) and name not in ("resume", "allow_data_change")
-    ]
+    }
+    if fatal:
+        what = " and another ".join(name.replace(", ", "/").replace(" or ", "/") for name in fatal)
+        options = "; ".join(line for name, line in changed.items() if name not in FREE)
+        options = f" ({options})" if options else ""
+        flag = "" if FIXED & set(fatal) else ", or accept it by --allow_data_change"
+        raise UserError(
+            f"{source} was made with another {what}{options}: choose another --out, or give what it was made with{flag}"
+        )
+    lines = [f"{name}: changed since the checkpoint, as --allow_data_change allows" for name in differs]
+    lines += changed.values()
     words = {"threads": "threads", "world": "ranks", "torch": "torch version"}
     return lines + [
         f"{word}: {saved[key]} in the checkpoint, {now[key]} now; results agree to rounding, not bit for bit"

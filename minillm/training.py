@@ -69,7 +69,8 @@ class Run:
             self.source = self._find_source(found)
         if self.source is not None:
             self.state = checkpoint.read_state(self.source)
-            for line in checkpoint.compare_fingerprints(self.state, self._describe(0), cfg.allow_data_change):
+            now = self._describe(0)
+            for line in checkpoint.compare_fingerprints(self.state, now, cfg.allow_data_change, self.source):
                 self.say(line)
         self.start_step: int = self.state["step"]
         if ranks.main:

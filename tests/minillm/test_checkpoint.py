@@ -256,22 +256,31 @@ def test_a_folder_without_training_state_says_what_to_do(tmp_path):
 
 def test_fingerprints(tmp_path):
     marks = {"tokenizer": "a", "data": "b", "order": "c", "architecture": "d"}
-    config = {"lr": 0.1, "betas": (0.9, 0.95), "resume": "auto", "steps": 10}
+    config = {"lr": 0.1, "betas": (0.9, 0.95), "resume": "auto", "steps": 10, "seed": 0, "lora_rank": 8}
     saved = json.loads(json.dumps({"step": 7, "fingerprints": marks, "config": config, "threads": 2, "world": 1}))
 
     def compare(allow=False, config=config, **changed):
         now = {"fingerprints": {**marks, **changed}, "config": config, "threads": 2, "world": 1}
-        return checkpoint.compare_fingerprints(saved, now, allow)
+        return checkpoint.compare_fingerprints(saved, now, allow, "out/x/step-00000007")
 
     assert compare() == []
     text = refused(lambda: compare(data="x"))
-    assert "step 7" in text and "another data" in text and "--allow_data_change" in text and "--out" in text
+    assert (
+        text.startswith("out/x/step-00000007 was made with another data: choose")
+        and "another data" in text
+        and "--allow_data_change" in text
+        and "--out" in text
+    )
     assert len(compare(True, data="x", order="y")) == 2
     for name in ("tokenizer", "architecture"):
         text = refused(lambda name=name: compare(True, **{name: "x"}))
         assert name in text and "--allow_data_change" not in text
     text = refused(lambda: compare(data="x", tokenizer="y", architecture="z"))
     assert all(name in text for name in ("data", "tokenizer", "architecture"))
+    other = {"tuning": "x", "batch size, sequence length or seed": "y"}
+    text = refused(lambda: compare(config={**config, "lora_rank": 4, "seed": 1, "steps": 20}, **other))
+    assert "another batch size/sequence length/seed and another tuning (--seed: 0 in the checkpoint, 1 now; " in text
+    assert "--lora_rank: 8 in the checkpoint, 4 now): choose" in text and "steps" not in text
     assert compare(config={**config, "lr": 0.2, "resume": "x"}) == ["--lr: 0.1 in the checkpoint, 0.2 now"]
     lines = checkpoint.compare_fingerprints(saved, {"fingerprints": marks, "threads": 4, "world": 2})
     assert len(lines) == 2 and "threads: 2 in the checkpoint, 4 now" in lines[0] and "ranks" in lines[1]

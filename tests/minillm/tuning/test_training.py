@@ -189,7 +189,13 @@ def test_answers_are_scored_before_and_after(folder, tune):
         ("--tune lora --target_modules lm_head --lora_dropout 0.1", ["lm_head", "--lora_dropout 0"]),
         ("--tune LoRA", ["choose one of full, freeze, lora"]),
         ("--tune lora --init_from {folder}/refusing", ["an adapter", "merge it into its base first"]),
-        ("--tune lora --lora_rank 4 --out {folder}/refusing", ["another tuning", "choose another --out"]),
+        (
+            "--tune lora --lora_rank 4 --out {folder}/refusing",
+            [
+                "refusing/step-00000002 was made with another tuning (--lora_rank: 8 in the checkpoint, 4 now)",
+                "another --out",
+            ],
+        ),
         ("--tune lora --init_from {folder}/base/step-00000002 --out {folder}/refusing", ["another base model"]),
         ("--out {folder}/refusing", ["another base model and another tuning"]),
     ],
