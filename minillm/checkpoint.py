@@ -30,8 +30,8 @@ INDEX = "model.safetensors.index.json"
 STATE = "resume/train_state.json"
 OPTIMIZER = "resume/optimizer.safetensors"
 FIXED = {"tokenizer", "architecture", "base model", "tuning"}  # fingerprints that no run may change
-BOUND = {"data", "init_from", "batch_size", "seq_len", "seed"}  # options that a fingerprint may look at
-FREE = {f.name for f in dataclasses.fields(config.TrainingConfig)} - BOUND  # those that none does
+BOUND = {"data", "init_from", "batch_size", "seq_len", "seed"}  # a fingerprint may look at them
+FREE = {f.name for f in dataclasses.fields(config.TrainingConfig)} - BOUND | {"epochs", "eval_data", "eval_rows"}
 DTYPES = {  # safetensors' name → torch's
     "F64": torch.float64,
     "F32": torch.float32,

@@ -101,7 +101,7 @@ def train_tokenizer(
     counts = Counter()
     for line in lines:
         counts.update(line)
-    size, model = vocab_size, None
+    size, model = min(vocab_size, 1 << 30), None  # SentencePiece takes 31 bits
     while not isinstance(model, bytes):
         usual = _without_rare(lines, counts, size, kind)
         if not any(usual):

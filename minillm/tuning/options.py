@@ -66,7 +66,7 @@ class TuningConfig:
             **dict.fromkeys(("encoder", "encoder_dim"), ("prefix", "ptuning")),
         }
         problems = [
-            f"--{name} {value}: means nothing with --tune {self.tune}; leave it out, or take {', '.join(methods)}"
+            f"--{name} {value}: means nothing with --tune {self.tune}; leave it out, or choose {' or '.join(methods)}"
             for name, methods in known.items()
             if (value := getattr(self, name)) != getattr(TuningConfig, name) and self.tune not in methods
         ]

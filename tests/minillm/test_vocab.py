@@ -105,6 +105,11 @@ def test_character_coverage_is_what_was_asked_for(tmp_path):
     assert 0.5 <= known[0.5] < 0.6 and 0.85 <= known[0.85] < 0.86 and known[0.5] < known[None] < known[0.85]
 
 
+def test_more_pieces_than_sentencepiece_counts_are_too_many_for_the_text(tmp_path):
+    with pytest.raises(UserError, match=r"--vocab_size 1,000,000,000,000: the text gives at most \d+ pieces"):
+        train_tokenizer(TEXTS, 10**12, tmp_path)
+
+
 def test_learning_shows_how_far_it_is_on_a_terminal_alone(tmp_path, capfd, monkeypatch):
     train_tokenizer(TEXTS, 400, tmp_path)
     assert capfd.readouterr().err == ""

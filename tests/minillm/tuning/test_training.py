@@ -180,10 +180,13 @@ def test_answers_are_scored_before_and_after(folder, tune):
         ("--tune lora --lora_rank 33", ["--lora_rank 33: at most 32, the smaller side of layers.0.self_attn.q_proj"]),
         (
             "--tune ia3 --lora_rank 4 --train_layers 1",
-            ["--lora_rank 4: means nothing with --tune ia3; leave it out, or take lora, dora", "--train_layers 1: "],
+            [
+                "--lora_rank 4: means nothing with --tune ia3; leave it out, or choose lora or dora",
+                "--train_layers 1: ",
+            ],
         ),
         ("--tune freeze", ["by --train_layers"]),
-        ("--tune adapter --base_bits 4", ["--base_bits 4: means nothing", "or take lora, dora"]),
+        ("--tune adapter --base_bits 4", ["--base_bits 4: means nothing", "or choose lora or dora"]),
         ("--tune lora --base_bits 5", ["--base_bits 5: choose 8 or 4"]),
         ("--tune lora --target_modules q_prj", ["did you mean q_proj?"]),
         ("--tune lora --target_modules lm_head --lora_dropout 0.1", ["lm_head", "--lora_dropout 0"]),
