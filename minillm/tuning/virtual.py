@@ -200,7 +200,7 @@ def attach_virtual(
     if encoder not in choices:
         raise UserError(f"{kind} tuning with encoder {encoder!r}: choose one of {', '.join(choices)}")
     if not 1 <= n_virtual <= longest:
-        raise UserError(f"{n_virtual} virtual tokens: must be 1 to {longest}, since text has to fit behind them")
+        raise UserError(f"--n_virtual {n_virtual}: must be 1 to {longest}, since text has to fit behind them")
     if init not in ("vocabulary", "normal"):
         raise UserError(f"virtual tokens from {init!r}: choose vocabulary or normal, or give init_ids")
     if init_ids is not None and (encoder != "none" or not len(init_ids)):

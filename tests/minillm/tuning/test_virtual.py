@@ -288,8 +288,8 @@ def test_a_hook_inside_the_base_is_still_seen():
     [
         ("soft", 4, {}, "kind 'soft': choose one of prefix, prompt, ptuning"),
         ("prompt", 4, dict(encoder="mlp"), "prompt tuning with encoder 'mlp': choose one of none"),
-        ("prefix", 0, {}, "0 virtual tokens: must be 1 to 47"),
-        ("prefix", 48, {}, "48 virtual tokens: must be 1 to 47"),
+        ("prefix", 0, {}, "--n_virtual 0: must be 1 to 47"),
+        ("prefix", 48, {}, "--n_virtual 48: must be 1 to 47"),
         ("prompt", 4, dict(init="text"), "from 'text': choose vocabulary or normal"),
         ("prompt", 4, dict(init_ids=[]), "0 tokens to begin with"),
         ("prefix", 4, dict(init_ids=[1], encoder="mlp"), "encoder mlp: give at least one, and no encoder"),
