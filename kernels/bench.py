@@ -197,7 +197,7 @@ def main() -> int:
             "`TRITON_INTERPRET=1 python -m kernels.bench --check`"
         )
         return 1
-    # The interpreter computes with bf16's bit patterns: fp32 on the CPU.
+    # On the CPU fp32: the interpreter corrects each product of bf16 numbers by itself, slowly.
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     place = Place(device, dtype, "small" if device.type == "cpu" else "quick" if options.quick else "full")
     if options.check:

@@ -17,6 +17,10 @@ import triton
 from torch import Tensor
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)  # TRITON_INTERPRET=1: kernels run on the CPU, slowly, for tests
+if INTERPRETED:
+    from kernels import interpreter
+
+    interpreter.correct()
 
 # Shared memory a block may use, in bytes, by compute capability (CUDA C programming guide, "Technical specifications").
 SHARED_MEMORY = {80: 163 << 10, 86: 99 << 10, 87: 163 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}

@@ -7,10 +7,6 @@ import torch
 from torch import Tensor
 
 from kernels import launch
-from tests.kernels import interpreter
-
-if launch.INTERPRETED:
-    interpreter.correct()
 
 DEVICE = "cpu" if launch.INTERPRETED else "cuda"
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]

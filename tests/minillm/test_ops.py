@@ -8,7 +8,7 @@ import torch
 
 from minillm import UserError, ops, optim
 from minillm.kv_cache import KVCache
-from tests.kernels.check import DEVICE, draw, error  # corrects the interpreter
+from tests.kernels.check import DEVICE, draw, error
 from tests.minillm.test_model import OPTIONS, build, tokens_of
 
 DOCUMENTS = torch.tensor([[0] * 6 + [1] * 9 + [4] * 5, [0] * 20], dtype=torch.int32)

@@ -19,7 +19,7 @@ from minillm import __main__ as commands
 from minillm.config import ModelConfig
 from minillm.model import Transformer
 from minillm.quant import QuantLinear, quantize_base, quantize_int8, quantize_nf4
-from tests.kernels.check import error  # corrects the interpreter
+from tests.kernels.check import error
 from tests.minillm.test_model import OPTIONS, build, tokens_of
 
 BITS = (8, 4)

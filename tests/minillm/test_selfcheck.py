@@ -14,7 +14,7 @@ import torch
 from kernels import launch
 from minillm import ops, selfcheck
 from minillm.distributed import Ranks
-from tests.kernels.check import DEVICE  # corrects the interpreter
+from tests.kernels.check import DEVICE
 
 
 @pytest.fixture(autouse=True)
