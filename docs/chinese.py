@@ -1,7 +1,7 @@
 """An English model learns Chinese: a vocabulary, its merge, surgery, further pretraining, instructions, a chat.
 
     python docs/chinese.py                                     on the bundled corpus; nothing else is needed
-    python docs/chinese.py --quick                             the same in a minute, to see that all of it runs
+    python docs/chinese.py --quick                             the same in two minutes, to see that all of it runs
     python docs/chinese.py --tokenizer mistral.model --english shakespeare.txt --chinese novels.jsonl.gz \
         --rare poems.jsonl.gz --instructions alpaca.jsonl      on texts of yours
 

@@ -103,7 +103,7 @@ class TokenBins:
             if not files:
                 raise UserError(f"{self.path}: holds no {split} split; prepare it again with one")
         elif not self.path.exists():
-            raise UserError(f"{self.path}: no such data; make it with `python data/prepare.py --out {self.path}`")
+            raise UserError(f"{self.path}: no such data; run `python data/prepare.py --input … --out {self.path}`")
         elif dtype not in ("uint16", "uint32") or vocab_size is None:
             raise UserError(f"{self.path}: a raw .bin needs --data_dtype uint16|uint32 and --data_vocab_size N")
         else:
@@ -153,7 +153,7 @@ def read_meta(folder: Path) -> dict:
         meta["dtype"], meta["vocab_size"], meta["files"]["train"]
     except FileNotFoundError:
         raise UserError(
-            f"{folder}: holds no meta.json, so it was never finished; run `python data/prepare.py --out {folder}` again"
+            f"{folder}: holds no meta.json, so never finished; run `python data/prepare.py … --out {folder}` again"
         ) from None
     except (ValueError, KeyError, TypeError) as problem:
         raise UserError(f"{folder / 'meta.json'}: cannot be read ({problem!r}); prepare the data again") from None
