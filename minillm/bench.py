@@ -192,7 +192,7 @@ def bench_train(
     print(ops.describe(place), flush=True)
 
     def step_of(module: nn.Module, loss: Callable, ours: bool = False) -> Callable[[], None]:
-        parameters = list(module.parameters())
+        parameters, no_scaler = list(module.parameters()), torch.amp.GradScaler(place.type, enabled=False)
         if ours:
             optimizers = optim.build_optimizers(model, "adamw", lr=1e-4, weight_decay=0.1)
         else:
@@ -202,7 +202,10 @@ def bench_train(
             with training.autocast(place, dtype):
                 value = loss()
             (value / (rows * seq_len)).backward()
-            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+            if ours:
+                training.clip(module, optimizers, no_scaler, 1.0)
+            else:
+                torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             for optimizer in optimizers:
                 optimizer.step()
             module.zero_grad(set_to_none=True)

@@ -300,4 +300,8 @@ def clip(model: torch.nn.Module, optimizers: list, scaler: torch.amp.GradScaler,
     if scaler.is_enabled():
         for optimizer in optimizers:
             scaler.unscale_(optimizer)
-    return float(torch.nn.utils.clip_grad_norm_(model.parameters(), limit or math.inf))
+    norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+    known = float(norm)
+    if 0 < limit < known + 1e-6:  # else torch's clip_grad_norm_ would multiply all gradients by 1
+        torch.nn.utils.clip_grads_with_norm_(model.parameters(), limit, norm)
+    return known

@@ -79,6 +79,17 @@ def test_clipping_undoes_the_scale_and_returns_the_norm_of_before(limit, after, 
     assert float(model.weight.grad.norm()) == pytest.approx(after, rel=1e-5)
 
 
+@pytest.mark.parametrize("limit", [0.5, 4.9, 5.0, 5.0 + 1e-7, 5.1])
+def test_clipping_is_torchs_bit_for_bit(limit):
+    grads = torch.tensor([[3.0, 4.0]]), torch.tensor([[3.0, 4.0]])
+    models = [nn.Linear(2, 1, bias=False) for _ in grads]
+    for model, grad in zip(models, grads, strict=True):
+        model.weight.grad = grad
+    training.clip(models[0], [], torch.amp.GradScaler("cpu", enabled=False), limit)
+    nn.utils.clip_grad_norm_(models[1].parameters(), limit)
+    assert torch.equal(*grads)
+
+
 def test_special_ids():
     class Tokenizer:
         bos_id, eos_id, pad_id = 1, 2, 3
