@@ -50,9 +50,10 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, rotation, spans: Tensor | None, cache: KVCache | None, layer: int, prefix) -> Tensor:
         batch, length, _ = x.shape
-        q = self.q_proj(x).view(batch, length, self.config.n_heads, self.config.head_dim)  # (B, T, H, D)
-        k = self.k_proj(x).view(batch, length, self.config.n_kv_heads, self.config.head_dim)  # (B, T, K, D)
-        v = self.v_proj(x).view(batch, length, self.config.n_kv_heads, self.config.head_dim)
+        q, k, v = ops.linears(x, self.q_proj, self.k_proj, self.v_proj)
+        q = q.view(batch, length, self.config.n_heads, self.config.head_dim)  # (B, T, H, D)
+        k = k.view(batch, length, self.config.n_kv_heads, self.config.head_dim)  # (B, T, K, D)
+        v = v.view(batch, length, self.config.n_kv_heads, self.config.head_dim)
         if rotation is not None and self.config.qk_norm:
             q, k = ops.rope(q, k, *rotation, self.q_norm.weight, self.k_norm.weight, self.config.norm_eps)
         elif rotation is not None:
@@ -64,7 +65,7 @@ class Attention(nn.Module):
         if cache is not None:
             k, v = cache.update(layer, k, v)  # (B, Tk, K, D): all tokens so far
         out = ops.attention(q, k, v, causal=True, window=self.config.window, spans=spans)
-        return self.o_proj(out.reshape(batch, length, -1))  # (B, T, H·D) → (B, T, C)
+        return ops.linears(out.reshape(batch, length, -1), self.o_proj)[0]  # (B, T, H·D) → (B, T, C)
 
 
 class MLP(nn.Module):
@@ -77,7 +78,8 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(config.ffn_dim, config.dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(ops.swiglu(self.gate_proj(x), self.up_proj(x)))
+        gate, up = ops.linears(x, self.gate_proj, self.up_proj)
+        return ops.linears(ops.swiglu(gate, up), self.down_proj)[0]
 
 
 class Block(nn.Module):

@@ -15,7 +15,7 @@ from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from minillm import UserError, losses
 
@@ -227,6 +227,51 @@ def linear_cross_entropy(
     if _selected == "reference":
         return reference.linear_cross_entropy(x, weight, targets, mask, softcap)
     return losses.linear_cross_entropy(x, weight, targets, mask, softcap)
+
+
+class _Linears(torch.autograd.Function):
+    """x Wᵀ for each W. Backward, the products that make ∂x also add it up, and ∂W comes in W's own dtype.
+
+    Autograd alone has each product write a ∂x of its own and reads them all again to add them; and under autocast it
+    rounds ∂W to 16 bits before it goes into fp32.
+    """
+
+    @staticmethod
+    def forward(ctx, x, dtype, *weights):
+        ctx.shape, ctx.dtypes = x.shape, [x.dtype, *(w.dtype for w in weights)]
+        rows, weights = x.reshape(-1, x.shape[-1]).to(dtype), [w.to(dtype) for w in weights]
+        ctx.save_for_backward(rows, *weights)
+        return tuple((rows @ w.t()).view(*x.shape[:-1], len(w)) for w in weights)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, *grads):
+        rows, *weights = ctx.saved_tensors
+        x_dtype, *dtypes = ctx.dtypes
+        x_needed, _, *needed = ctx.needs_input_grad
+        grads = [dy.reshape(-1, dy.shape[-1]) for dy in grads]
+        dx = grads[0] @ weights[0] if x_needed else None
+        for dy, w in zip(grads[1:], weights[1:], strict=True):
+            if x_needed:
+                dx.addmm_(dy, w)
+        each = zip(dtypes, grads, needed, strict=True)
+        dw = [_product(dy.t(), rows, dtype) if wanted else None for dtype, dy, wanted in each]
+        return dx.view(ctx.shape).to(x_dtype) if x_needed else None, None, *dw
+
+
+def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """a b in `dtype`: on a GPU, fp32 without a rounding between where a and b have 16 bits."""
+    if a.is_cuda and a.dtype != dtype == torch.float32:
+        return torch.mm(a, b, out_dtype=dtype)
+    return (a @ b).to(dtype)
+
+
+def linears(x: Tensor, *modules: nn.Module) -> tuple[Tensor, ...]:
+    """What linear layers make of one x (…, C), each on its own; under autocast in its dtype."""
+    plain = all(type(m) is nn.Linear and m.bias is None and not m._forward_hooks for m in modules)
+    if fused(x) and plain and torch.is_grad_enabled():
+        return _Linears.apply(x, _product_dtype(x), *(m.weight for m in modules))
+    return tuple(m(x) for m in modules)
 
 
 class _QuantMatmul(torch.autograd.Function):

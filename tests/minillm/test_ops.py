@@ -61,6 +61,55 @@ def test_with_activation_checkpointing_and_compiled_it_is_the_same():
         assert error(a, b) < 1e-6
 
 
+@pytest.mark.parametrize("frozen", [(), (1,), (0, 1, 2)])
+@pytest.mark.parametrize("trained_input", [True, False])
+def test_products_of_one_input_have_the_gradients_of_each_alone(frozen, trained_input):
+    layers = [torch.nn.Linear(24, n, bias=False, device=DEVICE) for n in (8, 40, 1)]
+    for number in frozen:
+        layers[number].weight.requires_grad_(False)
+    x = draw(2, 5, 24).requires_grad_(trained_input)
+    factors = [draw(5, 2, n, seed=n).transpose(0, 1) for n in (8, 40, 1)]  # gradients in another order in memory
+    leaves = [t for t in (x, *(m.weight for m in layers)) if t.requires_grad]
+    found = []
+    for implementation in ("triton", "torch"):
+        ops.select(implementation)
+        outs = ops.linears(x, *layers)
+        loss = sum((y * f).sum() for y, f in zip(outs, factors, strict=True))
+        found.append([*outs, *(torch.autograd.grad(loss, leaves) if leaves else ())])
+    assert len(found[0]) == 3 + len(leaves)
+    assert all(error(a, b) < 1e-6 for a, b in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_products_of_one_input_round_less_than_torchs(dtype):
+    layers = [torch.nn.Linear(64, 32, bias=False, device=DEVICE) for _ in range(3)]
+    x = draw(1, 512, 64).to(dtype).requires_grad_()
+    leaves = [x, *(m.weight for m in layers)]
+
+    def gradients(implementation, enabled):
+        ops.select(implementation)
+        given = x if enabled else x.float()
+        with torch.autocast(DEVICE, dtype, enabled=enabled):
+            outs = ops.linears(given, *layers)
+        assert all(y.dtype == (dtype if enabled else torch.float32) for y in outs)
+        return torch.autograd.grad(sum(y.float().square().sum() for y in outs), leaves)
+
+    exact, ours, torchs = gradients("torch", False), gradients("triton", True), gradients("torch", True)
+    assert [g.dtype for g in ours] == [leaf.dtype for leaf in leaves]
+    assert error(ours[0], exact[0]) < error(torchs[0], exact[0])
+    assert all(error(a, c) <= 1.01 * error(b, c) for a, b, c in zip(ours[1:], torchs[1:], exact[1:], strict=True))
+
+
+def test_layers_that_are_more_than_a_matrix_are_called():
+    ops.select("triton")
+    x, calls = draw(3, 8).requires_grad_(), []
+    with_bias, hooked = torch.nn.Linear(8, 4, device=DEVICE), torch.nn.Linear(8, 4, bias=False, device=DEVICE)
+    hooked.register_forward_hook(lambda *_: calls.append(1))
+    for layer in (with_bias, hooked, torch.nn.Sequential(hooked)):
+        assert torch.equal(ops.linears(x, layer)[0], layer(x))
+    assert len(calls) == 4
+
+
 @torch.no_grad()
 def test_a_cache_with_padding_through_kernels():
     model, tokens = build(window=9).to(DEVICE), tokens_of(2, 12).to(DEVICE)
