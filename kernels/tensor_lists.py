@@ -17,9 +17,14 @@ TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: t
 VECTOR = 16  # bytes that a thread can load or store at once, if the address is a multiple of it
 
 
-@functools.lru_cache(maxsize=64)
 def table(numbers: tuple[int, ...], device: torch.device) -> Tensor:
-    """Integers as an int64 tensor on the device, sent without waiting for it."""
+    """Integers as an int64 tensor on the device, sent without waiting for it; the same for the same, on one stream."""
+    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    return _table(numbers, device, stream)  # another stream would not wait until this one has it
+
+
+@functools.lru_cache(maxsize=64)
+def _table(numbers: tuple[int, ...], device: torch.device, stream: int) -> Tensor:
     host = torch.tensor(numbers, dtype=torch.int64, pin_memory=device.type == "cuda")
     return host.to(device, non_blocking=True)
 

@@ -209,16 +209,16 @@ def test_chunks_cover_every_element_once():
 
 def test_a_table_is_sent_once_and_again_when_a_gradient_moves():
     lists = parts([(64,), (8,)])
-    tensor_lists.table.cache_clear()
+    tensor_lists._table.cache_clear()
     for _ in range(3):
         adamw(*lists, step=1, **OPTIONS)
-    assert tensor_lists.table.cache_info().misses == 1
+    assert tensor_lists._table.cache_info().misses == 1
     moved = [[x.clone() for x in column] for column in lists]
     lists[1] = [g.clone().neg_() for g in lists[1]]
     moved[1] = [g.neg() for g in moved[1]]
     for column in (lists, moved):
         adamw(*column, step=2, **OPTIONS)
-    assert tensor_lists.table.cache_info().misses == 3
+    assert tensor_lists._table.cache_info().misses == 3
     assert all(torch.equal(p, q) for p, q in zip(lists[0], moved[0], strict=True))
 
 
@@ -273,3 +273,12 @@ def test_on_a_second_device():
     adamw(*lists, step=1, **OPTIONS)
     adamw(*same, step=1, **OPTIONS)
     assert all(torch.equal(a.to(b.device), b) for a, b in zip(lists[0], same[0], strict=True))
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="streams are a GPU's")
+def test_another_stream_gets_a_table_of_its_own():
+    device = torch.device("cuda", 0)
+    first = tensor_lists.table((1, 2), device)
+    with torch.cuda.stream(torch.cuda.Stream()):
+        assert tensor_lists.table((1, 2), device).data_ptr() != first.data_ptr()
+    assert tensor_lists.table((1, 2), device) is first
