@@ -263,6 +263,8 @@ def _convert(config_class: type, name: str, value, where: str = ""):
     try:
         if kind is bool:
             return {"true": True, "false": False, "1": True, "0": False}[str(value).lower()]
+        if isinstance(value, bool) and kind is not bool:  # of a TOML file; to Python it would be 1 or 0
+            raise ValueError
         if kind is int and not isinstance(value, int):
             number = float(value)  # so that 1e6 is a number of steps
             if number != int(number):
@@ -270,7 +272,7 @@ def _convert(config_class: type, name: str, value, where: str = ""):
             return int(number)
         return kind(value)
     except (KeyError, ValueError, TypeError, OverflowError):
-        expected = {bool: "true or false", int: "a whole number", float: "a number"}[kind]
+        expected = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}[kind]
         raise UserError(f"{where}--{name} {value}: expected {expected}") from None
 
 

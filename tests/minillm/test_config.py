@@ -58,6 +58,9 @@ def test_bad_command_lines_say_what_is_wrong(argv, said):
         (b"name = '\xff'", "no TOML: .*utf-8"),
         (b"steps = 'many'", "--steps many: expected a whole number"),
         (b"steps = [3]", r"--steps \[3\]: expected a whole number"),
+        (b"steps = true", "--steps True: expected a whole number"),
+        (b"lr = false", "--lr False: expected a number"),
+        (b"name = true", "--name True: expected text"),
         (b"shape = 'round'", "--shape round: choose one of cosine, wsd"),
     ],
 )
