@@ -129,7 +129,8 @@ def _learn(out: Path, size: int, sources: list[Source]) -> tuple[Tokenizer, str]
         return Tokenizer.load(out), learnt
     print(f"{out}: learning a tokenizer of {size:,} pieces", flush=True)
     (out / "meta.json").unlink(missing_ok=True)  # it would not fit the bins that are there
-    return vocab.train_tokenizer(_sample(sources), size, out, sample_bytes=TOKENIZER_SAMPLE), learnt
+    how = dict(sample_bytes=TOKENIZER_SAMPLE, option="--train_tokenizer")
+    return vocab.train_tokenizer(_sample(sources), size, out, **how), learnt
 
 
 def _holds(out: Path, tokenizer: str) -> bool:

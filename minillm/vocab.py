@@ -82,19 +82,20 @@ def train_tokenizer(
     sample_bytes: int = 16 << 20,
     seed: int = 0,
     kind: Kind = Kind(),
+    option: str = "--vocab_size",
 ) -> Tokenizer:
     """Learn a vocabulary, BPE unless `kind` says otherwise, and save it in `out_folder` with a readable `.vocab`.
 
     texts: any number of documents; at most about `sample_bytes` (UTF-8) of their lines, chosen evenly by `seed`,
         are kept in memory and learnt from, which takes up to MEMORY_PER_BYTE times as much.
-    vocab_size: all pieces, the 263 special and byte pieces and printable ASCII included.
+    vocab_size: all pieces, the 263 special and byte pieces and printable ASCII included. option: its name to a user.
 
     Same texts and seed give the same file. Raises UserError when the text is too small for the vocabulary,
     naming the largest possible, or the vocabulary for the characters.
     """
     kind.check()
     if vocab_size < kind.fixed:
-        raise UserError(f"--vocab_size {vocab_size}: at least {kind.fixed} (bytes, ASCII, special and required pieces)")
+        raise UserError(f"{option} {vocab_size}: at least {kind.fixed} (bytes, ASCII, special and required pieces)")
     lines = _sample_lines(texts, sample_bytes, seed)
     if not lines:
         raise UserError("no text to train a tokenizer on: every document is empty")
@@ -105,15 +106,13 @@ def train_tokenizer(
     while not isinstance(model, bytes):
         usual = _without_rare(lines, counts, size, kind)
         if not any(usual):
-            raise UserError(f"--vocab_size {vocab_size:,}: the text repeats too little to learn pieces from; add text")
+            raise UserError(f"{option} {vocab_size:,}: the text repeats too little to learn pieces from; add text")
         with _progress(size):
             model = _learn(usual, size, kind)
         if isinstance(model, int):
             size = model  # with fewer pieces fewer characters have their own, and so the limit may sink again
     if size < vocab_size:
-        raise UserError(
-            f"--vocab_size {vocab_size:,}: the text gives at most {size:,} pieces; ask for fewer or add text"
-        )
+        raise UserError(f"{option} {vocab_size:,}: the text gives at most {size:,} pieces; ask for fewer or add text")
     tokenizer = Tokenizer(model, "trained model")
     tokenizer.save(out_folder)
     write_readable(tokenizer, Path(out_folder))
