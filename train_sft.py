@@ -86,7 +86,7 @@ def main() -> int:
         "architecture": training.fingerprint(huggingface.to_hf(model_config)),
         **tuning.fingerprints(cfg, init),
     }
-    this = training.Run(cfg, ranks, fingerprints)
+    this = training.Run(cfg, ranks, fingerprints, turns=rows.counts["turns"])
     if this.finished:
         this.say(f"{this.folder} has finished its {this.start_step} steps; to go on, raise --epochs")
         this.say(f"next: {next_command(cfg.out)}")

@@ -22,7 +22,7 @@ from minillm import (
 )
 
 COUNTS = ("limit", "max_tokens", "max_new_tokens", "seq_len", "rows", "micro_batch_size", "vocab_size", "lora_rank")
-COUNTS += ("max_memory", "pad_to_multiple", "new_tokens")  # options of any command that mean nothing below 1
+COUNTS += ("max_memory", "pad_to_multiple", "new_tokens", "turns")  # options of any command that mean nothing below 1
 
 
 def main() -> int:

@@ -292,6 +292,8 @@ class InstructionRows:
                 self.counts["rows"] += 1
                 self.counts["examples"] += len(found)
                 for instance, (messages, example) in enumerate(zip(found, examples, strict=True)):
+                    questions = sum(message["role"] == "user" for message in messages)
+                    self.counts["turns"] = max(self.counts["turns"], questions)
                     if not len(example[0]):
                         empty = any(m["role"] == "assistant" and m.get("learn", True) for m in messages)
                         self.counts["empty answer" if empty else "no answer"] += 1

@@ -30,6 +30,7 @@ def add_parsers(command: Callable[[Callable, str], argparse.ArgumentParser]) -> 
     _model_options(sub)
     _sampling_options(sub)
     sub.add_argument("--system", help="what the model is told before the first question")
+    sub.add_argument("--turns", type=int, help="questions it sees at once; default: 1 if taught so, else all that fit")
     _template_option(sub)
     sub = command(run_eval, "eval")
     _model_options(sub)
@@ -40,9 +41,7 @@ def add_parsers(command: Callable[[Callable, str], argparse.ArgumentParser]) -> 
     sub.add_argument("--split", default="blank", choices=("blank", "lines", "file"), help="where texts in a .txt end")
     sub.add_argument("--field", default="text", help="the key that holds a text in .jsonl, .json or .parquet")
     sub.add_argument("--seq_len", type=int, help="tokens of a window; default: as the model was trained")
-    sub.add_argument(
-        "--max_tokens", type=int, default=1 << 20, help="evaluate the first documents up to so many tokens"
-    )
+    sub.add_argument("--max_tokens", type=int, help="evaluate the first documents up to so many tokens; default 2^20")
     sub.add_argument("--limit", type=int, help="ask only the first so many questions")
     sub.add_argument("--max_new_tokens", type=int, default=evaluate.LONGEST_ANSWER, help="longest answer in tokens")
 
@@ -141,6 +140,10 @@ def run_chat(args) -> None:
     model, tokenizer, folder = _load(args)
     opening = [{"role": "system", "content": args.system}] if args.system else []
     print(f"{folder} ({model.config.n_parameters():,} parameters); an empty line ends, /new starts anew")
+    turns = args.turns
+    if turns is None and _state(folder).get("turns") == 1:
+        turns = 1
+        print("(it was taught single questions, so it is shown each alone; --turns N shows it the last N)")
     messages = list(opening)
     sys.stdin.reconfigure(errors="replace")  # one line that is not UTF-8 must not end the talk
     while True:
@@ -158,6 +161,8 @@ def run_chat(args) -> None:
             print("(that line is not UTF-8, so it was not asked: set the terminal or file to UTF-8 and ask again)")
             continue
         messages.append({"role": "user", "content": question})
+        if turns is not None:
+            del messages[len(opening) : max(len(opening), len(messages) - 2 * turns + 1)]
         ids, forgotten = _fit(tokenizer, messages, _template(args, folder), model.context, len(opening))
         if forgotten:
             print(f"(the context of {model.context} tokens is full: {forgotten} earlier messages forgotten)")
@@ -199,14 +204,14 @@ def _fit(tokenizer, messages: list[dict], template: str, context: int, opening: 
         dropped += 2
 
 
-def _trained(folder: Path) -> dict:
-    """The configuration a checkpoint was trained with; empty for a folder that does not say."""
-    return checkpoint.read_state(folder)["config"] if (folder / "resume").is_dir() else {}
+def _state(folder: Path) -> dict:
+    """What a checkpoint says of its training; empty for a folder that does not say."""
+    return checkpoint.read_state(folder) if (folder / "resume").is_dir() else {}
 
 
 def _template(args, folder: Path) -> str:
     """The prompt format: as asked for, else the one that the checkpoint was taught with."""
-    return args.template if args.template != "auto" else _trained(folder).get("template", "auto")
+    return args.template if args.template != "auto" else _state(folder).get("config", {}).get("template", "auto")
 
 
 def run_eval(args) -> None:
@@ -217,6 +222,9 @@ def run_eval(args) -> None:
     model, tokenizer, folder = _load(args)
     print(f"{folder} on {path}")
     if _is_questions(path):
+        for name in ("max_tokens", "seq_len"):
+            if (value := getattr(args, name)) is not None:
+                raise UserError(f"--{name} {value}: is about texts, and {path} holds questions; say --limit")
         questions = evaluate.read_questions(path, args.limit)
         how = dict(template=_template(args, folder), max_new_tokens=args.max_new_tokens)
         scores = evaluate.exact_match(model, tokenizer, questions, **how)
@@ -228,12 +236,12 @@ def run_eval(args) -> None:
     if bins and TokenBins(path, "val").meta["tokenizer_sha256"] != tokenizer.sha256:
         raise UserError(f"--data {path}: prepared with another tokenizer than the model's; evaluate the text itself")
     texts = TokenBins(path, "val") if bins else evaluate.read_text(path, tokenizer, split=args.split, field=args.field)
-    trained = _trained(folder)
+    trained = _state(folder).get("config", {})
     seq_len = args.seq_len or min(trained.get("seq_len", 1024), model.context)
     if seq_len > model.context:
         raise UserError(f"--seq_len {seq_len}: must lie from 1 to the model's context, {model.context}")
     alone = trained.get("document_attention", True)  # each document on its own, unless trained otherwise
-    validation = Validation(texts, tokenizer, seq_len, args.max_tokens, alone)
+    validation = Validation(texts, tokenizer, seq_len, args.max_tokens or 1 << 20, alone)
     ranks = distributed.Ranks(0, 1, next(model.parameters()).device)
     scores = validation.scores(model, ranks, contextlib.nullcontext())
     print(f"  documents       {validation.part.n_documents:,} ({int(validation.part.mask.sum()):,} tokens)")

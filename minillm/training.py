@@ -48,13 +48,16 @@ def check_options(cfg: config.TrainingConfig) -> None:
 class Run:
     """One training run: its folder, its lock, and where it stands."""
 
-    def __init__(self, cfg: config.TrainingConfig, ranks: distributed.Ranks, fingerprints: dict[str, str]):
+    def __init__(
+        self, cfg: config.TrainingConfig, ranks: distributed.Ranks, fingerprints: dict[str, str], **facts: object
+    ):
         """Take the folder and find the checkpoint to go on from, if any.
 
-        fingerprints: of tokenizer, data, its order and architecture. Raises `UserError` if another run holds the
-        folder, if the checkpoint there is of something else, or if `--resume none` meets checkpoints.
+        fingerprints: of tokenizer, data, its order and architecture. facts: what else checkpoints are to tell.
+        Raises `UserError` if another run holds the folder, if the checkpoint there is of something else, or if
+        `--resume none` meets checkpoints.
         """
-        self.cfg, self.ranks, self.fingerprints = cfg, ranks, fingerprints
+        self.cfg, self.ranks, self.fingerprints, self.facts = cfg, ranks, fingerprints, facts
         self.folder = Path(cfg.out)
         self.lock = run.RunLock(self.folder) if ranks.main else None
         self.signals = run.StopSignals()
@@ -128,6 +131,7 @@ class Run:
             "threads": torch.get_num_threads(),
             "world": self.ranks.world,
             "torch": torch.__version__,
+            **self.facts,
         }
 
     def restore(self, model: Transformer, optimizers: list, scaler: torch.amp.GradScaler) -> None:

@@ -171,3 +171,5 @@ def test_held_out_answers_are_scored_as_often_as_asked_and_the_template_goes_alo
     checkpoint = folder / "scored-1" / "step-00000004"
     written = json.loads((checkpoint / "tokenizer_config.json").read_text(encoding="utf-8"))
     assert written["chat_template"] == JINJA["simple"]
+    state = json.loads((checkpoint / "resume" / "train_state.json").read_text(encoding="utf-8"))
+    assert state["turns"] == 1  # what `chat` asks

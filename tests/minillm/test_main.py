@@ -29,6 +29,12 @@ def test_plot_writes_beside_the_run(home, call):
         (["eval", "--data", "text.txt", "--seq_len", "0"], "--seq_len 0"),
         (["eval", "--data", "text.txt", "--max_tokens", "-1"], "--max_tokens -1: must be at least 1"),
         (["eval", "--data", "bins", "--limit", "5"], "--limit 5: counts questions, and bins holds texts"),
+        (
+            ["eval", "--data", "questions.jsonl", "--max_tokens", "9"],
+            "--max_tokens 9: is about texts, and questions.jsonl",
+        ),
+        (["eval", "--data", "questions.jsonl", "--seq_len", "9"], "--seq_len 9: is about texts"),
+        (["chat", "--turns", "0"], "--turns 0: must be at least 1"),
         (["eval", "--data", "questions.jsonl", "--limit", "0"], "--limit 0: must be at least 1"),
         (["vocab", "train", "--input", "text.txt", "--out", "v", "--vocab_size", "10"], "--vocab_size 10: at least 3"),
         (["bench", "train", "--rows", "0"], "--rows 0: must be at least 1"),

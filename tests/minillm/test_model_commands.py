@@ -4,6 +4,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -94,6 +95,26 @@ def test_chat_answers_remembers_and_forgets(home, call, monkeypatch):
     assert "earlier messages forgotten" in out
     system = chat([{"role": "system", "content": "Tom."}])[0]
     assert all(ids[: len(system)] == system and len(ids) <= 32 for ids in prompts)
+
+
+def test_chat_shows_single_questions_to_a_model_that_was_taught_so(call, monkeypatch):
+    """Or as many as --turns says, whatever it was taught."""
+    monkeypatch.setattr(model_commands, "_state", lambda folder: {"turns": 1})
+    shown = []
+
+    def noted(model, tokenizer, ids, *args, **options):
+        shown.append(tokenizer.decode(ids))
+        yield "Yes."
+        return SimpleNamespace(reason="stop")
+
+    monkeypatch.setattr(generate, "stream", noted)
+    for options, last in (([], "Ann"), (["--turns", "2"], "AnnMia"), (["--turns", "9"], "AnnMiaTom")):
+        shown.clear()
+        status, out, _ = call("chat", "--system", "S.", *options, typed="Tom?\nMia?\nAnn?\n\n")
+        assert status == 0 and ("taught single questions" in out) == (not options)
+        assert all("S." in text for text in shown)
+        asked = ["".join(name for name in ("Ann", "Mia", "Tom") if f"{name}?" in text) for text in shown]
+        assert asked == ["Tom", "MiaTom" if options else "Mia", last]
 
 
 def test_chat_goes_on_after_a_line_that_is_not_utf_8(call):
