@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minillm import UserError, losses
+from minillm import UserError, losses, products
 
 try:
     from kernels import reference
@@ -178,7 +178,7 @@ def attention(
     q_len, k_len = q.shape[1], k.shape[1]
     simple = spans is None and (window is None or window >= k_len)
     seen = None
-    if not simple or (causal and 1 < q_len < k_len):
+    if not simple or (causal and q_len > 1 and q_len != k_len):
         # torch's causal flag aligns the first query with the first key; ours the last with the last
         seen = reference.visible(q_len, k_len, causal=causal, window=window, spans=spans, device=q.device)
         seen = seen if seen.dim() == 2 else seen[:, None]
@@ -229,49 +229,30 @@ def linear_cross_entropy(
     return losses.linear_cross_entropy(x, weight, targets, mask, softcap)
 
 
-class _Linears(torch.autograd.Function):
-    """x Wᵀ for each W. Backward, the products that make ∂x also add it up, and ∂W comes in W's own dtype.
+def matrices(layer: nn.Module) -> list[tuple[Tensor, Tensor | None]] | None:
+    """The weights and biases by which a linear layer multiplies its x; None where it does more than that.
 
-    Autograd alone has each product write a ∂x of its own and reads them all again to add them; and under autocast it
-    rounds ∂W to 16 bits before it goes into fp32.
+    A layer of one's own says so by a method of this name, and by `joined(*products)` what it makes of them.
     """
-
-    @staticmethod
-    def forward(ctx, x, dtype, *weights):
-        ctx.shape, ctx.dtypes = x.shape, [x.dtype, *(w.dtype for w in weights)]
-        rows, weights = x.reshape(-1, x.shape[-1]).to(dtype), [w.to(dtype) for w in weights]
-        ctx.save_for_backward(rows, *weights)
-        return tuple((rows @ w.t()).view(*x.shape[:-1], len(w)) for w in weights)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, *grads):
-        rows, *weights = ctx.saved_tensors
-        x_dtype, *dtypes = ctx.dtypes
-        x_needed, _, *needed = ctx.needs_input_grad
-        grads = [dy.reshape(-1, dy.shape[-1]) for dy in grads]
-        dx = grads[0] @ weights[0] if x_needed else None
-        for dy, w in zip(grads[1:], weights[1:], strict=True):
-            if x_needed:
-                dx.addmm_(dy, w)
-        each = zip(dtypes, grads, needed, strict=True)
-        dw = [_product(dy.t(), rows, dtype) if wanted else None for dtype, dy, wanted in each]
-        return dx.view(ctx.shape).to(x_dtype) if x_needed else None, None, *dw
+    if any((layer._forward_pre_hooks, layer._forward_hooks, layer._backward_pre_hooks, layer._backward_hooks)):
+        return None
+    if type(layer) is nn.Linear:
+        return [(layer.weight, layer.bias)]
+    return layer.matrices() if hasattr(layer, "matrices") else None
 
 
-def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """a b in `dtype`: on a GPU, fp32 without a rounding between where a and b have 16 bits."""
-    if a.is_cuda and a.dtype != dtype == torch.float32:
-        return torch.mm(a, b, out_dtype=dtype)
-    return (a @ b).to(dtype)
-
-
-def linears(x: Tensor, *modules: nn.Module) -> tuple[Tensor, ...]:
+def linears(x: Tensor, *layers: nn.Module) -> tuple[Tensor, ...]:
     """What linear layers make of one x (…, C), each on its own; under autocast in its dtype."""
-    plain = all(type(m) is nn.Linear and m.bias is None and not m._forward_hooks for m in modules)
-    if fused(x) and plain and torch.is_grad_enabled():
-        return _Linears.apply(x, _product_dtype(x), *(m.weight for m in modules))
-    return tuple(m(x) for m in modules)
+    if not (fused(x) and torch.is_grad_enabled() and all(pairs := [matrices(layer) for layer in layers])):
+        return tuple(layer(x) for layer in layers)
+    flat = [tensor for own in pairs for pair in own for tensor in pair]
+    made = iter(products.Products.apply(x.reshape(-1, x.shape[-1]), _product_dtype(x), *flat))
+    outs = []
+    for layer, own in zip(layers, pairs, strict=True):
+        first, *others = (next(made) for _ in own)
+        out = layer.joined(first, *others) if hasattr(layer, "joined") else first
+        outs.append(out.view(*x.shape[:-1], out.shape[-1]))
+    return tuple(outs)
 
 
 class _QuantMatmul(torch.autograd.Function):

@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 LAYERS = [
     {"config", "metrics", "packing", "distributed", "files", "sentencepiece_model", "byte_bpe", "chat_templates"},
-    {"ops", "losses", "kv_cache", "tokenizer", "data", "messages", "readers", "run"},
+    {"ops", "losses", "products", "kv_cache", "tokenizer", "data", "messages", "readers", "run"},
     {"model", "chat_data", "vocab", "vocab_edit", "vocab_commands", "data/"},
     {"optim", "parallel", "checkpoint", "huggingface", "quant", "resize", "decode", "decode_cuda", "tuning/"}
     | {"llama2c", "gguf_format", "gguf_model"},
@@ -22,10 +22,10 @@ LAYERS = [
 # generator of the bundled corpus, nor other people's formats, nor the benchmarks; and who came for one of these needs
 # nothing else.
 BUDGET = {
-    "library and scripts": 5650,
+    "library and scripts": 5800,
     "formats": 900,
     "benchmarks": 400,
-    "minillm/tuning/": 900,
+    "minillm/tuning/": 920,
     "kernels/": 4200,
     "data/": 1400,
 }

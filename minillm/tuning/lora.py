@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from minillm import ops
 from minillm.quant import QuantLinear
 
 
@@ -30,16 +31,15 @@ def plain_linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
 
 
 @torch.no_grad()
-def row_norms(weight: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
+def row_norms(square: Tensor, wa: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
     """‖w_i + s (BA)_i‖ of each row i, (out,) fp32, without ever making BA.
 
-    weight: (out, in), a: (r, in), b: (out, r). By ‖w + sbA‖² = ‖w‖² + 2s (wAᵀ)·b + s² (bAAᵀ)·b. DoRA holds it constant
-    in the backward pass (its paper's section 4.3), hence no gradient.
+    square: ‖w_i‖² (out,); wa: W Aᵀ (out, r); a: (r, in); b: (out, r). By ‖w + sbA‖² = ‖w‖² + 2s (wAᵀ)·b + s² (bAAᵀ)·b.
+    DoRA holds it constant in the backward pass (its paper's section 4.3), hence no gradient.
     """
-    with torch.autocast(weight.device.type, enabled=False):
-        weight, a, b = weight.float(), a.float(), b.float() * scaling
-        cross = ((weight @ (2 * a).T + b @ (a @ a.T)) * b).sum(1)
-        return (torch.linalg.vector_norm(weight, dim=1).square() + cross).sqrt()
+    with torch.autocast(a.device.type, enabled=False):
+        a, b = a.float(), b.float() * scaling
+        return (square + ((2 * wa + b @ (a @ a.T)) * b).sum(1)).sqrt()
 
 
 def kaiming(shape: tuple[int, int], generator: torch.Generator) -> Tensor:
@@ -65,24 +65,39 @@ class LoraLinear(nn.Module):
             self.lora_B.weight.zero_()
         lengths = torch.linalg.vector_norm(dense_weight(base).detach().float(), dim=1) if dora else None
         self.lora_magnitude_vector = nn.Parameter(lengths) if dora else None
+        self.register_buffer("square", lengths.square() if dora else None, persistent=False)  # of each frozen row
 
+    @torch.no_grad()
     def _norms(self) -> Tensor:
-        return row_norms(dense_weight(self.base_layer), self.lora_A.weight, self.lora_B.weight, self.scaling)
+        base, a = self.base_layer, self.lora_A.weight.float()
+        with torch.autocast(a.device.type, enabled=False):
+            aw = ops.quant_matmul(a, base.quantized) if isinstance(base, QuantLinear) else a @ base.weight.float().T
+        return row_norms(self.square, aw.T, a, self.lora_B.weight, self.scaling)
 
     def forward(self, x: Tensor) -> Tensor:
         """(…, in) → (…, out)."""
         rows = x.reshape(-1, self.in_features)  # (N, in): what is added in place below must be no view
         small = F.linear(self.dropout(rows), self.lora_A.weight)  # (N, r)
         out = self.base_layer(rows)
-        dora = self.lora_magnitude_vector is not None
-        bias = self.base_layer.bias.to(out.dtype) if dora and self.base_layer.bias is not None else None
-        if bias is not None:
-            out = out - bias
+        if self.lora_magnitude_vector is not None and self.base_layer.bias is not None:
+            out = out - self.base_layer.bias.to(out.dtype)
+        return self.joined(out, small).view(*x.shape[:-1], self.out_features)
+
+    def matrices(self) -> list[tuple[Tensor, Tensor | None]] | None:
+        """For `ops.linears`: W and A, where nothing but their products reads x."""
+        base, a = ops.matrices(self.base_layer), ops.matrices(self.lora_A)
+        if base is None or a is None or (self.training and self.dropout.p):
+            return None
+        return [*base, *a] if self.lora_magnitude_vector is None else [(base[0][0], None), *a]
+
+    def joined(self, out: Tensor, small: Tensor) -> Tensor:
+        """W x + b (with `dora` without b), (N, out), which is written over, and A x, (N, r) → (N, out)."""
         out.addmm_(small.to(out.dtype), self.lora_B.weight.to(out.dtype).T, alpha=self.scaling)
-        if dora:
-            out = out * (self.lora_magnitude_vector / self._norms()).to(out.dtype)
-        out = out if bias is None else out + bias
-        return out.view(*x.shape[:-1], self.out_features)
+        if self.lora_magnitude_vector is None:
+            return out
+        out = out * (self.lora_magnitude_vector / self._norms()).to(out.dtype)
+        bias = self.base_layer.bias
+        return out if bias is None else out + bias.to(out.dtype)
 
     @property
     def weight(self) -> Tensor:
@@ -111,9 +126,14 @@ class LoraEmbedding(nn.Module):
         self.lora_embedding_B = nn.Parameter(torch.randn(base.embedding_dim, rank, generator=generator))
         lengths = torch.linalg.vector_norm(base.weight.detach().float(), dim=0) if dora else None
         self.lora_magnitude_vector = nn.Parameter(lengths) if dora else None
+        self.register_buffer("square", lengths.square() if dora else None, persistent=False)
 
+    @torch.no_grad()
     def _norms(self) -> Tensor:
-        return row_norms(self.base_layer.weight.T, self.lora_embedding_A, self.lora_embedding_B, self.scaling)
+        a = self.lora_embedding_A.float()
+        with torch.autocast(a.device.type, enabled=False):
+            aw = a @ self.base_layer.weight.float()
+        return row_norms(self.square, aw.T, a, self.lora_embedding_B, self.scaling)
 
     def forward(self, ids: Tensor) -> Tensor:
         """(B, T) int64 → (B, T, C)."""

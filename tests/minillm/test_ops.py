@@ -6,6 +6,7 @@ import sysconfig
 import pytest
 import torch
 
+from kernels import reference
 from minillm import UserError, ops, optim
 from minillm.kv_cache import KVCache
 from tests.kernels.check import DEVICE, draw, error
@@ -64,12 +65,12 @@ def test_with_activation_checkpointing_and_compiled_it_is_the_same():
 @pytest.mark.parametrize("frozen", [(), (1,), (0, 1, 2)])
 @pytest.mark.parametrize("trained_input", [True, False])
 def test_products_of_one_input_have_the_gradients_of_each_alone(frozen, trained_input):
-    layers = [torch.nn.Linear(24, n, bias=False, device=DEVICE) for n in (8, 40, 1)]
+    layers = [torch.nn.Linear(24, n, bias=n > 1, device=DEVICE) for n in (8, 40, 1)]
     for number in frozen:
-        layers[number].weight.requires_grad_(False)
+        layers[number].requires_grad_(False)
     x = draw(2, 5, 24).requires_grad_(trained_input)
     factors = [draw(5, 2, n, seed=n).transpose(0, 1) for n in (8, 40, 1)]  # gradients in another order in memory
-    leaves = [t for t in (x, *(m.weight for m in layers)) if t.requires_grad]
+    leaves = [t for t in (x, *(p for m in layers for p in m.parameters())) if t.requires_grad]
     found = []
     for implementation in ("triton", "torch"):
         ops.select(implementation)
@@ -82,9 +83,9 @@ def test_products_of_one_input_have_the_gradients_of_each_alone(frozen, trained_
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_products_of_one_input_round_less_than_torchs(dtype):
-    layers = [torch.nn.Linear(64, 32, bias=False, device=DEVICE) for _ in range(3)]
+    layers = [torch.nn.Linear(64, 32, bias=n == 1, device=DEVICE) for n in range(3)]
     x = draw(1, 512, 64).to(dtype).requires_grad_()
-    leaves = [x, *(m.weight for m in layers)]
+    leaves = [x, *(p for m in layers for p in m.parameters())]
 
     def gradients(implementation, enabled):
         ops.select(implementation)
@@ -100,14 +101,38 @@ def test_products_of_one_input_round_less_than_torchs(dtype):
     assert all(error(a, c) <= 1.01 * error(b, c) for a, b, c in zip(ours[1:], torchs[1:], exact[1:], strict=True))
 
 
-def test_layers_that_are_more_than_a_matrix_are_called():
+def test_products_of_one_input_are_no_views_and_are_differentiated_once():
+    ops.select("triton")
+    layer, x = torch.nn.Linear(8, 4, bias=False, device=DEVICE), draw(3, 8).requires_grad_()
+    ops.linears(x, layer)[0].mul_(2).sum().backward()
+    assert torch.allclose(x.grad, 2 * layer.weight.sum(0).expand(3, 8))
+    (grad,) = torch.autograd.grad(ops.linears(x, layer)[0].square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
+def test_layers_that_are_more_than_products_are_called():
     ops.select("triton")
     x, calls = draw(3, 8).requires_grad_(), []
-    with_bias, hooked = torch.nn.Linear(8, 4, device=DEVICE), torch.nn.Linear(8, 4, bias=False, device=DEVICE)
-    hooked.register_forward_hook(lambda *_: calls.append(1))
-    for layer in (with_bias, hooked, torch.nn.Sequential(hooked)):
+    hooks = ("forward_hook", "forward_pre_hook", "full_backward_hook", "full_backward_pre_hook")
+    for name in hooks:
+        layer = torch.nn.Linear(8, 4, bias=False, device=DEVICE)
+        getattr(layer, f"register_{name}")(lambda *_, name=name: calls.append(name))
+        ops.linears(x, layer)[0].sum().backward()
+    assert calls == list(hooks)
+    normed = torch.nn.utils.parametrizations.weight_norm(torch.nn.Linear(8, 4, device=DEVICE))
+    for layer in (normed, torch.nn.Sequential(normed)):
         assert torch.equal(ops.linears(x, layer)[0], layer(x))
-    assert len(calls) == 4
+
+
+@pytest.mark.parametrize("queries", [5, 3])
+def test_attention_of_fewer_keys_than_queries_is_the_reference(queries):
+    """The last query stands at the last key, and the first see none."""
+    q, k, v = draw(1, queries, 2, 16), draw(1, 3, 2, 16, seed=1), draw(1, 3, 2, 16, seed=2)
+    expected = reference.attention(q.double(), k.double(), v.double())[0]
+    for implementation in ("torch", "triton"):
+        ops.select(implementation)
+        assert error(ops.attention(q, k, v), expected) < 1e-6
 
 
 @torch.no_grad()

@@ -2,7 +2,11 @@ import pytest
 import torch
 from torch import nn
 
+from minillm import ops
+from minillm.tuning import TuningConfig, attach
 from minillm.tuning.lora import LoraEmbedding, LoraLinear, kaiming, row_norms
+from tests.kernels.check import DEVICE, error
+from tests.minillm.test_model import build, tokens_of
 
 
 def drawn(*shape: int) -> torch.Tensor:
@@ -11,9 +15,9 @@ def drawn(*shape: int) -> torch.Tensor:
 
 def test_row_norms_without_the_product():
     weight, a, b = drawn(7, 5), drawn(3, 5), drawn(7, 3)
-    torch.testing.assert_close(row_norms(weight, a, b, 0.7), (weight + 0.7 * b @ a).norm(dim=1))
-    half = row_norms(weight.bfloat16(), a, b, 0.7)
-    assert half.dtype == torch.float32
+    known = weight.square().sum(1), weight @ a.T
+    torch.testing.assert_close(row_norms(*known, a, b, 0.7), (weight + 0.7 * b @ a).norm(dim=1))
+    assert row_norms(*known, a.bfloat16(), b.bfloat16(), 0.7).dtype == torch.float32
 
 
 def test_a_begins_as_torch_s_linear_layers_do():
@@ -56,3 +60,24 @@ def test_dropout_is_of_the_input_of_a_alone():
     layer.lora_B.weight.data = drawn(7, 3)
     assert not torch.equal(layer(x), layer(x))
     torch.testing.assert_close(layer.eval()(x), x @ layer.weight.T + layer.base_layer.bias)
+
+
+@pytest.mark.parametrize("tune", ["lora", "dora"])
+@pytest.mark.parametrize("options", [{}, {"qkv_bias": True}], ids=["plain", "biases"])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_joined_products_have_the_gradients_of_each_alone(tune, options, dropout):
+    """q, k and v, and gate and up, share their x: `ops.linears` multiplies it by all their W and A."""
+    model = build(**options).to(DEVICE).train()
+    attach(model, TuningConfig(tune, lora_rank=4, lora_dropout=dropout))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.copy_(drawn(*parameter.shape) / 10)
+    tokens, found = tokens_of(2, 20).to(DEVICE), []
+    for implementation in ("triton", "torch"):
+        ops.select(implementation)
+        torch.manual_seed(0)
+        loss = model(tokens, tokens.roll(-1, 1))
+        found.append([loss, *torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad])])
+    ops.select("auto")
+    assert len(found[0]) > 2 * 14 and all(error(a, b) < 2e-5 for a, b in zip(*found, strict=True))

@@ -1,0 +1,60 @@
+"""Several linear layers of one x: their products, whose gradients are added where they are made.
+
+Of y_i = x W_iᵀ + b_i the gradients are ∂x = Σ ∂y_i W_i, ∂W_i = ∂y_iᵀ x and ∂b_i = Σ_n ∂y_i. Autograd alone has each
+product write a ∂x of its own and reads them all again to add them: for q, k and v three writes and two additions, 9 N C
+numbers in and out of memory, where 5 do if each product adds to the sum of those before. And under autocast it rounds
+∂W to 16 bits, to write it again in fp32, where the product can end in fp32 at once.
+"""
+
+import torch
+from torch import Tensor
+
+
+class Products(torch.autograd.Function):
+    """x Wᵀ + b for each W (K, C) and b (K,) or None of one x (N, C), in `dtype`; apply(x, dtype, W, b, W, b, …)."""
+
+    @staticmethod
+    def forward(ctx, x, dtype, *weights_and_biases):
+        weights, biases = weights_and_biases[::2], weights_and_biases[1::2]
+        ctx.dtypes = [None if t is None else t.dtype for t in (x, *weights_and_biases)]
+        x, weights = x.to(dtype), [w.to(dtype) for w in weights]
+        ctx.save_for_backward(x, *weights)
+        pairs = zip(weights, biases, strict=True)
+        return tuple(x @ w.t() if b is None else torch.addmm(b.to(dtype), x, w.t()) for w, b in pairs)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, *grads):
+        x, *weights = ctx.saved_tensors
+        x_dtype, *dtypes = ctx.dtypes
+        x_needed, _, *needed = ctx.needs_input_grad
+        dx = None
+        if x_needed:
+            dx = (_input_gradient_op if torch.compiler.is_compiling() else _input_gradient)(list(grads), weights)
+            dx = dx.to(x_dtype)
+        found = []
+        for i, dy in enumerate(grads):
+            wide = torch.promote_types(dy.dtype, torch.float32)
+            found.append(_product(dy.t(), x, dtypes[2 * i]) if needed[2 * i] else None)
+            found.append(dy.sum(0, dtype=wide).to(dtypes[2 * i + 1]) if needed[2 * i + 1] else None)
+        return dx, None, *found
+
+
+def _input_gradient(grads: list[Tensor], weights: list[Tensor]) -> Tensor:
+    """Σ dy W, (N, C): each product adds to the sum of those before it."""
+    dx = grads[0] @ weights[0]
+    for dy, w in zip(grads[1:], weights[1:], strict=True):
+        dx.addmm_(dy, w)
+    return dx
+
+
+# Compiled, `addmm_` would become an `addmm` out of place, which copies the sum first: so it looks no further than here.
+_input_gradient_op = torch.library.custom_op("minillm::input_gradient", _input_gradient, mutates_args=())
+_input_gradient_op.register_fake(lambda grads, weights: grads[0].new_empty(len(grads[0]), weights[0].shape[1]))
+
+
+def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """a b in `dtype`: on a GPU, fp32 without a rounding between where a and b have 16 bits."""
+    if a.is_cuda and a.dtype != dtype == torch.float32:
+        return torch.mm(a, b, out_dtype=dtype)
+    return (a @ b).to(dtype)
