@@ -213,7 +213,9 @@ def dequantize_nf4(codes: Tensor, scale: Tensor, coarse: Tensor, offset: Tensor,
 
 
 def dequantize(weight: list[Tensor], width: int) -> Tensor:
-    """W (N, K = width) in fp32 from its four tensors, those of `dequantize_int8` or of `dequantize_nf4`."""
+    """W (N, K = width) in fp32 from the four tensors of `dequantize_int8` or `dequantize_nf4`, or from itself."""
+    if len(weight) == 1:
+        return weight[0].float()
     return dequantize_int8(*weight) if weight[0].dtype == torch.int8 else dequantize_nf4(*weight, width)
 
 

@@ -307,8 +307,8 @@ def load_model(
     """Load a model folder tensor by tensor: memory holds the model, and one tensor more on its way to a device.
 
     dtype: convert floating weights to it (None: as stored). config: to use in place of the folder's, e.g. with
-    dropout or a longer context. base_bits: 8 or 4, quantize on the way (see `minillm.quant`). Raises `UserError` with
-    the complete list of what does not fit.
+    dropout or a longer context. base_bits: 16, 8 or 4, quantize on the way (see `minillm.quant`). Raises `UserError`
+    with the complete list of what does not fit.
     """
     if base_bits is not None:
         quant.check_bits(base_bits)

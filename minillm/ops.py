@@ -266,15 +266,19 @@ class _QuantMatmul(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy):
-        w = reference.dequantize(ctx.saved_tensors, ctx.width)
-        return dy @ w.to(dy.dtype), None, None, None, None
+        weight = ctx.saved_tensors
+        w = reference.dequantize(weight, ctx.width)
+        return dy @ w.to(dy.dtype), *(None for _ in weight)
 
 
 def quant_matmul(x: Tensor, weight: list[Tensor]) -> Tensor:
     """See `kernels.reference.quant_matmul`; under autocast in its dtype. The quantized weight gets no gradient."""
-    if fused(x):
+    dtype = _product_dtype(x)
+    if weight[0].dtype == dtype:  # 16 bits, as they are
+        return F.linear(x.to(dtype), *weight)
+    if fused(x) and len(weight) > 1:
         return _triton.quant_matmul.quant_matmul(x, weight)
-    return _QuantMatmul.apply(x.to(_product_dtype(x)), *weight)
+    return _QuantMatmul.apply(x.to(dtype), *weight)
 
 
 def adamw(

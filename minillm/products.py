@@ -17,15 +17,17 @@ class Products(torch.autograd.Function):
     def forward(ctx, x, dtype, *weights_and_biases):
         weights, biases = weights_and_biases[::2], weights_and_biases[1::2]
         ctx.dtypes = [None if t is None else t.dtype for t in (x, *weights_and_biases)]
-        x, weights = x.to(dtype), [w.to(dtype) for w in weights]
-        ctx.save_for_backward(x, *weights)
-        pairs = zip(weights, biases, strict=True)
+        x, cast = x.to(dtype), [w.to(dtype) for w in weights]
+        # kept is the narrower of a weight and its cast
+        ctx.save_for_backward(x, *(w if w.itemsize < c.itemsize else c for w, c in zip(weights, cast, strict=True)))
+        pairs = zip(cast, biases, strict=True)
         return tuple(x @ w.t() if b is None else torch.addmm(b.to(dtype), x, w.t()) for w, b in pairs)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, *grads):
         x, *weights = ctx.saved_tensors
+        weights = [w.to(x.dtype) for w in weights]
         x_dtype, *dtypes = ctx.dtypes
         x_needed, _, *needed = ctx.needs_input_grad
         dx = None

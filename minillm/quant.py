@@ -1,4 +1,5 @@
-"""A frozen base in 8 or 4 bits, to train a few parameters on top of: int8 by rows, or NF4 with double quantization.
+"""A frozen base in 16, 8 or 4 bits, to train a few parameters on top of: bf16, int8 by rows, or NF4 with double
+quantization.
 
     load_model(folder, base_bits=4)     quantized tensor by tensor: the whole never lies in memory
     quantize_base(model, 4)             a model that is there, layer by layer
@@ -25,12 +26,12 @@ from minillm import UserError, ops
 from minillm.config import ModelConfig
 from minillm.model import Transformer
 
-BITS = (8, 4)
+BITS = (16, 8, 4)
 BLOCK, GROUP = 64, 256  # columns to a scale, scales to a scale of theirs (arXiv:2305.14314, section 3)
 OUTLIER = 6.0
 MOST_KEPT = 64  # at most one column in so many is kept: 3 % more memory
 CHUNK = 1 << 22  # weights quantized at a time: some 16 bytes for each on the way
-NAMES = {8: ("codes", "scale", "kept", "columns"), 4: ("codes", "scale", "coarse", "offset")}
+NAMES = {16: ("dense",), 8: ("codes", "scale", "kept", "columns"), 4: ("codes", "scale", "coarse", "offset")}
 
 
 def _parts(weight: Tensor) -> Iterator[slice]:
@@ -90,10 +91,10 @@ def quantize_nf4(weight: Tensor) -> list[Tensor]:
 
 
 class QuantLinear(nn.Module):
-    """y = x Wᵀ + b with a frozen W in 8 or 4 bits: `kernels.reference.quant_matmul`.
+    """y = x Wᵀ + b with a frozen W in 16, 8 or 4 bits: `kernels.reference.quant_matmul`.
 
-    in_features, out_features as in nn.Linear. W's four tensors are buffers outside the state dict: files hold adapters,
-    or whole models by way of `dequantize_base`.
+    in_features, out_features as in nn.Linear. W's tensors, one or four, are buffers outside the state dict: files hold
+    adapters, or whole models by way of `dequantize_base`.
     """
 
     def __init__(self, linear: nn.Linear, bits: int):
@@ -102,18 +103,22 @@ class QuantLinear(nn.Module):
         self.in_features, self.out_features, self.bits = linear.in_features, linear.out_features, bits
         self.bias = linear.bias
         weight = linear.weight.detach()
-        quantized = (quantize_int8 if bits == 8 else quantize_nf4)(weight)
+        quantized = {16: lambda w: [w.bfloat16()], 8: quantize_int8, 4: quantize_nf4}[bits](weight)
         for name, tensor in zip(NAMES[bits], quantized, strict=True):
             self.register_buffer(name, tensor, persistent=False)
 
     @property
     def quantized(self) -> list[Tensor]:
-        """The four tensors that `kernels.reference.dequantize` takes."""
+        """The tensors that `kernels.reference.dequantize` takes."""
         return [getattr(self, name) for name in NAMES[self.bits]]
 
     def forward(self, x: Tensor) -> Tensor:
         y = ops.quant_matmul(x, self.quantized)
         return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    def matrices(self) -> list[tuple[Tensor, Tensor | None]] | None:
+        """For `ops.linears`: W in 16 bits is multiplied by as it is."""
+        return [(self.dense, self.bias)] if self.bits == 16 else None
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> nn.Linear:
         """A plain layer that computes the same."""
@@ -158,7 +163,7 @@ def is_quantized(model: nn.Module) -> bool:
 def quantize_base(model: Transformer, bits: int) -> None:
     """Quantize a model in place and freeze it: memory holds it and one layer more. See the top of this file.
 
-    Raises `UserError` for bits other than 8 and 4, for weights that are not finite and for a model already quantized.
+    Raises `UserError` for other bits than 16, 8 and 4, for weights that are not finite, and if it is quantized already.
     """
     check_bits(bits)
     if is_quantized(model):
@@ -192,7 +197,7 @@ def _stored(n_in: int, n_out: int, bits: int | None) -> int:
     blocks = -(-n_in // BLOCK)
     if bits == 4:
         return n_out * blocks * (BLOCK // 2 + 1) + 4 * -(-n_out * blocks // GROUP) + 4
-    return n_out * (n_in + 4) if bits == 8 else 4 * n_out * n_in
+    return n_out * (n_in + 4) if bits == 8 else n_out * n_in * (bits or 32) // 8
 
 
 def memory_estimate(
@@ -215,7 +220,7 @@ def memory_estimate(
     maps = ((c, q), (c, kv), (c, kv), (q, c), (c, f), (c, f), (f, c))
     weights = sum(n_in * n_out for n_in, n_out in maps)
     tables = config.max_seq_len * config.head_dim if config.positions == "rope" else 0
-    scratch = max(n_in * n_out for n_in, n_out in maps) * size if bits or size < 4 else 0
+    scratch = 0 if (bits or 32) == 8 * size else max(n_in * n_out for n_in, n_out in maps) * size
     layer = tokens * (8 * c + size * (2 * c + 2 * q + 2 * kv + 6 * f)) + scratch
     logits = min(tokens * config.vocab_size, max((config.vocab_size + tokens) * c, 1 << 25))
     head = config.vocab_size * c if size < 4 else 0

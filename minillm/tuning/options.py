@@ -36,7 +36,7 @@ class TuningConfig:
         "auto", "prefix, ptuning: what makes the virtual tokens in training", ("auto", "mlp", "lstm", "none")
     )
     encoder_dim: int | None = option(None, "prefix, ptuning: width of the encoder; none: the model's")
-    base_bits: int | None = option(None, "lora, dora: quantize the frozen base to 8 or 4 bits; none: no")
+    base_bits: int | None = option(None, "lora, dora: the frozen base in 16 bits, or quantized to 8 or 4; none: fp32")
 
     @property
     def lora_scaling(self) -> float:
@@ -76,8 +76,8 @@ class TuningConfig:
             problems.append(f"--lora_dropout {self.lora_dropout}: choose one from 0 to below 1")
         if self.lora_alpha is not None and not 0 < self.lora_alpha < math.inf:
             problems.append(f"--lora_alpha {self.lora_alpha}: choose one above 0")
-        if self.base_bits not in (None, 8, 4):
-            problems.append(f"--base_bits {self.base_bits}: choose 8 or 4")
+        if self.base_bits not in (None, 16, 8, 4):
+            problems.append(f"--base_bits {self.base_bits}: choose 16, 8 or 4")
         if self.tune == "freeze" and not self.train_layers:
             problems.append("--tune freeze: say by --train_layers what is trained, e.g. last:2")
         if self.lora_dropout and "lm_head" in (self.target_modules or ""):

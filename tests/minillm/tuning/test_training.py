@@ -49,17 +49,18 @@ def tensors(run: Path, step: int) -> list[bytes]:
 FULL = "--tune lora --lora_dropout 0.1 --modules_to_save embed_tokens,lm_head"
 
 
-STOPPED = [
-    f"{FULL} --base_bits 4",
-    "--tune freeze --train_layers last:1,norms",
-    "--tune ptuning --n_virtual 4 --encoder lstm",
-]
+STOPPED = {
+    "lora": f"{FULL} --base_bits 4",
+    "lora16": f"{FULL} --base_bits 16",
+    "freeze": "--tune freeze --train_layers last:1,norms",
+    "ptuning": "--tune ptuning --n_virtual 4 --encoder lstm",
+}
 
 
-@pytest.mark.parametrize("more", STOPPED, ids=["lora", "freeze", "ptuning"])
-def test_resumed_is_bit_for_bit_the_run_never_stopped_and_steps_hold_no_base(folder, more):
+@pytest.mark.parametrize("out", STOPPED)
+def test_resumed_is_bit_for_bit_the_run_never_stopped_and_steps_hold_no_base(folder, out):
     """Muon for the layers that are trained in full, AdamW for the adapter."""
-    out, kind = more.split()[1], "muon" if "freeze" in more else "adamw"
+    more, kind = STOPPED[out], "muon" if out == "freeze" else "adamw"
     text = sft(folder, f"{out}-straight", f"{more} --steps 6")
     assert f"optimizer = {kind}" in text and "parameters trained, " in text and "weights from" in text
     sft(folder, f"{out}-broken", f"{more} --steps 6 --save_every 3")
@@ -187,7 +188,7 @@ def test_answers_are_scored_before_and_after(folder, tune):
         ),
         ("--tune freeze", ["by --train_layers"]),
         ("--tune adapter --base_bits 4", ["--base_bits 4: means nothing", "or choose lora or dora"]),
-        ("--tune lora --base_bits 5", ["--base_bits 5: choose 8 or 4"]),
+        ("--tune lora --base_bits 5", ["--base_bits 5: choose 16, 8 or 4"]),
         ("--tune lora --target_modules q_prj", ["did you mean q_proj?"]),
         ("--tune lora --target_modules lm_head --lora_dropout 0.1", ["lm_head", "--lora_dropout 0"]),
         ("--tune LoRA", ["choose one of full, freeze, lora"]),
