@@ -198,16 +198,7 @@ class Transformer(nn.Module):
         Where a row begins with a prefix's placeholders, and has no others, there are none for them: (B, T − n, C).
         """
         length = tokens.shape[1]
-        if cache is not None:
-            positions, documents = cache.positions(length, tokens.device), cache.documents(length, tokens.device)
-            reach = cache.length + length
-        else:
-            positions = None if documents is None else positions_within(documents)
-            reach = length
-            if positions is not None and length > self.config.max_seq_len:
-                reach = int(positions.max()) + 1  # a row may be longer than the context, a document may not
-        if reach > self.config.max_seq_len:
-            raise UserError(f"{reach} tokens are more than the model's max_seq_len {self.config.max_seq_len}")
+        positions, documents = self._placed(tokens, documents, cache)
         x = self.embed_tokens(tokens)  # (B, T, C)
         rotation = prefix = None
         if self.virtual is not None:
@@ -229,6 +220,25 @@ class Transformer(nn.Module):
         if cache is not None:
             cache.advance(length)
         return self.norm.after_adding(x, delta)[1]
+
+    def _placed(
+        self, tokens: Tensor, documents: Tensor | None, cache: KVCache | None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Position of each token, (B, T) int64 (None: 0 to T − 1), and its document, which a cache knows better.
+
+        Raises `UserError` for a position beyond the context; a row may be longer than that, a document may not.
+        """
+        length, limit = tokens.shape[1], self.config.max_seq_len
+        if cache is not None:
+            positions, documents = cache.positions(length, tokens.device), cache.documents(length, tokens.device)
+            reach = cache.length + length
+        else:
+            positions, reach = None if documents is None else positions_within(documents), length
+            if positions is not None and length > limit:
+                reach = int(positions.max()) + 1
+        if reach > limit:
+            raise UserError(f"{reach} tokens are more than the model's max_seq_len {limit}")
+        return positions, documents
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Scores of every vocabulary entry (B, T, V) from `hidden` (B, T, C), soft-capped if configured."""
