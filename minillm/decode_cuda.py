@@ -74,10 +74,11 @@ class GraphDecoder:
         self.slot.fill_(self.length)
 
     def _record(self) -> None:
-        self.graph = torch.cuda.CUDAGraph()
+        graph = torch.cuda.CUDAGraph()
         # what other threads do (NCCL's, a server's) must not end the recording
-        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             self.logits = self._compute()
+        self.graph = graph  # now that it is whole: a step after a failed recording must not replay a part
 
     def _compute(self) -> Tensor:
         """The step: reads `tokens`, the clock and the cache, writes the cache, counts up the clock. Logits (B, V)."""

@@ -3,6 +3,8 @@
 Its kernels, under Triton's interpreter here, are tested by themselves in tests/kernels.
 """
 
+import contextlib
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -111,6 +113,35 @@ def test_a_record_of_the_step_serves_every_step(name, attention):
         decoder.tokens.copy_(tokens)
         recorder.replay()
         torch.testing.assert_close(logits, lean.step(tokens), atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_a_recording_that_failed_is_made_anew(monkeypatch):
+    """Memory ends while the second step is recorded, and is there again at the third."""
+    failures = [torch.OutOfMemoryError("CUDA out of memory")]
+
+    @contextlib.contextmanager
+    def record(graph, capture_error_mode):
+        if failures:
+            raise failures.pop()
+        start = decoder.clock.clone()
+        with graph:
+            yield
+        decoder.clock.copy_(start)  # a GPU records without computing
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Recorder)
+    monkeypatch.setattr(torch.cuda, "graph", record)
+    model = build()
+    (cache, _), (twin, _) = (generate.prefill(model, [prompt(9)], 8) for _ in range(2))
+    decoder, lean = GraphDecoder(model, cache), decode.Decoder(model, twin)
+    tokens = torch.tensor([[3], [7], [5]])
+    torch.testing.assert_close(decoder.step(tokens[0]), lean.step(tokens[0]), atol=1e-5, rtol=0)
+    decoder.warm = True  # as after a GPU's first step
+    with pytest.raises(torch.OutOfMemoryError):
+        decoder.step(tokens[1])
+    for token in tokens[1:]:
+        torch.testing.assert_close(decoder.step(token), lean.step(token), atol=1e-5, rtol=0)
+    assert decoder.graph.calls
 
 
 @pytest.mark.parametrize("sampling", [GREEDY, Sampling(temperature=1.0, repetition_penalty=1.2, seed=3)])
