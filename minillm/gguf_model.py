@@ -219,6 +219,14 @@ def _special_ids(metadata: dict) -> dict[str, int]:
     return {role: i for role, i in ids.items() if isinstance(i, int)}
 
 
+def unpadded(tokens: list[str]) -> int:
+    """How many of the tokens are the tokenizer's own, without the `PADDING` at their end."""
+    n = len(tokens)
+    while n and tokens[n - 1] == PADDING.format(n - 1):
+        n -= 1
+    return n
+
+
 def read_tokenizer(metadata: dict, source: str) -> Tokenizer:
     """The tokenizer that a GGUF file's metadata describe. Raises `UserError` if it is of a kind we do not have."""
     kind = metadata.get("tokenizer.ggml.model")
@@ -226,9 +234,7 @@ def read_tokenizer(metadata: dict, source: str) -> Tokenizer:
         raise UnsupportedError(f"{source}: a tokenizer of the kind {kind!r} is not supported; choose llama or gpt2")
     with naming_damage(f"{source}: its tokenizer"):
         tokens = metadata["tokenizer.ggml.tokens"]
-        n = len(tokens)
-        while n and tokens[n - 1] == PADDING.format(n - 1):
-            n -= 1
+        n = unpadded(tokens)
         types = [TYPES[t] for t in metadata["tokenizer.ggml.token_type"]]
         pieces = list(zip(tokens, types, strict=True))[:n]
         ids = _special_ids(metadata)

@@ -5,7 +5,8 @@
            (seq_len, D/2) each; the head, if it is not tied
 
 Everything little-endian. Query and key rows are for interleaved rotary positions (0, 1), (2, 3), … of a head.
-tokenizer.bin: int32 longest piece; then for each id float32 score, int32 length, and the piece in UTF-8.
+tokenizer.bin: int32 longest piece; then for each id float32 score, int32 length, and the piece in UTF-8. It does not
+say how many: a piece for each row of the embedding. Rows that the tokenizer has no piece for have padding there.
 """
 
 import math
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from minillm import UnsupportedError, UserError, checkpoint
 from minillm.config import ModelConfig
+from minillm.gguf_model import PADDING, unpadded
 from minillm.huggingface import ROTATED, StoredModel, half_split, interleaved, shapes_of
 from minillm.model import rotary_tables
 from minillm.sentencepiece_model import SPACE_MARK
@@ -34,6 +36,7 @@ KINDS = (  # in the order of the file
 TABLES = "cosines and sines"
 ROPE_THETA, NORM_EPS = 1e4, 1e-5  # not in the file: llama2.c computes with these
 UNKNOWN, CONTROL, BYTE = 2, 3, 6  # SentencePiece's types
+NEVER = -1e10  # a score: llama2.c joins two pieces only into one of a higher score
 BOS, EOS, FIRST_BYTE = 1, 2, 3  # ids that llama2.c takes for granted, with 0 for unknown
 
 
@@ -120,7 +123,10 @@ def write_file(model: StoredModel, path: Path) -> None:
 
 
 def read_tokenizer(path: str | Path, vocab_size: int) -> Tokenizer:
-    """The vocabulary of a tokenizer.bin of so many pieces, as a SentencePiece model that cuts text alike."""
+    """The vocabulary of a tokenizer.bin of so many pieces, as a SentencePiece model that cuts text alike.
+
+    Padding at its end is left out.
+    """
     data = Path(path).read_bytes()
     pieces, at = [], 4
     try:
@@ -137,6 +143,7 @@ def read_tokenizer(path: str | Path, vocab_size: int) -> Tokenizer:
         ) from None
     if at != len(data):
         raise UserError(f"{path}: holds more than the model's {vocab_size:,} pieces; give the model's own tokenizer")
+    del pieces[unpadded([piece for piece, _ in pieces]) :]
     kinds = dict.fromkeys(range(FIRST_BYTE, FIRST_BYTE + 256), "BYTE") | {0: "UNKNOWN", BOS: "CONTROL", EOS: "CONTROL"}
     pieces[:FIRST_BYTE] = [("<unk>", 0.0), ("<s>", 0.0), ("</s>", 0.0)]  # the file has newlines around the last two
     described = [(piece, score, kinds.get(i, "NORMAL")) for i, (piece, score) in enumerate(pieces)]
@@ -144,8 +151,11 @@ def read_tokenizer(path: str | Path, vocab_size: int) -> Tokenizer:
     return made.with_settings(add_bos=True)
 
 
-def write_tokenizer(tokenizer: Tokenizer, path: Path) -> None:
-    """Write a vocabulary as tokenizer.bin. Raises `UnsupportedError` if llama2.c would cut text otherwise with it."""
+def write_tokenizer(tokenizer: Tokenizer, path: Path, n_rows: int) -> None:
+    """Write a vocabulary as tokenizer.bin, padded to the rows of the embedding.
+
+    Raises `UnsupportedError` if llama2.c would cut text otherwise with it.
+    """
     pieces = tokenizer.model.proto.pieces
     kinds = [piece.type for piece in pieces]
     usual = [UNKNOWN, CONTROL, CONTROL, *[BYTE] * 256]
@@ -155,5 +165,7 @@ def write_tokenizer(tokenizer: Tokenizer, path: Path) -> None:
         raise UnsupportedError("llama2.c puts a space before each text, this vocabulary does not")
     texts = [piece.piece.replace(SPACE_MARK, " ").encode() for piece in pieces]
     texts[BOS], texts[EOS] = b"\n<s>\n", b"\n</s>\n"
-    rows = (struct.pack("<fi", p.score, len(text)) + text for p, text in zip(pieces, texts, strict=True))
+    texts += [PADDING.format(i).encode() for i in range(len(pieces), n_rows)]
+    scores = [piece.score for piece in pieces] + [NEVER] * (n_rows - len(pieces))
+    rows = (struct.pack("<fi", score, len(text)) + text for score, text in zip(scores, texts, strict=True))
     path.write_bytes(struct.pack("<i", max(map(len, texts))) + b"".join(rows))

@@ -79,7 +79,7 @@ def _write_llama2c(model: StoredModel, tokenizer: Tokenizer | None, out: Path) -
     files.write_file(out, lambda path: llama2c.write_file(model, path))
     try:
         if tokenizer:
-            files.write_file(beside, lambda path: llama2c.write_tokenizer(tokenizer, path))
+            files.write_file(beside, lambda path: llama2c.write_tokenizer(tokenizer, path, model.config.vocab_size))
     except UnsupportedError as problem:
         print(f"{beside} not written: {problem}")
         tokenizer = None

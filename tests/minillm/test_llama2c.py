@@ -201,8 +201,8 @@ def test_any_text_is_cut_as_llama2c_cuts_it(vocabulary, text):
 
 
 def test_a_vocabulary_goes_both_ways_and_texts_begin_with_bos(vocabulary, tmp_path):
-    tokenizer, data, _, _ = vocabulary
-    llama2c.write_tokenizer(tokenizer, tmp_path / "again.bin")
+    tokenizer, data, n, _ = vocabulary
+    llama2c.write_tokenizer(tokenizer, tmp_path / "again.bin", n)
     again = (tmp_path / "again.bin").read_bytes()
     assert again[4:] == data[4:]
     tokenizer.save(tmp_path)
@@ -213,13 +213,38 @@ def test_a_vocabulary_goes_both_ways_and_texts_begin_with_bos(vocabulary, tmp_pa
         assert theirs(text).input_ids == [1, *loaded.encode(text)]
 
 
+def test_rows_without_a_piece_are_padded_and_never_used(vocabulary, tmp_path):
+    tokenizer, data, n, _ = vocabulary
+    llama2c.write_tokenizer(tokenizer, tmp_path / "padded.bin", n + 3)
+    padded = (tmp_path / "padded.bin").read_bytes()
+    assert padded[4:].startswith(data[4:]) and padded[:4] == struct.pack("<i", len(f"[PAD{n}]"))
+    for text in ("there in the  re", f"[PAD{n}] a[PAD{n + 1}]", ""):
+        assert reference_encode(padded, n + 3, text) == reference_encode(data, n, text) == tokenizer.encode(text)
+    again = llama2c.read_tokenizer(tmp_path / "padded.bin", n + 3)
+    assert (again.vocab_size, again.sha256) == (n, tokenizer.sha256)
+    for rows in (n + 2, n + 4):
+        with pytest.raises(UserError, match="more than the model's" if rows < n + 3 else "damaged at piece"):
+            llama2c.read_tokenizer(tmp_path / "padded.bin", rows)
+
+
+def test_padding_is_not_joined_of_pieces_that_spell_it(tmp_path):
+    pieces = [("<unk>", 0.0, "UNKNOWN"), ("<s>", 0.0, "CONTROL"), ("</s>", 0.0, "CONTROL")]
+    pieces += [(f"<0x{b:02X}>", 0.0, "BYTE") for b in range(256)]
+    pieces += [(p, -1.0 - i, "NORMAL") for i, p in enumerate(["[PAD27", "7]", *"▁[PAD]27", "[P", "AD", "[PAD", "27"])]
+    made = from_pieces(pieces, {"bos": 1, "eos": 2}, dummy_prefix=True, source="made")
+    llama2c.write_tokenizer(made, tmp_path / "t.bin", 280)
+    ids = reference_encode((tmp_path / "t.bin").read_bytes(), 280, "[PAD277]")
+    assert ids == made.encode("[PAD277]") and max(ids) < len(pieces)
+
+
 def test_a_vocabulary_that_llama2c_would_use_wrongly_is_refused(tmp_path):
     pieces = [("<unk>", 0.0, "UNKNOWN"), ("<s>", 0.0, "CONTROL"), ("</s>", 0.0, "CONTROL"), ("<pad>", 0.0, "CONTROL")]
     pieces += [(f"<0x{b:02X}>", 0.0, "BYTE") for b in range(256)] + [("▁", -1.0, "NORMAL")]
     ids = {"bos": 1, "eos": 2}
     for rows, prefix, words in ((pieces, True, "ids 3 to 258"), (pieces[:3] + pieces[4:], False, "a space before")):
         with pytest.raises(UserError, match=words):
-            llama2c.write_tokenizer(from_pieces(rows, ids, dummy_prefix=prefix, source="made"), tmp_path / "t.bin")
+            made = from_pieces(rows, ids, dummy_prefix=prefix, source="made")
+            llama2c.write_tokenizer(made, tmp_path / "t.bin", len(rows))
 
 
 # ---- what is refused

@@ -81,6 +81,25 @@ def test_through_every_format_and_back_nothing_changes(home, tied, tmp_path, cap
     torch.testing.assert_close(theirs(TOKENS).logits, expected, rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("tied", [True, False])
+@torch.no_grad()
+def test_a_padded_vocabulary_comes_back_as_long_as_it_was(home, tied, tmp_path):
+    """Rows up to a multiple of 64, without a piece each; the header's sign says whether the head is tied."""
+    config = dataclasses.replace(BASE, vocab_size=448, tie_embeddings=tied)
+    expected = make(tmp_path / "start", config)(TOKENS)
+    Tokenizer.load(home / "llama").save(tmp_path / "start")
+    folder = "start"
+    for name, kind in {"a.bin": "llama2c", "b.gguf": "gguf", "c.bin": "llama2c"}.items():
+        command(f"export --model {tmp_path}/{folder} --format {kind} --out {tmp_path}/{name}")
+        folder = f"{name}-back"
+        command(f"import --model {tmp_path}/{name} --out {tmp_path}/{folder}")
+        model, tokenizer = huggingface.load_model(tmp_path / folder), Tokenizer.load(tmp_path / folder)
+        torch.testing.assert_close(model(TOKENS), expected, rtol=0, atol=0)
+        assert (model.config.vocab_size, tokenizer.vocab_size) == (448, 400)
+        assert model.config.tie_embeddings == tied
+        assert tokenizer.sha256 == Tokenizer.load(home / "llama").sha256
+
+
 SHAPES = {
     "llama": dataclasses.replace(BASE, rope_theta=5e5, rope_scaling=RopeScaling("llama3", 8.0, 32)),
     "mistral": dataclasses.replace(BASE, window=8, tie_embeddings=False),
