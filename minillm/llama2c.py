@@ -23,7 +23,7 @@ from minillm.gguf_model import PADDING, unpadded
 from minillm.huggingface import ROTATED, StoredModel, half_split, interleaved, shapes_of
 from minillm.model import rotary_tables
 from minillm.sentencepiece_model import SPACE_MARK
-from minillm.tokenizer import Tokenizer
+from minillm.tokenizer import ByteLevelTokenizer, Tokenizer
 from minillm.vocab_edit import from_pieces
 
 HEADER = struct.Struct("<7i")
@@ -156,6 +156,8 @@ def write_tokenizer(tokenizer: Tokenizer, path: Path, n_rows: int) -> None:
 
     Raises `UnsupportedError` if llama2.c would cut text otherwise with it.
     """
+    if isinstance(tokenizer, ByteLevelTokenizer):
+        raise UnsupportedError("llama2.c has no byte-level BPE, which this vocabulary is of")
     pieces = tokenizer.model.proto.pieces
     kinds = [piece.type for piece in pieces]
     usual = [UNKNOWN, CONTROL, CONTROL, *[BYTE] * 256]

@@ -19,6 +19,7 @@ from minillm.model import Transformer
 from minillm.tokenizer import Tokenizer
 from minillm.vocab import train_tokenizer
 from minillm.vocab_edit import from_pieces
+from tests.minillm.test_byte_bpe import train
 
 ROOT = Path(__file__).parents[2]
 BASE = ModelConfig(vocab_size=400, dim=32, n_layers=2, n_heads=4, n_kv_heads=2, ffn_dim=48, max_seq_len=64)
@@ -137,6 +138,15 @@ def test_without_a_place_for_the_tokenizer_it_is_said(home, tmp_path, capsys):
     command(f"export --model {tmp_path}/start --tokenizer {home}/ours --format llama2c --out {tmp_path}/a.bin")
     said = capsys.readouterr().out
     assert "a_tokenizer.bin not written: llama2.c takes" in said and "no tokenizer (--tokenizer names one" in said
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.bin", "start"]
+
+
+def test_nor_has_a_byte_level_vocabulary_a_place_in_llama2c(tmp_path, capsys):
+    make(tmp_path / "start", dataclasses.replace(BASE, vocab_size=640))
+    train("gpt-2").save(str(tmp_path / "start/tokenizer.json"))
+    (tmp_path / "start/tokenizer_config.json").write_text('{"eos_token": "<|end|>"}')
+    command(f"export --model {tmp_path}/start --format llama2c --out {tmp_path}/a.bin")
+    assert "a_tokenizer.bin not written: llama2.c has no byte-level BPE" in capsys.readouterr().out
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.bin", "start"]
 
 
