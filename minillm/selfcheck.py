@@ -23,6 +23,8 @@ from minillm.distributed import Ranks
 from minillm.model import Transformer
 
 SECONDS = 300  # some 30 kernels are compiled, on a slow machine
+# a cap at the size of the logits themselves: a kernel without one is far off
+MODELS = {"plain": {}, "QK-norm, window and cap": {"qk_norm": True, "window": 40, "softcap": 0.5}}
 LENGTHS = (130, 62)  # tokens of the documents in a row: block edges inside and outside
 
 
@@ -109,7 +111,7 @@ def compare(device: torch.device, ours: str = "auto", dtype: torch.dtype = torch
     """
     before, problems = ops.selected(), []
     try:
-        for name, options in {"plain": {}, "QK-norm and window": {"qk_norm": True, "window": 40}}.items():
+        for name, options in MODELS.items():
             model = _small(device, **options)
             exact = _results(model, "torch", None)
             torchs, mine = (_results(model, implementation, dtype) for implementation in ("torch", ours))
@@ -164,7 +166,7 @@ def _results(model: Transformer, implementation: str, dtype: torch.dtype | None)
 @torch.no_grad()
 def _generated(model: Transformer, implementation: str, dtype: torch.dtype | None, tokens: Tensor) -> Tensor:
     """Logits (B, 3, V) after each of the last three tokens, read one by one into a cache."""
-    own = _small(tokens.device, **{name: getattr(model.config, name) for name in ("qk_norm", "window")})
+    own = _small(tokens.device, **{name: getattr(model.config, name) for name in ("qk_norm", "window", "softcap")})
     own.load_state_dict(model.state_dict())
     own = own.to(dtype or torch.float32).eval()
     own.build_rotation()

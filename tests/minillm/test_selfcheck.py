@@ -48,6 +48,16 @@ def test_a_wrong_kernel_is_found(monkeypatch, short):
     assert ops.selected() == "triton"
 
 
+@pytest.mark.slow
+def test_a_cap_that_the_loss_forgets_is_found(monkeypatch, short):
+    ops.select("triton")
+    right = ops._triton.linear_cross_entropy.linear_cross_entropy
+    monkeypatch.setattr(ops._triton.linear_cross_entropy, "linear_cross_entropy", lambda *given: right(*given[:4]))
+    problems = selfcheck.compare(torch.device(DEVICE), "triton")
+    assert any("cap: gradient of lm_head.weight is off by" in line for line in problems)
+    assert all(line.startswith("QK-norm, window and cap: ") for line in problems)
+
+
 class Gpu:
     """What `check_kernels` sees of a GPU, and how often it asked a process."""
 
