@@ -64,8 +64,7 @@ class GraphDecoder:
         self.clock = torch.zeros(2 * batch + 1, dtype=torch.int64, device=device)
         self.end, self.position, self.slot = self.clock.split((batch, batch, 1))
         padding = self.cache.padding
-        self.begin = torch.zeros_like(self.tokens) if padding is None else padding.clone()
-        self.begin = self.begin.to(torch.int32)
+        self.begin = (torch.zeros_like(self.tokens) if padding is None else padding).to(torch.int32, copy=True)
 
     def _set_clock(self) -> None:
         self.length = self.cache.length
@@ -89,9 +88,7 @@ class GraphDecoder:
         if config.positions == "learned":
             x = x + F.embedding(self.position, model.embed_positions.weight)
         else:
-            rotation = [
-                table.index_select(0, self.position)[:, None] for table in (model.cos, model.sin)
-            ]  # (B, 1, D/2)
+            rotation = [t.index_select(0, self.position)[:, None] for t in (model.cos, model.sin)]  # (B, 1, D/2)
         for layer, keys, values in zip(self.layers, self.cache.keys, self.cache.values, strict=True):
             q, k, v = layer.qkv(ops.rms_norm(x, layer.norm1.weight, layer.norm1.eps))
             q, k = layer.turn(q.view(batch, 1, heads, size), k.view(batch, 1, kv_heads, size), rotation)
