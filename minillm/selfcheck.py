@@ -4,46 +4,54 @@ GPUs, drivers and compilers are more than anyone can test on. So the first run o
 kernels against the same model through torch: loss, every gradient, an optimizer's step, tokens one by one. That
 happens in a process of its own, since a kernel that fails can take its process's GPU with it, or hang. If anything
 differs, the run goes on with torch's ops and says so. What holds is remembered for this GPU, these versions and this
-source; `--impl triton` asks for the kernels without a question.
+source; `--impl triton` asks for the kernels without a question. A run with a quantized base is the first that has its
+products compared.
 """
 
 import atexit
+import contextlib
 import hashlib
+import itertools
 import os
 import subprocess
 import sys
 from collections.abc import Callable
+from copy import deepcopy
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from minillm import config, decode_cuda, generate, ops, optim
+from minillm import config, decode_cuda, generate, ops, optim, quant
 from minillm.distributed import Ranks
 from minillm.model import Transformer
 
+ROOT = Path(__file__).parents[1]
 SECONDS = 300  # some 30 kernels are compiled, on a slow machine
 # a cap at the size of the logits themselves: a kernel without one is far off
 MODELS = {"plain": {}, "QK-norm, window and cap": {"qk_norm": True, "window": 40, "softcap": 0.5}}
 LENGTHS = (130, 62)  # tokens of the documents in a row: block edges inside and outside
+QUANTIZED = {"8 bits": quant.quantize_int8, "4 bits": quant.quantize_nf4}
+ROWS = (1, 16, 100, 300)  # times a quantized weight: the smallest and the largest tile, and W in a scratch
 
 
-def check_kernels(ranks: Ranks, say: Callable[[str], None] = print) -> None:
+def check_kernels(ranks: Ranks, say: Callable[[str], None] = print, quantized: bool = False) -> None:
     """On all ranks: where `auto` means our kernels, see once that they are right, else select torch's ops.
 
-    say: takes the line that tells of it; called on the main rank.
+    say: takes the line that tells of it; called on the main rank. quantized: whether the run has a quantized base.
     """
-    begin(ranks, say)()
+    begin(ranks, say, quantized)()
 
 
-def begin(ranks: Ranks, say: Callable[[str], None] = print) -> Callable[[], None]:
+def begin(ranks: Ranks, say: Callable[[str], None] = print, quantized: bool = False) -> Callable[[], None]:
     """`check_kernels` in two parts: the process starts, and the function that is returned waits for its answer.
 
     Meanwhile the caller makes data and model. All ranks call both; no kernel before the second.
     """
     if ops.selected() != "auto" or ranks.device.type != "cuda" or not ops.fused(torch.empty(0, device=ranks.device)):
         return lambda: None
-    answer = _ask(ranks.device, say) if ranks.main else None
+    answer = _ask(ranks.device, say, quantized) if ranks.main else None
 
     def settle() -> None:
         problem = answer() if answer else ""
@@ -55,16 +63,16 @@ def begin(ranks: Ranks, say: Callable[[str], None] = print) -> Callable[[], None
     return settle
 
 
-def _ask(device: torch.device, say: Callable[[str], None]) -> Callable[[], str] | None:
+def _ask(device: torch.device, say: Callable[[str], None], quantized: bool) -> Callable[[], str] | None:
     """Start a process of its own; what is returned waits for what it finds wrong, a line or "". None: asked before."""
-    seen = _cache() / _identity(device)
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    seen = cache / "minillm" / "checked" / (_identity(device) + "-quantized" * quantized)
     if seen.exists():
         return None
     say("ops: compiling the kernels and comparing them with torch on this GPU, once")
-    command = [sys.executable, "-m", "minillm.selfcheck", str(torch.device(device).index or 0)]
-    folder = Path(__file__).parents[1]  # `-m` finds the package, and ours before another
-    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    process = subprocess.Popen(command, cwd=folder, **pipes)
+    command = [sys.executable, "-m", "minillm.selfcheck", str(device.index or 0), *["quantized"] * quantized]
+    # in this folder `-m` finds the package, and ours before another
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     atexit.register(process.kill)  # of no use once it has ended, or where this process ends before it is asked
 
     def answer() -> str:
@@ -75,46 +83,36 @@ def _ask(device: torch.device, say: Callable[[str], None]) -> Callable[[], str] 
             return f"no answer within {SECONDS} s"
         if process.returncode:
             return ([*out.strip().splitlines(), *err.strip().splitlines()] or ["no words"])[-1]
-        try:
+        with contextlib.suppress(OSError):  # then it is asked again
             seen.parent.mkdir(parents=True, exist_ok=True)
             seen.touch()
-        except OSError:
-            pass  # then it is asked again
         return ""
 
     return answer
-
-
-def _cache() -> Path:
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "minillm" / "checked"
 
 
 def _identity(device: torch.device) -> str:
     """A name for what the answer holds for: GPU, versions, and the source of kernels and model."""
     import triton
 
-    root = Path(__file__).parents[1]
-    files = sorted([*(root / "kernels").glob("*.py"), *(root / "minillm").glob("*.py")])
+    files = sorted([*(ROOT / "kernels").glob("*.py"), *(ROOT / "minillm").glob("*.py")])
     parts = [torch.cuda.get_device_name(device), torch.__version__, triton.__version__, torch.version.cuda]
-    digest = hashlib.sha256(repr(parts).encode())
-    for file in files:
-        digest.update(file.read_bytes())
-    return digest.hexdigest()[:24]
+    return hashlib.sha256(b"".join([repr(parts).encode(), *map(Path.read_bytes, files)])).hexdigest()[:24]
 
 
-def compare(device: torch.device, ours: str = "auto", dtype: torch.dtype = torch.bfloat16) -> list[str]:
-    """What differs, one line each, between implementation `ours` and torch's ops; [] if nothing does.
+def compare(device: torch.device, ours: str = "auto", quantized: bool = False) -> list[str]:
+    """What differs, one line each, between implementation `ours` and torch's ops, in bf16; [] if nothing does.
 
-    A result may be off fp32's by twice torch's error in `dtype` and 0.01 of its norm; an optimizer's step by 0.03, as
-    Newton–Schulz iterates in bf16.
+    quantized: products with a quantized base, too. A result may be off fp32's by twice torch's error and 0.01 of its
+    norm; an optimizer's step by 0.03, as Newton–Schulz iterates in bf16.
     """
     before, problems = ops.selected(), []
     try:
-        for name, options in MODELS.items():
-            model = _small(device, **options)
-            exact = _results(model, "torch", None)
-            torchs, mine = (_results(model, implementation, dtype) for implementation in ("torch", ours))
+        cases = {name: partial(_results, _small(device, **options)) for name, options in MODELS.items()}
+        cases |= {name: partial(_product, device, make) for name, make in QUANTIZED.items() if quantized}
+        for name, results in cases.items():
+            exact = results("torch", None)
+            torchs, mine = (results(implementation, torch.bfloat16) for implementation in ("torch", ours))
             for what, value in exact.items():
                 allowed = 2 * _error(torchs[what], value) + (0.03 if what.startswith("update") else 0.01)
                 if not (error := _error(mine[what], value)) <= allowed:  # NaN is never within
@@ -152,23 +150,33 @@ def _results(model: Transformer, implementation: str, dtype: torch.dtype | None)
         kind = "" if packed is None else ", packed"
         found[f"loss{kind}"] = loss.detach()
         found |= {f"gradient of {name}{kind}": p.grad.clone() for name, p in model.named_parameters()}
-    copy = _small(device)
-    copy.load_state_dict(model.state_dict(), strict=False)
-    weights = {name: p.detach().clone() for name, p in copy.named_parameters()}
+    copy = deepcopy(model)
     for parameter in copy.parameters():  # equal ones: a first step of AdamW is little more than a gradient's sign
         parameter.grad = torch.randn(parameter.shape, generator=generator).to(device)
     for optimizer in optim.build_optimizers(copy, "muon", lr=0.02, weight_decay=0.1):
         optimizer.step()
-    found |= {f"update of {name}": p.detach() - weights[name] for name, p in copy.named_parameters()}
+    found |= {f"update of {name}": (p - model.get_parameter(name)).detach() for name, p in copy.named_parameters()}
     return found | {"logits of generated tokens": _generated(model, implementation, dtype, tokens[:, : LENGTHS[0]])}
+
+
+def _product(device: torch.device, make: Callable, implementation: str, dtype: torch.dtype | None) -> dict[str, Tensor]:
+    """Rows times a quantized weight, and these rows' gradients; in fp32, too, as a quantized model generates."""
+    ops.select(implementation)
+    generator, found = torch.Generator().manual_seed(0), {}
+    # cubes: some are so large that int8 keeps their columns; sizes that fill no tile
+    weight = [t.to(device) for t in make(torch.randn(272, 320, generator=generator) ** 3)]
+    for rows, wide in itertools.product(ROWS, (False, True)):
+        x, dy = (torch.randn(rows, n, generator=generator).to(device, None if wide else dtype) for n in (320, 272))
+        y = ops.quant_matmul(x.requires_grad_(), weight)
+        found[f"product of {rows} rows{', fp32' * wide}"] = y.detach()
+        found[f"gradient of {rows} rows{', fp32' * wide}"] = torch.autograd.grad(y, x, dy)[0]
+    return found
 
 
 @torch.no_grad()
 def _generated(model: Transformer, implementation: str, dtype: torch.dtype | None, tokens: Tensor) -> Tensor:
     """Logits (B, 3, V) after each of the last three tokens, read one by one into a cache."""
-    own = _small(tokens.device, **{name: getattr(model.config, name) for name in ("qk_norm", "window", "softcap")})
-    own.load_state_dict(model.state_dict())
-    own = own.to(dtype or torch.float32).eval()
+    own = deepcopy(model).to(dtype or torch.float32).eval()
     own.build_rotation()
     cache, _ = generate.prefill(own, tokens[:, :-3].tolist(), 3)
     if implementation == "torch":
@@ -178,6 +186,6 @@ def _generated(model: Transformer, implementation: str, dtype: torch.dtype | Non
 
 
 if __name__ == "__main__":
-    found = compare(torch.device("cuda", int(sys.argv[1])))
+    found = compare(torch.device("cuda", int(sys.argv[1])), quantized="quantized" in sys.argv)
     print("\n".join(found[::-1]))
     sys.exit(1 if found else 0)

@@ -2,17 +2,21 @@
 
 import contextlib
 import fcntl
+import json
 import os
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from kernels import launch
-from minillm import ops, selfcheck
+import train_pretrain
+import train_sft
+from kernels import launch, reference
+from minillm import model_commands, ops, selfcheck
 from minillm.distributed import Ranks
 from tests.kernels.check import DEVICE
 
@@ -58,6 +62,29 @@ def test_a_cap_that_the_loss_forgets_is_found(monkeypatch, short):
     assert all(line.startswith("QK-norm, window and cap: ") for line in problems)
 
 
+def test_products_with_a_quantized_base_are_found_right(monkeypatch, short):
+    monkeypatch.setattr(selfcheck, "MODELS", {})
+    assert selfcheck.compare(torch.device(DEVICE), "triton", quantized=True) == []
+
+
+@pytest.mark.parametrize("rows", [1, 300])
+def test_a_wrong_product_is_found_where_a_base_is_quantized(rows, monkeypatch, short):
+    monkeypatch.setattr(selfcheck, "MODELS", {})
+    right = reference.quant_matmul
+    ops.select("triton")
+    monkeypatch.setattr(
+        ops._triton.quant_matmul, "quant_matmul", lambda x, weight: right(x, weight) * (1.1 if len(x) == rows else 1.0)
+    )
+    problems = selfcheck.compare(torch.device(DEVICE), "triton", quantized=True)
+    assert [line.partition(" is off by")[0] for line in problems] == [
+        f"{bits} bits: {what} of {rows} rows{kind}"
+        for bits in (8, 4)
+        for kind in ("", ", fp32")
+        for what in ("product", "gradient")
+    ]
+    assert selfcheck.compare(torch.device(DEVICE), "triton") == []
+
+
 class Gpu:
     """What `check_kernels` sees of a GPU, and how often it asked a process."""
 
@@ -71,7 +98,8 @@ class Gpu:
         monkeypatch.setattr(subprocess, "Popen", self.start)
 
     def start(self, command, **_):
-        assert command[1:] == ["-m", "minillm.selfcheck", "1"]
+        assert command[1:4] == ["-m", "minillm.selfcheck", "1"]
+        self.named = command[4:]
         self.asked, self.killed = self.asked + 1, False
         return self
 
@@ -85,8 +113,8 @@ class Gpu:
     def kill(self):
         self.killed = True
 
-    def check(self) -> str:
-        selfcheck.check_kernels(Ranks(0, 1, torch.device("cuda", 1)), self.lines.append)
+    def check(self, quantized: bool = False) -> str:
+        selfcheck.check_kernels(Ranks(0, 1, torch.device("cuda", 1)), self.lines.append, quantized)
         return ops.selected()
 
 
@@ -95,6 +123,49 @@ def test_right_kernels_are_asked_about_once(monkeypatch, tmp_path):
     assert gpu.check() == gpu.check() == "auto" and gpu.asked == 1
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "another GPU")
     assert gpu.check() == "auto" and gpu.asked == 2
+
+
+def test_a_quantized_base_is_asked_about_by_itself(monkeypatch, tmp_path):
+    gpu = Gpu(monkeypatch, tmp_path)
+    gpu.check()
+    assert gpu.asked == 1 and gpu.named == []
+    for _ in range(2):
+        assert gpu.check(quantized=True) == "auto"
+        assert gpu.asked == 2 and gpu.named == ["quantized"]
+
+
+class Asked(Exception):
+    """Ends a command where it asks, and says whether that was about a quantized base."""
+
+
+def ask(*_, quantized):
+    raise Asked(quantized)
+
+
+@pytest.mark.parametrize("bits", [None, 8, 4])
+@pytest.mark.parametrize("script", [train_pretrain, train_sft])
+def test_training_on_a_quantized_base_asks_about_it(script, bits, monkeypatch):
+    monkeypatch.setattr(selfcheck, "begin", ask)
+    quantized = ["--tune", "lora", "--base_bits", str(bits)] if bits else []
+    monkeypatch.setattr(sys, "argv", ["train", "--device", "cpu", *quantized])
+    with pytest.raises(Asked, match=str(bool(bits))):
+        script.main()
+
+
+@pytest.mark.parametrize("bits", [None, 8, 4])
+def test_an_adapter_on_a_quantized_base_asks_about_it(bits, monkeypatch, tmp_path):
+    monkeypatch.setattr(selfcheck, "check_kernels", ask)
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    (tmp_path / "minillm_base.json").write_text(json.dumps({"bits": bits}))
+    with pytest.raises(Asked, match=str(bool(bits))):
+        model_commands._load(SimpleNamespace(model=str(tmp_path), device="cpu"))
+
+
+def test_a_model_of_its_own_has_no_quantized_base(monkeypatch, tmp_path):
+    monkeypatch.setattr(selfcheck, "check_kernels", ask)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(Asked, match="False"):
+        model_commands._load(SimpleNamespace(model=str(tmp_path), device="cpu"))
 
 
 @pytest.mark.parametrize(
