@@ -2,10 +2,10 @@
 
 GPUs, drivers and compilers are more than anyone can test on. So the first run on a GPU holds a small model through our
 kernels against the same model through torch: loss, every gradient, an optimizer's step, tokens one by one. That
-happens in a process of its own, since a kernel that fails can take its process's GPU with it, or hang. If anything
-differs, the run goes on with torch's ops and says so. What holds is remembered for this GPU, these versions and this
-source; `--impl triton` asks for the kernels without a question. A run with a quantized base is the first that has its
-products compared.
+happens in a process of its own, since a kernel that fails can take its process's GPU with it, or hang; only where the
+GPU takes no second process, in the run's. If anything differs, the run goes on with torch's ops and says so. What holds
+is remembered for this GPU, these versions and this source; `--impl triton` asks for the kernels without a question. A
+run with a quantized base is the first that has its products compared.
 """
 
 import atexit
@@ -58,13 +58,16 @@ def begin(ranks: Ranks, say: Callable[[str], None] = print, quantized: bool = Fa
         if ranks.any(int(bool(problem))):
             ops.select("torch")
             if ranks.main:
-                say(f"ops: the kernels are not right on this GPU ({problem}); using torch's. Please report it.")
+                say(f"ops: the kernels {problem}; using torch's. Please report it.")
 
     return settle
 
 
 def _ask(device: torch.device, say: Callable[[str], None], quantized: bool) -> Callable[[], str] | None:
-    """Start a process of its own; what is returned waits for what it finds wrong, a line or "". None: asked before."""
+    """Start a process of its own; what is returned waits for what it says of the kernels, "" if they are right.
+
+    None: asked before.
+    """
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     seen = cache / "minillm" / "checked" / (_identity(device) + "-quantized" * quantized)
     if seen.exists():
@@ -78,11 +81,17 @@ def _ask(device: torch.device, say: Callable[[str], None], quantized: bool) -> C
     def answer() -> str:
         try:
             out, err = process.communicate(timeout=SECONDS)
-        except subprocess.TimeoutExpired:
+            lines = err.strip().splitlines() or ["no words"]
+            problem = ([s for s in lines if "Error: " in s] or lines)[-1] if process.returncode else ""
+            # it never began, for want of a context (a GPU of compute mode EXCLUSIVE_PROCESS is ours), or of memory
+            if problem and (not out or "out of memory" in problem):
+                say(f"ops: no second process can compare them ({problem}); comparing in this one")
+                problem = (compare(device, quantized=quantized) or [""])[0]
+        except Exception as raised:
             process.kill()
-            return f"no answer within {SECONDS} s"
-        if process.returncode:
-            return ([*out.strip().splitlines(), *err.strip().splitlines()] or ["no words"])[-1]
+            return f"could not be compared ({' '.join(str(raised).split())[:200]})"
+        if problem:
+            return f"are not right on this GPU ({problem})"
         with contextlib.suppress(OSError):  # then it is asked again
             seen.parent.mkdir(parents=True, exist_ok=True)
             seen.touch()
@@ -186,6 +195,6 @@ def _generated(model: Transformer, implementation: str, dtype: torch.dtype | Non
 
 
 if __name__ == "__main__":
-    found = compare(torch.device("cuda", int(sys.argv[1])), quantized="quantized" in sys.argv)
-    print("\n".join(found[::-1]))
-    sys.exit(1 if found else 0)
+    device = torch.device("cuda", int(sys.argv[1]))
+    print("comparing on", torch.empty(1, device=device).device, flush=True)
+    sys.exit("\n".join(compare(device, quantized="quantized" in sys.argv)[::-1]) or 0)

@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 import time
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -85,12 +84,21 @@ def test_a_wrong_product_is_found_where_a_base_is_quantized(rows, monkeypatch, s
     assert selfcheck.compare(torch.device(DEVICE), "triton") == []
 
 
+BEGUN = "comparing on cuda:1\n"
+CRASH = """Traceback (most recent call last):
+torch.AcceleratorError: CUDA error: an illegal memory access was encountered
+Compile with `TORCH_USE_CUDA_DSA` to enable device-side assertions.
+"""
+BUSY = "torch.AcceleratorError: CUDA error: all CUDA-capable devices are busy or unavailable"
+FULL = "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 MiB."
+
+
 class Gpu:
     """What `check_kernels` sees of a GPU, and how often it asked a process."""
 
     def __init__(self, monkeypatch, folder):
         self.asked, self.lines = 0, []
-        self.answer = subprocess.CompletedProcess([], 0, "", "")
+        self.answer = subprocess.CompletedProcess([], 0, BEGUN, "")
         monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
         monkeypatch.setattr(ops, "fused", lambda x: ops.selected() == "auto")
         monkeypatch.setattr(torch, "empty", lambda *_, **__: None)
@@ -134,6 +142,37 @@ def test_a_quantized_base_is_asked_about_by_itself(monkeypatch, tmp_path):
         assert gpu.asked == 2 and gpu.named == ["quantized"]
 
 
+@pytest.mark.parametrize(("said", "why"), [("", BUSY), (BEGUN, FULL)])
+@pytest.mark.parametrize("problems", [[], ["loss is off by 3e-1", "and more"], RuntimeError("CUDA error: no\n memory")])
+def test_where_a_second_process_has_no_room_the_run_itself_compares(problems, said, why, monkeypatch, tmp_path):
+    def compare(device, quantized):
+        assert device == torch.device("cuda", 1) and quantized
+        if isinstance(problems, Exception):
+            raise problems
+        return problems
+
+    gpu = Gpu(monkeypatch, tmp_path)
+    gpu.answer = subprocess.CompletedProcess([], 1, said, f"Traceback\n{why}\nFor debugging consider …\n")
+    monkeypatch.setattr(selfcheck, "compare", compare)
+    assert gpu.check(quantized=True) == ("torch" if problems else "auto")
+    assert gpu.lines[1] == f"ops: no second process can compare them ({why}); comparing in this one"
+    words = (
+        "not be compared (CUDA error: no memory)" if isinstance(problems, Exception) else "not right on this GPU (loss"
+    )
+    assert words in gpu.lines[-1] if problems else len(gpu.lines) == 2
+    ops.select("auto")
+    gpu.check(quantized=True)
+    assert gpu.asked == (2 if problems else 1)  # what holds is remembered
+
+
+def test_a_process_that_is_not_let_onto_a_gpu_says_nothing_but_why():
+    """So one that said something has begun."""
+    command = [sys.executable, "-m", "minillm.selfcheck", "0"]
+    env = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, env=env, cwd=selfcheck.ROOT, capture_output=True, text=True, timeout=50)
+    assert done.returncode == 1 and done.stdout == "" and "Error: " in done.stderr
+
+
 class Asked(Exception):
     """Ends a command where it asks, and says whether that was about a quantized base."""
 
@@ -171,9 +210,16 @@ def test_a_model_of_its_own_has_no_quantized_base(monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     ("answer", "words"),
     [
-        (subprocess.CompletedProcess([], 1, "loss is off by 3e-1\n", ""), "loss is off by 3e-1"),
-        (subprocess.CompletedProcess([], -11, "", "Traceback\nCUDA error: an illegal memory access"), "illegal memory"),
-        (subprocess.TimeoutExpired([], 300), "no answer within"),
+        (
+            subprocess.CompletedProcess([], 1, BEGUN, "a warning\nloss is off by 3e-1\n"),
+            "not right on this GPU (loss is",
+        ),
+        (
+            subprocess.CompletedProcess([], 1, BEGUN, CRASH),
+            "not right on this GPU (torch.AcceleratorError: CUDA error: an illegal memory access",
+        ),
+        (subprocess.CompletedProcess([], -9, BEGUN, ""), "not right on this GPU (no words)"),
+        (subprocess.TimeoutExpired("a process", 300), "could not be compared (Command 'a process' timed out after 300"),
     ],
 )
 def test_wrong_failing_and_hanging_kernels_are_left_for_torchs(answer, words, monkeypatch, tmp_path):
@@ -205,8 +251,9 @@ while not (os.path.exists({str(begun)!r}) and os.path.getsize({str(begun)!r})):
 sys.exit("the data are not there")
 """
     env = {**os.environ, "XDG_CACHE_HOME": str(tmp_path)}
-    root = Path(selfcheck.__file__).parents[1]
-    done = subprocess.run([sys.executable, "-c", script], env=env, cwd=root, capture_output=True, text=True, timeout=50)
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=env, cwd=selfcheck.ROOT, capture_output=True, text=True, timeout=50
+    )
     assert done.stderr == "the data are not there\n"
     with begun.open() as file:
         for _ in range(100):  # the lock goes with the process
