@@ -184,8 +184,9 @@ class InstructionRows:
             epoch, row = divmod(position, self.rows_per_epoch)
             members = [] if end is not None and position >= end else self._epoch(epoch)[row]
             rows.append([self._example(i) for i in members])
-        longest = max((sum(len(ids) - 1 + self.n_virtual for ids, _ in row) for row in rows), default=0)
-        width = self.seq_len if self.packing else min(self.seq_len, max(8, -(-longest // 8) * 8))
+        sizes = [sum(len(ids) - 1 + self.n_virtual for ids, _ in row) for row in rows]
+        longest = max([1 + self.n_virtual, *sizes])  # a row of padding alone has its placeholders, too
+        width = self.seq_len if self.packing else min(self.seq_len, -(-longest // 8) * 8)
         return lay_out(rows, width, self.tokenizer.pad_id, documents=self.packing, n_virtual=self.n_virtual)
 
     def total_rows(self, epochs: float) -> int:

@@ -121,10 +121,19 @@ def test_rows_with_placeholders_are_no_longer_and_hold_the_same_examples(tmp_pat
     if packing:
         used = sum(len(ids) - 1 + 3 for ids, _ in map(data._example, range(len(rows))))
         assert f"{used / (30 * data.rows_per_epoch):.1%} full" in data.summary()
+    padding = data.batch(np.arange(2), end=0)
+    assert padding.x.shape[1] == (30 if packing else 8) and not padding.n_targets()
     with pytest.raises(
         UserError, match="--seq_len 3: a row needs at least 1 position beside the virtual tokens of --n_virtual 3"
     ):
         InstructionRows(path, Numbers(), 3, n_virtual=3)
+
+
+@pytest.mark.parametrize(("seq_len", "width"), [(64, 24), (17, 17)])
+def test_padding_alone_is_wide_enough_for_its_placeholders(tmp_path, seq_len, width):
+    path = write_jsonl(tmp_path / "rows.jsonl", [pair("1", "2")])
+    data = InstructionRows(path, Numbers(), seq_len, packing=False, n_virtual=16)
+    assert data.batch(np.arange(2), end=0).x.shape == (2, width)
 
 
 def test_several_turns_by_hand():
