@@ -31,7 +31,7 @@ from minillm.validation import answer_loss
 class Config(tuning.TuningConfig, config.TrainingConfig):
     data: str = option(f"{bundled.FOLDER}/sft_train.jsonl", "instruction file(s), separated by commas")
     out: str = option("out/sft", "the run's folder: checkpoints, metrics.jsonl, curve.png")
-    init_from: str | None = option("out/pretrain", "model folder or run to start from")
+    init_from: str = option("out/pretrain", "model folder or run to start from")
     steps: int | None = option(None, "optimizer steps; none: as many as --epochs need")
     epochs: float = option(2.5, "passes over the data, if --steps is not given")
     seq_len: int = option(256, "tokens per row; longer examples are cut")
@@ -68,10 +68,11 @@ def main() -> int:
         raise UserError(f"--seq_len {cfg.seq_len}: the model's longest context is {model_config.max_seq_len}")
 
     # data: rows of instructions, packed, with a mask on what is to be learned
-    paths = cfg.data.split(",")
+    paths = [path.strip() for path in cfg.data.split(",") if path.strip()]
     how = dict(seed=cfg.seed, template=cfg.template, packing=cfg.packing, on_bad_line=cfg.on_bad_line)
     how |= dict(n_virtual=cfg.placeholders)
     rows = InstructionRows(paths, tokenizer, cfg.seq_len, **how)
+    length = "epochs" if cfg.steps is None else "steps"  # what says how long the run is
     end = rows.total_rows(cfg.epochs) if cfg.steps is None else cfg.steps * cfg.batch_size
     cfg = dataclasses.replace(cfg, steps=-(-end // cfg.batch_size))  # the last batch may be short
     held_out = cfg.eval_data or (f"{bundled.FOLDER}/sft_heldout.jsonl" if cfg.data == Config.data else None)
@@ -88,7 +89,7 @@ def main() -> int:
     }
     this = training.Run(cfg, ranks, fingerprints, turns=rows.counts["turns"])
     if this.finished:
-        this.say(f"{this.folder} has finished its {this.start_step} steps; to go on, raise --epochs")
+        this.say(f"{this.folder} has finished its {this.start_step} steps; to go on, raise --{length}")
         this.say(f"next: {next_command(cfg.out)}")
         distributed.stop()
         return 0
@@ -133,9 +134,7 @@ def train(cfg: Config, this: training.Run, model: Transformer, rows, end: int, h
         micro_batches = ranks.micro_batches(step - 1, cfg.batch_size, cfg.micro_batch_size)
         batches = [rows.batch(positions, end) for positions in micro_batches]
         # how many targets a batch has differs from step to step: count those of all ranks before the first backward
-        n_targets, n_tokens = ranks.sum(
-            *(sum(n) for n in zip(*((b.n_targets(), b.x.numel()) for b in batches), strict=True))
-        )
+        n_targets, n_tokens = ranks.sum(sum(b.n_targets() for b in batches), sum(b.x.numel() for b in batches))
         nats = torch.zeros((), device=ranks.device)
         for i, batch in enumerate(batches):
             batch = batch.to(ranks.device)

@@ -105,7 +105,14 @@ def test_loss_falls_and_answers_are_counted_before_and_after(folder):
     assert 0 <= launch.rows(folder / "learnt")[-1]["exact_match"] <= 1
     for words in ("weights from", "step-00000030", "next: "):
         assert words in text, words
-    assert "has finished its 30 steps" in train(folder, "learnt", more)
+    assert "has finished its 30 steps; to go on, raise --steps\n" in train(folder, "learnt", more)
+
+
+def test_several_files_and_what_makes_a_finished_run_longer(folder):
+    both = ["--data", f" {folder}/train.jsonl , {folder}/held_out.jsonl"]
+    given = [*options(folder, "two-files", "--epochs 0.05").split(), *both]
+    assert "412 rows, 412 examples" in launch.finish("sft", given, folder / "log" / "two-files")
+    assert "raise --epochs\n" in launch.finish("sft", given, folder / "log" / "two-files")
 
 
 def test_questions_first_asked_of_a_resumed_run_are_counted_after_alone(folder):
@@ -127,6 +134,7 @@ def test_a_signal_leaves_one_whole_checkpoint(folder):
     ("more", "words"),
     [
         ("--init_from {folder}/nowhere", ["nowhere: no such folder"]),
+        ("--init_from none", ["none: no such folder"]),
         ("--data {folder}/nowhere.jsonl", ["nowhere.jsonl"]),
         ("--data {folder}/broken.jsonl", ["broken.jsonl, row 2", "--on_bad_line skip"]),
         ("--eval_data {folder}/nowhere.jsonl", ["nowhere.jsonl"]),
