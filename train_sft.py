@@ -68,6 +68,9 @@ def main() -> int:
         raise UserError(f"--seq_len {cfg.seq_len}: the model's longest context is {model_config.max_seq_len}")
 
     # data: rows of instructions, packed, with a mask on what is to be learned
+    if cfg.data == Config.data and ranks.main:
+        bundled.build()
+    ranks.barrier()
     paths = [path.strip() for path in cfg.data.split(",") if path.strip()]
     how = dict(seed=cfg.seed, template=cfg.template, packing=cfg.packing, on_bad_line=cfg.on_bad_line)
     how |= dict(n_virtual=cfg.placeholders)

@@ -2,10 +2,13 @@ import json
 import random
 import re
 import signal
+import sys
 from pathlib import Path
 
 import pytest
 
+import train_sft
+from minillm import UserError
 from minillm.chat_data import InstructionRows
 from minillm.chat_templates import JINJA
 from minillm.tokenizer import Tokenizer
@@ -113,6 +116,18 @@ def test_several_files_and_what_makes_a_finished_run_longer(folder):
     given = [*options(folder, "two-files", "--epochs 0.05").split(), *both]
     assert "412 rows, 412 examples" in launch.finish("sft", given, folder / "log" / "two-files")
     assert "raise --epochs\n" in launch.finish("sft", given, folder / "log" / "two-files")
+
+
+def test_the_bundled_instructions_are_written_where_they_are_asked_for(folder, monkeypatch):
+    def build():
+        raise UserError("the corpus is being written")
+
+    monkeypatch.setattr(train_sft.bundled, "build", build)
+    for data, words in ([], "is being written"), (["--data", "nowhere.jsonl"], "nowhere.jsonl"):
+        start = ["--init_from", str(folder / "base"), "--seq_len", "64", "--device", "cpu"]
+        monkeypatch.setattr(sys, "argv", ["train_sft.py", *start, *data])
+        with pytest.raises(UserError, match=words):
+            train_sft.main()
 
 
 def test_questions_first_asked_of_a_resumed_run_are_counted_after_alone(folder):
