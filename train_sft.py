@@ -13,12 +13,14 @@ import dataclasses
 import sys
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
 from data import bundled
 from minillm import UserError, config, distributed, evaluate, huggingface, ops, optim, run, selfcheck, training, tuning
 from minillm.chat_data import InstructionRows
+from minillm.checkpoint import read_state
 from minillm.config import option
 from minillm.metrics import duration, peak_flops
 from minillm.model import Transformer
@@ -60,7 +62,7 @@ def main() -> int:
     kernels_settled = selfcheck.begin(ranks, quantized=cfg.base_bits in (8, 4))
 
     # the model to start from, and its tokenizer
-    init = run.resolve_checkpoint(cfg.init_from)
+    init = starting_point(cfg)
     model_config = dataclasses.replace(huggingface.load_config(init), dropout=cfg.dropout)
     tokenizer = Tokenizer.load(init)
     cfg = tuning.choose_optimizer(cfg, model_config.dim, share=1 / 4)
@@ -112,6 +114,15 @@ def main() -> int:
         conclude(this, before or {}, ask() if questions else {})
     distributed.stop()
     return status
+
+
+def starting_point(cfg: Config) -> Path:
+    """The model folder of --init_from; where that is gone and this run can go on without it, its own checkpoint."""
+    if cfg.tune == "full" and cfg.resume == "auto" and not Path(cfg.init_from).exists() and run.step_folders(cfg.out):
+        newest = run.resolve_checkpoint(cfg.out, log=lambda line: None)  # `Run` says which it passes over
+        if read_state(newest)["config"]["init_from"] == cfg.init_from:
+            return newest
+    return run.resolve_checkpoint(cfg.init_from)
 
 
 def next_command(out: str) -> str:

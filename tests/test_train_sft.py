@@ -1,6 +1,7 @@
 import json
 import random
 import re
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -89,6 +90,21 @@ def test_going_on_with_another_number_of_ranks(folder):
         train(folder, "changing", f"--steps {steps} --schedule constant", ranks=ranks)
     train(folder, "unchanging", "--steps 12 --schedule constant")
     assert launch.losses(folder / "changing") == pytest.approx(launch.losses(folder / "unchanging"), abs=1e-5)
+
+
+def test_a_run_of_all_weights_goes_on_without_the_model_it_began_with(folder):
+    """Bit for bit; but neither an adapter nor a run begun with another model does."""
+    base = shutil.copytree(folder / "base", folder / "passing")
+    start, more = f"--init_from {base} --schedule constant --dropout 0.1", "--steps 4"
+    for out, steps in (("kept", "--steps 4"), ("orphan", "--steps 2"), ("adapted", "--steps 2 --tune lora")):
+        train(folder, out, f"{start} {steps}")
+    shutil.rmtree(base)
+    assert f"weights from {folder}/orphan/step-00000002" in train(folder, "orphan", f"{start} {more}")
+    assert launch.tensors(folder / "orphan", 4) == launch.tensors(folder / "kept", 4)
+    for out, init in (("adapted --tune lora", base), ("orphan", folder / "mistyped"), ("new", base)):
+        assert "no such folder" in train(
+            folder, out.split()[0], f"{more} --out {folder}/{out} --init_from {init}", status=2
+        )
 
 
 def test_more_steps_than_an_epoch_has_begin_another(folder):
