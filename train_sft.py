@@ -103,12 +103,14 @@ def main() -> int:
     model = tuning.load_model(cfg, model_config, init, this.source, ranks.device)
     model.checkpoint_activations = cfg.checkpoint_activations
     this.say(f"weights from {this.source or init}")
+    this.watchdog.tick(this.start_step)  # loading is no step that hangs, and neither are the questions
 
     def ask() -> dict:
         with tuning.merged(model):
             return evaluate.exact_match(model, tokenizer, questions, template=cfg.template)
 
     before = this.once("before.json", ask) if questions else {}
+    this.watchdog.tick(this.start_step)
     status = train(cfg, this, model, rows, end, held_rows, tokenizer)
     if status == 0 and ranks.main:
         conclude(this, before or {}, ask() if questions else {})

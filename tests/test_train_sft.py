@@ -5,6 +5,7 @@ import shutil
 import signal
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -144,6 +145,25 @@ def test_the_bundled_instructions_are_written_where_they_are_asked_for(folder, m
         monkeypatch.setattr(sys, "argv", ["train_sft.py", *start, *data])
         with pytest.raises(UserError, match=words):
             train_sft.main()
+
+
+def test_the_time_of_a_hanging_step_begins_after_loading_and_again_after_the_questions(folder, monkeypatch):
+    happened = []
+
+    def note(owner, name, value=None):
+        monkeypatch.setattr(owner, name, lambda *_, **__: happened.append(name) or value)
+
+    note(train_sft.tuning, "load_model", SimpleNamespace(n_virtual=0))
+    note(train_sft.training.distributed.Watchdog, "tick")
+    note(train_sft.training.Run, "once", {})
+    note(train_sft, "train", value=1)
+    more = f"--steps 2 --eval_data {folder}/held_out.jsonl"
+    monkeypatch.setattr(sys, "argv", ["train_sft.py", *options(folder, "ticks", more).split()])
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    assert train_sft.main() == 1
+    for number, handler in zip((signal.SIGTERM, signal.SIGINT), before, strict=True):
+        signal.signal(number, handler)
+    assert happened == ["load_model", "tick", "once", "tick", "train"]
 
 
 def test_questions_first_asked_of_a_resumed_run_are_counted_after_alone(folder):
