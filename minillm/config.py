@@ -7,6 +7,7 @@ default, and `parse` turns `--name value` (or `--config file.toml`) into an inst
 import argparse
 import dataclasses
 import difflib
+import math
 import sys
 import tomllib
 import types
@@ -37,6 +38,7 @@ class RopeScaling:
 
 
 COUNTS = ("vocab_size", "dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "ffn_dim", "max_seq_len")
+LARGEST = 1 << 24  # count: beyond all models there are, and a product of two is still a size to torch
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,9 @@ class ModelConfig:
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
         problems = [
-            f"{name} is {getattr(self, name)}: it must be at least 1" for name in COUNTS if getattr(self, name) < 1
+            f"{name} is {value}: it must lie from 1 to {LARGEST:,}"
+            for name in COUNTS
+            if not 1 <= (value := getattr(self, name)) <= LARGEST
         ]
         if not problems and self.n_heads % self.n_kv_heads:
             problems.append(f"n_heads {self.n_heads} is no multiple of n_kv_heads {self.n_kv_heads}")
@@ -82,12 +86,11 @@ class ModelConfig:
             problems.append(f"head_dim is {self.head_dim}: rotary positions need an even size")
         if not 0 <= self.dropout < 1:
             problems.append(f"dropout is {self.dropout}: it must lie in [0, 1)")
-        if self.window is not None and self.window < 1:
-            problems.append(f"window is {self.window}: a token must at least see itself, so 1 or more")
-        if self.softcap is not None and not self.softcap > 0:
-            problems.append(f"softcap is {self.softcap}: it must be above 0")
-        if not self.rope_theta > 0:
-            problems.append(f"rope_theta is {self.rope_theta}: it must be above 0")
+        if self.window is not None and not 1 <= self.window <= LARGEST:
+            problems.append(f"window is {self.window}: it must lie from 1, a token itself, to {LARGEST:,}")
+        for name in ("softcap", "rope_theta", "norm_eps"):
+            if (value := getattr(self, name)) is not None and not 0 < value < math.inf:
+                problems.append(f"{name} is {value}: it must be above 0 and finite")
         if self.rope_scaling and self.rope_scaling.type not in ("linear", "yarn", "llama3"):
             problems.append(f"rope scaling {self.rope_scaling.type!r}: choose linear, yarn or llama3")
         if problems:
@@ -203,10 +206,10 @@ def parse_rope_scaling(text: str, original_max_seq_len: int) -> RopeScaling:
     kind, _, factor = text.partition(":")
     try:
         scaling = RopeScaling(kind, float(factor), original_max_seq_len)
-        if kind not in ("linear", "yarn", "llama3") or scaling.factor < 1:
+        if kind not in ("linear", "yarn", "llama3") or not 1 <= scaling.factor < math.inf:
             raise ValueError
     except ValueError:
-        raise UserError(f"--rope_scaling {text}: expected linear:F, yarn:F or llama3:F with F at least 1") from None
+        raise UserError(f"--rope_scaling {text}: expected linear:F, yarn:F or llama3:F, F at least 1, finite") from None
     return scaling
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from minillm import UnsupportedError, UserError, checkpoint
-from minillm.config import ModelConfig
+from minillm.config import LARGEST, ModelConfig
 from minillm.gguf_model import PADDING, unpadded
 from minillm.huggingface import ROTATED, StoredModel, half_split, interleaved, shapes_of
 from minillm.model import rotary_tables
@@ -64,7 +64,7 @@ def open_file(path: str | Path) -> StoredModel:
         raise UserError(f"{path}: llama2.c's newer format; only its legacy format (version 0) is read: export to that")
     dim, ffn_dim, n_layers, n_heads, n_kv_heads, vocab_size, max_seq_len = HEADER.unpack(start)
     counts = (dim, ffn_dim, n_layers, n_heads, n_kv_heads, abs(vocab_size), max_seq_len)
-    if min(counts) < 1 or dim % n_heads or n_heads % n_kv_heads or dim // n_heads % 2:
+    if not 1 <= min(counts) <= max(counts) <= LARGEST or dim % n_heads or n_heads % n_kv_heads or dim // n_heads % 2:
         kinds = "a Hugging Face folder, a .gguf file or llama2.c's .bin"
         raise UserError(f"{path}: no llama2.c model: its header says {counts}; give {kinds}")
     config = ModelConfig(

@@ -1,9 +1,10 @@
+import math
 from dataclasses import dataclass, fields
 
 import pytest
 
 from minillm import UserError
-from minillm.config import PRESETS, ModelConfig, TrainingConfig, option, parse, preset
+from minillm.config import PRESETS, ModelConfig, RopeScaling, TrainingConfig, option, parse, parse_rope_scaling, preset
 from minillm.model import Transformer
 
 
@@ -136,14 +137,27 @@ def test_presets_have_the_sizes_of_their_names():
         (dict(head_dim=7), "even"),
         (dict(dropout=1.0), "dropout"),
         (dict(positions="none"), "positions"),
+        (dict(dim=10**30), f"dim is {10**30}: it must lie from 1 to 16,777,216; "),
+        (dict(max_seq_len=1 << 25), "max_seq_len is 33554432"),
         (dict(window=0), "window is 0"),
+        (dict(window=10**30), "window is 1000"),
         (dict(softcap=0.0), "softcap is 0"),
+        (dict(softcap=math.inf), "softcap is inf: it must be above 0 and finite"),
         (dict(rope_theta=0.0), "rope_theta is 0"),
+        (dict(rope_theta=math.nan), "rope_theta is nan"),
+        (dict(norm_eps=math.inf), "norm_eps is inf"),
     ],
 )
 def test_impossible_shapes_are_refused(change, said):
     with pytest.raises(UserError, match=said):
         ModelConfig(**{**dict(vocab_size=10, dim=48), **change})
+
+
+@pytest.mark.parametrize("text", ["yarn:inf", "linear:nan", "llama3:0.5", "yarn:", "ntk:2"])
+def test_what_stretches_no_positions_is_refused(text):
+    with pytest.raises(UserError, match=f"--rope_scaling {text}: expected linear:F, yarn:F or llama3:F"):
+        parse_rope_scaling(text, 64)
+    assert parse_rope_scaling("yarn:1", 64) == RopeScaling("yarn", 1.0, 64)
 
 
 def test_unknown_preset():

@@ -193,9 +193,10 @@ def test_weights_that_do_not_fit_are_all_listed(tmp_path):
         (dict(hidden_size="wide"), "damaged"),
         (dict(rope_parameters=[1]), "damaged"),
         (dict(rope_parameters={"rope_type": "yarn"}), "damaged"),
-        (dict(num_hidden_layers=10**9), "1,000,000,000 layers, as config.json says"),
+        (dict(num_hidden_layers=10**7), "10,000,000 layers, as config.json says"),
         (dict(num_hidden_layers=0), "n_layers is 0"),
-        (dict(hidden_size=2**62), "larger than any memory"),
+        (dict(hidden_size=2**62), "dim is 4611686018427387904: it must lie from 1 to 16,777,216"),
+        (dict(hidden_size=2**24, num_attention_heads=2**24, head_dim=2**24), "larger than any memory"),
     ],
 )
 def test_a_config_with_wrong_values_is_refused_at_once(change, words, tmp_path):
