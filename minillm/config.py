@@ -266,8 +266,8 @@ def _convert(config_class: type, name: str, value, where: str = ""):
     try:
         if kind is bool:
             return {"true": True, "false": False, "1": True, "0": False}[str(value).lower()]
-        if isinstance(value, bool) and kind is not bool:  # of a TOML file; to Python it would be 1 or 0
-            raise ValueError
+        if isinstance(value, bool | list | dict) or (kind is str and not str(value).strip()):
+            raise ValueError  # a TOML file's true is no number, and its list no text, though Python could make it one
         if kind is int and not isinstance(value, int):
             number = float(value)  # so that 1e6 is a number of steps
             if number != int(number):
@@ -276,7 +276,8 @@ def _convert(config_class: type, name: str, value, where: str = ""):
         return kind(value)
     except (KeyError, ValueError, TypeError, OverflowError):
         expected = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}[kind]
-        raise UserError(f"{where}--{name} {value}: expected {expected}") from None
+        expected += " (several go into one, with commas between)" * (kind is str and isinstance(value, list))
+        raise UserError(f"{where}--{name} {value or repr(value)}: expected {expected}") from None
 
 
 def _read_toml(path: str, fields) -> dict:
