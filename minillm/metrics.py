@@ -100,10 +100,10 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
-def tensorboard_writer(folder):
-    """A TensorBoard writer for a run's folder (extra `tensorboard`)."""
+def tensorboard_writer(folder, done: int = 0):
+    """A TensorBoard writer for a folder (extra `tensorboard`); it hides what lies there of steps after `done`."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         raise UserError('--tensorboard needs its package: pip install -e ".[tensorboard]"') from None
-    return SummaryWriter(str(folder))
+    return SummaryWriter(str(folder), purge_step=done + 1)

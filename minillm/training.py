@@ -81,7 +81,9 @@ class Run:
         self.begun = time.monotonic()
         if ranks.main:
             self.log = run.MetricsLog(self.folder / "metrics.jsonl", self.start_step)
-        self.board = metrics.tensorboard_writer(self.folder / "tensorboard") if cfg.tensorboard and ranks.main else None
+        self.board = None
+        if cfg.tensorboard and ranks.main:
+            self.board = metrics.tensorboard_writer(self.folder / "tensorboard", self.start_step)
         self.progress = metrics.Progress(cfg.steps, self.start_step, ranks.main)
         self.watchdog = distributed.Watchdog(ranks, cfg.timeout_s)
 

@@ -102,3 +102,15 @@ def test_tensorboard_is_an_extra(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(UserError, match=r"pip install -e .*\[tensorboard\]"):
         metrics.tensorboard_writer(tmp_path)
+
+
+def test_steps_that_a_killed_run_repeats_are_on_the_board_once(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for done, last in ((0, 5), (2, 6)):  # killed after step 5, its newest checkpoint that of step 2
+        board = metrics.tensorboard_writer(tmp_path, done)
+        for step in range(done + 1, last + 1):
+            board.add_scalar("loss", 10 * done + step, step)
+        board.close()
+    events = EventAccumulator(str(tmp_path)).Reload().Scalars("loss")
+    assert [(event.step, event.value) for event in events] == [(1, 1), (2, 2), (3, 23), (4, 24), (5, 25), (6, 26)]
