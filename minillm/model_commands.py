@@ -161,10 +161,14 @@ def run_chat(args) -> None:
         if "\ufffd" in question:
             print("(that line is not UTF-8, so it was not asked: set the terminal or file to UTF-8 and ask again)")
             continue
-        messages.append({"role": "user", "content": question})
+        before, messages = messages, [*messages, {"role": "user", "content": question}]
         if turns is not None:
             del messages[len(opening) : max(len(opening), len(messages) - 2 * turns + 1)]
         ids, forgotten = _fit(tokenizer, messages, _template(args, folder), model.context, len(opening))
+        if len(ids) >= model.context:
+            print(f"(not asked: its {len(ids)} tokens fill the context of {model.context}; say it in fewer words)")
+            messages = before
+            continue
         if forgotten:
             print(f"(the context of {model.context} tokens is full: {forgotten} earlier messages forgotten)")
         said: list[str] = []
@@ -194,7 +198,7 @@ def _remembered(stream, said: list[str]):
 def _fit(tokenizer, messages: list[dict], template: str, context: int, opening: int) -> tuple[list[int], int]:
     """Ids of the conversation, and how many messages were dropped from it, earliest first, to leave half the context.
 
-    A question longer than that alone keeps as much as the context allows; `generate` refuses what does not fit.
+    A question longer than that alone stays whole, even if it does not fit at all.
     """
     dropped = 0
     while True:

@@ -117,6 +117,24 @@ def test_chat_shows_single_questions_to_a_model_that_was_taught_so(call, monkeyp
         assert asked == ["Tom", "MiaTom" if options else "Mia", last]
 
 
+def test_chat_goes_on_after_a_line_that_is_too_long(call, monkeypatch):
+    """And remembers what was said before it."""
+    shown, stream = [], generate.stream
+
+    def noted(model, tokenizer, ids, *args, **options):
+        shown.append(ids)
+        return stream(model, tokenizer, ids, *args, **options)
+
+    monkeypatch.setattr(generate, "stream", noted)
+    options = ["--max_new_tokens", "2", "--temperature", "0"]
+    status, out, _ = call("chat", *options, typed="Who?\n" + "Tom " * 200 + "\nMia?\n")
+    assert status == 0 and out.count("> ") == 4 and out.count("tokens fill the context of 64") == 1
+    with_it = list(shown)
+    shown.clear()
+    call("chat", *options, typed="Who?\nMia?\n")
+    assert with_it == shown and len(shown) == 2 and len(shown[1]) > len(shown[0])
+
+
 def test_chat_goes_on_after_a_line_that_is_not_utf_8(call):
     status, out, _ = call("chat", "--max_new_tokens", "2", typed=b"Who?\n\xff\xfe?\nTom?\n")
     assert status == 0 and out.count("> ") == 4 and out.count("is not UTF-8") == 1
