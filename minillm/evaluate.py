@@ -66,7 +66,7 @@ def read_questions(path: str | Path, limit: int | None = None) -> list[dict]:
                 for messages in conversations_in(row):
                     if len(messages) < 2 or messages[-1]["role"] != "assistant":
                         raise UserError("does not end with an assistant's answer after a question")
-                    if row.get("check", "exact") not in CHECKS:
+                    if row.get("check", "exact") not in tuple(CHECKS):  # it may be a list, which has no hash
                         raise UserError(f"check {row['check']!r}: choose one of {', '.join(CHECKS)}")
                     rows.append({**row, "messages": messages})
             except UserError as problem:
@@ -152,8 +152,9 @@ def exact_match(
     said = answers(model, tokenizer, asked, template=template, max_new_tokens=max_new_tokens)
     scores: dict[str, tuple[int, int]] = {}
     for row, answer in zip(questions, said, strict=True):
-        right, n = scores.get(row.get("family", "all"), (0, 0))
-        scores[row.get("family", "all")] = (right + (answer is not None and is_right(row, answer)), n + 1)
+        family = str(row.get("family", "all"))  # perhaps a number
+        right, n = scores.get(family, (0, 0))
+        scores[family] = (right + (answer is not None and is_right(row, answer)), n + 1)
     return dict(sorted(scores.items()))
 
 

@@ -88,6 +88,7 @@ def test_questions_are_read_from_any_known_shape(tmp_path):
     [
         ({"text": "x"}, "row 2: its keys are text"),
         ({"instruction": "a", "output": "b", "check": "vibes"}, "row 2: check 'vibes': choose one of exact"),
+        ({"instruction": "a", "output": "b", "check": ["exact"]}, r"row 2: check \['exact'\]: choose one of exact"),
         ({"messages": [{"role": "user", "content": "q"}]}, "row 2: does not end with"),
     ],
 )
@@ -102,7 +103,7 @@ def test_exact_match_counts_by_family_in_any_order(monkeypatch):
         ("upper", "a", "A"),
         ("upper", "bcd", "BCD"),
         ("upper", "ef", "eF"),
-        ("wrong", "x", "y"),
+        (3, "x", "y"),
         ("long", "z" * 40, "Z"),
     ]
     questions = [
@@ -119,10 +120,10 @@ def test_exact_match_counts_by_family_in_any_order(monkeypatch):
     monkeypatch.setattr(evaluate, "generate", generate)
     monkeypatch.setattr(evaluate, "ASKED_AT_ONCE", 2)
     scores = evaluate.exact_match(model(), Bytes(), questions)
-    assert scores == {"long": (0, 1), "upper": (2, 3), "wrong": (0, 1)}  # the long one does not fit: never asked
+    assert scores == {"3": (0, 1), "long": (0, 1), "upper": (2, 3)}  # the long one does not fit: never asked
     assert asked == [[2, 2], [3, 4]]
     lines = evaluate.table(scores).splitlines()
-    assert lines[1].split() == ["upper", "66.7%", "(2/3)"] and lines[-1].split() == ["total", "40.0%", "(2/5)"]
+    assert lines[2].split() == ["upper", "66.7%", "(2/3)"] and lines[-1].split() == ["total", "40.0%", "(2/5)"]
 
 
 def test_exact_match_asks_the_model():
