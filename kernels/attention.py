@@ -9,7 +9,7 @@ backward pass adds dq by atomics, so `torch.use_deterministic_algorithms(True)` 
 import torch
 from torch import Tensor
 
-from kernels import attention_backward, attention_forward
+from kernels import attention_backward, attention_forward, launch
 
 try:
     from kernels import attention_sm90, attention_sm90_backward
@@ -19,8 +19,7 @@ except (ImportError, AttributeError):  # Gluon is experimental: another Triton m
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
-@torch.library.custom_op("minillm::attention", mutates_args=())
-def _op(
+def _forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -35,14 +34,16 @@ def _op(
     return attention_forward.forward(q, k, v, spans, causal=causal, window=window, softcap=softcap, scale=scale)
 
 
+_op = torch.library.custom_op("minillm::attention", _forward, mutates_args=())
+
+
 @_op.register_fake
 def _(q, k, v, spans, causal, window, softcap, scale):
     batch, q_len, heads, _ = q.shape
     return q.new_empty(q.shape), q.new_empty((batch, heads, q_len), dtype=torch.float32)
 
 
-@torch.library.custom_op("minillm::attention_backward", mutates_args=())
-def _backward_op(
+def _backward(
     dout: Tensor,
     q: Tensor,
     k: Tensor,
@@ -64,9 +65,15 @@ def _backward_op(
     return attention_backward.backward(dout, q, k, v, out, lse, spans, **options)
 
 
+_backward_op = torch.library.custom_op("minillm::attention_backward", _backward, mutates_args=())
+
+
 @_backward_op.register_fake
 def _(dout, q, k, v, out, lse, dlse, spans, causal, window, softcap, scale):
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+_attention_backward = launch.op(_backward_op, _backward)
 
 
 def _setup(ctx, inputs, output):
@@ -80,10 +87,10 @@ def _gradient(ctx, dout, dlse):
     if dout is None and dlse is None:
         return (None,) * 8
     dout = torch.zeros_like(out) if dout is None else dout
-    return *_backward_op(dout, q, k, v, out, lse, dlse, spans, *ctx.options), *(None,) * 5
+    return *_attention_backward(dout, q, k, v, out, lse, dlse, spans, *ctx.options), *(None,) * 5
 
 
-_op.register_autograd(_gradient, setup_context=_setup)
+_attention = launch.op(_op, _forward, _setup, _gradient)
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, window: int | None, spans: Tensor | None, softcap, scale) -> None:
@@ -131,5 +138,5 @@ def attention(
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     _check(q, k, v, window, spans, softcap, scale)
-    out, lse = _op(q, k, v, spans, causal, window, softcap, scale)
+    out, lse = _attention(q, k, v, spans, causal, window, softcap, scale)
     return (out, lse) if return_lse else out

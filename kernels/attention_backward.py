@@ -230,11 +230,11 @@ def backward(
     q, k, v, out, dout = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v, out, dout))
     batch, q_len, heads, size = q.shape
     k_len, kv_heads = k.shape[1], k.shape[2]
-    width = max(16, triton.next_power_of_2(size))
-    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    width = max(16, launch.next_power_of_2(size))
+    dq, dk, dv = (launch.empty_like(x) for x in (q, k, v))
     if q.numel() == 0 or k.numel() == 0:
         return dq.zero_(), dk.zero_(), dv.zero_()
-    padded = triton.cdiv(q_len, LARGEST_BLOCK) * LARGEST_BLOCK
+    padded = launch.cdiv(q_len, LARGEST_BLOCK) * LARGEST_BLOCK
     delta, shift = (torch.empty(batch, heads, padded, dtype=torch.float32, device=q.device) for _ in range(2))
     rows = LARGEST_BLOCK if launch.INTERPRETED else min(LARGEST_BLOCK, max(16, 4096 // width))
     launch.run(
@@ -260,7 +260,7 @@ def backward(
         name = "keys" if by_keys else "queries"
         chosen = attention_settings(name, size, q.dtype, q.device, tma=tma, more=more)
         m, n = chosen["BLOCK_M"], chosen["BLOCK_N"]
-        blocks = triton.cdiv(length, n if by_keys else m)
+        blocks = launch.cdiv(length, n if by_keys else m)
         sources = [tile_source(x, r, tma) for x, r in ((q, m), (k, n), (v, n), (dout, m))]
         launch.run(
             kernel, (blocks * batch * own_heads,), *sources, *outputs, *extents,

@@ -122,16 +122,16 @@ def forward(
     q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
     batch, q_len, heads, size = q.shape
     k_len, kv_heads = k.shape[1], k.shape[2]
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    out = launch.empty_like(q)
     lse = torch.empty(batch, heads, q_len, dtype=torch.float32, device=q.device)
     if q.numel() == 0 or k.numel() == 0:
         return out.zero_(), lse.fill_(float("-inf"))
-    width = max(16, triton.next_power_of_2(size))
+    width = max(16, launch.next_power_of_2(size))
     tma = describable(width, q, k, v)
     more = window is not None or spans is not None or softcap is not None
     chosen = attention_settings("forward", size, q.dtype, q.device, tma=tma, more=more)
     m, n = chosen["BLOCK_M"], chosen["BLOCK_N"]
-    blocks = triton.cdiv(q_len, m)
+    blocks = launch.cdiv(q_len, m)
     launch.run(
         _forward, (blocks * batch * heads,),
         *(tile_source(x, rows, tma) for x, rows in ((q, m), (k, n), (v, n))), out, lse,

@@ -14,7 +14,6 @@ A row is head size, padded to a power of two → (BLOCK_M queries, BLOCK_N keys,
 """
 
 import torch
-import triton
 
 from kernels import launch
 
@@ -65,7 +64,7 @@ def attention_settings(
     """
     if launch.INTERPRETED:
         return dict(launch.settings(f"attention_{kernel}", (), device, {"BLOCK_M": 64, "BLOCK_N": 64}))
-    width = max(16, triton.next_power_of_2(head_size))
+    width = max(16, launch.next_power_of_2(head_size))
     tables, architecture = TABLES[kernel], launch.architecture(device)
     if dtype == torch.float32:
         names = ["fp32"]

@@ -397,17 +397,17 @@ def forward(
     """(output (B, T, H, D) in q's dtype, log-sum-exp (B, H, T) fp32, natural), for what `supports`."""
     assert causal
     batch, length, heads, size = q.shape
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    out = launch.empty_like(q)
     lse = torch.empty(batch, heads, length, dtype=torch.float32, device=q.device)
     how = settings(size, length, spans is not None)
-    blocks = triton.cdiv(length, 64 * how["COMPUTERS"])
+    blocks = launch.cdiv(length, 64 * how["COMPUTERS"])
     tiles = blocks * batch * heads
     launch.run(
         _forward_sm90, (min(tiles, launch.multiprocessors(q.device)),),
         describe(q, 64), describe(k, 128), describe(v, 128), describe(out, 64), out, lse,
         lse if spans is None else spans.contiguous(),  # any pointer will do where there are no spans
         torch.zeros(1, dtype=torch.int32, device=q.device), tiles, blocks,
-        heads_together(triton.cdiv(blocks, 2), batch * heads, q.device),  # two tiles a multiprocessor make a group
+        heads_together(launch.cdiv(blocks, 2), batch * heads, q.device),  # two tiles a multiprocessor make a group
         length, heads, k.shape[2], scale * LOG2E, SPANS=int(spans is not None), num_warps=4, **how,
     )  # fmt: skip
     return out, lse

@@ -388,9 +388,9 @@ def backward(
     dout = dout if fits(dout) else dout.clone(memory_format=torch.contiguous_format)
     batch, length, heads, size = q.shape
     kv_heads = k.shape[2]
-    blocks = triton.cdiv(length, 128)
+    blocks = launch.cdiv(length, 128)
     padded = 128 * blocks
-    dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    dq = launch.empty_like(q)
     dk, dv = (torch.empty(batch, padded, kv_heads, size, dtype=q.dtype, device=q.device) for _ in range(2))
     delta, lse2 = (torch.empty(batch, heads, padded, dtype=torch.float32, device=q.device) for _ in range(2))
     dq_sum = torch.empty(batch, heads, padded, size, dtype=torch.float32, device=q.device)
@@ -403,7 +403,7 @@ def backward(
     tiles = blocks * batch * kv_heads
     # a persistent block of the grid takes tile after tile: two for each multiprocessor make a group of heads
     persistent = how["PERSISTENT"]
-    group = heads_together(triton.cdiv(blocks, 2) if persistent else blocks, batch * kv_heads, q.device)
+    group = heads_together(launch.cdiv(blocks, 2) if persistent else blocks, batch * kv_heads, q.device)
     launch.run(
         _backward_sm90, (min(tiles, launch.multiprocessors(q.device)) if persistent else tiles,),
         *(describe(x, 64) for x in (q, k, v, dout)), describe_vector(lse2, STEP), describe_vector(delta, STEP),

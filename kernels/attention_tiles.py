@@ -20,11 +20,11 @@ def describable(width: int, *tensors: Tensor) -> bool:
     """Whether the copy engine can read all of these (B, T, H, D) in tiles of `width` columns."""
 
     def one(x: Tensor) -> bool:
-        batch, length, heads, size = x.shape
+        (batch, length, heads, size), (stride_b, row, stride_h, step) = x.shape, x.stride()
         unit = 16 // x.element_size()  # rows must begin at multiples of 16 bytes
-        matrix = x.stride(3) == 1 and x.stride(1) > 0 and (batch == 1 or x.stride(0) == length * x.stride(1))
-        inside_a_row = (heads - 1) * x.stride(2) + size <= x.stride(1)
-        return matrix and inside_a_row and size == width and x.stride(1) % unit == 0 and x.data_ptr() % 16 == 0
+        matrix = step == 1 and row > 0 and (batch == 1 or stride_b == length * row)
+        inside_a_row = (heads - 1) * stride_h + size <= row
+        return matrix and inside_a_row and size == width and row % unit == 0 and x.data_ptr() % 16 == 0
 
     # on consumer Blackwell (sm_120) the same blocks spill when they come by descriptors
     return 90 <= launch.architecture(tensors[0].device) < 120 and all(map(one, tensors))

@@ -151,7 +151,7 @@ def block_settings(rows: int, head_size: int, dtype: torch.dtype, device: torch.
     """
     large = launch.shared_memory(device) > 99 << 10 and dtype.itemsize == 2
     stage = (32 if large else 16) << 10
-    keys = stage // (2 * triton.next_power_of_2(head_size) * dtype.itemsize)
+    keys = stage // (2 * launch.next_power_of_2(head_size) * dtype.itemsize)
     most = {16: 128, 32: 64, 64: 32}[rows]
     keys = 128 if launch.INTERPRETED else min(most, max(16, keys))  # the interpreter's cost is by block
     default = {"BLOCK_N": keys, "num_warps": 4, "num_stages": 3, "PROGRAMS": 2}
@@ -188,17 +188,17 @@ def forward(
     batch, n_queries, heads, head_size = q.shape
     n_keys, kv_heads = k.shape[1], k.shape[2]
     group = heads // kv_heads
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    out = launch.empty_like(q)
     if not out.numel():
         return out
-    block_d = max(16, triton.next_power_of_2(head_size))
+    block_d = max(16, launch.next_power_of_2(head_size))
     # More would not fit the registers; without tensor cores (fp32) each thread holds more of every operand.
     most_rows = 16 if q.dtype == torch.float32 else 64 if block_d <= 64 else 32
-    block_m = min(most_rows, max(16, triton.next_power_of_2(n_queries * group)))
-    tiles = triton.cdiv(n_queries * group, block_m)
+    block_m = min(most_rows, max(16, launch.next_power_of_2(n_queries * group)))
+    tiles = launch.cdiv(n_queries * group, block_m)
     chosen = dict(block_settings(block_m, head_size, q.dtype, q.device))
     block_n, slots = chosen["BLOCK_N"], chosen.pop("PROGRAMS") * launch.multiprocessors(q.device)
-    splits = split_count(batch * kv_heads * tiles, slots, max(1, triton.cdiv(n_keys, block_n)))
+    splits = split_count(batch * kv_heads * tiles, slots, max(1, launch.cdiv(n_keys, block_n)))
     rows = batch * n_queries * heads if splits > 1 else 0
     part = torch.empty(rows, splits, head_size, dtype=torch.float32, device=q.device)
     lse = torch.empty(rows, splits, dtype=torch.float32, device=q.device)
@@ -215,7 +215,7 @@ def forward(
         PRECISION="ieee" if q.dtype == torch.float32 else "tf32", BLOCK_M=block_m, BLOCK_D=block_d, **chosen,
     )  # fmt: skip
     if splits > 1:
-        block_s = min(4096 // block_d, triton.next_power_of_2(splits))  # 32 numbers a thread
+        block_s = min(4096 // block_d, launch.next_power_of_2(splits))  # 32 numbers a thread
         launch.run(
             _combine, (rows,),
             part, lse, first, last, out, n_queries, n_keys, window or 0, splits, HEADS=heads, D=head_size,
@@ -224,23 +224,15 @@ def forward(
     return out
 
 
-@torch.library.custom_op("minillm::decode_attention", mutates_args=())
-def _op(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    begin: Tensor | None,
-    end: Tensor | None,
-    window: int | None,
-    softcap: float | None,
-    scale: float,
-) -> Tensor:
-    return forward(q, k, v, begin, end, window, softcap, scale)
+_op = torch.library.custom_op("minillm::decode_attention", forward, mutates_args=())
 
 
 @_op.register_fake
 def _(q, k, v, begin, end, window, softcap, scale):
     return q.new_empty(q.shape)
+
+
+_decode_attention = launch.op(_op, forward)
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, begin: Tensor | None, end: Tensor | None, window: int | None) -> None:
@@ -287,4 +279,4 @@ def decode_attention(
     dtypes, and where a gradient would be wanted: there is none.
     """
     _check(q, k, v, begin, end, window)
-    return _op(q, k, v, begin, end, window, softcap, q.shape[-1] ** -0.5 if scale is None else scale)
+    return _decode_attention(q, k, v, begin, end, window, softcap, q.shape[-1] ** -0.5 if scale is None else scale)

@@ -1,4 +1,4 @@
-"""What every kernel shares when it is started: its device, that device's architecture, its settings.
+"""What every kernel shares when it is started: its device, that device's architecture, its settings; and every op.
 
 A kernel's settings are the sizes of its blocks, its warps and its pipeline stages. Each kernel's file has a small
 table of them, with reasons; `settings` gives what was measured on this very GPU before it, if `python -m kernels.tune`
@@ -9,12 +9,12 @@ import contextlib
 import functools
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 import triton
-from torch import Tensor
+from torch import Tensor, nn
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)  # TRITON_INTERPRET=1: kernels run on the CPU, slowly, for tests
 if INTERPRETED:
@@ -25,6 +25,8 @@ if INTERPRETED:
 # Shared memory a block may use, in bytes, by compute capability (CUDA C programming guide, "Technical specifications").
 SHARED_MEMORY = {80: 163 << 10, 86: 99 << 10, 87: 163 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
 
+PLAIN = {Tensor, nn.Parameter}  # tensors that are no more than their numbers
+
 _trying: dict[str, dict] = {}
 
 
@@ -34,8 +36,54 @@ def run(kernel, grid: tuple[int, ...], *arguments, **settings) -> None:
     Triton itself launches on the current device, whatever its arguments live on.
     """
     device = getattr(arguments[0], "base", arguments[0]).device
-    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+    elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
+    with torch.cuda.device(device) if elsewhere else contextlib.nullcontext():
         kernel[grid](*arguments, **settings)
+
+
+def watched(tensors: list[Tensor]) -> bool:
+    """Whether more than autograd has to see an op: torch.compile, a transform, a mode, or tensors that hold no data."""
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+        return True
+    return torch._C._are_functorch_transforms_active() or any(type(x) not in PLAIN or x.is_meta for x in tensors)
+
+
+def op(
+    library: torch.library.CustomOpDef,
+    function: Callable,
+    setup: Callable | None = None,
+    gradient: Callable | None = None,
+) -> Callable:
+    """A library op to be called: past torch's dispatcher where only autograd sees it, which takes half its host time.
+
+    function: what `library` computes. setup, gradient: `setup_context` and `backward` as `register_autograd` takes
+    them; here they are registered, and become a `torch.autograd.Function` too. Without them a call that autograd has to
+    record is the library's, which raises an error backward. Returns a function of the op's positional arguments.
+    """
+    if gradient is not None:
+        library.register_autograd(gradient, setup_context=setup)
+
+    def forward(ctx, *inputs):
+        output = function(*inputs)
+        setup(ctx, inputs, output)
+        return output
+
+    def backward(ctx, *grads):
+        return tuple(x if isinstance(x, Tensor) else None for x in gradient(ctx, *grads))  # no lists for lists
+
+    methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    name = function.__module__.rpartition(".")[2]  # what a profiler shows
+    eager = type(name, (torch.autograd.Function,), methods)
+
+    def call(*inputs):
+        tensors = [x for x in inputs if isinstance(x, Tensor)]
+        if watched(tensors):
+            return library(*inputs)
+        if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+            return library(*inputs) if gradient is None else eager.apply(*inputs)
+        return function(*inputs)
+
+    return call
 
 
 @functools.cache
@@ -64,6 +112,21 @@ def rows(x: Tensor) -> Tensor:
     return matrix if matrix.stride(-1) == 1 or matrix.shape[-1] == 1 else matrix.contiguous()
 
 
+def empty_like(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """A contiguous tensor of x's shape, in x's dtype or another: a third of the host time of `torch.empty`."""
+    return torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
+
+
+def cdiv(a: int, b: int) -> int:
+    """a / b, rounded up. (Triton's own function takes 1.5 µs, and a launch needs several; so does the next one.)"""
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    """The smallest power of two that is at least n."""
+    return 1 << (n - 1).bit_length()
+
+
 def tuned_file() -> Path:
     """Where `python -m kernels.tune` keeps what it found."""
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
@@ -89,7 +152,8 @@ def settings(op: str, key: tuple, device: torch.device, default: dict) -> dict:
 
     key: whatever the best settings depend on, head size or width or dtype, but no number of tokens.
     """
-    return _trying.get(op) or _tuned(device).get(settings_name(op, key)) or default
+    tuned = _tuned(device)
+    return _trying.get(op) or (tuned and tuned.get(settings_name(op, key))) or default
 
 
 def settings_name(op: str, key: tuple) -> str:

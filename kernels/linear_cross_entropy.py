@@ -121,11 +121,11 @@ def _scaled(From, Factor, To, size, BLOCK: tl.constexpr):
 def chunk_rows(n: int, width: int, vocabulary: int, multiprocessors: int) -> int:
     """Rows of a chunk, in tiles of 128: logits of as many numbers as both gradients, but full waves (see above)."""
     tiles = max(1, max((vocabulary + n) * width, SMALLEST_CHUNK) // vocabulary // 128)
-    across = triton.cdiv(width, 256)
+    across = launch.cdiv(width, 256)
     if tiles * across > multiprocessors:
         tiles = max(1, tiles * across // multiprocessors * multiprocessors // across)
-    chunks = triton.cdiv(n, 128 * tiles)
-    return 128 * triton.cdiv(n, 128 * max(1, chunks))  # chunks alike
+    chunks = launch.cdiv(n, 128 * tiles)
+    return 128 * launch.cdiv(n, 128 * max(1, chunks))  # chunks alike
 
 
 def kernel_settings(vocabulary: int, capped: bool, device: torch.device) -> dict:
@@ -134,7 +134,7 @@ def kernel_settings(vocabulary: int, capped: bool, device: torch.device) -> dict
     16 numbers a thread, 8 with a soft cap, which needs more registers for each. Few, large programs, so that most of
     the rows being read stay in the L2 cache (see above).
     """
-    block = max(128, min(triton.next_power_of_2(vocabulary), 8192 if vocabulary <= 65536 else 16384))
+    block = max(128, min(launch.next_power_of_2(vocabulary), 8192 if vocabulary <= 65536 else 16384))
     warps = min(32, max(4, block // 512))
     default = {"ROWS": 1, "BLOCK": max(128, block // 2) if capped else block, "num_warps": warps}
     if launch.INTERPRETED:  # its cost is by program
@@ -184,7 +184,7 @@ def forward(
     # fp16 knows nothing below 6e-8, and a probability times 1 / (number of tokens) is easily less.
     unit = weights.abs().amax().clamp_min(1e-30) / HEADROOM if half and n else None
     scales = weights if unit is None else weights / unit
-    stride = triton.cdiv(vocabulary, 64) * 64
+    stride = launch.cdiv(vocabulary, 64) * 64
     logits = torch.empty(rows, stride, dtype=dtype, device=device)
     chosen = kernel_settings(vocabulary, softcap is not None, device)
     for begin in range(0, n, max(1, rows)):
@@ -192,7 +192,7 @@ def forward(
         a, z = x[part].to(dtype), logits[: part.stop - begin, :vocabulary]
         _add_product(z, a, w.T, 0.0)
         launch.run(
-            _loss_and_gradient, (triton.cdiv(len(z), chosen["ROWS"]),),
+            _loss_and_gradient, (launch.cdiv(len(z), chosen["ROWS"]),),
             logits, targets[part], weights[part], scales[part], losses[part], len(z), vocabulary, stride,
             float(softcap or 1.0), float(smoothing), float(z_loss),
             CAPPED=softcap is not None, SMOOTHED=smoothing != 0.0, GRADIENT=need_x or need_weight, **chosen,
@@ -209,20 +209,23 @@ def forward(
 
 def scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     """gradient · factor in `dtype`, in one pass; the product is made in fp32. factor: one number."""
-    out = torch.empty(gradient.shape, dtype=dtype, device=gradient.device)
+    out = launch.empty_like(gradient, dtype)
     block = 65536 if launch.INTERPRETED else 8192
     if out.numel():
-        launch.run(_scaled, (triton.cdiv(out.numel(), block),), gradient, factor, out, out.numel(), BLOCK=block,
+        launch.run(_scaled, (launch.cdiv(out.numel(), block),), gradient, factor, out, out.numel(), BLOCK=block,
                    num_warps=8)  # fmt: skip
     return out
 
 
-@torch.library.custom_op("minillm::linear_cross_entropy", mutates_args=())
-def _op(
-    x: Tensor, weight: Tensor, targets: Tensor, mask: Tensor | None, softcap: float | None, smoothing: float,
-    z_loss: float, dtype: torch.dtype, need_x: bool, need_weight: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    return forward(x, weight, targets, mask, softcap, smoothing, z_loss, dtype, need_x, need_weight)
+def backward(
+    grad_loss: Tensor, dx: Tensor, dw: Tensor, x_dtype: torch.dtype, weight_dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Both gradients that `forward` kept, times the loss's own, in their tensors' dtypes."""
+    return scaled(dx, grad_loss, x_dtype), scaled(dw, grad_loss, weight_dtype)
+
+
+_op = torch.library.custom_op("minillm::linear_cross_entropy", forward, mutates_args=())
+_backward_op = torch.library.custom_op("minillm::linear_cross_entropy_backward", backward, mutates_args=())
 
 
 @_op.register_fake
@@ -232,16 +235,12 @@ def _(x, weight, targets, mask, softcap, smoothing, z_loss, dtype, need_x, need_
     return x.new_empty((), dtype=torch.float32), dx, dw
 
 
-@torch.library.custom_op("minillm::linear_cross_entropy_backward", mutates_args=())
-def _backward_op(
-    grad_loss: Tensor, dx: Tensor, dw: Tensor, x_dtype: torch.dtype, weight_dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    return scaled(dx, grad_loss, x_dtype), scaled(dw, grad_loss, weight_dtype)
-
-
 @_backward_op.register_fake
 def _(grad_loss, dx, dw, x_dtype, weight_dtype):
     return dx.new_empty(dx.shape, dtype=x_dtype), dw.new_empty(dw.shape, dtype=weight_dtype)
+
+
+_loss_backward = launch.op(_backward_op, backward)
 
 
 def _setup(ctx, inputs, output):
@@ -256,12 +255,14 @@ def _setup(ctx, inputs, output):
 def _gradient(ctx, grad_loss, _, __):
     if grad_loss is None:
         return (None,) * 10
-    dx, dw = _backward_op(grad_loss, *ctx.saved_tensors, *ctx.dtypes)
+    if torch.is_grad_enabled():  # dx and dw are numbers here: a second derivative would lack what they depend on
+        raise RuntimeError("linear_cross_entropy has no second derivative (create_graph=True): use the reference")
+    dx, dw = _loss_backward(grad_loss, *ctx.saved_tensors, *ctx.dtypes)
     need_x, need_weight = ctx.needs
     return dx if need_x else None, dw if need_weight else None, *[None] * 8
 
 
-_op.register_autograd(_gradient, setup_context=_setup)
+_loss = launch.op(_op, forward, _setup, _gradient)
 
 
 def _check(x: Tensor, weight: Tensor, targets: Tensor, mask: Tensor | None) -> None:
@@ -297,4 +298,4 @@ def linear_cross_entropy(
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
     trained = torch.is_grad_enabled()
     need_x, need_weight = trained and x.requires_grad, trained and weight.requires_grad
-    return _op(x, weight, targets, mask, softcap, smoothing, z_loss, dtype, need_x, need_weight)[0]
+    return _loss(x, weight, targets, mask, softcap, smoothing, z_loss, dtype, need_x, need_weight)[0]

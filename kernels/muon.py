@@ -116,7 +116,7 @@ def update(
     size, device = params[0].numel(), params[0].device
     addresses = [x.data_ptr() for three in zip(gradients, own[:count], own[count:], strict=True) for x in three]
     table, chosen = tensor_lists.table(tuple(addresses), device), kernel_settings(device)
-    grid = triton.cdiv(size, chosen["CHUNK"]), count
+    grid = launch.cdiv(size, chosen["CHUNK"]), count
     # on a CPU, in fp32: the interpreter computes in bf16 wrongly
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     u = torch.empty(count, *params[0].shape, dtype=dtype, device=device)

@@ -152,7 +152,7 @@ def product(x: Tensor, scale: Tensor | None = None, coefficients: tuple[float, f
         tile = [1, step, rows] if transposed else [1, rows, step]
         return TensorDescriptor(stored, list(stored.shape), list(stored.stride()), tile) if descriptor else stored
 
-    high = triton.cdiv(width, stack * block)
+    high = launch.cdiv(width, stack * block)
     third, second, first = coefficients if coefficients is not None else (0.0, 0.0, 1.0)
     launch.run(
         _product, (high * (high + 1) // 2 * stack, n),
@@ -164,15 +164,20 @@ def product(x: Tensor, scale: Tensor | None = None, coefficients: tuple[float, f
     return out
 
 
-@torch.library.custom_op("minillm::symmetric_product", mutates_args=())
-def _op(x: Tensor, scale: Tensor | None, a: float, b: float, c: float, polynomial: bool) -> Tensor:
+def _symmetric_product(x: Tensor, scale: Tensor | None, a: float, b: float, c: float, polynomial: bool) -> Tensor:
     return product(x, scale, (a, b, c) if polynomial else None)
+
+
+_op = torch.library.custom_op("minillm::symmetric_product", _symmetric_product, mutates_args=())
 
 
 @_op.register_fake
 def _(x, scale, a, b, c, polynomial):
     side = min(x.shape[1], x.shape[2])
     return x.new_empty(x.shape[0], side, side)
+
+
+_called = launch.op(_op, _symmetric_product)
 
 
 def symmetric_product(
@@ -191,7 +196,7 @@ def symmetric_product(
     if coefficients is not None and x.shape[1] != x.shape[2]:
         raise ValueError(f"symmetric_product: {tuple(x.shape)} with coefficients; only square matrices have powers")
     a, b, c = coefficients or (0.0, 0.0, 0.0)
-    return _op(x.detach(), scale, a, b, c, coefficients is not None)
+    return _called(x.detach(), scale, a, b, c, coefficients is not None)
 
 
 def newton_schulz(

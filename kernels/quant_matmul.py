@@ -209,7 +209,7 @@ def dequantize(weight: list[Tensor], width: int, dtype: torch.dtype) -> Tensor:
     n, row_bytes = operands[0].shape
     w = torch.empty(n, width, dtype=dtype, device=operands[0].device)
     block_n, block = (64, 256) if launch.INTERPRETED else (16, 128)
-    grid = (triton.cdiv(n, block_n), triton.cdiv(row_bytes, block))
+    grid = (launch.cdiv(n, block_n), launch.cdiv(row_bytes, block))
     launch.run(_dequantize, grid, *operands, w, n, width, row_bytes, BITS=bits, BLOCK_N=block_n, BYTES=block,
                num_warps=4)  # fmt: skip
     return w.index_copy_(1, columns, kept.to(dtype)) if bits == 8 and columns.numel() else w
@@ -227,7 +227,7 @@ def forward(x: Tensor, weight: list[Tensor]) -> Tensor:
     chosen = _settings(n_rows, bits, True, x)
     if n_rows:
         launch.run(
-            _forward, (triton.cdiv(n_out, chosen["BLOCK_N"]), triton.cdiv(n_rows, chosen["BLOCK_M"])),
+            _forward, (launch.cdiv(n_out, chosen["BLOCK_N"]), launch.cdiv(n_rows, chosen["BLOCK_M"])),
             matrix, *operands, kept, columns, table, y, n_rows, n_out, n_in, row_bytes, n_kept, matrix.stride(0),
             KEPT=n_kept > 0, **chosen,
         )  # fmt: skip
@@ -245,7 +245,7 @@ def backward(dy: Tensor, weight: list[Tensor], width: int) -> Tensor:
     chosen = _settings(n_rows, bits, False, dy)
     if n_rows:
         launch.run(
-            _backward, (triton.cdiv(row_bytes, chosen["BYTES"]), triton.cdiv(n_rows, chosen["BLOCK_M"])),
+            _backward, (launch.cdiv(row_bytes, chosen["BYTES"]), launch.cdiv(n_rows, chosen["BLOCK_M"])),
             matrix, *operands, dx, n_rows, n_out, width, row_bytes, matrix.stride(0), **chosen,
         )  # fmt: skip
     if bits == 8 and columns.numel():
@@ -253,9 +253,8 @@ def backward(dy: Tensor, weight: list[Tensor], width: int) -> Tensor:
     return dx
 
 
-@torch.library.custom_op("minillm::quant_matmul", mutates_args=())
-def _op(x: Tensor, weight: list[Tensor]) -> Tensor:
-    return forward(x, weight)
+_op = torch.library.custom_op("minillm::quant_matmul", forward, mutates_args=())
+_backward_op = torch.library.custom_op("minillm::quant_matmul_backward", backward, mutates_args=())
 
 
 @_op.register_fake
@@ -263,14 +262,12 @@ def _(x, weight):
     return x.new_empty(*x.shape[:-1], weight[0].shape[0])
 
 
-@torch.library.custom_op("minillm::quant_matmul_backward", mutates_args=())
-def _backward_op(dy: Tensor, weight: list[Tensor], width: int) -> Tensor:
-    return backward(dy, weight, width)
-
-
 @_backward_op.register_fake
 def _(dy, weight, width):
     return dy.new_empty(*dy.shape[:-1], width)
+
+
+_quant_matmul_backward = launch.op(_backward_op, backward)
 
 
 def _setup(ctx, inputs, output):
@@ -280,10 +277,10 @@ def _setup(ctx, inputs, output):
 
 
 def _gradient(ctx, dy):
-    return _backward_op(dy, list(ctx.saved_tensors), ctx.width), [None] * 4
+    return _quant_matmul_backward(dy, list(ctx.saved_tensors), ctx.width), [None] * 4
 
 
-_op.register_autograd(_gradient, setup_context=_setup)
+_quant_matmul = launch.op(_op, forward, _setup, _gradient)
 
 
 def _check(x: Tensor, weight: list[Tensor]) -> None:
@@ -293,7 +290,7 @@ def _check(x: Tensor, weight: list[Tensor]) -> None:
         raise ValueError(
             f"codes are {codes.dtype}: contiguous int8 or uint8, as kernels.reference.dequantize reads them"
         )
-    row_bytes = x.shape[-1] if codes.dtype == torch.int8 else triton.cdiv(x.shape[-1], 64) * 32
+    row_bytes = x.shape[-1] if codes.dtype == torch.int8 else launch.cdiv(x.shape[-1], 64) * 32
     if codes.shape[1] != row_bytes:
         raise ValueError(f"x (..., {x.shape[-1]}) needs {row_bytes} bytes of codes a row; W has {tuple(codes.shape)}")
     if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
@@ -310,4 +307,4 @@ def quant_matmul(x: Tensor, weight: list[Tensor]) -> Tensor:
     kind = x.device.type
     x = x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
     _check(x, weight)
-    return _op(x, list(weight))
+    return _quant_matmul(x, list(weight))

@@ -120,7 +120,7 @@ def _backward_weight(DY, X, R, DW, n_rows, width, dy_stride, x_stride, ROWS: tl.
 
 def forward_settings(width: int, device: torch.device) -> dict:
     """Rows and warps of the forward kernel: about 8,192 numbers a program, 32 a thread."""
-    block = triton.next_power_of_2(width)
+    block = launch.next_power_of_2(width)
     rows = max(1, (65536 if launch.INTERPRETED else 8192) // block)  # the interpreter's cost is by program
     warps = min(32, max(4, rows * block // 1024))
     return launch.settings("rms_norm_forward", (width,), device, {"ROWS": rows, "num_warps": warps})
@@ -133,7 +133,7 @@ def backward_settings(width: int, two_dtypes: bool, device: torch.device) -> dic
     started: the others would run after them, on a multiprocessor that is no longer full. Without the limit ptxas
     spills a few bytes to stay below 80.
     """
-    block = triton.next_power_of_2(width)
+    block = launch.next_power_of_2(width)
     rows = max(1, (65536 if launch.INTERPRETED else 2048) // block)
     warps = min(16, max(4, rows * block // 512))
     default = {"ROWS": rows, "num_warps": warps, "PROGRAMS": 20 // warps, "maxnreg": 96}
@@ -148,15 +148,15 @@ def forward(
     """(s, y, r) for x, delta (..., C): s and x alike, y in `dtype`, r (N,) fp32; s is empty without a delta."""
     matrix, branch = launch.rows(x), launch.rows(x if delta is None else delta)
     n, width = matrix.shape
-    y = torch.empty(x.shape, dtype=dtype, device=x.device)
-    s = torch.empty(0 if delta is None else x.shape, dtype=x.dtype, device=x.device)
+    y = launch.empty_like(x, dtype)
+    s = x.new_empty(0) if delta is None else launch.empty_like(x)
     r = torch.empty(n, dtype=torch.float32, device=x.device)
     chosen = forward_settings(width, x.device)
     if n:
         launch.run(
-            _forward, (triton.cdiv(n, chosen["ROWS"]),),
+            _forward, (launch.cdiv(n, chosen["ROWS"]),),
             matrix, branch, weight.contiguous(), s, y, r, n, width, matrix.stride(0), branch.stride(0), eps,
-            ADD=delta is not None, BLOCK=triton.next_power_of_2(width), **chosen,
+            ADD=delta is not None, BLOCK=launch.next_power_of_2(width), **chosen,
         )  # fmt: skip
     return s, y, r
 
@@ -172,18 +172,18 @@ def backward(
     grad, matrix = launch.rows(dy), launch.rows(x)
     passed = grad if ds is None else launch.rows(ds)
     n, width = matrix.shape
-    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    ddelta = torch.empty(0 if delta_dtype is None else x.shape, dtype=delta_dtype or x.dtype, device=x.device)
+    dx = launch.empty_like(x)
+    ddelta = x.new_empty(0) if delta_dtype is None else launch.empty_like(x, delta_dtype)
     flags = dict(ADD=ds is not None, DELTA=delta_dtype is not None)
     weight = weight.contiguous()
     chosen = dict(backward_settings(width, delta_dtype is not None, x.device))
-    programs = min(chosen.pop("PROGRAMS") * launch.multiprocessors(x.device), max(1, triton.cdiv(n, chosen["ROWS"])))
+    programs = min(chosen.pop("PROGRAMS") * launch.multiprocessors(x.device), max(1, launch.cdiv(n, chosen["ROWS"])))
     parts = torch.empty(programs if need_weight else 0, width, dtype=torch.float32, device=x.device)
     strides = grad.stride(0), passed.stride(0), matrix.stride(0)
     if width <= FUSED_WIDTH:
         launch.run(
             _backward, (programs,), grad, passed, matrix, weight, r, dx, ddelta, parts, n, width, *strides,
-            **flags, WEIGHT=need_weight, BLOCK=triton.next_power_of_2(width), **chosen,
+            **flags, WEIGHT=need_weight, BLOCK=launch.next_power_of_2(width), **chosen,
         )  # fmt: skip
     elif n:
         launch.run(
@@ -192,10 +192,10 @@ def backward(
         )  # fmt: skip
     if need_weight and width > FUSED_WIDTH:
         launch.run(
-            _backward_weight, (programs, triton.cdiv(width, 1024)),
+            _backward_weight, (programs, launch.cdiv(width, 1024)),
             grad, matrix, r, parts, n, width, grad.stride(0), matrix.stride(0), ROWS=2, BLOCK=1024, num_warps=4,
         )  # fmt: skip
-    dw = parts.sum(0).to(weight.dtype) if need_weight else torch.empty(0, dtype=weight.dtype, device=x.device)
+    dw = parts.sum(0).to(weight.dtype) if need_weight else weight.new_empty(0)
     return dx, ddelta, dw
 
 
@@ -216,6 +216,9 @@ def _(dy, ds, x, weight, r, need_weight, delta_dtype=None):
     return x.new_empty(x.shape), ddelta, weight.new_empty(weight.shape if need_weight else 0)
 
 
+_rms_norm_backward = launch.op(_backward_op, backward)
+
+
 def _setup(ctx, inputs, output):
     x, delta, weight, _, _ = inputs
     s, _, r = output
@@ -233,12 +236,12 @@ def _gradient(ctx, ds, dy, _):
     need_weight = ctx.needs_input_grad[2]
     passed = ds if ctx.delta_dtype is not None else None
     other = ctx.delta_dtype if ctx.delta_dtype != x.dtype else None  # else dx serves both
-    dx, ddelta, dw = _backward_op(dy, passed, x, weight, r, need_weight, other)
+    dx, ddelta, dw = _rms_norm_backward(dy, passed, x, weight, r, need_weight, other)
     ddelta = ddelta if other else dx if ctx.delta_dtype else None
     return dx, ddelta, dw if need_weight else None, None, None
 
 
-_op.register_autograd(_gradient, setup_context=_setup)
+_rms_norm = launch.op(_op, forward, _setup, _gradient)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype | None = None) -> Tensor:
@@ -247,7 +250,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype | None = 
     x: (..., C) fp32, bf16 or fp16, any strides, C ≤ 32,768; weight: (C,). Sums in fp32. Returns x's shape, in
     `dtype` (default: x's own).
     """
-    return _op(x, None, weight, eps, dtype or x.dtype)[1]
+    return _rms_norm(x, None, weight, eps, dtype or x.dtype)[1]
 
 
 def add_rms_norm(
@@ -257,5 +260,5 @@ def add_rms_norm(
 
     x, delta: (..., C), their dtypes may differ; the sum has x's dtype, the normed one `dtype` (default: x's).
     """
-    s, y, _ = _op(x, delta, weight, eps, dtype or x.dtype)
+    s, y, _ = _rms_norm(x, delta, weight, eps, dtype or x.dtype)
     return s, y

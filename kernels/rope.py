@@ -161,9 +161,9 @@ def block_settings(op: str, q_heads: int, k_heads: int, size: int, device: torch
     """
     norm_backward = op == "rope_norm_backward"
     most = 98304 if launch.INTERPRETED else 3072 if norm_backward else 6144  # the interpreter's cost is by program
-    width = 2 * triton.next_power_of_2(size // 2)
-    q_tile = min(triton.next_power_of_2(q_heads), 1 << (most * 2 // 3 // width).bit_length() - 1)
-    k_tile = triton.next_power_of_2(triton.cdiv(k_heads, triton.cdiv(q_heads, q_tile)))
+    width = 2 * launch.next_power_of_2(size // 2)
+    q_tile = min(launch.next_power_of_2(q_heads), 1 << (most * 2 // 3 // width).bit_length() - 1)
+    k_tile = launch.next_power_of_2(launch.cdiv(k_heads, launch.cdiv(q_heads, q_tile)))
     numbers = (q_tile + k_tile) * width
     tokens = 1 << max(0, (most // numbers).bit_length() - 1)
     warps = 4 if numbers <= most else 8
@@ -181,9 +181,9 @@ def _sizes(op: str, q: Tensor, k: Tensor, cos: Tensor) -> tuple[tuple[int, ...],
     """What all kernels share: sizes, the stride of the tables' batch, the grid over all tokens and heads, settings."""
     (batch, length, q_heads, size), k_heads = q.shape, k.shape[2]
     chosen = dict(block_settings(op, q_heads, k_heads, size, q.device))
-    chosen |= {"HALF": size // 2, "BLOCK": triton.next_power_of_2(size // 2)}
-    parts = max(triton.cdiv(q_heads, chosen["Q_HEADS"]), triton.cdiv(k_heads, chosen["K_HEADS"]))
-    grid = triton.cdiv(batch * length, chosen["TOKENS"]), parts
+    chosen |= {"HALF": size // 2, "BLOCK": launch.next_power_of_2(size // 2)}
+    parts = max(launch.cdiv(q_heads, chosen["Q_HEADS"]), launch.cdiv(k_heads, chosen["K_HEADS"]))
+    grid = launch.cdiv(batch * length, chosen["TOKENS"]), parts
     return (batch * length, length, q_heads, k_heads), 0 if cos.dim() == 2 else length * size // 2, grid, chosen
 
 
@@ -194,7 +194,7 @@ def forward(
     """q and k, normed where there are weights, and turned; back: by the opposite angles."""
     q, k, cos, sin = _side_by_side(q), _side_by_side(k), cos.contiguous(), sin.contiguous()
     weights = [None if weight is None else weight.contiguous() for weight in (q_weight, k_weight)]
-    q_out, k_out = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k))
+    q_out, k_out = (launch.empty_like(x) for x in (q, k))
     sizes, table_stride, grid, chosen = _sizes("rope", q, k, cos)
     if sizes[0]:
         launch.run(
@@ -210,7 +210,7 @@ def norm_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of q, k and of the weights of their norms."""
     tensors = [_side_by_side(x) for x in (dq_out, dk_out, q, k)]
-    dq, dk = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k))
+    dq, dk = (launch.empty_like(x) for x in (q, k))
     sizes, table_stride, (programs, parts), chosen = _sizes("rope_norm_backward", q, k, cos)
     resident = chosen.pop("PROGRAMS") * launch.multiprocessors(q.device)
     programs = max(1, min(programs, resident // parts))
@@ -236,6 +236,9 @@ def _(dq_out, dk_out, q, k, cos, sin, q_weight, k_weight, eps):
     return tuple(x.new_empty(x.shape) for x in (q, k, q_weight, k_weight))
 
 
+_norm_backward = launch.op(_norm_backward_op, norm_backward)
+
+
 def _setup(ctx, inputs, output):
     q, k, cos, sin, q_weight, k_weight, ctx.eps, ctx.back = inputs
     normed = () if q_weight is None else (q, k, q_weight, k_weight)
@@ -245,13 +248,13 @@ def _setup(ctx, inputs, output):
 def _gradient(ctx, dq_out, dk_out):
     cos, sin, *normed = ctx.saved_tensors
     if not normed:
-        return *_op(dq_out, dk_out, cos, sin, None, None, 0.0, not ctx.back), *[None] * 6
+        return *_rope(dq_out, dk_out, cos, sin, None, None, 0.0, not ctx.back), *[None] * 6
     q, k, q_weight, k_weight = normed
-    dq, dk, *dweights = _norm_backward_op(dq_out, dk_out, q, k, cos, sin, q_weight, k_weight, ctx.eps)
+    dq, dk, *dweights = _norm_backward(dq_out, dk_out, q, k, cos, sin, q_weight, k_weight, ctx.eps)
     return dq, dk, None, None, *dweights, None, None
 
 
-_op.register_autograd(_gradient, setup_context=_setup)
+_rope = launch.op(_op, forward, _setup, _gradient)
 
 
 def rope(
@@ -268,4 +271,4 @@ def rope(
     batch, length, _, size = q.shape
     if size % 2 or cos.shape != sin.shape or tuple(cos.shape) not in ((length, size // 2), (batch, length, size // 2)):
         raise ValueError(f"cos {tuple(cos.shape)}, sin {tuple(sin.shape)}: q {tuple(q.shape)} needs ([B,] T, D/2)")
-    return _op(q, k, cos, sin, q_weight, k_weight, eps, False)
+    return _rope(q, k, cos, sin, q_weight, k_weight, eps, False)

@@ -58,8 +58,8 @@ def _backward(DY, Gate, Up, DGate, DUp, n_rows, width, dy_stride, g_stride, u_st
 
 def block_settings(op: str, width: int, device: torch.device) -> dict:
     """Rows and columns of a block: the widest columns, 2,048 to 256, that leave less than a 16th of them idle."""
-    columns = next((c for c in (2048, 1024, 512) if triton.cdiv(width, c) * c <= width * 17 / 16), 256)
-    columns = min(columns, triton.next_power_of_2(width))
+    columns = next((c for c in (2048, 1024, 512) if launch.cdiv(width, c) * c <= width * 17 / 16), 256)
+    columns = min(columns, launch.next_power_of_2(width))
     numbers = 65536 if launch.INTERPRETED else 4096  # the interpreter's cost is by program
     return launch.settings(op, (width,), device, {"ROWS": numbers // columns, "BLOCK": columns, "num_warps": 8})
 
@@ -69,21 +69,21 @@ def _run(kernel, op: str, inputs: list[Tensor], outputs: list[Tensor]) -> None:
     matrices = [launch.rows(x) for x in inputs]
     n, width = matrices[0].shape
     chosen = block_settings(op, width, matrices[0].device)
-    blocks = triton.cdiv(n, chosen["ROWS"]) * triton.cdiv(width, chosen["BLOCK"])
+    blocks = launch.cdiv(n, chosen["ROWS"]) * launch.cdiv(width, chosen["BLOCK"])
     if blocks:
         launch.run(kernel, (blocks,), *matrices, *outputs, n, width, *(m.stride(0) for m in matrices), **chosen)
 
 
 def forward(gate: Tensor, up: Tensor) -> Tensor:
     """y for gate, up (..., F)."""
-    y = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
+    y = launch.empty_like(gate)
     _run(_forward, "swiglu_forward", [gate, up], [y])
     return y
 
 
 def backward(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     """(dgate, dup) from dy (..., F)."""
-    dgate, dup = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (gate, up))
+    dgate, dup = (launch.empty_like(x) for x in (gate, up))
     _run(_backward, "swiglu_backward", [dy, gate, up], [dgate, dup])
     return dgate, dup
 
@@ -102,15 +102,18 @@ def _(dy, gate, up):
     return gate.new_empty(gate.shape), up.new_empty(up.shape)
 
 
+_swiglu_backward = launch.op(_backward_op, backward)
+
+
 def _setup(ctx, inputs, output):
     ctx.save_for_backward(*inputs)
 
 
 def _gradient(ctx, dy):
-    return _backward_op(dy, *ctx.saved_tensors)
+    return _swiglu_backward(dy, *ctx.saved_tensors)
 
 
-_op.register_autograd(_gradient, setup_context=_setup)
+_swiglu = launch.op(_op, forward, _setup, _gradient)
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
@@ -119,4 +122,4 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     gate, up: (..., F) of one shape and dtype, fp32, bf16 or fp16, any strides; computed in fp32. Returns gate's shape
     and dtype.
     """
-    return _op(gate, up)
+    return _swiglu(gate, up)
