@@ -24,7 +24,9 @@ chunk is read without a mask: under one that may end anywhere, 16 bytes cannot b
 begin at multiples of 16 bytes, another version of the kernel reads element by element (side by side in a warp still).
 """
 
+import itertools
 import math
+import operator
 
 import torch
 import triton
@@ -33,6 +35,7 @@ from torch import Tensor
 
 from kernels import launch, tensor_lists
 
+DTYPE, DEVICE, SHAPE = map(operator.attrgetter, ("dtype", "device", "shape"))
 COLUMNS = 7  # of the table: addresses of parameter, gradient, m, v and master copy; size; number for random bits
 
 
@@ -109,19 +112,47 @@ def kernel_settings(device: torch.device) -> dict:
     return launch.settings("adamw", (), device, default)
 
 
-def _check(params: list[Tensor], grads: list[Tensor], moments: list[Tensor], masters: list[Tensor], random: bool):
-    kinds = {(p.dtype, g.dtype, p.device, g.device) for p, g in zip(params, grads, strict=True)}
-    if len(kinds) > 1:
-        raise ValueError(f"adamw: parameters and gradients of one call share dtype and device, not {kinds}; call twice")
-    kind, gradient = params[0].dtype, grads[0].dtype
+def _check(params: list[Tensor], grads: list[Tensor], state: list[list[Tensor]], masters: bool, random: bool) -> None:
+    """Raise `ValueError` for what the kernel cannot take; state: moments, and master copies if there are any."""
+    columns = [params, grads, *state]
+    (kinds, gradients, *others), devices = (
+        ({*map(DTYPE, x)} for x in columns),
+        {*map(DEVICE, itertools.chain(*columns))},
+    )
+    if len(kinds) + len(gradients) + len(devices) > 3:
+        raise ValueError(
+            f"adamw: parameters and gradients of one call share dtype and device, not {kinds}, {gradients}, {devices}; "
+            "call twice"
+        )
+    (kind,), (gradient,) = kinds, gradients
+    shapes = [[*map(SHAPE, x)] for x in columns]
+    if shapes.count(shapes[0]) < len(shapes):
+        odd = next(unlike for unlike in zip(*shapes, strict=True) if len({*unlike}) > 1)
+        raise ValueError(f"adamw: {[*map(tuple, odd)]}: a gradient and moments have their parameter's shape")
     if not {kind, gradient} <= set(tensor_lists.TYPES):
         raise ValueError(f"adamw: {kind} parameters with {gradient} gradients; both may be fp32, fp16 or bf16")
     if random and (kind != torch.bfloat16 or masters):
         raise ValueError(f"adamw: random rounding is for bf16 parameters without a master copy, not {kind}")
-    if not random and bool(masters) == (kind == torch.float32):
-        raise ValueError(f"adamw: {kind} parameters with {len(masters)} master copies; fp16 and bf16 need one each")
-    if any(x.dtype != torch.float32 for x in (*moments, *masters)):
+    if not random and masters == (kind == torch.float32):
+        has = "master copies" if masters else "no master copies"
+        raise ValueError(f"adamw: {kind} parameters with {has}; fp16 and bf16 need one each")
+    if {torch.float32}.union(*others) != {torch.float32}:
         raise ValueError("adamw: moments and master copies are fp32; convert them by .float()")
+
+
+def _copied(columns: list[list[Tensor]]) -> tuple[list[list[Tensor]], list[tuple[Tensor, Tensor]]]:
+    """The columns with copies of tensors that are stored in unlike or scattered ways; (tensor, copy) of those written.
+
+    columns: parameters, gradients, and what else is written.
+    """
+    columns, written = [list(column) for column in columns], []
+    for i, tensors in enumerate(zip(*columns, strict=True)):
+        if not tensor_lists.stored_alike(*tensors):
+            for number, (column, x) in enumerate(zip(columns, tensors, strict=True)):
+                column[i] = x.contiguous()
+                if number != 1 and column[i] is not x:
+                    written.append((x, column[i]))
+    return columns, written
 
 
 def update(
@@ -143,22 +174,18 @@ def update(
     """See `adamw`. Tensors that are stored in unlike or scattered ways are copied, and what is written copied back."""
     if not params:
         return
-    _check(params, grads, [*exp_avgs, *exp_avg_sqs], masters, seed is not None)
-    written = [params, exp_avgs, exp_avg_sqs, *([masters] if masters else [])]
-    rows, copies = [], []
-    for i, grad in enumerate(grads):
-        tensors = [column[i] for column in written]
-        if not tensor_lists.stored_alike(*tensors, grad):
-            originals = tensors
-            tensors, grad = [x.contiguous() for x in originals], grad.contiguous()
-            copies += [(x, y, grad) for x, y in zip(originals, tensors, strict=True)]
-        p, m, v, w = (*tensors, tensors[0])[:4]
-        number = i if numbers is None else numbers[i]
-        rows.append((p.data_ptr(), grad.data_ptr(), m.data_ptr(), v.data_ptr(), w.data_ptr(), p.numel(), number))
+    state = [exp_avgs, exp_avg_sqs, *([masters] if masters else [])]
+    _check(params, grads, state, bool(masters), seed is not None)
+    columns = [params, grads, *state]
+    columns, copies = _copied(columns) if not tensor_lists.contiguous(columns) else (columns, [])
+    addresses = [[x.data_ptr() for x in column] for column in columns]
+    sizes = tuple(p.numel() for p in params)
+    numbers = range(len(params)) if numbers is None else numbers
+    rows = zip(*addresses, *([] if masters else addresses[:1]), sizes, numbers, strict=True)
     device = params[0].device
     chosen = kernel_settings(device)
-    chunks = tensor_lists.chunks(tuple(row[5] for row in rows), chosen["CHUNK"], device)
-    table = tensor_lists.table(tuple(number for row in rows for number in row), device)
+    chunks = tensor_lists.chunks(sizes, chosen["CHUNK"], device)
+    table = tensor_lists.table(tuple(itertools.chain.from_iterable(rows)), device)
     if len(chunks):
         launch.run(
             _adamw, (len(chunks),),
@@ -166,12 +193,11 @@ def update(
             lr * weight_decay, lr / (1 - beta1**step), 1 / math.sqrt(1 - beta2**step), 1 - beta1, 1 - beta2, eps,
             step, seed or 0,
             PARAMETER=tensor_lists.TYPES[params[0].dtype], GRADIENT=tensor_lists.TYPES[grads[0].dtype],
-            ALIGNED=tensor_lists.aligned([address for row in rows for address in row[:5]]),
+            ALIGNED=tensor_lists.aligned(itertools.chain(*addresses)),
             MASTER=bool(masters), RANDOM=seed is not None, SCALED=grad_scale is not None, COLUMNS=COLUMNS, **chosen,
         )  # fmt: skip
-    for original, copy, _ in copies:
-        if original.data_ptr() != copy.data_ptr():
-            original.copy_(copy)
+    for original, copy in copies:
+        original.copy_(copy)
 
 
 _op = torch.library.custom_op("minillm::adamw", update, mutates_args=("params", "exp_avgs", "exp_avg_sqs", "masters"))

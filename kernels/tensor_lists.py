@@ -7,6 +7,9 @@ can never be out of date.
 """
 
 import functools
+import itertools
+import operator
+from collections.abc import Iterable
 
 import torch
 import triton
@@ -41,9 +44,14 @@ def chunks(sizes: tuple[int, ...], chunk: int, device: torch.device) -> Tensor:
     return torch.stack((tensor, within), dim=1).int().to(device)
 
 
-def aligned(addresses: list[int]) -> bool:
+def aligned(addresses: Iterable[int]) -> bool:
     """Whether every address is a multiple of 16 bytes; views into a larger buffer may not be."""
-    return not any(address % VECTOR for address in addresses)
+    return functools.reduce(operator.or_, addresses, 0) % VECTOR == 0
+
+
+def contiguous(columns: list[list[Tensor]]) -> bool:
+    """Whether all tensors are: what to ask before `stored_alike` of each."""
+    return all(map(Tensor.is_contiguous, itertools.chain(*columns)))
 
 
 def dense(x: Tensor) -> bool:

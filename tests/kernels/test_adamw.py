@@ -169,6 +169,9 @@ def test_what_does_not_go_together_is_refused():
         ("random rounding", [params, grads, firsts, seconds], dict(seed=1)),
         ("may be fp32", [[params[0].double()], grads, firsts, seconds], {}),
         ("fp32; convert", [params, grads, half, seconds], {}),
+        ("parameter's shape", [params, [grads[0][:4]], firsts, seconds], {}),
+        ("parameter's shape", [params, grads, firsts, [seconds[0][None]]], {}),
+        ("parameter's shape", [half, half, firsts, seconds], dict(masters=[params[0][:4]])),
     ):
         with pytest.raises(ValueError, match=message):
             adamw(*lists, step=1, **options, **OPTIONS)

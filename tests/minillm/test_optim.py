@@ -2,11 +2,12 @@ import math
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
-from minillm import UserError
+from minillm import UserError, ops
 from minillm.config import ModelConfig
 from minillm.model import Transformer
-from minillm.optim import Muon, build_optimizers, lr_at, orthogonalize
+from minillm.optim import AdamW, Muon, build_optimizers, lr_at, orthogonalize
 
 CONFIG = ModelConfig(vocab_size=50, dim=32, n_layers=2, n_heads=4, n_kv_heads=2, qkv_bias=True)
 SCHEDULE = dict(lr=1.0, steps=100, warmup=10, min_ratio=0.1, decay=0.2)
@@ -60,6 +61,31 @@ def test_every_parameter_is_in_exactly_one_group_and_only_matrices_decay(kind):
     names = {n for n, p in model.named_parameters() if id(p) in muon}
     hidden = {n for n, p in model.named_parameters() if n.startswith("layers.") and p.dim() == 2}
     assert names == (hidden if kind == "muon" else set())
+
+
+def test_each_parameter_has_a_count_of_steps_of_its_own(tmp_path):
+    """By our kernel too: torch may go on counting where it stopped, a file holds each, and they may differ."""
+    start = [torch.randn(4, 3, generator=torch.Generator().manual_seed(seed)) for seed in range(3)]
+
+    def train(way):
+        params = [torch.nn.Parameter(w.clone()) for w in start]
+        ops.select(way[0])
+        optimizer = AdamW([dict(params=params, weight_decay=0.1)], lr=0.1, betas=(0.9, 0.95))
+        for step, implementation in enumerate(way):
+            ops.select(implementation)
+            for p, w in zip(params, start, strict=True):
+                p.grad = w * (step + 1)
+            params[2].grad = None if step == 0 else params[2].grad  # joins later
+            optimizer.step()
+        save_file({str(i): optimizer.state[p]["step"] for i, p in enumerate(params)}, tmp_path / "steps")
+        assert {k: v.item() for k, v in load_file(tmp_path / "steps").items()} == {"0": 4, "1": 4, "2": 3}
+        return params
+
+    try:
+        for mine, theirs in zip(train(["triton"] * 3 + ["torch"]), train(["torch"] * 4), strict=True):
+            assert torch.allclose(mine, theirs, atol=1e-6)
+    finally:
+        ops.select("auto")
 
 
 def test_nothing_to_train_is_said():
