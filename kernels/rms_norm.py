@@ -248,8 +248,10 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype | None = 
     """x / rms(x) · weight over the last dimension: see `kernels.reference.rms_norm`.
 
     x: (..., C) fp32, bf16 or fp16, any strides, C ≤ 32,768; weight: (C,). Sums in fp32. Returns x's shape, in
-    `dtype` (default: x's own).
+    `dtype` (default: x's own). Raises ValueError for a weight of another shape.
     """
+    if weight.shape != x.shape[-1:]:
+        raise ValueError(f"rms_norm: x {tuple(x.shape)} needs a weight ({x.shape[-1]},), not {tuple(weight.shape)}")
     return _rms_norm(x, None, weight, eps, dtype or x.dtype)[1]
 
 
@@ -259,6 +261,12 @@ def add_rms_norm(
     """(x + delta, rms_norm(x + delta)) in one pass: see `kernels.reference.add_rms_norm`.
 
     x, delta: (..., C), their dtypes may differ; the sum has x's dtype, the normed one `dtype` (default: x's).
+    Raises ValueError for shapes that do not go together.
     """
+    if delta.shape != x.shape or weight.shape != x.shape[-1:]:
+        raise ValueError(
+            f"add_rms_norm: x {tuple(x.shape)}, delta {tuple(delta.shape)}, weight {tuple(weight.shape)}; one shape "
+            "(..., C) and (C,) are needed"
+        )
     s, y, _ = _rms_norm(x, delta, weight, eps, dtype or x.dtype)
     return s, y

@@ -120,6 +120,8 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) · up: see `kernels.reference.swiglu`.
 
     gate, up: (..., F) of one shape and dtype, fp32, bf16 or fp16, any strides; computed in fp32. Returns gate's shape
-    and dtype.
+    and dtype. Raises ValueError for two shapes.
     """
+    if gate.shape != up.shape:
+        raise ValueError(f"swiglu: gate {tuple(gate.shape)} and up {tuple(up.shape)} must have one shape")
     return _swiglu(gate, up)

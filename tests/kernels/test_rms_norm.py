@@ -102,6 +102,17 @@ def test_inputs_stay_as_they_were_and_runs_are_equal():
     assert all(torch.equal(a, b) for a, b in zip((x, w, g), copies, strict=True))
 
 
+@pytest.mark.parametrize(
+    ("delta", "weight"), [((4, 32), (16,)), ((2, 32), (32,)), ((4, 16), (32,)), ((4, 32), (1, 32))]
+)
+def test_shapes_that_do_not_go_together_are_refused(delta, weight):
+    with pytest.raises(ValueError, match="are needed"):
+        ours_added(draw(4, 32), draw(*delta), draw(*weight))
+    if weight != (32,):
+        with pytest.raises(ValueError, match="needs a weight"):
+            ours(draw(4, 32), draw(*weight))
+
+
 def test_no_rows():
     x = torch.empty(0, 16, device=DEVICE, requires_grad=True)
     w = draw(16).requires_grad_()

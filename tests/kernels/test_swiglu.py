@@ -72,6 +72,12 @@ def test_inputs_stay_as_they_were_and_runs_are_equal():
     assert all(torch.equal(a, b) for a, b in zip((gate, up, grad), copies, strict=True))
 
 
+@pytest.mark.parametrize("shape", [(1, 32), (4, 16), (32,), (2, 2, 32)])
+def test_two_shapes_are_refused(shape):
+    with pytest.raises(ValueError, match="must have one shape"):
+        swiglu(draw(4, 32), draw(*shape))
+
+
 def test_no_rows():
     gate, up = (torch.empty(0, 16, device=DEVICE, requires_grad=True) for _ in range(2))
     swiglu(gate, up).sum().backward()
