@@ -2,9 +2,12 @@
 
 On Hopper and datacenter Blackwell a tile comes by a tensor descriptor: the copy engine computes the addresses (12 to
 24 % faster than the next best Triton kernel, measured on an H100). The tensor is described as a matrix of B·T rows, a
-head being a range of its columns; as a 4-D tensor it costs registers in every kernel. Elsewhere, and for tensors that
-are no such matrix, a tile comes by pointers. Rows beyond T are zeros by pointers, the next sequence's by descriptors:
-the kernels give both no weight.
+head being a range of its columns. Elsewhere, and for tensors that are no such matrix, a tile comes by pointers.
+
+Rows beyond T are zeros by pointers, by descriptors those of the batch's next sequence, which the kernels multiply by
+zeros. So no finite number of one sequence reaches another; but 0 · NaN and 0 · ∞ are NaN: where T is no multiple of
+the block, what is not finite in a sequence makes NaN of results of the one before it, too. (A descriptor of three
+dimensions would give zeros: with it the kernel of the keys' gradients spills at head size 128, compiled for an H100.)
 """
 
 import torch

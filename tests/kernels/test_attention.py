@@ -168,6 +168,15 @@ def test_any_shape(q_len, more, size, groups, causal, window, packed, dtype, see
     check(tensors, grad, causal=causal, window=window, spans=spans)
 
 
+@pytest.mark.filterwarnings("ignore:overflow encountered in exp2")
+def test_no_number_of_one_sequence_reaches_another():
+    """Not even where a tile holds rows of both: the first sequence's results are the same beside large ones."""
+    q, k, v, dout = (draw(2, 20, 2, 64, seed=seed) for seed in range(4))
+    large = [torch.cat((x[:1], x[1:] * 30)) for x in (q, k, v, dout)]
+    for a, b in zip(run(attention, [q, k, v], [dout]), run(attention, large[:3], large[3:]), strict=True):
+        assert all(torch.equal(x[0], y[0]) for x, y in zip(a, b, strict=True))
+
+
 def test_is_a_sound_torch_op():
     tensors, _ = inputs(q_len=20, k_len=24, size=16)
     tensors = [t.requires_grad_() for t in tensors]
