@@ -16,7 +16,9 @@ neighbour (2⁻⁹ of itself in bf16), so either
   element: the same after resuming, and whatever the size of the blocks. One call gives the bits of four elements.
 
 Memory traffic is all there is. Bytes an element: 28 for fp32 (read w, g, m, v; write w, m, v), 28 for bf16 with a
-master copy, 22 with random rounding. Clipping costs no pass of its own: its factor is read from the device.
+master copy, 22 with random rounding. A factor of the gradients, as of clipping, is read from the device and costs
+nothing here, where to multiply the gradients before is a pass of its own, 8 bytes an fp32 element. (minillm's training
+does that, but only in steps whose gradients are too long: with a factor of 1 there is nothing to save.)
 
 Tiling: `tensor_lists.py` tells how a launch reaches many tensors. A program updates one chunk of one tensor, a block
 at a time, so that looking up the addresses (two loads, one after the other) is paid once for 16,384 elements. A whole
@@ -232,7 +234,7 @@ def adamw(
     parameters, from which they are rounded. grad_scale: fp32 tensor of one number on the device that gradients are
     multiplied by. seed: round bf16 parameters at random instead of keeping masters; the random bits of a parameter
     depend on seed, step, and its number in `numbers` (default: its place in the list).
-    Raises `ValueError` on dtypes that do not go together.
+    Raises `ValueError` on shapes and dtypes that do not go together.
     """
     arguments = (params, grads, exp_avgs, exp_avg_sqs, masters or [], grad_scale, lr, *betas, eps, weight_decay)
     if torch.compiler.is_compiling():

@@ -1,5 +1,8 @@
 """How ops are called: past the dispatcher where only autograd sees them, by it where anything else has to."""
 
+from contextlib import nullcontext
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -179,6 +182,16 @@ def test_tensors_of_other_classes_go_by_the_library():
 
     assert launch.watched([draw(2).as_subclass(Other)])
     assert not launch.watched([draw(2), torch.nn.Parameter(draw(2))])
+
+
+@pytest.mark.parametrize(("index", "changes"), [(0, []), (1, [torch.device("cuda", 1)])])
+def test_a_kernel_is_started_where_its_tensors_are(index, changes, monkeypatch):
+    changed, started = [], []
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: changed.append(device) or nullcontext())
+    kernel = {(3,): lambda *arguments, **settings: started.append(settings)}
+    launch.run(kernel, (3,), SimpleNamespace(device=torch.device("cuda", index)), BLOCK=8)
+    assert changed == changes and started == [{"BLOCK": 8}]
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 63, 64, 65, 100000])
