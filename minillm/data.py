@@ -124,6 +124,10 @@ class TokenBins:
             for number, tokens in enumerate(self.arrays):
                 self.check_ids(tokens, number, 0)
 
+    def ids(self) -> tuple:
+        """What the ids mean, as far as is known; of a raw .bin only how many there are."""
+        return self.vocab_size, self.eos_id, self.start_id, self.meta.get("tokenizer_sha256")
+
     def _open(self, file: Path, tokens: int | None, dtype: np.dtype) -> np.ndarray:
         if not file.exists():
             raise UserError(f"{file}: missing, though meta.json lists it; prepare the data again")
@@ -194,10 +198,10 @@ class TokenWindows:
             for tokens, name in zip(bins.arrays, bins.names, strict=True):
                 if len(tokens) < seq_len + 1:
                     raise UserError(f"{name}: {len(tokens)} tokens are fewer than one window of {seq_len} + 1")
-            first = self.sources[0]
-            if (bins.vocab_size, bins.eos_id, bins.start_id) != (first.vocab_size, first.eos_id, first.start_id):
+            if bins.ids() != self.sources[0].ids():
                 raise UserError(
-                    f"{bins.path}: prepared with another tokenizer or --wrap than {first.path}; mix like with like"
+                    f"{bins.path}: prepared with another tokenizer or --wrap than {self.sources[0].path}; "
+                    "mix like with like"
                 )
             if documents and bins.eos_id is None:
                 raise UserError(f"{bins.path}: the end-of-document id is unknown, so --document_attention cannot be")

@@ -95,10 +95,11 @@ def test_mixture_holds_its_shares_and_visits_every_window(tmp_path):
     assert torch.equal(data.batch(np.array([300, 20])).x, data.batch(np.arange(400)).x[[300, 20]])
 
 
-def test_mixture_of_two_tokenizers_is_refused(tmp_path):
+@pytest.mark.parametrize("other", [{"vocab_size": 1001}, {"tokenizer_sha256": "y"}, {"eos_id": 3}])
+def test_mixture_of_two_tokenizers_is_refused(tmp_path, other):
     a = write_bins(tmp_path / "a", {"train": [np.arange(100)]})
-    b = write_bins(tmp_path / "b", {"train": [np.arange(100)]}, vocab_size=1001)
-    with pytest.raises(UserError, match="another tokenizer"):
+    b = write_bins(tmp_path / "b", {"train": [np.arange(100)]}, **other)
+    with pytest.raises(UserError, match=r"b: prepared with another tokenizer or --wrap than .*a; mix"):
         TokenWindows([(TokenBins(a, "train"), 0.5), (TokenBins(b, "train"), 0.5)], 4, seed=0)
 
 
