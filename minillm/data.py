@@ -5,6 +5,7 @@ and however often the run was stopped, because the order is computed (a keyed pe
 """
 
 import json
+from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple
 
@@ -292,13 +293,15 @@ class ValidationPart(NamedTuple):
 
 
 def validation_part(bins: TokenBins, seq_len: int, max_tokens: int) -> ValidationPart:
-    """The first whole documents of up to `max_tokens` tokens, every token of theirs a target exactly once.
+    """The first whole documents of up to `max_tokens` tokens, over all files, every token a target exactly once.
 
     An eos stands before the first, as one does before each other document; where documents begin with bos, none is
     needed, and bos is no target: it says nothing of a text. Where no eos is known, or the first document alone is
     longer, the part is simply the first tokens.
     """
-    tokens = bins.arrays[0][:max_tokens].astype(np.int64)
+    begins = accumulate((len(tokens) for tokens in bins.arrays), initial=0)
+    parts = [tokens[: max(0, max_tokens - begin)] for tokens, begin in zip(bins.arrays, begins, strict=False)]
+    tokens = np.concatenate(parts).astype(np.int64)
     n_documents = 0
     if bins.eos_id is not None:
         ends = np.flatnonzero(tokens == bins.eos_id)

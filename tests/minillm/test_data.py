@@ -150,6 +150,17 @@ def test_validation_part_is_whole_documents_each_target_once(tmp_path):
     assert sum(b.n_targets() for b in batches) == 10 and len(batches) == 2
 
 
+def test_the_validation_part_goes_on_over_the_files_of_a_split(tmp_path):
+    documents = [np.array([*range(10, 10 + n), EOS]) for n in (2, 1, 4, 3, 2)]
+    one = write_bins(tmp_path / "one", {"train": [], "val": [np.concatenate(documents)]})
+    several = write_bins(tmp_path / "several", {"train": [], "val": [*documents]})
+    for n_tokens in (2, 3, 5, 11, 16, 100):
+        whole, pieced = (validation_part(TokenBins(folder, "val"), 4, n_tokens) for folder in (one, several))
+        assert (whole.rows == pieced.rows).all() and (whole.mask == pieced.mask).all(), n_tokens
+        assert whole.n_documents == pieced.n_documents
+    assert pieced.n_documents == 5
+
+
 BOS = 1
 WRAPPED = [[BOS, 10, 11, EOS], [BOS, 12, EOS], [BOS, 13, 14, 15, 16, EOS], [BOS, 17, 18, 19, EOS]]
 
