@@ -297,7 +297,7 @@ def validation_part(bins: TokenBins, seq_len: int, max_tokens: int) -> Validatio
 
     An eos stands before the first, as one does before each other document; where documents begin with bos, none is
     needed, and bos is no target: it says nothing of a text. Where no eos is known, or the first document alone is
-    longer, the part is simply the first tokens.
+    longer, the part is simply the first tokens. Raises `UserError` for a part without a target.
     """
     begins = accumulate((len(tokens) for tokens in bins.arrays), initial=0)
     parts = [tokens[: max(0, max_tokens - begin)] for tokens, begin in zip(bins.arrays, begins, strict=False)]
@@ -309,6 +309,8 @@ def validation_part(bins: TokenBins, seq_len: int, max_tokens: int) -> Validatio
             tokens, n_documents = tokens[: ends[-1] + 1], len(ends)
         if bins.start_id == bins.eos_id:
             tokens = np.concatenate([[bins.eos_id], tokens])
+    if len(tokens) < 2:
+        raise UserError(f"{bins.path}: {len(tokens)} token to validate on leaves no target; raise --eval_tokens")
     n_rows = -(-(len(tokens) - 1) // seq_len)
     padded = np.zeros(n_rows * seq_len + 1, dtype=np.int64)
     padded[: len(tokens)] = tokens

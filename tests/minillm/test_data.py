@@ -161,6 +161,14 @@ def test_the_validation_part_goes_on_over_the_files_of_a_split(tmp_path):
     assert pieced.n_documents == 5
 
 
+def test_one_token_of_a_raw_bin_is_too_little_to_validate_on(tmp_path):
+    np.arange(1000, dtype="<u2").tofile(tmp_path / "x.bin")
+    bins = TokenBins(tmp_path / "x.bin", "val", dtype="uint16", vocab_size=1000)
+    with pytest.raises(UserError, match=r"x\.bin: 1 token to validate on leaves no target; raise --eval_tokens"):
+        validation_part(bins, seq_len=4, max_tokens=1)
+    assert validation_part(bins, seq_len=4, max_tokens=2).mask.sum() == 1
+
+
 BOS = 1
 WRAPPED = [[BOS, 10, 11, EOS], [BOS, 12, EOS], [BOS, 13, 14, 15, 16, EOS], [BOS, 17, 18, 19, EOS]]
 
