@@ -24,7 +24,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 LIMITS = {  # options: least and most that mean something
     (1, 1 << 40): ("steps", "seq_len", "eval_tokens", "max_bad_steps"),
-    (0, 1 << 40): ("seed", "warmup_steps", "save_every", "eval_every", "keep_last"),
+    (0, (1 << 32) - 1): ("seed",),  # as many bits as the order of the data has for it
+    (0, 1 << 40): ("warmup_steps", "save_every", "eval_every", "keep_last"),
     (0.0, 1e38): ("lr", "weight_decay", "grad_clip"),
     (0.0, 1.0): ("min_lr_ratio", "decay_share"),
     (1.0, 1e6): ("timeout_s",),

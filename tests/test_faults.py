@@ -246,6 +246,7 @@ def test_a_file_too_large_for_the_disk_is_said_before_the_first_step(folder):
         ("--lr -1", ["--lr -1"]),
         ("--lr nan", ["--lr nan"]),
         ("--seed -1", ["--seed -1"]),
+        ("--seed 4294967296", ["--seed 4294967296: choose one from 0 to 4294967295"]),
         ("--seq_len 0", ["--seq_len 0"]),
         ("--grad_clip -1", ["--grad_clip -1"]),
         ("--weight_decay -1", ["--weight_decay -1"]),
