@@ -17,9 +17,30 @@ def parallelize(model: nn.Module, ranks: Ranks, compile: bool) -> nn.Module:
     trained = compiled(model) if compile else model
     if ranks.world > 1:
         devices = [ranks.device.index] if ranks.device.type == "cuda" else None
-        trained = DistributedDataParallel(trained, device_ids=devices, gradient_as_bucket_view=True)
+        trained = DistributedDataParallel(Replica(trained), device_ids=devices, gradient_as_bucket_view=True)
         trained.broadcast_buffers = False  # the rotary tables: alike on every rank, no need to send them each pass
+        trained().backward()
+        model.zero_grad(set_to_none=True)
     return trained
+
+
+class Replica(nn.Module):
+    """The model as DDP holds it; called with nothing, it gives a sum of all trained parameters.
+
+    DDP lays gradients into buckets anew after its first backward pass, in the order in which they came, and where a
+    gradient lies decides in which order three or more ranks add it up. A pass through that sum, before training, costs
+    one exchange of gradients and gives every step of every start the same buckets: a resumed run stays on its track.
+    """
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, *inputs, **options) -> torch.Tensor:
+        """The model's output."""
+        if inputs:
+            return self.model(*inputs, **options)
+        return sum(p.sum() for p in self.model.parameters() if p.requires_grad)
 
 
 def compiled(model: nn.Module) -> nn.Module:

@@ -77,6 +77,33 @@ def two_ranks(tmp_path_factory):
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 
+def _one_of_three(rank: int, folder: str) -> None:
+    """Gradients of the first pass, and of the same pass once more, each rank with rows of its own."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=3)
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(24, 24) for _ in range(6)))
+    frozen = model[2].weight.requires_grad_(False)
+    trained = parallelize(model, Ranks(rank, 3, CPU), compile=False)
+    rows, passes = torch.randn(64, 24, generator=torch.Generator().manual_seed(rank)), []
+    assert frozen.grad is None and not any(p.grad is not None for p in model.parameters())
+    for _ in range(2):
+        trained(rows).square().sum().backward()
+        passes.append([p.grad.clone() for p in model.parameters() if p.requires_grad])
+        model.zero_grad(set_to_none=True)
+    torch.save(passes, f"{folder}/{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def test_the_first_pass_of_a_start_adds_gradients_as_all_others_do(tmp_path):
+    """Else a run that goes on would leave the track of one never stopped; of two ranks no order can be told."""
+    launch.server()
+    mp.start_processes(_one_of_three, args=(str(tmp_path),), nprocs=3, start_method="forkserver")
+    first, second = torch.load(tmp_path / "0.pt")
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
 def test_gradients_of_two_ranks_are_the_mean_over_the_whole_batch(two_ranks):
     model = build(seed=0)  # rank 0's weights are everybody's
     rows = torch.arange(36.0).view(12, 3).sin()
