@@ -100,7 +100,9 @@ def start(device: str = "auto", timeout_s: float = 600.0) -> Ranks:
         _explain_lost_ranks(rank, world)
         backend = "nccl" if chosen.type == "cuda" else "gloo"
         patience = timedelta(seconds=2 * timeout_s)  # so that the watchdog, which can name the rank, is first
-        dist.init_process_group(backend, timeout=patience, device_id=chosen if backend == "nccl" else None)
+        device_id = chosen if backend == "nccl" else None
+        how = dict(store=_new_store(patience), rank=rank, world_size=world, timeout=patience, device_id=device_id)
+        dist.init_process_group(backend, **how)
     return Ranks(rank, world, chosen)
 
 
@@ -223,6 +225,18 @@ def _explain_lost_ranks(rank: int, world: int) -> None:
         _end(f"rank {rank}: {where} ({words[:80]}); the same command goes on from the newest checkpoint")
 
     sys.excepthook = explain
+
+
+def _new_store(timeout: timedelta) -> dist.Store:
+    """The store through which ranks find each other, without what those of an earlier attempt left in it.
+
+    torchrun keeps one store over its restarts. How many there were it counts on each machine by itself, so that only
+    ranks of one machine can tell attempts apart by that.
+    """
+    store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
+    store.set_timeout(timeout)
+    alone = os.environ.get("GROUP_WORLD_SIZE", "1") == "1"
+    return dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0) if alone else 0}", store)
 
 
 def _store() -> dist.Store:

@@ -227,6 +227,31 @@ def test_tensorboard_holds_what_metrics_hold(folder):
 
 
 @pytest.mark.slow
+def test_torchrun_restarts_ranks_of_which_one_was_killed(folder, tmp_path):
+    run, output = folder / "restarted", tmp_path / "output"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--max_restarts", "1"]
+    more = options(folder, run.name, "--steps 100 --save_every 20 --timeout_s 20").split()
+    with output.open("w") as stream:
+        process = subprocess.Popen(
+            [*command, "--nproc_per_node", "2", str(launch.ROOT / "train_pretrain.py"), *more],
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            cwd=tmp_path,
+            stdout=stream,
+            stderr=stream,
+        )
+        until = time.monotonic() + 120
+        try:
+            while not launch.steps(run):
+                assert process.poll() is None and time.monotonic() < until, output.read_text()
+                time.sleep(0.01)
+            os.kill(int((run / "lock").read_text().split()[1]), signal.SIGKILL)
+            assert process.wait(60) == 0, output.read_text()
+        finally:
+            process.terminate()  # its ranks too, should they hang
+    assert "weights from" in output.read_text() and list(launch.losses(run)) == list(range(1, 101))
+
+
+@pytest.mark.slow
 def test_torchrun_told_to_end_leaves_one_whole_checkpoint_and_the_rerun_goes_on(folder, straight, tmp_path):
     run, command = folder / "torchrun", [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     script = str(launch.ROOT / "train_pretrain.py")
