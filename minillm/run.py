@@ -89,6 +89,17 @@ def resolve_checkpoint(path: str | Path, log: Callable[[str], None] = print) -> 
     return newest or path
 
 
+def resume_from(run: str | Path, resume: str) -> Path:
+    """Where to look for the checkpoint that --resume means: in the run, or at a PATH until the run has its own.
+
+    A PATH inside the run is taken each time: training goes back to it on purpose.
+    """
+    named, run = Path(resume), Path(run)
+    if resume == "auto" or (step_folders(run) and run.resolve() not in (named.resolve(), named.resolve().parent)):
+        return run
+    return named
+
+
 def clean_stale(run: str | Path) -> None:
     """Tidy what a killed process left: call it while holding the run's lock."""
     for aside in Path(run).glob("step-*.old"):

@@ -67,10 +67,11 @@ class Run:
         self.bad_steps = 0
         if ranks.main:
             run.clean_stale(self.folder)
-            self.source = self._find_source()
+            self.source = self._choose_source()
         found = ranks.any(0 if self.source is None else run.step_of(self.source))
         if found and self.source is None:
-            self.source = self._find_source(found)
+            at = run.resume_from(self.folder, cfg.resume)  # rank 0 has verified it
+            self.source = at if at.name == run.step_name(found) else at / run.step_name(found)
         if self.source is not None:
             self.state = checkpoint.read_state(self.source)
             now = self._describe(0)
@@ -88,8 +89,8 @@ class Run:
         self.progress = metrics.Progress(cfg.steps, self.start_step, ranks.main)
         self.watchdog = distributed.Watchdog(ranks, cfg.timeout_s)
 
-    def _find_source(self, step: int | None = None) -> Path | None:
-        """The checkpoint that --resume means; `step` where rank 0 has already chosen and verified it."""
+    def _choose_source(self) -> Path | None:
+        """The checkpoint that --resume means, verified; None for a new run."""
         if self.cfg.resume == "none":
             if run.step_folders(self.folder):
                 raise UserError(
@@ -97,12 +98,13 @@ class Run:
                     "or go on with --resume auto"
                 )
             return None
-        at = self.folder if self.cfg.resume == "auto" else Path(self.cfg.resume)
-        if step is not None:
-            return at if at.name == run.step_name(step) else at / run.step_name(step)
         if self.cfg.resume == "auto":
-            return run.newest_checkpoint(at, log=self.say)
-        return run.resolve_checkpoint(at, log=self.say)
+            return run.newest_checkpoint(self.folder, log=self.say)
+        named = run.resolve_checkpoint(self.cfg.resume, log=self.say)
+        if run.resume_from(self.folder, self.cfg.resume) != self.folder:
+            return named
+        self.say(f"--resume {named}: {self.folder} has checkpoints of its own by now, and goes on from them")
+        return run.newest_checkpoint(self.folder, log=self.say)
 
     def say(self, text: str) -> None:
         if self.ranks.main:

@@ -206,6 +206,19 @@ def test_resuming_from_a_named_checkpoint_cuts_what_came_later(folder):
     assert launch.tensors(run, 6) == launch.tensors(folder / "run", 6)
 
 
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_the_command_that_began_from_a_checkpoint_elsewhere_goes_on_from_its_own(folder, ranks):
+    """Steps of both runs have the same names: no rank may take the wrong one."""
+    out, more = f"branch-{ranks}", f"--resume {folder}/run/step-00000003 --save_every 1 --keep_last 9"
+    for steps, begun in ((5, f"{folder}/run/step-00000003"), (6, f"{folder}/branch-{ranks}/step-00000005")):
+        command = options(folder, out, f"{more} --steps {steps}")
+        text = launch.finish("pretrain", command, folder / "log" / out, ranks)
+        assert f"weights from {begun}" in text
+    assert f"{folder}/{out} has checkpoints of its own by now, and goes on from them" in text
+    assert launch.steps(folder / out) == [4, 5, 6] and not list((folder / out).glob("*.left-*"))
+    assert list(launch.losses(folder / out)) == [4, 5, 6]
+
+
 @pytest.mark.parametrize("file", ["model.safetensors", "resume/optimizer.safetensors", "resume/train_state.json"])
 def test_a_flipped_byte_is_noticed_and_the_checkpoint_before_is_used(folder, file):
     run = copy_of_run(folder, "flipped-" + file.replace("/", "-"))
