@@ -85,7 +85,7 @@ def main() -> int:
     validation = Validation(held_out, tokenizer, cfg.seq_len, cfg.eval_tokens, cfg.document_attention)
 
     # the run: its folder, and the checkpoint to go on from
-    init = run.resolve_checkpoint(cfg.init_from) if cfg.init_from else None
+    init = training.find_init(cfg)
     model_config = shape(cfg, first.vocab_size, init)
     cfg = tuning.choose_optimizer(cfg, model_config.dim)
     fingerprints = {

@@ -287,6 +287,17 @@ def fingerprint(*parts) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
+def find_init(cfg) -> Path | None:
+    """The model folder of --init_from, checked; None without one.
+
+    Where it is gone, a run that trains all weights and has been begun takes shape and tokenizer from its checkpoint.
+    """
+    if not cfg.init_from:
+        return None
+    begun = cfg.tune == "full" and run.step_folders(cfg.out)
+    return run.resolve_checkpoint(cfg.out if begun and not Path(cfg.init_from).exists() else cfg.init_from)
+
+
 def check_tokenizer(model: Path, data: str) -> None:
     """Raise `UserError` unless the data was prepared with a model folder's own tokenizer; a raw .bin does not say."""
     first = parse_mixture(data)[0][0]

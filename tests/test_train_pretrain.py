@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 import torch
 
-from minillm import training
+from minillm import UserError, training
 from minillm.config import ModelConfig
 from minillm.data import TokenBins, TokenWindows
 from minillm.model import Transformer
 from tests import launch
+from train_pretrain import Config
 
 OPTIONS = f"{launch.SMALL} --micro_batch_size 2"
 
@@ -184,6 +185,19 @@ def test_continuing_from_a_model_starts_at_its_loss_and_at_step_1(folder, straig
     losses = launch.losses(folder / "onward")
     assert list(losses) == [1, 2]
     assert losses[1] < straight[1] - 0.5 and losses[1] == pytest.approx(straight[20], abs=0.5)
+
+
+def test_a_continued_run_needs_the_model_it_began_from_no_more(folder, straight):
+    """Unless that is the frozen base of what it trains."""
+    base = folder / "base"
+    shutil.copytree(folder / "constant" / "step-00000020", base)
+    train(folder, "grown", f"--init_from {base} --max_seq_len 600 --steps 2")
+    shutil.rmtree(base)
+    train(folder, "grown", f"--init_from {base} --max_seq_len 600 --steps 4")
+    assert list(launch.losses(folder / "grown")) == [1, 2, 3, 4]
+    for out, tune in (("grown", "lora"), ("new", "full")):
+        with pytest.raises(UserError, match=f"{base}: no such folder"):
+            training.find_init(Config(out=str(folder / out), init_from=str(base), tune=tune))
 
 
 def test_a_model_whose_tokenizer_is_not_read_goes_on_with_ids_alone(folder, straight):
