@@ -160,13 +160,15 @@ def micro_batch(batch_size: int, micro_batch_size: int | None, world: int) -> in
 class Watchdog:
     """Ends this rank, naming the one that hangs, when no step has been finished for `limit_s` seconds.
 
+    It watches from the first `tick` on, so that loading takes as long as it takes.
+
     Without it a rank that hangs would leave all others waiting without a word. Each tells the others through the
     group's key-value store which step it finished last and, when time is up, where it stands: the one that hangs
     stands elsewhere than those that wait for it, or says nothing at all.
     """
 
     def __init__(self, ranks: Ranks, limit_s: float):
-        self.ranks, self.limit_s, self.step, self.since = ranks, limit_s, 0, time.monotonic()
+        self.ranks, self.limit_s, self.step, self.since = ranks, limit_s, 0, float("inf")
         self.store = _store() if ranks.world > 1 else None
         if self.store is not None:
             threading.Thread(target=self._watch, daemon=True).start()

@@ -145,6 +145,7 @@ class Run:
             checkpoint.restore_optimizers(self.source, optimizers, dict(model.named_parameters()))
             if scaler.is_enabled() and self.state["scaler"]:  # empty if --dtype was another before
                 scaler.load_state_dict(self.state["scaler"])
+        self.watchdog.tick(self.start_step)  # all is loaded, from here on steps are awaited
 
     def save(self, step: int, model: Transformer, optimizers: list, scaler, tokenizer: Tokenizer | None) -> None:
         """Write `step-N/` whole or not at all, then drop the oldest beyond --keep_last, unless steps are going wrong.

@@ -122,7 +122,7 @@ def test_the_watchdog_says_where_this_rank_stands_and_who_gives_no_sign(watched)
 def test_the_watchdog_ends_the_rank_even_if_the_store_answers_no_more(watched):
     store, ended = watched
     store.check = lambda keys: time.sleep(5)
-    Watchdog(Ranks(1, 2, CPU), limit_s=0.2)
+    Watchdog(Ranks(1, 2, CPU), limit_s=0.2).tick(0)
     assert "the rank that keeps the store (rank 0, without torchrun) gives no sign" in wait_for(ended, 3)
 
 
@@ -135,6 +135,15 @@ def test_the_watchdog_lets_a_run_that_moves_or_has_ended_alone(watched):
     dog.pause()
     time.sleep(1)
     assert not ended
+
+
+def test_the_watchdog_waits_for_the_first_tick_however_long_loading_takes(watched):
+    _, ended = watched
+    dog = Watchdog(Ranks(0, 2, CPU), limit_s=0.1)
+    time.sleep(0.5)
+    assert not ended
+    dog.tick(20)
+    assert "after step 20: rank 0 is at" in wait_for(ended)
 
 
 def test_one_rank_is_not_watched():

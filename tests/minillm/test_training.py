@@ -156,6 +156,15 @@ def test_a_disk_too_small_is_said_with_what_will_be_needed(new_run, monkeypatch)
     assert asked == [(3 * 3 * size, 2 * size)]
 
 
+def test_steps_are_awaited_from_restoring_to_closing(new_run):
+    this = new_run()
+    assert this.watchdog.since == math.inf  # loading
+    this.restore(nn.Linear(1, 1), [], torch.amp.GradScaler("cpu", enabled=False))
+    assert this.watchdog.since < math.inf
+    this.close()
+    assert this.watchdog.since == math.inf  # drawing, answering questions
+
+
 def test_a_measurement_is_taken_once_and_read_by_a_run_that_goes_on(new_run):
     this = new_run()
     (this.folder / "before.json").write_text("17")  # left by an earlier start that saved nothing
