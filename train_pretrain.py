@@ -89,7 +89,7 @@ def main() -> int:
     model_config = shape(cfg, first.vocab_size, init)
     cfg = tuning.choose_optimizer(cfg, model_config.dim)
     fingerprints = {
-        "data": training.fingerprint([b.meta for b, _ in bins], cfg.data if not first.meta else [w for _, w in bins]),
+        "data": training.fingerprint([b.identity() for b, _ in bins], [w for _, w in bins]),
         "batch size, sequence length or seed": training.fingerprint(cfg.batch_size, cfg.seq_len, cfg.seed),
         "tokenizer": first.meta.get("tokenizer_sha256", ""),
         "architecture": training.fingerprint(huggingface.to_hf(model_config)),

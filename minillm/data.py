@@ -4,6 +4,7 @@ A data position is a number: position p always names the same window, whatever t
 and however often the run was stopped, because the order is computed (a keyed permutation), not stored.
 """
 
+import hashlib
 import json
 from itertools import accumulate
 from pathlib import Path
@@ -16,6 +17,7 @@ from torch import Tensor
 from minillm import UserError
 
 SCANNED_TOKENS = 1 << 28  # bins up to this size are checked for bad ids when opened, larger ones as they are read
+SAMPLES = 1024  # tokens of a raw .bin that its fingerprint looks at, evenly apart: each may be a page to read
 MIXTURE_SLOTS = 256  # a mixture's weights hold exactly over every so many windows
 
 
@@ -128,6 +130,14 @@ class TokenBins:
     def ids(self) -> tuple:
         """What the ids mean, as far as is known; of a raw .bin only how many there are."""
         return self.vocab_size, self.eos_id, self.start_id, self.meta.get("tokenizer_sha256")
+
+    def identity(self) -> dict:
+        """What tells these data from others: meta.json, or of a raw .bin how many tokens train, and some of them."""
+        if self.meta:
+            return self.meta
+        tokens = self.arrays[0]
+        some = tokens[:: max(1, len(tokens) // SAMPLES)].tobytes()
+        return {"tokens": len(tokens), "dtype": tokens.dtype.str, "sha256": hashlib.sha256(some).hexdigest()}
 
     def _open(self, file: Path, tokens: int | None, dtype: np.dtype) -> np.ndarray:
         if not file.exists():

@@ -228,6 +228,22 @@ def test_mixtures_documents_and_raw_bins(folder):
     assert not (folder / "raw" / "step-00000002" / "tokenizer.model").exists()
 
 
+def test_a_raw_bin_that_changed_is_noticed_and_one_that_moved_is_not(folder):
+    tokens = np.random.default_rng(0).integers(0, 300, 20_000).astype("<u2")
+    where, moved = folder / "changing.bin", folder / "moved.bin"
+    tokens.tofile(where)
+    how = "--data_dtype uint16 --data_vocab_size 300"
+    launch.finish("pretrain", options(folder, "bin", f"--data {where} {how} --steps 2"), folder / "log" / "bin")
+    tokens.tofile(moved)
+    launch.finish("pretrain", options(folder, "bin", f"--data {moved} {how} --steps 3"), folder / "log" / "bin")
+    for changed in (np.roll(tokens, 1), np.append(tokens, [5]).astype("<u2")):
+        changed.tofile(where)
+        more = options(folder, "bin", f"--data {where} {how} --steps 4")
+        text = launch.finish("pretrain", more, folder / "log" / "bin", status=2)
+        assert "made with another data" in text and "or accept it by --allow_data_change" in text
+    launch.finish("pretrain", f"{more} --allow_data_change", folder / "log" / "bin")
+
+
 def test_tensorboard_holds_what_metrics_hold(folder):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
