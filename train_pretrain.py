@@ -98,7 +98,7 @@ def main() -> int:
     this = training.Run(cfg, ranks, fingerprints)
     if this.finished:
         this.say(f"{this.folder} has finished its {this.start_step} steps; to go on, raise --steps")
-        this.say(f"next: {next_command(cfg)}")
+        this.say(f"next: {next_command(cfg, tokenizer)}")
         distributed.stop()
         return 0
     this.say(f"configuration:\n{config.show(cfg)}")
@@ -119,8 +119,10 @@ def main() -> int:
     return status
 
 
-def next_command(cfg: Config) -> str:
-    """What to try after this run."""
+def next_command(cfg: Config, tokenizer: Tokenizer | None) -> str:
+    """What to try after this run. A model of a raw .bin has no tokenizer, without which no text goes in or out."""
+    if tokenizer is None:
+        return f"python -m minillm plot {cfg.out}"
     if cfg.tune == "full":
         return "python train_sft.py" + ("" if cfg.out == Config.out else f" --init_from {cfg.out}")
     if cfg.mergeable:
@@ -233,7 +235,7 @@ def conclude(this: training.Run, model: Transformer, scores: dict, tokenizer: To
         text = tokenizer.decode(sample[0].tokens) or "(nothing: the first token already ended the text)"
         this.say(f"a sample:\n{textwrap.indent(text, '  ')}")
     this.say(f"trained for {duration(this.seconds())}; checkpoint {this.newest()}; {this.draw()}")
-    this.say(f"next: {next_command(this.cfg)}")
+    this.say(f"next: {next_command(this.cfg, tokenizer)}")
 
 
 if __name__ == "__main__":

@@ -222,7 +222,8 @@ def test_mixtures_documents_and_raw_bins(folder):
     raw = folder / "raw.bin"
     np.random.default_rng(0).integers(0, 300, 20_000).astype("<u2").tofile(raw)
     more = f"--data {raw} --data_dtype uint16 --data_vocab_size 300 --steps 2"
-    launch.finish("pretrain", options(folder, "raw", more), folder / "log" / "raw")
+    text = launch.finish("pretrain", options(folder, "raw", more), folder / "log" / "raw")
+    assert text.endswith(f"next: python -m minillm plot {folder}/raw\n")  # it has no tokenizer to be taught with
     for out in ("mixture", "documents", "raw"):
         assert list(launch.losses(folder / out)) == [1, 2] and launch.steps(folder / out) == [2]
     assert not (folder / "raw" / "step-00000002" / "tokenizer.model").exists()
