@@ -146,19 +146,21 @@ def shape(cfg: Config, vocab_size: int, init: Path | None) -> config.ModelConfig
         given["rope_scaling"] = config.parse_rope_scaling(cfg.rope_scaling, base["max_seq_len"])
     if init is None:
         given.setdefault("max_seq_len", max(base["max_seq_len"], cfg.seq_len))
-        return config.preset(cfg.preset, vocab_size=vocab_size, **given)
-    chosen = dataclasses.replace(huggingface.load_config(init), **given)
-    training.check_tokenizer(init, cfg.data)
+        chosen = config.preset(cfg.preset, vocab_size=vocab_size, **given)
+    else:
+        chosen = dataclasses.replace(huggingface.load_config(init), **given)
+        training.check_tokenizer(init, cfg.data)
     if chosen.vocab_size < vocab_size:
         raise UserError(
             f"--init_from {init}: its embedding has {chosen.vocab_size} ids, fewer than {cfg.data} "
             f"({vocab_size}); give data made with the model's own tokenizer"
         )
+    # though attention may stay inside documents, one of them may fill a whole row
     if cfg.seq_len + cfg.placeholders > chosen.max_seq_len:
         room = f" and --n_virtual {cfg.placeholders}" if cfg.placeholders else ""
         raise UserError(
-            f"--seq_len {cfg.seq_len}{room}: the model's longest context is {chosen.max_seq_len} tokens; lower it, or "
-            f"extend the context by --max_seq_len {cfg.seq_len} (see --rope_scaling)"
+            f"--seq_len {cfg.seq_len}{room}: the model's longest context is {chosen.max_seq_len} tokens, and a row may "
+            f"be all one document; lower it, or extend the context by --max_seq_len {cfg.seq_len} (see --rope_scaling)"
         )
     return chosen
 

@@ -276,6 +276,11 @@ def test_a_file_too_large_for_the_disk_is_said_before_the_first_step(folder):
         ("--data {folder}/nowhere", ["nowhere"]),
         ("--init_from {folder}/nowhere", ["nowhere: no such folder"]),
         ("--init_from {folder}/run --seq_len 1000", ["--seq_len 1000", "longest context is 512", "--max_seq_len 1000"]),
+        (
+            "--max_seq_len 16",
+            ["--seq_len 32", "longest context is 16 tokens", "a row may be all one document", "--max_seq_len 32"],
+        ),
+        ("--max_seq_len 16 --document_attention", ["--seq_len 32: the model's longest context is 16 tokens"]),
         ("--init_from {folder}/run --preset 26m", ["--preset 26m: the model of --init_from has its shape already"]),
         ("--data {folder}/data:x", ["/data:x: the weight 'x' is no number"]),
         ("--n_heads 3 --dim 33", ["head_dim"]),
@@ -287,6 +292,7 @@ def test_a_file_too_large_for_the_disk_is_said_before_the_first_step(folder):
 def test_an_option_that_means_nothing_is_refused_in_one_line(folder, more, words):
     line = refused(folder, "refused", "--steps 2 " + more.format(folder=folder))
     assert all(word in line for word in words), line
+    assert not (folder / "refused").exists()
 
 
 def test_a_batch_that_does_not_divide_by_the_ranks(folder):
