@@ -231,26 +231,37 @@ class TokenWindows:
         return int(sum(edges[-1] for edges in self.edges))
 
     def locate(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(source, window in that source) of each position: int64 arrays of the same shape."""
+        """(source, window in that source) of each position: int64 arrays of the same shape, (B,)."""
+        sources, turns = self._deal(positions)
+        windows = np.empty_like(positions)
+        for source in np.unique(sources):
+            windows[sources == source] = self._shuffle(int(source), turns[sources == source])
+        return sources, windows
+
+    def _deal(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Which source each position reads, and how many positions before it read the same one: its turn.
+
+        Of a:3,b:1 each block of 256 positions, shuffled, gives slots 0 … 191 to a and the rest to b. So if position
+        256 + 5 has slot 200, it reads b, whose turns 64 … 127 are in this block: turn 64 + 200 − 192.
+        """
         if len(self.sources) == 1:
-            source, turn = np.zeros_like(positions), positions
-        else:  # deal every block of slots out to the sources in a shuffled order
-            block, slot = np.divmod(positions, MIXTURE_SLOTS)
-            slot = np.array(
-                [permute(s, MIXTURE_SLOTS, _key(self.seed, 1, b)) for b, s in zip(block, slot, strict=True)]
-            )
-            source = np.searchsorted(self.slots, slot, side="right") - 1
-            turn = block * np.diff(self.slots)[source] + slot - self.slots[source]
-        window = np.empty_like(positions)
-        for s in np.unique(source):
-            mine = source == s
-            epoch, index = np.divmod(turn[mine], self.edges[s][-1])
-            shuffled = np.empty_like(index)
-            for e in np.unique(epoch):
-                here = epoch == e
-                shuffled[here] = permute(index[here], int(self.edges[s][-1]), _key(self.seed, 2, int(e), int(s)))
-            window[mine] = shuffled
-        return source, window
+            return np.zeros_like(positions), positions
+        blocks, places = np.divmod(positions, MIXTURE_SLOTS)
+        keys = [_key(self.seed, 1, block) for block in blocks]
+        slots = np.array([permute(place, MIXTURE_SLOTS, key) for place, key in zip(places, keys, strict=True)])
+        sources = np.searchsorted(self.slots, slots, side="right") - 1
+        return sources, blocks * np.diff(self.slots)[sources] + slots - self.slots[sources]
+
+    def _shuffle(self, source: int, turns: np.ndarray) -> np.ndarray:
+        """The window that each turn of a source reads: every epoch permutes its windows anew.
+
+        Of 100 windows, turn 99 reads π₀(99), turn 100 reads π₁(0), turn 203 reads π₂(3).
+        """
+        n = int(self.edges[source][-1])
+        epochs, index = np.divmod(turns, n)
+        for epoch in np.unique(epochs):
+            index[epochs == epoch] = permute(index[epochs == epoch], n, _key(self.seed, 2, epoch, source))
+        return index
 
     def batch(self, positions: np.ndarray) -> Batch:
         """The windows at these positions, (B,) int64: a pure function of seed and positions."""
