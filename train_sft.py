@@ -13,14 +13,12 @@ import dataclasses
 import sys
 import time
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
 from data import bundled
 from minillm import UserError, config, distributed, evaluate, huggingface, ops, optim, run, selfcheck, training, tuning
 from minillm.chat_data import InstructionRows
-from minillm.checkpoint import read_state
 from minillm.config import option
 from minillm.metrics import duration, peak_flops
 from minillm.model import Transformer
@@ -62,7 +60,7 @@ def main() -> int:
     kernels_settled = selfcheck.begin(ranks, quantized=cfg.base_bits in (8, 4))
 
     # the model to start from, and its tokenizer
-    init = starting_point(cfg)
+    init = training.find_init(cfg)
     model_config = dataclasses.replace(huggingface.load_config(init), dropout=cfg.dropout)
     tokenizer = Tokenizer.load(init)
     cfg = tuning.choose_optimizer(cfg, model_config.dim, share=1 / 4)
@@ -103,28 +101,17 @@ def main() -> int:
     model = tuning.load_model(cfg, model_config, init, this.source, ranks.device)
     model.checkpoint_activations = cfg.checkpoint_activations
     this.say(f"weights from {this.source or init}")
-    this.watchdog.tick(this.start_step)  # loading is no step that hangs, and neither are the questions
 
     def ask() -> dict:
         with tuning.merged(model):
             return evaluate.exact_match(model, tokenizer, questions, template=cfg.template)
 
     before = this.once("before.json", ask) if questions else {}
-    this.watchdog.tick(this.start_step)
     status = train(cfg, this, model, rows, end, held_rows, tokenizer)
     if status == 0 and ranks.main:
         conclude(this, before or {}, ask() if questions else {})
     distributed.stop()
     return status
-
-
-def starting_point(cfg: Config) -> Path:
-    """The model folder of --init_from; where that is gone and this run can go on without it, its own checkpoint."""
-    if cfg.tune == "full" and cfg.resume == "auto" and not Path(cfg.init_from).exists() and run.step_folders(cfg.out):
-        newest = run.resolve_checkpoint(cfg.out, log=lambda line: None)  # `Run` says which it passes over
-        if read_state(newest)["config"]["init_from"] == cfg.init_from:
-            return newest
-    return run.resolve_checkpoint(cfg.init_from)
 
 
 def next_command(out: str) -> str:

@@ -291,12 +291,15 @@ def fingerprint(*parts) -> str:
 def find_init(cfg) -> Path | None:
     """The model folder of --init_from, checked; None without one.
 
-    Where it is gone, a run that trains all weights and has been begun takes shape and tokenizer from its checkpoint.
+    Where it is gone, a run that trains all weights and began with it takes shape and tokenizer from its own checkpoint.
     """
     if not cfg.init_from:
         return None
-    begun = cfg.tune == "full" and run.step_folders(cfg.out)
-    return run.resolve_checkpoint(cfg.out if begun and not Path(cfg.init_from).exists() else cfg.init_from)
+    if cfg.tune == "full" and cfg.resume == "auto" and not Path(cfg.init_from).exists() and run.step_folders(cfg.out):
+        newest = run.resolve_checkpoint(cfg.out, log=lambda line: None)  # `Run` says which it passes over
+        if checkpoint.read_state(newest)["config"]["init_from"] == cfg.init_from:
+            return newest
+    return run.resolve_checkpoint(cfg.init_from)
 
 
 def check_tokenizer(model: Path, data: str) -> None:
