@@ -21,6 +21,7 @@ import torch.distributed as dist
 
 from minillm import UserError
 
+LOADING = 10  # times --timeout_s that ranks wait for one another before the first step
 ANSWER_S = 2.0  # seconds in which a rank that lives tells where it stands
 
 
@@ -99,10 +100,12 @@ def start(device: str = "auto", timeout_s: float = 600.0) -> Ranks:
     if world > 1:
         _explain_lost_ranks(rank, world)
         backend = "nccl" if chosen.type == "cuda" else "gloo"
-        patience = timedelta(seconds=2 * timeout_s)  # so that the watchdog, which can name the rank, is first
+        store = _new_store(timedelta(seconds=2 * timeout_s))
+        patience = timedelta(seconds=LOADING * timeout_s)  # once steps are taken, the watchdog is sooner
         device_id = chosen if backend == "nccl" else None
-        how = dict(store=_new_store(patience), rank=rank, world_size=world, timeout=patience, device_id=device_id)
-        dist.init_process_group(backend, **how)
+        dist.init_process_group(
+            backend, store=store, rank=rank, world_size=world, timeout=patience, device_id=device_id
+        )
     return Ranks(rank, world, chosen)
 
 
@@ -160,7 +163,7 @@ def micro_batch(batch_size: int, micro_batch_size: int | None, world: int) -> in
 class Watchdog:
     """Ends this rank, naming the one that hangs, when no step has been finished for `limit_s` seconds.
 
-    It watches from the first `tick` on, so that loading takes as long as it takes.
+    It watches from the first `tick` on; loading may take `LOADING` times as long.
 
     Without it a rank that hangs would leave all others waiting without a word. Each tells the others through the
     group's key-value store which step it finished last and, when time is up, where it stands: the one that hangs
@@ -222,7 +225,8 @@ def _explain_lost_ranks(rank: int, world: int) -> None:
             alive = _answers(store, "lost", world, ANSWER_S)
             gone = [str(other) for other in range(world) if other not in alive]
             steps = _answers(store, "step", world)
-            where = f"rank {' and '.join(gone) or '?'} has failed or ended after step {steps.get(rank, 0)}"
+            what = "gives no sign" if "imed out" in str(problem) else "has failed or ended"
+            where = f"rank {' and '.join(gone) or '?'} {what} after step {steps.get(rank, 0)}"
         words = str(problem).splitlines()[0].rpartition("] ")[2]
         _end(f"rank {rank}: {where} ({words[:80]}); the same command goes on from the newest checkpoint")
 
