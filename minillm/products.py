@@ -18,8 +18,8 @@ class Products(torch.autograd.Function):
         weights, biases = weights_and_biases[::2], weights_and_biases[1::2]
         ctx.dtypes = [None if t is None else t.dtype for t in (x, *weights_and_biases)]
         x, cast = x.to(dtype), [w.to(dtype) for w in weights]
-        # kept is the narrower of a weight and its cast
-        ctx.save_for_backward(x, *(w if w.itemsize < c.itemsize else c for w, c in zip(weights, cast, strict=True)))
+        # kept is a weight, or its cast if that is narrower
+        ctx.save_for_backward(x, *(w if w.itemsize <= c.itemsize else c for w, c in zip(weights, cast, strict=True)))
         pairs = zip(cast, biases, strict=True)
         return tuple(x @ w.t() if b is None else torch.addmm(b.to(dtype), x, w.t()) for w, b in pairs)
 

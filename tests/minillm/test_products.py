@@ -1,5 +1,6 @@
 """What a GPU would be asked for, on tensors without numbers; what comes out is compared in test_ops.py."""
 
+import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -36,6 +37,17 @@ def test_gradients_of_the_input_are_added_by_the_products():
         found = products._input_gradient(grads, weights)
     assert calls.names == ["aten.mm.default", "aten.addmm_.default", "aten.addmm_.default"]
     assert torch.equal(found, torch.full((4, 6), 10.0))
+
+
+@pytest.mark.parametrize(
+    ("own", "product"), [("bfloat16", "bfloat16"), ("bfloat16", "float16"), ("bfloat16", "float32")]
+)
+def test_backward_keeps_no_cast_that_is_as_wide_as_the_weight(own, product):
+    weight, kept = torch.ones(4, 6, dtype=getattr(torch, own)), []
+    x = torch.ones(2, 6, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.data_ptr()), lambda _: None):
+        products.Products.apply(x, getattr(torch, product), weight, None)
+    assert weight.data_ptr() in kept
 
 
 def test_compiled_the_sum_is_one_op():
