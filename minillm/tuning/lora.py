@@ -47,7 +47,18 @@ def kaiming(shape: tuple[int, int], generator: torch.Generator) -> Tensor:
     return (torch.rand(shape, generator=generator) * 2 - 1) / math.sqrt(shape[1])
 
 
-class LoraLinear(nn.Module):
+class _Lora(nn.Module):
+    """What both have: `square`, ‖w_i‖² of each frozen row for `dora`, stays in fp32 whatever the model is cast to."""
+
+    def _apply(self, fn, recurse: bool = True):
+        square = self.square
+        super()._apply(fn, recurse)
+        if square is not None:
+            self.square = square.to(fn(square[:0]).device)
+        return self
+
+
+class LoraLinear(_Lora):
     """x → W x + s · B A dropout(x), and with `dora` that by m / ‖W + s·BA‖ for each output; then the bias."""
 
     def __init__(
@@ -65,7 +76,7 @@ class LoraLinear(nn.Module):
             self.lora_B.weight.zero_()
         lengths = torch.linalg.vector_norm(dense_weight(base).detach().float(), dim=1) if dora else None
         self.lora_magnitude_vector = nn.Parameter(lengths) if dora else None
-        self.register_buffer("square", lengths.square() if dora else None, persistent=False)  # of each frozen row
+        self.register_buffer("square", lengths.square() if dora else None, persistent=False)
 
     @torch.no_grad()
     def _norms(self) -> Tensor:
@@ -113,7 +124,7 @@ class LoraLinear(nn.Module):
         return plain_linear(self.weight, self.base_layer.bias)
 
 
-class LoraEmbedding(nn.Module):
+class LoraEmbedding(_Lora):
     """Looks up W + s·(BA)ᵀ; with `dora` each of the C columns has a trained length.
 
     A (r, V) begins at zero, B (C, r) normal. There is no dropout: ids have nothing to drop.

@@ -81,3 +81,11 @@ def test_joined_products_have_the_gradients_of_each_alone(tune, options, dropout
         found.append([loss, *torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad])])
     ops.select("auto")
     assert len(found[0]) > 2 * 14 and all(error(a, b) < 2e-5 for a, b in zip(*found, strict=True))
+
+
+def test_squares_of_frozen_rows_are_not_rounded_with_the_model():
+    layer = LoraLinear(nn.Linear(64, 8), 3, 0.5, 0.0, True, torch.Generator().manual_seed(0))
+    table = LoraEmbedding(nn.Embedding(64, 8), 3, 0.5, True, torch.Generator().manual_seed(0))
+    for module in (layer, table):
+        before = module.square.clone()
+        assert module.to(torch.bfloat16).square.dtype == torch.float32 and torch.equal(module.square, before)
