@@ -202,11 +202,11 @@ class StopSignals:
             os.register_at_fork(after_in_child=self.restore)
 
     def _note(self, number: int, frame) -> None:
-        self.interrupts += number == signal.SIGINT
-        if self.interrupts == 2:
+        nth = self.interrupts = self.interrupts + (number == signal.SIGINT)  # the next may come while this one is noted
+        if nth == 2:
             signal.signal(signal.SIGINT, signal.SIG_DFL)  # the next is the system's, even inside a long call
         if os.environ.get("RANK", "0") == "0":
-            ends = "once more ends at once, unsaved" if self.interrupts == 2 else "finishing this step, then saving"
+            ends = "once more ends at once, unsaved" if nth == 2 else "finishing this step, then saving"
             os.write(2, f"\n{signal.Signals(number).name}: {ends}\n".encode())  # print is not safe in here
         self.requested = self.requested or int(number)
 
