@@ -117,10 +117,8 @@ def kernel_settings(device: torch.device) -> dict:
 def _check(params: list[Tensor], grads: list[Tensor], state: list[list[Tensor]], masters: bool, random: bool) -> None:
     """Raise `ValueError` for what the kernel cannot take; state: moments, and master copies if there are any."""
     columns = [params, grads, *state]
-    (kinds, gradients, *others), devices = (
-        ({*map(DTYPE, x)} for x in columns),
-        {*map(DEVICE, itertools.chain(*columns))},
-    )
+    kinds, gradients, *others = [{*map(DTYPE, x)} for x in columns]
+    devices = {*map(DEVICE, itertools.chain(*columns))}
     if len(kinds) + len(gradients) + len(devices) > 3:
         raise ValueError(
             f"adamw: parameters and gradients of one call share dtype and device, not {kinds}, {gradients}, {devices}; "
