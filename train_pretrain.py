@@ -143,7 +143,10 @@ def shape(cfg: Config, vocab_size: int, init: Path | None) -> config.ModelConfig
         raise UserError(f"--preset {cfg.preset}: the model of --init_from has its shape already; leave it out")
     base = config.PRESETS[cfg.preset] if init is None else dataclasses.asdict(huggingface.load_config(init))
     if cfg.rope_scaling:
-        given["rope_scaling"] = config.parse_rope_scaling(cfg.rope_scaling, base["max_seq_len"])
+        original = base["max_seq_len"]
+        if init is not None and not Path(cfg.init_from).exists():  # the run's own checkpoint is stretched already
+            original = (base["rope_scaling"] or {}).get("original_max_seq_len", original)
+        given["rope_scaling"] = config.parse_rope_scaling(cfg.rope_scaling, original)
     if init is None:
         given.setdefault("max_seq_len", max(base["max_seq_len"], cfg.seq_len))
         chosen = config.preset(cfg.preset, vocab_size=vocab_size, **given)
@@ -158,9 +161,12 @@ def shape(cfg: Config, vocab_size: int, init: Path | None) -> config.ModelConfig
     # though attention may stay inside documents, one of them may fill a whole row
     if cfg.seq_len + cfg.placeholders > chosen.max_seq_len:
         room = f" and --n_virtual {cfg.placeholders}" if cfg.placeholders else ""
+        how = (
+            f"extend the context by --max_seq_len {cfg.seq_len} (see --rope_scaling)" if init else "raise --max_seq_len"
+        )
         raise UserError(
             f"--seq_len {cfg.seq_len}{room}: the model's longest context is {chosen.max_seq_len} tokens, and a row may "
-            f"be all one document; lower it, or extend the context by --max_seq_len {cfg.seq_len} (see --rope_scaling)"
+            f"be all one document; lower it, or {how}"
         )
     return chosen
 

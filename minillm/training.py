@@ -100,7 +100,7 @@ class Run:
             return None
         if self.cfg.resume == "auto":
             return run.newest_checkpoint(self.folder, log=self.say)
-        named = run.resolve_checkpoint(self.cfg.resume, log=self.say)
+        named = run.resolve_checkpoint(self.cfg.resume, log=self.say)  # where it is not needed, too: it may be mistyped
         if run.resume_from(self.folder, self.cfg.resume) != self.folder:
             return named
         self.say(f"--resume {named}: {self.folder} has checkpoints of its own by now, and goes on from them")
@@ -295,10 +295,12 @@ def find_init(cfg) -> Path | None:
     """
     if not cfg.init_from:
         return None
-    if cfg.tune == "full" and cfg.resume == "auto" and not Path(cfg.init_from).exists() and run.step_folders(cfg.out):
-        newest = run.resolve_checkpoint(cfg.out, log=lambda line: None)  # `Run` says which it passes over
-        if checkpoint.read_state(newest)["config"]["init_from"] == cfg.init_from:
-            return newest
+    begun = cfg.tune == "full" and cfg.resume != "none" and run.step_folders(cfg.out)
+    if begun and not Path(cfg.init_from).exists():
+        at = run.resume_from(cfg.out, cfg.resume)
+        own = run.resolve_checkpoint(at, log=lambda line: None)  # `Run` says which it passes over
+        if checkpoint.read_state(own)["config"]["init_from"] == cfg.init_from:
+            return own
     return run.resolve_checkpoint(cfg.init_from)
 
 

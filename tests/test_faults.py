@@ -278,7 +278,7 @@ def test_a_file_too_large_for_the_disk_is_said_before_the_first_step(folder):
         ("--init_from {folder}/run --seq_len 1000", ["--seq_len 1000", "longest context is 512", "--max_seq_len 1000"]),
         (
             "--max_seq_len 16",
-            ["--seq_len 32", "longest context is 16 tokens", "a row may be all one document", "--max_seq_len 32"],
+            ["--seq_len 32", "longest context is 16 tokens", "a row may be all one document", "or raise --max_seq_len"],
         ),
         ("--max_seq_len 16 --document_attention", ["--seq_len 32: the model's longest context is 16 tokens"]),
         ("--init_from {folder}/run --preset 26m", ["--preset 26m: the model of --init_from has its shape already"]),

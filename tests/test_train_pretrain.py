@@ -191,10 +191,12 @@ def test_a_continued_run_needs_the_model_it_began_from_no_more(folder, straight)
     """Unless that is the frozen base of what it trains."""
     base = folder / "base"
     shutil.copytree(folder / "constant" / "step-00000020", base)
-    train(folder, "grown", f"--init_from {base} --max_seq_len 600 --steps 2")
+    more = f"--init_from {base} --max_seq_len 1024 --rope_scaling yarn:2 --save_every 1"
+    train(folder, "grown", f"{more} --steps 2")
     shutil.rmtree(base)
-    train(folder, "grown", f"--init_from {base} --max_seq_len 600 --steps 4")
+    train(folder, "grown", f"{more} --steps 4")
     assert list(launch.losses(folder / "grown")) == [1, 2, 3, 4]
+    train(folder, "grown", f"{more} --steps 4 --resume {folder}/grown/step-00000003")
     for out, tune in (("grown", "lora"), ("new", "full")):
         with pytest.raises(UserError, match=f"{base}: no such folder"):
             training.find_init(Config(out=str(folder / out), init_from=str(base), tune=tune))
