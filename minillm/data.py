@@ -331,7 +331,8 @@ def validation_part(bins: TokenBins, seq_len: int, max_tokens: int) -> Validatio
         if bins.start_id == bins.eos_id:
             tokens = np.concatenate([[bins.eos_id], tokens])
     if len(tokens) < 2:
-        raise UserError(f"{bins.path}: {len(tokens)} token to validate on leaves no target; raise --eval_tokens")
+        needed = "raise --eval_tokens (of eval, --max_tokens)"
+        raise UserError(f"{bins.path}: {len(tokens)} token to validate on leaves no target; {needed}")
     n_rows = -(-(len(tokens) - 1) // seq_len)
     padded = np.zeros(n_rows * seq_len + 1, dtype=np.int64)
     padded[: len(tokens)] = tokens
