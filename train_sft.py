@@ -72,6 +72,8 @@ def main() -> int:
         bundled.build()
     ranks.barrier()
     paths = [path.strip() for path in cfg.data.split(",") if path.strip()]
+    if not paths:
+        raise UserError(f"--data {cfg.data}: names no file; give one or more .jsonl or .json files, by commas")
     how = dict(seed=cfg.seed, template=cfg.template, packing=cfg.packing, on_bad_line=cfg.on_bad_line)
     how |= dict(n_virtual=cfg.placeholders)
     rows = InstructionRows(paths, tokenizer, cfg.seq_len, **how)

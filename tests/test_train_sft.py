@@ -187,6 +187,7 @@ def test_a_signal_leaves_one_whole_checkpoint(folder):
         ("--init_from {folder}/nowhere", ["nowhere: no such folder"]),
         ("--init_from none", ["none: no such folder"]),
         ("--data {folder}/nowhere.jsonl", ["nowhere.jsonl"]),
+        ("--data ,", ["--data ,: names no file"]),
         ("--data {folder}/broken.jsonl", ["broken.jsonl, row 2", "--on_bad_line skip"]),
         ("--eval_data {folder}/nowhere.jsonl", ["nowhere.jsonl"]),
         ("--seq_len 1000", ["--seq_len 1000", "longest context is 128"]),
