@@ -57,7 +57,7 @@ def main() -> int:
     micro_batch_size = distributed.micro_batch(cfg.batch_size, cfg.micro_batch_size, ranks.world)
     cfg = dataclasses.replace(cfg, micro_batch_size=micro_batch_size)
     ops.select(cfg.impl)
-    kernels_settled = selfcheck.begin(ranks, quantized=cfg.base_bits in (8, 4))
+    kernels_settled = selfcheck.begin(ranks, base_bits=cfg.base_bits)
 
     # the model to start from, and its tokenizer
     init = training.find_init(cfg)

@@ -89,8 +89,8 @@ def _load(args) -> tuple:
         )
     folder = run.resolve_checkpoint(named, log=tell)
     device = distributed.pick_device(args.device)
-    bits = tuning.is_adapter(folder) and tuning.peft_format.read_config(folder)[1]["bits"]
-    selfcheck.check_kernels(distributed.Ranks(0, 1, device), tell, quantized=bits in (8, 4))
+    bits = tuning.peft_format.read_config(folder)[1]["bits"] if tuning.is_adapter(folder) else None
+    selfcheck.check_kernels(distributed.Ranks(0, 1, device), tell, base_bits=bits)
     dtype = DTYPES[args.dtype] if args.dtype else None
     if dtype is None and device.type == "cpu":
         dtype = torch.float32  # half precision is slow on most CPUs

@@ -32,26 +32,26 @@ SECONDS = 300  # some 30 kernels are compiled, on a slow machine
 # a cap at the size of the logits themselves: a kernel without one is far off
 MODELS = {"plain": {}, "QK-norm, window and cap": {"qk_norm": True, "window": 40, "softcap": 0.5}}
 LENGTHS = (130, 62)  # tokens of the documents in a row: block edges inside and outside
-QUANTIZED = {"8 bits": quant.quantize_int8, "4 bits": quant.quantize_nf4}
+QUANTIZED = {8: quant.quantize_int8, 4: quant.quantize_nf4}  # bits → format
 ROWS = (1, 16, 100, 300)  # times a quantized weight: the smallest and the largest tile, and W in a scratch
 
 
-def check_kernels(ranks: Ranks, say: Callable[[str], None] = print, quantized: bool = False) -> None:
+def check_kernels(ranks: Ranks, say: Callable[[str], None] = print, base_bits: int | None = None) -> None:
     """On all ranks: where `auto` means our kernels, see once that they are right, else select torch's ops.
 
-    say: takes the line that tells of it; called on the main rank. quantized: whether the run has a quantized base.
+    say: takes the line that tells of it; called on the main rank. base_bits: of the run's frozen base, if it has one.
     """
-    begin(ranks, say, quantized)()
+    begin(ranks, say, base_bits)()
 
 
-def begin(ranks: Ranks, say: Callable[[str], None] = print, quantized: bool = False) -> Callable[[], None]:
+def begin(ranks: Ranks, say: Callable[[str], None] = print, base_bits: int | None = None) -> Callable[[], None]:
     """`check_kernels` in two parts: the process starts, and the function that is returned waits for its answer.
 
     Meanwhile the caller makes data and model. All ranks call both; no kernel before the second.
     """
     if ops.selected() != "auto" or ranks.device.type != "cuda" or not ops.fused(torch.empty(0, device=ranks.device)):
         return lambda: None
-    answer = _ask(ranks.device, say, quantized) if ranks.main else None
+    answer = _ask(ranks.device, say, base_bits in QUANTIZED) if ranks.main else None
 
     def settle() -> None:
         problem = answer() if answer else ""
@@ -118,7 +118,7 @@ def compare(device: torch.device, ours: str = "auto", quantized: bool = False) -
     before, problems = ops.selected(), []
     try:
         cases = {name: partial(_results, _small(device, **options)) for name, options in MODELS.items()}
-        cases |= {name: partial(_product, device, make) for name, make in QUANTIZED.items() if quantized}
+        cases |= {f"{bits} bits": partial(_product, device, make) for bits, make in QUANTIZED.items() if quantized}
         for name, results in cases.items():
             exact = results("torch", None)
             torchs, mine = (results(implementation, torch.bfloat16) for implementation in ("torch", ours))

@@ -121,8 +121,8 @@ class Gpu:
     def kill(self):
         self.killed = True
 
-    def check(self, quantized: bool = False) -> str:
-        selfcheck.check_kernels(Ranks(0, 1, torch.device("cuda", 1)), self.lines.append, quantized)
+    def check(self, base_bits: int | None = None) -> str:
+        selfcheck.check_kernels(Ranks(0, 1, torch.device("cuda", 1)), self.lines.append, base_bits)
         return ops.selected()
 
 
@@ -135,10 +135,11 @@ def test_right_kernels_are_asked_about_once(monkeypatch, tmp_path):
 
 def test_a_quantized_base_is_asked_about_by_itself(monkeypatch, tmp_path):
     gpu = Gpu(monkeypatch, tmp_path)
-    gpu.check()
-    assert gpu.asked == 1 and gpu.named == []
-    for _ in range(2):
-        assert gpu.check(quantized=True) == "auto"
+    for bits in (None, 16):
+        gpu.check(bits)
+        assert gpu.asked == 1 and gpu.named == []
+    for bits in (8, 4):
+        assert gpu.check(bits) == "auto"
         assert gpu.asked == 2 and gpu.named == ["quantized"]
 
 
@@ -154,14 +155,14 @@ def test_where_a_second_process_has_no_room_the_run_itself_compares(problems, sa
     gpu = Gpu(monkeypatch, tmp_path)
     gpu.answer = subprocess.CompletedProcess([], 1, said, f"Traceback\n{why}\nFor debugging consider …\n")
     monkeypatch.setattr(selfcheck, "compare", compare)
-    assert gpu.check(quantized=True) == ("torch" if problems else "auto")
+    assert gpu.check(base_bits=4) == ("torch" if problems else "auto")
     assert gpu.lines[1] == f"ops: no second process can compare them ({why}); comparing in this one"
     words = (
         "not be compared (CUDA error: no memory)" if isinstance(problems, Exception) else "not right on this GPU (loss"
     )
     assert words in gpu.lines[-1] if problems else len(gpu.lines) == 2
     ops.select("auto")
-    gpu.check(quantized=True)
+    gpu.check(base_bits=4)
     assert gpu.asked == (2 if problems else 1)  # what holds is remembered
 
 
@@ -174,11 +175,11 @@ def test_a_process_that_is_not_let_onto_a_gpu_says_nothing_but_why():
 
 
 class Asked(Exception):
-    """Ends a command where it asks, and says whether that was about a quantized base."""
+    """Ends a command where it asks, and says about which base."""
 
 
-def ask(*_, quantized):
-    raise Asked(quantized)
+def ask(*_, base_bits):
+    raise Asked(base_bits)
 
 
 @pytest.mark.parametrize("bits", [None, 8, 4])
@@ -187,7 +188,7 @@ def test_training_on_a_quantized_base_asks_about_it(script, bits, monkeypatch):
     monkeypatch.setattr(selfcheck, "begin", ask)
     quantized = ["--tune", "lora", "--base_bits", str(bits)] if bits else []
     monkeypatch.setattr(sys, "argv", ["train", "--device", "cpu", *quantized])
-    with pytest.raises(Asked, match=str(bool(bits))):
+    with pytest.raises(Asked, match=str(bits)):
         script.main()
 
 
@@ -196,14 +197,14 @@ def test_an_adapter_on_a_quantized_base_asks_about_it(bits, monkeypatch, tmp_pat
     monkeypatch.setattr(selfcheck, "check_kernels", ask)
     (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA"}')
     (tmp_path / "minillm_base.json").write_text(json.dumps({"bits": bits}))
-    with pytest.raises(Asked, match=str(bool(bits))):
+    with pytest.raises(Asked, match=str(bits)):
         model_commands._load(SimpleNamespace(model=str(tmp_path), device="cpu"))
 
 
 def test_a_model_of_its_own_has_no_quantized_base(monkeypatch, tmp_path):
     monkeypatch.setattr(selfcheck, "check_kernels", ask)
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(Asked, match="False"):
+    with pytest.raises(Asked, match="None"):
         model_commands._load(SimpleNamespace(model=str(tmp_path), device="cpu"))
 
 
