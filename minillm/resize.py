@@ -127,10 +127,9 @@ def resize_folder(
     if loaded.config.vocab_size < old.vocab_size:
         raise UserError(f"--model {model}: {loaded.config.vocab_size} rows for a tokenizer of {old.vocab_size} pieces")
     changed = resize(loaded, old, new, ids, start=start, multiple=multiple)
-    special = {f"{name}_token_id": getattr(new, f"{name}_id") for name in ("bos", "eos", "pad")}
 
     def fill(folder: Path) -> None:
-        huggingface.save_model(changed, folder, special_ids=special)
+        huggingface.save_model(changed, folder, special_ids=new.special_ids)
         new.save(folder)
 
     files.write_folder(out, fill)

@@ -137,6 +137,11 @@ class Tokenizer:
             raise UserError(f"token id {wrong}: this tokenizer has ids 0 to {self.vocab_size - 1}")
         return [self._table[i] for i in ids]
 
+    @property
+    def special_ids(self) -> dict[str, int]:
+        """bos_token_id, eos_token_id and pad_token_id, as config.json records them."""
+        return {f"{name}_token_id": getattr(self, f"{name}_id") for name in ("bos", "eos", "pad")}
+
     def byte_lengths(self) -> np.ndarray:
         """UTF-8 bytes that each id stands for: int64 [vocab_size], 0 for control pieces."""
         return np.array([len(piece) for piece in self._table], dtype=np.int64)

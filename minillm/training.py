@@ -159,12 +159,15 @@ class Run:
             )
         if self.ranks.main:
             state, adapter = self._describe(step) | {"scaler": scaler.state_dict()}, tuning.active_adapter(model)
+            if adapter:
+                write_model = partial(tuning.save_adapter, adapter)
+            else:
+                ids = tokenizer.special_ids if tokenizer else None
+                write_model = partial(huggingface.save_model, model, special_ids=ids)
             checkpoint.save(
                 self.folder,
                 step,
-                write_model=partial(tuning.save_adapter, adapter)
-                if adapter
-                else partial(huggingface.save_model, model, special_ids=special_ids(tokenizer)),
+                write_model=write_model,
                 tokenizer=tokenizer,
                 template=getattr(self.cfg, "template", None),
                 state=state,
@@ -312,13 +315,6 @@ def check_tokenizer(model: Path, data: str) -> None:
             f"--init_from {model} has another tokenizer than {data}; prepare the data with the model's own: "
             f"data/prepare.py --tokenizer {model}"
         )
-
-
-def special_ids(tokenizer: Tokenizer | None) -> dict[str, int]:
-    """The ids that config.json records."""
-    if tokenizer is None:
-        return {}
-    return {f"{name}_token_id": getattr(tokenizer, f"{name}_id") for name in ("bos", "eos", "pad")}
 
 
 def clip(model: torch.nn.Module, optimizers: list, scaler: torch.amp.GradScaler, limit: float) -> float:

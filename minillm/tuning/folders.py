@@ -108,10 +108,9 @@ def merge_folder(model: str | Path, adapter: str | Path, out: str | Path) -> str
     changed = len(active_adapter(merged).parts)
     merge(merged, keep=False)
     tokenizer = tokenizer_of(adapter, base)
-    special = {f"{name}_token_id": getattr(tokenizer, f"{name}_id") for name in ("bos", "eos", "pad")}
 
     def fill(folder: Path) -> None:
-        huggingface.save_model(merged, folder, special_ids=special)
+        huggingface.save_model(merged, folder, special_ids=tokenizer.special_ids)
         tokenizer.save(folder)
         (folder / MERGED).write_text(json.dumps(digest) + "\n", encoding="utf-8")
 

@@ -77,6 +77,7 @@ def test_round_trip(ours, foreign, text):
 
 
 def test_special_ids_and_printable_ascii(ours):
+    assert ours.special_ids == {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 3}
     assert (ours.bos_id, ours.eos_id, ours.pad_id, ours.vocab_size) == (1, 2, 3, 480)
     assert ours.byte_lengths().dtype == np.int64
     assert ours.byte_lengths()[:7].tolist() == [3, 0, 0, 0, 0, 0, 0]  # unk shows as U+FFFD
@@ -159,11 +160,7 @@ def test_transformers_gives_equal_ids(ours, foreign, tmp_path, model_type):
             (folder / "config.json").write_text(json.dumps({"model_type": model_type}))
         theirs = AutoTokenizer.from_pretrained(folder)
         assert theirs(texts)["input_ids"] == tokenizer.encode_many(texts)
-        assert (theirs.bos_token_id, theirs.eos_token_id, theirs.pad_token_id) == (
-            tokenizer.bos_id,
-            tokenizer.eos_id,
-            tokenizer.pad_id,
-        )
+        assert {name: getattr(theirs, name) for name in tokenizer.special_ids} == tokenizer.special_ids
         for template in ("auto", "simple"):
             tokenizer.save(folder, template=template)
             theirs = AutoTokenizer.from_pretrained(folder)

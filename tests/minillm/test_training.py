@@ -90,14 +90,6 @@ def test_clipping_is_torchs_bit_for_bit(limit):
     assert torch.equal(*grads)
 
 
-def test_special_ids():
-    class Tokenizer:
-        bos_id, eos_id, pad_id = 1, 2, 3
-
-    assert training.special_ids(Tokenizer()) == {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 3}
-    assert training.special_ids(None) == {}
-
-
 def test_options_that_mean_nothing_are_listed_together():
     training.check_options(config.TrainingConfig())
     with pytest.raises(UserError) as refusal:
