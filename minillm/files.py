@@ -179,6 +179,12 @@ def verify_folder(path: str | Path) -> list[str]:
         return problems + [problem for problem in found if problem]
 
 
+def refuse_existing(out: str | Path) -> None:
+    """Raise `UserError` if there is something already where a command is to write."""
+    if Path(out).exists():
+        raise UserError(f"--out {out}: is there already; choose another or delete it")
+
+
 def check_writable(path: str | Path, bytes_needed: int, largest_file: int = 0) -> None:
     """Refuse, before the first step, a run's folder that could not take its checkpoints.
 

@@ -45,8 +45,7 @@ def run_import(args) -> None:
 def run_export(args) -> None:
     """Write a model in a format of others."""
     out, shard = Path(args.out), _bytes(args.max_shard_size)
-    if out.exists():
-        raise UserError(f"--out {out}: is there already; choose another or delete it")
+    files.refuse_existing(out)
     try:
         model, tokenizer, found = open_model(args.model, args.tokenizer)
     except OSError as problem:

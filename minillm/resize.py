@@ -109,8 +109,7 @@ def resize_folder(
     model: a model folder, or a run, of which the newest checkpoint is taken. Raises `UserError` if the mapping belongs
     to other vocabularies, or `out` is there already; nothing is half written.
     """
-    if Path(out).exists():
-        raise UserError(f"--out {out}: is there already; choose another folder or delete it")
+    files.refuse_existing(out)
     model = run.resolve_checkpoint(model)
     huggingface.load_config(model)  # refuses an adapter
     old, new, described = Tokenizer.load(model), Tokenizer.load(tokenizer), read_id_map(id_map)

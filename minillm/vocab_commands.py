@@ -4,11 +4,10 @@ import argparse
 import random
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
 
 from tqdm import tqdm
 
-from minillm import UserError, vocab, vocab_edit
+from minillm import UserError, files, vocab, vocab_edit
 from minillm.readers import find_files, records, text_of
 from minillm.tokenizer import Tokenizer
 
@@ -90,8 +89,7 @@ def run_train(args) -> None:
 
     A fiftieth of the text is held out, to show how many characters a token has where nothing was learnt from.
     """
-    if Path(args.out).exists():
-        raise UserError(f"--out {args.out}: is there already; choose another folder or delete it")
+    files.refuse_existing(args.out)
     others = {path: Tokenizer.load(path) for path in args.compare}
     held_out: list[str] = []
     first: list[str] = []  # of what is learnt from, to count on if nothing was held out

@@ -191,8 +191,7 @@ def save(tokenizer: Tokenizer, out: str | Path, old: Tokenizer | None = None, id
 
     Raises `UserError` if `out` is there already.
     """
-    if Path(out).exists():
-        raise UserError(f"--out {out}: is there already; choose another folder or delete it")
+    files.refuse_existing(out)
 
     def fill(folder: Path) -> None:
         tokenizer.save(folder)

@@ -95,8 +95,7 @@ def merge_folder(model: str | Path, adapter: str | Path, out: str | Path) -> str
     Raises `UserError` if the adapter is for another base or is in already, or if `out` is there already.
     """
     base, adapter = run.resolve_checkpoint(model), run.resolve_checkpoint(adapter)
-    if Path(out).exists():
-        raise UserError(f"--out {out}: is there already; choose another folder or delete it")
+    files.refuse_existing(out)
     if not is_adapter(adapter):
         raise UserError(f"--adapter {adapter}: no {CONFIG} there, so it is no adapter")
     with (adapter / WEIGHTS).open("rb") as stream:
