@@ -23,12 +23,13 @@ from minillm import UserError, checkpoint, huggingface, run
 from minillm.model import Transformer
 from minillm.tuning.attach import Adapter, attach, default_targets, names, remove_adapter, targets
 from minillm.tuning.options import VIRTUAL, TuningConfig
+from minillm.tuning.virtual import PEFT_TYPES
 
 CONFIG, WEIGHTS, BASE = "adapter_config.json", "adapter_model.safetensors", "minillm_base.json"
 ENCODER = "resume/virtual.safetensors"
 PREFIX = "base_model.model."
 OWN = {"freeze": ("train_layers",), "adapter": ("bottleneck_dim",)}  # no twin in PEFT: options under their own names
-VIRTUAL_TYPES = {"PREFIX_TUNING": "prefix", "PROMPT_TUNING": "prompt", "P_TUNING": "ptuning"}
+VIRTUAL_TYPES = {theirs: kind for kind, theirs in PEFT_TYPES.items()}
 # Fields of a LoRA config that change nothing here, whatever they say
 HARMLESS = {"auto_mapping", "base_model_name_or_path", "inference_mode", "megatron_core", "peft_type", "peft_version"}
 HARMLESS |= {"qalora_group_size", "revision", "task_type", "init_ia3_weights"}

@@ -12,8 +12,6 @@ and has no others, the model leaves them out, and the prefix is put before each 
 window they are tokens as any others, and leave it as these do.
 """
 
-import math
-from collections.abc import Sequence
 from functools import partial
 from itertools import pairwise
 
@@ -72,13 +70,10 @@ class VirtualTokens(nn.Module):
         return x, partial(_keys_values, chosen, table.view(self.n, self.config.n_layers, 2, self.dim))
 
     @torch.no_grad()
-    def start_from(self, model: Transformer, ids: Sequence[int]) -> None:
-        """Begin with what n real tokens would be to the model: their embeddings, or their keys and values.
-
-        ids are repeated, or cut, to n of them.
-        """
+    def start_from(self, model: Transformer, ids: list[int]) -> None:
+        """Begin with what these n tokens would be to the model: their embeddings, or their keys and values."""
         weight = model.embed_tokens.weight
-        tokens = torch.tensor(ids, device=weight.device).repeat(math.ceil(self.n / len(ids)))[None, : self.n]
+        tokens = torch.tensor([ids], device=weight.device)  # (1, n)
         if self.kind != "prefix":
             self.embedding.weight.copy_(model.embed_tokens(tokens)[0])
             return
@@ -182,16 +177,13 @@ def attach_virtual(
     *,
     encoder: str | None = None,
     hidden: int | None = None,
-    init: str = "vocabulary",
-    init_ids: Sequence[int] | None = None,
     seed: int = 0,
 ) -> VirtualTokens:
     """Give the model virtual tokens, `model.virtual`, in fp32 on its device; freezing the rest is the caller's.
 
     kind: prefix, prompt or ptuning. encoder: what makes the table in training, see ENCODERS (None: the usual one).
-    hidden: its width (None: C). Without an encoder the tokens begin as real ones do: `init_ids`, or by `init`
-    random entries of the "vocabulary"; init "normal" draws from N(0, 1). All draws depend on the seed alone.
-    Raises `UserError`.
+    hidden: its width (None: C). Without an encoder the tokens begin as random entries of the vocabulary do. All draws
+    depend on the seed alone. Raises `UserError`.
     """
     choices, longest = ENCODERS.get(kind), model.config.max_seq_len - 1
     if choices is None:
@@ -201,10 +193,6 @@ def attach_virtual(
         raise UserError(f"{kind} tuning with encoder {encoder!r}: choose one of {', '.join(choices)}")
     if not 1 <= n_virtual <= longest:
         raise UserError(f"--n_virtual {n_virtual}: must be 1 to {longest}, since text has to fit behind them")
-    if init not in ("vocabulary", "normal"):
-        raise UserError(f"virtual tokens from {init!r}: choose vocabulary or normal, or give init_ids")
-    if init_ids is not None and (encoder != "none" or not len(init_ids)):
-        raise UserError(f"{len(init_ids)} tokens to begin with, encoder {encoder}: give at least one, and no encoder")
     if model.virtual is not None:
         raise UserError(f"the model has {model.n_virtual} virtual tokens already; load the base anew")
     with torch.random.fork_rng(devices=[]):
@@ -212,28 +200,7 @@ def attach_virtual(
         virtual = VirtualTokens(model.config, kind, n_virtual, encoder, hidden or model.config.dim)
         random_ids = torch.randint(model.config.vocab_size, (n_virtual,)).tolist()
     virtual.to(model.embed_tokens.weight.device)
-    if encoder == "none" and (init_ids is not None or init == "vocabulary"):
-        virtual.start_from(model, random_ids if init_ids is None else init_ids)
+    if encoder == "none":
+        virtual.start_from(model, random_ids)
     model.virtual = virtual
-    return virtual
-
-
-def attach_peft(model: Transformer, config: dict, tensors: dict[str, Tensor]) -> VirtualTokens:
-    """Give the model the virtual tokens of a PEFT adapter, as a plain table to use or to train on.
-
-    config: what its adapter_config.json says; tensors: what its adapter_model.safetensors holds. Raises `UserError`.
-    """
-    kinds = {theirs: kind for kind, theirs in PEFT_TYPES.items()}
-    if config.get("peft_type") not in kinds or not isinstance(config.get("num_virtual_tokens"), int):
-        raise UserError(
-            f"adapter with peft_type {config.get('peft_type')!r} and num_virtual_tokens "
-            f"{config.get('num_virtual_tokens')!r}: virtual tokens are {', '.join(kinds)}, with a number of them"
-        )
-    kind, n = kinds[config["peft_type"]], config["num_virtual_tokens"]
-    virtual = attach_virtual(model, kind, n, encoder="none", init="normal")
-    try:
-        virtual.load_peft(tensors)
-    except UserError:
-        model.virtual = None
-        raise
     return virtual

@@ -8,7 +8,7 @@ import peft
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from minillm import UserError, decode, generate, huggingface, ops
 from minillm.config import ModelConfig
@@ -19,7 +19,8 @@ from minillm.evaluate import TextTokens as Tokens
 from minillm.generate import GREEDY
 from minillm.kv_cache import KVCache
 from minillm.model import Transformer
-from minillm.tuning.virtual import LSTM, PEFT_TYPES, attach_peft, attach_virtual
+from minillm.tuning import load_adapter
+from minillm.tuning.virtual import LSTM, PEFT_TYPES, VirtualTokens, attach_virtual
 from minillm.validation import Validation
 
 BASE = ModelConfig(vocab_size=50, dim=32, n_layers=2, n_heads=4, n_kv_heads=2, ffn_dim=64, max_seq_len=48)
@@ -42,10 +43,18 @@ def build(config: ModelConfig = BASE) -> Transformer:
     return model.requires_grad_(False).eval()
 
 
-def tuned(kind: str, encoder: str | None = None, config: ModelConfig = BASE, **options) -> Transformer:
+def tuned(kind: str, encoder: str | None = None, config: ModelConfig = BASE) -> Transformer:
+    """A model with virtual tokens far from any real ones."""
     model = build(config)
-    attach_virtual(model, kind, N, encoder=encoder, hidden=24, **({"init": "normal"} | options))
+    weight = attach_virtual(model, kind, N, encoder=encoder, hidden=24).embedding.weight
+    with torch.no_grad():
+        weight.copy_(torch.randn(weight.shape, generator=torch.Generator().manual_seed(0)))
     return model
+
+
+def save_as_peft(virtual: VirtualTokens, folder) -> None:
+    save_file(virtual.peft_tensors(), folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text(json.dumps(virtual.peft_config()))
 
 
 def twin(model: Transformer, folder):
@@ -88,11 +97,8 @@ def loss(model: Transformer, tokens: torch.Tensor, **more) -> torch.Tensor:
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("kind, encoder", METHODS)
 def test_peft_loads_ours(kind, encoder, name, tmp_path):
-    model = build(MODELS[name])
-    theirs = twin(model, tmp_path)
-    virtual = attach_virtual(model, kind, N, encoder=encoder, hidden=24, init="normal")
-    save_file(virtual.peft_tensors(), tmp_path / "adapter_model.safetensors")
-    (tmp_path / "adapter_config.json").write_text(json.dumps(virtual.peft_config()))
+    theirs, model = twin(build(MODELS[name]), tmp_path), tuned(kind, encoder, MODELS[name])
+    save_as_peft(model.virtual, tmp_path)
     loaded = peft.PeftModel.from_pretrained(theirs, tmp_path).eval()
     ours = read(model, TEXT)
     torch.testing.assert_close(loaded(TEXT).logits[:, -20:], ours, atol=1e-5, rtol=0)
@@ -124,7 +130,7 @@ def test_ours_trains_like_peft_and_loads_what_it_saves(kind, encoder, name, tmp_
     left_to_others = dict(base_model_name_or_path=None, peft_version=None)
     assert virtual.peft_config() | left_to_others == written | left_to_others
     model.virtual = None
-    attach_peft(model, written, load_file(tmp_path / "adapter_model.safetensors"))
+    load_adapter(model, tmp_path)
     torch.testing.assert_close(read(model, TEXT), theirs(TEXT).logits[:, -20:], atol=1e-5, rtol=0)
     assert [name for name, _ in model.virtual.named_parameters()] == ["embedding.weight"]
 
@@ -137,7 +143,9 @@ def test_ours_trains_like_peft_and_loads_what_it_saves(kind, encoder, name, tmp_
 def test_begun_with_a_text_they_are_that_text(kind, config):
     model = build(config)
     whole = model(torch.cat((torch.tensor([[7, 8, 9, 7]] * 2), TEXT), 1))[:, 4:]
-    attach_virtual(model, kind, 4, init_ids=[7, 8, 9])
+    virtual = VirtualTokens(config, kind, 4, "none", hidden=0)
+    virtual.start_from(model, [7, 8, 9, 7])
+    model.virtual = virtual
     torch.testing.assert_close(read(model, TEXT), whole, atol=1e-5, rtol=0)
 
 
@@ -290,9 +298,6 @@ def test_a_hook_inside_the_base_is_still_seen():
         ("prompt", 4, dict(encoder="mlp"), "prompt tuning with encoder 'mlp': choose one of none"),
         ("prefix", 0, {}, "--n_virtual 0: must be 1 to 47"),
         ("prefix", 48, {}, "--n_virtual 48: must be 1 to 47"),
-        ("prompt", 4, dict(init="text"), "from 'text': choose vocabulary or normal"),
-        ("prompt", 4, dict(init_ids=[]), "0 tokens to begin with"),
-        ("prefix", 4, dict(init_ids=[1], encoder="mlp"), "encoder mlp: give at least one, and no encoder"),
     ],
 )
 def test_what_cannot_be_is_refused(kind, n, options, message):
@@ -306,15 +311,14 @@ def test_a_second_set_is_refused():
 
 
 @pytest.mark.parametrize("kind", PEFT_TYPES)
-def test_an_adapter_of_another_base_is_refused(kind):
-    virtual = tuned(kind).virtual
+def test_an_adapter_of_another_base_is_refused(kind, tmp_path):
+    save_as_peft(tuned(kind).virtual, tmp_path)
     other = build(dataclasses.replace(BASE, dim=64, n_heads=8, n_kv_heads=4))
     with pytest.raises(
         UserError, match=rf"of this model are prompt_embeddings of \(4, {128 if kind == 'prefix' else 64}\)"
     ):
-        attach_peft(other, virtual.peft_config(), virtual.peft_tensors())
+        load_adapter(other, tmp_path)
     assert other.virtual is None
-    with pytest.raises(UserError, match=r"'LORA' and num_virtual_tokens 4: virtual tokens are PREFIX_TUNING"):
-        attach_peft(build(), virtual.peft_config() | {"peft_type": "LORA"}, virtual.peft_tensors())
+    save_file({"extra": torch.zeros(1)}, tmp_path / "adapter_model.safetensors")
     with pytest.raises(UserError, match="extra"):
-        attach_peft(build(), virtual.peft_config(), virtual.peft_tensors() | {"extra": torch.zeros(1)})
+        load_adapter(build(), tmp_path)
