@@ -11,6 +11,7 @@ refuses. Formats of PEFT 0.21.
 
 import dataclasses
 import json
+import operator
 import os
 import re
 from pathlib import Path
@@ -173,6 +174,8 @@ def load_adapter(model: Transformer, folder: str | Path, name: str = "default", 
     try:
         options = to_options(written, model, str(folder / CONFIG))
         options = dataclasses.replace(options, base_bits=recorded["bits"])
+        for size in (options.lora_rank, options.n_virtual, options.bottleneck_dim):
+            operator.index(size)  # raises TypeError for one that is missing or no whole number
         problems = options.tuning_problems()
     except (TypeError, AttributeError, re.error) as problem:
         raise UserError(f"{folder / CONFIG}: a value of the wrong kind in it ({problem})") from None

@@ -189,7 +189,10 @@ KEY = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
         (dict(target_modules=".*x_proj"), ["no target_modules"]),
         (dict(r=0), ["--lora_rank 0: at least 1"]),
         (dict(r="2"), ["wrong kind"]),
-        (dict(r=None, lora_alpha=[]), ["wrong kind"]),
+        (dict(r=None), ["wrong kind"]),
+        (dict(r=2.5), ["wrong kind"]),
+        (dict(lora_alpha=[]), ["wrong kind"]),
+        (dict(peft_type="PROMPT_TUNING"), ["wrong kind"]),  # without its num_virtual_tokens
     ],
 )
 def test_an_adapter_that_does_not_fit_is_refused_and_the_model_left_as_it_was(adapter, tmp_path, how, words):
