@@ -17,14 +17,14 @@ IGNORED = -100  # the target of a row that never counts, as in torch
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """loss = Σ_i m_i (lse_i − (1 − s) z_i,y − s mean_v z_iv + ζ lse_i²), z = cap(x Wᵀ), lse = logsumexp z, by chunks.
+    """loss = Σ_i m_i (logsumexp_v z_iv − z_i,y), z = cap(x Wᵀ), a chunk of rows i at a time.
 
-    ∂loss/∂z_iv = m_i (softmax(z_i)_v (1 + 2 ζ lse_i) − (1 − s) [v = y_i] − s / V); a soft cap z = c tanh(u / c)
-    multiplies it by 1 − (z / c)². The m_i, over the largest of them, join the narrow side of each product.
+    ∂loss/∂z_iv = m_i (softmax(z_i)_v − [v = y_i]); a soft cap z = c tanh(u / c) multiplies it by 1 − (z / c)².
+    The m_i, over the largest of them, are multiplied into the narrow side of each product.
     """
 
     @staticmethod
-    def forward(ctx, x, weight, labels, mask, softcap, smoothing, z_loss, dtype, trained):
+    def forward(ctx, x, weight, labels, mask, softcap, dtype, trained):
         n, vocabulary = x.shape[0], weight.shape[0]
         counts = torch.ones(n, dtype=torch.float32, device=x.device) if mask is None else mask.float()
         counts = counts.masked_fill(labels == IGNORED, 0.0)[:, None]
@@ -44,20 +44,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 z = z.div_(softcap).tanh_().mul_(softcap)
             log_p = torch.log_softmax(z, dim=-1)
             nats = -log_p.gather(-1, y_part)
-            lse = z.gather(-1, y_part) + nats
-            loss = nats + z_loss * lse.square()
-            if smoothing:
-                loss = loss - smoothing * (nats + log_p.mean(-1, keepdim=True))
             # no `+=`: torch 2.11, compiling, gives an output changed in place no gradient
-            total = total + (loss.masked_fill(counts[part] == 0, 0.0) * counts[part]).sum()
+            total = total + (nats.masked_fill(counts[part] == 0, 0.0) * counts[part]).sum()
             if not trained:
                 continue
-            grad = log_p.exp_()
-            if z_loss:
-                grad = grad.mul_(1 + 2 * z_loss * lse)
-            grad = grad.scatter_add_(-1, y_part, torch.full_like(nats, smoothing - 1))
-            if smoothing:
-                grad = grad.sub_(smoothing / vocabulary)
+            grad = log_p.exp_().scatter_add_(-1, y_part, torch.full_like(nats, -1.0))
             if softcap is not None:
                 grad = grad.mul_(1 - (z / softcap).square())
             grad = grad.to(dtype)
@@ -79,18 +70,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
             wide = torch.promote_types(grad_x.dtype, torch.float32)
             grad_x = (grad_x.to(wide) * factor).to(grad_x.dtype)
         grad_w = None if grad_w is None else (grad_w * factor).to(ctx.weight_dtype)
-        return grad_x, grad_w, None, None, None, None, None, None, None
+        return grad_x, grad_w, *[None] * 5
 
 
 def linear_cross_entropy(
-    x: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    mask: Tensor | None = None,
-    softcap: float | None = None,
-    *,
-    smoothing: float = 0.0,
-    z_loss: float = 0.0,
+    x: Tensor, weight: Tensor, targets: Tensor, mask: Tensor | None = None, softcap: float | None = None
 ) -> Tensor:
     """As `kernels.reference.linear_cross_entropy`, in memory for one chunk of logits and both gradients.
 
@@ -98,6 +82,4 @@ def linear_cross_entropy(
     """
     kind = x.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-    return _LinearCrossEntropy.apply(
-        x, weight, targets, mask, softcap, smoothing, z_loss, dtype, torch.is_grad_enabled()
-    )
+    return _LinearCrossEntropy.apply(x, weight, targets, mask, softcap, dtype, torch.is_grad_enabled())
