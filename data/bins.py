@@ -100,7 +100,7 @@ class Bins:
     def __init__(self, out: Path, tokenizer: Tokenizer, origins: list[Origin], *, shard_tokens: int, learnt: str):
         """origins: of every part, in order. learnt: what the tokenizer was learnt from, "" for a given one."""
         self.out, self.tokenizer, self.origins, self.shard_tokens = out, tokenizer, origins, shard_tokens
-        self.dtype = np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
+        self.dtype = tokenizer.id_dtype
         self.frame = {"width": self.dtype.itemsize, "shard_tokens": shard_tokens}
         self.frame |= {"tokenizer": tokenizer.sha256, "learnt": learnt}
         if (out / "old" / "parts.json").exists() and not (out / "parts.json").exists():

@@ -102,12 +102,11 @@ def encode_batch(batch: list[Record], tokenizer: Tokenizer, options: Options, th
         sides.append(SPLITS[is_val(data, options)])
         sizes[sides[-1]] += len(data)
     rows = tokenizer.encode_many(texts, threads=threads)
-    dtype = "<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4"
     begin = [tokenizer.bos_id] if options.wrap == "bos_eos" else []
     result = {"bad": bad, "empty": empty}
     for kind in SPLITS:
         inside = [row for row, side in zip(rows, sides, strict=True) if side == kind]
-        data = b"".join(np.array([*begin, *row, tokenizer.eos_id], dtype) for row in inside)
+        data = b"".join(np.array([*begin, *row, tokenizer.eos_id], tokenizer.id_dtype) for row in inside)
         result[kind] = (data, sizes[kind])
     return result
 

@@ -138,6 +138,11 @@ class Tokenizer:
         return [self._table[i] for i in ids]
 
     @property
+    def id_dtype(self) -> np.dtype:
+        """What token bins store ids in: the smaller of uint16 and uint32, little-endian, that holds them all."""
+        return np.dtype("<u2" if self.vocab_size <= 1 << 16 else "<u4")
+
+    @property
     def special_ids(self) -> dict[str, int]:
         """bos_token_id, eos_token_id and pad_token_id, as config.json records them."""
         return {f"{name}_token_id": getattr(self, f"{name}_id") for name in ("bos", "eos", "pad")}
