@@ -15,7 +15,7 @@ import typing
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from minillm import UserError
+from minillm import Parser, UserError
 
 
 @dataclass(frozen=True)
@@ -219,14 +219,12 @@ def parse(config_class: type, description: str, argv: list[str] | None = None):
     Values come from the defaults, then `--config file.toml`, then `--name value`. An unknown name
     is a `UserError` that suggests the nearest; a value of the wrong type names what is expected.
     """
-    parser = argparse.ArgumentParser(
-        description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.error = lambda message: (_ for _ in ()).throw(UserError(f"{message} (see --help)"))
+    parser = Parser(description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", metavar="FILE", help="TOML file of the options below")
     fields = {f.name: f for f in dataclasses.fields(config_class)}
+    hints = typing.get_type_hints(config_class)
     for name, f in fields.items():
-        kind = _value_type(config_class, name)
+        kind, _ = _value_type(hints[name])
         shown = "none" if f.default is None else str(f.default).lower() if kind is bool else f.default
         words = f"{f.metadata['help']} (default {shown})".replace("%", "%%")
         extra = dict(nargs="?", const="true", metavar="BOOL") if kind is bool else dict(metavar=kind.__name__.upper())
@@ -238,8 +236,8 @@ def parse(config_class: type, description: str, argv: list[str] | None = None):
         _refuse_unknown(word.split("=")[0].lstrip("-"), fields, f"argument {word}")
     given = {key: value for key, value in vars(known).items() if value is not None}
     source = _read_toml(given.pop("config"), fields) if "config" in given else {}
-    values = {k: _convert(config_class, k, v, f"{known.config}: ") for k, v in source.items() if k not in given}
-    return config_class(**values, **{k: _convert(config_class, k, v) for k, v in given.items()})
+    values = {k: _convert(fields[k], hints[k], v, f"{known.config}: ") for k, v in source.items() if k not in given}
+    return config_class(**values, **{k: _convert(fields[k], hints[k], v) for k, v in given.items()})
 
 
 def show(config) -> str:
@@ -248,17 +246,17 @@ def show(config) -> str:
     return "\n".join(f"  {name} = {value}" for name, value in pairs)
 
 
-def _value_type(config_class: type, name: str) -> type:
-    hint = typing.get_type_hints(config_class)[name]
+def _value_type(hint) -> tuple[type, bool]:
+    """The type that a field's hint names, and whether None is allowed beside it."""
     if isinstance(hint, types.UnionType):  # "int | None"
-        hint = next(t for t in typing.get_args(hint) if t is not types.NoneType)
-    return hint
+        return next(t for t in typing.get_args(hint) if t is not types.NoneType), True
+    return hint, False
 
 
-def _convert(config_class: type, name: str, value, where: str = ""):
-    kind = _value_type(config_class, name)
-    optional = isinstance(typing.get_type_hints(config_class)[name], types.UnionType)
-    choices = {f.name: f.metadata.get("choices") for f in dataclasses.fields(config_class)}[name]
+def _convert(f: dataclasses.Field, hint, value, where: str = ""):
+    """`value`, text or what TOML gave, as the type that the field's hint names; where: begins an error's line."""
+    name, choices = f.name, f.metadata.get("choices")
+    kind, optional = _value_type(hint)
     if isinstance(value, str) and value.lower() == "none" and optional:
         return None
     if choices and value not in choices:
