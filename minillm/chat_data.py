@@ -7,10 +7,8 @@ packs several examples into a row.
 """
 
 import hashlib
-import json
 import math
 import os
-import zipfile
 import zlib
 from array import array
 from bisect import bisect_left
@@ -149,12 +147,10 @@ class InstructionRows:
         packing: bool = True,
         n_virtual: int = 0,
         on_bad_line: str = "error",
-        cache_dir: str | Path | None = None,
     ):
         """paths: .jsonl or .json files, also .gz. seq_len: the positions of a row. template: auto, chat or
         simple (Tokenizer.encode_chat). packing: several examples a row. n_virtual: positions before each
-        example that the model's virtual tokens take. on_bad_line: error, or skip to count them.
-        cache_dir: where the first pass is kept for the next run (one .npz). Raises UserError.
+        example that the model's virtual tokens take. on_bad_line: error, or skip to count them. Raises UserError.
         """
         if on_bad_line not in ("error", "skip"):
             raise UserError(f"on_bad_line is {on_bad_line!r}; choose error or skip")
@@ -166,7 +162,7 @@ class InstructionRows:
         self.packing, self.on_bad_line, self.n_virtual = packing, on_bad_line, n_virtual
         tokenizer.encode_chat([{"role": "user", "content": ""}], template=template)  # is the template known?
         self.files = [open_rows(path) for path in self.paths]
-        self._first_pass(cache_dir)
+        self._scan()
         if not len(self.index):
             raise UserError(f"{', '.join(map(str, self.paths))}: nothing left to learn from ({self.summary()})")
         self.starts = np.cumsum(self.index[:, LENGTH]) - self.index[:, LENGTH]
@@ -239,36 +235,8 @@ class InstructionRows:
     def _fit(self, messages: list[dict]) -> tuple[np.ndarray, np.ndarray, bool]:
         return fit(messages, self.tokenizer, self.seq_len - self.n_virtual, self.template)
 
-    def _first_pass(self, cache_dir: str | Path | None) -> None:
-        """Sets index, ids, learn (empty above KEPT_TOKENS), counts and fingerprint; from the cache if there."""
-        stats = [path.stat() for path in self.paths]
-        made_of = [*map(str, self.paths), *((s.st_size, s.st_mtime_ns) for s in stats)]
-        made_of += [self.tokenizer.sha256, self.seq_len - self.n_virtual, self.template, self.on_bad_line, KEPT_TOKENS]
-        key = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:16]
-        cache = None if cache_dir is None else Path(cache_dir) / f"instructions-{key}.npz"
-        if cache is not None and cache.exists():
-            try:
-                with np.load(cache) as saved:
-                    self.index, self.ids, self.learn = (saved[name] for name in ("index", "ids", "learn"))
-                    record = json.loads(str(saved["record"]))
-                self.counts, self.fingerprint = Counter(record["counts"]), record["fingerprint"]
-                return
-            except (OSError, ValueError, KeyError, zipfile.BadZipFile):
-                pass  # a broken cache is a missing one
-        self._scan()
-        if cache is not None:
-            record = json.dumps({"counts": self.counts, "fingerprint": self.fingerprint})
-            unfinished = cache.with_suffix(f".tmp-{os.getpid()}.npz")
-            try:
-                cache.parent.mkdir(parents=True, exist_ok=True)
-                np.savez(unfinished, index=self.index, ids=self.ids, learn=self.learn, record=np.array(record))
-                unfinished.replace(cache)
-            except OSError as error:
-                unfinished.unlink(missing_ok=True)
-                raise UserError(f"{cache} cannot be written: {error.strerror or error}") from None
-
     def _scan(self) -> None:
-        """Reads, tokenizes and counts every row of every file."""
+        """Reads every row; sets index, ids and learn (empty above KEPT_TOKENS), counts, fingerprint."""
         index, ids, learn = array("q"), bytearray(), bytearray()
         self.counts, digest = Counter(), hashlib.sha256()
         total = sum(file.seek(0, os.SEEK_END) for file in self.files)
