@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
+from data.prepare import prepare
 from data.world import documents
 from data.world_tasks import SPLITS, tasks
 from data.world_words import WORDS_ZH
@@ -84,8 +85,6 @@ def build(folder: str | Path = FOLDER) -> None:
 
     Raises `UserError` if other files lie there: an older corpus is deleted, and they would be too.
     """
-    from data.prepare import prepare
-
     folder = Path(folder)
     if finished(folder):
         return

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from kernels import bench_attention, bench_measure, bench_optimizers, bench_quant, bench_report, bench_rows
+from kernels import bench_attention, bench_measure, bench_optimizers, bench_quant, bench_report, bench_rows, launch
 from kernels.bench_case import OURS, Function, Place, Side, Update
 from kernels.bench_report import Measurement
 
@@ -187,8 +187,6 @@ def main() -> int:
         parser.error(str(problem))
     if options.rounds is not None and options.rounds < 1:
         parser.error(f"--rounds {options.rounds}: at least 1")
-    from kernels import launch
-
     on_cpu = launch.INTERPRETED or not torch.cuda.is_available()
     device = torch.device("cpu") if on_cpu else torch.device("cuda", torch.cuda.current_device())
     if device.type == "cpu" and not (options.check and launch.INTERPRETED):

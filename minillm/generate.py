@@ -19,6 +19,7 @@ from minillm.decode import Decoder, is_plain
 from minillm.decode_cuda import GraphDecoder
 from minillm.kv_cache import KVCache
 from minillm.model import Transformer
+from minillm.tokenizer import StreamDecoder
 
 
 @dataclass(frozen=True)
@@ -295,8 +296,6 @@ def stream(
 
     Arguments as in `generate`. The iterator's return value is the `Completion`.
     """
-    from minillm.tokenizer import StreamDecoder
-
     decoder, new, waiting, reason = StreamDecoder(tokenizer), [], "", None
     for ((_, token),) in steps(model, [prompt], max_new_tokens, sampling=sampling):
         if token in stop_ids:
