@@ -58,7 +58,7 @@ def _prepare(Out, DO, Lse, DLse, Delta, Shift, heads, q_len, padded, factor, o_b
 
 
 @triton.jit
-def _keys_step(dk, dv, k, v, q, do, shift, delta, key, position, begin, end, scale, cap, MASK: tl.constexpr,
+def _keys_step(dk, dv, k, v, q, do, shift, delta, position, begin, end, scale, cap, MASK: tl.constexpr,
                SOFTCAP: tl.constexpr, NEED_DK: tl.constexpr, NEED_DV: tl.constexpr):  # fmt: skip
     """A block of queries joins the gradients of a block of keys; all scores transposed, (keys, queries).
 
@@ -83,7 +83,7 @@ def _keys_step(dk, dv, k, v, q, do, shift, delta, key, position, begin, end, sca
 
 
 @triton.jit
-def _keys_walk(dk, dv, k, v, Q, DO, Shift, Delta, b, kv, group_size, start, stop, start2, stop2, first, key, begin, end,
+def _keys_walk(dk, dv, k, v, Q, DO, Shift, Delta, b, kv, group_size, start, stop, start2, stop2, first, begin, end,
                q_len, padded, heads, scale, cap, q_b, q_t, q_h, do_b, do_t, do_h, MASK: tl.constexpr,
                SOFTCAP: tl.constexpr, NEED_DK: tl.constexpr, NEED_DV: tl.constexpr, D: tl.constexpr,
                BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, TMA: tl.constexpr):  # fmt: skip
@@ -101,7 +101,7 @@ def _keys_walk(dk, dv, k, v, Q, DO, Shift, Delta, b, kv, group_size, start, stop
         do = load_tile(DO, b, row, h, q_len, do_b, do_t, do_h, BLOCK_M, D, BLOCK_D, TMA)
         at = (b.to(tl.int64) * heads + h) * padded + row + tl.arange(0, BLOCK_M)
         position = first + row + tl.arange(0, BLOCK_M)
-        dk, dv = _keys_step(dk, dv, k, v, q, do, tl.load(Shift + at), tl.load(Delta + at), key, position, begin, end,
+        dk, dv = _keys_step(dk, dv, k, v, q, do, tl.load(Shift + at), tl.load(Delta + at), position, begin, end,
                             scale, cap, MASK, SOFTCAP, NEED_DK, NEED_DV)  # fmt: skip
     return dk, dv
 
@@ -134,10 +134,10 @@ def _backward_keys(Q, K, V, DO, DK, DV, Shift, Delta, Spans, n_blocks, group, he
     size = heads // kv_heads
     after = part if WINDOW or SPANS else high  # else the last query sees all keys
     dk, dv = _keys_walk(dk, dv, k, v, Q, DO, Shift, Delta, b, kv, size, low, tl.minimum(whole, high), after, high,
-                        first, key, begin, end, q_len, padded, heads, factor, cap, q_b, q_t, q_h, do_b, do_t, do_h,
+                        first, begin, end, q_len, padded, heads, factor, cap, q_b, q_t, q_h, do_b, do_t, do_h,
                         True, SOFTCAP, NEED_DK, NEED_DV, D, BLOCK_D, BLOCK_M, TMA)  # fmt: skip
     dk, dv = _keys_walk(dk, dv, k, v, Q, DO, Shift, Delta, b, kv, size, whole, tl.minimum(part, high), 0, 0,
-                        first, key, begin, end, q_len, padded, heads, factor, cap, q_b, q_t, q_h, do_b, do_t, do_h,
+                        first, begin, end, q_len, padded, heads, factor, cap, q_b, q_t, q_h, do_b, do_t, do_h,
                         False, SOFTCAP, NEED_DK, NEED_DV, D, BLOCK_D, BLOCK_M, TMA)  # fmt: skip
     if NEED_DK:
         store_tile(DK, dk * scale, b, start, kv, k_len, kv_heads, BLOCK_N, D, BLOCK_D)
