@@ -112,6 +112,12 @@ def rows(x: Tensor) -> Tensor:
     return matrix if matrix.stride(-1) == 1 or matrix.shape[-1] == 1 else matrix.contiguous()
 
 
+def product_dtype(x: Tensor) -> torch.dtype:
+    """What a matrix product rounds x to: autocast's dtype inside autocast, else x's own."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
 def empty_like(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """A contiguous tensor of x's shape, in x's dtype or another: a third of the host time of `torch.empty`."""
     return torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)

@@ -294,8 +294,7 @@ def linear_cross_entropy(
     scalar in fp32, NaN if a row that counts has a target outside 0…V − 1; raises `ValueError` for other shapes, dtypes.
     """
     _check(x, weight, targets, mask)
-    kind = x.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    dtype = launch.product_dtype(x)
     trained = torch.is_grad_enabled()
     need_x, need_weight = trained and x.requires_grad, trained and weight.requires_grad
     return _loss(x, weight, targets, mask, softcap, smoothing, z_loss, dtype, need_x, need_weight)[0]

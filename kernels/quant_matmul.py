@@ -304,7 +304,6 @@ def quant_matmul(x: Tensor, weight: list[Tensor]) -> Tensor:
     `kernels.reference.dequantize`. Sums in fp32. Returns (..., N) in x's dtype; the gradient is x's alone. Raises
     `ValueError` for other shapes and dtypes.
     """
-    kind = x.device.type
-    x = x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
+    x = x.to(launch.product_dtype(x))
     _check(x, weight)
     return _quant_matmul(x, list(weight))

@@ -8,6 +8,8 @@ loss is the last thing a model computes, so its gradient needs nothing that come
 import torch
 from torch import Tensor
 
+from minillm.products import product_dtype
+
 # Logits held at a time: on a CPU 16 MB in fp32, about what its caches hold (measured); on a GPU 256 MB, so that the
 # products stay large enough to fill it (not measured).
 CHUNK_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 26}
@@ -80,6 +82,4 @@ def linear_cross_entropy(
 
     Under autocast the products run in its dtype; the softmax and the sums are in fp32, for fp64 inputs too.
     """
-    kind = x.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-    return _LinearCrossEntropy.apply(x, weight, targets, mask, softcap, dtype, torch.is_grad_enabled())
+    return _LinearCrossEntropy.apply(x, weight, targets, mask, softcap, product_dtype(x), torch.is_grad_enabled())

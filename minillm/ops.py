@@ -17,7 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minillm import UserError, losses, products
+from minillm import UserError, losses
+from minillm.products import Products, product_dtype
 
 try:
     from kernels import reference
@@ -107,16 +108,10 @@ def describe(device: torch.device) -> str:
     return f"ops: torch (attention: scaled_dot_product_attention; norm: rms_norm; loss: cross_entropy in chunks){why}"
 
 
-def _product_dtype(x: Tensor) -> torch.dtype:
-    """What a matrix product will round x to: autocast's dtype inside autocast, else its own."""
-    kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-
-
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """See `kernels.reference.rms_norm`."""
     if fused(x):
-        return _triton.rms_norm.rms_norm(x, weight, eps, _product_dtype(x))
+        return _triton.rms_norm.rms_norm(x, weight, eps, product_dtype(x))
     if _selected == "reference":
         return reference.rms_norm(x, weight, eps)
     return F.rms_norm(x, weight.shape, weight.to(x.dtype), eps)
@@ -125,7 +120,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 def add_rms_norm(x: Tensor, delta: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """See `kernels.reference.add_rms_norm`."""
     if fused(x):
-        return _triton.rms_norm.add_rms_norm(x, delta, weight, eps, _product_dtype(x))
+        return _triton.rms_norm.add_rms_norm(x, delta, weight, eps, product_dtype(x))
     x = x + delta
     return x, rms_norm(x, weight, eps)
 
@@ -171,7 +166,7 @@ def attention(
     """See `kernels.reference.attention`; the output alone."""
     options = dict(causal=causal, window=window, spans=spans, softcap=softcap, scale=scale)
     if fused(q):
-        dtype = _product_dtype(q)
+        dtype = product_dtype(q)
         return _triton.attention.attention(q.to(dtype), k.to(dtype), v.to(dtype), **options)
     if _selected == "reference" or softcap is not None:
         return reference.attention(q, k, v, **options)[0]
@@ -246,7 +241,7 @@ def linears(x: Tensor, *layers: nn.Module) -> tuple[Tensor, ...]:
     if not (fused(x) and torch.is_grad_enabled() and all(pairs := [matrices(layer) for layer in layers])):
         return tuple(layer(x) for layer in layers)
     flat = [tensor for own in pairs for pair in own for tensor in pair]
-    made = iter(products.Products.apply(x.reshape(-1, x.shape[-1]), _product_dtype(x), *flat))
+    made = iter(Products.apply(x.reshape(-1, x.shape[-1]), product_dtype(x), *flat))
     outs = []
     for layer, own in zip(layers, pairs, strict=True):
         first, *others = (next(made) for _ in own)
@@ -273,7 +268,7 @@ class _QuantMatmul(torch.autograd.Function):
 
 def quant_matmul(x: Tensor, weight: list[Tensor]) -> Tensor:
     """See `kernels.reference.quant_matmul`; under autocast in its dtype. The quantized weight gets no gradient."""
-    dtype = _product_dtype(x)
+    dtype = product_dtype(x)
     if weight[0].dtype == dtype:  # 16 bits, as they are
         return F.linear(x.to(dtype), *weight)
     if fused(x) and len(weight) > 1:

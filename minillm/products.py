@@ -10,6 +10,12 @@ import torch
 from torch import Tensor
 
 
+def product_dtype(x: Tensor) -> torch.dtype:
+    """What a matrix product rounds x to: autocast's dtype inside autocast, else x's own."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
 class Products(torch.autograd.Function):
     """x Wᵀ + b for each W (K, C) and b (K,) or None of one x (N, C), in `dtype`; apply(x, dtype, W, b, W, b, …)."""
 
