@@ -90,6 +90,14 @@ def quantize_nf4(weight: Tensor) -> list[Tensor]:
     return [codes.view(n, blocks * 32), fine, coarse, offset]
 
 
+def plain_linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    """A layer of torch's own with this weight (out, in) and bias (out,), frozen."""
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    layer.weight = nn.Parameter(weight.detach(), requires_grad=False)
+    layer.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+    return layer
+
+
 class QuantLinear(nn.Module):
     """y = x Wᵀ + b with a frozen W in 16, 8 or 4 bits: `kernels.reference.quant_matmul`.
 
@@ -121,13 +129,9 @@ class QuantLinear(nn.Module):
         return [(self.dense, self.bias)] if self.bits == 16 else None
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> nn.Linear:
-        """A plain layer that computes the same."""
+        """A plain layer that computes the same, frozen."""
         weight = ops.reference.dequantize(self.quantized, self.in_features)
-        with torch.device("meta"):
-            linear = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None)
-        linear.weight = nn.Parameter(weight.to(dtype))
-        linear.bias = None if self.bias is None else nn.Parameter(self.bias.detach().to(dtype))
-        return linear
+        return plain_linear(weight.to(dtype), None if self.bias is None else self.bias.to(dtype))
 
     def _apply(self, fn, recurse: bool = True):
         """Moves between devices, but rounds nothing: .half() or .bfloat16() would spoil the scales."""

@@ -6,7 +6,8 @@ One number a channel, 1 at first (Liu et al. 2022, arXiv:2205.05638). Names of p
 import torch
 from torch import Tensor, nn
 
-from minillm.tuning.lora import dense_weight, plain_linear
+from minillm.quant import plain_linear
+from minillm.tuning.lora import dense_weight
 
 
 class Ia3Linear(nn.Module):

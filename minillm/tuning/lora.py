@@ -14,20 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minillm import ops
-from minillm.quant import QuantLinear
+from minillm.quant import QuantLinear, plain_linear
 
 
 def dense_weight(layer: nn.Module) -> Tensor:
     """The weight of a layer as one matrix (out, in) of floats; a quantized layer is multiplied out."""
     return layer.dequantize().weight if isinstance(layer, QuantLinear) else layer.weight
-
-
-def plain_linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
-    """A layer of torch's own with this weight (out, in) and bias (out,), frozen."""
-    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
-    layer.weight = nn.Parameter(weight.detach(), requires_grad=False)
-    layer.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
-    return layer
 
 
 @torch.no_grad()
