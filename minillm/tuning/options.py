@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 
 from minillm.config import option
+from minillm.quant import BITS
 
 VIRTUAL = ("prefix", "prompt", "ptuning")  # methods that train virtual tokens
 METHODS = ("full", "freeze", "lora", "dora", "ia3", "adapter", *VIRTUAL)
@@ -76,8 +77,8 @@ class TuningConfig:
             problems.append(f"--lora_dropout {self.lora_dropout}: choose one from 0 to below 1")
         if self.lora_alpha is not None and not 0 < self.lora_alpha < math.inf:
             problems.append(f"--lora_alpha {self.lora_alpha}: choose one above 0")
-        if self.base_bits not in (None, 16, 8, 4):
-            problems.append(f"--base_bits {self.base_bits}: choose 16, 8 or 4")
+        if self.base_bits not in (None, *BITS):
+            problems.append(f"--base_bits {self.base_bits}: choose one of {', '.join(map(str, BITS))}")
         if self.tune == "freeze" and not self.train_layers:
             problems.append("--tune freeze: say by --train_layers what is trained, e.g. last:2")
         if self.lora_dropout and "lm_head" in (self.target_modules or ""):

@@ -188,7 +188,7 @@ def test_answers_are_scored_before_and_after(folder, tune):
         ),
         ("--tune freeze", ["by --train_layers"]),
         ("--tune adapter --base_bits 4", ["--base_bits 4: means nothing", "or choose lora or dora"]),
-        ("--tune lora --base_bits 5", ["--base_bits 5: choose 16, 8 or 4"]),
+        ("--tune lora --base_bits 5", ["--base_bits 5: choose one of 16, 8, 4"]),
         ("--tune lora --target_modules q_prj", ["did you mean q_proj?"]),
         ("--tune lora --target_modules lm_head --lora_dropout 0.1", ["lm_head", "--lora_dropout 0"]),
         ("--tune LoRA", ["choose one of full, freeze, lora"]),
