@@ -51,17 +51,25 @@ def load_model(cfg, shape: ModelConfig, init: Path, source: Path | None, device:
     if not tuned:
         return model
     if cfg.tune in ("lora", "dora"):
-        layers = {path: model.get_submodule(path) for path in targets(model, default_targets(cfg))}
-        sides = {p: min(getattr(m, f"{end}_features", shape.dim) for end in ("in", "out")) for p, m in layers.items()}
-        largest = max(sides, key=sides.get)
-        if cfg.lora_rank > sides[largest]:
-            limit = f"at most {sides[largest]}, the smaller side of {largest}"
-            raise UserError(f"--lora_rank {cfg.lora_rank}: {limit}; a larger one adds nothing but memory, so lower it")
+        _check_rank(cfg, model)
     adapter = attach(model, cfg, cfg.seed, keep_base=False)
     adapter.base_folder, adapter.base_sha256 = init.absolute(), base_sha256(init)
     if source is not None:
         read_tensors(adapter, source)
     return model
+
+
+def _check_rank(cfg: TuningConfig, model: Transformer) -> None:
+    """Raise `UserError` if the rank is above the smaller side of every targeted matrix."""
+    sides = {}
+    for path in targets(model, default_targets(cfg)):
+        layer = model.get_submodule(path)
+        is_linear = hasattr(layer, "in_features")
+        sides[path] = min(layer.in_features, layer.out_features) if is_linear else min(layer.weight.shape)
+    largest = max(sides, key=sides.get)
+    if cfg.lora_rank > sides[largest]:
+        limit = f"at most {sides[largest]}, the smaller side of {largest}"
+        raise UserError(f"--lora_rank {cfg.lora_rank}: {limit}; a larger one adds nothing but memory, so lower it")
 
 
 def n_trained(model: Transformer) -> int:
