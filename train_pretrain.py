@@ -132,26 +132,26 @@ def next_command(cfg: Config, tokenizer: Tokenizer | None) -> str:
 
 def shape(cfg: Config, vocab_size: int, init: Path | None) -> config.ModelConfig:
     """The model's shape: the preset's, or that of --init_from, with the options given on top."""
-    names = [f.name for f in dataclasses.fields(config.ModelConfig) if hasattr(cfg, f.name)]
-    given = {name: getattr(cfg, name) for name in names if getattr(cfg, name) is not None}
-    changed = [*(given.keys() - {"dropout"}), *(["rope_scaling"] if cfg.rope_scaling else [])]
+    names = [f.name for f in dataclasses.fields(config.ModelConfig)]
+    given = {name: value for name in names if (value := getattr(cfg, name, None)) is not None}
+    changed = sorted(given.keys() - {"dropout"})
     if cfg.tune != "full" and init is None:
         raise UserError(f"--tune {cfg.tune}: trains a part of a model that is there; give it by --init_from")
     if cfg.tune != "full" and changed:
-        raise UserError(f"--tune {cfg.tune}: its base keeps its shape, so leave out --{', --'.join(sorted(changed))}")
+        raise UserError(f"--tune {cfg.tune}: its base keeps its shape, so leave out --{', --'.join(changed)}")
     if init is not None and cfg.preset != Config.preset:
         raise UserError(f"--preset {cfg.preset}: the model of --init_from has its shape already; leave it out")
-    base = config.PRESETS[cfg.preset] if init is None else dataclasses.asdict(huggingface.load_config(init))
+    base = None if init is None else huggingface.load_config(init)
+    context = config.PRESETS[cfg.preset]["max_seq_len"] if base is None else base.max_seq_len
     if cfg.rope_scaling:
-        original = base["max_seq_len"]
-        if init is not None and not Path(cfg.init_from).exists():  # the run's own checkpoint is stretched already
-            original = (base["rope_scaling"] or {}).get("original_max_seq_len", original)
+        gone = training.init_is_gone(cfg)  # then `init` is the run's own checkpoint, which is stretched already
+        original = base.rope_scaling.original_max_seq_len if gone and base.rope_scaling else context
         given["rope_scaling"] = config.parse_rope_scaling(cfg.rope_scaling, original)
-    if init is None:
-        given.setdefault("max_seq_len", max(base["max_seq_len"], cfg.seq_len))
+    if base is None:
+        given.setdefault("max_seq_len", max(context, cfg.seq_len))
         chosen = config.preset(cfg.preset, vocab_size=vocab_size, **given)
     else:
-        chosen = dataclasses.replace(huggingface.load_config(init), **given)
+        chosen = dataclasses.replace(base, **given)
         training.check_tokenizer(init, cfg.data)
     if chosen.vocab_size < vocab_size:
         raise UserError(

@@ -291,6 +291,11 @@ def fingerprint(*parts) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
+def init_is_gone(cfg) -> bool:
+    """Whether --init_from names a model that does not exist (any more)."""
+    return bool(cfg.init_from) and not Path(cfg.init_from).exists()
+
+
 def find_init(cfg) -> Path | None:
     """The model folder of --init_from, checked; None without one.
 
@@ -299,7 +304,7 @@ def find_init(cfg) -> Path | None:
     if not cfg.init_from:
         return None
     begun = cfg.tune == "full" and cfg.resume != "none" and run.step_folders(cfg.out)
-    if begun and not Path(cfg.init_from).exists():
+    if begun and init_is_gone(cfg):
         at = run.resume_from(cfg.out, cfg.resume)
         own = run.resolve_checkpoint(at, log=lambda line: None)  # `Run` says which it passes over
         if checkpoint.read_state(own)["config"]["init_from"] == cfg.init_from:
