@@ -158,7 +158,7 @@ class Bins:
     def explain(self) -> None:
         """Say which files' tokens stay, and why those of others cannot."""
         if self.forgotten:
-            print(f"{self.out}/parts.json: damaged, so that nothing is known of the bins; all is tokenized anew")
+            print(f"{self.out}/parts.json: damaged, so nothing is known of the bins; everything is tokenized again")
         if not self.earlier:
             return
         files: dict[str, list[str]] = {}

@@ -136,7 +136,7 @@ def tokenize(sources: list[Source], bins: Bins, options: Options, workers: int) 
             bar.set_postfix_str(f"{made / (time.monotonic() - started) / 1e6:.2f} M tokens/s", refresh=False)
             bar.update(sizes[number] + position - bar.n)
     except BrokenExecutor:
-        raise UserError("a worker process died, likely for want of memory; run again with fewer --workers") from None
+        raise UserError("a worker process died, perhaps out of memory; run again with fewer --workers") from None
     finally:
         bar.close()
         if pool:
@@ -205,7 +205,7 @@ def refuse_bad(parts: list[dict], options: Options) -> None:
     for part in parts:
         if part["first_bad"] and options.on_bad_line == "error":
             bad = f"{Origin(*part['origin']).file}, {part['first_bad'][0]}"
-            raise UserError(f"{bad}; mend it, or leave such documents out with --on_bad_line skip")
+            raise UserError(f"{bad}; fix it, or leave such documents out with --on_bad_line skip")
 
 
 def _check_splits(bins: Bins, options: Options) -> None:

@@ -107,7 +107,7 @@ def prepare(
         source = {"source": [str(path) for path in inputs], "val_source": [str(path) for path in val_inputs]}
         return bins.finish(source, {"wrap": wrap, "options": asdict(options)})
     except OSError as error:
-        raise UserError(f"{error.filename or out}: {error.strerror}; mend that and run the same again") from None
+        raise UserError(f"{error.filename or out}: {error.strerror}; fix that and run the same command again") from None
     finally:
         lock.release()
 

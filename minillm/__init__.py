@@ -8,7 +8,7 @@ __version__ = "0.1.0"
 
 
 class UserError(Exception):
-    """A mistake or fault that a user can cause and mend.
+    """A mistake or fault that a user can cause and fix.
 
     The message is one line naming the thing, its value, the limit and the remedy;
     the scripts print it without a traceback and exit with status 2.
@@ -16,11 +16,11 @@ class UserError(Exception):
 
 
 class UnsupportedError(UserError):
-    """Something sound, of a kind that there is no code for here; who needs it least may go on without it."""
+    """A valid input of a kind that is not supported here; a caller that can do without it may catch this."""
 
 
 class Parser(argparse.ArgumentParser):
-    """Takes a mistake in a command line as any other of the user's: one line, status 2."""
+    """Reports a mistake in a command line like every other `UserError`: one line, status 2."""
 
     def error(self, message: str):
         raise UserError(f"{message} (see {self.prog} --help)")
@@ -28,7 +28,7 @@ class Parser(argparse.ArgumentParser):
 
 @contextlib.contextmanager
 def naming_damage(source: object) -> Iterator[None]:
-    """Whatever a file with wrong contents leads to inside becomes a `UserError` that names the file."""
+    """Turns whatever wrong contents of a file raise inside into a `UserError` that names the file."""
     try:
         yield
     except (ValueError, KeyError, IndexError, TypeError, AttributeError, ZeroDivisionError) as problem:

@@ -254,7 +254,7 @@ class InstructionRows:
                 except UserError as reason:
                     if self.on_bad_line == "error":
                         raise UserError(
-                            f"{self.paths[number]}, row {line_number}: {reason}; mend it or take --on_bad_line skip"
+                            f"{self.paths[number]}, row {line_number}: {reason}; fix it, or give --on_bad_line skip"
                         ) from None
                     self.counts["bad rows"] += 1
                     continue

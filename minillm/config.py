@@ -151,7 +151,7 @@ class TrainingConfig:
     data: str = option("data/bundled", "what to train on")
     out: str = option("out/run", "the run's folder: checkpoints, metrics.jsonl, curve.png")
     init_from: str | None = option(None, "start from the weights of this model folder or run")
-    resume: str = option("auto", "auto: go on from the newest whole checkpoint in --out; none: start anew; or a folder")
+    resume: str = option("auto", "auto: go on from the newest whole checkpoint in --out; none: start over; or a folder")
     allow_data_change: bool = option(False, "resume although data, batch size, sequence length or seed changed")
     steps: int = option(1500, "optimizer steps of the whole run")
     batch_size: int = option(16, "sequences per optimizer step, over all ranks")

@@ -39,7 +39,7 @@ def writing(path: Path) -> Iterator[Path]:
             raise UserError(f"{path}: cannot be written: {home} is a file; choose another --out") from None
         if problem.errno not in FULL:
             raise UserError(
-                f"{path}: cannot be written: {problem.strerror or problem}; mend that or choose another --out"
+                f"{path}: cannot be written: {problem.strerror or problem}; fix that or choose another --out"
             ) from None
         files = _files(scratch).values() if scratch.is_dir() else ()
         written, free = sum(file.stat().st_size for file in files), shutil.disk_usage(home).free

@@ -140,7 +140,7 @@ def run_chat(args) -> None:
     sampling = _sampling(args)
     model, tokenizer, folder = _load(args)
     opening = [{"role": "system", "content": args.system}] if args.system else []
-    print(f"{folder} ({model.config.n_parameters():,} parameters); an empty line ends, /new starts anew")
+    print(f"{folder} ({model.config.n_parameters():,} parameters); an empty line ends, /new starts over")
     turns = args.turns
     if turns is None and _state(folder).get("turns") == 1:
         turns = 1

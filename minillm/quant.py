@@ -171,7 +171,7 @@ def quantize_base(model: Transformer, bits: int) -> None:
     """
     check_bits(bits)
     if is_quantized(model):
-        raise UserError("the base is quantized already: load it anew, or dequantize it first")
+        raise UserError("the base is quantized already: load it again, or dequantize it first")
     for name, parameter in model.named_parameters():
         if not parameter.isfinite().all():
             raise UserError(f"{name} holds values that are not finite: it cannot be quantized")

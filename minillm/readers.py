@@ -232,7 +232,7 @@ def _naming(path: Path) -> Iterator[None]:
         yield
     except (OSError, EOFError, zlib.error) as error:
         why = getattr(error, "strerror", None) or error
-        raise UserError(f"{path}: cannot be read ({why}); mend it or name another") from None
+        raise UserError(f"{path}: cannot be read ({why}); fix it or give another") from None
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: {error}") from None
 
@@ -293,7 +293,7 @@ def _items(stream: BinaryIO) -> Iterator[tuple[int, object]]:
         if fault:  # or only unfinished, as it ends where the text read so far does
             unfinished = end > len(text) - 16 or "Unterminated" in fault
             if ended or not unfinished or len(text) - at > LONGEST_ITEM:
-                raise ValueError(f"{fault}; mend the file")
+                raise ValueError(f"{fault}; fix the file")
             data = stream.read(max(READ, len(text) - at))  # doubling: a long item is not parsed too often
             text, at, ended = text[at:] + decode(data, not data), 0, not data
             continue
@@ -302,4 +302,4 @@ def _items(stream: BinaryIO) -> Iterator[tuple[int, object]]:
             break
         at, number = end + 1, number + 1
     if text[end + 1 :].strip() or any(line.strip() for line in stream):
-        raise ValueError("more text follows the end of the array; mend the file")
+        raise ValueError("more text follows the end of the array; fix the file")

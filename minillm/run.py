@@ -228,7 +228,7 @@ def run_script(main: Callable[[], int | None]) -> int:
     except UserError as problem:
         line = str(problem)
     except PermissionError as problem:
-        line = f"{problem.filename}: {problem.strerror or problem}; mend its rights (chmod)"
+        line = f"{problem.filename}: {problem.strerror or problem}; fix its permissions (chmod)"
     except (MemoryError, RuntimeError) as problem:
         text = str(problem)  # torch says it on a GPU in the first way, on a CPU in the second
         if not isinstance(problem, MemoryError) and not re.search("out of memory|can't allocate memory", text):

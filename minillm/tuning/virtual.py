@@ -194,7 +194,7 @@ def attach_virtual(
     if not 1 <= n_virtual <= longest:
         raise UserError(f"--n_virtual {n_virtual}: must be 1 to {longest}, since text has to fit behind them")
     if model.virtual is not None:
-        raise UserError(f"the model has {model.n_virtual} virtual tokens already; load the base anew")
+        raise UserError(f"the model has {model.n_virtual} virtual tokens already; load the base again")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         virtual = VirtualTokens(model.config, kind, n_virtual, encoder, hidden or model.config.dim)

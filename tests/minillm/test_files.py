@@ -240,7 +240,7 @@ def test_a_folder_that_may_not_be_written_is_no_full_disk(tmp_path, monkeypatch)
 
     monkeypatch.setattr(Path, "mkdir", refuse)
     line = refused(lambda: files.check_writable(tmp_path / "run", 1))
-    assert "run/probe: cannot be written: Permission denied; mend that or choose another --out" in line
+    assert "run/probe: cannot be written: Permission denied; fix that or choose another --out" in line
     assert "free" not in line and "checkpoints" not in line
 
 

@@ -64,7 +64,7 @@ def test_weights_that_may_not_be_read_are_not_called_damaged(home, call, monkeyp
 
     monkeypatch.setattr(Path, "open", refuse)
     status, _, err = call("generate", "--prompt", "Tom", "--model", str(tmp_path / "step-00000003"))
-    assert status == 2 and err == f"error: {folder}/model.safetensors: Permission denied; mend its rights (chmod)\n"
+    assert status == 2 and err == f"error: {folder}/model.safetensors: Permission denied; fix its permissions (chmod)\n"
 
 
 def test_generate_says_when_the_context_is_full(call):
