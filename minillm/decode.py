@@ -1,8 +1,8 @@
-"""One token at a time: the model's forward pass with everything but the arithmetic taken out.
+"""One token at a time: the model's forward pass reduced to its arithmetic.
 
-A small model's time goes into calling modules, not into multiplying: per new token, this loop over plain
-tensors does in less than half the time what `Transformer.hidden` does, and gives the same logits (a test
-holds it). The method is in model.py; read that first.
+A small model spends its time on calling modules, not on multiplying: per new token, this loop over plain
+tensors takes less than half the time of `Transformer.hidden` and gives the same logits (a test checks it).
+The computation is explained in model.py; read that first.
 """
 
 import torch
@@ -18,10 +18,10 @@ PLAIN += (parts.Transformer, parts.Block, parts.Attention, parts.MLP, parts.RMSN
 
 
 def is_plain(model: nn.Module) -> bool:
-    """Whether the model is only what model.py builds, so that its weights alone say what it does.
+    """Whether the model consists of model.py's modules alone, so that its weights fully determine its output.
 
-    False once anything was put around or into a layer (an adapter, a hook, quantized weights). Virtual tokens do no
-    harm: the prefill has put them into the cache.
+    False once a layer was wrapped or changed (an adapter, a hook, quantized weights). Virtual tokens do not matter: the
+    prefill has put them into the cache.
     """
     within = [m for name, m in model.named_modules() if name.split(".")[0] != "virtual"]
     return all(type(m) in PLAIN and not (m._forward_hooks or m._forward_pre_hooks) for m in within)
@@ -88,7 +88,7 @@ class Decoder:
     def _start(
         self, tokens: Tensor, begin: int, end: int
     ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-        """What all layers share: the embedding (B, C), cos and sin of the position, the cache's slots that are text."""
+        """What all layers share: the embedding (B, C), cos and sin of the position, and which cache slots hold text."""
         padding = self.cache.padding
         position = end - 1 if padding is None else end - 1 - padding  # int, or (B,)
         seen = cos = sin = None

@@ -1,17 +1,17 @@
 """One token at a time on a GPU: the step of `decode.Decoder` as one CUDA graph.
 
-A step of a 1.1 B model in bf16 reads 2.2 GB of weights, which an H100 does in 0.73 ms; its some 270 kernels take the
-CPU several times longer to launch one by one. So the second step records them, and each from there on replays the
-record with a single launch. A record repeats the same kernels with the same arguments at the same addresses. Therefore
-everything that changes from step to step is a number on the device, at a fixed place:
+A step of a 1.1 B model in bf16 reads 2.2 GB of weights, which an H100 does in 0.73 ms; launching its about 270 kernels
+one by one takes the CPU several times longer. So the second step captures them in a CUDA graph, which every later step
+replays with a single launch. A replay runs the same kernels with the same arguments at the same addresses. Therefore
+everything that changes from step to step is a number on the device, at a fixed address:
 
     clock = [end of each row's keys | position of each row's token | slot the token is written to]      int64, (2B + 1)
 
-which the last kernel of the step counts up by one. Attention takes the whole cache with begin and end as tensors
+The step adds one to all of it. Attention takes the whole cache with begin and end as tensors
 (`ops.decode_attention`), keys and values are written by `index_copy_` at `slot`, and cos and sin are looked up at
 `position`. Sampling stays outside.
 
-The step itself knows nothing of graphs: on a CPU it runs as it stands, and is tested there.
+The step itself knows nothing of graphs: on a CPU it runs without one, and is tested there.
 """
 
 import torch
@@ -24,31 +24,31 @@ from minillm.kv_cache import KVCache
 
 
 class GraphDecoder:
-    """Reads one token a row, after a prefill has put the prompts into the cache: `decode.Decoder`'s twin for GPUs."""
+    """Reads one token a row, after a prefill has put the prompts into the cache: `decode.Decoder` for GPUs."""
 
     def __init__(self, model: parts.Transformer, cache: KVCache, joined: bool | None = None):
         """model: a plain one (`decode.is_plain`), on the cache's device and in its dtype.
 
-        joined: whether to compute q, k and v by one product, and gate and up by one. That saves three launches a
+        joined: whether to compute q, k and v in one product, and gate and up in one. That saves three launches per
         layer and costs a copy of these weights, about half of the model. None: on a GPU with twice that memory free.
         """
         self.config, self.cache, self.model = model.config, cache, model
         joined = _has_room_for_copies(model) if joined is None else joined
         self.layers = [_Layer(layer, joined) for layer in model.layers]
-        self._begin_anew()
+        self._prepare()
 
     def step(self, tokens: Tensor) -> Tensor:
-        """Logits (B, V) after one more token a row, (B,) int64; overwritten by the next. The cache grows by one."""
+        """Logits (B, V) after one more token a row, (B,) int64, overwritten by the next. The cache grows by one."""
         if self.cache.length >= self.cache.max_len:
             raise ValueError(f"the cache holds {self.cache.max_len} tokens and is full")
-        if self.keys is not self.cache.keys[0]:  # rows were let go: other tensors of another size
-            self._begin_anew()
+        if self.keys is not self.cache.keys[0]:  # rows were dropped: the cache has new tensors of another size
+            self._prepare()
         if self.length != self.cache.length:
             self._set_clock()
         self.tokens.copy_(tokens)
         if self.warm and self.graph is None:
-            self._record()
-        if self.graph is None:  # the first step compiles its kernels and finds their memory, which a record cannot
+            self._capture()
+        if self.graph is None:  # the first step compiles kernels and allocates memory, which a capture cannot
             self.logits, self.warm = self._compute(), self.tokens.is_cuda
         else:
             self.graph.replay()
@@ -56,8 +56,8 @@ class GraphDecoder:
         self.length += 1
         return self.logits
 
-    def _begin_anew(self) -> None:
-        """Make what the step reads, for the cache as it is now."""
+    def _prepare(self) -> None:
+        """Allocate what the step reads, for the cache as it is now."""
         self.keys, self.graph, self.warm, self.length = self.cache.keys[0], None, False, -1
         batch, device = self.keys.shape[0], self.keys.device
         self.tokens = torch.zeros(batch, dtype=torch.int64, device=device)
@@ -72,15 +72,15 @@ class GraphDecoder:
         self.position.copy_(self.length - self.begin)
         self.slot.fill_(self.length)
 
-    def _record(self) -> None:
+    def _capture(self) -> None:
         graph = torch.cuda.CUDAGraph()
-        # what other threads do (NCCL's, a server's) must not end the recording
+        # what other threads do (NCCL's, a server's) must not invalidate the capture
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             self.logits = self._compute()
-        self.graph = graph  # now that it is whole: a step after a failed recording must not replay a part
+        self.graph = graph  # only now: after a failed capture no step may replay part of one
 
     def _compute(self) -> Tensor:
-        """The step: reads `tokens`, the clock and the cache, writes the cache, counts up the clock. Logits (B, V)."""
+        """The step: reads `tokens`, clock and cache, writes the cache, advances the clock. Returns logits (B, V)."""
         config, model, batch = self.config, self.model, self.tokens.shape[0]
         heads, kv_heads, size = config.n_heads, config.n_kv_heads, config.head_dim
         x = F.embedding(self.tokens, model.embed_tokens.weight)  # (B, C)
@@ -114,7 +114,7 @@ class _Layer:
         self.qk_norms = (attention.q_norm, attention.k_norm) if attention.config.qk_norm else None
 
     def turn(self, q: Tensor, k: Tensor, rotation: list[Tensor] | None) -> tuple[Tensor, Tensor]:
-        """Queries and keys normed if the model does so, and rotated to their position."""
+        """Queries and keys, normed if the model has QK-norm, and rotated to their positions."""
         if rotation is None:
             return (q, k) if self.qk_norms is None else tuple(n(x) for n, x in zip(self.qk_norms, (q, k), strict=True))
         if self.qk_norms is None:
@@ -140,7 +140,7 @@ class _Products:
 
 
 def _has_room_for_copies(model: parts.Transformer) -> bool:
-    """Whether twice the memory of all q, k, v, gate and up weights is free on the model's GPU."""
+    """Whether the model's GPU has twice the memory of all q, k, v, gate and up weights free."""
     device = model.embed_tokens.weight.device
     if device.type != "cuda":
         return False

@@ -2,8 +2,8 @@
 
     logits → repetition penalty → / temperature → top-k → top-p → min-p → draw      (temperature 0: the largest)
 
-Row r of a batch draws with its own random numbers, a pure function of (seed, r), so what it says does not
-depend on which other rows there are. See docs/generation.md.
+Row r of a batch draws with its own random numbers, a pure function of (seed, r), so its text does not
+depend on the other rows. See docs/generation.md.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -24,13 +24,13 @@ from minillm.tokenizer import StreamDecoder
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is drawn. Each value that is refused raises UserError."""
+    """How the next token is drawn. Raises UserError for values out of range."""
 
     temperature: float = 0.8  # logits are divided by it; 0: always the most probable token (greedy)
     top_k: int = 0  # keep the k most probable; 0 or more than the vocabulary: all
     top_p: float = 1.0  # keep the fewest most probable that sum to p or more; 0: the best one, 1: all
     min_p: float = 0.0  # keep those with at least min_p × the best one's probability; 0: all
-    repetition_penalty: float = 1.0  # divides positive, multiplies negative logits of ids already there
+    repetition_penalty: float = 1.0  # divides positive, multiplies negative logits of ids that occurred before
     seed: int = 0
 
     def __post_init__(self):
@@ -64,7 +64,7 @@ class Completion(NamedTuple):
 def filtered(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor | None]:
     """Probabilities after temperature, top-k, top-p and min-p, unnormalised: (B, n) float64.
 
-    logits: (B, V) at temperature > 0. With them come the ids they belong to, (B, n) int64, best first,
+    logits: (B, V), for temperature > 0. Also returns the ids they belong to, (B, n) int64, best first,
     or None when the columns are the ids themselves. The best token always stays.
     """
     ids, vocab = None, logits.shape[-1]
@@ -75,7 +75,7 @@ def filtered(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor | None]
     best = logits.amax(-1, keepdim=True)  # subtracted before dividing, so that no temperature overflows
     p = torch.softmax((logits - best).double() / sampling.temperature, dim=-1)
     best = p.amax(-1, keepdim=True)
-    if sampling.top_p < 1:  # Holtzman et al. 2020, arXiv:1904.09751: kept while what stands before is below p
+    if sampling.top_p < 1:  # Holtzman et al. 2020, arXiv:1904.09751: kept while the sum of those before is below p
         before = p.cumsum(-1) - p
         before[:, 0] = -1.0
         p = p.masked_fill(before >= sampling.top_p, 0.0)
@@ -111,7 +111,7 @@ def random_numbers(seed: int, rows: Sequence[int], n: int, device) -> Tensor:
 
 
 def check_prompts(model: Transformer, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
-    """Raise UserError for what cannot be generated from."""
+    """Raise UserError for prompts that nothing can be generated from."""
     if max_new_tokens < 1:
         raise UserError(f"--max_new_tokens {max_new_tokens}: must be at least 1")
     vocab, context = model.config.vocab_size, model.context
@@ -152,14 +152,14 @@ def prefill(model: Transformer, prompts: Sequence[Sequence[int]], room: int) -> 
 
 
 def _decoder(model: Transformer, cache: KVCache) -> Decoder | GraphDecoder | None:
-    """What makes the steps after the prefill, if more than the model itself can."""
+    """The fast decoder for the steps after the prefill; None: only the model itself can do them."""
     if not is_plain(model) or ops.selected() == "reference":
         return None
     return GraphDecoder(model, cache) if ops.fused(cache.keys[0]) else Decoder(model, cache)
 
 
-def _on_the_way(tokens: Tensor) -> Callable[[], list[int]]:
-    """Start copying tokens from their GPU; the result waits for them, and not for what the GPU is given next."""
+def _start_copy(tokens: Tensor) -> Callable[[], list[int]]:
+    """Start copying tokens from their GPU; the returned function waits for the copy, not for work queued after it."""
     if not tokens.is_cuda:
         return tokens.tolist
     host, copied = tokens.to("cpu", non_blocking=True), torch.cuda.Event()
@@ -183,8 +183,8 @@ def steps(
     """Yield the new (row, token) pairs of each step, until every row has ended.
 
     Call it under `torch.inference_mode()`, which a generator cannot cheaply enter by itself at each step.
-    ended(row, token): asked once for every new token; True lets the row go. A row also goes when its
-    context is full. Rows that went leave the cache once they are half of it.
+    ended(row, token): called once for every new token; True ends the row. A row also ends when its context
+    is full. Ended rows are dropped from the cache once they are half of it.
     """
     check_prompts(model, prompts, max_new_tokens)
     device, context = model.embed_tokens.weight.device, model.context
@@ -196,7 +196,7 @@ def steps(
         cache, logits = prefill(model, prompts, min(max(limits), context - longest))
         decoder = _decoder(model, cache)
         ahead = isinstance(decoder, GraphDecoder)  # the GPU computes the next step while the CPU looks at this one
-        rows = list(range(len(prompts)))  # of the cache; those that went have left `alive`
+        rows = list(range(len(prompts)))  # the cache's; those that ended are no longer in `alive`
         alive, seen, uniform = set(rows), None, None
         if sampling.temperature > 0:
             uniform = random_numbers(sampling.seed, rows, max(limits), device)
@@ -206,7 +206,7 @@ def steps(
                 seen[row, list(prompt)] = True
         for step in range(max(limits)):
             tokens = pick(logits, sampling, None if uniform is None else uniform[:, step], seen)
-            arrived = _on_the_way(tokens)
+            arrived = _start_copy(tokens)
             early = ahead and step + 1 < max(limits) and cache.length < cache.max_len
             if early:
                 logits = decoder.step(tokens)
@@ -247,8 +247,8 @@ def generate(
 ) -> list[Completion]:
     """What the model says after each prompt.
 
-    prompts: token ids, at least one each; refused when one fills the model's context (max_seq_len).
-    max_new_tokens: at most so many each; fewer ("context") where prompt and new tokens fill the context.
+    prompts: token ids, at least one each; one that fills the model's context (max_seq_len) is refused.
+    max_new_tokens: at most so many each; fewer (reason "context") where prompt and new tokens fill the context.
     stop_ids: a row ends at one of these, which is left out. stop_strings: a row ends with the token that
     completes one of these in its text, decoded by `tokenizer`; `cut` removes it from a text.
     """
@@ -319,7 +319,7 @@ def stream(
 
 
 def _could_become(text: str, stop_strings: Sequence[str]) -> int:
-    """Length of the longest end of `text` that begins a stop string."""
+    """Length of the longest suffix of `text` that is a proper prefix of a stop string."""
     longest = max((len(s) - 1 for s in stop_strings), default=0)
     for n in range(min(longest, len(text)), 0, -1):
         if any(s.startswith(text[-n:]) for s in stop_strings):

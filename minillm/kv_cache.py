@@ -7,8 +7,8 @@ from torch import Tensor
 class KVCache:
     """A preallocated cache for a batch of sequences that grow together.
 
-    Rows of unequal length are padded on the left: `padding[b]` tokens of row b are nothing.
-    keys, values: per layer (B, T_max, K, D). `length` counts the positions filled so far.
+    Rows of unequal length are padded on the left: the first `padding[b]` slots of row b hold no token.
+    keys, values: per layer (B, T_max, K, D). `length` counts the slots filled so far.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class KVCache:
         self.length += n_tokens
 
     def keep(self, rows: Tensor) -> None:
-        """Let go of all rows but these, (n,) int64, and of the slots that are padding in all of them."""
+        """Drop all rows but these, (n,) int64, and the slots that are padding in all of them."""
         unused = 0
         if self.padding is not None:
             self.padding = self.padding[rows]

@@ -1,8 +1,8 @@
 """The next-token loss without the whole matrix of logits.
 
-For N tokens and a vocabulary of V the logits are N × V numbers, kept by autograd until the backward pass and
-then joined by their gradient. Here they are made a few rows at a time, and turned into gradients at once: the
-loss is the last thing a model computes, so its gradient needs nothing that comes later but one scalar.
+For N tokens and a vocabulary of V the logits are N × V numbers, which autograd keeps until the backward pass and
+whose gradient is as large. Here they are computed a few rows at a time and turned into gradients immediately: the
+loss is the last thing a model computes, so its gradient depends on nothing later but one scalar.
 """
 
 import torch
@@ -30,9 +30,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         n, vocabulary = x.shape[0], weight.shape[0]
         counts = torch.ones(n, dtype=torch.float32, device=x.device) if mask is None else mask.float()
         counts = counts.masked_fill(labels == IGNORED, 0.0)[:, None]
-        labels = labels[:, None].masked_fill(counts == 0, 0)  # there any number may stand
+        labels = labels[:, None].masked_fill(counts == 0, 0)  # rows that do not count may hold any number
         largest = counts.abs().amax().clamp_min(1e-30) if n else counts.new_ones(())
-        shares = counts / largest  # fp16 knows nothing as small as a probability over the number of tokens
+        shares = counts / largest  # a probability divided by the number of tokens would underflow in fp16
         rows = max(16, CHUNK_ELEMENTS.get(x.device.type, 1 << 24) // vocabulary)
         w = weight.to(dtype)
         grad_x = torch.empty_like(x) if trained and x.requires_grad else None
@@ -58,7 +58,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 grad_x[part] = (grad @ w) * shares[part].to(dtype)
             if grad_w is not None:
                 x_part = x_part * shares[part].to(dtype)
-                # fp16 ends at 65,504, and no loss scale reaches this sum over rows: for it, products in fp32
+                # fp16 ends at 65,504, and the loss scale, applied later, cannot keep this sum below that: fp32
                 grad_w += grad.float().T @ x_part.float() if dtype == torch.float16 else grad.T @ x_part
         ctx.save_for_backward(grad_x, grad_w, largest)
         ctx.weight_dtype = weight.dtype

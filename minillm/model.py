@@ -2,7 +2,7 @@
 
     tokens (B, T) → embedding (B, T, C) → L × [x += attention(norm(x)); x += mlp(norm(x))] → norm → logits (B, T, V)
 
-Modules carry the names that Hugging Face's Llama has, so a state dict is a checkpoint as it lies.
+Modules have the names of Hugging Face's Llama, so that a state dict can be saved as a checkpoint directly.
 """
 
 import math
@@ -29,7 +29,7 @@ class RMSNorm(nn.Module):
         return ops.rms_norm(x, self.weight, self.eps)
 
     def after_adding(self, x: Tensor, delta: Tensor | None) -> tuple[Tensor, Tensor]:
-        """x + delta, and that normed: one pass over memory where there is a kernel for it."""
+        """(x + delta, its norm), in one pass over memory where there is a kernel for it. delta None: nothing to add."""
         return (x, self(x)) if delta is None else ops.add_rms_norm(x, delta, self.weight, self.eps)
 
 
@@ -85,7 +85,7 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """One layer: attention, then the feed-forward network, each on a normed input, each added back.
 
-    What is to be added is handed on, so that the addition and the norm after it are one op: with residual stream x,
+    What is to be added is passed on to the next norm, so that addition and norm are one op: with residual stream x,
     x₁ = x + delta, x₂ = x₁ + attention(norm(x₁)), and mlp(norm(x₂)) is the delta of the next layer.
     """
 
@@ -100,9 +100,9 @@ class Block(nn.Module):
     def forward(
         self, x: Tensor, delta: Tensor | None, rotation, spans: Tensor | None, cache: KVCache | None, layer: int, prefix
     ) -> tuple[Tensor, Tensor]:
-        """x, delta: (B, T, C), delta not yet added (None: nothing). Returns the two that follow.
+        """x, delta: (B, T, C), delta not yet added (None: nothing). Returns the next x and delta.
 
-        prefix: what overwrites keys and values (layer, k, v) → (k, v), or None.
+        prefix: a function (layer, k, v) → (k, v) that puts virtual tokens into keys and values, or None.
         """
         x, normed = self.input_layernorm.after_adding(x, delta)
         delta = self.dropout(self.self_attn(normed, rotation, spans, cache, layer, prefix))
@@ -129,12 +129,12 @@ class Transformer(nn.Module):
         self.build_rotation()
 
     def tie(self) -> None:
-        """Let the output use the embedding's own weights, if the config ties them."""
+        """Let the head share the embedding's weight, if the config ties them."""
         if self.config.tie_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
 
     def build_rotation(self) -> None:
-        """(Re)make the rotary tables, fp32 (T_max, D/2): they are no part of a checkpoint."""
+        """Compute the rotary tables, fp32 (T_max, D/2); they are not part of a checkpoint."""
         if self.config.positions == "rope":
             cos, sin = rotary_tables(self.config, self.embed_tokens.weight.device)
             self.register_buffer("cos", cos, persistent=False)
@@ -142,12 +142,12 @@ class Transformer(nn.Module):
 
     @property
     def n_virtual(self) -> int:
-        """How many placeholders the model wants before each document: as many as it has virtual tokens."""
+        """How many placeholders each document must begin with: one for each of the model's virtual tokens."""
         return 0 if self.virtual is None else self.virtual.n
 
     @property
     def context(self) -> int:
-        """How many tokens it can read and write: max_seq_len, less the virtual ones."""
+        """How many tokens the model can read and write: max_seq_len minus its virtual tokens."""
         return self.config.max_seq_len - self.n_virtual
 
     @torch.no_grad()
@@ -181,7 +181,7 @@ class Transformer(nn.Module):
         tokens, targets: (B, T) int64. mask: (B, T) bool, True where a target counts (None: everywhere).
         documents: (B, T) int32, non-decreasing along a row; attention and positions stay inside a document.
         cache: what came before; it grows by these T tokens. With virtual tokens each document begins with `n_virtual`
-        placeholders, any ids: what comes out there is not to be used.
+        placeholders of any id, whose logits mean nothing.
         """
         hidden = self.hidden(tokens, documents=documents, cache=cache)
         skipped = tokens.shape[1] - hidden.shape[1]
@@ -193,9 +193,9 @@ class Transformer(nn.Module):
         )
 
     def hidden(self, tokens: Tensor, *, documents: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
-        """The final normed states (B, T, C), from which logits and losses are made.
+        """The final normed states (B, T, C), from which logits and losses are computed.
 
-        Where a row begins with a prefix's placeholders, and has no others, there are none for them: (B, T − n, C).
+        With a prefix, and neither documents nor a cache, its n placeholders have no states: (B, T − n, C).
         """
         length = tokens.shape[1]
         positions, documents = self._placed(tokens, documents, cache)
@@ -224,9 +224,9 @@ class Transformer(nn.Module):
     def _placed(
         self, tokens: Tensor, documents: Tensor | None, cache: KVCache | None
     ) -> tuple[Tensor | None, Tensor | None]:
-        """Position of each token, (B, T) int64 (None: 0 to T − 1), and its document, which a cache knows better.
+        """Position of each token, (B, T) int64 (None: 0 to T − 1), and its document; with a cache both come from that.
 
-        Raises `UserError` for a position beyond the context; a row may be longer than that, a document may not.
+        Raises `UserError` for a position beyond max_seq_len; a row may be longer than that, a document may not.
         """
         length, limit = tokens.shape[1], self.config.max_seq_len
         if cache is not None:
@@ -263,7 +263,7 @@ def rotary_tables(config: ModelConfig, device) -> tuple[Tensor, Tensor]:
     if scaling is not None and scaling.type == "linear":
         frequency = frequency / scaling.factor
     elif scaling is not None and scaling.type == "llama3":
-        # turns over the original context: few turns → stretched, many → kept, between → blended
+        # turns in the original context: few → stretched, many → kept, in between → blended
         turns = scaling.original_max_seq_len * frequency / (2 * math.pi)
         blend = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
         blend = blend.clamp(0, 1)

@@ -1,9 +1,9 @@
-"""The only door to `kernels/`: each op picks an implementation, and `describe` says which.
+"""The only file that imports `kernels/`: each op picks an implementation, and `describe` says which.
 
 auto       the fastest there is for the device: triton on an NVIDIA GPU from the A100 on, else torch
-triton     our own kernels; on a CPU only through Triton's interpreter (TRITON_INTERPRET=1), to look into them
+triton     our own kernels; on a CPU only through Triton's interpreter (TRITON_INTERPRET=1), for debugging
 torch      torch's own fused ops
-reference  the specification in `kernels/reference.py`: slow, for reading and comparing
+reference  the specification in `kernels/reference.py`: slow, to read and to compare with
 """
 
 import importlib.util
@@ -22,7 +22,7 @@ from minillm.products import Products, product_dtype
 
 try:
     from kernels import reference
-except ImportError as problem:  # another package of that name is on the registry
+except ImportError as problem:  # PyPI has another package of that name
     raise UserError(
         f"the package 'kernels' that Python finds is not minillm's ({problem}): run from minillm's folder, "
         "or `pip uninstall kernels` and `pip install -e .`"
@@ -30,10 +30,8 @@ except ImportError as problem:  # another package of that name is on the registr
 
 IMPLEMENTATIONS = ("auto", "triton", "torch", "reference")
 OLDEST_GPU = 8, 0  # compute capability: what the kernels are compiled for and tested against
-MODULES = (
-    *("adamw", "attention", "decode_attention", "linear_cross_entropy", "muon", "quant_matmul", "rms_norm", "rope"),
-    "swiglu",
-)
+MODULES = ["adamw", "attention", "decode_attention", "launch", "linear_cross_entropy", "muon", "quant_matmul"]
+MODULES += ["rms_norm", "rope", "swiglu"]
 
 _selected = "auto"
 _triton: SimpleNamespace | None = None  # the kernels' modules, once they are imported
@@ -65,8 +63,8 @@ def _import_kernels() -> None:
     """Import Triton and the kernels, once. Raises `UserError` where Triton is not installed."""
     global _triton
     try:
-        names = ("launch", *MODULES)
-        _triton = _triton or SimpleNamespace(**{name: importlib.import_module(f"kernels.{name}") for name in names})
+        if _triton is None:
+            _triton = SimpleNamespace(**{name: importlib.import_module(f"kernels.{name}") for name in MODULES})
     except ImportError as problem:
         raise UserError(
             f"implementation triton: {problem}; install triton (Linux only), or choose --impl torch"
@@ -79,7 +77,7 @@ def _gpu_is_supported() -> bool:
 
 
 def _lacking() -> str:
-    """What this machine lacks for Triton, which builds in C what starts a kernel; "" if nothing."""
+    """What this machine lacks for Triton, which compiles each kernel's launcher in C; "" if nothing."""
     if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
         return "the kernels need a C compiler, and there is none (apt install gcc)"
     if not Path(sysconfig.get_path("include", "posix_prefix"), "Python.h").exists():
@@ -87,7 +85,7 @@ def _lacking() -> str:
     return ""
 
 
-# Before any op is called, not in one: torch.compile could not look into an import.
+# At import, not inside an op: torch.compile cannot trace an import.
 if _gpu_is_supported() and importlib.util.find_spec("triton") is not None and not _lacking():
     _import_kernels()
 
@@ -174,11 +172,11 @@ def attention(
     simple = spans is None and (window is None or window >= k_len)
     seen = None
     if not simple or (causal and q_len > 1 and q_len != k_len):
-        # torch's causal flag aligns the first query with the first key; ours the last with the last
+        # torch's causal flag aligns the first query with the first key, ours the last with the last
         seen = reference.visible(q_len, k_len, causal=causal, window=window, spans=spans, device=q.device)
         seen = seen if seen.dim() == 2 else seen[:, None]
     is_causal = causal and seen is None
-    if q_len == 1:  # no `and`: where torch.compile's lengths are symbols, that would be one, too
+    if q_len == 1:  # an `if` of its own: with torch.compile's symbolic lengths `and` would make is_causal symbolic
         is_causal = False
     groups = q.shape[2] // k.shape[2]
     if seen is not None and groups > 1 and q.is_cuda:  # torch has no fused CUDA kernel for a mask and grouped heads
@@ -199,7 +197,7 @@ def decode_attention(q: Tensor, k: Tensor, v: Tensor, begin: Tensor, end: Tensor
     """Attention of the newest Tq tokens, q (B, Tq, H, D), over a whole cache, k and v (B, Tmax, K, D); no gradient.
 
     begin, end: (B,) int32 or int64 on q's device: row b's keys are the slots begin[b] ≤ j < end[b], and its query t
-    stands at slot end[b] − Tq + t; no number of the host's changes from step to step. Returns (B, Tq, H, D).
+    stands at slot end[b] − Tq + t. All that changes from step to step is on the device. Returns (B, Tq, H, D).
     """
     if fused(q):
         return _triton.decode_attention.decode_attention(q, k, v, begin=begin, end=end, window=window)
@@ -225,9 +223,9 @@ def linear_cross_entropy(
 
 
 def matrices(layer: nn.Module) -> list[tuple[Tensor, Tensor | None]] | None:
-    """The weights and biases by which a linear layer multiplies its x; None where it does more than that.
+    """The (weight, bias) pairs of the products that a linear layer takes of its input; None where it does more.
 
-    A layer of one's own says so by a method of this name, and by `joined(*products)` what it makes of them.
+    Our own layers have a method of this name, and `joined(*products)`, which makes their output of the products.
     """
     if any((layer._forward_pre_hooks, layer._forward_hooks, layer._backward_pre_hooks, layer._backward_hooks)):
         return None
@@ -237,7 +235,7 @@ def matrices(layer: nn.Module) -> list[tuple[Tensor, Tensor | None]] | None:
 
 
 def linears(x: Tensor, *layers: nn.Module) -> tuple[Tensor, ...]:
-    """What linear layers make of one x (…, C), each on its own; under autocast in its dtype."""
+    """The outputs of linear layers that share one input x (…, C); under autocast in its dtype."""
     if not (fused(x) and torch.is_grad_enabled() and all(pairs := [matrices(layer) for layer in layers])):
         return tuple(layer(x) for layer in layers)
     flat = [tensor for own in pairs for pair in own for tensor in pair]
@@ -269,7 +267,7 @@ class _QuantMatmul(torch.autograd.Function):
 def quant_matmul(x: Tensor, weight: list[Tensor]) -> Tensor:
     """See `kernels.reference.quant_matmul`; under autocast in its dtype. The quantized weight gets no gradient."""
     dtype = product_dtype(x)
-    if weight[0].dtype == dtype:  # 16 bits, as they are
+    if weight[0].dtype == dtype:  # a base in 16 bits: nothing to dequantize
         return F.linear(x.to(dtype), *weight)
     if fused(x) and len(weight) > 1:
         return _triton.quant_matmul.quant_matmul(x, weight)

@@ -1,8 +1,8 @@
 """Optimizers and learning-rate schedules.
 
-On GPUs where our kernels run, a step of AdamW is one launch for all tensors, and Muon's is theirs too; elsewhere AdamW
-is torch's and Muon is written here. Their state is the same, so a checkpoint goes from one to the other. A schedule is
-a pure function of the step, so a resumed run is on it by itself.
+On GPUs where our kernels run, they compute the steps of AdamW (one launch for all tensors) and Muon; elsewhere AdamW is
+torch's and Muon is written here. The state is the same, so a checkpoint can move from one to the other. A schedule is a
+pure function of the step, so a resumed run continues it without any state.
 """
 
 import math
@@ -21,7 +21,7 @@ NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 TUNING_LR = {"lora": 0.64, "dora": 0.64, "ia3": 12.8, "adapter": 1.9, "prefix": 12.8, "prompt": 12.8, "ptuning": 1.9}
 
 NEWTON_SCHULZ_STEPS = 5
-MUON_ELEMENTS = 1 << 26  # numbers orthogonalized at a time: the iteration holds three copies of them
+MUON_ELEMENTS = 1 << 26  # numbers orthogonalized at a time: the iteration needs three copies of them
 
 
 def orthogonalize(matrices: Tensor, steps: int = NEWTON_SCHULZ_STEPS) -> Tensor:
@@ -44,8 +44,8 @@ def orthogonalize(matrices: Tensor, steps: int = NEWTON_SCHULZ_STEPS) -> Tensor:
 class Muon(torch.optim.Optimizer):
     """Momentum, orthogonalized: w ← w − lr (0.2 √max(rows, columns) · O(g + βm) + λ w), m ← βm + g.
 
-    For the matrices inside the layers. The factor makes an update's root mean square that of AdamW's, so
-    that both share one learning rate and weight decay (Liu et al. 2025, arXiv:2502.16982, section 2.2).
+    For the matrices inside the layers. The factor gives an update the root mean square of AdamW's, so that
+    both can share one learning rate and weight decay (Liu et al. 2025, arXiv:2502.16982, section 2.2).
     """
 
     def __init__(self, params, lr: float, momentum: float = 0.95, weight_decay: float = 0.0):
@@ -83,7 +83,7 @@ class Muon(torch.optim.Optimizer):
 
 
 class AdamW(torch.optim.AdamW):
-    """torch's AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101), its step by our kernel where that runs.
+    """torch's AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101), its step computed by our kernel where that runs.
 
     params: a list of groups, all on one device.
     """
@@ -110,9 +110,9 @@ class AdamW(torch.optim.AdamW):
                         "exp_avg_sq": torch.zeros_like(p),
                     }
             counts = [int(state["step"]) + 1 for state in held]
-            for step in sorted({*counts}):  # one, but for parameters that joined later
+            for step in sorted({*counts}):  # a single one, unless parameters joined later
                 now = [i for i, count in enumerate(counts) if count == step]
-                # made anew, all at once: counting up each takes 2 µs, for which the GPU would wait
+                # created all at once: adding one to each takes 2 µs, for which the GPU would wait
                 for i, count in zip(now, torch.full((len(now),), float(step)).unbind(), strict=True):
                     held[i]["step"] = count
                 ops.adamw(
@@ -148,8 +148,8 @@ def build_optimizers(
 
 
 def default_lr(kind: str, dim: int) -> float:
-    """A peak learning rate to begin with, for a width of `dim`: best of those tried at 128 (docs/defaults.md), carried
-    to other widths by 1/√width, which is a rule of thumb and no measurement.
+    """A peak learning rate for width `dim`: the best of those tried at 128 (docs/defaults.md), scaled to other widths
+    by 1/√width, which is a rule of thumb, not measured.
     """
     return {"muon": 0.09, "adamw": 0.045}[kind] / math.sqrt(dim)
 

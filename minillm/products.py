@@ -1,9 +1,9 @@
-"""Several linear layers of one x: their products, whose gradients are added where they are made.
+"""Several linear layers of one input x: the gradients of x are summed by the matrix products that compute them.
 
-Of y_i = x W_iᵀ + b_i the gradients are ∂x = Σ ∂y_i W_i, ∂W_i = ∂y_iᵀ x and ∂b_i = Σ_n ∂y_i. Autograd alone has each
-product write a ∂x of its own and reads them all again to add them: for q, k and v three writes and two additions, 9 N C
-numbers in and out of memory, where 5 do if each product adds to the sum of those before. And under autocast it rounds
-∂W to 16 bits, to write it again in fp32, where the product can end in fp32 at once.
+For y_i = x W_iᵀ + b_i the gradients are ∂x = Σ ∂y_i W_i, ∂W_i = ∂y_iᵀ x and ∂b_i = Σ_n ∂y_i. Plain autograd has each
+product write a ∂x of its own and then reads them all again to add them: for q, k and v that moves 9 N C numbers, where
+5 N C suffice if each product adds to the sum so far. And under autocast it writes ∂W first in 16 bits and then again in
+fp32, where the product can write fp32 directly.
 """
 
 import torch
@@ -17,14 +17,14 @@ def product_dtype(x: Tensor) -> torch.dtype:
 
 
 class Products(torch.autograd.Function):
-    """x Wᵀ + b for each W (K, C) and b (K,) or None of one x (N, C), in `dtype`; apply(x, dtype, W, b, W, b, …)."""
+    """x Wᵀ + b of one x (N, C) for each W (K, C) and b (K,) or None, in `dtype`: apply(x, dtype, W, b, W, b, …)."""
 
     @staticmethod
     def forward(ctx, x, dtype, *weights_and_biases):
         weights, biases = weights_and_biases[::2], weights_and_biases[1::2]
         ctx.dtypes = [None if t is None else t.dtype for t in (x, *weights_and_biases)]
         x, cast = x.to(dtype), [w.to(dtype) for w in weights]
-        # kept is a weight, or its cast if that is narrower
+        # keep each weight, or its cast if that is narrower
         ctx.save_for_backward(x, *(w if w.itemsize <= c.itemsize else c for w, c in zip(weights, cast, strict=True)))
         pairs = zip(cast, biases, strict=True)
         return tuple(x @ w.t() if b is None else torch.addmm(b.to(dtype), x, w.t()) for w, b in pairs)
@@ -56,13 +56,13 @@ def _input_gradient(grads: list[Tensor], weights: list[Tensor]) -> Tensor:
     return dx
 
 
-# Compiled, `addmm_` would become an `addmm` out of place, which copies the sum first: so it looks no further than here.
+# torch.compile would turn `addmm_` into an out-of-place `addmm`, which copies the sum first: an op hides it.
 _input_gradient_op = torch.library.custom_op("minillm::input_gradient", _input_gradient, mutates_args=())
 _input_gradient_op.register_fake(lambda grads, weights: grads[0].new_empty(len(grads[0]), weights[0].shape[1]))
 
 
 def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """a b in `dtype`: on a GPU, fp32 without a rounding between where a and b have 16 bits."""
+    """a b in `dtype`; on a GPU, products of 16-bit matrices are written in fp32 without rounding in between."""
     if a.is_cuda and a.dtype != dtype == torch.float32:
         return torch.mm(a, b, out_dtype=dtype)
     return (a @ b).to(dtype)

@@ -1,18 +1,18 @@
 """A frozen base in 16, 8 or 4 bits, to train a few parameters on top of: bf16, int8 by rows, or NF4 with double
 quantization.
 
-    load_model(folder, base_bits=4)     quantized tensor by tensor: the whole never lies in memory
-    quantize_base(model, 4)             a model that is there, layer by layer
+    load_model(folder, base_bits=4)     quantized tensor by tensor: the whole model is never in memory
+    quantize_base(model, 4)             a model that is loaded already, layer by layer
 
-The linear maps inside the layers become `QuantLinear`; everything else is put into fp32: norms, head, embedding, and so
-the residual stream (products run in 16 bits under autocast, as in all training here). Nothing of it is trained.
+The linear layers of the blocks become `QuantLinear`; everything else is put into fp32: norms, head, embedding, and with
+them the residual stream (products run in 16 bits under autocast, as in all training here). None of it is trained.
 
-int8 keeps a column as it was if one of its entries is beyond 6 times the root mean square of its row, for that entry
-alone would take the row's steps for itself. (LLM.int8, Dettmers et al. 2022, arXiv:2208.07339, finds columns by the
-size of the inputs, which it rounds as well; here inputs stay as they are, so the weights decide. Of 45 million normal
-numbers 0.09 lie beyond 6.)
+int8 leaves a column unquantized if one of its entries is beyond 6 times the root mean square of its row, since that
+entry alone would set the step size of the whole row. (LLM.int8, Dettmers et al. 2022, arXiv:2208.07339, picks columns
+by the size of the inputs, which it rounds as well; here inputs are not rounded, so the weights decide. Of 45 million
+normal numbers 0.09 lie beyond 6.)
 
-A rounded weight stays rounded: an adapter is merged into what `dequantize_base` gives, a plain model in fp32 or 16
+Quantized weights stay rounded: an adapter is merged into what `dequantize_base` gives, a plain model in fp32 or 16
 bits.
 """
 
@@ -27,10 +27,10 @@ from minillm.config import ModelConfig
 from minillm.model import Transformer
 
 BITS = (16, 8, 4)
-BLOCK, GROUP = 64, 256  # columns to a scale, scales to a scale of theirs (arXiv:2305.14314, section 3)
+BLOCK, GROUP = 64, 256  # columns per scale, scales per second-level scale (arXiv:2305.14314, section 3)
 OUTLIER = 6.0
 MOST_KEPT = 64  # at most one column in so many is kept: 3 % more memory
-CHUNK = 1 << 22  # weights quantized at a time: some 16 bytes for each on the way
+CHUNK = 1 << 22  # weights quantized at a time, at about 16 bytes of scratch memory each
 NAMES = {16: ("dense",), 8: ("codes", "scale", "kept", "columns"), 4: ("codes", "scale", "coarse", "offset")}
 
 
@@ -63,8 +63,8 @@ def quantize_int8(weight: Tensor) -> list[Tensor]:
 def quantize_nf4(weight: Tensor) -> list[Tensor]:
     """W (N, K) → codes, scale, coarse, offset of `kernels.reference.dequantize_nf4`, B = ⌈K / 64⌉ blocks a row.
 
-    The largest magnitude of each block, less the mean of them all, is rounded to 255 steps a group (8-bit integers:
-    nearer than the paper's 8-bit floats); a weight goes to the nearest value times the scale so rounded.
+    The largest magnitude of each block, minus the mean of them all, is rounded to 255 steps per group (8-bit integers,
+    which are closer than the paper's 8-bit floats); each weight goes to the nearest NF4 value times that rounded scale.
     """
     n, width = weight.shape
     blocks = -(-width // BLOCK)
@@ -101,8 +101,8 @@ def plain_linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
 class QuantLinear(nn.Module):
     """y = x Wᵀ + b with a frozen W in 16, 8 or 4 bits: `kernels.reference.quant_matmul`.
 
-    in_features, out_features as in nn.Linear. W's tensors, one or four, are buffers outside the state dict: files hold
-    adapters, or whole models by way of `dequantize_base`.
+    in_features, out_features as in nn.Linear. W's tensors, one or four, are buffers outside the state dict: what is
+    saved is an adapter, or a whole model after `dequantize_base`.
     """
 
     def __init__(self, linear: nn.Linear, bits: int):
@@ -125,7 +125,7 @@ class QuantLinear(nn.Module):
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def matrices(self) -> list[tuple[Tensor, Tensor | None]] | None:
-        """For `ops.linears`: W in 16 bits is multiplied by as it is."""
+        """For `ops.linears`: only a W in 16 bits is multiplied by as it is."""
         return [(self.dense, self.bias)] if self.bits == 16 else None
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> nn.Linear:
@@ -134,7 +134,7 @@ class QuantLinear(nn.Module):
         return plain_linear(weight.to(dtype), None if self.bias is None else self.bias.to(dtype))
 
     def _apply(self, fn, recurse: bool = True):
-        """Moves between devices, but rounds nothing: .half() or .bfloat16() would spoil the scales."""
+        """Moves between devices, but casts nothing: .half() or .bfloat16() would ruin the scales."""
         return super()._apply(lambda tensor: tensor.to(fn(tensor[:0]).device), recurse)
 
     def extra_repr(self) -> str:
@@ -143,7 +143,7 @@ class QuantLinear(nn.Module):
 
 
 def take_weight(model: Transformer, name: str, weight: Tensor, bits: int) -> bool:
-    """Put `weight` into the layer it is named for, quantized, if that is a linear map of the base; whether it was."""
+    """If `name` is the weight of a linear layer of a block, quantize `weight` into it. Returns whether it is."""
     path, _, kind = name.rpartition(".")
     linear = model.get_submodule(path)
     if kind != "weight" or not path.startswith("layers.") or type(linear) is not nn.Linear:
@@ -154,18 +154,18 @@ def take_weight(model: Transformer, name: str, weight: Tensor, bits: int) -> boo
 
 
 def check_bits(bits: int) -> None:
-    """Raise `UserError` for a number of bits that there is no format for."""
+    """Raise `UserError` for a number of bits without a format."""
     if bits not in BITS:
         raise UserError(f"--base_bits {bits}: choose one of {', '.join(map(str, BITS))}")
 
 
 def is_quantized(model: nn.Module) -> bool:
-    """Whether any of its linear maps is."""
+    """Whether any of the model's linear layers is quantized."""
     return any(isinstance(module, QuantLinear) for module in model.modules())
 
 
 def quantize_base(model: Transformer, bits: int) -> None:
-    """Quantize a model in place and freeze it: memory holds it and one layer more. See the top of this file.
+    """Quantize a model in place and freeze it; memory holds the model and one layer more. See the top of this file.
 
     Raises `UserError` for other bits than 16, 8 and 4, for weights that are not finite, and if it is quantized already.
     """
@@ -175,7 +175,7 @@ def quantize_base(model: Transformer, bits: int) -> None:
     for name, parameter in model.named_parameters():
         if not parameter.isfinite().all():
             raise UserError(f"{name} holds values that are not finite: it cannot be quantized")
-    for name in [name for name, _ in model.named_parameters()]:  # names alone: they keep no weight alive
+    for name in [name for name, _ in model.named_parameters()]:  # names only: they keep no weight alive
         take_weight(model, name, model.get_parameter(name).detach(), bits)
     prepare_base(model)
 
@@ -197,7 +197,7 @@ def dequantize_base(model: Transformer, dtype: torch.dtype = torch.float32) -> N
 
 
 def _stored(n_in: int, n_out: int, bits: int | None) -> int:
-    """Bytes of a weight as it is kept; None: in fp32."""
+    """Bytes of a weight as it is stored; bits None: in fp32."""
     blocks = -(-n_in // BLOCK)
     if bits == 4:
         return n_out * blocks * (BLOCK // 2 + 1) + 4 * -(-n_out * blocks // GROUP) + 4
@@ -207,17 +207,17 @@ def _stored(n_in: int, n_out: int, bits: int | None) -> int:
 def memory_estimate(
     config: ModelConfig, bits: int | None, rank: int, rows: int, seq_len: int, size: int = 2
 ) -> dict[str, int]:
-    """Bytes that training LoRA on a quantized base takes at its largest moment, item by item; their sum is the whole.
+    """Peak bytes of training LoRA on a quantized base, item by item; their sum is the whole.
 
-    bits: of the base (None: fp32). rank: of an adapter on every linear map of the layers, in fp32, with AdamW. rows ×
+    bits: of the base (None: fp32). rank: of an adapter on every linear layer of the blocks, in fp32, with AdamW. rows ×
     seq_len tokens at once, layers recomputed in the backward pass, products in numbers of `size` bytes under autocast,
-    the residual stream in fp32. Of int8, kept columns are not counted (at most 3 % of the base); nor is what the CUDA
-    context takes, some 0.5 GB.
+    the residual stream in fp32. Not counted: the columns that int8 keeps (at most 3 % of the base), and the CUDA
+    context (about 0.5 GB).
 
-    A layer keeps two inputs: the stream and what is to be added to it. At the worst moment in a layer there are two
-    more states of the stream, two normed ones, queries, keys, values and attention's output, and six of the width of
-    the feed-forward network: gate, up, their product, a gradient of each. Under the loss there are logits, their
-    chunk at most `kernels.linear_cross_entropy.chunk_rows`, the head in numbers of `size`, and a gradient.
+    A layer keeps two inputs: the stream and what is to be added to it. At its peak a layer holds in addition two
+    states of the stream, two normed ones, queries, keys, values and attention's output, and six tensors as wide as
+    the feed-forward network: gate, up, their product, and the gradient of each. In the loss there are the logits of a
+    chunk, at most `kernels.linear_cross_entropy.chunk_rows`, the head in numbers of `size`, and a gradient.
     """
     c, f, tokens = config.dim, config.ffn_dim, rows * seq_len
     q, kv = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim

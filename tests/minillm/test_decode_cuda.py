@@ -178,7 +178,7 @@ def test_a_replay_is_the_step():
     for prompts in ([prompt(9)], [prompt(9), prompt(4, seed=1)]):
         caches = [generate.prefill(model, prompts, 20)[0] for _ in range(2)]
         recorded, run = (GraphDecoder(model, cache) for cache in caches)
-        run._record = lambda: None
+        run._capture = lambda: None
         for token in range(20):
             tokens = torch.full((len(prompts),), token, device="cuda")
             assert torch.equal(recorded.step(tokens), run.step(tokens))
