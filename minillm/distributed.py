@@ -21,8 +21,8 @@ import torch.distributed as dist
 
 from minillm import UserError
 
-LOADING = 10  # times --timeout_s that ranks wait for one another before the first step
-ANSWER_S = 2.0  # seconds in which a rank that lives tells where it stands
+LOADING = 10  # ranks wait for one another this many times --timeout_s before the first step
+ANSWER_S = 2.0  # seconds in which a rank that is alive reports where it is
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Ranks:
         return total.tolist()
 
     def any(self, flag: int) -> int:
-        """The largest flag of all ranks, so that they decide alike."""
+        """The largest flag of all ranks, so that all make the same decision."""
         if self.world == 1:
             return flag
         largest = torch.tensor(flag, device=self.device)
@@ -75,8 +75,8 @@ class Ranks:
 def start(device: str = "auto", timeout_s: float = 600.0) -> Ranks:
     """Join the other ranks (nccl on CUDA, gloo elsewhere) and take a device.
 
-    device: auto, cpu, cuda, cuda:N or mps. timeout_s: half the seconds after which a collective that one rank never
-    joins is given up, should no `Watchdog` have ended the run before.
+    device: auto, cpu, cuda, cuda:N or mps. timeout_s: a collective that a rank never joins is given up after `LOADING`
+    times as long, unless a `Watchdog` has ended the run before.
     """
     world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
     chosen = pick_device(device)
@@ -92,7 +92,7 @@ def start(device: str = "auto", timeout_s: float = 600.0) -> Ranks:
                 raise UserError(
                     f"rank {rank} wants GPU {local}, but there are {torch.cuda.device_count()}: lower --nproc_per_node"
                 )
-        chosen = torch.device("cuda", local)  # by its number: torch takes no other as the current device
+        chosen = torch.device("cuda", local)  # with its number, which set_device needs
         torch.cuda.set_device(chosen)
         torch.set_float32_matmul_precision("high")  # TF32 for what stays in fp32
     elif chosen.type == "cpu":
@@ -101,7 +101,7 @@ def start(device: str = "auto", timeout_s: float = 600.0) -> Ranks:
         _explain_lost_ranks(rank, world)
         backend = "nccl" if chosen.type == "cuda" else "gloo"
         store = _new_store(timedelta(seconds=2 * timeout_s))
-        patience = timedelta(seconds=LOADING * timeout_s)  # once steps are taken, the watchdog is sooner
+        patience = timedelta(seconds=LOADING * timeout_s)  # during training the watchdog acts sooner
         device_id = chosen if backend == "nccl" else None
         dist.init_process_group(
             backend, store=store, rank=rank, world_size=world, timeout=patience, device_id=device_id
@@ -110,13 +110,13 @@ def start(device: str = "auto", timeout_s: float = 600.0) -> Ranks:
 
 
 def pick_device(name: str) -> torch.device:
-    """A torch device from a name; "auto" takes CUDA where there is one, else the CPU. A GPU given by number becomes
-    the current one."""
+    """A torch device from a name; "auto" means CUDA if available, else the CPU. A GPU given by number becomes the
+    current device."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        if device.type == "cuda":  # asked of the driver, since a tensor would take memory there
+        if device.type == "cuda":  # ask the driver: a test tensor would take memory
             known = torch.cuda.device_count()
             if (device.index or 0) >= known:
                 raise RuntimeError(f"{known} GPU(s) found")
@@ -141,7 +141,7 @@ def _keep_freed_memory() -> None:
     with contextlib.suppress(OSError, AttributeError):
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD: blocks below 1 GiB come from the heap
-        libc.mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD: of which up to 1 GiB is not given back
+        libc.mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD: keep up to 1 GiB of free heap
 
 
 def micro_batch(batch_size: int, micro_batch_size: int | None, world: int) -> int:
@@ -165,9 +165,9 @@ class Watchdog:
 
     It watches from the first `tick` on; loading may take `LOADING` times as long.
 
-    Without it a rank that hangs would leave all others waiting without a word. Each tells the others through the
-    group's key-value store which step it finished last and, when time is up, where it stands: the one that hangs
-    stands elsewhere than those that wait for it, or says nothing at all.
+    Without it a rank that hangs would leave all others waiting silently. Each rank reports through the group's
+    key-value store which step it finished last and, when time is up, which line it is at: the one that hangs is at
+    another line than those that wait for it, or reports nothing at all.
     """
 
     def __init__(self, ranks: Ranks, limit_s: float):
@@ -192,12 +192,12 @@ class Watchdog:
         found = []
         asking = threading.Thread(target=lambda: found.append(self._places()), daemon=True)
         asking.start()
-        asking.join(2 * ANSWER_S)  # a store that the hanging rank itself keeps answers nobody
+        asking.join(2 * ANSWER_S)  # the store does not answer if the hanging rank hosts it
         places = found[0] if found else "the rank that keeps the store (rank 0, without torchrun) gives no sign"
         _end(f"rank {self.ranks.rank}: no step finished for {self.limit_s:.0f} s after step {self.step}: {places}")
 
     def _places(self) -> str:
-        """Where each rank stands, as far as it says so."""
+        """Which line each rank is at, as far as it reports it."""
         frame = sys._current_frames()[threading.main_thread().ident]
         while frame.f_back is not None and f"{os.sep}torch{os.sep}" in frame.f_code.co_filename:
             frame = frame.f_back
@@ -212,7 +212,7 @@ class Watchdog:
 
 
 def _explain_lost_ranks(rank: int, world: int) -> None:
-    """Have a collective that fails since another rank is gone end this one with a line in place of a traceback."""
+    """When a collective fails because another rank is gone, end this one with one line instead of a traceback."""
     before = sys.excepthook
 
     def explain(kind, problem, traceback):
@@ -234,10 +234,10 @@ def _explain_lost_ranks(rank: int, world: int) -> None:
 
 
 def _new_store(timeout: timedelta) -> dist.Store:
-    """The store through which ranks find each other, without what those of an earlier attempt left in it.
+    """The store through which ranks find each other, without the entries of an earlier attempt.
 
-    torchrun keeps one store over its restarts. How many there were it counts on each machine by itself, so that only
-    ranks of one machine can tell attempts apart by that.
+    torchrun keeps one store over all restarts. It counts restarts on each machine separately, so the count tells
+    attempts apart only if there is a single machine.
     """
     store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
     store.set_timeout(timeout)
@@ -250,7 +250,7 @@ def _store() -> dist.Store:
 
 
 def _answers(store: dist.Store, what: str, world: int, wait_s: float = 0.0) -> dict[int, str]:
-    """What the ranks have set under `what`, by rank, as soon as all have or `wait_s` seconds have passed."""
+    """What the ranks have set under `what`, by rank, once all have done so or `wait_s` seconds have passed."""
     until = time.monotonic() + wait_s
     while True:
         found = [rank for rank in range(world) if store.check([f"{what}/{rank}"])]
@@ -260,6 +260,6 @@ def _answers(store: dist.Store, what: str, world: int, wait_s: float = 0.0) -> d
 
 
 def _end(problem: str) -> None:
-    """End this process here and now: what waits for another rank cannot be unwound."""
-    os.write(2, f"error: {problem}\n".encode())  # torch's hook for exceptions has put a buffer in stderr's place
+    """End this process at once: a thread that waits for another rank cannot be interrupted."""
+    os.write(2, f"error: {problem}\n".encode())  # torch's exception hook has replaced sys.stderr by a buffer
     os._exit(3)

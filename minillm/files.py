@@ -1,7 +1,7 @@
 """Files and folders that are whole or absent, whatever ends the process that writes them.
 
-What is written goes to `<name>.tmp-<pid>` first and appears under its name by one rename, after its bytes have
-reached the disk. A folder gets a manifest.json with size and SHA-256 of each file, by which it can be verified.
+Everything is written to `<name>.tmp-<pid>` first and gets its name by one rename, after its bytes have reached the
+disk. A folder gets a manifest.json with the size and SHA-256 of each file, by which it can be verified.
 """
 
 import contextlib
@@ -22,13 +22,13 @@ except ImportError:  # Windows
     resource = None
 
 MANIFEST = "manifest.json"
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # how a disk refuses for want of space, a quota or a limit
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # no space left, or a quota or size limit reached
 
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[Path]:
-    """Gives the place where this process may write what shall appear at `path`; whatever goes wrong, it is
-    empty again in the end, and what the disk refuses becomes a `UserError`."""
+    """Gives a scratch path to write to before renaming it to `path`. It is gone again in the end, whatever goes
+    wrong, and an OSError becomes a `UserError`."""
     scratch = path.with_name(f"{path.name}.tmp-{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -62,7 +62,7 @@ def sync(path: Path) -> None:
     """Wait until a file's bytes, or a folder's list of names, are on the disk."""
     windows = os.name == "nt"
     if windows and path.is_dir():
-        return  # Windows cannot, and keeps names in order by itself
+        return  # Windows cannot sync a folder, and need not
     handle = os.open(path, os.O_RDWR if windows else os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -105,9 +105,9 @@ def write_file(path: str | Path, write: Callable[[Path], None]) -> None:
 def write_folder(path: str | Path, fill: Callable[[Path], None]) -> None:
     """Make the folder `path` appear whole, with a manifest, or not at all.
 
-    fill(folder): writes the files into the folder it is given. A folder that is there already is replaced,
-    and stays on the disk until the new one is whole. Raises `UserError` with path and bytes when the disk is
-    full, read-only or the like; whatever goes wrong, nothing but the old content is left.
+    fill(folder): writes the files into the folder it is given. A folder that exists already is replaced, and
+    stays on the disk until the new one is whole. Raises `UserError` with path and bytes when the disk is full,
+    read-only or the like; whatever goes wrong, the old content is left and nothing else.
     """
     with writing(path := Path(path)) as scratch:
         discard(scratch)
@@ -128,11 +128,11 @@ def write_folder(path: str | Path, fill: Callable[[Path], None]) -> None:
 
 
 def _put_in_place(scratch: Path, path: Path) -> None:
-    # A rename cannot replace a full folder, so the old one steps aside under a name that clean_stale
-    # gives back, should we be killed between the two renames.
+    # A rename cannot replace a folder that has files, so the old one is first renamed to a name from which
+    # run.clean_stale restores it, should we be killed between the two renames.
     aside = path.with_name(path.name + ".old")
     if path.exists() and verify_folder(path):
-        shutil.rmtree(path)  # damaged: worth less than what may still lie aside
+        shutil.rmtree(path)  # damaged: worth less than an older one that may still be aside
     elif path.exists():
         shutil.rmtree(aside, ignore_errors=True)
         path.rename(aside)
@@ -144,8 +144,8 @@ def _put_in_place(scratch: Path, path: Path) -> None:
 def verify_folder(path: str | Path) -> list[str]:
     """What is wrong with a folder that `write_folder` wrote; empty when every file is as it was written.
 
-    Files added later are no fault, weights (*.safetensors and their index) excepted: a loader might read them. Raises
-    PermissionError for a file that may not be read, which is no damage.
+    Files added later are allowed, except weights (*.safetensors and their index), which a loader might read. Raises
+    PermissionError for a file that may not be read, since that is not damage.
     """
     path = Path(path)
     try:
@@ -186,9 +186,9 @@ def refuse_existing(out: str | Path) -> None:
 
 
 def check_writable(path: str | Path, bytes_needed: int, largest_file: int = 0) -> None:
-    """Refuse, before the first step, a run's folder that could not take its checkpoints.
+    """Refuse, before the first step, a run's folder that cannot hold its checkpoints.
 
-    bytes_needed: for all checkpoints that will lie there at once, beyond those there now; largest_file: bytes.
+    bytes_needed: for all checkpoints kept at once, beyond those there now; largest_file: bytes.
     Raises `UserError` if the folder cannot be written, has too little space or allows no file so large.
     """
     with writing(Path(path) / "probe") as probe:

@@ -18,18 +18,18 @@ def parallelize(model: nn.Module, ranks: Ranks, compile: bool) -> nn.Module:
     if ranks.world > 1:
         devices = [ranks.device.index] if ranks.device.type == "cuda" else None
         trained = DistributedDataParallel(Replica(trained), device_ids=devices, gradient_as_bucket_view=True)
-        trained.broadcast_buffers = False  # the rotary tables: alike on every rank, no need to send them each pass
+        trained.broadcast_buffers = False  # the rotary tables: equal on every rank, no need to send them in each pass
         trained().backward()
         model.zero_grad(set_to_none=True)
     return trained
 
 
 class Replica(nn.Module):
-    """The model as DDP holds it; called with nothing, it gives a sum of all trained parameters.
+    """The model as DDP wraps it; called without inputs, it returns the sum of all trained parameters.
 
-    DDP lays gradients into buckets anew after its first backward pass, in the order in which they came, and where a
-    gradient lies decides in which order three or more ranks add it up. A pass through that sum, before training, costs
-    one exchange of gradients and gives every step of every start the same buckets: a resumed run stays on its track.
+    After its first backward pass DDP reassigns gradients to buckets in the order in which they became ready, and the
+    place in a bucket decides in which order three or more ranks add a gradient up. A backward pass through that sum,
+    before training, costs one all-reduce and gives all steps the same buckets, so that a resumed run is bit-identical.
     """
 
     def __init__(self, model: nn.Module):
@@ -46,8 +46,8 @@ class Replica(nn.Module):
 def compiled(model: nn.Module) -> nn.Module:
     """torch.compile(model), whose first call compiles.
 
-    torch 2.11 words a message for each custom op it meets, with all that the op's inputs were computed from, theirs and
-    so on: a time that doubles with every layer, for a line that nobody asked for (later versions word what is read).
+    torch 2.11 formats a debug message for each custom op with everything its inputs were computed from, recursively:
+    the time doubles with every layer. So the message is shortened; later versions format it only when it is read.
     """
     if torch.__version__.startswith("2.11."):
         from torch._inductor.exc import OperatorIssue

@@ -1,4 +1,4 @@
-"""The folder of a run: which checkpoint to go on from, one owner, and signals that never tear a save.
+"""The folder of a run: which checkpoint to resume from, a lock for its one owner, and signals that never cut a save.
 
 out/<run>/step-00000060/   a checkpoint, whole or absent (see files.py)
 out/<run>/metrics.jsonl    one row a logged step
@@ -52,8 +52,8 @@ def step_folders(run: str | Path) -> list[Path]:
 def newest_checkpoint(run: str | Path, log: Callable[[str], None] = print) -> Path | None:
     """The newest checkpoint of a run that verifies; None if the run has none.
 
-    Says of each broken one it passes over what is wrong with it. Raises `UserError` if there are checkpoints
-    but not one is whole: to begin anew in their place is for a person to decide.
+    Logs what is wrong with each broken one it skips. Raises `UserError` if there are checkpoints but none is
+    whole: whether to start over in their place is for a person to decide.
     """
     folders = step_folders(run)
     for folder in reversed(folders):
@@ -92,7 +92,7 @@ def resolve_checkpoint(path: str | Path, log: Callable[[str], None] = print) -> 
 def resume_from(run: str | Path, resume: str) -> Path:
     """Where to look for the checkpoint that --resume means: in the run, or at a PATH until the run has its own.
 
-    A PATH inside the run is taken each time: training goes back to it on purpose.
+    A PATH inside the run is used every time: the user wants to go back to it.
     """
     named, run = Path(resume), Path(run)
     if resume == "auto" or (step_folders(run) and run.resolve() not in (named.resolve(), named.resolve().parent)):
@@ -114,7 +114,7 @@ def clean_stale(run: str | Path) -> None:
 
 
 def _alive(pid: int) -> bool:
-    """Whether another process of that number exists. (In a container every run may be process 1: not another.)"""
+    """Whether another process has this number. (In a container each run may be process 1; that is not another one.)"""
     if os.name == "nt" or pid == os.getpid():
         return False
     try:
@@ -127,9 +127,9 @@ def _alive(pid: int) -> bool:
 
 
 def set_aside_later(run: str | Path, step: int, log: Callable[[str], None] = print) -> None:
-    """Rename a run's checkpoints after `step`, from which it now goes on: they are damaged or of a track left behind.
+    """Rename a run's checkpoints after `step`, from which it now goes on: they are damaged or no longer wanted.
 
-    Else the next start would take them for the newest, and `prune` the new ones for the oldest.
+    Otherwise the next start would take them for the newest, and `prune` would delete the new ones as the oldest.
     """
     for folder in step_folders(run):
         if step_of(folder) > step:
@@ -149,7 +149,7 @@ def prune(run: str | Path, keep_last: int, log: Callable[[str], None] = print) -
         return
     for folder in folders[:-keep_last]:
         try:
-            doomed = folder.rename(f"{folder}.tmp-{os.getpid()}")  # half deleted, it must not bear a step's name
+            doomed = folder.rename(f"{folder}.tmp-{os.getpid()}")  # half deleted, it must not look like a checkpoint
             shutil.rmtree(doomed)
         except OSError as problem:  # a checkpoint too many is no reason to end a run
             log(f"{folder}: could not be deleted ({problem})")
@@ -159,7 +159,7 @@ def prune(run: str | Path, keep_last: int, log: Callable[[str], None] = print) -
 
 
 class RunLock:
-    """Holds a run's folder for this process; the system lets go when the process ends, however it ends."""
+    """Locks a run's folder for this process; the system unlocks it when the process ends, however it ends."""
 
     def __init__(self, run: str | Path):
         """Raises `UserError` naming the holder if another process trains in `run`."""
@@ -177,7 +177,7 @@ class RunLock:
             raise UserError(f"--out {run}: in use by {holder}; end that run or choose another --out") from None
         except OSError as problem:  # some network disks
             return print(f"{run}: cannot be locked ({problem.strerror}); start no second run with the same --out")
-        os.register_at_fork(after_in_child=self.file.close)  # a child that outlives us must not hold it
+        os.register_at_fork(after_in_child=self.file.close)  # a child that outlives us must not keep the lock
         self.file.truncate(0)
         self.file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         self.file.flush()
@@ -188,21 +188,21 @@ class RunLock:
 
 
 class StopSignals:
-    """Turns SIGTERM and Ctrl-C into a wish that the loop grants between two steps.
+    """Turns SIGTERM and Ctrl-C into a request that the loop honours between two steps.
 
-    The loop sees `requested` (signal number, 0 for none), saves one checkpoint and exits with 128 + it: 130 after
-    Ctrl-C, 143 after SIGTERM. A second one changes nothing; a third Ctrl-C ends the process at once. torchrun
-    passes SIGTERM on to every rank, gives them 30 s, then kills; a save cut short by that leaves the one before.
+    The loop sees `requested` (signal number, 0 for none), saves one checkpoint and exits with 128 + that number: 130
+    after Ctrl-C, 143 after SIGTERM. A second signal changes nothing; a third Ctrl-C ends the process at once. torchrun
+    passes SIGTERM on to every rank and kills them after 30 s; a save cut short by that leaves the checkpoint before.
     """
 
     def __init__(self):
         self.requested, self.interrupts = 0, 0
         self.before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
-        if hasattr(os, "register_at_fork"):  # a worker process shall end when it is told to
+        if hasattr(os, "register_at_fork"):  # a worker process must end when told to
             os.register_at_fork(after_in_child=self.restore)
 
     def _note(self, number: int, frame) -> None:
-        nth = self.interrupts = self.interrupts + (number == signal.SIGINT)  # the next may come while this one is noted
+        nth = self.interrupts = self.interrupts + (number == signal.SIGINT)  # the next may come meanwhile
         if nth == 2:
             signal.signal(signal.SIGINT, signal.SIG_DFL)  # the next is the system's, even inside a long call
         if os.environ.get("RANK", "0") == "0":
@@ -217,8 +217,8 @@ class StopSignals:
 
 
 def run_script(main: Callable[[], int | None]) -> int:
-    """Run a script's main and return its exit status: 130 after Ctrl-C; 2 and one line on stderr for a `UserError`, for
-    a file that may not be read, and where memory runs out."""
+    """Run a script's main and return its exit status: 130 after Ctrl-C; 2 and one line on stderr for a `UserError`, a
+    file without permission, or when memory runs out."""
     rank = os.environ.get("RANK", "0")
     who = "error" if rank == "0" else f"error: rank {rank}"
     try:
@@ -230,7 +230,7 @@ def run_script(main: Callable[[], int | None]) -> int:
     except PermissionError as problem:
         line = f"{problem.filename}: {problem.strerror or problem}; fix its permissions (chmod)"
     except (MemoryError, RuntimeError) as problem:
-        text = str(problem)  # torch says it on a GPU in the first way, on a CPU in the second
+        text = str(problem)  # the first is torch's wording on a GPU, the second on a CPU
         if not isinstance(problem, MemoryError) and not re.search("out of memory|can't allocate memory", text):
             raise
         asked = re.search(r"allocate [\d.,]+ \w+", text)
@@ -241,10 +241,10 @@ def run_script(main: Callable[[], int | None]) -> int:
 
 
 class MetricsLog:
-    """metrics.jsonl: one JSON object a line, on its way to the disk as soon as it is written."""
+    """metrics.jsonl: one JSON object per line, unbuffered."""
 
     def __init__(self, path: str | Path, resume_step: int | None = None):
-        """Keep the rows up to `resume_step` (None or 0: a new run, none), cut later ones and a torn last line."""
+        """Keep the rows up to `resume_step` (None or 0: a new run, no rows); drop later ones and a torn last line."""
         self.path = Path(path)
         with files.writing(self.path) as scratch:
             if self.path.exists():
@@ -255,16 +255,16 @@ class MetricsLog:
             self.file = self.path.open("ab", buffering=0)
 
     def write(self, row: dict) -> None:
-        """Append a row; what is not finite is written as null, since JSON has no NaN."""
+        """Append a row; values that are not finite become null, since JSON has no NaN."""
         row = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
         line = json.dumps(row, ensure_ascii=False).encode() + b"\n"
         with files.writing(self.path):
-            if self.file.write(line) < len(line):  # how a disk fills up
+            if self.file.write(line) < len(line):  # the disk is full
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def _step_in(line: bytes) -> float:
-    """The step of a row; infinite for a line that is no whole row."""
+    """The step of a row; infinity for a line that is not a whole row."""
     try:
         return float(json.loads(line)["step"]) if line.endswith(b"\n") else math.inf
     except (ValueError, KeyError, TypeError):

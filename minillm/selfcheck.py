@@ -1,11 +1,11 @@
-"""Do the kernels compute on this very GPU what torch does? Asked once, before they are trusted with a run.
+"""Do our kernels compute the same as torch on this GPU? Checked once, before a run relies on them.
 
-GPUs, drivers and compilers are more than anyone can test on. So the first run on a GPU holds a small model through our
-kernels against the same model through torch: loss, every gradient, an optimizer's step, tokens one by one. That
-happens in a process of its own, since a kernel that fails can take its process's GPU with it, or hang; only where the
-GPU takes no second process, in the run's. If anything differs, the run goes on with torch's ops and says so. What holds
-is remembered for this GPU, these versions and this source; `--impl triton` asks for the kernels without a question. A
-run with a quantized base is the first that has its products compared.
+There are more combinations of GPU, driver and compiler than anyone can test. So the first run on a GPU compares a small
+model computed by our kernels with the same model computed by torch: loss, every gradient, an optimizer's step, and
+generated tokens. This runs in a process of its own, since a kernel that fails can break its process's CUDA context, or
+hang; if the GPU accepts no second process, it runs in the training process. If anything differs, the run uses torch's
+ops and says so. A success is remembered for this GPU, these versions and this source; `--impl triton` skips the check.
+Products with a quantized base are compared by the first run that has one.
 """
 
 import atexit
@@ -29,25 +29,25 @@ from minillm.model import Transformer
 
 ROOT = Path(__file__).parents[1]
 SECONDS = 300  # some 30 kernels are compiled, on a slow machine
-# a cap at the size of the logits themselves: a kernel without one is far off
+# a cap as small as the logits themselves: a kernel that ignores it is far off
 MODELS = {"plain": {}, "QK-norm, window and cap": {"qk_norm": True, "window": 40, "softcap": 0.5}}
 LENGTHS = (130, 62)  # tokens of the documents in a row: block edges inside and outside
 QUANTIZED = {8: quant.quantize_int8, 4: quant.quantize_nf4}  # bits → format
-ROWS = (1, 16, 100, 300)  # times a quantized weight: the smallest and the largest tile, and W in a scratch
+ROWS = (1, 16, 100, 300)  # multiplied by a quantized weight: smallest and largest tile, and W in a scratch buffer
 
 
 def check_kernels(ranks: Ranks, say: Callable[[str], None] = print, base_bits: int | None = None) -> None:
-    """On all ranks: where `auto` means our kernels, see once that they are right, else select torch's ops.
+    """On all ranks: where `auto` means our kernels, check once that they are right, else select torch's ops.
 
-    say: takes the line that tells of it; called on the main rank. base_bits: of the run's frozen base, if it has one.
+    say: prints a line; called on the main rank. base_bits: of the run's frozen base, if it has one.
     """
     begin(ranks, say, base_bits)()
 
 
 def begin(ranks: Ranks, say: Callable[[str], None] = print, base_bits: int | None = None) -> Callable[[], None]:
-    """`check_kernels` in two parts: the process starts, and the function that is returned waits for its answer.
+    """`check_kernels` in two parts: this starts the process, and the function it returns waits for the answer.
 
-    Meanwhile the caller makes data and model. All ranks call both; no kernel before the second.
+    In between the caller can prepare data and model, but must not run a kernel. All ranks call both.
     """
     if ops.selected() != "auto" or ranks.device.type != "cuda" or not ops.fused(torch.empty(0, device=ranks.device)):
         return lambda: None
@@ -64,9 +64,9 @@ def begin(ranks: Ranks, say: Callable[[str], None] = print, base_bits: int | Non
 
 
 def _ask(device: torch.device, say: Callable[[str], None], quantized: bool) -> Callable[[], str] | None:
-    """Start a process of its own; what is returned waits for what it says of the kernels, "" if they are right.
+    """Start the comparing process. Returns a function that waits for it and gives the problem, "" if there is none.
 
-    None: asked before.
+    None if the kernels were found right before.
     """
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     seen = cache / "minillm" / "checked" / (_identity(device) + "-quantized" * quantized)
@@ -76,14 +76,14 @@ def _ask(device: torch.device, say: Callable[[str], None], quantized: bool) -> C
     command = [sys.executable, "-m", "minillm.selfcheck", str(device.index or 0), *["quantized"] * quantized]
     # in this folder `-m` finds the package, and ours before another
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    atexit.register(process.kill)  # of no use once it has ended, or where this process ends before it is asked
+    atexit.register(process.kill)  # should this process end before it asks for the answer
 
     def answer() -> str:
         try:
             out, err = process.communicate(timeout=SECONDS)
             lines = err.strip().splitlines() or ["no words"]
             problem = ([s for s in lines if "Error: " in s] or lines)[-1] if process.returncode else ""
-            # it never began, for want of a context (a GPU of compute mode EXCLUSIVE_PROCESS is ours), or of memory
+            # it got no CUDA context (compute mode EXCLUSIVE_PROCESS: this process has the GPU), or no memory
             if problem and (not out or "out of memory" in problem):
                 say(f"ops: no second process can compare them ({problem}); comparing in this one")
                 problem = (compare(device, quantized=quantized) or [""])[0]
@@ -92,7 +92,7 @@ def _ask(device: torch.device, say: Callable[[str], None], quantized: bool) -> C
             return f"could not be compared ({' '.join(str(raised).split())[:200]})"
         if problem:
             return f"are not right on this GPU ({problem})"
-        with contextlib.suppress(OSError):  # then it is asked again
+        with contextlib.suppress(OSError):  # then the next run checks again
             seen.parent.mkdir(parents=True, exist_ok=True)
             seen.touch()
         return ""
@@ -101,7 +101,7 @@ def _ask(device: torch.device, say: Callable[[str], None], quantized: bool) -> C
 
 
 def _identity(device: torch.device) -> str:
-    """A name for what the answer holds for: GPU, versions, and the source of kernels and model."""
+    """A hash of what the result depends on: GPU, versions, and the source of kernels and model."""
     import triton
 
     files = sorted([*(ROOT / "kernels").glob("*.py"), *(ROOT / "minillm").glob("*.py")])
@@ -112,8 +112,8 @@ def _identity(device: torch.device) -> str:
 def compare(device: torch.device, ours: str = "auto", quantized: bool = False) -> list[str]:
     """What differs, one line each, between implementation `ours` and torch's ops, in bf16; [] if nothing does.
 
-    quantized: products with a quantized base, too. A result may be off fp32's by twice torch's error and 0.01 of its
-    norm; an optimizer's step by 0.03, as Newton–Schulz iterates in bf16.
+    quantized: products with a quantized base, too. A result may differ from fp32's by twice torch's error plus 0.01 of
+    its norm; an optimizer's step by 0.03, since Newton–Schulz iterates in bf16.
     """
     before, problems = ops.selected(), []
     try:
@@ -160,7 +160,7 @@ def _results(model: Transformer, implementation: str, dtype: torch.dtype | None)
         found[f"loss{kind}"] = loss.detach()
         found |= {f"gradient of {name}{kind}": p.grad.clone() for name, p in model.named_parameters()}
     copy = deepcopy(model)
-    for parameter in copy.parameters():  # equal ones: a first step of AdamW is little more than a gradient's sign
+    for parameter in copy.parameters():  # the same for all: AdamW's first step is little more than the gradient's sign
         parameter.grad = torch.randn(parameter.shape, generator=generator).to(device)
     for optimizer in optim.build_optimizers(copy, "muon", lr=0.02, weight_decay=0.1):
         optimizer.step()
@@ -169,10 +169,10 @@ def _results(model: Transformer, implementation: str, dtype: torch.dtype | None)
 
 
 def _product(device: torch.device, make: Callable, implementation: str, dtype: torch.dtype | None) -> dict[str, Tensor]:
-    """Rows times a quantized weight, and these rows' gradients; in fp32, too, as a quantized model generates."""
+    """Products of rows with a quantized weight, and their gradients; also in fp32, in which such a model generates."""
     ops.select(implementation)
     generator, found = torch.Generator().manual_seed(0), {}
-    # cubes: some are so large that int8 keeps their columns; sizes that fill no tile
+    # cubed, so that some are large enough for int8 to keep their columns; sizes that fill no tile exactly
     weight = [t.to(device) for t in make(torch.randn(272, 320, generator=generator) ** 3)]
     for rows, wide in itertools.product(ROWS, (False, True)):
         x, dy = (torch.randn(rows, n, generator=generator).to(device, None if wide else dtype) for n in (320, 272))

@@ -1,6 +1,6 @@
-"""What the training scripts do around their loops: the run's folder, resuming, saving, validating.
+"""What the training scripts do around their loops: the run's folder, resuming, saving, logging.
 
-The loops themselves stand in the scripts.
+The loops themselves are in the scripts.
 """
 
 import contextlib
@@ -22,9 +22,9 @@ from minillm.tokenizer import Tokenizer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
-LIMITS = {  # options: least and most that mean something
+LIMITS = {  # (least, most) that makes sense: options
     (1, 1 << 40): ("steps", "seq_len", "eval_tokens", "max_bad_steps"),
-    (0, (1 << 32) - 1): ("seed",),  # as many bits as the order of the data has for it
+    (0, (1 << 32) - 1): ("seed",),  # the order of the data uses 32 bits of it
     (0, 1 << 40): ("warmup_steps", "save_every", "eval_every", "keep_last"),
     (0.0, 1e38): ("lr", "weight_decay", "grad_clip"),
     (0.0, 1.0): ("min_lr_ratio", "decay_share"),
@@ -34,7 +34,7 @@ LIMITS = {  # options: least and most that mean something
 
 
 def check_options(cfg: config.TrainingConfig) -> None:
-    """Raise one `UserError` with all the options whose values mean nothing."""
+    """Raise one `UserError` listing all options whose values make no sense."""
     problems = [
         f"--{name} {value}: choose one from {least} to {most}"
         for (least, most), names in LIMITS.items()
@@ -54,9 +54,9 @@ class Run:
     ):
         """Take the folder and find the checkpoint to go on from, if any.
 
-        fingerprints: of tokenizer, data, its order and architecture. facts: what else checkpoints are to tell.
-        Raises `UserError` if another run holds the folder, if the checkpoint there is of something else, or if
-        `--resume none` meets checkpoints.
+        fingerprints: of tokenizer, data, its order and architecture. facts: what else to record in checkpoints.
+        Raises `UserError` if another run has locked the folder, if its checkpoint has other fingerprints, or if
+        there are checkpoints despite `--resume none`.
         """
         self.cfg, self.ranks, self.fingerprints, self.facts = cfg, ranks, fingerprints, facts
         self.folder = Path(cfg.out)
@@ -100,7 +100,7 @@ class Run:
             return None
         if self.cfg.resume == "auto":
             return run.newest_checkpoint(self.folder, log=self.say)
-        named = run.resolve_checkpoint(self.cfg.resume, log=self.say)  # where it is not needed, too: it may be mistyped
+        named = run.resolve_checkpoint(self.cfg.resume, log=self.say)  # also if unused below: it may be mistyped
         if run.resume_from(self.folder, self.cfg.resume) != self.folder:
             return named
         self.say(f"--resume {named}: {self.folder} has checkpoints of its own by now, and goes on from them")
@@ -119,8 +119,8 @@ class Run:
         return self.state["time_s"] + time.monotonic() - self.begun
 
     def check_disk(self, model: Transformer) -> None:
-        """Say before the first step if the disk cannot hold the checkpoints: of what is trained, weights and two
-        moments in fp32 each."""
+        """Refuse, before the first step, a disk that cannot hold the checkpoints: weights and two moments in fp32 for
+        each trained parameter."""
         if self.ranks.main:
             weights = 4 * tuning.n_trained(model)
             held = len(run.step_folders(self.folder))
@@ -140,17 +140,17 @@ class Run:
         }
 
     def restore(self, model: Transformer, optimizers: list, scaler: torch.amp.GradScaler) -> None:
-        """Optimizer and scaler as the checkpoint left them (the model has been loaded from it before)."""
+        """Give optimizers and scaler their state from the checkpoint (the model has been loaded from it before)."""
         if self.source is not None:
             checkpoint.restore_optimizers(self.source, optimizers, dict(model.named_parameters()))
-            if scaler.is_enabled() and self.state["scaler"]:  # empty if --dtype was another before
+            if scaler.is_enabled() and self.state["scaler"]:  # empty if it was saved without --dtype float16
                 scaler.load_state_dict(self.state["scaler"])
-        self.watchdog.tick(self.start_step)  # all is loaded, from here on steps are awaited
+        self.watchdog.tick(self.start_step)  # everything is loaded: from here on steps must come in time
 
     def save(self, step: int, model: Transformer, optimizers: list, scaler, tokenizer: Tokenizer | None) -> None:
-        """Write `step-N/` whole or not at all, then drop the oldest beyond --keep_last, unless steps are going wrong.
+        """Write `step-N/` whole or not at all, then delete all but the newest --keep_last, unless this step went wrong.
 
-        Raises `UserError` on every rank if weights are not finite, since no later step could mend them.
+        Raises `UserError` on every rank if weights are not finite, since no later step could repair them.
         """
         if not torch.stack([torch.isfinite(p).all() for p in model.parameters()]).all():
             raise UserError(
@@ -218,16 +218,16 @@ class Run:
         return False
 
     def close(self) -> None:
-        """The loop has ended: no more bar, no more watching, and Ctrl-C ends what follows at once."""
+        """The loop has ended: close the bar, stop the watchdog, and let Ctrl-C end what follows at once."""
         self.progress.close()
         self.watchdog.pause()
         self.signals.restore()
 
     def once(self, name: str, measure):
-        """What `measure()` gives on rank 0 at the beginning of the run; a continued run reads it from its folder."""
+        """The result of `measure()` on rank 0 at the start of the run; a resumed run reads it from its folder."""
         file, value = self.folder / name, None
         if self.ranks.main:
-            if self.source is None:  # not what an earlier start, perhaps of another model, left there
+            if self.source is None:  # a new run: do not use what an earlier one may have left
                 files.write_json_atomically(file, measure())
             value = json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
         self.ranks.barrier()
@@ -238,12 +238,12 @@ class Run:
         return run.step_folders(self.folder)[-1]
 
     def draw(self) -> str:
-        """Draw the run's curves into its folder, and say where; or say what is lacking."""
+        """Draw the run's curves into its folder. Returns where, or why not."""
         if not self.ranks.main:
             return ""
         try:
             return f"curve {plot.draw([self.folder], self.folder / 'curve.png')}"
-        except UserError as problem:  # matplotlib is an extra: its absence is no failure of the run
+        except UserError as problem:  # matplotlib is optional: without it the run has still succeeded
             return f"no curve: {problem}"
 
     def stop_requested(self) -> int:
@@ -252,7 +252,7 @@ class Run:
 
 
 def autocast(device: torch.device, dtype: torch.dtype):
-    """Matrix products in `dtype`, everything delicate in fp32; nothing to do for float32."""
+    """Context for matrix products in `dtype` and sensitive ops in fp32; for float32 it does nothing."""
     if dtype == torch.float32:
         return contextlib.nullcontext()
     return torch.autocast(device.type, dtype)
@@ -270,7 +270,7 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:
-    """Make a step's dropout a function of (seed, step, rank), so that no random state need be saved."""
+    """Make a step's dropout a function of (seed, step, rank), so that no random state has to be saved."""
     torch.manual_seed(int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0] >> 1))
 
 
@@ -287,7 +287,7 @@ def schedule(cfg: config.TrainingConfig) -> dict:
 
 
 def fingerprint(*parts) -> str:
-    """Short SHA-256 of anything JSON can say."""
+    """Short SHA-256 of any values that JSON can represent (others by `str`)."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
@@ -299,21 +299,21 @@ def init_is_gone(cfg) -> bool:
 def find_init(cfg) -> Path | None:
     """The model folder of --init_from, checked; None without one.
 
-    Where it is gone, a run that trains all weights and began with it takes shape and tokenizer from its own checkpoint.
+    If it is gone, a run that started from it and trains all weights takes shape and tokenizer from its own checkpoint.
     """
     if not cfg.init_from:
         return None
     begun = cfg.tune == "full" and cfg.resume != "none" and run.step_folders(cfg.out)
     if begun and init_is_gone(cfg):
         at = run.resume_from(cfg.out, cfg.resume)
-        own = run.resolve_checkpoint(at, log=lambda line: None)  # `Run` says which it passes over
+        own = run.resolve_checkpoint(at, log=lambda line: None)  # `Run` reports the broken ones
         if checkpoint.read_state(own)["config"]["init_from"] == cfg.init_from:
             return own
     return run.resolve_checkpoint(cfg.init_from)
 
 
 def check_tokenizer(model: Path, data: str) -> None:
-    """Raise `UserError` unless the data was prepared with a model folder's own tokenizer; a raw .bin does not say."""
+    """Raise `UserError` unless the data was prepared with the model folder's tokenizer; a raw .bin is not checked."""
     first = parse_mixture(data)[0][0]
     if first.is_dir() and Tokenizer.load(first).sha256 != Tokenizer.load(model).sha256:
         raise UserError(
@@ -323,7 +323,7 @@ def check_tokenizer(model: Path, data: str) -> None:
 
 
 def clip(model: torch.nn.Module, optimizers: list, scaler: torch.amp.GradScaler, limit: float) -> float:
-    """Undo the loss scale, bring the gradient's norm down to `limit` (0: leave it), and return the norm before."""
+    """Undo the loss scale, clip the gradient's norm to `limit` (0: no clipping), and return the norm before that."""
     if scaler.is_enabled():
         for optimizer in optimizers:
             scaler.unscale_(optimizer)
