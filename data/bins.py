@@ -1,9 +1,9 @@
-"""Token bins while they are being written, and the memory of which part of them came from which input file.
+"""Token bins while they are being written, and a record of which part of them came from which input file.
 
-The tokens of the input files lie one after another in the bins. parts.json says of each file what its part was made
-from (the SHA-256 of its bytes, the options, the tokenizer) and what it gave (tokens, documents, their SHA-256), and
-carries a checksum of its own. So a part can be known again and verified, and need not be made again while nothing of
-that changes. Bins of which other parts must be made again step aside into old/ until the new ones are whole.
+The bins hold the tokens of the input files one after another. For each file parts.json records what its part was made
+from (the SHA-256 of its bytes, the options, the tokenizer) and what it gave (tokens, documents, their SHA-256); it has
+a checksum of its own. So a part can be recognized and verified, and is reused as long as none of that changes. Bins of
+which other parts must be tokenized again are moved to old/ until the new ones are complete.
 """
 
 import hashlib
@@ -24,11 +24,11 @@ from minillm.tokenizer import Tokenizer
 
 SPLITS = ("train", "val")
 READ = 1 << 24  # bytes of a bin read at a time
-NAMED = 5  # files named of those to which the same happens
+NAMED = 5  # at most so many files are named per reason
 
 
 class Origin(NamedTuple):
-    """What a part is made from. The name says nothing of that: a file may be moved."""
+    """What a part is made from. The file's name does not count: a file may be moved."""
 
     text: str  # SHA-256
     options: str
@@ -37,12 +37,12 @@ class Origin(NamedTuple):
 
 
 def checksum(value) -> str:
-    """SHA-256 of anything JSON can say."""
+    """SHA-256 of any value that JSON can represent."""
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
 
 def read_json(file: Path) -> dict:
-    """The JSON object in a file; {} if there is none that can be read."""
+    """The JSON object in a file; {} if it cannot be read."""
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
         return value if isinstance(value, dict) else {}
@@ -51,7 +51,7 @@ def read_json(file: Path) -> dict:
 
 
 class Parts:
-    """The parts that lie in a folder according to its parts.json; none if that is absent or damaged."""
+    """The parts in a folder according to its parts.json; none if that is missing or damaged."""
 
     def __init__(self, folder: Path):
         self.folder, self.state = folder, read_json(folder / "parts.json")
@@ -90,11 +90,11 @@ class Parts:
 
 
 class Bins:
-    """The growing bins of the folder `out`; they begin with what can stay of an earlier preparation.
+    """The growing bins of the folder `out`; they begin with what can be kept of an earlier preparation.
 
-    done: the first so many parts are in place. finished: all are, and there is nothing to do.
-    reused: numbers of the parts that are copied from old/, with their numbers there.
-    earlier: by file, what its part was made from; forgotten: parts.json was there, but damaged.
+    done: how many parts, from the first on, are in place. finished: all are, and there is nothing to do.
+    reused: number of each part that is copied from old/ → its number there.
+    earlier: file → what its part was made from; forgotten: parts.json exists, but is damaged.
     """
 
     def __init__(self, out: Path, tokenizer: Tokenizer, origins: list[Origin], *, shard_tokens: int, learnt: str):
@@ -139,13 +139,13 @@ class Bins:
         partly = len(self.parts) > self.done
         self.digests = {kind: here.digest(self.done, kind) if partly else hashlib.sha256() for kind in SPLITS}
         self.files = {kind: self._cut(here.state["files"][kind] if self.parts else [], kind) for kind in SPLITS}
-        for path in _bins(self.out):  # what came after the last record, too, is written again
+        for path in _bins(self.out):  # cut what was written after the last record
             tokens = next((f["tokens"] for k in SPLITS for f in self.files[k] if f["name"] == path.name), 0)
             os.truncate(path, tokens * self.dtype.itemsize) if tokens else path.unlink()
         self.save()  # from now on, bins in this folder are known to be ours
 
     def _cut(self, files: list[dict], kind: str) -> list[dict]:
-        """The beginning of some bins that the parts take which stay."""
+        """The entries of those bins, or beginnings of bins, that the kept parts fill."""
         left, documents = (sum(part[kind][count] for part in self.parts) for count in ("tokens", "documents"))
         kept = []
         for file in files:
@@ -156,7 +156,7 @@ class Bins:
         return kept
 
     def explain(self) -> None:
-        """Say which files' tokens stay, and why those of others cannot."""
+        """Print how many files' tokens are kept, and why the others' are not."""
         if self.forgotten:
             print(f"{self.out}/parts.json: damaged, so nothing is known of the bins; everything is tokenized again")
         if not self.earlier:
@@ -183,7 +183,7 @@ class Bins:
         return sum(file["tokens"] for kind in SPLITS for file in self.files[kind])
 
     def begin(self, number: int) -> dict:
-        """The part of this number, which is begun if it is not there in part."""
+        """The part of this number; it is started if it has not been."""
         if len(self.parts) == number:
             empty = {kind: {"tokens": 0, "documents": 0, "bytes": 0, "sha256": ""} for kind in SPLITS}
             counts = {"batches": 0, "bad_lines": 0, "empty_documents": 0, "first_bad": []}
@@ -192,13 +192,13 @@ class Bins:
         return self.parts[number]
 
     def end(self) -> None:
-        """The part that was begun last is whole."""
+        """Mark the last part as whole."""
         self.parts[-1] |= {"whole": True}
         for kind in SPLITS:
             self.parts[-1][kind]["sha256"] = self.digests[kind].hexdigest()
 
     def copy(self, number: int) -> None:
-        """Take a part from old/."""
+        """Copy a part from old/."""
         part, old = self.begin(number), self.reused[number]
         for kind in SPLITS:
             for data in self.aside.read(old, kind):
@@ -206,7 +206,7 @@ class Bins:
         part |= self.aside.parts[old] | {"origin": self.origins[number]}
 
     def add(self, kind: str, data: bytes, text_bytes: int) -> None:
-        """Tokens of one split, of text of so many bytes. A bin ends with the document that fills it."""
+        """Append tokens of one split, from `text_bytes` bytes of text. A bin ends with the document that fills it."""
         tokens, files, part = np.frombuffer(data, self.dtype), self.files[kind], self.parts[-1][kind]
         self.digests[kind].update(data)
         part["bytes"] += text_bytes
@@ -237,7 +237,7 @@ class Bins:
             ) from None
 
     def save(self) -> None:
-        """Record how far it has got."""
+        """Record the progress in parts.json."""
         for file in self.open.values():
             self._sync(file, close=False)
         if self.parts and not self.parts[-1]["whole"]:
@@ -254,7 +254,7 @@ class Bins:
             file.close()
 
     def finish(self, source: dict, about: dict) -> dict:
-        """Write meta.json, by which the folder counts as complete. source: where the files lie; about: more to say."""
+        """Write meta.json, which marks the folder as complete. source: paths of the files; about: further entries."""
         if not self.finished:
             self.save()
             for file in self.open.values():
@@ -284,6 +284,6 @@ def _move(files: list[Path], folder: Path) -> None:
 
 
 def refuse_foreign(out: Path) -> None:
-    """Raises UserError if bins lie in `out` that no preparation of today's kind has written."""
+    """Raises UserError if `out` has bins without a parts.json, made elsewhere or by an older version."""
     if (bins := _bins(out)) and not any((folder / "parts.json").exists() for folder in (out, out / "old")):
         raise UserError(f"{bins[0]}: no parts.json tells what it was made from; choose another --out or delete {out}")

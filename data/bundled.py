@@ -81,9 +81,9 @@ def different(rows, count: int):
 
 
 def build(folder: str | Path = FOLDER) -> None:
-    """Write the bundled corpus into `folder`, unless it lies there already, and say what is being done.
+    """Write the bundled corpus into `folder`, unless it is there already, and print what is being done.
 
-    Raises `UserError` if other files lie there: an older corpus is deleted, and they would be too.
+    Raises `UserError` if there are other files: an older corpus is deleted, and they would be too.
     """
     folder = Path(folder)
     if finished(folder):
@@ -115,10 +115,10 @@ def build(folder: str | Path = FOLDER) -> None:
 
 
 def learn_tokenizer(folder: Path) -> None:
-    """Learn the vocabulary of texts and questions, in which no piece of Chinese reaches over the end of a word.
+    """Learn the vocabulary of texts and questions, in which no Chinese piece spans more than one word.
 
     Chinese has no spaces, so pieces would grow across words ("a hat", "puts the hat", "red hat" as a piece each), and
-    a tiny model would have to learn of each anew what a hat is. The generator knows its words; a line ends at each.
+    a tiny model would have to learn for each piece what a hat is. The generator knows its words; a line ends at each.
     """
     words = re.compile("|".join(map(re.escape, WORDS_ZH)))
 
@@ -132,7 +132,7 @@ def learn_tokenizer(folder: Path) -> None:
 
 
 def finished(folder: Path) -> bool:
-    """Whether `folder` holds the whole corpus of this very generator."""
+    """Whether `folder` holds the complete corpus of this version of the generator."""
     try:
         made_by = json.loads((folder / "world.json").read_text())["fingerprint"]
     except (OSError, ValueError, KeyError):

@@ -1,4 +1,4 @@
-"""The documents of some files → their tokens in the bins, by one process or several, in the same order."""
+"""Tokenizes the documents of files into bins, by one process or several, in the same order."""
 
 import hashlib
 import itertools
@@ -25,15 +25,15 @@ from minillm.tokenizer import Tokenizer
 
 BATCH = 1 << 20  # raw bytes of documents that one worker gets at a time (one document may be more)
 POOL_FROM = 64 << 20  # bytes of input; below, starting processes takes longer than the work
-GZIP_RATIO = 3  # how much larger than its .gz a text is taken to be
+GZIP_RATIO = 3  # assumed size of a text relative to its .gz
 TXT_SPLITS, ON_BAD_LINE, WRAPS = ("blank", "lines", "file"), ("error", "skip"), ("eos", "bos_eos")
 FIRST_BAD = 5  # bad lines quoted of each file
-SAVE_EVERY = 5.0  # seconds between two records of how far it has got
+SAVE_EVERY = 5.0  # seconds between two records of progress
 
 
 @dataclass(frozen=True)
 class Options:
-    """What decides the result, beside the files and the tokenizer; a worker needs it all."""
+    """What determines the result, besides the files and the tokenizer; workers need it too."""
 
     split: str
     field: str
@@ -43,7 +43,7 @@ class Options:
     wrap: str
 
     def check(self) -> None:
-        """Raises UserError for a value that means nothing."""
+        """Raises UserError for a value that is not possible."""
         for name, known in (("split", TXT_SPLITS), ("on_bad_line", ON_BAD_LINE), ("wrap", WRAPS)):
             if getattr(self, name) not in known:
                 raise UserError(f"--{name} {getattr(self, name)}: choose one of {', '.join(known)}")
@@ -53,7 +53,7 @@ class Options:
             raise UserError(f"--shard_tokens {self.shard_tokens}: at least 1 is needed")
 
     def of(self, path: Path) -> str:
-        """What of these options decides which tokens this file gives."""
+        """Those options that determine which tokens this file gives."""
         text = path.name.removesuffix(".gz").endswith(".txt")
         where = f"split {self.split}" if text else f"field {self.field}"
         return f"{where}, val_fraction {self.val_fraction}, wrap {self.wrap}, in batches of {BATCH}"
@@ -80,7 +80,7 @@ def _batches(source: Source) -> Iterator[tuple[int, bool, list[Record]]]:
 
 
 def is_val(data: bytes, options: Options) -> bool:
-    """Whether a document of these UTF-8 bytes is validation: the same for each copy of it, wherever it lies."""
+    """Whether a document with these UTF-8 bytes is for validation: the same for each copy, in any file."""
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest()) < options.val_fraction * 2**64
 
 
@@ -112,7 +112,7 @@ def encode_batch(batch: list[Record], tokenizer: Tokenizer, options: Options, th
 
 
 def tokenize(sources: list[Source], bins: Bins, options: Options, workers: int) -> None:
-    """Put the tokens of all files into the bins, from where these end. Raises UserError, as for a bad line."""
+    """Put the tokens of all files into the bins, from where these end. Raises UserError, e.g. for a bad line."""
     sizes = [0, *itertools.accumulate(source.path.stat().st_size for source in sources)]
     if bins.parts:
         print(f"{bins.out}: going on after {bins.tokens():,} tokens")
@@ -147,7 +147,7 @@ def tokenize(sources: list[Source], bins: Bins, options: Options, workers: int) 
 def _results(sources: list[Source], bins: Bins, pool, workers: int) -> Iterator[tuple[int, int, bool, dict]]:
     """(number of the file, bytes of it read, whether that is all, tokens) of each batch, in order.
 
-    A bounded number of batches is on its way. What is reused is one empty batch.
+    Only a bounded number of batches is in flight. A file that is reused gives one empty batch.
     """
     waiting: deque = deque()
     for number, source in enumerate(sources[bins.done :], bins.done):
@@ -174,7 +174,7 @@ def _start_worker(tokenizer: Path) -> None:
     _worker = Tokenizer.load(tokenizer)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which then ends us
 
-    def end_with_parent() -> None:  # a parent killed by −9 would leave us waiting for ever
+    def end_with_parent() -> None:  # after a kill −9 of the parent we would wait forever
         multiprocessing.parent_process().join()
         os._exit(1)
 
@@ -188,7 +188,7 @@ def _work(batch: list[Record], options: Options) -> dict:
 def _add(result: dict, bins: Bins, part: dict, options: Options) -> int:
     """Put a batch's tokens into the bins; returns their number."""
     if result["bad"] and options.on_bad_line == "error":
-        bins.save()  # what came before need not be done again
+        bins.save()  # so that what came before is not done again
     refuse_bad([{"origin": part["origin"], "first_bad": result["bad"]}], options)
     before = bins.tokens()
     part["first_bad"] += result["bad"][: FIRST_BAD - len(part["first_bad"])]
@@ -201,7 +201,7 @@ def _add(result: dict, bins: Bins, part: dict, options: Options) -> int:
 
 
 def refuse_bad(parts: list[dict], options: Options) -> None:
-    """Raises UserError for the first bad line that any of these parts remembers, unless such are skipped."""
+    """Raises UserError for the first bad line recorded in any of these parts, unless bad lines are skipped."""
     for part in parts:
         if part["first_bad"] and options.on_bad_line == "error":
             bad = f"{Origin(*part['origin']).file}, {part['first_bad'][0]}"

@@ -4,13 +4,13 @@
     python data/prepare.py --input big.jsonl --tokenizer data/novels --out data/big
     python train_pretrain.py --data data/novels
 
-In `--out` lie train-00000.bin, val-00000.bin, … (each document's tokens, then eos), the tokenizer, and meta.json,
-which is written last: without it the folder is unfinished, and the same command goes on where it was stopped.
+The folder `--out` gets train-00000.bin, val-00000.bin, … (each document's tokens, then eos), the tokenizer, and
+meta.json, which is written last: without it the folder is unfinished, and the same command goes on where it stopped.
 
-Run it again after changing some files, options or the tokenizer: only what that concerns is tokenized anew. What each
-input file gave is remembered in parts.json with checksums, and what is damaged is made again. The result is what a
-fresh folder would hold. (--train_tokenizer learns from the files: when they change, so may all tokens. To keep the
-tokenizer, give --tokenizer the folder itself.)
+Run it again after changing some files, options or the tokenizer: only what that affects is tokenized again. parts.json
+records with checksums what each input file gave, and damaged parts are made again. The result is the same as in a new
+folder. (--train_tokenizer learns from the files: when they change, all tokens may change. To keep the tokenizer, give
+--tokenizer the folder itself.)
 """
 
 import argparse
@@ -60,7 +60,7 @@ def prepare(
     shard_tokens: a new .bin begins once one holds this many.
     wrap: "eos" ends each document in eos; "bos_eos" also begins it with bos, as Llama and Mistral know texts.
 
-    Only what has changed since an earlier preparation in `out` is done, and said.
+    Only what has changed since an earlier preparation in `out` is done again, and a line says why.
 
     Raises UserError for bad input, naming file and line, and for an `out` that holds bins from elsewhere.
     """
@@ -139,7 +139,7 @@ def _holds(out: Path, tokenizer: str) -> bool:
 
 
 def _sample(sources: list[Source]) -> Iterator[str]:
-    """Training documents for the tokenizer, all or an even sample; only those taken are decoded."""
+    """Training documents for the tokenizer, all or a uniform sample; only those taken are decoded."""
     size = sum(text_size(source.path) for source in sources)
     rate, draw = 2 * TOKENIZER_SAMPLE / max(size, 1), random.Random(0).random
     for path, _, options in sources:
@@ -151,7 +151,7 @@ def _sample(sources: list[Source]) -> Iterator[str]:
                 if not is_val(text.encode(), options):
                     yield text
             except UserError:
-                pass  # spoken of when its turn comes
+                pass  # reported when it is tokenized
 
 
 def _cores() -> int:

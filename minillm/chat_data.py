@@ -1,9 +1,9 @@
 """Instructions and conversations (JSONL or a JSON array) become X, Y and a loss mask.
 
-In the order of the work: a row of a file becomes messages (messages.py), messages become token ids and,
-for each, whether it is to be learned (`encode_messages`), what is too long is cut (`fit`, `truncate`),
-and examples are laid out as X, Y and mask (`lay_out`). `InstructionRows` does it for whole files and
-packs several examples into a row.
+Step by step: a row of a file becomes messages (messages.py), messages become token ids and, for each id,
+whether it is to be learned (`encode_messages`), what is too long is cut (`fit`, `truncate`), and examples
+become X, Y and mask (`lay_out`). `InstructionRows` does this for whole files and packs several examples
+into a row.
 """
 
 import hashlib
@@ -34,13 +34,13 @@ KEPT_TOKENS = 1 << 25  # data up to this size stays in memory as ids, 5 bytes ea
 def encode_messages(messages: list[dict], tokenizer, template: str = "auto") -> tuple[np.ndarray, np.ndarray]:
     """ids (n,) int32 and learn (n,) bool, up to the last token that is learned; both empty if none is.
 
-    Learned are the tokens of the answers that `is_learned` names, and the eos after each.
+    Learned are the tokens of the answers for which `is_learned` is true, and the eos after each.
     """
     ids, learn = tokenizer.encode_chat(messages, template=template)
     ids, learn = np.array(ids, dtype=np.int32), np.array(learn, dtype=bool)
     ends = learn & (ids == tokenizer.eos_id)  # each answer ends in an eos, which no text can forge
     wanted = np.array([is_learned(m) for m in messages if m["role"] == "assistant"] + [False])
-    learn &= wanted[np.cumsum(ends) - ends]  # token i belongs to the answer after so many eos
+    learn &= wanted[np.cumsum(ends) - ends]  # a token's answer is numbered by the eos before it
     return _without_tail(ids, learn)
 
 
@@ -52,10 +52,10 @@ def _without_tail(ids: np.ndarray, learn: np.ndarray) -> tuple[np.ndarray, np.nd
 def truncate(ids: np.ndarray, learn: np.ndarray, seq_len: int) -> tuple[np.ndarray, np.ndarray]:
     """Cuts one example to seq_len + 1 tokens, of which X and Y take seq_len each.
 
-    The prompt (all before the first learned token) gives way first. It is shortened from its middle,
-    since the task is named at its beginning and its end is the question and the separator, and not
-    below a quarter of the row. What is still too much goes from the end of the answer, eos and all, and
-    no other eos takes its place: a model must not learn to stop where the text did not.
+    The prompt (all before the first learned token) is cut first: from its middle, since it begins with the
+    task and ends with the question and the separator, and to no less than a quarter of the row. If that is
+    not enough, the end of the answer is cut, with its eos, and no other eos is put there: a model must not
+    learn to stop where the text did not.
     """
     limit = seq_len + 1
     if len(ids) <= limit:
@@ -77,7 +77,7 @@ def fit(messages: list[dict], tokenizer, seq_len: int, template: str = "auto") -
     if len(ids) <= seq_len + 1:
         return ids, learn, False
     end = max(i for i, message in enumerate(messages) if is_learned(message))
-    system = next(i for i, message in enumerate(messages) if message["role"] != "system")  # so many of them
+    system = next(i for i, message in enumerate(messages) if message["role"] != "system")  # how many system messages
     asks = [message["role"] == "user" for message in messages[:end]]
     turns = [i for i in range(system, end) if asks[i] and (i == system or not asks[i - 1])] or [system]
 
@@ -94,14 +94,13 @@ def fit(messages: list[dict], tokenizer, seq_len: int, template: str = "auto") -
 def lay_out(
     rows: list[list[tuple[np.ndarray, np.ndarray]]], width: int, pad_id: int, *, documents: bool, n_virtual: int = 0
 ) -> Batch:
-    """Lays examples (ids, learn) of n + 1 tokens each side by side in rows, n positions an example.
+    """Puts examples (ids, learn) of n + 1 tokens each side by side into rows, n positions per example.
 
-    This is the one place where the rule stands: X is an example without its last token, Y without its
-    first, and the mask lies on Y: 1 exactly where Y is an answer token or the eos that ends an answer.
-    Padding is pad_id under mask 0. With `documents` the examples of a row are numbered 0, 1, … and its
-    padding has the next number, so that attention keeps them apart. Before each example stand `n_virtual`
-    placeholders for virtual tokens, pad_id under mask 0 as well.
-    Returns a Batch of (len(rows), width).
+    This is the only place with the rule: X is an example without its last token, Y without its first, and
+    the mask belongs to Y: 1 exactly where Y is an answer token or the eos that ends an answer. Padding is
+    pad_id with mask 0. With `documents` the examples of a row are numbered 0, 1, … and its padding has the
+    next number, so that attention keeps them apart. Each example is preceded by `n_virtual` placeholders for
+    virtual tokens, also pad_id with mask 0. Returns a Batch of (len(rows), width).
     """
     x = np.full((len(rows), width), pad_id, dtype=np.int64)
     y = x.copy()
@@ -130,10 +129,10 @@ FILE, OFFSET, SIZE, CHECK, INSTANCE, LENGTH = range(6)  # an example's columns i
 class InstructionRows:
     """Instruction files as rows of a batch, epoch after epoch.
 
-    A first pass reads and tokenizes everything once and keeps, for each example, where it lies and how
-    many tokens it has: 48 bytes. Up to KEPT_TOKENS the tokens stay in memory too; of larger data each
+    A first pass reads and tokenizes everything once and keeps, for each example, its place in the file and
+    its number of tokens: 48 bytes. Up to KEPT_TOKENS the tokens stay in memory too; for larger data each
     batch reads its lines again and tokenizes them on the fly. Row p is a pure function of (seed, p):
-    epoch p // rows_per_epoch is shuffled, and packed, by its own number.
+    epoch e = p // rows_per_epoch is shuffled and packed by (seed, e).
     """
 
     def __init__(
@@ -150,7 +149,7 @@ class InstructionRows:
     ):
         """paths: .jsonl or .json files, also .gz. seq_len: the positions of a row. template: auto, chat or
         simple (Tokenizer.encode_chat). packing: several examples a row. n_virtual: positions before each
-        example that the model's virtual tokens take. on_bad_line: error, or skip to count them. Raises UserError.
+        example that the model's virtual tokens take. on_bad_line: error, or skip and count. Raises UserError.
         """
         if on_bad_line not in ("error", "skip"):
             raise UserError(f"on_bad_line is {on_bad_line!r}; choose error or skip")
@@ -160,7 +159,7 @@ class InstructionRows:
         self.paths = [Path(path) for path in ([paths] if isinstance(paths, str | Path) else paths)]
         self.tokenizer, self.seq_len, self.seed, self.template = tokenizer, seq_len, seed, template
         self.packing, self.on_bad_line, self.n_virtual = packing, on_bad_line, n_virtual
-        tokenizer.encode_chat([{"role": "user", "content": ""}], template=template)  # is the template known?
+        tokenizer.encode_chat([{"role": "user", "content": ""}], template=template)  # raises if the template is unknown
         self.files = [open_rows(path) for path in self.paths]
         self._scan()
         if not len(self.index):
@@ -181,16 +180,16 @@ class InstructionRows:
             members = [] if end is not None and position >= end else self._epoch(epoch)[row]
             rows.append([self._example(i) for i in members])
         sizes = [sum(len(ids) - 1 + self.n_virtual for ids, _ in row) for row in rows]
-        longest = max([1 + self.n_virtual, *sizes])  # a row of padding alone has its placeholders, too
+        longest = max([1 + self.n_virtual, *sizes])  # even a row of padding alone has its placeholders
         width = self.seq_len if self.packing else min(self.seq_len, -(-longest // 8) * 8)
         return lay_out(rows, width, self.tokenizer.pad_id, documents=self.packing, n_virtual=self.n_virtual)
 
     def total_rows(self, epochs: float) -> int:
-        """How many rows so many epochs have: the `end` of a run, and what it divides into steps."""
+        """How many rows these epochs have, rounded up: the `end` of a run, which the script divides into steps."""
         return math.ceil(epochs * self.rows_per_epoch)
 
     def summary(self) -> str:
-        """One line (two if most are cut): rows read, examples kept, dropped (why), cut, tokens, how full rows are."""
+        """One line (two if most are cut): rows read, examples kept, dropped and cut, tokens, how full rows are."""
         n = self.counts
         kept, tokens = len(self.index), int(self.index[:, LENGTH].sum())
         dropped = [f"{n[why]:,} dropped ({why})" for why in ("empty answer", "no answer") if n[why]]

@@ -1,7 +1,7 @@
-"""Memory-mapped token bins that give shifted X/Y pairs, in an order that is a pure function.
+"""Memory-mapped token bins that give shifted X/Y pairs, in an order that is a pure function of the seed.
 
-A data position is a number: position p always names the same window, whatever the number of ranks
-and however often the run was stopped, because the order is computed (a keyed permutation), not stored.
+A data position is a number: position p always means the same window, whatever the number of ranks and
+however often the run was stopped, because the order is computed (a keyed permutation), not stored.
 """
 
 import hashlib
@@ -17,12 +17,12 @@ from torch import Tensor
 from minillm import UserError
 
 SCANNED_TOKENS = 1 << 28  # bins up to this size are checked for bad ids when opened, larger ones as they are read
-SAMPLES = 1024  # tokens of a raw .bin that its fingerprint looks at, evenly apart: each may be a page to read
-MIXTURE_SLOTS = 256  # a mixture's weights hold exactly over every so many windows
+SAMPLES = 1024  # evenly spaced tokens that go into a raw .bin's fingerprint: each may be a page to read
+MIXTURE_SLOTS = 256  # each block of this many windows has a mixture's exact shares
 
 
 class Batch(NamedTuple):
-    """What a data set gives for some positions.
+    """The examples at some data positions.
 
     x, y: (B, T) int64, y[t] the token after x[t]. mask: (B, T) bool, True where y counts as a target
     (None: everywhere). documents: (B, T) int32, the number of the document that x[t] is in,
@@ -44,10 +44,10 @@ class Batch(NamedTuple):
         return self.y.numel() if self.mask is None else int(self.mask.sum())
 
     def with_placeholders(self, n: int) -> "Batch":
-        """With n positions before each document, id 0 and no targets, for a model's n virtual tokens.
+        """The batch with n positions (id 0, no targets) before each document, for a model's n virtual tokens.
 
-        Without documents a row is one. Rows grow as wide as the one with most documents, those of others end in padding
-        under mask False.
+        Without `documents` each row is one document. Rows become as wide as the one with most documents needs; the
+        others end in padding with mask False.
         """
         if n == 0:
             return self
@@ -69,8 +69,8 @@ class Batch(NamedTuple):
 def permute(index: np.ndarray, n: int, key: int) -> np.ndarray:
     """A permutation of range(n), keyed by any integer, evaluated only where asked.
 
-    A four-round Feistel network over the smallest even number of bits that holds n; values that
-    fall outside are sent round again until they fall inside ("cycle walking", Black & Rogaway 2002).
+    A four-round Feistel network over the smallest even number of bits that holds n; values outside
+    the range go through it again until they are inside ("cycle walking", Black & Rogaway 2002).
 
     index: int array of values in [0, n); returns int64 of the same shape.
     """
@@ -91,7 +91,7 @@ def permute(index: np.ndarray, n: int, key: int) -> np.ndarray:
 
 
 class TokenBins:
-    """One split of one prepared folder (or one foreign `.bin`), opened read-only and checked."""
+    """One split of a prepared folder (or of a raw `.bin` made elsewhere), opened read-only and checked."""
 
     def __init__(self, path: str | Path, split: str, *, dtype: str | None = None, vocab_size: int | None = None):
         """path: a folder with meta.json, or a raw .bin described by `dtype` (uint16 or uint32) and
@@ -114,7 +114,7 @@ class TokenBins:
         self.vocab_size: int = vocab_size
         self.eos_id: int | None = self.meta.get("eos_id")
         with_bos = self.meta.get("wrap") == "bos_eos"
-        self.start_id: int | None = self.meta["bos_id"] if with_bos else self.eos_id  # what a document begins after
+        self.start_id: int | None = self.meta["bos_id"] if with_bos else self.eos_id  # before a document
         self.arrays = [self._open(file, tokens, np.dtype(dtype).newbyteorder("<")) for file, tokens in files]
         if not self.meta:
             cut = len(self.arrays[0]) - max(2, len(self.arrays[0]) // 100)
@@ -128,11 +128,11 @@ class TokenBins:
                 self.check_ids(tokens, number, 0)
 
     def ids(self) -> tuple:
-        """What the ids mean, as far as is known; of a raw .bin only how many there are."""
+        """What the ids mean, as far as known; for a raw .bin only how many there are."""
         return self.vocab_size, self.eos_id, self.start_id, self.meta.get("tokenizer_sha256")
 
     def identity(self) -> dict:
-        """What tells these data from others: meta.json, or of a raw .bin how many tokens train, and some of them."""
+        """What identifies the data: meta.json, or for a raw .bin the number of training tokens and a hash of some."""
         if self.meta:
             return self.meta
         tokens = self.arrays[0]
@@ -148,11 +148,11 @@ class TokenBins:
                 f"{file}: {size} bytes, but meta.json says {tokens} tokens of {dtype.itemsize} bytes; prepare again"
             )
         if size == 0 or size % dtype.itemsize:
-            raise UserError(f"{file}: {size} bytes are no whole number of {dtype.name} tokens; is the dtype right?")
+            raise UserError(f"{file}: {size} bytes are not a whole number of {dtype.name} tokens; is the dtype right?")
         return np.asarray(np.memmap(file, dtype=dtype, mode="r"))  # a plain view: slicing a memmap object is slow
 
     def check_ids(self, tokens: np.ndarray, number: int, offset: int) -> None:
-        """Refuse ids at or above the vocabulary size; `offset` is where `tokens` begin in file `number`."""
+        """Raise UserError for an id beyond the vocabulary; `offset`: where `tokens` begin in file `number`."""
         if len(tokens) and tokens.max() >= self.vocab_size:
             at = int(np.argmax(tokens >= self.vocab_size))
             raise UserError(
@@ -162,7 +162,7 @@ class TokenBins:
 
 
 def read_meta(folder: Path) -> dict:
-    """A data folder's meta.json, checked for what is needed to read the bins."""
+    """A data folder's meta.json, checked for the keys that reading the bins needs."""
     try:
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
         meta["dtype"], meta["vocab_size"], meta["files"]["train"]
@@ -196,12 +196,12 @@ def parse_mixture(text: str) -> list[tuple[Path, float]]:
 class TokenWindows:
     """The pretraining set: windows of seq_len + 1 tokens, overlapping by one, so that every token is a target once.
 
-    (The last window of a file is moved back to end with it, so a few targets there come twice in an epoch.)
+    (The last window of a file is moved back to end with the file, so a few targets there occur twice per epoch.)
     """
 
     def __init__(self, mixture: list[tuple[TokenBins, float]], seq_len: int, *, seed: int, documents: bool = False):
-        """mixture: opened bins with shares that sum to one. seq_len: T in tokens. documents: say where
-        documents begin, so that attention stays inside them.
+        """mixture: opened bins with shares that sum to one. seq_len: T in tokens. documents: number the
+        documents in each batch, so that attention stays inside them.
         """
         self.sources = [bins for bins, _ in mixture]
         self.seq_len, self.seed, self.documents = seq_len, seed, documents
@@ -239,7 +239,7 @@ class TokenWindows:
         return sources, windows
 
     def _deal(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Which source each position reads, and how many positions before it read the same one: its turn.
+        """Which source each position reads, and its turn: how many positions before it read the same source.
 
         Of a:3,b:1 each block of 256 positions, shuffled, gives slots 0 … 191 to a and the rest to b. So if position
         256 + 5 has slot 200, it reads b, whose turns 64 … 127 are in this block: turn 64 + 200 − 192.
@@ -253,7 +253,7 @@ class TokenWindows:
         return sources, blocks * np.diff(self.slots)[sources] + slots - self.slots[sources]
 
     def _shuffle(self, source: int, turns: np.ndarray) -> np.ndarray:
-        """The window that each turn of a source reads: every epoch permutes its windows anew.
+        """The window that each turn of a source reads: each epoch permutes the windows differently.
 
         Of 100 windows, turn 99 reads π₀(99), turn 100 reads π₁(0), turn 203 reads π₂(3).
         """
@@ -279,7 +279,7 @@ class TokenWindows:
 
 
 def shifted(rows: np.ndarray, mask: np.ndarray | None = None, documents: np.ndarray | None = None) -> Batch:
-    """X and Y from rows of T + 1 tokens (B, T + 1) int64; mask and documents (B, T) go along as they are."""
+    """A Batch of X and Y from rows of T + 1 tokens, (B, T + 1) int64; mask and documents: (B, T)."""
     tokens = torch.from_numpy(rows)
     return Batch(
         tokens[:, :-1].contiguous(),
@@ -292,9 +292,9 @@ def shifted(rows: np.ndarray, mask: np.ndarray | None = None, documents: np.ndar
 def documents_in(x: np.ndarray, start_id: int) -> np.ndarray:
     """Number of the document each input token belongs to: (B, T) int32.
 
-    start_id: bos if every document begins with one, else eos. As an input, the eos that ends a document is then the
-    beginning of the next: it is what the next one's first token is predicted from, with nothing of the document before
-    in sight. So a text is generated from a lone bos or eos.
+    start_id: bos if every document begins with one, else eos. As an input, the eos that ends a document then counts as
+    the beginning of the next: the next document's first token is predicted from it, without seeing the document
+    before. This matches generation, which starts from a single bos or eos.
     """
     return np.cumsum(x == start_id, axis=1).astype(np.int32)
 
@@ -316,9 +316,9 @@ class ValidationPart(NamedTuple):
 def validation_part(bins: TokenBins, seq_len: int, max_tokens: int) -> ValidationPart:
     """The first whole documents of up to `max_tokens` tokens, over all files, every token a target exactly once.
 
-    An eos stands before the first, as one does before each other document; where documents begin with bos, none is
-    needed, and bos is no target: it says nothing of a text. Where no eos is known, or the first document alone is
-    longer, the part is simply the first tokens. Raises `UserError` for a part without a target.
+    An eos is put before the first document, as there is one before every other. Where documents begin with bos, none
+    is needed, and bos is not a target, since it carries no information. If no eos is known, or the first document alone
+    is longer, the part is simply the first tokens. Raises `UserError` for a part without a target.
     """
     begins = accumulate((len(tokens) for tokens in bins.arrays), initial=0)
     parts = [tokens[: max(0, max_tokens - begin)] for tokens, begin in zip(bins.arrays, begins, strict=False)]

@@ -1,10 +1,10 @@
-"""A row of an instruction file becomes messages, whichever of the known forms it has."""
+"""Turns a row of an instruction file, in any of the known forms, into messages."""
 
 from minillm import UserError
 
 ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
 PAIRS = [pair.split() for pair in ("instruction output", "question answer", "prompt response", "prompt completion")]
-NOT_LEARNED = ("learn", "train", "weight")  # false or 0 under one of these: read the answer, learn nothing
+NOT_LEARNED = ("learn", "train", "weight")  # false or 0 here: the answer is read, but not learned
 
 
 def conversations(row: dict) -> list[list[dict]]:
@@ -12,8 +12,8 @@ def conversations(row: dict) -> list[list[dict]]:
 
     Known are `messages` and ShareGPT's `conversations` (role/content or from/value); `instruction`,
     `input`, `output` and the other names in PAIRS; and such pairs nested in `instances`, each of them
-    a conversation. A `system` text and earlier turns in `history` ([[question, answer], …]) go before.
-    Raises UserError with the reason if the row is none of these.
+    a conversation. A `system` text and earlier turns in `history` ([[question, answer], …]) come first.
+    Raises UserError with the reason if the row has none of these forms.
     """
     if not isinstance(row, dict):
         raise UserError(f"a row is a JSON object, not a {type(row).__name__}")
@@ -70,5 +70,5 @@ def _objects(row: dict, key: str) -> list[dict]:
 
 
 def is_learned(message: dict) -> bool:
-    """Whether a message is an answer to learn: not one marked, nor an empty one (it teaches to say nothing)."""
+    """Whether a message is an answer to learn: neither marked otherwise nor empty (which would teach silence)."""
     return message["role"] == "assistant" and message.get("learn", True) and bool(message["content"].strip())

@@ -1,7 +1,7 @@
-"""Packing: lay examples of unequal length into rows of one capacity, with little room left over.
+"""Packing: put examples of unequal length into rows of one capacity, with little room left over.
 
-Padding is work thrown away: instructions of 20 to 200 tokens in rows of 256 would waste half of every
-step. Several examples share a row instead, and attention is kept inside each of them.
+Padding is wasted work: instructions of 20 to 200 tokens in rows of 256 would waste half of every step.
+So several examples share a row, and attention is kept inside each of them.
 """
 
 import numpy as np
@@ -10,8 +10,8 @@ import numpy as np
 def shuffled(n: int, *key: int) -> np.ndarray:
     """A permutation of range(n), int64 (n,), which depends on the integers of `key` alone.
 
-    It sorts the generator's raw bits, whose stream numpy guarantees never to change, so that a run
-    resumed under another numpy still sees the same order.
+    It sorts the generator's raw bits, a stream that numpy guarantees not to change, so that a run resumed
+    with another version of numpy still sees the same order.
     """
     seed = [k % (1 << 64) for k in key]
     return np.argsort(np.random.PCG64(seed).random_raw(n), kind="stable")
@@ -24,11 +24,11 @@ def pack(lengths: np.ndarray, capacity: int, *key: int) -> list[np.ndarray]:
             row = the one with the least room that is enough, or a new one
             put the example into it
 
-    Only lengths decide, so rows with equal room are kept together and equal examples are placed at one go: a million
-    take about a second. This needs at most 11/9 of the fewest possible rows plus a constant (best-fit decreasing,
-    Johnson et al. 1974); instruction data has enough short examples to fill the gaps, and leaves under 1 % empty.
-    The key shuffles which example of a length goes where, and the order of the rows. The number of rows depends on the
-    lengths alone and is thus the same in every epoch.
+    Only lengths matter, so rows with equal room are kept together and examples of one length are placed at once: a
+    million take about a second. This needs at most 11/9 of the fewest possible rows plus a constant (best-fit
+    decreasing, Johnson et al. 1974); instruction data has enough short examples to fill the gaps, and leaves under 1 %
+    empty. The key shuffles examples of one length among their places, and the order of the rows. The number of rows
+    depends on the lengths alone, so it is the same in every epoch.
 
     lengths: (n,) int, 1 … capacity. capacity: tokens a row holds. key: integers, e.g. seed and epoch.
     Returns the rows, each an int64 array of positions in `lengths`. Raises ValueError for a length that
@@ -49,7 +49,7 @@ def pack(lengths: np.ndarray, capacity: int, *key: int) -> list[np.ndarray]:
     for length, count in zip(values[::-1].tolist(), counts[::-1].tolist(), strict=True):
         while count:
             room = _least_from(length, rooms, otherwise=capacity)
-            each = min(room // length, count)  # a row just put into has the least room of all: it is filled up first
+            each = min(room // length, count)  # the row just used has the least room, so it is filled up first
             n_taken = count // each
             if not by_room[room]:  # no row has enough
                 by_room[room] = list(range(n_rows, n_rows + n_taken))

@@ -1,14 +1,14 @@
-"""What is in a user's files: documents, or rows of instructions.
+"""Reading a user's files: documents, or rows of instructions.
 
-Documents (`find_files`, `records`, `text_of`) lie in .txt, .jsonl, .json holding an array, .gz of these, or
-.parquet. Reading them is split in two, so that one process can feed many: `records` walks through a file with
-flat memory and cuts out each document's raw form; `text_of` decodes and checks it, in a worker.
+Documents (`find_files`, `records`, `text_of`) come from .txt, .jsonl, .json with an array, .gz of these, or .parquet.
+Reading them has two parts, so that one process can feed many: `records` goes through a file in constant memory and
+cuts out each document's raw form; `text_of` decodes and checks it, in a worker.
 
-Rows (`open_rows`, `numbered_lines`, `parse_line`) lie in JSONL or a JSON array, gzipped or not, whatever the
-file's name; they can be read again at their place.
+Rows (`open_rows`, `numbered_lines`, `parse_line`) come from JSONL or a JSON array, gzipped or not, whatever the file's
+name; they can be read again at their offset.
 
-What is wrong with one document or row is a UserError with the reason alone: the caller, who knows where it
-lies, reports or skips it. A file that is broken is a UserError that names the file.
+A fault in one document or row is a UserError with the reason alone: the caller, who knows the place, reports or skips
+it. A file that is broken is a UserError that names the file.
 """
 
 import codecs
@@ -29,7 +29,7 @@ from minillm import UserError
 SUFFIXES = (".txt", ".jsonl", ".json", ".txt.gz", ".jsonl.gz", ".json.gz", ".parquet")
 READ = 1 << 20  # bytes of a JSON array read at a time
 WINDOW = 1 << 16  # bytes that gzip unpacks at a time
-LONGEST_TEXT = 64 << 20  # bytes; a longer document of a .txt ends with the line that passes this
+LONGEST_TEXT = 64 << 20  # bytes; a longer document of a .txt is ended after the line that exceeds this
 LONGEST_ITEM = 1 << 30  # characters in one element of a JSON array
 BOM, GZIP = codecs.BOM_UTF8, b"\x1f\x8b"
 
@@ -38,7 +38,7 @@ BOM, GZIP = codecs.BOM_UTF8, b"\x1f\x8b"
 
 
 class Record(NamedTuple):
-    """A document as it lies in its file."""
+    """A document in its raw form, as in the file."""
 
     number: int  # its line (the first of several), its place in an array or its row, from 1
     kind: str  # "text": UTF-8 bytes; "json": one line of JSONL; "value": taken from JSON or parquet already
@@ -74,8 +74,8 @@ def find_files(inputs: Iterable[str | Path]) -> list[Path]:
 def records(path: Path, *, split: str, field: str) -> Iterator[Record]:
     """Every document of one file.
 
-    split: where documents of a .txt end: "lines" (each line is one), "blank" (at blank lines), "file" (nowhere,
-        but after LONGEST_TEXT, so that memory stays bounded).
+    split: where documents of a .txt end: "lines" (each line is one), "blank" (at blank lines), "file" (only after
+        LONGEST_TEXT, so that memory stays bounded).
     field: the key or column that holds the text, elsewhere.
     """
     with _naming(path):
@@ -105,16 +105,16 @@ def text_of(kind: str, raw, field: str) -> str:
         raise text
     try:
         text.encode()
-    except UnicodeEncodeError as error:  # JSON can spell half of a character, UTF-8 cannot
+    except UnicodeEncodeError as error:  # JSON can escape a lone surrogate, UTF-8 cannot encode it
         code = ord(text[error.start])
-        if kind == "value" and 0xDC80 <= code <= 0xDCFF:  # so `_items` hands on a byte that is not UTF-8
+        if kind == "value" and 0xDC80 <= code <= 0xDCFF:  # how `_items` passes on a byte that is not UTF-8
             raise UserError(f"not UTF-8 (byte 0x{code - 0xDC00:02X})") from None
         raise UserError(f"lone surrogate U+{code:04X} in the text") from None
     return text
 
 
 def _field(value, field: str) -> str | UserError:
-    """The text in a JSON value, or what is wrong with it: files are read in one process, faults told in another."""
+    """The text in a JSON value, or the error: it is found in the reading process, but reported by a worker."""
     if not isinstance(value, dict):
         return UserError(f"a JSON object is needed, this is {_type(value)}")
     if field not in value:
@@ -178,9 +178,9 @@ def _parquet(path: Path, field: str) -> Iterator[Record]:
 
 
 def open_rows(path: Path) -> BinaryIO:
-    """The file as seekable JSONL: as it lies, or a .gz or a JSON array copied to an unnamed temporary file.
+    """The file as seekable JSONL: itself, or for a .gz or a JSON array an unnamed temporary copy, one item per line.
 
-    The items of an array keep their numbers, as lines. Raises UserError for a file that is broken.
+    Raises UserError for a file that is broken.
     """
     with _naming(path):
         file = path.open("rb")
@@ -198,7 +198,7 @@ def open_rows(path: Path) -> BinaryIO:
 
 def numbered_lines(file: BinaryIO) -> Iterator[tuple[int, int, bytes]]:
     """(number from 1, byte offset, line) of each line; blank ones are b"", and left out at the end of the file."""
-    offset = blank = 0  # blank: lines to be handed on if something follows
+    offset = blank = 0  # blank: lines that are yielded only if something follows
     for number, line in enumerate(file, 1):
         if line.strip():
             yield from ((number - back, offset, b"") for back in range(blank, 0, -1))
@@ -210,7 +210,7 @@ def numbered_lines(file: BinaryIO) -> Iterator[tuple[int, int, bytes]]:
 
 
 def parse_line(line: bytes) -> object:
-    """The JSON value on one line (a BOM and CRLF do no harm). Raises UserError with the reason."""
+    """The JSON value on one line (a BOM or CRLF is ignored). Raises UserError with the reason."""
     text = _decoded(line.removeprefix(BOM)).rstrip()
     if not text:
         raise UserError("empty line")
@@ -222,12 +222,12 @@ def parse_line(line: bytes) -> object:
         raise UserError(reason) from None
 
 
-# ---- What both are read with.
+# ---- Shared by both.
 
 
 @contextmanager
 def _naming(path: Path) -> Iterator[None]:
-    """Whatever shows that a file is broken becomes a UserError with its name."""
+    """Turns whatever a broken file raises into a UserError that names the file."""
     try:
         yield
     except (OSError, EOFError, zlib.error) as error:
@@ -238,7 +238,7 @@ def _naming(path: Path) -> Iterator[None]:
 
 
 def _unpacked(file: BinaryIO, named_gz: bool = False) -> BinaryIO:
-    """What an open file holds, after a BOM; unpacked if it is gzip, or is named so."""
+    """The contents of an open file, without a BOM; unpacked if it is gzip, or named .gz."""
     stream = file
     if named_gz or file.peek(2)[:2] == GZIP:
         stream = io.BufferedReader(gzip.GzipFile(fileobj=file), WINDOW)
@@ -262,16 +262,16 @@ def _fault_of(error: ValueError | RecursionError) -> str:
 
 
 def _opens_array(stream: BinaryIO) -> bool:
-    """Whether a JSON array begins; the stream is then behind its bracket."""
+    """Whether a JSON array begins; the stream is then just after its bracket."""
     head = stream.peek()
     bracket = len(head) - len(head.lstrip())
     return head[bracket : bracket + 1] == b"[" and bool(stream.read(bracket + 1))
 
 
 def _items(stream: BinaryIO) -> Iterator[tuple[int, object]]:
-    """(number from 1, value) of each item of a JSON array whose bracket is read, in little more memory than one takes.
+    """(number from 1, value) of each item of a JSON array after its bracket, in little more memory than one item needs.
 
-    A byte that is not UTF-8 becomes the surrogate U+DC00 + byte, so that it spoils no other item.
+    A byte that is not UTF-8 becomes the surrogate U+DC00 + byte, so that other items are still read.
     """
     decode = codecs.getincrementaldecoder("utf-8")("surrogateescape").decode
     scan, space = json.JSONDecoder().raw_decode, re.compile(r"\s*")
@@ -290,11 +290,11 @@ def _items(stream: BinaryIO) -> Iterator[tuple[int, object]]:
                 end = at
                 break
             fault, end = f"item {number} of the array: not JSON ({_fault_of(error)})", getattr(error, "pos", at)
-        if fault:  # or only unfinished, as it ends where the text read so far does
+        if fault:  # or the item only continues beyond the text read so far
             unfinished = end > len(text) - 16 or "Unterminated" in fault
             if ended or not unfinished or len(text) - at > LONGEST_ITEM:
                 raise ValueError(f"{fault}; fix the file")
-            data = stream.read(max(READ, len(text) - at))  # doubling: a long item is not parsed too often
+            data = stream.read(max(READ, len(text) - at))  # doubling, so that a long item is parsed only a few times
             text, at, ended = text[at:] + decode(data, not data), 0, not data
             continue
         yield number, value
