@@ -1,6 +1,6 @@
 """Training few parameters of a frozen model: LoRA, DoRA, IA3, bottleneck adapters, virtual tokens, some layers only.
 
-attach.py puts an adapter into a model and takes it off, peft_format.py reads and writes its files, folders.py finds
+attach.py puts an adapter into a model and takes it out, peft_format.py reads and writes its files, folders.py finds
 its base; the methods themselves are in lora.py, ia3.py, adapter.py and virtual.py. See docs/tuning.md.
 """
 

@@ -1,6 +1,6 @@
-"""Bottleneck adapters: after each attention and each feed-forward network a small network of its own.
+"""Bottleneck adapters: a small network after each attention and each feed-forward network.
 
-Houlsby et al. 2019, arXiv:1902.00751. Not linear, so it cannot be merged into the base's weights.
+Houlsby et al. 2019, arXiv:1902.00751. It is not linear, so it cannot be merged into the base's weights.
 """
 
 import torch
@@ -11,7 +11,7 @@ from minillm.tuning.lora import kaiming
 
 
 class Bottleneck(nn.Module):
-    """y → y + up(gelu(down(y))) of what a sublayer gives; up begins at zero, so training begins at the base."""
+    """y → y + up(gelu(down(y))) on a sublayer's output y; up starts at zero, so training starts from the base."""
 
     def __init__(self, base: nn.Module, dim: int, size: int, generator: torch.Generator):
         """base: a sublayer whose output has `dim` channels; size: width of the bottleneck; generator: on the CPU."""

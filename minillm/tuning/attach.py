@@ -1,8 +1,8 @@
-"""Putting an adapter into a model and taking it off.
+"""Putting an adapter into a model and taking it out.
 
-An `Adapter` is some modules, each with its place in the model ("layers.0.self_attn.q_proj"). While it is active they
-stand there in place of the base's own modules; with none active the model is the base again, bit for bit. So a model
-has any number of adapters over one base, and parameters of the active one alone.
+An `Adapter` is a set of modules, each with its place in the model ("layers.0.self_attn.q_proj"). While it is active
+they replace the base's own modules there; with none active the model is the base again, bit for bit. So a model can
+have any number of adapters over one base, and shows the parameters of the active one only.
 """
 
 import contextlib
@@ -26,13 +26,13 @@ from minillm.tuning.options import VIRTUAL, TuningConfig
 from minillm.tuning.virtual import attach_virtual
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-IA3_TARGETS = ("k_proj", "v_proj", "down_proj")  # the paper's; of the last the input is scaled
+IA3_TARGETS = ("k_proj", "v_proj", "down_proj")  # the paper's; for the last one the input is scaled
 NORMS = ("input_layernorm", "post_attention_layernorm", "q_norm", "k_norm", "norm")
 
 
 @dataclass
 class Adapter:
-    """Modules by their place in the model, what stood there before, and which model they were made for."""
+    """Modules by their place in the model, the base's modules there, and which model they were made for."""
 
     options: TuningConfig
     parts: dict[str, nn.Module]
@@ -44,11 +44,11 @@ class Adapter:
 
     @property
     def worth_merging(self) -> bool:
-        """Whether it can be merged, and ought to be: a quantized base would take the memory again that it saves."""
+        """Whether it can be merged and should be: merging a quantized base would give up the memory it saves."""
         return self.options.mergeable and not self.options.base_bits
 
     def parameters(self) -> dict[str, Tensor]:
-        """What is trained, by its name in the model without the adapter; what two parts share comes under both."""
+        """What is trained, by its name in the model; a parameter that two parts share comes under both names."""
         return {
             f"{path}.{name}": parameter
             for path, part in self.parts.items()
@@ -62,8 +62,8 @@ def attach(
 ) -> Adapter:
     """Freeze the model, add what `options.tune` trains, and make it active. Raises `UserError` for unknown modules.
 
-    The draw depends on the seed alone. keep_base False: modules that are trained in full are the base's own and no
-    copies, which saves memory and gives up going back to the base.
+    Initial values depend on the seed alone. keep_base False: modules that are trained in full are the base's own, not
+    copies, which saves memory but means that the base cannot be restored.
     """
     adapters = vars(model).setdefault("adapters", {})
     if name in adapters:
@@ -77,12 +77,12 @@ def attach(
 
 
 def active_adapter(model: nn.Module) -> Adapter | None:
-    """The adapter that a model computes with now; None: it is the base alone, or was never given one."""
+    """The adapter that a model computes with now; None: the base alone, also if it never had an adapter."""
     return vars(model).get("active")
 
 
 def set_adapter(model: Transformer, name: str | None) -> None:
-    """Compute with the adapter of this name from here on; None: with the base alone."""
+    """Compute with the adapter of this name from now on; None: with the base alone."""
     adapters, now = vars(model).get("adapters", {}), active_adapter(model)
     if name is not None and name not in adapters:
         raise UserError(f"adapter {name!r}: no such adapter; there are {', '.join(adapters) or 'none'}")
@@ -103,11 +103,11 @@ def remove_adapter(model: Transformer, name: str) -> None:
 
 
 def merge(model: Transformer, keep: bool = True) -> None:
-    """Fold the active adapter into plain layers; arithmetic in fp32. `unmerge` gives base and adapter back unchanged.
+    """Merge the active adapter into plain layers, computed in fp32. `unmerge` restores base and adapter unchanged.
 
-    keep False: forget the adapter and what it replaces, layer by layer, to save their memory. A quantized base is
-    multiplied out. Where embedding and head were one and are no more, the config says so. Raises `UserError` if there
-    is nothing to merge, if it is merged already, or if the method cannot be.
+    keep False: free the adapter and the modules it replaces, layer by layer, to save memory. A quantized base is
+    dequantized. If the merge unties embedding and head, the config says so. Raises `UserError` if there is nothing to
+    merge, if it is merged already, or if the method cannot be merged.
     """
     adapter = active_adapter(model)
     if adapter is None:
@@ -142,7 +142,7 @@ def unmerge(model: Transformer) -> None:
 
 @contextlib.contextmanager
 def merged(model: Transformer) -> Iterator[None]:
-    """Within it the active adapter is merged, if there is one and it is worth it: a plain model generates faster."""
+    """Context in which the active adapter, if any, is merged where that is worth it: plain layers generate faster."""
     adapter = active_adapter(model)
     if adapter is None or not adapter.worth_merging:
         yield
@@ -171,7 +171,7 @@ def _place(model: nn.Module, modules: dict[str, nn.Module]) -> None:
 
 
 def _mark_tying(model: Transformer) -> None:
-    """Say in the config whether embedding and head are one, now that a merge may have parted them."""
+    """Update the config's `tie_embeddings`, since a merge may have untied embedding and head."""
     adapter = active_adapter(model)
     if adapter is not None and adapter.tied:
         tied = not adapter.merged or model.lm_head.weight is model.embed_tokens.weight
@@ -203,7 +203,7 @@ def _build(model: Transformer, options: TuningConfig, seed: int, keep_base: bool
 
 
 def _wrapped(model: Transformer, path: str, options: TuningConfig, generator: torch.Generator) -> nn.Module:
-    """What stands at `path` in place of the base's module, and calls it."""
+    """The module that replaces the base's module at `path`, and calls it."""
     base, tune = model.get_submodule(path), options.tune
     if tune == "adapter":
         return Bottleneck(base, model.config.dim, options.bottleneck_dim, generator)
@@ -214,35 +214,35 @@ def _wrapped(model: Transformer, path: str, options: TuningConfig, generator: to
     rank, scaling, dora = options.lora_rank, options.lora_scaling, tune == "dora"
     if path == "embed_tokens":
         return LoraEmbedding(base, rank, scaling, dora, generator)
-    dropout = 0.0 if path == "lm_head" else options.lora_dropout  # the loss takes the head's weight whole
+    dropout = 0.0 if path == "lm_head" else options.lora_dropout  # the loss reads only the head's weight
     return LoraLinear(base, rank, scaling, dropout, dora, generator)
 
 
 def default_targets(options: TuningConfig) -> str:
-    """Names of the modules to adapt, by commas, where the options may leave them open."""
+    """Names of the modules to adapt, comma-separated: the given ones, or the method's usual ones."""
     return options.target_modules or ",".join(IA3_TARGETS if options.tune == "ia3" else LINEARS)
 
 
 def targets(model: Transformer, text: str) -> list[str]:
-    """Places of the linear layers (and the embedding) that names by commas mean: each a name, or the end of a path."""
+    """Places of the linear layers (and the embedding) that comma-separated names mean: last parts of their paths."""
     known = [path for path, m in model.named_modules() if hasattr(m, "in_features") or path == "embed_tokens"]
     return _matching(known, text, "--target_modules", lambda path, name: f".{path}".endswith(f".{name}"))
 
 
 def _saved(model: Transformer, text: str | None, taken: list[str]) -> list[str]:
-    """Places of the modules to train in full: as PEFT, all whose path ends in one of the names."""
+    """Places of the modules to train in full: like PEFT, all whose path ends with one of the names."""
     known = [path for path, _ in model.named_modules() if path]
     chosen = _matching(known, text, "--modules_to_save", str.endswith) if text else []
     for path in chosen:
         if any(f"{other}.".startswith(f"{path}.") for other in taken):
-            raise UserError(f"--modules_to_save {text}: {path} is a target module, too; leave it out of one of both")
+            raise UserError(f"--modules_to_save {text}: {path} is a target module, too; leave it out of one of them")
         if any(isinstance(m, QuantLinear) for m in model.get_submodule(path).modules()):
             raise UserError(f"--modules_to_save {text}: {path} is quantized, and so cannot be trained in full")
     return chosen
 
 
 def names(text: str) -> list[str]:
-    """Names of modules given by commas."""
+    """A comma-separated list of module names, split."""
     return [name.strip() for name in text.split(",")]
 
 
@@ -259,7 +259,7 @@ def _matching(known: list[str], text: str, option: str, matches) -> list[str]:
 
 
 def _chosen_layers(model: Transformer, text: str) -> list[str]:
-    """Places of what --train_layers means: last:2, first:1, numbers of layers, embed, head, norms, by commas."""
+    """Places that --train_layers means: last:2, first:1, numbers of layers, embed, head, norms, comma-separated."""
     n = len(model.layers)
     chosen: set[str] = set()
     for item in text.replace(" ", "").split(","):
@@ -286,13 +286,13 @@ def _chosen_layers(model: Transformer, text: str) -> list[str]:
 
 def _trained_in_full(model: Transformer, paths: list[str], keep_base: bool, tied: bool) -> dict[str, nn.Module]:
     """The modules at these places, or copies of them, to be trained; tied: a head tied to the embedding stays so."""
-    one = model.config.tie_embeddings and not {"embed_tokens", "lm_head"}.isdisjoint(paths)  # weight for both
-    if one and tied:
+    shared = model.config.tie_embeddings and not {"embed_tokens", "lm_head"}.isdisjoint(paths)
+    if shared and tied:
         paths = [*(path for path in paths if path not in ("embed_tokens", "lm_head")), "embed_tokens", "lm_head"]
     parts = {path: model.get_submodule(path) for path in paths}
-    if keep_base or (one and not tied):
+    if keep_base or (shared and not tied):
         parts = {path: copy.deepcopy(module) for path, module in parts.items()}
-    if one and tied:
+    if shared and tied:
         parts["lm_head"].weight = parts["embed_tokens"].weight
     for module in parts.values():
         module.requires_grad_(True)

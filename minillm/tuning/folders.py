@@ -1,4 +1,4 @@
-"""An adapter's folder and its base's: which belong together, both as one model, and one merged into the other."""
+"""An adapter's folder and its base's: which belong together, loading both as one model, and merging them."""
 
 import hashlib
 import json
@@ -16,14 +16,14 @@ from minillm.tuning.attach import active_adapter, merge
 from minillm.tuning.peft_format import CONFIG, WEIGHTS, load_adapter, read_config
 
 MERGED = "merged_adapter.json"  # in a merged model's folder: which adapter is in it
-SAMPLES = 256  # numbers of each tensor that its fingerprint looks at
+SAMPLES = 256  # numbers of each tensor that go into the fingerprint
 
 
 def base_sha256(folder: str | Path) -> str:
     """A fingerprint of a model folder: of its config and some numbers of every weight, rounded to bf16.
 
-    So it is the same for every split into shards and for a copy in bf16, and reads little. It tells apart models of
-    other training, not one number changed.
+    So it reads little, and is the same for any split into shards and for a copy in bf16. It distinguishes models that
+    were trained differently, but does not notice every single changed number.
     """
     config = huggingface.load_config(folder)
     described = hashlib.sha256(json.dumps(huggingface.to_hf(config), sort_keys=True).encode())
@@ -35,19 +35,19 @@ def base_sha256(folder: str | Path) -> str:
 
 
 def _sample(place: checkpoint.Place) -> bytes:
-    """Some numbers of a tensor, evenly apart, as bf16; only the pages of the file that hold them are read."""
+    """Evenly spaced numbers of a tensor, as bf16; only the file's pages that hold them are read."""
     size, count = place.dtype.itemsize, math.prod(place.shape)
     numbers = np.memmap(place.file, f"i{size}", "r", place.offset, (max(1, count),))[:: max(1, count // SAMPLES)]
     return torch.from_numpy(numbers.copy()).view(place.dtype).bfloat16().view(torch.int16).numpy().tobytes()
 
 
 def is_adapter(folder: str | Path) -> bool:
-    """Whether a folder holds an adapter in place of a model."""
+    """Whether a folder holds an adapter, not a model."""
     return (Path(folder) / CONFIG).exists()
 
 
 def find_base(folder: Path, given: str | None, recorded: dict, written: dict) -> Path:
-    """The base's folder: as given, or as the adapter records it, seen from its own folder or as it was then."""
+    """The base's folder: the given one, or the recorded one, relative to the adapter's folder or as it was then."""
     if given is not None:
         return run.resolve_checkpoint(given)
     named = written.get("base_model_name_or_path") or ""
@@ -67,8 +67,8 @@ def load_adapted(
 ) -> tuple[Transformer, Path]:
     """The base model of an adapter's folder with the adapter active, and the base's folder.
 
-    base: its folder, if it is not where the adapter says. dtype: convert floating weights to it, at last. merged: have
-    the adapter merged if that is worth it.
+    base: its folder, if it is not where the adapter says. dtype: convert floating weights to it at the end. merged:
+    merge the adapter if that is worth it.
     """
     folder = Path(folder)
     written, recorded = read_config(folder)
@@ -85,14 +85,14 @@ def load_adapted(
 
 
 def tokenizer_of(adapter: Path, base: Path) -> Tokenizer:
-    """The tokenizer beside an adapter, which knows the prompt format it was taught with; else the base's."""
+    """The tokenizer beside an adapter, which records the prompt format of its training; else the base's."""
     return Tokenizer.load(adapter if (adapter / "tokenizer.model").exists() else base)
 
 
 def merge_folder(model: str | Path, adapter: str | Path, out: str | Path) -> str:
     """Write `out`, a plain model folder: `model` with the adapter merged in. Returns a line that says what was done.
 
-    Raises `UserError` if the adapter is for another base or is in already, or if `out` is there already.
+    Raises `UserError` if the adapter is for another base or is merged in already, or if `out` exists.
     """
     base, adapter = run.resolve_checkpoint(model), run.resolve_checkpoint(adapter)
     files.refuse_existing(out)

@@ -1,6 +1,6 @@
-"""IA3: the outputs of keys and values, and the input of the feed-forward network's last layer, each times a vector.
+"""IA3: keys, values and the input of the feed-forward network's last layer are each multiplied by a trained vector.
 
-One number a channel, 1 at first (Liu et al. 2022, arXiv:2205.05638). Names of parameters are those that PEFT saves.
+One number per channel, initially 1 (Liu et al. 2022, arXiv:2205.05638). Parameters are named as PEFT saves them.
 """
 
 import torch

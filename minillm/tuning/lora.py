@@ -1,8 +1,8 @@
-"""LoRA: a frozen layer W gets a product of two narrow matrices added, W + s·BA, and those alone are trained.
+"""LoRA: the product of two narrow matrices is added to a frozen weight, W + s·BA, and only A and B are trained.
 
-s = α/r, or α/√r (rsLoRA, Kalajdzievski 2023, arXiv:2312.03732). B (for an embedding A) begins at zero, so training
-begins at the base. DoRA gives each row of the sum a trained length m: m · (W + s·BA) / ‖W + s·BA‖. Names of
-parameters are those that PEFT saves.
+s = α/r, or α/√r (rsLoRA, Kalajdzievski 2023, arXiv:2312.03732). B (for an embedding A) starts at zero, so training
+starts from the base. DoRA gives each row of the sum a trained length m: m · (W + s·BA) / ‖W + s·BA‖. Parameters are
+named as PEFT saves them.
 
 Hu et al. 2021, arXiv:2106.09685; DoRA: Liu et al. 2024, arXiv:2402.09353.
 """
@@ -18,16 +18,16 @@ from minillm.quant import QuantLinear, plain_linear
 
 
 def dense_weight(layer: nn.Module) -> Tensor:
-    """The weight of a layer as one matrix (out, in) of floats; a quantized layer is multiplied out."""
+    """The weight of a layer as a floating matrix (out, in); a quantized layer is dequantized."""
     return layer.dequantize().weight if isinstance(layer, QuantLinear) else layer.weight
 
 
 @torch.no_grad()
 def row_norms(square: Tensor, wa: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
-    """‖w_i + s (BA)_i‖ of each row i, (out,) fp32, without ever making BA.
+    """‖w_i + s (BA)_i‖ of each row i, (out,) fp32, without computing BA.
 
     square: ‖w_i‖² (out,); wa: W Aᵀ (out, r); a: (r, in); b: (out, r). By ‖w + sbA‖² = ‖w‖² + 2s (wAᵀ)·b + s² (bAAᵀ)·b.
-    DoRA holds it constant in the backward pass (its paper's section 4.3), hence no gradient.
+    DoRA treats it as a constant in the backward pass (its paper's section 4.3), hence no gradient.
     """
     with torch.autocast(a.device.type, enabled=False):
         a, b = a.float(), b.float() * scaling
@@ -35,12 +35,12 @@ def row_norms(square: Tensor, wa: Tensor, a: Tensor, b: Tensor, scaling: float) 
 
 
 def kaiming(shape: tuple[int, int], generator: torch.Generator) -> Tensor:
-    """A matrix (out, in) as torch's linear layers begin with: uniform in ±1/√in, which is Kaiming's rule for a = √5."""
+    """A matrix (out, in) initialized like torch's linear layers: uniform in ±1/√in, Kaiming's rule with a = √5."""
     return (torch.rand(shape, generator=generator) * 2 - 1) / math.sqrt(shape[1])
 
 
 class _Lora(nn.Module):
-    """What both have: `square`, ‖w_i‖² of each frozen row for `dora`, stays in fp32 whatever the model is cast to."""
+    """Base of both classes: its buffer `square`, ‖w_i‖² of each frozen row for `dora`, is never cast from fp32."""
 
     def _apply(self, fn, recurse: bool = True):
         square = self.square
@@ -51,7 +51,7 @@ class _Lora(nn.Module):
 
 
 class LoraLinear(_Lora):
-    """x → W x + s · B A dropout(x), and with `dora` that by m / ‖W + s·BA‖ for each output; then the bias."""
+    """x → W x + s · B A dropout(x), with `dora` each output times m / ‖W + s·BA‖; then the bias."""
 
     def __init__(
         self, base: nn.Module, rank: int, scaling: float, dropout: float, dora: bool, generator: torch.Generator
@@ -79,7 +79,7 @@ class LoraLinear(_Lora):
 
     def forward(self, x: Tensor) -> Tensor:
         """(…, in) → (…, out)."""
-        rows = x.reshape(-1, self.in_features)  # (N, in): what is added in place below must be no view
+        rows = x.reshape(-1, self.in_features)  # (N, in), since `joined` adds in place, which a view would not allow
         small = F.linear(self.dropout(rows), self.lora_A.weight)  # (N, r)
         out = self.base_layer(rows)
         if self.lora_magnitude_vector is not None and self.base_layer.bias is not None:
@@ -87,14 +87,14 @@ class LoraLinear(_Lora):
         return self.joined(out, small).view(*x.shape[:-1], self.out_features)
 
     def matrices(self) -> list[tuple[Tensor, Tensor | None]] | None:
-        """For `ops.linears`: W and A, where nothing but their products reads x."""
+        """For `ops.linears`: W and A, if x goes into their products and nothing else (such as dropout)."""
         base, a = ops.matrices(self.base_layer), ops.matrices(self.lora_A)
         if base is None or a is None or (self.training and self.dropout.p):
             return None
         return [*base, *a] if self.lora_magnitude_vector is None else [(base[0][0], None), *a]
 
     def joined(self, out: Tensor, small: Tensor) -> Tensor:
-        """W x + b (with `dora` without b), (N, out), which is written over, and A x, (N, r) → (N, out)."""
+        """The output (N, out). out: W x + b, or with `dora` W x, (N, out), overwritten; small: A x, (N, r)."""
         out.addmm_(small.to(out.dtype), self.lora_B.weight.to(out.dtype).T, alpha=self.scaling)
         if self.lora_magnitude_vector is None:
             return out
@@ -104,7 +104,7 @@ class LoraLinear(_Lora):
 
     @property
     def weight(self) -> Tensor:
-        """The whole weight (out, in) that the layer multiplies by, in the base's dtype; fp32 arithmetic."""
+        """The weight (out, in) with the update added, computed in fp32, in the base's dtype."""
         base = dense_weight(self.base_layer)
         whole = base.float() + self.scaling * (self.lora_B.weight.float() @ self.lora_A.weight.float())
         if self.lora_magnitude_vector is not None:
@@ -119,7 +119,7 @@ class LoraLinear(_Lora):
 class LoraEmbedding(_Lora):
     """Looks up W + s·(BA)ᵀ; with `dora` each of the C columns has a trained length.
 
-    A (r, V) begins at zero, B (C, r) normal. There is no dropout: ids have nothing to drop.
+    A (r, V) starts at zero, B (C, r) from N(0, 1). There is no dropout, since the input is ids.
     """
 
     def __init__(self, base: nn.Embedding, rank: int, scaling: float, dora: bool, generator: torch.Generator):
@@ -146,7 +146,7 @@ class LoraEmbedding(_Lora):
 
     @property
     def weight(self) -> Tensor:
-        """The whole table (V, C), in the base's dtype; fp32 arithmetic."""
+        """The table (V, C) with the update added, computed in fp32, in the base's dtype."""
         base = self.base_layer.weight
         whole = base.float() + self.scaling * (self.lora_embedding_B.float() @ self.lora_embedding_A.float()).T
         if self.lora_magnitude_vector is not None:

@@ -1,4 +1,4 @@
-"""What can be said of training few parameters, on a command line or in Python."""
+"""The options of training few parameters, for a command line or for Python."""
 
 import math
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ METHODS = ("full", "freeze", "lora", "dora", "ia3", "adapter", *VIRTUAL)
 
 @dataclass(frozen=True)
 class TuningConfig:
-    """The options of training few parameters (docs/tuning.md), which training scripts have beside `TrainingConfig`."""
+    """The options of training few parameters (docs/tuning.md); training scripts have them beside `TrainingConfig`'s."""
 
     tune: str = option("full", "what is trained: everything, some layers, or few new parameters", METHODS)
     lora_rank: int = option(8, "lora, dora: columns of A and B")
@@ -47,18 +47,18 @@ class TuningConfig:
 
     @property
     def mergeable(self) -> bool:
-        """Whether plain weights can hold what the method does."""
+        """Whether the method's effect can be merged into plain weights."""
         return self.tune not in ("adapter", *VIRTUAL)
 
     @property
     def placeholders(self) -> int:
-        """How many positions before each document the model's virtual tokens take."""
+        """How many positions the virtual tokens take before each document."""
         return self.n_virtual if self.tune in VIRTUAL else 0
 
     def tuning_problems(self) -> list[str]:
-        """What is wrong with these options, whatever the model; one line each."""
+        """What is wrong with these options for any model; one line each."""
         low_rank = ("lora", "dora")
-        known = {  # option: the methods that know it
+        known = {  # option: the methods that use it
             **dict.fromkeys(("lora_rank", "lora_alpha", "lora_dropout", "rslora", "base_bits"), low_rank),
             **dict.fromkeys(("target_modules", "modules_to_save", "ensure_weight_tying"), (*low_rank, "ia3")),
             "train_layers": ("freeze",),

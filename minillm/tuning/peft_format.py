@@ -1,12 +1,12 @@
-"""Adapters on the disk, as PEFT writes and reads them.
+"""Adapters on disk, as PEFT writes and reads them.
 
-adapter_config.json           the method and its options, in PEFT's words
+adapter_config.json           the method and its options, in PEFT's terms
 adapter_model.safetensors     what is trained
-minillm_base.json             ours alone, for which base: its folder seen from here, its fingerprint, and to how many
-                              bits it is quantized; without it an adapter is accepted wherever its shapes fit
+minillm_base.json             only ours; the adapter's base: its folder relative to this one, its fingerprint, and its
+                              bits if it is quantized. Without this file an adapter is accepted if its shapes fit
 
-Partly frozen models and bottleneck adapters have no twin in PEFT; peft_type is then a name of our own, which PEFT
-refuses. Formats of PEFT 0.21.
+Partly frozen models and bottleneck adapters have no counterpart in PEFT; their peft_type is a name of our own, which
+PEFT refuses. Formats of PEFT 0.21.
 """
 
 import dataclasses
@@ -29,9 +29,9 @@ from minillm.tuning.virtual import PEFT_TYPES
 CONFIG, WEIGHTS, BASE = "adapter_config.json", "adapter_model.safetensors", "minillm_base.json"
 ENCODER = "resume/virtual.safetensors"
 PREFIX = "base_model.model."
-OWN = {"freeze": ("train_layers",), "adapter": ("bottleneck_dim",)}  # no twin in PEFT: options under their own names
+OWN = {"freeze": ("train_layers",), "adapter": ("bottleneck_dim",)}  # unknown to PEFT: options under our names
 VIRTUAL_TYPES = {theirs: kind for kind, theirs in PEFT_TYPES.items()}
-# Fields of a LoRA config that change nothing here, whatever they say
+# Fields of an adapter config that have no effect here, whatever their value
 HARMLESS = {"auto_mapping", "base_model_name_or_path", "inference_mode", "megatron_core", "peft_type", "peft_version"}
 HARMLESS |= {"qalora_group_size", "revision", "task_type", "init_ia3_weights"}
 
@@ -75,7 +75,7 @@ def save_adapter(adapter: Adapter, folder: Path) -> None:
     """Write the files into an existing folder."""
     if adapter.options.tune in VIRTUAL:
         tensors = adapter.parts["virtual"].peft_tensors()
-        if (folder / ENCODER).parent.exists():  # in a checkpoint: PEFT's file knows the encoder's result alone
+        if (folder / ENCODER).parent.exists():  # in a checkpoint: PEFT's file has only the encoder's output
             save_file(dict(adapter.parts["virtual"].state_dict()), folder / ENCODER)
     else:
         tensors = {PREFIX + huggingface.export_name(n): p.detach().clone() for n, p in adapter.parameters().items()}
@@ -105,7 +105,7 @@ def read_config(folder: Path) -> tuple[dict, dict]:
 
 
 def to_options(written: dict, model: Transformer, source: str) -> TuningConfig:
-    """The options that an adapter_config.json means. Raises `UserError` for what we would compute wrongly."""
+    """The options that an adapter_config.json means. Raises `UserError` for what we do not compute."""
     kind = written["peft_type"]
     own = next((tune for tune in OWN if kind == f"MINILLM_{tune.upper()}"), None)
     if own:
@@ -159,10 +159,10 @@ def _targets_of(wanted: list[str] | str | None, model: Transformer, source: str)
 
 
 def load_adapter(model: Transformer, folder: str | Path, name: str = "default", sha256: str | None = None) -> Adapter:
-    """Attach the adapter in a folder (ours, PEFT's, or a run, of which the newest is taken), and make it active.
+    """Attach the adapter in a folder (ours, PEFT's, or a run's newest checkpoint), and make it active.
 
     sha256: fingerprint of the model's base (`base_sha256`), compared with the recorded one if both are known. Raises
-    `UserError` with all that does not fit; the model then computes as before.
+    `UserError` listing all that does not fit; the model then computes as before.
     """
     folder = run.resolve_checkpoint(folder)
     written, recorded = read_config(folder)
@@ -192,9 +192,9 @@ def load_adapter(model: Transformer, folder: str | Path, name: str = "default", 
 
 @torch.no_grad()
 def read_tensors(adapter: Adapter, folder: str | Path) -> None:
-    """Give an attached adapter the weights of a folder; virtual tokens, their encoder if it was kept for resuming.
+    """Load a folder's weights into an attached adapter; for virtual tokens the encoder's, if it was saved to resume.
 
-    Raises `UserError` listing all that is missing or misshaped.
+    Raises `UserError` listing all that is missing or has another shape.
     """
     path = Path(folder) / WEIGHTS
     got = checkpoint.load_tensors(path)
@@ -213,7 +213,7 @@ def read_tensors(adapter: Adapter, folder: str | Path) -> None:
 
 
 def _check_copies_of_base(adapter: Adapter, got: dict[str, Tensor], source: Path) -> None:
-    """PEFT lays an adapted embedding's base weight beside the adapter: it must be our base's."""
+    """Raise `UserError` unless the base weights that PEFT saves beside an adapted embedding equal our base's."""
     for path, part in adapter.parts.items():
         copy = got.get(f"{PREFIX}{huggingface.export_name(path)}.base_layer.weight")
         if copy is None:

@@ -1,4 +1,4 @@
-"""What a training script asks of tuning: its model, options left open, and what to say and count."""
+"""What the training scripts need of tuning: the model, defaults that depend on the method, and what to print."""
 
 import dataclasses
 import json
@@ -16,11 +16,11 @@ from minillm.tuning.peft_format import read_tensors
 
 
 def choose_optimizer(cfg, dim: int, share: float = 1.0):
-    """A script's configuration with optimizer, peak learning rate and weight decay filled in where it leaves them open.
+    """A script's configuration with optimizer, peak learning rate and weight decay filled in where they are None.
 
-    Weights the model has already are trained as in pretraining, at `share` of its rate. New parameters go to AdamW:
-    Muon makes all directions of an update equally large, which says nothing for a matrix that is one factor of two.
-    Decay draws towards zero, where matrices add nothing; for IA3 that is at one, and for virtual tokens nowhere.
+    Existing weights are trained as in pretraining, at `share` of its rate. New parameters are trained by AdamW: Muon
+    makes all directions of an update equally large, which has no meaning for a matrix that is one factor of a product.
+    Weight decay pulls towards zero, where LoRA and adapters equal the base; IA3 does so at one, virtual tokens nowhere.
     """
     whole = cfg.tune in ("full", "freeze")
     kind = cfg.optimizer or ("muon" if whole else "adamw")
@@ -31,7 +31,7 @@ def choose_optimizer(cfg, dim: int, share: float = 1.0):
 
 
 def fingerprints(cfg: TuningConfig, base: Path | None) -> dict[str, str]:
-    """What must not change in a run that trains an adapter: its base, and its own options; nothing for a full run."""
+    """What must not change during a run that trains an adapter: its base and its options; {} for a full run."""
     if cfg.tune == "full":
         return {}
     options = {f.name: getattr(cfg, f.name) for f in dataclasses.fields(TuningConfig)}
@@ -41,11 +41,11 @@ def fingerprints(cfg: TuningConfig, base: Path | None) -> dict[str, str]:
 def load_model(cfg, shape: ModelConfig, init: Path, source: Path | None, device: torch.device) -> Transformer:
     """The model to train, in fp32: that of the checkpoint `source`, else of `init`.
 
-    With --tune it is always init's, frozen and perhaps quantized, and over it an adapter, new (by the seed) or from
-    `source`. Raises `UserError` for a rank that none of the targeted matrices can have.
+    With --tune it is always that of `init`, frozen and perhaps quantized, with an adapter: new (by the seed), or from
+    `source`. Raises `UserError` for a rank above that of every targeted matrix.
     """
     tuned = cfg.tune != "full"
-    dtype = None if cfg.base_bits else torch.float32  # what is quantized on the way need not be made wide before
+    dtype = None if cfg.base_bits else torch.float32  # do not widen to fp32 what is quantized anyway
     where = dict(device=device, dtype=dtype, base_bits=cfg.base_bits)
     model = huggingface.load_model(init if tuned else source or init, config=shape, **where)
     if not tuned:
@@ -78,7 +78,7 @@ def n_trained(model: Transformer) -> int:
 
 
 def describe_parameters(model: Transformer) -> str:
-    """One phrase for a run's start."""
+    """Number of parameters, and of trained ones, in a phrase for a run's start."""
     whole, trained = model.config.n_parameters(), n_trained(model)
     if active_adapter(model) is None:
         return f"{whole:,} parameters"
@@ -88,7 +88,7 @@ def describe_parameters(model: Transformer) -> str:
 def flops_per_token(model: Transformer, seq_len: int) -> int:
     """Floating-point operations of forward and backward for one token, as `ModelConfig.flops_per_token` counts them.
 
-    Of a frozen weight no gradient is computed, so it takes 4 operations instead of 6; a new parameter takes 6.
+    A frozen weight gets no gradient, so it takes 4 operations instead of 6; a new parameter takes 6.
     """
     adapter, flops = active_adapter(model), model.config.flops_per_token(seq_len)
     if adapter is None:

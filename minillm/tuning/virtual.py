@@ -5,11 +5,11 @@
     prefix    the vectors are keys and values, some for each layer      Li & Liang 2021, arXiv:2101.00190
 
 The data puts n placeholders before each document (`chat_data.lay_out`, `Batch.with_placeholders`, `generate.prefill`),
-so documents, positions and the cache need to know nothing of virtual tokens. The model computes what it likes at these
-positions, and it is overwritten: the embeddings, or each layer's keys and values after the rotation. With a prefix
-nothing reads what then comes out at a placeholder, and no loss is taken there; so where every row begins with them
-and has no others, the model leaves them out, and the prefix is put before each layer's keys and values. To a sliding
-window they are tokens as any others, and leave it as these do.
+so that documents, positions and the cache need no knowledge of virtual tokens. What the model computes at these
+positions is overwritten: the embeddings, or each layer's keys and values after the rotation. With a prefix, nothing
+reads the output at a placeholder, and it has no loss; so where each row is one document, the model skips the
+placeholders and puts the prefix before each layer's keys and values. A sliding window treats them like other tokens:
+they leave it in their turn.
 """
 
 from functools import partial
@@ -28,15 +28,15 @@ PEFT_TYPES = {"prefix": "PREFIX_TUNING", "prompt": "PROMPT_TUNING", "ptuning": "
 
 
 class VirtualTokens(nn.Module):
-    """The vectors of n virtual tokens, as a table or as what an encoder makes of a smaller one."""
+    """The vectors of n virtual tokens: a table, or an encoder's output for a smaller table."""
 
     def __init__(self, config: ModelConfig, kind: str, n: int, encoder: str, hidden: int):
-        """encoder: one of ENCODERS[kind]; hidden: its width. Drawn as torch draws: the table from N(0, 1)."""
+        """encoder: one of ENCODERS[kind]; hidden: its width. Initialized as torch does: the table from N(0, 1)."""
         super().__init__()
         self.config, self.kind, self.n, self.encoder, self.hidden = config, kind, n, encoder, hidden
         prefix = kind == "prefix"
         self.dim = config.n_kv_heads * config.head_dim if prefix else config.dim
-        self.width = 2 * config.n_layers * self.dim if prefix else self.dim  # numbers a token
+        self.width = 2 * config.n_layers * self.dim if prefix else self.dim  # numbers per virtual token
         self.embedding = nn.Embedding(n, self.width if encoder == "none" else self.dim)
         self.lstm = self.mlp = None
         if encoder == "lstm":
@@ -47,16 +47,16 @@ class VirtualTokens(nn.Module):
             self.mlp = _mlp(*inner, self.width)
 
     def table(self) -> Tensor:
-        """The vectors (n, width): embeddings (n, C), or of each layer the keys, then the values (n, L·2·K·D)."""
+        """The vectors (n, width): embeddings (n, C), or keys and values of each layer in turn (n, L·2·K·D)."""
         table = self.embedding.weight if self.lstm is None else self.lstm(self.embedding.weight)
         return table if self.mlp is None else self.mlp(table)
 
     def forward(self, x: Tensor, positions: Tensor | None):
-        """The embeddings x (B, T, C), overwritten where they are placeholders, and what does that in the layers.
+        """The embeddings x (B, T, C) with the placeholders overwritten; and a function that does so in the layers.
 
-        positions: (T,) or (B, T) int64, those inside each document: placeholders are below n. None: each row is one
-        document, and of a prefix's placeholders nothing is returned: (B, T − n, C). The second is None, or for a
-        prefix a function (layer, k, v) → (k, v), each (B, T, K, D).
+        positions: (T,) or (B, T) int64, inside each document: placeholders are those below n. None: each row is one
+        document, and a prefix's placeholders are left out: (B, T − n, C). The function is None, or for a prefix
+        (layer, k, v) → (k, v), each (B, T, K, D).
         """
         if self.kind == "prefix" and positions is None:
             table = self.table().view(1, self.n, self.config.n_layers, 2, self.config.n_kv_heads, -1)
@@ -85,7 +85,7 @@ class VirtualTokens(nn.Module):
         self.embedding.weight.copy_(torch.cat(pairs, 2).reshape(self.n, self.width))
 
     def peft_config(self) -> dict:
-        """What PEFT's adapter_config.json says of these tokens; the name of the base is left None."""
+        """PEFT's adapter_config.json for these tokens; the name of the base is left None."""
         heads = self.config.n_kv_heads if self.kind == "prefix" else self.config.n_heads
         common = dict.fromkeys(("auto_mapping", "base_model_name_or_path", "modules_to_save", "revision")) | dict(
             inference_mode=True,
@@ -111,11 +111,11 @@ class VirtualTokens(nn.Module):
         return common | own[self.kind]
 
     def peft_tensors(self) -> dict[str, Tensor]:
-        """What PEFT's adapter_model.safetensors holds: the table, (n, width), the encoder folded away."""
+        """PEFT's adapter_model.safetensors: the table (n, width) only, since the encoder is not needed to use it."""
         return {"prompt_embeddings": self.table().detach().clone()}
 
     def load_peft(self, tensors: dict[str, Tensor]) -> None:
-        """Become the table that was saved; an encoder goes, since nothing leads back to it. Raises `UserError`."""
+        """Become the saved table, without an encoder, which is not saved. Raises `UserError` for other shapes."""
         shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         if shapes != {"prompt_embeddings": (self.n, self.width)}:
             raise UserError(
@@ -128,7 +128,7 @@ class VirtualTokens(nn.Module):
 
 
 class LSTM(nn.Module):
-    """Two layers that read in both directions, (n, C) → (n, 2·hidden): nn.LSTM, which torch.compile does not enter."""
+    """Two bidirectional layers, (n, C) → (n, 2·hidden), as nn.LSTM, which torch.compile cannot trace."""
 
     def __init__(self, dim: int, hidden: int):
         super().__init__()
@@ -138,21 +138,21 @@ class LSTM(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         start = x.new_zeros(4, 1, self.hidden)  # the states before the first token: layers × directions, a batch of 1
         how = dict(has_biases=True, num_layers=2, dropout=0.0, bidirectional=True, batch_first=False)
-        with torch.autocast(x.device.type, enabled=False):  # on CUDA it would take fp16, whichever dtype is asked for
+        with torch.autocast(x.device.type, enabled=False):  # on CUDA it would use fp16, whatever autocast's dtype
             return torch.lstm(x[:, None], (start, start), list(self.weights), train=self.training, **how)[0][:, 0]
 
 
 def _mlp(activation: type[nn.Module], *sizes: int) -> nn.Sequential:
-    """Linear layers of these sizes, with the activation between each two."""
+    """Linear layers of these sizes, with the activation between them."""
     modules = [m for pair in pairwise(sizes) for m in (nn.Linear(*pair), activation())]
     return nn.Sequential(*modules[:-1])
 
 
 def overwritten(x: Tensor, rows: Tensor, chosen: Tensor) -> Tensor:
-    """x (B, T, …), but rows[i] at each position whose `chosen` is True at i; rows (n, N), chosen (T, n) or (B, T, n).
+    """x (B, T, …) with rows[i] at each position where chosen[…, i] is True; rows (n, N), chosen (T, n) or (B, T, n).
 
-    The rows are placed by a product with ones and zeros: no shape depends on the data, and its backward pass adds up
-    in a fixed order, which that of a gather would not.
+    The rows are placed by a product with a 0/1 matrix: no shape depends on the data, and the backward pass sums in a
+    fixed order, which that of a gather would not.
     """
     placed = (chosen.to(rows.dtype) @ rows).to(x.dtype)  # (T, N) or (B, T, N)
     return torch.where(chosen.any(-1, keepdim=True), placed, x.flatten(2)).view_as(x)
@@ -179,11 +179,11 @@ def attach_virtual(
     hidden: int | None = None,
     seed: int = 0,
 ) -> VirtualTokens:
-    """Give the model virtual tokens, `model.virtual`, in fp32 on its device; freezing the rest is the caller's.
+    """Give the model virtual tokens, `model.virtual`, in fp32 on its device; the caller freezes the rest.
 
-    kind: prefix, prompt or ptuning. encoder: what makes the table in training, see ENCODERS (None: the usual one).
-    hidden: its width (None: C). Without an encoder the tokens begin as random entries of the vocabulary do. All draws
-    depend on the seed alone. Raises `UserError`.
+    kind: prefix, prompt or ptuning. encoder: what computes the table during training, see ENCODERS (None: the first).
+    hidden: its width (None: C). Without an encoder they start as random tokens of the vocabulary (`start_from`). All
+    draws depend on the seed alone. Raises `UserError` for a kind, encoder or number that is not possible.
     """
     choices, longest = ENCODERS.get(kind), model.config.max_seq_len - 1
     if choices is None:
