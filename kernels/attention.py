@@ -1,9 +1,9 @@
-"""Attention as a torch op: forward and backward kernels, their fake twins, autograd.
+"""Attention as a torch op: forward and backward kernels, their fake implementations, autograd.
 
 The mathematics is in `attention_forward.py` and `attention_backward.py`, what a query sees in `attention_mask.py`.
 The backward pass is deterministic: each gradient has one owner, nothing is added by atomics. On a Hopper GPU, and with
 a Triton they were tested with, `attention_sm90.py` and `attention_sm90_backward.py` take what they support; that
-backward pass adds dq by atomics, so `torch.use_deterministic_algorithms(True)` goes by the other.
+backward pass adds dq by atomics, so under `torch.use_deterministic_algorithms(True)` the other one runs.
 """
 
 import torch
@@ -13,7 +13,7 @@ from kernels import attention_backward, attention_forward, launch
 
 try:
     from kernels import attention_sm90, attention_sm90_backward
-except (ImportError, AttributeError):  # Gluon is experimental: another Triton may have it otherwise, or not at all
+except (ImportError, AttributeError):  # Gluon is experimental: another Triton may have changed it, or lack it
     attention_sm90 = None
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -134,7 +134,7 @@ def attention(
     q: (B, Tq, H, D); k, v: (B, Tk, K, D), H a multiple of K, D at most 256, all fp32, bf16 or fp16, any strides.
     spans: (B, Tk, 2) int32 of `reference.document_spans`; with them Tq ≤ Tk. Returns (B, Tq, H, D) in q's dtype, and
     with `return_lse` the log-sum-exp of the scores, (B, H, Tq) fp32; both have gradients. Raises ValueError for
-    shapes, dtypes and numbers that mean nothing.
+    shapes, dtypes and numbers that are not possible.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     _check(q, k, v, window, spans, softcap, scale)

@@ -1,4 +1,4 @@
-"""Attention backward in Triton: gradients of q, k and v, with every probability made again.
+"""Attention backward in Triton: gradients of q, k and v, with every probability recomputed.
 
 With scores s (scaled, perhaps soft-capped), p = e^(s − lse) and the output's gradient do (Dao et al. 2022,
 arXiv:2205.14135, appendix B):
@@ -60,9 +60,9 @@ def _prepare(Out, DO, Lse, DLse, Delta, Shift, heads, q_len, padded, factor, o_b
 @triton.jit
 def _keys_step(dk, dv, k, v, q, do, shift, delta, position, begin, end, scale, cap, MASK: tl.constexpr,
                SOFTCAP: tl.constexpr, NEED_DK: tl.constexpr, NEED_DV: tl.constexpr):  # fmt: skip
-    """A block of queries joins the gradients of a block of keys; all scores transposed, (keys, queries).
+    """Add a block of queries to the gradients of a block of keys; all scores are transposed, (keys, queries).
 
-    What is subtracted from a product is where its sum begins: it then takes no registers while the product is made.
+    What is subtracted from a product is the start value of its sum, so that it needs no registers during the product.
     """
     zero = tl.zeros([k.shape[0], q.shape[0]], tl.float32)
     if SOFTCAP:
@@ -148,7 +148,7 @@ def _backward_keys(Q, K, V, DO, DK, DV, Shift, Delta, Spans, n_blocks, group, he
 @triton.jit
 def _queries_step(dq, q, do, k, v, shift, delta, key, begin, end, scale, cap,
                   MASK: tl.constexpr, SOFTCAP: tl.constexpr):  # fmt: skip
-    """A block of keys joins the gradient of a block of queries."""
+    """Add a block of keys to the gradient of a block of queries."""
     zero = tl.zeros([q.shape[0], k.shape[0]], tl.float32)
     if SOFTCAP:
         t = tanh(scores(q, k, zero) * scale, q.dtype == tl.float32)

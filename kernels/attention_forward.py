@@ -1,12 +1,12 @@
 """Attention forward in Triton: softmax(q kᵀ · scale) v without the matrix of scores.
 
-For a block of queries the keys are read block by block, and the softmax is put together as they come (Milakov &
+For a block of queries the keys are read block by block, and the softmax is accumulated on the way (Milakov &
 Gimelshein 2018, arXiv:1805.02867; Dao et al. 2022, arXiv:2205.14135). With scores s of the new block, running maximum
 m, sum l and output o:
 
     m' = max(m, max s)    a = e^(m − m')    p = e^(s − m')    l' = a l + Σ p    o' = a o + p v
 
-and at the end o / l, and the log-sum-exp m + ln l, from which the backward pass makes every p again.
+and at the end o / l, and the log-sum-exp m + ln l, from which the backward pass recomputes every p.
 e^x is computed as 2^(x log₂ e), log₂ e being folded into the scale.
 
 Memory traffic: q, k, v and o once each (k and v again for every block of queries, from the L2 cache), nothing of size
@@ -41,7 +41,7 @@ LOG2E = 1.4426950408889634
 
 @triton.jit
 def _step(acc, total, top, q, k, v, key, begin, end, scale, cap, MASK: tl.constexpr, SOFTCAP: tl.constexpr):
-    """A block of keys joins output, sum and maximum (of powers of two)."""
+    """Update output, sum and maximum by a block of keys; scores are exponents of 2."""
     s = scores(q, k, tl.zeros([q.shape[0], k.shape[0]], tl.float32))
     if SOFTCAP:
         s = cap * tanh(s * scale, q.dtype == tl.float32)

@@ -1,4 +1,4 @@
-"""How attention's kernels read (rows, D) tiles of (B, T, H, D) tensors, and in which order they take their blocks.
+"""How attention's kernels read (rows, D) tiles of (B, T, H, D) tensors, and in which order blocks are computed.
 
 On Hopper and datacenter Blackwell a tile comes by a tensor descriptor: the copy engine computes the addresses (12 to
 24 % faster than the next best Triton kernel, measured on an H100). The tensor is described as a matrix of B·T rows, a
@@ -70,7 +70,7 @@ def store_tile(X, x, b, row, h, n_rows, heads, ROWS: tl.constexpr, D: tl.constex
 
 @triton.jit
 def place(n_blocks, group, LAST_FIRST: tl.constexpr):
-    """Which block, and which (row of the batch, head) counted through, the program computes.
+    """The block and the (row of the batch, head), as one number, that this program computes.
 
     Programs run over the heads of a group first, then over blocks, so that a group shares what it reads.
     """
@@ -84,7 +84,7 @@ def place(n_blocks, group, LAST_FIRST: tl.constexpr):
 
 
 def heads_together(n_blocks: int, n_heads: int, device: torch.device) -> int:
-    """How many heads make a group: about as many as have one block for each multiprocessor, dividing their number."""
+    """Heads in a group: about as many as give each multiprocessor one block, but a divisor of their number."""
     wanted = max(1, min(n_heads, launch.multiprocessors(device) // max(1, n_blocks)))
     return next(n for n in range(wanted, 0, -1) if n_heads % n == 0)
 

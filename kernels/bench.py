@@ -1,4 +1,4 @@
-"""Our kernels beside what one would take instead, on this GPU, right results first: `python -m kernels.bench`."""
+"""Our kernels compared with the alternatives on this GPU, results first, then speed: `python -m kernels.bench`."""
 
 import argparse
 import gc
@@ -65,7 +65,7 @@ class Bench:
             function, worst, problem = checked(case, name, side)
             try:
                 prepared = {} if problem else case.runs(function, side)
-            except Exception as error:  # whatever others raise: theirs is one line of the report
+            except Exception as error:  # whatever a side raises becomes one line of the report
                 problem, prepared = reason(error), {}
             if problem:
                 self.note(case, name, problem)
@@ -110,7 +110,7 @@ def checked(case: Function | Update, name: str, side: Side) -> tuple[Callable | 
     try:
         function = side.load()
         errors = case.errors(function, side)
-    except Exception as problem:  # whatever others raise: theirs is one line of the report
+    except Exception as problem:  # whatever a side raises becomes one line of the report
         return None, 0.0, reason(problem)
     wrong = [
         f"{what} is off by {e:.1e}, not {slack * limit:.0e}"

@@ -57,7 +57,7 @@ def in_turns(
         try:
             timer(run, 1)
             counts[name] = max(1, math.ceil(least_ms / max(statistics.median(timer(run, 3)), 1e-3)))
-        except Exception as problem:  # whatever others raise: theirs is one line of the report
+        except Exception as problem:  # whatever a side raises becomes one line of the report
             failed[name] = problem
     names = list(counts)
     taken: dict[str, list[float]] = {name: [] for name in names}

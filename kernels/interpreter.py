@@ -1,9 +1,9 @@
 """Corrections to Triton's interpreter, which computes with the bit patterns of bfloat16 as if they were integers.
 
 Found in triton 3.6 and 3.8: `tl.dot` multiplies the patterns, casts to bf16 truncate, and arithmetic on bf16 values
-is wrong without a word. Here products and casts are right, and arithmetic on bf16 raises: kernels widen after loading.
-And triton 3.6 takes an array of one number for an int, which numpy since 2.4 refuses. `launch` puts all this in place
-where TRITON_INTERPRET=1.
+is silently wrong. Here products and casts are right, and arithmetic on bf16 raises: kernels widen after loading.
+And triton 3.6 uses an array of one number as an int, which numpy refuses since 2.4. `launch` applies these corrections
+if TRITON_INTERPRET=1.
 """
 
 import numpy as np

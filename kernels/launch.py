@@ -1,8 +1,8 @@
-"""What every kernel shares when it is started: its device, that device's architecture, its settings; and every op.
+"""What all kernels share: starting on the right device, its architecture, their settings, and their ops.
 
 A kernel's settings are the sizes of its blocks, its warps and its pipeline stages. Each kernel's file has a small
-table of them, with reasons; `settings` gives what was measured on this very GPU before it, if `python -m kernels.tune`
-was run. Nothing is tuned during a training run.
+table of them, with reasons; `settings` prefers what `python -m kernels.tune` has measured on this GPU. Nothing is tuned
+during a training run.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ if INTERPRETED:
 # Shared memory a block may use, in bytes, by compute capability (CUDA C programming guide, "Technical specifications").
 SHARED_MEMORY = {80: 163 << 10, 86: 99 << 10, 87: 163 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
 
-PLAIN = {Tensor, nn.Parameter}  # tensors that are no more than their numbers
+PLAIN = {Tensor, nn.Parameter}  # types without a dispatch of their own
 
 _trying: dict[str, dict] = {}
 
@@ -42,7 +42,7 @@ def run(kernel, grid: tuple[int, ...], *arguments, **settings) -> None:
 
 
 def watched(tensors: list[Tensor]) -> bool:
-    """Whether more than autograd has to see an op: torch.compile, a transform, a mode, or tensors that hold no data."""
+    """Whether more than autograd has to see an op: torch.compile, a transform, a mode, subclasses, meta tensors."""
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
         return True
     return torch._C._are_functorch_transforms_active() or any(type(x) not in PLAIN or x.is_meta for x in tensors)
@@ -54,11 +54,11 @@ def op(
     setup: Callable | None = None,
     gradient: Callable | None = None,
 ) -> Callable:
-    """A library op to be called: past torch's dispatcher where only autograd sees it, which takes half its host time.
+    """A function that calls a library op, past torch's dispatcher if only autograd has to see it: half the host time.
 
     function: what `library` computes. setup, gradient: `setup_context` and `backward` as `register_autograd` takes
-    them; here they are registered, and become a `torch.autograd.Function` too. Without them a call that autograd has to
-    record is the library's, which raises an error backward. Returns a function of the op's positional arguments.
+    them; they are registered here, and also make a `torch.autograd.Function`. Without them a call that autograd has to
+    record goes to `library`, whose backward raises an error. The returned function takes the op's positional arguments.
     """
     if gradient is not None:
         library.register_autograd(gradient, setup_context=setup)
@@ -69,7 +69,7 @@ def op(
         return output
 
     def backward(ctx, *grads):
-        return tuple(x if isinstance(x, Tensor) else None for x in gradient(ctx, *grads))  # no lists for lists
+        return tuple(x if isinstance(x, Tensor) else None for x in gradient(ctx, *grads))  # None for a list
 
     methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
     name = function.__module__.rpartition(".")[2]  # what a profiler shows
@@ -134,13 +134,13 @@ def next_power_of_2(n: int) -> int:
 
 
 def tuned_file() -> Path:
-    """Where `python -m kernels.tune` keeps what it found."""
+    """Where `python -m kernels.tune` saves what it found."""
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(base) / "minillm" / "kernels.json"
 
 
 def machine(device: torch.device) -> str:
-    """What a measured setting holds for: the GPU's name and the version of Triton."""
+    """What a measured setting is valid for: the GPU's name and the version of Triton."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "interpreter"
     return f"{name}, triton {triton.__version__}"
 
@@ -156,20 +156,20 @@ def _tuned(device: torch.device) -> dict[str, dict]:
 def settings(op: str, key: tuple, device: torch.device, default: dict) -> dict:
     """The settings of a kernel: what tuning found for (op, key) on this GPU, else the file's own default.
 
-    key: whatever the best settings depend on, head size or width or dtype, but no number of tokens.
+    key: what the best settings depend on, such as head size, width or dtype, but never a number of tokens.
     """
     tuned = _tuned(device)
     return _trying.get(op) or (tuned and tuned.get(settings_name(op, key))) or default
 
 
 def settings_name(op: str, key: tuple) -> str:
-    """What settings for (op, key) are called in the tuned file."""
+    """The key of (op, key) in the tuned file."""
     return " ".join(map(str, (op, *key)))
 
 
 @contextlib.contextmanager
 def trying(op: str, candidate: dict) -> Iterator[None]:
-    """Inside, `settings` gives this candidate for the op: how settings are compared."""
+    """Context in which `settings` returns this candidate for the op."""
     _trying[op] = candidate
     try:
         yield

@@ -14,7 +14,7 @@ Products are of x and W rounded to x's dtype, summed in fp32. There are two ways
               operand, y being made transposed: few rows of x then fill tiles of 16 columns, not of 64 rows.
     by way of a scratch W in x's dtype (one layer's, 16 bits a weight, gone after the call) and cuBLAS.
 A step of decoding (M = 1) is memory traffic alone: codes are read once, a quarter of the bytes of a 16-bit W. Each tile
-of rows (up to 128) decodes all of W anew, some 5 instructions a weight: for 4096 × 11008 on an H100 about 15 µs a
+of rows (up to 128) decodes all of W again, about 5 instructions a weight: for 4096 × 11008 on an H100 about 15 µs a
 tile, whose products take 16 µs. The scratch costs 38 µs, however many rows there are (half a byte read, 2 written and
 read again, of 3 TB/s). By this reckoning the fused way is ahead up to about 256 rows and level at 512, where cuBLAS's
 own peak speaks for the scratch: FUSED_ROWS = 256. Reckoned, not measured on a GPU. In fp32, which has no tensor cores,

@@ -1,9 +1,9 @@
 """tanh for all kernels with a soft cap, cap · tanh(x / cap), since Triton has none.
 
-By the hardware's exponential, tanh x = 1 − 2 / (exp(2 x) + 1), which no overflow makes wrong. It is off by 10⁻⁷ of 1,
-not of tanh x: by 3 · 10⁻⁶ in every score at a cap of 30. Where numbers of 16 bits are rounded a hundredfold more, that
-is enough. In fp32, numbers below 0.6 take five terms of Lambert's continued fraction,
-x / (1 + x² / (3 + x² / (5 + x² / (7 + x² / 9)))), off by 10⁻⁹; others tanh |x| = (1 − e) / (1 + e), e = exp(−2 |x|).
+With the hardware's exponential, tanh x = 1 − 2 / (exp(2 x) + 1), which stays right on overflow. Its absolute error is
+10⁻⁷, so 3 · 10⁻⁶ in a score at a cap of 30: enough for 16-bit numbers, whose rounding is a hundred times larger. In
+fp32, numbers below 0.6 take five terms of Lambert's continued fraction, x / (1 + x² / (3 + x² / (5 + x² / (7 + x² /
+9)))), with an error of 10⁻⁹; others take tanh |x| = (1 − e) / (1 + e), e = exp(−2 |x|).
 """
 
 import triton

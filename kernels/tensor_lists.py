@@ -50,7 +50,7 @@ def aligned(addresses: Iterable[int]) -> bool:
 
 
 def contiguous(columns: list[list[Tensor]]) -> bool:
-    """Whether all tensors are: what to ask before `stored_alike` of each."""
+    """Whether all tensors are contiguous: a quick test before `stored_alike` for each."""
     return all(map(Tensor.is_contiguous, itertools.chain(*columns)))
 
 
@@ -68,8 +68,8 @@ def stored_alike(first: Tensor, *others: Tensor) -> bool:
 
 @triton.jit
 def pointer(Entry, TYPE: tl.constexpr, ALIGNED: tl.constexpr):
-    """The pointer that an entry of a table holds; said of the pointer, not of the integer, to be aligned: Triton
-    forgets what it knows of an integer when it becomes a pointer."""
+    """The pointer in an entry of a table. Its alignment is declared after the cast, since Triton drops what it knows of
+    an integer when it becomes a pointer."""
     start = tl.load(Entry).to(tl.pointer_type(TYPE))
     if ALIGNED:
         start = tl.multiple_of(start, 16)

@@ -28,10 +28,10 @@ MOST_CANDIDATES = 40
 WORTH_KEEPING = 0.98  # of the shipped settings' time
 LIMITS = {"num_warps": (1, 32), "num_stages": (1, 7), "BLOCK_M": (1, attention_backward.LARGEST_BLOCK)}
 
-EXAMPLES = """A kernel begins with the settings its own file ships. Then one of them at a time is halved or doubled (or
-moved by one), the fastest of these is kept, and so on until none is faster. Each candidate's results are compared with
-the reference first, and it is timed in turns with the shipped settings. What is at least 2 % faster is written to
-~/.cache/minillm/kernels.json, for this GPU and version of Triton. It is never bound to a number of tokens.
+EXAMPLES = """The search starts from the settings in a kernel's file. It halves or doubles one of them at a time (or
+moves it by one), keeps the fastest variant, and repeats until none is faster. Each candidate's results are first
+compared with the reference, and it is timed in turns with the shipped settings. Settings that are at least 2 % faster
+are written to ~/.cache/minillm/kernels.json, for this GPU and version of Triton, never for one number of tokens.
 
 examples:
   python -m kernels.tune attention --head_dim 128 --heads 32 --kv_heads 8
@@ -191,7 +191,7 @@ def _beside(shipped, candidate, choice, pair, run, timer, rounds, least_ms) -> f
 
 
 def keep(path: Path, machine: str, found: dict[str, dict | None]) -> None:
-    """Merge what was found into the file, whole or not at all; None takes an earlier finding out."""
+    """Merge what was found into the file, whole or not at all; None removes an earlier finding."""
     try:
         everything = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
