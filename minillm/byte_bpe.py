@@ -1,8 +1,8 @@
 """Byte-level BPE: the tokenizer of GPT-2, SmolLM, Qwen and Llama 3, read from a `tokenizer.json`.
 
-A text is cut by regular expressions into words, digits, signs and spaces; each of them becomes UTF-8 bytes; and the
-bytes are merged pair by pair, the earliest-learnt pair first (Radford et al. 2019, GPT-2, section 2.2). In the file
-each byte is written as one printable character, a space as Ġ.
+Regular expressions split a text into words, digits, signs and spaces; each of these becomes UTF-8 bytes, which are
+merged pair by pair, the earliest-learnt pair first (Radford et al. 2019, GPT-2, section 2.2). In the file each byte is
+written as one printable character, a space as Ġ.
 """
 
 import heapq
@@ -21,7 +21,7 @@ GPT2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+
 LATER = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-SPLITS = {  # GGUF's names; each expression cuts what the one before left or matched
+SPLITS = {  # GGUF's names; each expression splits the parts that the one before made
     "gpt-2": (GPT2,),
     "smollm": (r"\p{N}", GPT2),
     "qwen2": (LATER % "",),
@@ -70,8 +70,8 @@ class ByteBPE:
     """Text → ids for one such vocabulary.
 
     ids: piece, in byte characters → id. merges: pairs of pieces, earliest learnt first. split: a name in SPLITS.
-    whole: pieces that a text is cut out at before anything else, with their ids. nfc: compose characters first.
-    words_first: a word that is a piece is not built by merges.
+    whole: pieces that are cut out of a text before anything else, with their ids. nfc: normalize to NFC first.
+    words_first: a word that is itself a piece is taken without merging.
     """
 
     ids: dict[str, int]
@@ -120,7 +120,7 @@ class ByteBPE:
         while waiting:
             _, i, pair = heapq.heappop(waiting)
             j = after[i]
-            if j < n and (parts[i], parts[j]) == pair:  # else one of them was merged meanwhile
+            if j < n and (parts[i], parts[j]) == pair:  # else one of them has been merged since
                 parts[i], parts[j], after[i] = parts[i] + parts[j], "", after[j]
                 if after[i] < n:
                     before[after[i]] = i
@@ -158,7 +158,7 @@ def _isolate(pattern: re.Pattern, texts: list[str]):
 def read(data: bytes, source: str) -> tuple[ByteBPE, dict[str, int]]:
     """The vocabulary of a tokenizer.json, and its control pieces with their ids.
 
-    Raises `UserError` if it is damaged or of a kind that would be cut wrongly here.
+    Raises `UserError` if it is damaged, or if its kind is not supported here.
     """
     with naming_damage(source):
         described = json.loads(data)
@@ -225,7 +225,7 @@ def _pre_tokenizer(split: str) -> dict:
 
 
 def _steps(pre_tokenizer: dict | None) -> list[dict]:
-    """What decides how a text is cut."""
+    """The steps of a pre_tokenizer in a comparable form: only what affects how a text is split."""
     steps = (pre_tokenizer or {}).get("pretokenizers", [pre_tokenizer or {}])
     defaults = {"use_regex": True} if any(step.get("type") == "ByteLevel" for step in steps) else {}
     return [{**defaults, **{key: value for key, value in step.items() if key != "trim_offsets"}} for step in steps]

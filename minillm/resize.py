@@ -1,7 +1,7 @@
-"""Giving a model another vocabulary: its embedding and head follow the mapping of ids, row by row.
+"""Giving a model another vocabulary: the rows of its embedding and head follow the mapping of ids.
 
-A row whose old id lives on is copied. A new piece has no row; by default it gets the mean of the rows of the pieces
-that the old tokenizer cuts its text into, since the model has read just those where the new piece will now stand.
+A row whose id still exists is copied. A new piece gets by default the mean of the rows of the old pieces that its text
+was encoded as, since these are what the model has read so far in its place.
 """
 
 import dataclasses
@@ -38,7 +38,7 @@ def read_id_map(path: str | Path) -> dict:
 
 
 def old_pieces_of(new: Tokenizer, old: Tokenizer, ids: list[int]) -> list[list[int]]:
-    """For each new id, the old ids whose rows it begins from: its own old id, or what its text was cut into."""
+    """For each new id, the old ids whose rows it starts from: its own old id, or those its text was encoded as."""
     rows: list[list[int]] = [[] for _ in range(new.vocab_size)]
     for before, after in enumerate(ids):
         if after >= 0:
@@ -52,9 +52,9 @@ def old_pieces_of(new: Tokenizer, old: Tokenizer, ids: list[int]) -> list[list[i
 def resize_rows(table: Tensor, rows: list[list[int]], n_rows: int, start: str = "mean", seed: int = 0) -> Tensor:
     """A table (n_rows, C) for the new ids from the old one (V, C), in its dtype.
 
-    rows: for each new id the old ids that it is made of: one copies, several (start "mean") are averaged. start
+    rows: for each new id the old ids it is made of: one is copied, several (start "mean") are averaged. start
     "mean_all": every new piece gets the mean of all old rows; "normal": it is drawn from a normal distribution with
-    their mean and standard deviation, by seed. Rows beyond len(rows) are padding, and get the mean of all.
+    their mean and standard deviation, by seed. Rows beyond len(rows) are padding and get the mean of all.
     """
     wide = table.float()
     mean, spread = wide.mean(0), wide.std(0)
@@ -83,9 +83,9 @@ def resize(
         raise UserError(f"--pad_to_multiple {multiple}: at least 1")
     n_rows = -(-new.vocab_size // multiple) * multiple
     rows = old_pieces_of(new, old, ids)
-    if start != "mean":  # a piece of one old token would be copied else
-        lived = {after for after in ids if after >= 0}
-        rows = [row if i in lived else [] for i, row in enumerate(rows)]
+    if start != "mean":  # else a new piece that was one old token would be copied
+        kept = {after for after in ids if after >= 0}
+        rows = [row if i in kept else [] for i, row in enumerate(rows)]
     config = dataclasses.replace(model.config, vocab_size=n_rows)
     with torch.device("meta"):
         changed = Transformer(config)

@@ -1,7 +1,7 @@
-"""A SentencePiece model, which is one file, `tokenizer.model`: how it cuts a text, and what transformers reads of it.
+"""A SentencePiece model, the file `tokenizer.model`: encoding with it, and converting it for transformers.
 
-Nothing of a text is lost here: the character ▁, which SentencePiece takes for a space, is spelt in its bytes. A text of
-any length is cut in stretches, so that memory stays small, into the ids it would have at one go.
+Nothing of a text is lost here: the character ▁, which SentencePiece takes for a space, is encoded as its bytes. A long
+text is encoded in stretches, so that memory stays small, with the same ids as in one piece.
 """
 
 from collections.abc import Iterator
@@ -17,13 +17,13 @@ LONG_TEXT = 1 << 15  # characters; longer texts are encoded in stretches of this
 
 
 class SentencePieceModel:
-    """The pieces of a model file, and the ids that it cuts a text into.
+    """The pieces of a model file, and encoding with them.
 
-    proto: the file, parsed. processor: SentencePiece's own reading of it; no_prefix: another, for a text that does not
-    begin a sequence. dummy_prefix: whether a space is put before each text. control: id of each control piece, which
-    no text is cut into. table: the bytes that each id stands for.
+    proto: the parsed file. processor: SentencePiece's processor; no_prefix: another one, for a text that does not begin
+    a sequence. dummy_prefix: whether a space is put before each text. control: id of each control piece, which text is
+    never encoded as. table: the bytes that each id stands for.
 
-    Raises UserError for what is no such model, or damaged.
+    Raises UserError if the file is not such a model, or damaged.
     """
 
     def __init__(self, data: bytes, source: str):
@@ -34,7 +34,7 @@ class SentencePieceModel:
             raise UserError(f"{source}: SentencePiece refuses the model ({error}); train or merge it again") from None
         self.dummy_prefix = self.proto.normalizer_spec.add_dummy_prefix
         self.no_prefix = self.processor
-        if self.dummy_prefix:  # a second reading of the model
+        if self.dummy_prefix:  # a second processor
             bare = proto.ModelProto.FromString(data)
             bare.normalizer_spec.add_dummy_prefix = False
             self.no_prefix = sentencepiece.SentencePieceProcessor(model_proto=bare.SerializeToString())
@@ -53,7 +53,7 @@ class SentencePieceModel:
         plain = list(texts)
         for i in odd:
             plain[i] = ""
-        # a list makes SentencePiece start threads, which for one text takes ten times the encoding
+        # given a list SentencePiece starts threads, which for one text takes ten times as long as encoding it
         encode = self.processor.encode
         alone = threads == 1 or len(plain) == 1
         rows = [encode(text) for text in plain] if alone else encode(plain, num_threads=threads)
@@ -62,7 +62,7 @@ class SentencePieceModel:
         return rows
 
     def _encode_odd(self, text: str, threads: int) -> list[int]:
-        """A text that is long or holds the character ▁, stretch by stretch, with the same ids as at one go."""
+        """Encode a text that is long or contains ▁, stretch by stretch, with the same ids as in one piece."""
         ids: list[int] = []
         for number, between in enumerate(text.split(SPACE_MARK)):
             if number:
@@ -75,7 +75,7 @@ class SentencePieceModel:
         return ids
 
     def _stretches(self, text: str) -> Iterator[str]:
-        """Cut where no piece could span the cut; after LONG_TEXT characters without such a place, anywhere."""
+        """Cut a text where no piece can span the cut; in LONG_TEXT characters without such a place, anywhere."""
         start = 0
         while len(text) - start > LONG_TEXT:
             end = start + LONG_TEXT
@@ -95,7 +95,7 @@ class SentencePieceModel:
     # ---------------------------------------------------------------- files of transformers
 
     def transformers_config(self, special: dict[str, int]) -> dict:
-        """What tokenizer_config.json says. special: ids of "bos", "eos" and "pad", which the model itself may lack."""
+        """Contents of tokenizer_config.json. special: ids of "bos", "eos" and "pad", which the model may lack."""
         names = special | {"unk": self.processor.unk_id()}
         return {
             # Transformers' own Llama class adds no dummy prefix before a text that starts with a space.
@@ -118,7 +118,7 @@ class SentencePieceModel:
         ]
 
     def tokenizers_file(self) -> dict:
-        """What tokenizer.json says, for the `tokenizers` library, whose BPE wants merges where ours has scores."""
+        """Contents of tokenizer.json, for the `tokenizers` library, whose BPE has merges instead of scores."""
         plain = {p.piece: p.score for p in self.proto.pieces if p.type == p.NORMAL}
         ids = {piece.piece: i for i, piece in enumerate(self.proto.pieces)}
         merges = [

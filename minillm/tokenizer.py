@@ -1,9 +1,9 @@
 """Text to token ids and back: special ids, and the files of a folder, for both kinds of vocabularies.
 
-A tokenizer is one file, `tokenizer.model`, in SentencePiece's format (`sentencepiece_model`), or with some models of
+A tokenizer is one file, `tokenizer.model`, in SentencePiece's format (`sentencepiece_model`), or for some models of
 others a `tokenizer.json` (`byte_bpe`). Ours are trained so that nothing is lost: no normalization, spaces kept, digits
-split, and byte pieces for every character that has no piece of its own. Then `decode(encode(text)) == text` for any
-text. The ids of ours: unk 0, bos 1, eos 2, pad 3, the chat roles 4–6, the 256 bytes, and the learnt pieces from 263 on.
+split, and byte pieces for characters without a piece of their own. So `decode(encode(text)) == text` for any text. Our
+ids: unk 0, bos 1, eos 2, pad 3, the chat roles 4–6, the 256 bytes, and the learnt pieces from 263 on.
 """
 
 import codecs
@@ -19,7 +19,7 @@ from minillm import UserError, byte_bpe, chat_templates, naming_damage
 from minillm.chat_templates import JINJA, ROLES
 from minillm.sentencepiece_model import SentencePieceModel
 
-# What transformers reads beside the model file; kept as it was found when a foreign folder is loaded and saved.
+# What transformers reads beside the model file; a folder made elsewhere keeps its own when it is loaded and saved.
 COMPANIONS = (
     "tokenizer_config.json",
     "tokenizer.json",
@@ -30,11 +30,11 @@ COMPANIONS = (
 
 
 class Tokenizer:
-    """A vocabulary with its special ids and the files beside it; here one of SentencePiece's.
+    """A vocabulary with its special ids and the files beside it; this class: one of SentencePiece's.
 
-    vocab_size, bos_id, eos_id, pad_id: int (pad falls back to eos where the model has none, bos likewise).
-    model: the SentencePieceModel. control: id of each control piece, which no text is cut into.
-    data: the model file. sha256: hex digest of it, by which token bins and checkpoints know their tokenizer.
+    vocab_size, bos_id, eos_id, pad_id: int (a model without pad or bos uses eos for it).
+    model: the SentencePieceModel. control: id of each control piece, which text is never encoded as.
+    data: the model file. sha256: its hex digest, by which token bins and checkpoints identify their tokenizer.
     """
 
     def __init__(self, model_bytes: bytes, source: str, companions: dict[str, bytes] | None = None):
@@ -55,9 +55,10 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: str | Path) -> "Tokenizer":
-        """Read a SentencePiece `.model` file, or of a folder, or a `tokenizer.json`'s, `tokenizer.model`, else that.
+        """Read a SentencePiece `.model` file, or a folder's `tokenizer.model`, else its `tokenizer.json`.
 
-        Raises UserError if there is none, if it has another format or is damaged.
+        A path to a tokenizer.json means its folder. Raises UserError if there is no tokenizer, if it has another format
+        or is damaged.
         """
         folder = Path(path).parent if Path(path).name == "tokenizer.json" else Path(path)
         file = folder / "tokenizer.model" if folder.is_dir() else folder
@@ -92,11 +93,11 @@ class Tokenizer:
     def encode_chat(
         self, messages: list[dict], *, template: str = "auto", add_generation_prompt: bool = False
     ) -> tuple[list[int], list[bool]]:
-        """Tokens of a conversation, and which of them are to be learnt.
+        """Tokens of a conversation, and which of them are to be learned.
 
         messages: [{"role": "system" | "user" | "assistant", "content": str}, …]
         template: "chat" or "simple" (see `chat_templates`); "auto" takes "chat" if the model has the role pieces.
-        add_generation_prompt: end with what an answer follows: the assistant piece, or `<s>`.
+        add_generation_prompt: end with what precedes an answer: the assistant piece, or `<s>`.
 
         Returns (ids, learn), of equal length: learn[i] is True where ids[i] belongs to an answer or is its eos.
         """
@@ -108,7 +109,7 @@ class Tokenizer:
         return {role: self.control[piece] for role, piece in ROLES.items() if piece in self.control}
 
     def resolve_template(self, template: str) -> str:
-        """Which of "chat" and "simple" the name `template` ("auto", "chat", "simple") means for this model."""
+        """What `template` ("auto", "chat" or "simple") means for this model: "chat" or "simple"."""
         if template not in ("auto", "chat", "simple"):
             raise UserError(f"template {template!r}: choose auto, chat or simple")
         has_roles = len(self.roles) == len(ROLES)
@@ -121,9 +122,9 @@ class Tokenizer:
     def decode(self, ids: Iterable[int]) -> str:
         """The text of `ids`, control pieces left out; bytes that are not UTF-8 become U+FFFD.
 
-        A model that puts a dummy space before each text (Llama's) loses one leading space here, as in
-        SentencePiece; `decode(encode(text)) == text` holds with it. StreamDecoder keeps that space. A foreign
-        model that normalizes its text (T5's) gives back the normalized text.
+        For a model that puts a dummy space before each text (Llama's), one leading space is removed, as in
+        SentencePiece, so that `decode(encode(text)) == text`. StreamDecoder keeps that space. A model that
+        normalizes its text (T5's) gives back the normalized text.
         """
         data = b"".join(self._bytes_of(ids))
         if self._dummy_prefix and data.startswith(b" "):
@@ -148,7 +149,7 @@ class Tokenizer:
         return {f"{name}_token_id": getattr(self, f"{name}_id") for name in ("bos", "eos", "pad")}
 
     def byte_lengths(self) -> np.ndarray:
-        """UTF-8 bytes that each id stands for: int64 [vocab_size], 0 for control pieces."""
+        """Number of UTF-8 bytes that each id stands for: (vocab_size,) int64, 0 for control pieces."""
         return np.array([len(piece) for piece in self._table], dtype=np.int64)
 
     # ---------------------------------------------------------------- files
@@ -166,7 +167,7 @@ class Tokenizer:
             config["chat_template"] = JINJA[self.resolve_template(template)]
             files["tokenizer_config.json"] = _json(config)
             files.pop("chat_template.jinja", None)
-        if "tokenizer.model" not in files:  # one of another kind would be taken for this one
+        if "tokenizer.model" not in files:  # an old one of the other kind would be loaded instead
             (folder / "tokenizer.model").unlink(missing_ok=True)
         for name, data in files.items():
             (folder / name).write_bytes(data)
@@ -179,9 +180,9 @@ class Tokenizer:
 
     @property
     def start_id(self) -> int:
-        """What a text begins after: bos if the model was taught so, else eos, the end of the document before."""
+        """The id before a text's first token: bos if the model was trained so, else eos, which ends the text before."""
         config = self.config
-        llama = str(config.get("tokenizer_class")).startswith("Llama")  # whose class adds bos unless told not to
+        llama = str(config.get("tokenizer_class")).startswith("Llama")  # this class adds bos unless told not to
         return self.bos_id if config.get("add_bos_token", llama) else self.eos_id
 
     @property
@@ -191,7 +192,7 @@ class Tokenizer:
         return beside.decode() if beside else self.config.get("chat_template")
 
     def with_settings(self, *, add_bos: bool, chat_template: str | None = None) -> "Tokenizer":
-        """This tokenizer, for other programs: with bos before each text or not, and with a chat template of others."""
+        """A copy whose files say whether bos comes before each text, and name another chat template if one is given."""
         files = dict(self._companions or self._own_companions)
         config = self.config | {"add_bos_token": add_bos} | ({"chat_template": chat_template} if chat_template else {})
         files["tokenizer_config.json"] = _json(config)
@@ -201,7 +202,7 @@ class Tokenizer:
         return Tokenizer(self.model.data, "the new vocabulary", files)
 
     def with_chat_template_of(self, other: "Tokenizer") -> "Tokenizer":
-        """This tokenizer, whose folder will say of chat templates and bos what `other`'s does."""
+        """A copy whose files have `other`'s chat template and its rule about bos."""
         config = json.loads(self._own_companions["tokenizer_config.json"])
         config |= {key: value for key, value in other.config.items() if key == "chat_template"}
         config["add_bos_token"] = other.start_id != other.eos_id
@@ -211,7 +212,7 @@ class Tokenizer:
 
     @cached_property
     def _own_companions(self) -> dict[str, bytes]:
-        """What transformers needs; no `tokenizer.json` for a model that is not BPE, such as T5's."""
+        """The files that transformers needs; no `tokenizer.json` for a model that is not BPE, such as T5's."""
         config = self.model.transformers_config({"bos": self.bos_id, "eos": self.eos_id, "pad": self.pad_id})
         config["chat_template"] = JINJA[self.resolve_template("auto")]
         files = {"tokenizer_config.json": _json(config)}
@@ -224,8 +225,8 @@ class Tokenizer:
 class ByteLevelTokenizer(Tokenizer):
     """A byte-level BPE in a `tokenizer.json`, in place of a SentencePiece model (see `byte_bpe`).
 
-    companions: the files of its folder. bpe: what cuts a text. Raises UserError for a kind that is not read, or one
-    without an end of text.
+    companions: the files of its folder. bpe: the `ByteBPE`. Raises UserError for a kind that is not supported, or one
+    without an end-of-text piece.
     """
 
     def __init__(self, companions: dict[str, bytes], source: str):
@@ -256,7 +257,7 @@ class ByteLevelTokenizer(Tokenizer):
         raise UserError(f"{self._source}: a byte-level BPE stays as it is; its texts begin after {own}: --wrap {wrap}")
 
     def encode_many(self, texts: list[str], *, threads: int = 1) -> list[list[int]]:
-        """Token ids of each text; threads would not help here."""
+        """Token ids of each text; `threads` has no effect."""
         for text in texts:
             _refuse_surrogates(text)
         return [self.bpe.encode(text) for text in texts]
@@ -265,7 +266,7 @@ class ByteLevelTokenizer(Tokenizer):
 class StreamDecoder:
     """Turns ids into text one by one, never showing part of a character.
 
-    It decodes what follows a prompt, so a leading space is kept.
+    It decodes the continuation of a prompt, so a leading space is kept.
     """
 
     def __init__(self, tokenizer: Tokenizer):

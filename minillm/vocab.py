@@ -1,4 +1,4 @@
-"""Learning a vocabulary by SentencePiece, with nothing of the text lost."""
+"""Training a vocabulary with SentencePiece, so that no text is lost in encoding."""
 
 import io
 import os
@@ -31,13 +31,13 @@ UNKNOWN_MARK = "▅"  # what SentencePiece puts in place of a character without 
 
 @dataclass(frozen=True)
 class Kind:
-    """What a vocabulary is to be like.
+    """Options of a vocabulary.
 
-    model_type: "bpe", or "unigram" (Kudo 2018, arXiv:1804.10959). split_digits: each digit a piece of its own.
-    required: characters that get a piece whatever the text has, beside printable ASCII. user_defined: pieces that a
-    text is always cut into where they stand; control: pieces that no text is ever cut into. coverage: the share of the
-    text whose characters have a piece of their own, the others being spelt in bytes; None: COVERAGE, but no more than
-    half of the room that is left to learn.
+    model_type: "bpe", or "unigram" (Kudo 2018, arXiv:1804.10959). split_digits: each digit is a piece of its own.
+    required: characters besides printable ASCII that get a piece even if the text lacks them. user_defined: pieces that
+    are always cut out of a text; control: pieces that text is never encoded as. coverage: share of the text whose
+    characters have a piece of their own, the others being encoded as bytes; None: COVERAGE, but using at most half of
+    the pieces that are left to learn.
     """
 
     model_type: str = "bpe"
@@ -49,16 +49,16 @@ class Kind:
 
     @property
     def characters(self) -> str:
-        """Those that get a piece whatever the text has; a space always has one."""
+        """Characters that always get a piece; a space has one anyway."""
         return "".join(sorted({*PRINTABLE, *self.required} - {" ", *self.user_defined}))
 
     @property
     def fixed(self) -> int:
-        """Pieces that are not learnt: special ones, bytes and those asked for; two or three must be left to learn."""
+        """The smallest possible size: special, byte and requested pieces, and two or three more to learn."""
         return SMALLEST - len(PRINTABLE) + len(self.characters) + len(self.user_defined) + len(self.control)
 
     def check(self) -> None:
-        """Raises UserError for pieces that no vocabulary can have."""
+        """Raises UserError for pieces that a vocabulary cannot have."""
         bad = sorted({SPACE_MARK, UNKNOWN_MARK, "\0"} & set(self.required))
         if bad:
             raise UserError(f"--required_chars {bad[0]!r}: a mark of SentencePiece's own; leave it out")
@@ -86,9 +86,9 @@ def train_tokenizer(
 ) -> Tokenizer:
     """Learn a vocabulary, BPE unless `kind` says otherwise, and save it in `out_folder` with a readable `.vocab`.
 
-    texts: any number of documents; at most about `sample_bytes` (UTF-8) of their lines, chosen evenly by `seed`,
-        are kept in memory and learnt from, which takes up to MEMORY_PER_BYTE times as much.
-    vocab_size: all pieces, the 263 special and byte pieces and printable ASCII included. option: its name to a user.
+    texts: any number of documents; a uniform sample by `seed` of about `sample_bytes` (UTF-8) of their lines is kept
+        in memory and learnt from, which takes up to MEMORY_PER_BYTE times as much memory.
+    vocab_size: all pieces, including the 263 special and byte pieces and printable ASCII. option: its name in errors.
 
     Same texts and seed give the same file. Raises UserError when the text is too small for the vocabulary,
     naming the largest possible, or the vocabulary for the characters.
@@ -110,7 +110,7 @@ def train_tokenizer(
         with _progress(size):
             model = _learn(usual, size, kind)
         if isinstance(model, int):
-            size = model  # with fewer pieces fewer characters have their own, and so the limit may sink again
+            size = model  # fewer pieces leave fewer to single characters, which may lower the limit again
     if size < vocab_size:
         raise UserError(f"{option} {vocab_size:,}: the text gives at most {size:,} pieces; ask for fewer or add text")
     tokenizer = Tokenizer(model, "trained model")
@@ -127,7 +127,7 @@ def write_readable(tokenizer: Tokenizer, folder: Path) -> None:
 
 @contextmanager
 def _progress(size: int) -> Iterator[None]:
-    """Show how many pieces there are so far: SentencePiece tells it to stderr, among much else, which is kept back."""
+    """Show how many pieces there are so far, read from SentencePiece's stderr, which is otherwise hidden."""
     screen, (log, to_log) = os.fdopen(os.dup(2), "w"), os.pipe()
     os.dup2(to_log, 2)
     os.close(to_log)
@@ -148,13 +148,13 @@ def _progress(size: int) -> Iterator[None]:
     try:
         yield
     finally:
-        os.dup2(screen.fileno(), 2)  # which closes the pipe, and so ends the thread
+        os.dup2(screen.fileno(), 2)  # closes the pipe, which ends the thread
         thread.join()
         screen.close()
 
 
 def _learn(lines: list[str], size: int, kind: Kind) -> bytes | int:
-    """The model; or, if the lines do not give so many pieces, how many SentencePiece thinks they give."""
+    """The model; or, if the lines do not yield so many pieces, how many they do according to SentencePiece."""
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
@@ -187,10 +187,10 @@ def _learn(lines: list[str], size: int, kind: Kind) -> bytes | int:
 
 
 def _without_rare(lines: list[str], counts: Counter, size: int, kind: Kind) -> list[str]:
-    """Cut the lines at characters too rare for a piece of their own: these are spelt in bytes.
+    """Cut the lines at characters too rare for a piece of their own, which are encoded as bytes.
 
-    Unless another coverage is asked for, at most half of the pieces that are free go to single characters;
-    SentencePiece itself would give up when the characters are too many.
+    Unless a coverage is given, at most half of the free pieces go to single characters. (SentencePiece itself fails
+    if there are too many different characters.)
     """
     sure, wanted = {*PRINTABLE, " ", *kind.required}, COVERAGE if kind.coverage is None else kind.coverage
     free = size - kind.fixed
@@ -209,7 +209,7 @@ def _sample_lines(texts: Iterable[str], limit: int, seed: int) -> list[str]:
     kept: list[str] = []
     size, rate = 0, 1.0
     for text in texts:
-        # ▁ would be taken for a space; a line with ▅, SentencePiece's own mark, would be dropped.
+        # SentencePiece would take ▁ for a space, and drop a line with ▅, its own mark.
         for line in re.split("[\n▁▅]", text):
             for start in range(0, len(line), MAX_LINE):
                 if rate == 1.0 or draw() < rate:

@@ -1,9 +1,9 @@
-"""Changing a vocabulary that models already use: adding pieces, leaving some out, and saying what became of each id.
+"""Changing a vocabulary that models already use: adding pieces, removing some, and recording what became of each id.
 
-BPE builds a text's pieces by merging the neighbouring pair whose union has the highest score, until none is left.
-From this follow both rules here. Merging: new pieces whose scores lie below all old ones are made only after every
-old merge, so a text in which no new piece occurs is cut as before. Pruning: a piece arises by a fixed series of
-merges inside itself; if all of those stay, it arises as before, and a piece that never arose is missed by nobody.
+BPE builds a text's pieces by merging the neighbouring pair whose union has the highest score, until none is left. Both
+rules here follow from this. Merging: new pieces with scores below all old ones are formed only after every old merge,
+so a text in which no new piece occurs is encoded as before. Pruning: a piece is formed by a fixed series of merges
+inside itself; if all of these stay, it is formed as before, and a piece that is never formed can be removed.
 """
 
 import itertools
@@ -39,10 +39,10 @@ class Merged:
 def merge(base: Tokenizer, more: Tokenizer, rule: str = "safe") -> Merged:
     """The base's vocabulary with the pieces of another appended; every old id stays.
 
-    rule "safe": pieces of BPE text without ASCII characters and spaces, with scores below all of the base, so that
-    what holds no new piece is cut as before; a piece that could never arise is left out. "common": every piece not
-    there yet, with score 0, as the well-known recipe does it: it changes how old text is cut.
-    Raises `UserError` if either is no BPE model.
+    rule "safe": pieces without ASCII characters and spaces, with scores below all of the base, so that text without a
+    new piece is encoded as before; a piece that could never be formed is left out. "common": every piece that the base
+    lacks, with score 0, as the well-known recipe does: it changes how old text is encoded.
+    Raises `UserError` if either is not a BPE model.
     """
     for name, tokenizer in (("--base", base), ("--add", more)):
         if tokenizer.model.proto.trainer_spec.model_type != proto.TrainerSpec.BPE:
@@ -65,7 +65,7 @@ def merge(base: Tokenizer, more: Tokenizer, rule: str = "safe") -> Merged:
     scores = itertools.repeat(0.0) if rule == "common" else itertools.count(lowest - 1, -1)
     tokenizer = _with_pieces(base, taken, scores)
     if rule == "safe":
-        # What never arises takes no part in any merge, so leaving it out changes no other piece's fate.
+        # A piece that is never formed takes part in no merge, so other pieces do not change without it.
         lost = {piece for i, piece in enumerate(taken, base.vocab_size) if not _arises(tokenizer, piece, i)}
         if lost:
             done.refused["unreachable: an older merge comes before"] = [p for p in taken if p in lost]
@@ -101,13 +101,13 @@ def from_pieces(
 
 
 def unreachable(tokenizer: Tokenizer, pieces: Iterable[str]) -> list[str]:
-    """Which of these pieces no text is ever cut into."""
+    """Which of these pieces no text is ever encoded as."""
     ids = {p.piece: i for i, p in enumerate(tokenizer.model.proto.pieces)}
     return [piece for piece in pieces if not _arises(tokenizer, piece, ids[piece])]
 
 
 def piece_texts(tokenizer: Tokenizer) -> list[str]:
-    """The texts of the pieces that texts are cut into."""
+    """The texts of all normal pieces."""
     return [p.piece.replace(SPACE_MARK, " ") for p in tokenizer.model.proto.pieces if p.type == p.NORMAL]
 
 
@@ -139,10 +139,10 @@ def _finish(model: proto.ModelProto, base: Tokenizer) -> Tokenizer:
 
 
 def prune(base: Tokenizer, texts: Iterable[str], keep: Iterable[str] = ()) -> tuple[Tokenizer, list[int]]:
-    """The base's vocabulary with only what these texts use, which are cut as before; and old id → new id, or -1.
+    """The base's vocabulary with only what these texts use, which are encoded as before; and old id → new id, or -1.
 
-    Special, byte and user-defined pieces stay, as do the pieces named in `keep`. With a kept piece stay those that
-    it is merged from.
+    Special, byte and user-defined pieces stay, as do the pieces in `keep`, and all pieces that a kept one is merged
+    from.
     """
     pieces = base.model.proto.pieces
     ids = {p.piece: i for i, p in enumerate(pieces)}
@@ -173,7 +173,7 @@ def prune(base: Tokenizer, texts: Iterable[str], keep: Iterable[str] = ()) -> tu
 
 
 def merges_of(piece: str, scores: dict[str, float]) -> set[str]:
-    """Every piece that arises while BPE puts `piece` together, itself and single characters included."""
+    """Every piece that is formed while BPE merges `piece`, including itself and single characters."""
     parts = list(piece)
     seen = {part for part in parts if part in scores}
     while len(parts) > 1:
@@ -203,14 +203,14 @@ def save(tokenizer: Tokenizer, out: str | Path, old: Tokenizer | None = None, id
     files.write_folder(out, fill)
 
 
-# ---------------------------------------------------------------- what people want to know of a vocabulary
+# ---------------------------------------------------------------- statistics of a vocabulary
 
 
 def compare(old: Tokenizer, new: Tokenizer, added: Iterable[str], texts: Iterable[str]) -> dict[str, int]:
-    """How two vocabularies cut the lines of some texts, the second being the first with `added`.
+    """How two vocabularies encode the lines of some texts, the second being the first with `added`.
 
-    Returns numbers: lines, characters, old_tokens, new_tokens; without (lines that hold no added piece) and
-    changed (those of them that are cut differently).
+    Returns counts: lines, characters, old_tokens, new_tokens; without (lines that contain no added piece) and
+    changed (those of them that are encoded differently).
     """
     added = set(added)
     lengths = sorted({len(piece) for piece in added})
