@@ -1,12 +1,12 @@
-"""Pretrain a language model: from nothing, or going on from another.
+"""Pretrain a language model, from scratch or starting from another.
 
     python train_pretrain.py                                        the bundled corpus, a tiny model, minutes
     python train_pretrain.py --data data/mine --preset 124m --out out/mine
     torchrun --nproc_per_node 8 train_pretrain.py --data data/mine --preset 1b --batch_size 512 --micro_batch_size 8
     python train_pretrain.py --data data/mine --init_from DIR --tune freeze --train_layers embed,head --out out/stage1
 
-Run the same command again to go on where it was stopped. Reads from top to bottom: configuration, data,
-model, optimizer, the loop.
+Run the same command again to go on where it stopped. Read from top to bottom: configuration, data, model,
+optimizer, the loop.
 """
 
 import dataclasses
@@ -68,7 +68,7 @@ def main() -> int:
     ops.select(cfg.impl)
     kernels_settled = selfcheck.begin(ranks, base_bits=cfg.base_bits)
 
-    # data: token bins, and the tokenizer that lies beside them
+    # data: token bins, and the tokenizer beside them
     if cfg.data == bundled.FOLDER and ranks.main:
         bundled.build(Path(cfg.data))
     ranks.barrier()
@@ -103,7 +103,7 @@ def main() -> int:
         return 0
     this.say(f"configuration:\n{config.show(cfg)}")
 
-    # the model: resumed, or continued from another, or new
+    # the model: resumed, started from another, or new
     kernels_settled()
     source = this.source or init
     if source:
@@ -120,7 +120,7 @@ def main() -> int:
 
 
 def next_command(cfg: Config, tokenizer: Tokenizer | None) -> str:
-    """What to try after this run. A model of a raw .bin has no tokenizer, without which no text goes in or out."""
+    """What to try after this run. A model of a raw .bin has no tokenizer, so it can neither read nor write text."""
     if tokenizer is None:
         return f"python -m minillm plot {cfg.out}"
     if cfg.tune == "full":
@@ -136,7 +136,7 @@ def shape(cfg: Config, vocab_size: int, init: Path | None) -> config.ModelConfig
     given = {name: value for name in names if (value := getattr(cfg, name, None)) is not None}
     changed = sorted(given.keys() - {"dropout"})
     if cfg.tune != "full" and init is None:
-        raise UserError(f"--tune {cfg.tune}: trains a part of a model that is there; give it by --init_from")
+        raise UserError(f"--tune {cfg.tune}: trains a part of an existing model; give it by --init_from")
     if cfg.tune != "full" and changed:
         raise UserError(f"--tune {cfg.tune}: its base keeps its shape, so leave out --{', --'.join(changed)}")
     if init is not None and cfg.preset != Config.preset:
@@ -226,7 +226,7 @@ def train(cfg: Config, this: training.Run, model, windows, validation, tokenizer
 
 
 def conclude(this: training.Run, model: Transformer, scores: dict, tokenizer: Tokenizer | None) -> None:
-    """What a person wants to see at the end."""
+    """Print the result: validation, a sample, where things are, and what to do next."""
     said = f"validation: {scores['val_loss']:.4f} nats a token, perplexity {math.exp(min(scores['val_loss'], 700)):.2f}"
     if "val_bpb" in scores:
         said += f", {scores['val_bpb']:.3f} bits per byte"

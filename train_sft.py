@@ -6,7 +6,7 @@
     python train_sft.py --tune lora --out out/sft-lora         few new parameters over a frozen model
 
 Data: .jsonl or .json rows of instruction/input/output, messages, or conversations. Only answers (and the end of an
-answer) are learned. Run the same command again to go on where it was stopped.
+answer) are learned. Run the same command again to go on where it stopped.
 """
 
 import dataclasses
@@ -67,7 +67,7 @@ def main() -> int:
     if cfg.seq_len > model_config.max_seq_len:
         raise UserError(f"--seq_len {cfg.seq_len}: the model's longest context is {model_config.max_seq_len}")
 
-    # data: rows of instructions, packed, with a mask on what is to be learned
+    # data: rows of instructions, packed, with a mask on what is learned
     if cfg.data == Config.data and ranks.main:
         bundled.build()
     ranks.barrier()
@@ -77,7 +77,7 @@ def main() -> int:
     how = dict(seed=cfg.seed, template=cfg.template, packing=cfg.packing, on_bad_line=cfg.on_bad_line)
     how |= dict(n_virtual=cfg.placeholders)
     rows = InstructionRows(paths, tokenizer, cfg.seq_len, **how)
-    length = "epochs" if cfg.steps is None else "steps"  # what says how long the run is
+    length = "epochs" if cfg.steps is None else "steps"  # the option that sets the run's length
     end = rows.total_rows(cfg.epochs) if cfg.steps is None else cfg.steps * cfg.batch_size
     cfg = dataclasses.replace(cfg, steps=-(-end // cfg.batch_size))  # the last batch may be short
     held_out = cfg.eval_data or (f"{bundled.FOLDER}/sft_heldout.jsonl" if cfg.data == Config.data else None)
@@ -138,7 +138,7 @@ def train(cfg: Config, this: training.Run, model: Transformer, rows, end: int, h
         training.seed_step(cfg.seed, step, ranks.rank)
         micro_batches = ranks.micro_batches(step - 1, cfg.batch_size, cfg.micro_batch_size)
         batches = [rows.batch(positions, end) for positions in micro_batches]
-        # how many targets a batch has differs from step to step: count those of all ranks before the first backward
+        # the number of targets differs from step to step: count those of all ranks before the first backward
         n_targets, n_tokens = ranks.sum(sum(b.n_targets() for b in batches), sum(b.x.numel() for b in batches))
         nats = torch.zeros((), device=ranks.device)
         for i, batch in enumerate(batches):
@@ -174,7 +174,7 @@ def train(cfg: Config, this: training.Run, model: Transformer, rows, end: int, h
 
 
 def conclude(this: training.Run, before: dict, after: dict) -> None:
-    """What a person wants to see at the end; before, after: family → (exact answers, questions)."""
+    """Print the result; before, after: family → (exact answers, questions)."""
     if after:
         right, asked = map(sum, zip(*after.values(), strict=True))
         this.record({"step": this.cfg.steps, "exact_match": right / asked})

@@ -1,7 +1,7 @@
 """Benchmarks against the usual tools, both sides in one process: `python -m minillm bench generate|train|data`.
 
 Each subcommand is one function that first checks that both sides compute the same, then times them in turns
-and prints medians with the versions and threads they were taken with. `bench tune` stands in bench_tune.py.
+and prints medians with the versions and threads they were measured with. `bench tune` is in bench_tune.py.
 """
 
 import gc

@@ -1,7 +1,7 @@
 """A training step of each tuning method beside PEFT's: `python -m minillm bench tune`.
 
-Both stand on the same base: PEFT on transformers' twin of our model, with our adapter's numbers. First the two losses
-must agree, then steps (forward, backward, torch's fused AdamW) are timed in turns. Nothing is compiled.
+Both use the same base and adapter: PEFT runs on transformers' version of our model, with our adapter's numbers. First
+the two losses must agree, then steps (forward, backward, torch's fused AdamW) are timed in turns. Nothing is compiled.
 """
 
 import gc

@@ -3,12 +3,12 @@
 step-00000060/
     config.json model.safetensors      the model, as transformers, vLLM and others read it
     tokenizer.model …                  its tokenizer
-    resume/optimizer.safetensors       what only going on needs, apart, since some loaders read every
-    resume/train_state.json            *.safetensors that lies beside the model
+    resume/optimizer.safetensors       what only resuming needs; in a folder of its own, since some loaders
+    resume/train_state.json            read every *.safetensors beside the model
     manifest.json                      size and SHA-256 of each file (see files.py)
 
-There is no pickle anywhere: nothing that is read can run code. Reading is strict: what is missing, too
-much, of another shape or broken is listed in full, and nothing is loaded in part.
+There is no pickle anywhere: reading a file cannot run code. Reading is strict: everything that is missing,
+unexpected, of another shape or broken is listed, and nothing is loaded in part.
 """
 
 import dataclasses
@@ -30,7 +30,7 @@ INDEX = "model.safetensors.index.json"
 STATE = "resume/train_state.json"
 OPTIMIZER = "resume/optimizer.safetensors"
 FIXED = {"tokenizer", "architecture", "base model", "tuning"}  # fingerprints that no run may change
-BOUND = {"data", "init_from", "batch_size", "seq_len", "seed"}  # a fingerprint may look at them
+BOUND = {"data", "init_from", "batch_size", "seq_len", "seed"}  # options that go into a fingerprint
 FREE = {f.name for f in dataclasses.fields(config.TrainingConfig)} - BOUND | {"epochs", "eval_data", "eval_rows"}
 DTYPES = {  # safetensors' name → torch's
     "F64": torch.float64,
@@ -46,7 +46,7 @@ DTYPES = {  # safetensors' name → torch's
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-PICKLES = (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")  # how they begin
+PICKLES = (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")  # their first bytes
 PIECE = 1 << 18  # numbers read at once
 
 
@@ -66,9 +66,9 @@ def save(
 ) -> Path:
     """Write the checkpoint of `step` into a run's folder, whole or not at all; returns its path.
 
-    write_model(folder): writes config.json and weights; tokenizer: a `Tokenizer` or None; template: the prompt
-    format to record with it (None: its own); state: anything
-    JSON can say. Raises `UserError` when the disk refuses; earlier checkpoints are untouched.
+    write_model(folder): writes config.json and weights. tokenizer: a `Tokenizer` or None. template: the prompt format
+    to record with it (None: its own). state: values for JSON. Raises `UserError` if the disk is full or read-only;
+    earlier checkpoints are untouched.
     """
     path = Path(folder) / run.step_name(step)
     tensors, described = flatten_optimizers(optimizers, named_parameters)
@@ -90,7 +90,7 @@ def save(
 
 
 def _as_os_error(problem: SafetensorError) -> Exception:
-    """safetensors tells of a full disk in words, "… (os error 28)"; the number makes it an OSError again."""
+    """safetensors reports a full disk as text, "… (os error 28)"; turn that back into an OSError."""
     found = re.search(r"I/O error: (.*) \(os error (\d+)\)", str(problem))
     return OSError(int(found[2]), found[1]) if found else problem
 
@@ -98,10 +98,10 @@ def _as_os_error(problem: SafetensorError) -> Exception:
 def flatten_optimizers(
     optimizers: list[torch.optim.Optimizer], named_parameters: dict[str, Tensor]
 ) -> tuple[dict[str, Tensor], dict]:
-    """The state of one or several optimizers as flat tensors, "parameter/key", whatever the order of parameters.
+    """The state of one or several optimizers as flat tensors, "parameter/key", in any order of parameters.
 
     Returns the tensors and, per parameter, {"kind": the optimizer's class, "keys": names of its tensors}. Options
-    (learning rate, weight decay…) are left out: on resuming those of the configuration hold.
+    (learning rate, weight decay…) are left out: a resumed run takes them from its configuration.
     """
     names = {parameter: name for name, parameter in named_parameters.items()}
     tensors, described = {}, {}
@@ -121,7 +121,7 @@ def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
 
 
 def read_state(folder: str | Path) -> dict:
-    """What train_state.json of a checkpoint says. Raises `UserError` if the folder holds only a model."""
+    """A checkpoint's train_state.json. Raises `UserError` if the folder holds only a model."""
     path = Path(folder) / STATE
     try:
         state = json.loads(path.read_text(encoding="utf-8"))
@@ -137,9 +137,9 @@ def read_state(folder: str | Path) -> dict:
 def restore_optimizers(
     folder: str | Path, optimizers: list[torch.optim.Optimizer], named_parameters: dict[str, Tensor]
 ) -> None:
-    """Give optimizers the state, bit for bit, that a checkpoint holds; their options stay as they are.
+    """Load a checkpoint's optimizer state, bit for bit; the optimizers' options stay as they are.
 
-    Raises `UserError` with all that is missing, too much or misshaped, before anything is changed.
+    Raises `UserError` listing all that is missing, unexpected or of another shape, before anything is changed.
     """
     described = read_state(folder)["optimizer"]
     tensors = load_tensors(Path(folder) / OPTIMIZER)
@@ -204,7 +204,7 @@ def compare_fingerprints(
 
 
 def _plain(value):
-    """A value as it is after a way through JSON (a tuple becomes a list)."""
+    """A value after a round trip through JSON (a tuple becomes a list)."""
     return json.loads(json.dumps(value, default=str))
 
 
@@ -213,7 +213,7 @@ def _plain(value):
 
 @dataclass(frozen=True)
 class Place:
-    """Where a tensor lies: `offset` bytes into a file, contiguous, little-endian."""
+    """Where a tensor is stored: `offset` bytes into a file, contiguous, little-endian."""
 
     file: Path
     offset: int
@@ -221,10 +221,10 @@ class Place:
     dtype: torch.dtype
 
     def read(self, dtype: torch.dtype | None = None) -> Tensor:
-        """The tensor in memory of its own, converted piece by piece: no second copy of it is ever there.
+        """The tensor in memory of its own, converted piece by piece, so that there is never a second copy of it.
 
-        The file is not mapped: pages of it would count as memory, and a tensor would not be aligned as torch aligns,
-        so that vector code may round otherwise and a resumed run leave its track.
+        The file is not memory-mapped: its pages would count as memory, and a tensor would not be aligned like torch's,
+        so that vectorized code may round differently and a resumed run diverge.
         """
         out = torch.empty(self.shape, dtype=dtype or self.dtype)
         with self.file.open("rb") as stream:
@@ -239,9 +239,9 @@ class Place:
 
 
 def refuse_pickle(path: Path, start: bytes) -> None:
-    """Raise `UserError` if a file that begins so is a pickle, or a zip of pickles.
+    """Raise `UserError` if a file that begins with `start` is a pickle, or a zip of pickles.
 
-    A safetensors file and a llama2.c model begin with a number, which may begin as these do, but has a 0 at its end.
+    A safetensors file or llama2.c model begins with a number, which may have the same first bytes, but ends in a 0.
     """
     if start[:2] in PICKLES and start[3:4] != b"\0":
         raise UserError(f"{path}: a pickle, which could run code; refused unread: convert it to safetensors")
@@ -253,7 +253,7 @@ def load_tensors(path: str | Path) -> dict[str, Tensor]:
 
 
 def find_weights(folder: str | Path) -> dict[str, Place]:
-    """Where each tensor of a model folder lies, in one file or in indexed shards, of which all headers are checked.
+    """Where each tensor of a model folder is stored, in one file or in indexed shards; all headers are checked.
 
     Raises `UserError` with the complete list of what is wrong: shards missing or outside the folder, tensors missing,
     unlisted or held twice, files that are not safetensors.
@@ -304,7 +304,7 @@ def _no_duplicates(pairs: list[tuple]) -> dict:
 
 
 def _read_header(path: Path) -> dict[str, Place]:
-    """Where each tensor of a file lies, after safetensors has checked that header and bytes agree."""
+    """Where each tensor of a file is stored, after safetensors has checked that header and file size agree."""
     try:
         with path.open("rb") as stream:
             start = stream.read(8)
@@ -334,7 +334,7 @@ def _read_header(path: Path) -> dict[str, Place]:
 def write_tensors(
     path: Path, shapes: dict[str, Sequence[int]], dtype: torch.dtype, read: Callable[[str], Tensor]
 ) -> None:
-    """Write a safetensors file, of which only one tensor at a time is in memory: read(name) gives it, of its shape."""
+    """Write a safetensors file with only one tensor at a time in memory: read(name) gives a tensor of that shape."""
     header, end, word = {"__metadata__": {"format": "pt"}}, 0, {value: name for name, value in DTYPES.items()}[dtype]
     for name, shape in shapes.items():
         begin, end = end, end + math.prod(shape) * dtype.itemsize
@@ -362,7 +362,7 @@ def check_finite(name: str, tensor: Tensor, source: str | Path) -> None:
 
 
 def match_tensors(expected: dict, got: dict, source: str | Path) -> None:
-    """Raise one `UserError` listing all tensors missing, too many or of another shape. Both: {name: shape}."""
+    """Raise one `UserError` listing all tensors missing, unexpected or of another shape. Both: {name: shape}."""
     problems = [f"{name} is missing" for name in expected if name not in got]
     problems += [f"{name} is not expected" for name in got if name not in expected]
     problems += [

@@ -1,7 +1,7 @@
 """Configuration: the model's shape, its presets, and dataclasses as command lines.
 
-A script has one frozen dataclass; each field carries its help text, its default is the
-default, and `parse` turns `--name value` (or `--config file.toml`) into an instance.
+A script has one frozen dataclass; each field has a help text and a default, and `parse` turns
+`--name value` (or `--config file.toml`) into an instance.
 """
 
 import argparse
@@ -38,7 +38,7 @@ class RopeScaling:
 
 
 COUNTS = ("vocab_size", "dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "ffn_dim", "max_seq_len")
-LARGEST = 1 << 24  # count: beyond all models there are, and a product of two is still a size to torch
+LARGEST = 1 << 24  # larger than any model has; the product of two is still a valid size for torch
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,7 @@ PRESETS: dict[str, dict] = {
 
 
 def option(default, help: str, choices: tuple[str, ...] | None = None):
-    """A dataclass field with help text (say the unit) and, where they are few, its choices."""
+    """A dataclass field with help text (name the unit) and, if there are few, its choices."""
     return field(default=default, metadata={"help": help, "choices": choices})
 
 

@@ -1,7 +1,4 @@
-"""How good a model is: bits per byte on a text, and how many questions it answers exactly.
-
-The scores of a run's own validation split are in validation.py; this applies them to any text, and asks questions.
-"""
+"""How good a model is: reading any text for `validation.Validation`, and counting questions answered exactly."""
 
 import re
 import unicodedata
@@ -18,15 +15,15 @@ from minillm.messages import conversations as conversations_in
 from minillm.model import Transformer
 from minillm.tokenizer import Tokenizer
 
-ASKED_AT_ONCE = 128  # questions of a batch
+ASKED_AT_ONCE = 128  # questions per batch
 LONGEST_ANSWER = 64  # tokens, unless the caller says otherwise
-FINAL = ".。!！?？;；,，、"  # an answer is as right without its full stop
+FINAL = ".。!！?？;；,，、"  # punctuation at the end of an answer does not count
 
 
 class TextTokens(NamedTuple):
-    """A text file's tokens, in the form in which `validation.Validation` takes prepared bins."""
+    """A text file's tokens, with the attributes that `validation.Validation` reads from `TokenBins`."""
 
-    arrays: list[np.ndarray]  # one, int64: each document's tokens and eos, after bos if the model knows texts so
+    arrays: list[np.ndarray]  # one, int64: each document's tokens and eos, after bos if texts begin with it
     eos_id: int
     start_id: int
     path: Path
@@ -54,7 +51,7 @@ def read_text(path: Path, tokenizer: Tokenizer, *, split: str = "blank", field: 
 
 
 def read_questions(path: str | Path, limit: int | None = None) -> list[dict]:
-    """Rows of an instruction file, each with the key "messages" beside its own: the last message is the answer.
+    """Rows of an instruction file, each with an added key "messages", of which the last is the answer.
 
     path: .jsonl or .json, also .gz. limit: at most so many rows, the first. Raises UserError with the row's number.
     """
@@ -89,7 +86,7 @@ def _last_number(text: str) -> float | None:
 
 
 def _words(text: str) -> set[str]:
-    """What is listed in a text: the pieces between spaces and punctuation, without the word before the last."""
+    """The items listed in a text: what is between spaces and punctuation, without "and"."""
     words = re.split(r"[\s,，、;；.。:：]+|和", unicodedata.normalize("NFKC", text).casefold())
     return set(words) - {"", "and"}
 
@@ -98,7 +95,7 @@ CHECKS = {"exact": _plain, "number": _last_number, "words": _words}
 
 
 def is_right(row: dict, answer: str) -> bool:
-    """Whether `answer` says what the row's last message does, compared as its "check" tells.
+    """Whether `answer` equals the row's last message, compared by the rule in "check".
 
     exact: the same text up to spaces and final punctuation; number: the same last number; words: the same set.
     """
@@ -159,7 +156,7 @@ def exact_match(
 
 
 def with_total(scores: dict[str, tuple[int, int]]) -> dict[str, tuple[int, int]]:
-    """The scores, and last their sum if they are several."""
+    """The scores and, if there are several, their sum as "total"."""
     return {**scores, "total": tuple(map(sum, zip(*scores.values(), strict=True)))} if len(scores) > 1 else scores
 
 

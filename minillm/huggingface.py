@@ -1,7 +1,7 @@
-"""Model folders in Hugging Face's format: our options ↔ their architectures, weights as they lie.
+"""Model folders in Hugging Face's format: our options ↔ their architectures, weights unchanged.
 
 qk_norm → Qwen3, qkv_bias → Qwen2, window → Mistral, none of them → Llama; anything else is written
-under a name of our own, which other loaders refuse instead of computing something wrong.
+under a name of our own, which other loaders refuse rather than compute something wrong.
 """
 
 import dataclasses
@@ -40,7 +40,7 @@ SHARED = {
 }
 ROTATED = ("self_attn.q_proj.weight", "self_attn.k_proj.weight")  # whose rows depend on how positions are rotated
 SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
-OURS_ALONE = ("positions", "qk_norm", "qkv_bias", "window", "softcap")  # spelled out under our own name
+OURS_ALONE = ("positions", "qk_norm", "qkv_bias", "window", "softcap")  # written under our own model type only
 
 
 def model_type(config: ModelConfig) -> str:
@@ -99,7 +99,7 @@ def to_hf(config: ModelConfig, special_ids: dict[str, int] | None = None, dtype:
 
 
 def from_hf(written: dict, source: str = "config.json") -> ModelConfig:
-    """A `ModelConfig` from a config.json, old style or new. Raises `UserError` for what we would compute wrongly."""
+    """A `ModelConfig` from a config.json, old style or new. Raises `UserError` for options that we do not compute."""
     kind = written.get("model_type")
     if kind not in ARCHITECTURES:
         raise UserError(f"{source}: model_type {kind!r} is not supported; choose one of {', '.join(ARCHITECTURES)}")
@@ -131,7 +131,7 @@ def from_hf(written: dict, source: str = "config.json") -> ModelConfig:
 
 
 def _rope(written: dict) -> dict:
-    """What a config says of rotary positions, in the style of transformers 5 or 4."""
+    """A config's rotary options, from the style of transformers 5 or 4."""
     old = {key: written[key] for key in ("rope_theta", "partial_rotary_factor") if written.get(key) is not None}
     return old | (written.get("rope_parameters") or written.get("rope_scaling") or {})
 
@@ -160,7 +160,7 @@ def export_name(name: str) -> str:
 
 
 def shapes_of(config: ModelConfig) -> dict[str, torch.Size]:
-    """Key and shape of each tensor in a Hugging Face file; a tied head is left out, as their files do."""
+    """Key and shape of each tensor in a Hugging Face file, which leaves out a tied head."""
     try:
         with torch.device("meta"):
             state = Transformer(config).state_dict()
@@ -174,10 +174,10 @@ def shapes_of(config: ModelConfig) -> dict[str, torch.Size]:
 
 @dataclass
 class StoredModel:
-    """A model that lies somewhere, of which one tensor after another can be had.
+    """A model in a file or in memory, from which tensors are read one at a time.
 
-    dtype: of the weights as they lie. read(key, dtype): the tensor of a Hugging Face key, in memory of its own or
-    the model's, rotary positions half-split. special_ids: bos_token_id and the like, for config.json.
+    dtype: of the weights as stored. read(key, dtype): the tensor of a Hugging Face key, rotary positions half-split; it
+    may share memory with a model. special_ids: bos_token_id and the like, for config.json.
     """
 
     config: ModelConfig
@@ -193,15 +193,15 @@ def half_split(weight: Tensor, head_dim: int) -> Tensor:
 
 
 def interleaved(weight: Tensor, head_dim: int) -> Tensor:
-    """The way back from `half_split`."""
+    """The inverse of `half_split`."""
     halves = weight.view(-1, 2, head_dim // 2, *weight.shape[1:])  # (n, 2, D/2, …)
     return halves.transpose(1, 2).reshape(weight.shape)
 
 
 def weights_of(model: Transformer, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-    """Tensors to save under Hugging Face's keys.
+    """The tensors to save, under Hugging Face's keys.
 
-    Raises `UserError` for a quantized model, whose codes no other loader would understand.
+    Raises `UserError` for a quantized model, since other loaders do not know its format.
     """
     if quant.is_quantized(model):
         raise UserError("a quantized base is not saved: save its adapter, or call quant.dequantize_base first")
@@ -222,7 +222,7 @@ def write_folder(
 ) -> None:
     """Write config.json and the weights into an existing folder, tensor by tensor.
 
-    dtype: of the files; None: as the weights lie. max_shard_size: bytes of tensors in one file; None: one file.
+    dtype: of the files; None: as stored. max_shard_size: bytes of tensors in one file; None: one file.
     """
     dtype, shapes = dtype or model.dtype, shapes_of(model.config)
     shards: list[dict] = [{}]
@@ -249,7 +249,7 @@ def write_folder(
 
 
 def read_config(folder: str | Path) -> dict:
-    """What config.json of a model folder says. Raises `UserError` if there is none or it is no JSON."""
+    """A model folder's config.json. Raises `UserError` if there is none or it is not JSON."""
     path = Path(folder) / "config.json"
     try:
         return json.loads(path.read_text(encoding="utf-8"))
@@ -271,19 +271,19 @@ def load_config(folder: str | Path) -> ModelConfig:
 
 
 def _find_weights(folder: str | Path, config: ModelConfig) -> dict[str, checkpoint.Place]:
-    """Where each tensor lies, by key. Raises `UserError` with the complete list of what does not fit the config."""
+    """Where each tensor is stored, by key. Raises `UserError` listing everything that does not fit the config."""
     places = checkpoint.find_weights(folder)
     tied = {"lm_head.weight"} if config.tie_embeddings else set()  # a second copy of the embedding
-    tables = {key for key in places if key.endswith("rotary_emb.inv_freq")}  # that we compute
+    tables = {key for key in places if key.endswith("rotary_emb.inv_freq")}  # we compute these
     places = {key: place for key, place in places.items() if key not in tied | tables}
-    if config.n_layers > len(places):  # which would take long to list
+    if config.n_layers > len(places):  # listing what is missing would take long
         raise UserError(f"{folder}: {config.n_layers:,} layers, as config.json says, in {len(places):,} tensors")
     checkpoint.match_tensors(shapes_of(config), {key: place.shape for key, place in places.items()}, str(folder))
     return places
 
 
 def open_folder(folder: str | Path) -> StoredModel:
-    """The model of a folder, of which so far only the headers were read and checked."""
+    """The model of a folder; only the headers have been read and checked."""
     config, written = load_config(folder), read_config(folder)
     places = _find_weights(folder, config)
 
@@ -304,11 +304,11 @@ def load_model(
     config: ModelConfig | None = None,
     base_bits: int | None = None,
 ) -> Transformer:
-    """Load a model folder tensor by tensor: memory holds the model, and one tensor more on its way to a device.
+    """Load a model folder tensor by tensor: memory holds the model and one tensor on its way to the device.
 
-    dtype: convert floating weights to it (None: as stored). config: to use in place of the folder's, e.g. with
-    dropout or a longer context. base_bits: 16, 8 or 4, quantize on the way (see `minillm.quant`). Raises `UserError`
-    with the complete list of what does not fit.
+    dtype: convert floating weights to it (None: as stored). config: to use instead of the folder's, e.g. with dropout
+    or a longer context. base_bits: 16, 8 or 4: quantize while loading (see `minillm.quant`). Raises `UserError` listing
+    everything that does not fit.
     """
     if base_bits is not None:
         quant.check_bits(base_bits)

@@ -67,7 +67,7 @@ def _bytes(n: float) -> str:
 
 
 def activations(shape: config.ModelConfig, rows: int, seq_len: int, size: int) -> tuple[float, float]:
-    """Bytes that the backward pass needs kept, and the same when each layer is recomputed from its input.
+    """Bytes kept for the backward pass, and the same when each layer is recomputed from its input.
 
     Counted per layer and token, for attention that never stores its scores: the inputs of two norms and their
     outputs, queries, keys and values before and after rotation, attention's output, and gate, up and their

@@ -1,4 +1,4 @@
-"""What a run shows of itself: a progress line, the share of the machine's peak it uses, TensorBoard."""
+"""What a run displays: a progress line, the hardware's peak for its MFU, TensorBoard."""
 
 import re
 import sys
@@ -10,7 +10,7 @@ from tqdm import tqdm
 from minillm import UserError
 
 # Dense peak of the tensor cores in TFLOP/s without sparsity, from NVIDIA's data sheets; first match wins.
-# (words of its name, bf16/fp16 with fp32 accumulation, fp32 as TF32)
+# (part of its name, bf16/fp16 with fp32 accumulation, fp32 as TF32)
 GPU_PEAKS = (
     ("B200", 2250, 1125),
     ("H200 NVL", 835, 417),
@@ -101,7 +101,7 @@ def duration(seconds: float) -> str:
 
 
 def tensorboard_writer(folder, done: int = 0):
-    """A TensorBoard writer for a folder (extra `tensorboard`); it hides what lies there of steps after `done`."""
+    """A TensorBoard writer for a folder (extra `tensorboard`); it hides earlier events of steps after `done`."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:

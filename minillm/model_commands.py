@@ -1,4 +1,4 @@
-"""`python -m minillm generate | chat | eval`: what is done with a trained model."""
+"""`python -m minillm generate | chat | eval`: using a trained model."""
 
 import argparse
 import contextlib
@@ -121,7 +121,7 @@ def _print_stream(pieces) -> generate.Completion:
 def run_generate(args) -> None:
     """Continue a text; prints the continuation alone, as it comes."""
     if args.prompt == "-":
-        sys.stdin.reconfigure(errors="surrogateescape")  # what is not UTF-8 comes through, and the tokenizer says so
+        sys.stdin.reconfigure(errors="surrogateescape")  # so that the tokenizer reports what is not UTF-8
     prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
     sampling = _sampling(args)
     if "" in args.stop:
@@ -146,7 +146,7 @@ def run_chat(args) -> None:
         turns = 1
         print("(it was taught single questions, so it is shown each alone; --turns N shows it the last N)")
     messages = list(opening)
-    sys.stdin.reconfigure(errors="replace")  # one line that is not UTF-8 must not end the talk
+    sys.stdin.reconfigure(errors="replace")  # one line that is not UTF-8 must not end the chat
     while True:
         try:
             question = input("> ")
@@ -186,7 +186,7 @@ def run_chat(args) -> None:
 
 
 def _remembered(stream, said: list[str]):
-    """The stream itself, its pieces also put into `said`."""
+    """The same stream, with its pieces also appended to `said`."""
     while True:
         try:
             said.append(next(stream))
@@ -196,9 +196,9 @@ def _remembered(stream, said: list[str]):
 
 
 def _fit(tokenizer, messages: list[dict], template: str, context: int, opening: int) -> tuple[list[int], int]:
-    """Ids of the conversation, and how many messages were dropped from it, earliest first, to leave half the context.
+    """Ids of the conversation, and how many messages were dropped, earliest first, so that it takes half the context.
 
-    A question longer than that alone stays whole, even if it does not fit at all.
+    The last question stays whole, even if it alone does not fit.
     """
     dropped = 0
     while True:
@@ -210,12 +210,12 @@ def _fit(tokenizer, messages: list[dict], template: str, context: int, opening: 
 
 
 def _state(folder: Path) -> dict:
-    """What a checkpoint says of its training; empty for a folder that does not say."""
+    """A checkpoint's training state; empty for a folder without one."""
     return checkpoint.read_state(folder) if (folder / "resume").is_dir() else {}
 
 
 def _template(args, folder: Path) -> str:
-    """The prompt format: as asked for, else the one that the checkpoint was taught with."""
+    """The prompt format: --template, else the one that the checkpoint was trained with."""
     return args.template if args.template != "auto" else _state(folder).get("config", {}).get("template", "auto")
 
 
@@ -259,12 +259,12 @@ def run_eval(args) -> None:
 
 
 def _is_questions(path: Path) -> bool:
-    """Whether a file holds conversations rather than texts: asked of its first row."""
+    """Whether a file holds conversations rather than texts, by its first row."""
     if path.is_dir() or not path.name.removesuffix(".gz").endswith((".jsonl", ".json")):
         return False
     try:
         return bool(evaluate.read_questions(path, 1))
     except UserError as problem:
-        if "known are" in str(problem):  # keys of no conversation: a row of text
+        if "known are" in str(problem):  # `messages.conversations` found no keys of a conversation: a row of text
             return False
         raise

@@ -38,9 +38,9 @@ def read_metrics(run: str | Path) -> list[dict]:
 
 
 def series(rows: list[dict], name: str) -> tuple[list[float], list[float], list[float]]:
-    """(steps, seconds, values) of the rows that have `name`; a row without a time takes the one before's.
+    """(steps, seconds, values) of the rows that have `name`; a row without a time gets that of the row before.
 
-    No val_loss where there are bits per byte.
+    val_loss is left out of rows that have bits per byte.
     """
     steps, seconds, values, last = [], [], [], 0.0
     for row in rows:
@@ -63,9 +63,8 @@ def smoothed(values: list[float], width: int) -> list[float]:
 def draw(runs: list[str | Path], out: str | Path) -> Path:
     """Draw training loss and validation score of each run against steps and against time, into `out` (.png).
 
-    The validation score is in bits per byte with the corpus's floor where the run knows them, else, in a panel of its
-    own, in nats a token.
-    Raises UserError without matplotlib, for a run without metrics, or if `out` cannot be written.
+    The validation score is in bits per byte, with the corpus's floor, where the run has them; else in nats a token, in
+    a panel of its own. Raises UserError without matplotlib, for a run without metrics, or if `out` cannot be written.
     """
     try:
         import matplotlib
@@ -130,7 +129,7 @@ def _line(axis, x: list, values: list, colour: str, label: str, points: bool) ->
 
 
 def _floors(axis, loaded: dict[str, list[dict]]) -> None:
-    """A dashed line at each floor that the runs know (one, if they share a corpus), with its standard error."""
+    """A dashed line at each floor in the runs' metrics (one, if they share a corpus), with its standard error."""
     floors = {
         row["floor_bpb"]: row.get("floor_error") or 0.0
         for rows in loaded.values()
@@ -143,7 +142,7 @@ def _floors(axis, loaded: dict[str, list[dict]]) -> None:
 
 
 def _limit(axis, values: list[float], name: str, loaded: dict[str, list[dict]]) -> None:
-    """Leave the first steep fall out of sight, so that the part that matters has room."""
+    """Cut off the steep fall at the start, so that the part that matters has room."""
     floors = (
         [row["floor_bpb"] for rows in loaded.values() for row in rows if row.get("floor_bpb")]
         if name == "val_bpb"

@@ -1,4 +1,4 @@
-"""`python -m minillm import | export`: other people's models in and out, tensor by tensor."""
+"""`python -m minillm import | export`: reading and writing models in other formats, tensor by tensor."""
 
 import argparse
 import re
@@ -37,13 +37,13 @@ def _options(parser: argparse.ArgumentParser) -> None:
 
 
 def run_import(args) -> None:
-    """Turn a model of others into a model folder, which every command here takes."""
+    """Convert a model in another format into a model folder, which every command here reads."""
     args.format = "hf"
     run_export(args)
 
 
 def run_export(args) -> None:
-    """Write a model in a format of others."""
+    """Write a model in another format."""
     out, shard = Path(args.out), _bytes(args.max_shard_size)
     files.refuse_existing(out)
     try:
@@ -71,7 +71,7 @@ def run_export(args) -> None:
 
 
 def _write_llama2c(model: StoredModel, tokenizer: Tokenizer | None, out: Path) -> tuple[Tokenizer | None, str]:
-    """Returns the tokenizer, if it has a place there, and which."""
+    """Returns the tokenizer, None if the format cannot hold it, and where it was written."""
     beside = out.with_name(f"{out.stem}_tokenizer.bin")
     if beside.exists():
         raise UserError(f"{beside}: is there already; choose another --out or delete it")
@@ -86,10 +86,10 @@ def _write_llama2c(model: StoredModel, tokenizer: Tokenizer | None, out: Path) -
 
 
 def open_model(path: str, tokenizer: str | None = None) -> tuple[StoredModel, Tokenizer | None, str]:
-    """A model in any known format, of which so far only headers were read; its tokenizer, if there is one; from where.
+    """A model in any known format (only headers have been read), its tokenizer or None, and a phrase about its origin.
 
-    tokenizer: where it lies, if not with the model; by default that of x.bin is x_tokenizer.bin beside it, if there.
-    One of a kind that is not read is left out, and that is printed.
+    tokenizer: its path, if it is not with the model; for x.bin the default is x_tokenizer.bin beside it, if it exists.
+    A tokenizer of an unsupported kind is left out with a printed line.
     """
     place, metadata = Path(path), {}
     if not place.exists():

@@ -1,9 +1,9 @@
-"""Validation loss in nats, perplexity and bits per byte, beside the floor where it is known.
+"""Validation loss in nats and bits per byte, with the floor where it is known.
 
     bits per byte = summed nats of all evaluated targets, ends of documents included / ln 2 / UTF-8 bytes of their text
 
-It does not depend on the vocabulary, so models with different tokenizers compare, and so does a generator that knows
-how many bits of choice each document holds: no model can stay below that floor on average.
+It does not depend on the vocabulary, so models with different tokenizers can be compared, also with a generator that
+knows how many bits of information each document holds: no model can be below that floor on average.
 """
 
 import math
@@ -19,7 +19,7 @@ from minillm.distributed import Ranks
 from minillm.model import Transformer
 from minillm.tokenizer import Tokenizer
 
-ROWS = 16  # rows of a batch
+ROWS = 16  # rows per batch
 
 
 @torch.no_grad()
@@ -50,7 +50,7 @@ class Validation:
         self.floor, self.floor_error = self._floor(bins, tokenizer, targets)
 
     def _floor(self, bins: TokenBins, tokenizer, targets: np.ndarray) -> tuple[float | None, float | None]:
-        """Bits per byte that the generator itself needs for these very documents, and its standard error."""
+        """Bits per byte of information in these documents according to their generator, and the standard error."""
         file = Path(bins.path) / "val_bits.npy"
         n = self.part.n_documents
         if tokenizer is None or n < 2 or not file.is_file():
@@ -66,7 +66,7 @@ class Validation:
     def scores(self, model: Transformer, ranks: Ranks, autocast) -> dict[str, float]:
         """val_loss (nats a token) and, where bytes and floor are known, val_bpb, floor_bpb and its standard error.
 
-        The ranks share the work; autocast: the context to compute in.
+        The ranks share the work. autocast: a context to compute in.
         """
         batches = [b.with_placeholders(model.n_virtual) for b in self.part.batches(ROWS, self.documents, self.start_id)]
         batches = batches[ranks.rank :: ranks.world]
