@@ -1,6 +1,7 @@
 """Curves of one or several runs, from their metrics.jsonl to one PNG: `python -m minillm plot RUN… --out FILE`."""
 
 import json
+from itertools import cycle
 from pathlib import Path
 
 from minillm import UserError
@@ -79,6 +80,12 @@ def draw(runs: list[str | Path], out: str | Path) -> Path:
     drawn = {name: {label: series(rows, name) for label, rows in loaded.items()} for name in PANELS}
     lines = [name for name in PANELS if name == "loss" or any(steps for steps, _, _ in drawn[name].values())]
     longest = max((row.get("time_s") or 0.0) for rows in loaded.values() for row in rows)
+    floors = {
+        row["floor_bpb"]: row.get("floor_error") or 0.0
+        for rows in loaded.values()
+        for row in rows
+        if row.get("floor_bpb")
+    }
     unit, seconds = next(
         (u, s) for u, s in (("hours", 3600), ("minutes", 60), ("seconds", 1)) if longest > 2 * s or s == 1
     )
@@ -87,19 +94,18 @@ def draw(runs: list[str | Path], out: str | Path) -> Path:
     )
     for row_of_axes, name in zip(axes, lines, strict=True):
         for axis, by_time in zip(row_of_axes, (False, True), strict=True):
-            for colour, (label, (steps, times, values)) in zip(
-                COLOURS * len(loaded), drawn[name].items(), strict=False
-            ):
+            for colour, (label, (steps, times, values)) in zip(cycle(COLOURS), drawn[name].items(), strict=False):
                 if values:
                     x = [t / seconds for t in times] if by_time else steps
                     _line(axis, x, values, colour, label, points=name != "loss")
             if name == "val_bpb":
-                _floors(axis, loaded)
+                _draw_floors(axis, floors)
             if name == lines[-1]:
                 axis.set_xlabel(f"training time ({unit})" if by_time else "steps")
             _dress(axis)
         row_of_axes[0].set_ylabel(PANELS[name])
-        _limit(row_of_axes[0], [v for _, _, values in drawn[name].values() for v in values], name, loaded)
+        shown = [*(v for _, _, values in drawn[name].values() for v in values), *(floors if name == "val_bpb" else ())]
+        _limit(row_of_axes[0], sorted(shown), 0.98 if name == "loss" else 1.0)
         if row_of_axes[0].get_legend_handles_labels()[0]:
             row_of_axes[0].legend(frameon=False, loc="upper right")
     out = Path(out)
@@ -128,33 +134,19 @@ def _line(axis, x: list, values: list, colour: str, label: str, points: bool) ->
         axis.plot(x, smoothed(values, len(values) // RAW_POINTS + 1), color=colour, label=label, linewidth=1.6)
 
 
-def _floors(axis, loaded: dict[str, list[dict]]) -> None:
-    """A dashed line at each floor in the runs' metrics (one, if they share a corpus), with its standard error."""
-    floors = {
-        row["floor_bpb"]: row.get("floor_error") or 0.0
-        for rows in loaded.values()
-        for row in rows
-        if row.get("floor_bpb")
-    }
+def _draw_floors(axis, floors: dict[float, float]) -> None:
+    """A dashed line at each floor (one, if the runs share a corpus), with its standard error."""
     for floor, error in floors.items():
         axis.axhline(floor, color=FLOOR, linestyle="--", linewidth=1.2, label=f"floor {floor:.3f}")
         axis.axhspan(floor - error, floor + error, color=FLOOR, alpha=0.2, linewidth=0)
 
 
-def _limit(axis, values: list[float], name: str, loaded: dict[str, list[dict]]) -> None:
-    """Cut off the steep fall at the start, so that the part that matters has room."""
-    floors = (
-        [row["floor_bpb"] for rows in loaded.values() for row in rows if row.get("floor_bpb")]
-        if name == "val_bpb"
-        else []
-    )
-    ordered = sorted(values)
-    if not ordered:
-        return
-    low = min(ordered[0], *floors) if floors else ordered[0]
-    high = ordered[min(len(ordered) - 1, int(0.98 * len(ordered)))] if name == "loss" else ordered[-1]
-    margin = 0.06 * (high - low) or 0.1
-    axis.set_ylim(low - margin, high + margin)
+def _limit(axis, ordered: list[float], share: float) -> None:
+    """Show this share of the sorted values: without the steep fall at the start the part that matters has room."""
+    if ordered:
+        low, high = ordered[0], ordered[min(len(ordered) - 1, int(share * len(ordered)))]
+        margin = 0.06 * (high - low) or 0.1
+        axis.set_ylim(low - margin, high + margin)
 
 
 def _dress(axis) -> None:
