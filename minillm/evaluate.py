@@ -34,14 +34,8 @@ def read_text(path: Path, tokenizer: Tokenizer, *, split: str = "blank", field: 
 
     split: where documents of a .txt end: "blank" lines, every one of its "lines", or with the "file".
     """
-    documents = []
-    for file in readers.find_files([path]):
-        for record in readers.records(file, split=split, field=field):
-            try:
-                documents.append(readers.text_of(record.kind, record.raw, field))
-            except (UserError, ValueError) as problem:
-                raise UserError(f"{file}, record {record.number}: {problem}") from None
-    documents = [text for text in documents if text]
+    files = readers.find_files([path])
+    documents = [text for file in files for text, _ in readers.texts_of(file, split=split, field=field) if text]
     if not documents:
         raise UserError(f"{path}: holds no text")
     start, end = tokenizer.start_id, tokenizer.eos_id

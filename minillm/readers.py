@@ -1,8 +1,8 @@
 """Reading a user's files: documents, or rows of instructions.
 
-Documents (`find_files`, `records`, `text_of`) come from .txt, .jsonl, .json with an array, .gz of these, or .parquet.
-Reading them has two parts, so that one process can feed many: `records` goes through a file in constant memory and
-cuts out each document's raw form; `text_of` decodes and checks it, in a worker.
+Documents (`find_files`, `texts_of`) come from .txt, .jsonl, .json with an array, .gz of these, or .parquet.
+Reading has two parts, so that one process can feed many: `records` goes through a file in constant memory and cuts out
+each document's raw form; `text_of` decodes and checks it, perhaps in a worker.
 
 Rows (`open_rows`, `numbered_lines`, `parse_line`) come from JSONL or a JSON array, gzipped or not, whatever the file's
 name; they can be read again at their offset.
@@ -111,6 +111,16 @@ def text_of(kind: str, raw, field: str) -> str:
             raise UserError(f"not UTF-8 (byte 0x{code - 0xDC00:02X})") from None
         raise UserError(f"lone surrogate U+{code:04X} in the text") from None
     return text
+
+
+def texts_of(path: Path, *, split: str, field: str) -> Iterator[tuple[str, int]]:
+    """(text, bytes of the file read so far) of each document of a file. Raises UserError naming file and record."""
+    for record in records(path, split=split, field=field):
+        try:
+            text = text_of(record.kind, record.raw, field)
+        except UserError as problem:
+            raise UserError(f"{path}, record {record.number}: {problem}") from None
+        yield text, record.position
 
 
 def _field(value, field: str) -> str | UserError:

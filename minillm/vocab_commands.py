@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from tqdm import tqdm
 
 from minillm import UserError, files, vocab, vocab_edit
-from minillm.readers import find_files, records, text_of
+from minillm.readers import find_files, texts_of
 from minillm.tokenizer import Tokenizer
 
 STRETCH = 4000  # characters; documents are learnt from and held out by stretches of this length at most
@@ -59,11 +59,10 @@ def add_parsers(command: Callable[[Callable, str], argparse.ArgumentParser]) -> 
 
 def _texts(parser: argparse.ArgumentParser, name: str, **options) -> None:
     parser.add_argument(name, nargs="+", default=[], metavar="FILE", **options)
-    if "--field" not in parser._option_string_actions:
-        parser.add_argument("--field", default="text", help="the key that holds a text in .jsonl, .json or .parquet")
-        parser.add_argument(
-            "--split", default="blank", choices=("blank", "lines", "file"), help="where texts end in a .txt"
-        )
+    parser.add_argument("--field", default="text", help="the key that holds a text in .jsonl, .json or .parquet")
+    parser.add_argument(
+        "--split", default="blank", choices=("blank", "lines", "file"), help="where texts end in a .txt"
+    )
 
 
 def _read(paths: list[str], args, what: str) -> Iterator[str]:
@@ -74,12 +73,8 @@ def _read(paths: list[str], args, what: str) -> Iterator[str]:
     ) as bar:
         done = 0
         for path in found:
-            for record in records(path, split=args.split, field=args.field):
-                try:
-                    text = text_of(record.kind, record.raw, args.field)
-                except UserError as problem:
-                    raise UserError(f"{path}, item {record.number}: {problem}") from None
-                bar.update(done + record.position - bar.n)
+            for text, position in texts_of(path, split=args.split, field=args.field):
+                bar.update(done + position - bar.n)
                 yield text
             done += path.stat().st_size
 
