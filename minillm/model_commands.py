@@ -109,13 +109,14 @@ def _load(args) -> tuple:
     return model, tokenizer, folder
 
 
-def _print_stream(pieces) -> generate.Completion:
-    """Print pieces as they come; returns what the stream returns."""
+def _print_stream(stream, said: list[str]) -> generate.Completion:
+    """Print a stream's pieces as they come, and append them to `said`; returns what the stream returns."""
     while True:
         try:
-            print(next(pieces), end="", flush=True)
+            said.append(next(stream))
         except StopIteration as end:
             return end.value
+        print(said[-1], end="", flush=True)
 
 
 def run_generate(args) -> None:
@@ -129,7 +130,7 @@ def run_generate(args) -> None:
     model, tokenizer, _ = _load(args)
     ids = [tokenizer.start_id, *tokenizer.encode(prompt)]
     how = dict(sampling=sampling, stop_ids=[tokenizer.eos_id], stop_strings=args.stop)
-    done = _print_stream(generate.stream(model, tokenizer, ids, args.max_new_tokens, **how))
+    done = _print_stream(generate.stream(model, tokenizer, ids, args.max_new_tokens, **how), [])
     print()
     if done.reason == "context":
         print(f"(stopped: the model's context of {model.context} tokens is full)", file=sys.stderr)
@@ -176,23 +177,13 @@ def run_chat(args) -> None:
             model, tokenizer, ids, args.max_new_tokens, sampling=sampling, stop_ids=[tokenizer.eos_id]
         )
         with contextlib.suppress(KeyboardInterrupt):  # Ctrl-C cuts an answer short
-            done = _print_stream(_remembered(stream, said))
+            done = _print_stream(stream, said)
             if done.reason != "stop":
                 print(
                     f" … ({'--max_new_tokens reached' if done.reason == 'length' else 'the context is full'})", end=""
                 )
         print()
         messages.append({"role": "assistant", "content": "".join(said)})
-
-
-def _remembered(stream, said: list[str]):
-    """The same stream, with its pieces also appended to `said`."""
-    while True:
-        try:
-            said.append(next(stream))
-        except StopIteration as end:
-            return end.value
-        yield said[-1]
 
 
 def _fit(tokenizer, messages: list[dict], template: str, context: int, opening: int) -> tuple[list[int], int]:
