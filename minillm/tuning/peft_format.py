@@ -31,7 +31,9 @@ ENCODER = "resume/virtual.safetensors"
 PREFIX = "base_model.model."
 OWN = {"freeze": ("train_layers",), "adapter": ("bottleneck_dim",)}  # unknown to PEFT: options under our names
 VIRTUAL_TYPES = {theirs: kind for kind, theirs in PEFT_TYPES.items()}
-# Fields of an adapter config that have no effect here, whatever their value
+# Fields of a LoRA or IA3 config: those that are read here, and those that have no effect, whatever their value
+READ = {"target_modules", "modules_to_save", "feedforward_modules", "r", "lora_alpha", "lora_dropout", "use_rslora"}
+READ |= {"use_dora", "ensure_weight_tying", "init_lora_weights"}
 HARMLESS = {"auto_mapping", "base_model_name_or_path", "inference_mode", "megatron_core", "peft_type", "peft_version"}
 HARMLESS |= {"qalora_group_size", "revision", "task_type", "init_ia3_weights"}
 
@@ -115,22 +117,13 @@ def to_options(written: dict, model: Transformer, source: str) -> TuningConfig:
         return TuningConfig(tune=VIRTUAL_TYPES[kind], n_virtual=written.get("num_virtual_tokens"), encoder=encoder)
     if kind not in ("LORA", "IA3"):
         raise UserError(f"{source}: peft_type {kind!r} is not supported")
-    known = {"target_modules", "modules_to_save"}
-    known |= {"r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "ensure_weight_tying", "init_lora_weights"}
-    other = {name: value for name, value in written.items() if name not in HARMLESS | known | {"feedforward_modules"}}
-    strange = [name for name, value in other.items() if value and not (name == "bias" and value == "none")]
-    if isinstance(written.get("init_lora_weights"), str) and written["init_lora_weights"] != "gaussian":
-        strange.append("init_lora_weights")  # PiSSA and the like change the base
     places = _targets_of(written.get("target_modules"), model, source)
-    inputs = set(written.get("feedforward_modules") or ())
-    if kind == "IA3" and any((path.rpartition(".")[2] in inputs) != path.endswith("down_proj") for path in places):
-        strange.append("feedforward_modules")
+    if strange := _unsupported(written, places):
+        raise UserError(f"{source}: {', '.join(sorted(strange))} as set there is not supported")
     if written.get("ensure_weight_tying") and model.config.tie_embeddings and "embed_tokens" in places:
         places = list(dict.fromkeys([*places, "lm_head"]))  # PEFT then adapts the head by the same matrices, transposed
-    if strange:
-        raise UserError(f"{source}: {', '.join(sorted(strange))} as set there is not supported")
-    shared = {"target_modules": ",".join(places), "modules_to_save": ",".join(written.get("modules_to_save") or ())}
-    shared["modules_to_save"] = shared["modules_to_save"] or None
+    saved = ",".join(written.get("modules_to_save") or ()) or None
+    shared = {"target_modules": ",".join(places), "modules_to_save": saved}
     if kind == "IA3":
         return TuningConfig(tune="ia3", **shared)
     return TuningConfig(
@@ -142,6 +135,20 @@ def to_options(written: dict, model: Transformer, source: str) -> TuningConfig:
         ensure_weight_tying=bool(written.get("ensure_weight_tying")),
         **shared,
     )
+
+
+def _unsupported(written: dict, places: list[str]) -> list[str]:
+    """Fields of a LoRA or IA3 config with a value that we do not compute; places: of its target modules."""
+    others = {name: value for name, value in written.items() if name not in READ | HARMLESS}
+    found = [name for name, value in others.items() if value and (name, value) != ("bias", "none")]
+    start = written.get("init_lora_weights")
+    if isinstance(start, str) and start != "gaussian":
+        found.append("init_lora_weights")  # PiSSA and the like change the base
+    inputs = set(written.get("feedforward_modules") or ())
+    wrong = [path for path in places if (path.rpartition(".")[2] in inputs) != path.endswith("down_proj")]
+    if wrong and written["peft_type"] == "IA3":
+        found.append("feedforward_modules")
+    return found
 
 
 def _targets_of(wanted: list[str] | str | None, model: Transformer, source: str) -> list[str]:
