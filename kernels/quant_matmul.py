@@ -176,12 +176,13 @@ def _table(device: torch.device) -> Tensor:
 
 
 def _operands(weight: list[Tensor]) -> tuple[int, tuple[Tensor, ...], Tensor, Tensor]:
-    """Bits of a code, what every kernel takes of W, and its kept columns: those and their numbers."""
-    codes, scale, third, fourth = weight
-    table = _table(codes.device)
-    if codes.dtype == torch.int8:
-        return 8, (codes, scale, scale, scale, table), third, fourth
-    return 4, (codes, scale, third, fourth, table), scale, scale
+    """Bits of a code, what each kernel takes of W, kept columns and their indices. What is not used is any tensor."""
+    table = _table(weight[0].device)
+    if weight[0].dtype == torch.int8:
+        codes, scale, kept, columns = weight
+        return 8, (codes, scale, scale, scale, table), kept, columns
+    codes, scale, coarse, offset = weight
+    return 4, (codes, scale, coarse, offset, table), scale, scale
 
 
 def _settings(n_rows: int, bits: int, forward: bool, like: Tensor) -> dict:

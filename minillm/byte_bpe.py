@@ -51,7 +51,7 @@ def compile_split(pattern: str) -> re.Pattern:
     def translate(found: re.Match) -> str:
         text = found[0]
         if text == r"\S":
-            return f"[^{_classes()[chr(92) + 's']}]"
+            return "[^" + _classes()[r"\s"] + "]"
         members = re.sub(r"\\p\{[LN]\}|\\s", lambda name: _classes()[name[0]], text)
         return members if text.startswith("[") else f"[{members}]"
 

@@ -241,7 +241,8 @@ class Place:
 def refuse_pickle(path: Path, start: bytes) -> None:
     """Raise `UserError` if a file that begins with `start` is a pickle, or a zip of pickles.
 
-    A safetensors file or llama2.c model begins with a number, which may have the same first bytes, but ends in a 0.
+    A safetensors file or llama2.c model begins with a number, which may have the same first bytes, but has a 0 as its
+    fourth.
     """
     if start[:2] in PICKLES and start[3:4] != b"\0":
         raise UserError(f"{path}: a pickle, which could run code; refused unread: convert it to safetensors")
@@ -335,7 +336,8 @@ def write_tensors(
     path: Path, shapes: dict[str, Sequence[int]], dtype: torch.dtype, read: Callable[[str], Tensor]
 ) -> None:
     """Write a safetensors file with only one tensor at a time in memory: read(name) gives a tensor of that shape."""
-    header, end, word = {"__metadata__": {"format": "pt"}}, 0, {value: name for name, value in DTYPES.items()}[dtype]
+    word = next(name for name, known in DTYPES.items() if known == dtype)
+    header, end = {"__metadata__": {"format": "pt"}}, 0
     for name, shape in shapes.items():
         begin, end = end, end + math.prod(shape) * dtype.itemsize
         header[name] = {"dtype": word, "shape": list(shape), "data_offsets": [begin, end]}

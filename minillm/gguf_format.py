@@ -180,8 +180,10 @@ def _packed(value) -> bytes:
     """A value of metadata behind its type."""
     if isinstance(value, bool):
         return struct.pack("<I?", 7, value)
-    if isinstance(value, int | float):
-        return struct.pack("<II" if isinstance(value, int) else "<If", 4 if isinstance(value, int) else 6, value)
+    if isinstance(value, int):
+        return struct.pack("<II", 4, value)
+    if isinstance(value, float):
+        return struct.pack("<If", 6, value)
     if isinstance(value, str):
         return struct.pack("<I", STRING) + _string(value)
     inner = {int: 5, float: 6, str: STRING}[type(value[0])]

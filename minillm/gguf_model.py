@@ -137,9 +137,12 @@ def _read_scaling(about: dict, path: Path) -> RopeScaling | None:
 
 def _llama3_factors(config: ModelConfig) -> Tensor:
     """What Llama 3's scaling divides the frequency of each pair by, fp32 (D/2,)."""
-    one_step = [dataclasses.replace(config, max_seq_len=2, rope_scaling=s) for s in (None, config.rope_scaling)]
-    plain, scaled = (torch.atan2(*(table[1].double() for table in rotary_tables(c, "cpu")[::-1])) for c in one_step)
-    return (plain / scaled).float()
+
+    def frequencies(scaling: RopeScaling | None) -> Tensor:  # the angles of position 1
+        cos, sin = rotary_tables(dataclasses.replace(config, max_seq_len=2, rope_scaling=scaling), "cpu")
+        return torch.atan2(sin[1].double(), cos[1].double())
+
+    return (frequencies(None) / frequencies(config.rope_scaling)).float()
 
 
 def _with_llama3(config: ModelConfig, about: dict, entry: Entry, path: Path) -> ModelConfig:

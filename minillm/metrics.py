@@ -85,8 +85,10 @@ class Progress:
 
     def say(self, text: str) -> None:
         """Print a line without tearing the bar."""
-        if self.enabled:
-            (tqdm.write if self.bar is not None else lambda line: print(line, flush=True))(text)
+        if self.bar is not None:
+            self.bar.write(text)
+        elif self.enabled:
+            print(text, flush=True)
 
     def close(self) -> None:
         if self.bar is not None:

@@ -260,13 +260,10 @@ def autocast(device: torch.device, dtype: torch.dtype):
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     """The dtype of matrix products; "auto" is bfloat16 on CUDA, else float32."""
-    if name == "auto":
-        return (
-            torch.bfloat16
-            if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-            else torch.float32
-        )
-    return DTYPES[name]
+    if name != "auto":
+        return DTYPES[name]
+    has_bfloat16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if has_bfloat16 else torch.float32
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:

@@ -192,12 +192,14 @@ def _without_rare(lines: list[str], counts: Counter, size: int, kind: Kind) -> l
     Unless a coverage is given, at most half of the free pieces go to single characters. (SentencePiece itself fails
     if there are too many different characters.)
     """
-    sure, wanted = {*PRINTABLE, " ", *kind.required}, COVERAGE if kind.coverage is None else kind.coverage
-    free = size - kind.fixed
-    room, covered, rare = free // 2 if kind.coverage is None else free, sum(counts[c] for c in sure), {}
+    room, share = size - kind.fixed, kind.coverage  # room: pieces that single characters may take
+    if share is None:
+        room, share = room // 2, COVERAGE
+    sure = {*PRINTABLE, " ", *kind.required}  # characters that have a piece anyway
+    wanted, covered, rare = share * counts.total(), sum(counts[c] for c in sure), {}
     for character, count in counts.most_common():
         if character not in sure:
-            if room <= 0 or covered >= wanted * counts.total():
+            if room <= 0 or covered >= wanted:
                 rare[ord(character)] = "\n"
             covered, room = covered + count, room - 1
     return "\n".join(lines).translate(rare).split("\n") if rare else lines
