@@ -47,11 +47,11 @@ class Ranks:
         dist.all_reduce(total)
         return total.tolist()
 
-    def any(self, flag: int) -> int:
-        """The largest flag of all ranks, so that all make the same decision."""
+    def max(self, number: int) -> int:
+        """The largest number of all ranks, so that all make the same decision."""
         if self.world == 1:
-            return flag
-        largest = torch.tensor(flag, device=self.device)
+            return number
+        largest = torch.tensor(number, device=self.device)
         dist.all_reduce(largest, op=dist.ReduceOp.MAX)
         return int(largest)
 

@@ -55,7 +55,7 @@ def begin(ranks: Ranks, say: Callable[[str], None] = print, base_bits: int | Non
 
     def settle() -> None:
         problem = answer() if answer else ""
-        if ranks.any(int(bool(problem))):
+        if ranks.max(int(bool(problem))):
             ops.select("torch")
             if ranks.main:
                 say(f"ops: the kernels {problem}; using torch's. Please report it.")

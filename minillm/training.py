@@ -68,7 +68,7 @@ class Run:
         if ranks.main:
             run.clean_stale(self.folder)
             self.source = self._choose_source()
-        found = ranks.any(0 if self.source is None else run.step_of(self.source))
+        found = ranks.max(0 if self.source is None else run.step_of(self.source))
         if found and self.source is None:
             at = run.resume_from(self.folder, cfg.resume)  # rank 0 has verified it
             self.source = at if at.name == run.step_name(found) else at / run.step_name(found)
@@ -248,7 +248,7 @@ class Run:
 
     def stop_requested(self) -> int:
         """The signal that asked any rank to stop, or 0."""
-        return self.ranks.any(self.signals.requested)
+        return self.ranks.max(self.signals.requested)
 
 
 def autocast(device: torch.device, dtype: torch.dtype):
