@@ -2,7 +2,7 @@
 
 Step by step: a row of a file becomes messages (messages.py), messages become token ids and, for each id,
 whether it is to be learned (`encode_messages`), what is too long is cut (`fit`, `truncate`), and examples
-become X, Y and mask (`lay_out`). `InstructionRows` does this for whole files and packs several examples
+become X, Y and mask (`collate`). `InstructionRows` does this for whole files and packs several examples
 into a row.
 """
 
@@ -91,7 +91,7 @@ def fit(messages: list[dict], tokenizer, seq_len: int, template: str = "auto") -
 # ---- Examples become X, Y and mask.
 
 
-def lay_out(
+def collate(
     rows: list[list[tuple[np.ndarray, np.ndarray]]], width: int, pad_id: int, *, documents: bool, n_virtual: int = 0
 ) -> Batch:
     """Puts examples (ids, learn) of n + 1 tokens each side by side into rows, n positions per example.
@@ -182,7 +182,7 @@ class InstructionRows:
         sizes = [sum(len(ids) - 1 + self.n_virtual for ids, _ in row) for row in rows]
         longest = max([1 + self.n_virtual, *sizes])  # even a row of padding alone has its placeholders
         width = self.seq_len if self.packing else min(self.seq_len, -(-longest // 8) * 8)
-        return lay_out(rows, width, self.tokenizer.pad_id, documents=self.packing, n_virtual=self.n_virtual)
+        return collate(rows, width, self.tokenizer.pad_id, documents=self.packing, n_virtual=self.n_virtual)
 
     def total_rows(self, epochs: float) -> int:
         """How many rows these epochs have, rounded up: the `end` of a run, which the script divides into steps."""

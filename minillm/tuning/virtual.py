@@ -4,7 +4,7 @@
     ptuning   embeddings that a small network makes                     Liu et al. 2021, arXiv:2103.10385
     prefix    the vectors are keys and values, some for each layer      Li & Liang 2021, arXiv:2101.00190
 
-The data puts n placeholders before each document (`chat_data.lay_out`, `Batch.with_placeholders`, `generate.prefill`),
+The data puts n placeholders before each document (`chat_data.collate`, `Batch.with_placeholders`, `generate.prefill`),
 so that documents, positions and the cache need no knowledge of virtual tokens. What the model computes at these
 positions is overwritten: the embeddings, or each layer's keys and values after the rotation. With a prefix, nothing
 reads the output at a placeholder, and it has no loss; so where each row is one document, the model skips the

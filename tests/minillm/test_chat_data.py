@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minillm import UserError, chat_data
-from minillm.chat_data import InstructionRows, encode_messages, fit, lay_out, truncate
+from minillm.chat_data import InstructionRows, collate, encode_messages, fit, truncate
 
 PAD, BOS, EOS, SYSTEM, USER, ASSISTANT = 0, 8, 16, 101, 102, 103
 
@@ -58,7 +58,7 @@ def pair(instruction, output, **more):
 
 def one_row(prompt, answer, width, template="simple"):
     ids, learn, _ = fit(talk(prompt, answer), Numbers(), width, template)
-    batch = lay_out([[(ids, learn)]], width, PAD, documents=False)
+    batch = collate([[(ids, learn)]], width, PAD, documents=False)
     return batch.x[0].tolist(), batch.y[0].tolist(), batch.mask[0].int().tolist()
 
 
@@ -84,7 +84,7 @@ def test_a_bos_inside_the_prompt_starts_no_answer():
 
 def test_packed_row_by_hand():
     first, second = (encode_messages(talk(*t), Numbers(), "simple") for t in [("1 2", "9"), ("3", "10 11")])
-    batch = lay_out([[first, second], [second]], 8, PAD, documents=True)
+    batch = collate([[first, second], [second]], 8, PAD, documents=True)
     assert batch.x.tolist() == [[1, 2, 8, 9, 3, 8, 10, 11], [3, 8, 10, 11] + [PAD] * 4]
     assert batch.y.tolist() == [[2, 8, 9, EOS, 8, 10, 11, EOS], [8, 10, 11, EOS] + [PAD] * 4]
     assert batch.mask.int().tolist() == [[0, 0, 1, 1, 0, 1, 1, 1], [0, 1, 1, 1, 0, 0, 0, 0]]
@@ -94,7 +94,7 @@ def test_packed_row_by_hand():
 
 def test_placeholders_stand_before_each_example_and_teach_nothing():
     first, second = (encode_messages(talk(*t), Numbers(), "simple") for t in [("1 2", "9"), ("3", "10 11")])
-    batch = lay_out([[first, second], [second]], 13, PAD, documents=True, n_virtual=2)
+    batch = collate([[first, second], [second]], 13, PAD, documents=True, n_virtual=2)
     assert batch.x.tolist() == [
         [PAD, PAD, 1, 2, 8, 9, PAD, PAD, 3, 8, 10, 11, PAD],
         [PAD, PAD, 3, 8, 10, 11] + [PAD] * 7,
