@@ -190,7 +190,7 @@ def main() -> None:
     add("--on_bad_line", choices=ON_BAD_LINE, default="error", help="stop at a bad line (default) or count it")
     add("--wrap", choices=WRAPS, default="eos", help="documents end in eos (default), or also begin with bos")
     add("--workers", type=int, help="processes (default: all cores)")
-    add("--shard_tokens", type=int, default=1 << 30, help="begin a new .bin after so many tokens (default 2^30)")
+    add("--shard_tokens", type=int, default=1 << 30, help="begin a new .bin after this many tokens (default 2^30)")
     options = vars(parser.parse_args())
     inputs, val_inputs = options.pop("input"), options.pop("val_input")
     report(prepare(inputs, options.pop("out"), val_inputs=val_inputs, **options))

@@ -37,7 +37,7 @@ class Entry:
     kind: int
 
     def read(self, dtype: torch.dtype) -> Tensor:
-        """The tensor in memory of its own, piece by piece, so that no second copy of it is ever there."""
+        """The tensor in memory of its own, read piece by piece, so that there is never a second copy of it."""
         if self.kind in PLAIN:
             return checkpoint.Place(self.file, self.offset, self.shape, PLAIN[self.kind]).read(dtype)
         quants, (block, size) = _gguf(self.file), _block(self.file, self.kind)
@@ -65,7 +65,7 @@ def _gguf(path: Path):
 
 
 def _block(path: Path, kind: int) -> tuple[int, int]:
-    """How many numbers are stored together, in how many bytes."""
+    """(numbers, bytes) of a block, in which numbers of this type are stored together."""
     if kind in PLAIN:
         return 1, PLAIN[kind].itemsize
     quants = _gguf(path)
@@ -79,7 +79,7 @@ def _block(path: Path, kind: int) -> tuple[int, int]:
 
 
 class _Header:
-    """Reads what stands before the data, never beyond the end of the file, whatever a length claims."""
+    """Reads what comes before the data, never beyond the end of the file, whatever length it claims."""
 
     def __init__(self, path: Path, stream):
         self.path, self.stream, self.left = path, stream, path.stat().st_size
@@ -118,7 +118,7 @@ class _Header:
 
 
 def read_header(path: Path) -> tuple[dict, dict[str, Entry]]:
-    """Metadata and the places of the tensors, by name. Raises `UserError` if a number in it cannot be."""
+    """Metadata, and where the tensors are, by name. Raises `UserError` for numbers that are not possible."""
     with path.open("rb") as stream:
         header = _Header(path, stream)
         if header.take(4) != MAGIC or (version := header.number("I")) not in (2, VERSION):
@@ -150,7 +150,7 @@ def read_header(path: Path) -> tuple[dict, dict[str, Entry]]:
 def write(
     path: Path, metadata: dict, tensors: dict[str, tuple[tuple[int, ...], torch.dtype]], read: Callable[[str], Tensor]
 ) -> None:
-    """Write a GGUF file, of which only one tensor at a time is in memory.
+    """Write a GGUF file with only one tensor at a time in memory.
 
     metadata: bool, int (uint32), float, str, and lists of int (int32), float or str. tensors: name → shape, outermost
     size first, and dtype; read(name) gives the tensor of that shape.
@@ -177,7 +177,7 @@ def _string(text: str) -> bytes:
 
 
 def _packed(value) -> bytes:
-    """A value of metadata behind its type."""
+    """A metadata value: its type, then the value."""
     if isinstance(value, bool):
         return struct.pack("<I?", 7, value)
     if isinstance(value, int):

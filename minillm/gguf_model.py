@@ -25,10 +25,10 @@ FILE_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 32}
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
 ROLES = {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown"}  # our name → GGUF's
 TYPES = {1: "NORMAL", 2: "UNKNOWN", 3: "CONTROL", 4: "USER_DEFINED", 5: "UNUSED", 6: "BYTE"}  # of pieces
-OWN_FILE = "minillm.tokenizer_file"  # the tokenizer's very file in base64: the standard keys say only how it cuts text
-UNUSED, PADDING = 5, "[PAD{}]"  # ids of the embedding that the tokenizer does not have
+OWN_FILE = "minillm.tokenizer_file"  # the tokenizer's file in base64: the standard keys say only how it cuts text
+UNUSED, PADDING = 5, "[PAD{}]"  # type and text of rows of the embedding for which the tokenizer has no piece
 FACTORS = "rope_freqs.weight"  # Llama 3's scaling: what each pair's frequency is divided by
-LLAMA3_LENGTH = 8192  # that Llama 3 was trained on
+LLAMA3_LENGTH = 8192  # context that Llama 3 was trained on
 PARTS = {
     "input_layernorm": "attn_norm",
     "self_attn.q_proj": "attn_q",
@@ -55,10 +55,10 @@ def gguf_name(key: str) -> str:
 
 
 def open_file(path: str | Path) -> tuple[StoredModel, dict]:
-    """The model of a GGUF file, of which so far only the header was read; and its metadata.
+    """The model of a GGUF file, and its metadata; only the header has been read.
 
-    Quantised weights count as float32. Raises `UserError` with all tensors that do not fit, or for what would be
-    computed wrongly here.
+    Quantised weights count as float32. Raises `UserError` listing all tensors that do not fit, or options that are not
+    supported.
     """
     path = Path(path)
     metadata, entries = gguf_format.read_header(path)
@@ -136,7 +136,7 @@ def _read_scaling(about: dict, path: Path) -> RopeScaling | None:
 
 
 def _llama3_factors(config: ModelConfig) -> Tensor:
-    """What Llama 3's scaling divides the frequency of each pair by, fp32 (D/2,)."""
+    """The factors by which Llama 3's scaling divides the frequency of each pair, fp32 (D/2,)."""
 
     def frequencies(scaling: RopeScaling | None) -> Tensor:  # the angles of position 1
         cos, sin = rotary_tables(dataclasses.replace(config, max_seq_len=2, rope_scaling=scaling), "cpu")
@@ -146,7 +146,7 @@ def _llama3_factors(config: ModelConfig) -> Tensor:
 
 
 def _with_llama3(config: ModelConfig, about: dict, entry: Entry, path: Path) -> ModelConfig:
-    """The config with the scaling that gives the factors in the file, if it is Llama 3's."""
+    """The config with Llama 3's scaling. Raises `UserError` unless that gives the factors in the file."""
     factors = entry.read(torch.float32).flatten()
     length = about.get("rope.scaling.original_context_length", LLAMA3_LENGTH)
     scaling = RopeScaling("llama3", round(float(factors.max()), 4), length)
@@ -163,11 +163,11 @@ def _with_llama3(config: ModelConfig, about: dict, entry: Entry, path: Path) -> 
 def write_file(model: StoredModel, tokenizer: Tokenizer | None, path: Path, dtype: torch.dtype) -> None:
     """Write a model and its tokenizer as GGUF; dtype: of the matrices, while gains and biases are float32.
 
-    Raises `UserError` naming what the format cannot say.
+    Raises `UserError` naming the options that the format lacks.
     """
     config, kind = model.config, model_type(model.config)
     scaling = config.rope_scaling
-    # llama.cpp takes YaRN's other numbers to be the usual ones, whatever the file says of them.
+    # llama.cpp uses the usual values for YaRN's other numbers, whatever the file says.
     usual = scaling and RopeScaling(scaling.type, scaling.factor, scaling.original_max_seq_len)
     if kind not in ARCHITECTURES or scaling != usual or dtype not in FILE_TYPES:
         options = {name: getattr(config, name) for name in OURS_ALONE} | {"rope_scaling": scaling, "dtype": dtype}
@@ -223,7 +223,7 @@ def _special_ids(metadata: dict) -> dict[str, int]:
 
 
 def unpadded(tokens: list[str]) -> int:
-    """How many of the tokens are the tokenizer's own, without the `PADDING` at their end."""
+    """How many tokens there are before the `PADDING` at the end."""
     n = len(tokens)
     while n and tokens[n - 1] == PADDING.format(n - 1):
         n -= 1
@@ -231,7 +231,7 @@ def unpadded(tokens: list[str]) -> int:
 
 
 def read_tokenizer(metadata: dict, source: str) -> Tokenizer:
-    """The tokenizer that a GGUF file's metadata describe. Raises `UserError` if it is of a kind we do not have."""
+    """The tokenizer that a GGUF file's metadata describe. Raises `UserError` if its kind is not supported."""
     kind = metadata.get("tokenizer.ggml.model")
     if kind not in ("llama", "gpt2"):
         raise UnsupportedError(f"{source}: a tokenizer of the kind {kind!r} is not supported; choose llama or gpt2")
@@ -254,7 +254,7 @@ def read_tokenizer(metadata: dict, source: str) -> Tokenizer:
 
 
 def _as_exported(made: Tokenizer, read: Callable[[bytes], Tokenizer], metadata: dict) -> Tokenizer:
-    """`made`, from the very file that was exported if that still says the same: token bins know it by its SHA-256."""
+    """`made`, or the exported file if it means the same: token bins identify a tokenizer by its file's SHA-256."""
     own = read(base64.b64decode(metadata[OWN_FILE])) if OWN_FILE in metadata else made
     return own if _describe(own, made.vocab_size) == _describe(made, made.vocab_size) else made
 
@@ -279,7 +279,7 @@ def _read_byte_level(metadata: dict, pieces: list[tuple[str, str]], config: dict
 
 
 def _describe(tokenizer: Tokenizer, n_rows: int) -> dict:
-    """Metadata from which llama.cpp cuts text as our tokenizer does; n_rows: of the embedding."""
+    """Metadata with which llama.cpp encodes text as our tokenizer does; n_rows: of the embedding."""
     if isinstance(tokenizer, ByteLevelTokenizer):
         kind, tokens, types, more = _describe_byte_level(tokenizer)
     else:

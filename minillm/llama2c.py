@@ -4,9 +4,9 @@
     fp32   embedding; then each kind of tensor for all layers in turn; the final norm; tables of cosines and sines,
            (seq_len, D/2) each; the head, if it is not tied
 
-Everything little-endian. Query and key rows are for interleaved rotary positions (0, 1), (2, 3), … of a head.
-tokenizer.bin: int32 longest piece; then for each id float32 score, int32 length, and the piece in UTF-8. It does not
-say how many: a piece for each row of the embedding. Rows that the tokenizer has no piece for have padding there.
+Everything is little-endian. Query and key rows are for interleaved rotary positions (0, 1), (2, 3), … of a head.
+tokenizer.bin: int32 longest piece; then for each id float32 score, int32 length, and the piece in UTF-8. The number of
+pieces is not in the file: there is one for each row of the embedding, padding where the tokenizer has none.
 """
 
 import math
@@ -34,10 +34,10 @@ KINDS = (  # in the order of the file
     *(f"mlp.{name}_proj" for name in ("gate", "down", "up")),
 )
 TABLES = "cosines and sines"
-ROPE_THETA, NORM_EPS = 1e4, 1e-5  # not in the file: llama2.c computes with these
+ROPE_THETA, NORM_EPS = 1e4, 1e-5  # not in the file: fixed in llama2.c
 UNKNOWN, CONTROL, BYTE = 2, 3, 6  # SentencePiece's types
-NEVER = -1e10  # a score: llama2.c joins two pieces only into one of a higher score
-BOS, EOS, FIRST_BYTE = 1, 2, 3  # ids that llama2.c takes for granted, with 0 for unknown
+NEVER = -1e10  # a score: llama2.c merges two pieces only into one with a higher score
+BOS, EOS, FIRST_BYTE = 1, 2, 3  # ids that are fixed in llama2.c, with 0 for unknown
 
 
 def _layout(config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
@@ -53,7 +53,7 @@ def _layout(config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
 
 
 def open_file(path: str | Path) -> StoredModel:
-    """The model of a `.bin`, of which so far only the header was read. Raises `UserError` if sizes do not agree."""
+    """The model of a `.bin`; only the header has been read. Raises `UserError` if sizes do not agree."""
     path = Path(path)
     with path.open("rb") as stream:
         start = stream.read(HEADER.size)
@@ -96,7 +96,7 @@ def open_file(path: str | Path) -> StoredModel:
 
 
 def write_file(model: StoredModel, path: Path) -> None:
-    """Write a model as a `.bin`, tensor by tensor. Raises `UserError` naming what this format cannot say."""
+    """Write a model as a `.bin`, tensor by tensor. Raises `UserError` naming the options that the format lacks."""
     config = model.config
     fits = {
         "positions": config.positions == "rope",
@@ -123,7 +123,7 @@ def write_file(model: StoredModel, path: Path) -> None:
 
 
 def read_tokenizer(path: str | Path, vocab_size: int) -> Tokenizer:
-    """The vocabulary of a tokenizer.bin of so many pieces, as a SentencePiece model that cuts text alike.
+    """The vocabulary of a tokenizer.bin with `vocab_size` pieces, as a SentencePiece model that encodes text alike.
 
     Padding at its end is left out.
     """
@@ -154,7 +154,7 @@ def read_tokenizer(path: str | Path, vocab_size: int) -> Tokenizer:
 def write_tokenizer(tokenizer: Tokenizer, path: Path, n_rows: int) -> None:
     """Write a vocabulary as tokenizer.bin, padded to the rows of the embedding.
 
-    Raises `UnsupportedError` if llama2.c would cut text otherwise with it.
+    Raises `UnsupportedError` if llama2.c would encode text differently with it.
     """
     if isinstance(tokenizer, ByteLevelTokenizer):
         raise UnsupportedError("llama2.c has no byte-level BPE, which this vocabulary is of")

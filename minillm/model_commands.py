@@ -41,8 +41,8 @@ def add_parsers(command: Callable[[Callable, str], argparse.ArgumentParser]) -> 
     sub.add_argument("--split", default="blank", choices=("blank", "lines", "file"), help="where texts in a .txt end")
     sub.add_argument("--field", default="text", help="the key that holds a text in .jsonl, .json or .parquet")
     sub.add_argument("--seq_len", type=int, help="tokens of a window; default: as the model was trained")
-    sub.add_argument("--max_tokens", type=int, help="evaluate the first documents up to so many tokens; default 2^20")
-    sub.add_argument("--limit", type=int, help="ask only the first so many questions")
+    sub.add_argument("--max_tokens", type=int, help="evaluate the first documents up to this many tokens; default 2^20")
+    sub.add_argument("--limit", type=int, help="ask only this many questions, the first")
     sub.add_argument("--max_new_tokens", type=int, default=evaluate.LONGEST_ANSWER, help="longest answer in tokens")
 
 
@@ -58,7 +58,7 @@ def _template_option(parser: argparse.ArgumentParser) -> None:
 
 
 def _sampling_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--max_new_tokens", type=int, default=200, help="at most so many new tokens (default 200)")
+    parser.add_argument("--max_new_tokens", type=int, default=200, help="at most this many new tokens (default 200)")
     words = {
         "temperature": "0: always the most probable token",
         "top_k": "the k most probable; 0: all",

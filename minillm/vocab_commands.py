@@ -1,4 +1,4 @@
-"""`python -m minillm vocab train|merge|prune|inspect`: a vocabulary of your own, or other people's changed."""
+"""`python -m minillm vocab train|merge|prune|inspect`: training a vocabulary, or changing an existing one."""
 
 import argparse
 import random
@@ -11,8 +11,8 @@ from minillm import UserError, files, vocab, vocab_edit
 from minillm.readers import find_files, texts_of
 from minillm.tokenizer import Tokenizer
 
-STRETCH = 4000  # characters; documents are learnt from and held out by stretches of this length at most
-HELD_OUT, HELD_OUT_CHARACTERS = 50, 1 << 20  # one stretch of so many is not learnt from, up to so much text
+STRETCH = 4000  # characters; documents are learnt from or held out in stretches of at most this length
+HELD_OUT, HELD_OUT_CHARACTERS = 50, 1 << 20  # one stretch in 50 is held out, up to this many characters
 EXAMPLES = 5  # pieces shown of each kind
 
 
@@ -82,12 +82,12 @@ def _read(paths: list[str], args, what: str) -> Iterator[str]:
 def run_train(args) -> None:
     """Learn a vocabulary from texts.
 
-    A fiftieth of the text is held out, to show how many characters a token has where nothing was learnt from.
+    A fiftieth of the text is held out, to show how many characters a token has on text that was not learnt from.
     """
     files.refuse_existing(args.out)
     others = {path: Tokenizer.load(path) for path in args.compare}
     held_out: list[str] = []
-    first: list[str] = []  # of what is learnt from, to count on if nothing was held out
+    first: list[str] = []  # the first stretches learnt from, to measure on if nothing was held out
     draw = random.Random(args.seed + 1)
 
     def learnt() -> Iterator[str]:
@@ -117,7 +117,7 @@ def run_train(args) -> None:
 
 
 def run_merge(args) -> None:
-    """Add the pieces of one vocabulary to another, changing nothing of how old text is cut."""
+    """Add the pieces of one vocabulary to another, without changing how text is cut that has none of them."""
     base, more = Tokenizer.load(args.base), Tokenizer.load(args.add)
     done = vocab_edit.merge(base, more, args.rule)
     lost = vocab_edit.unreachable(done.tokenizer, done.added)
@@ -151,7 +151,7 @@ def run_merge(args) -> None:
 
 
 def run_prune(args) -> None:
-    """Leave out of a vocabulary what some texts do not use; they are cut as before."""
+    """Remove from a vocabulary what some texts do not use; these are cut as before."""
     base = Tokenizer.load(args.base)
     made, id_map = vocab_edit.prune(base, _read(args.corpus, args, "reading"), args.keep)
     lines = changed = 0
@@ -191,9 +191,9 @@ def _show_scripts(tokenizer: Tokenizer) -> None:
 
 
 def _show_density(name: str, tokenizer: Tokenizer, texts: Iterable[str]) -> None:
-    """Characters per token, and the share of characters that lie in a piece of text, not spelt in bytes."""
+    """Print characters per token, and the share of characters covered by pieces other than bytes."""
     pieces = tokenizer.model.proto.pieces
-    # of a character's bytes one does not have the form 10xxxxxx; a newline is a byte piece in any case
+    # exactly one of a character's bytes is not of the form 10xxxxxx; a newline is always a byte piece
     first_bytes = {
         i
         for i, p in enumerate(pieces)
