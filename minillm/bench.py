@@ -58,12 +58,17 @@ def random_model(preset: str) -> Transformer:
     return model.eval()
 
 
-def transformers_twin(model: Transformer):
-    """The same weights in transformers' own implementation of the architecture."""
+def _transformers():
     try:
         import transformers
     except ImportError:
         raise UserError('the benchmark needs transformers: pip install -e ".[bench]"') from None
+    return transformers
+
+
+def transformers_twin(model: Transformer):
+    """The same weights in transformers' own implementation of the architecture."""
+    transformers = _transformers()
     written = huggingface.to_hf(model.config) | {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
     settings = transformers.AutoConfig.for_model(**written)
     twin = transformers.AutoModelForCausalLM.from_config(settings).eval()
@@ -98,9 +103,8 @@ def bench_generate(
         return generate.generate(model, [prompt], new_tokens)[0].tokens
 
     def theirs(**more) -> list[int]:
-        return twin.generate(torch.tensor([prompt], device=place), **asked, **limits, **more)[
-            0, prompt_tokens:
-        ].tolist()
+        rows = twin.generate(torch.tensor([prompt], device=place), **asked, **limits, **more)
+        return rows[0, prompt_tokens:].tolist()
 
     sides: dict[str, Callable] = {"minillm": ours, "transformers": theirs}
     if place.type == "cuda":
@@ -287,10 +291,7 @@ def _gpu_sides(model: Transformer, plain: nn.Module, step_of: Callable, x, y) ->
 
 def _gpt2_like(model: Transformer):
     """transformers' GPT-2 of about the same number of parameters, and of the same width, heads and vocabulary."""
-    try:
-        import transformers
-    except ImportError:
-        raise UserError('the benchmark needs transformers: pip install -e ".[bench]"') from None
+    transformers = _transformers()
     c = model.config
     layers = max(1, round((c.n_parameters() - c.vocab_size * c.dim) / (12 * c.dim**2)))
     sizes = dict(n_embd=c.dim, n_layer=layers, n_head=c.n_heads, vocab_size=c.vocab_size, n_positions=c.max_seq_len)
