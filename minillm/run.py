@@ -167,7 +167,8 @@ class RunLock:
         with files.writing(path):
             self.file = path.open("a+", encoding="utf-8")
         if fcntl is None:
-            return print(f"{run}: cannot be locked on this system; start no second run with the same --out")
+            print(f"{run}: cannot be locked on this system; start no second run with the same --out")
+            return
         try:
             fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -176,7 +177,8 @@ class RunLock:
             self.file.close()
             raise UserError(f"--out {run}: in use by {holder}; end that run or choose another --out") from None
         except OSError as problem:  # some network disks
-            return print(f"{run}: cannot be locked ({problem.strerror}); start no second run with the same --out")
+            print(f"{run}: cannot be locked ({problem.strerror}); start no second run with the same --out")
+            return
         os.register_at_fork(after_in_child=self.file.close)  # a child that outlives us must not keep the lock
         self.file.truncate(0)
         self.file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
