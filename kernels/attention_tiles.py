@@ -61,7 +61,7 @@ def load_tile(X, b, row, h, n_rows, stride_b, stride_t, stride_h,
 
 @triton.jit
 def store_tile(X, x, b, row, h, n_rows, heads, ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """The (ROWS, BLOCK_D) tile x to a contiguous X[b, row : row + ROWS, h, :], what lies outside left out."""
+    """Store the (ROWS, BLOCK_D) tile x into a contiguous X[b, row : row + ROWS, h, :], without what is outside."""
     t = row + tl.arange(0, ROWS)
     d = tl.arange(0, BLOCK_D)
     at = X + ((b.to(tl.int64) * n_rows + t[:, None]) * heads + h) * D + d[None, :]

@@ -26,7 +26,7 @@ OPS: dict[str, Callable[[Place], Iterator[Function | Update]]] = {
     "muon": bench_optimizers.muon,
 }
 OTHERS_MAY_ERR = 5  # times our own limit: to see that a side computes the same thing at all
-QUICK_SECONDS = 70  # --quick: after so long nothing of others is compiled any more
+QUICK_SECONDS = 70  # --quick: after this time no other side is compiled any more
 
 EXAMPLES = """examples:
   python -m kernels.bench                         all ops; table, out/bench/kernels.csv, out/bench/<op>.png

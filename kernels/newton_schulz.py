@@ -72,7 +72,7 @@ def _put(Out, S, total, i, j, matrix, width, alpha, beta, gamma,
             total += beta * tl.load(S + at, mask=inside, other=0.0).to(tl.float32)
             total += tl.where(row[:, None] == column[None, :], gamma, 0.0)
         out = total.to(Out.dtype.element_ty)
-        if i == j:  # above the diagonal stands what was computed below it, to the bit
+        if i == j:  # above the diagonal copy what was computed below it, so that the result is symmetric to the bit
             out = tl.where(row[:, None] >= column[None, :], out, tl.trans(out))
         tl.store(Out + at, out, mask=inside)
         if i > j:

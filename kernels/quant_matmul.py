@@ -16,8 +16,8 @@ Products are of x and W rounded to x's dtype, summed in fp32. There are two ways
 A step of decoding (M = 1) is memory traffic alone: codes are read once, a quarter of the bytes of a 16-bit W. Each tile
 of rows (up to 128) decodes all of W again, about 5 instructions a weight: for 4096 × 11008 on an H100 about 15 µs a
 tile, whose products take 16 µs. The scratch costs 38 µs, however many rows there are (half a byte read, 2 written and
-read again, of 3 TB/s). By this reckoning the fused way is ahead up to about 256 rows and level at 512, where cuBLAS's
-own peak speaks for the scratch: FUSED_ROWS = 256. Reckoned, not measured on a GPU. In fp32, which has no tensor cores,
+read again, of 3 TB/s). By this estimate the fused way is ahead up to about 256 rows and level at 512, where cuBLAS's
+own peak speaks for the scratch: FUSED_ROWS = 256. Estimated, not measured on a GPU. In fp32, which has no tensor cores,
 the fused way serves decoding alone.
 
 The 16 values of NF4 are looked up in shared memory (`tl.gather`): different words of one 64-byte line are no bank

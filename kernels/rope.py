@@ -84,8 +84,7 @@ def _turn(first, second, cos, sin):
 
 @triton.jit
 def _norm(first, second, eps, HALF: tl.constexpr):
-    """n in two halves, and r (TOKENS, HEADS, 1): finite for zeros even if eps is 0, so that heads beyond the last do
-    no harm."""
+    """n in two halves, and r (TOKENS, HEADS, 1), which is finite for zeros even if eps is 0: padded heads stay 0."""
     square = tl.sum(first * first + second * second, axis=2, keep_dims=True) / (2 * HALF)
     r = tl.rsqrt(tl.maximum(square + eps, 1e-37))
     return first * r, second * r, r

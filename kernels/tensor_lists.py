@@ -55,12 +55,12 @@ def contiguous(columns: list[list[Tensor]]) -> bool:
 
 
 def dense(x: Tensor) -> bool:
-    """Whether the elements of x fill one stretch of memory, in whatever order."""
+    """Whether the elements of x fill one stretch of memory, in any order."""
     return x.is_contiguous() or x.permute(sorted(range(x.dim()), key=x.stride, reverse=True)).is_contiguous()
 
 
 def stored_alike(first: Tensor, *others: Tensor) -> bool:
-    """Whether equal elements of all these tensors lie equally far from their beginnings, without gaps."""
+    """Whether corresponding elements of all these tensors have the same offset in memory, without gaps."""
     if first.is_contiguous():
         return all(x.is_contiguous() for x in others)
     return dense(first) and all(x.stride() == first.stride() for x in others)
