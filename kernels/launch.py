@@ -27,7 +27,7 @@ SHARED_MEMORY = {80: 163 << 10, 86: 99 << 10, 87: 163 << 10, 89: 99 << 10, 90: 2
 
 PLAIN = {Tensor, nn.Parameter}  # types without a dispatch of their own
 
-_trying: dict[str, dict] = {}
+_choose: Callable[[str, tuple, dict], dict] | None = None  # see `choosing`
 
 
 def run(kernel, grid: tuple[int, ...], *arguments, **settings) -> None:
@@ -158,8 +158,10 @@ def settings(op: str, key: tuple, device: torch.device, default: dict) -> dict:
 
     key: what the best settings depend on, such as head size, width or dtype, but never a number of tokens.
     """
+    if _choose is not None:
+        return _choose(op, key, default)
     tuned = _tuned(device)
-    return _trying.get(op) or (tuned and tuned.get(settings_name(op, key))) or default
+    return (tuned and tuned.get(settings_name(op, key))) or default
 
 
 def settings_name(op: str, key: tuple) -> str:
@@ -168,10 +170,11 @@ def settings_name(op: str, key: tuple) -> str:
 
 
 @contextlib.contextmanager
-def trying(op: str, candidate: dict) -> Iterator[None]:
-    """Context in which `settings` returns this candidate for the op."""
-    _trying[op] = candidate
+def choosing(choose: Callable[[str, tuple, dict], dict]) -> Iterator[None]:
+    """Context in which `settings` returns choose(op, key, default): how settings are compared."""
+    global _choose
+    before, _choose = _choose, choose
     try:
         yield
     finally:
-        del _trying[op]
+        _choose = before

@@ -9,7 +9,6 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from unittest import mock
 
 import torch
 
@@ -109,26 +108,15 @@ def search(shipped: dict, relative_time: Callable[[dict], float], most: int = MO
 
 
 class Choice:
-    """While entered, kernels take the settings in `chosen`, and what they would have taken is noted in `asked`.
-
-    Both by (op, key). What is neither chosen nor tuned is the kernel's own.
-    """
+    """The settings in `chosen`, else a kernel's own, which are noted in `asked`; both by (op, key)."""
 
     def __init__(self):
         self.asked: dict[tuple[str, tuple], dict] = {}
         self.chosen: dict[tuple[str, tuple], dict] = {}
 
-    def settings(self, op: str, key: tuple, device: torch.device, default: dict) -> dict:
+    def __call__(self, op: str, key: tuple, default: dict) -> dict:
         self.asked[op, key] = default
         return self.chosen.get((op, key), default)
-
-    def __enter__(self):
-        self.patch = mock.patch.object(launch, "settings", self.settings)
-        self.patch.start()
-        return self
-
-    def __exit__(self, *_):
-        self.patch.stop()
 
 
 def tune(case: Function | Update, timer: Callable, rounds: int = 5, least_ms: float = 10.0) -> dict[str, dict | None]:
@@ -139,7 +127,8 @@ def tune(case: Function | Update, timer: Callable, rounds: int = 5, least_ms: fl
     side = case.sides["ours"]
     function = side.load()
     found: dict[str, dict | None] = {}
-    with Choice() as choice:
+    choice = Choice()
+    with launch.choosing(choice):
         for part, run in case.runs(function, side).items():
             choice.asked.clear()
             run()

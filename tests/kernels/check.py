@@ -28,6 +28,11 @@ def draw(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0, scale: 
     return (torch.randn(*shape, generator=generator) * scale).to(DEVICE, dtype)
 
 
+def trying(op: str, candidate: dict | None):
+    """Context in which the kernels of an op take these settings; None: their own."""
+    return launch.choosing(lambda name, key, default: (candidate or default) if name == op else default)
+
+
 def run(function: Callable, inputs: list[Tensor], grads: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
     """Outputs of function(*inputs), and the gradients of all floating inputs for the given output gradients."""
     inputs = [x.detach().requires_grad_(x.is_floating_point()) for x in inputs]

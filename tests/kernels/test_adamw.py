@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from triton.errors import TritonError
 
 from kernels import adamw as kernel
-from kernels import launch, reference, tensor_lists
+from kernels import reference, tensor_lists
 from kernels.adamw import adamw
-from tests.kernels.check import DEVICE, draw, error, layouts, poisoned  # noqa: F401
+from tests.kernels.check import DEVICE, draw, error, layouts, poisoned, trying  # noqa: F401
 
 OPTIONS = dict(lr=1e-2, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
 SHAPES = [(64, 48), (1,), (3,), (1000,), (0,), (7, 11, 13), (2048,)]
@@ -35,7 +35,7 @@ def expected(params, grads, firsts, seconds, **options):
 
 @pytest.mark.parametrize("chosen", [None, SMALL], ids=["default", "small"])
 def test_ten_steps_agree_with_the_reference_and_with_torch(chosen, poisoned):  # noqa: F811
-    with launch.trying("adamw", chosen):
+    with trying("adamw", chosen):
         params, _, firsts, seconds = parts()
         exact, torchs = [[p.double() for p in params]] + [parts()[i] for i in (2, 3)], [p.clone() for p in params]
         optimizer = torch.optim.AdamW(torchs, fused=False, foreach=False, **OPTIONS)
@@ -67,7 +67,7 @@ def test_a_master_copy_takes_the_steps_and_the_parameter_is_its_rounding(dtype, 
 
 
 def random_steps(params, grads, firsts, seconds, steps, chosen=None, seed=7, numbers=None, **options):
-    with launch.trying("adamw", chosen):
+    with trying("adamw", chosen):
         for step in steps:
             adamw(params, grads, firsts, seconds, step=step, seed=seed, numbers=numbers, **{**OPTIONS, **options})
     return params
@@ -150,7 +150,7 @@ def test_tensors_that_begin_anywhere(poisoned):  # noqa: F811
     for i, begin in ((0, 1), (1, 750)):
         view = bucket[begin : begin + lists[1][i].numel()]
         lists[1][i] = view.copy_(lists[1][i])
-    with launch.trying("adamw", SMALL):
+    with trying("adamw", SMALL):
         adamw(*lists, step=1, **OPTIONS)
     adamw(*same, step=1, **OPTIONS)
     for a, b in zip(lists, same, strict=True):
@@ -191,7 +191,7 @@ def test_any_sizes(sizes, kind, step, seed):
     seconds = [x + 0.1 for x in seconds]
     exact = list(expected(params, grads, firsts, seconds, step=step, **OPTIONS))
     masters = [p.float() for p in params] if kind == "master" else None
-    with launch.trying("adamw", SMALL):
+    with trying("adamw", SMALL):
         adamw(
             params,
             grads,
@@ -256,7 +256,7 @@ def test_autograd_knows_that_a_parameter_changed():
 
 
 def test_settings_that_would_write_beyond_a_chunk_are_refused():
-    with launch.trying("adamw", {"CHUNK": 64, "BLOCK": 128, "num_warps": 4}), pytest.raises(TritonError):
+    with trying("adamw", {"CHUNK": 64, "BLOCK": 128, "num_warps": 4}), pytest.raises(TritonError):
         adamw(*parts(), step=1, **OPTIONS)
 
 

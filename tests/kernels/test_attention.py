@@ -7,9 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels import launch, reference
+from kernels import reference
 from kernels.attention import _op, attention
-from tests.kernels.check import DEVICE, DTYPES, compare, draw, error, layouts, poisoned, run  # noqa: F401
+from tests.kernels.check import DEVICE, DTYPES, compare, draw, error, layouts, poisoned, run, trying  # noqa: F401
 
 
 def inputs(batch=1, q_len=70, k_len=70, heads=2, kv_heads=1, size=32, dtype=torch.float32, seed=0):
@@ -227,5 +227,5 @@ def test_on_a_second_device():
 
 def test_the_interpreter_runs_shipped_blocks_too(poisoned):  # noqa: F811
     tensors, grad = inputs(q_len=150, k_len=150, size=16)
-    with launch.trying("attention_forward", {"BLOCK_M": 128, "BLOCK_N": 32}):
+    with trying("attention_forward", {"BLOCK_M": 128, "BLOCK_N": 32}):
         check(tensors, grad, window=50)

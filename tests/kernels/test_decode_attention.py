@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from kernels import decode_attention as module
 from kernels import launch, reference
 from kernels.decode_attention import _op, block_settings, decode_attention, split_count
-from tests.kernels.check import DEVICE, DTYPES, FORWARD, draw, error, layouts, poisoned  # noqa: F401
+from tests.kernels.check import DEVICE, DTYPES, FORWARD, draw, error, layouts, poisoned, trying  # noqa: F401
 
 
 def ints(*values: int) -> torch.Tensor:
@@ -111,7 +111,7 @@ def test_any_number_of_splits(splits, monkeypatch, poisoned):  # noqa: F811
 def test_the_settings_of_a_gpu(size, dtype, monkeypatch, poisoned):  # noqa: F811
     monkeypatch.setattr(launch, "INTERPRETED", False)
     chosen = block_settings(16, size, dtype, torch.device("cpu"))
-    with launch.trying("decode_attention", chosen):
+    with trying("decode_attention", chosen):
         compare(*inputs(1, 1, 400, 8, 2, size, dtype), ints(3), ints(390))
 
 

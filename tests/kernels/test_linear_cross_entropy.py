@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from kernels import launch, linear_cross_entropy, reference
 from kernels.linear_cross_entropy import _op, chunk_rows
-from tests.kernels.check import DEVICE, DTYPES, compare, draw, error, layouts, poisoned, run  # noqa: F401
+from tests.kernels.check import DEVICE, DTYPES, compare, draw, error, layouts, poisoned, run, trying  # noqa: F401
 
 # Interpreted: whatever lies in a row's padding.
 pytestmark = pytest.mark.filterwarnings(r"ignore:(overflow|invalid value) encountered in \w+:RuntimeWarning")
@@ -62,7 +62,7 @@ def test_agrees_with_the_reference(vocabulary, options, dtype, poisoned, chunks_
 @pytest.mark.parametrize("n", [1, 5])
 def test_a_real_vocabulary_by_the_blocks_a_gpu_runs(n, dtype, poisoned):  # noqa: F811
     x, w = draw(n, 16, dtype=dtype), draw(32000, 16, dtype=dtype, seed=1, scale=0.5)
-    with launch.trying("linear_cross_entropy", {"ROWS": 1, "BLOCK": 8192, "num_warps": 16}):
+    with trying("linear_cross_entropy", {"ROWS": 1, "BLOCK": 8192, "num_warps": 16}):
         hold(x, w, labels(n, 32000), softcap=30.0, smoothing=0.1)
 
 
@@ -70,7 +70,7 @@ def test_a_real_vocabulary_by_the_blocks_a_gpu_runs(n, dtype, poisoned):  # noqa
 @pytest.mark.parametrize("vocabulary", [127, 128, 129, 1025])
 def test_blocks_and_vocabularies_that_do_not_match(vocabulary, rows, poisoned):  # noqa: F811
     x, w = draw(3, 8), draw(vocabulary, 8, seed=1)
-    with launch.trying("linear_cross_entropy", {"ROWS": rows, "BLOCK": 128, "num_warps": 4}):
+    with trying("linear_cross_entropy", {"ROWS": rows, "BLOCK": 128, "num_warps": 4}):
         hold(x, w, labels(3, vocabulary))
         hold(x, w, torch.tensor([vocabulary - 1, 0, -100], device=DEVICE), **OPTIONS["all"])
 

@@ -6,10 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from triton.errors import TritonError
 
-from kernels import launch, reference
 from kernels import muon as kernel
+from kernels import reference
 from kernels.muon import muon
-from tests.kernels.check import DEVICE, draw, error, layouts, poisoned  # noqa: F401
+from tests.kernels.check import DEVICE, draw, error, layouts, poisoned, trying  # noqa: F401
 
 MUON = (3.4445, -4.7750, 2.0315)
 OPTIONS = dict(rate=0.1, momentum=0.9, decay=0.01, steps=5, coefficients=MUON)
@@ -44,7 +44,7 @@ def test_agrees_with_the_formula(shape, chosen, poisoned):  # noqa: F811
     lists = parts(shape)
     copies = [[x.clone() for x in column] for column in lists]
     new_params, new_buffers = expected(*lists)
-    with launch.trying("muon", chosen):
+    with trying("muon", chosen):
         muon(*lists, **OPTIONS)
     for p, m, old, w, b in zip(lists[0], lists[2], copies[0], new_params, new_buffers, strict=True):
         assert error(m, b) < 1e-6
@@ -108,7 +108,7 @@ def test_gradients_that_begin_anywhere():
 def test_any_shape(shape, count, seed):
     lists = parts(shape, count, seed=seed)
     new_buffers = expected(*lists)[1]
-    with launch.trying("muon", SMALL):
+    with trying("muon", SMALL):
         muon(*lists, **OPTIONS)
     assert all(error(m, b) < 1e-6 for m, b in zip(lists[2], new_buffers, strict=True))
     assert all(p.isfinite().all() for p in lists[0])
@@ -135,7 +135,7 @@ def test_is_a_sound_torch_op_and_runs_are_equal():
 
 
 def test_settings_that_would_write_beyond_a_chunk_are_refused():
-    with launch.trying("muon", {"CHUNK": 64, "BLOCK": 128, "num_warps": 4}), pytest.raises(TritonError):
+    with trying("muon", {"CHUNK": 64, "BLOCK": 128, "num_warps": 4}), pytest.raises(TritonError):
         muon(*parts(), **OPTIONS)
 
 

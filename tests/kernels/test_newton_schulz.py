@@ -5,10 +5,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels import launch, reference
 from kernels import newton_schulz as kernel
+from kernels import reference
 from kernels.newton_schulz import newton_schulz, symmetric_product
-from tests.kernels.check import DEVICE, DTYPES, FORWARD, draw, error, layouts, poisoned  # noqa: F401
+from tests.kernels.check import DEVICE, DTYPES, FORWARD, draw, error, layouts, poisoned, trying  # noqa: F401
 
 BF16 = torch.bfloat16
 MUON = (3.4445, -4.7750, 2.0315)
@@ -47,7 +47,7 @@ def test_products_agree_with_plain_torch_and_are_symmetric(shape, dtype, poisone
 def test_every_block_is_written_once_whatever_its_size(shape, chosen, poisoned):  # noqa: F811
     """Both with descriptors and, where rows are no multiple of 16 bytes, with pointers."""
     x = draw(*shape, dtype=BF16)
-    with launch.trying("newton_schulz", chosen):
+    with trying("newton_schulz", chosen):
         g = symmetric_product(x)
         assert torch.equal(g, g.mT) and error(g, gram(x.double())) < 5e-3
         g = (g.float() / g.float().norm(dim=(1, 2), keepdim=True)).to(BF16)
@@ -96,7 +96,7 @@ def test_singular_values_end_near_one_and_zero_stays_zero():
 )
 def test_any_shape(shape, dtype, chosen, seed):
     x = draw(*shape, dtype=dtype, seed=seed)
-    with launch.trying("newton_schulz", chosen):
+    with trying("newton_schulz", chosen):
         g = symmetric_product(x)
         assert torch.equal(g, g.mT) and error(g, gram(x.double())) <= FORWARD[dtype]
 

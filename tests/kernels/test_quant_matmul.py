@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from kernels import launch, quant_matmul, reference
 from kernels.quant_matmul import _op, block_settings
-from tests.kernels.check import DEVICE, DTYPES, compare, draw, error, layouts, poisoned, run  # noqa: F401
+from tests.kernels.check import DEVICE, DTYPES, compare, draw, error, layouts, poisoned, run, trying  # noqa: F401
 
 BITS = (8, 4)
 LAYOUTS = [
@@ -64,7 +64,7 @@ def test_by_the_tiles_a_gpu_runs(forward, bits, rows, monkeypatch, poisoned):  #
     chosen = block_settings(next(t for t in (16, 128) if rows <= t), bits, 2, forward, x.device)
     monkeypatch.undo()
     monkeypatch.setattr(quant_matmul, "is_fused", lambda *_: True)
-    with launch.trying(f"quant_matmul_{'forward' if forward else 'backward'}", chosen):
+    with trying(f"quant_matmul_{'forward' if forward else 'backward'}", chosen):
         hold(x, w, g)
 
 

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from kernels import launch, reference
 from kernels.rope import _norm_backward_op, _op, rope
-from tests.kernels.check import DEVICE, DTYPES, compare, draw, error, layouts, poisoned, run  # noqa: F401
+from tests.kernels.check import DEVICE, DTYPES, compare, draw, error, layouts, poisoned, run, trying  # noqa: F401
 
 EPS = 0.1  # large enough that the gradient of a head of two numbers is no difference of equals
 
@@ -69,7 +69,7 @@ def test_the_settings_of_a_gpu(heads, kv_heads, size, normed, monkeypatch, poiso
 @pytest.mark.parametrize("normed", [False, True], ids=["alone", "after QK-norm"])
 def test_a_program_takes_many_tokens(normed, poisoned):  # noqa: F811
     op, chosen = ("rope_norm_backward", {"PROGRAMS": 1}) if normed else ("rope", {})
-    with launch.trying(op, {"TOKENS": 2, "Q_HEADS": 2, "K_HEADS": 2, "num_warps": 4, **chosen}):
+    with trying(op, {"TOKENS": 2, "Q_HEADS": 2, "K_HEADS": 2, "num_warps": 4, **chosen}):
         check(*tables(13, 4), *inputs(2, 13, 4, 2, 8, normed=normed))
 
 

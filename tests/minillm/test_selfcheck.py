@@ -14,10 +14,10 @@ import torch
 
 import train_pretrain
 import train_sft
-from kernels import launch, reference
+from kernels import reference
 from minillm import model_commands, ops, selfcheck
 from minillm.distributed import Ranks
-from tests.kernels.check import DEVICE
+from tests.kernels.check import DEVICE, trying
 
 
 @pytest.fixture(autouse=True)
@@ -32,7 +32,7 @@ def short(monkeypatch):
     if DEVICE == "cpu":
         monkeypatch.setattr(selfcheck, "LENGTHS", (20, 12))
     large = {"STACK": 1, "BLOCK": 256, "STEP": 128, "num_warps": 4, "num_stages": 1}
-    with launch.trying("newton_schulz", large) if DEVICE == "cpu" else contextlib.nullcontext():
+    with trying("newton_schulz", large) if DEVICE == "cpu" else contextlib.nullcontext():
         yield
 
 
