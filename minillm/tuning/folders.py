@@ -98,8 +98,7 @@ def merge_folder(model: str | Path, adapter: str | Path, out: str | Path) -> str
     files.refuse_existing(out)
     if not is_adapter(adapter):
         raise UserError(f"--adapter {adapter}: no {CONFIG} there, so it is no adapter")
-    with (adapter / WEIGHTS).open("rb") as stream:
-        digest = {"adapter_sha256": hashlib.file_digest(stream, "sha256").hexdigest()}
+    digest = {"adapter_sha256": files.sha256(adapter / WEIGHTS)}
     before = base / MERGED
     if before.exists() and json.loads(before.read_text(encoding="utf-8")) == digest:
         raise UserError(f"--model {base}: has this adapter merged in already; a second time would apply it twice")
