@@ -19,6 +19,7 @@ import torch
 from data import bundled
 from minillm import UserError, config, distributed, evaluate, huggingface, ops, optim, run, selfcheck, training, tuning
 from minillm.chat_data import InstructionRows
+from minillm.chat_templates import TEMPLATES
 from minillm.config import option
 from minillm.metrics import duration, peak_flops
 from minillm.model import Transformer
@@ -39,9 +40,7 @@ class Config(tuning.TuningConfig, config.TrainingConfig):
     lr: float | None = option(
         None, "peak learning rate; none: a quarter of what pretraining takes, or what suits the adapter"
     )
-    template: str = option(
-        "auto", "prompt format; auto: chat if the tokenizer has role pieces", ("auto", "chat", "simple")
-    )
+    template: str = option("auto", "prompt format; auto: chat if the tokenizer has role pieces", TEMPLATES)
     packing: bool = option(True, "several examples in a row, attention kept inside each")
     on_bad_line: str = option("error", "what to do with a line that cannot be read", ("error", "skip"))
     eval_data: str | None = option(

@@ -20,13 +20,13 @@ from tqdm import tqdm
 
 from data.bins import SPLITS, Bins, Origin
 from minillm import UserError
-from minillm.readers import Record, records, text_of
+from minillm.readers import TXT_SPLITS, Record, records, text_of
 from minillm.tokenizer import Tokenizer
 
 BATCH = 1 << 20  # raw bytes of documents that one worker gets at a time (one document may be more)
 POOL_FROM = 64 << 20  # bytes of input; below, starting processes takes longer than the work
 GZIP_RATIO = 3  # assumed size of a text relative to its .gz
-TXT_SPLITS, ON_BAD_LINE, WRAPS = ("blank", "lines", "file"), ("error", "skip"), ("eos", "bos_eos")
+ON_BAD_LINE, WRAPS = ("error", "skip"), ("eos", "bos_eos")
 FIRST_BAD = 5  # bad lines quoted of each file
 SAVE_EVERY = 5.0  # seconds between two records of progress
 

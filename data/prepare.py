@@ -23,10 +23,10 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from data.bins import SPLITS, Bins, Origin, Parts, checksum, refuse_foreign
-from data.encode import ON_BAD_LINE, TXT_SPLITS, WRAPS, Options, Source, is_val, refuse_bad, text_size, tokenize
+from data.encode import ON_BAD_LINE, WRAPS, Options, Source, is_val, refuse_bad, text_size, tokenize
 from minillm import Parser, UserError, vocab
 from minillm.files import sha256
-from minillm.readers import find_files, records, text_of
+from minillm.readers import TXT_SPLITS, find_files, records, text_of
 from minillm.run import RunLock, run_script
 from minillm.tokenizer import Tokenizer
 

@@ -22,6 +22,8 @@ JINJA = {  # the same, for transformers' apply_chat_template
     ),
 }
 
+TEMPLATES = ("auto", *JINJA)
+
 
 def encode(
     tokenizer, messages: list[dict], template: str, add_generation_prompt: bool = False

@@ -17,6 +17,8 @@ from pathlib import Path
 
 from minillm import Parser, UserError
 
+ROPE_SCALINGS = ("linear", "yarn", "llama3")
+
 
 @dataclass(frozen=True)
 class RopeScaling:
@@ -91,7 +93,7 @@ class ModelConfig:
         for name in ("softcap", "rope_theta", "norm_eps"):
             if (value := getattr(self, name)) is not None and not 0 < value < math.inf:
                 problems.append(f"{name} is {value}: it must be above 0 and finite")
-        if self.rope_scaling and self.rope_scaling.type not in ("linear", "yarn", "llama3"):
+        if self.rope_scaling and self.rope_scaling.type not in ROPE_SCALINGS:
             problems.append(f"rope scaling {self.rope_scaling.type!r}: choose linear, yarn or llama3")
         if problems:
             raise UserError("model: " + "; ".join(problems))
@@ -206,7 +208,7 @@ def parse_rope_scaling(text: str, original_max_seq_len: int) -> RopeScaling:
     kind, _, factor = text.partition(":")
     try:
         scaling = RopeScaling(kind, float(factor), original_max_seq_len)
-        if kind not in ("linear", "yarn", "llama3") or not 1 <= scaling.factor < math.inf:
+        if kind not in ROPE_SCALINGS or not 1 <= scaling.factor < math.inf:
             raise ValueError
     except ValueError:
         raise UserError(f"--rope_scaling {text}: expected linear:F, yarn:F or llama3:F, F at least 1, finite") from None

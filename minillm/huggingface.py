@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from minillm import UserError, checkpoint, naming_damage, quant
-from minillm.config import ModelConfig, RopeScaling
+from minillm.config import ROPE_SCALINGS, ModelConfig, RopeScaling
 from minillm.model import Transformer
 
 ARCHITECTURES = {
@@ -140,7 +140,7 @@ def _read_scaling(rope: dict, max_seq_len: int, source: str) -> RopeScaling | No
     kind = rope.get("rope_type") or rope.get("type") or "default"
     if kind == "default":
         return None
-    if kind not in ("linear", "yarn", "llama3"):
+    if kind not in ROPE_SCALINGS:
         raise UserError(f"{source}: rope type {kind!r} is not supported; choose default, linear, yarn or llama3")
     unknown = set(rope) & {"mscale", "mscale_all_dim", "truncate"}
     if unknown:

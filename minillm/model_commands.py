@@ -11,7 +11,9 @@ from pathlib import Path
 import torch
 
 from minillm import UserError, checkpoint, distributed, evaluate, generate, huggingface, run, selfcheck, tuning
+from minillm.chat_templates import TEMPLATES
 from minillm.data import TokenBins
+from minillm.readers import TXT_SPLITS
 from minillm.tokenizer import Tokenizer
 from minillm.training import DTYPES
 from minillm.validation import Validation
@@ -38,7 +40,7 @@ def add_parsers(command: Callable[[Callable, str], argparse.ArgumentParser]) -> 
     sub.add_argument(
         "--data", required=True, help="folder of bins, text (.txt .jsonl .json .parquet) or questions (.jsonl .json)"
     )
-    sub.add_argument("--split", default="blank", choices=("blank", "lines", "file"), help="where texts in a .txt end")
+    sub.add_argument("--split", default="blank", choices=TXT_SPLITS, help="where texts in a .txt end")
     sub.add_argument("--field", default="text", help="the key that holds a text in .jsonl, .json or .parquet")
     sub.add_argument("--seq_len", type=int, help="tokens of a window; default: as the model was trained")
     sub.add_argument("--max_tokens", type=int, help="evaluate the first documents up to this many tokens; default 2^20")
@@ -54,7 +56,7 @@ def _model_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _template_option(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--template", default="auto", choices=("auto", "chat", "simple"), help="prompt format")
+    parser.add_argument("--template", default="auto", choices=TEMPLATES, help="prompt format")
 
 
 def _sampling_options(parser: argparse.ArgumentParser) -> None:

@@ -27,6 +27,7 @@ from typing import BinaryIO, NamedTuple
 from minillm import UserError
 
 SUFFIXES = (".txt", ".jsonl", ".json", ".txt.gz", ".jsonl.gz", ".json.gz", ".parquet")
+TXT_SPLITS = ("blank", "lines", "file")  # where documents of a .txt may end: see `records`
 READ = 1 << 20  # bytes of a JSON array read at a time
 WINDOW = 1 << 16  # bytes that gzip unpacks at a time
 LONGEST_TEXT = 64 << 20  # bytes; a longer document of a .txt is ended after the line that exceeds this

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from minillm import UserError, byte_bpe, chat_templates, naming_damage
-from minillm.chat_templates import JINJA, ROLES
+from minillm.chat_templates import JINJA, ROLES, TEMPLATES
 from minillm.sentencepiece_model import SentencePieceModel
 
 # What transformers reads beside the model file; a folder made elsewhere keeps its own when it is loaded and saved.
@@ -110,7 +110,7 @@ class Tokenizer:
 
     def resolve_template(self, template: str) -> str:
         """What `template` ("auto", "chat" or "simple") means for this model: "chat" or "simple"."""
-        if template not in ("auto", "chat", "simple"):
+        if template not in TEMPLATES:
             raise UserError(f"template {template!r}: choose auto, chat or simple")
         has_roles = len(self.roles) == len(ROLES)
         if template == "chat" and not has_roles:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from tqdm import tqdm
 
 from minillm import UserError, files, vocab, vocab_edit
-from minillm.readers import find_files, texts_of
+from minillm.readers import TXT_SPLITS, find_files, texts_of
 from minillm.tokenizer import Tokenizer
 
 STRETCH = 4000  # characters; documents are learnt from or held out in stretches of at most this length
@@ -60,9 +60,7 @@ def add_parsers(command: Callable[[Callable, str], argparse.ArgumentParser]) -> 
 def _texts(parser: argparse.ArgumentParser, name: str, **options) -> None:
     parser.add_argument(name, nargs="+", default=[], metavar="FILE", **options)
     parser.add_argument("--field", default="text", help="the key that holds a text in .jsonl, .json or .parquet")
-    parser.add_argument(
-        "--split", default="blank", choices=("blank", "lines", "file"), help="where texts end in a .txt"
-    )
+    parser.add_argument("--split", default="blank", choices=TXT_SPLITS, help="where texts end in a .txt")
 
 
 def _read(paths: list[str], args, what: str) -> Iterator[str]:
