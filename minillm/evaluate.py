@@ -47,7 +47,8 @@ def read_text(path: Path, tokenizer: Tokenizer, *, split: str = "blank", field: 
 def read_questions(path: str | Path, limit: int | None = None) -> list[dict]:
     """Rows of an instruction file, each with an added key "messages", of which the last is the answer.
 
-    path: .jsonl or .json, also .gz. limit: at most so many rows, the first. Raises UserError with the row's number.
+    path: .jsonl or .json, also .gz. limit: at most this many rows, the first. Raises UserError with the row's number,
+    and UnsupportedError for a row without a conversation.
     """
     rows = []
     with readers.open_rows(Path(path)) as file:
@@ -61,7 +62,7 @@ def read_questions(path: str | Path, limit: int | None = None) -> list[dict]:
                         raise UserError(f"check {row['check']!r}: choose one of {', '.join(CHECKS)}")
                     rows.append({**row, "messages": messages})
             except UserError as problem:
-                raise UserError(f"{path}, row {number}: {problem}") from None
+                raise type(problem)(f"{path}, row {number}: {problem}") from None
             if limit is not None and len(rows) >= limit:
                 break
     if not rows:

@@ -1,6 +1,6 @@
 """Turns a row of an instruction file, in any of the known forms, into messages."""
 
-from minillm import UserError
+from minillm import UnsupportedError, UserError
 
 ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
 PAIRS = [pair.split() for pair in ("instruction output", "question answer", "prompt response", "prompt completion")]
@@ -13,7 +13,7 @@ def conversations(row: dict) -> list[list[dict]]:
     Known are `messages` and ShareGPT's `conversations` (role/content or from/value); `instruction`,
     `input`, `output` and the other names in PAIRS; and such pairs nested in `instances`, each of them
     a conversation. A `system` text and earlier turns in `history` ([[question, answer], …]) come first.
-    Raises UserError with the reason if the row has none of these forms.
+    Raises UserError with the reason if something in the row is wrong, UnsupportedError if it has none of these forms.
     """
     if not isinstance(row, dict):
         raise UserError(f"a row is a JSON object, not a {type(row).__name__}")
@@ -40,7 +40,7 @@ def _pair(row: dict) -> list[dict]:
             answer = _text(row, answered)
             return [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
     known = ["messages", "conversations", *(f"{asked} with {answered}" for asked, answered in PAIRS)]
-    raise UserError(f"its keys are {', '.join(row)[:200] or 'none'}; known are {', '.join(known)}")
+    raise UnsupportedError(f"its keys are {', '.join(row)[:200] or 'none'}; known are {', '.join(known)}")
 
 
 def _message(message: dict) -> dict:

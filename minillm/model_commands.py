@@ -10,9 +10,10 @@ from pathlib import Path
 
 import torch
 
-from minillm import UserError, checkpoint, distributed, evaluate, generate, huggingface, run, selfcheck, tuning
+from minillm import UnsupportedError, UserError, checkpoint, evaluate, generate, huggingface, run, selfcheck, tuning
 from minillm.chat_templates import TEMPLATES
 from minillm.data import TokenBins
+from minillm.distributed import Ranks, pick_device
 from minillm.readers import TXT_SPLITS
 from minillm.tokenizer import Tokenizer
 from minillm.training import DTYPES
@@ -90,9 +91,9 @@ def _load(args) -> tuple:
             f"no checkpoint in {' or '.join(DEFAULT_RUNS)}: train one (python train_pretrain.py) or give --model"
         )
     folder = run.resolve_checkpoint(named, log=tell)
-    device = distributed.pick_device(args.device)
+    device = pick_device(args.device)
     bits = tuning.peft_format.read_config(folder)[1]["bits"] if tuning.is_adapter(folder) else None
-    selfcheck.check_kernels(distributed.Ranks(0, 1, device), tell, base_bits=bits)
+    selfcheck.check_kernels(Ranks(0, 1, device), tell, base_bits=bits)
     dtype = DTYPES[args.dtype] if args.dtype else None
     if dtype is None and device.type == "cpu":
         dtype = torch.float32  # half precision is slow on most CPUs
@@ -240,7 +241,7 @@ def run_eval(args) -> None:
         raise UserError(f"--seq_len {seq_len}: must lie from 1 to the model's context, {model.context}")
     alone = trained.get("document_attention", True)  # each document on its own, unless trained otherwise
     validation = Validation(texts, tokenizer, seq_len, args.max_tokens or 1 << 20, alone)
-    ranks = distributed.Ranks(0, 1, next(model.parameters()).device)
+    ranks = Ranks(0, 1, next(model.parameters()).device)
     scores = validation.scores(model, ranks, contextlib.nullcontext())
     print(f"  documents       {validation.part.n_documents:,} ({int(validation.part.mask.sum()):,} tokens)")
     print(f"  loss            {scores['val_loss']:.4f} nats a token")
@@ -257,7 +258,5 @@ def _is_questions(path: Path) -> bool:
         return False
     try:
         return bool(evaluate.read_questions(path, 1))
-    except UserError as problem:
-        if "known are" in str(problem):  # `messages.conversations` found no keys of a conversation: a row of text
-            return False
-        raise
+    except UnsupportedError:  # a row without the keys of a conversation
+        return False
