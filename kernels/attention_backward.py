@@ -250,21 +250,21 @@ def backward(
     numbers = (window or 0, scale, factor, (softcap or 1.0) * LOG2E)
     # spans: any pointer will do where there are none
     extents = (shift, delta, shift if spans is None else spans.contiguous())
-    keys, queries = (_backward_keys, kv_heads, k_len), (_backward_queries, heads, q_len)
-    parts = [(*keys, (dk, dv), {"NEED_DK": True, "NEED_DV": True}), (*queries, (dq,), {})]
-    if width > 128:  # both accumulators of a block of keys do not fit the registers: one after the other
-        parts[:1] = [(*keys, (dk, dv), {"NEED_DK": needed, "NEED_DV": not needed}) for needed in (True, False)]
     more = window is not None or spans is not None or softcap is not None
-    for kernel, own_heads, length, outputs, needs in parts:
-        by_keys = kernel is _backward_keys
-        name = "keys" if by_keys else "queries"
+
+    def run(kernel, name: str, own_heads: int, length: int, block: str, *outputs: Tensor, **needs: bool) -> None:
         chosen = attention_settings(name, size, q.dtype, q.device, tma=tma, more=more)
         m, n = chosen["BLOCK_M"], chosen["BLOCK_N"]
-        blocks = launch.cdiv(length, n if by_keys else m)
+        blocks = launch.cdiv(length, chosen[block])
         sources = [tile_source(x, r, tma) for x, r in ((q, m), (k, n), (v, n), (dout, m))]
         launch.run(
             kernel, (blocks * batch * own_heads,), *sources, *outputs, *extents,
             blocks, heads_together(blocks, batch * own_heads, q.device), heads, kv_heads, q_len, padded, k_len,
             *numbers, *strides, **flags, **needs, D=size, BLOCK_D=width, TMA=tma, **chosen,
         )  # fmt: skip
+
+    # above 128 both accumulators of a block of keys do not fit the registers: one after the other
+    for need_dk, need_dv in [(True, True)] if width <= 128 else [(True, False), (False, True)]:
+        run(_backward_keys, "keys", kv_heads, k_len, "BLOCK_N", dk, dv, NEED_DK=need_dk, NEED_DV=need_dv)
+    run(_backward_queries, "queries", heads, q_len, "BLOCK_M", dq)
     return dq, dk, dv
