@@ -10,6 +10,7 @@ There is no "latest" pointer: the newest folder whose manifest verifies is the l
 """
 
 import errno
+import io
 import json
 import math
 import os
@@ -219,14 +220,26 @@ class StopSignals:
 
 
 def run_script(main: Callable[[], int | None]) -> int:
-    """Run a script's main and return its exit status: 130 after Ctrl-C; 2 and one line on stderr for a `UserError`, a
-    file without permission, or when memory runs out."""
+    """Run a script's main and return its exit status: 130 after Ctrl-C; 141 if who reads the output has stopped reading;
+    2 and one line on stderr for a `UserError`, a file without permission, or when memory runs out."""
     rank = os.environ.get("RANK", "0")
     who = "error" if rank == "0" else f"error: rank {rank}"
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal that is not UTF-8 shows "?" for what it does not have
     try:
-        return main() or 0
+        status = main() or 0
+        sys.stdout.flush()
+        return status
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:
+        try:
+            print(flush=True)
+        except BrokenPipeError:  # it was stdout's: `| head` has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes it once more at its end
+            return 128 + 13  # as if SIGPIPE had ended it
+        raise
     except UserError as problem:
         line = str(problem)
     except PermissionError as problem:

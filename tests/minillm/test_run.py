@@ -257,6 +257,38 @@ def test_a_lack_of_memory_is_one_line_with_a_remedy(capsys, problem, words):
         run.run_script(lambda: (_ for _ in ()).throw(RuntimeError("another")))
 
 
+PRINTER = """
+import sys
+from minillm import run
+def main():
+    for _ in range(int(sys.argv[1])):
+        print("12 → 13 三 \U0001f600")
+sys.exit(run.run_script(main))
+"""
+
+
+def test_a_terminal_of_any_encoding_shows_what_it_can():
+    done = subprocess.run(
+        [sys.executable, "-c", PRINTER, "1"], capture_output=True, env={**os.environ, "PYTHONIOENCODING": "gbk"}
+    )
+    assert (done.returncode, done.stdout.decode("gbk").strip(), done.stderr) == (0, "12 → 13 三 ?", b"")
+
+
+def test_output_that_is_no_longer_read_ends_a_script_quietly():
+    script = subprocess.Popen([sys.executable, "-c", PRINTER, "100000"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    script.stdout.readline()
+    script.stdout.close()
+    assert script.stderr.read() == b"" and script.wait() == 141
+
+
+def test_a_broken_pipe_elsewhere_is_still_an_error():
+    def fail():
+        raise BrokenPipeError
+
+    with pytest.raises(BrokenPipeError):
+        run.run_script(fail)
+
+
 def test_metrics_rows_beyond_the_resumed_step_and_a_torn_line_are_cut(tmp_path):
     path = tmp_path / "metrics.jsonl"
     log = run.MetricsLog(path)
