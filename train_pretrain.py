@@ -11,6 +11,7 @@ optimizer, the loop.
 
 import dataclasses
 import math
+import shlex
 import sys
 import textwrap
 import time
@@ -97,7 +98,7 @@ def main() -> int:
     }
     this = training.Run(cfg, ranks, fingerprints)
     if this.finished:
-        this.say(f"{this.folder} has finished its {this.start_step} steps; to go on, raise --steps")
+        this.say(f"{this.folder} has finished its {this.start_step} steps; to go on, raise --steps\n{this.draw()}")
         this.say(f"next: {next_command(cfg, tokenizer)}")
         distributed.stop()
         return 0
@@ -121,13 +122,15 @@ def main() -> int:
 
 def next_command(cfg: Config, tokenizer: Tokenizer | None) -> str:
     """What to try after this run. A model of a raw .bin has no tokenizer, so it can neither read nor write text."""
+    out = shlex.quote(cfg.out)
     if tokenizer is None:
-        return f"python -m minillm plot {cfg.out}"
+        return f"python -m minillm plot {out}"
     if cfg.tune == "full":
-        return "python train_sft.py" + ("" if cfg.out == Config.out else f" --init_from {cfg.out}")
+        return "python train_sft.py" + ("" if cfg.out == Config.out else f" --init_from {out}")
     if cfg.mergeable:
-        return f"python -m minillm merge --model {cfg.init_from} --adapter {cfg.out} --out {cfg.out}-merged"
-    return f"python -m minillm eval --model {cfg.out} --data {cfg.data}"
+        merged = shlex.quote(f"{cfg.out}-merged")
+        return f"python -m minillm merge --model {shlex.quote(cfg.init_from)} --adapter {out} --out {merged}"
+    return f"python -m minillm eval --model {out} --data {shlex.quote(cfg.data)}"
 
 
 def shape(cfg: Config, vocab_size: int, init: Path | None) -> config.ModelConfig:
@@ -242,7 +245,7 @@ def conclude(this: training.Run, model: Transformer, scores: dict, tokenizer: To
         )
         text = tokenizer.decode(sample[0].tokens) or "(nothing: the first token already ended the text)"
         this.say(f"a sample:\n{textwrap.indent(text, '  ')}")
-    this.say(f"trained for {duration(this.seconds())}; checkpoint {this.newest()}; {this.draw()}")
+    this.say(f"trained for {duration(this.took)}; checkpoint {this.newest()}; {this.draw()}")
     this.say(f"next: {next_command(this.cfg, tokenizer)}")
 
 

@@ -10,6 +10,7 @@ answer) are learned. Run the same command again to go on where it stopped.
 """
 
 import dataclasses
+import shlex
 import sys
 import time
 from dataclasses import dataclass
@@ -93,7 +94,7 @@ def main() -> int:
     }
     this = training.Run(cfg, ranks, fingerprints, turns=rows.counts["turns"])
     if this.finished:
-        this.say(f"{this.folder} has finished its {this.start_step} steps; to go on, raise --{length}")
+        this.say(f"{this.folder} has finished its {this.start_step} steps; to go on, raise --{length}\n{this.draw()}")
         this.say(f"next: {next_command(cfg.out)}")
         distributed.stop()
         return 0
@@ -117,7 +118,7 @@ def main() -> int:
 
 def next_command(out: str) -> str:
     """What to try after this run."""
-    return "python -m minillm chat" + ("" if out == Config.out else f" --model {out}")
+    return "python -m minillm chat" + ("" if out == Config.out else f" --model {shlex.quote(out)}")
 
 
 def train(cfg: Config, this: training.Run, model: Transformer, rows, end: int, held_rows, tokenizer) -> int:
@@ -182,7 +183,7 @@ def conclude(this: training.Run, before: dict, after: dict) -> None:
         for family, (right, asked) in after.items():
             was = f"{before[family][0] / before[family][1]:6.1%}" if family in before else "not asked"
             this.say(f"  {family:<16} {was} → {right / asked:6.1%}   ({right}/{asked})")
-    this.say(f"trained for {duration(this.seconds())}; checkpoint {this.newest()}; {this.draw()}")
+    this.say(f"trained for {duration(this.took)}; checkpoint {this.newest()}; {this.draw()}")
     this.say(f"next: {next_command(this.cfg.out)}")
 
 

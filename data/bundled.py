@@ -13,6 +13,7 @@ import hashlib
 import itertools
 import json
 import re
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -145,7 +146,7 @@ def main() -> None:
     parser.add_argument("--out", default=FOLDER, metavar="FOLDER", help=f"where to write it (default {FOLDER})")
     out = parser.parse_args().out
     build(out)
-    print(f"{out}: the bundled corpus is there; next: python train_pretrain.py --data {out}")
+    print(f"{out}: the bundled corpus is there; next: python train_pretrain.py --data {shlex.quote(str(out))}")
 
 
 if __name__ == "__main__":

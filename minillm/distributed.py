@@ -116,6 +116,8 @@ def pick_device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
+        if device.type not in ("cpu", "cuda", "mps"):
+            raise RuntimeError("neither cpu, cuda nor mps")
         if device.type == "cuda":  # ask the driver: a test tensor would take memory
             known = torch.cuda.device_count()
             if (device.index or 0) >= known:
@@ -134,6 +136,18 @@ def stop() -> None:
     """Leave the process group."""
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def busy_cores() -> str:
+    """What to do if other programs keep this machine's cores busy: torch's threads wait for one another. Else ""."""
+    cores = os.cpu_count() or 1
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+    if load < cores or torch.get_num_threads() == 1:
+        return ""
+    return (
+        f"other programs keep the cores busy (load {load:.1f} on {cores}): if steps are slow, set OMP_NUM_THREADS to "
+        "the number of cores that are free"
+    )
 
 
 def _keep_freed_memory() -> None:

@@ -69,8 +69,8 @@ class Progress:
         if enabled and sys.stderr.isatty():
             self.bar = tqdm(total=steps, initial=done, unit="step", dynamic_ncols=True, smoothing=0.1)
 
-    def show(self, step: int, row: dict, left_s: float) -> None:
-        """row: a row of metrics.jsonl; left_s: estimated seconds to the end."""
+    def show(self, step: int, row: dict, left_s: float | None) -> None:
+        """row: a row of metrics.jsonl; left_s: estimated seconds to the end, None if not known yet."""
         if not self.enabled:
             return
         mfu = "" if row.get("mfu") is None else f" mfu {100 * row['mfu']:.1f}%"
@@ -81,7 +81,8 @@ class Progress:
             self.bar.update(step - self.bar.n)
         elif step in (1, self.steps) or time.monotonic() - self.last >= self.every_s:
             self.last = time.monotonic()
-            print(f"step {step}/{self.steps} {numbers} left {duration(left_s)}", flush=True)
+            left = "" if left_s is None else f" left {duration(left_s)}"
+            print(f"step {step}/{self.steps} {numbers}{left}", flush=True)
 
     def say(self, text: str) -> None:
         """Print a line without tearing the bar."""

@@ -220,8 +220,11 @@ class StopSignals:
 
 
 def run_script(main: Callable[[], int | None]) -> int:
-    """Run a script's main and return its exit status: 130 after Ctrl-C; 141 if who reads the output has stopped reading;
-    2 and one line on stderr for a `UserError`, a file without permission, or when memory runs out."""
+    """Run a script's main and return its exit status.
+
+    130 after Ctrl-C; 141 if whoever reads the output has stopped reading; 2 and one line on stderr for a `UserError`, a
+    file without permission, or when memory runs out.
+    """
     rank = os.environ.get("RANK", "0")
     who = "error" if rank == "0" else f"error: rank {rank}"
     for stream in (sys.stdout, sys.stderr):

@@ -80,7 +80,8 @@ class Run:
         self.start_step: int = self.state["step"]
         if ranks.main:
             run.set_aside_later(self.folder, self.start_step, log=self.say)
-        self.begun = time.monotonic()
+        self.begun = time.monotonic()  # anew when all is loaded (`restore`)
+        self.first_ended: float | None = None  # the first step compiles and warms up, so it says little of the others
         if ranks.main:
             self.log = run.MetricsLog(self.folder / "metrics.jsonl", self.start_step)
         self.board = None
@@ -145,7 +146,10 @@ class Run:
             checkpoint.restore_optimizers(self.source, optimizers, dict(model.named_parameters()))
             if scaler.is_enabled() and self.state["scaler"]:  # empty if it was saved without --dtype float16
                 scaler.load_state_dict(self.state["scaler"])
+        if self.ranks.device.type == "cpu" and (busy := distributed.busy_cores()):
+            self.say(busy)
         self.watchdog.tick(self.start_step)  # everything is loaded: from here on steps must come in time
+        self.begun = time.monotonic()
 
     def save(self, step: int, model: Transformer, optimizers: list, scaler, tokenizer: Tokenizer | None) -> None:
         """Write `step-N/` whole or not at all, then delete all but the newest --keep_last, unless this step went wrong.
@@ -183,8 +187,11 @@ class Run:
         mfu = None if peak is None else speed * flops / (peak * self.ranks.world)
         row |= {"tokens_per_s": speed, "mfu": mfu, "time_s": self.seconds()}
         self.record(row)
-        done = row["step"] - self.start_step
-        self.progress.show(row["step"], row, (time.monotonic() - self.begun) / done * (self.cfg.steps - row["step"]))
+        now, done = time.monotonic(), row["step"] - self.start_step
+        if self.first_ended is None:
+            self.first_ended = now
+        left_s = (now - self.first_ended) / (done - 1) * (self.cfg.steps - row["step"]) if done > 1 else None
+        self.progress.show(row["step"], row, left_s)
         self.watchdog.tick(row["step"])
 
     def due(self, step: int, every: int) -> bool:
@@ -211,14 +218,17 @@ class Run:
             f"step {step}: loss {loss}, gradient norm {grad_norm}: not applied ({self.bad_steps} in a row)"
         )
         if self.bad_steps >= self.cfg.max_bad_steps:
+            before = run.step_folders(self.folder)
+            again = f"go on from a checkpoint before that (--resume {before[0]})" if before else "begin again"
             raise UserError(
                 f"step {step}: {self.bad_steps} steps in a row were not finite; lower --lr, raise --warmup_steps or "
-                f"choose --dtype float32, and go on from a checkpoint in {self.folder} of before (--resume PATH)"
+                f"choose --dtype float32, and {again}"
             )
         return False
 
     def close(self) -> None:
-        """The loop has ended: close the bar, stop the watchdog, and let Ctrl-C end what follows at once."""
+        """The loop has ended: close the bar, stop clock and watchdog, and let Ctrl-C end what follows at once."""
+        self.took = self.seconds()
         self.progress.close()
         self.watchdog.pause()
         self.signals.restore()

@@ -49,10 +49,22 @@ def test_a_micro_batch_not_asked_for_is_a_rank_s_share_up_to_32(batch, world, mi
     assert distributed.micro_batch(batch, None, world) == micro
 
 
-@pytest.mark.parametrize("name", ["tpu", "cuda:99", "", "meta:x"])
+@pytest.mark.parametrize("name", ["tpu", "cuda:99", "", "meta:x", "meta"])
 def test_a_device_that_is_not_there_is_refused(name):
     with pytest.raises(UserError, match=f"--device {name}: .*try auto or cpu"):
         distributed.pick_device(name)
+
+
+def test_a_machine_that_others_keep_busy_is_told_of_the_remedy(monkeypatch):
+    monkeypatch.setattr(distributed.os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(distributed.os, "getloadavg", lambda: (load, 0.0, 0.0))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    load, threads = 4.6, 2
+    assert "load 4.6 on 2" in distributed.busy_cores() and "OMP_NUM_THREADS" in distributed.busy_cores()
+    load = 1.9
+    assert distributed.busy_cores() == ""
+    load, threads = 4.6, 1
+    assert distributed.busy_cores() == ""
 
 
 def test_devices():

@@ -35,6 +35,11 @@ def test_a_pipe_gets_the_first_line_the_last_and_one_now_and_then(monkeypatch, c
     assert [line.split("/")[0] for line in lines] == ["step 1", "step 21", "step 41", "step 61", "step 81", "step 100"]
 
 
+def test_what_is_left_is_shown_once_it_is_known(capsys):
+    metrics.Progress(100, 0, enabled=True).show(1, ROW, left_s=None)
+    assert capsys.readouterr().out.endswith("mfu 12.5%\n")
+
+
 def test_a_machine_whose_peak_is_unknown_has_no_share_of_it(capsys):
     metrics.Progress(1, 0, enabled=True).show(1, {**ROW, "mfu": None}, 0)
     assert "mfu" not in capsys.readouterr().out

@@ -126,12 +126,37 @@ def test_bad_steps_are_counted_in_a_row(new_run, capsys):
     assert "step 3: loss 2.0, gradient norm inf: not applied (2 in a row)" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(("steps", "remedy"), [([], "begin again"), ([2, 4], "--resume .*step-00000002")])
+def test_a_run_that_diverged_names_a_checkpoint_if_it_has_one(new_run, steps, remedy):
+    this = new_run(max_bad_steps=1)
+    for step in steps:
+        (this.folder / f"step-{step:08d}").mkdir()
+    with pytest.raises(UserError, match=remedy):
+        this.check_finite(5, math.nan, math.nan)
+
+
 def test_rows_of_metrics(new_run, tmp_path):
     this = new_run()
     this.finish_step({"step": 1, "loss": 2.0, "lr": 0.1, "grad_norm": math.inf}, speed=100.0, peak=1e6, flops=1000)
     (row,) = map(json.loads, (tmp_path / "out" / "metrics.jsonl").read_text().splitlines())
     assert row["mfu"] == pytest.approx(0.1) and row["grad_norm"] is None and row["tokens_per_s"] == 100.0
     assert 0 <= row["time_s"] < 60
+
+
+def test_the_time_left_is_that_of_steps_after_the_first(new_run, monkeypatch):
+    now, shown = [100.0], []
+    monkeypatch.setattr(training.time, "monotonic", lambda: now[0])
+    this = new_run(steps=10)
+    monkeypatch.setattr(this.progress, "show", lambda step, row, left_s: shown.append(left_s))
+    now[0] += 50.0  # loading
+    this.restore(nn.Linear(1, 1), [], torch.amp.GradScaler("cpu", enabled=False))
+    for step, took in ((1, 7.0), (2, 1.0), (3, 2.0)):
+        now[0] += took
+        this.finish_step({"step": step, "loss": 2.0, "lr": 0.1, "grad_norm": 1.0}, 100.0, None, 1000)
+    assert shown == [None, 1.0 * 8, 1.5 * 7]
+    this.close()
+    now[0] += 90.0  # questions, drawing
+    assert this.took == 10.0
 
 
 def test_a_disk_too_small_is_said_with_what_will_be_needed(new_run, monkeypatch):
