@@ -17,6 +17,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kernels import launch
+from kernels.proxy_fence import fence_copies
 
 
 def describable(width: int, *tensors: Tensor) -> bool:
@@ -56,6 +57,7 @@ def load_tile(X, b, row, h, n_rows, stride_b, stride_t, stride_h,
         if D != BLOCK_D:
             inside = inside & (d < D)[None, :]
         tile = tl.load(at, mask=inside, other=0.0)
+        fence_copies(X.dtype.element_ty != tl.float32)
     return tile
 
 

@@ -30,6 +30,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels import launch
+from kernels.proxy_fence import fence_copies
 from kernels.tanh import tanh
 
 MOST_QUERIES = 16
@@ -84,6 +85,7 @@ def _attend(Q, K, V, Begin, End, Out, Part, Lse, n_queries, n_keys, window, tile
         at_k, at_v = tl.multiple_of(j.to(tl.int64) * k_token, UNIT), tl.multiple_of(j.to(tl.int64) * v_token, UNIT)
         inside = (j < last)[:, None] & column[None, :]
         k = tl.load(K + at_k[:, None] + d[None, :] * k_step, mask=inside, other=0.0)  # (N, D)
+        fence_copies(BLOCK_M >= 64)
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale  # (M, N), without a cap in units of log 2
         if SOFTCAP:
             s = softcap * tanh(s, q.dtype == tl.float32)
@@ -97,6 +99,7 @@ def _attend(Q, K, V, Begin, End, Out, Part, Lse, n_queries, n_keys, window, tile
         kept = tl.exp2(highest - zero)
         total = total * kept + tl.sum(p, axis=1)
         v = tl.load(V + at_v[:, None] + d[None, :] * v_step, mask=inside, other=0.0)
+        fence_copies(BLOCK_M >= 64)
         out = tl.dot(p.to(v.dtype), v, out * kept[:, None], input_precision=PRECISION)
         highest = higher
 

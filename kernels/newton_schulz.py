@@ -28,6 +28,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kernels import launch
+from kernels.proxy_fence import fence_copies
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -55,6 +56,7 @@ def _rows(X, matrix, first, k, width, length, stride, row_stride, column_stride,
         at = X + matrix.to(tl.int64) * stride
         at += row[:, None].to(tl.int64) * row_stride + column[None, :].to(tl.int64) * column_stride
         tile = tl.load(at, mask=(row < width)[:, None] & (column < length)[None, :], other=0.0)
+        fence_copies(X.dtype.element_ty != tl.float32)
     return tile
 
 

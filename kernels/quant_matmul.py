@@ -32,6 +32,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels import launch, reference
+from kernels.proxy_fence import fence_copies
 
 FUSED_ROWS = 256
 
@@ -92,6 +93,7 @@ def _forward(X, Codes, Scale, Coarse, Offset, Kept, Columns, Table, Y, n_rows, n
         for half in tl.static_range(8 // BITS):
             k = _column(j, half, BITS)
             x = tl.load(X + k[:, None], mask=(k < n_in)[:, None] & there, other=0.0)
+            fence_copies(BLOCK_N >= 64)
             w = _weights(packed, half, scale, table, dtype, BITS)
             y = tl.dot(w, x, y, input_precision=PRECISION)
         scale = following

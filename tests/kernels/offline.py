@@ -77,6 +77,22 @@ def has_large_products(asm: dict) -> bool:
     return gluon or any(int(rows) >= 64 for rows in products)
 
 
+def unfenced_products(ptx: str) -> int:
+    """How many asynchronous products stand behind a wait for `cp.async` with no proxy fence in between.
+
+    Where tiles come by descriptors (`cp.async.bulk`) none needs it: what `cp.async` copies there is no tile.
+    """
+    copied, found = False, 0
+    for line in ptx.splitlines():
+        if "fence.proxy.async" in line:
+            copied = False
+        elif "cp.async.wait_group" in line:
+            copied = True
+        elif copied and re.search(r"wgmma\.mma_async|tcgen05\.mma", line):
+            found += 1
+    return 0 if "cp.async.bulk.tensor" in ptx else found
+
+
 def main(architecture: int, word: str = "") -> None:
     driver.set_active(Driver(architecture))
     launch.architecture = lambda device: architecture
@@ -102,6 +118,7 @@ def main(architecture: int, word: str = "") -> None:
                 "large_products": has_large_products(compiled.asm),
                 "wgmma": "wgmma.mma_async" in ptx,
                 "tma": "cp.async.bulk.tensor" in ptx,
+                "unfenced": unfenced_products(ptx),
                 "warnings": warnings(ptx, architecture) if "wgmma" in ptx else [],
                 "options": {k: v for k, v in options.items() if isinstance(v, int)},
             }

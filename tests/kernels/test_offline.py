@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import triton
 
-from kernels import launch
+from kernels import launch, proxy_fence
 
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 # Bytes of stack that are known to be needed, by call or kernel: fp32 has no tensor cores, and wide heads take all
@@ -59,6 +59,14 @@ def test_nothing_spills_and_everything_fits(architecture):
     assert {name(k): k["shared"] for k in kernels if k["shared"] > limit} == {}
     known = {name(k): SPILLS.get(k["call"], SPILLS.get(k["kernel"], LEAST)) for k in kernels}
     assert {name(k): k["stack"] for k in kernels if k["stack"] > known[name(k)]} == {}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", [90, 100])
+def test_copies_are_fenced_from_the_products_that_read_them(architecture):
+    if architecture == 100 and proxy_fence.LEFT_OUT_BY_TRITON:
+        pytest.skip("`minillm.ops` takes no kernels there")
+    assert {name(k): k["unfenced"] for k in compiled()[architecture] if k["unfenced"]} == {}
 
 
 @pytest.mark.slow
