@@ -77,11 +77,18 @@ def _gpu_is_supported() -> bool:
 
 
 def _lacking() -> str:
-    """What this machine lacks for Triton, which compiles each kernel's launcher in C; "" if nothing."""
+    """What this machine lacks for the kernels, whose launchers Triton compiles in C; "" if nothing."""
     if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
         return "the kernels need a C compiler, and there is none (apt install gcc)"
     if not Path(sysconfig.get_path("include", "posix_prefix"), "Python.h").exists():
         return "the kernels need Python's headers, and Python.h is not there (apt install python3-dev)"
+    # on datacenter Blackwell older ones leave out a fence (triton#9610) and a barrier (triton#9615): now and then wrong
+    affected = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] in (10, 11)
+    if affected and importlib.util.find_spec("triton"):
+        from kernels import proxy_fence
+
+        if proxy_fence.LEFT_OUT_BY_TRITON:
+            return "the kernels need Triton 3.7.1 or newer on this GPU (pip install -U torch triton)"
     return ""
 
 

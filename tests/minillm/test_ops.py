@@ -6,7 +6,7 @@ import sysconfig
 import pytest
 import torch
 
-from kernels import reference
+from kernels import proxy_fence, reference
 from minillm import UserError, ops, optim
 from minillm.kv_cache import KVCache
 from tests.kernels.check import DEVICE, draw, error
@@ -206,3 +206,14 @@ def test_where_triton_cannot_build_torch_is_taken_and_the_remedy_said(lacking, m
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     with pytest.raises(UserError, match=f"implementation triton: .*apt install {lacking}.*--impl torch"):
         ops.select("triton")
+
+
+@pytest.mark.parametrize(("capability", "old", "taken"), [((10, 0), True, False), ((10, 0), False, True),
+                                                          ((9, 0), True, True), ((12, 0), True, True)])  # fmt: skip
+def test_datacenter_blackwell_needs_a_triton_that_fences_copies(capability, old, taken, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(proxy_fence, "LEFT_OUT_BY_TRITON", old)
+    monkeypatch.setattr(ops, "_triton", ops._triton if taken else None)
+    assert ("Triton 3.7.1" in ops._lacking()) == (not taken)
+    assert ("Triton 3.7.1" in ops.describe(torch.device("cuda"))) == (not taken)
