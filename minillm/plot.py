@@ -1,6 +1,7 @@
 """Curves of one or several runs, from their metrics.jsonl to one PNG: `python -m minillm plot RUN… --out FILE`."""
 
 import json
+import warnings
 from itertools import cycle
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from minillm import UserError
 # Colours that stay apart for colour-blind readers (Okabe & Ito 2008)
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 FLOOR = "#777777"
+CHINESE_FONTS = ("Noto Sans CJK SC", "Source Han Sans SC", "WenQuanYi Micro Hei", "PingFang SC", "SimHei")
 PANELS = {
     "loss": "training loss (nats a token)",
     "val_bpb": "validation (bits per byte)",
@@ -72,20 +74,17 @@ def draw(runs: list[str | Path], out: str | Path) -> Path:
     except ImportError:
         raise UserError('drawing needs matplotlib: pip install -e ".[plot]"') from None
     matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import font_manager, pyplot
 
+    installed = {font.name for font in font_manager.fontManager.ttflist}
+    pyplot.rcParams["font.family"] = ["DejaVu Sans", *(name for name in CHINESE_FONTS if name in installed)]
     loaded = {_label(run): read_metrics(run) for run in runs}
     if len(loaded) < len(runs):
         loaded = {str(run): read_metrics(run) for run in runs}
     drawn = {name: {label: series(rows, name) for label, rows in loaded.items()} for name in PANELS}
     lines = [name for name in PANELS if name == "loss" or any(steps for steps, _, _ in drawn[name].values())]
     longest = max((row.get("time_s") or 0.0) for rows in loaded.values() for row in rows)
-    floors = {
-        row["floor_bpb"]: row.get("floor_error") or 0.0
-        for rows in loaded.values()
-        for row in rows
-        if row.get("floor_bpb")
-    }
+    floors = _floors(loaded)
     unit, seconds = next(
         (u, s) for u, s in (("hours", 3600), ("minutes", 60), ("seconds", 1)) if longest > 2 * s or s == 1
     )
@@ -111,7 +110,9 @@ def draw(runs: list[str | Path], out: str | Path) -> Path:
     out = Path(out)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(out, dpi=150, format="png")
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Glyph")  # a name in letters that no font here has: boxes
+            figure.savefig(out, dpi=150, format="png")
     except OSError as problem:
         raise UserError(f"{out}: cannot be written ({problem.strerror or problem})") from None
     finally:
@@ -134,10 +135,23 @@ def _line(axis, x: list, values: list, colour: str, label: str, points: bool) ->
         axis.plot(x, smoothed(values, len(values) // RAW_POINTS + 1), color=colour, label=label, linewidth=1.6)
 
 
-def _draw_floors(axis, floors: dict[float, float]) -> None:
+def _floors(loaded: dict[str, list[dict]]) -> dict[float, tuple[float, str]]:
+    """Floor in bits per byte → its standard error, and the runs that it belongs to, "" if to all of them."""
+    scored = {label: [row for row in rows if "val_bpb" in row] for label, rows in loaded.items()}
+    last = {label: rows[-1] for label, rows in scored.items() if rows}
+    floors = {}
+    for row in last.values():
+        if floor := row.get("floor_bpb"):
+            runs = [label for label, other in last.items() if other.get("floor_bpb") == floor]
+            floors[floor] = (row.get("floor_error") or 0.0, "" if len(runs) == len(last) else ", ".join(runs))
+    return floors
+
+
+def _draw_floors(axis, floors: dict[float, tuple[float, str]]) -> None:
     """A dashed line at each floor (one, if the runs share a corpus), with its standard error."""
-    for floor, error in floors.items():
-        axis.axhline(floor, color=FLOOR, linestyle="--", linewidth=1.2, label=f"floor {floor:.3f}")
+    for floor, (error, whose) in floors.items():
+        label = f"floor {floor:.3f}" + (f" of {whose}" if whose else "")
+        axis.axhline(floor, color=FLOOR, linestyle="--", linewidth=1.2, label=label)
         axis.axhspan(floor - error, floor + error, color=FLOOR, alpha=0.2, linewidth=0)
 
 

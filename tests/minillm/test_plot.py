@@ -1,5 +1,6 @@
 import json
 import sys
+import warnings
 
 import pytest
 
@@ -50,6 +51,19 @@ def test_several_runs_share_a_floor_and_keep_apart(tmp_path, monkeypatch):
     labels = list(loss.get_legend_handles_labels()[1])
     assert labels == [str(path) for path in runs]  # the same folder name twice: the whole path tells them apart
     assert len(score.lines) == 3  # two runs, one floor
+
+
+def test_floors_of_several_corpora_say_whose_they_are(tmp_path, monkeypatch):
+    figures = drawn(monkeypatch)
+    other = [*rows()[:-1], {"step": 30, "val_bpb": 3.0}]  # of a text whose floor nobody knows
+    plot.draw([run(tmp_path / "pretrain", rows()), run(tmp_path / "mine", other)], tmp_path / "both.png")
+    assert figures[0].axes[2].get_legend_handles_labels()[1] == ["pretrain", "mine", "floor 1.200 of pretrain"]
+
+
+def test_a_name_in_letters_that_no_font_has_is_no_warning(tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert plot.draw([run(tmp_path / "\U00012000", rows())], tmp_path / "a.png").exists()
 
 
 def test_without_bytes_or_validation_less_is_drawn(tmp_path, monkeypatch):
