@@ -63,6 +63,7 @@ def _transformers():
         import transformers
     except ImportError:
         raise UserError('the benchmark needs transformers: pip install -e ".[bench]"') from None
+    transformers.logging.set_verbosity_error()
     return transformers
 
 
@@ -226,16 +227,15 @@ def bench_train(
     if place.type == "cuda":
         builds |= _gpu_sides(model, plain, step_of, x, y)
     else:
-        gpt2, version = _gpt2_like(model)
-        name = f"GPT-2, {sum(p.numel() for p in gpt2.parameters()):,} ({version})"
-        builds[name] = lambda: step_of(gpt2, lambda: gpt2(x, labels=x).loss * x.numel())
+        builds |= _cpu_sides(model, step_of, x)
     taken, memory = _time_steps(builds, together=place.type != "cuda")
     flops, peak = model.config.flops_per_token(seq_len), metrics.peak_flops(place, dtype)
+    width = max(map(len, taken))
     for name, seconds in taken.items():
         speed, ratio = rows * seq_len / seconds, taken["plain PyTorch"] / seconds
         used = f"   MFU {speed * flops / peak:6.1%}" if peak else ""
         held = f"   {memory[name] / 2**30:6.1f} GiB" if name in memory else ""
-        print(f"  {name:<36}{speed:12,.0f} tok/s   {ratio:5.2f} x plain{used}{held}", flush=True)
+        print(f"  {name:<{width}}{speed:12,.0f} tok/s   {ratio:5.2f} x plain{used}{held}", flush=True)
 
 
 def _time_steps(builds: dict[str, Callable], together: bool) -> tuple[dict[str, float], dict[str, int]]:
@@ -287,6 +287,17 @@ def _gpu_sides(model: Transformer, plain: nn.Module, step_of: Callable, x, y) ->
         return step_of(other, lambda: other(x, labels=x).loss * x.numel())
 
     return sides | {f"{version}, Liger": with_liger}
+
+
+def _cpu_sides(model: Transformer, step_of: Callable, x) -> dict[str, Callable]:
+    """What people would take instead on a CPU: transformers' GPT-2."""
+    try:
+        gpt2, version = _gpt2_like(model)
+    except UserError as problem:
+        print(f"  GPT-2: {problem}")
+        return {}
+    name = f"GPT-2, {sum(p.numel() for p in gpt2.parameters()):,} ({version})"
+    return {name: lambda: step_of(gpt2, lambda: gpt2(x, labels=x).loss * x.numel())}
 
 
 def _gpt2_like(model: Transformer):
