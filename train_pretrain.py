@@ -88,6 +88,7 @@ def main() -> int:
     # the run: its folder, and the checkpoint to go on from
     init = training.find_init(cfg)
     model_config = shape(cfg, first.vocab_size, init)
+    training.check_memory(cfg, model_config, ranks.device)
     cfg = tuning.choose_optimizer(cfg, model_config.dim)
     fingerprints = {
         "data": training.fingerprint([b.identity() for b, _ in bins], [w for _, w in bins]),

@@ -63,6 +63,7 @@ def main() -> int:
     init = training.find_init(cfg)
     model_config = dataclasses.replace(huggingface.load_config(init), dropout=cfg.dropout)
     tokenizer = Tokenizer.load(init)
+    training.check_memory(cfg, model_config, ranks.device)
     cfg = tuning.choose_optimizer(cfg, model_config.dim, share=1 / 4)
     if cfg.seq_len > model_config.max_seq_len:
         raise UserError(f"--seq_len {cfg.seq_len}: the model's longest context is {model_config.max_seq_len}")

@@ -185,6 +185,17 @@ def refuse_existing(out: str | Path) -> None:
         raise UserError(f"--out {out}: is there already; choose another or delete it")
 
 
+def memory_bytes() -> float:
+    """The machine's memory, or this container's share of it; infinite where the system does not say."""
+    try:
+        found = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):  # Windows
+        return float("inf")
+    with contextlib.suppress(OSError, ValueError):  # ValueError: "max"
+        found = min(found, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    return found
+
+
 def check_writable(path: str | Path, bytes_needed: int, largest_file: int = 0) -> None:
     """Refuse, before the first step, a run's folder that cannot hold its checkpoints.
 

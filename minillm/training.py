@@ -8,6 +8,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import os
 import time
 from functools import partial
 from pathlib import Path
@@ -296,6 +297,23 @@ def schedule(cfg: config.TrainingConfig) -> dict:
 def fingerprint(*parts) -> str:
     """Short SHA-256 of any values that JSON can represent (others by `str`)."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def check_memory(cfg, shape: config.ModelConfig, device: torch.device) -> None:
+    """Refuse a model that this machine's memory cannot hold, since the system would end the run without a word.
+
+    On a CPU, and without activations: weights alone for a frozen base, else gradients and the optimizer's state too.
+    """
+    full = cfg.tune == "full"
+    each = 12.0 if full else (cfg.base_bits or 32) / 8  # bytes a parameter; AdamW's two moments in place of one: 16
+    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    needed, there = each * shape.n_parameters() * ranks_here, files.memory_bytes()
+    if device.type == "cpu" and needed > there:
+        what = "weights, gradients and optimizer" if full else "the base's weights"
+        raise UserError(
+            f"{shape.n_parameters():,} parameters need at least {needed / 1e9:.1f} GB ({what}), but this machine has "
+            f"{there / 1e9:.1f}: choose a smaller model, or train few parameters over it (--tune lora --base_bits 4)"
+        )
 
 
 def init_is_gone(cfg) -> bool:

@@ -22,7 +22,7 @@ LAYERS = [
 # generator of the bundled corpus, nor other people's formats, nor the benchmarks; and who came for one of these needs
 # nothing else.
 BUDGET = {
-    "library and scripts": 5800,
+    "library and scripts": 5850,
     "formats": 900,
     "benchmarks": 400,
     "minillm/tuning/": 930,

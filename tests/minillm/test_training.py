@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from minillm import UserError, config, training
+from minillm import UserError, config, training, tuning
 from minillm.distributed import Ranks
 
 CPU = torch.device("cpu")
@@ -141,6 +141,27 @@ def test_rows_of_metrics(new_run, tmp_path):
     (row,) = map(json.loads, (tmp_path / "out" / "metrics.jsonl").read_text().splitlines())
     assert row["mfu"] == pytest.approx(0.1) and row["grad_norm"] is None and row["tokens_per_s"] == 100.0
     assert 0 <= row["time_s"] < 60
+
+
+def test_a_model_beyond_the_machine_s_memory_is_refused(monkeypatch):
+    shape = config.ModelConfig(vocab_size=50, dim=8, n_layers=1, n_heads=2, max_seq_len=8)
+    n = shape.n_parameters()
+    cfg = tuning.TuningConfig
+
+    def check(memory: float, **options) -> None:
+        monkeypatch.setattr(training.files, "memory_bytes", lambda: memory)
+        training.check_memory(cfg(**options), shape, CPU)
+
+    check(12 * n)
+    check(n / 2, tune="lora", base_bits=4)
+    with pytest.raises(UserError, match=f"{n:,} parameters need at least .* choose a smaller model"):
+        check(12 * n - 1)
+    with pytest.raises(UserError, match="the base's weights"):
+        check(4 * n - 1, tune="lora")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="need at least"):
+        check(12 * n)
+    training.check_memory(cfg(), shape, torch.device("cuda"))  # a GPU says so itself
 
 
 def test_the_time_left_is_that_of_steps_after_the_first(new_run, monkeypatch):
