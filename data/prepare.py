@@ -180,7 +180,7 @@ def main() -> None:
     add = parser.add_argument
     add("--input", nargs="+", required=True, metavar="PATH", help="files or folders: .txt .jsonl .json (.gz) .parquet")
     add("--out", required=True, metavar="FOLDER", help="where the token bins go, e.g. data/novels")
-    add("--tokenizer", metavar="PATH", help="an existing one: .model, or a folder with tokenizer.model or .json")
+    add("--tokenizer", metavar="PATH", help="an existing one: .model, a folder with tokenizer.model or .json, or a run")
     add("--train_tokenizer", type=int, metavar="N", help="learn a tokenizer of N pieces from the training documents")
     add("--val_input", nargs="+", metavar="PATH", help="files of the validation split (instead of --val_fraction)")
     add("--val_fraction", type=float, default=0.01, help="share of documents for validation (default 0.01)")

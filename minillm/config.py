@@ -282,11 +282,13 @@ def _convert(f: dataclasses.Field, hint, value, where: str = ""):
 
 def _read_toml(path: str, fields) -> dict:
     try:
-        values = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        values = tomllib.loads(Path(path).read_text(encoding="utf-8-sig"))  # Windows may put a BOM first
     except (OSError, ValueError) as problem:
         reason = getattr(problem, "strerror", None) or f"no TOML: {problem}"
         raise UserError(f"--config {path}: {reason}; give a file of lines NAME = VALUE") from None
-    for name in values:
+    for name, value in values.items():
+        if isinstance(value, dict) and name not in fields:
+            raise UserError(f"{path}: [{name}]: sections are not used; give lines NAME = VALUE alone")
         if name not in fields:
             _refuse_unknown(name, fields, f"{path}: {name}")
     return values

@@ -107,6 +107,8 @@ class TokenBins:
                 raise UserError(f"{self.path}: holds no {split} split; prepare it again with one")
         elif not self.path.exists():
             raise UserError(f"{self.path}: no such data; run `python data/prepare.py --input … --out {self.path}`")
+        elif self.path.name.removesuffix(".gz").endswith((".txt", ".json", ".jsonl", ".parquet")):
+            raise UserError(f"{self.path}: is text; make token bins: `python data/prepare.py --input {self.path} …`")
         elif dtype not in ("uint16", "uint32") or vocab_size is None:
             raise UserError(f"{self.path}: a raw .bin needs --data_dtype uint16|uint32 and --data_vocab_size N")
         else:
@@ -167,6 +169,10 @@ def read_meta(folder: Path) -> dict:
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
         meta["dtype"], meta["vocab_size"], meta["files"]["train"]
     except FileNotFoundError:
+        if not any(folder.glob("*.bin")) and not (folder / "parts.json").exists():
+            raise UserError(
+                f"{folder}: holds no token bins; make some of its texts: `python data/prepare.py --input {folder} …`"
+            ) from None
         raise UserError(
             f"{folder}: holds no meta.json, so never finished; run `python data/prepare.py … --out {folder}` again"
         ) from None

@@ -138,10 +138,12 @@ def exact_match(
 ) -> dict[str, tuple[int, int]]:
     """(right, asked) for each family of questions (rows of `read_questions`), answered greedily.
 
-    A question that does not fit into the model's context counts as asked and wrong.
+    A question that does not fit into the model's context counts as asked and wrong; a line says how many did not.
     """
     asked = [row["messages"][:-1] for row in questions]
     said = answers(model, tokenizer, asked, template=template, max_new_tokens=max_new_tokens)
+    if too_long := said.count(None):
+        print(f"{too_long} of {len(said)} questions fill the context of {model.context} tokens: counted as wrong")
     scores: dict[str, tuple[int, int]] = {}
     for row, answer in zip(questions, said, strict=True):
         family = str(row.get("family", "all"))  # perhaps a number

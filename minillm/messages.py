@@ -4,6 +4,7 @@ from minillm import UnsupportedError, UserError
 
 ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
 PAIRS = [pair.split() for pair in ("instruction output", "question answer", "prompt response", "prompt completion")]
+KINDS = {int: "a number", float: "a number", bool: "true or false", list: "a list", dict: "an object", str: "a text"}
 NOT_LEARNED = ("learn", "train", "weight")  # false or 0 here: the answer is read, but not learned
 
 
@@ -16,7 +17,7 @@ def conversations(row: dict) -> list[list[dict]]:
     Raises UserError with the reason if something in the row is wrong, UnsupportedError if it has none of these forms.
     """
     if not isinstance(row, dict):
-        raise UserError(f"a row is a JSON object, not a {type(row).__name__}")
+        raise UserError(f"a row is a JSON object, not {KINDS.get(type(row), 'null')}")
     system = _text(row, "system", "")
     opening = [{"role": "system", "content": system}] if system else []
     for key in ("messages", "conversations"):
@@ -59,7 +60,8 @@ def _text(row: dict, key: str, default: str | None = None) -> str:
     if value is None and default is not None:
         return default  # "input": null
     if not isinstance(value, str):
-        raise UserError(f"{key!r} is a {type(value).__name__}, not a text" if key in row else f"{key!r} is missing")
+        kind = KINDS.get(type(value), "null")
+        raise UserError(f"{key!r} is {kind}, not a text" if key in row else f"{key!r} is missing")
     return value
 
 

@@ -27,7 +27,7 @@ def add_parsers(command: Callable[[Callable, str], argparse.ArgumentParser]) -> 
     sub = command(run_generate, "generate")
     _model_options(sub)
     _sampling_options(sub)
-    sub.add_argument("--prompt", required=True, help="the text to continue; - reads it from standard input")
+    sub.add_argument("--prompt", required=True, help="the text to continue; -: standard input less a last newline")
     sub.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text (repeatable)")
     sub = command(run_chat, "chat")
     _model_options(sub)
@@ -126,7 +126,7 @@ def run_generate(args) -> None:
     """Continue a text; prints the continuation alone, as it comes."""
     if args.prompt == "-":
         sys.stdin.reconfigure(errors="surrogateescape")  # so that the tokenizer reports what is not UTF-8
-    prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
+    prompt = sys.stdin.read().removesuffix("\n") if args.prompt == "-" else args.prompt  # `echo` ends in a newline
     sampling = _sampling(args)
     if "" in args.stop:
         raise UserError("--stop '': every text begins with it, so none would be printed; give a text, or leave it out")

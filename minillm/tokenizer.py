@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from minillm import UserError, byte_bpe, chat_templates, naming_damage
+from minillm import UserError, byte_bpe, chat_templates, naming_damage, run
 from minillm.chat_templates import JINJA, ROLES, TEMPLATES
 from minillm.sentencepiece_model import SentencePieceModel
 
@@ -57,14 +57,16 @@ class Tokenizer:
     def load(cls, path: str | Path) -> "Tokenizer":
         """Read a SentencePiece `.model` file, or a folder's `tokenizer.model`, else its `tokenizer.json`.
 
-        A path to a tokenizer.json means its folder. Raises UserError if there is no tokenizer, if it has another format
-        or is damaged.
+        A path to a tokenizer.json means its folder, a run its newest checkpoint. Raises UserError if there is no
+        tokenizer, or if it has another format or is damaged.
         """
         folder = Path(path).parent if Path(path).name == "tokenizer.json" else Path(path)
         file = folder / "tokenizer.model" if folder.is_dir() else folder
         if folder.is_dir() and not file.exists():
             if (folder / "tokenizer.json").exists():
                 return _load_byte_level(folder)
+            if run.step_folders(folder):
+                return cls.load(run.resolve_checkpoint(folder))
             _refuse_folder(folder)
         try:
             model_bytes = file.read_bytes()

@@ -12,7 +12,7 @@ import pytest
 
 from data import encode
 from data.prepare import main, prepare
-from minillm import UserError
+from minillm import UserError, files
 from minillm.tokenizer import Tokenizer
 
 TEXTS = ["One apple.\nTwo  apples.", "你好，世界。", "\ttab and NUL \0 here", "emoji 😀 and ▁", "  last one  "]
@@ -184,6 +184,15 @@ def test_finished_is_told_and_bins_from_elsewhere_are_refused(tok_path, tmp_path
             prepare([file], tmp_path / "theirs", val_fraction=0, **kind)
     found = {path.name: path.read_bytes() for path in (tmp_path / "theirs").iterdir() if path.name != "lock"}
     assert found == dict.fromkeys(("train-00000.bin", "meta.json", "tokenizer.model"), b"precious")
+
+
+def test_a_run_gives_the_tokenizer_of_its_newest_checkpoint(tok, tmp_path):
+    for step in (1, 12):
+        folder = tmp_path / "run" / f"step-{step:08d}"
+        files.write_folder(folder, lambda folder: tok.save(folder))
+    file = write_lines(tmp_path / "a.jsonl", TEXTS)
+    meta = prepare([file], tmp_path / "out", tokenizer=tmp_path / "run", val_fraction=0)
+    assert meta["tokenizer_sha256"] == tok.sha256
 
 
 def test_documents_begin_with_bos_if_asked(tok, tok_path, tmp_path, capsys):

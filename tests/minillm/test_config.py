@@ -20,7 +20,7 @@ class Options:
 
 def test_defaults_then_file_then_command_line(tmp_path):
     file = tmp_path / "a.toml"
-    file.write_text('steps = 20\nlr = 5\nname = "file"\n')
+    file.write_text('steps = 20\nlr = 5\nname = "file"\n', encoding="utf-8-sig")  # as Windows' Notepad saves it
     assert parse(Options, "", []) == Options()
     read = parse(Options, "", ["--config", str(file), "--steps", "30"])
     assert (read.steps, read.lr, read.name) == (30, 5.0, "file") and isinstance(read.lr, float)
@@ -56,6 +56,7 @@ def test_bad_command_lines_say_what_is_wrong(argv, said):
     ("text", "said"),
     [
         (b"step = 3", "step: no such option; did you mean --steps"),
+        (b"[train]\nsteps = 3", r"\[train\]: sections are not used"),
         (b"lr = 1\nsteps: 3", r"no TOML: .*line 2.*; give a file of lines NAME = VALUE"),
         (b"name = '\xff'", "no TOML: .*utf-8"),
         (b"steps = 'many'", "--steps many: expected a whole number"),

@@ -263,3 +263,14 @@ def test_fewer_tokens_than_a_window(tmp_path):
 def test_absent_data_names_the_remedy(tmp_path):
     with pytest.raises(UserError, match=r"prepare\.py"):
         TokenBins(tmp_path / "nowhere", "train")
+
+
+@pytest.mark.parametrize("name", ["mine.txt", "mine.jsonl.gz", "folder"])
+def test_text_in_place_of_token_bins_is_sent_to_prepare(tmp_path, name):
+    if name == "folder":
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a.txt").write_text("text")
+    else:
+        (tmp_path / name).write_text("text")
+    with pytest.raises(UserError, match=rf"prepare\.py --input .*{name}"):
+        TokenBins(tmp_path / name, "train")

@@ -98,7 +98,7 @@ def test_bad_questions_are_named(tmp_path, row, message):
         evaluate.read_questions(write(tmp_path / "q.jsonl", [good, row]))
 
 
-def test_exact_match_counts_by_family_in_any_order(monkeypatch):
+def test_exact_match_counts_by_family_in_any_order(monkeypatch, capsys):
     lines = [
         ("upper", "a", "A"),
         ("upper", "bcd", "BCD"),
@@ -121,7 +121,7 @@ def test_exact_match_counts_by_family_in_any_order(monkeypatch):
     monkeypatch.setattr(evaluate, "ASKED_AT_ONCE", 2)
     scores = evaluate.exact_match(model(), Bytes(), questions)
     assert scores == {"3": (0, 1), "long": (0, 1), "upper": (2, 3)}  # the long one does not fit: never asked
-    assert asked == [[2, 2], [3, 4]]
+    assert asked == [[2, 2], [3, 4]] and "1 of 5 questions fill the context" in capsys.readouterr().out
     lines = evaluate.table(scores).splitlines()
     assert lines[2].split() == ["upper", "66.7%", "(2/3)"] and lines[-1].split() == ["total", "40.0%", "(2/5)"]
 

@@ -45,7 +45,7 @@ def test_generate_takes_the_default_run_a_step_folder_and_standard_input(home, c
     status, out, _ = call(*asked)
     assert status == 0 and out == home.tokenizer.decode(continuation(home, "Tom", 9, seed=3, top_k=20)) + "\n"
     assert call(*asked, "--model", "out/sft/step-00000003")[1] == out
-    assert call("generate", "--prompt", "-", *asked[3:], typed="Tom")[1] == out
+    assert call("generate", "--prompt", "-", *asked[3:], typed="Tom\n")[1] == out
     status, _, err = call("generate", "--prompt", "-", typed=b"Tom\xff")
     assert status == 2 and "surrogate" in err and err.count("\n") == 1
 
