@@ -83,9 +83,7 @@ def prepare(
     try:
         refuse_foreign(out)
         sources = _sources(files, options, n_train if val_inputs else None)
-        learnt = ""
-        if given is None:
-            given, learnt = _learn(out, train_tokenizer, sources[:n_train])
+        given, learnt = (given, "") if given is not None else _learn(out, train_tokenizer, sources[:n_train])
         if wrap == "bos_eos" and given.bos_id == given.eos_id:
             raise UserError("--wrap bos_eos: the tokenizer has no bos piece; choose --wrap eos")
         if wrap == "eos" and given.start_id != given.eos_id:
@@ -106,6 +104,8 @@ def prepare(
             tokenize(sources, bins, options, workers or _cores())
         source = {"source": [str(path) for path in inputs], "val_source": [str(path) for path in val_inputs]}
         return bins.finish(source, {"wrap": wrap, "options": asdict(options)})
+    except BrokenPipeError:  # of what is printed
+        raise
     except OSError as error:
         raise UserError(f"{error.filename or out}: {error.strerror}; fix that and run the same command again") from None
     finally:

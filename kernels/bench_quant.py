@@ -2,7 +2,7 @@
 
 Work: for one row the bytes of the codes and scales, which all must read at least; for many the operations of the
 product, 2·M·N·K forward and as many backward, where W gets no gradient. The same for the side whose W has 16 bits.
-The reference makes W anew for each product, by torch's ops.
+The reference makes W again for each product, by torch's ops.
 """
 
 import functools

@@ -20,9 +20,9 @@ LEFT_OUT = tl.constexpr(LEFT_OUT_BY_TRITON and not triton.knobs.runtime.interpre
 def fence_copies(WGMMA: tl.constexpr):
     """To be called between a load through pointers and the product that reads it, if that is wgmma on Hopper.
 
-    WGMMA: whether the product has 16-bit operands, the first with 64 rows or more. Others read by the generic proxy,
-    and a fence would only cost them registers. The pipeline waits where the load stood, and what has a side effect
-    stays behind that.
+    WGMMA: whether the product can be one, which takes 16-bit operands, the first with 64 rows or more. Others read by
+    the generic proxy, and a fence would only cost them registers. The pipeline waits where the load stood, and what
+    has a side effect stays behind that.
     """
     if LEFT_OUT and WGMMA:  # noqa: SIM102 (known when compiled: without it nothing below is looked at)
         if tl.target_info.cuda_capability_geq(9, 0) and not tl.target_info.cuda_capability_geq(10, 0):

@@ -288,7 +288,7 @@ def _read_toml(path: str, fields) -> dict:
         raise UserError(f"--config {path}: {reason}; give a file of lines NAME = VALUE") from None
     for name, value in values.items():
         if isinstance(value, dict) and name not in fields:
-            raise UserError(f"{path}: [{name}]: sections are not used; give lines NAME = VALUE alone")
+            raise UserError(f"{path}: [{name}]: sections and dotted names are not used; give lines NAME = VALUE alone")
         if name not in fields:
             _refuse_unknown(name, fields, f"{path}: {name}")
     return values

@@ -139,14 +139,17 @@ def stop() -> None:
 
 
 def busy_cores() -> str:
-    """What to do if other programs keep this machine's cores busy: torch's threads wait for one another. Else ""."""
-    cores = os.cpu_count() or 1
+    """What to do if other programs keep this machine's cores busy: torch's threads wait for one another. Else "".
+
+    The load is that of the last minute, in which a run before this one may have kept as many cores busy as this will.
+    """
+    cores, threads = os.cpu_count() or 1, torch.get_num_threads()
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
-    if load < cores or torch.get_num_threads() == 1:
+    if threads == 1 or load < cores + threads:
         return ""
     return (
-        f"other programs keep the cores busy (load {load:.1f} on {cores}): if steps are slow, set OMP_NUM_THREADS to "
-        "the number of cores that are free"
+        f"the cores were busy in the last minute (load {load:.1f} on {cores}): if steps are slow, set OMP_NUM_THREADS "
+        "to the number of cores that other programs leave free"
     )
 
 

@@ -186,10 +186,11 @@ def refuse_existing(out: str | Path) -> None:
 
 
 def memory_bytes() -> float:
-    """The machine's memory, or this container's share of it; infinite where the system does not say."""
+    """The machine's memory with its swap, or this container's share of it; infinite where the system does not say."""
     try:
-        found = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, ValueError, OSError):  # Windows
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        found = sum(1024 * int(line.split()[1]) for line in lines if line.startswith(("MemTotal:", "SwapTotal:")))
+    except OSError:
         return float("inf")
     with contextlib.suppress(OSError, ValueError):  # ValueError: "max"
         found = min(found, int(Path("/sys/fs/cgroup/memory.max").read_text()))

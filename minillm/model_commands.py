@@ -190,9 +190,9 @@ def run_chat(args) -> None:
 
 
 def _fit(tokenizer, messages: list[dict], template: str, context: int, opening: int) -> tuple[list[int], int]:
-    """Ids of the conversation, and how many messages were dropped, earliest first, so that it takes half the context.
+    """Ids of the conversation, and how many messages were dropped, earliest first.
 
-    The last question stays whole, even if it alone does not fit.
+    It is shortened to at most half the context. The last question stays whole, even if it alone does not fit.
     """
     dropped = 0
     while True:

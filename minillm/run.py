@@ -227,12 +227,11 @@ def run_script(main: Callable[[], int | None]) -> int:
     """
     rank = os.environ.get("RANK", "0")
     who = "error" if rank == "0" else f"error: rank {rank}"
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # a terminal that is not UTF-8 shows "?" for what it does not have
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="replace")  # a terminal that is not UTF-8 shows "?" for what it does not have
     try:
         status = main() or 0
-        sys.stdout.flush()
+        print(end="", flush=True)  # what is buffered, while a closed pipe can still be told
         return status
     except KeyboardInterrupt:
         return 130

@@ -81,7 +81,7 @@ class Run:
         self.start_step: int = self.state["step"]
         if ranks.main:
             run.set_aside_later(self.folder, self.start_step, log=self.say)
-        self.begun = time.monotonic()  # anew when all is loaded (`restore`)
+        self.begun = time.monotonic()  # again when all is loaded (`restore`)
         self.first_ended: float | None = None  # the first step compiles and warms up, so it says little of the others
         if ranks.main:
             self.log = run.MetricsLog(self.folder / "metrics.jsonl", self.start_step)
@@ -310,9 +310,10 @@ def check_memory(cfg, shape: config.ModelConfig, device: torch.device) -> None:
     needed, there = each * shape.n_parameters() * ranks_here, files.memory_bytes()
     if device.type == "cpu" and needed > there:
         what = "weights, gradients and optimizer" if full else "the base's weights"
+        fewer = ", or train few parameters over it (--tune lora --base_bits 4)" if full and cfg.init_from else ""
         raise UserError(
             f"{shape.n_parameters():,} parameters need at least {needed / 1e9:.1f} GB ({what}), but this machine has "
-            f"{there / 1e9:.1f}: choose a smaller model, or train few parameters over it (--tune lora --base_bits 4)"
+            f"{there / 1e9:.1f}, swap included: choose a smaller model{fewer}"
         )
 
 

@@ -35,7 +35,7 @@ class Kind:
 
     model_type: "bpe", or "unigram" (Kudo 2018, arXiv:1804.10959). split_digits: each digit is a piece of its own.
     required: characters besides printable ASCII that get a piece even if the text lacks them. user_defined: pieces that
-    are always cut out of a text; control: pieces that text is never encoded as. coverage: share of the text whose
+    a text is always encoded with; control: pieces that text is never encoded as. coverage: share of the text whose
     characters have a piece of their own, the others being encoded as bytes; None: COVERAGE, but using at most half of
     the pieces that are left to learn.
     """

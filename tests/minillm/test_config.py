@@ -56,7 +56,7 @@ def test_bad_command_lines_say_what_is_wrong(argv, said):
     ("text", "said"),
     [
         (b"step = 3", "step: no such option; did you mean --steps"),
-        (b"[train]\nsteps = 3", r"\[train\]: sections are not used"),
+        (b"[train]\nsteps = 3", r"\[train\]: sections and dotted names are not used"),
         (b"lr = 1\nsteps: 3", r"no TOML: .*line 2.*; give a file of lines NAME = VALUE"),
         (b"name = '\xff'", "no TOML: .*utf-8"),
         (b"steps = 'many'", "--steps many: expected a whole number"),

@@ -1,5 +1,6 @@
 """A run's folder: which checkpoint is the newest, one owner, signals, metrics."""
 
+import io
 import json
 import os
 import signal
@@ -272,6 +273,13 @@ def test_a_terminal_of_any_encoding_shows_what_it_can():
         [sys.executable, "-c", PRINTER, "1"], capture_output=True, env={**os.environ, "PYTHONIOENCODING": "gbk"}
     )
     assert (done.returncode, done.stdout.decode("gbk").strip(), done.stderr) == (0, "12 → 13 三 ?", b"")
+
+
+def test_a_script_without_output_or_with_an_encoding_of_choice_is_left_alone(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", None)
+    assert run.run_script(lambda: 0) == 0
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), "ascii", errors="backslashreplace"))
+    assert run.run_script(lambda: print("三")) == 0 and sys.stdout.buffer.getvalue() == b"\\u4e09\n"
 
 
 def test_output_that_is_no_longer_read_ends_a_script_quietly():

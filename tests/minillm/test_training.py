@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch import nn
 
-from minillm import UserError, config, training, tuning
+from minillm import UserError, config, training
 from minillm.distributed import Ranks
+from train_pretrain import Config as Pretrain
 
 CPU = torch.device("cpu")
 
@@ -102,7 +103,6 @@ def test_options_that_mean_nothing_are_listed_together():
 
 
 def test_every_limited_option_is_there():
-    from train_pretrain import Config as Pretrain
     from train_sft import Config as Sft
 
     known = {f.name for script in (Pretrain, Sft) for f in dataclasses.fields(script)}
@@ -146,22 +146,23 @@ def test_rows_of_metrics(new_run, tmp_path):
 def test_a_model_beyond_the_machine_s_memory_is_refused(monkeypatch):
     shape = config.ModelConfig(vocab_size=50, dim=8, n_layers=1, n_heads=2, max_seq_len=8)
     n = shape.n_parameters()
-    cfg = tuning.TuningConfig
 
     def check(memory: float, **options) -> None:
         monkeypatch.setattr(training.files, "memory_bytes", lambda: memory)
-        training.check_memory(cfg(**options), shape, CPU)
+        training.check_memory(Pretrain(**options), shape, CPU)
 
     check(12 * n)
     check(n / 2, tune="lora", base_bits=4)
     with pytest.raises(UserError, match=f"{n:,} parameters need at least .* choose a smaller model"):
         check(12 * n - 1)
+    with pytest.raises(UserError, match="choose a smaller model, or train few parameters"):
+        check(12 * n - 1, init_from="x")
     with pytest.raises(UserError, match="the base's weights"):
         check(4 * n - 1, tune="lora")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     with pytest.raises(UserError, match="need at least"):
         check(12 * n)
-    training.check_memory(cfg(), shape, torch.device("cuda"))  # a GPU says so itself
+    training.check_memory(Pretrain(), shape, torch.device("cuda"))  # a GPU says so itself
 
 
 def test_the_time_left_is_that_of_steps_after_the_first(new_run, monkeypatch):
