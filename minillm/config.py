@@ -287,10 +287,11 @@ def _read_toml(path: str, fields) -> dict:
         reason = getattr(problem, "strerror", None) or f"no TOML: {problem}"
         raise UserError(f"--config {path}: {reason}; give a file of lines NAME = VALUE") from None
     for name, value in values.items():
-        if isinstance(value, dict) and name not in fields:
+        if name in fields:
+            continue
+        if isinstance(value, dict):
             raise UserError(f"{path}: [{name}]: sections and dotted names are not used; give lines NAME = VALUE alone")
-        if name not in fields:
-            _refuse_unknown(name, fields, f"{path}: {name}")
+        _refuse_unknown(name, fields, f"{path}: {name}")
     return values
 
 
