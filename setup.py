@@ -1,6 +1,6 @@
 """Packaging. The scripts run from a checkout: `pip install -e .`"""
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 EXTRAS = {
     "plot": ["matplotlib"],
@@ -28,7 +28,7 @@ setup(
     description="Train a language model from scratch and understand every line of it",
     license="Apache-2.0",
     python_requires=">=3.11",
-    packages=["minillm", "minillm.tuning", "kernels"],
+    packages=find_packages(include=["minillm*", "kernels*"]),
     # One folder on the path: an editable install then also finds `data`, which no wheel contains.
     package_dir={"": "."},
     install_requires=[

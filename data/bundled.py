@@ -5,7 +5,7 @@
 
 A folder holds text/{train,val}.jsonl ({"text", "bits"}), the token bins with their tokenizer (`data/prepare.py`),
 val_bits.npy (float64, one a validation document: its exact information in bits, the floor of validation loss), and
-sft_train.jsonl and sft_heldout.jsonl (`data/world_tasks.py`).
+sft_train.jsonl and sft_heldout.jsonl (`data/world/questions.py`).
 """
 
 import argparse
@@ -21,9 +21,9 @@ from pathlib import Path
 import numpy as np
 
 from data.prepare import prepare
-from data.world import documents
-from data.world_tasks import SPLITS, tasks
-from data.world_words import WORDS_ZH
+from data.world.questions import SPLITS, tasks
+from data.world.texts import documents
+from data.world.words import WORDS_ZH
 from minillm import Parser, UserError
 from minillm.run import RunLock, run_script
 from minillm.vocab import train_tokenizer
@@ -42,7 +42,7 @@ SEEDS = {"train": 1, "val": 2}  # of the documents; the instructions have their 
 def fingerprint() -> str:
     """SHA-256 over the generator's source and the sizes: another value, another corpus."""
     digest = hashlib.sha256(json.dumps([SIZES, SEEDS]).encode())
-    for source in sorted(Path(__file__).parent.glob("world*.py")):
+    for source in sorted((Path(__file__).parent / "world").glob("*.py")):
         digest.update(source.read_bytes().replace(b"\r\n", b"\n"))
     return digest.hexdigest()
 

@@ -22,8 +22,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from data.bins import SPLITS, Bins, Origin, Parts, checksum, refuse_foreign
-from data.encode import ON_BAD_LINE, WRAPS, Options, Source, is_val, refuse_bad, text_size, tokenize
+from data.bin_writer import SPLITS, Bins, Origin, Parts, checksum, refuse_foreign
+from data.tokenize_files import ON_BAD_LINE, WRAPS, Options, Source, is_val, refuse_bad, text_size, tokenize
 from minillm import Parser, UserError, vocab
 from minillm.files import sha256
 from minillm.readers import TXT_SPLITS, find_files, records, text_of

@@ -28,8 +28,8 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from data import bundled
-from data.world import documents
-from data.world_tasks import tasks
+from data.world.questions import tasks
+from data.world.texts import documents
 from minillm import Parser, plot
 from minillm.run import run_script
 

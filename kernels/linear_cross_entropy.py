@@ -36,8 +36,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels import launch
-from kernels.tanh import tanh
+from kernels.shared import launch
+from kernels.shared.tanh import tanh
 
 IGNORED = -100  # the target of a row that never counts, as in torch
 SMALLEST_CHUNK = 1 << 25  # numbers: 64 MiB in 16 bits, 1,024 rows at V = 32,000, however few tokens there are

@@ -31,8 +31,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels import launch, reference
-from kernels.proxy_fence import fence_copies
+from kernels import reference
+from kernels.shared import launch
+from kernels.shared.proxy_fence import fence_copies
 
 FUSED_ROWS = 256
 

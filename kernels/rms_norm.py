@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels import launch
+from kernels.shared import launch
 
 FUSED_WIDTH = 8192  # up to here one backward kernel computes dx and dw
 

@@ -12,20 +12,16 @@ from pathlib import Path
 
 import torch
 
-from kernels import (
-    attention_backward,
-    bench_attention,
-    bench_measure,
-    bench_optimizers,
-    bench_quant,
-    bench_rows,
-    launch,
-)
-from kernels.bench_case import Function, Place, Update
+from kernels.attention import backward
+from kernels.bench import measure, optimizers, quant
+from kernels.bench.attention import CACHE, cached, causal
+from kernels.bench.case import Function, Place, Update
+from kernels.bench.rows import ELEMENTS, gated, linear_loss, normed, turned
+from kernels.shared import launch
 
 MOST_CANDIDATES = 40
 WORTH_KEEPING = 0.98  # of the shipped settings' time
-LIMITS = {"num_warps": (1, 32), "num_stages": (1, 7), "BLOCK_M": (1, attention_backward.LARGEST_BLOCK)}
+LIMITS = {"num_warps": (1, 32), "num_stages": (1, 7), "BLOCK_M": (1, backward.LARGEST_BLOCK)}
 
 EXAMPLES = """The search starts from the settings in a kernel's file. It halves or doubles one of them at a time (or
 moves it by one), keeps the fastest variant, and repeats until none is faster. Each candidate's results are first
@@ -39,39 +35,39 @@ examples:
 
 
 def attention(place: Place, heads: int = 16, kv_heads: int = 16, head_dim: int = 128) -> Function:
-    return bench_attention.causal(place, heads, kv_heads, head_dim, 4, 4096)
+    return causal(place, heads, kv_heads, head_dim, 4, 4096)
 
 
 def decode(place: Place, heads: int = 32, kv_heads: int = 8, head_dim: int = 128) -> Function:
-    return bench_attention.cached(place, heads, kv_heads, head_dim, 1, bench_attention.CACHE)
+    return cached(place, heads, kv_heads, head_dim, 1, CACHE)
 
 
 def rms_norm(place: Place, width: int = 2048) -> Function:
-    return bench_rows.normed(place, bench_rows.ELEMENTS // width, width)
+    return normed(place, ELEMENTS // width, width)
 
 
 def rope(place: Place, heads: int = 32, kv_heads: int = 4, head_dim: int = 64) -> Function:
-    return bench_rows.turned(place, 8, 2048, heads, kv_heads, head_dim)
+    return turned(place, 8, 2048, heads, kv_heads, head_dim)
 
 
 def swiglu(place: Place, width: int = 8192) -> Function:
-    return bench_rows.gated(place, bench_rows.ELEMENTS // width, width)
+    return gated(place, ELEMENTS // width, width)
 
 
 def loss(place: Place, width: int = 2048, vocabulary: int = 32000) -> Function:
-    return bench_rows.linear_loss(place, 16384, width, vocabulary)
+    return linear_loss(place, 16384, width, vocabulary)
 
 
 def quant_matmul(place: Place, bits: int = 4, rows: int = 1, width: int = 11008, outputs: int = 4096) -> Function:
-    return bench_quant.quantized(place, bits, rows, outputs, width)
+    return quant.quantized(place, bits, rows, outputs, width)
 
 
 def adamw(place: Place) -> Update:
-    return next(bench_optimizers.adamw(place))
+    return next(optimizers.adamw(place))
 
 
 def muon(place: Place) -> Update:
-    return next(bench_optimizers.muon(place))
+    return next(optimizers.muon(place))
 
 
 MAKERS = (attention, decode, rms_norm, rope, swiglu, loss, quant_matmul, adamw, muon)
@@ -122,7 +118,7 @@ class Choice:
 def tune(case: Function | Update, timer: Callable, rounds: int = 5, least_ms: float = 10.0) -> dict[str, dict | None]:
     """{name: settings, or None where the shipped ones are best} of every kernel that our side of a case starts.
 
-    timer: see `bench_measure.in_turns`.
+    timer: see `bench.measure.in_turns`.
     """
     side = case.sides["ours"]
     function = side.load()
@@ -170,7 +166,7 @@ def _beside(shipped, candidate, choice, pair, run, timer, rounds, least_ms) -> f
         run()
 
     sides = {"shipped": lambda: with_settings(shipped), "candidate": lambda: with_settings(candidate)}
-    taken, failed = bench_measure.in_turns(sides, rounds, least_ms, timer)
+    taken, failed = measure.in_turns(sides, rounds, least_ms, timer)
     for problem in failed.values():
         raise problem
     milliseconds = {name: statistics.median(times) for name, times in taken.items()}
@@ -214,10 +210,10 @@ def main() -> int:
         print("tuning measures times, which needs a CUDA GPU, and none is used here; the shipped settings stay")
         return 1
     device = torch.device("cuda", torch.cuda.current_device())
-    cold = bench_measure.cold_buffer(device)
+    cold = measure.cold_buffer(device)
     case = OPS[op](Place(device, dtype, "full"), **options)
     print(f"{launch.machine(device)}: {case.op} {case.name}, {dtype}", flush=True)
-    found = tune(case, lambda run, times: bench_measure.timed(run, times, cold))
+    found = tune(case, lambda run, times: measure.timed(run, times, cold))
     keep(launch.tuned_file(), launch.machine(device), found)
     print(f"{sum(map(bool, found.values()))} of {len(found)} kernels have new settings, in {launch.tuned_file()}")
     return 0

@@ -17,19 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from minillm import (
-    UserError,
-    config,
-    data,
-    distributed,
-    generate,
-    huggingface,
-    metrics,
-    ops,
-    optim,
-    parallel,
-    training,
-)
+from minillm import UserError, config, data, distributed, generate, huggingface, metrics, ops, optim, parallel, training
 from minillm.model import Transformer
 
 VOCABULARY = {"tiny": 2048, "26m": 4096}  # of the presets' random models; all others GPT-2's 50,257

@@ -9,12 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minillm import model as parts
 from minillm import ops
 from minillm.kv_cache import KVCache
+from minillm.model import MLP, Attention, Block, RMSNorm, Transformer
 
 PLAIN = (nn.Linear, nn.Embedding, nn.Dropout, nn.ModuleList)
-PLAIN += (parts.Transformer, parts.Block, parts.Attention, parts.MLP, parts.RMSNorm)
+PLAIN += (Transformer, Block, Attention, MLP, RMSNorm)
 
 
 def is_plain(model: nn.Module) -> bool:
@@ -30,7 +30,7 @@ def is_plain(model: nn.Module) -> bool:
 class Decoder:
     """Reads one token a row, after a prefill has put the prompts into the cache."""
 
-    def __init__(self, model: parts.Transformer, cache: KVCache):
+    def __init__(self, model: Transformer, cache: KVCache):
         """model: a plain one (see `is_plain`), on the cache's device and in its dtype. Its weights are not copied."""
         self.config, self.cache, self.model = model.config, cache, model
         self.layers = [self._weights(layer) for layer in model.layers]
@@ -40,7 +40,7 @@ class Decoder:
             self.sin = torch.cat((-model.sin, model.sin), -1)
 
     @staticmethod
-    def _weights(layer: parts.Block) -> tuple:
+    def _weights(layer: Block) -> tuple:
         attention, mlp = layer.self_attn, layer.mlp
         norms = (_Norm(attention.q_norm), _Norm(attention.k_norm)) if attention.config.qk_norm else None
         return (
@@ -115,7 +115,7 @@ def _product(layer: nn.Linear):
 class _Norm:
     """RMS norm in four small calls where fp32 allows it: x / √(|x|²/C + ε) = x √C / hypot(|x|, √(Cε))."""
 
-    def __init__(self, norm: parts.RMSNorm):
+    def __init__(self, norm: RMSNorm):
         width, weight = norm.weight.numel(), norm.weight.detach()
         self.norm, self.quick = norm, weight.dtype == torch.float32
         self.scaled = weight * width**0.5

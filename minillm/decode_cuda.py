@@ -18,15 +18,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minillm import model as parts
 from minillm import ops
 from minillm.kv_cache import KVCache
+from minillm.model import Block, Transformer
 
 
 class GraphDecoder:
     """Reads one token a row, after a prefill has put the prompts into the cache: `decode.Decoder` for GPUs."""
 
-    def __init__(self, model: parts.Transformer, cache: KVCache, joined: bool | None = None):
+    def __init__(self, model: Transformer, cache: KVCache, joined: bool | None = None):
         """model: a plain one (`decode.is_plain`), on the cache's device and in its dtype.
 
         joined: whether to compute q, k and v in one product, and gate and up in one. That saves three launches per
@@ -105,7 +105,7 @@ class GraphDecoder:
 class _Layer:
     """What a step needs of a layer: its norms and its weights, these as (in, out) views or joined copies."""
 
-    def __init__(self, layer: parts.Block, joined: bool):
+    def __init__(self, layer: Block, joined: bool):
         attention, mlp = layer.self_attn, layer.mlp
         self.norm1, self.norm2 = layer.input_layernorm, layer.post_attention_layernorm
         self.qkv = _Products((attention.q_proj, attention.k_proj, attention.v_proj), joined)
@@ -139,7 +139,7 @@ class _Products:
         return tuple(outs) if len(outs) == len(self.sizes) else outs[0].split(self.sizes, dim=-1)
 
 
-def _has_room_for_copies(model: parts.Transformer) -> bool:
+def _has_room_for_copies(model: Transformer) -> bool:
     """Whether the model's GPU has twice the memory of all q, k, v, gate and up weights free."""
     device = model.embed_tokens.weight.device
     if device.type != "cuda":

@@ -17,6 +17,7 @@ from minillm.distributed import Ranks, pick_device
 from minillm.readers import TXT_SPLITS
 from minillm.tokenizer import Tokenizer
 from minillm.training import DTYPES
+from minillm.tuning import peft_format
 from minillm.validation import Validation
 
 DEFAULT_RUNS = ("out/sft", "out/pretrain")
@@ -92,7 +93,7 @@ def _load(args) -> tuple:
         )
     folder = run.resolve_checkpoint(named, log=tell)
     device = pick_device(args.device)
-    bits = tuning.peft_format.read_config(folder)[1]["bits"] if tuning.is_adapter(folder) else None
+    bits = peft_format.read_config(folder)[1]["bits"] if tuning.is_adapter(folder) else None
     selfcheck.check_kernels(Ranks(0, 1, device), tell, base_bits=bits)
     dtype = DTYPES[args.dtype] if args.dtype else None
     if dtype is None and device.type == "cpu":

@@ -30,8 +30,6 @@ except ImportError as problem:  # PyPI has another package of that name
 
 IMPLEMENTATIONS = ("auto", "triton", "torch", "reference")
 OLDEST_GPU = 8, 0  # compute capability: what the kernels are compiled for and tested against
-MODULES = ["adamw", "attention", "decode_attention", "launch", "linear_cross_entropy", "muon", "quant_matmul"]
-MODULES += ["rms_norm", "rope", "swiglu"]
 
 _selected = "auto"
 _triton: SimpleNamespace | None = None  # the kernels' modules, once they are imported
@@ -64,7 +62,24 @@ def _import_kernels() -> None:
     global _triton
     try:
         if _triton is None:
-            _triton = SimpleNamespace(**{name: importlib.import_module(f"kernels.{name}") for name in MODULES})
+            from kernels import linear_cross_entropy, quant_matmul, rms_norm, rope, swiglu
+            from kernels.attention import attention
+            from kernels.attention import decode as decode_attention
+            from kernels.optimizers import adamw, muon
+            from kernels.shared import launch
+
+            _triton = SimpleNamespace(
+                adamw=adamw,
+                attention=attention,
+                decode_attention=decode_attention,
+                launch=launch,
+                linear_cross_entropy=linear_cross_entropy,
+                muon=muon,
+                quant_matmul=quant_matmul,
+                rms_norm=rms_norm,
+                rope=rope,
+                swiglu=swiglu,
+            )
     except ImportError as problem:
         raise UserError(
             f"implementation triton: {problem}; install triton (Linux only), or choose --impl torch"
@@ -85,7 +100,7 @@ def _lacking() -> str:
     # on datacenter Blackwell older ones leave out a fence (triton#9610) and a barrier (triton#9615): now and then wrong
     affected = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] in (10, 11)
     if affected and importlib.util.find_spec("triton"):
-        from kernels import proxy_fence
+        from kernels.shared import proxy_fence
 
         if proxy_fence.LEFT_OUT_BY_TRITON:
             return "the kernels need Triton 3.7.1 or newer on this GPU (pip install -U torch triton)"
@@ -284,10 +299,10 @@ def quant_matmul(x: Tensor, weight: list[Tensor]) -> Tensor:
 def adamw(
     params: list[Tensor], grads: list[Tensor], exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor], **options
 ) -> None:
-    """One step for a list of fp32 tensors where `fused`, in place: see `kernels.adamw.adamw`."""
+    """One step for a list of fp32 tensors where `fused`, in place: see `kernels.optimizers.adamw.adamw`."""
     _triton.adamw.adamw(params, grads, exp_avgs, exp_avg_sqs, **options)
 
 
 def muon(params: list[Tensor], grads: list[Tensor], buffers: list[Tensor], **options) -> None:
-    """One step for matrices of one shape on a device where `fused`, in place: see `kernels.muon.muon`."""
+    """One step for matrices of one shape on a device where `fused`, in place: see `kernels.optimizers.muon.muon`."""
     _triton.muon.muon(params, grads, buffers, **options)

@@ -104,7 +104,7 @@ def _identity(device: torch.device) -> str:
     """A hash of what the result depends on: GPU, versions, and the source of kernels and model."""
     import triton
 
-    files = sorted([*(ROOT / "kernels").glob("*.py"), *(ROOT / "minillm").glob("*.py")])
+    files = sorted([*(ROOT / "kernels").rglob("*.py"), *(ROOT / "minillm").rglob("*.py")])
     parts = [torch.cuda.get_device_name(device), torch.__version__, triton.__version__, torch.version.cuda]
     return hashlib.sha256(b"".join([repr(parts).encode(), *map(Path.read_bytes, files)])).hexdigest()[:24]
 

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from data import bundled, prepare
-from kernels import bench, tune
-from kernels.launch import SHARED_MEMORY
+from kernels import tune
+from kernels.bench import suite
+from kernels.shared.launch import SHARED_MEMORY
 from minillm import __main__, config, generate, info_command, model_commands, port_commands, vocab_commands
 from train_pretrain import Config as Pretrain
 from train_sft import Config as Sft
@@ -75,12 +76,12 @@ def test_commands_and_options_are_known(path, monkeypatch):
     parse = {"train_pretrain.py": lambda: config.parse(Pretrain, ""), "train_sft.py": lambda: config.parse(Sft, "")}
     parse |= {"docs/chinese.py": lambda: CHINESE["build_parser"]().parse_args()}
     parse |= {"data/prepare.py": prepare.main, "minillm": lambda: __main__.build_parser().parse_args()}
-    parse |= {"kernels.bench": bench.build_parser().parse_args, "kernels.tune": tune.build_parser().parse_args}
+    parse |= {"kernels.bench": suite.build_parser().parse_args, "kernels.tune": tune.build_parser().parse_args}
     parse["tests/kernels/offline.py"] = lambda: SHARED_MEMORY[int(sys.argv[1])]
     for command in Page(path).commands:
         monkeypatch.setattr("sys.argv", command)
         parse[command[0]]()
-    modules = (prepare, bundled, model_commands, info_command, port_commands, vocab_commands, bench, tune, __main__)
+    modules = (prepare, bundled, model_commands, info_command, port_commands, vocab_commands, suite, tune, __main__)
     files = [*(module.__file__ for module in modules), ROOT / "docs" / "chinese.py"]
     sources = "".join(Path(file).read_text(encoding="utf-8") for file in files)
     known = {field for shape in (Pretrain, Sft, generate.Sampling) for field in shape.__dataclass_fields__}

@@ -33,22 +33,22 @@ PARTS = {
     **dict.fromkeys(("byte_bpe", "gguf_format", "gguf_model", "llama2c", "port_commands"), "formats"),
     **dict.fromkeys(("bench", "bench_tune"), "benchmarks"),
 }
-FOLDERS = ("data/", "kernels/", "tuning/")  # rooms of several files
+FOLDERS = ("data/", "kernels/", "tuning/")  # rooms of several files; their folders belong to them
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names}
 OPTIONAL = {"matplotlib", "tensorboard", "pyarrow", "transformers", "peft", "gguf", "liger_kernel", "flash_attn"}
 OPTIONAL |= {"bitsandbytes"}
 SOURCES = sorted(
-    path
-    for folder in ("minillm", "minillm/tuning", "kernels", "data", ".")
-    for path in (ROOT / folder).glob("*.py")
-    if path.name != "setup.py"
+    [
+        *(path for folder in ("minillm", "kernels", "data/world") for path in (ROOT / folder).rglob("*.py")),
+        *(path for folder in ("data", ".") for path in (ROOT / folder).glob("*.py") if path.name != "setup.py"),
+    ]
 )
 
 
 def place(path: Path) -> str:
     """The room a file stands in: its module's name, or that of its folder if this is one of `FOLDERS`."""
-    folder = f"{path.relative_to(ROOT).parent.name}/"
-    return folder if folder in FOLDERS else path.stem
+    parts = [f"{part}/" for part in path.relative_to(ROOT).parts]
+    return next((part for part in parts if part in FOLDERS), path.stem)
 
 
 def imports(path: Path, top_level_only: bool = False) -> set[str]:
@@ -136,9 +136,9 @@ def test_code_lines_counts_code_alone():
 
 
 def budget_of(path: Path) -> str:
-    folder = f"{path.parent.relative_to(ROOT).as_posix()}/"
-    own = PARTS.get(path.stem, "library and scripts") if folder == "minillm/" else "library and scripts"
-    return folder if folder in BUDGET else own
+    above = [f"{folder.as_posix()}/" for folder in path.relative_to(ROOT).parents]
+    own = PARTS.get(path.stem, "library and scripts") if above[0] == "minillm/" else "library and scripts"
+    return next((folder for folder in above if folder in BUDGET), own)
 
 
 @pytest.mark.parametrize("part", BUDGET)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from data import bundled
-from data.world import documents
+from data.world.texts import documents
 from minillm import UserError
 from minillm.tokenizer import Tokenizer
 

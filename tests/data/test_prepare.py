@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data import encode
+from data import tokenize_files
 from data.prepare import main, prepare
 from minillm import UserError, files
 from minillm.tokenizer import Tokenizer
@@ -217,7 +217,7 @@ def test_a_byte_level_tokenizer_in_place_of_another_kind(tok_path, tmp_path, mon
     (tmp_path / "level" / "tokenizer_config.json").write_text('{"eos_token": "<|end|>"}')
     file, out = write_lines(tmp_path / "a.jsonl", many(50)), tmp_path / "out"
     prepare([file], out, tokenizer=tok_path, val_fraction=0)
-    monkeypatch.setattr(encode, "POOL_FROM", 0)
+    monkeypatch.setattr(tokenize_files, "POOL_FROM", 0)
     prepare([file], out, tokenizer=tmp_path / "level", val_fraction=0, workers=2)
     eos = theirs.token_to_id("<|end|>")
     ids = [i for text in many(50) for i in [*theirs.encode(text).ids, eos]]

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels import launch
+from kernels.shared import launch
 
 DEVICE = "cpu" if launch.INTERPRETED else "cuda"
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]

@@ -19,7 +19,7 @@ from triton.runtime import driver
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from kernels import launch
+from kernels.shared import launch
 from tests.kernels import shipped
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from kernels import attention_backward, attention_forward
+from kernels.attention import backward, forward
 
 LONG = 4096
 
@@ -26,8 +26,8 @@ def calls(architecture: int) -> Iterator[tuple[str, Callable]]:
             cases.append(("float32", q.float(), k.float(), None, plain))
         for name, q, k, spans, options in cases:
             lse = meta(2, 8, LONG, dtype=torch.float32)
-            yield f"attention {name} {size}", lambda a=(q, k, k, spans), o=options: attention_forward.forward(*a, **o)
+            yield f"attention {name} {size}", lambda a=(q, k, k, spans), o=options: forward.forward(*a, **o)
             yield (
                 f"attention {name} {size} backward",
-                lambda a=(q, q, k, k, q, lse, spans), o=options: attention_backward.backward(*a, **o),
+                lambda a=(q, q, k, k, q, lse, spans), o=options: backward.backward(*a, **o),
             )

@@ -4,12 +4,12 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from kernels import attention_sm90, attention_sm90_backward
+from kernels.attention import sm90, sm90_backward
 from tests.kernels.shipped_attention import meta
 
 
 def calls(architecture: int) -> Iterator[tuple[str, Callable]]:
-    if architecture != 90 or not attention_sm90.compiles():
+    if architecture != 90 or not sm90.compiles():
         return
     options = dict(causal=True, scale=0.125)
     for size, length, heads in ((64, 1024, 8), (64, 1024, 2), (64, 4096, 8), (128, 4096, 8), (128, 1001, 8)):
@@ -18,8 +18,8 @@ def calls(architecture: int) -> Iterator[tuple[str, Callable]]:
                 q, k = meta(2, length, heads, size, dtype=dtype), meta(2, length, 2, size, dtype=dtype)
                 lse = meta(2, heads, length, dtype=torch.float32)
                 name = f"attention_sm90 {size} {length} {heads // 2} {dtype} {'causal' if spans is None else 'packed'}"
-                yield name, lambda a=(q, k, k, spans): attention_sm90.forward(*a, **options)
+                yield name, lambda a=(q, k, k, spans): sm90.forward(*a, **options)
                 yield (
                     f"{name} backward",
-                    lambda a=(q, q, k, k, q, lse, spans): attention_sm90_backward.backward(*a, **options),
+                    lambda a=(q, q, k, k, q, lse, spans): sm90_backward.backward(*a, **options),
                 )

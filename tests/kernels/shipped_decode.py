@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from kernels import decode_attention
+from kernels.attention import decode
 
 HEADS = ((1, 32, 8), (1, 32, 1), (16, 32, 8))  # queries, heads, key heads: 16, 32 and 64 rows
 SIZES = (16, 40, 64, 96, 128, 256)
@@ -20,4 +20,4 @@ def calls(architecture: int) -> Iterator[tuple[str, Callable]]:
                     bound = torch.empty(batch, dtype=torch.int32, device="meta")
                     name = f"decode_attention {dtype} {size} {queries}x{heads}/{kv_heads} batch {batch}"
                     options = window, softcap, 0.1
-                    yield name, lambda a=(q, kv, kv, bound, bound, *options): decode_attention.forward(*a)
+                    yield name, lambda a=(q, kv, kv, bound, bound, *options): decode.forward(*a)

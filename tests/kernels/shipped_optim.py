@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from kernels import adamw, muon, newton_schulz
+from kernels.optimizers import adamw, muon, newton_schulz
 
 BF16, FP32 = torch.bfloat16, torch.float32
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)

@@ -9,8 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels import launch, linear_cross_entropy, reference
+from kernels import linear_cross_entropy, reference
 from kernels.linear_cross_entropy import _op, chunk_rows
+from kernels.shared import launch
 from tests.kernels.check import DEVICE, DTYPES, compare, draw, error, layouts, poisoned, run, trying  # noqa: F401
 
 # Interpreted: whatever lies in a row's padding.

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import triton
 
-from kernels import launch, proxy_fence
+from kernels.shared import launch, proxy_fence
 from tests.kernels import offline
 
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)

@@ -5,8 +5,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels import launch, quant_matmul, reference
+from kernels import quant_matmul, reference
 from kernels.quant_matmul import _op, block_settings
+from kernels.shared import launch
 from tests.kernels.check import DEVICE, DTYPES, compare, draw, error, layouts, poisoned, run, trying  # noqa: F401
 
 BITS = (8, 4)

@@ -5,8 +5,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels import launch, reference
+from kernels import reference
 from kernels.rope import _norm_backward_op, _op, rope
+from kernels.shared import launch
 from tests.kernels.check import DEVICE, DTYPES, compare, draw, error, layouts, poisoned, run, trying  # noqa: F401
 
 EPS = 0.1  # large enough that the gradient of a head of two numbers is no difference of equals

@@ -5,7 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels import launch, reference
+from kernels import reference
+from kernels.shared import launch
 from kernels.swiglu import _backward_op, _op, block_settings, swiglu
 from tests.kernels.check import DEVICE, DTYPES, compare, draw, error, layouts, poisoned, run  # noqa: F401
 

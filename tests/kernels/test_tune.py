@@ -6,15 +6,12 @@ import sys
 import pytest
 import torch
 
-from kernels import (
-    attention_backward,
-    bench,
-    bench_measure,
-    launch,
-    tune,
-)
-from kernels.bench_case import Side
-from tests.kernels.test_bench import SMALL, Clock, doubling
+from kernels import tune
+from kernels.attention import backward
+from kernels.bench import measure, suite
+from kernels.bench.case import Side
+from kernels.shared import launch
+from tests.kernels.bench.test_bench import SMALL, Clock, doubling
 
 
 class Tuned:
@@ -38,7 +35,7 @@ class Tuned:
 
 
 def timer(run, times):
-    return bench_measure.timed(run, times, torch.empty(1))
+    return measure.timed(run, times, torch.empty(1))
 
 
 def test_tuning_finds_the_fastest_right_settings(monkeypatch, capsys):
@@ -78,8 +75,8 @@ def test_neighbours_stay_within_what_the_hardware_has():
 
 def test_a_block_of_queries_is_never_larger_than_what_is_padded_for_it():
     """At 384 rows of padding, a block of 256 would read the second half of its log-sum-exps beyond the end."""
-    found = [n["BLOCK_M"] for n in tune.neighbours({"BLOCK_M": attention_backward.LARGEST_BLOCK})]
-    assert found == [attention_backward.LARGEST_BLOCK // 2]
+    found = [n["BLOCK_M"] for n in tune.neighbours({"BLOCK_M": backward.LARGEST_BLOCK})]
+    assert found == [backward.LARGEST_BLOCK // 2]
 
 
 def test_what_was_tuned_is_merged_and_used(tmp_path, monkeypatch):
@@ -107,7 +104,7 @@ def test_a_damaged_file_does_not_stop_tuning(tmp_path):
 
 
 def test_every_op_can_be_tuned_and_its_options_are_its_own(capsys):
-    assert set(tune.OPS) == set(bench.OPS)
+    assert set(tune.OPS) == set(suite.OPS)
     options = vars(tune.build_parser().parse_args(["rms_norm", "--width", "4096", "--dtype", "float16"]))
     assert options == {"op": "rms_norm", "width": 4096, "dtype": "float16"}
     with pytest.raises(SystemExit):

@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from minillm import __main__ as commands
-from minillm import config, files, huggingface, run
+from minillm import __main__, config, files, huggingface, run
 from minillm.model import Transformer
 from minillm.tokenizer import Tokenizer
 from minillm.vocab import train_tokenizer
@@ -69,7 +68,7 @@ def call(home, monkeypatch, capsys):
         monkeypatch.chdir(home.path)
         monkeypatch.setattr(sys, "argv", ["minillm", *arguments])
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data), "utf-8"))
-        status = run.run_script(commands.main)
+        status = run.run_script(__main__.main)
         captured = capsys.readouterr()
         return status, captured.out, captured.err
 

@@ -10,8 +10,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from kernels import decode_attention as kernel
-from minillm import decode, generate, ops
+from kernels.attention import decode
+from minillm import generate, ops
+from minillm.decode import Decoder
 from minillm.decode_cuda import GraphDecoder
 from minillm.generate import GREEDY, Sampling
 from tests.minillm.test_generate import OPTIONS, build, prompt
@@ -31,7 +32,7 @@ def attention(request, monkeypatch):
     if request.param == "kernel":
 
         def ours(q, k, v, begin, end, window):
-            return kernel.decode_attention(q, k, v, begin=begin, end=end, window=window)
+            return decode.decode_attention(q, k, v, begin=begin, end=end, window=window)
 
         monkeypatch.setattr(ops, "decode_attention", ours)
 
@@ -45,7 +46,7 @@ def test_the_step_gives_the_model_s_logits(name, padded, joined, attention):
     more = torch.tensor(prompt(8, seed=2), device=DEVICE).view(2, 4)
     cache, _ = generate.prefill(model, prompts, 4)
     twin, _ = generate.prefill(model, prompts, 4)
-    decoder, lean = GraphDecoder(model, cache, joined), decode.Decoder(model, twin)
+    decoder, lean = GraphDecoder(model, cache, joined), Decoder(model, twin)
     steps = []
     for i in range(4):
         steps.append(decoder.step(more[:, i]).clone())
@@ -102,7 +103,7 @@ def test_a_record_of_the_step_serves_every_step(name, attention):
     model = build(**OPTIONS[name])
     prompts = [prompt(9), prompt(4, seed=1)]
     (cache, _), (twin, _) = (generate.prefill(model, prompts, 8) for _ in range(2))
-    decoder, lean = GraphDecoder(model, cache), decode.Decoder(model, twin)
+    decoder, lean = GraphDecoder(model, cache), Decoder(model, twin)
     decoder._set_clock()
     start, recorder = decoder.clock.clone(), Recorder()
     with recorder:
@@ -133,7 +134,7 @@ def test_a_recording_that_failed_is_made_anew(monkeypatch):
     monkeypatch.setattr(torch.cuda, "graph", record)
     model = build()
     (cache, _), (twin, _) = (generate.prefill(model, [prompt(9)], 8) for _ in range(2))
-    decoder, lean = GraphDecoder(model, cache), decode.Decoder(model, twin)
+    decoder, lean = GraphDecoder(model, cache), Decoder(model, twin)
     tokens = torch.tensor([[3], [7], [5]])
     torch.testing.assert_close(decoder.step(tokens[0]), lean.step(tokens[0]), atol=1e-5, rtol=0)
     decoder.warm = True  # as after a GPU's first step
@@ -167,7 +168,7 @@ def test_it_is_what_our_kernels_are_used_through(monkeypatch):
     monkeypatch.setattr(ops, "fused", lambda x: True)
     assert isinstance(generate._decoder(model, cache), GraphDecoder)
     monkeypatch.setattr(ops, "fused", lambda x: False)
-    assert isinstance(generate._decoder(model, cache), decode.Decoder)
+    assert isinstance(generate._decoder(model, cache), Decoder)
 
 
 @pytest.mark.gpu

@@ -3,8 +3,9 @@ import dataclasses
 import pytest
 import torch
 
-from minillm import UserError, decode, generate, huggingface, ops
+from minillm import UserError, generate, huggingface, ops
 from minillm.config import ModelConfig
+from minillm.decode import Decoder, is_plain
 from minillm.generate import GREEDY, Sampling, pick
 from minillm.kv_cache import KVCache
 from minillm.model import Transformer
@@ -114,7 +115,7 @@ def test_the_lean_step_gives_the_model_s_logits(name, padded):
     prompts = [prompt(9), prompt(4 if padded else 9, seed=1)]
     more = torch.tensor(prompt(20, seed=2)).view(2, 10)
     cache, logits = generate.prefill(model, prompts, 10)
-    decoder = decode.Decoder(model, cache)
+    decoder = Decoder(model, cache)
     steps = [logits] + [decoder.step(more[:, i]) for i in range(10)]
     for row in range(2):
         whole = model(torch.tensor([prompts[row] + more[row].tolist()]))[0, len(prompts[row]) - 1 :]
@@ -127,7 +128,7 @@ def test_the_lean_step_is_as_exact_as_the_model_in_bfloat16():
     model.build_rotation()  # .bfloat16() rounded the tables too
     tokens = prompt(60)
     cache, _ = generate.prefill(model, [tokens[:50]], 10)
-    decoder = decode.Decoder(model, cache)
+    decoder = Decoder(model, cache)
     lean = torch.cat([decoder.step(torch.tensor([token])) for token in tokens[50:]]).float()
     truth = exact(torch.tensor([tokens]))[0, 50:]
     usual = model(torch.tensor([tokens]))[0, 50:].float()
@@ -152,9 +153,9 @@ def test_rows_that_went_leave_the_others_as_they_were():
 def test_a_model_with_something_around_a_layer_is_not_plain():
     model = build()
     plain = generate.generate(model, [prompt(5)], 12)
-    assert decode.is_plain(model)
+    assert is_plain(model)
     handle = model.layers[0].mlp.register_forward_hook(lambda module, inputs, output: 0 * output)
-    assert not decode.is_plain(model)
+    assert not is_plain(model)
     assert generate.generate(model, [prompt(5)], 12) != plain  # the hook is heeded
     handle.remove()
     ops.select("reference")

@@ -6,7 +6,8 @@ import sysconfig
 import pytest
 import torch
 
-from kernels import proxy_fence, reference
+from kernels import reference
+from kernels.shared import proxy_fence
 from minillm import UserError, ops, optim
 from minillm.kv_cache import KVCache
 from tests.kernels.check import DEVICE, draw, error

@@ -12,8 +12,7 @@ import torch
 import transformers
 from safetensors.torch import save_file
 
-from minillm import UserError, huggingface
-from minillm import __main__ as commands
+from minillm import UserError, __main__, huggingface
 from minillm.config import ModelConfig, RopeScaling
 from minillm.model import Transformer
 from minillm.tokenizer import Tokenizer
@@ -27,7 +26,7 @@ TOKENS = torch.arange(2, 52).view(2, 25) * 7
 
 
 def command(line: str) -> None:
-    args = commands.build_parser().parse_args(line.split())
+    args = __main__.build_parser().parse_args(line.split())
     args.command(args)
 
 

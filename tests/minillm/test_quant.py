@@ -13,9 +13,9 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from kernels import launch, quant_matmul, reference
-from minillm import UserError, generate, huggingface, ops, quant
-from minillm import __main__ as commands
+from kernels import quant_matmul, reference
+from kernels.shared import launch
+from minillm import UserError, __main__, generate, huggingface, ops, quant
 from minillm.config import ModelConfig
 from minillm.model import Transformer
 from minillm.quant import QuantLinear, quantize_base, quantize_int8, quantize_nf4
@@ -376,7 +376,7 @@ def test_adapters_on_a_quantized_base_learn():
 def test_a_7b_base_trains_in_under_12_gb_by_calculation(bits, gigabytes, tmp_path, capsys):
     (tmp_path / "config.json").write_text(json.dumps(LLAMA_2_7B), encoding="utf-8")
     asked = f"info --model {tmp_path} --base_bits {bits} --lora_rank 8 --micro_batch_size 1 --seq_len 512"
-    args = commands.build_parser().parse_args(asked.split())
+    args = __main__.build_parser().parse_args(asked.split())
     args.command(args)
     told = capsys.readouterr().out
     assert "6,738,415,616" in told
@@ -393,4 +393,4 @@ def test_a_7b_base_trains_in_under_12_gb_by_calculation(bits, gigabytes, tmp_pat
 def test_info_refuses_bits_without_adapters(asked, monkeypatch):
     monkeypatch.setattr("sys.argv", f"minillm info --preset tiny {asked}".split())
     with pytest.raises(UserError, match="--lora_rank"):
-        commands.main()
+        __main__.main()

@@ -6,8 +6,7 @@ import shutil
 import pytest
 import torch
 
-from minillm import UserError, files, huggingface, resize, vocab_edit
-from minillm import __main__ as commands
+from minillm import UserError, __main__, files, huggingface, resize, vocab_edit
 from minillm.config import ModelConfig
 from minillm.model import Transformer
 from minillm.tokenizer import Tokenizer
@@ -107,7 +106,7 @@ def test_the_command_and_its_faults(vocabularies, tmp_path, monkeypatch, capsys)
         options |= dict(out=tmp_path / "new") | given
         arguments = [word for name, value in options.items() for word in (f"--{name}", str(value))]
         monkeypatch.setattr("sys.argv", ["minillm", "resize", *arguments])
-        return commands.main()
+        return __main__.main()
 
     for given, said in (
         (dict(tokenizer=home / "zh"), "not the one that"),
@@ -132,7 +131,7 @@ def test_the_command_and_its_faults(vocabularies, tmp_path, monkeypatch, capsys)
         tmp_path / "too",
     ]
     monkeypatch.setattr("sys.argv", ["minillm", "resize", *map(str, beside)])
-    assert commands.main() == 0 and (tmp_path / "too" / "model.safetensors").exists()
+    assert __main__.main() == 0 and (tmp_path / "too" / "model.safetensors").exists()
 
 
 def test_of_a_run_the_newest_checkpoint_is_taken(vocabularies, tmp_path):

@@ -2,8 +2,7 @@
 
 import pytest
 
-from minillm import UserError
-from minillm import sentencepiece_model as module
+from minillm import UserError, sentencepiece_model
 from minillm.sentencepiece_model import SentencePieceModel
 from minillm.tokenizer import Tokenizer
 from minillm.vocab import train_tokenizer
@@ -24,7 +23,7 @@ def test_long_texts_are_cut_where_nothing_changes(ours, monkeypatch):
     both = (ours, train_llama())
     texts = [" ".join(mixed_texts(8, [p for p in PIECES if p != "▁"])) + CORPUS[i % 4] for i in range(60)]
     whole = [tokenizer.model.processor.encode(texts) for tokenizer in both]
-    monkeypatch.setattr(module, "LONG_TEXT", 40)
+    monkeypatch.setattr(sentencepiece_model, "LONG_TEXT", 40)
     assert [tokenizer.encode_many(texts) for tokenizer in both] == whole
     endless = "an" * 500  # no place to cut
     assert ours.decode(ours.encode(endless)) == endless

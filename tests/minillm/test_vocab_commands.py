@@ -8,8 +8,7 @@ import sys
 import pytest
 from sentencepiece import sentencepiece_model_pb2 as proto
 
-from minillm import UserError
-from minillm import __main__ as commands
+from minillm import UserError, __main__
 from minillm.tokenizer import Tokenizer
 
 ENGLISH = "the cat sat on the mat and the dog sat on the log\n\nhello hello world\n\n" * 60
@@ -24,7 +23,7 @@ def call(tmp_path, monkeypatch, capsys):
 
     def call(*arguments: str) -> str:
         monkeypatch.setattr(sys, "argv", ["minillm", "vocab", *arguments])
-        assert commands.main() == 0
+        assert __main__.main() == 0
         return capsys.readouterr().out
 
     return call

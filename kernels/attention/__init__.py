@@ -1,0 +1,1 @@
+"""Attention: forward, backward and decoding, with kernels of their own for Hopper."""

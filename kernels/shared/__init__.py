@@ -1,0 +1,1 @@
+"""What every kernel uses: launching and its settings, the interpreter, a fence, tanh."""

@@ -1,0 +1,248 @@
+"""Preparing again: only what changed is tokenized, damage is found, and the result is that of a fresh folder."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from data import bin_writer, tokenize_files
+from data.prepare import prepare
+from minillm import UserError
+from minillm import files as files_module
+from minillm.tokenizer import Tokenizer
+from minillm.vocab import train_tokenizer
+
+OPTIONS = {"val_fraction": 0.2, "workers": 1, "shard_tokens": 700}
+
+
+@pytest.fixture(scope="module")
+def tok(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("tok")
+    train_tokenizer(["Document 1: apple 世界 apple one two"] * 20, 375, folder)
+    return folder
+
+
+@pytest.fixture
+def texts(tmp_path, monkeypatch) -> Path:
+    """Ten files of several batches each; the eighth is a .txt."""
+    monkeypatch.setattr(tokenize_files, "BATCH", 400)
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for i in range(10):
+        rows = [f"File {i}, document {j}: " + "apple 世界 " * ((i + j) % 6) for j in range(25)]
+        if i == 7:
+            (folder / f"{i}.txt").write_text("\n\n".join(rows), encoding="utf-8")
+        else:
+            write(folder / f"{i}.jsonl", rows)
+    return folder
+
+
+def write(path: Path, rows: list[str]) -> None:
+    path.write_text("".join(json.dumps({"text": row}) + "\n" for row in rows), encoding="utf-8")
+
+
+class Seen:
+    """Which files' documents are tokenized while it watches."""
+
+    def __init__(self, monkeypatch):
+        self.files: set[str] = set()
+        encode = tokenize_files.encode_batch
+
+        def watched(batch, *rest):
+            self.files |= {str(record.raw).partition("File ")[2][:1] for record in batch}
+            return encode(batch, *rest)
+
+        monkeypatch.setattr(tokenize_files, "encode_batch", watched)
+
+    def take(self) -> set[str]:
+        seen, self.files = self.files, set()
+        return seen
+
+
+@pytest.fixture
+def seen(monkeypatch) -> Seen:
+    return Seen(monkeypatch)
+
+
+def contents(out: Path) -> dict:
+    """All that training reads of a folder, and what is remembered."""
+    found = {path.name: path.read_bytes() for path in out.glob("*.bin")}
+    return found | {name: json.loads((out / name).read_text()) for name in ("meta.json", "parts.json")}
+
+
+def fresh(texts: Path, tok: Path, **options) -> dict:
+    out = texts.parent / "fresh"
+    shutil.rmtree(out, ignore_errors=True)
+    prepare([texts], out, tokenizer=tok, **{**OPTIONS, **options})
+    return contents(out)
+
+
+@pytest.fixture
+def out(texts, tok, tmp_path) -> Path:
+    prepare([texts], tmp_path / "out", tokenizer=tok, **OPTIONS)
+    assert len(list((tmp_path / "out").glob("train-*.bin"))) > 3
+    return tmp_path / "out"
+
+
+def test_only_the_changed_file_is_done_again(texts, tok, out, seen, capsys):
+    write(texts / "4.jsonl", ["File 4, changed: apple " * 3] * 9)
+    capsys.readouterr()
+    prepare([texts], out, tokenizer=tok, **OPTIONS)
+    said = capsys.readouterr().out
+    assert seen.take() == {"4"}
+    assert "9 of 10 files are tokenized already" in said and f"text changed: {texts}/4.jsonl" in said
+    assert contents(out) == fresh(texts, tok)
+    assert not (out / "old").exists()
+
+
+def test_new_gone_moved_and_touched_files(texts, tok, out, seen, capsys):
+    write(texts / "a.jsonl", ["File a, new"] * 30)
+    (texts / "3.jsonl").unlink()
+    (texts / "0.jsonl").rename(texts / "z.jsonl")
+    (texts / "5.jsonl").touch()
+    capsys.readouterr()
+    prepare([texts], out, tokenizer=tok, **OPTIONS)
+    said = capsys.readouterr().out
+    assert seen.take() == {"a"}
+    assert f"new: {texts}/a.jsonl\n" in said and f"no longer an input: {texts}/0.jsonl, {texts}/3.jsonl\n" in said
+    assert contents(out) == fresh(texts, tok)
+
+
+def test_a_file_added_at_the_end_leaves_the_bins_in_place(texts, tok, out, seen, monkeypatch):
+    write(texts / "z.jsonl", ["File z, new"] * 30)
+    monkeypatch.setattr(bin_writer, "_move", None)
+    prepare([texts], out, tokenizer=tok, **OPTIONS)
+    assert seen.take() == {"z"} and contents(out) == fresh(texts, tok)
+
+
+@pytest.mark.parametrize(("place", "done_again"), [(0.0, 1), (0.45, 1), (0.999, 1)])
+@pytest.mark.parametrize("kind", ["train", "val"])
+def test_a_flipped_byte_is_found(texts, tok, out, seen, capsys, kind, place, done_again):
+    before, files = contents(out), sorted(out.glob(f"{kind}-*.bin"))
+    damaged = files[int(place * len(files))]
+    data = bytearray(damaged.read_bytes())
+    data[int(place * len(data))] ^= 4
+    damaged.write_bytes(data)
+    capsys.readouterr()
+    prepare([texts], out, tokenizer=tok, **OPTIONS)
+    assert len(seen.take()) == done_again and "damaged" in capsys.readouterr().out
+    assert contents(out) == before
+
+
+@pytest.mark.parametrize("how", ["cut", "missing", "parts.json", "meta.json", "no meta.json", "tokenizer.model"])
+def test_other_damage_is_mended(texts, tok, out, seen, capsys, how):
+    before, file = contents(out), out / "train-00001.bin"
+    if how == "cut":
+        file.write_bytes(file.read_bytes()[:-2])
+    elif how == "missing":
+        file.unlink()
+    elif how == "parts.json":
+        (out / how).write_text((out / how).read_text().replace('"documents": 2', '"documents": 3', 1))
+    elif how == "meta.json":
+        (out / how).write_text((out / how).read_text().replace('"tokens": 7', '"tokens": 8'))
+    elif how == "no meta.json":
+        (out / "meta.json").unlink()
+    else:
+        (out / how).write_bytes((out / how).read_bytes()[:-9])
+    prepare([texts], out, tokenizer=tok, **OPTIONS)
+    expected = {"cut": range(1, 4), "missing": range(1, 6), "parts.json": [10]}.get(how, [0])
+    assert len(seen.take()) in expected and ("parts.json: damaged" in capsys.readouterr().out) == (how == "parts.json")
+    assert contents(out) == before and Tokenizer.load(out).sha256 == Tokenizer.load(tok).sha256
+
+
+def test_options_that_concern_some_files_alone(texts, tok, out, seen):
+    for options, done_again in (
+        ({"split": "lines"}, {"7"}),  # the .txt
+        ({"split": "lines", "shard_tokens": 300}, set()),  # the same tokens, laid out otherwise
+        ({"split": "lines", "shard_tokens": 300, "on_bad_line": "skip"}, set()),  # there was none
+        ({"wrap": "bos_eos"}, set("0123456789")),
+    ):
+        prepare([texts], out, tokenizer=tok, **{**OPTIONS, **options})
+        assert seen.take() == done_again
+        assert contents(out) == fresh(texts, tok, **options)
+        seen.take()
+
+
+def test_after_a_bad_line_is_mended_or_skipped_nothing_is_done_twice(texts, tok, seen, tmp_path):
+    good = (texts / "6.jsonl").read_text()
+    (texts / "6.jsonl").write_text(good + "{\n")
+    with pytest.raises(UserError, match=r"6\.jsonl, line 26"):
+        prepare([texts], tmp_path / "out", tokenizer=tok, **OPTIONS)
+    seen.take()
+    skip = OPTIONS | {"on_bad_line": "skip"}
+    prepare([texts], tmp_path / "out", tokenizer=tok, **skip)
+    assert seen.take() <= {"6", "7", "8", "9", ""} and contents(tmp_path / "out") == fresh(texts, tok, **skip)
+    with pytest.raises(UserError, match=r"6\.jsonl, line 26"):
+        prepare([texts], tmp_path / "out", tokenizer=tok, **OPTIONS)
+    (texts / "6.jsonl").write_text(good)
+    seen.take()
+    prepare([texts], tmp_path / "out", tokenizer=tok, **OPTIONS)
+    assert seen.take() == {"6"} and contents(tmp_path / "out") == fresh(texts, tok)
+
+
+def test_a_learnt_tokenizer_is_learnt_again_only_from_other_text(texts, tok, tmp_path, seen, capsys):
+    learn = {"train_tokenizer": 380, **OPTIONS}
+    prepare([texts], tmp_path / "out", **learn)
+    sha = Tokenizer.load(tmp_path / "out").sha256
+    capsys.readouterr()
+    prepare([texts], tmp_path / "out", **learn)
+    assert "nothing to do" in capsys.readouterr().out
+    write(texts / "4.jsonl", ["File 4: quite other words here, other letters"] * 9)
+    seen.take()
+    prepare([texts], tmp_path / "out", tokenizer=tmp_path / "out", **OPTIONS)  # keeps the tokenizer
+    assert seen.take() == {"4"} and Tokenizer.load(tmp_path / "out").sha256 == sha
+    prepare([texts], tmp_path / "out", **learn)
+    assert "learning" in capsys.readouterr().out and Tokenizer.load(tmp_path / "out").sha256 != sha
+    prepare([texts], tmp_path / "fresh", **learn)
+    assert contents(tmp_path / "out") == contents(tmp_path / "fresh")
+
+
+class Killed(BaseException):
+    pass
+
+
+def test_killed_anywhere_while_redoing_it_goes_on(texts, tok, out, monkeypatch, seen):
+    """It dies before the n-th change to the disk, for every n; no folder that looks finished is anything but whole."""
+    for i in (0, 1, 2, 3, 8, 9):  # of ten files it would take long
+        (texts / f"{i}.jsonl").unlink()
+    prepare([texts], out, tokenizer=tok, **OPTIONS)
+    before = contents(out)
+    shutil.copytree(out, texts.parent / "start")
+    write(texts / "4.jsonl", ["File 4, changed: apple " * 3] * 9)
+    expected = fresh(texts, tok)
+    monkeypatch.setattr(tokenize_files, "SAVE_EVERY", 0)
+    monkeypatch.setattr(files_module, "sync", lambda path: None)
+    left = [0]
+
+    def dying(function):
+        def call(*args, **options):
+            left[0] -= 1
+            if left[0] == 0:
+                raise Killed
+            return function(*args, **options)
+
+        return call
+
+    for owner, names in ((Path, ("replace", "unlink", "mkdir")), (bin_writer.shutil, ("rmtree",))):
+        for name in names:
+            monkeypatch.setattr(owner, name, dying(getattr(owner, name)))
+    monkeypatch.setattr(bin_writer.os, "truncate", dying(bin_writer.os.truncate))
+    for n in range(1, 1000):
+        left[0] = 0  # a live process again
+        shutil.rmtree(out)
+        shutil.copytree(texts.parent / "start", out)
+        left[0] = n
+        try:
+            prepare([texts], out, tokenizer=tok, **OPTIONS)
+        except Killed:
+            left[0] = 0
+            if (out / "meta.json").exists():
+                looks = {path.name: path.read_bytes() for path in out.glob("*.bin")}
+                whole = before if json.loads((out / "meta.json").read_text()) == before["meta.json"] else expected
+                assert looks == {name: data for name, data in whole.items() if name.endswith(".bin")}
+            prepare([texts], out, tokenizer=tok, **OPTIONS)
+            assert contents(out) == expected and not (out / "old").exists(), n
+        else:
+            assert n > 20
+            return

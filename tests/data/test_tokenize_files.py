@@ -1,0 +1,122 @@
+"""The same tokens whatever the number of processes; stopped or killed, it goes on; long texts, large vocabularies."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data import tokenize_files
+from data.prepare import prepare
+from minillm import UserError
+from tests.data.test_prepare import bins, documents, many, write_lines
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_same_bins_whatever_the_number_of_workers(tok_path, tmp_path, monkeypatch):
+    file = write_lines(tmp_path / "a.jsonl", many(400))
+    prepare([file], tmp_path / "one", tokenizer=tok_path, val_fraction=0.1, workers=1, shard_tokens=2000)
+    monkeypatch.setattr(tokenize_files, "POOL_FROM", 0)
+    monkeypatch.setattr(tokenize_files, "BATCH", 1000)
+    prepare([file], tmp_path / "few", tokenizer=tok_path, val_fraction=0.1, workers=1, shard_tokens=2000)
+    prepare([file], tmp_path / "two", tokenizer=tok_path, val_fraction=0.1, workers=2, shard_tokens=2000)
+    assert bins(tmp_path / "two") == bins(tmp_path / "few")
+    assert len(bins(tmp_path / "few")) > 3  # several shards, each closed after a batch
+    for kind in ("train", "val"):
+        assert documents(tmp_path / "one", kind) == documents(tmp_path / "two", kind)
+
+
+def test_split_by_hash(tok_path, tmp_path):
+    texts = [f"text number {i}" for i in range(2000)]
+    file = write_lines(tmp_path / "a.jsonl", texts + texts)
+    prepare([file], tmp_path / "out", tokenizer=tok_path, val_fraction=0.05)
+    train, val = documents(tmp_path / "out"), documents(tmp_path / "out", "val")
+    assert sorted(train + val) == sorted(texts + texts)
+    assert not set(train) & set(val)  # copies fall on one side
+    assert 130 < len(val) < 270  # 200 expected, in pairs: standard deviation 20
+    with pytest.raises(UserError, match="none of 1 documents fell into the validation split; raise --val_fraction"):
+        prepare([write_lines(tmp_path / "b.jsonl", ["x"])], tmp_path / "few", tokenizer=tok_path)
+    with pytest.raises(UserError, match="no document is left"):
+        prepare([write_lines(tmp_path / "c.jsonl", [""])], tmp_path / "none", tokenizer=tok_path)
+
+
+def test_stopped_anywhere_it_goes_on(tok_path, tmp_path, monkeypatch):
+    file = write_lines(tmp_path / "a.jsonl", many(300))
+    monkeypatch.setattr(tokenize_files, "BATCH", 500)
+    options = {"tokenizer": tok_path, "val_fraction": 0.1, "shard_tokens": 1500, "workers": 1}
+    prepare([file], tmp_path / "straight", **options)
+    encode_batch = tokenize_files.encode_batch
+    for save_every in (0, 1e9):
+        out = tmp_path / f"out{save_every}"
+        for stop_after in (1, 4, 0, 9):
+
+            def stopping(*args, left=[stop_after]):  # noqa: B006
+                if not left[0]:
+                    raise KeyboardInterrupt
+                left[0] -= 1
+                return encode_batch(*args)
+
+            monkeypatch.setattr(tokenize_files, "SAVE_EVERY", save_every)
+            monkeypatch.setattr(tokenize_files, "encode_batch", stopping)
+            with pytest.raises(KeyboardInterrupt):
+                prepare([file], out, **options)
+            assert not (out / "meta.json").exists()
+            with (out / "train-00000.bin").open("ab") as stream:
+                stream.write(b"torn")
+        monkeypatch.setattr(tokenize_files, "encode_batch", encode_batch)
+        prepare([file], out, **options)
+        assert bins(out) == bins(tmp_path / "straight")
+
+
+def test_killed_with_workers_it_goes_on(tok_path, tmp_path):
+    file = write_lines(tmp_path / "a.jsonl", many(3000))
+    code = (
+        "import sys; from data import prepare, tokenize_files\n"
+        "tokenize_files.BATCH, tokenize_files.SAVE_EVERY, tokenize_files.POOL_FROM = 2000, 0, 0\n"
+        "if __name__ == '__main__':\n"
+        "    prepare.prepare(sys.argv[1:2], sys.argv[2], train_tokenizer=365, workers=2)\n"
+    )
+    (tmp_path / "script.py").write_text(code)
+
+    def start(out: str) -> subprocess.Popen:
+        arguments = [sys.executable, tmp_path / "script.py", file, tmp_path / out]
+        return subprocess.Popen(arguments, env={**os.environ, "PYTHONPATH": str(ROOT)}, stderr=subprocess.DEVNULL)
+
+    assert start("straight").wait(60) == 0
+    killed, progress = start("killed"), tmp_path / "killed" / "parts.json"
+    while killed.poll() is None:
+        if progress.exists() and any(part["batches"] >= 5 for part in json.loads(progress.read_text())["parts"]):
+            killed.send_signal(signal.SIGKILL)
+            break
+        time.sleep(0.002)
+    assert killed.wait(60) == -signal.SIGKILL
+    assert not (tmp_path / "killed" / "meta.json").exists()
+    assert start("killed").wait(60) == 0
+    assert bins(tmp_path / "killed") == bins(tmp_path / "straight")
+
+
+def test_large_vocabulary_takes_uint32(tok, tmp_path):
+    from sentencepiece import sentencepiece_model_pb2 as proto
+
+    model = proto.ModelProto.FromString(tok.model.data)
+    for i in range(66_000):
+        model.pieces.add(piece=f"<<{i}>>", score=0, type=model.pieces[0].USER_DEFINED)
+    (tmp_path / "big.model").write_bytes(model.SerializeToString())
+    file = write_lines(tmp_path / "a.jsonl", ["a<<65999>>"])
+    meta = prepare([file], tmp_path / "out", tokenizer=tmp_path / "big.model", val_fraction=0)
+    ids = np.fromfile(tmp_path / "out" / "train-00000.bin", dtype="<u4")
+    assert meta["dtype"] == "uint32" and ids.tolist()[-2:] == [380 + 65_999, 2]
+    assert documents(tmp_path / "out") == ["a<<65999>>"]
+
+
+def test_a_long_line(tok_path, tmp_path):
+    text = "One apple 世界 " * 100_000
+    file = write_lines(tmp_path / "a.jsonl", ["before", text, "after"])
+    prepare([file], tmp_path / "out", tokenizer=tok_path, val_fraction=0)
+    assert documents(tmp_path / "out") == ["before", text, "after"]

@@ -1,0 +1,187 @@
+"""The bundled world: its texts against independent readings of them, and its bits against a search of its grammar."""
+
+import itertools
+import math
+import random
+import re
+from functools import lru_cache
+
+import pytest
+
+from data.world import stories
+from data.world import texts as world
+from data.world.draw import Draw, Table
+from data.world.texts import KINDS, document, documents
+from data.world.words import EN, HELD_PAIRS, LEXICON, ZH
+from tests.data.world.reader import (
+    NAMES,
+    groups,
+    is_count_story,
+    language,
+    operands,
+    read_counts,
+    read_holders,
+    read_where,
+    words,
+)
+
+TEXTS = [text for text, _ in itertools.islice(documents(seed=7), 4000)]
+
+
+# ---- bits and derivations
+
+
+class Open(Exception):
+    """The script is at its end; `costs` are the bits of the options now open."""
+
+    def __init__(self, costs):
+        self.costs = costs
+
+
+class Scripted(Draw):
+    """Takes its choices from a list of indices, until that ends."""
+
+    def __init__(self, script):
+        super().__init__(random.Random())
+        self.script = iter(script)
+
+    def take(self, options, costs):
+        i = next(self.script, None)
+        if i is None:
+            raise Open(costs)
+        return options[i]
+
+    def pick(self, options):
+        return self.take(options, [math.log2(len(options))] * len(options))
+
+    def choose(self, table):
+        return self.take(table.options, [-math.log2(p) for p in table.p])
+
+
+@lru_cache(maxsize=200_000)
+def told(script: tuple) -> tuple[str, list | None]:
+    """What is said under a script before the next open choice, and the costs of that choice (None: the text ends)."""
+    c = Scripted(script)
+    try:
+        return document(c), None
+    except Open as choice:
+        return "".join(c.said), choice.costs
+
+
+def derivations(text: str) -> list[float]:
+    """The bits of every way in which the grammar can tell `text`, found by trying all that begins like it."""
+    found, todo = [], [((), 0.0)]
+    while todo:
+        script, bits = todo.pop()
+        said, costs = told(script)
+        if costs is None:
+            found += [bits] if said == text else []
+        elif text.startswith(said):
+            todo += [((*script, i), bits + cost) for i, cost in enumerate(costs)]
+    return found
+
+
+def test_a_text_has_one_derivation_and_its_bits():
+    for text, bits in itertools.islice(documents(seed=3), 100):
+        assert derivations(text) == [pytest.approx(bits, abs=1e-9)], text
+
+
+def test_probabilities_sum_to_one():
+    tables = [v for m in (world, stories) for v in vars(m).values() if isinstance(v, Table)]
+    assert KINDS in tables and len(tables) >= 5
+    for table in tables:
+        assert math.fsum(table.p) == pytest.approx(1, abs=1e-12)
+
+
+def test_a_document_depends_on_seed_and_number_alone():
+    first = list(itertools.islice(documents(5), 60))
+    assert list(itertools.islice(documents(5, start=40), 20)) == first[40:]
+    assert list(itertools.islice(documents(6), 60)) != first
+
+
+def test_golden_document():
+    """A change here changes everybody's corpus, and the floor of every run."""
+    text, bits = next(documents(1))
+    assert text == (
+        "It was a warm afternoon. Julie was in the hospital with a green coin. Molly was in the market. "
+        "Julie took the coin to the theatre. Next Julie carried the coin to the library. Julie carried t"
+        "he coin to the bank. Then Molly went to the bathroom. Now the coin is in the bank."
+    )
+    assert bits == pytest.approx(77.293755866, abs=1e-9)
+
+
+# ---- what the texts say
+
+
+def test_words_are_told_apart():
+    for lang in (ZH, EN):
+        known = [w[lang] for w in LEXICON]
+        assert len(set(known)) == len(known)
+
+
+def test_stories_keep_their_state():
+    counts = [text for text in TEXTS if is_count_story(text)]
+    gifts = [text for text in TEXTS if re.search(r" (gave|handed) the ", text)]
+    walks = [text for text in TEXTS if re.search(r"was in the .*was in the", text) and "\n" not in text]
+    assert min(len(counts), len(gifts), len(walks)) > 100
+    for read, texts in ((read_counts, counts), (read_holders, gifts), (read_where, walks)):
+        for text in texts:
+            read(text)
+
+
+def test_sums_are_right():
+    plus_or_minus = r"(\d+)(?: ([-+×]) | (plus|minus|times) |([加减乘]))(\d+)(?: = | is |等于)(\d+)[.。]?"
+    problem = r"\d\. .* has (\d+) .* and (buys|eats|loses) (\d+) .*Now .* has (\d+) .*"
+    checked = 0
+    for line in (line for text in TEXTS for line in text.split("\n")):
+        if found := re.fullmatch(plus_or_minus, line):
+            a, b, result = (int(found[i]) for i in (1, 5, 6))
+            sign = (found[2] or found[3] or found[4])[0]
+            assert {"+": a + b, "p": a + b, "加": a + b, "-": a - b, "m": a - b, "减": a - b}.get(sign, a * b) == result
+        elif found := re.fullmatch(r"(\d+)( > |比| is greater than )(\d+)(大。|\.)?", line):
+            assert int(found[1]) > int(found[3])
+        elif found := re.fullmatch(r"(\d+)( < |比| is less than )(\d+)(小。|\.)?", line):
+            assert int(found[1]) < int(found[3])
+        elif found := re.fullmatch(problem, line):
+            n, d, left = int(found[1]), int(found[3]), int(found[4])
+            assert left == (n + d if found[2] == "buys" else n - d)
+        else:
+            continue
+        checked += 1
+    assert checked > 2000
+
+
+def test_facts_never_contradict_each_other():
+    homes = {}
+    for text in TEXTS:
+        for person, town in re.findall(rf"({NAMES[EN]})(?: lives|'s home is) in (\w+)\.", text):
+            homes.setdefault(person, set()).add(town)
+    assert len(homes) > 40 and all(len(towns) == 1 for towns in homes.values())
+
+
+def test_translations_name_the_same_things():
+    lines = [line for text in TEXTS if is_translation(text) for line in text.split("\n")]
+    pairs = list(zip(lines[::2], lines[1::2], strict=True))
+    assert len(pairs) > 1000
+    for source, target in pairs:
+        assert language(source) != language(target) and words(source) == words(target)
+
+
+def is_translation(text: str) -> bool:
+    return "\n" in text and not re.search(r"\d| = ", text)
+
+
+# ---- what is held out
+
+
+def test_held_out_combinations_never_meet():
+    for line in (line for text in TEXTS for line in text.split("\n") if not re.fullmatch(r"\D+ = \D+", line)):
+        people, things, _ = words(line.replace("踢足球", ""))
+        assert not groups(people) & groups(things), line
+        assert not operands(line) & HELD_PAIRS, line
+
+
+def test_held_out_places_never_appear_in_translations():
+    for line in (line for text in TEXTS if is_translation(text) for line in text.split("\n")):
+        people, things, places = words(line)
+        assert not groups(people) & (groups(things) | groups(places)), line
