@@ -21,18 +21,32 @@ from pathlib import Path
 import torch
 
 from data import bundled
-from minillm import UserError, config, distributed, generate, huggingface, ops, optim, run, selfcheck, training, tuning
-from minillm.config import option
-from minillm.data import TokenBins, TokenWindows, parse_mixture
-from minillm.metrics import duration, peak_flops
-from minillm.model import Transformer
-from minillm.parallel import gradients_synced, parallelize
-from minillm.tokenizer import Tokenizer
-from minillm.validation import Validation
+from minillm.base.device import autocast, peak_flops, pick_dtype
+from minillm.base.errors import UserError
+from minillm.base.options import option, parse, show
+from minillm.base.process import run_script
+from minillm.checkpoint import huggingface, train_state
+from minillm.datasets.token_bins import TokenBins, parse_mixture
+from minillm.datasets.windows import TokenWindows
+from minillm.distributed import ranks as distributed
+from minillm.distributed.parallelize import gradients_synced, parallelize
+from minillm.evaluation.validation import Validation
+from minillm.generation.completion import generate
+from minillm.generation.sampling import Sampling
+from minillm.model import config, ops
+from minillm.model.memory import check_memory
+from minillm.model.transformer import Transformer
+from minillm.tokenizer.tokenizer import Tokenizer
+from minillm.training import kernel_check, optim, run, starting_model
+from minillm.training.config import TrainingConfig, check_options, schedule
+from minillm.training.progress import duration
+from minillm.training.schedule import lr_at, set_lr
+from minillm.training.step import clip, seed_step
+from minillm.tuning import folders, options
 
 
 @dataclass(frozen=True)
-class Config(tuning.TuningConfig, config.TrainingConfig):
+class Config(options.TuningConfig, TrainingConfig):
     data: str = option("data/bundled", "folder of token bins, or a mixture FOLDER:WEIGHT,FOLDER:WEIGHT,…")
     out: str = option("out/pretrain", "the run's folder: checkpoints, metrics.jsonl, curve.png")
     data_dtype: str | None = option(None, "dtype of a raw .bin made elsewhere: uint16 or uint32")
@@ -61,13 +75,13 @@ class Config(tuning.TuningConfig, config.TrainingConfig):
 
 
 def main() -> int:
-    cfg = config.parse(Config, __doc__)
-    training.check_options(cfg)
+    cfg = parse(Config, __doc__)
+    check_options(cfg)
     ranks = distributed.start(cfg.device, cfg.timeout_s)
     micro_batch_size = distributed.micro_batch(cfg.batch_size, cfg.micro_batch_size, ranks.world)
     cfg = dataclasses.replace(cfg, micro_batch_size=micro_batch_size)
     ops.select(cfg.impl)
-    kernels_settled = selfcheck.begin(ranks, base_bits=cfg.base_bits)
+    kernels_settled = kernel_check.begin(ranks, base_bits=cfg.base_bits)
 
     # data: token bins, and the tokenizer beside them
     if cfg.data == bundled.FOLDER and ranks.main:
@@ -86,30 +100,30 @@ def main() -> int:
     validation = Validation(held_out, tokenizer, cfg.seq_len, cfg.eval_tokens, cfg.document_attention)
 
     # the run: its folder, and the checkpoint to go on from
-    init = training.find_init(cfg)
+    init = starting_model.find_init(cfg)
     model_config = shape(cfg, first.vocab_size, init)
-    training.check_memory(cfg, model_config, ranks.device)
-    cfg = tuning.choose_optimizer(cfg, model_config.dim)
+    check_memory(cfg, model_config, ranks.device)
+    cfg = starting_model.choose_optimizer(cfg, model_config.dim)
     fingerprints = {
-        "data": training.fingerprint([b.identity() for b, _ in bins], [w for _, w in bins]),
-        "batch size, sequence length or seed": training.fingerprint(cfg.batch_size, cfg.seq_len, cfg.seed),
+        "data": train_state.fingerprint([b.identity() for b, _ in bins], [w for _, w in bins]),
+        "batch size, sequence length or seed": train_state.fingerprint(cfg.batch_size, cfg.seq_len, cfg.seed),
         "tokenizer": first.meta.get("tokenizer_sha256", ""),
-        "architecture": training.fingerprint(huggingface.to_hf(model_config)),
-        **tuning.fingerprints(cfg, init),
+        "architecture": train_state.fingerprint(huggingface.to_hf(model_config)),
+        **folders.fingerprints(cfg, init),
     }
-    this = training.Run(cfg, ranks, fingerprints)
+    this = run.Run(cfg, ranks, fingerprints)
     if this.finished:
         this.say(f"{this.folder} has finished its {this.start_step} steps; to go on, raise --steps\n{this.draw()}")
         this.say(f"next: {next_command(cfg, tokenizer)}")
         distributed.stop()
         return 0
-    this.say(f"configuration:\n{config.show(cfg)}")
+    this.say(f"configuration:\n{show(cfg)}")
 
     # the model: resumed, started from another, or new
     kernels_settled()
     source = this.source or init
     if source:
-        model = tuning.load_model(cfg, model_config, init, this.source, ranks.device)
+        model = starting_model.load_model(cfg, model_config, init, this.source, ranks.device)
         this.say(f"weights from {source}")
     else:
         model = Transformer(model_config)
@@ -148,7 +162,7 @@ def shape(cfg: Config, vocab_size: int, init: Path | None) -> config.ModelConfig
     base = None if init is None else huggingface.load_config(init)
     context = config.PRESETS[cfg.preset]["max_seq_len"] if base is None else base.max_seq_len
     if cfg.rope_scaling:
-        gone = training.init_is_gone(cfg)  # then `init` is the run's own checkpoint, which is stretched already
+        gone = starting_model.init_is_gone(cfg)  # then `init` is the run's own checkpoint, which is stretched already
         original = base.rope_scaling.original_max_seq_len if gone and base.rope_scaling else context
         given["rope_scaling"] = config.parse_rope_scaling(cfg.rope_scaling, original)
     if base is None:
@@ -156,7 +170,7 @@ def shape(cfg: Config, vocab_size: int, init: Path | None) -> config.ModelConfig
         chosen = config.preset(cfg.preset, vocab_size=vocab_size, **given)
     else:
         chosen = dataclasses.replace(base, **given)
-        training.check_tokenizer(init, cfg.data)
+        starting_model.check_tokenizer(init, cfg.data)
     if chosen.vocab_size < vocab_size:
         raise UserError(
             f"--init_from {init}: its embedding has {chosen.vocab_size} ids, fewer than {cfg.data} "
@@ -175,35 +189,35 @@ def shape(cfg: Config, vocab_size: int, init: Path | None) -> config.ModelConfig
     return chosen
 
 
-def train(cfg: Config, this: training.Run, model, windows, validation, tokenizer) -> int:
+def train(cfg: Config, this: run.Run, model, windows, validation, tokenizer) -> int:
     ranks, n_targets = this.ranks, cfg.batch_size * cfg.seq_len
-    dtype = training.pick_dtype(cfg.dtype, ranks.device)
+    dtype = pick_dtype(cfg.dtype, ranks.device)
     optimizers = optim.build_optimizers(model, cfg.optimizer, lr=cfg.lr, weight_decay=cfg.weight_decay)
     scaler = torch.amp.GradScaler(ranks.device.type, enabled=dtype == torch.float16)
     this.restore(model, optimizers, scaler)
     this.check_disk(model)
     trained = parallelize(model, ranks, cfg.compile)
-    flops, peak = tuning.flops_per_token(model, cfg.seq_len), peak_flops(ranks.device, dtype)
-    this.say(f"{tuning.describe_parameters(model)}, {flops / 1e6:.1f} MFLOP a token")
+    flops, peak = starting_model.flops_per_token(model, cfg.seq_len), peak_flops(ranks.device, dtype)
+    this.say(f"{starting_model.describe_parameters(model)}, {flops / 1e6:.1f} MFLOP a token")
     this.say(ops.describe(ranks.device))
     this.say(f"{windows.n_windows:,} windows of {cfg.seq_len} tokens; {cfg.steps * n_targets:,} tokens to train on")
 
     for step in range(this.start_step + 1, cfg.steps + 1):
         begun = time.monotonic()
-        lr = optim.lr_at(step - 1, **training.schedule(cfg))
-        optim.set_lr(optimizers, lr)
-        training.seed_step(cfg.seed, step, ranks.rank)
+        lr = lr_at(step - 1, **schedule(cfg))
+        set_lr(optimizers, lr)
+        seed_step(cfg.seed, step, ranks.rank)
         nats = torch.zeros((), device=ranks.device)
         micro_batches = ranks.micro_batches(step - 1, cfg.batch_size, cfg.micro_batch_size)
         for i, positions in enumerate(micro_batches):
             batch = windows.batch(positions).with_placeholders(model.n_virtual).to(ranks.device)
             with gradients_synced(trained, i == len(micro_batches) - 1):
-                with training.autocast(ranks.device, dtype):
+                with autocast(ranks.device, dtype):
                     loss = trained(batch.x, batch.y, mask=batch.mask, documents=batch.documents)
                 # the mean over all targets of the global batch; DDP averages over the ranks, hence their number
                 scaler.scale(loss * (ranks.world / n_targets)).backward()
             nats += loss.detach()
-        grad_norm = training.clip(model, optimizers, scaler, cfg.grad_clip)
+        grad_norm = clip(model, optimizers, scaler, cfg.grad_clip)
         loss = ranks.sum(float(nats))[0] / n_targets
         if this.check_finite(step, loss, grad_norm):
             for optimizer in optimizers:
@@ -215,7 +229,7 @@ def train(cfg: Config, this: training.Run, model, windows, validation, tokenizer
         this.finish_step(row, n_targets / (time.monotonic() - begun), peak, flops)
         stop = this.stop_requested()
         if this.due(step, cfg.eval_every):
-            scores = validation.scores(model, ranks, training.autocast(ranks.device, dtype))
+            scores = validation.scores(model, ranks, autocast(ranks.device, dtype))
             this.record({"step": step, **scores})
             this.progress.say(f"step {step}: " + ", ".join(f"{name} {score:.4f}" for name, score in scores.items()))
         if stop or this.due(step, cfg.save_every):
@@ -229,7 +243,7 @@ def train(cfg: Config, this: training.Run, model, windows, validation, tokenizer
     return 0
 
 
-def conclude(this: training.Run, model: Transformer, scores: dict, tokenizer: Tokenizer | None) -> None:
+def conclude(this: run.Run, model: Transformer, scores: dict, tokenizer: Tokenizer | None) -> None:
     """Print the result: validation, a sample, where things are, and what to do next."""
     said = f"validation: {scores['val_loss']:.4f} nats a token, perplexity {math.exp(min(scores['val_loss'], 700)):.2f}"
     if "val_bpb" in scores:
@@ -239,11 +253,9 @@ def conclude(this: training.Run, model: Transformer, scores: dict, tokenizer: To
     this.say(said)
     if tokenizer is not None:
         model.eval()
-        sampling = generate.Sampling(temperature=0.8, top_p=0.95)
+        sampling = Sampling(temperature=0.8, top_p=0.95)
         length = min(100, model.config.max_seq_len - 1)
-        sample = generate.generate(
-            model, [[tokenizer.start_id]], length, sampling=sampling, stop_ids=[tokenizer.eos_id]
-        )
+        sample = generate(model, [[tokenizer.start_id]], length, sampling=sampling, stop_ids=[tokenizer.eos_id])
         text = tokenizer.decode(sample[0].tokens) or "(nothing: the first token already ended the text)"
         this.say(f"a sample:\n{textwrap.indent(text, '  ')}")
     this.say(f"trained for {duration(this.took)}; checkpoint {this.newest()}; {this.draw()}")
@@ -251,4 +263,4 @@ def conclude(this: training.Run, model: Transformer, scores: dict, tokenizer: To
 
 
 if __name__ == "__main__":
-    sys.exit(run.run_script(main))
+    sys.exit(run_script(main))

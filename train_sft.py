@@ -18,19 +18,34 @@ from dataclasses import dataclass
 import torch
 
 from data import bundled
-from minillm import UserError, config, distributed, evaluate, huggingface, ops, optim, run, selfcheck, training, tuning
-from minillm.chat_data import InstructionRows
-from minillm.chat_templates import TEMPLATES
-from minillm.config import option
-from minillm.metrics import duration, peak_flops
-from minillm.model import Transformer
-from minillm.parallel import gradients_synced, parallelize
-from minillm.tokenizer import Tokenizer
-from minillm.validation import answer_loss
+from minillm.base import device
+from minillm.base.device import peak_flops
+from minillm.base.errors import UserError
+from minillm.base.options import option, parse, show
+from minillm.base.process import run_script
+from minillm.checkpoint import huggingface, train_state
+from minillm.datasets.instructions import InstructionRows
+from minillm.datasets.questions import read_questions
+from minillm.distributed import ranks as distributed
+from minillm.distributed.parallelize import gradients_synced, parallelize
+from minillm.evaluation import answers
+from minillm.evaluation.validation import answer_loss
+from minillm.model import ops
+from minillm.model.memory import check_memory
+from minillm.model.transformer import Transformer
+from minillm.tokenizer.chat_template import TEMPLATES
+from minillm.tokenizer.tokenizer import Tokenizer
+from minillm.training import kernel_check, optim, run, starting_model
+from minillm.training.config import TrainingConfig, check_options, schedule
+from minillm.training.progress import duration
+from minillm.training.schedule import lr_at, set_lr
+from minillm.training.step import clip, seed_step
+from minillm.tuning import folders, options
+from minillm.tuning.adapter import merged
 
 
 @dataclass(frozen=True)
-class Config(tuning.TuningConfig, config.TrainingConfig):
+class Config(options.TuningConfig, TrainingConfig):
     data: str = option(f"{bundled.FOLDER}/sft_train.jsonl", "instruction file(s), separated by commas")
     out: str = option("out/sft", "the run's folder: checkpoints, metrics.jsonl, curve.png")
     init_from: str = option("out/pretrain", "model folder or run to start from")
@@ -51,20 +66,20 @@ class Config(tuning.TuningConfig, config.TrainingConfig):
 
 
 def main() -> int:
-    cfg = config.parse(Config, __doc__)
-    training.check_options(cfg)
+    cfg = parse(Config, __doc__)
+    check_options(cfg)
     ranks = distributed.start(cfg.device, cfg.timeout_s)
     micro_batch_size = distributed.micro_batch(cfg.batch_size, cfg.micro_batch_size, ranks.world)
     cfg = dataclasses.replace(cfg, micro_batch_size=micro_batch_size)
     ops.select(cfg.impl)
-    kernels_settled = selfcheck.begin(ranks, base_bits=cfg.base_bits)
+    kernels_settled = kernel_check.begin(ranks, base_bits=cfg.base_bits)
 
     # the model to start from, and its tokenizer
-    init = training.find_init(cfg)
+    init = starting_model.find_init(cfg)
     model_config = dataclasses.replace(huggingface.load_config(init), dropout=cfg.dropout)
     tokenizer = Tokenizer.load(init)
-    training.check_memory(cfg, model_config, ranks.device)
-    cfg = tuning.choose_optimizer(cfg, model_config.dim, share=1 / 4)
+    check_memory(cfg, model_config, ranks.device)
+    cfg = starting_model.choose_optimizer(cfg, model_config.dim, share=1 / 4)
     if cfg.seq_len > model_config.max_seq_len:
         raise UserError(f"--seq_len {cfg.seq_len}: the model's longest context is {model_config.max_seq_len}")
 
@@ -82,32 +97,34 @@ def main() -> int:
     end = rows.total_rows(cfg.epochs) if cfg.steps is None else cfg.steps * cfg.batch_size
     cfg = dataclasses.replace(cfg, steps=-(-end // cfg.batch_size))  # the last batch may be short
     held_out = cfg.eval_data or (f"{bundled.FOLDER}/sft_heldout.jsonl" if cfg.data == Config.data else None)
-    questions = evaluate.read_questions(held_out, cfg.eval_rows) if held_out else []
+    questions = read_questions(held_out, cfg.eval_rows) if held_out else []
     held_rows = InstructionRows(held_out, tokenizer, cfg.seq_len, **how) if held_out else None
 
     # the run: its folder, and the checkpoint to go on from
     fingerprints = {
-        "data": training.fingerprint(rows.fingerprint, tokenizer.resolve_template(cfg.template)),
-        "batch size, sequence length or seed": training.fingerprint(cfg.batch_size, cfg.seq_len, cfg.seed, cfg.packing),
+        "data": train_state.fingerprint(rows.fingerprint, tokenizer.resolve_template(cfg.template)),
+        "batch size, sequence length or seed": train_state.fingerprint(
+            cfg.batch_size, cfg.seq_len, cfg.seed, cfg.packing
+        ),
         "tokenizer": tokenizer.sha256,
-        "architecture": training.fingerprint(huggingface.to_hf(model_config)),
-        **tuning.fingerprints(cfg, init),
+        "architecture": train_state.fingerprint(huggingface.to_hf(model_config)),
+        **folders.fingerprints(cfg, init),
     }
-    this = training.Run(cfg, ranks, fingerprints, turns=rows.counts["turns"])
+    this = run.Run(cfg, ranks, fingerprints, turns=rows.counts["turns"])
     if this.finished:
         this.say(f"{this.folder} has finished its {this.start_step} steps; to go on, raise --{length}\n{this.draw()}")
         this.say(f"next: {next_command(cfg.out)}")
         distributed.stop()
         return 0
-    this.say(f"configuration:\n{config.show(cfg)}\n{rows.summary()}")
+    this.say(f"configuration:\n{show(cfg)}\n{rows.summary()}")
     kernels_settled()
-    model = tuning.load_model(cfg, model_config, init, this.source, ranks.device)
+    model = starting_model.load_model(cfg, model_config, init, this.source, ranks.device)
     model.checkpoint_activations = cfg.checkpoint_activations
     this.say(f"weights from {this.source or init}")
 
     def ask() -> dict:
-        with tuning.merged(model):
-            return evaluate.exact_match(model, tokenizer, questions, template=cfg.template)
+        with merged(model):
+            return answers.exact_match(model, tokenizer, questions, template=cfg.template)
 
     before = this.once("before.json", ask) if questions else {}
     status = train(cfg, this, model, rows, end, held_rows, tokenizer)
@@ -122,21 +139,21 @@ def next_command(out: str) -> str:
     return "python -m minillm chat" + ("" if out == Config.out else f" --model {shlex.quote(out)}")
 
 
-def train(cfg: Config, this: training.Run, model: Transformer, rows, end: int, held_rows, tokenizer) -> int:
-    ranks, dtype = this.ranks, training.pick_dtype(cfg.dtype, this.ranks.device)
+def train(cfg: Config, this: run.Run, model: Transformer, rows, end: int, held_rows, tokenizer) -> int:
+    ranks, dtype = this.ranks, device.pick_dtype(cfg.dtype, this.ranks.device)
     optimizers = optim.build_optimizers(model, cfg.optimizer, lr=cfg.lr, weight_decay=cfg.weight_decay)
     scaler = torch.amp.GradScaler(ranks.device.type, enabled=dtype == torch.float16)
     this.restore(model, optimizers, scaler)
     this.check_disk(model)
     trained = parallelize(model, ranks, cfg.compile)
-    flops, peak = tuning.flops_per_token(model, cfg.seq_len), peak_flops(ranks.device, dtype)
-    this.say(f"{tuning.describe_parameters(model)}; {cfg.steps} steps; {ops.describe(ranks.device)}")
+    flops, peak = starting_model.flops_per_token(model, cfg.seq_len), peak_flops(ranks.device, dtype)
+    this.say(f"{starting_model.describe_parameters(model)}; {cfg.steps} steps; {ops.describe(ranks.device)}")
 
     for step in range(this.start_step + 1, cfg.steps + 1):
         begun = time.monotonic()
-        lr = optim.lr_at(step - 1, **training.schedule(cfg))
-        optim.set_lr(optimizers, lr)
-        training.seed_step(cfg.seed, step, ranks.rank)
+        lr = lr_at(step - 1, **schedule(cfg))
+        set_lr(optimizers, lr)
+        seed_step(cfg.seed, step, ranks.rank)
         micro_batches = ranks.micro_batches(step - 1, cfg.batch_size, cfg.micro_batch_size)
         batches = [rows.batch(positions, end) for positions in micro_batches]
         # the number of targets differs from step to step: count those of all ranks before the first backward
@@ -145,11 +162,11 @@ def train(cfg: Config, this: training.Run, model: Transformer, rows, end: int, h
         for i, batch in enumerate(batches):
             batch = batch.to(ranks.device)
             with gradients_synced(trained, i == len(batches) - 1):
-                with training.autocast(ranks.device, dtype):
+                with device.autocast(ranks.device, dtype):
                     loss = trained(batch.x, batch.y, mask=batch.mask, documents=batch.documents)
                 scaler.scale(loss * (ranks.world / n_targets)).backward()  # DDP averages over the ranks
             nats += loss.detach()
-        grad_norm = training.clip(model, optimizers, scaler, cfg.grad_clip)
+        grad_norm = clip(model, optimizers, scaler, cfg.grad_clip)
         loss = ranks.sum(float(nats))[0] / n_targets
         if this.check_finite(step, loss, grad_norm):
             for optimizer in optimizers:
@@ -161,7 +178,7 @@ def train(cfg: Config, this: training.Run, model: Transformer, rows, end: int, h
         this.finish_step(row, n_tokens / (time.monotonic() - begun), peak, flops)
         stop = this.stop_requested()
         if held_rows and this.due(step, cfg.eval_every):
-            autocast = training.autocast(ranks.device, dtype)
+            autocast = device.autocast(ranks.device, dtype)
             scores = answer_loss(model, held_rows, cfg.eval_tokens, ranks, autocast)
             this.record({"step": step, **scores})
             this.progress.say(f"step {step}: held-out answers {scores['val_loss']:.4f} nats a token")
@@ -174,13 +191,13 @@ def train(cfg: Config, this: training.Run, model: Transformer, rows, end: int, h
     return 0
 
 
-def conclude(this: training.Run, before: dict, after: dict) -> None:
+def conclude(this: run.Run, before: dict, after: dict) -> None:
     """Print the result; before, after: family → (exact answers, questions)."""
     if after:
         right, asked = map(sum, zip(*after.values(), strict=True))
         this.record({"step": this.cfg.steps, "exact_match": right / asked})
         this.say(f"exact answers to {asked} held-out questions, before → after:")
-        before, after = evaluate.with_total(before), evaluate.with_total(after)
+        before, after = answers.with_total(before), answers.with_total(after)
         for family, (right, asked) in after.items():
             was = f"{before[family][0] / before[family][1]:6.1%}" if family in before else "not asked"
             this.say(f"  {family:<16} {was} → {right / asked:6.1%}   ({right}/{asked})")
@@ -189,4 +206,4 @@ def conclude(this: training.Run, before: dict, after: dict) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run.run_script(main))
+    sys.exit(run_script(main))

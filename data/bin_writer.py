@@ -18,9 +18,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from minillm import UserError
-from minillm.files import write_json_atomically
-from minillm.tokenizer import Tokenizer
+from minillm.base.errors import UserError
+from minillm.base.files import write_json_atomically
+from minillm.tokenizer.tokenizer import Tokenizer
 
 SPLITS = ("train", "val")
 READ = 1 << 24  # bytes of a bin read at a time

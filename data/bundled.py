@@ -24,9 +24,10 @@ from data.prepare import prepare
 from data.world.questions import SPLITS, tasks
 from data.world.texts import documents
 from data.world.words import WORDS_ZH
-from minillm import Parser, UserError
-from minillm.run import RunLock, run_script
-from minillm.vocab import train_tokenizer
+from minillm.base.errors import UserError
+from minillm.base.options import Parser
+from minillm.base.process import RunLock, run_script
+from minillm.tokenizer.train import train_tokenizer
 
 FOLDER = "data/bundled"  # where the training scripts look for it
 SIZES = {

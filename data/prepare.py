@@ -24,11 +24,14 @@ from pathlib import Path
 
 from data.bin_writer import SPLITS, Bins, Origin, Parts, checksum, refuse_foreign
 from data.tokenize_files import ON_BAD_LINE, WRAPS, Options, Source, is_val, refuse_bad, text_size, tokenize
-from minillm import Parser, UserError, vocab
-from minillm.files import sha256
-from minillm.readers import TXT_SPLITS, find_files, records, text_of
-from minillm.run import RunLock, run_script
-from minillm.tokenizer import Tokenizer
+from minillm.base.errors import UserError
+from minillm.base.files import sha256
+from minillm.base.options import Parser
+from minillm.base.process import RunLock, run_script
+from minillm.checkpoint import run_folder
+from minillm.datasets.text_files import TXT_SPLITS, find_files, records, text_of
+from minillm.tokenizer import train
+from minillm.tokenizer.tokenizer import Tokenizer
 
 TOKENIZER_SAMPLE = 16 << 20  # bytes of text that a tokenizer is learnt from
 
@@ -74,10 +77,10 @@ def prepare(
     files = find_files(inputs + val_inputs)
     options = Options(split, field, on_bad_line, val_fraction, shard_tokens, wrap)
     options.check()
-    for name, count, least in (("workers", workers, 1), ("train_tokenizer", train_tokenizer, vocab.SMALLEST)):
+    for name, count, least in (("workers", workers, 1), ("train_tokenizer", train_tokenizer, train.SMALLEST)):
         if count is not None and count < least:
             raise UserError(f"--{name} {count}: at least {least} is needed")
-    given = Tokenizer.load(tokenizer) if tokenizer is not None else None
+    given = Tokenizer.load(run_folder.tokenizer_folder(tokenizer)) if tokenizer is not None else None
 
     lock = RunLock(out)
     try:
@@ -130,7 +133,7 @@ def _learn(out: Path, size: int, sources: list[Source]) -> tuple[Tokenizer, str]
     print(f"{out}: learning a tokenizer of {size:,} pieces", flush=True)
     (out / "meta.json").unlink(missing_ok=True)  # it would not fit the bins that are there
     how = dict(sample_bytes=TOKENIZER_SAMPLE, option="--train_tokenizer")
-    return vocab.train_tokenizer(_sample(sources), size, out, **how), learnt
+    return train.train_tokenizer(_sample(sources), size, out, **how), learnt
 
 
 def _holds(out: Path, tokenizer: str) -> bool:

@@ -19,9 +19,9 @@ import numpy as np
 from tqdm import tqdm
 
 from data.bin_writer import SPLITS, Bins, Origin
-from minillm import UserError
-from minillm.readers import TXT_SPLITS, Record, records, text_of
-from minillm.tokenizer import Tokenizer
+from minillm.base.errors import UserError
+from minillm.datasets.text_files import TXT_SPLITS, Record, records, text_of
+from minillm.tokenizer.tokenizer import Tokenizer
 
 BATCH = 1 << 20  # raw bytes of documents that one worker gets at a time (one document may be more)
 POOL_FROM = 64 << 20  # bytes of input; below, starting processes takes longer than the work

@@ -30,8 +30,9 @@ if __name__ == "__main__":
 from data import bundled
 from data.world.questions import tasks
 from data.world.texts import documents
-from minillm import Parser, plot
-from minillm.run import run_script
+from minillm.base.options import Parser
+from minillm.base.process import run_script
+from minillm.training import plot
 
 HAN, LATIN = re.compile("[\u4e00-\u9fff]"), re.compile("[A-Za-z]")
 

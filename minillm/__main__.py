@@ -5,21 +5,14 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from minillm import (
-    Parser,
-    UserError,
-    bench,
-    bench_tune,
-    config,
-    info_command,
-    model_commands,
-    plot,
-    port_commands,
-    resize,
-    run,
-    tuning,
-    vocab_commands,
-)
+from minillm.base.errors import UserError
+from minillm.base.options import Parser
+from minillm.base.process import run_script
+from minillm.checkpoint import resize
+from minillm.commands import bench, bench_tune, convert, info, model_commands, vocab
+from minillm.model.config import PRESETS
+from minillm.training import plot
+from minillm.tuning import folders
 
 COUNTS = ("limit", "max_tokens", "max_new_tokens", "seq_len", "rows", "micro_batch_size", "vocab_size", "lora_rank")
 COUNTS += ("max_memory", "pad_to_multiple", "new_tokens", "turns")  # options of any command that mean nothing below 1
@@ -41,16 +34,16 @@ def build_parser() -> argparse.ArgumentParser:
     sub = command(run_plot, "plot")
     sub.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run, or its metrics.jsonl")
     sub.add_argument("--out", help="PNG to write; default: curve.png in the run's folder, curves.png here for several")
-    info_command.add_parser(command)
+    info.add_parser(command)
     text = "train, merge, prune or inspect a vocabulary"
     sub = commands.add_parser("vocab", help=text, description=text, allow_abbrev=False)
-    vocab_commands.add_parsers(_maker(sub.add_subparsers(required=True, metavar="train|merge|prune|inspect")))
+    vocab.add_parsers(_maker(sub.add_subparsers(required=True, metavar="train|merge|prune|inspect")))
     _add_surgery(command)
-    port_commands.add_parsers(command)
+    convert.add_parsers(command)
     sub = command(run_bench, "bench")
     what = ("generate", "train", "tune", "data")
     sub.add_argument("what", choices=what, metavar="|".join(what), help="what to measure")
-    sub.add_argument("--preset", default="tiny", choices=tuple(config.PRESETS), help="the model's shape (default tiny)")
+    sub.add_argument("--preset", default="tiny", choices=tuple(PRESETS), help="the model's shape (default tiny)")
     sub.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     sub.add_argument("--rows", type=int, default=8, help="train, tune: sequences of a step (default 8)")
     sub.add_argument("--seq_len", type=int, default=256, help="train, tune: tokens of a sequence (default 256)")
@@ -105,7 +98,7 @@ def run_resize(args) -> None:
 
 def run_merge(args) -> None:
     """Fold an adapter into its base: a plain model folder, for whatever knows no adapters."""
-    print(tuning.merge_folder(args.model, args.adapter, args.out))
+    print(folders.merge_folder(args.model, args.adapter, args.out))
 
 
 def run_bench(args) -> None:
@@ -121,4 +114,4 @@ def run_bench(args) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run.run_script(main))
+    sys.exit(run_script(main))

@@ -13,7 +13,10 @@ from data import bundled, prepare
 from kernels import tune
 from kernels.bench import suite
 from kernels.shared.launch import SHARED_MEMORY
-from minillm import __main__, config, generate, info_command, model_commands, port_commands, vocab_commands
+from minillm import __main__
+from minillm.base import options as config
+from minillm.commands import convert, info, model_commands, vocab
+from minillm.generation.sampling import Sampling
 from train_pretrain import Config as Pretrain
 from train_sft import Config as Sft
 
@@ -81,9 +84,9 @@ def test_commands_and_options_are_known(path, monkeypatch):
     for command in Page(path).commands:
         monkeypatch.setattr("sys.argv", command)
         parse[command[0]]()
-    modules = (prepare, bundled, model_commands, info_command, port_commands, vocab_commands, suite, tune, __main__)
+    modules = (prepare, bundled, model_commands, info, convert, vocab, suite, tune, __main__)
     files = [*(module.__file__ for module in modules), ROOT / "docs" / "chinese.py"]
     sources = "".join(Path(file).read_text(encoding="utf-8") for file in files)
-    known = {field for shape in (Pretrain, Sft, generate.Sampling) for field in shape.__dataclass_fields__}
+    known = {field for shape in (Pretrain, Sft, Sampling) for field in shape.__dataclass_fields__}
     known |= {*re.findall(r'"--(\w+)"', sources), *TORCHRUN, "config", "help", "name"}
     assert set(re.findall(r"(?<![\w-])--(\w+)", Page(path).text)) <= known

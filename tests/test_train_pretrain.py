@@ -11,10 +11,13 @@ import numpy as np
 import pytest
 import torch
 
-from minillm import UserError, training
-from minillm.config import ModelConfig
-from minillm.data import TokenBins, TokenWindows
-from minillm.model import Transformer
+from minillm.base.errors import UserError
+from minillm.datasets.token_bins import TokenBins
+from minillm.datasets.windows import TokenWindows
+from minillm.model.config import ModelConfig
+from minillm.model.transformer import Transformer
+from minillm.training import starting_model
+from minillm.training.step import seed_step
 from tests import launch
 from train_pretrain import Config
 
@@ -76,7 +79,7 @@ def test_dropout_is_not_the_same_every_step(folder):
     windows = TokenWindows([(TokenBins(folder / "data", "train"), 1.0)], 32, seed=0)
 
     def loss(step: int, masks_of: int) -> float:
-        training.seed_step(0, masks_of, rank=0)
+        seed_step(0, masks_of, rank=0)
         batches = [windows.batch(np.arange(row, row + 2)) for row in range(8 * (step - 1), 8 * step, 2)]
         with torch.no_grad():
             return sum(float(model(batch.x, batch.y)) for batch in batches) / (8 * 32)
@@ -199,7 +202,7 @@ def test_a_continued_run_needs_the_model_it_began_from_no_more(folder, straight)
     train(folder, "grown", f"{more} --steps 4 --resume {folder}/grown/step-00000003")
     for out, tune in (("grown", "lora"), ("new", "full")):
         with pytest.raises(UserError, match=f"{base}: no such folder"):
-            training.find_init(Config(out=str(folder / out), init_from=str(base), tune=tune))
+            starting_model.find_init(Config(out=str(folder / out), init_from=str(base), tune=tune))
 
 
 def test_a_model_whose_tokenizer_is_not_read_goes_on_with_ids_alone(folder, straight):

@@ -10,10 +10,10 @@ from types import SimpleNamespace
 import pytest
 
 import train_sft
-from minillm import UserError
-from minillm.chat_data import InstructionRows
-from minillm.chat_templates import JINJA
-from minillm.tokenizer import Tokenizer
+from minillm.base.errors import UserError
+from minillm.datasets.instructions import InstructionRows
+from minillm.tokenizer.chat_template import JINJA
+from minillm.tokenizer.tokenizer import Tokenizer
 from tests import launch
 
 OPTIONS = "--seq_len 64 --batch_size 8 --micro_batch_size 2 --warmup_steps 2 --device cpu --dtype float32"

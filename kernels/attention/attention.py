@@ -13,7 +13,8 @@ from kernels.attention import backward, forward
 from kernels.shared import launch
 
 try:
-    from kernels.attention import sm90, sm90_backward
+    from kernels.attention import sm90 as attention_sm90
+    from kernels.attention import sm90_backward
 except (ImportError, AttributeError):  # Gluon is experimental: another Triton may have changed it, or lack it
     sm90 = None
 
@@ -30,8 +31,8 @@ def _forward(
     softcap: float | None,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    if sm90 and sm90.chosen(q, k, v, spans, causal, window, softcap):
-        return sm90.forward(q, k, v, spans, causal=causal, scale=scale)
+    if attention_sm90 and attention_sm90.chosen(q, k, v, spans, causal, window, softcap):
+        return attention_sm90.forward(q, k, v, spans, causal=causal, scale=scale)
     return forward.forward(q, k, v, spans, causal=causal, window=window, softcap=softcap, scale=scale)
 
 
@@ -59,7 +60,7 @@ def _backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     repeatable = torch.are_deterministic_algorithms_enabled()
-    if sm90 and not repeatable and sm90.chosen(q, k, v, spans, causal, window, softcap):
+    if attention_sm90 and not repeatable and attention_sm90.chosen(q, k, v, spans, causal, window, softcap):
         options = dict(causal=causal, scale=scale, dlse=dlse)
         return sm90_backward.backward(dout, q, k, v, out, lse, spans, **options)
     options = dict(causal=causal, window=window, softcap=softcap, scale=scale, dlse=dlse)

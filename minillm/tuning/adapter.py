@@ -1,28 +1,312 @@
-"""Bottleneck adapters: a small network after each attention and each feed-forward network.
+"""Putting an adapter into a model and taking it out.
 
-Houlsby et al. 2019, arXiv:1902.00751. It is not linear, so it cannot be merged into the base's weights.
+An `Adapter` is a set of modules, each with its place in the model ("layers.0.self_attn.q_proj"). While it is active
+they replace the base's own modules there; with none active the model is the base again, bit for bit. So a model can
+have any number of adapters over one base, and shows the parameters of the active one only.
 """
 
+import contextlib
+import copy
+import dataclasses
+import difflib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minillm.tuning.lora import kaiming
+from minillm.base.errors import UserError
+from minillm.model.quant import QuantLinear
+from minillm.model.transformer import Transformer
+from minillm.tuning.bottleneck import Bottleneck
+from minillm.tuning.ia3 import Ia3Linear
+from minillm.tuning.lora import LoraEmbedding, LoraLinear
+from minillm.tuning.options import VIRTUAL, TuningConfig
+from minillm.tuning.virtual_tokens import attach_virtual
+
+LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+IA3_TARGETS = ("k_proj", "v_proj", "down_proj")  # the paper's; for the last one the input is scaled
+NORMS = ("input_layernorm", "post_attention_layernorm", "q_norm", "k_norm", "norm")
 
 
-class Bottleneck(nn.Module):
-    """y → y + up(gelu(down(y))) on a sublayer's output y; up starts at zero, so training starts from the base."""
+@dataclass
+class Adapter:
+    """Modules by their place in the model, the base's modules there, and which model they were made for."""
 
-    def __init__(self, base: nn.Module, dim: int, size: int, generator: torch.Generator):
-        """base: a sublayer whose output has `dim` channels; size: width of the bottleneck; generator: on the CPU."""
-        super().__init__()
-        self.base_layer = base
-        self.adapter_down, self.adapter_up = nn.Linear(dim, size), nn.Linear(size, dim)
-        with torch.no_grad():
-            self.adapter_down.weight.copy_(kaiming((size, dim), generator))
-            for zero in (self.adapter_down.bias, self.adapter_up.weight, self.adapter_up.bias):
-                zero.zero_()
+    options: TuningConfig
+    parts: dict[str, nn.Module]
+    base: dict[str, nn.Module] = field(default_factory=dict)
+    tied: bool = False  # whether the base's head shares the embedding's weight
+    merged: bool = False
+    base_folder: Path | None = None
+    base_sha256: str | None = None
 
-    def forward(self, *inputs) -> Tensor:
-        y = self.base_layer(*inputs)  # (B, T, C)
-        return y + self.adapter_up(F.gelu(self.adapter_down(y)))
+    @property
+    def worth_merging(self) -> bool:
+        """Whether it can be merged and should be: merging a quantized base would give up the memory it saves."""
+        return self.options.mergeable and not self.options.base_bits
+
+    def parameters(self) -> dict[str, Tensor]:
+        """What is trained, by its name in the model; a parameter that two parts share comes under both names."""
+        return {
+            f"{path}.{name}": parameter
+            for path, part in self.parts.items()
+            for name, parameter in part.named_parameters(remove_duplicate=False)
+            if not name.startswith("base_layer.")
+        }
+
+
+def attach(
+    model: Transformer, options: TuningConfig, seed: int = 0, name: str = "default", keep_base: bool = True
+) -> Adapter:
+    """Freeze the model, add what `options.tune` trains, and make it active. Raises `UserError` for unknown modules.
+
+    Initial values depend on the seed alone. keep_base False: modules that are trained in full are the base's own, not
+    copies, which saves memory but means that the base cannot be restored.
+    """
+    adapters = vars(model).setdefault("adapters", {})
+    if name in adapters:
+        raise UserError(f"adapter {name!r} is there already; give the new one another name")
+    set_adapter(model, None)
+    model.requires_grad_(False)
+    parts = _build(model, options, seed, keep_base)
+    adapters[name] = Adapter(options, parts, {path: _at(model, path) for path in parts}, model.config.tie_embeddings)
+    set_adapter(model, name)
+    return adapters[name]
+
+
+def active_adapter(model: nn.Module) -> Adapter | None:
+    """The adapter that a model computes with now; None: the base alone, also if it never had an adapter."""
+    return vars(model).get("active")
+
+
+def set_adapter(model: Transformer, name: str | None) -> None:
+    """Compute with the adapter of this name from now on; None: with the base alone."""
+    adapters, now = vars(model).get("adapters", {}), active_adapter(model)
+    if name is not None and name not in adapters:
+        raise UserError(f"adapter {name!r}: no such adapter; there are {', '.join(adapters) or 'none'}")
+    if now is not None:
+        now.merged = False
+        _place(model, now.base)
+    model.active = None if name is None else adapters[name]
+    if name is not None:
+        _place(model, adapters[name].parts)
+    _mark_tying(model)
+
+
+def remove_adapter(model: Transformer, name: str) -> None:
+    """Forget an adapter; if it was active, the model computes with the base alone."""
+    if model.adapters[name] is active_adapter(model):
+        set_adapter(model, None)
+    del model.adapters[name]
+
+
+def merge(model: Transformer, keep: bool = True) -> None:
+    """Merge the active adapter into plain layers, computed in fp32. `unmerge` restores base and adapter unchanged.
+
+    keep False: free the adapter and the modules it replaces, layer by layer, to save memory. A quantized base is
+    dequantized. If the merge unties embedding and head, the config says so. Raises `UserError` if there is nothing to
+    merge, if it is merged already, or if the method cannot be merged.
+    """
+    adapter = active_adapter(model)
+    if adapter is None:
+        raise UserError("merge: no adapter is active")
+    if adapter.merged:
+        raise UserError("merge: the adapter is merged already; a second time would apply it twice")
+    if not adapter.options.mergeable:
+        raise UserError(f"merge: --tune {adapter.options.tune} adds what no plain weight can hold; keep the adapter")
+    for path in [*adapter.parts]:
+        part = adapter.parts[path] if keep else adapter.parts.pop(path)
+        _place(model, {path: part.merged() if hasattr(part, "merged") else part})
+        if not keep:
+            del adapter.base[path]
+    for path in [path for path, module in model.named_modules() if isinstance(module, QuantLinear)]:
+        layer = model.get_submodule(path)
+        _place(model, {path: layer.dequantize()})
+        if keep:
+            adapter.base[path] = layer
+    adapter.merged = True
+    _mark_tying(model)
+    if not keep:
+        remove_adapter(model, _name_of(model, adapter))
+
+
+def unmerge(model: Transformer) -> None:
+    """Undo `merge`, bit for bit: the base's own modules were kept."""
+    adapter = active_adapter(model)
+    if adapter is None or not adapter.merged:
+        raise UserError("unmerge: no adapter is merged")
+    set_adapter(model, _name_of(model, adapter))
+
+
+@contextlib.contextmanager
+def merged(model: Transformer) -> Iterator[None]:
+    """Context in which the active adapter, if any, is merged where that is worth it: plain layers generate faster."""
+    adapter = active_adapter(model)
+    if adapter is None or not adapter.worth_merging:
+        yield
+        return
+    merge(model)
+    try:
+        yield
+    finally:
+        unmerge(model)
+
+
+def _name_of(model: Transformer, adapter: Adapter) -> str:
+    return next(name for name, other in model.adapters.items() if other is adapter)
+
+
+def _at(model: nn.Module, path: str) -> nn.Module | None:
+    return None if path == "virtual" else model.get_submodule(path)
+
+
+def _place(model: nn.Module, modules: dict[str, nn.Module]) -> None:
+    for path, module in modules.items():
+        parent, _, name = path.rpartition(".")
+        setattr(model.get_submodule(parent), name, module)
+        if module is not None:
+            module.to(model.norm.weight.device).train(model.training)
+
+
+def _mark_tying(model: Transformer) -> None:
+    """Update the config's `tie_embeddings`, since a merge may have untied embedding and head."""
+    adapter = active_adapter(model)
+    if adapter is not None and adapter.tied:
+        tied = not adapter.merged or model.lm_head.weight is model.embed_tokens.weight
+        model.config = dataclasses.replace(model.config, tie_embeddings=tied)
+
+
+# ---- which modules
+
+
+def _build(model: Transformer, options: TuningConfig, seed: int, keep_base: bool) -> dict[str, nn.Module]:
+    """The parts of a new adapter, by place."""
+    tune = options.tune
+    if tune in VIRTUAL:
+        encoder = None if options.encoder == "auto" else options.encoder
+        attach_virtual(model, tune, options.n_virtual, encoder=encoder, hidden=options.encoder_dim, seed=seed)
+        return {"virtual": model.virtual}
+    if tune == "freeze":
+        return _trained_in_full(model, _chosen_layers(model, options.train_layers or ""), keep_base, tied=True)
+    if tune == "adapter":
+        paths = [f"layers.{i}.{name}" for i in range(len(model.layers)) for name in ("self_attn", "mlp")]
+    else:
+        paths = targets(model, default_targets(options))
+    generator = torch.Generator().manual_seed(seed)
+    parts = {path: _wrapped(model, path, options, generator) for path in paths}
+    saved = _saved(model, options.modules_to_save, paths)
+    tied = options.ensure_weight_tying
+    tied = {"embed_tokens", "lm_head"} <= set(saved) if tied is None else tied
+    return parts | _trained_in_full(model, saved, keep_base, tied)
+
+
+def _wrapped(model: Transformer, path: str, options: TuningConfig, generator: torch.Generator) -> nn.Module:
+    """The module that replaces the base's module at `path`, and calls it."""
+    base, tune = model.get_submodule(path), options.tune
+    if tune == "adapter":
+        return Bottleneck(base, model.config.dim, options.bottleneck_dim, generator)
+    if tune == "ia3":
+        if path in ("embed_tokens", "lm_head"):
+            raise UserError(f"--target_modules {path}: IA3 scales layers of attention and the feed-forward network")
+        return Ia3Linear(base, on_input=path.endswith("down_proj"))
+    rank, scaling, dora = options.lora_rank, options.lora_scaling, tune == "dora"
+    if path == "embed_tokens":
+        return LoraEmbedding(base, rank, scaling, dora, generator)
+    dropout = 0.0 if path == "lm_head" else options.lora_dropout  # the loss reads only the head's weight
+    return LoraLinear(base, rank, scaling, dropout, dora, generator)
+
+
+def default_targets(options: TuningConfig) -> str:
+    """Names of the modules to adapt, comma-separated: the given ones, or the method's usual ones."""
+    return options.target_modules or ",".join(IA3_TARGETS if options.tune == "ia3" else LINEARS)
+
+
+def targets(model: Transformer, text: str) -> list[str]:
+    """Places of the linear layers (and the embedding) that comma-separated names mean: last parts of their paths."""
+    known = [path for path, m in model.named_modules() if hasattr(m, "in_features") or path == "embed_tokens"]
+    return _matching(known, text, "--target_modules", lambda path, name: f".{path}".endswith(f".{name}"))
+
+
+def _saved(model: Transformer, text: str | None, taken: list[str]) -> list[str]:
+    """Places of the modules to train in full: like PEFT, all whose path ends with one of the names."""
+    known = [path for path, _ in model.named_modules() if path]
+    chosen = _matching(known, text, "--modules_to_save", str.endswith) if text else []
+    for path in chosen:
+        if any(f"{other}.".startswith(f"{path}.") for other in taken):
+            raise UserError(f"--modules_to_save {text}: {path} is a target module, too; leave it out of one of them")
+        if any(isinstance(m, QuantLinear) for m in model.get_submodule(path).modules()):
+            raise UserError(f"--modules_to_save {text}: {path} is quantized, and so cannot be trained in full")
+    return chosen
+
+
+def names(text: str) -> list[str]:
+    """A comma-separated list of module names, split."""
+    return [name.strip() for name in text.split(",")]
+
+
+def _matching(known: list[str], text: str, option: str, matches) -> list[str]:
+    """The known paths that any of the comma-separated names matches, in the model's order."""
+    wanted = [name.removeprefix("model.") for name in names(text)]
+    for name in wanted:
+        if not name or not any(matches(path, name) for path in known):
+            ends = sorted({path.rpartition(".")[2] for path in known} - {str(i) for i in range(len(known))})
+            near = difflib.get_close_matches(name, ends, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"choose from {', '.join(ends)}"
+            raise UserError(f"{option} {name}: the model has no such module; {hint}")
+    return [path for path in known if any(matches(path, name) for name in wanted)]
+
+
+def _chosen_layers(model: Transformer, text: str) -> list[str]:
+    """Places that --train_layers means: last:2, first:1, numbers of layers, embed, head, norms, comma-separated."""
+    n = len(model.layers)
+    chosen: set[str] = set()
+    for item in text.replace(" ", "").split(","):
+        kind, _, count = item.partition(":")
+        if kind in ("first", "last") and count.isdecimal() and 1 <= int(count) <= n:
+            numbers = range(int(count)) if kind == "first" else range(n - int(count), n)
+            chosen |= {f"layers.{i}" for i in numbers}
+        elif item.isdecimal() and int(item) < n:
+            chosen.add(f"layers.{int(item)}")
+        elif item == "embed":
+            chosen |= {path for path in ("embed_tokens", "embed_positions") if hasattr(model, path)}
+        elif item == "head":
+            chosen.add("lm_head")
+        elif item == "norms":
+            chosen |= {path for path, _ in model.named_modules() if path.rpartition(".")[2] in NORMS}
+        else:
+            raise UserError(
+                f"--train_layers {text}: {item!r} is none of first:N, last:N (N from 1 to {n}), 0 to {n - 1}, "
+                "embed, head, norms"
+            )
+    inside = tuple(f"{path}." for path in chosen)
+    return [path for path, _ in model.named_modules() if path in chosen and not path.startswith(inside)]
+
+
+def _trained_in_full(model: Transformer, paths: list[str], keep_base: bool, tied: bool) -> dict[str, nn.Module]:
+    """The modules at these places, or copies of them, to be trained; tied: a head tied to the embedding stays so."""
+    shared = model.config.tie_embeddings and not {"embed_tokens", "lm_head"}.isdisjoint(paths)
+    if shared and tied:
+        paths = [*(path for path in paths if path not in ("embed_tokens", "lm_head")), "embed_tokens", "lm_head"]
+    parts = {path: model.get_submodule(path) for path in paths}
+    if keep_base or (shared and not tied):
+        parts = {path: copy.deepcopy(module) for path, module in parts.items()}
+    if shared and tied:
+        parts["lm_head"].weight = parts["embed_tokens"].weight
+    for module in parts.values():
+        module.requires_grad_(True)
+    return parts
+
+
+def _check_rank(cfg: TuningConfig, model: Transformer) -> None:
+    """Raise `UserError` if the rank is above the smaller side of every targeted matrix."""
+    sides = {}
+    for path in targets(model, default_targets(cfg)):
+        layer = model.get_submodule(path)
+        is_linear = hasattr(layer, "in_features")
+        sides[path] = min(layer.in_features, layer.out_features) if is_linear else min(layer.weight.shape)
+    largest = max(sides, key=sides.get)
+    if cfg.lora_rank > sides[largest]:
+        limit = f"at most {sides[largest]}, the smaller side of {largest}"
+        raise UserError(f"--lora_rank {cfg.lora_rank}: {limit}; a larger one adds nothing but memory, so lower it")

@@ -1,5 +1,6 @@
 """An adapter's folder and its base's: which belong together, loading both as one model, and merging them."""
 
+import dataclasses
 import hashlib
 import json
 import math
@@ -9,10 +10,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from minillm import UserError, checkpoint, files, huggingface, run
-from minillm.model import Transformer
-from minillm.tokenizer import Tokenizer
-from minillm.tuning.attach import active_adapter, merge
+from minillm.base import files
+from minillm.base.errors import UserError
+from minillm.checkpoint import huggingface, run_folder, tensor_files
+from minillm.model.transformer import Transformer
+from minillm.tokenizer.tokenizer import Tokenizer
+from minillm.tuning.adapter import active_adapter, merge
+from minillm.tuning.options import TuningConfig
 from minillm.tuning.peft_format import CONFIG, WEIGHTS, load_adapter, read_config
 
 MERGED = "merged_adapter.json"  # in a merged model's folder: which adapter is in it
@@ -27,14 +31,14 @@ def base_sha256(folder: str | Path) -> str:
     """
     config = huggingface.load_config(folder)
     described = hashlib.sha256(json.dumps(huggingface.to_hf(config), sort_keys=True).encode())
-    for name, place in sorted(checkpoint.find_weights(folder).items()):
+    for name, place in sorted(tensor_files.find_weights(folder).items()):
         second_copy = name == "lm_head.weight" and config.tie_embeddings
         if not second_copy and not name.endswith("rotary_emb.inv_freq"):
             described.update(name.encode() + _sample(place))
     return described.hexdigest()
 
 
-def _sample(place: checkpoint.Place) -> bytes:
+def _sample(place: tensor_files.Place) -> bytes:
     """Evenly spaced numbers of a tensor, as bf16; only the file's pages that hold them are read."""
     size, count = place.dtype.itemsize, math.prod(place.shape)
     numbers = np.memmap(place.file, f"i{size}", "r", place.offset, (max(1, count),))[:: max(1, count // SAMPLES)]
@@ -49,11 +53,11 @@ def is_adapter(folder: str | Path) -> bool:
 def find_base(folder: Path, given: str | None, recorded: dict, written: dict) -> Path:
     """The base's folder: the given one, or the recorded one, relative to the adapter's folder or as it was then."""
     if given is not None:
-        return run.resolve_checkpoint(given)
+        return run_folder.resolve_checkpoint(given)
     named = written.get("base_model_name_or_path") or ""
     for place in (folder / str(recorded["folder"] or "?"), Path(named or "?")):
         if (place / "config.json").exists():
-            return run.resolve_checkpoint(os.path.normpath(place))
+            return run_folder.resolve_checkpoint(os.path.normpath(place))
     raise UserError(f"{folder}: its base {named or '(not named)'} is not there; give its folder by --base")
 
 
@@ -94,7 +98,7 @@ def merge_folder(model: str | Path, adapter: str | Path, out: str | Path) -> str
 
     Raises `UserError` if the adapter is for another base or is merged in already, or if `out` exists.
     """
-    base, adapter = run.resolve_checkpoint(model), run.resolve_checkpoint(adapter)
+    base, adapter = run_folder.resolve_checkpoint(model), run_folder.resolve_checkpoint(adapter)
     files.refuse_existing(out)
     if not is_adapter(adapter):
         raise UserError(f"--adapter {adapter}: no {CONFIG} there, so it is no adapter")
@@ -114,3 +118,11 @@ def merge_folder(model: str | Path, adapter: str | Path, out: str | Path) -> str
 
     files.write_folder(out, fill)
     return f"{out}: {adapter} merged into {base}, {changed} modules changed"
+
+
+def fingerprints(cfg: TuningConfig, base: Path | None) -> dict[str, str]:
+    """What must not change during a run that trains an adapter: its base and its options; {} for a full run."""
+    if cfg.tune == "full":
+        return {}
+    options = {f.name: getattr(cfg, f.name) for f in dataclasses.fields(TuningConfig)}
+    return {"base model": base_sha256(base), "tuning": json.dumps(options)}

@@ -6,7 +6,7 @@ One number per channel, initially 1 (Liu et al. 2022, arXiv:2205.05638). Paramet
 import torch
 from torch import Tensor, nn
 
-from minillm.quant import plain_linear
+from minillm.model.quant import plain_linear
 from minillm.tuning.lora import dense_weight
 
 

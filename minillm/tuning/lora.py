@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minillm import ops
-from minillm.quant import QuantLinear, plain_linear
+from minillm.model import ops
+from minillm.model.quant import QuantLinear, plain_linear
 
 
 def dense_weight(layer: nn.Module) -> Tensor:

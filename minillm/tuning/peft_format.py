@@ -20,11 +20,12 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from minillm import UserError, checkpoint, huggingface, run
-from minillm.model import Transformer
-from minillm.tuning.attach import Adapter, attach, default_targets, names, remove_adapter, targets
+from minillm.base.errors import UserError
+from minillm.checkpoint import huggingface, run_folder, tensor_files
+from minillm.model.transformer import Transformer
+from minillm.tuning.adapter import Adapter, attach, default_targets, names, remove_adapter, targets
 from minillm.tuning.options import VIRTUAL, TuningConfig
-from minillm.tuning.virtual import PEFT_TYPES
+from minillm.tuning.virtual_tokens import PEFT_TYPES
 
 CONFIG, WEIGHTS, BASE = "adapter_config.json", "adapter_model.safetensors", "minillm_base.json"
 ENCODER = "resume/virtual.safetensors"
@@ -171,7 +172,7 @@ def load_adapter(model: Transformer, folder: str | Path, name: str = "default", 
     sha256: fingerprint of the model's base (`base_sha256`), compared with the recorded one if both are known. Raises
     `UserError` listing all that does not fit; the model then computes as before.
     """
-    folder = run.resolve_checkpoint(folder)
+    folder = run_folder.resolve_checkpoint(folder)
     written, recorded = read_config(folder)
     if sha256 and recorded["sha256"] not in (None, sha256):
         raise UserError(
@@ -204,18 +205,18 @@ def read_tensors(adapter: Adapter, folder: str | Path) -> None:
     Raises `UserError` listing all that is missing or has another shape.
     """
     path = Path(folder) / WEIGHTS
-    got = checkpoint.load_tensors(path)
+    got = tensor_files.load_tensors(path)
     if adapter.options.tune in VIRTUAL:
         virtual, kept = adapter.parts["virtual"], Path(folder) / ENCODER
         if virtual.encoder == "none" or not kept.exists():
             return virtual.load_peft(got)
-        return virtual.load_state_dict(checkpoint.load_tensors(kept))
+        return virtual.load_state_dict(tensor_files.load_tensors(kept))
     _check_copies_of_base(adapter, got, path)
     got = {name: tensor for name, tensor in got.items() if ".base_layer." not in name}
     wanted = {PREFIX + huggingface.export_name(name): p for name, p in adapter.parameters().items()}
-    checkpoint.match_tensors({n: p.shape for n, p in wanted.items()}, {n: t.shape for n, t in got.items()}, path)
+    tensor_files.match_tensors({n: p.shape for n, p in wanted.items()}, {n: t.shape for n, t in got.items()}, path)
     for name, parameter in wanted.items():
-        checkpoint.check_finite(name, got[name], path)
+        tensor_files.check_finite(name, got[name], path)
         parameter.copy_(got[name])
 
 

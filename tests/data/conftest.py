@@ -2,8 +2,8 @@ from pathlib import Path
 
 import pytest
 
-from minillm.tokenizer import Tokenizer
-from minillm.vocab import train_tokenizer
+from minillm.tokenizer.tokenizer import Tokenizer
+from minillm.tokenizer.train import train_tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -8,10 +8,10 @@ import pytest
 
 from data import bin_writer, tokenize_files
 from data.prepare import prepare
-from minillm import UserError
-from minillm import files as files_module
-from minillm.tokenizer import Tokenizer
-from minillm.vocab import train_tokenizer
+from minillm.base import files as files_module
+from minillm.base.errors import UserError
+from minillm.tokenizer.tokenizer import Tokenizer
+from minillm.tokenizer.train import train_tokenizer
 
 OPTIONS = {"val_fraction": 0.2, "workers": 1, "shard_tokens": 700}
 

@@ -7,8 +7,8 @@ import pytest
 
 from data import bundled
 from data.world.texts import documents
-from minillm import UserError
-from minillm.tokenizer import Tokenizer
+from minillm.base.errors import UserError
+from minillm.tokenizer.tokenizer import Tokenizer
 
 
 @pytest.fixture

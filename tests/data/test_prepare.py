@@ -12,8 +12,9 @@ import pytest
 
 from data import tokenize_files
 from data.prepare import main, prepare
-from minillm import UserError, files
-from minillm.tokenizer import Tokenizer
+from minillm.base import files
+from minillm.base.errors import UserError
+from minillm.tokenizer.tokenizer import Tokenizer
 
 TEXTS = ["One apple.\nTwo  apples.", "你好，世界。", "\ttab and NUL \0 here", "emoji 😀 and ▁", "  last one  "]
 ROOT = Path(__file__).parents[2]
@@ -209,7 +210,7 @@ def test_documents_begin_with_bos_if_asked(tok, tok_path, tmp_path, capsys):
 
 
 def test_a_byte_level_tokenizer_in_place_of_another_kind(tok_path, tmp_path, monkeypatch):
-    from tests.minillm.test_byte_bpe import train
+    from tests.minillm.tokenizer.test_byte_bpe import train
 
     (tmp_path / "level").mkdir()
     theirs = train("gpt-2")

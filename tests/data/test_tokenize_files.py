@@ -13,7 +13,7 @@ import pytest
 
 from data import tokenize_files
 from data.prepare import prepare
-from minillm import UserError
+from minillm.base.errors import UserError
 from tests.data.test_prepare import bins, documents, many, write_lines
 
 ROOT = Path(__file__).parents[2]

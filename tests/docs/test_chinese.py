@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from minillm.tokenizer import Tokenizer
+from minillm.tokenizer.tokenizer import Tokenizer
 from tests import launch
 
 

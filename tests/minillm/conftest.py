@@ -10,10 +10,14 @@ import numpy as np
 import pytest
 import torch
 
-from minillm import __main__, config, files, huggingface, run
-from minillm.model import Transformer
-from minillm.tokenizer import Tokenizer
-from minillm.vocab import train_tokenizer
+from minillm import __main__
+from minillm.base import files
+from minillm.base.process import run_script
+from minillm.checkpoint import huggingface
+from minillm.model.config import ModelConfig
+from minillm.model.transformer import Transformer
+from minillm.tokenizer.tokenizer import Tokenizer
+from minillm.tokenizer.train import train_tokenizer
 
 TEXTS = [f"Who has the {thing}? Tom has the {thing}. 谁有{thing}？" for thing in ("ball", "cat", "apple")]
 
@@ -31,7 +35,7 @@ def home(tmp_path_factory) -> Home:
     home = tmp_path_factory.mktemp("home")
     step = home / "out" / "sft" / "step-00000003"
     tokenizer = train_tokenizer(TEXTS * 30, 400, home / "tokenizer")
-    shape = config.ModelConfig(vocab_size=400, dim=32, n_layers=2, n_heads=4, n_kv_heads=2, max_seq_len=64)
+    shape = ModelConfig(vocab_size=400, dim=32, n_layers=2, n_heads=4, n_kv_heads=2, max_seq_len=64)
     model = Transformer(shape)
     generator = torch.Generator().manual_seed(4)
     with torch.no_grad():
@@ -68,7 +72,7 @@ def call(home, monkeypatch, capsys):
         monkeypatch.chdir(home.path)
         monkeypatch.setattr(sys, "argv", ["minillm", *arguments])
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data), "utf-8"))
-        status = run.run_script(__main__.main)
+        status = run_script(__main__.main)
         captured = capsys.readouterr()
         return status, captured.out, captured.err
 

@@ -2,11 +2,12 @@ import pytest
 import torch
 from torch import nn
 
-from minillm import ops
-from minillm.tuning import TuningConfig, attach
+from minillm.model import ops
+from minillm.tuning.adapter import attach
 from minillm.tuning.lora import LoraEmbedding, LoraLinear, kaiming, row_norms
+from minillm.tuning.options import TuningConfig
 from tests.kernels.check import DEVICE, error
-from tests.minillm.test_model import build, tokens_of
+from tests.minillm.model.test_transformer import build, tokens_of
 
 
 def drawn(*shape: int) -> torch.Tensor:

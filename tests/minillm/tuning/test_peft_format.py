@@ -6,9 +6,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from minillm import UserError, tuning
-from minillm.huggingface import export_name
-from minillm.tuning import TuningConfig
+from minillm.base.errors import UserError
+from minillm.checkpoint.huggingface import export_name
+from minillm.tuning import folders, peft_format
+from minillm.tuning.adapter import active_adapter, attach, set_adapter
+from minillm.tuning.options import TuningConfig
 from tests.minillm.tuning import tiny
 
 CASES = {  # ours, and what peft calls the same
@@ -52,10 +54,10 @@ def peft_config(case: str):
 def test_peft_loads_ours_and_computes_the_same_gradients_too(case, tie, bias, tmp_path):
     model = tiny.base(tie, bias)
     base = tiny.write(model, tmp_path / "base")
-    adapter = tuning.attach(model, CASES[case][0])
+    adapter = attach(model, CASES[case][0])
     tiny.shake(adapter.parameters())
     (tmp_path / "adapter").mkdir()
-    tuning.save_adapter(adapter, tmp_path / "adapter")
+    peft_format.save_adapter(adapter, tmp_path / "adapter")
     other = tiny.load_peft(base, tmp_path / "adapter", train=True)
     logits = other(tiny.IDS).logits
     torch.testing.assert_close(model(tiny.IDS), logits, atol=1e-5, rtol=0)
@@ -81,10 +83,10 @@ def test_we_load_peft_s_own(case, tie, bias, tmp_path):
     model = tiny.base(tie, bias)
     other = tiny.with_peft(tiny.write(model, tmp_path / "base"), peft_config(case))
     folder = tiny.save_peft(other, tmp_path / "adapter")
-    adapter = tuning.load_adapter(model, folder)
+    adapter = peft_format.load_adapter(model, folder)
     torch.testing.assert_close(model(tiny.IDS), other(tiny.IDS).logits, atol=1e-5, rtol=0)
     (tmp_path / "again").mkdir()
-    tuning.save_adapter(adapter, tmp_path / "again")  # and hand it on as it came
+    peft_format.save_adapter(adapter, tmp_path / "again")  # and hand it on as it came
     torch.testing.assert_close(
         tiny.load_peft(tmp_path / "base", tmp_path / "again")(tiny.IDS).logits,
         other(tiny.IDS).logits,
@@ -97,7 +99,7 @@ def test_an_embedding_and_head_that_peft_adapts_as_one(tmp_path):
     model = tiny.base(tie=True)
     config = peft.LoraConfig(r=4, target_modules=["q_proj", "embed_tokens"], ensure_weight_tying=True)
     other = tiny.with_peft(tiny.write(model, tmp_path / "base"), config)
-    tuning.load_adapter(model, tiny.save_peft(other, tmp_path / "adapter"))
+    peft_format.load_adapter(model, tiny.save_peft(other, tmp_path / "adapter"))
     torch.testing.assert_close(model(tiny.IDS), other(tiny.IDS).logits, atol=1e-5, rtol=0)
 
 
@@ -108,12 +110,12 @@ OWN = [TuningConfig("adapter", bottleneck_dim=4), TuningConfig("freeze", train_l
 def test_methods_that_peft_does_not_have_are_refused_there_and_read_here(options, tmp_path):
     model = tiny.base(tie=True)
     base = tiny.write(model, tmp_path / "base")
-    adapter = tuning.attach(model, options)
+    adapter = attach(model, options)
     tiny.shake(adapter.parameters())
     (tmp_path / "adapter").mkdir()
-    tuning.save_adapter(adapter, tmp_path / "adapter")
+    peft_format.save_adapter(adapter, tmp_path / "adapter")
     again = tiny.base(tie=True)
-    tuning.load_adapter(again, tmp_path / "adapter")
+    peft_format.load_adapter(again, tmp_path / "adapter")
     assert torch.equal(again(tiny.IDS), model(tiny.IDS))
     with pytest.raises(Exception, match="MINILLM"):
         tiny.load_peft(base, tmp_path / "adapter")
@@ -123,18 +125,18 @@ def test_methods_that_peft_does_not_have_are_refused_there_and_read_here(options
 def test_virtual_tokens_go_there_and_come_back(tune, tmp_path):
     model = tiny.base(tie=True)
     base = tiny.write(model, tmp_path / "base")
-    adapter = tuning.attach(model, TuningConfig(tune, n_virtual=4))
-    adapter.base_folder, adapter.base_sha256 = base, tuning.base_sha256(base)
+    adapter = attach(model, TuningConfig(tune, n_virtual=4))
+    adapter.base_folder, adapter.base_sha256 = base, folders.base_sha256(base)
     (tmp_path / "adapter").mkdir()
-    tuning.save_adapter(adapter, tmp_path / "adapter")
+    peft_format.save_adapter(adapter, tmp_path / "adapter")
     placed = torch.nn.functional.pad(tiny.IDS, (4, 0))
     logits = model(placed)[:, 4:]
     other = tiny.load_peft(base, tmp_path / "adapter")
     torch.testing.assert_close(other(tiny.IDS).logits[:, -20:], logits, atol=1e-5, rtol=0)
-    torch.testing.assert_close(tuning.load_adapted(tmp_path / "adapter")[0](placed)[:, 4:], logits, atol=1e-5, rtol=0)
+    torch.testing.assert_close(folders.load_adapted(tmp_path / "adapter")[0](placed)[:, 4:], logits, atol=1e-5, rtol=0)
     before = tiny.base(tie=True)(tiny.IDS)
     assert (logits - before).abs().max() > 0.1
-    tuning.set_adapter(model, None)
+    set_adapter(model, None)
     assert torch.equal(model(tiny.IDS), before)
 
 
@@ -147,11 +149,11 @@ def adapter(tmp_path_factory):
     here = tmp_path_factory.mktemp("adapter")
     model = tiny.base()
     base = tiny.write(model, here / "base")
-    made = tuning.attach(model, TuningConfig("lora", lora_rank=2))
-    made.base_folder, made.base_sha256 = base, tuning.base_sha256(base)
+    made = attach(model, TuningConfig("lora", lora_rank=2))
+    made.base_folder, made.base_sha256 = base, folders.base_sha256(base)
     tiny.shake(made.parameters())
     (here / "lora").mkdir()
-    tuning.save_adapter(made, here / "lora")
+    peft_format.save_adapter(made, here / "lora")
     return here
 
 
@@ -199,7 +201,7 @@ def test_an_adapter_that_does_not_fit_is_refused_and_the_model_left_as_it_was(ad
     model = tiny.base()
     before = model(tiny.IDS)
     with pytest.raises(UserError) as problem:
-        tuning.load_adapter(model, changed(adapter, tmp_path, **how))
+        peft_format.load_adapter(model, changed(adapter, tmp_path, **how))
     assert all(word in str(problem.value) for word in words), problem.value
-    assert torch.equal(model(tiny.IDS), before) and tuning.active_adapter(model) is None
-    tuning.load_adapter(model, adapter / "lora")
+    assert torch.equal(model(tiny.IDS), before) and active_adapter(model) is None
+    peft_format.load_adapter(model, adapter / "lora")

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import torch
 
-from minillm import huggingface
-from minillm.config import ModelConfig
-from minillm.model import Transformer
+from minillm.checkpoint import huggingface
+from minillm.model.config import ModelConfig
+from minillm.model.transformer import Transformer
 
 IDS = torch.randint(0, 50, (2, 20), generator=torch.Generator().manual_seed(3))
 TARGETS = torch.randint(0, 50, (2, 20), generator=torch.Generator().manual_seed(4))

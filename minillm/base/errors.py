@@ -1,0 +1,25 @@
+"""The errors that a user can cause and fix: one line each, without a traceback."""
+
+import contextlib
+from collections.abc import Iterator
+
+
+class UserError(Exception):
+    """A mistake or fault that a user can cause and fix.
+
+    The message is one line naming the thing, its value, the limit and the remedy;
+    the scripts print it without a traceback and exit with status 2.
+    """
+
+
+class UnsupportedError(UserError):
+    """A valid input of a kind that is not supported here; a caller that can do without it may catch this."""
+
+
+@contextlib.contextmanager
+def naming_damage(source: object) -> Iterator[None]:
+    """Turns whatever wrong contents of a file raise inside into a `UserError` that names the file."""
+    try:
+        yield
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError, ZeroDivisionError) as problem:
+        raise UserError(f"{source}: damaged, or of another kind ({type(problem).__name__}: {problem})") from None

@@ -1,0 +1,219 @@
+"""Files and folders that are whole or absent, whatever ends the process that writes them.
+
+Everything is written to `<name>.tmp-<pid>` first and gets its name by one rename, after its bytes have reached the
+disk. A folder gets a manifest.json with the size and SHA-256 of each file, by which it can be verified.
+"""
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from minillm.base.errors import UserError
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
+
+MANIFEST = "manifest.json"
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # no space left, or a quota or size limit reached
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[Path]:
+    """Gives a scratch path to write to before renaming it to `path`. It is gone again in the end, whatever goes
+    wrong, and an OSError becomes a `UserError`."""
+    scratch = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield scratch
+    except OSError as problem:
+        home = next(place for place in path.absolute().parents if place.exists())
+        if home.is_file():
+            raise UserError(f"{path}: cannot be written: {home} is a file; choose another --out") from None
+        if problem.errno not in FULL:
+            raise UserError(
+                f"{path}: cannot be written: {problem.strerror or problem}; fix that or choose another --out"
+            ) from None
+        files = _files(scratch).values() if scratch.is_dir() else ()
+        written, free = sum(file.stat().st_size for file in files), shutil.disk_usage(home).free
+        kept = "; earlier checkpoints are untouched" if any(home.glob("step-????????")) else ""
+        raise UserError(
+            f"{path}: writing failed after {written:,} bytes: {problem.strerror} ({free:,} bytes free there); "
+            f"free space or choose another --out{kept}"
+        ) from None
+    finally:
+        discard(scratch)
+
+
+def discard(path: Path) -> None:
+    """Delete a file or folder, if it is there and can be deleted."""
+    with contextlib.suppress(OSError):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def sync(path: Path) -> None:
+    """Wait until a file's bytes, or a folder's list of names, are on the disk."""
+    windows = os.name == "nt"
+    if windows and path.is_dir():
+        return  # Windows cannot sync a folder, and need not
+    handle = os.open(path, os.O_RDWR if windows else os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _files(folder: Path) -> dict[str, Path]:
+    """Every file under `folder` by its relative name, sorted; the manifest itself left out."""
+    found = {file.relative_to(folder).as_posix(): file for file in folder.rglob("*") if file.is_file()}
+    found.pop(MANIFEST, None)
+    return dict(sorted(found.items()))
+
+
+def sha256(file: Path) -> str:
+    """Hex digest of a file's bytes."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _describe(file: Path) -> dict:
+    return {"size": file.stat().st_size, "sha256": sha256(file)}
+
+
+def write_json_atomically(path: str | Path, value) -> None:
+    """Write `value` as JSON: a reader sees the old file or the new one, whole. Raises `UserError` naming the path."""
+    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    write_file(path, lambda scratch: scratch.write_text(text, encoding="utf-8"))
+
+
+def write_file(path: str | Path, write: Callable[[Path], None]) -> None:
+    """Make the file `path` appear whole or not at all; write(place): writes it. Raises `UserError` naming the path."""
+    with writing(path := Path(path)) as scratch:
+        write(scratch)
+        sync(scratch)
+        scratch.replace(path)
+        sync(path.parent)
+
+
+def write_folder(path: str | Path, fill: Callable[[Path], None]) -> None:
+    """Make the folder `path` appear whole, with a manifest, or not at all.
+
+    fill(folder): writes the files into the folder it is given. A folder that exists already is replaced, and
+    stays on the disk until the new one is whole. Raises `UserError` with path and bytes when the disk is full,
+    read-only or the like; whatever goes wrong, the old content is left and nothing else.
+    """
+    with writing(path := Path(path)) as scratch:
+        discard(scratch)
+        scratch.mkdir()
+        fill(scratch)
+        files = _files(scratch)
+        (scratch / MANIFEST).touch()
+        for file in files.values():  # safetensors makes files that only their owner may read
+            file.chmod((scratch / MANIFEST).stat().st_mode)
+        with ThreadPoolExecutor() as pool:  # hashing runs outside Python's lock: one core per file
+            list(pool.map(sync, files.values()))
+            manifest = {"format": 1, "files": dict(zip(files, pool.map(_describe, files.values()), strict=True))}
+        (scratch / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+        sync(scratch / MANIFEST)
+        for folder in (*(f for f in scratch.rglob("*") if f.is_dir()), scratch):
+            sync(folder)
+        _put_in_place(scratch, path)
+
+
+def _put_in_place(scratch: Path, path: Path) -> None:
+    # A rename cannot replace a folder that has files, so the old one is first renamed to a name from which
+    # run.clean_stale restores it, should we be killed between the two renames.
+    aside = path.with_name(path.name + ".old")
+    if path.exists() and verify_folder(path):
+        shutil.rmtree(path)  # damaged: worth less than an older one that may still be aside
+    elif path.exists():
+        shutil.rmtree(aside, ignore_errors=True)
+        path.rename(aside)
+    scratch.rename(path)
+    sync(path.parent)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def verify_folder(path: str | Path) -> list[str]:
+    """What is wrong with a folder that `write_folder` wrote; empty when every file is as it was written.
+
+    Files added later are allowed, except weights (*.safetensors and their index), which a loader might read. Raises
+    PermissionError for a file that may not be read, since that is not damage.
+    """
+    path = Path(path)
+    try:
+        files = json.loads((path / MANIFEST).read_text(encoding="utf-8"))["files"]
+        expected = {name: (entry["size"], entry["sha256"]) for name, entry in files.items()}
+    except PermissionError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as problem:
+        return [f"{MANIFEST} cannot be read ({type(problem).__name__}: {problem})"]
+    present = _files(path)
+    problems = [f"{name} is missing" for name in expected if name not in present]
+    problems += [
+        f"{name} was added"
+        for name in present
+        if name not in expected and name.endswith((".safetensors", ".safetensors.index.json"))
+    ]
+
+    def compare(name: str) -> str | None:
+        try:
+            size = present[name].stat().st_size
+            if size != expected[name][0]:
+                return f"{name} has {size:,} bytes instead of {expected[name][0]:,}"
+            return None if sha256(present[name]) == expected[name][1] else f"{name} differs from its checksum"
+        except PermissionError:
+            raise
+        except OSError as problem:  # a bad sector
+            return f"{name} cannot be read ({problem.strerror})"
+
+    with ThreadPoolExecutor() as pool:
+        found = pool.map(compare, (name for name in expected if name in present))
+        return problems + [problem for problem in found if problem]
+
+
+def refuse_existing(out: str | Path) -> None:
+    """Raise `UserError` if there is something already where a command is to write."""
+    if Path(out).exists():
+        raise UserError(f"--out {out}: is there already; choose another or delete it")
+
+
+def memory_bytes() -> float:
+    """The machine's memory with its swap, or this container's share of it; infinite where the system does not say."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        found = sum(1024 * int(line.split()[1]) for line in lines if line.startswith(("MemTotal:", "SwapTotal:")))
+    except OSError:
+        return float("inf")
+    with contextlib.suppress(OSError, ValueError):  # ValueError: "max"
+        found = min(found, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    return found
+
+
+def check_writable(path: str | Path, bytes_needed: int, largest_file: int = 0) -> None:
+    """Refuse, before the first step, a run's folder that cannot hold its checkpoints.
+
+    bytes_needed: for all checkpoints kept at once, beyond those there now; largest_file: bytes.
+    Raises `UserError` if the folder cannot be written, has too little space or allows no file so large.
+    """
+    with writing(Path(path) / "probe") as probe:
+        probe.write_bytes(b"x")
+        free = shutil.disk_usage(path).free
+    if free < bytes_needed:
+        raise UserError(
+            f"{path}: {free:,} bytes free, but the checkpoints will need {bytes_needed:,}; "
+            "free space, lower --keep_last or choose another --out"
+        )
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0] if resource else -1
+    if 0 <= limit < largest_file:
+        raise UserError(
+            f"{path}: a checkpoint has a file of {largest_file:,} bytes, but the limit on a file is {limit:,}; "
+            "raise it (ulimit -f unlimited)"
+        )

@@ -1,0 +1,334 @@
+"""Model folders in Hugging Face's format: our options ↔ their architectures, weights unchanged.
+
+qk_norm → Qwen3, qkv_bias → Qwen2, window → Mistral, none of them → Llama; anything else is written
+under a name of our own, which other loaders refuse rather than compute something wrong.
+"""
+
+import dataclasses
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from minillm.base.errors import UserError, naming_damage
+from minillm.checkpoint import tensor_files
+from minillm.model import quant
+from minillm.model.config import ROPE_SCALINGS, ModelConfig, RopeScaling
+from minillm.model.transformer import Transformer
+
+ARCHITECTURES = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "minillm": "MinillmForCausalLM",
+}
+# our name → theirs, where the value is the same
+SHARED = {
+    "vocab_size": "vocab_size",
+    "dim": "hidden_size",
+    "n_layers": "num_hidden_layers",
+    "n_heads": "num_attention_heads",
+    "n_kv_heads": "num_key_value_heads",
+    "head_dim": "head_dim",
+    "ffn_dim": "intermediate_size",
+    "max_seq_len": "max_position_embeddings",
+    "norm_eps": "rms_norm_eps",
+    "tie_embeddings": "tie_word_embeddings",
+}
+ROTATED = ("self_attn.q_proj.weight", "self_attn.k_proj.weight")  # whose rows depend on how positions are rotated
+SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+OURS_ALONE = ("positions", "qk_norm", "qkv_bias", "window", "softcap")  # written under our own model type only
+
+
+def model_type(config: ModelConfig) -> str:
+    """The Hugging Face model type that computes exactly what this config does."""
+    if config.positions == "rope" and config.softcap is None:
+        options = (config.qk_norm, config.qkv_bias, config.window is not None)
+        known = {
+            (False, False, False): "llama",
+            (True, False, False): "qwen3",
+            (False, True, False): "qwen2",
+            (False, False, True): "mistral",
+        }
+        return known.get(options, "minillm")
+    return "minillm"
+
+
+def to_hf(config: ModelConfig, special_ids: dict[str, int] | None = None, dtype: str = "float32") -> dict:
+    """The contents of config.json. special_ids: bos_token_id and the like, copied as they are."""
+    kind = model_type(config)
+    rope = {"rope_theta": config.rope_theta, "rope_type": "default"}
+    if config.rope_scaling is not None:
+        scaling = {k: v for k, v in dataclasses.asdict(config.rope_scaling).items() if v is not None}
+        kept = {  # each type's own fields only: transformers warns of others
+            "linear": (),
+            "yarn": ("beta_fast", "beta_slow", "attention_factor", "original_max_position_embeddings"),
+            "llama3": ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+        }[scaling["type"]]
+        scaling["original_max_position_embeddings"] = scaling.pop("original_max_seq_len")
+        rope |= {"rope_type": scaling["type"], "factor": scaling["factor"]}
+        rope |= {key: scaling[key] for key in kept if key in scaling}
+    written = {
+        "architectures": [ARCHITECTURES[kind]],
+        "model_type": kind,
+        **{theirs: getattr(config, ours) for ours, theirs in SHARED.items()},
+        "hidden_act": "silu",
+        "initializer_range": 0.02,
+        "use_cache": True,
+        "rope_parameters": rope,  # transformers 5
+        "rope_theta": config.rope_theta,  # transformers 4 and most other loaders
+        "rope_scaling": None if config.rope_scaling is None else rope,
+        "dtype": dtype,
+        "torch_dtype": dtype,
+        **(special_ids or {}),
+    }
+    if kind in ("llama", "qwen3"):
+        written["attention_bias"] = False
+    if kind == "llama":
+        written["mlp_bias"] = False
+    if kind == "mistral":
+        written["sliding_window"] = config.window
+    if kind in ("qwen2", "qwen3"):
+        written |= {"use_sliding_window": False, "sliding_window": None}
+    if kind == "minillm":
+        written |= {name: getattr(config, name) for name in OURS_ALONE}
+    return written
+
+
+def from_hf(written: dict, source: str = "config.json") -> ModelConfig:
+    """A `ModelConfig` from a config.json, old style or new. Raises `UserError` for options that we do not compute."""
+    kind = written.get("model_type")
+    if kind not in ARCHITECTURES:
+        raise UserError(f"{source}: model_type {kind!r} is not supported; choose one of {', '.join(ARCHITECTURES)}")
+    missing = [SHARED[k] for k in ("vocab_size", "dim", "n_layers", "n_heads", "ffn_dim") if SHARED[k] not in written]
+    if missing:
+        raise UserError(f"{source}: lacks {', '.join(missing)}")
+    windowed = kind != "mistral" and written.get("use_sliding_window")
+    unsupported = {
+        "attention_bias": kind in ("llama", "mistral", "qwen3") and written.get("attention_bias"),
+        "mlp_bias": written.get("mlp_bias"),
+        "use_sliding_window": windowed,
+        "partial_rotary_factor": _rope(written).get("partial_rotary_factor", 1.0) != 1.0,
+        "hidden_act": written.get("hidden_act", "silu") not in ("silu", "swish"),
+    }
+    if any(unsupported.values()):
+        raise UserError(f"{source}: {', '.join(k for k, v in unsupported.items() if v)} as set there is not supported")
+    defaults = {"norm_eps": 1e-6, "tie_embeddings": False, "max_seq_len": 2048, "n_kv_heads": None, "head_dim": None}
+    values = {ours: written[theirs] for ours, theirs in SHARED.items() if theirs in written}
+    values = {**defaults, **{k: v for k, v in values.items() if v is not None}}
+    rope = _rope(written)
+    values["rope_theta"] = float(rope.get("rope_theta", 1e4))
+    values["rope_scaling"] = _read_scaling(rope, values["max_seq_len"], source)
+    if kind == "minillm":
+        values |= {name: written[name] for name in OURS_ALONE if name in written}
+    else:
+        values |= {"qk_norm": kind == "qwen3", "qkv_bias": kind == "qwen2"}
+        values["window"] = written.get("sliding_window") if kind == "mistral" else None
+    return ModelConfig(**values)
+
+
+def _rope(written: dict) -> dict:
+    """A config's rotary options, from the style of transformers 5 or 4."""
+    old = {key: written[key] for key in ("rope_theta", "partial_rotary_factor") if written.get(key) is not None}
+    return old | (written.get("rope_parameters") or written.get("rope_scaling") or {})
+
+
+def _read_scaling(rope: dict, max_seq_len: int, source: str) -> RopeScaling | None:
+    kind = rope.get("rope_type") or rope.get("type") or "default"
+    if kind == "default":
+        return None
+    if kind not in ROPE_SCALINGS:
+        raise UserError(f"{source}: rope type {kind!r} is not supported; choose default, linear, yarn or llama3")
+    unknown = set(rope) & {"mscale", "mscale_all_dim", "truncate"}
+    if unknown:
+        raise UserError(f"{source}: the rope options {', '.join(sorted(unknown))} are not supported")
+    optional = ("low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow", "attention_factor")
+    return RopeScaling(
+        kind,
+        float(rope["factor"]),
+        int(rope.get("original_max_position_embeddings") or max_seq_len),
+        **{name: rope[name] for name in optional if rope.get(name) is not None},
+    )
+
+
+def export_name(name: str) -> str:
+    """The key of our parameter `name` in a Hugging Face file."""
+    return name if name.startswith("lm_head.") else "model." + name
+
+
+def shapes_of(config: ModelConfig) -> dict[str, torch.Size]:
+    """Key and shape of each tensor in a Hugging Face file, which leaves out a tied head."""
+    try:
+        with torch.device("meta"):
+            state = Transformer(config).state_dict()
+    except RuntimeError:
+        raise UserError(f"model: {config}: larger than any memory") from None
+    shapes = {export_name(name): tensor.shape for name, tensor in state.items()}
+    if config.tie_embeddings:
+        del shapes["lm_head.weight"]
+    return shapes
+
+
+@dataclass
+class StoredModel:
+    """A model in a file or in memory, from which tensors are read one at a time.
+
+    dtype: of the weights as stored. read(key, dtype): the tensor of a Hugging Face key, rotary positions half-split; it
+    may share memory with a model. special_ids: bos_token_id and the like, for config.json.
+    """
+
+    config: ModelConfig
+    dtype: torch.dtype
+    read: Callable[[str, torch.dtype], Tensor]
+    special_ids: dict[str, int] = field(default_factory=dict)
+
+
+def half_split(weight: Tensor, head_dim: int) -> Tensor:
+    """Query or key rows (n·D, …) with rotary pairs (0, 1), (2, 3), … → rows with pairs (0, D/2), (1, D/2 + 1), …"""
+    pairs = weight.view(-1, head_dim // 2, 2, *weight.shape[1:])  # (n, D/2, 2, …)
+    return pairs.transpose(1, 2).reshape(weight.shape)
+
+
+def interleaved(weight: Tensor, head_dim: int) -> Tensor:
+    """The inverse of `half_split`."""
+    halves = weight.view(-1, 2, head_dim // 2, *weight.shape[1:])  # (n, 2, D/2, …)
+    return halves.transpose(1, 2).reshape(weight.shape)
+
+
+def weights_of(model: Transformer, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    """The tensors to save, under Hugging Face's keys.
+
+    Raises `UserError` for a quantized model, since other loaders do not know its format.
+    """
+    if quant.is_quantized(model):
+        raise UserError("a quantized base is not saved: save its adapter, or call quant.dequantize_base first")
+    state = {export_name(name): tensor.detach() for name, tensor in model.state_dict().items()}
+    return {key: state[key].to(dtype or state[key].dtype).contiguous() for key in shapes_of(model.config)}
+
+
+def save_model(
+    model: Transformer, folder: Path, *, special_ids: dict[str, int] | None = None, dtype: torch.dtype | None = None
+) -> None:
+    """Write config.json and model.safetensors into an existing folder. dtype: of the file; None: the model's."""
+    weights, dtype = weights_of(model), dtype or model.embed_tokens.weight.dtype
+    write_folder(StoredModel(model.config, dtype, lambda key, dtype: weights[key].to(dtype), special_ids or {}), folder)
+
+
+def write_folder(
+    model: StoredModel, folder: Path, *, dtype: torch.dtype | None = None, max_shard_size: int | None = None
+) -> None:
+    """Write config.json and the weights into an existing folder, tensor by tensor.
+
+    dtype: of the files; None: as stored. max_shard_size: bytes of tensors in one file; None: one file.
+    """
+    dtype, shapes = dtype or model.dtype, shapes_of(model.config)
+    shards: list[dict] = [{}]
+    room = max_shard_size = max_shard_size or sys.maxsize
+    for key, shape in shapes.items():
+        size = shape.numel() * dtype.itemsize
+        if shards[-1] and size > room:
+            shards.append({})
+            room = max_shard_size
+        shards[-1][key] = shape
+        room -= size
+    weight_map = {}
+    for number, shard in enumerate(shards, 1):
+        name = "model.safetensors" if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
+        tensor_files.write_tensors(folder / name, shard, dtype, lambda key: model.read(key, dtype))
+        weight_map |= dict.fromkeys(shard, name)
+    if len(shards) > 1:
+        total = sum(shape.numel() for shape in shapes.values())
+        metadata = {"total_parameters": total, "total_size": total * dtype.itemsize}
+        text = json.dumps({"metadata": metadata, "weight_map": weight_map}, indent=2)
+        (folder / tensor_files.INDEX).write_text(text + "\n", encoding="utf-8")
+    text = json.dumps(to_hf(model.config, model.special_ids, str(dtype).removeprefix("torch.")), indent=2)
+    (folder / "config.json").write_text(text + "\n", encoding="utf-8")
+
+
+def read_config(folder: str | Path) -> dict:
+    """A model folder's config.json. Raises `UserError` if there is none or it is not JSON."""
+    path = Path(folder) / "config.json"
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        if (Path(folder) / "adapter_config.json").exists():
+            raise UserError(
+                f"{folder}: an adapter, and no model; merge it into its base first: "
+                f"python -m minillm merge --model BASE --adapter {folder} --out DIR"
+            ) from None
+        raise UserError(f"{folder}: no config.json there, so it is no model folder") from None
+    except ValueError as problem:
+        raise UserError(f"{path}: not valid JSON ({problem})") from None
+
+
+def load_config(folder: str | Path) -> ModelConfig:
+    """The `ModelConfig` of a model folder."""
+    with naming_damage(f"{folder}/config.json"):
+        return from_hf(read_config(folder), f"{folder}/config.json")
+
+
+def _find_weights(folder: str | Path, config: ModelConfig) -> dict[str, tensor_files.Place]:
+    """Where each tensor is stored, by key. Raises `UserError` listing everything that does not fit the config."""
+    places = tensor_files.find_weights(folder)
+    tied = {"lm_head.weight"} if config.tie_embeddings else set()  # a second copy of the embedding
+    tables = {key for key in places if key.endswith("rotary_emb.inv_freq")}  # we compute these
+    places = {key: place for key, place in places.items() if key not in tied | tables}
+    if config.n_layers > len(places):  # listing what is missing would take long
+        raise UserError(f"{folder}: {config.n_layers:,} layers, as config.json says, in {len(places):,} tensors")
+    tensor_files.match_tensors(shapes_of(config), {key: place.shape for key, place in places.items()}, str(folder))
+    return places
+
+
+def open_folder(folder: str | Path) -> StoredModel:
+    """The model of a folder; only the headers have been read and checked."""
+    config, written = load_config(folder), read_config(folder)
+    places = _find_weights(folder, config)
+
+    def read(key: str, dtype: torch.dtype) -> Tensor:
+        tensor = places[key].read(dtype)
+        tensor_files.check_finite(key, tensor, folder)
+        return tensor
+
+    ids = {name: written[name] for name in SPECIAL_IDS if written.get(name) is not None}
+    return StoredModel(config, places["model.embed_tokens.weight"].dtype, read, ids)
+
+
+def load_model(
+    folder: str | Path,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    config: ModelConfig | None = None,
+    base_bits: int | None = None,
+) -> Transformer:
+    """Load a model folder tensor by tensor: memory holds the model and one tensor on its way to the device.
+
+    dtype: convert floating weights to it (None: as stored). config: to use instead of the folder's, e.g. with dropout
+    or a longer context. base_bits: 16, 8 or 4: quantize while loading (see `minillm.quant`). Raises `UserError` listing
+    everything that does not fit.
+    """
+    if base_bits is not None:
+        quant.check_bits(base_bits)
+    config = config or load_config(folder)
+    places = _find_weights(folder, config)
+    with torch.device("meta"):
+        model = Transformer(config)
+    loaded = {}
+    for name in model.state_dict():
+        if (key := export_name(name)) in places:
+            tensor = places[key].read(dtype)
+            tensor_files.check_finite(key, tensor, folder)
+            tensor = tensor.to(device)
+            if base_bits is None or not quant.take_weight(model, name, tensor, base_bits):
+                loaded[name] = tensor
+    model.load_state_dict(loaded, strict=False, assign=True)
+    model.tie()
+    model.build_rotation()
+    if base_bits is not None:
+        quant.prepare_base(model)
+    return model

@@ -1,0 +1,157 @@
+"""The folder of a run: which checkpoint to resume from.
+
+out/<run>/step-00000060/   a checkpoint, whole or absent (see base/files.py)
+out/<run>/metrics.jsonl    one row a logged step
+out/<run>/lock             held while a run trains here
+*.tmp-<pid>, *.old         what a killed process left in the middle of writing; never loaded
+*.left-<time>              later checkpoints than the one that training went on from; yours to delete
+
+There is no "latest" pointer: the newest folder whose manifest verifies is the latest.
+"""
+
+import os
+import re
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from minillm.base import files
+from minillm.base.errors import UserError
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+
+def step_name(step: int) -> str:
+    """The folder name of a step's checkpoint."""
+    return f"step-{step:08d}"
+
+
+def step_of(folder: str | Path) -> int:
+    """The step that a checkpoint's folder name says. Raises `UserError` if the name is not of that form."""
+    found = re.fullmatch(r"step-(\d+)", Path(folder).name)
+    if not found:
+        raise UserError(f"{folder}: no checkpoint of a run (step-00000060 or so); start from it by --init_from")
+    return int(found[1])
+
+
+def step_folders(run: str | Path) -> list[Path]:
+    """The checkpoints of a run, oldest first, whole or not."""
+    found = [path for path in Path(run).glob("step-*") if re.fullmatch(r"step-\d+", path.name) and path.is_dir()]
+    return sorted(found, key=step_of)
+
+
+def newest_checkpoint(run: str | Path, log: Callable[[str], None] = print) -> Path | None:
+    """The newest checkpoint of a run that verifies; None if the run has none.
+
+    Logs what is wrong with each broken one it skips. Raises `UserError` if there are checkpoints but none is
+    whole: whether to start over in their place is for a person to decide.
+    """
+    folders = step_folders(run)
+    for folder in reversed(folders):
+        problems = files.verify_folder(folder)
+        if not problems:
+            return folder
+        log(f"{folder} is damaged and passed over: {'; '.join(problems)}")
+    if folders:
+        raise UserError(
+            f"{run}: none of its {len(folders)} checkpoints is whole; bring back a copy, or choose another --out"
+        )
+    return None
+
+
+def resolve_checkpoint(path: str | Path, log: Callable[[str], None] = print) -> Path:
+    """The model folder that `path` means: itself, or a run's newest checkpoint.
+
+    Raises `UserError` if there is none, or if it has a manifest and does not verify.
+    """
+    path = Path(path)
+    if path.is_file():
+        raise UserError(f"{path}: a file and no folder; python -m minillm import makes one of a .gguf or .bin")
+    if not path.is_dir():
+        raise UserError(f"{path}: no such folder; give a run, a checkpoint or a Hugging Face model folder")
+    if (path / files.MANIFEST).exists():
+        problems = files.verify_folder(path)
+        if problems:
+            raise UserError(f"{path}: damaged: {'; '.join(problems)}; give the checkpoint before it, or the run")
+        return path
+    newest = newest_checkpoint(path, log)
+    if newest is None and not any((path / name).exists() for name in ("config.json", "adapter_config.json")):
+        raise UserError(f"{path}: holds no checkpoint and no config.json; give a run or a model folder")
+    return newest or path
+
+
+def tokenizer_folder(path: str | Path) -> Path:
+    """Where the tokenizer named by `path` is: in a run's newest checkpoint; anything else is the place itself."""
+    path = Path(path)
+    holds_one = any((path / name).exists() for name in ("tokenizer.model", "tokenizer.json"))
+    return path if holds_one or not step_folders(path) else resolve_checkpoint(path)
+
+
+def resume_from(run: str | Path, resume: str) -> Path:
+    """Where to look for the checkpoint that --resume means: in the run, or at a PATH until the run has its own.
+
+    A PATH inside the run is used every time: the user wants to go back to it.
+    """
+    named, run = Path(resume), Path(run)
+    if resume == "auto" or (step_folders(run) and run.resolve() not in (named.resolve(), named.resolve().parent)):
+        return run
+    return named
+
+
+def clean_stale(run: str | Path) -> None:
+    """Tidy what a killed process left: call it while holding the run's lock."""
+    for aside in Path(run).glob("step-*.old"):
+        if aside.with_suffix("").exists():
+            shutil.rmtree(aside, ignore_errors=True)
+        else:
+            aside.rename(aside.with_suffix(""))
+    for scratch in Path(run).glob("*.tmp-*"):
+        pid = scratch.name.rpartition(".tmp-")[2]
+        if pid.isdecimal() and not _alive(int(pid)):
+            files.discard(scratch)
+
+
+def _alive(pid: int) -> bool:
+    """Whether another process has this number. (In a container each run may be process 1; that is not another one.)"""
+    if os.name == "nt" or pid == os.getpid():
+        return False
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
+def set_aside_later(run: str | Path, step: int, log: Callable[[str], None] = print) -> None:
+    """Rename a run's checkpoints after `step`, from which it now goes on: they are damaged or no longer wanted.
+
+    Otherwise the next start would take them for the newest, and `prune` would delete the new ones as the oldest.
+    """
+    for folder in step_folders(run):
+        if step_of(folder) > step:
+            aside = folder.with_name(f"{folder.name}.left-{time.time_ns()}")
+            folder.rename(aside)
+            log(f"going on from step {step}: the later {folder} is kept as {aside.name}")
+
+
+def prune(run: str | Path, keep_last: int, log: Callable[[str], None] = print) -> None:
+    """Delete all but the newest `keep_last` checkpoints (0: keep all), if the newest verifies."""
+    folders = step_folders(run)
+    if keep_last < 1 or len(folders) <= keep_last:
+        return
+    problems = files.verify_folder(folders[-1])
+    if problems:
+        log(f"{folders[-1]} is damaged ({'; '.join(problems)}): the older checkpoints are kept")
+        return
+    for folder in folders[:-keep_last]:
+        try:
+            doomed = folder.rename(f"{folder}.tmp-{os.getpid()}")  # half deleted, it must not look like a checkpoint
+            shutil.rmtree(doomed)
+        except OSError as problem:  # a checkpoint too many is no reason to end a run
+            log(f"{folder}: could not be deleted ({problem})")

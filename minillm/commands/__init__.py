@@ -1,0 +1,1 @@
+"""The commands of `python -m minillm`, one file each."""

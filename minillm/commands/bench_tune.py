@@ -1,0 +1,169 @@
+"""A training step of each tuning method beside PEFT's: `python -m minillm bench tune`.
+
+Both use the same base and adapter: PEFT runs on transformers' version of our model, with our adapter's numbers. First
+the two losses must agree, then steps (forward, backward, torch's fused AdamW) are timed in turns. Nothing is compiled.
+"""
+
+import gc
+import warnings
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from minillm.base.device import autocast, pick_device, pick_dtype
+from minillm.base.errors import UserError
+from minillm.commands import bench
+from minillm.model import config, ops, quant
+from minillm.model.loss import IGNORED
+from minillm.training import starting_model
+from minillm.tuning.adapter import Adapter, attach
+from minillm.tuning.options import TuningConfig
+from minillm.tuning.peft_format import OWN, describe
+
+METHODS = {
+    "full": TuningConfig(),
+    "freeze last:2": TuningConfig("freeze", train_layers="last:2"),
+    **{tune: TuningConfig(tune) for tune in ("lora", "dora", "ia3", "adapter", "prefix", "prompt", "ptuning")},
+    "lora on 8 bits": TuningConfig("lora", base_bits=8),
+    "lora on 4 bits": TuningConfig("lora", base_bits=4),
+}
+
+
+class Side(NamedTuple):
+    """A model, its mean loss in nats, and the optimizer of what is trained of it."""
+
+    model: nn.Module
+    loss: Callable[[], Tensor]
+    optimizer: torch.optim.Optimizer
+
+    @classmethod
+    def of(cls, model: nn.Module, loss: Callable[[], Tensor], dtype: torch.dtype) -> "Side":
+        """dtype: of autocast, float32 for none."""
+        trained = [p for p in model.parameters() if p.requires_grad]
+        device = trained[0].device
+
+        def cast() -> Tensor:
+            with autocast(device, dtype):
+                return loss()
+
+        return cls(model, cast, torch.optim.AdamW(trained, lr=1e-4, fused=True))
+
+    def step(self) -> None:
+        self.loss().backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+
+    def memory(self) -> int:
+        """Bytes of weights and moments, and of what a step takes besides: on a GPU at its peak; on a CPU gradients
+        and what autograd keeps for the backward pass. To be asked after a step.
+        """
+        moments = [tensor for state in self.optimizer.state.values() for tensor in state.values()]
+        kept = _bytes([*self.model.parameters(), *self.model.buffers(), *moments])
+        if next(self.model.parameters()).is_cuda:
+            gc.collect()
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            self.step()
+            return sum(kept.values()) + torch.cuda.max_memory_allocated() - before
+        saved: list[Tensor] = []  # alive to the end, so that no two of them have one address
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+            self.loss()
+        return sum((kept | _bytes(saved)).values()) + 4 * starting_model.n_trained(self.model)
+
+
+def _bytes(tensors: list[Tensor]) -> dict[int, int]:
+    """The memory that tensors lie in: address → bytes, so that none counts twice."""
+    return {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+
+
+def bench_tune(preset: str = "tiny", device: str = "cpu", rows: int = 8, seq_len: int = 256) -> None:
+    """Tokens a second and memory of a training step of each method, and of PEFT's where it has the method.
+
+    In fp32, on a GPU under bf16 autocast. Of "full" the other side is transformers alone. Raises `UserError`
+    where the losses differ.
+    """
+    try:
+        import peft
+        import transformers
+    except ImportError:
+        raise UserError('bench tune needs transformers and peft: pip install -e ".[bench]"') from None
+    place = pick_device(device)
+    dtype = pick_dtype("auto", place)
+    shape = config.preset(preset, vocab_size=bench.VOCABULARY.get(preset, 50_257))
+    longest = shape.max_seq_len - TuningConfig.n_virtual
+    if not 2 <= seq_len <= longest:
+        raise UserError(f"--seq_len {seq_len}: choose 2 to {longest}, for virtual tokens stand before them")
+    x = torch.randint(0, shape.vocab_size, (rows, seq_len), generator=torch.Generator().manual_seed(0)).to(place)
+    versions = f"transformers {transformers.__version__}, peft {peft.__version__}"
+    print(f"{preset}: {shape.n_parameters():,} parameters, {dtype}, {bench.machine(place)}, {versions}")
+    print(f"one step of {rows} x {seq_len} tokens, {torch.get_num_threads()} thread(s), medians of {bench.REPEATS}")
+    beyond = "a step's peak" if place.type == "cuda" else "gradients and what autograd keeps"
+    print(f"MiB: weights, moments, and {beyond}; {ops.describe(place)}")
+    print(f"  {'':<16}{'':>11}{'minillm':>12}{'':>9}{'peft':>12}{'':>9}{'minillm':>10}")
+    print(f"  {'method':<16}{'trained':>11}{'tok/s':>12}{'MiB':>9}{'tok/s':>12}{'MiB':>9}{'/ peft':>10}", flush=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of what transformers means to remove
+        for name, options in METHODS.items():
+            sides = _sides(preset, options, x, dtype)
+            _check(name, sides, 1e-5 if dtype == torch.float32 else 2e-3)
+            for side in sides.values():
+                side.step()
+            taken = bench.medians({who: side.step for who, side in sides.items()})
+            row = f"  {name:<16}{starting_model.n_trained(sides['minillm'].model):11,}"
+            for who, side in sides.items():
+                row += f"{rows * seq_len / taken[who]:12,.0f}{side.memory() / 2**20:9.1f}"
+            print(row + (f"{taken['peft'] / taken['minillm']:10.2f}" if "peft" in taken else ""), flush=True)
+
+
+def _sides(preset: str, options: TuningConfig, x: Tensor, dtype: torch.dtype) -> dict[str, Side]:
+    """Ours, and PEFT's if it has the method, on tokens x (B, T)."""
+    model = bench.random_model(preset).to(x.device).train()
+    twin = None if options.tune in OWN or options.base_bits else bench.transformers_twin(model)[0].to(x.device).train()
+    if options.base_bits:
+        quant.quantize_base(model, options.base_bits)
+    if options.tune != "full":
+        adapter = attach(model, options, keep_base=False)
+        _shake(adapter)
+        twin = twin and _with_peft(twin, adapter)
+    labels = x.clone()
+    labels[:, 0] = IGNORED  # PEFT would also learn the first token from the last virtual one
+    placed = F.pad(x, (model.n_virtual, 0))
+    targets = F.pad(labels, (model.n_virtual, 1), value=IGNORED)[:, 1:].contiguous()
+    sides = {"minillm": Side.of(model, lambda: model(placed, targets) / labels[:, 1:].numel(), dtype)}
+    if twin is not None:
+        twin.config.use_cache = False  # of no use in training
+        sides["peft"] = Side.of(twin, lambda: twin(input_ids=x, labels=labels).loss, dtype)
+    return sides
+
+
+@torch.no_grad()
+def _shake(adapter: Adapter) -> None:
+    """Leave the beginning, where the base alone counts and any two methods agree."""
+    generator = torch.Generator().manual_seed(1)
+    for parameter in dict.fromkeys(adapter.parameters().values()):
+        parameter += 0.02 * torch.randn(parameter.shape, generator=generator).to(parameter.device)
+
+
+@torch.no_grad()
+def _with_peft(twin: nn.Module, adapter: Adapter) -> nn.Module:
+    """transformers' model with PEFT's adapter of the same kind and the same numbers."""
+    import peft
+
+    made = peft.get_peft_model(twin, peft.PeftConfig.from_peft_type(**describe(adapter) | {"inference_mode": False}))
+    theirs = sorted((name, p) for name, p in made.named_parameters() if p.requires_grad)
+    for (_, mine), (_, same) in zip(sorted(adapter.parameters().items()), theirs, strict=True):
+        same.copy_(mine)  # names differ, but not in their order
+    return made
+
+
+def _check(name: str, sides: dict[str, Side], tolerance: float) -> None:
+    """Raise `UserError` unless both sides compute the same and train as many numbers."""
+    losses = [side.loss().item() for side in sides.values()]
+    trained = [starting_model.n_trained(side.model) for side in sides.values()]
+    if abs(losses[0] / losses[-1] - 1) > tolerance or trained[0] != trained[-1]:
+        raise UserError(f"{name}: losses {losses}, numbers trained {trained}: not the same, so speeds do not compare")

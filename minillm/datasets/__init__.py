@@ -1,0 +1,8 @@
+"""From files to batches: token bins, texts, conversations, and the mask on what is learned."""
+
+from minillm.datasets.batch import Batch
+from minillm.datasets.instructions import InstructionRows
+from minillm.datasets.token_bins import TokenBins
+from minillm.datasets.windows import TokenWindows
+
+__all__ = ["Batch", "InstructionRows", "TokenBins", "TokenWindows"]

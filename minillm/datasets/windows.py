@@ -1,0 +1,177 @@
+"""Memory-mapped token bins that give shifted X/Y pairs, in an order that is a pure function of the seed.
+
+A data position is a number: position p always means the same window, whatever the number of ranks and
+however often the run was stopped, because the order is computed (a keyed permutation), not stored.
+"""
+
+from itertools import accumulate
+from typing import NamedTuple
+
+import numpy as np
+
+from minillm.base.errors import UserError
+from minillm.datasets.batch import Batch, documents_in, shifted
+from minillm.datasets.token_bins import SCANNED_TOKENS, TokenBins
+
+MIXTURE_SLOTS = 256  # each block of this many windows has a mixture's exact shares
+
+
+def permute(index: np.ndarray, n: int, key: int) -> np.ndarray:
+    """A permutation of range(n), keyed by any integer, evaluated only where asked.
+
+    A four-round Feistel network over the smallest even number of bits that holds n; values outside
+    the range go through it again until they are inside ("cycle walking", Black & Rogaway 2002).
+
+    index: int array of values in [0, n); returns int64 of the same shape.
+    """
+    half = max(1, (max(n - 1, 1).bit_length() + 1) // 2)
+    low = np.uint64((1 << half) - 1)
+    keys = np.random.SeedSequence(key % (1 << 128)).generate_state(4, np.uint64)
+    out = np.array(index, dtype=np.uint64)
+    outside = np.ones(out.shape, dtype=bool)
+    while outside.any():
+        left, right = out[outside] >> np.uint64(half), out[outside] & low
+        for k in keys:
+            mixed = (right ^ k) * np.uint64(0x9E3779B97F4A7C15)  # an odd multiplier spreads every bit upwards
+            mixed = (mixed ^ (mixed >> np.uint64(29))) * np.uint64(0xBF58476D1CE4E5B9)
+            left, right = right, left ^ ((mixed >> np.uint64(32)) & low)
+        out[outside] = (left << np.uint64(half)) | right
+        outside = out >= np.uint64(n)
+    return out.astype(np.int64)
+
+
+class TokenWindows:
+    """The pretraining set: windows of seq_len + 1 tokens, overlapping by one, so that every token is a target once.
+
+    (The last window of a file is moved back to end with the file, so a few targets there occur twice per epoch.)
+    """
+
+    def __init__(self, mixture: list[tuple[TokenBins, float]], seq_len: int, *, seed: int, documents: bool = False):
+        """mixture: opened bins with shares that sum to one. seq_len: T in tokens. documents: number the
+        documents in each batch, so that attention stays inside them.
+        """
+        self.sources = [bins for bins, _ in mixture]
+        self.seq_len, self.seed, self.documents = seq_len, seed, documents
+        for bins in self.sources:
+            for tokens, name in zip(bins.arrays, bins.names, strict=True):
+                if len(tokens) < seq_len + 1:
+                    raise UserError(f"{name}: {len(tokens)} tokens are fewer than one window of {seq_len} + 1")
+            if bins.ids() != self.sources[0].ids():
+                raise UserError(
+                    f"{bins.path}: prepared with another tokenizer or --wrap than {self.sources[0].path}; "
+                    "mix like with like"
+                )
+            if documents and bins.eos_id is None:
+                raise UserError(f"{bins.path}: the end-of-document id is unknown, so --document_attention cannot be")
+        # cumulative number of windows per file, for each source: [0, w0, w0 + w1, …]
+        self.edges = [
+            np.cumsum([0] + [-(-(len(tokens) - 1) // seq_len) for tokens in bins.arrays]) for bins in self.sources
+        ]
+        shares = np.array([share for _, share in mixture])
+        self.slots = np.round(np.cumsum([0.0, *shares]) * MIXTURE_SLOTS).astype(np.int64)
+        if (np.diff(self.slots) == 0).any():
+            raise UserError(f"--data: a share below 1/{MIXTURE_SLOTS} would never be drawn; raise its weight")
+
+    @property
+    def n_windows(self) -> int:
+        """Windows in one pass over every source."""
+        return int(sum(edges[-1] for edges in self.edges))
+
+    def locate(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(source, window in that source) of each position: int64 arrays of the same shape, (B,)."""
+        sources, turns = self._deal(positions)
+        windows = np.empty_like(positions)
+        for source in np.unique(sources):
+            windows[sources == source] = self._shuffle(int(source), turns[sources == source])
+        return sources, windows
+
+    def _deal(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Which source each position reads, and its turn: how many positions before it read the same source.
+
+        Of a:3,b:1 each block of 256 positions, shuffled, gives slots 0 … 191 to a and the rest to b. So if position
+        256 + 5 has slot 200, it reads b, whose turns 64 … 127 are in this block: turn 64 + 200 − 192.
+        """
+        if len(self.sources) == 1:
+            return np.zeros_like(positions), positions
+        blocks, places = np.divmod(positions, MIXTURE_SLOTS)
+        keys = [_key(self.seed, 1, block) for block in blocks]
+        slots = np.array([permute(place, MIXTURE_SLOTS, key) for place, key in zip(places, keys, strict=True)])
+        sources = np.searchsorted(self.slots, slots, side="right") - 1
+        return sources, blocks * np.diff(self.slots)[sources] + slots - self.slots[sources]
+
+    def _shuffle(self, source: int, turns: np.ndarray) -> np.ndarray:
+        """The window that each turn of a source reads: each epoch permutes the windows differently.
+
+        Of 100 windows, turn 99 reads π₀(99), turn 100 reads π₁(0), turn 203 reads π₂(3).
+        """
+        n = int(self.edges[source][-1])
+        epochs, index = np.divmod(turns, n)
+        for epoch in np.unique(epochs):
+            index[epochs == epoch] = permute(index[epochs == epoch], n, _key(self.seed, 2, epoch, source))
+        return index
+
+    def batch(self, positions: np.ndarray) -> Batch:
+        """The windows at these positions, (B,) int64: a pure function of seed and positions."""
+        rows = np.empty((len(positions), self.seq_len + 1), dtype=np.int64)
+        for row, source, window in zip(rows, *self.locate(np.asarray(positions)), strict=True):
+            bins, edges = self.sources[source], self.edges[source]
+            number = int(np.searchsorted(edges, window, side="right")) - 1
+            tokens = bins.arrays[number]
+            start = min(int(window - edges[number]) * self.seq_len, len(tokens) - self.seq_len - 1)
+            row[:] = tokens[start : start + self.seq_len + 1]
+            if bins.n_tokens > SCANNED_TOKENS:
+                bins.check_ids(row, number, start)
+        documents = documents_in(rows[:, :-1], self.sources[0].start_id) if self.documents else None
+        return shifted(rows, documents=documents)
+
+
+class ValidationPart(NamedTuple):
+    """A fixed part of the validation split, as whole documents."""
+
+    rows: np.ndarray  # (n, T + 1) int64: windows that overlap by one
+    mask: np.ndarray  # (n, T) bool: True on the targets of those documents
+    n_documents: int
+
+    def batches(self, rows_per_batch: int, documents: bool, start_id: int | None):
+        for i in range(0, len(self.rows), rows_per_batch):
+            rows = self.rows[i : i + rows_per_batch]
+            inside = documents_in(rows[:, :-1], start_id) if documents else None
+            yield shifted(rows, self.mask[i : i + rows_per_batch], inside)
+
+
+def validation_part(bins: TokenBins, seq_len: int, max_tokens: int) -> ValidationPart:
+    """The first whole documents of up to `max_tokens` tokens, over all files, every token a target exactly once.
+
+    An eos is put before the first document, as there is one before every other. Where documents begin with bos, none
+    is needed, and bos is not a target, since it carries no information. If no eos is known, or the first document alone
+    is longer, the part is simply the first tokens. Raises `UserError` for a part without a target.
+    """
+    begins = accumulate((len(tokens) for tokens in bins.arrays), initial=0)
+    parts = [tokens[: max(0, max_tokens - begin)] for tokens, begin in zip(bins.arrays, begins, strict=False)]
+    tokens = np.concatenate(parts).astype(np.int64)
+    n_documents = 0
+    if bins.eos_id is not None:
+        ends = np.flatnonzero(tokens == bins.eos_id)
+        if len(ends):
+            tokens, n_documents = tokens[: ends[-1] + 1], len(ends)
+        if bins.start_id == bins.eos_id:
+            tokens = np.concatenate([[bins.eos_id], tokens])
+    if len(tokens) < 2:
+        needed = "raise --eval_tokens (of eval, --max_tokens)"
+        raise UserError(f"{bins.path}: {len(tokens)} token to validate on leaves no target; {needed}")
+    n_rows = -(-(len(tokens) - 1) // seq_len)
+    padded = np.zeros(n_rows * seq_len + 1, dtype=np.int64)
+    padded[: len(tokens)] = tokens
+    rows = np.lib.stride_tricks.sliding_window_view(padded, seq_len + 1)[::seq_len].copy()
+    mask = np.arange(1, n_rows * seq_len + 1).reshape(n_rows, seq_len) < len(tokens)
+    if bins.start_id != bins.eos_id:
+        mask &= rows[:, 1:] != bins.start_id
+    return ValidationPart(rows, mask, n_documents)
+
+
+def _key(*parts: int) -> int:
+    """One integer from a few, each below 2³²."""
+    key = 0
+    for part in parts:
+        key = (key << 32) | (int(part) & 0xFFFFFFFF)
+    return key

@@ -1,0 +1,63 @@
+"""Parallelism, applied to a finished single-device model from outside, in one function."""
+
+import contextlib
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from minillm.distributed.ranks import Ranks
+
+
+def parallelize(model: nn.Module, ranks: Ranks, compile: bool) -> nn.Module:
+    """The module to call in training: compiled if asked, then replicated over the ranks (DDP).
+
+    The weights stay shared with `model`, which is still the one to save and to evaluate.
+    """
+    trained = compiled(model) if compile else model
+    if ranks.world > 1:
+        devices = [ranks.device.index] if ranks.device.type == "cuda" else None
+        trained = DistributedDataParallel(Replica(trained), device_ids=devices, gradient_as_bucket_view=True)
+        trained.broadcast_buffers = False  # the rotary tables: equal on every rank, no need to send them in each pass
+        trained().backward()
+        model.zero_grad(set_to_none=True)
+    return trained
+
+
+class Replica(nn.Module):
+    """The model as DDP wraps it; called without inputs, it returns the sum of all trained parameters.
+
+    After its first backward pass DDP reassigns gradients to buckets in the order in which they became ready, and the
+    place in a bucket decides in which order three or more ranks add a gradient up. A backward pass through that sum,
+    before training, costs one all-reduce and gives all steps the same buckets, so that a resumed run is bit-identical.
+    """
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, *inputs, **options) -> torch.Tensor:
+        """The model's output."""
+        if inputs:
+            return self.model(*inputs, **options)
+        return sum(p.sum() for p in self.model.parameters() if p.requires_grad)
+
+
+def compiled(model: nn.Module) -> nn.Module:
+    """torch.compile(model), whose first call compiles.
+
+    torch 2.11 formats a debug message for each custom op with everything its inputs were computed from, recursively:
+    the time doubles with every layer. So the message is shortened; later versions format it only when it is read.
+    """
+    if torch.__version__.startswith("2.11."):
+        from torch._inductor.exc import OperatorIssue
+
+        OperatorIssue.operator_str = staticmethod(lambda target, args, kwargs: str(target))
+    return torch.compile(model)
+
+
+def gradients_synced(model: nn.Module, last: bool):
+    """Context of one micro-batch: gradients are added up over the ranks only in the last one of a step."""
+    if last or not isinstance(model, DistributedDataParallel):
+        return contextlib.nullcontext()
+    return model.no_sync()

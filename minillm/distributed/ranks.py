@@ -1,0 +1,138 @@
+"""Ranks: one process alone, or several started by torchrun.
+
+python train_pretrain.py                                  one process
+torchrun --nproc_per_node 4 train_pretrain.py             four GPUs (or CPU processes) of one machine
+torchrun --nnodes 2 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint HOST:29500 train_pretrain.py
+"""
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from minillm.base.device import keep_freed_memory, pick_device
+from minillm.base.errors import UserError
+from minillm.distributed.watchdog import explain_lost_ranks
+
+LOADING = 10  # ranks wait for one another this many times --timeout_s before the first step
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Who this process is among how many, and the device it computes on."""
+
+    rank: int
+    world: int
+    device: torch.device
+
+    @property
+    def main(self) -> bool:
+        """True on the one rank that prints and writes."""
+        return self.rank == 0
+
+    def sum(self, *values: float) -> list[float]:
+        """Each value added over all ranks, in fp64, the same on every rank."""
+        if self.world == 1:
+            return list(values)
+        wide = torch.float32 if self.device.type == "mps" else torch.float64
+        total = torch.tensor(values, dtype=wide, device=self.device)
+        dist.all_reduce(total)
+        return total.tolist()
+
+    def max(self, number: int) -> int:
+        """The largest number of all ranks, so that all make the same decision."""
+        if self.world == 1:
+            return number
+        largest = torch.tensor(number, device=self.device)
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+        return int(largest)
+
+    def barrier(self) -> None:
+        """Wait until every rank is here."""
+        if self.world > 1:
+            dist.barrier()
+
+    def micro_batches(self, step: int, batch_size: int, micro_batch_size: int) -> list[np.ndarray]:
+        """Data positions of this rank's micro-batches in step `step` (0-based): arrays of int64.
+
+        The global batch k is positions [k·B, (k+1)·B) whatever the number of ranks; each takes its own slice.
+        """
+        mine = batch_size // self.world
+        first = step * batch_size + self.rank * mine
+        return [
+            np.arange(i, min(i + micro_batch_size, first + mine)) for i in range(first, first + mine, micro_batch_size)
+        ]
+
+
+def start(device: str = "auto", timeout_s: float = 600.0) -> Ranks:
+    """Join the other ranks (nccl on CUDA, gloo elsewhere) and take a device.
+
+    device: auto, cpu, cuda, cuda:N or mps. timeout_s: a collective that a rank never joins is given up after `LOADING`
+    times as long, unless a `Watchdog` has ended the run before.
+    """
+    world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+    chosen = pick_device(device)
+    if chosen.type == "cuda":
+        local = chosen.index or 0
+        if world > 1:
+            local = int(os.environ.get("LOCAL_RANK", 0))
+            if chosen.index is not None:
+                raise UserError(
+                    f"--device {device}: is for one process; with torchrun choose GPUs by CUDA_VISIBLE_DEVICES"
+                )
+            if local >= torch.cuda.device_count():
+                raise UserError(
+                    f"rank {rank} wants GPU {local}, but there are {torch.cuda.device_count()}: lower --nproc_per_node"
+                )
+        chosen = torch.device("cuda", local)  # with its number, which set_device needs
+        torch.cuda.set_device(chosen)
+        torch.set_float32_matmul_precision("high")  # TF32 for what stays in fp32
+    elif chosen.type == "cpu":
+        keep_freed_memory()
+    if world > 1:
+        explain_lost_ranks(rank, world)
+        backend = "nccl" if chosen.type == "cuda" else "gloo"
+        store = _new_store(timedelta(seconds=2 * timeout_s))
+        patience = timedelta(seconds=LOADING * timeout_s)  # during training the watchdog acts sooner
+        device_id = chosen if backend == "nccl" else None
+        dist.init_process_group(
+            backend, store=store, rank=rank, world_size=world, timeout=patience, device_id=device_id
+        )
+    return Ranks(rank, world, chosen)
+
+
+def stop() -> None:
+    """Leave the process group."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def micro_batch(batch_size: int, micro_batch_size: int | None, world: int) -> int:
+    """Sequences per forward pass: as asked for, or the most up to 32 that divide a rank's share evenly.
+
+    Raises `UserError` for a batch that does not divide evenly, before anything is built.
+    """
+    asked = micro_batch_size or 1
+    if batch_size < 1 or (micro_batch_size is not None and micro_batch_size < 1) or batch_size % (asked * world):
+        micro = "" if micro_batch_size is None else f"--micro_batch_size {micro_batch_size} × "
+        raise UserError(
+            f"--batch_size {batch_size} is no multiple of {micro}{world} rank(s): "
+            f"choose a multiple of {max(1, asked) * world}"
+        )
+    share = batch_size // world
+    return micro_batch_size or max(n for n in range(1, min(share, 32) + 1) if share % n == 0)
+
+
+def _new_store(timeout: timedelta) -> dist.Store:
+    """The store through which ranks find each other, without the entries of an earlier attempt.
+
+    torchrun keeps one store over all restarts. It counts restarts on each machine separately, so the count tells
+    attempts apart only if there is a single machine.
+    """
+    store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
+    store.set_timeout(timeout)
+    alone = os.environ.get("GROUP_WORLD_SIZE", "1") == "1"
+    return dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0) if alone else 0}", store)

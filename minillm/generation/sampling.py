@@ -1,0 +1,87 @@
+"""How the next token is drawn from the logits."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from minillm.base.errors import UserError
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is drawn. Raises UserError for values out of range."""
+
+    temperature: float = 0.8  # logits are divided by it; 0: always the most probable token (greedy)
+    top_k: int = 0  # keep the k most probable; 0 or more than the vocabulary: all
+    top_p: float = 1.0  # keep the fewest most probable that sum to p or more; 0: the best one, 1: all
+    min_p: float = 0.0  # keep those with at least min_p × the best one's probability; 0: all
+    repetition_penalty: float = 1.0  # divides positive, multiplies negative logits of ids that occurred before
+    seed: int = 0
+
+    def __post_init__(self):
+        checks = {
+            "temperature": (0 <= self.temperature < float("inf"), "0 (greedy) or above"),
+            "top_k": (self.top_k >= 0, "0 (off) or above"),
+            "top_p": (0 <= self.top_p <= 1, "0 to 1"),
+            "min_p": (0 <= self.min_p <= 1, "0 to 1"),
+            "repetition_penalty": (0 < self.repetition_penalty < float("inf"), "above 0 (1 is off)"),
+            "seed": (self.seed >= 0, "0 or above"),
+        }
+        wrong = [f"--{k} {getattr(self, k)}: must be {rule}" for k, (good, rule) in checks.items() if not good]
+        if wrong:
+            raise UserError("; ".join(wrong))
+
+
+GREEDY = Sampling(temperature=0.0)
+
+
+def filtered(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor | None]:
+    """Probabilities after temperature, top-k, top-p and min-p, unnormalised: (B, n) float64.
+
+    logits: (B, V), for temperature > 0. Also returns the ids they belong to, (B, n) int64, best first,
+    or None when the columns are the ids themselves. The best token always stays.
+    """
+    ids, vocab = None, logits.shape[-1]
+    if 0 < sampling.top_k < vocab:
+        logits, ids = logits.topk(sampling.top_k, dim=-1)
+    elif sampling.top_p < 1:  # "the most probable that sum to p" needs an order
+        logits, ids = logits.sort(dim=-1, descending=True)
+    best = logits.amax(-1, keepdim=True)  # subtracted before dividing, so that no temperature overflows
+    p = torch.softmax((logits - best).double() / sampling.temperature, dim=-1)
+    best = p.amax(-1, keepdim=True)
+    if sampling.top_p < 1:  # Holtzman et al. 2020, arXiv:1904.09751: kept while the sum of those before is below p
+        before = p.cumsum(-1) - p
+        before[:, 0] = -1.0
+        p = p.masked_fill(before >= sampling.top_p, 0.0)
+    if sampling.min_p > 0:  # Nguyen et al. 2024, arXiv:2407.01082
+        p = p.masked_fill(p < sampling.min_p * best, 0.0)
+    return p, ids
+
+
+def pick(logits: Tensor, sampling: Sampling, uniform: Tensor | None, seen: Tensor | None = None) -> Tensor:
+    """The next token of each row, (B,) int64.
+
+    logits: (B, V). uniform: (B,) float64 in [0, 1): where in the cumulated probabilities the draw falls
+    (inverse transform sampling). seen: (B, V) bool, ids that the repetition penalty is for.
+    """
+    if seen is not None:  # Keskar et al. 2019, arXiv:1909.05858, section 4.1, with both signs made less likely
+        penalty = sampling.repetition_penalty
+        logits = torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
+    if sampling.temperature == 0:
+        return logits.argmax(-1)
+    p, ids = filtered(logits.float(), sampling)
+    total = p.cumsum(-1)
+    drawn = torch.searchsorted(total, uniform[:, None] * total[:, -1:], right=True)  # (B, 1)
+    return (drawn if ids is None else ids.gather(-1, drawn)).squeeze(-1)
+
+
+def random_numbers(seed: int, rows: Sequence[int], n: int, device) -> Tensor:
+    """(len(rows), n) float64 in [0, 1): number t of row r is a function of (seed, r, t) alone.
+
+    They are multiples of 2⁻²⁴, so that one times a sum in float64 stays below the sum.
+    """
+    draws = [np.random.default_rng([seed, row]).random(n, dtype=np.float32) for row in rows]
+    return torch.from_numpy(np.stack(draws).astype(np.float64)).to(device)

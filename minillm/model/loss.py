@@ -1,0 +1,85 @@
+"""The next-token loss without the whole matrix of logits.
+
+For N tokens and a vocabulary of V the logits are N × V numbers, which autograd keeps until the backward pass and
+whose gradient is as large. Here they are computed a few rows at a time and turned into gradients immediately: the
+loss is the last thing a model computes, so its gradient depends on nothing later but one scalar.
+"""
+
+import torch
+from torch import Tensor
+
+from minillm.model.linears import product_dtype
+
+# Logits held at a time: on a CPU 16 MB in fp32, about what its caches hold (measured); on a GPU 256 MB, so that the
+# products stay large enough to fill it (not measured).
+CHUNK_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 26}
+
+
+IGNORED = -100  # the target of a row that never counts, as in torch
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """loss = Σ_i m_i (logsumexp_v z_iv − z_i,y), z = cap(x Wᵀ), a chunk of rows i at a time.
+
+    ∂loss/∂z_iv = m_i (softmax(z_i)_v − [v = y_i]); a soft cap z = c tanh(u / c) multiplies it by 1 − (z / c)².
+    The m_i, over the largest of them, are multiplied into the narrow side of each product.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, labels, mask, softcap, dtype, trained):
+        n, vocabulary = x.shape[0], weight.shape[0]
+        counts = torch.ones(n, dtype=torch.float32, device=x.device) if mask is None else mask.float()
+        counts = counts.masked_fill(labels == IGNORED, 0.0)[:, None]
+        labels = labels[:, None].masked_fill(counts == 0, 0)  # rows that do not count may hold any number
+        largest = counts.abs().amax().clamp_min(1e-30) if n else counts.new_ones(())
+        shares = counts / largest  # a probability divided by the number of tokens would underflow in fp16
+        rows = max(16, CHUNK_ELEMENTS.get(x.device.type, 1 << 24) // vocabulary)
+        w = weight.to(dtype)
+        grad_x = torch.empty_like(x) if trained and x.requires_grad else None
+        grad_w = torch.zeros_like(w, dtype=torch.float32) if trained and weight.requires_grad else None
+        total = torch.zeros((), dtype=torch.float32, device=x.device)
+        for begin in range(0, n, rows):
+            part = slice(begin, begin + rows)
+            x_part, y_part = x[part].to(dtype), labels[part]
+            z = (x_part @ w.T).float()
+            if softcap is not None:
+                z = z.div_(softcap).tanh_().mul_(softcap)
+            log_p = torch.log_softmax(z, dim=-1)
+            nats = -log_p.gather(-1, y_part)
+            # no `+=`: torch 2.11, compiling, gives an output changed in place no gradient
+            total = total + (nats.masked_fill(counts[part] == 0, 0.0) * counts[part]).sum()
+            if not trained:
+                continue
+            grad = log_p.exp_().scatter_add_(-1, y_part, torch.full_like(nats, -1.0))
+            if softcap is not None:
+                grad = grad.mul_(1 - (z / softcap).square())
+            grad = grad.to(dtype)
+            if grad_x is not None:
+                grad_x[part] = (grad @ w) * shares[part].to(dtype)
+            if grad_w is not None:
+                x_part = x_part * shares[part].to(dtype)
+                # fp16 ends at 65,504, and the loss scale, applied later, cannot keep this sum below that: fp32
+                grad_w += grad.float().T @ x_part.float() if dtype == torch.float16 else grad.T @ x_part
+        ctx.save_for_backward(grad_x, grad_w, largest)
+        ctx.weight_dtype = weight.dtype
+        return total
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        grad_x, grad_w, largest = ctx.saved_tensors
+        factor = grad_output * largest
+        if grad_x is not None:
+            wide = torch.promote_types(grad_x.dtype, torch.float32)
+            grad_x = (grad_x.to(wide) * factor).to(grad_x.dtype)
+        grad_w = None if grad_w is None else (grad_w * factor).to(ctx.weight_dtype)
+        return grad_x, grad_w, *[None] * 5
+
+
+def linear_cross_entropy(
+    x: Tensor, weight: Tensor, targets: Tensor, mask: Tensor | None = None, softcap: float | None = None
+) -> Tensor:
+    """As `kernels.reference.linear_cross_entropy`, in memory for one chunk of logits and both gradients.
+
+    Under autocast the products run in its dtype; the softmax and the sums are in fp32, for fp64 inputs too.
+    """
+    return _LinearCrossEntropy.apply(x, weight, targets, mask, softcap, product_dtype(x), torch.is_grad_enabled())

@@ -1,0 +1,309 @@
+"""The only file that imports `kernels/`: each op picks an implementation, and `describe` says which.
+
+auto       the fastest there is for the device: triton on an NVIDIA GPU from the A100 on, else torch
+triton     our own kernels; on a CPU only through Triton's interpreter (TRITON_INTERPRET=1), for debugging
+torch      torch's own fused ops
+reference  the specification in `kernels/reference.py`: slow, to read and to compare with
+"""
+
+import importlib.util
+import os
+import shutil
+import sysconfig
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from minillm.base.errors import UserError
+from minillm.model import loss
+from minillm.model.linears import Products, product_dtype
+
+try:
+    from kernels import reference
+except ImportError as problem:  # PyPI has another package of that name
+    raise UserError(
+        f"the package 'kernels' that Python finds is not minillm's ({problem}): run from minillm's folder, "
+        "or `pip uninstall kernels` and `pip install -e .`"
+    ) from None
+
+IMPLEMENTATIONS = ("auto", "triton", "torch", "reference")
+OLDEST_GPU = 8, 0  # compute capability: what the kernels are compiled for and tested against
+
+_selected = "auto"
+_triton: SimpleNamespace | None = None  # the kernels' modules, once they are imported
+
+
+def select(implementation: str) -> None:
+    """Choose the implementation of every op below from here on: one of `IMPLEMENTATIONS`."""
+    global _selected
+    if implementation not in IMPLEMENTATIONS:
+        raise UserError(f"implementation {implementation!r}: choose one of {', '.join(IMPLEMENTATIONS)}")
+    if implementation == "triton":
+        _import_kernels()
+        if not torch.cuda.is_available() and not _triton.launch.INTERPRETED:
+            raise UserError(
+                "implementation triton: no CUDA GPU here; choose auto or torch, or set TRITON_INTERPRET=1 to run the "
+                "kernels slowly on the CPU"
+            )
+        if not _triton.launch.INTERPRETED and _lacking():
+            raise UserError(f"implementation triton: {_lacking()}; or choose --impl torch")
+    _selected = implementation
+
+
+def selected() -> str:
+    """The implementation chosen by `select`."""
+    return _selected
+
+
+def _import_kernels() -> None:
+    """Import Triton and the kernels, once. Raises `UserError` where Triton is not installed."""
+    global _triton
+    try:
+        if _triton is None:
+            from kernels import linear_cross_entropy, quant_matmul, rms_norm, rope, swiglu
+            from kernels.attention import attention
+            from kernels.attention import decode as decode_attention
+            from kernels.optimizers import adamw, muon
+            from kernels.shared import launch
+
+            _triton = SimpleNamespace(
+                adamw=adamw,
+                attention=attention,
+                decode_attention=decode_attention,
+                launch=launch,
+                linear_cross_entropy=linear_cross_entropy,
+                muon=muon,
+                quant_matmul=quant_matmul,
+                rms_norm=rms_norm,
+                rope=rope,
+                swiglu=swiglu,
+            )
+    except ImportError as problem:
+        raise UserError(
+            f"implementation triton: {problem}; install triton (Linux only), or choose --impl torch"
+        ) from None
+
+
+def _gpu_is_supported() -> bool:
+    nvidia = torch.version.cuda is not None and torch.cuda.is_available()
+    return nvidia and torch.cuda.get_device_capability() >= OLDEST_GPU
+
+
+def _lacking() -> str:
+    """What this machine lacks for the kernels, whose launchers Triton compiles in C; "" if nothing."""
+    if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
+        return "the kernels need a C compiler, and there is none (apt install gcc)"
+    if not Path(sysconfig.get_path("include", "posix_prefix"), "Python.h").exists():
+        return "the kernels need Python's headers, and Python.h is not there (apt install python3-dev)"
+    # on datacenter Blackwell older ones leave out a fence (triton#9610) and a barrier (triton#9615): now and then wrong
+    affected = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] in (10, 11)
+    if affected and importlib.util.find_spec("triton"):
+        from kernels.shared import proxy_fence
+
+        if proxy_fence.LEFT_OUT_BY_TRITON:
+            return "the kernels need Triton 3.7.1 or newer on this GPU (pip install -U torch triton)"
+    return ""
+
+
+# At import, not inside an op: torch.compile cannot trace an import.
+if _gpu_is_supported() and importlib.util.find_spec("triton") is not None and not _lacking():
+    _import_kernels()
+
+
+def fused(x: Tensor) -> bool:
+    """Whether our own kernels compute on x."""
+    return _selected == "triton" or (_selected == "auto" and x.is_cuda and _triton is not None)
+
+
+def describe(device: torch.device) -> str:
+    """One line for a run's start: which implementation each op uses on the device."""
+    if _selected == "reference":
+        return "ops: reference (plain torch) for all"
+    if _selected == "triton" or (_selected == "auto" and device.type == "cuda" and _triton is not None):
+        how = ", interpreted on the CPU" if _triton.launch.INTERPRETED else ""
+        return f"ops: triton{how} (attention, norm with residual, rope, swiglu, loss in chunks, optimizers)"
+    why = f"; {_lacking()}" if _selected == "auto" and device.type == "cuda" and _lacking() else ""
+    return f"ops: torch (attention: scaled_dot_product_attention; norm: rms_norm; loss: cross_entropy in chunks){why}"
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """See `kernels.reference.rms_norm`."""
+    if fused(x):
+        return _triton.rms_norm.rms_norm(x, weight, eps, product_dtype(x))
+    if _selected == "reference":
+        return reference.rms_norm(x, weight, eps)
+    return F.rms_norm(x, weight.shape, weight.to(x.dtype), eps)
+
+
+def add_rms_norm(x: Tensor, delta: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """See `kernels.reference.add_rms_norm`."""
+    if fused(x):
+        return _triton.rms_norm.add_rms_norm(x, delta, weight, eps, product_dtype(x))
+    x = x + delta
+    return x, rms_norm(x, weight, eps)
+
+
+def rope(
+    q: Tensor,
+    k: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    q_weight: Tensor | None = None,
+    k_weight: Tensor | None = None,
+    eps: float = 1e-6,
+) -> tuple[Tensor, Tensor]:
+    """See `kernels.reference.rope`."""
+    if fused(q):
+        return _triton.rope.rope(q, k, cos, sin, q_weight, k_weight, eps)
+    if q_weight is not None:
+        q, k = rms_norm(q, q_weight, eps), rms_norm(k, k_weight, eps)
+    return reference.rope(q, k, cos, sin)
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """See `kernels.reference.swiglu`."""
+    return _triton.swiglu.swiglu(gate, up) if fused(gate) else reference.swiglu(gate, up)
+
+
+def document_spans(documents: Tensor) -> Tensor:
+    """See `kernels.reference.document_spans`."""
+    return reference.document_spans(documents)
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = True,
+    window: int | None = None,
+    spans: Tensor | None = None,
+    softcap: float | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """See `kernels.reference.attention`; the output alone."""
+    options = dict(causal=causal, window=window, spans=spans, softcap=softcap, scale=scale)
+    if fused(q):
+        dtype = product_dtype(q)
+        return _triton.attention.attention(q.to(dtype), k.to(dtype), v.to(dtype), **options)
+    if _selected == "reference" or softcap is not None:
+        return reference.attention(q, k, v, **options)[0]
+    q_len, k_len = q.shape[1], k.shape[1]
+    simple = spans is None and (window is None or window >= k_len)
+    seen = None
+    if not simple or (causal and q_len > 1 and q_len != k_len):
+        # torch's causal flag aligns the first query with the first key, ours the last with the last
+        seen = reference.visible(q_len, k_len, causal=causal, window=window, spans=spans, device=q.device)
+        seen = seen if seen.dim() == 2 else seen[:, None]
+    is_causal = causal and seen is None
+    if q_len == 1:  # an `if` of its own: with torch.compile's symbolic lengths `and` would make is_causal symbolic
+        is_causal = False
+    groups = q.shape[2] // k.shape[2]
+    if seen is not None and groups > 1 and q.is_cuda:  # torch has no fused CUDA kernel for a mask and grouped heads
+        k, v = k.repeat_interleave(groups, dim=2), v.repeat_interleave(groups, dim=2)
+    out = F.scaled_dot_product_attention(
+        q.transpose(1, 2),
+        k.transpose(1, 2),
+        v.transpose(1, 2),
+        attn_mask=seen,
+        is_causal=is_causal,
+        scale=scale,
+        enable_gqa=q.shape[2] != k.shape[2],
+    )
+    return out.transpose(1, 2)
+
+
+def decode_attention(q: Tensor, k: Tensor, v: Tensor, begin: Tensor, end: Tensor, window: int | None = None) -> Tensor:
+    """Attention of the newest Tq tokens, q (B, Tq, H, D), over a whole cache, k and v (B, Tmax, K, D); no gradient.
+
+    begin, end: (B,) int32 or int64 on q's device: row b's keys are the slots begin[b] ≤ j < end[b], and its query t
+    stands at slot end[b] − Tq + t. All that changes from step to step is on the device. Returns (B, Tq, H, D).
+    """
+    if fused(q):
+        return _triton.decode_attention.decode_attention(q, k, v, begin=begin, end=end, window=window)
+    slots = torch.arange(k.shape[1], device=q.device)
+    own = end[:, None, None] - q.shape[1] + slots[: q.shape[1], None]  # (B, Tq, 1)
+    seen = (slots >= begin[:, None, None]) & (slots <= own)
+    if window is not None:
+        seen = seen & (slots > own - window)
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=seen[:, None], enable_gqa=q.shape[1] != k.shape[1])
+    return out.transpose(1, 2)
+
+
+def linear_cross_entropy(
+    x: Tensor, weight: Tensor, targets: Tensor, mask: Tensor | None = None, softcap: float | None = None
+) -> Tensor:
+    """See `kernels.reference.linear_cross_entropy`."""
+    if fused(x):
+        return _triton.linear_cross_entropy.linear_cross_entropy(x, weight, targets, mask, softcap)
+    if _selected == "reference":
+        return reference.linear_cross_entropy(x, weight, targets, mask, softcap)
+    return loss.linear_cross_entropy(x, weight, targets, mask, softcap)
+
+
+def matrices(layer: nn.Module) -> list[tuple[Tensor, Tensor | None]] | None:
+    """The (weight, bias) pairs of the products that a linear layer takes of its input; None where it does more.
+
+    Our own layers have a method of this name, and `joined(*products)`, which makes their output of the products.
+    """
+    if any((layer._forward_pre_hooks, layer._forward_hooks, layer._backward_pre_hooks, layer._backward_hooks)):
+        return None
+    if type(layer) is nn.Linear:
+        return [(layer.weight, layer.bias)]
+    return layer.matrices() if hasattr(layer, "matrices") else None
+
+
+def linears(x: Tensor, *layers: nn.Module) -> tuple[Tensor, ...]:
+    """The outputs of linear layers that share one input x (…, C); under autocast in its dtype."""
+    if not (fused(x) and torch.is_grad_enabled() and all(pairs := [matrices(layer) for layer in layers])):
+        return tuple(layer(x) for layer in layers)
+    flat = [tensor for own in pairs for pair in own for tensor in pair]
+    made = iter(Products.apply(x.reshape(-1, x.shape[-1]), product_dtype(x), *flat))
+    outs = []
+    for layer, own in zip(layers, pairs, strict=True):
+        first, *others = (next(made) for _ in own)
+        out = layer.joined(first, *others) if hasattr(layer, "joined") else first
+        outs.append(out.view(*x.shape[:-1], out.shape[-1]))
+    return tuple(outs)
+
+
+class _QuantMatmul(torch.autograd.Function):
+    """x Wᵀ, for which W is made from its codes in the forward pass and again in the backward pass, never kept."""
+
+    @staticmethod
+    def forward(ctx, x, *weight):
+        ctx.width = x.shape[-1]
+        ctx.save_for_backward(*weight)
+        return reference.quant_matmul(x, weight)
+
+    @staticmethod
+    def backward(ctx, dy):
+        weight = ctx.saved_tensors
+        w = reference.dequantize(weight, ctx.width)
+        return dy @ w.to(dy.dtype), *(None for _ in weight)
+
+
+def quant_matmul(x: Tensor, weight: list[Tensor]) -> Tensor:
+    """See `kernels.reference.quant_matmul`; under autocast in its dtype. The quantized weight gets no gradient."""
+    dtype = product_dtype(x)
+    if weight[0].dtype == dtype:  # a base in 16 bits: nothing to dequantize
+        return F.linear(x.to(dtype), *weight)
+    if fused(x) and len(weight) > 1:
+        return _triton.quant_matmul.quant_matmul(x, weight)
+    return _QuantMatmul.apply(x.to(dtype), *weight)
+
+
+def adamw(
+    params: list[Tensor], grads: list[Tensor], exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor], **options
+) -> None:
+    """One step for a list of fp32 tensors where `fused`, in place: see `kernels.optimizers.adamw.adamw`."""
+    _triton.adamw.adamw(params, grads, exp_avgs, exp_avg_sqs, **options)
+
+
+def muon(params: list[Tensor], grads: list[Tensor], buffers: list[Tensor], **options) -> None:
+    """One step for matrices of one shape on a device where `fused`, in place: see `kernels.optimizers.muon.muon`."""
+    _triton.muon.muon(params, grads, buffers, **options)

@@ -1,0 +1,196 @@
+"""A frozen base in 16, 8 or 4 bits, to train a few parameters on top of: bf16, int8 by rows, or NF4 with double
+quantization.
+
+    load_model(folder, base_bits=4)     quantized tensor by tensor: the whole model is never in memory
+    quantize_base(model, 4)             a model that is loaded already, layer by layer
+
+The linear layers of the blocks become `QuantLinear`; everything else is put into fp32: norms, head, embedding, and with
+them the residual stream (products run in 16 bits under autocast, as in all training here). None of it is trained.
+
+int8 leaves a column unquantized if one of its entries is beyond 6 times the root mean square of its row, since that
+entry alone would set the step size of the whole row. (LLM.int8, Dettmers et al. 2022, arXiv:2208.07339, picks columns
+by the size of the inputs, which it rounds as well; here inputs are not rounded, so the weights decide. Of 45 million
+normal numbers 0.09 lie beyond 6.)
+
+Quantized weights stay rounded: an adapter is merged into what `dequantize_base` gives, a plain model in fp32 or 16
+bits.
+"""
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from minillm.base.errors import UserError
+from minillm.model import ops
+from minillm.model.transformer import Transformer
+
+BITS = (16, 8, 4)
+BLOCK, GROUP = 64, 256  # columns per scale, scales per second-level scale (arXiv:2305.14314, section 3)
+OUTLIER = 6.0
+MOST_KEPT = 64  # at most one column in so many is kept: 3 % more memory
+CHUNK = 1 << 22  # weights quantized at a time, at about 16 bytes of scratch memory each
+NAMES = {16: ("dense",), 8: ("codes", "scale", "kept", "columns"), 4: ("codes", "scale", "coarse", "offset")}
+
+
+def _parts(weight: Tensor) -> Iterator[slice]:
+    rows = max(1, CHUNK // max(1, weight.shape[1]))
+    return (slice(begin, begin + rows) for begin in range(0, len(weight), rows))
+
+
+def quantize_int8(weight: Tensor) -> list[Tensor]:
+    """W (N, K) → codes (N, K) int8, scale (N,) fp32, kept (N, O) in W's dtype, columns (O,) int64.
+
+    Each row in 255 steps up to its largest magnitude outside the kept columns; to nearest.
+    """
+    n, width = weight.shape
+    size = torch.zeros(width, device=weight.device)  # each column's largest entry, in units of its row's
+    for part in _parts(weight):
+        w = weight[part].float()
+        size = torch.maximum(size, (w.abs() / w.square().mean(1, keepdim=True).sqrt().clamp_min(1e-30)).amax(0))
+    beyond = min(int((size > OUTLIER).sum()), width // MOST_KEPT)
+    columns = size.topk(beyond).indices.sort().values
+    codes = torch.empty(n, width, dtype=torch.int8, device=weight.device)
+    scale = torch.empty(n, device=weight.device)
+    for part in _parts(weight):
+        rest = weight[part].float().index_fill(1, columns, 0.0)
+        scale[part] = rest.abs().amax(1) / 127
+        codes[part] = (rest / scale[part].clamp_min(1e-30)[:, None]).round().to(torch.int8)
+    return [codes, scale, weight[:, columns].contiguous(), columns]
+
+
+def quantize_nf4(weight: Tensor) -> list[Tensor]:
+    """W (N, K) → codes, scale, coarse, offset of `kernels.reference.dequantize_nf4`, B = ⌈K / 64⌉ blocks a row.
+
+    The largest magnitude of each block, minus the mean of them all, is rounded to 255 steps per group (8-bit integers,
+    which are closer than the paper's 8-bit floats); each weight goes to the nearest NF4 value times that rounded scale.
+    """
+    n, width = weight.shape
+    blocks = -(-width // BLOCK)
+
+    def padded(part: slice) -> Tensor:
+        return F.pad(weight[part].float(), (0, blocks * BLOCK - width)).view(-1, blocks, BLOCK)
+
+    size = torch.cat([padded(part).abs().amax(2) for part in _parts(weight)])  # (N, B)
+    offset = size.mean().view(1)
+    groups = -(-n * blocks // GROUP)
+    excess = F.pad(size.flatten() - offset, (0, groups * GROUP - n * blocks)).view(groups, GROUP)
+    coarse = excess.abs().amax(1) / 127
+    fine = (excess / coarse.clamp_min(1e-30)[:, None]).round()
+    size = (fine * coarse[:, None] + offset).flatten()[: n * blocks].view(n, blocks)
+    size = torch.where(size == 0, 1.0, size)
+    values = ops.reference.nf4_values().to(weight.device, torch.float32)
+    between = (values[1:] + values[:-1]) / 2
+    codes = torch.empty(n, blocks, 32, dtype=torch.uint8, device=weight.device)
+    for part in _parts(weight):
+        code = torch.bucketize(padded(part) / size[part, :, None], between, out_int32=True).to(torch.uint8)
+        codes[part] = code[:, :, :32] | code[:, :, 32:] << 4
+    fine = fine.to(torch.int8).flatten()[: n * blocks].view(n, blocks)
+    return [codes.view(n, blocks * 32), fine, coarse, offset]
+
+
+def plain_linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    """A layer of torch's own with this weight (out, in) and bias (out,), frozen."""
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    layer.weight = nn.Parameter(weight.detach(), requires_grad=False)
+    layer.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+    return layer
+
+
+class QuantLinear(nn.Module):
+    """y = x Wᵀ + b with a frozen W in 16, 8 or 4 bits: `kernels.reference.quant_matmul`.
+
+    in_features, out_features as in nn.Linear. W's tensors, one or four, are buffers outside the state dict: what is
+    saved is an adapter, or a whole model after `dequantize_base`.
+    """
+
+    def __init__(self, linear: nn.Linear, bits: int):
+        """Quantizes the weight of `linear`, on its device, and takes over its bias."""
+        super().__init__()
+        self.in_features, self.out_features, self.bits = linear.in_features, linear.out_features, bits
+        self.bias = linear.bias
+        weight = linear.weight.detach()
+        quantized = {16: lambda w: [w.bfloat16()], 8: quantize_int8, 4: quantize_nf4}[bits](weight)
+        for name, tensor in zip(NAMES[bits], quantized, strict=True):
+            self.register_buffer(name, tensor, persistent=False)
+
+    @property
+    def quantized(self) -> list[Tensor]:
+        """The tensors that `kernels.reference.dequantize` takes."""
+        return [getattr(self, name) for name in NAMES[self.bits]]
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = ops.quant_matmul(x, self.quantized)
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    def matrices(self) -> list[tuple[Tensor, Tensor | None]] | None:
+        """For `ops.linears`: only a W in 16 bits is multiplied by as it is."""
+        return [(self.dense, self.bias)] if self.bits == 16 else None
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> nn.Linear:
+        """A plain layer that computes the same, frozen."""
+        weight = ops.reference.dequantize(self.quantized, self.in_features)
+        return plain_linear(weight.to(dtype), None if self.bias is None else self.bias.to(dtype))
+
+    def _apply(self, fn, recurse: bool = True):
+        """Moves between devices, but casts nothing: .half() or .bfloat16() would ruin the scales."""
+        return super()._apply(lambda tensor: tensor.to(fn(tensor[:0]).device), recurse)
+
+    def extra_repr(self) -> str:
+        bias = self.bias is not None
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={bias}, bits={self.bits}"
+
+
+def take_weight(model: Transformer, name: str, weight: Tensor, bits: int) -> bool:
+    """If `name` is the weight of a linear layer of a block, quantize `weight` into it. Returns whether it is."""
+    path, _, kind = name.rpartition(".")
+    linear = model.get_submodule(path)
+    if kind != "weight" or not path.startswith("layers.") or type(linear) is not nn.Linear:
+        return False
+    linear.weight = nn.Parameter(weight, requires_grad=False)
+    model.set_submodule(path, QuantLinear(linear, bits))
+    return True
+
+
+def check_bits(bits: int) -> None:
+    """Raise `UserError` for a number of bits without a format."""
+    if bits not in BITS:
+        raise UserError(f"--base_bits {bits}: choose one of {', '.join(map(str, BITS))}")
+
+
+def is_quantized(model: nn.Module) -> bool:
+    """Whether any of the model's linear layers is quantized."""
+    return any(isinstance(module, QuantLinear) for module in model.modules())
+
+
+def quantize_base(model: Transformer, bits: int) -> None:
+    """Quantize a model in place and freeze it; memory holds the model and one layer more. See the top of this file.
+
+    Raises `UserError` for other bits than 16, 8 and 4, for weights that are not finite, and if it is quantized already.
+    """
+    check_bits(bits)
+    if is_quantized(model):
+        raise UserError("the base is quantized already: load it again, or dequantize it first")
+    for name, parameter in model.named_parameters():
+        if not parameter.isfinite().all():
+            raise UserError(f"{name} holds values that are not finite: it cannot be quantized")
+    for name in [name for name, _ in model.named_parameters()]:  # names only: they keep no weight alive
+        take_weight(model, name, model.get_parameter(name).detach(), bits)
+    prepare_base(model)
+
+
+def prepare_base(model: Transformer) -> None:
+    """Freeze everything, and put what is not quantized into fp32."""
+    model.requires_grad_(False)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.float()
+
+
+def dequantize_base(model: Transformer, dtype: torch.dtype = torch.float32) -> None:
+    """Make a quantized model plain again, in place, all its parameters in `dtype` and trainable."""
+    for name in [name for name, module in model.named_modules() if isinstance(module, QuantLinear)]:
+        model.set_submodule(name, model.get_submodule(name).dequantize(dtype))
+    model.requires_grad_(True)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)

@@ -1,0 +1,43 @@
+"""Rotary positions: tables of cos and sin, and how they stretch to longer texts."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from minillm.model.config import ModelConfig
+
+
+def rotary_tables(config: ModelConfig, device) -> tuple[Tensor, Tensor]:
+    """cos and sin of position × frequency, fp32 (max_seq_len, D/2), with the config's scaling applied."""
+    half = torch.arange(0, config.head_dim, 2, dtype=torch.float64) / config.head_dim
+    frequency = config.rope_theta**-half  # radians a token, (D/2,)
+    scaling, magnitude = config.rope_scaling, 1.0
+    if scaling is not None and scaling.type == "linear":
+        frequency = frequency / scaling.factor
+    elif scaling is not None and scaling.type == "llama3":
+        # turns in the original context: few → stretched, many → kept, in between → blended
+        turns = scaling.original_max_seq_len * frequency / (2 * math.pi)
+        blend = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+        blend = blend.clamp(0, 1)
+        frequency = frequency * (blend + (1 - blend) / scaling.factor)
+    elif scaling is not None:
+        frequency = frequency * _yarn_blend(config)
+        magnitude = scaling.attention_factor or 0.1 * math.log(scaling.factor) + 1.0
+    angle = torch.arange(config.max_seq_len, dtype=torch.float64)[:, None] * frequency
+    return (angle.cos() * magnitude).float().to(device), (angle.sin() * magnitude).float().to(device)
+
+
+def _yarn_blend(config: ModelConfig) -> Tensor:
+    """YaRN's "NTK-by-parts" factor for each frequency, (D/2,) fp64 (arXiv:2309.00071, section 3.2)."""
+    scaling = config.rope_scaling
+
+    def dimension_of(turns: float) -> float:  # the pair of dimensions that makes so many turns in the context
+        wavelength = scaling.original_max_seq_len / (turns * 2 * math.pi)
+        return config.head_dim * math.log(wavelength) / (2 * math.log(config.rope_theta))
+
+    low = max(math.floor(dimension_of(scaling.beta_fast)), 0)
+    high = min(math.ceil(dimension_of(scaling.beta_slow)), config.head_dim - 1)
+    pair = torch.arange(config.head_dim // 2, dtype=torch.float64)
+    stretched = ((pair - low) / max(high - low, 0.001)).clamp(0, 1)
+    return stretched / scaling.factor + (1 - stretched)

@@ -1,0 +1,175 @@
+"""A SentencePiece model, the file `tokenizer.model`: encoding with it, and converting it for transformers.
+
+Nothing of a text is lost here: the character ▁, which SentencePiece takes for a space, is encoded as its bytes. A long
+text is encoded in stretches, so that memory stays small, with the same ids as in one piece.
+"""
+
+from collections.abc import Iterator
+from functools import cached_property
+
+import sentencepiece
+from sentencepiece import sentencepiece_model_pb2 as proto
+
+from minillm.base.errors import UserError
+
+SPACE_MARK = "▁"  # U+2581: how SentencePiece writes a space inside a piece
+LONG_TEXT = 1 << 15  # characters; longer texts are encoded in stretches of this size
+
+
+class SentencePieceModel:
+    """The pieces of a model file, and encoding with them.
+
+    proto: the parsed file. processor: SentencePiece's processor; no_prefix: another one, for a text that does not begin
+    a sequence. dummy_prefix: whether a space is put before each text. control: id of each control piece, which text is
+    never encoded as. table: the bytes that each id stands for.
+
+    Raises UserError if the file is not such a model, or damaged.
+    """
+
+    def __init__(self, data: bytes, source: str):
+        self.data, self.proto = data, _parse(data, source)
+        try:
+            self.processor = sentencepiece.SentencePieceProcessor(model_proto=data)
+        except RuntimeError as error:  # two pieces alike, or an empty one
+            raise UserError(f"{source}: SentencePiece refuses the model ({error}); train or merge it again") from None
+        self.dummy_prefix = self.proto.normalizer_spec.add_dummy_prefix
+        self.no_prefix = self.processor
+        if self.dummy_prefix:  # a second processor
+            bare = proto.ModelProto.FromString(data)
+            bare.normalizer_spec.add_dummy_prefix = False
+            self.no_prefix = sentencepiece.SentencePieceProcessor(model_proto=bare.SerializeToString())
+        self.control = {p.piece: i for i, p in enumerate(self.proto.pieces) if p.type == p.CONTROL}
+        self.table = [_piece_bytes(piece) for piece in self.proto.pieces]
+        byte_ids = {self.table[i]: i for i, p in enumerate(self.proto.pieces) if p.type == p.BYTE}
+        unknown = self.processor.unk_id()
+        # SentencePiece takes the character ▁ for a space; only its bytes can stand for it.
+        self._mark_ids = [byte_ids.get(bytes([b]), unknown) for b in SPACE_MARK.encode()]
+
+    # ---------------------------------------------------------------- text → ids
+
+    def encode_many(self, texts: list[str], threads: int = 1) -> list[list[int]]:
+        """Ids of each text; `threads` of SentencePiece's own share the work."""
+        odd = [i for i, text in enumerate(texts) if len(text) > LONG_TEXT or SPACE_MARK in text]
+        plain = list(texts)
+        for i in odd:
+            plain[i] = ""
+        # given a list SentencePiece starts threads, which for one text takes ten times as long as encoding it
+        encode = self.processor.encode
+        alone = threads == 1 or len(plain) == 1
+        rows = [encode(text) for text in plain] if alone else encode(plain, num_threads=threads)
+        for i in odd:
+            rows[i] = self._encode_odd(texts[i], threads)
+        return rows
+
+    def _encode_odd(self, text: str, threads: int) -> list[int]:
+        """Encode a text that is long or contains ▁, stretch by stretch, with the same ids as in one piece."""
+        ids: list[int] = []
+        for number, between in enumerate(text.split(SPACE_MARK)):
+            if number:
+                ids += self._mark_ids
+            stretches = list(self._stretches(between))
+            if number == 0:
+                ids += self.processor.encode(stretches.pop(0))
+            for row in self.no_prefix.encode(stretches, num_threads=threads):
+                ids += row
+        return ids
+
+    def _stretches(self, text: str) -> Iterator[str]:
+        """Cut a text where no piece can span the cut; in LONG_TEXT characters without such a place, anywhere."""
+        start = 0
+        while len(text) - start > LONG_TEXT:
+            end = start + LONG_TEXT
+            while end > start and text[end - 1 : end + 1] in self._joined_pairs:
+                end -= 1
+            end = end if end > start else start + LONG_TEXT
+            yield text[start:end]
+            start = end
+        yield text[start:]
+
+    @cached_property
+    def _joined_pairs(self) -> set[str]:
+        """Every two characters that stand side by side in some piece."""
+        pieces = (p.piece.replace(SPACE_MARK, " ") for p in self.proto.pieces)
+        return {piece[i : i + 2] for piece in pieces for i in range(len(piece) - 1)}
+
+    # ---------------------------------------------------------------- files of transformers
+
+    def transformers_config(self, special: dict[str, int]) -> dict:
+        """Contents of tokenizer_config.json. special: ids of "bos", "eos" and "pad", which the model may lack."""
+        names = special | {"unk": self.processor.unk_id()}
+        return {
+            # Transformers' own Llama class adds no dummy prefix before a text that starts with a space.
+            "tokenizer_class": "PreTrainedTokenizerFast" if self.dummy_prefix else "LlamaTokenizer",
+            "add_bos_token": False,
+            "add_eos_token": False,
+            "add_prefix_space": self.dummy_prefix,
+            "legacy": False,
+            "clean_up_tokenization_spaces": False,
+            **{f"{name}_token": self.proto.pieces[i].piece for name, i in names.items()},
+            "added_tokens_decoder": {added.pop("id"): added for added in self._added_tokens()},
+        }
+
+    def _added_tokens(self) -> list[dict]:
+        flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+        return [
+            {"id": i, "content": p.piece, "special": p.type != p.USER_DEFINED, **flags}
+            for i, p in enumerate(self.proto.pieces)
+            if p.type in (p.UNKNOWN, p.CONTROL, p.USER_DEFINED)
+        ]
+
+    def tokenizers_file(self) -> dict:
+        """Contents of tokenizer.json, for the `tokenizers` library, whose BPE has merges instead of scores."""
+        plain = {p.piece: p.score for p in self.proto.pieces if p.type == p.NORMAL}
+        ids = {piece.piece: i for i, piece in enumerate(self.proto.pieces)}
+        merges = [
+            (-score, piece[:cut], piece[cut:])
+            for piece, score in plain.items()
+            for cut in range(1, len(piece))
+            if piece[:cut] in plain and piece[cut:] in plain
+        ]
+        merges.sort(key=lambda merge: (merge[0], ids[merge[1]], ids[merge[2]]))
+        normalizers = [{"type": "Replace", "pattern": {"String": " "}, "content": SPACE_MARK}]
+        decoder = [
+            {"type": "Replace", "pattern": {"String": SPACE_MARK}, "content": " "},
+            {"type": "ByteFallback"},
+            {"type": "Fuse"},
+        ]
+        if self.dummy_prefix:
+            normalizers.insert(0, {"type": "Prepend", "prepend": SPACE_MARK})
+            decoder.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
+        return {
+            "version": "1.0",
+            "added_tokens": self._added_tokens(),
+            "normalizer": {"type": "Sequence", "normalizers": normalizers},
+            "decoder": {"type": "Sequence", "decoders": decoder},
+            "model": {
+                "type": "BPE",
+                "unk_token": self.proto.pieces[self.processor.unk_id()].piece,
+                "fuse_unk": True,
+                "byte_fallback": self.proto.trainer_spec.byte_fallback,
+                "vocab": ids,
+                "merges": [[left, right] for _, left, right in merges],
+            },
+        }
+
+
+def _parse(model_bytes: bytes, source: str) -> proto.ModelProto:
+    remedy = "it is no SentencePiece model, or damaged: copy or train it again"
+    try:
+        model = proto.ModelProto.FromString(model_bytes)
+    except Exception:
+        raise UserError(f"{source} ({len(model_bytes):,} bytes): {remedy}") from None
+    # Protobuf reads a file cut between two fields without complaint; the specs come after the pieces.
+    if not model.pieces or not model.HasField("trainer_spec") or not model.HasField("normalizer_spec"):
+        raise UserError(f"{source} ({len(model_bytes):,} bytes): cut short; {remedy}")
+    return model
+
+
+def _piece_bytes(piece) -> bytes:
+    if piece.type == piece.CONTROL:
+        return b""
+    if piece.type == piece.BYTE:
+        return bytes([int(piece.piece[3:5], 16)])  # "<0x0A>"
+    if piece.type == piece.UNKNOWN:
+        return "\ufffd".encode()
+    return piece.piece.replace(SPACE_MARK, " ").encode()

@@ -1,0 +1,206 @@
+"""Do our kernels compute the same as torch on this GPU? Checked once, before a run relies on them.
+
+There are more combinations of GPU, driver and compiler than anyone can test. So the first run on a GPU compares a small
+model computed by our kernels with the same model computed by torch: loss, every gradient, an optimizer's step, and
+generated tokens. This runs in a process of its own, since a kernel that fails can break its process's CUDA context, or
+hang; if the GPU accepts no second process, it runs in the training process. If anything differs, the run uses torch's
+ops and says so. A success is remembered for this GPU, these versions and this source; `--impl triton` skips the check.
+Products with a quantized base are compared by the first run that has one.
+"""
+
+import atexit
+import contextlib
+import hashlib
+import itertools
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from copy import deepcopy
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from minillm.distributed.ranks import Ranks
+from minillm.generation import decoder_cuda
+from minillm.generation.completion import prefill
+from minillm.model import ops, quant
+from minillm.model.config import ModelConfig
+from minillm.model.transformer import Transformer
+from minillm.training import optim
+
+ROOT = Path(__file__).parents[2]
+SECONDS = 300  # some 30 kernels are compiled, on a slow machine
+# a cap as small as the logits themselves: a kernel that ignores it is far off
+MODELS = {"plain": {}, "QK-norm, window and cap": {"qk_norm": True, "window": 40, "softcap": 0.5}}
+LENGTHS = (130, 62)  # tokens of the documents in a row: block edges inside and outside
+QUANTIZED = {8: quant.quantize_int8, 4: quant.quantize_nf4}  # bits → format
+ROWS = (1, 16, 100, 300)  # multiplied by a quantized weight: smallest and largest tile, and W in a scratch buffer
+
+
+def check_kernels(ranks: Ranks, say: Callable[[str], None] = print, base_bits: int | None = None) -> None:
+    """On all ranks: where `auto` means our kernels, check once that they are right, else select torch's ops.
+
+    say: prints a line; called on the main rank. base_bits: of the run's frozen base, if it has one.
+    """
+    begin(ranks, say, base_bits)()
+
+
+def begin(ranks: Ranks, say: Callable[[str], None] = print, base_bits: int | None = None) -> Callable[[], None]:
+    """`check_kernels` in two parts: this starts the process, and the function it returns waits for the answer.
+
+    In between the caller can prepare data and model, but must not run a kernel. All ranks call both.
+    """
+    if ops.selected() != "auto" or ranks.device.type != "cuda" or not ops.fused(torch.empty(0, device=ranks.device)):
+        return lambda: None
+    answer = _ask(ranks.device, say, base_bits in QUANTIZED) if ranks.main else None
+
+    def settle() -> None:
+        problem = answer() if answer else ""
+        if ranks.max(int(bool(problem))):
+            ops.select("torch")
+            if ranks.main:
+                say(f"ops: the kernels {problem}; using torch's. Please report it.")
+
+    return settle
+
+
+def _ask(device: torch.device, say: Callable[[str], None], quantized: bool) -> Callable[[], str] | None:
+    """Start the comparing process. Returns a function that waits for it and gives the problem, "" if there is none.
+
+    None if the kernels were found right before.
+    """
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    seen = cache / "minillm" / "checked" / (_identity(device) + "-quantized" * quantized)
+    if seen.exists():
+        return None
+    say("ops: compiling the kernels and comparing them with torch on this GPU, once")
+    command = [sys.executable, "-m", "minillm.training.kernel_check", str(device.index or 0)]
+    if quantized:
+        command.append("quantized")
+    # in this folder `-m` finds the package, and ours before another
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    atexit.register(process.kill)  # should this process end before it asks for the answer
+
+    def answer() -> str:
+        try:
+            out, err = process.communicate(timeout=SECONDS)
+            lines = err.strip().splitlines() or ["no words"]
+            problem = ([s for s in lines if "Error: " in s] or lines)[-1] if process.returncode else ""
+            # it got no CUDA context (compute mode EXCLUSIVE_PROCESS: this process has the GPU), or no memory
+            if problem and (not out or "out of memory" in problem):
+                say(f"ops: no second process can compare them ({problem}); comparing in this one")
+                problem = (compare(device, quantized=quantized) or [""])[0]
+        except Exception as raised:
+            process.kill()
+            return f"could not be compared ({' '.join(str(raised).split())[:200]})"
+        if problem:
+            return f"are not right on this GPU ({problem})"
+        with contextlib.suppress(OSError):  # then the next run checks again
+            seen.parent.mkdir(parents=True, exist_ok=True)
+            seen.touch()
+        return ""
+
+    return answer
+
+
+def _identity(device: torch.device) -> str:
+    """A hash of what the result depends on: GPU, versions, and the source of kernels and model."""
+    import triton
+
+    files = sorted([*(ROOT / "kernels").rglob("*.py"), *(ROOT / "minillm").rglob("*.py")])
+    parts = [torch.cuda.get_device_name(device), torch.__version__, triton.__version__, torch.version.cuda]
+    return hashlib.sha256(b"".join([repr(parts).encode(), *map(Path.read_bytes, files)])).hexdigest()[:24]
+
+
+def compare(device: torch.device, ours: str = "auto", quantized: bool = False) -> list[str]:
+    """What differs, one line each, between implementation `ours` and torch's ops, in bf16; [] if nothing does.
+
+    quantized: products with a quantized base, too. A result may differ from fp32's by twice torch's error plus 0.01 of
+    its norm; an optimizer's step by 0.03, since Newton–Schulz iterates in bf16.
+    """
+    before, problems = ops.selected(), []
+    try:
+        cases = {name: partial(_results, _small(device, **options)) for name, options in MODELS.items()}
+        cases |= {f"{bits} bits": partial(_product, device, make) for bits, make in QUANTIZED.items() if quantized}
+        for name, results in cases.items():
+            exact = results("torch", None)
+            torchs, mine = (results(implementation, torch.bfloat16) for implementation in ("torch", ours))
+            for what, value in exact.items():
+                allowed = 2 * _error(torchs[what], value) + (0.03 if what.startswith("update") else 0.01)
+                if not (error := _error(mine[what], value)) <= allowed:  # NaN is never within
+                    problems.append(f"{name}: {what} is off by {error:.1e} of its norm, allowed {allowed:.1e}")
+        return problems
+    finally:
+        ops.select(before)
+
+
+def _small(device: torch.device, **options) -> Transformer:
+    shape = dict(dim=256, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=64, ffn_dim=512, max_seq_len=256)
+    model = Transformer(ModelConfig(vocab_size=1000, tie_embeddings=False, **shape, **options))
+    model.init_weights(0)
+    return model.to(device)
+
+
+def _error(actual: Tensor, expected: Tensor) -> float:
+    difference = (actual.double() - expected.double()).norm()
+    return (difference / expected.double().norm().clamp_min(1e-30)).item()
+
+
+def _results(model: Transformer, implementation: str, dtype: torch.dtype | None) -> dict[str, Tensor]:
+    """Loss, gradients, an update by each optimizer, and the logits of three tokens one by one."""
+    ops.select(implementation)
+    device = model.embed_tokens.weight.device
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(0, 1000, (2, sum(LENGTHS) + 1), generator=generator).to(device)
+    documents = torch.repeat_interleave(torch.arange(2), torch.tensor(LENGTHS)).expand(2, -1).to(device)
+    found = {}
+    for packed in (None, documents):
+        model.zero_grad()
+        with torch.autocast(device.type, dtype or torch.bfloat16, enabled=dtype is not None):
+            loss = model(tokens[:, :-1], tokens[:, 1:], documents=packed)
+        loss.backward()
+        kind = "" if packed is None else ", packed"
+        found[f"loss{kind}"] = loss.detach()
+        found |= {f"gradient of {name}{kind}": p.grad.clone() for name, p in model.named_parameters()}
+    copy = deepcopy(model)
+    for parameter in copy.parameters():  # the same for all: AdamW's first step is little more than the gradient's sign
+        parameter.grad = torch.randn(parameter.shape, generator=generator).to(device)
+    for optimizer in optim.build_optimizers(copy, "muon", lr=0.02, weight_decay=0.1):
+        optimizer.step()
+    found |= {f"update of {name}": (p - model.get_parameter(name)).detach() for name, p in copy.named_parameters()}
+    return found | {"logits of generated tokens": _generated(model, implementation, dtype, tokens[:, : LENGTHS[0]])}
+
+
+def _product(device: torch.device, make: Callable, implementation: str, dtype: torch.dtype | None) -> dict[str, Tensor]:
+    """Products of rows with a quantized weight, and their gradients; also in fp32, in which such a model generates."""
+    ops.select(implementation)
+    generator, found = torch.Generator().manual_seed(0), {}
+    # cubed, so that some are large enough for int8 to keep their columns; sizes that fill no tile exactly
+    weight = [t.to(device) for t in make(torch.randn(272, 320, generator=generator) ** 3)]
+    for rows, wide in itertools.product(ROWS, (False, True)):
+        x, dy = (torch.randn(rows, n, generator=generator).to(device, None if wide else dtype) for n in (320, 272))
+        y = ops.quant_matmul(x.requires_grad_(), weight)
+        found[f"product of {rows} rows{', fp32' * wide}"] = y.detach()
+        found[f"gradient of {rows} rows{', fp32' * wide}"] = torch.autograd.grad(y, x, dy)[0]
+    return found
+
+
+@torch.no_grad()
+def _generated(model: Transformer, implementation: str, dtype: torch.dtype | None, tokens: Tensor) -> Tensor:
+    """Logits (B, 3, V) after each of the last three tokens, read one by one into a cache."""
+    own = deepcopy(model).to(dtype or torch.float32).eval()
+    own.build_rotation()
+    cache, _ = prefill(own, tokens[:, :-3].tolist(), 3)
+    if implementation == "torch":
+        return torch.stack([own(column[:, None], cache=cache)[:, -1] for column in tokens[:, -3:].unbind(1)], 1)
+    decoder = decoder_cuda.GraphDecoder(own, cache)
+    return torch.stack([decoder.step(column).clone() for column in tokens[:, -3:].unbind(1)], 1)
+
+
+if __name__ == "__main__":
+    device = torch.device("cuda", int(sys.argv[1]))
+    print("comparing on", torch.empty(1, device=device).device, flush=True)
+    sys.exit("\n".join(compare(device, quantized="quantized" in sys.argv)[::-1]) or 0)

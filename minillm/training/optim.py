@@ -1,0 +1,144 @@
+"""Optimizers and learning-rate schedules.
+
+On GPUs where our kernels run, they compute the steps of AdamW (one launch for all tensors) and Muon; elsewhere AdamW is
+torch's and Muon is written here. The state is the same, so a checkpoint can move from one to the other. A schedule is a
+pure function of the step, so a resumed run continues it without any state.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from minillm.base.errors import UserError
+from minillm.model import ops
+
+# Coefficients of the quintic iteration, chosen by its author for speed: singular values end in about
+# [0.7, 1.2], not at 1 (Jordan et al. 2024, "Muon: an optimizer for hidden layers in neural networks").
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+
+NEWTON_SCHULZ_STEPS = 5
+MUON_ELEMENTS = 1 << 26  # numbers orthogonalized at a time: the iteration needs three copies of them
+
+
+def orthogonalize(matrices: Tensor, steps: int = NEWTON_SCHULZ_STEPS) -> Tensor:
+    """Bring all singular values of each matrix near 1, by Newton–Schulz iteration.
+
+    matrices: (n, rows, columns), any float dtype; returns the same shape and dtype. Works in bf16 on
+    CUDA (the iteration is stable there) and in fp32 on a CPU.
+    """
+    x = matrices.bfloat16() if matrices.is_cuda else matrices.float()
+    tall = x.shape[1] > x.shape[2]
+    x = x.mT if tall else x  # the Gram matrix of the shorter side is the smaller one
+    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)  # singular values into [0, 1]
+    a, b, c = NEWTON_SCHULZ
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return (x.mT if tall else x).to(matrices.dtype)
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum, orthogonalized: w ← w − lr (0.2 √max(rows, columns) · O(g + βm) + λ w), m ← βm + g.
+
+    For the matrices inside the layers. The factor gives an update the root mean square of AdamW's, so that
+    both can share one learning rate and weight decay (Liu et al. 2025, arXiv:2502.16982, section 2.2).
+    """
+
+    def __init__(self, params, lr: float, momentum: float = 0.95, weight_decay: float = 0.0):
+        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            by_shape: dict[tuple, list[Tensor]] = {}
+            for p in group["params"]:
+                if p.grad is not None:
+                    by_shape.setdefault(tuple(p.shape), []).append(p)
+            for shape, params in by_shape.items():  # equal shapes in one batch of matrix products
+                at_once = max(1, MUON_ELEMENTS // math.prod(shape))
+                for i in range(0, len(params), at_once):
+                    part = params[i : i + at_once]
+                    self._update(shape, part, **{k: group[k] for k in ("lr", "momentum", "weight_decay")})
+
+    def _update(self, shape: tuple, params: list[Tensor], lr: float, momentum: float, weight_decay: float):
+        for p in params:
+            if not self.state[p]:
+                self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+        grads, buffers = [p.grad for p in params], [self.state[p]["momentum_buffer"] for p in params]
+        rate = lr * 0.2 * math.sqrt(max(shape))
+        if ops.fused(params[0]):
+            iteration = dict(steps=NEWTON_SCHULZ_STEPS, coefficients=NEWTON_SCHULZ)
+            ops.muon(params, grads, buffers, rate=rate, momentum=momentum, decay=lr * weight_decay, **iteration)
+            return
+        torch._foreach_mul_(buffers, momentum)
+        torch._foreach_add_(buffers, grads)
+        updates = torch._foreach_add(grads, buffers, alpha=momentum)  # Nesterov: look one step ahead
+        updates = orthogonalize(torch.stack(updates)).unbind(0)
+        torch._foreach_mul_(params, 1 - lr * weight_decay)
+        torch._foreach_add_(params, list(updates), alpha=-rate)
+
+
+class AdamW(torch.optim.AdamW):
+    """torch's AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101), its step computed by our kernel where that runs.
+
+    params: a list of groups, all on one device.
+    """
+
+    def __init__(self, params: list[dict], lr: float, betas: tuple[float, float]):
+        first = params[0]["params"][0]
+        # torch's fused step counts on the device; ours counts on the CPU, where the step is a number to compute with
+        super().__init__(params, lr=lr, betas=betas, fused=not ops.fused(first))
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            if not params:
+                continue
+            if group["fused"] or not ops.fused(params[0]):
+                return super().step(closure)
+            held = [self.state[p] for p in params]
+            for p, state in zip(params, held, strict=True):
+                if not state:
+                    state |= {
+                        "step": torch.zeros(()),
+                        "exp_avg": torch.zeros_like(p),
+                        "exp_avg_sq": torch.zeros_like(p),
+                    }
+            counts = [int(state["step"]) + 1 for state in held]
+            for step in sorted({*counts}):  # a single one, unless parameters joined later
+                now = [i for i, count in enumerate(counts) if count == step]
+                # created all at once: adding one to each takes 2 µs, for which the GPU would wait
+                for i, count in zip(now, torch.full((len(now),), float(step)).unbind(), strict=True):
+                    held[i]["step"] = count
+                ops.adamw(
+                    [params[i] for i in now],
+                    [params[i].grad for i in now],
+                    [held[i]["exp_avg"] for i in now],
+                    [held[i]["exp_avg_sq"] for i in now],
+                    step=step,
+                    **{name: group[name] for name in ("lr", "betas", "eps", "weight_decay")},
+                )
+
+
+def build_optimizers(
+    model: nn.Module, kind: str, *, lr: float, weight_decay: float, betas: tuple[float, float] = (0.9, 0.95)
+) -> list[torch.optim.Optimizer]:
+    """The optimizers of a model: ["adamw"], or ["muon" for the layers' matrices, AdamW for the rest].
+
+    Weight decay is on matrices only (a norm's gain or a bias has nothing to gain from being small).
+    """
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    if not named:
+        raise UserError("nothing to train: every parameter is frozen")
+    hidden = [p for name, p in named if p.dim() == 2 and ".layers." in f".{name}"] if kind == "muon" else []
+    chosen = {id(p) for p in hidden}
+    rest = [p for _, p in named if id(p) not in chosen]
+    groups = [
+        dict(params=[p for p in rest if p.dim() >= 2], weight_decay=weight_decay),
+        dict(params=[p for p in rest if p.dim() < 2], weight_decay=0.0),
+    ]
+    groups = [group for group in groups if group["params"]]
+    optimizers = [AdamW(groups, lr=lr, betas=betas)] if groups else []
+    return ([Muon(hidden, lr=lr, weight_decay=weight_decay)] if hidden else []) + optimizers

@@ -1,0 +1,257 @@
+"""Models and tokenizers through GGUF; transformers and the gguf package, which read it themselves, are the oracles."""
+
+import dataclasses
+import json
+
+import gguf
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from minillm.base.errors import UserError
+from minillm.checkpoint import gguf_format, huggingface
+from minillm.checkpoint.gguf import TYPES, open_file, read_tokenizer, write_file
+from minillm.checkpoint.huggingface import StoredModel
+from minillm.model.config import ModelConfig, RopeScaling
+from minillm.tokenizer.edit import from_pieces
+from minillm.tokenizer.tokenizer import Tokenizer
+from minillm.tokenizer.train import train_tokenizer
+
+BASE = ModelConfig(vocab_size=96, dim=64, n_layers=2, n_heads=4, n_kv_heads=2, ffn_dim=80, max_seq_len=64)
+CASES = {
+    "llama": BASE,
+    "llama-untied": dataclasses.replace(BASE, tie_embeddings=False, rope_theta=5e5, norm_eps=1e-6),
+    "llama-wide": dataclasses.replace(BASE, head_dim=32),
+    "qwen2": dataclasses.replace(BASE, qkv_bias=True),
+    "qwen2-untied": dataclasses.replace(BASE, qkv_bias=True, tie_embeddings=False),
+    "qwen3": dataclasses.replace(BASE, qk_norm=True, head_dim=128),  # transformers' reader knows no other head size
+    "qwen3-untied": dataclasses.replace(BASE, qk_norm=True, head_dim=128, tie_embeddings=False),
+}
+SCALED = {
+    "linear": RopeScaling("linear", 2.0, 32),
+    "yarn": RopeScaling("yarn", 4.0, 16),
+    "llama3": RopeScaling("llama3", 8.0, 32),
+}
+
+
+def stored(config: ModelConfig) -> StoredModel:
+    """Weights far from their usual scale, where a wrong formula shows."""
+    generator = torch.Generator().manual_seed(0)
+    weights = {
+        key: torch.randn(shape, generator=generator) * 0.15 + (len(shape) == 1)
+        for key, shape in huggingface.shapes_of(config).items()
+    }
+    return StoredModel(config, torch.float32, lambda key, dtype: weights[key].to(dtype))
+
+
+def load(model: StoredModel, folder):
+    folder.mkdir(exist_ok=True)
+    huggingface.write_folder(model, folder)
+    return huggingface.load_model(folder).eval()
+
+
+def tokens() -> torch.Tensor:
+    return torch.randint(0, 96, (2, 40), generator=torch.Generator().manual_seed(2))
+
+
+@pytest.mark.parametrize("case", CASES)
+@torch.no_grad()
+def test_transformers_computes_the_same_from_our_file(case, tmp_path):
+    model = stored(CASES[case])
+    write_file(model, None, tmp_path / "m.gguf", torch.float32)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path, gguf_file="m.gguf", dtype=torch.float32, attn_implementation="eager"
+    )
+    assert theirs.config.model_type == case.split("-")[0]
+    logits = theirs(tokens()).logits
+    torch.testing.assert_close(load(model, tmp_path / "written")(tokens()), logits, atol=1e-4, rtol=0)
+    again, _ = open_file(tmp_path / "m.gguf")
+    assert again.config == CASES[case]
+    torch.testing.assert_close(load(again, tmp_path / "read")(tokens()), logits, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_the_package_finds_gains_in_float32_and_rows_in_llamas_order(dtype, tmp_path):
+    model = stored(BASE)
+    write_file(model, None, tmp_path / "m.gguf", dtype)
+    reader = gguf.GGUFReader(tmp_path / "m.gguf")
+    values = {t.name: gguf.quants.dequantize(t.data, t.tensor_type) for t in reader.tensors}
+    kinds = {t.name: t.tensor_type.name for t in reader.tensors}
+    assert kinds["output_norm.weight"] == "F32"
+    assert kinds["token_embd.weight"] == {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}[dtype]
+    assert "output.weight" not in values and "llama.rope.freq_base" in reader.fields
+    k, v = (model.read(f"model.layers.1.self_attn.{n}_proj.weight", dtype).float().numpy() for n in "kv")
+    head = 16
+    order = [n * head + half * head // 2 + i for n in range(2) for i in range(head // 2) for half in range(2)]
+    np.testing.assert_array_equal(values["blk.1.attn_k.weight"], k[order])
+    np.testing.assert_array_equal(values["blk.1.attn_v.weight"], v)
+    opened, _ = open_file(tmp_path / "m.gguf")
+    assert opened.dtype == dtype
+
+
+@pytest.mark.parametrize("kind", SCALED)
+def test_scaled_positions_survive(kind, tmp_path):
+    config = dataclasses.replace(BASE, rope_scaling=SCALED[kind])
+    write_file(stored(config), None, tmp_path / "m.gguf", torch.float32)
+    again, metadata = open_file(tmp_path / "m.gguf")
+    assert again.config == config
+    assert metadata.get("llama.rope.scaling.type") == (None if kind == "llama3" else kind)
+
+
+def test_llama_3s_factors_are_those_of_its_formula(tmp_path):
+    scaling = RopeScaling("llama3", 8.0, 8192)
+    config = dataclasses.replace(BASE, head_dim=64, rope_theta=5e5, rope_scaling=scaling)
+    write_file(stored(config), None, tmp_path / "m.gguf", torch.float32)
+    (factors,) = (t.data for t in gguf.GGUFReader(tmp_path / "m.gguf").tensors if t.name == "rope_freqs.weight")
+    expected = []
+    for i in range(0, 64, 2):
+        wavelength = 2 * np.pi * 5e5 ** (i / 64)
+        smooth = (8192 / wavelength - 1) / (4 - 1)
+        kept = wavelength < 8192 / 4
+        expected.append(1 if kept else 8 if wavelength > 8192 else 1 / ((1 - smooth) / 8 + smooth))
+    np.testing.assert_allclose(factors, expected, rtol=1e-5)
+
+
+# ---- tokenizers
+
+
+@pytest.mark.parametrize("dummy_prefix", [True, False])
+def test_a_vocabulary_goes_both_ways(dummy_prefix, tmp_path):
+    text = ["The cat sat on the mat, 2024 times.\n  床前明月光，疑是地上霜。"] * 20
+    tokenizer = train_tokenizer(text, 420, tmp_path / "vocabulary")
+    pieces = [(p.piece, p.score, TYPES[p.type]) for p in tokenizer.model.proto.pieces]
+    if dummy_prefix:
+        made = from_pieces(pieces, {"bos": 1, "eos": 2}, dummy_prefix=True, source="made")
+        tokenizer = made.with_settings(add_bos=True)
+    config = dataclasses.replace(BASE, vocab_size=448)  # more rows than pieces
+    write_file(stored(config), tokenizer, tmp_path / "m.gguf", torch.float32)
+    _, metadata = open_file(tmp_path / "m.gguf")
+    assert len(metadata["tokenizer.ggml.tokens"]) == len(metadata["tokenizer.ggml.scores"]) == 448
+    again = read_tokenizer(metadata, "m.gguf")
+    assert again.sha256 == tokenizer.sha256  # by which its token bins know it
+    assert [(p.piece, p.score, TYPES[p.type]) for p in again.model.proto.pieces] == pieces
+    assert (again.bos_id, again.eos_id, again.pad_id, again.start_id) == (
+        1,
+        2,
+        2 + (not dummy_prefix),
+        2 - dummy_prefix,
+    )
+    assert again.chat_template == tokenizer.chat_template
+    metadata["tokenizer.ggml.scores"][419] -= 1  # by another program, which leaves our own key as it is
+    changed = read_tokenizer(metadata, "m.gguf")
+    assert changed.model.proto.pieces[419].score == pieces[419][1] - 1 and changed.sha256 != tokenizer.sha256
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path, gguf_file="m.gguf")
+    for line in ("The cat sat on 42 mats", "明月光 and 😀", "", "x", "a  b\n"):
+        ids = again.encode(line)
+        assert ids == tokenizer.encode(line)
+        if dummy_prefix:  # transformers puts a space before each text whatever the file says
+            assert ids == theirs(line, add_special_tokens=False).input_ids, line
+    again.save(tmp_path / "again")
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "again")
+    assert theirs("The cat").input_ids == [1] * dummy_prefix + again.encode("The cat")
+
+
+@pytest.mark.parametrize("split", ["gpt-2", "smollm", "qwen2", "llama-bpe"])
+def test_a_byte_level_vocabulary_goes_both_ways(split, tmp_path):
+    from tests.minillm.tokenizer.test_byte_bpe import TEXTS, train
+
+    train(split).save(str(tmp_path / "tokenizer.json"))
+    template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    settled = {"eos_token": "<|im_end|>", "bos_token": {"content": "<|im_start|>"}, "chat_template": template}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settled))
+    tokenizer = Tokenizer.load(tmp_path)
+    config = dataclasses.replace(BASE, vocab_size=tokenizer.vocab_size + 5)
+    write_file(stored(config), tokenizer, tmp_path / "m.gguf", torch.float32)
+    _, metadata = open_file(tmp_path / "m.gguf")
+    again = read_tokenizer(metadata, "m.gguf")
+    again.save(tmp_path / "again")
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "again")
+    assert (again.bos_id, again.eos_id, again.sha256) == (tokenizer.bos_id, tokenizer.eos_id, tokenizer.sha256)
+    assert again.chat_template == template == theirs.chat_template and theirs.eos_token_id == again.eos_id
+    for text in TEXTS[:5]:
+        assert again.encode(text) == tokenizer.encode(text) == theirs(text, add_special_tokens=False).input_ids
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"tokenizer.ggml.model": "t5"}, "kind 't5'"),
+        ({"tokenizer.ggml.tokens": ["a"]}, "its tokenizer: damaged"),
+        ({"tokenizer.ggml.tokens": [1, 2, 3]}, "its tokenizer: damaged"),
+        ({"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "gpt-2"}, "its tokenizer: damaged"),
+        ({"minillm.tokenizer_file": "damaged"}, "its tokenizer: damaged"),
+        ({"tokenizer.ggml.scores": None}, "its tokenizer: damaged"),
+        ({"tokenizer.ggml.eos_token_id": 99999}, "its tokenizer: damaged"),
+        (
+            {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.merges": [], "tokenizer.ggml.pre": "tekken"},
+            "rules 'tekken'",
+        ),
+    ],
+)
+def test_a_tokenizer_we_do_not_have_is_refused(change, words):
+    metadata = {
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.tokens": ["<unk>", "<s>", "</s>"],
+        "tokenizer.ggml.scores": [0.0, 0.0, 0.0],
+        "tokenizer.ggml.token_type": [2, 3, 3],
+        "tokenizer.ggml.eos_token_id": 2,
+    }
+    with pytest.raises(UserError, match=words):
+        read_tokenizer(metadata | change, "m.gguf")
+
+
+# ---- what is refused
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        dict(window=8),
+        dict(softcap=30.0),
+        dict(positions="learned"),
+        dict(qk_norm=True, qkv_bias=True),
+        dict(rope_scaling=RopeScaling("yarn", 2.0, 32, attention_factor=1.2)),
+        dict(rope_scaling=RopeScaling("yarn", 2.0, 32, beta_slow=2.0)),
+        dict(rope_scaling=RopeScaling("llama3", 2.0, 32, high_freq_factor=8.0)),
+    ],
+)
+def test_what_the_format_cannot_say_is_refused(change, tmp_path):
+    with pytest.raises(UserError, match=f"no place for a model with .*{next(iter(change))}"):
+        write_file(stored(dataclasses.replace(BASE, **change)), None, tmp_path / "m.gguf", torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"general.architecture": "gemma"}, "architecture 'gemma'"),
+        ({"llama.block_count": 3}, r"layers\.2\.self_attn\.q_proj\.weight is missing"),
+        ({"llama.block_count": 1 << 30}, "1,073,741,824 layers, as its header says"),
+        ({"llama.rope.freq_base": "much"}, "damaged"),
+        ({"llama.feed_forward_length": 81}, r"mlp\.up_proj\.weight is \(80, 64\), expected \(81, 64\)"),
+        ({"llama.attention.head_count": [4, 4]}, "damaged"),
+        ({"llama.attention.head_count": 0}, "n_heads is 0"),
+        ({"llama.expert_count": 8}, "expert_count"),
+        ({"llama.rope.dimension_count": 8}, r"rope\.dimension_count"),
+        ({"llama.attention.sliding_window": 8}, "sliding_window"),
+        ({"llama.rope.scaling.type": "longrope"}, "longrope"),
+        ({"llama.rope.scaling.yarn_beta_slow": 2.0}, "yarn_beta_slow"),
+        ({"split.count": 2}, "other parts of a split file"),
+    ],
+)
+def test_what_we_would_compute_wrongly_is_refused(change, words, tmp_path, monkeypatch):
+    write_file(stored(BASE), None, tmp_path / "m.gguf", torch.float32)
+    metadata, entries = gguf_format.read_header(tmp_path / "m.gguf")
+    monkeypatch.setattr(gguf_format, "read_header", lambda path: (metadata | change, entries))
+    with pytest.raises(UserError, match=words):
+        open_file(tmp_path / "m.gguf")
+
+
+def test_other_factors_than_llama_3s_are_refused(tmp_path, monkeypatch):
+    config = dataclasses.replace(BASE, rope_scaling=RopeScaling("llama3", 8.0, 32))
+    write_file(stored(config), None, tmp_path / "m.gguf", torch.float32)
+    metadata, entries = gguf_format.read_header(tmp_path / "m.gguf")
+    metadata["llama.rope.scaling.original_context_length"] = 64
+    monkeypatch.setattr(gguf_format, "read_header", lambda path: (metadata, entries))
+    with pytest.raises(UserError, match=r"rope_freqs\.weight"):
+        open_file(tmp_path / "m.gguf")

@@ -1,0 +1,228 @@
+"""Our models against transformers' own, both ways: an independent oracle for the whole architecture."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+import transformers
+
+from minillm.base.errors import UserError
+from minillm.checkpoint.huggingface import (
+    from_hf,
+    half_split,
+    interleaved,
+    load_config,
+    load_model,
+    model_type,
+    open_folder,
+    save_model,
+    to_hf,
+    write_folder,
+)
+from minillm.model.config import ModelConfig, RopeScaling
+from minillm.model.transformer import Transformer
+
+BASE = ModelConfig(vocab_size=160, dim=64, n_layers=2, n_heads=4, n_kv_heads=2, ffn_dim=96, max_seq_len=128)
+CASES = {
+    "llama": BASE,
+    "llama-untied": dataclasses.replace(BASE, tie_embeddings=False),
+    "qwen2": dataclasses.replace(BASE, qkv_bias=True),
+    "qwen2-untied": dataclasses.replace(BASE, qkv_bias=True, tie_embeddings=False),
+    "qwen3": dataclasses.replace(BASE, qk_norm=True, head_dim=32),
+    "qwen3-untied": dataclasses.replace(BASE, qk_norm=True, tie_embeddings=False, norm_eps=1e-6),
+    "mistral": dataclasses.replace(BASE, window=8, tie_embeddings=False),
+    "linear": dataclasses.replace(BASE, rope_scaling=RopeScaling("linear", 2.0, 128)),
+    "yarn": dataclasses.replace(BASE, rope_scaling=RopeScaling("yarn", 4.0, 32)),
+    "yarn-long": dataclasses.replace(
+        BASE, head_dim=64, rope_theta=1e6, rope_scaling=RopeScaling("yarn", 8.0, 1024, attention_factor=1.3)
+    ),
+    "llama3": dataclasses.replace(BASE, rope_theta=5e5, rope_scaling=RopeScaling("llama3", 8.0, 64)),
+}
+
+
+def random_model(config: ModelConfig) -> Transformer:
+    """Weights far from their usual scale (std 0.1), norms and biases too: a wrong formula then shows."""
+    model = Transformer(config)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(torch.randn(p.shape, generator=generator) * 0.1 + (1.0 if p.dim() == 1 else 0.0))
+    return model
+
+
+def compare(ours: Transformer, theirs) -> None:
+    tokens = torch.randint(0, 160, (2, 64), generator=torch.Generator().manual_seed(2))
+    logits = theirs(tokens).logits
+    torch.testing.assert_close(ours(tokens), logits, atol=1e-4, rtol=0)
+    loss = ours(tokens[:, :-1], tokens[:, 1:]) / tokens[:, 1:].numel()
+    loss.backward()
+    theirs(tokens, labels=tokens).loss.backward()
+    grads = dict(theirs.named_parameters())
+    checked = 0
+    for name, p in ours.named_parameters():
+        other = grads[name if name.startswith("lm_head") else "model." + name].grad
+        assert (p.grad - other).norm() <= 1e-4 * other.norm(), name
+        checked += 1
+    assert checked == len(grads)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_transformers_loads_ours(case, tmp_path):
+    ours = random_model(CASES[case])
+    save_model(ours, tmp_path)
+    theirs, info = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path, output_loading_info=True, attn_implementation="eager"
+    )
+    named = case.split("-")[0]
+    expected = named if named in ("qwen2", "qwen3", "mistral") else "llama"
+    assert theirs.config.model_type == model_type(CASES[case]) == expected
+    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
+    compare(ours, theirs)
+
+
+THEIRS = dict(
+    vocab_size=160,
+    hidden_size=64,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    intermediate_size=96,
+    max_position_embeddings=128,
+    initializer_range=0.1,
+    attn_implementation="eager",
+)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("kind", ["Llama", "Mistral", "Qwen2", "Qwen3"])
+def test_ours_loads_theirs(kind, tied, tmp_path):
+    torch.manual_seed(0)
+    more = {"sliding_window": 8 if tied else None} if kind == "Mistral" else {}
+    hf_config = getattr(transformers, kind + "Config")(**THEIRS, tie_word_embeddings=tied, **more)
+    theirs = getattr(transformers, kind + "ForCausalLM")(hf_config)
+    theirs.save_pretrained(tmp_path, max_shard_size="60KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1  # sharded, with an index
+    compare(load_model(tmp_path), theirs)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_config_survives_the_round_trip(case, tmp_path):
+    assert from_hf(json.loads(json.dumps(to_hf(CASES[case])))) == CASES[case]
+
+
+def test_old_style_config_is_read(tmp_path):
+    """Defaults of files that transformers 4 and earlier wrote: no rope_parameters, few keys."""
+    old = {
+        "model_type": "llama",
+        "vocab_size": 160,
+        "hidden_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "intermediate_size": 96,
+        "rope_theta": 500000.0,
+        "rope_scaling": {"type": "linear", "factor": 4.0},
+        "torch_dtype": "bfloat16",
+    }
+    config = from_hf(old)
+    assert (config.n_kv_heads, config.head_dim, config.norm_eps, config.tie_embeddings) == (
+        4,
+        16,
+        1e-6,
+        False,
+    )
+    assert config.rope_theta == 5e5 and config.rope_scaling == RopeScaling("linear", 4.0, 2048)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        dict(positions="learned"),
+        dict(softcap=30.0),
+        dict(qk_norm=True, qkv_bias=True),
+        dict(window=4, qk_norm=True),
+    ],
+)
+def test_our_own_options_get_a_name_that_others_refuse(change, tmp_path):
+    config = dataclasses.replace(BASE, **change)
+    model = random_model(config)
+    save_model(model, tmp_path)
+    with pytest.raises(ValueError, match="minillm"):
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    again = load_model(tmp_path)
+    assert again.config == config
+    tokens = torch.arange(40)[None]
+    torch.testing.assert_close(again(tokens), model(tokens), atol=0, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (dict(model_type="gpt2"), "gpt2"),
+        (dict(attention_bias=True), "attention_bias"),
+        (dict(hidden_act="gelu"), "hidden_act"),
+        (dict(partial_rotary_factor=0.5), "partial_rotary_factor"),
+        (dict(rope_parameters={"partial_rotary_factor": 0.5, "rope_theta": 1e4}), "partial_rotary_factor"),
+        (dict(rope_parameters={"rope_type": "longrope", "rope_theta": 1e4}), "longrope"),
+    ],
+)
+def test_what_we_would_compute_wrongly_is_refused(change, named):
+    with pytest.raises(UserError, match=named):
+        from_hf({**to_hf(BASE), **change})
+
+
+def test_a_folder_without_config_is_named(tmp_path):
+    with pytest.raises(UserError, match=r"config\.json"):
+        load_config(tmp_path)
+
+
+def test_weights_that_do_not_fit_are_all_listed(tmp_path):
+    save_model(random_model(BASE), tmp_path)
+    written = json.loads((tmp_path / "config.json").read_text())
+    written |= {"num_hidden_layers": 3, "intermediate_size": 97}
+    (tmp_path / "config.json").write_text(json.dumps(written))
+    with pytest.raises(UserError) as caught:
+        load_model(tmp_path)
+    for name in ("layers.2.self_attn.q_proj", "layers.0.mlp.down_proj", "layers.1.mlp.up_proj"):
+        assert name in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (dict(hidden_size="wide"), "damaged"),
+        (dict(rope_parameters=[1]), "damaged"),
+        (dict(rope_parameters={"rope_type": "yarn"}), "damaged"),
+        (dict(num_hidden_layers=10**7), "10,000,000 layers, as config.json says"),
+        (dict(num_hidden_layers=0), "n_layers is 0"),
+        (dict(hidden_size=2**62), "dim is 4611686018427387904: it must lie from 1 to 16,777,216"),
+        (dict(hidden_size=2**24, num_attention_heads=2**24, head_dim=2**24), "larger than any memory"),
+    ],
+)
+def test_a_config_with_wrong_values_is_refused_at_once(change, words, tmp_path):
+    save_model(random_model(BASE), tmp_path)
+    written = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(written | change))
+    for load in (load_model, open_folder):
+        with pytest.raises(UserError, match=words) as caught:
+            load(tmp_path)
+        assert "\n" not in str(caught.value)
+
+
+def test_rows_for_neighbouring_pairs_and_back():
+    """Two heads of four: pairs (0, 1) and (2, 3) of a head become (0, 2) and (1, 3)."""
+    rows = torch.arange(8.0)[:, None] * torch.ones(3)
+    assert half_split(rows, 4)[:, 0].tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
+    assert torch.equal(interleaved(half_split(rows, 4), 4), rows)
+
+
+def test_shards_are_no_larger_than_asked_and_transformers_reads_them(tmp_path):
+    model = random_model(CASES["qwen2-untied"])
+    save_model(model, tmp_path)
+    stored = open_folder(tmp_path)
+    (tmp_path / "shards").mkdir()
+    write_folder(stored, tmp_path / "shards", max_shard_size=50_000)
+    sizes = [path.stat().st_size for path in (tmp_path / "shards").glob("*.safetensors")]
+    assert len(sizes) > 2 and max(sizes) < 50_000 + 4_000  # and the header
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "shards", attn_implementation="eager")
+    compare(load_model(tmp_path / "shards"), theirs)

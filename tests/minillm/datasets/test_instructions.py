@@ -1,0 +1,229 @@
+"""Conversations become X, Y and a mask: the rule, and what is too long."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from minillm.base.errors import UserError
+from minillm.datasets import instructions
+from minillm.datasets.instructions import InstructionRows, collate, encode_messages, fit, truncate
+
+PAD, BOS, EOS, SYSTEM, USER, ASSISTANT = 0, 8, 16, 101, 102, 103
+
+
+class Numbers:
+    """A tokenizer whose ids are read off the text: "5 6" is [5, 6]. The templates are those of minillm."""
+
+    pad_id, bos_id, eos_id, vocab_size, sha256 = PAD, BOS, EOS, 200, "numbers"
+
+    def encode_chat(self, messages, *, template="auto", add_generation_prompt=False):
+        ids, learn = ([], []) if template == "simple" else ([BOS], [False])
+        for message in messages:
+            content = [int(word) for word in message["content"].split()]
+            answer = message["role"] == "assistant"
+            roles = {"system": [SYSTEM], "user": [USER], "assistant": [ASSISTANT]}
+            opener = [BOS] * answer if template == "simple" else roles[message["role"]]
+            content += [EOS] * answer
+            ids += opener + content
+            learn += [False] * len(opener) + [answer] * len(content)
+        return ids, learn
+
+
+def talk(*contents, system=None) -> list[dict]:
+    """Question, answer, question, answer, …"""
+    opening = [] if system is None else [{"role": "system", "content": system}]
+    roles = ("user", "assistant")
+    return opening + [{"role": roles[i % 2], "content": content} for i, content in enumerate(contents)]
+
+
+def example(messages, seq_len, template="chat"):
+    ids, learn, cut = fit(messages, Numbers(), seq_len, template)
+    return ids.tolist(), learn.astype(int).tolist(), cut
+
+
+def write_jsonl(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def pair(instruction, output, **more):
+    return {"instruction": instruction, "input": "", "output": output, **more}
+
+
+# ---- the rule
+
+
+def one_row(prompt, answer, width, template="simple"):
+    ids, learn, _ = fit(talk(prompt, answer), Numbers(), width, template)
+    batch = collate([[(ids, learn)]], width, PAD, documents=False)
+    return batch.x[0].tolist(), batch.y[0].tolist(), batch.mask[0].int().tolist()
+
+
+def test_worked_example_of_the_articles():
+    # prompt 1–7, bos 8, answer from 9, eos 16, rows of 16 tokens, hence 15 positions. Two deviations: the
+    # masks printed in the article also learn the bos, and its code also learns one pad after the eos.
+    # The mask here lies on Y and holds the answer and its eos, nothing else.
+    x, y, mask = one_row("1 2 3 4 5 6 7", "9 10 11 12 13 14 15", 15)
+    assert x == list(range(1, 16))
+    assert y == list(range(2, 17))
+    assert mask == [0] * 7 + [1] * 8
+    x, y, mask = one_row("1 2 3 4 5 6 7", "9 10 11 12 13", 15)
+    assert x == [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, PAD, PAD]
+    assert y == [2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, EOS, PAD, PAD]
+    assert mask == [0] * 7 + [1] * 6 + [0] * 2
+
+
+def test_a_bos_inside_the_prompt_starts_no_answer():
+    x, _, mask = one_row("1 8 3 8 5 6 7", "9 8 11", 15)
+    assert x == [1, 8, 3, 8, 5, 6, 7, 8, 9, 8, 11, PAD, PAD, PAD, PAD]
+    assert mask == [0] * 7 + [1] * 4 + [0] * 4
+
+
+def test_packed_row_by_hand():
+    first, second = (encode_messages(talk(*t), Numbers(), "simple") for t in [("1 2", "9"), ("3", "10 11")])
+    batch = collate([[first, second], [second]], 8, PAD, documents=True)
+    assert batch.x.tolist() == [[1, 2, 8, 9, 3, 8, 10, 11], [3, 8, 10, 11] + [PAD] * 4]
+    assert batch.y.tolist() == [[2, 8, 9, EOS, 8, 10, 11, EOS], [8, 10, 11, EOS] + [PAD] * 4]
+    assert batch.mask.int().tolist() == [[0, 0, 1, 1, 0, 1, 1, 1], [0, 1, 1, 1, 0, 0, 0, 0]]
+    assert batch.documents.tolist() == [[0, 0, 0, 0, 1, 1, 1, 1], [0, 0, 0, 0, 1, 1, 1, 1]]
+    assert [t.dtype for t in batch] == [torch.int64, torch.int64, torch.bool, torch.int32]
+
+
+def test_placeholders_stand_before_each_example_and_teach_nothing():
+    first, second = (encode_messages(talk(*t), Numbers(), "simple") for t in [("1 2", "9"), ("3", "10 11")])
+    batch = collate([[first, second], [second]], 13, PAD, documents=True, n_virtual=2)
+    assert batch.x.tolist() == [
+        [PAD, PAD, 1, 2, 8, 9, PAD, PAD, 3, 8, 10, 11, PAD],
+        [PAD, PAD, 3, 8, 10, 11] + [PAD] * 7,
+    ]
+    assert batch.y[0].tolist() == [PAD, PAD, 2, 8, 9, EOS, PAD, PAD, 8, 10, 11, EOS, PAD]
+    assert batch.mask[0].int().tolist() == [0, 0, 0, 0, 1, 1, 0, 0, 0, 1, 1, 1, 0]
+    assert batch.documents.tolist() == [[0] * 6 + [1] * 6 + [2], [0] * 6 + [1] * 7]
+
+
+@pytest.mark.parametrize("kept_tokens", [1 << 25, 0])
+@pytest.mark.parametrize("packing", [True, False])
+def test_rows_with_placeholders_are_no_longer_and_hold_the_same_examples(tmp_path, monkeypatch, packing, kept_tokens):
+    monkeypatch.setattr(instructions, "KEPT_TOKENS", kept_tokens)
+    rows = [pair("1 " * (i % 7 + 1), "2 " * (i % 5 + 1)) for i in range(40)] + [pair("1", "3 " * 40)]
+    path = write_jsonl(tmp_path / "rows.jsonl", rows)
+    plain = InstructionRows(path, Numbers(), 27, packing=packing)
+    data = InstructionRows(path, Numbers(), 30, packing=packing, n_virtual=3)
+    assert data.counts == plain.counts and data.counts["cut"] == 1
+    batch = data.batch(np.arange(data.rows_per_epoch))
+    assert batch.x.shape[1] == 30 and batch.n_targets() == plain.batch(np.arange(plain.rows_per_epoch)).n_targets()
+    for x, mask in zip(batch.x.tolist(), batch.mask, strict=True):
+        starts = [t for t in range(30) if x[t] == BOS]  # the template begins with it
+        assert starts and all(x[t - 3 : t] == [PAD] * 3 and not mask[t - 3 : t].any() for t in starts)
+    if packing:
+        used = sum(len(ids) - 1 + 3 for ids, _ in map(data._example, range(len(rows))))
+        assert f"{used / (30 * data.rows_per_epoch):.1%} full" in data.summary()
+    padding = data.batch(np.arange(2), end=0)
+    assert padding.x.shape[1] == (30 if packing else 8) and not padding.n_targets()
+    with pytest.raises(
+        UserError, match="--seq_len 3: a row needs at least 1 position beside the virtual tokens of --n_virtual 3"
+    ):
+        InstructionRows(path, Numbers(), 3, n_virtual=3)
+
+
+@pytest.mark.parametrize(("seq_len", "width"), [(64, 24), (17, 17)])
+def test_padding_alone_is_wide_enough_for_its_placeholders(tmp_path, seq_len, width):
+    path = write_jsonl(tmp_path / "rows.jsonl", [pair("1", "2")])
+    data = InstructionRows(path, Numbers(), seq_len, packing=False, n_virtual=16)
+    assert data.batch(np.arange(2), end=0).x.shape == (2, width)
+
+
+def test_several_turns_by_hand():
+    ids, learn, cut = example(talk("1", "2 3", "4", "5", system="7"), 20)
+    assert ids == [BOS, SYSTEM, 7, USER, 1, ASSISTANT, 2, 3, EOS, USER, 4, ASSISTANT, 5, EOS]
+    assert learn == [0, 0, 0, 0, 0, 0, 1, 1, 1, 0, 0, 0, 1, 1]
+    assert not cut
+
+
+def test_a_turn_can_be_left_out_of_the_loss():
+    messages = talk("1", "2 3", "4", "5")
+    messages[1]["learn"] = False
+    assert example(messages, 20)[1] == [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 1]
+    messages = talk("1", "2 3", "4", "5", "6")
+    messages[3]["learn"] = False  # nothing is learned from there on, so nothing of it is kept
+    assert example(messages, 20)[:2] == ([BOS, USER, 1, ASSISTANT, 2, 3, EOS], [0, 0, 0, 0, 1, 1, 1])
+
+
+def test_an_empty_answer_teaches_nothing():
+    assert example(talk("1 2", " \n"), 20) == ([], [], False)
+    assert example(talk("1", "", "4", "5"), 20)[1] == [0, 0, 0, 0, 0, 0, 0, 0, 1, 1]
+    assert example(talk("1"), 20) == ([], [], False)
+
+
+# ---- what is too long
+
+
+def test_exact_fit_is_not_cut():
+    whole = [BOS, USER, 1, 2, ASSISTANT, 4, 5, 6, EOS]
+    assert example(talk("1 2", "4 5 6"), 8) == (whole, [0] * 5 + [1] * 4, False)
+    assert example(talk("1 2", "4 5 6"), 7) == (whole[:2] + whole[3:], [0] * 4 + [1] * 4, True)
+
+
+def test_a_long_prompt_is_shortened_from_its_middle():
+    ids, learn, cut = example(talk("1 2 3 4 5 6 7", "9"), 7, "simple")
+    assert ids == [1, 2, 3, 6, 7, BOS, 9, EOS]
+    assert learn == [0, 0, 0, 0, 0, 0, 1, 1]
+    assert cut
+
+
+def test_a_long_answer_loses_its_end_and_gets_no_eos():
+    ids, learn, cut = example(talk("1 2", "20 21 22 23 24 25 26 27 28 29 30"), 11, "simple")
+    assert ids == [1, 2, BOS, 20, 21, 22, 23, 24, 25, 26, 27, 28]
+    assert learn == [0] * 3 + [1] * 9
+    assert cut
+
+
+def test_a_long_prompt_keeps_a_quarter_before_a_long_answer():
+    ids, learn, _ = example(talk("1 2 3 4 5 6 7", "20 21 22 23 24 25 26 27 28 29 30"), 11, "simple")
+    assert ids == [1, 7, BOS, 20, 21, 22, 23, 24, 25, 26, 27, 28]
+    assert learn == [0] * 3 + [1] * 9
+
+
+def test_a_long_conversation_loses_its_earliest_turns():
+    messages = talk("1", "2", "3", "4", "5", "6", system="7")
+    head, last = [BOS, SYSTEM, 7], [USER, 5, ASSISTANT, 6, EOS]
+    assert example(messages, 17)[0] == [*head, USER, 1, ASSISTANT, 2, EOS, USER, 3, ASSISTANT, 4, EOS, *last]
+    assert example(messages, 16)[0] == [*head, USER, 3, ASSISTANT, 4, EOS, *last]
+    assert example(messages, 12)[::2] == ([*head, USER, 3, ASSISTANT, 4, EOS, *last], True)
+    assert example(messages, 11)[0] == head + last
+    assert example(messages, 6)[0] == [BOS, SYSTEM, *last]
+    assert example(messages[1:] + talk("9"), 6)[0] == [BOS, *last]  # what follows the last answer costs nothing
+
+
+MESSAGES = st.lists(
+    st.fixed_dictionaries(
+        {
+            "role": st.sampled_from(["system", "user", "assistant"]),
+            "content": st.lists(st.integers(20, 99).map(str), max_size=12).map(" ".join),
+            "learn": st.sampled_from([True, True, False]),
+        }
+    ),
+    max_size=8,
+)
+
+
+@given(MESSAGES, st.integers(1, 40), st.sampled_from(["chat", "simple"]))
+@settings(deadline=None)
+def test_what_is_cut_still_fits_and_still_teaches(messages, seq_len, template):
+    ids, learn, cut = fit(messages, Numbers(), seq_len, template)
+    whole, learned = encode_messages(messages, Numbers(), template)
+    answers = [m for m in messages if m["role"] == "assistant" and m["learn"] and m["content"]]
+    assert bool(len(ids)) == bool(answers)
+    assert cut == (len(whole) > seq_len + 1)
+    if answers:
+        assert len(ids) <= seq_len + 1
+        assert learn[-1]
+        assert not learn[0]
+        pairs = iter(zip(whole.tolist(), learned.tolist(), strict=True))
+        assert all(token in pairs for token in zip(ids.tolist(), learn.tolist(), strict=True))  # a subsequence
+    again = truncate(ids, learn, seq_len)
+    assert np.array_equal(again[0], ids)

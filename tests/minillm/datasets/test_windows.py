@@ -1,0 +1,269 @@
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from minillm.base.errors import UserError
+from minillm.datasets.batch import Batch, documents_in
+from minillm.datasets.token_bins import TokenBins, parse_mixture
+from minillm.datasets.windows import MIXTURE_SLOTS, TokenWindows, permute, validation_part
+
+EOS = 2
+
+
+def write_bins(folder, files: dict[str, list[np.ndarray]], dtype="uint16", vocab_size=1000, **changes):
+    """A prepared folder, written by hand as the format says."""
+    folder.mkdir(parents=True, exist_ok=True)
+    meta = {"dtype": dtype, "vocab_size": vocab_size, "eos_id": EOS, "tokenizer_sha256": "x", "files": {}}
+    for split, arrays in files.items():
+        meta["files"][split] = []
+        for i, tokens in enumerate(arrays):
+            name = f"{split}-{i:05}.bin"
+            np.asarray(tokens).astype("<u2" if dtype == "uint16" else "<u4").tofile(folder / name)
+            meta["files"][split].append({"name": name, "tokens": len(tokens), "documents": 1})
+    (folder / "meta.json").write_text(json.dumps({**meta, **changes}))
+    return folder
+
+
+def windows(folder, seq_len, **options):
+    return TokenWindows([(TokenBins(folder, "train"), 1.0)], seq_len, **{"seed": 0, **options})
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 5, 64, 100, 1000, 4097])
+@pytest.mark.parametrize("key", [0, 7, 1 << 100])
+def test_permutation_is_a_bijection_and_pointwise(n, key):
+    whole = permute(np.arange(n), n, key)
+    assert sorted(whole) == list(range(n))
+    assert [int(permute(np.array([i]), n, key)[0]) for i in range(0, n, 97)] == whole[::97].tolist()
+
+
+def test_permutation_looks_random():
+    """Neighbours land anywhere: mean gap and fixed points as for a random permutation of 10,000 (n/3 and 1)."""
+    n = 10_000
+    whole = permute(np.arange(n), n, 5)
+    assert abs(np.abs(np.diff(whole)).mean() / (n / 3) - 1) < 0.03
+    assert (whole == np.arange(n)).sum() < 8
+    assert (permute(np.arange(n), n, 6) == whole).sum() < 8
+
+
+def test_y_is_x_shifted_and_every_token_is_a_target_once(tmp_path):
+    tokens = np.arange(3, 3 + 41)  # 40 targets: 5 windows of 8
+    data = windows(write_bins(tmp_path / "d", {"train": [tokens]}), 8)
+    assert data.n_windows == 5
+    batch = data.batch(np.arange(5))
+    assert batch.x.dtype == batch.y.dtype == torch.int64 and batch.mask is None and batch.documents is None
+    assert torch.equal(batch.y, batch.x + 1)
+    assert sorted(batch.y.flatten().tolist()) == list(range(4, 44))
+
+
+def test_the_tail_of_a_file_is_not_lost(tmp_path):
+    files = [np.arange(3, 3 + 12), np.arange(100, 100 + 30)]
+    data = windows(write_bins(tmp_path / "d", {"train": files}), 8)
+    targets = set(data.batch(np.arange(data.n_windows)).y.flatten().tolist())
+    assert targets == set(range(4, 15)) | set(range(101, 130))
+
+
+def test_order_is_a_pure_function_of_seed_and_position(tmp_path):
+    folder = write_bins(tmp_path / "d", {"train": [np.arange(3, 900)]})
+    a, b = windows(folder, 4, seed=3), windows(folder, 4, seed=3)
+    whole = a.batch(np.arange(600)).x  # more than two epochs of 224 windows
+    assert torch.equal(whole[500:510], b.batch(np.arange(500, 510)).x)
+    assert not torch.equal(whole, windows(folder, 4, seed=4).batch(np.arange(600)).x)
+    n = a.n_windows
+    assert sorted(whole[:n, 0].tolist()) == sorted(whole[n : 2 * n, 0].tolist())
+    assert whole[:n].tolist() != whole[n : 2 * n].tolist()  # another order in the second epoch
+
+
+def test_mixture_holds_its_shares_and_visits_every_window(tmp_path):
+    a = write_bins(tmp_path / "a", {"train": [np.arange(3, 3 + 401)]})
+    b = write_bins(tmp_path / "b", {"train": [np.arange(500, 500 + 401)]})
+    pairs = [(TokenBins(p, "train"), w) for p, w in parse_mixture(f"{a}:3,{b}:1")]
+    data = TokenWindows(pairs, 4, seed=1)
+    first = data.batch(np.arange(MIXTURE_SLOTS)).x[:, 0]
+    assert int((first >= 500).sum()) == MIXTURE_SLOTS // 4
+    assert len(set(first[first >= 500].tolist())) == MIXTURE_SLOTS // 4  # none of them twice
+    some = data.batch(np.arange(2 * MIXTURE_SLOTS)).x[:, 0]
+    assert len(set(some[some >= 500].tolist())) == 100  # two blocks give 128 of b: each of its 100 windows
+    assert torch.equal(data.batch(np.array([300, 20])).x, data.batch(np.arange(400)).x[[300, 20]])
+
+
+@pytest.mark.parametrize("other", [{"vocab_size": 1001}, {"tokenizer_sha256": "y"}, {"eos_id": 3}])
+def test_mixture_of_two_tokenizers_is_refused(tmp_path, other):
+    a = write_bins(tmp_path / "a", {"train": [np.arange(100)]})
+    b = write_bins(tmp_path / "b", {"train": [np.arange(100)]}, **other)
+    with pytest.raises(UserError, match=r"b: prepared with another tokenizer or --wrap than .*a; mix"):
+        TokenWindows([(TokenBins(a, "train"), 0.5), (TokenBins(b, "train"), 0.5)], 4, seed=0)
+
+
+@pytest.mark.parametrize("text", ["", "a:0", "a:-1,b:2", ","])
+def test_bad_mixtures(text):
+    with pytest.raises(UserError, match="--data"):
+        parse_mixture(text)
+
+
+def test_parse_mixture():
+    assert [(str(p), w) for p, w in parse_mixture("x/a:3, y:1")] == [("x/a", 0.75), ("y", 0.25)]
+    assert [(str(p), w) for p, w in parse_mixture("x")] == [("x", 1.0)]
+
+
+def test_documents_begin_with_the_eos_before_them(tmp_path):
+    x = np.array([[5, 6, EOS, 7, EOS, EOS, 8]])
+    assert documents_in(x, EOS).tolist() == [[0, 0, 1, 1, 2, 3, 3]]
+    folder = write_bins(tmp_path / "d", {"train": [np.array([5, 6, EOS, 7, 8, EOS, 9, 9, 9])]})
+    batch = windows(folder, 8, documents=True).batch(np.array([0]))
+    assert batch.documents.tolist() == [[0, 0, 1, 1, 1, 2, 2, 2]] and batch.documents.dtype == torch.int32
+
+
+def test_placeholders_before_each_document():
+    x = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12]])
+    mask = torch.tensor([[True, True, False, True], [False, True, True, True]])
+    batch = Batch(x, x + 20, mask, torch.tensor([[3, 3, 4, 6], [0, 0, 0, 0]], dtype=torch.int32))
+    wide = batch.with_placeholders(2)
+    assert wide.x.tolist() == [[0, 0, 5, 6, 0, 0, 7, 0, 0, 8], [0, 0, 9, 10, 11, 12, 0, 0, 0, 0]]
+    assert torch.equal(wide.y, torch.where(wide.x > 0, wide.x + 20, 0))
+    assert wide.mask.int().tolist() == [[0, 0, 1, 1, 0, 0, 0, 0, 0, 1], [0, 0, 0, 1, 1, 1, 0, 0, 0, 0]]
+    assert wide.documents.tolist() == [[1, 1, 1, 1, 2, 2, 2, 3, 3, 3], [1] * 10]
+    assert [t.dtype for t in wide] == [t.dtype for t in batch]
+    whole = Batch(x, x).with_placeholders(2)  # nothing known of documents: a row is one, all of it targets
+    assert whole.x.tolist() == [[0, 0, 5, 6, 7, 8], [0, 0, 9, 10, 11, 12]] and whole.documents is None
+    assert whole.mask.int().tolist() == [[0, 0, 1, 1, 1, 1]] * 2
+    assert batch.with_placeholders(0) is batch
+
+
+def test_validation_part_is_whole_documents_each_target_once(tmp_path):
+    documents = [[10, 11, EOS], [12, EOS], [13, 14, 15, 16, EOS], [17, 18, 19, EOS]]
+    folder = write_bins(tmp_path / "d", {"train": [np.arange(100)], "val": [np.concatenate(documents)]})
+    part = validation_part(TokenBins(folder, "val"), seq_len=4, max_tokens=12)
+    assert part.n_documents == 3  # the fourth would need 14
+    targets = part.rows[:, 1:][part.mask]
+    assert targets.tolist() == [10, 11, EOS, 12, EOS, 13, 14, 15, 16, EOS]
+    assert part.rows[0, 0] == EOS  # the first document too begins after an end
+    batches = list(part.batches(2, documents=False, start_id=EOS))
+    assert sum(b.n_targets() for b in batches) == 10 and len(batches) == 2
+
+
+def test_the_validation_part_goes_on_over_the_files_of_a_split(tmp_path):
+    documents = [np.array([*range(10, 10 + n), EOS]) for n in (2, 1, 4, 3, 2)]
+    one = write_bins(tmp_path / "one", {"train": [], "val": [np.concatenate(documents)]})
+    several = write_bins(tmp_path / "several", {"train": [], "val": [*documents]})
+    for n_tokens in (2, 3, 5, 11, 16, 100):
+        whole, pieced = (validation_part(TokenBins(folder, "val"), 4, n_tokens) for folder in (one, several))
+        assert (whole.rows == pieced.rows).all() and (whole.mask == pieced.mask).all(), n_tokens
+        assert whole.n_documents == pieced.n_documents
+    assert pieced.n_documents == 5
+
+
+def test_one_token_of_a_raw_bin_is_too_little_to_validate_on(tmp_path):
+    np.arange(1000, dtype="<u2").tofile(tmp_path / "x.bin")
+    bins = TokenBins(tmp_path / "x.bin", "val", dtype="uint16", vocab_size=1000)
+    with pytest.raises(UserError, match=r"x\.bin: 1 token to validate on leaves no target; raise --eval_tokens"):
+        validation_part(bins, seq_len=4, max_tokens=1)
+    assert validation_part(bins, seq_len=4, max_tokens=2).mask.sum() == 1
+
+
+BOS = 1
+WRAPPED = [[BOS, 10, 11, EOS], [BOS, 12, EOS], [BOS, 13, 14, 15, 16, EOS], [BOS, 17, 18, 19, EOS]]
+
+
+def test_documents_that_begin_with_bos(tmp_path):
+    """X and Y are shifted as ever; bos is a document's first input, and eos belongs to the document it ends."""
+    stream = np.concatenate(WRAPPED)
+    folder = write_bins(tmp_path / "d", {"train": [stream]}, wrap="bos_eos", bos_id=BOS)
+    batch = windows(folder, len(stream) - 1, documents=True).batch(np.array([0]))
+    assert batch.x[0].tolist() == stream[:-1].tolist() and batch.y[0].tolist() == stream[1:].tolist()
+    assert batch.documents[0].tolist() == [1] * 4 + [2] * 3 + [3] * 6 + [4] * 4
+    for document, ids in zip(range(1, 5), WRAPPED, strict=True):
+        seen = batch.x[0][batch.documents[0] == document].tolist()
+        assert seen == ids[: len(seen)]  # begins with its bos, sees nothing of another
+    other = write_bins(tmp_path / "e", {"train": [stream]})
+    with pytest.raises(UserError, match="another tokenizer or --wrap"):
+        TokenWindows([(TokenBins(folder, "train"), 0.5), (TokenBins(other, "train"), 0.5)], 4, seed=0)
+
+
+def test_validation_of_documents_that_begin_with_bos(tmp_path):
+    """The same targets as of documents without: bos is none."""
+    folder = write_bins(tmp_path / "d", {"val": [np.concatenate(WRAPPED)], "train": []}, wrap="bos_eos", bos_id=BOS)
+    part = validation_part(TokenBins(folder, "val"), seq_len=4, max_tokens=14)
+    targets = part.rows[:, 1:][part.mask]
+    assert part.n_documents == 3 and part.rows[0, 0] == BOS
+    assert targets.tolist() == [10, 11, EOS, 12, EOS, 13, 14, 15, 16, EOS]
+    assert [b.documents.tolist() for b in part.batches(9, True, BOS)] == [[[1, 1, 1, 1], [1, 1, 1, 2], [0, 0, 0, 0]]]
+
+
+def test_uint32(tmp_path):
+    folder = write_bins(tmp_path / "d", {"train": [np.array([70000, 1, 2, 3, 69999])]}, "uint32", vocab_size=70001)
+    assert windows(folder, 4).batch(np.array([0])).x[0, 0] == 70000
+
+
+def test_a_foreign_bin_is_described_on_the_command_line(tmp_path):
+    np.arange(1000, dtype="<u2").tofile(tmp_path / "x.bin")
+    train = TokenBins(tmp_path / "x.bin", "train", dtype="uint16", vocab_size=1000)
+    val = TokenBins(tmp_path / "x.bin", "val", dtype="uint16", vocab_size=1000)
+    assert (train.n_tokens, val.n_tokens) == (990, 10) and val.arrays[0][0] == 990
+    with pytest.raises(UserError, match="--data_dtype"):
+        TokenBins(tmp_path / "x.bin", "train")
+
+
+def damaged(tmp_path, how):
+    folder = write_bins(tmp_path / "d", {"train": [np.arange(3, 103)]})
+    file = folder / "train-00000.bin"
+    if how == "missing":
+        file.unlink()
+    elif how == "empty":
+        file.write_bytes(b"")
+    elif how == "odd":
+        file.write_bytes(file.read_bytes()[:-1])
+    elif how == "cut":
+        file.write_bytes(file.read_bytes()[:-2])
+    elif how == "bad id":
+        np.where(np.arange(100) == 77, 1000, 5).astype("<u2").tofile(file)
+    elif how == "no meta":
+        (folder / "meta.json").unlink()
+    elif how == "torn meta":
+        (folder / "meta.json").write_text('{"dtype": "uint16", "fi')
+    elif how == "no split":
+        write_bins(folder, {"train": []})
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [
+        ("missing", "missing"),
+        ("empty", "0 bytes"),
+        ("odd", "199 bytes"),
+        ("cut", "198 bytes, but meta.json says 100 tokens"),
+        ("bad id", "token 77 is 1000"),
+        ("no meta", "never finished"),
+        ("torn meta", "cannot be read"),
+        ("no split", "no train split"),
+    ],
+)
+def test_damaged_data_is_refused_when_opened(tmp_path, how, said):
+    with pytest.raises(UserError, match=said) as caught:
+        TokenBins(damaged(tmp_path, how), "train")
+    assert str(tmp_path) in str(caught.value)
+
+
+def test_fewer_tokens_than_a_window(tmp_path):
+    folder = write_bins(tmp_path / "d", {"train": [np.arange(8)]})
+    with pytest.raises(UserError, match="8 tokens are fewer than one window of 8"):
+        windows(folder, 8)
+    assert windows(folder, 7).n_windows == 1
+
+
+def test_absent_data_names_the_remedy(tmp_path):
+    with pytest.raises(UserError, match=r"prepare\.py"):
+        TokenBins(tmp_path / "nowhere", "train")
+
+
+@pytest.mark.parametrize("name", ["mine.txt", "mine.jsonl.gz", "folder"])
+def test_text_in_place_of_token_bins_is_sent_to_prepare(tmp_path, name):
+    if name == "folder":
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a.txt").write_text("text")
+    else:
+        (tmp_path / name).write_text("text")
+    with pytest.raises(UserError, match=rf"prepare\.py --input .*{name}"):
+        TokenBins(tmp_path / name, "train")

@@ -1,0 +1,186 @@
+import threading
+import time
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from minillm.base import device
+from minillm.base.errors import UserError
+from minillm.distributed import watchdog
+from minillm.distributed.ranks import Ranks, micro_batch, os, start
+from minillm.distributed.watchdog import Watchdog
+
+CPU = torch.device("cpu")
+
+
+@given(step=st.integers(0, 10**12), micro=st.integers(1, 5), per_rank=st.integers(1, 4), world=st.integers(1, 8))
+def test_micro_batches_of_all_ranks_are_the_global_batch_in_order(step, micro, per_rank, world):
+    batch = micro * per_rank * world
+    taken = [Ranks(rank, world, CPU).micro_batches(step, batch, micro) for rank in range(world)]
+    assert np.concatenate([m for mine in taken for m in mine]).tolist() == list(range(step * batch, (step + 1) * batch))
+    assert {len(m) for mine in taken for m in mine} == {micro}
+    assert {len(mine) for mine in taken} == {per_rank}
+
+
+def test_micro_batches_by_hand():
+    first, second = Ranks(0, 2, CPU), Ranks(1, 2, CPU)
+    assert [m.tolist() for m in first.micro_batches(3, 8, 2)] == [[24, 25], [26, 27]]
+    assert [m.tolist() for m in second.micro_batches(3, 8, 2)] == [[28, 29], [30, 31]]
+    assert first.micro_batches(0, 8, 2)[0].dtype == np.int64
+
+
+def test_one_rank_needs_no_group():
+    ranks = Ranks(0, 1, CPU)
+    assert ranks.main and ranks.sum(1.5, 2) == [1.5, 2] and ranks.max(15) == 15 and ranks.max(0) == 0
+    ranks.barrier()
+
+
+@pytest.mark.parametrize(("batch", "micro", "world"), [(8, 2, 3), (6, 4, 1), (0, 1, 1), (8, 0, 1), (4, 4, 2)])
+def test_a_batch_that_does_not_divide_is_refused_with_one_that_does(batch, micro, world):
+    with pytest.raises(UserError, match=f"--batch_size {batch} ") as refusal:
+        micro_batch(batch, micro, world)
+    proposed = int(str(refusal.value).rpartition(" ")[2])
+    assert micro_batch(proposed, max(1, micro), world) == max(1, micro)
+    assert micro_batch(3 * proposed, max(1, micro), world) == max(1, micro)
+
+
+@pytest.mark.parametrize(("batch", "world", "micro"), [(16, 1, 16), (16, 2, 8), (128, 1, 32), (80, 2, 20), (37, 1, 1)])
+def test_a_micro_batch_not_asked_for_is_a_rank_s_share_up_to_32(batch, world, micro):
+    assert micro_batch(batch, None, world) == micro
+
+
+@pytest.mark.parametrize("name", ["tpu", "cuda:99", "", "meta:x", "meta"])
+def test_a_device_that_is_not_there_is_refused(name):
+    with pytest.raises(UserError, match=f"--device {name}: .*try auto or cpu"):
+        device.pick_device(name)
+
+
+def test_a_machine_that_others_keep_busy_is_told_of_the_remedy(monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(os, "getloadavg", lambda: (load, 0.0, 0.0))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    load, threads = 4.6, 2
+    assert "load 4.6 on 2" in device.busy_cores() and "OMP_NUM_THREADS" in device.busy_cores()
+    load = 3.9  # a run of two threads has ended just now
+    assert device.busy_cores() == ""
+    load, threads = 4.6, 1
+    assert device.busy_cores() == ""
+
+
+def test_devices():
+    assert device.pick_device("cpu") == CPU
+    assert device.pick_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.mark.parametrize(("name", "current"), [("cuda", []), ("cuda:1", [1])])
+def test_a_gpu_given_by_number_becomes_the_current_one(name, current, monkeypatch):
+    taken = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch._C, "_cuda_setDevice", taken.append, raising=False)  # below torch's own checks
+    assert device.pick_device(name) == torch.device(name) and taken == current
+
+
+@pytest.mark.parametrize(("name", "number"), [("cuda", 0), ("cuda:1", 1)])
+def test_one_process_takes_its_gpu_by_number(name, number, monkeypatch):
+    taken = []
+    monkeypatch.setattr(device, "pick_device", torch.device)
+    monkeypatch.setattr(torch._C, "_cuda_setDevice", taken.append, raising=False)  # below torch's own checks
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", lambda precision: None)
+    assert start(name) == Ranks(0, 1, torch.device("cuda", number)) and taken == [number]
+
+
+class Store(dict):
+    """What the watchdog uses of a group's key-value store."""
+
+    def set(self, key, value):
+        self[key] = value.encode()
+
+    def check(self, keys):
+        return all(key in self for key in keys)
+
+    def get(self, key):
+        return self[key]
+
+
+@pytest.fixture
+def watched(monkeypatch):
+    """(store, lines with which ranks were ended): a watchdog here ends no process."""
+    store, ended = Store(), []
+    monkeypatch.setattr(watchdog, "_store", lambda: store)
+    monkeypatch.setattr(watchdog, "_end", ended.append)
+    monkeypatch.setattr(watchdog, "ANSWER_S", 0.2)
+    return store, ended
+
+
+def wait_for(ended: list, seconds: float = 20) -> str:
+    until = time.monotonic() + seconds
+    while not ended and time.monotonic() < until:
+        time.sleep(0.01)
+    return ended[0]
+
+
+def test_the_watchdog_says_where_this_rank_stands_and_who_gives_no_sign(watched):
+    store, ended = watched
+    store["step/1"] = b"6"
+    dog = Watchdog(0, 3, limit_s=0.3)
+    dog.tick(7)
+    store["place/1"] = b"data.py:88"
+    line = wait_for(ended)
+    assert line.startswith("rank 0: no step finished for 0 s after step 7: rank 0 is at test_distributed.py:")
+    assert "(last finished step 7), rank 1 is at data.py:88 (last finished step 6)" in line
+    assert line.endswith("rank 2 gives no sign (last finished step 0)")
+
+
+def test_the_watchdog_ends_the_rank_even_if_the_store_answers_no_more(watched):
+    store, ended = watched
+    store.check = lambda keys: time.sleep(5)
+    Watchdog(1, 2, limit_s=0.2).tick(0)
+    assert "the rank that keeps the store (rank 0, without torchrun) gives no sign" in wait_for(ended, 3)
+
+
+def test_the_watchdog_lets_a_run_that_moves_or_has_ended_alone(watched):
+    _, ended = watched
+    dog = Watchdog(0, 2, limit_s=0.5)
+    for step in range(10):
+        time.sleep(0.1)
+        dog.tick(step)
+    dog.pause()
+    time.sleep(1)
+    assert not ended
+
+
+def test_the_watchdog_waits_for_the_first_tick_however_long_loading_takes(watched):
+    _, ended = watched
+    dog = Watchdog(0, 2, limit_s=0.1)
+    time.sleep(0.5)
+    assert not ended
+    dog.tick(20)
+    assert "after step 20: rank 0 is at" in wait_for(ended)
+
+
+def test_one_rank_is_not_watched():
+    before = threading.active_count()
+    Watchdog(0, 1, limit_s=0.01).tick(1)
+    assert threading.active_count() == before
+
+
+def test_only_the_loss_of_a_rank_is_explained(watched, monkeypatch):
+    store, ended = watched
+    shown = []
+    monkeypatch.setattr("sys.excepthook", lambda kind, problem, traceback: shown.append(problem))
+    watchdog.explain_lost_ranks(1, 3)
+    import sys
+
+    bug = RuntimeError("shapes do not match")
+    sys.excepthook(RuntimeError, bug, None)
+    assert shown == [bug] and not ended
+
+    store["lost/2"], store["step/1"] = b"another rank", b"41"
+    sys.excepthook(RuntimeError, RuntimeError("[/gloo/transport/tcp/pair.cc:537] Connection closed by peer"), None)
+    sys.excepthook(torch.distributed.DistNetworkError, torch.distributed.DistNetworkError("socket timeout"), None)
+    assert shown == [bug]
+    assert ended[0].startswith("rank 1: rank 0 has failed or ended after step 41 (Connection closed by peer);")
+    assert "(socket timeout)" in ended[1]

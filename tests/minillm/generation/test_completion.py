@@ -1,0 +1,332 @@
+import dataclasses
+
+import pytest
+import torch
+
+from minillm.base.errors import UserError
+from minillm.checkpoint import huggingface
+from minillm.generation import completion as generate
+from minillm.generation.decoder import Decoder, is_plain
+from minillm.generation.sampling import GREEDY, Sampling, pick, random_numbers
+from minillm.model import ops
+from minillm.model.config import ModelConfig
+from minillm.model.kv_cache import KVCache
+from minillm.model.transformer import Transformer
+
+BASE = ModelConfig(vocab_size=50, dim=32, n_layers=2, n_heads=4, n_kv_heads=2, ffn_dim=64, max_seq_len=96)
+OPTIONS = {
+    "plain": {},
+    "qk_norm": dict(qk_norm=True),
+    "bias": dict(qkv_bias=True),
+    "window": dict(window=5),
+    "learned": dict(positions="learned"),
+    "softcap": dict(softcap=2.0),
+    "untied": dict(tie_embeddings=False),
+}
+LOGITS = torch.log(torch.tensor([[0.1, 0.4, 0.2, 0.25, 0.05]]))
+
+
+def build(seed=1, **change):
+    model = Transformer(dataclasses.replace(BASE, **change))
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.copy_(torch.randn(p.shape, generator=generator) * 0.2 + ("norm" in name))
+    return model.eval()
+
+
+def prompt(length, seed=0):
+    return torch.randint(0, 50, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def chosen(n=1000, **sampling):
+    """How often each token is drawn from LOGITS when the uniform numbers are spread evenly: exact shares."""
+    uniform = (torch.arange(n, dtype=torch.float64) + 0.5) / n
+    drawn = pick(LOGITS.expand(n, -1), Sampling(**{"temperature": 1.0, **sampling}), uniform)
+    return (torch.bincount(drawn, minlength=5) / n).tolist()
+
+
+# ---- Drawing a token.
+
+
+@pytest.mark.parametrize(
+    "sampling, shares",
+    [
+        ({}, [0.1, 0.4, 0.2, 0.25, 0.05]),
+        (dict(top_k=2), [0, 0.4 / 0.65, 0, 0.25 / 0.65, 0]),
+        (dict(top_k=99), [0.1, 0.4, 0.2, 0.25, 0.05]),
+        (dict(top_p=0.0), [0, 1, 0, 0, 0]),
+        (dict(top_p=0.6), [0, 0.4 / 0.65, 0, 0.25 / 0.65, 0]),
+        (dict(top_p=0.7), [0, 0.4 / 0.85, 0.2 / 0.85, 0.25 / 0.85, 0]),
+        (dict(top_p=1.0), [0.1, 0.4, 0.2, 0.25, 0.05]),
+        (dict(min_p=0.45), [0, 0.4 / 0.85, 0.2 / 0.85, 0.25 / 0.85, 0]),
+        (dict(min_p=1.0), [0, 1, 0, 0, 0]),
+        (dict(temperature=0.5), [0.01 / 0.275, 0.16 / 0.275, 0.04 / 0.275, 0.0625 / 0.275, 0.0025 / 0.275]),
+        (dict(top_k=3, top_p=0.5), [0, 0.4 / 0.65, 0, 0.25 / 0.65, 0]),
+        (dict(temperature=1e-30), [0, 1, 0, 0, 0]),
+    ],
+)
+def test_tokens_are_drawn_in_their_shares(sampling, shares):
+    assert chosen(**sampling) == pytest.approx(shares, abs=2e-3)
+
+
+def test_temperature_0_takes_the_best():
+    assert pick(LOGITS, GREEDY, None).tolist() == [1]
+
+
+def test_repetition_penalty_lowers_both_signs():
+    logits = torch.tensor([[3.0, 2.0, -1.0, -1.2]])
+    seen = torch.tensor([[True, False, True, False]])
+    assert pick(logits, Sampling(temperature=0, repetition_penalty=1.4), None, seen).tolist() == [0]
+    assert pick(logits, Sampling(temperature=0, repetition_penalty=1.6), None, seen).tolist() == [1]
+    assert pick(logits[:, 2:], Sampling(temperature=0, repetition_penalty=1.3), None, seen[:, 2:]).tolist() == [1]
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        dict(temperature=-0.1),
+        dict(temperature=float("nan")),
+        dict(top_k=-1),
+        dict(top_p=1.1),
+        dict(min_p=-1.0),
+        dict(repetition_penalty=0.0),
+        dict(seed=-1),
+    ],
+)
+def test_sampling_refuses_what_has_no_meaning(wrong):
+    with pytest.raises(UserError, match=next(iter(wrong))):
+        Sampling(**wrong)
+
+
+def test_a_row_s_numbers_depend_on_seed_row_and_place_alone():
+    both = random_numbers(7, [0, 3], 20, "cpu")
+    assert torch.equal(both[1], random_numbers(7, [3], 50, "cpu")[0, :20])
+    assert not torch.equal(both[0], both[1])
+    assert not torch.equal(both[1:], random_numbers(8, [3], 20, "cpu"))
+    assert both.min() >= 0 and both.max() < 1
+
+
+# ---- The lean step and the model.
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("name", OPTIONS)
+@torch.no_grad()
+def test_the_lean_step_gives_the_model_s_logits(name, padded):
+    model = build(**OPTIONS[name])
+    prompts = [prompt(9), prompt(4 if padded else 9, seed=1)]
+    more = torch.tensor(prompt(20, seed=2)).view(2, 10)
+    cache, logits = generate.prefill(model, prompts, 10)
+    decoder = Decoder(model, cache)
+    steps = [logits] + [decoder.step(more[:, i]) for i in range(10)]
+    for row in range(2):
+        whole = model(torch.tensor([prompts[row] + more[row].tolist()]))[0, len(prompts[row]) - 1 :]
+        torch.testing.assert_close(torch.stack([s[row] for s in steps]), whole, atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_the_lean_step_is_as_exact_as_the_model_in_bfloat16():
+    exact, model = build(), build().bfloat16()
+    model.build_rotation()  # .bfloat16() rounded the tables too
+    tokens = prompt(60)
+    cache, _ = generate.prefill(model, [tokens[:50]], 10)
+    decoder = Decoder(model, cache)
+    lean = torch.cat([decoder.step(torch.tensor([token])) for token in tokens[50:]]).float()
+    truth = exact(torch.tensor([tokens]))[0, 50:]
+    usual = model(torch.tensor([tokens]))[0, 50:].float()
+    assert (lean - truth).square().mean() < 1.5 * (usual - truth).square().mean()
+
+
+def test_rows_that_went_leave_the_others_as_they_were():
+    model = build()
+    prompts = [prompt(9), prompt(4, seed=1), prompt(6, seed=2)]
+    with torch.no_grad():
+        cache, _ = generate.prefill(model, prompts, 8)
+        assert cache.padding.tolist() == [0, 5, 3]
+        cache.keep(torch.tensor([1, 2]))
+        assert cache.padding.tolist() == [2, 0] and cache.length == 6
+        more = torch.tensor([[7], [8]])
+        logits = model(more, cache=cache)[:, -1]
+        for row, before in enumerate(prompts[1:]):
+            alone = model(torch.tensor([before + more[row].tolist()]))[0, -1]
+            torch.testing.assert_close(logits[row], alone, atol=1e-5, rtol=0)
+
+
+def test_a_model_with_something_around_a_layer_is_not_plain():
+    model = build()
+    plain = generate.generate(model, [prompt(5)], 12)
+    assert is_plain(model)
+    handle = model.layers[0].mlp.register_forward_hook(lambda module, inputs, output: 0 * output)
+    assert not is_plain(model)
+    assert generate.generate(model, [prompt(5)], 12) != plain  # the hook is heeded
+    handle.remove()
+    ops.select("reference")
+    try:
+        assert generate.generate(model, [prompt(5)], 12) == plain  # by the model's own forward pass
+    finally:
+        ops.select("auto")
+
+
+# ---- Batches.
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, Sampling(temperature=1.0, top_p=0.9, repetition_penalty=1.2, seed=3)])
+def test_a_row_says_the_same_alone_and_among_others(sampling):
+    model = build()
+    prompts = [prompt(n, seed=n) for n in (12, 3, 7, 1)]
+    together = generate.generate(model, prompts, 40, sampling=sampling, stop_ids=[5, 6, 7])
+    assert len({len(c.tokens) for c in together}) > 1  # rows end at different steps
+    uniform = random_numbers(sampling.seed, range(4), 40, "cpu")
+    for row, completion in enumerate(together):
+        tokens, said = list(prompts[row]), []
+        for step in range(40):  # without cache, batch or padding
+            with torch.no_grad():
+                logits = model(torch.tensor([tokens]))[:, -1]
+            seen = torch.zeros(1, 50, dtype=torch.bool)
+            seen[0, tokens] = True
+            token = int(pick(logits, sampling, uniform[row, step : step + 1], seen))
+            if token in (5, 6, 7):
+                break
+            tokens.append(token)
+            said.append(token)
+        assert completion.tokens == said
+        assert completion.reason == ("length" if len(said) == 40 else "stop")
+
+
+@pytest.mark.parametrize("plain", [True, False])
+def test_generation_ends_where_the_context_is_full_and_says_so(plain):
+    model = build(max_seq_len=16)
+    if not plain:
+        model.norm.register_forward_hook(lambda *_: None)
+    prompts = [prompt(15), prompt(10), prompt(2), prompt(13)]
+    done = generate.generate(model, prompts, 9)
+    assert [len(c.tokens) for c in done] == [1, 6, 9, 3]
+    assert [c.reason for c in done] == ["context", "context", "length", "context"]
+    for before, completion in zip(prompts, done, strict=True):
+        assert completion.tokens == generate.generate(model, [before], 9)[0].tokens
+    with pytest.raises(UserError, match="prompt 1: 16 tokens leave no room"):
+        generate.generate(model, [[1], prompt(16)], 1)
+
+
+def test_prompts_that_cannot_be_are_refused():
+    model = build()
+    for prompts, new, message in (
+        ([[]], 1, "empty"),
+        ([[50]], 1, "0 to 49"),
+        ([[-1]], 1, "ids from"),
+        ([[1]], 0, "at least 1"),
+    ):
+        with pytest.raises(UserError, match=message):
+            generate.generate(model, prompts, new)
+    with torch.no_grad():
+        model.norm.weight[0] = float("nan")
+    with pytest.raises(UserError, match="not finite"):
+        generate.generate(model, [[1]], 1)
+
+
+def test_the_model_is_left_as_it_was():
+    model = build(dropout=0.5).train()
+    assert generate.generate(model, [[1]], 20) == generate.generate(build(), [[1]], 20)  # no dropout in it
+    assert model.training
+    for _ in generate.stream(model, Bytes(), [1], 20):
+        break
+    assert model.training
+    model(torch.tensor([[1]])).sum().backward()  # no tensor of inference mode is left in the model
+
+
+@pytest.mark.parametrize(
+    "change",
+    [dict(), dict(qk_norm=True, head_dim=16), dict(qkv_bias=True, tie_embeddings=False)],
+    ids=["llama", "qwen3", "qwen2"],
+)
+def test_greedy_tokens_are_those_of_transformers(change, tmp_path):
+    import transformers
+
+    model = build(vocab_size=300, max_seq_len=128, **change)
+    huggingface.save_model(model, tmp_path)
+    twin = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    start = list(range(1, 20))
+    mask = torch.ones(1, len(start), dtype=torch.long)
+    limits = dict(max_new_tokens=64, min_new_tokens=64, do_sample=False, pad_token_id=0, eos_token_id=None)
+    theirs = twin.generate(torch.tensor([start]), attention_mask=mask, **limits)[0, len(start) :].tolist()
+    assert generate.generate(model, [start], 64)[0].tokens == theirs
+    assert len(set(theirs)) > 8  # not one token over and over, which a wrong model may say too
+
+
+# ---- Text.
+
+
+class Bytes:
+    """A tokenizer whose ids are the bytes of UTF-8."""
+
+    def _bytes_of(self, ids):
+        return [bytes([i]) for i in ids]
+
+    def decode(self, ids):
+        return bytes(ids).decode("utf-8", errors="replace")
+
+
+def says(monkeypatch, text: bytes):
+    """Let every model say these bytes."""
+
+    def steps(model, prompts, max_new_tokens, *, sampling, ended=lambda row, token: False):
+        for token in text[:max_new_tokens]:
+            yield [(0, token)]
+            if ended(0, token):
+                return
+
+    monkeypatch.setattr(generate, "steps", steps)
+
+
+def streamed(**options):
+    pieces, stream = [], generate.stream(None, Bytes(), [1], options.pop("n", 99), **options)
+    while True:
+        try:
+            pieces.append(next(stream))
+        except StopIteration as end:
+            return pieces, end.value
+
+
+def test_a_stream_never_shows_half_a_character(monkeypatch):
+    says(monkeypatch, "a你😀b".encode())
+    pieces, done = streamed()
+    assert pieces == ["a", "你", "😀", "b"]
+    assert done.reason == "context"
+    says(monkeypatch, "a你".encode())
+    assert streamed(n=3)[0] == ["a", "\ufffd"]  # the limit cut it
+
+
+def test_a_stream_stops_before_a_stop_string(monkeypatch):
+    says(monkeypatch, b"one\nUs two\nUser: three")
+    pieces, done = streamed(stop_strings=["\nUser:"])
+    assert "".join(pieces) == "one\nUs two" and done.reason == "stop"
+    assert not any("\nUser"[:n] == piece for piece in pieces for n in range(1, 4))  # held back until it was clear
+    says(monkeypatch, b"one\nUse")
+    assert "".join(streamed(stop_strings=["\nUser:"])[0]) == "one\nUse"
+    says(monkeypatch, b"ab\x02cd")
+    pieces, done = streamed(stop_ids=[2])
+    assert "".join(pieces) == "ab" and done == ([97, 98], "stop")
+
+
+def test_stop_strings_end_rows_of_a_batch(monkeypatch):
+    says(monkeypatch, "你好。再见".encode())
+    (done,) = generate.generate(None, [[1]], 99, stop_strings=["。", "!"], tokenizer=Bytes())
+    assert Bytes().decode(done.tokens) == "你好。" and done.reason == "stop"
+    assert generate.cut("你好。再见", ["再", "。"]) == "你好"
+    assert generate.cut("plain", ["x"]) == "plain"
+
+
+def test_a_stream_says_what_generate_says():
+    model = build(vocab_size=256)
+    sampling = Sampling(temperature=1.0, seed=5)
+    whole = generate.generate(model, [[1, 2]], 30, sampling=sampling)[0]
+    stream = generate.stream(model, Bytes(), [1, 2], 30, sampling=sampling)
+    text = "".join(stream)
+    assert text == Bytes().decode(whole.tokens)
+
+
+def test_the_cache_refuses_more_than_it_holds():
+    cache = KVCache(BASE, 1, 3)
+    with pytest.raises(ValueError, match="holds 3 tokens, 4"):
+        cache.update(0, torch.zeros(1, 4, 2, 8), torch.zeros(1, 4, 2, 8))

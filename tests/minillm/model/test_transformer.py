@@ -1,0 +1,187 @@
+import dataclasses
+import math
+
+import pytest
+import torch
+
+from minillm.base.errors import UserError
+from minillm.model import ops
+from minillm.model.config import ModelConfig
+from minillm.model.kv_cache import KVCache
+from minillm.model.transformer import Transformer, positions_within
+
+BASE = ModelConfig(vocab_size=50, dim=32, n_layers=2, n_heads=4, n_kv_heads=2, ffn_dim=64, max_seq_len=64)
+OPTIONS = {
+    "plain": {},
+    "qk_norm": dict(qk_norm=True),
+    "bias": dict(qkv_bias=True),
+    "window": dict(window=5),
+    "learned": dict(positions="learned"),
+    "softcap": dict(softcap=2.0),
+    "untied": dict(tie_embeddings=False),
+}
+
+
+def build(seed=1, **change):
+    model = Transformer(dataclasses.replace(BASE, **change))
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(torch.randn(p.shape, generator=generator) * 0.2 + (p.dim() == 1))
+    return model.eval()
+
+
+def tokens_of(*shape, seed=0):
+    return torch.randint(0, 50, shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_no_token_sees_the_future(name):
+    model, tokens = build(**OPTIONS[name]), tokens_of(1, 20)
+    changed = tokens.clone()
+    changed[0, 12:] = (changed[0, 12:] + 1) % 50
+    a, b = model(tokens), model(changed)
+    torch.testing.assert_close(a[:, :12], b[:, :12], atol=0, rtol=0)
+    assert (a[:, 12:] - b[:, 12:]).abs().min(dim=-1).values.max() > 0
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_a_cache_gives_the_logits_of_the_whole_sequence(name):
+    model, tokens = build(**OPTIONS[name]), tokens_of(2, 24)
+    whole = model(tokens)
+    cache = KVCache(model.config, 2, 24)
+    parts = [model(tokens[:, a:b], cache=cache) for a, b in ((0, 10), (10, 11), (11, 18), (18, 19), (19, 24))]
+    torch.testing.assert_close(torch.cat(parts, dim=1), whole, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_left_padding_changes_nothing(name):
+    model, tokens = build(**OPTIONS[name]), tokens_of(2, 12)
+    padded = torch.cat([torch.cat([torch.full((1, 7), 3), tokens[:1, :5]], dim=1), tokens[1:]])
+    cache = KVCache(model.config, 2, 14, padding=torch.tensor([7, 0]))
+    logits = model(padded, cache=cache)
+    torch.testing.assert_close(logits[0, 7:], model(tokens[:1, :5])[0], atol=1e-5, rtol=0)
+    torch.testing.assert_close(logits[1], model(tokens[1:])[0], atol=1e-5, rtol=0)
+    step = model(tokens_of(2, 1, seed=4), cache=cache)
+    alone = model(torch.cat([tokens[:1, :5], tokens_of(2, 1, seed=4)[:1]], dim=1))
+    torch.testing.assert_close(step[0, 0], alone[0, -1], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_documents_of_a_row_do_not_see_each_other(name):
+    model, tokens = build(**OPTIONS[name]), tokens_of(1, 20)
+    documents = torch.tensor([[0] * 6 + [1] * 9 + [4] * 5], dtype=torch.int32)
+    together = model(tokens, documents=documents)
+    alone = [model(tokens[:, a:b]) for a, b in ((0, 6), (6, 15), (15, 20))]
+    torch.testing.assert_close(together, torch.cat(alone, dim=1), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_reference_and_torch_ops_agree(name):
+    model, tokens = build(**OPTIONS[name]), tokens_of(2, 20)
+    mask = torch.arange(20).expand(2, 20) % 3 > 0
+    results = []
+    for implementation in ("reference", "torch"):
+        ops.select(implementation)
+        model.zero_grad()
+        loss = model(tokens, tokens.roll(-1, 1), mask=mask)
+        loss.backward()
+        results.append([loss.detach(), *(p.grad.clone() for p in model.parameters())])
+    ops.select("auto")
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, atol=2e-4, rtol=2e-4)
+
+
+def test_loss_is_the_sum_of_nats_over_unmasked_targets():
+    model, tokens = build(softcap=3.0), tokens_of(2, 9)
+    targets, mask = tokens_of(2, 9, seed=2), torch.rand(2, 9) > 0.4
+    logits = model(tokens)
+    by_hand = -sum(logits[b, t].softmax(-1)[targets[b, t]].log() for b in range(2) for t in range(9) if mask[b, t])
+    torch.testing.assert_close(model(tokens, targets, mask=mask), by_hand, atol=1e-4, rtol=1e-5)
+    nothing = model(tokens, targets, mask=torch.zeros(2, 9, dtype=torch.bool))
+    nothing.backward()
+    assert nothing == 0 and all(torch.isfinite(p.grad).all() for p in model.parameters())
+
+
+def test_positions_restart_with_each_document():
+    documents = torch.tensor([[0, 0, 0, 2, 2, 5], [1, 2, 2, 2, 2, 2]])
+    assert positions_within(documents).tolist() == [[0, 1, 2, 0, 1, 0], [0, 0, 1, 2, 3, 4]]
+
+
+def test_learned_positions_are_the_first_formula_of_gpt():
+    """h0 = U W_e + W_p and p = softmax(h_n W_eᵀ) (Radford et al. 2018, equations 2): checked with no layers' effect."""
+    model = build(positions="learned")
+    with torch.no_grad():
+        for layer in model.layers:
+            layer.self_attn.o_proj.weight.zero_()
+            layer.mlp.down_proj.weight.zero_()
+    tokens = tokens_of(1, 7)
+    h0 = model.embed_tokens.weight[tokens] + model.embed_positions.weight[:7]
+    normed = h0 / (h0.square().mean(-1, keepdim=True) + BASE.norm_eps).sqrt() * model.norm.weight
+    torch.testing.assert_close(model(tokens), normed @ model.embed_tokens.weight.T, atol=1e-4, rtol=1e-4)
+
+
+def test_initial_weights_depend_on_the_seed_alone_and_have_the_stated_spread():
+    config = dataclasses.replace(BASE, dim=128, ffn_dim=512, vocab_size=1000)
+    models = [Transformer(config) for _ in range(3)]
+    for model, seed in zip(models, (5, 5, 6), strict=True):
+        torch.manual_seed(model.embed_tokens.weight.numel() + seed)
+        model.init_weights(seed)
+    a, b, c = (m.state_dict() for m in models)
+    assert all(torch.equal(a[k], b[k]) for k in a) and not torch.equal(
+        a["embed_tokens.weight"], c["embed_tokens.weight"]
+    )
+    assert abs(a["layers.0.mlp.up_proj.weight"].std() / 0.02 - 1) < 0.02
+    assert abs(a["layers.1.mlp.down_proj.weight"].std() / (0.02 / math.sqrt(4)) - 1) < 0.02
+    assert (a["norm.weight"] == 1).all()
+
+
+def test_first_loss_is_that_of_a_uniform_guess():
+    model = Transformer(dataclasses.replace(BASE, vocab_size=1000, tie_embeddings=False))
+    model.init_weights(0)
+    tokens = torch.randint(0, 1000, (4, 60))
+    assert abs(model(tokens, tokens).item() / 240 - math.log(1000)) < 0.05
+
+
+def test_activation_checkpointing_changes_no_gradient():
+    tokens, grads = tokens_of(2, 16), []
+    for on in (False, True):
+        model = build(dropout=0.3).train()
+        model.checkpoint_activations = on
+        torch.manual_seed(3)
+        model(tokens, tokens).backward()
+        grads.append([p.grad for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+def test_compiled_whole_and_equal():
+    model, tokens = build(qk_norm=True), tokens_of(2, 16)
+    documents = torch.tensor([[0] * 6 + [1] * 10] * 2, dtype=torch.int32)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    a, b = model(tokens, tokens, documents=documents), compiled(tokens, tokens, documents=documents)
+    torch.testing.assert_close(a, b)
+
+
+def test_too_long_a_sequence_is_refused():
+    with pytest.raises(UserError, match="65 tokens are more than the model's max_seq_len 64"):
+        build()(tokens_of(1, 65))
+    cache = KVCache(BASE, 1, 64)
+    with pytest.raises(UserError, match="66 tokens"):
+        model = build()
+        model(tokens_of(1, 64), cache=cache)
+        model(tokens_of(1, 2), cache=cache)
+
+
+def test_a_row_of_documents_may_be_longer_than_the_context_but_no_document():
+    model = build()
+    row = tokens_of(1, 80)
+    documents = (torch.arange(80) >= 30).int()[None]
+    alone = torch.cat((model(row[:, :30]), model(row[:, 30:])), 1)
+    torch.testing.assert_close(model(row, documents=documents), alone, atol=1e-5, rtol=0)
+    with pytest.raises(UserError, match="70 tokens are more than the model's max_seq_len 64"):
+        model(row, documents=(torch.arange(80) >= 10).int()[None])
+
+
+def test_a_full_cache_is_refused():
+    with pytest.raises(ValueError, match="holds 4 tokens, 5"):
+        build()(tokens_of(1, 5), cache=KVCache(BASE, 1, 4))

@@ -1,0 +1,116 @@
+import json
+import sys
+import warnings
+
+import pytest
+
+from minillm.base.errors import UserError
+from minillm.training import plot
+
+
+def run(folder, rows):
+    folder.mkdir(parents=True)
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def rows(n=30, bpb=True, start=4.0):
+    training = [{"step": i, "loss": start / i + 1, "time_s": 2.0 * i} for i in range(1, n + 1)]
+    score = {"val_bpb": 2.0, "floor_bpb": 1.2, "floor_error": 0.01} if bpb else {}
+    return [*training, {"step": n, "val_loss": 3.0, **score}]
+
+
+def drawn(monkeypatch):
+    """Keeps the figures that `draw` makes, so that they can be looked into."""
+    from matplotlib import pyplot
+
+    figures = []
+    monkeypatch.setattr(pyplot, "close", figures.append)
+    return figures
+
+
+def test_a_run_is_drawn_against_steps_and_time(tmp_path, monkeypatch):
+    figures = drawn(monkeypatch)
+    out = plot.draw([run(tmp_path / "a", rows())], tmp_path / "new" / "a.png")
+    assert out.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    loss, loss_by_time, score, score_by_time = figures[0].axes
+    assert loss.lines[0].get_xdata().tolist() == list(range(1, 31))
+    assert loss.lines[0].get_ydata().tolist() == [4 / i + 1 for i in range(1, 31)]
+    assert loss_by_time.lines[0].get_xdata().tolist() == [2 * i for i in range(1, 31)]  # seconds
+    assert score.lines[0].get_xydata().tolist() == [[30, 2.0]]
+    assert score_by_time.lines[0].get_xydata().tolist() == [[60, 2.0]]  # the time of the step it belongs to
+    assert score.lines[1].get_ydata() == [1.2, 1.2] and score.lines[1].get_label() == "floor 1.200"
+    assert score.get_ylim()[0] < 1.2  # the floor is in sight
+    assert "bits per byte" in score.get_ylabel()
+
+
+def test_several_runs_share_a_floor_and_keep_apart(tmp_path, monkeypatch):
+    figures = drawn(monkeypatch)
+    runs = [run(tmp_path / "x" / "pretrain", rows()), run(tmp_path / "y" / "pretrain", rows(200, start=9))]
+    plot.draw(runs, tmp_path / "both.png")
+    loss, _, score, _ = figures[0].axes
+    labels = list(loss.get_legend_handles_labels()[1])
+    assert labels == [str(path) for path in runs]  # the same folder name twice: the whole path tells them apart
+    assert len(score.lines) == 3  # two runs, one floor
+
+
+def test_floors_of_several_corpora_say_whose_they_are(tmp_path, monkeypatch):
+    figures = drawn(monkeypatch)
+    other = [*rows()[:-1], {"step": 30, "val_bpb": 3.0}]  # of a text whose floor nobody knows
+    plot.draw([run(tmp_path / "pretrain", rows()), run(tmp_path / "mine", other)], tmp_path / "both.png")
+    assert figures[0].axes[2].get_legend_handles_labels()[1] == ["pretrain", "mine", "floor 1.200 of pretrain"]
+
+
+def test_a_name_in_letters_that_no_font_has_is_no_warning(tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert plot.draw([run(tmp_path / "\U00012000", rows())], tmp_path / "a.png").exists()
+
+
+def test_without_bytes_or_validation_less_is_drawn(tmp_path, monkeypatch):
+    figures = drawn(monkeypatch)
+    plot.draw([run(tmp_path / "a", rows(bpb=False))], tmp_path / "a.png")
+    plot.draw([run(tmp_path / "b", rows()[:-1])], tmp_path / "b.png")
+    assert "nats a token" in figures[0].axes[2].get_ylabel() and figures[0].axes[2].lines[0].get_ydata() == [3.0]
+    assert len(figures[1].axes) == 2
+
+
+def test_a_run_without_bits_per_byte_has_its_score_beside_one_that_knows_them(tmp_path, monkeypatch):
+    figures = drawn(monkeypatch)
+    plot.draw([run(tmp_path / "pretrain", rows()), run(tmp_path / "sft", rows(bpb=False))], tmp_path / "both.png")
+    _, _, in_bytes, _, in_nats, _ = figures[0].axes
+    assert in_bytes.get_legend_handles_labels()[1] == ["pretrain", "floor 1.200"]
+    assert in_nats.get_legend_handles_labels()[1] == ["sft"]
+    assert in_nats.lines[0].get_xydata().tolist() == [[30, 3.0]] and "nats" in in_nats.get_ylabel()
+    assert in_nats.lines[0].get_color() == figures[0].axes[0].lines[1].get_color()
+
+
+def test_smoothing_is_a_running_mean():
+    assert plot.smoothed([1, 2, 3, 4], 2) == [1, 1.5, 2.5, 3.5]
+
+
+def test_a_torn_last_line_and_a_lost_loss_do_no_harm(tmp_path):
+    folder = run(tmp_path / "a", [{"step": 1, "loss": 2.0, "time_s": 1}, {"step": 2, "loss": None, "time_s": 2}])
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 3, "lo')
+    assert plot.series(plot.read_metrics(folder), "loss") == ([1], [1], [2.0])
+
+
+def test_what_cannot_be_drawn_is_said(tmp_path, monkeypatch):
+    good = run(tmp_path / "good", rows())
+    with pytest.raises(UserError, match="no such file"):
+        plot.draw([tmp_path / "none"], tmp_path / "a.png")
+    with pytest.raises(UserError, match="holds no step yet"):
+        plot.draw([run(tmp_path / "empty", [])], tmp_path / "a.png")
+    for content in (b"garbage", b'{"step": 1, "lo', b"{}", b"\xff"):
+        (tmp_path / "empty" / "metrics.jsonl").write_bytes(content)
+        with pytest.raises(UserError, match="holds no step yet"):
+            plot.draw([tmp_path / "empty"], tmp_path / "a.png")
+    (tmp_path / "text").write_text("hello\nworld\n")
+    with pytest.raises(UserError, match="line 1: not a row"):
+        plot.draw([tmp_path / "text"], tmp_path / "a.png")
+    with pytest.raises(UserError, match="cannot be written"):
+        plot.draw([good], tmp_path / "text" / "a.png")
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(UserError, match=r"\[plot\]"):
+        plot.draw([good], tmp_path / "a.png")

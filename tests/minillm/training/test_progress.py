@@ -1,0 +1,123 @@
+import io
+import sys
+
+import pytest
+import torch
+
+from minillm.base.device import peak_flops
+from minillm.base.errors import UserError
+from minillm.training.progress import Progress, duration, tensorboard_writer, time
+
+ROW = {"loss": 2.5, "lr": 1e-3, "grad_norm": 0.75, "tokens_per_s": 12345.6, "mfu": 0.125}
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [(0, "0:00"), (59.9, "0:59"), (61, "1:01"), (3599, "59:59"), (3600, "1:00:00"), (90061, "25:01:01")],
+)
+def test_durations(seconds, words):
+    assert duration(seconds) == words
+
+
+def test_a_pipe_gets_the_first_line_the_last_and_one_now_and_then(monkeypatch, capsys):
+    now = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: 1000.0 + now[0])
+    progress = Progress(100, 0, enabled=True, every_s=10)
+    for step in range(1, 101):
+        now[0] += 0.5
+        progress.show(step, ROW, left_s=65)
+    progress.close()
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "step 1/100 loss 2.5000 lr 1.00e-03 grad 0.75 12,346 tok/s mfu 12.5% left 1:05"
+    assert [line.split("/")[0] for line in lines] == ["step 1", "step 21", "step 41", "step 61", "step 81", "step 100"]
+
+
+def test_what_is_left_is_shown_once_it_is_known(capsys):
+    Progress(100, 0, enabled=True).show(1, ROW, left_s=None)
+    assert capsys.readouterr().out.endswith("mfu 12.5%\n")
+
+
+def test_a_machine_whose_peak_is_unknown_has_no_share_of_it(capsys):
+    Progress(1, 0, enabled=True).show(1, {**ROW, "mfu": None}, 0)
+    assert "mfu" not in capsys.readouterr().out
+
+
+def test_a_terminal_gets_a_bar_that_begins_where_the_run_was(monkeypatch):
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    progress = Progress(100, 40, enabled=True)
+    progress.show(41, ROW, 10)
+    assert progress.bar.n == 41 and progress.bar.total == 100
+    progress.close()
+    assert "41/100" in sys.stderr.getvalue() and "loss 2.5000" in sys.stderr.getvalue()
+
+
+def test_other_ranks_say_nothing(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    progress = Progress(2, 0, enabled=False)
+    progress.show(1, ROW, 0)
+    progress.say("hello")
+    progress.close()
+    assert capsys.readouterr().out == "" and sys.stderr.getvalue() == ""
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "teraflops"),
+    [
+        ("NVIDIA H100 80GB HBM3", torch.bfloat16, 989),
+        ("NVIDIA H100 80GB HBM3", torch.float32, 494),
+        ("NVIDIA H100 PCIe", torch.float16, 756),
+        ("NVIDIA H100 NVL", torch.bfloat16, 835),
+        ("NVIDIA GH200 480GB", torch.bfloat16, 989),
+        ("NVIDIA H200", torch.bfloat16, 989),
+        ("NVIDIA H200 NVL", torch.bfloat16, 835),
+        ("NVIDIA H800", torch.bfloat16, 989),
+        ("NVIDIA B200", torch.bfloat16, 2250),
+        ("NVIDIA H20", torch.bfloat16, 148),
+        ("NVIDIA A100-SXM4-80GB", torch.bfloat16, 312),
+        ("NVIDIA A10", torch.bfloat16, 125),
+        ("NVIDIA A10G", torch.bfloat16, None),
+        ("NVIDIA L4", torch.bfloat16, 121),
+        ("NVIDIA L40", torch.bfloat16, 181),
+        ("NVIDIA L40S", torch.bfloat16, 362),
+        ("NVIDIA GeForce RTX 3090", torch.bfloat16, 71),
+        ("NVIDIA GeForce RTX 4090", torch.bfloat16, 165),
+        ("NVIDIA GeForce RTX 5090", torch.bfloat16, 209),
+        ("NVIDIA RTX A1000", torch.bfloat16, None),
+        ("NVIDIA T400", torch.bfloat16, None),
+        ("Tesla T4", torch.float16, 65),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", torch.bfloat16, None),
+        ("Something Else", torch.bfloat16, None),
+    ],
+)
+def test_the_peak_of_a_gpu_is_its_own(monkeypatch, name, dtype, teraflops):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    peak = peak_flops(torch.device("cuda", 0), dtype)
+    assert peak == (None if teraflops is None else teraflops * 1e12)
+
+
+def test_the_peak_of_a_cpu_is_measured():
+    assert 1e8 < peak_flops(torch.device("cpu"), torch.float32) < 1e14
+    assert peak_flops(torch.device("mps"), torch.float32) is None
+
+
+def test_tensorboard_is_an_extra(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(UserError, match=r"pip install -e .*\[tensorboard\]"):
+        tensorboard_writer(tmp_path)
+
+
+def test_steps_that_a_killed_run_repeats_are_on_the_board_once(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for done, last in ((0, 5), (2, 6)):  # killed after step 5, its newest checkpoint that of step 2
+        board = tensorboard_writer(tmp_path, done)
+        for step in range(done + 1, last + 1):
+            board.add_scalar("loss", 10 * done + step, step)
+        board.close()
+    events = EventAccumulator(str(tmp_path)).Reload().Scalars("loss")
+    assert [(event.step, event.value) for event in events] == [(1, 1), (2, 2), (3, 23), (4, 24), (5, 25), (6, 26)]
