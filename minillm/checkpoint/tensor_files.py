@@ -69,8 +69,7 @@ class Place:
 def refuse_pickle(path: Path, start: bytes) -> None:
     """Raise `UserError` if a file that begins with `start` is a pickle, or a zip of pickles.
 
-    A safetensors file or llama2.c model begins with a number, which may have the same first bytes, but has a 0 as its
-    fourth.
+    A safetensors file begins with a number, which may have the same first bytes, but has a 0 as its fourth.
     """
     if start[:2] in PICKLES and start[3:4] != b"\0":
         raise UserError(f"{path}: a pickle, which could run code; refused unread: convert it to safetensors")
