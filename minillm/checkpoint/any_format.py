@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from minillm.base.errors import UnsupportedError, UserError
-from minillm.checkpoint import gguf, gguf_format, huggingface, run_folder, tensor_files
+from minillm.checkpoint import gguf, gguf_file, gguf_tokenizer, huggingface, run_folder, tensor_files
 from minillm.checkpoint.huggingface import StoredModel
 from minillm.tokenizer.tokenizer import Tokenizer
 
@@ -40,7 +40,7 @@ def _open_file(path: Path) -> tuple[StoredModel, dict]:
     """The model of a GGUF file, and its metadata."""
     with path.open("rb") as stream:
         start = stream.read(4)
-    if start == gguf_format.MAGIC:
+    if start == gguf_file.MAGIC:
         return gguf.open_file(path)
     tensor_files.refuse_pickle(path, start)
     if path.suffix == ".safetensors":
@@ -54,7 +54,7 @@ def _tokenizer_with_the_model(path: str, folder: Path | None, metadata: dict) ->
         if folder and any((folder / name).exists() for name in TOKENIZER_FILES):
             return Tokenizer.load(folder)
         if "tokenizer.ggml.model" in metadata:
-            return gguf.read_tokenizer(metadata, path)
+            return gguf_tokenizer.read(metadata, path)
     except UnsupportedError as problem:
         print(f"the tokenizer is left out: {problem}")
     return None

@@ -1,4 +1,4 @@
-"""The container against the gguf package's own reader and writer, and against files that lie."""
+"""GGUF files against the gguf package's own reader and writer, and against headers that claim too much."""
 
 import struct
 import sys
@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from minillm.base.errors import UserError
-from minillm.checkpoint import gguf_format
+from minillm.checkpoint import gguf_file
 
 METADATA = {
     "general.architecture": "llama",
@@ -29,7 +29,7 @@ def written(tmp_path):
     """A file of ours, of three dtypes, none of whose sizes is a multiple of the alignment."""
     dtypes = {"one": torch.float32, "two": torch.float16, "three": torch.bfloat16}
     tensors = {name: (tuple(t.shape), dtypes[name]) for name, t in WEIGHTS.items()}
-    gguf_format.write(tmp_path / "m.gguf", METADATA, tensors, WEIGHTS.__getitem__)
+    gguf_file.write(tmp_path / "m.gguf", METADATA, tensors, WEIGHTS.__getitem__)
     return tmp_path / "m.gguf", dtypes
 
 
@@ -48,7 +48,7 @@ def test_the_package_reads_what_we_write(written):
 
 def test_we_read_what_we_write(written):
     path, dtypes = written
-    metadata, entries = gguf_format.read_header(path)
+    metadata, entries = gguf_file.read_header(path)
     assert {name: metadata[name] for name in METADATA} == METADATA
     for name, entry in entries.items():
         torch.testing.assert_close(entry.read(dtypes[name]), WEIGHTS[name].to(dtypes[name]), rtol=0, atol=0)
@@ -67,7 +67,7 @@ def test_we_read_what_the_package_writes(kind, tmp_path, monkeypatch):
     writer.add_tensor("w", packed, raw_dtype=kind)
     for step in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file, writer.close):
         step()
-    metadata, entries = gguf_format.read_header(tmp_path / "m.gguf")
+    metadata, entries = gguf_file.read_header(tmp_path / "m.gguf")
     assert metadata["a.long"] == 1 << 40 and metadata["a.list"] == [1.5, 2.5]
     expected = torch.from_numpy(gguf.quants.dequantize(packed, kind))
     torch.testing.assert_close(entries["w"].read(torch.float32), expected, rtol=0, atol=0)
@@ -79,7 +79,7 @@ def test_a_file_cut_anywhere_is_refused(written, tmp_path):
     for end in range(0, len(data) - 32, 3):
         (tmp_path / "cut.gguf").write_bytes(data[:end])
         with pytest.raises(UserError, match=r"cut\.gguf"):
-            gguf_format.read_header(tmp_path / "cut.gguf")
+            gguf_file.read_header(tmp_path / "cut.gguf")
 
 
 def test_no_wrong_byte_of_the_header_ends_in_a_traceback(written, tmp_path):
@@ -88,7 +88,7 @@ def test_no_wrong_byte_of_the_header_ends_in_a_traceback(written, tmp_path):
         for value in (0x00, 0xFF):
             (tmp_path / "bad.gguf").write_bytes(data[:at] + bytes([value]) + data[at + 1 :])
             try:
-                _, entries = gguf_format.read_header(tmp_path / "bad.gguf")
+                _, entries = gguf_file.read_header(tmp_path / "bad.gguf")
                 for entry in entries.values():
                     entry.read(torch.float32)
             except UserError as problem:
@@ -100,24 +100,30 @@ def test_no_wrong_byte_of_the_header_ends_in_a_traceback(written, tmp_path):
     [
         (struct.pack("<QQ", 1 << 60, 0), "asks for more"),
         (struct.pack("<QQQ1sIIQ", 0, 1, 1, b"a", 9, 0, 1 << 60), "asks for more"),
-        (struct.pack("<QQQ1sIIQ", 0, 1, 1, b"a", 9, 9, 3), "value of type 9, 9"),
-        (struct.pack("<QQQ1sI", 0, 1, 1, b"a", 77), "value of type 77"),
-        (struct.pack("<QQQ1sIQ2s", 0, 1, 1, b"a", 8, 2, b"\xff\xfe"), "not UTF-8"),
-        (struct.pack("<QQQ1sIQIQ", 1, 0, 1, b"a", 1, 1 << 50, 0, 0), "ends beyond the file"),
-        (struct.pack("<QQQ1sIQIQ", 1, 0, 1, b"a", 1, 4, 999, 0), "GGML's type 999"),
-        (struct.pack("<QQQ1sIQIQ", 1, 0, 1, b"a", 1, 5, 8, 0), "no multiple of its block"),
-        (struct.pack("<QQ", 2, 0) + struct.pack("<Q1sIQIQ", 1, b"a", 1, 1, 0, 0) * 2 + bytes(64), "holds a twice"),
+        (struct.pack("<QQQ1sIIQ", 0, 1, 1, b"a", 9, 9, 3), "asks for more"),
+        (struct.pack("<QQQ1sI", 0, 1, 1, b"a", 77), r"77\)? is not a valid GGUFValueType"),
+        (struct.pack("<QQQ1sIQ2s", 0, 1, 1, b"a", 8, 2, b"\xff\xfe"), "'utf-8' codec can't decode"),
+        (struct.pack("<QQQ1sIQIQ", 1, 0, 1, b"a", 1, 1 << 50, 0, 0), "asks for more"),
+        (struct.pack("<QQQ1sIQIQ", 1, 0, 1, b"a", 1, 4, 999, 0), r"999\)? is not a valid GGMLQuantizationType"),
+        (struct.pack("<QQQ1sIQIQ", 1, 0, 1, b"a", 1, 5, 8, 0), "is not a multiple of Q8_0 block size"),
+        (
+            struct.pack("<QQ", 2, 0) + struct.pack("<Q1sIQIQ", 1, b"a", 1, 1, 0, 0) * 2 + bytes(64),
+            "duplicated tensor",
+        ),
     ],
 )
-def test_a_header_that_lies_is_refused_at_once(body, words, tmp_path):
+def test_a_header_that_claims_what_is_not_there_is_refused_at_once(body, words, tmp_path):
     (tmp_path / "bad.gguf").write_bytes(b"GGUF" + struct.pack("<I", 3) + body)
     with pytest.raises(UserError, match=words):
-        gguf_format.read_header(tmp_path / "bad.gguf")
+        gguf_file.read_header(tmp_path / "bad.gguf")
 
 
-def test_quantised_weights_without_the_package_name_the_extra(tmp_path, monkeypatch):
+def test_without_the_package_the_extra_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "gguf", None)
     body = struct.pack("<QQQ1sIQIQ", 1, 0, 1, b"a", 1, 32, 8, 0) + bytes(100)
     (tmp_path / "q.gguf").write_bytes(b"GGUF" + struct.pack("<I", 3) + body)
     with pytest.raises(UserError, match=r"pip install -e \"\.\[gguf\]\""):
-        gguf_format.read_header(tmp_path / "q.gguf")
+        gguf_file.read_header(tmp_path / "q.gguf")
+    with pytest.raises(UserError, match=r"pip install -e \"\.\[gguf\]\""):
+        gguf_file.write(tmp_path / "m.gguf", METADATA, {}, WEIGHTS.__getitem__)
+    assert not (tmp_path / "m.gguf").exists()
