@@ -10,7 +10,7 @@ import transformers
 
 from minillm.base.errors import UserError
 from minillm.checkpoint import gguf_file, huggingface
-from minillm.checkpoint.gguf import open_file, write_file
+from minillm.checkpoint.gguf import gguf_name, open_file, write_file
 from minillm.checkpoint.huggingface import StoredModel
 from minillm.model.config import ModelConfig, RopeScaling
 
@@ -127,6 +127,36 @@ def test_llama_3s_factors_are_those_of_its_formula(tmp_path):
 def test_what_the_format_cannot_say_is_refused(change, tmp_path):
     with pytest.raises(UserError, match=f"no place for a model with .*{next(iter(change))}"):
         write_file(stored(dataclasses.replace(BASE, **change)), None, tmp_path / "m.gguf", torch.float32)
+
+
+@dataclasses.dataclass(frozen=True)
+class Tomorrow(ModelConfig):
+    """A config with an option that was added after the format's code was written."""
+
+    activation: str = "silu"
+
+
+def test_an_option_of_tomorrow_is_refused_by_name_unless_it_has_its_default(tmp_path):
+    values = dataclasses.asdict(BASE)
+    write_file(stored(Tomorrow(**values)), None, tmp_path / "m.gguf", torch.float32)
+    assert open_file(tmp_path / "m.gguf")[0].config == BASE
+    with pytest.raises(UserError, match="no place for a model with activation 'relu2'; choose hf"):
+        write_file(stored(Tomorrow(**values, activation="relu2")), None, tmp_path / "n.gguf", torch.float32)
+    with pytest.raises(UserError, match=r"no place for a model with a tensor model\.layers\.0\.self_attn\.sinks"):
+        gguf_name("model.layers.0.self_attn.sinks")
+
+
+def test_all_that_has_no_place_is_named_at_once(tmp_path):
+    config = dataclasses.replace(BASE, window=8, softcap=30.0, dropout=0.1)
+    with pytest.raises(UserError, match=r"no place for a model with window 8, softcap 30\.0, dtype torch.float64"):
+        write_file(stored(config), None, tmp_path / "m.gguf", torch.float64)
+
+
+def test_an_option_of_training_alone_changes_nothing(tmp_path):
+    for dropout in (0.0, 0.1):
+        config = dataclasses.replace(BASE, dropout=dropout)
+        write_file(stored(config), None, tmp_path / f"{dropout}.gguf", torch.float32)
+    assert (tmp_path / "0.0.gguf").read_bytes() == (tmp_path / "0.1.gguf").read_bytes()
 
 
 @pytest.mark.parametrize(

@@ -73,6 +73,18 @@ def test_a_byte_level_vocabulary_goes_both_ways(split, tmp_path):
         assert again.encode(text) == tokenizer.encode(text) == theirs(text, add_special_tokens=False).input_ids
 
 
+@pytest.mark.parametrize("rule", ["nfc", "words_first"])
+def test_rules_that_a_name_does_not_say_are_refused(rule, tmp_path):
+    from tests.minillm.tokenizer.test_byte_bpe import train
+
+    train("gpt-2").save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<|im_end|>"}')
+    tokenizer = Tokenizer.load(tmp_path)
+    setattr(tokenizer.bpe, rule, True)
+    with pytest.raises(UserError, match="--format gguf: only the rules' name gpt-2 has a place there"):
+        gguf_tokenizer.describe(tokenizer, tokenizer.vocab_size)
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -82,7 +94,15 @@ def test_a_byte_level_vocabulary_goes_both_ways(split, tmp_path):
         ({"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "gpt-2"}, "its tokenizer: damaged"),
         ({"minillm.tokenizer_file": "damaged"}, "its tokenizer: damaged"),
         ({"tokenizer.ggml.scores": None}, "its tokenizer: damaged"),
-        ({"tokenizer.ggml.eos_token_id": 99999}, "its tokenizer: damaged"),
+        ({"tokenizer.ggml.scores": [0.0, 0.0]}, "its tokenizer: damaged: 3 pieces, but 2 scores"),
+        ({"tokenizer.ggml.token_type": [2, 3]}, "its tokenizer: damaged: 3 pieces, but 2 types"),
+        ({"tokenizer.ggml.token_type": [2, 3, 77]}, r"its tokenizer: damaged: 3 pieces, but types \[77\]"),
+        ({"tokenizer.ggml.eos_token_id": 99999}, "its tokenizer: damaged: its eos is 99999"),
+        ({"tokenizer.ggml.eos_token_id": "last"}, "its tokenizer: damaged: tokenizer.ggml.eos_token_id is 'last'"),
+        (
+            {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.merges": ["ab"]},
+            "damaged: one of its merges",
+        ),
         (
             {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.merges": [], "tokenizer.ggml.pre": "tekken"},
             "rules 'tekken'",
