@@ -21,6 +21,8 @@ WORDS = {
     list[float]: "a list of numbers",
 }
 
+LARGEST = 1 << 64  # a whole number from here on is none that a file means, and may be too large for a float
+
 
 @dataclass(frozen=True)
 class Contents:
@@ -58,7 +60,7 @@ def is_of_kind(value: Any, kind: type) -> bool:
         (element,) = get_args(kind)
         return isinstance(value, list) and all(is_of_kind(item, element) for item in value)
     if kind is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
+        return isinstance(value, float) or (is_of_kind(value, int) and abs(value) < LARGEST)
     if kind is int:
         return isinstance(value, int) and not isinstance(value, bool)
     return isinstance(value, kind)

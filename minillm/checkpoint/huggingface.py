@@ -14,8 +14,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from minillm.base.errors import UserError, naming_damage
+from minillm.base.contents import Contents
+from minillm.base.errors import UserError
 from minillm.checkpoint import tensor_files
+from minillm.checkpoint.config_json import check_kinds, read_config
 from minillm.model import quant
 from minillm.model.config import ROPE_SCALINGS, ModelConfig, RopeScaling
 from minillm.model.transformer import Transformer
@@ -250,26 +252,13 @@ def write_folder(
     (folder / "config.json").write_text(text + "\n", encoding="utf-8")
 
 
-def read_config(folder: str | Path) -> dict:
-    """A model folder's config.json. Raises `UserError` if there is none or it is not JSON."""
-    path = Path(folder) / "config.json"
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        if (Path(folder) / "adapter_config.json").exists():
-            raise UserError(
-                f"{folder}: an adapter, and no model; merge it into its base first: "
-                f"python -m minillm merge --model BASE --adapter {folder} --out DIR"
-            ) from None
-        raise UserError(f"{folder}: no config.json there, so it is no model folder") from None
-    except ValueError as problem:
-        raise UserError(f"{path}: not valid JSON ({problem})") from None
-
-
 def load_config(folder: str | Path) -> ModelConfig:
     """The `ModelConfig` of a model folder."""
-    with naming_damage(f"{folder}/config.json"):
-        return from_hf(read_config(folder), f"{folder}/config.json")
+    source = f"{folder}/config.json"
+    written = read_config(folder)
+    if Contents(written, source).get("model_type", str) in ARCHITECTURES:  # others are refused by name
+        check_kinds(written, source, SHARED)
+    return from_hf(written, source)
 
 
 def _find_weights(folder: str | Path, config: ModelConfig) -> dict[str, tensor_files.Place]:
