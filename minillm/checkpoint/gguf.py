@@ -16,7 +16,7 @@ from minillm.base.contents import Contents
 from minillm.base.errors import UserError
 from minillm.checkpoint import gguf_file, gguf_tokenizer, tensor_files
 from minillm.checkpoint.gguf_file import GGUFTensor
-from minillm.checkpoint.huggingface import ROTATED, StoredModel, half_split, interleaved, shapes_of
+from minillm.checkpoint.huggingface import ROTATED, StoredModel, shapes_of
 from minillm.model.config import ModelConfig, RopeScaling
 from minillm.model.rope import rotary_tables
 from minillm.tokenizer.tokenizer import Tokenizer
@@ -72,6 +72,18 @@ def gguf_name(key: str) -> str:
     if part not in PARTS:
         raise UserError(f"--format gguf: that format has no place for a model with a tensor {key}; choose hf")
     return f"blk.{layer}.{PARTS[part]}.{suffix}"
+
+
+def half_split(weight: Tensor, head_dim: int) -> Tensor:
+    """Query or key rows (n·D, …) with rotary pairs (0, 1), (2, 3), … → rows with pairs (0, D/2), (1, D/2 + 1), …"""
+    pairs = weight.view(-1, head_dim // 2, 2, *weight.shape[1:])  # (n, D/2, 2, …)
+    return pairs.transpose(1, 2).reshape(weight.shape)
+
+
+def interleaved(weight: Tensor, head_dim: int) -> Tensor:
+    """The inverse of `half_split`."""
+    halves = weight.view(-1, 2, head_dim // 2, *weight.shape[1:])  # (n, 2, D/2, …)
+    return halves.transpose(1, 2).reshape(weight.shape)
 
 
 # ---- reading

@@ -179,6 +179,50 @@ def _read_header(path: Path) -> dict[str, Place]:
 # ---- writing tensors
 
 
+def write_weights(
+    folder: Path,
+    shapes: dict[str, torch.Size],
+    dtype: torch.dtype,
+    read: Callable[[str], Tensor],
+    max_shard_size: int | None = None,
+) -> None:
+    """Write the weights of a model folder: one file, or indexed shards of at most `max_shard_size` bytes of tensors.
+
+    read(name): the tensor of that shape. A tensor that is larger than a shard has one of its own.
+    """
+    shards = _divide(shapes, dtype, max_shard_size)
+    if len(shards) == 1:
+        write_tensors(folder / SINGLE, shapes, dtype, read)
+        return
+    weight_map: dict[str, str] = {}
+    for number, shard in enumerate(shards, 1):
+        file = f"model-{number:05}-of-{len(shards):05}.safetensors"
+        write_tensors(folder / file, shard, dtype, read)
+        weight_map |= dict.fromkeys(shard, file)
+    n_parameters = sum(shape.numel() for shape in shapes.values())
+    metadata = {"total_parameters": n_parameters, "total_size": n_parameters * dtype.itemsize}
+    text = json.dumps({"metadata": metadata, "weight_map": weight_map}, indent=2)
+    (folder / INDEX).write_text(text + "\n", encoding="utf-8")
+
+
+def _divide(
+    shapes: dict[str, torch.Size], dtype: torch.dtype, max_shard_size: int | None
+) -> list[dict[str, torch.Size]]:
+    """The tensors of each shard, in their order: a new shard begins where the next tensor has no room."""
+    if max_shard_size is None:
+        return [shapes]
+    shards: list[dict[str, torch.Size]] = [{}]
+    room = max_shard_size
+    for name, shape in shapes.items():
+        n_bytes = shape.numel() * dtype.itemsize
+        if shards[-1] and n_bytes > room:
+            shards.append({})
+            room = max_shard_size
+        shards[-1][name] = shape
+        room -= n_bytes
+    return shards
+
+
 def write_tensors(
     path: Path, shapes: dict[str, Sequence[int]], dtype: torch.dtype, read: Callable[[str], Tensor]
 ) -> None:

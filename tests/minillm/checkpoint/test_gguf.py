@@ -10,7 +10,7 @@ import transformers
 
 from minillm.base.errors import UserError
 from minillm.checkpoint import gguf_file, huggingface
-from minillm.checkpoint.gguf import gguf_name, open_file, write_file
+from minillm.checkpoint.gguf import gguf_name, half_split, interleaved, open_file, write_file
 from minillm.checkpoint.huggingface import StoredModel
 from minillm.model.config import ModelConfig, RopeScaling
 
@@ -84,6 +84,13 @@ def test_the_package_finds_gains_in_float32_and_rows_in_llamas_order(dtype, tmp_
     np.testing.assert_array_equal(values["blk.1.attn_v.weight"], v)
     opened, _ = open_file(tmp_path / "m.gguf")
     assert opened.dtype == dtype
+
+
+def test_rows_for_neighbouring_pairs_and_back():
+    """Two heads of four: pairs (0, 1) and (2, 3) of a head become (0, 2) and (1, 3)."""
+    rows = torch.arange(8.0)[:, None] * torch.ones(3)
+    assert half_split(rows, 4)[:, 0].tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
+    assert torch.equal(interleaved(half_split(rows, 4), 4), rows)
 
 
 @pytest.mark.parametrize("kind", SCALED)

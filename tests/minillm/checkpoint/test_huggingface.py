@@ -10,8 +10,6 @@ import transformers
 from minillm.base.errors import UserError
 from minillm.checkpoint.huggingface import (
     from_hf,
-    half_split,
-    interleaved,
     load_config,
     load_model,
     model_type,
@@ -215,13 +213,6 @@ def test_a_config_with_wrong_values_is_refused_at_once(change, words, tmp_path):
         with pytest.raises(UserError, match=words) as caught:
             load(tmp_path)
         assert "\n" not in str(caught.value)
-
-
-def test_rows_for_neighbouring_pairs_and_back():
-    """Two heads of four: pairs (0, 1) and (2, 3) of a head become (0, 2) and (1, 3)."""
-    rows = torch.arange(8.0)[:, None] * torch.ones(3)
-    assert half_split(rows, 4)[:, 0].tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
-    assert torch.equal(interleaved(half_split(rows, 4), 4), rows)
 
 
 def test_shards_are_no_larger_than_asked_and_transformers_reads_them(tmp_path):
