@@ -37,13 +37,21 @@ SIZES = {
     "vocab_size": 2048,
 }
 SEEDS = {"train": 1, "val": 2}  # of the documents; the instructions have their own
+GENERATOR = Path(__file__).parent / "world"  # the source of the texts and of the questions
 
 
 def fingerprint() -> str:
-    """SHA-256 over the generator's source and the sizes: another value, another corpus."""
+    """SHA-256 over the sizes, the seeds and the generator's source: another value, another corpus.
+
+    Every source file below `GENERATOR` counts, with its name, at whatever depth. Line endings do not count, since git
+    may check the same source out with others.
+    """
     digest = hashlib.sha256(json.dumps([SIZES, SEEDS]).encode())
-    for source in sorted((Path(__file__).parent / "world").glob("*.py")):
-        digest.update(source.read_bytes().replace(b"\r\n", b"\n"))
+    sources = {path.relative_to(GENERATOR).as_posix(): path for path in GENERATOR.rglob("*.py")}
+    for name in sorted(sources):
+        source = sources[name].read_bytes().replace(b"\r\n", b"\n")
+        digest.update(f"\n{name} {len(source)}\n".encode())
+        digest.update(source)
     return digest.hexdigest()
 
 
