@@ -55,7 +55,7 @@ def begin(c: Draw, lang: int, who: Person, last: Person | None) -> tuple[str, st
     c.say(connector[lang])
     if who is not last:
         return who
-    he = who.he if connector[EN] else (who.he[ZH], who.he[EN].capitalize())
+    he = who.pronoun if connector[EN] else (who.pronoun[ZH], who.pronoun[EN].capitalize())
     return c.pick((who, he))
 
 

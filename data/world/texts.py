@@ -57,7 +57,7 @@ def facts(c: Draw, lang: int, who, keys: list[str], pronouns: tuple, count: int)
 
 def person_facts(c: Draw, lang: int) -> None:
     who = c.pick(PEOPLE)
-    he = ("他", "He", "His") if who.he[EN] == "he" else ("她", "She", "Her")
+    he = ("他", "He", "His") if who.pronoun[EN] == "he" else ("她", "She", "Her")
     facts(c, lang, who, PERSON_FACTS, ((he[0], he[1]), (he[0] + "的", he[2])), c.pick((3, 4, 5)))
 
 
