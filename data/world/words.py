@@ -126,7 +126,7 @@ WEATHER_TABLE = "晴朗 sunny|寒冷 cold|温暖 warm|下雨 rainy|刮风 windy|
 HOUR_TABLE = "早上 morning|下午 afternoon|晚上 evening"
 DAY_TABLE = """星期一 Monday|星期二 Tuesday|星期三 Wednesday|星期四 Thursday|星期五 Friday|星期六 Saturday
 星期天 Sunday"""
-TIME_TABLE = "昨天 Yesterday|今天早上 This morning|上个星期 Last week|昨天晚上 Last night"
+PAST_TIME_TABLE = "昨天 Yesterday|今天早上 This morning|上个星期 Last week|昨天晚上 Last night"
 
 # One to ten, as they are said before a measure word.
 NUMBER_TABLE = "一 one|两 two|三 three|四 four|五 five|六 six|七 seven|八 eight|九 nine|十 ten"
@@ -166,7 +166,7 @@ SIZES = read_words(SIZE_TABLE)
 WEATHERS = read_words(WEATHER_TABLE)
 HOURS = read_words(HOUR_TABLE)
 DAYS = read_words(DAY_TABLE)
-TIMES = read_words(TIME_TABLE)
+PAST_TIMES = read_words(PAST_TIME_TABLE)
 NUMBERS = read_words(NUMBER_TABLE)
 
 
@@ -238,7 +238,7 @@ LEXICON = [*PEOPLE, *TOWNS, *THINGS, *PLACES, *COLOURS, *NUMBERS]  # what the di
 def all_words_zh() -> list[str]:
     """Every Chinese word of the world, longest first: where words begin and end, which Chinese writing does not say."""
     words = {word.zh for word in LEXICON}
-    for others in (*FACT_WORDS.values(), SIZES, WEATHERS, HOURS, DAYS, TIMES):
+    for others in (*FACT_WORDS.values(), SIZES, WEATHERS, HOURS, DAYS, PAST_TIMES):
         words |= {word.zh for word in others}
     return sorted(words, key=lambda zh: (-len(zh), zh))
 
