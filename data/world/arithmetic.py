@@ -18,8 +18,8 @@ from data.world.words import HELD_PAIRS, OPERANDS
 Operands = dict[int, list[int]]  # first operand → the second ones it may have
 
 
-def seen_operands(firsts: Iterable[int], seconds: Callable[[int], Iterable[int]], held_out: bool = False) -> Operands:
-    """For each first operand those of `seconds(first)` that texts show beside it, or, `held_out`, that they don't."""
+def operands_of(firsts: Iterable[int], seconds: Callable[[int], Iterable[int]], held_out: bool) -> Operands:
+    """For each first operand the second ones that texts show beside it, or, with `held_out`, those they never show."""
     operands = {}
     for a in firsts:
         allowed = [b for b in seconds(a) if ((a, b) in HELD_PAIRS) == held_out]
@@ -47,7 +47,7 @@ class Sum:
         in_symbols: Phrase,
         in_words: Phrase,
     ):
-        self.operands = {held_out: seen_operands(firsts, seconds, held_out) for held_out in (False, True)}
+        self.operands = {held_out: operands_of(firsts, seconds, held_out) for held_out in (False, True)}
         self.result = result
         self.in_symbols = in_symbols
         self.in_words = in_words
@@ -64,39 +64,39 @@ class Sum:
 
 
 PLUS = Sum(
-    range(1, 99),
-    lambda a: [b for b in OPERANDS if a + b < 100],
-    operator.add,
-    phrase("{a} + {b} = {result} | {a} + {b} = {result}"),
-    phrase("{a}加{b}等于{result}。 | {a} plus {b} is {result}."),
+    firsts=range(1, 99),
+    seconds=lambda a: [b for b in OPERANDS if a + b < 100],
+    result=operator.add,
+    in_symbols=phrase("{a} + {b} = {result} | {a} + {b} = {result}"),
+    in_words=phrase("{a}加{b}等于{result}。 | {a} plus {b} is {result}."),
 )
 MINUS = Sum(
-    range(1, 100),
-    lambda a: [b for b in OPERANDS if b <= a],
-    operator.sub,
-    phrase("{a} - {b} = {result} | {a} - {b} = {result}"),
-    phrase("{a}减{b}等于{result}。 | {a} minus {b} is {result}."),
+    firsts=range(1, 100),
+    seconds=lambda a: [b for b in OPERANDS if b <= a],
+    result=operator.sub,
+    in_symbols=phrase("{a} - {b} = {result} | {a} - {b} = {result}"),
+    in_words=phrase("{a}减{b}等于{result}。 | {a} minus {b} is {result}."),
 )
 TIMES = Sum(
-    range(2, 10),
-    lambda a: range(2, 10),
-    operator.mul,
-    phrase("{a} × {b} = {result} | {a} × {b} = {result}"),
-    phrase("{a}乘{b}等于{result}。 | {a} times {b} is {result}."),
+    firsts=range(2, 10),
+    seconds=lambda a: range(2, 10),
+    result=operator.mul,
+    in_symbols=phrase("{a} × {b} = {result} | {a} × {b} = {result}"),
+    in_words=phrase("{a}乘{b}等于{result}。 | {a} times {b} is {result}."),
 )
 GREATER = Sum(
-    range(2, 100),
-    lambda a: range(a),
-    None,
-    phrase("{a} > {b} | {a} > {b}"),
-    phrase("{a}比{b}大。 | {a} is greater than {b}."),
+    firsts=range(2, 100),
+    seconds=lambda a: range(a),
+    result=None,
+    in_symbols=phrase("{a} > {b} | {a} > {b}"),
+    in_words=phrase("{a}比{b}大。 | {a} is greater than {b}."),
 )
 LESS = Sum(
-    range(98),
-    lambda a: range(a + 1, 100),
-    None,
-    phrase("{a} < {b} | {a} < {b}"),
-    phrase("{a}比{b}小。 | {a} is less than {b}."),
+    firsts=range(98),
+    seconds=lambda a: range(a + 1, 100),
+    result=None,
+    in_symbols=phrase("{a} < {b} | {a} < {b}"),
+    in_words=phrase("{a}比{b}小。 | {a} is less than {b}."),
 )
 SUM_KINDS = Table((0.4, PLUS), (0.4, MINUS), (0.06, TIMES), (0.07, GREATER), (0.07, LESS))
 
@@ -122,8 +122,8 @@ EATS = phrase("吃了{change}。 | eats {change} of them.")
 LOSES = phrase("丢了{change}。 | loses {change} of them.")
 NOW_HAS = phrase("现在{who}有{after}。 | Now {who} has {after}.")
 
-# How many somebody has at first, and by how many that changes: in the texts, and held out.
-CHANGES = {held_out: seen_operands(range(10, 60), lambda before: range(1, 10), held_out) for held_out in (False, True)}
+# How many somebody has at first, with the changes that this number may see: those of the texts, and those held out.
+CHANGES = {held_out: operands_of(range(10, 60), lambda before: range(1, 10), held_out) for held_out in (False, True)}
 
 
 def problem(draw: Draw, lang: int) -> Slots:
@@ -133,7 +133,7 @@ def problem(draw: Draw, lang: int) -> Slots:
     person = draw.person()
     slots = {
         "who": person,
-        "before": lambda draw: amount(draw.named("thing"), draw.pick(list(changes))),
+        "before": lambda draw: amount(draw.word("thing"), draw.pick(list(changes))),
     }
     tell(draw, lang, HAS, slots)
     draw.say(GAP[lang])

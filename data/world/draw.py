@@ -1,12 +1,14 @@
 """How a text of the bundled world is told: by choices of known probability, whose information adds up.
 
-A choice of probability p holds −log2 p bits of information. A text is told by independent choices, one after the
-other, so its probability is the product of theirs and its information is the sum of their bits. `Draw` makes the
-choices, keeps this sum in `bits`, and keeps the text in `said`. (Source: C. E. Shannon, A Mathematical Theory of
-Communication, 1948.)
+A choice of probability p holds −log2 p bits of information: one of 8 words holds 3 bits, an ending that one story in
+four has holds 2. A text is told by choices, one after the other, each of known probability given those before. So the
+probability of the text is their product, and its information is the sum of their bits: here 5. (C. E. Shannon, A
+Mathematical Theory of Communication, 1948.) `Draw` makes the choices, and keeps this sum in `bits` and the text in
+`said`.
 
-A teller is a function of a draw and a language. It may decide nothing except through `Draw.pick` and `Draw.choose`:
-a choice made elsewhere would not be counted.
+Two rules make the sum exact, and every file of this folder keeps them. Nothing is decided except through `Draw.pick`
+and `Draw.choose`: a choice made elsewhere would not be counted. And no two ways lead to the same text: else its
+probability would be larger than that of the way taken.
 
 Read next: phrases.py, how a choice becomes words.
 """
@@ -36,8 +38,9 @@ class Table:
 class Draw:
     """Makes the choices of a text by chance, adds up their information, and keeps what is said.
 
-    Some meetings are held out: in training texts a person never meets a thing or place of their own group. With
-    `held_out` it is the other way round, and all who meet are of one group.
+    Some meetings are held out of the corpus: there a person never meets a thing, or a place, of their own group (their
+    number in `PEOPLE`, `THINGS` or `PLACES`, modulo `GROUPS`). A draw with `held_out` is for questions about just those
+    meetings: all that it names are of one group.
 
     rng: source of uniform random numbers
     held_out: choose only among the combinations that no text of the corpus shows
@@ -55,7 +58,7 @@ class Draw:
         self.new_cast()
 
     def new_cast(self) -> None:
-        """Forget who and what has been named: those who come may meet whatever they may."""
+        """Forget who and what has been named, since the next sentence is about others."""
         self.cast: list[Person] = []
         self.person_groups: frozenset[int] = frozenset()  # the groups of the people named so far
         self.word_groups: frozenset[int] = frozenset()  # the groups of the things and places named so far
@@ -77,20 +80,20 @@ class Draw:
     def person(self) -> Person:
         """Somebody of `ACTORS` who is not yet in this text's cast, and now is."""
         candidates = self._candidates("person", self.word_groups)
-        someone = self.pick([person for person in candidates if person not in self.cast])
+        someone = self.pick([candidate for candidate in candidates if candidate not in self.cast])
         self.cast.append(someone)
         self.person_groups |= {someone.group}
         return someone
 
-    def named(self, kind: str, other_than: Word | Thing | None = None) -> Word | Thing:
+    def word(self, kind: str, other_than: Word | Thing | None = None) -> Word | Thing:
         """A "thing", "food", "item" (a thing that is no food) or "place" that everybody in the cast may meet."""
         candidates = self._candidates(kind, self.person_groups)
-        word = self.pick([word for word in candidates if word is not other_than])
+        word = self.pick([candidate for candidate in candidates if candidate is not other_than])
         self.word_groups |= {word.group}
         return word
 
     def _candidates(self, kind: str, met: frozenset[int]) -> list:
-        """The words of a kind that may be named now; `met`: the groups of those whom such a word would meet."""
+        """The words of a kind that may be named now; they would meet words of the groups `met`."""
         if self.held_out:
             return words_within(kind, self.person_groups | self.word_groups)
         return words_outside(kind, met)

@@ -56,9 +56,8 @@ TOWN_FACTS = {
 }
 FACTS = {**PERSON_FACTS, **TOWN_FACTS}  # key of a fact → its wordings
 
-Naming = tuple[
-    Pair, Pair
-]  # how somebody is named as subject and as owner: ("小明", "Xiaoming"), ("小明的", "Xiaoming's")
+# How a sentence names somebody as its subject and as an owner: ("小明", "Xiaoming"), ("小明的", "Xiaoming's").
+Naming = tuple[Pair, Pair]
 HE = (("他", "He"), ("他的", "His"))
 SHE = (("她", "She"), ("她的", "Her"))
 IT = (("它", "It"), ("它的", "Its"))
@@ -72,17 +71,17 @@ def person_facts(draw: Draw, lang: int) -> None:
     """Three to five facts about somebody."""
     person = draw.pick(PEOPLE)
     pronouns = HE if person.pronoun[EN] == "he" else SHE
-    tell_facts(draw, lang, person, list(PERSON_FACTS), pronouns, count=draw.pick((3, 4, 5)))
+    tell_facts(draw, lang, person, list(PERSON_FACTS), pronouns, draw.pick((3, 4, 5)))
 
 
 def town_facts(draw: Draw, lang: int) -> None:
     """Two or three facts about a town."""
     town = draw.pick(TOWNS)
-    tell_facts(draw, lang, town, list(TOWN_FACTS), IT, count=draw.pick((2, 3)))
+    tell_facts(draw, lang, town, list(TOWN_FACTS), IT, draw.pick((2, 3)))
 
 
-def tell_facts(draw: Draw, lang: int, subject: Person | Town, keys: list[str], pronouns: Naming, *, count: int) -> None:
-    """Tell `count` different facts; from the second on, the subject may be a pronoun."""
+def tell_facts(draw: Draw, lang: int, subject: Person | Town, keys: list[str], pronouns: Naming, count: int) -> None:
+    """Tell `count` different facts, chosen from `keys`; from the second on, the subject may be a pronoun."""
     untold = list(keys)
     for i in range(count):
         who, whose = naming(subject)

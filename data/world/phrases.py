@@ -37,18 +37,20 @@ class Piece(NamedTuple):
 
 
 class Phrase(NamedTuple):
+    """A sentence in both languages, in pieces."""
+
     zh: list[Piece]
     en: list[Piece]
 
 
 def phrase(line: str) -> Phrase:
-    """Read "Chinese | English"."""
+    """Read a line "Chinese | English"."""
     zh, en = line.split(" | ")
     return Phrase(_pieces(zh), _pieces(en))
 
 
 def phrases(*lines: str) -> list[Phrase]:
-    """Several wordings."""
+    """Several wordings of the same, or a list of sentences."""
     return [phrase(line) for line in lines]
 
 
@@ -129,7 +131,7 @@ def colour_adjective(colour: Word) -> Pair:
 
 def coloured(draw: Draw, other_than: Thing | None = None) -> Amount:
     """One item of some colour: 一个红色的球, a red ball."""
-    item = draw.named("item", other_than)
+    item = draw.word("item", other_than)
     colour = draw.pick(COLOURS)
     return amount(item, 1, spelled=True, adjective=colour_adjective(colour))
 

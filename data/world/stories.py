@@ -267,7 +267,7 @@ def story_count(draw: Draw, lang: int) -> list[State]:
     # Each has a number of things, of one kind or of two.
     slots = {
         "who": draw.person(),
-        "item": lambda draw: amount(draw.named("thing"), draw.pick(FIRST_COUNTS)),
+        "item": lambda draw: amount(draw.word("thing"), draw.pick(FIRST_COUNTS)),
         "other": Draw.person,
         "other_item": lambda draw: same_or_other(draw, slots["item"].thing),
     }
@@ -319,5 +319,5 @@ def story_count(draw: Draw, lang: int) -> list[State]:
 def same_or_other(draw: Draw, thing: Thing):
     """A number of the same thing, or of another."""
     if not draw.pick((True, False)):
-        thing = draw.named("thing", other_than=thing)
+        thing = draw.word("thing", other_than=thing)
     return amount(thing, draw.pick(FIRST_COUNTS))

@@ -33,13 +33,13 @@ FRAMES = phrases(
 
 def counted_thing(draw: Draw) -> Amount:
     """三个苹果, three apples."""
-    thing = draw.named("thing")
+    thing = draw.word("thing")
     return amount(thing, draw.pick(range(1, 11)), spelled=True)
 
 
 def sized_food(draw: Draw) -> Amount:
     """两个大梨, two big pears."""
-    food = draw.named("food")
+    food = draw.word("food")
     number = draw.pick(range(1, 6))
     return amount(food, number, spelled=True, adjective=draw.pick(SIZES))
 
@@ -59,8 +59,8 @@ OPEN_SLOTS = {
     "something": noun_phrase,
     "coloured_item": coloured,
     "no_item": lambda draw: without_number(coloured(draw)),
-    "item": lambda draw: draw.named("item"),
-    "place": lambda draw: draw.named("place"),
+    "item": lambda draw: draw.word("item"),
+    "place": lambda draw: draw.word("place"),
     "time": lambda draw: draw.pick(PAST_TIMES),
 }
 
