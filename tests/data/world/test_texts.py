@@ -6,6 +6,7 @@ import math
 import random
 import re
 from functools import lru_cache
+from operator import add, mul, sub
 
 import pytest
 
@@ -142,21 +143,34 @@ def test_stories_keep_their_state():
 
 
 def test_sums_are_right():
-    plus_or_minus = r"(\d+)(?: ([-+×]) | (plus|minus|times) |([加减乘]))(\d+)(?: = | is |等于)(\d+)[.。]?"
-    problem = r"\d\. .* has (\d+) .* and (buys|eats|loses) (\d+) .*Now .* has (\d+) .*"
+    sum_line = r"(\d+)(?: ([-+×]) | (plus|minus|times) |([加减乘]))(\d+)(?: = | is |等于)(\d+)[.。]?"
+    greater_line = r"(\d+)(?: > |比| is greater than )(\d+)(?:大。|\.)?"
+    less_line = r"(\d+)(?: < |比| is less than )(\d+)(?:小。|\.)?"
+    problem_line = r"\d\. .* has (\d+) .* and (buys|eats|loses) (\d+) .*Now .* has (\d+) .*"
+    operator_of = {
+        "+": add,
+        "plus": add,
+        "加": add,
+        "-": sub,
+        "minus": sub,
+        "减": sub,
+        "×": mul,
+        "times": mul,
+        "乘": mul,
+    }
     checked = 0
     for line in (line for text in TEXTS for line in text.split("\n")):
-        if found := re.fullmatch(plus_or_minus, line):
-            a, b, result = (int(found[i]) for i in (1, 5, 6))
-            sign = (found[2] or found[3] or found[4])[0]
-            assert {"+": a + b, "p": a + b, "加": a + b, "-": a - b, "m": a - b, "减": a - b}.get(sign, a * b) == result
-        elif found := re.fullmatch(r"(\d+)( > |比| is greater than )(\d+)(大。|\.)?", line):
-            assert int(found[1]) > int(found[3])
-        elif found := re.fullmatch(r"(\d+)( < |比| is less than )(\d+)(小。|\.)?", line):
-            assert int(found[1]) < int(found[3])
-        elif found := re.fullmatch(problem, line):
-            n, d, left = int(found[1]), int(found[3]), int(found[4])
-            assert left == (n + d if found[2] == "buys" else n - d)
+        if match := re.fullmatch(sum_line, line):
+            a, symbol, english, chinese, b, result = match.groups()
+            assert operator_of[symbol or english or chinese](int(a), int(b)) == int(result), line
+        elif match := re.fullmatch(greater_line, line):
+            assert int(match[1]) > int(match[2]), line
+        elif match := re.fullmatch(less_line, line):
+            assert int(match[1]) < int(match[2]), line
+        elif match := re.fullmatch(problem_line, line):
+            before, verb, change, after = match.groups()
+            change = int(change) if verb == "buys" else -int(change)
+            assert int(before) + change == int(after), line
         else:
             continue
         checked += 1
