@@ -93,7 +93,7 @@ FACT_QUESTIONS = {
 
 
 def fact_held_out(index: int, key: str) -> bool:
-    """Whether the fact `key` of person or town number `index` is never asked in training: every eighth."""
+    """Whether the fact `key` of person or town number `index` is never asked in training: one in eight."""
     return (index + 3 * list(FACTS).index(key)) % 8 == 0
 
 
@@ -161,6 +161,7 @@ def ask_story(draw: Draw, lang: int) -> Question:
 
 
 def ask_how_many(draw: Draw, lang: int, who: Person, counted: Amount) -> str:
+    """The question for a number of things."""
     thing = counted.thing
     slots = {"who": who, "measure": (thing.measure, ""), "noun": (thing.zh, thing.plural)}
     question = draw.pick(STORY_QUESTIONS["count"])
@@ -256,11 +257,13 @@ def ask_rewrite(draw: Draw, lang: int) -> Question:
 
 
 def negate(draw: Draw, lang: int) -> Question:
+    """Anna has a red ball. → Anna does not have a red ball."""
     with_item, without_item = owning_or_not(draw, lang)
     return Question(render(lang, NEGATE, {}), with_item, without_item)
 
 
 def affirm(draw: Draw, lang: int) -> Question:
+    """Anna does not have a red ball. → Anna has a red ball."""
     with_item, without_item = owning_or_not(draw, lang)
     return Question(render(lang, AFFIRM, {}), without_item, with_item)
 
@@ -273,11 +276,13 @@ def owning_or_not(draw: Draw, lang: int) -> tuple[str, str]:
 
 
 def postpone(draw: Draw, lang: int) -> Question:
+    """Yesterday Anna went to the park. → Tomorrow Anna will go to the park."""
     _, slots = translated(draw, lang, [WENT])
     return Question(render(lang, TOMORROW, {}), render(lang, WENT, slots), render(lang, WILL_GO, slots))
 
 
 def recolour(draw: Draw, lang: int) -> Question:
+    """Anna has a red ball. → Anna has a blue ball."""
     _, slots = translated(draw, lang, [OWNS])
     before = slots["coloured_item"]
     colour = draw.pick([colour for colour in COLOURS if colour_adjective(colour) != before.adjective])
@@ -287,6 +292,7 @@ def recolour(draw: Draw, lang: int) -> Question:
 
 
 def rename(draw: Draw, lang: int) -> Question:
+    """Anna bought three apples. → Peter bought three apples."""
     frame, slots = translated(draw, lang)
     newcomer = draw.person()
     task = render(lang, RENAME, {"old": slots["who"], "new": newcomer})

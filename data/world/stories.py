@@ -89,8 +89,8 @@ def restate(draw: Draw, lang: int, states: list[State]) -> None:
 # ---- where is it? --------------------------------------------------------------------------------------------------
 
 IN = phrase("{who}在{place}里。 | {who} was in the {place}.")
-IN_WITH = phrase("{who}在{place}里，手里拿着{item}。 | {who} was in the {place} with {item}.")
-THERE = phrase("{place}里有{item}。 | In the {place} there was {item}.")
+IN_WITH = phrase("{who}在{place}里，手里拿着{something}。 | {who} was in the {place} with {something}.")
+THERE = phrase("{place}里有{something}。 | In the {place} there was {something}.")
 GO = phrases(
     "{who}去了{place}。 | {who} went to the {place}.",
     "{who}走到了{place}。 | {who} walked to the {place}.",
@@ -123,7 +123,7 @@ def story_where(draw: Draw, lang: int) -> list[State]:
     # Somebody is in a place, perhaps with the thing; then somebody else is in a place.
     first = draw.person()
     holder = draw.pick((first, None))
-    first_slots = {"who": first, "place": any_place, "item": coloured}
+    first_slots = {"who": first, "place": any_place, "something": coloured}
     tell(draw, lang, IN_WITH if holder else IN, first_slots)
     draw.say(GAP[lang])
     second = draw.person()
@@ -135,13 +135,13 @@ def story_where(draw: Draw, lang: int) -> list[State]:
     thing_slots = first_slots
     if not holder:
         draw.say(GAP[lang])
-        thing_slots = {"place": any_place, "item": coloured}
+        thing_slots = {"place": any_place, "something": coloured}
         tell(draw, lang, THERE, thing_slots)
         thing_place = thing_slots["place"]
 
     # They go about.
     place_of = {first.index: first_slots["place"], second.index: second_slots["place"]}
-    scene = Scene(place_of, thing_slots["item"].thing, holder, thing_place)
+    scene = Scene(place_of, thing_slots["something"].thing, holder, thing_place)
     last = None
     for _ in range(draw.pick((2, 3, 4))):
         who = draw.pick((first, second))
@@ -191,7 +191,9 @@ def move(draw: Draw, lang: int, scene: Scene, who: Person, subject: Pair) -> Non
 
 # ---- who has it? ---------------------------------------------------------------------------------------------------
 
-EACH_HAD = phrase("{who}有{item}，{other}有{other_item}。 | {who} had {item}, and {other} had {other_item}.")
+EACH_HAD = phrase(
+    "{who}有{something}，{other}有{something_else}。 | {who} had {something}, and {other} had {something_else}."
+)
 NOTHING = phrase("{who}什么也没有。 | {who} had nothing.")
 GIVE = phrases(
     "{who}把{thing}给了{other}。 | {who} gave the {thing} to {other}.",
@@ -206,13 +208,13 @@ def story_give(draw: Draw, lang: int) -> list[State]:
     # Each of two people has a thing; perhaps a third one has nothing.
     slots = {
         "who": draw.person(),
-        "item": coloured,
+        "something": coloured,
         "other": Draw.person,
-        "other_item": lambda draw: coloured(draw, other_than=slots["item"].thing),
+        "something_else": lambda draw: coloured(draw, other_than=slots["something"].thing),
     }
     tell(draw, lang, EACH_HAD, slots)
     people = [slots["who"], slots["other"]]
-    things = [slots["item"].thing, slots["other_item"].thing]
+    things = [slots["something"].thing, slots["something_else"].thing]
     if draw.pick((True, False)):
         draw.say(GAP[lang])
         third = draw.person()
@@ -267,14 +269,14 @@ def story_count(draw: Draw, lang: int) -> list[State]:
     # Each has a number of things, of one kind or of two.
     slots = {
         "who": draw.person(),
-        "item": lambda draw: amount(draw.word("thing"), draw.pick(FIRST_COUNTS)),
+        "something": lambda draw: amount(draw.word("thing"), draw.pick(FIRST_COUNTS)),
         "other": Draw.person,
-        "other_item": lambda draw: same_or_other(draw, slots["item"].thing),
+        "something_else": lambda draw: same_or_other(draw, slots["something"].thing),
     }
     tell(draw, lang, EACH_HAD, slots)
     people = (slots["who"], slots["other"])
-    things = (slots["item"].thing, slots["other_item"].thing)
-    counts = [slots["item"].number, slots["other_item"].number]
+    things = (slots["something"].thing, slots["something_else"].thing)
+    counts = [slots["something"].number, slots["something_else"].number]
 
     last = None
     movers = draw.pick(((0,), (1,), (0, 1), (1, 0)))

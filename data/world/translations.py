@@ -57,7 +57,7 @@ OPEN_SLOTS = {
     "who": Draw.person,
     "other": Draw.person,
     "something": noun_phrase,
-    "coloured_item": coloured,
+    "coloured_item": coloured,  # in questions only
     "no_item": lambda draw: without_number(coloured(draw)),
     "item": lambda draw: draw.word("item"),
     "place": lambda draw: draw.word("place"),
