@@ -2,7 +2,6 @@
 
 import math
 import re
-import runpy
 import shlex
 import sys
 from pathlib import Path
@@ -21,7 +20,6 @@ from train_pretrain import Config as Pretrain
 from train_sft import Config as Sft
 
 ROOT = Path(__file__).parents[1]
-CHINESE = runpy.run_path(str(ROOT / "docs" / "chinese.py"))
 BLOCK = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
 TORCHRUN = {"nproc_per_node", "nnodes", "rdzv_backend", "rdzv_endpoint", "max_restarts"}
 every_page = pytest.mark.parametrize("path", [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")], ids=lambda path: path.name)
@@ -77,7 +75,6 @@ def test_commands_and_options_are_known(path, monkeypatch):
     monkeypatch.setattr(prepare, "prepare", lambda *_, **options: None)
     monkeypatch.setattr(prepare, "report", lambda meta: None)
     parse = {"train_pretrain.py": lambda: config.parse(Pretrain, ""), "train_sft.py": lambda: config.parse(Sft, "")}
-    parse |= {"docs/chinese.py": lambda: CHINESE["build_parser"]().parse_args()}
     parse |= {"data/prepare.py": prepare.main, "minillm": lambda: __main__.build_parser().parse_args()}
     parse |= {"kernels.bench": suite.build_parser().parse_args, "kernels.tune": tune.build_parser().parse_args}
     parse["tests/kernels/offline.py"] = lambda: SHARED_MEMORY[int(sys.argv[1])]
@@ -85,8 +82,7 @@ def test_commands_and_options_are_known(path, monkeypatch):
         monkeypatch.setattr("sys.argv", command)
         parse[command[0]]()
     modules = (prepare, bundled, model_commands, info, convert, vocab, suite, tune, __main__)
-    files = [*(module.__file__ for module in modules), ROOT / "docs" / "chinese.py"]
-    sources = "".join(Path(file).read_text(encoding="utf-8") for file in files)
+    sources = "".join(Path(module.__file__).read_text(encoding="utf-8") for module in modules)
     known = {field for shape in (Pretrain, Sft, Sampling) for field in shape.__dataclass_fields__}
     known |= {*re.findall(r'"--(\w+)"', sources), *TORCHRUN, "config", "help", "name"}
     assert set(re.findall(r"(?<![\w-])--(\w+)", Page(path).text)) <= known
