@@ -1,5 +1,6 @@
 """What the pages name is there: links, files, options, commands; and both READMEs say the same."""
 
+import importlib
 import math
 import re
 import shlex
@@ -16,6 +17,7 @@ from minillm import __main__
 from minillm.base import options as config
 from minillm.commands import convert, info, model_commands, vocab
 from minillm.generation.sampling import Sampling
+from tests import launch
 from train_pretrain import Config as Pretrain
 from train_sft import Config as Sft
 
@@ -86,3 +88,32 @@ def test_commands_and_options_are_known(path, monkeypatch):
     known = {field for shape in (Pretrain, Sft, Sampling) for field in shape.__dataclass_fields__}
     known |= {*re.findall(r'"--(\w+)"', sources), *TORCHRUN, "config", "help", "name"}
     assert set(re.findall(r"(?<![\w-])--(\w+)", Page(path).text)) <= known
+
+
+FOLDERS = ("model", "tokenizer", "datasets", "checkpoint", "tuning", "generation", "evaluation", "training")
+
+
+def test_folders_give_the_names_that_the_readme_promises():
+    section = (ROOT / "README.md").read_text(encoding="utf-8").partition("## In Python")[2].partition("\n## ")[0]
+    rows = re.findall(r"^\| `minillm\.(\w+)` \| (.*) \|$", section, re.MULTILINE)
+    promised = {folder: sorted(re.findall(r"`(\w+)`", names)) for folder, names in rows}
+    assert set(promised) == set(FOLDERS)
+    for folder, names in promised.items():
+        module = importlib.import_module(f"minillm.{folder}")
+        assert sorted(module.__all__) == names and all(hasattr(module, name) for name in names)
+
+
+def test_the_readme_trains_a_model_in_python(tmp_path, capsys):
+    section = (ROOT / "README.md").read_text(encoding="utf-8").partition("## In Python")[2]
+    code = section.partition("```python\n")[2].partition("```")[0]
+    corpus = launch.write_corpus(tmp_path / "corpus")
+    for whole, small in (
+        ("data/bundled", str(corpus)),
+        ("seq_len=128", "seq_len=32"),
+        ("range(100)", "range(8)"),
+    ):
+        assert whole in code
+        code = code.replace(whole, small)
+    exec(compile(code, "README.md", "exec"), {})
+    loss, text = re.search(r"([\d.]+) nats a token after 8 steps\n(.*)", capsys.readouterr().out, re.DOTALL).groups()
+    assert float(loss) < math.log(400) and text.strip()
