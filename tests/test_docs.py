@@ -12,6 +12,7 @@ import pytest
 from data import bundled, prepare
 from kernels import tune
 from kernels.bench import suite
+from kernels.prove import command as prove
 from kernels.shared.launch import SHARED_MEMORY
 from minillm import __main__, config, generate, info_command, model_commands, port_commands, vocab_commands
 from train_pretrain import Config as Pretrain
@@ -77,11 +78,13 @@ def test_commands_and_options_are_known(path, monkeypatch):
     parse |= {"docs/chinese.py": lambda: CHINESE["build_parser"]().parse_args()}
     parse |= {"data/prepare.py": prepare.main, "minillm": lambda: __main__.build_parser().parse_args()}
     parse |= {"kernels.bench": suite.build_parser().parse_args, "kernels.tune": tune.build_parser().parse_args}
+    parse["kernels.prove"] = prove.build_parser().parse_args
     parse["tests/kernels/offline.py"] = lambda: SHARED_MEMORY[int(sys.argv[1])]
     for command in Page(path).commands:
         monkeypatch.setattr("sys.argv", command)
         parse[command[0]]()
-    modules = (prepare, bundled, model_commands, info_command, port_commands, vocab_commands, suite, tune, __main__)
+    modules = (prepare, bundled, model_commands, info_command, port_commands, vocab_commands, __main__)
+    modules += (suite, tune, prove)
     files = [*(module.__file__ for module in modules), ROOT / "docs" / "chinese.py"]
     sources = "".join(Path(file).read_text(encoding="utf-8") for file in files)
     known = {field for shape in (Pretrain, Sft, generate.Sampling) for field in shape.__dataclass_fields__}

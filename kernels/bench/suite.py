@@ -34,6 +34,7 @@ EXAMPLES = """examples:
   python -m kernels.bench                         all ops; table, out/bench/kernels.csv, out/bench/<op>.png
   python -m kernels.bench --quick                 the same in less than two minutes, fewer shapes
   python -m kernels.bench attention --only "D 128"   what has these words in its line
+  python -m kernels.bench attention --without sm_90  but for the sides with this word in their name
   TRITON_INTERPRET=1 python -m kernels.bench --check     are they right? Without a GPU, through Triton's interpreter
 
 A side that is not installed, cannot take a shape, or does not fit in memory is one line, and the others go on. Ours is
@@ -132,10 +133,10 @@ def reason(problem: Exception) -> str:
     return f"cannot: {type(problem).__name__}: {lines[0][:150]}"
 
 
-def check(place: Place, ops: list[str], only: str) -> int:
+def check(place: Place, ops: list[str], only: str, without: str = "") -> int:
     """Our own results against the reference, case by case. Returns how many were wrong."""
     wrong = 0
-    for case in cases(place, ops, only):
+    for case in cases(place, ops, only, without):
         for name, side in case.sides.items():
             if name.startswith(OURS):
                 _, worst, problem = checked(case, name, side)
@@ -144,10 +145,12 @@ def check(place: Place, ops: list[str], only: str) -> int:
     return wrong
 
 
-def cases(place: Place, ops: list[str], only: str) -> Iterator[Function | Update]:
-    """The cases of the ops whose names have `only` in them."""
+def cases(place: Place, ops: list[str], only: str, without: str = "") -> Iterator[Function | Update]:
+    """The cases of the ops whose names have `only` in them, without the sides whose names have `without` in them."""
     for op in ops:
         for case in OPS[op](place):
+            if without:
+                case.sides = {name: side for name, side in case.sides.items() if without.lower() not in name.lower()}
             if only.lower() in f"{case.op} {case.name}".lower():
                 yield case
             del case
@@ -165,6 +168,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--quick", action="store_true", help="few shapes and rounds: less than two minutes")
     parser.add_argument("--check", action="store_true", help="only check that our results are right; exit code 0 or 1")
     parser.add_argument("--only", default="", metavar="WORD", help="only cases whose line has WORD in it")
+    parser.add_argument("--without", default="", metavar="WORD", help="leave out sides with WORD in their name")
     parser.add_argument("--rounds", type=int, help="turns of each side (default 5, --quick 3)")
     parser.add_argument("--out", type=Path, default=Path("out/bench"), help="folder for CSV and PNG (%(default)s)")
     return parser
@@ -201,7 +205,7 @@ def main() -> int:
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     place = Place(device, dtype, "small" if device.type == "cpu" else "quick" if options.quick else "full")
     if options.check:
-        return 1 if check(place, ops, options.only) else 0
+        return 1 if check(place, ops, options.only, options.without) else 0
     return measure(place, ops, options)
 
 
@@ -214,7 +218,7 @@ def measure(place: Place, ops: list[str], options: argparse.Namespace) -> int:
     options.out.mkdir(parents=True, exist_ok=True)
     for op in ops:
         found = None
-        for case in cases(place, [op], options.only):
+        for case in cases(place, [op], options.only, options.without):
             if found is None:
                 found = bench_measure.ceilings(place.device, bench.cold, bench.rounds, bench.least_ms)
                 print(f"\n{op}: ceilings now {found['GB/s']:,.0f} GB/s, {found['TFLOP/s']:,.0f} TFLOP/s", flush=True)
