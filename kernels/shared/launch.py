@@ -133,6 +133,11 @@ def next_power_of_2(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
+def last_power_of_2(n: int) -> int:
+    """The largest power of two that is at most n, for n from 1 on."""
+    return 1 << (n.bit_length() - 1)
+
+
 def tuned_file() -> Path:
     """Where `python -m kernels.tune` saves what it found."""
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
@@ -161,7 +166,9 @@ def settings(op: str, key: tuple, device: torch.device, default: dict) -> dict:
     if _choose is not None:
         return _choose(op, key, default)
     tuned = _tuned(device)
-    return (tuned and tuned.get(settings_name(op, key))) or default
+    if not tuned:  # as nearly always: the name need not be made
+        return default
+    return tuned.get(settings_name(op, key)) or default
 
 
 def settings_name(op: str, key: tuple) -> str:
