@@ -2,7 +2,7 @@
 
 The mathematics is in `forward.py` and `backward.py`, what a query sees in `mask.py`.
 The backward pass is deterministic: each gradient has one owner, nothing is added by atomics. On a Hopper GPU, and with
-a Triton they were tested with, `sm90.py` and `sm90_backward.py` take what they support; that
+a Triton they were tested with, the kernels of `sm90.py` take what they support; that
 backward pass adds dq by atomics, so under `torch.use_deterministic_algorithms(True)` the other one runs.
 """
 
@@ -13,7 +13,7 @@ from kernels.attention import backward, forward
 from kernels.shared import launch
 
 try:
-    from kernels.attention import sm90, sm90_backward
+    from kernels.attention import sm90
 except (ImportError, AttributeError):  # Gluon is experimental: another Triton may have changed it, or lack it
     sm90 = None
 
@@ -61,7 +61,7 @@ def _backward(
     repeatable = torch.are_deterministic_algorithms_enabled()
     if sm90 and not repeatable and sm90.chosen(q, k, v, spans, causal, window, softcap):
         options = dict(causal=causal, scale=scale, dlse=dlse)
-        return sm90_backward.backward(dout, q, k, v, out, lse, spans, **options)
+        return sm90.backward(dout, q, k, v, out, lse, spans, **options)
     options = dict(causal=causal, window=window, softcap=softcap, scale=scale, dlse=dlse)
     return backward.backward(dout, q, k, v, out, lse, spans, **options)
 

@@ -77,9 +77,9 @@ def _ours(spans: Tensor | None) -> Callable:
 
 
 def _sm90(spans: Tensor | None) -> Callable:
-    from kernels.attention import sm90, sm90_backward
+    from kernels.attention import sm90
 
-    return lambda *qkv: _Apart.apply(*qkv, spans, sm90.forward, sm90_backward.backward)
+    return lambda *qkv: _Apart.apply(*qkv, spans, sm90.forward, sm90.backward)
 
 
 def _plain_triton(spans: Tensor | None) -> Callable:
