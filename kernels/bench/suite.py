@@ -66,15 +66,16 @@ class Bench:
                 print(f"  {name}: left out, for --quick's time is used up")
                 continue
             function, worst, problem = checked(case, name, side)
-            try:
-                prepared = {} if problem else case.runs(function, side)
-            except Exception as error:  # whatever a side raises becomes one line of the report
-                problem, prepared = reason(error), {}
             if problem:
                 self.note(case, name, problem)
                 continue
+            try:
+                runs_of_parts = case.runs(function, side)
+            except Exception as error:  # whatever a side raises becomes one line of the report
+                self.note(case, name, reason(error))
+                continue
             errors[name] = worst
-            for part, run in prepared.items():
+            for part, run in runs_of_parts.items():
                 runs.setdefault(part, {})[name] = run
         vars(case).pop("expected", None)  # may be large
         for part, sides in runs.items():
@@ -85,21 +86,23 @@ class Bench:
         if name.startswith(OURS):
             self.wrong.append(f"{case.op} {case.name}, {name}: {problem}")
 
-    def part(self, case: Function | Update, part: str, sides: dict[str, Callable], errors: dict, ceiling: float):
-        taken, failed = bench_measure.in_turns(sides, self.rounds, self.least_ms, self.timer)
-        for name, problem in failed.items():
+    def part(
+        self, case: Function | Update, part: str, sides: dict[str, Callable], errors: dict[str, float], ceiling: float
+    ) -> None:
+        """Time the sides of one part in turns and print its table."""
+        times_of, failures = bench_measure.in_turns(sides, self.rounds, self.least_ms, self.timer)
+        for name, problem in failures.items():
             self.note(case, name, reason(problem))
         group = []
-        for name, times in taken.items():
-            median, (low, *_, high) = (
-                statistics.median(times),
-                statistics.quantiles(times, n=10) if times[1:] else times * 2,
-            )
-            rate = bench_measure.rate(case.work[part], case.unit, median)
-            memory = bench_measure.peak_memory(sides[name], self.place.device)
+        for name, times in times_of.items():
+            median = statistics.median(times)
+            tenths = statistics.quantiles(times, n=10) if len(times) > 1 else times
             group.append(Measurement(
-                case.op, case.name, part, name, median, low, high, len(times), rate, case.unit, ceiling, None,
-                memory, errors[name],
+                op=case.op, case=case.name, part=part, side=name,
+                milliseconds=median, low_ms=tenths[0], high_ms=tenths[-1], runs=len(times),
+                rate=bench_measure.rate(case.work[part], case.unit, median), unit=case.unit, ceiling=ceiling,
+                beside_best=None, extra_bytes=bench_measure.peak_memory(sides[name], self.place.device),
+                error=errors[name],
             ))  # fmt: skip
         if group:
             group = report.beside_best(group)
@@ -116,11 +119,12 @@ def checked(case: Function | Update, name: str, side: Side) -> tuple[Callable | 
     except Exception as problem:  # whatever a side raises becomes one line of the report
         return None, 0.0, reason(problem)
     wrong = [
-        f"{what} is off by {e:.1e}, not {slack * limit:.0e}"
-        for what, (e, limit) in errors.items()
-        if not e <= slack * limit
+        f"{what} is off by {error:.1e}, not {slack * limit:.0e}"
+        for what, (error, limit) in errors.items()
+        if not error <= slack * limit
     ]
-    return function, max(e for e, _ in errors.values()), "WRONG, so not timed: " + ", ".join(wrong) if wrong else ""
+    problem = "WRONG, so not timed: " + ", ".join(wrong) if wrong else ""
+    return function, max(error for error, _ in errors.values()), problem
 
 
 def reason(problem: Exception) -> str:
@@ -201,9 +205,10 @@ def main() -> int:
             "`TRITON_INTERPRET=1 python -m kernels.bench --check`"
         )
         return 1
-    # On the CPU fp32: the interpreter corrects each product of bf16 numbers by itself, slowly.
-    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-    place = Place(device, dtype, "small" if device.type == "cpu" else "quick" if options.quick else "full")
+    if on_cpu:  # fp32: the interpreter corrects each product of bf16 numbers by itself, slowly
+        place = Place(device, torch.float32, "small")
+    else:
+        place = Place(device, torch.bfloat16, "quick" if options.quick else "full")
     if options.check:
         return 1 if check(place, ops, options.only, options.without) else 0
     return measure(place, ops, options)
@@ -217,17 +222,18 @@ def measure(place: Place, ops: list[str], options: argparse.Namespace) -> int:
     print(report.heading(machine), flush=True)
     options.out.mkdir(parents=True, exist_ok=True)
     for op in ops:
-        found = None
+        ceilings = None  # measured when there is a first case
         for case in cases(place, [op], options.only, options.without):
-            if found is None:
-                found = bench_measure.ceilings(place.device, bench.cold, bench.rounds, bench.least_ms)
-                print(f"\n{op}: ceilings now {found['GB/s']:,.0f} GB/s, {found['TFLOP/s']:,.0f} TFLOP/s", flush=True)
-            bench.case(case, found[case.unit])
-        drawn = [m for m in bench.measurements if m.op == op]
-        if drawn:
+            if ceilings is None:
+                ceilings = bench_measure.ceilings(place.device, bench.cold, bench.rounds, bench.least_ms)
+                rates = f"{ceilings['GB/s']:,.0f} GB/s, {ceilings['TFLOP/s']:,.0f} TFLOP/s"
+                print(f"\n{op}: ceilings now {rates}", flush=True)
+            bench.case(case, ceilings[case.unit])
+        of_this_op = [m for m in bench.measurements if m.op == op]
+        if of_this_op:
             report.write_csv(options.out / "kernels.csv", bench.measurements, machine)
             try:
-                report.draw(options.out / f"{op}.png", drawn, machine)
+                report.draw(options.out / f"{op}.png", of_this_op, machine)
             except ImportError as problem:
                 print(problem)
     print(f"\n{time.monotonic() - bench.began:.0f} s, {len(bench.measurements)} numbers in {options.out}/kernels.csv")
