@@ -94,6 +94,7 @@ def main() -> int:
     stop = noting_signals()
     known, problem = machine.ask(stop, environment(out))
     if stop.signal:
+        print(f"interrupted by {stop.signal.name} before the first line")
         return 130
     if problem:
         print(f"proving the kernels needs a CUDA GPU, and none answers here ({problem})")

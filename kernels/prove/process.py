@@ -22,6 +22,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 POLL_S = 0.05
 TERMINATE_S = 4.0  # from SIGTERM to SIGKILL
+SETTLE_S = 1.0  # for what ends by itself when its parent has ended, as the processes that compile do
 KILL_S = 4.0  # after SIGKILL: a process inside the driver may take that long, or never end
 LOG_BYTES = 256 << 20  # a command that prints more than this is ended
 PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
@@ -67,6 +68,8 @@ def run(command: list[str], log: Path, limit_s: float, stop: Stop, environment: 
     notes = []
     try:
         verdict = wait(child, log, began + limit_s, stop, notes)
+        if child.poll() is not None:
+            settle(child, ours)
     finally:
         n_left, unended = end(child, ours)
     if verdict == PASSED and n_left:
@@ -88,6 +91,13 @@ def wait(child: subprocess.Popen, log: Path, until: float, stop: Stop, notes: li
             return FAILED
         time.sleep(POLL_S)
     return FAILED if child.returncode else PASSED
+
+
+def settle(child: subprocess.Popen, spared: set[int]) -> None:
+    """Wait a moment for what a command started to end by itself."""
+    until = time.monotonic() + SETTLE_S
+    while alive(child, spared) and time.monotonic() < until:
+        time.sleep(POLL_S)
 
 
 def end(child: subprocess.Popen, spared: set[int]) -> tuple[int, set[int]]:

@@ -6,10 +6,10 @@ from pathlib import Path
 
 from kernels.prove import goals, process, report
 from kernels.prove.lines import Line, obstacle, words
-from kernels.prove.process import FAILED, KILL_S, PASSED, TERMINATE_S, Ending, Stop
+from kernels.prove.process import FAILED, KILL_S, PASSED, SETTLE_S, TERMINATE_S, Ending, Stop
 from kernels.prove.report import NOT_RUN, RUNNING, Outcome, Report
 
-RESERVE_S = TERMINATE_S + KILL_S + 4.0  # kept for ending the last line and for writing
+RESERVE_S = SETTLE_S + TERMINATE_S + KILL_S + 4.0  # kept for ending the last line and for writing
 
 
 class Proof:

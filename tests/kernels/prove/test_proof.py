@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from kernels.prove import process, proof, report
+from kernels.prove import command, machine, process, proof, report
 from kernels.prove.lines import Line
 from kernels.prove.process import Stop
 from kernels.prove.proof import Proof
@@ -190,6 +190,19 @@ def test_an_interrupted_proof_leaves_a_report_and_no_process(tmp_path, number):
     assert f"\n\nInterrupted by {number.name} after " in text
     assert "Of 3 lines: 1 passed, 1 interrupted, 1 not run." in text
     assert not Path(f"/proc/{deaf}").exists()
+
+
+@pytest.mark.parametrize(("lines", "exit_code"), [([PASSES], 0), ([PASSES, FAILS], 1)], ids=["passes", "fails"])
+def test_the_command_from_end_to_end(lines, exit_code, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(command, "LINES", [line(f"number-{i}", text) for i, text in enumerate(lines)])
+    monkeypatch.setattr(machine, "ask", lambda stop, environment: (MACHINE, ""))
+    monkeypatch.setattr(command, "noting_signals", Stop)
+    monkeypatch.setattr(sys, "argv", ["prove", "--out", str(tmp_path / "a folder")])
+    assert command.main() == exit_code
+    assert f"{MACHINE['gpu']}: {len(lines)} lines, 12 minutes" in capsys.readouterr().out
+    assert "number-0 | passed |" in whole(tmp_path / "a folder")
+    with pytest.raises(SystemExit):  # the folder holds a report now
+        command.main()
 
 
 def test_the_last_lines_are_those_a_terminal_would_show(tmp_path):
