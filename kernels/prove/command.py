@@ -100,9 +100,9 @@ def main() -> int:
         print(f"proving the kernels needs a CUDA GPU, and none answers here ({problem})")
         return 1
     out.mkdir(parents=True, exist_ok=True)
-    print(
-        f"{known['gpu']}: {len(lines)} lines in {options.minutes:g} minutes; the report is {out}/prove.md", flush=True
-    )
+    names = ", ".join(line.name for line in lines)
+    print(f"{known['gpu']}, {options.minutes:g} minutes for {names}")
+    print(f"the report is {out}/prove.md", flush=True)
     until = began + 60 * options.minutes
     exit_code = Proof(lines, known, out, until, environment(out), workers).run(stop)
     return 130 if stop.signal else exit_code
