@@ -12,6 +12,7 @@ import pytest
 from data import bundled, prepare
 from kernels import tune
 from kernels.bench import suite
+from kernels.prove import command as prove
 from kernels.shared.launch import SHARED_MEMORY
 from minillm import __main__
 from minillm.base import options as config
@@ -79,11 +80,12 @@ def test_commands_and_options_are_known(path, monkeypatch):
     parse = {"train_pretrain.py": lambda: config.parse(Pretrain, ""), "train_sft.py": lambda: config.parse(Sft, "")}
     parse |= {"data/prepare.py": prepare.main, "minillm": lambda: __main__.build_parser().parse_args()}
     parse |= {"kernels.bench": suite.build_parser().parse_args, "kernels.tune": tune.build_parser().parse_args}
+    parse["kernels.prove"] = prove.build_parser().parse_args
     parse["tests/kernels/offline.py"] = lambda: SHARED_MEMORY[int(sys.argv[1])]
     for command in Page(path).commands:
         monkeypatch.setattr("sys.argv", command)
         parse[command[0]]()
-    modules = (prepare, bundled, model_commands, info, convert, vocab, suite, tune, __main__)
+    modules = (prepare, bundled, model_commands, info, convert, vocab, suite, tune, prove, __main__)
     sources = "".join(Path(module.__file__).read_text(encoding="utf-8") for module in modules)
     known = {field for shape in (Pretrain, Sft, Sampling) for field in shape.__dataclass_fields__}
     known |= {*re.findall(r'"--(\w+)"', sources), *TORCHRUN, "config", "help", "name"}
