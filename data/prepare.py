@@ -29,7 +29,7 @@ from minillm.base.files import sha256
 from minillm.base.options import Parser
 from minillm.base.process import RunLock, run_script
 from minillm.checkpoint import run_folder
-from minillm.datasets.text_files import TXT_SPLITS, find_files, records, text_of
+from minillm.datasets.text_files import BOUNDARIES, find_files, records, text_of
 from minillm.tokenizer import train
 from minillm.tokenizer.tokenizer import Tokenizer
 
@@ -146,7 +146,7 @@ def _sample(sources: list[Source]) -> Iterator[str]:
     size = sum(text_size(source.path) for source in sources)
     rate, draw = 2 * TOKENIZER_SAMPLE / max(size, 1), random.Random(0).random
     for path, _, options in sources:
-        for record in records(path, split=options.split, field=options.field):
+        for record in records(path, boundary=options.split, field=options.field):
             if rate < 1 and draw() > rate:
                 continue
             try:
@@ -188,7 +188,7 @@ def main() -> None:
     add("--val_input", nargs="+", metavar="PATH", help="files of the validation split (instead of --val_fraction)")
     add("--val_fraction", type=float, default=0.01, help="share of documents for validation (default 0.01)")
     ends = "a .txt document ends at blank lines (default), with each line, or with its file"
-    add("--split", choices=TXT_SPLITS, default="blank", help=ends)
+    add("--split", choices=BOUNDARIES, default="blank", help=ends)
     add("--field", default="text", help="key or column that holds the text (default text)")
     add("--on_bad_line", choices=ON_BAD_LINE, default="error", help="stop at a bad line (default) or count it")
     add("--wrap", choices=WRAPS, default="eos", help="documents end in eos (default), or also begin with bos")

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from data.bin_writer import SPLITS, Bins, Origin
 from minillm.base.errors import UserError
-from minillm.datasets.text_files import TXT_SPLITS, Record, records, text_of
+from minillm.datasets.text_files import BOUNDARIES, Record, records, text_of
 from minillm.tokenizer.tokenizer import Tokenizer
 
 BATCH = 1 << 20  # raw bytes of documents that one worker gets at a time (one document may be more)
@@ -44,7 +44,7 @@ class Options:
 
     def check(self) -> None:
         """Raises UserError for a value that is not possible."""
-        for name, known in (("split", TXT_SPLITS), ("on_bad_line", ON_BAD_LINE), ("wrap", WRAPS)):
+        for name, known in (("split", BOUNDARIES), ("on_bad_line", ON_BAD_LINE), ("wrap", WRAPS)):
             if getattr(self, name) not in known:
                 raise UserError(f"--{name} {getattr(self, name)}: choose one of {', '.join(known)}")
         if not 0 <= self.val_fraction < 1:
@@ -70,7 +70,7 @@ class Source(NamedTuple):
 def _batches(source: Source) -> Iterator[tuple[int, bool, list[Record]]]:
     """(bytes of the file read so far, whether this is the last batch, documents), about BATCH bytes of them each."""
     batch, size = [], 0
-    for record in records(source.path, split=source.options.split, field=source.options.field):
+    for record in records(source.path, boundary=source.options.split, field=source.options.field):
         batch.append(record)
         size += len(record.raw) if isinstance(record.raw, bytes | str) else 100
         if size >= BATCH:
