@@ -140,24 +140,29 @@ def _open(file: Path, n_tokens: int | None, dtype: np.dtype) -> np.ndarray:
 
 
 def read_meta(folder: Path) -> dict:
-    """A data folder's meta.json, checked for the keys that reading the bins needs."""
+    """A data folder's meta.json, checked for the keys that reading the bins needs. Raises UserError."""
+    path = folder / "meta.json"
     try:
-        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+        meta = json.loads(path.read_text(encoding="utf-8"))
         meta["dtype"], meta["vocab_size"], meta["files"]["train"]
     except FileNotFoundError:
-        begun = (folder / "unfinished", folder / "parts.json")  # the latter of an earlier version
-        if not any(folder.glob("*.bin")) and not any(path.exists() for path in begun):
-            raise UserError(
-                f"{folder}: holds no token bins; make some of its texts: `python data/prepare.py --input {folder} …`"
-            ) from None
-        raise UserError(
-            f"{folder}: holds no meta.json, so never finished; run `python data/prepare.py … --out {folder}` again"
-        ) from None
+        raise _no_meta_error(folder) from None
     except (ValueError, KeyError, TypeError) as problem:
-        raise UserError(f"{folder / 'meta.json'}: cannot be read ({problem!r}); prepare the data again") from None
+        raise UserError(f"{path}: cannot be read ({problem!r}); prepare the data again") from None
     if meta.get("format", 1) > NEWEST_FORMAT:
-        raise UserError(f"{folder / 'meta.json'}: format {meta['format']} is newer than this minillm; update it")
+        raise UserError(f"{path}: format {meta['format']} is newer than this minillm; update it")
     return meta
+
+
+def _no_meta_error(folder: Path) -> UserError:
+    begun = (folder / "unfinished", folder / "parts.json")  # the latter by an earlier version
+    if any(folder.glob("*.bin")) or any(path.exists() for path in begun):
+        return UserError(
+            f"{folder}: holds no meta.json, so never finished; run `python data/prepare.py … --out {folder}` again"
+        )
+    return UserError(
+        f"{folder}: holds no token bins; make some of its texts: `python data/prepare.py --input {folder} …`"
+    )
 
 
 def parse_mixture(text: str) -> list[tuple[Path, float]]:

@@ -1,4 +1,4 @@
-"""Memory-mapped token bins that give shifted X/Y pairs, in an order that is a pure function of the seed.
+"""Windows of token bins as shifted X/Y pairs, in an order that is a pure function of the seed.
 
 A data position is a number: position p always means the same window, whatever the number of ranks and
 however often the run was stopped, because the order is computed (a keyed permutation), not stored.
@@ -24,20 +24,24 @@ def permute(index: np.ndarray, n: int, key: int) -> np.ndarray:
 
     index: int array of values in [0, n); returns int64 of the same shape.
     """
-    half = max(1, (max(n - 1, 1).bit_length() + 1) // 2)
-    low = np.uint64((1 << half) - 1)
-    keys = np.random.SeedSequence(key % (1 << 128)).generate_state(4, np.uint64)
-    out = np.array(index, dtype=np.uint64)
-    outside = np.ones(out.shape, dtype=bool)
+    # A number is two halves of equal bits, (left, right). A round gives (right, left ^ f(right)), which can be undone
+    # whatever f is; so four rounds, each with a key of its own, permute all numbers of so many bits.
+    half_bits = max(1, math.ceil((n - 1).bit_length() / 2))
+    half_mask = np.uint64((1 << half_bits) - 1)
+    round_keys = np.random.SeedSequence(key % (1 << 128)).generate_state(4, np.uint64)
+    numbers = np.array(index, dtype=np.uint64)
+    outside = np.ones(numbers.shape, dtype=bool)  # not yet in [0, n)
     while outside.any():
-        left, right = out[outside] >> np.uint64(half), out[outside] & low
-        for k in keys:
-            mixed = (right ^ k) * np.uint64(0x9E3779B97F4A7C15)  # an odd multiplier spreads every bit upwards
+        left = numbers[outside] >> np.uint64(half_bits)
+        right = numbers[outside] & half_mask
+        for round_key in round_keys:
+            mixed = (right ^ round_key) * np.uint64(0x9E3779B97F4A7C15)  # an odd factor spreads every bit upwards
             mixed = (mixed ^ (mixed >> np.uint64(29))) * np.uint64(0xBF58476D1CE4E5B9)
-            left, right = right, left ^ ((mixed >> np.uint64(32)) & low)
-        out[outside] = (left << np.uint64(half)) | right
-        outside = out >= np.uint64(n)
-    return out.astype(np.int64)
+            mixed = (mixed >> np.uint64(32)) & half_mask
+            left, right = right, left ^ mixed
+        numbers[outside] = (left << np.uint64(half_bits)) | right
+        outside = numbers >= np.uint64(n)
+    return numbers.astype(np.int64)
 
 
 class TokenWindows:
@@ -85,10 +89,11 @@ class TokenWindows:
 
     def locate(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(source, window in that source) of each position: int64 arrays of the same shape, (B,)."""
-        sources, turns = self._deal(positions)
+        sources, turns = self._deal(positions)  # (B,), (B,)
         windows = np.empty_like(positions)
         for source in np.unique(sources):
-            windows[sources == source] = self._shuffle(int(source), turns[sources == source])
+            of_source = sources == source
+            windows[of_source] = self._shuffle(int(source), turns[of_source])
         return sources, windows
 
     def _deal(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -110,11 +115,12 @@ class TokenWindows:
 
         Of 100 windows, turn 99 reads π₀(99), turn 100 reads π₁(0), turn 203 reads π₂(3).
         """
-        n = int(self.edges[source][-1])
-        epochs, index = np.divmod(turns, n)
+        n_windows = int(self.edges[source][-1])
+        epochs, windows = np.divmod(turns, n_windows)
         for epoch in np.unique(epochs):
-            index[epochs == epoch] = permute(index[epochs == epoch], n, _key(self.seed, 2, epoch, source))
-        return index
+            in_epoch = epochs == epoch
+            windows[in_epoch] = permute(windows[in_epoch], n_windows, _key(self.seed, 2, epoch, source))
+        return windows
 
     def batch(self, positions: np.ndarray) -> Batch:
         """The windows at these positions, (B,) int64: a pure function of seed and positions."""
@@ -142,6 +148,7 @@ class ValidationPart(NamedTuple):
     n_documents: int
 
     def batches(self, rows_per_batch: int, documents: bool, start_id: int | None):
+        """Batches of up to so many rows. documents: number the documents, which begin with start_id."""
         for i in range(0, len(self.rows), rows_per_batch):
             rows = self.rows[i : i + rows_per_batch]
             numbers = documents_in(rows[:, :-1], start_id) if documents else None  # (B, T)
