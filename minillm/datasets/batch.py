@@ -66,10 +66,10 @@ def shifted(rows: np.ndarray, mask: np.ndarray | None = None, documents: np.ndar
     """A Batch of X and Y from rows of T + 1 tokens, (B, T + 1) int64; mask and documents: (B, T)."""
     tokens = torch.from_numpy(rows)
     return Batch(
-        x=tokens[:, :-1].contiguous(),
-        y=tokens[:, 1:].contiguous(),
-        mask=None if mask is None else torch.from_numpy(mask),
-        documents=None if documents is None else torch.from_numpy(documents.astype(np.int32)),
+        tokens[:, :-1].contiguous(),
+        tokens[:, 1:].contiguous(),
+        None if mask is None else torch.from_numpy(mask),
+        None if documents is None else torch.from_numpy(documents.astype(np.int32)),
     )
 
 

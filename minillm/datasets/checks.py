@@ -2,7 +2,6 @@
 
 import re
 import unicodedata
-from collections.abc import Callable
 
 FINAL = ".。!！?？;；,，、"  # punctuation at the end of an answer does not count
 NUMBER = re.compile(r"-?\d+(?:,\d{3})*(?:\.\d+)?")
@@ -27,12 +26,7 @@ def _words(text: str) -> set[str]:
     return set(BETWEEN_WORDS.split(text)) - {"", "and"}
 
 
-CHECKS: dict[str, Callable] = {"exact": _plain, "number": _last_number, "words": _words}  # name → what is compared
-
-
-def check_of(row: dict) -> str:
-    """The name of the rule in a row's "check"; "exact" without one. It may be no string and no rule's name."""
-    return row.get("check", "exact")
+CHECKS = {"exact": _plain, "number": _last_number, "words": _words}  # name → what is compared
 
 
 def is_right(row: dict, answer: str) -> bool:
@@ -40,7 +34,7 @@ def is_right(row: dict, answer: str) -> bool:
 
     exact: the same text up to spaces and final punctuation; number: the same last number; words: the same set.
     """
-    compared = CHECKS[check_of(row)]
+    compared = CHECKS[row.get("check", "exact")]
     expected = compared(row["messages"][-1]["content"])
     given = compared(answer)
     return given is not None and expected == given

@@ -143,10 +143,9 @@ def array_items(stream: BinaryIO) -> Iterator[tuple[int, object]]:
         except (ValueError, RecursionError) as error:
             raise ValueError(f"item {number} of the array: not JSON ({_fault_of(error)}); fix the file") from None
         end = _after_spaces(text, end)
-        if end == len(text):
-            raise ValueError(f"after item {number} of the array comes the end of the file, not ',' or ']'; fix it")
-        if text[end] not in ",]":
-            raise ValueError(f"after item {number} of the array comes {text[end]!r}, not ',' or ']'; fix the file")
+        if text[end : end + 1] not in (",", "]"):
+            found = repr(text[end]) if end < len(text) else "the end of the file"
+            raise ValueError(f"after item {number} of the array comes {found}, not ',' or ']'; fix the file")
         yield number, value
         if text[end] == "]":
             _refuse_more(text, end + 1)

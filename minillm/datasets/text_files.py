@@ -23,6 +23,7 @@ from minillm.datasets.json_rows import (
 )
 
 SUFFIXES = (".txt", ".jsonl", ".json", ".txt.gz", ".jsonl.gz", ".json.gz", ".parquet")
+KNOWN = ", ".join(SUFFIXES)
 BOUNDARIES = ("blank", "lines", "file")  # where documents of a .txt may end: see `records`
 LONGEST_TEXT = 64 << 20  # bytes; a longer document of a .txt is ended after the line that exceeds this
 
@@ -35,7 +36,6 @@ def find_files(inputs: Iterable[str | Path]) -> list[Path]:
 
     Raises UserError for a path that does not exist, a kind not known, a folder without any, a file given twice.
     """
-    known = ", ".join(SUFFIXES)
     files: list[Path] = []
     for path in map(Path, inputs):
         if path.is_dir():
@@ -43,7 +43,7 @@ def find_files(inputs: Iterable[str | Path]) -> list[Path]:
         elif not path.exists():
             raise UserError(f"{path}: no such file or folder")
         elif not path.name.endswith(SUFFIXES):
-            raise UserError(f"{path}: not a known kind of file ({known}); convert or rename it")
+            raise UserError(f"{path}: not a known kind of file ({KNOWN}); convert or rename it")
         else:
             files.append(path)
     for path, times in Counter(file.resolve() for file in files).items():
@@ -56,7 +56,7 @@ def _files_in(folder: Path) -> list[Path]:
     """Every file of a known kind under a folder, sorted; nothing hidden, nor in a hidden folder."""
     known = [path for path in sorted(folder.rglob("*")) if path.name.endswith(SUFFIXES) and path.is_file()]
     if not known:
-        raise UserError(f"{folder}: the folder holds no file of a known kind ({', '.join(SUFFIXES)})")
+        raise UserError(f"{folder}: the folder holds no file of a known kind ({KNOWN})")
     return [path for path in known if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
 
 

@@ -75,8 +75,7 @@ class TokenBins:
         """
         if self.meta.get("format", 1) >= 2:
             return [Stream(str(self.path), 0, self.n_tokens)]
-        ends = self.begins[1:]
-        return [Stream(*stream) for stream in zip(self.names, self.begins[:-1], ends, strict=True)]
+        return list(map(Stream, self.names, self.begins, self.begins[1:]))
 
     def read(self, start: int, count: int) -> np.ndarray:
         """The tokens start … start + count of the split, over the ends of files: (count,) uint16 or uint32."""
