@@ -180,6 +180,10 @@ class BinFolder:
         checks = _check_bins(records, named_by_key)
         return {record["key"]: record for record, is_whole in zip(records, checks, strict=True) if is_whole}
 
+    def has_record(self, group: Group) -> bool:
+        """Whether the group's bins were made once, whole or not by now, once the folder is taken apart."""
+        return (self.unfinished / f"{group.key}.json").exists()
+
     def earlier_sources(self) -> dict[str, dict]:
         """File → what its tokens were made from in earlier preparations, once the folder is taken apart."""
         sources = {}

@@ -71,6 +71,8 @@ def prepare(
     """
     inputs, val_inputs, out = list(inputs), list(val_inputs or []), Path(out)
     options = Options(**options)
+
+    # What can be wrong with the arguments is said before anything is written.
     options.check()
     if (tokenizer is None) == (train_tokenizer is None):
         raise UserError("tokenizer: give either --tokenizer PATH or --train_tokenizer N")
@@ -82,19 +84,18 @@ def prepare(
             raise UserError(f"--out {out}: lies inside the input {folder} and would be read again; choose another")
     n_train = len(find_files(inputs))
     files = find_files(inputs + val_inputs)
-    given = None
     if tokenizer is not None:
-        given = _with_wrap(Tokenizer.load(run_folder.tokenizer_folder(tokenizer)), options.wrap, tokenizer)
+        tokenizer = _with_wrap(Tokenizer.load(run_folder.tokenizer_folder(tokenizer)), options.wrap, tokenizer)
 
     lock = RunLock(out)
     try:
         bin_folder = BinFolder(out)
         sources = read_sources(files, options, n_train if val_inputs else None)
-        learnt_from = ""  # a tokenizer that was given
-        if given is None:
+        learnt_from = ""  # a tokenizer that is given was learnt elsewhere
+        if tokenizer is None:
             learnt_from = checksum([train_tokenizer, [(s.sha256, s.options.of(s.path)) for s in sources[:n_train]]])
-            given = _learn(bin_folder, train_tokenizer, sources[:n_train], learnt_from)
-            given = _with_wrap(given, options.wrap, out)
+            tokenizer = _learn(bin_folder, train_tokenizer, sources[:n_train], learnt_from)
+            tokenizer = _with_wrap(tokenizer, options.wrap, out)
         about = {
             "wrap": options.wrap,
             "options": asdict(options),
@@ -102,8 +103,8 @@ def prepare(
             "val_source": [str(path) for path in val_inputs],
             "learnt_from": learnt_from,
         }
-        groups = [*grouped(sources[:n_train], given), *grouped(sources[n_train:], given)]
-        return _make(bin_folder, groups, given, about, workers or _cores())
+        groups = [*grouped(sources[:n_train], tokenizer), *grouped(sources[n_train:], tokenizer)]
+        return _make(bin_folder, groups, tokenizer, about, workers or _cores())
     except BrokenPipeError:  # of what is printed
         raise
     except OSError as error:
@@ -114,52 +115,51 @@ def prepare(
 
 def _make(folder: BinFolder, groups: list[Group], tokenizer: Tokenizer, about: dict, workers: int) -> dict:
     """Make what is missing of the bins of these groups; returns meta.json."""
-    out = folder.out
+    # Nothing has changed, except perhaps the names of files or what happens to bad lines.
     records = folder.finished_records(groups)
-    if records is not None and _holds(out, tokenizer.sha256):
-        print(f"{out}: already prepared from the same input, nothing to do")
+    if records is not None and _holds(folder.out, tokenizer.sha256):
+        print(f"{folder.out}: already prepared from the same input, nothing to do")
         _refuse_bad_lines(records, about["options"])
         meta = meta_of(groups, records, tokenizer, about)
-        if meta != read_json(out / "meta.json"):  # other names of files
-            write_json_atomically(out / "meta.json", meta)
+        if meta != read_json(folder.out / "meta.json"):
+            write_json_atomically(folder.out / "meta.json", meta)
         folder.clean()
         return meta
 
+    # Keep what is there of the bins, make the others, number them all.
     folder.take_apart()
-    tokenizer.save(out)
+    tokenizer.save(folder.out)
     whole = folder.whole_records(groups)
-    _explain(folder, groups, whole, tokenizer)
-    _refuse_bad_lines(whole.values(), about["options"])
     missing = [group for group in groups if group.key not in whole]
-    whole |= tokenize(missing, folder.unfinished, tokenizer, workers)
+    _explain(folder, groups, missing, tokenizer)
+    _refuse_bad_lines(whole.values(), about["options"])
+    whole |= tokenize(missing, folder, tokenizer, workers)
     meta = meta_of(groups, [whole[group.key] for group in groups], tokenizer, about)
-    _check_splits(out, meta)
+    _check_splits(folder.out, meta)
     folder.put_together(meta)
     return meta
 
 
-def _explain(folder: BinFolder, groups: list[Group], whole: dict[str, dict], tokenizer: Tokenizer) -> None:
+def _explain(folder: BinFolder, groups: list[Group], missing: list[Group], tokenizer: Tokenizer) -> None:
     """Print how many files' tokens are kept, and why the others' are not."""
     earlier = folder.earlier_sources()
     if not earlier:
         return
-    files: dict[str, list[str]] = {}  # reason → files
-    for group in groups:
-        if group.key in whole:
-            continue
-        reasons = {
-            str(source.path): _reason(source, earlier.get(str(source.path)), tokenizer) for source in group.sources
-        }
-        otherwise = "in one bin with such a file" if any(reasons.values()) else "tokens damaged or lost"
-        for file, reason in reasons.items():
-            files.setdefault(reason or otherwise, []).append(file)
-    sources = [source for group in groups for source in group.sources]
-    gone = sorted(earlier.keys() - {str(source.path) for source in sources})
+    files_of: dict[str, list[str]] = {}  # reason → files
+    for group in missing:
+        for source in group.sources:
+            reason = _reason(source, earlier.get(str(source.path)), tokenizer)
+            if not reason:
+                reason = "damaged or lost" if folder.has_record(group) else "in one bin with a file that changed"
+            files_of.setdefault(reason, []).append(str(source.path))
+    files = [str(source.path) for group in groups for source in group.sources]
+    gone = sorted(earlier.keys() - set(files))
     if gone:
-        files["no longer an input"] = gone
-    n_kept = sum(len(group.sources) for group in groups if group.key in whole)
-    print(f"{folder.out}: {n_kept:,} of {len(sources):,} files are tokenized already; the others:")
-    for reason, names in files.items():
+        files_of["no longer an input"] = gone
+
+    n_missing = sum(len(group.sources) for group in missing)
+    print(f"{folder.out}: {len(files) - n_missing:,} of {len(files):,} files are tokenized already; the others:")
+    for reason, names in files_of.items():
         more = f" and {len(names) - FILES_NAMED:,} more" if len(names) > FILES_NAMED else ""
         print(f"  {reason}: {', '.join(names[:FILES_NAMED])}{more}")
 

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from data.bin_writer import SPLITS, BinWriter
+from data.bin_writer import SPLITS, BinFolder, BinWriter
 from data.sources import Group, Options, Source
 from minillm.base.errors import UserError
 from minillm.datasets.text_files import Record, records, text_of
@@ -100,32 +100,36 @@ class Batch(NamedTuple):
         return self.group.sources[self.source_number]
 
 
-def tokenize(groups: list[Group], folder: Path, tokenizer: Tokenizer, workers: int) -> dict[str, dict]:
-    """Write the bins of these groups into `folder`; returns key → record. Raises UserError, e.g. for a bad line."""
+def tokenize(groups: list[Group], folder: BinFolder, tokenizer: Tokenizer, workers: int) -> dict[str, dict]:
+    """Make the bins of these groups; returns key → record. Raises UserError, e.g. for a bad line.
+
+    The folder holds the tokenizer, which worker processes load from there.
+    """
+    # Processes, where there is enough to do; else this one, with the tokenizer's own threads.
     sources = [source for group in groups for source in group.sources]
     pool = None
     if workers > 1 and sum(source.text_size for source in sources) >= POOL_FROM:
         spawn = multiprocessing.get_context("spawn")
-        pool = ProcessPoolExecutor(workers, spawn, initializer=_start_worker, initargs=(folder.parent,))
-    bar = tqdm(
-        total=sum(source.size for source in sources), unit="B", unit_scale=True, desc="tokenizing", mininterval=0.5
-    )
+        pool = ProcessPoolExecutor(workers, spawn, initializer=_start_worker, initargs=(folder.out,))
+
+    n_bytes = sum(source.size for source in sources)
+    bar = tqdm(total=n_bytes, unit="B", unit_scale=True, desc="tokenizing", mininterval=0.5)
     started = time.monotonic()
     n_tokens = 0
-    finished: dict[str, dict] = {}
-    writer = None
+    records_made: dict[str, dict] = {}
+    writer = None  # of the group that the next batch belongs to
     try:
         for batch, encoded in _encoded(groups, tokenizer, pool, workers):
-            if writer is None:
-                writer = BinWriter(folder, batch.group, tokenizer)
             if encoded.bad and batch.source.options.on_bad_line == "error":
                 raise bad_line_error(str(batch.source.path), encoded.bad[0])
+            if writer is None:
+                writer = BinWriter(folder.unfinished, batch.group, tokenizer)
             writer.note_left_out(batch.source_number, encoded.bad, encoded.n_empty)
             for split, tokens in encoded.splits.items():
                 writer.add(split, *tokens)
                 n_tokens += len(tokens.data) // tokenizer.id_dtype.itemsize
             if batch.ends_group:
-                finished[batch.group.key] = writer.finish()
+                records_made[batch.group.key] = writer.finish()
                 writer = None
             bar.set_postfix_str(f"{n_tokens / (time.monotonic() - started) / 1e6:.2f} M tokens/s", refresh=False)
             bar.update(batch.n_read)
@@ -137,7 +141,7 @@ def tokenize(groups: list[Group], folder: Path, tokenizer: Tokenizer, workers: i
             writer.close()
         if pool:
             pool.shutdown(cancel_futures=True)
-    return finished
+    return records_made
 
 
 def bad_line_error(file: str, what: str) -> UserError:
