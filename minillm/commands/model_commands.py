@@ -14,7 +14,7 @@ from minillm.base.device import DTYPES, pick_device
 from minillm.base.errors import UnsupportedError, UserError
 from minillm.checkpoint import huggingface, run_folder, train_state
 from minillm.datasets.questions import read_questions
-from minillm.datasets.text_files import TXT_SPLITS
+from minillm.datasets.text_files import BOUNDARIES
 from minillm.datasets.token_bins import TokenBins
 from minillm.distributed.ranks import Ranks
 from minillm.evaluation import answers
@@ -48,7 +48,7 @@ def add_parsers(command: Callable[[Callable, str], argparse.ArgumentParser]) -> 
     sub.add_argument(
         "--data", required=True, help="folder of bins, text (.txt .jsonl .json .parquet) or questions (.jsonl .json)"
     )
-    sub.add_argument("--split", default="blank", choices=TXT_SPLITS, help="where texts in a .txt end")
+    sub.add_argument("--split", default="blank", choices=BOUNDARIES, help="where texts in a .txt end")
     sub.add_argument("--field", default="text", help="the key that holds a text in .jsonl, .json or .parquet")
     sub.add_argument("--seq_len", type=int, help="tokens of a window; default: as the model was trained")
     sub.add_argument("--max_tokens", type=int, help="evaluate the first documents up to this many tokens; default 2^20")

@@ -40,7 +40,7 @@ def read_text(path: Path, tokenizer: Tokenizer, *, split: str = "blank", field: 
     split: where documents of a .txt end: "blank" lines, every one of its "lines", or with the "file".
     """
     files = text_files.find_files([path])
-    documents = [text for file in files for text, _ in text_files.texts_of(file, split=split, field=field) if text]
+    documents = [text for file in files for text, _ in text_files.texts_of(file, boundary=split, field=field) if text]
     if not documents:
         raise UserError(f"{path}: holds no text")
     start, end = tokenizer.start_id, tokenizer.eos_id

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from minillm.base.errors import UserError
+from minillm.datasets.checks import is_right
 from minillm.datasets.questions import read_questions
 from minillm.distributed.ranks import Ranks
 from minillm.evaluation import answers
-from minillm.evaluation.checks import is_right
 from minillm.evaluation.validation import Validation, read_text
 from minillm.generation.completion import Completion
 from minillm.model.config import ModelConfig
