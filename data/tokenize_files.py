@@ -171,6 +171,9 @@ _worker: Tokenizer  # what each worker process holds
 
 def _start_worker(tokenizer: Path) -> None:
     global _worker
+    os.environ["TOKENIZERS_PARALLELISM"] = (
+        "false"  # each of us is one of --workers; the library reads this at each call
+    )
     _worker = Tokenizer.load(tokenizer)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which then ends us
 

@@ -49,7 +49,7 @@ MOST_LINES = {"file": 320, "function": 60}
 MOST_PARAMETERS = 6  # besides self
 
 OPTIONAL = {"matplotlib", "tensorboard", "pyarrow", "transformers", "peft", "gguf", "liger_kernel", "flash_attn"}
-OPTIONAL |= {"bitsandbytes"}
+OPTIONAL |= {"bitsandbytes", "tokenizers", "jinja2"}
 SOURCES = sorted(
     [
         *(path for folder in ("minillm", "kernels", "data/world") for path in (ROOT / folder).rglob("*.py")),

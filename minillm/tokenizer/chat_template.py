@@ -1,14 +1,19 @@
-"""The two ways to write a conversation as one text: in token ids, and for transformers in Jinja.
+"""Our own ways to write a conversation as one text.
 
-"chat" is `<s>`, then for each message its role piece and its content, and `</s>` after an assistant's. "simple" is
-`prompt <s> answer </s>` turn by turn, what precedes an answer joined by newlines; it needs no role pieces.
+Each is a Jinja template, which transformers reads as well. "chat" is `<s>`, then for each message its role piece and
+its content, and `</s>` after an assistant's. "simple" is `prompt <s> answer </s>` turn by turn, what precedes an answer
+joined by newlines; it needs no role pieces.
+
+A template in JINJA is all that another format needs: `jinja_template` fills it in and finds the answers. The two above
+are the usual ones, so they are written in token ids as well (WRITERS): quicker, without jinja2, and each message by
+itself. Tests hold both forms equal.
 """
 
 from minillm.base.errors import UserError
 
 ROLES = {"system": "<|system|>", "user": "<|user|>", "assistant": "<|assistant|>"}
 
-JINJA = {  # the same, for transformers' apply_chat_template
+JINJA = {
     "chat": (
         "{{ bos_token }}{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] }}"
         "{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
@@ -25,39 +30,68 @@ JINJA = {  # the same, for transformers' apply_chat_template
 TEMPLATES = ("auto", *JINJA)
 
 
+def check(messages: list[dict]) -> None:
+    """Raises UserError for a message without a known role or a text."""
+    for message in messages:
+        if message.get("role") not in ROLES:
+            raise UserError(f"message role {message.get('role')!r}: choose system, user or assistant")
+        if not isinstance(message.get("content"), str):
+            raise UserError(f"message content of role {message['role']}: a string is needed")
+
+
+class Sequence:
+    """Token ids that grow, and which of them are to be learned."""
+
+    def __init__(self):
+        self.ids: list[int] = []
+        self.learn: list[bool] = []
+
+    def add(self, ids: list[int], learned: bool = False) -> None:
+        """Append ids, all of them to be learned or none."""
+        self.ids.extend(ids)
+        self.learn.extend([learned] * len(ids))
+
+
 def encode(
-    tokenizer, messages: list[dict], template: str, add_generation_prompt: bool = False
+    tokenizer, messages: list[dict], name: str, add_generation_prompt: bool = False
 ) -> tuple[list[int], list[bool]]:
-    """What `Tokenizer.encode_chat` gives, for "chat" or "simple"."""
-    contents = [_content(message) for message in messages]
-    opener = [tokenizer.bos_id] if template == "chat" else []
-    ids, learn = list(opener), [False] * len(opener)
+    """What `Tokenizer.encode_chat` gives, for a template in WRITERS."""
+    check(messages)
+    sequence = WRITERS[name](tokenizer, messages, add_generation_prompt)
+    return sequence.ids, sequence.learn
 
-    def add(tokens: list[int], learnt: bool = False) -> None:
-        ids.extend(tokens)
-        learn.extend([learnt] * len(tokens))
 
-    prompt: list[str] = []
-    for message, content in zip(messages, contents, strict=True):
-        answer = message["role"] == "assistant"
-        if template == "chat":
-            add([tokenizer.roles[message["role"]]])
-        elif answer:
-            add([*tokenizer.encode("\n".join(prompt)), tokenizer.bos_id])
-            prompt = []
+def write_chat(tokenizer, messages: list[dict], add_generation_prompt: bool) -> Sequence:
+    """The template "chat" in token ids."""
+    sequence = Sequence()
+    sequence.add([tokenizer.bos_id])
+    for message in messages:
+        sequence.add([tokenizer.roles[message["role"]]])
+        content = tokenizer.encode(message["content"])
+        if message["role"] == "assistant":
+            sequence.add([*content, tokenizer.eos_id], learned=True)
         else:
-            prompt.append(content)
-            continue
-        add([*tokenizer.encode(content), *([tokenizer.eos_id] if answer else [])], answer)
-    add(tokenizer.encode("\n".join(prompt)))
+            sequence.add(content)
     if add_generation_prompt:
-        add([tokenizer.roles["assistant"] if template == "chat" else tokenizer.bos_id])
-    return ids, learn
+        sequence.add([tokenizer.roles["assistant"]])
+    return sequence
 
 
-def _content(message: dict) -> str:
-    if message.get("role") not in ROLES:
-        raise UserError(f"message role {message.get('role')!r}: choose system, user or assistant")
-    if not isinstance(message.get("content"), str):
-        raise UserError(f"message content of role {message['role']}: a string is needed")
-    return message["content"]
+def write_simple(tokenizer, messages: list[dict], add_generation_prompt: bool) -> Sequence:
+    """The template "simple" in token ids."""
+    sequence = Sequence()
+    prompt: list[str] = []  # what was said since the last answer
+    for message in messages:
+        if message["role"] != "assistant":
+            prompt.append(message["content"])
+            continue
+        sequence.add([*tokenizer.encode("\n".join(prompt)), tokenizer.bos_id])
+        sequence.add([*tokenizer.encode(message["content"]), tokenizer.eos_id], learned=True)
+        prompt = []
+    sequence.add(tokenizer.encode("\n".join(prompt)))
+    if add_generation_prompt:
+        sequence.add([tokenizer.bos_id])
+    return sequence
+
+
+WRITERS = {"chat": write_chat, "simple": write_simple}

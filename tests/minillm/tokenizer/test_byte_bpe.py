@@ -115,17 +115,21 @@ def test_its_settings_are_its_own_and_the_refusal_names_the_option_that_fits(pai
     [
         (lambda d: d.update(pre_tokenizer={"type": "Whitespace"}), "cuts text by rules"),
         (lambda d: d.update(normalizer={"type": "NFKC"}), "cuts text by rules"),
-        (lambda d: d["model"].update(type="Unigram"), "cuts text by rules"),
+        (lambda d: d["model"].update(byte_fallback=True), "cuts text by rules"),
         (lambda d: d["model"].pop("merges"), "tokenizer.json: damaged"),
+        (lambda d: d["added_tokens"][0].update(id="zero"), "tokenizer.json: damaged"),
+        (lambda d: d["added_tokens"][0].update(id=7), "tokenizer.json: damaged"),
+        (lambda d: d["model"]["vocab"].update(x=1 << 30), "tokenizer.json: damaged, the id 1073741824 is above"),
     ],
 )
-def test_other_kinds_are_refused(pair, tmp_path, change, words):
+def test_rules_without_a_name_in_gguf_and_damaged_files_are_refused(pair, tmp_path, change, words):
     _, _, folder = pair
     described = json.loads((folder / "tokenizer.json").read_text())
     change(described)
     (tmp_path / "tokenizer.json").write_text(json.dumps(described))
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<|end|>"}')
     with pytest.raises(UserError, match=words):
-        Tokenizer.load(tmp_path)
+        _ = Tokenizer.load(tmp_path).bpe
 
 
 def test_without_an_end_of_text_it_is_refused(pair, tmp_path):
