@@ -34,13 +34,15 @@ KEPT_TOKENS = 1 << 25  # data up to this size stays in memory as ids, 5 bytes ea
 def encode_messages(messages: list[dict], tokenizer, template: str = "auto") -> tuple[np.ndarray, np.ndarray]:
     """ids (n,) int32 and learn (n,) bool, up to the last token that is learned; both empty if none is.
 
-    Learned are the tokens of the answers for which `is_learned` is true, and the eos after each.
+    Learned are the tokens of the answers for which `is_learned` is true, and the piece that ends each.
     """
     ids, learn = tokenizer.encode_chat(messages, template=template)
     ids, learn = np.array(ids, dtype=np.int32), np.array(learn, dtype=bool)
-    ends = learn & (ids == tokenizer.eos_id)  # each answer ends in an eos, which no text can forge
+    # Each answer is a run of tokens marked as learned, with some of a prompt before it; number them 0, 1, …
+    begins = learn & ~np.r_[False, learn[:-1]]
+    answer = np.cumsum(begins) - 1  # (n,)
     wanted = np.array([is_learned(m) for m in messages if m["role"] == "assistant"] + [False])
-    learn &= wanted[np.cumsum(ends) - ends]  # a token's answer is numbered by the eos before it
+    learn &= wanted[answer]
     return _without_tail(ids, learn)
 
 

@@ -8,6 +8,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer
 
 from minillm.base.errors import UserError
+from minillm.datasets.instructions import InstructionRows, encode_messages
 from minillm.tokenizer import jinja_template
 from minillm.tokenizer.chat_template import JINJA, WRITERS
 from minillm.tokenizer.tokenizer import Tokenizer
@@ -202,6 +203,20 @@ def test_what_is_learned_is_what_follows_the_prompt(level):
             asked = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
             for start, i in zip(starts, asked, strict=True):
                 assert ids[:start] == tokenizer.encode_chat(messages[:i], add_generation_prompt=True)[0]
+
+
+def test_rows_of_instructions_learn_by_the_folders_template(level, tmp_path):
+    """Answers marked as not to be learned are read only, wherever they are; eos is not what ends an answer here."""
+    tokenizer = with_template(level, CHATML)
+    messages = [dict(message) for message in [*CHATS[1], *CHATS[0]]]
+    messages[4]["learn"] = False
+    ids, learn = encode_messages(messages, tokenizer)
+    assert learned_texts(tokenizer, ids.tolist(), learn.tolist()) == ["the dog<|im_end|>", "the mat. 你好<|im_end|>"]
+    rows = [{"messages": chat} for chat in (CHATS[1], CHATS[0])]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    batch = InstructionRows(tmp_path / "rows.jsonl", tokenizer, 200, packing=False).batch([0, 1])
+    shown = {tokenizer.decode(y[mask].tolist()) for y, mask in zip(batch.y, batch.mask, strict=True)}
+    assert shown == {"the dog- on\n- 12 mats", "the mat. 你好"}
 
 
 def test_a_token_over_the_border_is_not_learned(level):
