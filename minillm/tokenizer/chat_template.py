@@ -4,12 +4,15 @@ Each is a Jinja template, which transformers reads as well. "chat" is `<s>`, the
 its content, and `</s>` after an assistant's. "simple" is `prompt <s> answer </s>` turn by turn, what precedes an answer
 joined by newlines; it needs no role pieces.
 
-A template in JINJA is all that another format needs: `jinja_template` fills it in and finds the answers. The two above
-are the usual ones, so they are written in token ids as well (WRITERS): quicker, without jinja2, and each message by
-itself. Tests hold both forms equal.
+A template in JINJA is all that another format needs: `jinja_template` fills it in and finds the answers, as it does for
+the template that a model's folder brings. The two above are the usual ones, so they are written in token ids as well
+(WRITERS): quicker, without jinja2, and each message by itself. Tests hold both forms equal.
 """
 
+import hashlib
+
 from minillm.base.errors import UserError
+from minillm.tokenizer import jinja_template
 
 ROLES = {"system": "<|system|>", "user": "<|user|>", "assistant": "<|assistant|>"}
 
@@ -30,13 +33,70 @@ JINJA = {
 TEMPLATES = ("auto", *JINJA)
 
 
-def check(messages: list[dict]) -> None:
-    """Raises UserError for a message without a known role or a text."""
+def encode(tokenizer, messages: list[dict], template: str, add_generation_prompt: bool) -> tuple[list[int], list[bool]]:
+    """What `Tokenizer.encode_chat` gives."""
     for message in messages:
         if message.get("role") not in ROLES:
             raise UserError(f"message role {message.get('role')!r}: choose system, user or assistant")
         if not isinstance(message.get("content"), str):
             raise UserError(f"message content of role {message['role']}: a string is needed")
+    name = resolve(tokenizer, template)
+    if name in WRITERS:
+        sequence = WRITERS[name](tokenizer, messages, add_generation_prompt)
+        return sequence.ids, sequence.learn
+    return jinja_template.encode(tokenizer, messages, _jinja(tokenizer, name), add_generation_prompt)
+
+
+def stop_ids(tokenizer, template: str) -> list[int]:
+    """What `Tokenizer.stop_ids` gives."""
+    name = resolve(tokenizer, template)
+    if name in WRITERS:
+        return [tokenizer.eos_id]
+    end = jinja_template.end_of_answer(tokenizer, _jinja(tokenizer, name))
+    return sorted({tokenizer.eos_id, end} - {None})
+
+
+def resolve(tokenizer, template: str) -> str:
+    """What a name in TEMPLATES means for a folder: a name in JINJA, or "own " and a hash of the folder's own template.
+
+    Raises `UserError` for another name, and for "chat" where the role pieces are missing.
+    """
+    if template not in TEMPLATES:
+        raise UserError(f"template {template!r}: choose {', '.join(TEMPLATES[:-1])} or {TEMPLATES[-1]}")
+    has_roles = len(tokenizer.roles) == len(ROLES)
+    if template == "chat" and not has_roles:
+        raise UserError("template 'chat': this tokenizer lacks the role pieces; choose simple or auto")
+    if template != "auto":
+        return template
+    own = tokenizer.chat_template
+    if own is None:
+        return usual(tokenizer)
+    for name, text in JINJA.items():
+        if own == text and (name != "chat" or has_roles):
+            return name
+    return f"own {hashlib.sha256(own.encode()).hexdigest()[:16]}"
+
+
+def usual(tokenizer) -> str:
+    """The name of our template for a folder without one of its own."""
+    return "chat" if len(tokenizer.roles) == len(ROLES) else "simple"
+
+
+def _jinja(tokenizer, name: str) -> str:
+    """The text of a template by its resolved name. Raises `UserError` if its pieces are not in the vocabulary."""
+    if name in JINJA:
+        return JINJA[name]
+    text = tokenizer.chat_template
+    for piece, i in tokenizer.added_pieces.items():
+        if i >= tokenizer.vocab_size and piece in text:
+            raise UserError(
+                f"the folder's chat template writes {piece!r}, which is added beside its tokenizer and not read; "
+                "choose --template simple"
+            )
+    return text
+
+
+# ---------------------------------------------------------------- our templates in token ids
 
 
 class Sequence:
@@ -50,15 +110,6 @@ class Sequence:
         """Append ids, all of them to be learned or none."""
         self.ids.extend(ids)
         self.learn.extend([learned] * len(ids))
-
-
-def encode(
-    tokenizer, messages: list[dict], name: str, add_generation_prompt: bool = False
-) -> tuple[list[int], list[bool]]:
-    """What `Tokenizer.encode_chat` gives, for a template in WRITERS."""
-    check(messages)
-    sequence = WRITERS[name](tokenizer, messages, add_generation_prompt)
-    return sequence.ids, sequence.learn
 
 
 def write_chat(tokenizer, messages: list[dict], add_generation_prompt: bool) -> Sequence:

@@ -12,7 +12,6 @@ import re
 from functools import lru_cache
 
 from minillm.base.errors import UserError
-from minillm.tokenizer import chat_template
 
 REMEDY = "choose --template simple, or another model"
 FIRST_MARK = 0xE000  # of Unicode's private use area
@@ -88,7 +87,6 @@ def encode(tokenizer, messages: list[dict], text: str, add_generation_prompt: bo
     the model is asked, the prompt's part of it is there already. Raises `UserError` for a template whose answers cannot
     be found in the text.
     """
-    chat_template.check(messages)
     mark, messages = mark_control(messages, tokenizer.control)
 
     def write(messages: list[dict], prompt: bool = False) -> str:

@@ -30,6 +30,7 @@ class SentencePieceModel:
     def __init__(self, data: bytes, source: str):
         self.data = data
         self.proto = _parse(data, source)
+        self.vocab_size = len(self.proto.pieces)
         try:
             self.processor = sentencepiece.SentencePieceProcessor(model_proto=data)
         except RuntimeError as error:  # two pieces alike, or an empty one

@@ -16,8 +16,8 @@ from pathlib import Path
 import numpy as np
 
 from minillm.base.errors import UserError
-from minillm.tokenizer import byte_bpe, chat_template, folder_files, jinja_template
-from minillm.tokenizer.chat_template import JINJA, ROLES, TEMPLATES
+from minillm.tokenizer import byte_bpe, chat_template, folder_files
+from minillm.tokenizer.chat_template import JINJA, ROLES
 from minillm.tokenizer.folder_files import read_object, to_json
 from minillm.tokenizer.sentencepiece_model import SentencePieceModel
 from minillm.tokenizer.tokenizers_model import TokenizersModel
@@ -27,22 +27,14 @@ class Tokenizer:
     """A vocabulary with its special ids and the files beside it; this class: one of SentencePiece's.
 
     vocab_size, bos_id, eos_id, pad_id: int (a model without pad or bos uses eos for it).
-    model: the SentencePieceModel. control: id of each control piece, which text is never encoded as.
+    model: the SentencePieceModel; pieces: the model of either kind. control: id of each control piece, which text is never encoded as.
     data: the model file. sha256: its hex digest, by which token bins and checkpoints identify their tokenizer.
     """
 
     def __init__(self, model_bytes: bytes, source: str, companions: dict[str, bytes] | None = None):
         self.model = SentencePieceModel(model_bytes, source)
-        self.data = model_bytes
-        self.sha256 = hashlib.sha256(self.data).hexdigest()
-        self.vocab_size = len(self.model.proto.pieces)
-        self.control = self.model.control
-        self._source = source
-        self._companions = companions or {}
         self._own_file = {"tokenizer.model": model_bytes}
-        self._dummy_prefix = self.model.dummy_prefix
-        self._table = self.model.table
-        self._unfaithful = self.model.unfaithful
+        self._hold(self.model, source, companions or {})
         processor = self.model.processor
         self.eos_id = processor.eos_id()
         if self.eos_id < 0:
@@ -51,6 +43,16 @@ class Tokenizer:
             )
         self.bos_id = processor.bos_id() if processor.bos_id() >= 0 else self.eos_id
         self.pad_id = processor.pad_id() if processor.pad_id() >= 0 else self.eos_id
+
+    def _hold(self, pieces: SentencePieceModel | TokenizersModel, source: str, companions: dict[str, bytes]) -> None:
+        """Take over what both kinds of vocabularies have in common."""
+        self.pieces = pieces
+        self._source = source
+        self._companions = companions
+        self.data = pieces.data
+        self.sha256 = hashlib.sha256(pieces.data).hexdigest()
+        self.vocab_size = pieces.vocab_size
+        self.control = pieces.control
 
     @classmethod
     def load(cls, path: str | Path) -> "Tokenizer":
@@ -83,14 +85,11 @@ class Tokenizer:
     def encode_many(self, texts: list[str], *, threads: int = 1) -> list[list[int]]:
         """Token ids of each text; `threads` share the work (see the models of the two kinds)."""
         try:
-            return self._encode_many(texts, threads)
+            return self.pieces.encode_many(texts, threads)
         except (RuntimeError, TypeError, UnicodeEncodeError):
             for text in texts:
                 _refuse_surrogates(text)
             raise
-
-    def _encode_many(self, texts: list[str], threads: int) -> list[list[int]]:
-        return self.model.encode_many(texts, threads)
 
     def encode_rendered(self, text: str, mark: str) -> list[int]:
         """Ids of a filled-in chat template, in which control pieces count, as in transformers.
@@ -144,60 +143,25 @@ class Tokenizer:
         ends it. A prompt by a rendered template (`jinja_template`) has nothing to learn.
         Raises UserError if the template cannot write this conversation.
         """
-        name = self.resolve_template(template)
-        if name in chat_template.WRITERS:
-            return chat_template.encode(self, messages, name, add_generation_prompt)
-        text = JINJA.get(name) or self._own_template()
-        return jinja_template.encode(self, messages, text, add_generation_prompt)
+        return chat_template.encode(self, messages, template, add_generation_prompt)
 
     def stop_ids(self, template: str = "auto") -> list[int]:
         """Ids at which an answer ends: eos, and what the template writes after an answer."""
-        name = self.resolve_template(template)
-        if name in chat_template.WRITERS:
-            return [self.eos_id]
-        end = jinja_template.end_of_answer(self, JINJA.get(name) or self._own_template())
-        return sorted({self.eos_id, end} - {None})
+        return chat_template.stop_ids(self, template)
+
+    def resolve_template(self, template: str) -> str:
+        """What `template` means for this folder (see `chat_template.resolve`): the name that a run records."""
+        return chat_template.resolve(self, template)
 
     @cached_property
     def roles(self) -> dict[str, int]:
         """Id of the piece that opens a message of each role, as far as the model has them."""
         return {role: self.control[piece] for role, piece in ROLES.items() if piece in self.control}
 
-    def resolve_template(self, template: str) -> str:
-        """What `template` means for this folder: a name in JINJA, or "own " and a hash of the folder's own template."""
-        if template not in TEMPLATES:
-            raise UserError(f"template {template!r}: choose {', '.join(TEMPLATES[:-1])} or {TEMPLATES[-1]}")
-        if template == "chat" and not self._has_roles:
-            raise UserError("template 'chat': this tokenizer lacks the role pieces; choose simple or auto")
-        if template != "auto":
-            return template
-        own = self.chat_template
-        if own is None:
-            return self._usual_template
-        for name, text in JINJA.items():
-            if own == text and (name != "chat" or self._has_roles):
-                return name
-        return f"own {hashlib.sha256(own.encode()).hexdigest()[:16]}"
-
-    @property
-    def _has_roles(self) -> bool:
-        return len(self.roles) == len(ROLES)
-
-    @property
-    def _usual_template(self) -> str:
-        """The name of our template for a folder without one of its own."""
-        return "chat" if self._has_roles else "simple"
-
-    def _own_template(self) -> str:
-        """The folder's chat template, if its pieces are in this vocabulary."""
-        text = self.chat_template
-        for piece, i in folder_files.added_pieces(self._companions, self.config).items():
-            if i >= self.vocab_size and piece in text:
-                raise UserError(
-                    f"{self._source}: its chat template writes {piece!r}, which is added beside the file and not read; "
-                    "choose --template simple"
-                )
-        return text
+    @cached_property
+    def added_pieces(self) -> dict[str, int]:
+        """Pieces that the folder's settings name, with their ids; some may lie beyond the vocabulary."""
+        return folder_files.added_pieces(self._companions, self.config)
 
     @cached_property
     def special_pieces(self) -> dict[str, str]:
@@ -218,12 +182,12 @@ class Tokenizer:
         normalizes its text (T5's) gives back the normalized text.
         """
         data = b"".join(self._bytes_of(ids))
-        if self._dummy_prefix and data.startswith(b" "):
+        if self.pieces.dummy_prefix and data.startswith(b" "):
             data = data[1:]
         return data.decode("utf-8", errors="replace")
 
     def _bytes_of(self, ids: Iterable[int]) -> list[bytes]:
-        return [self._table[i] for i in self._checked(ids)]
+        return [self.pieces.table[i] for i in self._checked(ids)]
 
     def _checked(self, ids: Iterable[int]) -> list[int]:
         ids = [int(i) for i in ids]
@@ -247,9 +211,9 @@ class Tokenizer:
 
         Raises UserError if the bytes of a text's ids are not those of the text, so that no sum of them is right.
         """
-        if self._unfaithful:
-            raise UserError(f"{self._source}: its ids stand for no fixed number of bytes ({self._unfaithful})")
-        return np.array([len(piece) for piece in self._table], dtype=np.int64)
+        if self.pieces.unfaithful:
+            raise UserError(f"{self._source}: its ids stand for no fixed number of bytes ({self.pieces.unfaithful})")
+        return np.array([len(piece) for piece in self.pieces.table], dtype=np.int64)
 
     # ---------------------------------------------------------------- files
 
@@ -321,7 +285,7 @@ class Tokenizer:
     def _own_companions(self) -> dict[str, bytes]:
         """The files that transformers needs; no `tokenizer.json` for a model that is not BPE, such as T5's."""
         config = self.model.transformers_config({"bos": self.bos_id, "eos": self.eos_id, "pad": self.pad_id})
-        config["chat_template"] = JINJA[self._usual_template]
+        config["chat_template"] = JINJA[chat_template.usual(self)]
         files = {"tokenizer_config.json": to_json(config)}
         spec = self.model.proto.trainer_spec
         if spec.model_type == spec.BPE:
@@ -332,22 +296,13 @@ class Tokenizer:
 class JsonTokenizer(Tokenizer):
     """A `tokenizer.json` in place of a SentencePiece model, of any kind that the `tokenizers` library reads.
 
-    companions: the files of its folder. pieces: the TokenizersModel. Raises UserError for a file that the library does
+    companions: the files of its folder. Raises UserError for a file that the library does
     not read, or one without an end-of-text piece.
     """
 
     def __init__(self, companions: dict[str, bytes], source: str):
-        self.data = companions["tokenizer.json"]
-        self.sha256 = hashlib.sha256(self.data).hexdigest()
-        self.pieces = TokenizersModel(self.data, source)
-        self.vocab_size = self.pieces.vocab_size
-        self.control = self.pieces.control
-        self._source = source
-        self._companions = companions
         self._own_file = {}
-        self._dummy_prefix = self.pieces.dummy_prefix
-        self._table = self.pieces.table
-        self._unfaithful = self.pieces.unfaithful
+        self._hold(TokenizersModel(companions["tokenizer.json"], source), source, companions)
         ids = self.pieces.ids
         if self.special_pieces.get("eos_token") not in ids:
             raise UserError(f"{source}: the tokenizer_config.json beside it names no end-of-text piece (eos_token)")
@@ -374,9 +329,6 @@ class JsonTokenizer(Tokenizer):
         own, wrap = ("eos", "eos") if add_bos else ("bos", "bos_eos")
         raise UserError(f"{self._source}: a tokenizer.json stays as it is; its texts begin after {own}: --wrap {wrap}")
 
-    def _encode_many(self, texts: list[str], threads: int) -> list[list[int]]:
-        return self.pieces.encode_many(texts)
-
     def encode_rendered(self, text: str, mark: str) -> list[int]:
         """Ids of a filled-in chat template (see `Tokenizer.encode_rendered`)."""
         if mark not in text:
@@ -390,7 +342,7 @@ class JsonTokenizer(Tokenizer):
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of `ids`, control pieces left out (see `Tokenizer.decode`)."""
-        if self._table is None:
+        if self.pieces.table is None:
             return self.pieces.decode(self._checked(ids))
         return super().decode(ids)
 
@@ -405,7 +357,7 @@ class StreamDecoder:
         self._tokenizer = tokenizer
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
         # Where the text of an id depends on its neighbours, all are decoded again, after some letter before them.
-        self._by_bytes = tokenizer._table is not None
+        self._by_bytes = tokenizer.pieces.table is not None
         self._ids = [] if self._by_bytes else tokenizer.encode("a")
         self._shown = "" if self._by_bytes else tokenizer.decode(self._ids)
 

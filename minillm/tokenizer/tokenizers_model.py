@@ -36,6 +36,7 @@ class TokenizersModel:
     """
 
     def __init__(self, data: bytes, source: str):
+        self.data = data
         described = read_object(data, source)
         model = described.get("model")
         kind = model.get("type", "BPE") if isinstance(model, dict) else None
@@ -55,8 +56,8 @@ class TokenizersModel:
 
     # ---------------------------------------------------------------- text → ids
 
-    def encode_many(self, texts: list[str]) -> list[list[int]]:
-        """Ids of each text; the library uses all processors unless TOKENIZERS_PARALLELISM is false."""
+    def encode_many(self, texts: list[str], threads: int = 1) -> list[list[int]]:
+        """Ids of each text. Whatever `threads`, the library takes all processors, or one (TOKENIZERS_PARALLELISM)."""
         return [encoding.ids for encoding in self.plain.encode_batch_fast(texts, add_special_tokens=False)]
 
     def encode_rendered(self, text: str) -> list[int]:

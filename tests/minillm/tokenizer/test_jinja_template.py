@@ -321,7 +321,7 @@ def test_an_added_piece_that_is_not_read_is_named(tmp_path):
     """A SentencePiece model to which a folder adds ChatML's pieces."""
     sentencepiece_folder(tmp_path)
     (tmp_path / "added_tokens.json").write_text('{"<|im_start|>": 420, "<|im_end|>": 421}')
-    with pytest.raises(UserError, match=r"its chat template writes '<\|im_start\|>', which is added beside"):
+    with pytest.raises(UserError, match=r"chat template writes '<\|im_start\|>', which is added beside"):
         with_template(tmp_path, CHATML).encode_chat(CHATS[0])
 
 
