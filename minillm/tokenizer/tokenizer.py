@@ -27,7 +27,8 @@ class Tokenizer:
     """A vocabulary with its special ids and the files beside it; this class: one of SentencePiece's.
 
     vocab_size, bos_id, eos_id, pad_id: int (a model without pad or bos uses eos for it).
-    model: the SentencePieceModel; pieces: the model of either kind. control: id of each control piece, which text is never encoded as.
+    model: the SentencePieceModel; pieces: the model of either kind. control: id of each control piece, which no text is
+    encoded as.
     data: the model file. sha256: its hex digest, by which token bins and checkpoints identify their tokenizer.
     """
 
