@@ -338,6 +338,18 @@ def test_our_templates_filled_in_give_what_is_written_in_ids(name, tmp_path):
                 assert prompt or learned == learn
 
 
+@pytest.mark.parametrize("name", JINJA)
+def test_each_of_our_templates_learns_the_answers_and_is_asked_as_it_was_taught(name, tmp_path):
+    ours = train_tokenizer(CORPUS * 20, 480, tmp_path)
+    for messages in CHATS:
+        ids, learn = ours.encode_chat(messages, template=name)
+        answers = [message["content"] for message in messages if message["role"] == "assistant"]
+        assert learned_texts(ours, ids, learn) == [answer + "</s>" for answer in answers]
+        asked = ours.encode_chat(messages[:-1], template=name, add_generation_prompt=True)[0]
+        assert ids[: len(asked)] == asked and all(learn[len(asked) :])
+        assert ours.stop_ids(name) == [ours.eos_id]
+
+
 def test_without_jinja2_the_extra_is_named(level, monkeypatch):
     jinja_template.compile_template.cache_clear()
     monkeypatch.setitem(__import__("sys").modules, "jinja2.sandbox", None)
