@@ -14,6 +14,7 @@ from functools import lru_cache
 from minillm.base.errors import UserError
 
 REMEDY = "choose --template simple, or another model"
+STARTED = datetime.datetime.now()
 FIRST_MARK = 0xE000  # of Unicode's private use area
 
 
@@ -60,8 +61,8 @@ def to_json(value: object, ensure_ascii: bool = False, indent=None, separators=N
 
 
 def strftime_now(form: str) -> str:
-    """The time now, which some templates tell the model."""
-    return datetime.datetime.now().strftime(form)
+    """The time that some templates tell the model: when this program started, so that all its texts agree."""
+    return STARTED.strftime(form)
 
 
 def render(text: str, messages: list[dict], pieces: dict[str, str], add_generation_prompt: bool) -> str:
