@@ -42,14 +42,18 @@ class TokenizersModel:
         kind = model.get("type", "BPE") if isinstance(model, dict) else None
         if isinstance(kind, str) and kind not in KINDS:
             raise UnsupportedError(f"{source}: a vocabulary of the kind {kind[:40]!r} (known are {', '.join(KINDS)})")
-        self.whole = _build(data.decode(errors="replace"), source)  # finds control pieces in a text, as a template does
+        self.whole = _build(data.decode(errors="replace"), source)
         added = described.get("added_tokens") or []
         self.ids: dict[str, int] = self.whole.get_vocab(with_added_tokens=True)
         self.vocab_size = max(self.ids.values(), default=0) + 1
         if self.vocab_size > LARGEST_ID:
             raise UserError(f"{source}: damaged, the id {self.vocab_size - 1} is above the limit {LARGEST_ID - 1}")
         self.control = {token["content"]: token["id"] for token in added if token["special"]}
-        self.plain = _without_control(described, self.control, source)
+        self.plain = self.whole  # which looks for control pieces in a text, or not, as it is told each time
+        vocab = described["model"]["vocab"]
+        own_pieces = vocab.keys() if isinstance(vocab, dict) else {piece for piece, _ in vocab}
+        if not own_pieces.isdisjoint(self.control):
+            self.plain = _without_control(described, self.control, source)
         self.dummy_prefix = _strips_a_space(described)
         self.table = self._bytes_of_ids(described)
         self.unfaithful = _reason_against(described, self.table)
@@ -58,10 +62,12 @@ class TokenizersModel:
 
     def encode_many(self, texts: list[str], threads: int = 1) -> list[list[int]]:
         """Ids of each text. Whatever `threads`, the library takes all processors, or one (TOKENIZERS_PARALLELISM)."""
+        self.plain.encode_special_tokens = True  # as the text they are
         return [encoding.ids for encoding in self.plain.encode_batch_fast(texts, add_special_tokens=False)]
 
     def encode_rendered(self, text: str) -> list[int]:
         """Ids of a text in which control pieces count, such as a filled-in chat template."""
+        self.whole.encode_special_tokens = False
         return self.whole.encode_batch_fast([text], add_special_tokens=False)[0].ids
 
     @cached_property
@@ -85,14 +91,15 @@ class TokenizersModel:
             return None
         added = {token["id"] for token in described.get("added_tokens") or []}
         byte_of = byte_characters()
+        alphabet = frozenset(byte_of)
         table = [b""] * self.vocab_size
         for piece, i in self.ids.items():
             if piece in self.control:
                 continue
             if i in added:
                 table[i] = piece.encode()
-            elif "ByteLevel" in kinds and set(piece) <= set(byte_of):
-                table[i] = bytes(byte_of[character] for character in piece)
+            elif "ByteLevel" in kinds and alphabet.issuperset(piece):
+                table[i] = bytes([byte_of[character] for character in piece])
             elif "ByteFallback" in kinds and re.fullmatch("<0x[0-9A-Fa-f]{2}>", piece):
                 table[i] = bytes([int(piece[3:5], 16)])
             elif kinds & {"Metaspace", "Replace"}:
@@ -147,7 +154,6 @@ def _without_control(described: dict, control: dict[str, int], source: str):
         token["content"] = hidden.get(token["content"], token["content"])
     described = {**described, "post_processor": None}  # which may name control pieces; nothing is added here
     library = _build(json.dumps(described), source)
-    library.encode_special_tokens = True  # an unknown piece in a text is text as well
     for piece, i in control.items():
         if library.token_to_id(hidden.get(piece, piece)) != i:
             raise UserError(f"{source}: damaged, its pieces are not where their ids say ({piece!r:.80}, id {i})")
