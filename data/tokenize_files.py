@@ -192,6 +192,8 @@ _worker_tokenizer: Tokenizer
 
 def _start_worker(tokenizer_folder: Path) -> None:
     global _worker_tokenizer
+    # each worker is one of --workers, so it uses one thread; the library reads this at each call
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
     _worker_tokenizer = Tokenizer.load(tokenizer_folder)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which then ends us
 

@@ -183,9 +183,8 @@ def run_chat(args) -> None:
         if forgotten:
             print(f"(the context of {model.context} tokens is full: {forgotten} earlier messages forgotten)")
         said: list[str] = []
-        stream = completion.stream(
-            model, tokenizer, ids, args.max_new_tokens, sampling=sampling, stop_ids=[tokenizer.eos_id]
-        )
+        stops = tokenizer.stop_ids(_template(args, folder))
+        stream = completion.stream(model, tokenizer, ids, args.max_new_tokens, sampling=sampling, stop_ids=stops)
         with contextlib.suppress(KeyboardInterrupt):  # Ctrl-C cuts an answer short
             done = _print_stream(stream, said)
             if done.reason != "stop":
@@ -255,6 +254,8 @@ def run_eval(args) -> None:
     print(f"  perplexity      {math.exp(min(scores['val_loss'], 700)):.3f} a token")
     if "val_bpb" in scores:
         print(f"  bits per byte   {scores['val_bpb']:.4f}")
+    elif validation.no_bytes:
+        print(f"  bits per byte   not given: {validation.no_bytes}")
     if "floor_bpb" in scores:
         print(f"  floor           {scores['floor_bpb']:.4f} ± {scores['floor_error']:.4f} (of these very documents)")
 

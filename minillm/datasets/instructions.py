@@ -33,16 +33,15 @@ KEPT_TOKENS = 1 << 25  # data up to this size stays in memory as ids, 5 bytes ea
 def encode_messages(messages: list[dict], tokenizer, template: str = "auto") -> tuple[np.ndarray, np.ndarray]:
     """ids (n,) int32 and learn (n,) bool, up to the last token that is learned; both empty if none is.
 
-    Learned are the tokens of the answers for which `is_learned` is true, and the eos after each.
+    Learned are the tokens of the answers for which `is_learned` is true, and the piece that ends each.
     """
     ids, learn = tokenizer.encode_chat(messages, template=template)
     ids = np.array(ids, dtype=np.int32)
     learn = np.array(learn, dtype=bool)
 
-    # Which answer a token belongs to is how many answers have ended before it. Each ends in an eos, which no text can
-    # forge. Tokens after the last answer get the number that follows, and are not learned.
-    ends_answer = learn & (ids == tokenizer.eos_id)
-    answer_number = np.cumsum(ends_answer) - ends_answer
+    # Each answer is a run of learned tokens, with some of a prompt before it: number the runs 0, 1, …
+    begins_answer = learn & ~np.r_[False, learn[:-1]]
+    answer_number = np.cumsum(begins_answer) - 1  # (n,); -1 before the first answer
     answer_is_learned = [is_learned(message) for message in messages if message["role"] == "assistant"]
     learn &= np.array([*answer_is_learned, False])[answer_number]
     return _without_tail(ids, learn)

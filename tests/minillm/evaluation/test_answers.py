@@ -36,6 +36,9 @@ class Bytes:
     def encode_chat(self, messages, *, template="auto", add_generation_prompt=False):
         return [t for m in messages for t in self.encode(m["content"])] + [1], []
 
+    def stop_ids(self, template="auto"):
+        return [self.eos_id]
+
     def byte_lengths(self):
         return np.array([0, 0] + [1] * 254)
 
