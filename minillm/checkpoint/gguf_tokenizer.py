@@ -8,7 +8,7 @@ from minillm.base.contents import Contents
 from minillm.base.errors import UnsupportedError, UserError
 from minillm.tokenizer import byte_bpe
 from minillm.tokenizer.edit import from_pieces
-from minillm.tokenizer.tokenizer import ByteLevelTokenizer, Tokenizer
+from minillm.tokenizer.tokenizer import JsonTokenizer, Tokenizer
 
 KINDS = ("llama", "gpt2")  # SentencePiece's BPE and byte-level BPE
 ROLES = {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown"}  # our name → GGUF's
@@ -113,9 +113,9 @@ def _read_byte_level(
         "tokenizer.json": byte_bpe.write(bpe, control, first_piece),
         "tokenizer_config.json": json.dumps(config, indent=1, ensure_ascii=False).encode(),
     }
-    rebuilt = ByteLevelTokenizer(files, contents.source)
+    rebuilt = JsonTokenizer(files, contents.source)
     return _exported_file(
-        contents, rebuilt, lambda data: ByteLevelTokenizer(files | {"tokenizer.json": data}, contents.source)
+        contents, rebuilt, lambda data: JsonTokenizer(files | {"tokenizer.json": data}, contents.source)
     )
 
 
@@ -155,7 +155,7 @@ def describe(tokenizer: Tokenizer, n_rows: int) -> dict:
 
     Raises `UserError` for a vocabulary that has no place there.
     """
-    if isinstance(tokenizer, ByteLevelTokenizer):
+    if isinstance(tokenizer, JsonTokenizer):
         bpe = tokenizer.bpe
         if (bpe.nfc, bpe.words_first) != (usual_nfc(bpe.split), usual_words_first(bpe.split)):
             raise UserError(
@@ -171,7 +171,7 @@ def describe(tokenizer: Tokenizer, n_rows: int) -> dict:
 
 def _described(tokenizer: Tokenizer, n_rows: int) -> dict:
     """As `describe`, unchecked."""
-    if isinstance(tokenizer, ByteLevelTokenizer):
+    if isinstance(tokenizer, JsonTokenizer):
         described = _byte_level_described(tokenizer)
     else:
         described = _sentencepiece_described(tokenizer)
@@ -201,7 +201,7 @@ def _sentencepiece_described(tokenizer: Tokenizer) -> dict:
     }
 
 
-def _byte_level_described(tokenizer: ByteLevelTokenizer) -> dict:
+def _byte_level_described(tokenizer: JsonTokenizer) -> dict:
     bpe = tokenizer.bpe
     tokens = [PADDING.format(i) for i in range(tokenizer.vocab_size)]  # ids may have gaps
     types = [NUMBER_OF_TYPE["UNUSED"]] * tokenizer.vocab_size
