@@ -99,10 +99,10 @@ def open_file(path: str | Path) -> tuple[StoredModel, dict]:
     metadata, tensors = gguf_file.read_header(path)
     contents = Contents(metadata, str(path))
     config = _read_config(contents, tensors)
-    keys = {gguf_name(key): key for key in shapes_of(config)}
+    expected = shapes_of(config)
+    keys = {gguf_name(key): key for key in expected}
     by_key = {keys.get(name, name): tensor for name, tensor in tensors.items() if name != FACTORS}
-    shapes = {key: tensor.shape for key, tensor in by_key.items()}
-    tensor_files.match_tensors(shapes_of(config), shapes, path)
+    tensor_files.match_tensors(expected, {key: tensor.shape for key, tensor in by_key.items()}, path)
     is_interleaved = contents.need("general.architecture", str) == "llama"
 
     def read(key: str, dtype: torch.dtype) -> Tensor:
@@ -231,11 +231,12 @@ def write_file(model: StoredModel, tokenizer: Tokenizer | None, path: Path, dtyp
         metadata[gguf_tokenizer.OWN_FILE] = base64.b64encode(tokenizer.data).decode()
 
     # The tensors, under GGUF's names.
-    keys = {gguf_name(key): key for key in shapes_of(config)}
+    keys = {}
     tensors = {}
-    for name, key in keys.items():
-        shape = tuple(shapes_of(config)[key])
-        tensors[name] = (shape, dtype if len(shape) > 1 else torch.float32)
+    for key, shape in shapes_of(config).items():
+        name = gguf_name(key)
+        keys[name] = key
+        tensors[name] = (tuple(shape), dtype if len(shape) > 1 else torch.float32)
     factors = None
     if scaling and scaling.type == "llama3":
         factors = _llama3_factors(config)

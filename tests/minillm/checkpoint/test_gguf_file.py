@@ -89,7 +89,8 @@ def test_we_read_types_that_the_package_only_reads(kind, tmp_path, monkeypatch):
     write_by_the_package(tmp_path / "m.gguf", packed, kind)
     _, entries = gguf_file.read_header(tmp_path / "m.gguf")
     assert entries["w"].shape == (5, 512)
-    expected = torch.from_numpy(gguf.quants.dequantize(packed, kind))
+    with np.errstate(over="ignore"):
+        expected = torch.from_numpy(gguf.quants.dequantize(packed, kind))
     torch.testing.assert_close(entries["w"].read(torch.float32), expected, rtol=0, atol=0, equal_nan=True)
 
 
