@@ -18,6 +18,7 @@ from minillm.base.errors import UserError, naming_damage
 from minillm.checkpoint import tensor_files
 from minillm.model import quant
 from minillm.model.config import ROPE_SCALINGS, ModelConfig, RopeScaling
+from minillm.model.size import empty_model
 from minillm.model.transformer import Transformer
 
 ARCHITECTURES = {
@@ -163,12 +164,7 @@ def export_name(name: str) -> str:
 
 def shapes_of(config: ModelConfig) -> dict[str, torch.Size]:
     """Key and shape of each tensor in a Hugging Face file, which leaves out a tied head."""
-    try:
-        with torch.device("meta"):
-            state = Transformer(config).state_dict()
-    except RuntimeError:
-        raise UserError(f"model: {config}: larger than any memory") from None
-    shapes = {export_name(name): tensor.shape for name, tensor in state.items()}
+    shapes = {export_name(name): tensor.shape for name, tensor in empty_model(config).state_dict().items()}
     if config.tie_embeddings:
         del shapes["lm_head.weight"]
     return shapes
@@ -316,8 +312,7 @@ def load_model(
         quant.check_bits(base_bits)
     config = config or load_config(folder)
     places = _find_weights(folder, config)
-    with torch.device("meta"):
-        model = Transformer(config)
+    model = empty_model(config)
     loaded = {}
     for name in model.state_dict():
         if (key := export_name(name)) in places:

@@ -23,6 +23,7 @@ from minillm.checkpoint.gguf import PADDING, unpadded
 from minillm.checkpoint.huggingface import ROTATED, StoredModel, half_split, interleaved, shapes_of
 from minillm.model.config import LARGEST, ModelConfig
 from minillm.model.rope import rotary_tables
+from minillm.model.size import n_parameters
 from minillm.tokenizer.edit import from_pieces
 from minillm.tokenizer.sentencepiece_model import SPACE_MARK
 from minillm.tokenizer.tokenizer import ByteLevelTokenizer, Tokenizer
@@ -80,7 +81,7 @@ def open_file(path: str | Path) -> StoredModel:
         norm_eps=NORM_EPS,
         tie_embeddings=vocab_size > 0,
     )
-    expected = HEADER.size + 4 * (config.n_parameters() + max_seq_len * config.head_dim)
+    expected = HEADER.size + 4 * (n_parameters(config) + max_seq_len * config.head_dim)
     if size != expected:
         raise UserError(f"{path}: has {size:,} bytes, but its header {counts} asks for {expected:,}; get a whole copy")
     places, offset = {}, HEADER.size

@@ -13,6 +13,7 @@ from minillm.base.errors import UnsupportedError, UserError
 from minillm.checkpoint import gguf, huggingface, llama2c
 from minillm.checkpoint.any_format import open_model
 from minillm.checkpoint.huggingface import StoredModel
+from minillm.model.size import n_parameters
 from minillm.tokenizer.tokenizer import Tokenizer
 
 FORMATS = ("hf", "llama2c", "gguf")
@@ -70,7 +71,7 @@ def run_export(args) -> None:
         tokenizer, found = _write_llama2c(model, tokenizer, out)
     size = sum(f.stat().st_size for f in out.rglob("*")) if out.is_dir() else out.stat().st_size
     words = f"{tokenizer.vocab_size:,} pieces{found}" if tokenizer else "no tokenizer (--tokenizer names one to take)"
-    print(f"{out}: {model.config.n_parameters():,} parameters, {size:,} bytes, {words}")
+    print(f"{out}: {n_parameters(model.config):,} parameters, {size:,} bytes, {words}")
 
 
 def _write_llama2c(model: StoredModel, tokenizer: Tokenizer | None, out: Path) -> tuple[Tokenizer | None, str]:
