@@ -69,6 +69,8 @@ def open_file(path: str | Path) -> StoredModel:
     if not 1 <= min(counts) <= max(counts) <= LARGEST or dim % n_heads or n_heads % n_kv_heads or dim // n_heads % 2:
         kinds = "a Hugging Face folder, a .gguf file or llama2.c's .bin"
         raise UserError(f"{path}: no llama2.c model: its header says {counts}; give {kinds}")
+    if n_layers > size:
+        raise UserError(f"{path}: has {size:,} bytes, but its header {counts} asks for more; get a whole copy")
     config = ModelConfig(
         abs(vocab_size),
         dim,

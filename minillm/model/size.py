@@ -9,9 +9,13 @@ from minillm.base.errors import UserError
 from minillm.model.config import ModelConfig
 from minillm.model.transformer import Transformer
 
+MOST_LAYERS = 2048  # building them, to be counted, takes seconds; the deepest models have a thousand
+
 
 def empty_model(config: ModelConfig) -> Transformer:
     """The model without memory for its weights (torch's meta device). Raises `UserError` for impossible shapes."""
+    if config.n_layers > MOST_LAYERS:
+        raise UserError(f"model: n_layers is {config.n_layers:,}: choose at most {MOST_LAYERS:,}")
     try:
         with torch.device("meta"):
             return Transformer(config)

@@ -107,6 +107,13 @@ def test_the_parameter_count_is_that_of_the_module(change):
     assert n_parameters(config) == sum(p.numel() for p in model.parameters())
 
 
+def test_counting_neither_takes_memory_nor_builds_what_cannot_be():
+    config = ModelConfig(vocab_size=99, dim=48, n_layers=1 << 24)
+    with pytest.raises(UserError, match="n_layers is 16,777,216: choose at most 2,048"):
+        n_parameters(config)
+    assert n_parameters(preset("8b", vocab_size=1 << 24)) > 1 << 36
+
+
 def test_flops_by_formula_are_those_that_torch_counts():
     """torch counts the matrix products of one forward and backward pass (attention in full, as ours)."""
     from torch.utils.flop_counter import FlopCounterMode
