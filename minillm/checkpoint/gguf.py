@@ -17,13 +17,13 @@ from minillm.base.errors import UnsupportedError, UserError, naming_damage
 from minillm.checkpoint import gguf_format, tensor_files
 from minillm.checkpoint.gguf_format import Entry
 from minillm.checkpoint.huggingface import (
-    OURS_ALONE,
     ROTATED,
     StoredModel,
     half_split,
     interleaved,
     model_type,
     shapes_of,
+    special_options,
 )
 from minillm.model.config import ModelConfig, RopeScaling
 from minillm.model.rope import rotary_tables
@@ -180,7 +180,7 @@ def write_file(model: StoredModel, tokenizer: Tokenizer | None, path: Path, dtyp
     # llama.cpp uses the usual values for YaRN's other numbers, whatever the file says.
     usual = scaling and RopeScaling(scaling.type, scaling.factor, scaling.original_max_seq_len)
     if kind not in ARCHITECTURES or scaling != usual or dtype not in FILE_TYPES:
-        options = {name: getattr(config, name) for name in OURS_ALONE} | {"rope_scaling": scaling, "dtype": dtype}
+        options = special_options(config) | {"rope_scaling": scaling, "dtype": dtype}
         raise UserError(f"--format gguf: that format has no place for a model with {options}; choose hf")
     about = {
         "context_length": config.max_seq_len,

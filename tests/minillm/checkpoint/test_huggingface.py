@@ -171,6 +171,14 @@ def test_what_we_would_compute_wrongly_is_refused(change, named):
         from_hf({**to_hf(BASE), **change})
 
 
+def test_an_option_of_our_own_that_is_not_known_is_refused():
+    """It was written by a newer minillm, or by code that a reader changed: without it the model is another."""
+    written = to_hf(dataclasses.replace(BASE, softcap=30.0), {"bos_token_id": 1})
+    assert from_hf(written).softcap == 30.0
+    with pytest.raises(UserError, match="activation, sinks: this minillm has no such option"):
+        from_hf(written | {"activation": "relu2", "sinks": True})
+
+
 def test_a_folder_without_config_is_named(tmp_path):
     with pytest.raises(UserError, match=r"config\.json"):
         load_config(tmp_path)
