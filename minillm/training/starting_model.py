@@ -14,10 +14,11 @@ from minillm.model.transformer import Transformer
 from minillm.tokenizer.tokenizer import Tokenizer
 from minillm.training import schedule
 from minillm.tuning import options
-from minillm.tuning.adapter import _check_rank, active_adapter, attach
+from minillm.tuning.adapter import active_adapter, attach
 from minillm.tuning.folders import base_sha256
 from minillm.tuning.options import VIRTUAL
 from minillm.tuning.peft_format import read_tensors
+from minillm.tuning.target_modules import check_rank
 
 
 def init_is_gone(cfg) -> bool:
@@ -79,7 +80,7 @@ def load_model(cfg, shape: ModelConfig, init: Path, source: Path | None, device:
     if not tuned:
         return model
     if cfg.tune in ("lora", "dora"):
-        _check_rank(cfg, model)
+        check_rank(cfg, model)
     adapter = attach(model, cfg, cfg.seed, keep_base=False)
     adapter.base_folder, adapter.base_sha256 = init.absolute(), base_sha256(init)
     if source is not None:
