@@ -22,6 +22,7 @@ from minillm.checkpoint.huggingface import (
 )
 from minillm.model.config import ModelConfig, RopeScaling
 from minillm.model.transformer import Transformer
+from tests.minillm.model_options import OPTIONS, build, tokens_of
 
 BASE = ModelConfig(vocab_size=160, dim=64, n_layers=2, n_heads=4, n_kv_heads=2, ffn_dim=96, max_seq_len=128)
 CASES = {
@@ -169,6 +170,21 @@ def test_our_own_options_get_a_name_that_others_refuse(change, tmp_path):
 def test_what_we_would_compute_wrongly_is_refused(change, named):
     with pytest.raises(UserError, match=named):
         from_hf({**to_hf(BASE), **change})
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_a_saved_model_is_computed_alike_or_refused(name, tmp_path):
+    model, tokens = build(**OPTIONS[name]), tokens_of(2, 12)
+    save_model(model, tmp_path)
+    again = load_model(tmp_path)
+    assert again.config == model.config
+    torch.testing.assert_close(again(tokens), model(tokens), atol=0, rtol=0)
+    if model_type(model.config) == "minillm":
+        with pytest.raises(ValueError, match="minillm"):
+            transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+        return
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager")
+    torch.testing.assert_close(theirs(tokens).logits, model(tokens), atol=1e-4, rtol=0)
 
 
 def test_an_option_of_our_own_that_is_not_known_is_refused():

@@ -28,7 +28,7 @@ from minillm.model.transformer import Transformer
 from minillm.tuning.adapter import attach
 from minillm.tuning.options import TuningConfig
 from tests.kernels.check import error
-from tests.minillm.model.test_transformer import OPTIONS, build, tokens_of
+from tests.minillm.model_options import OPTIONS, build, tokens_of
 
 BITS = (8, 4)
 LLAMA_2_7B = {"model_type": "llama", "vocab_size": 32000, "hidden_size": 4096, "num_hidden_layers": 32}

@@ -7,33 +7,9 @@ from torch import nn
 
 from minillm.base.errors import UserError
 from minillm.model import ops
-from minillm.model.config import ModelConfig
 from minillm.model.kv_cache import KVCache
 from minillm.model.transformer import Transformer, positions_within
-
-BASE = ModelConfig(vocab_size=50, dim=32, n_layers=2, n_heads=4, n_kv_heads=2, ffn_dim=64, max_seq_len=64)
-OPTIONS = {
-    "plain": {},
-    "qk_norm": dict(qk_norm=True),
-    "bias": dict(qkv_bias=True),
-    "window": dict(window=5),
-    "learned": dict(positions="learned"),
-    "softcap": dict(softcap=2.0),
-    "untied": dict(tie_embeddings=False),
-}
-
-
-def build(seed=1, **change):
-    model = Transformer(dataclasses.replace(BASE, **change))
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.copy_(torch.randn(p.shape, generator=generator) * 0.2 + (p.dim() == 1))
-    return model.eval()
-
-
-def tokens_of(*shape, seed=0):
-    return torch.randint(0, 50, shape, generator=torch.Generator().manual_seed(seed))
+from tests.minillm.model_options import BASE, OPTIONS, build, tokens_of
 
 
 @pytest.mark.parametrize("name", OPTIONS)
