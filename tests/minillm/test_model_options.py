@@ -3,7 +3,10 @@
 import dataclasses
 
 import pytest
+import torch
 
+from minillm.base.errors import UserError
+from minillm.checkpoint import gguf, huggingface
 from minillm.model.config import ModelConfig
 from minillm.model.size import n_parameters
 from minillm.tuning.adapter import attach
@@ -37,3 +40,21 @@ def test_an_adapter_begins_at_the_base_and_trains_all_its_parts(name):
     assert (model(tokens) - before).abs().max() < 1e-5
     model(tokens, tokens.roll(-1, 1)).backward()
     assert all(parameter.grad is not None for parameter in adapter.parameters().values())
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_a_gguf_file_holds_the_option_or_is_refused_by_its_name(name, tmp_path):
+    model = build(**OPTIONS[name])
+    tensors = {key: weight.clone() for key, weight in huggingface.weights_of(model).items()}
+    stored = huggingface.StoredModel(model.config, torch.float32, lambda key, dtype: tensors[key].to(dtype))
+    path = tmp_path / "m.gguf"
+    if huggingface.model_type(model.config) not in ("llama", "qwen2", "qwen3"):
+        with pytest.raises(UserError, match=rf"no place for .*{next(iter(OPTIONS[name]))}"):
+            gguf.write_file(stored, None, path, torch.float32)
+        assert not path.exists()
+        return
+    gguf.write_file(stored, None, path, torch.float32)
+    again, _ = gguf.open_file(path)
+    assert again.config.norm_eps == pytest.approx(model.config.norm_eps)  # in float32 there
+    assert dataclasses.replace(again.config, norm_eps=model.config.norm_eps) == model.config
+    assert all(torch.equal(again.read(key, torch.float32), tensors[key]) for key in tensors)
