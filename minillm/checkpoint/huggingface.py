@@ -60,10 +60,15 @@ ROTATED = ("self_attn.q_proj.weight", "self_attn.k_proj.weight")  # whose rows d
 SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
-def special_options(config: ModelConfig) -> dict:
-    """Name and value of each option that not every architecture has: all that are not shared, old and new."""
+def _special_names() -> list[str]:
+    """The options that not every architecture has: all fields of `ModelConfig` that are not shared, old and new."""
     common = {*SHARED, *ROPE, *NOT_STORED}
-    return {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.name not in common}
+    return [f.name for f in dataclasses.fields(ModelConfig) if f.name not in common]
+
+
+def special_options(config: ModelConfig) -> dict:
+    """Name and value of each option that not every architecture has."""
+    return {name: getattr(config, name) for name in _special_names()}
 
 
 def _defaults() -> dict:
@@ -176,9 +181,7 @@ def from_hf(written: dict, source: str = "config.json") -> ModelConfig:
     # what makes the architecture this one
     if kind == OWN:
         return _read_own(written, values, source)
-    special = {**COMPUTES[kind]}
-    if kind == "mistral":
-        special["window"] = written.get("sliding_window")
+    special = COMPUTES[kind] | ({"window": written.get("sliding_window")} if kind == "mistral" else {})
     return ModelConfig(**values, **special)
 
 
@@ -193,14 +196,17 @@ def _refuse_unsupported(written: dict, source: str) -> None:
         "hidden_act": written.get("hidden_act", "silu") not in ("silu", "swish"),
     }
     wrong = [name for name, is_set in unsupported.items() if is_set]
+    if kind != OWN:  # an option of ours has no place under another architecture
+        expected = {**_defaults(), **COMPUTES[kind]}
+        wrong += [name for name in _special_names() if name in written and written[name] != expected[name]]
     if wrong:
         raise UserError(f"{source}: {', '.join(wrong)} as set there is not supported")
 
 
 def _read_own(written: dict, values: dict, source: str) -> ModelConfig:
     """The config of a model of our own architecture. Raises `UserError` for a key that means nothing here."""
-    special = [f.name for f in dataclasses.fields(ModelConfig) if f.name not in {*SHARED, *ROPE, *NOT_STORED}]
-    config = ModelConfig(**values, **{name: _from_json(written[name]) for name in special if name in written})
+    special = {name: _from_json(written[name]) for name in _special_names() if name in written}
+    config = ModelConfig(**values, **special)
     unknown = [key for key in written if key not in {*to_hf(config), *special, *SPECIAL_IDS}]
     if unknown:
         raise UserError(

@@ -160,6 +160,8 @@ def test_our_own_options_get_a_name_that_others_refuse(change, tmp_path):
     ("change", "named"),
     [
         (dict(model_type="gpt2"), "gpt2"),
+        (dict(softcap=30.0), "softcap"),
+        (dict(qk_norm=True), "qk_norm"),
         (dict(attention_bias=True), "attention_bias"),
         (dict(hidden_act="gelu"), "hidden_act"),
         (dict(partial_rotary_factor=0.5), "partial_rotary_factor"),
