@@ -253,6 +253,35 @@ def shapes_of(config: ModelConfig) -> dict[str, torch.Size]:
     return shapes
 
 
+def check_parameters(config: ModelConfig, folder: str | Path) -> None:
+    """Raise `UserError` naming the options of `config` that ask for other parameters than a folder's model has.
+
+    What changes no parameter, such as dropout, a window or a longer context with rotary positions, may differ.
+    """
+    stored = load_config(folder)
+    shapes, wanted = shapes_of(stored), shapes_of(config)
+    if wanted == shapes:
+        return
+    options = [
+        f"{name} {getattr(config, name)} (there {getattr(stored, name)})"
+        for name in (f.name for f in dataclasses.fields(config))
+        if getattr(config, name) != getattr(stored, name) and _changes_shapes(stored, name, getattr(config, name))
+    ]
+    changed = [key for key in {**wanted, **shapes} if wanted.get(key) != shapes.get(key)]
+    raise UserError(
+        f"{folder}: its config.json decides which parameters the model has, and {', '.join(options)} would change "
+        f"{len(changed)} of them, such as {changed[0]}: leave that out, or train a new model, without --init_from"
+    )
+
+
+def _changes_shapes(stored: ModelConfig, name: str, value) -> bool:
+    """Whether a model has other parameters when this one option has another value."""
+    try:
+        return shapes_of(dataclasses.replace(stored, **{name: value})) != shapes_of(stored)
+    except UserError:  # possible only together with another option
+        return True
+
+
 @dataclass
 class StoredModel:
     """A model in a file or in memory, from which tensors are read one at a time.
@@ -359,7 +388,8 @@ def _find_weights(folder: str | Path, config: ModelConfig) -> dict[str, tensor_f
     places = {key: place for key, place in places.items() if key not in tied | tables}
     if config.n_layers > len(places):  # listing what is missing would take long
         raise UserError(f"{folder}: {config.n_layers:,} layers, as config.json says, in {len(places):,} tensors")
-    tensor_files.match_tensors(shapes_of(config), {key: place.shape for key, place in places.items()}, str(folder))
+    source = f"{folder}: read as its config.json says"
+    tensor_files.match_tensors(shapes_of(config), {key: place.shape for key, place in places.items()}, source)
     return places
 
 
@@ -393,7 +423,10 @@ def load_model(
     """
     if base_bits is not None:
         quant.check_bits(base_bits)
-    config = config or load_config(folder)
+    if config is None:
+        config = load_config(folder)
+    else:
+        check_parameters(config, folder)
     places = _find_weights(folder, config)
     model = empty_model(config)
     loaded = {}

@@ -214,6 +214,32 @@ def test_weights_that_do_not_fit_are_all_listed(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("change", "options", "parameter"),
+    [
+        (dict(qk_norm=True), r"qk_norm True \(there False\)", "model.layers.0.self_attn.q_norm.weight"),
+        (dict(n_layers=3, window=5), r"n_layers 3 \(there 2\)", "model.layers.2.input_layernorm.weight"),
+        (dict(tie_embeddings=False), "tie_embeddings False", "lm_head.weight"),
+        (dict(n_heads=3, n_kv_heads=3), r"n_heads 3 \(there 4\), n_kv_heads 3", "self_attn.q_proj.weight"),
+        (dict(positions="learned", dropout=0.5), "positions learned", "embed_positions.weight"),
+    ],
+)
+def test_an_option_that_asks_for_other_parameters_is_refused(change, options, parameter, tmp_path):
+    save_model(random_model(BASE), tmp_path)
+    config = dataclasses.replace(BASE, **change)
+    with pytest.raises(
+        UserError, match=f"config.json decides .*, and {options}.* would change .*{parameter}"
+    ) as caught:
+        load_model(tmp_path, config=config)
+    assert "window" not in str(caught.value) and "dropout" not in str(caught.value)
+
+
+def test_an_option_that_asks_for_no_other_parameters_is_taken(tmp_path):
+    save_model(random_model(BASE), tmp_path)
+    config = dataclasses.replace(BASE, max_seq_len=256, window=4, softcap=5.0, dropout=0.1, rope_theta=5e4)
+    assert load_model(tmp_path, config=config).config == config
+
+
+@pytest.mark.parametrize(
     ("change", "words"),
     [
         (dict(hidden_size="wide"), "damaged"),
