@@ -10,6 +10,7 @@ from minillm.base.device import DTYPES
 from minillm.base.errors import UserError
 from minillm.checkpoint import gguf, huggingface
 from minillm.checkpoint.any_format import open_model
+from minillm.model.size import n_parameters
 
 FORMATS = ("hf", "gguf")
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
@@ -68,7 +69,7 @@ def run_export(args) -> None:
         vocabulary = f"{tokenizer.vocab_size:,} pieces" + (f" of {args.tokenizer}" if args.tokenizer else "")
     else:
         vocabulary = "no tokenizer (--tokenizer names one to take)"
-    print(f"{out}: {model.config.n_parameters():,} parameters, {n_bytes:,} bytes, {vocabulary}")
+    print(f"{out}: {n_parameters(model.config):,} parameters, {n_bytes:,} bytes, {vocabulary}")
 
 
 def _bytes(text: str) -> int:

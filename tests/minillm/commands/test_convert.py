@@ -16,6 +16,7 @@ from minillm import __main__
 from minillm.base.errors import UserError
 from minillm.checkpoint import huggingface
 from minillm.model.config import ModelConfig, RopeScaling
+from minillm.model.size import n_parameters
 from minillm.model.transformer import Transformer
 from minillm.tokenizer.edit import from_pieces
 from minillm.tokenizer.tokenizer import Tokenizer
@@ -116,7 +117,7 @@ def test_transformers_loads_what_is_sharded_and_converted(kind, dtype, tmp_path)
     index = json.loads((tmp_path / "out/model.safetensors.index.json").read_text())
     files = sorted(path.name for path in (tmp_path / "out").glob("*.safetensors"))
     assert len(files) > 2 and files == sorted(set(index["weight_map"].values()))
-    n, size = SHAPES[kind].n_parameters(), getattr(torch, dtype).itemsize
+    n, size = n_parameters(SHAPES[kind]), getattr(torch, dtype).itemsize
     assert index["metadata"] == {"total_parameters": n, "total_size": n * size}
     assert huggingface.open_folder(tmp_path / "out").dtype == getattr(torch, dtype)
     theirs, info = transformers.AutoModelForCausalLM.from_pretrained(
@@ -230,7 +231,7 @@ def test_memory_holds_a_tenth_more_than_the_model_and_a_conversion_never_holds_i
     done = subprocess.run([sys.executable, "-c", MEASURE], cwd=tmp_path, env=env, capture_output=True, text=True)
     assert not done.returncode, done.stderr
     peaks = {line.split()[0]: float(line.split()[1]) for line in done.stdout.splitlines() if len(line.split()) == 2}
-    size = large.n_parameters() * 4 / 2**20
+    size = n_parameters(large) * 4 / 2**20
     assert size > 75
     assert 0.9 * size < peaks["load"] <= 1.1 * size, peaks
     assert 0.4 * size < peaks["bfloat16"] <= 0.55 * size, peaks
