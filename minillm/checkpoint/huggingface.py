@@ -7,7 +7,6 @@ loaders refuse it rather than compute something wrong.
 
 import dataclasses
 import json
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,8 +14,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from minillm.base.errors import UserError, naming_damage
+from minillm.base.contents import Contents
+from minillm.base.errors import UserError
 from minillm.checkpoint import tensor_files
+from minillm.checkpoint.config_json import check_kinds, read_config
 from minillm.model import quant
 from minillm.model.config import ROPE_SCALINGS, ModelConfig, RopeScaling
 from minillm.model.size import empty_model
@@ -296,18 +297,6 @@ class StoredModel:
     special_ids: dict[str, int] = field(default_factory=dict)
 
 
-def half_split(weight: Tensor, head_dim: int) -> Tensor:
-    """Query or key rows (n·D, …) with rotary pairs (0, 1), (2, 3), … → rows with pairs (0, D/2), (1, D/2 + 1), …"""
-    pairs = weight.view(-1, head_dim // 2, 2, *weight.shape[1:])  # (n, D/2, 2, …)
-    return pairs.transpose(1, 2).reshape(weight.shape)
-
-
-def interleaved(weight: Tensor, head_dim: int) -> Tensor:
-    """The inverse of `half_split`."""
-    halves = weight.view(-1, 2, head_dim // 2, *weight.shape[1:])  # (n, 2, D/2, …)
-    return halves.transpose(1, 2).reshape(weight.shape)
-
-
 def weights_of(model: Transformer, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
     """The tensors to save, under Hugging Face's keys.
 
@@ -316,15 +305,20 @@ def weights_of(model: Transformer, dtype: torch.dtype | None = None) -> dict[str
     if quant.is_quantized(model):
         raise UserError("a quantized base is not saved: save its adapter, or call quant.dequantize_base first")
     state = {export_name(name): tensor.detach() for name, tensor in model.state_dict().items()}
-    return {key: state[key].to(dtype or state[key].dtype).contiguous() for key in shapes_of(model.config)}
+    weights = {}
+    for key in shapes_of(model.config):
+        weights[key] = state[key].to(dtype or state[key].dtype).contiguous()
+    return weights
 
 
 def save_model(
     model: Transformer, folder: Path, *, special_ids: dict[str, int] | None = None, dtype: torch.dtype | None = None
 ) -> None:
     """Write config.json and model.safetensors into an existing folder. dtype: of the file; None: the model's."""
-    weights, dtype = weights_of(model), dtype or model.embed_tokens.weight.dtype
-    write_folder(StoredModel(model.config, dtype, lambda key, dtype: weights[key].to(dtype), special_ids or {}), folder)
+    weights = weights_of(model)
+    dtype = dtype or model.embed_tokens.weight.dtype
+    in_memory = StoredModel(model.config, dtype, lambda key, dtype: weights[key].to(dtype), special_ids or {})
+    write_folder(in_memory, folder)
 
 
 def write_folder(
@@ -334,50 +328,20 @@ def write_folder(
 
     dtype: of the files; None: as stored. max_shard_size: bytes of tensors in one file; None: one file.
     """
-    dtype, shapes = dtype or model.dtype, shapes_of(model.config)
-    shards: list[dict] = [{}]
-    room = max_shard_size = max_shard_size or sys.maxsize
-    for key, shape in shapes.items():
-        size = shape.numel() * dtype.itemsize
-        if shards[-1] and size > room:
-            shards.append({})
-            room = max_shard_size
-        shards[-1][key] = shape
-        room -= size
-    weight_map = {}
-    for number, shard in enumerate(shards, 1):
-        name = "model.safetensors" if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
-        tensor_files.write_tensors(folder / name, shard, dtype, lambda key: model.read(key, dtype))
-        weight_map |= dict.fromkeys(shard, name)
-    if len(shards) > 1:
-        total = sum(shape.numel() for shape in shapes.values())
-        metadata = {"total_parameters": total, "total_size": total * dtype.itemsize}
-        text = json.dumps({"metadata": metadata, "weight_map": weight_map}, indent=2)
-        (folder / tensor_files.INDEX).write_text(text + "\n", encoding="utf-8")
-    text = json.dumps(to_hf(model.config, model.special_ids, str(dtype).removeprefix("torch.")), indent=2)
-    (folder / "config.json").write_text(text + "\n", encoding="utf-8")
-
-
-def read_config(folder: str | Path) -> dict:
-    """A model folder's config.json. Raises `UserError` if there is none or it is not JSON."""
-    path = Path(folder) / "config.json"
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        if (Path(folder) / "adapter_config.json").exists():
-            raise UserError(
-                f"{folder}: an adapter, and no model; merge it into its base first: "
-                f"python -m minillm merge --model BASE --adapter {folder} --out DIR"
-            ) from None
-        raise UserError(f"{folder}: no config.json there, so it is no model folder") from None
-    except ValueError as problem:
-        raise UserError(f"{path}: not valid JSON ({problem})") from None
+    dtype = dtype or model.dtype
+    shapes = shapes_of(model.config)
+    tensor_files.write_weights(folder, shapes, dtype, lambda key: model.read(key, dtype), max_shard_size)
+    written = to_hf(model.config, model.special_ids, str(dtype).removeprefix("torch."))
+    (folder / "config.json").write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
 
 
 def load_config(folder: str | Path) -> ModelConfig:
     """The `ModelConfig` of a model folder."""
-    with naming_damage(f"{folder}/config.json"):
-        return from_hf(read_config(folder), f"{folder}/config.json")
+    source = f"{folder}/config.json"
+    written = read_config(folder)
+    if Contents(written, source).get("model_type", str) in ARCHITECTURES:  # others are refused by name
+        check_kinds(written, source, SHARED)
+    return from_hf(written, source)
 
 
 def _find_weights(folder: str | Path, config: ModelConfig) -> dict[str, tensor_files.Place]:
@@ -395,7 +359,7 @@ def _find_weights(folder: str | Path, config: ModelConfig) -> dict[str, tensor_f
 
 def open_folder(folder: str | Path) -> StoredModel:
     """The model of a folder; only the headers have been read and checked."""
-    config, written = load_config(folder), read_config(folder)
+    config = load_config(folder)
     places = _find_weights(folder, config)
 
     def read(key: str, dtype: torch.dtype) -> Tensor:
@@ -403,8 +367,10 @@ def open_folder(folder: str | Path) -> StoredModel:
         tensor_files.check_finite(key, tensor, folder)
         return tensor
 
-    ids = {name: written[name] for name in SPECIAL_IDS if written.get(name) is not None}
-    return StoredModel(config, places["model.embed_tokens.weight"].dtype, read, ids)
+    written = read_config(folder)
+    special_ids = {name: written[name] for name in SPECIAL_IDS if written.get(name) is not None}
+    dtype = places["model.embed_tokens.weight"].dtype
+    return StoredModel(config, dtype, read, special_ids)
 
 
 def load_model(

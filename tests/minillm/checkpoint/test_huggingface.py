@@ -10,8 +10,6 @@ import transformers
 from minillm.base.errors import UserError
 from minillm.checkpoint.huggingface import (
     from_hf,
-    half_split,
-    interleaved,
     load_config,
     load_model,
     model_type,
@@ -245,6 +243,14 @@ def test_an_option_that_asks_for_no_other_parameters_is_taken(tmp_path):
         (dict(hidden_size="wide"), "damaged"),
         (dict(rope_parameters=[1]), "damaged"),
         (dict(rope_parameters={"rope_type": "yarn"}), "damaged"),
+        (dict(vocab_size=None), "damaged.*vocab_size is missing"),
+        (dict(num_attention_heads=4.5), r"damaged: num_attention_heads is 4\.5, not a whole number"),
+        (dict(tie_word_embeddings="no"), "damaged: tie_word_embeddings is 'no', not true or false"),
+        (dict(model_type=["llama"]), "damaged: model_type is"),
+        (dict(model_type="gemma", hidden_size=[64, 64]), "model_type 'gemma' is not supported"),
+        (dict(rms_norm_eps=10**400), "damaged: rms_norm_eps is 10+"),
+        (dict(model_type="minillm", softcap="high"), "damaged: softcap is 'high', not a number"),
+        (dict(rope_parameters={"rope_type": "yarn", "factor": 2, "beta_fast": "x"}), "damaged: beta_fast is 'x'"),
         (dict(num_hidden_layers=10**7), "10,000,000 layers, as config.json says"),
         (dict(num_hidden_layers=0), "n_layers is 0"),
         (dict(hidden_size=2**62), "dim is 4611686018427387904: it must lie from 1 to 16,777,216"),
@@ -259,13 +265,6 @@ def test_a_config_with_wrong_values_is_refused_at_once(change, words, tmp_path):
         with pytest.raises(UserError, match=words) as caught:
             load(tmp_path)
         assert "\n" not in str(caught.value)
-
-
-def test_rows_for_neighbouring_pairs_and_back():
-    """Two heads of four: pairs (0, 1) and (2, 3) of a head become (0, 2) and (1, 3)."""
-    rows = torch.arange(8.0)[:, None] * torch.ones(3)
-    assert half_split(rows, 4)[:, 0].tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
-    assert torch.equal(interleaved(half_split(rows, 4), 4), rows)
 
 
 def test_shards_are_no_larger_than_asked_and_transformers_reads_them(tmp_path):
