@@ -91,17 +91,6 @@ def tokenizer_folder(path: str | Path) -> Path:
     return path if holds_one or not step_folders(path) else resolve_checkpoint(path)
 
 
-def resume_from(run: str | Path, resume: str) -> Path:
-    """Where to look for the checkpoint that --resume means: in the run, or at a PATH until the run has its own.
-
-    A PATH inside the run is used every time: the user wants to go back to it.
-    """
-    named, run = Path(resume), Path(run)
-    if resume == "auto" or (step_folders(run) and run.resolve() not in (named.resolve(), named.resolve().parent)):
-        return run
-    return named
-
-
 def clean_stale(run: str | Path) -> None:
     """Tidy what a killed process left: call it while holding the run's lock."""
     for aside in Path(run).glob("step-*.old"):

@@ -43,17 +43,14 @@ def save(
     step: int,
     *,
     write_model: Callable[[Path], None],
-    tokenizer,
-    template: str | None = None,
     state: dict,
     optimizers: list[torch.optim.Optimizer],
     named_parameters: dict[str, Tensor],
 ) -> Path:
     """Write the checkpoint of `step` into a run's folder, whole or not at all; returns its path.
 
-    write_model(folder): writes config.json and weights. tokenizer: a `Tokenizer` or None. template: the prompt format
-    to record with it (None: its own). state: values for JSON. Raises `UserError` if the disk is full or read-only;
-    earlier checkpoints are untouched.
+    write_model(folder): writes config.json, weights and tokenizer. state: values for JSON. Raises `UserError` if the
+    disk is full or read-only; earlier checkpoints are untouched.
     """
     path = Path(folder) / run_folder.step_name(step)
     tensors, described = flatten_optimizers(optimizers, named_parameters)
@@ -65,8 +62,6 @@ def save(
             save_file(tensors, scratch / OPTIMIZER)
         except SafetensorError as problem:
             raise _as_os_error(problem) from None
-        if tokenizer is not None:
-            tokenizer.save(scratch, template=template)
         text = json.dumps({**state, "format": 1, "step": step, "optimizer": described}, indent=1)
         (scratch / STATE).write_text(text + "\n", encoding="utf-8")
 

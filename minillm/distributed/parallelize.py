@@ -1,12 +1,16 @@
 """Parallelism, applied to a finished single-device model from outside, in one function."""
 
 import contextlib
+from collections.abc import Iterator, Sequence
+from typing import TypeVar
 
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from minillm.distributed.ranks import Ranks
+
+Item = TypeVar("Item")
 
 
 def parallelize(model: nn.Module, ranks: Ranks, compile: bool) -> nn.Module:
@@ -61,3 +65,9 @@ def gradients_synced(model: nn.Module, last: bool):
     if last or not isinstance(model, DistributedDataParallel):
         return contextlib.nullcontext()
     return model.no_sync()
+
+
+def marked_last(items: Sequence[Item]) -> Iterator[tuple[Item, bool]]:
+    """Each item, and whether it is the last."""
+    for i, item in enumerate(items, 1):
+        yield item, i == len(items)

@@ -9,10 +9,8 @@ from minillm.model import ops
 from minillm.model.config import ModelConfig
 from minillm.model.transformer import Transformer
 from minillm.training.optim import AdamW, Muon, build_optimizers, orthogonalize
-from minillm.training.schedule import lr_at
 
 CONFIG = ModelConfig(vocab_size=50, dim=32, n_layers=2, n_heads=4, n_kv_heads=2, qkv_bias=True)
-SCHEDULE = dict(lr=1.0, steps=100, warmup=10, min_ratio=0.1, decay=0.2)
 
 
 @pytest.mark.parametrize("shape", [(3, 16, 16), (2, 12, 40), (2, 40, 12)])
@@ -94,21 +92,3 @@ def test_nothing_to_train_is_said():
     model = Transformer(CONFIG).requires_grad_(False)
     with pytest.raises(UserError, match="nothing to train"):
         build_optimizers(model, "adamw", lr=1e-3, weight_decay=0.1)
-
-
-@pytest.mark.parametrize(
-    ("schedule", "expected"),
-    [
-        ("constant", {0: 0.1, 9: 1.0, 10: 1.0, 99: 1.0}),
-        ("cosine", {0: 0.1, 10: 1.0, 55: 0.55, 100: 0.1}),
-        ("wsd", {0: 0.1, 10: 1.0, 80: 1.0, 90: 0.55, 100: 0.1}),
-    ],
-)
-def test_schedules_at_known_points(schedule, expected):
-    for step, value in expected.items():
-        assert lr_at(step, schedule=schedule, **SCHEDULE) == pytest.approx(value)
-
-
-def test_no_warmup_and_all_warmup():
-    assert lr_at(0, schedule="cosine", **{**SCHEDULE, "warmup": 0}) == 1.0
-    assert lr_at(99, schedule="cosine", **{**SCHEDULE, "warmup": 100}) == 1.0
