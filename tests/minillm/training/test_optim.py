@@ -8,7 +8,9 @@ from minillm.base.errors import UserError
 from minillm.model import ops
 from minillm.model.config import ModelConfig
 from minillm.model.transformer import Transformer
+from minillm.training import optim, starting_model
 from minillm.training.optim import AdamW, Muon, build_optimizers, orthogonalize
+from train_sft import Config as Sft
 
 CONFIG = ModelConfig(vocab_size=50, dim=32, n_layers=2, n_heads=4, n_kv_heads=2, qkv_bias=True)
 
@@ -92,3 +94,18 @@ def test_nothing_to_train_is_said():
     model = Transformer(CONFIG).requires_grad_(False)
     with pytest.raises(UserError, match="nothing to train"):
         build_optimizers(model, "adamw", lr=1e-3, weight_decay=0.1)
+
+
+def test_an_optimizer_without_a_known_learning_rate_is_refused_by_name_and_builds_with_a_given_one(monkeypatch):
+    monkeypatch.setitem(optim.OPTIMIZERS, "sgd", optim.Choice(torch.optim.SGD))
+    monkeypatch.setitem(optim.OPTIMIZERS, "half", optim.Choice(torch.optim.SGD, lr=0.5))
+    refusal = "--optimizer {}: no learning rate is known for it with --tune {}; give one by --lr"
+    for kind, tune in (("sgd", "full"), ("sgd", "lora"), ("half", "lora")):
+        with pytest.raises(UserError, match=refusal.format(kind, tune)):
+            starting_model.choose_optimizer(Sft(optimizer=kind, tune=tune), 64)
+        assert starting_model.choose_optimizer(Sft(optimizer=kind, tune=tune, lr=0.5), 64).lr == 0.5
+    assert starting_model.choose_optimizer(Sft(optimizer="half"), 64).lr == 0.5 / 8
+    (built,) = build_optimizers(Transformer(CONFIG), "sgd", lr=0.5, weight_decay=0.1)
+    assert [group["weight_decay"] for group in built.param_groups] == [0.1, 0.0]
+    with pytest.raises(UserError, match="--optimizer sgdm: choose one of muon, adamw, sgd"):
+        build_optimizers(Transformer(CONFIG), "sgdm", lr=0.5, weight_decay=0.1)
