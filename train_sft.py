@@ -188,11 +188,11 @@ def train(
 def conclude(run: Run, before: dict, after: dict) -> None:
     """Print the result; before, after: family → (exact answers, questions)."""
     if after:
-        before, after = answers.with_total(before), answers.with_total(after)
-        *_, (right, asked) = after.values()  # of all families together
+        right, asked = answers.total(after)
         run.record(run.training_config.steps, exact_match=right / asked)
         run.say(f"exact answers to {asked} held-out questions, before → after:")
-        for family, (right, asked) in after.items():
+        before = answers.with_total(before)
+        for family, (right, asked) in answers.with_total(after).items():
             share_before = "not asked"
             if family in before:
                 right_before, asked_before = before[family]

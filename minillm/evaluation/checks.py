@@ -12,13 +12,18 @@ def _plain(text: str) -> str:
 
 
 def _last_number(text: str) -> float | None:
-    numbers = re.findall(r"-?\d+(?:,\d{3})*(?:\.\d+)?", unicodedata.normalize("NFKC", text).replace("−", "-"))
-    return float(numbers[-1].replace(",", "")) if numbers else None
+    """The last number of a text, as 1,234.5 or −3; None without one."""
+    usual_signs = unicodedata.normalize("NFKC", text).replace("−", "-")
+    numbers = re.findall(r"-?\d+(?:,\d{3})*(?:\.\d+)?", usual_signs)
+    if not numbers:
+        return None
+    return float(numbers[-1].replace(",", ""))
 
 
 def _words(text: str) -> set[str]:
     """The items listed in a text: what is between spaces and punctuation, without "and"."""
-    words = re.split(r"[\s,，、;；.。:：]+|和", unicodedata.normalize("NFKC", text).casefold())
+    usual_signs = unicodedata.normalize("NFKC", text).casefold()
+    words = re.split(r"[\s,，、;；.。:：]+|和", usual_signs)
     return set(words) - {"", "and"}
 
 
@@ -30,6 +35,7 @@ def is_right(row: dict, answer: str) -> bool:
 
     exact: the same text up to spaces and final punctuation; number: the same last number; words: the same set.
     """
-    reduce = CHECKS[row.get("check", "exact")]
-    expected, given = reduce(row["messages"][-1]["content"]), reduce(answer)
+    what_counts = CHECKS[row.get("check", "exact")]
+    expected = what_counts(row["messages"][-1]["content"])
+    given = what_counts(answer)
     return given is not None and expected == given
