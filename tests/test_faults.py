@@ -214,6 +214,12 @@ def test_a_step_folder_copied_into_another_run_is_where_that_one_goes_on(folder,
         assert launch.tensors(folder / out, 6) == launch.tensors(folder / "run", 6)
 
 
+def test_a_step_folder_that_was_copied_without_its_name_begins_no_new_run(folder):
+    shutil.copytree(folder / "run" / "step-00000003", folder / "nameless")
+    assert "nameless: is a checkpoint itself" in refused(folder, "nameless", "--steps 6")
+    assert not (folder / "nameless" / "lock").exists()
+
+
 @pytest.mark.parametrize("file", ["model.safetensors", "resume/optimizer.safetensors", "resume/train_state.json"])
 def test_a_flipped_byte_is_noticed_and_the_checkpoint_before_is_used(folder, file):
     run = copy_of_run(folder, "flipped-" + file.replace("/", "-"))

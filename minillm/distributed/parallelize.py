@@ -2,15 +2,12 @@
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from typing import TypeVar
 
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from minillm.distributed.ranks import Ranks
-
-Item = TypeVar("Item")
 
 
 def parallelize(model: nn.Module, ranks: Ranks, compile: bool) -> nn.Module:
@@ -68,7 +65,7 @@ def gradients_synced(model: nn.Module, last: bool):
     return model.no_sync()
 
 
-def marked_last(items: Sequence[Item]) -> Iterator[tuple[Item, bool]]:
+def marked_last(items: Sequence) -> Iterator[tuple]:
     """Each item, and whether it is the last."""
     for i, item in enumerate(items, 1):
         yield item, i == len(items)

@@ -67,16 +67,18 @@ class Ranks:
         return [np.arange(i, min(i + micro_batch_size, end)) for i in range(first, end, micro_batch_size)]
 
 
+def world_size() -> int:
+    """How many processes torchrun has started; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
 def start(device: str = "auto", timeout_s: float = 600.0) -> Ranks:
     """Join the other ranks (nccl on CUDA, gloo elsewhere) and take a device.
 
     device: auto, cpu, cuda, cuda:N or mps. timeout_s: a collective that a rank never joins is given up after `LOADING`
     times as long, unless a `Watchdog` has ended the run before.
     """
-    # torchrun tells each process who it is
-    rank = int(os.environ.get("RANK", 0))
-    world = int(os.environ.get("WORLD_SIZE", 1))
-
+    rank, world = int(os.environ.get("RANK", 0)), world_size()
     chosen = pick_device(device)
     if chosen.type == "cuda":
         chosen = _own_gpu(chosen, rank, world)

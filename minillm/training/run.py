@@ -50,8 +50,9 @@ def begin(training_config: TrainingConfig) -> tuple[TrainingConfig, Ranks, Calla
             f"--resume {training_config.resume}: choose auto or none; to go on from that step in another folder, copy "
             f"it there and begin with --resume auto: mkdir -p {out} && cp -r {training_config.resume} {out}/"
         )
+    world = distributed.world_size()
+    size = distributed.micro_batch(training_config.batch_size, training_config.micro_batch_size, world)
     ranks = distributed.start(training_config.device, training_config.timeout_s)
-    size = distributed.micro_batch(training_config.batch_size, training_config.micro_batch_size, ranks.world)
     ops.select(training_config.impl)
     base_bits = training_config.base_bits if isinstance(training_config, TuningConfig) else None
     kernels_checked = kernel_check.begin(ranks, base_bits=base_bits)
@@ -75,7 +76,8 @@ class Run:
 
         fingerprints: of tokenizer, data, its order and architecture. tokenizer: is saved with the model. next_command:
         what to try after this run. facts: what else to record in checkpoints. Raises `UserError` if another run has
-        locked the folder, if its checkpoint has other fingerprints, or if there are any despite `--resume none`.
+        locked the folder, if its checkpoint has other fingerprints, if there are any despite `--resume none`, or if
+        --out is a step folder itself.
         """
         self.training_config = training_config
         self.ranks, self.device = ranks, ranks.device
@@ -84,6 +86,11 @@ class Run:
         self.tokenizer, self.next_command = tokenizer, next_command
         self.folder = Path(training_config.out)
         self.progress: Progress | None = None
+        if (self.folder / train_state.STATE).exists():
+            raise UserError(
+                f"--out {self.folder}: is a checkpoint itself; give the folder of a run, which holds checkpoints by "
+                "names like step-00000060"
+            )
         self.lock = RunLock(self.folder) if ranks.main else None
         self.signals = StopSignals()
         self.stop_signal = 0
