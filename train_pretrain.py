@@ -72,7 +72,7 @@ class Config(options.TuningConfig, TrainingConfig):
 
 
 def main() -> int:
-    training_config, ranks, kernels_checked = begin(parse(Config, __doc__))
+    training_config, ranks, finish_kernel_check = begin(parse(Config, __doc__))
 
     # data: token bins, and the tokenizer beside them
     if training_config.data == bundled.FOLDER and ranks.main:
@@ -113,7 +113,7 @@ def main() -> int:
     run.say(f"configuration:\n{show(training_config)}")
 
     # the model: resumed, started from another, or new
-    kernels_checked()
+    finish_kernel_check()
     model = starting_model.make_model(training_config, model_config, init, run.source, ranks.device)
     if source := run.source or init:
         run.say(f"weights from {source}")

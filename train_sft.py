@@ -62,7 +62,7 @@ class Config(options.TuningConfig, TrainingConfig):
 
 
 def main() -> int:
-    training_config, ranks, kernels_checked = begin(parse(Config, __doc__))
+    training_config, ranks, finish_kernel_check = begin(parse(Config, __doc__))
 
     # the model to start from, and its tokenizer
     init = starting_model.find_init(training_config)
@@ -115,7 +115,7 @@ def main() -> int:
         return 0
     run.say(f"configuration:\n{show(training_config)}\n{rows.summary()}")
 
-    kernels_checked()
+    finish_kernel_check()
     model = starting_model.make_model(training_config, model_config, init, run.source, ranks.device)
     run.say(f"weights from {run.source or init}")
 
