@@ -111,6 +111,8 @@ def main() -> int:
         distributed.stop()
         return 0
     run.say(f"configuration:\n{show(training_config)}")
+    if validation.no_bytes:
+        run.say(f"no bits per byte: {validation.no_bytes}")
 
     # the model: resumed, started from another, or new
     finish_kernel_check()

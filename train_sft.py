@@ -52,7 +52,9 @@ class Config(options.TuningConfig, TrainingConfig):
     lr: float | None = option(
         None, "peak learning rate; none: a quarter of what pretraining takes, or what suits the adapter"
     )
-    template: str = option("auto", "prompt format; auto: chat if the tokenizer has role pieces", TEMPLATES)
+    template: str = option(
+        "auto", "prompt format; auto: the model folder's own, else chat if there are role pieces", TEMPLATES
+    )
     packing: bool = option(True, "several examples in a row, attention kept inside each")
     on_bad_line: str = option("error", "what to do with a line that cannot be read", ("error", "skip"))
     eval_data: str | None = option(

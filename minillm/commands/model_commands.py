@@ -14,7 +14,7 @@ from minillm.base.device import DTYPES, pick_device
 from minillm.base.errors import UnsupportedError, UserError
 from minillm.checkpoint import huggingface, run_folder, train_state
 from minillm.datasets.questions import read_questions
-from minillm.datasets.text_files import TXT_SPLITS
+from minillm.datasets.text_files import BOUNDARIES
 from minillm.datasets.token_bins import TokenBins
 from minillm.distributed.ranks import Ranks
 from minillm.evaluation import answers
@@ -48,7 +48,7 @@ def add_parsers(command: Callable[[Callable, str], argparse.ArgumentParser]) -> 
     sub.add_argument(
         "--data", required=True, help="folder of bins, text (.txt .jsonl .json .parquet) or questions (.jsonl .json)"
     )
-    sub.add_argument("--split", default="blank", choices=TXT_SPLITS, help="where texts in a .txt end")
+    sub.add_argument("--split", default="blank", choices=BOUNDARIES, help="where texts in a .txt end")
     sub.add_argument("--field", default="text", help="the key that holds a text in .jsonl, .json or .parquet")
     sub.add_argument("--seq_len", type=int, help="tokens of a window; default: as the model was trained")
     sub.add_argument("--max_tokens", type=int, help="evaluate the first documents up to this many tokens; default 2^20")
@@ -183,9 +183,8 @@ def run_chat(args) -> None:
         if forgotten:
             print(f"(the context of {model.context} tokens is full: {forgotten} earlier messages forgotten)")
         said: list[str] = []
-        stream = completion.stream(
-            model, tokenizer, ids, args.max_new_tokens, sampling=sampling, stop_ids=[tokenizer.eos_id]
-        )
+        stops = tokenizer.stop_ids(_template(args, folder))
+        stream = completion.stream(model, tokenizer, ids, args.max_new_tokens, sampling=sampling, stop_ids=stops)
         with contextlib.suppress(KeyboardInterrupt):  # Ctrl-C cuts an answer short
             done = _print_stream(stream, said)
             if done.reason != "stop":
@@ -255,6 +254,8 @@ def run_eval(args) -> None:
     print(f"  perplexity      {math.exp(min(scores['val_loss'], 700)):.3f} a token")
     if "val_bpb" in scores:
         print(f"  bits per byte   {scores['val_bpb']:.4f}")
+    elif validation.no_bytes:
+        print(f"  bits per byte   not given: {validation.no_bytes}")
     if "floor_bpb" in scores:
         print(f"  floor           {scores['floor_bpb']:.4f} ± {scores['floor_error']:.4f} (of these very documents)")
 

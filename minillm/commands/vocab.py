@@ -10,7 +10,7 @@ from tqdm import tqdm
 from minillm.base import files
 from minillm.base.errors import UserError
 from minillm.checkpoint import run_folder
-from minillm.datasets.text_files import TXT_SPLITS, find_files, texts_of
+from minillm.datasets.text_files import BOUNDARIES, find_files, texts_of
 from minillm.tokenizer import edit, measure, train
 from minillm.tokenizer.tokenizer import Tokenizer
 
@@ -68,7 +68,7 @@ def _load(path: str) -> Tokenizer:
 def _texts(parser: argparse.ArgumentParser, name: str, **options) -> None:
     parser.add_argument(name, nargs="+", default=[], metavar="FILE", **options)
     parser.add_argument("--field", default="text", help="the key that holds a text in .jsonl, .json or .parquet")
-    parser.add_argument("--split", default="blank", choices=TXT_SPLITS, help="where texts end in a .txt")
+    parser.add_argument("--split", default="blank", choices=BOUNDARIES, help="where texts end in a .txt")
 
 
 def _read(paths: list[str], args, what: str) -> Iterator[str]:
@@ -79,7 +79,7 @@ def _read(paths: list[str], args, what: str) -> Iterator[str]:
     ) as bar:
         done = 0
         for path in found:
-            for text, position in texts_of(path, split=args.split, field=args.field):
+            for text, position in texts_of(path, boundary=args.split, field=args.field):
                 bar.update(done + position - bar.n)
                 yield text
             done += path.stat().st_size

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 import torch
 
-from minillm.evaluation.checks import is_right
+from minillm.datasets.checks import is_right
 from minillm.generation.completion import generate
 from minillm.generation.sampling import GREEDY
 from minillm.model.transformer import Transformer
@@ -31,6 +31,7 @@ def answers(
         ids, _ = tokenizer.encode_chat(messages, template=template, add_generation_prompt=True)
         prompts.append(ids)
     texts: list[str | None] = [None] * len(prompts)
+    stop_ids = tokenizer.stop_ids(template)
 
     # in order of length, so that the prompts of a batch need little padding
     fitting = [i for i, prompt in enumerate(prompts) if len(prompt) < model.context]
@@ -38,7 +39,7 @@ def answers(
     for begin in range(0, len(fitting), ASKED_AT_ONCE):
         asked = fitting[begin : begin + ASKED_AT_ONCE]
         batch = [prompts[i] for i in asked]
-        completions = generate(model, batch, max_new_tokens, sampling=GREEDY, stop_ids=[tokenizer.eos_id])
+        completions = generate(model, batch, max_new_tokens, sampling=GREEDY, stop_ids=stop_ids)
         for i, completion in zip(asked, completions, strict=True):
             texts[i] = tokenizer.decode(completion.tokens)
     return texts

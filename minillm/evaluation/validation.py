@@ -44,7 +44,7 @@ def read_text(path: Path, tokenizer: Tokenizer, *, split: str = "blank", field: 
     """
     documents = []
     for file in text_files.find_files([path]):
-        documents += [text for text, _ in text_files.texts_of(file, split=split, field=field) if text]
+        documents += [text for text, _ in text_files.texts_of(file, boundary=split, field=field) if text]
     if not documents:
         raise UserError(f"{path}: holds no text")
     start, end = tokenizer.start_id, tokenizer.eos_id
@@ -98,12 +98,17 @@ class Validation:
         self.part = validation_part(bins, seq_len, max_tokens)
         self.documents, self.start_id = documents, bins.start_id
         self.n_bytes: int | None = None
+        self.no_bytes: str | None = None  # why the number of bytes cannot be told
         self.floor: float | None = None
         self.floor_error: float | None = None
         if tokenizer is None:
             return
         targets = self.part.rows[:, 1:][self.part.mask]  # (all targets,)
-        n_bytes = tokenizer.byte_lengths()[targets]  # of each target
+        try:
+            n_bytes = tokenizer.byte_lengths()[targets]  # of each target
+        except UserError as reason:
+            self.no_bytes = str(reason)
+            return
         self.n_bytes = int(n_bytes.sum())
         bits_file = Path(bins.path) / "val_bits.npy"
         if self.part.n_documents > 1 and bits_file.is_file():
