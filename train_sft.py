@@ -88,12 +88,9 @@ def main() -> int:
         )
     rows = read_rows(training_config, paths, tokenizer)
     length = "epochs" if training_config.steps is None else "steps"  # the option that sets the run's length
-    if training_config.steps is None:
-        end = rows.total_rows(training_config.epochs)
-        steps = -(-end // training_config.batch_size)  # the last batch may be short
-        training_config = dataclasses.replace(training_config, steps=steps)
-    else:
-        end = training_config.steps * training_config.batch_size
+    end = last_row(training_config, rows)
+    steps = -(-end // training_config.batch_size)  # the last batch may be short
+    training_config = dataclasses.replace(training_config, steps=steps)
 
     # held-out questions: their answers' loss while training, and how many are answered exactly before and after
     held_out = training_config.eval_data or (f"{bundled.FOLDER}/sft_heldout.jsonl" if is_bundled else None)
@@ -145,6 +142,13 @@ def read_rows(training_config: Config, paths: list[str], tokenizer: Tokenizer) -
         n_virtual=training_config.placeholders,
         on_bad_line=training_config.on_bad_line,
     )
+
+
+def last_row(training_config: Config, rows: InstructionRows) -> int:
+    """How many rows the run reads: those of --steps whole batches, or of --epochs."""
+    if training_config.steps is None:
+        return rows.total_rows(training_config.epochs)
+    return training_config.steps * training_config.batch_size
 
 
 def next_command(out: str) -> str:
