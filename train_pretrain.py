@@ -167,6 +167,7 @@ def shape(training_config: Config, vocab_size: int, init: Path | None) -> config
         chosen = config.preset(training_config.preset, vocab_size=vocab_size, **given)
     else:
         chosen = dataclasses.replace(base, **given)
+        huggingface.check_parameters(chosen, init)
         starting_model.check_tokenizer(init, training_config.data)
     if chosen.vocab_size < vocab_size:
         raise UserError(

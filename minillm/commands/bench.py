@@ -26,6 +26,7 @@ from minillm.distributed import parallelize
 from minillm.distributed.ranks import start
 from minillm.generation.completion import generate
 from minillm.model import config, ops
+from minillm.model.size import flops_per_token, n_parameters
 from minillm.model.transformer import Transformer
 from minillm.training import optim
 from minillm.training.step import clip
@@ -110,7 +111,7 @@ def bench_generate(
         sides["transformers, static cache, compiled"] = lambda: theirs(cache_implementation="static")
     elif ours() != theirs():  # in bf16 two right computations may differ in a token
         raise UserError("the two sides do not choose the same tokens, so their speed does not compare")
-    print(f"{preset}: {model.config.n_parameters():,} parameters, {dtype}, {machine(place)}, {version}")
+    print(f"{preset}: {n_parameters(model.config):,} parameters, {dtype}, {machine(place)}, {version}")
     print(f"greedy, batch 1, {prompt_tokens} + {new_tokens} tokens, medians of {REPEATS}; {ops.describe(place)}")
     before = torch.get_num_threads()
     for threads in sorted({1, before}) if place.type == "cpu" else (before,):
@@ -190,7 +191,7 @@ def bench_train(
         losses = [side(x, y).item() for side in (model, PlainDecoder(model))]
     if abs(losses[0] - losses[1]) > (1e-5 if dtype == torch.float32 else 2e-3) * losses[1]:
         raise UserError(f"the two sides compute other losses ({losses}), so their speed does not compare")
-    print(f"{preset}: {model.config.n_parameters():,} parameters, {dtype}, {machine(place)}")
+    print(f"{preset}: {n_parameters(model.config):,} parameters, {dtype}, {machine(place)}")
     print(f"one step of {rows} x {seq_len} tokens, {torch.get_num_threads()} thread(s), medians of {REPEATS}")
     print(ops.describe(place), flush=True)
 
@@ -227,7 +228,7 @@ def bench_train(
     else:
         builds |= _cpu_sides(model, step_of, x)
     taken, memory = _time_steps(builds, together=place.type != "cuda")
-    flops, peak = model.config.flops_per_token(seq_len), peak_flops(place, dtype)
+    flops, peak = flops_per_token(model.config, seq_len), peak_flops(place, dtype)
     width = max(map(len, taken))
     for name, seconds in taken.items():
         speed, ratio = rows * seq_len / seconds, taken["plain PyTorch"] / seconds
@@ -302,7 +303,7 @@ def _gpt2_like(model: Transformer):
     """transformers' GPT-2 of about the same number of parameters, and of the same width, heads and vocabulary."""
     transformers = _transformers()
     c = model.config
-    layers = max(1, round((c.n_parameters() - c.vocab_size * c.dim) / (12 * c.dim**2)))
+    layers = max(1, round((n_parameters(c) - c.vocab_size * c.dim) / (12 * c.dim**2)))
     sizes = dict(n_embd=c.dim, n_layer=layers, n_head=c.n_heads, vocab_size=c.vocab_size, n_positions=c.max_seq_len)
     off = dict(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, use_cache=False, bos_token_id=None, eos_token_id=None)
     settings = transformers.GPT2Config(**sizes, **off, attn_implementation="sdpa")

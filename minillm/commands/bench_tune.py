@@ -18,6 +18,7 @@ from minillm.base.errors import UserError
 from minillm.commands import bench
 from minillm.model import config, ops, quant
 from minillm.model.loss import IGNORED
+from minillm.model.size import n_parameters
 from minillm.training import starting_model
 from minillm.tuning.adapter import Adapter, attach
 from minillm.tuning.options import TuningConfig
@@ -100,7 +101,7 @@ def bench_tune(preset: str = "tiny", device: str = "cpu", rows: int = 8, seq_len
         raise UserError(f"--seq_len {seq_len}: choose 2 to {longest}, for virtual tokens stand before them")
     x = torch.randint(0, shape.vocab_size, (rows, seq_len), generator=torch.Generator().manual_seed(0)).to(place)
     versions = f"transformers {transformers.__version__}, peft {peft.__version__}"
-    print(f"{preset}: {shape.n_parameters():,} parameters, {dtype}, {bench.machine(place)}, {versions}")
+    print(f"{preset}: {n_parameters(shape):,} parameters, {dtype}, {bench.machine(place)}, {versions}")
     print(f"one step of {rows} x {seq_len} tokens, {torch.get_num_threads()} thread(s), medians of {bench.REPEATS}")
     beyond = "a step's peak" if place.type == "cuda" else "gradients and what autograd keeps"
     print(f"MiB: weights, moments, and {beyond}; {ops.describe(place)}")

@@ -10,6 +10,7 @@ from minillm.commands import bench
 from minillm.model import quant
 from minillm.model.config import PRESETS, ModelConfig, preset
 from minillm.model.memory import activations, memory_estimate
+from minillm.model.size import flops_per_token, n_parameters
 
 
 def add_parser(command: Callable[[Callable, str], argparse.ArgumentParser]) -> None:
@@ -39,8 +40,8 @@ def run_info(args) -> None:
         raise UserError(
             f"--base_bits {args.base_bits}: this is the base of adapters; give their rank too (--lora_rank)"
         )
-    n = shape.n_parameters()
-    flops = shape.flops_per_token(seq_len)
+    n = n_parameters(shape)
+    flops = flops_per_token(shape, seq_len)
     print("\n".join(f"  {name:<16}{value}" for name, value in dataclasses.asdict(shape).items() if value is not None))
     print(f"\nparameters          {n:,}")
     print(f"FLOPs a token       {flops / 1e6:,.1f} M to train at {seq_len} tokens, {flops / 3e6:,.1f} M forward")

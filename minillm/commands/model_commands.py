@@ -21,6 +21,7 @@ from minillm.evaluation import answers
 from minillm.evaluation.validation import Validation, read_text
 from minillm.generation import completion
 from minillm.generation.sampling import Sampling
+from minillm.model.size import n_parameters
 from minillm.tokenizer.chat_template import TEMPLATES
 from minillm.tokenizer.tokenizer import Tokenizer
 from minillm.training import kernel_check
@@ -151,7 +152,7 @@ def run_chat(args) -> None:
     sampling = _sampling(args)
     model, tokenizer, folder = _load(args)
     opening = [{"role": "system", "content": args.system}] if args.system else []
-    print(f"{folder} ({model.config.n_parameters():,} parameters); an empty line ends, /new starts over")
+    print(f"{folder} ({n_parameters(model.config):,} parameters); an empty line ends, /new starts over")
     turns = args.turns
     if turns is None and _state(folder).get("turns") == 1:
         turns = 1

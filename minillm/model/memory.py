@@ -8,6 +8,7 @@ from minillm.base import files
 from minillm.base.errors import UserError
 from minillm.model.config import ModelConfig
 from minillm.model.quant import BLOCK, GROUP
+from minillm.model.size import n_parameters
 
 
 def _stored(n_in: int, n_out: int, bits: int | None) -> int:
@@ -44,7 +45,7 @@ def memory_estimate(
     head = config.vocab_size * c if size < 4 else 0
     return {
         f"base, {bits or 32} bits": config.n_layers * sum(_stored(*shape, bits) for shape in maps),
-        "embedding, norms, head": 4 * (config.n_parameters() - config.n_layers * weights + tables),
+        "embedding, norms, head": 4 * (n_parameters(config) - config.n_layers * weights + tables),
         f"adapters of rank {rank}, AdamW": 16 * config.n_layers * rank * sum(n_in + n_out for n_in, n_out in maps),
         "inputs of all layers": tokens * config.n_layers * c * (4 + size),
         "one layer, or the loss": max(layer, size * (logits + head + tokens * c)),
@@ -72,11 +73,11 @@ def check_memory(cfg, shape: ModelConfig, device: torch.device) -> None:
     full = cfg.tune == "full"
     each = 12.0 if full else (cfg.base_bits or 32) / 8  # bytes a parameter; AdamW's two moments in place of one: 16
     ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    needed, there = each * shape.n_parameters() * ranks_here, files.memory_bytes()
+    needed, there = each * n_parameters(shape) * ranks_here, files.memory_bytes()
     if device.type == "cpu" and needed > there:
         what = "weights, gradients and optimizer" if full else "the base's weights"
         fewer = ", or train few parameters over it (--tune lora --base_bits 4)" if full and cfg.init_from else ""
         raise UserError(
-            f"{shape.n_parameters():,} parameters need at least {needed / 1e9:.1f} GB ({what}), but this machine has "
+            f"{n_parameters(shape):,} parameters need at least {needed / 1e9:.1f} GB ({what}), but this machine has "
             f"{there / 1e9:.1f}, swap included: choose a smaller model{fewer}"
         )

@@ -13,6 +13,7 @@ from minillm.checkpoint import train_state
 from minillm.distributed.ranks import Ranks
 from minillm.model.config import ModelConfig
 from minillm.model.memory import check_memory
+from minillm.model.size import n_parameters
 from minillm.model.transformer import Transformer
 from minillm.training import run
 from minillm.training.config import LIMITS, TrainingConfig, check_options
@@ -143,7 +144,7 @@ def test_rows_of_metrics(new_run, state, tmp_path, monkeypatch):
 
 def test_a_model_beyond_the_machine_s_memory_is_refused(monkeypatch):
     shape = ModelConfig(vocab_size=50, dim=8, n_layers=1, n_heads=2, max_seq_len=8)
-    n = shape.n_parameters()
+    n = n_parameters(shape)
 
     def check(memory: float, **options) -> None:
         monkeypatch.setattr(run.files, "memory_bytes", lambda: memory)
@@ -189,7 +190,7 @@ def test_a_disk_too_small_is_said_with_what_will_be_needed(new_run, state, monke
         files, "check_writable", lambda folder, needed, largest_file: asked.append((needed, largest_file))
     )
     new_run(keep_last=2).start(state)
-    size = 4 * state.model.config.n_parameters()
+    size = 4 * n_parameters(state.model.config)
     assert asked == [(3 * 3 * size, 2 * size)]
 
 
