@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from minillm.base.errors import UserError
 from minillm.base.options import option
+from minillm.training.optim import OPTIMIZERS
 from minillm.tuning import options
 
 
@@ -14,7 +15,9 @@ class TrainingConfig:
     data: str = option("data/bundled", "what to train on")
     out: str = option("out/run", "the run's folder: checkpoints, metrics.jsonl, curve.png")
     init_from: str | None = option(None, "start from the weights of this model folder or run")
-    resume: str = option("auto", "auto: go on from the newest whole checkpoint in --out; none: start over; or a folder")
+    resume: str = option(
+        "auto", "auto: go on from the newest whole checkpoint in --out; none: refuse to if there is one"
+    )
     allow_data_change: bool = option(False, "resume although data, batch size, sequence length or seed changed")
     steps: int = option(1500, "optimizer steps of the whole run")
     batch_size: int = option(16, "sequences per optimizer step, over all ranks")
@@ -25,9 +28,13 @@ class TrainingConfig:
     optimizer: str | None = option(
         None,
         "muon (with AdamW for embeddings, head and norms) or adamw; none: muon, but adamw for an adapter",
-        ("muon", "adamw"),
+        tuple(OPTIMIZERS),
     )
-    lr: float | None = option(None, "peak learning rate; none: 0.09/√width for muon, 0.045/√width for adamw")
+    lr: float | None = option(
+        None,
+        "peak learning rate; none: "
+        + ", ".join(f"{choice.lr}/√width for {kind}" for kind, choice in OPTIMIZERS.items() if choice.lr),
+    )
     warmup_steps: int | None = option(None, "steps of linear warm-up; none: 20, but at most a tenth of all steps")
     schedule: str = option("cosine", "shape of the learning rate", ("cosine", "wsd", "constant"))
     min_lr_ratio: float = option(0.1, "final learning rate as a share of the peak")
@@ -78,15 +85,3 @@ def check_options(cfg: TrainingConfig) -> None:
     problems += cfg.tuning_problems() if isinstance(cfg, options.TuningConfig) else []
     if problems:
         raise UserError("; ".join(problems))
-
-
-def schedule(cfg: TrainingConfig) -> dict:
-    """The options of a configuration that `optim.lr_at` takes."""
-    return dict(
-        lr=cfg.lr,
-        steps=cfg.steps,
-        warmup=min(20, cfg.steps // 10) if cfg.warmup_steps is None else cfg.warmup_steps,
-        schedule=cfg.schedule,
-        min_ratio=cfg.min_lr_ratio,
-        decay=cfg.decay_share,
-    )
