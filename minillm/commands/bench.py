@@ -89,8 +89,10 @@ def bench_generate(
     new_tokens = new_tokens or (256 if place.type == "cuda" else 64)
     dtype = pick_dtype("auto", place)
     model = random_model(preset).to(place, dtype)
-    if new_tokens > model.context - prompt_tokens:
-        raise UserError(f"--new_tokens {new_tokens}: choose 1 to {model.context - prompt_tokens}, to fit the context")
+    if new_tokens > model.config.max_seq_len - prompt_tokens:
+        raise UserError(
+            f"--new_tokens {new_tokens}: choose 1 to {model.config.max_seq_len - prompt_tokens}, to fit the context"
+        )
     model.build_rotation()  # its tables stay in fp32
     twin, version = transformers_twin(model)
     twin = twin.to(place, dtype)

@@ -24,8 +24,8 @@ import torch
 from torch import Tensor
 
 from minillm.distributed.ranks import Ranks
-from minillm.generation import decoder_cuda
 from minillm.generation.completion import prefill
+from minillm.generation.recorded_step import RecordedStep
 from minillm.model import ops, quant
 from minillm.model.config import ModelConfig
 from minillm.model.transformer import Transformer
@@ -193,11 +193,9 @@ def _generated(model: Transformer, implementation: str, dtype: torch.dtype | Non
     """Logits (B, 3, V) after each of the last three tokens, read one by one into a cache."""
     own = deepcopy(model).to(dtype or torch.float32).eval()
     own.build_rotation()
-    cache, _ = prefill(own, tokens[:, :-3].tolist(), 3)
-    if implementation == "torch":
-        return torch.stack([own(column[:, None], cache=cache)[:, -1] for column in tokens[:, -3:].unbind(1)], 1)
-    decoder = decoder_cuda.GraphDecoder(own, cache)
-    return torch.stack([decoder.step(column).clone() for column in tokens[:, -3:].unbind(1)], 1)
+    cache, _ = prefill(own, tokens[:, :-3].tolist(), tokens.shape[1])
+    step = RecordedStep(own, cache).step
+    return torch.stack([step(column).clone() for column in tokens[:, -3:].unbind(1)], 1)
 
 
 if __name__ == "__main__":
