@@ -9,6 +9,7 @@ from minillm.generation.completion import generate
 from minillm.generation.sampling import GREEDY
 from minillm.model.transformer import Transformer
 from minillm.tokenizer.tokenizer import Tokenizer
+from minillm.tuning.virtual_tokens import context_of
 
 ASKED_AT_ONCE = 128  # questions per batch
 LONGEST_ANSWER = 64  # tokens, unless the caller says otherwise
@@ -30,7 +31,7 @@ def answers(
         tokenizer.encode_chat(messages, template=template, add_generation_prompt=True)[0] for messages in conversations
     ]
     found: list[str | None] = [None] * len(prompts)
-    short = [i for i, prompt in enumerate(prompts) if len(prompt) < model.context]
+    short = [i for i, prompt in enumerate(prompts) if len(prompt) < context_of(model)]
     short.sort(key=lambda i: len(prompts[i]))  # like lengths together: little padding
     for begin in range(0, len(short), ASKED_AT_ONCE):
         batch = short[begin : begin + ASKED_AT_ONCE]
@@ -58,7 +59,7 @@ def exact_match(
     asked = [row["messages"][:-1] for row in questions]
     said = answers(model, tokenizer, asked, template=template, max_new_tokens=max_new_tokens)
     if too_long := said.count(None):
-        print(f"{too_long} of {len(said)} questions fill the context of {model.context} tokens: counted as wrong")
+        print(f"{too_long} of {len(said)} questions fill the context of {context_of(model)} tokens: counted as wrong")
     scores: dict[str, tuple[int, int]] = {}
     for row, answer in zip(questions, said, strict=True):
         family = str(row.get("family", "all"))  # perhaps a number

@@ -23,6 +23,7 @@ from minillm.datasets.windows import validation_part
 from minillm.distributed.ranks import Ranks
 from minillm.model.transformer import Transformer
 from minillm.tokenizer.tokenizer import Tokenizer
+from minillm.tuning.virtual_tokens import virtual_tokens
 
 
 class TextTokens(NamedTuple):
@@ -98,7 +99,9 @@ class Validation:
 
         The ranks share the work. autocast: a context to compute in.
         """
-        batches = [b.with_placeholders(model.n_virtual) for b in self.part.batches(ROWS, self.documents, self.start_id)]
+        batches = list(self.part.batches(ROWS, self.documents, self.start_id))
+        if virtual_tokens(model) is not None:  # they stand before one text a row
+            batches = [part for batch in batches for part in batch.one_text_a_row().split(ROWS)]
         batches = batches[ranks.rank :: ranks.world]
         with autocast:
             nats, targets = ranks.sum(*token_loss(model, batches, ranks.device))

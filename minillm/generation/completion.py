@@ -20,6 +20,7 @@ from minillm.model import ops
 from minillm.model.kv_cache import KVCache
 from minillm.model.transformer import Transformer
 from minillm.tokenizer.tokenizer import StreamDecoder
+from minillm.tuning.virtual_tokens import context_of, virtual_tokens
 
 
 class Completion(NamedTuple):
@@ -37,7 +38,7 @@ def check_prompts(model: Transformer, prompts: Sequence[Sequence[int]], max_new_
     """Raise UserError for prompts that nothing can be generated from."""
     if max_new_tokens < 1:
         raise UserError(f"--max_new_tokens {max_new_tokens}: must be at least 1")
-    vocab, context = model.config.vocab_size, model.config.max_seq_len
+    vocab, context = model.config.vocab_size, context_of(model)
     for row, prompt in enumerate(prompts):
         if not len(prompt):
             raise UserError(f"prompt {row}: is empty; begin it with the tokenizer's bos")
@@ -56,17 +57,20 @@ def check_prompts(model: Transformer, prompts: Sequence[Sequence[int]], max_new_
 def prefill(model: Transformer, prompts: Sequence[Sequence[int]], max_len: int) -> tuple[KVCache, Tensor]:
     """A cache for `max_len` tokens a row that has read the prompts, and the logits (B, V) after each.
 
-    Shorter prompts are padded on the right. No token sees a later one, so padding changes nothing; the cache then forgets
-    it.
+    Shorter prompts are padded on the right. No token sees a later one, so padding changes nothing; the cache then
+    forgets it. The model's virtual tokens come before each prompt, and are not counted in `max_len`.
     """
-    weight = model.embed_tokens.weight
+    weight, virtual = model.embed_tokens.weight, virtual_tokens(model)
+    n_virtual = 0 if virtual is None else virtual.n
+    cache = KVCache(model.config, len(prompts), n_virtual + max_len, device=weight.device, dtype=weight.dtype)
+    if virtual is not None:
+        virtual.fill(model, cache)
     lengths = [len(prompt) for prompt in prompts]
     padded = [[*prompt, *[0] * (max(lengths) - len(prompt))] for prompt in prompts]
-    cache = KVCache(model.config, len(prompts), max_len, device=weight.device, dtype=weight.dtype)
     hidden = model.hidden(torch.tensor(padded, device=weight.device), cache=cache)  # (B, T, C)
-    cache.shorten(lengths)
-    last = cache.lengths - 1
-    logits = model.logits(hidden[torch.arange(len(prompts), device=weight.device), last])
+    cache.shorten([n_virtual + length for length in lengths])
+    last = torch.tensor(lengths, device=weight.device) - 1
+    logits = model.logits(hidden[torch.arange(len(prompts), device=weight.device), last])  # (B, V)
     if not torch.isfinite(logits).all():
         raise UserError("the model's logits are not finite: its weights are damaged or its dtype too narrow")
     return cache, logits
@@ -134,7 +138,7 @@ def steps(
     is full. Ended rows are dropped from the cache once they are half of it.
     """
     check_prompts(model, prompts, max_new_tokens)
-    context = model.config.max_seq_len
+    context = context_of(model)
     limits = [min(max_new_tokens, context - len(prompt)) for prompt in prompts]
     was_training = model.training
     model.eval()

@@ -13,7 +13,6 @@ The step itself knows nothing of graphs: on a CPU it runs without one, and is te
 import torch
 from torch import Tensor, nn
 
-from minillm.model import ops
 from minillm.model.kv_cache import KVCache
 from minillm.model.transformer import Transformer
 
@@ -31,9 +30,9 @@ def _layers(model: nn.Module) -> list[nn.Module]:
 class RecordedStep:
     """Reads one token a row, after a prefill has put the prompts into the cache.
 
-    What was recorded is thrown away, and recorded anew, when the cache has other tensors (rows were dropped), or when the
-    model has other modules or weights elsewhere in memory (an adapter was switched). Where recording fails because a layer
-    waits for the device, each step is computed as it is.
+    What was recorded is thrown away, and recorded anew, when the cache has other tensors (rows were dropped), or when
+    the model has other modules or its weights other memory (an adapter was switched). Where recording fails because a
+    layer waits for the device, each step is computed as it is.
     """
 
     def __init__(self, model: Transformer, cache: KVCache):

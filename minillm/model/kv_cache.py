@@ -17,9 +17,9 @@ from torch import Tensor
 class KVCache:
     """Keys and values of B texts, up to T_max tokens each.
 
-    keys, values: per layer (B, T_max, K, D). lengths: (B,) int64 on their device, how many tokens each row holds; filled
-    is the same on the host, so that nothing has to wait for the device. A forward pass over T new tokens a row calls
-    `reserve`, then `update` in each layer, then `advance`.
+    keys, values: per layer (B, T_max, K, D). lengths: (B,) int64 on their device, how many tokens each row holds;
+    filled is the same on the host, so that nothing has to wait for the device. A forward pass over T new tokens a row
+    calls `reserve`, then `update` in each layer, then `advance`.
     """
 
     stores = True  # a forward pass changes it
@@ -54,7 +54,10 @@ class KVCache:
             raise ValueError(f"the cache holds {self.max_len} tokens, {self.longest + n_tokens} were given")
 
     def reserve(self, n_tokens: int) -> slice | Tensor:
-        """Make room for T more tokens a row. Returns their positions: a slice, or (B, T) where rows differ in length."""
+        """Make room for T more tokens a row.
+
+        Returns their positions: a slice, or (B, T) int64 where rows differ in length.
+        """
         self.check_room(n_tokens)
         filled = self.filled.tolist()
         begin, end = max(filled), max(filled) + n_tokens

@@ -271,7 +271,7 @@ MOST_QUERIES, LARGEST_HEAD = 16, 256  # of our decode kernel
 
 
 def _cached_attention(q: Tensor, k: Tensor, v: Tensor, ends: Tensor, options: dict) -> Tensor:
-    """`attention` where each row's keys end at a slot of its own. All that changes from step to step is on the device."""
+    """`attention` where each row's keys end at a slot of its own. What changes from step to step is on the device."""
     window, softcap, scale = (options[name] for name in ("window", "softcap", "scale"))
     if options["spans"] is not None or not options["causal"]:
         raise ValueError("attention over a cache whose rows end at slots of their own is causal, and has no spans")

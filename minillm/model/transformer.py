@@ -20,15 +20,11 @@ from minillm.model.rope import rotary_tables
 
 
 class Placement(NamedTuple):
-    """Where the tokens of a forward pass stand: what every layer has to know of them besides their states.
+    """Where the tokens of a forward pass stand: what every layer has to know of them besides their states."""
 
-    rotation: the angles of their positions (`ops.rotation`); None: positions are learned, and are in the states already. spans: (B, T, 2), the first and one past the last token of each token's document; None: a row is one
-    text. cache: what stands before them.
-    """
-
-    rotation: tuple[Tensor, ...] | None = None
-    spans: Tensor | None = None
-    cache: KVCache | None = None
+    rotation: tuple[Tensor, ...] | None  # the angles of their positions; None: learned positions, in the states already
+    spans: Tensor | None  # (B, T, 2), first and one past the last token of each token's document; None: one text a row
+    cache: KVCache | None  # what stands before them
 
 
 class RMSNorm(nn.Module):
@@ -104,9 +100,9 @@ class Block(nn.Module):
         x = x + attention(norm(x))
         x = x + mlp(norm(x))
 
-    It is written with each addition put off until the next norm, since the two are one op: `after_adding` gives x + delta
-    and the norm of that. So a layer returns the stream x and what is still to be added to it, and the next layer, or the
-    model's last norm, begins with that addition.
+    Each addition is put off until the next norm, since the two are one op: `after_adding` gives x + delta and the norm
+    of that. So a layer returns the stream x and what is still to be added to it, and the next layer, or the model's
+    last norm, begins with that addition.
     """
 
     def __init__(self, config: ModelConfig, layer: int):

@@ -80,7 +80,9 @@ def test_a_text_takes_a_row_while_the_others_go_on(name, recordable):
 
     def read(part, texts, lengths):
         first = [sum(len(logits) for logits in said[text]) for text in texts]
-        new = torch.stack([tokens[text, begin : begin + n] for text, begin, n in zip(texts, first, lengths)])
+        new = torch.stack(
+            [tokens[text, begin : begin + n] for text, begin, n in zip(texts, first, lengths, strict=True)]
+        )
         for text, logits in zip(texts, model(new, cache=part), strict=True):
             said[text].append(logits)
 
