@@ -52,7 +52,9 @@ class Config(options.TuningConfig, TrainingConfig):
     data_dtype: str | None = option(None, "dtype of a raw .bin made elsewhere: uint16 or uint32")
     data_vocab_size: int | None = option(None, "vocabulary size of a raw .bin made elsewhere")
     document_attention: bool | None = option(
-        None, "attention stays inside documents; none: if they are shorter than half a sequence on average"
+        None,
+        "attention stays inside documents; none: if they are shorter than half a sequence on average, but never with "
+        "virtual tokens, which stand before a whole row",
     )
     preset: str = option("tiny", "shape of a new model", tuple(config.PRESETS))
     dim: int | None = option(None, "model width, in place of the preset's")
@@ -77,11 +79,12 @@ class Config(options.TuningConfig, TrainingConfig):
 def main() -> int:
     cfg = parse(Config, __doc__)
     check_options(cfg)
+    cfg.check_one_text_a_row("document_attention")
     ranks = distributed.start(cfg.device, cfg.timeout_s)
     micro_batch_size = distributed.micro_batch(cfg.batch_size, cfg.micro_batch_size, ranks.world)
     cfg = dataclasses.replace(cfg, micro_batch_size=micro_batch_size)
     ops.select(cfg.impl)
-    kernels_settled = kernel_check.begin(ranks, base_bits=cfg.base_bits)
+    checking = kernel_check.begin(ranks, base_bits=cfg.base_bits)
 
     # data: token bins, and the tokenizer beside them
     if cfg.data == bundled.FOLDER and ranks.main:
@@ -92,7 +95,7 @@ def main() -> int:
     bins = [(TokenBins(path, "train", **raw), share) for path, share in mixture]
     if cfg.document_attention is None:
         short = all(0 < b.mean_document < cfg.seq_len / 2 for b, _ in bins)
-        cfg = dataclasses.replace(cfg, document_attention=short)
+        cfg = dataclasses.replace(cfg, document_attention=short and not cfg.virtual_positions)
     windows = TokenWindows(bins, cfg.seq_len, seed=cfg.seed, documents=cfg.document_attention)
     first = bins[0][0]
     tokenizer = Tokenizer.load(first.path) if first.meta else None
@@ -120,7 +123,7 @@ def main() -> int:
     this.say(f"configuration:\n{show(cfg)}")
 
     # the model: resumed, started from another, or new
-    kernels_settled()
+    checking.settle()
     source = this.source or init
     if source:
         model = starting_model.load_model(cfg, model_config, init, this.source, ranks.device)
@@ -177,8 +180,8 @@ def shape(cfg: Config, vocab_size: int, init: Path | None) -> config.ModelConfig
             f"({vocab_size}); give data made with the model's own tokenizer"
         )
     # though attention may stay inside documents, one of them may fill a whole row
-    if cfg.seq_len + cfg.placeholders > chosen.max_seq_len:
-        room = f" and --n_virtual {cfg.placeholders}" if cfg.placeholders else ""
+    if cfg.seq_len + cfg.virtual_positions > chosen.max_seq_len:
+        room = f" and --n_virtual {cfg.virtual_positions}" if cfg.virtual_positions else ""
         how = (
             f"extend the context by --max_seq_len {cfg.seq_len} (see --rope_scaling)" if init else "raise --max_seq_len"
         )
@@ -210,7 +213,7 @@ def train(cfg: Config, this: run.Run, model, windows, validation, tokenizer) -> 
         nats = torch.zeros((), device=ranks.device)
         micro_batches = ranks.micro_batches(step - 1, cfg.batch_size, cfg.micro_batch_size)
         for i, positions in enumerate(micro_batches):
-            batch = windows.batch(positions).with_placeholders(model.n_virtual).to(ranks.device)
+            batch = windows.batch(positions).to(ranks.device)
             with gradients_synced(trained, i == len(micro_batches) - 1):
                 with autocast(ranks.device, dtype):
                     loss = trained(batch.x, batch.y, mask=batch.mask, documents=batch.documents)

@@ -51,13 +51,15 @@ class Config(options.TuningConfig, TrainingConfig):
     init_from: str = option("out/pretrain", "model folder or run to start from")
     steps: int | None = option(None, "optimizer steps; none: as many as --epochs need")
     epochs: float = option(2.5, "passes over the data, if --steps is not given")
-    seq_len: int = option(256, "tokens per row; longer examples are cut")
+    seq_len: int = option(256, "tokens per row, virtual ones included; longer examples are cut")
     batch_size: int = option(8, "rows per optimizer step, over all ranks")
     lr: float | None = option(
         None, "peak learning rate; none: a quarter of what pretraining takes, or what suits the adapter"
     )
     template: str = option("auto", "prompt format; auto: chat if the tokenizer has role pieces", TEMPLATES)
-    packing: bool = option(True, "several examples in a row, attention kept inside each")
+    packing: bool | None = option(
+        None, "several examples in a row, attention kept inside each; none: yes, but not with virtual tokens"
+    )
     on_bad_line: str = option("error", "what to do with a line that cannot be read", ("error", "skip"))
     eval_data: str | None = option(
         None, "held-out instructions to answer before and after; none: the bundled ones, if used"
@@ -68,11 +70,12 @@ class Config(options.TuningConfig, TrainingConfig):
 def main() -> int:
     cfg = parse(Config, __doc__)
     check_options(cfg)
+    cfg = check_rows(cfg)
     ranks = distributed.start(cfg.device, cfg.timeout_s)
     micro_batch_size = distributed.micro_batch(cfg.batch_size, cfg.micro_batch_size, ranks.world)
     cfg = dataclasses.replace(cfg, micro_batch_size=micro_batch_size)
     ops.select(cfg.impl)
-    kernels_settled = kernel_check.begin(ranks, base_bits=cfg.base_bits)
+    checking = kernel_check.begin(ranks, base_bits=cfg.base_bits)
 
     # the model to start from, and its tokenizer
     init = starting_model.find_init(cfg)
@@ -91,14 +94,14 @@ def main() -> int:
     if not paths:
         raise UserError(f"--data {cfg.data}: names no file; give one or more .jsonl or .json files, by commas")
     how = dict(seed=cfg.seed, template=cfg.template, packing=cfg.packing, on_bad_line=cfg.on_bad_line)
-    how |= dict(n_virtual=cfg.placeholders)
-    rows = InstructionRows(paths, tokenizer, cfg.seq_len, **how)
+    text_len = cfg.seq_len - cfg.virtual_positions
+    rows = InstructionRows(paths, tokenizer, text_len, **how)
     length = "epochs" if cfg.steps is None else "steps"  # the option that sets the run's length
     end = rows.total_rows(cfg.epochs) if cfg.steps is None else cfg.steps * cfg.batch_size
     cfg = dataclasses.replace(cfg, steps=-(-end // cfg.batch_size))  # the last batch may be short
     held_out = cfg.eval_data or (f"{bundled.FOLDER}/sft_heldout.jsonl" if cfg.data == Config.data else None)
     questions = read_questions(held_out, cfg.eval_rows) if held_out else []
-    held_rows = InstructionRows(held_out, tokenizer, cfg.seq_len, **how) if held_out else None
+    held_rows = InstructionRows(held_out, tokenizer, text_len, **how) if held_out else None
 
     # the run: its folder, and the checkpoint to go on from
     fingerprints = {
@@ -117,7 +120,7 @@ def main() -> int:
         distributed.stop()
         return 0
     this.say(f"configuration:\n{show(cfg)}\n{rows.summary()}")
-    kernels_settled()
+    checking.settle()
     model = starting_model.load_model(cfg, model_config, init, this.source, ranks.device)
     model.checkpoint_activations = cfg.checkpoint_activations
     this.say(f"weights from {this.source or init}")
@@ -132,6 +135,15 @@ def main() -> int:
         conclude(this, before or {}, ask() if questions else {})
     distributed.stop()
     return status
+
+
+def check_rows(cfg: Config) -> Config:
+    """The configuration with `packing` filled in. Virtual tokens stand before one text a row, and take room in it."""
+    cfg.check_one_text_a_row("packing")
+    if cfg.seq_len <= cfg.virtual_positions:
+        beside = f"a row needs at least 1 position beside the virtual tokens of --n_virtual {cfg.n_virtual}"
+        raise UserError(f"--seq_len {cfg.seq_len}: {beside}; raise it")
+    return cfg if cfg.packing is not None else dataclasses.replace(cfg, packing=not cfg.virtual_positions)
 
 
 def next_command(out: str) -> str:

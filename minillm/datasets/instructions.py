@@ -91,16 +91,13 @@ def fit(messages: list[dict], tokenizer, seq_len: int, template: str = "auto") -
 # ---- Examples become X, Y and mask.
 
 
-def collate(
-    rows: list[list[tuple[np.ndarray, np.ndarray]]], width: int, pad_id: int, *, documents: bool, n_virtual: int = 0
-) -> Batch:
+def collate(rows: list[list[tuple[np.ndarray, np.ndarray]]], width: int, pad_id: int, *, documents: bool) -> Batch:
     """Puts examples (ids, learn) of n + 1 tokens each side by side into rows, n positions per example.
 
     This is the only place with the rule: X is an example without its last token, Y without its first, and
     the mask belongs to Y: 1 exactly where Y is an answer token or the eos that ends an answer. Padding is
     pad_id with mask 0. With `documents` the examples of a row are numbered 0, 1, … and its padding has the
-    next number, so that attention keeps them apart. Each example is preceded by `n_virtual` placeholders for
-    virtual tokens, also pad_id with mask 0. Returns a Batch of (len(rows), width).
+    next number, so that attention keeps them apart. Returns a Batch of (len(rows), width).
     """
     x = np.full((len(rows), width), pad_id, dtype=np.int64)
     y = x.copy()
@@ -109,11 +106,10 @@ def collate(
     for row, examples in enumerate(rows):
         start = 0
         for number, (ids, learn) in enumerate(examples):
-            begin = start + n_virtual
-            end = begin + len(ids) - 1
-            x[row, begin:end] = ids[:-1]
-            y[row, begin:end] = ids[1:]
-            mask[row, begin:end] = learn[1:]
+            end = start + len(ids) - 1
+            x[row, start:end] = ids[:-1]
+            y[row, start:end] = ids[1:]
+            mask[row, start:end] = learn[1:]
             numbers[row, start:end] = number
             start = end
         numbers[row, start:] = len(examples)
@@ -144,21 +140,19 @@ class InstructionRows:
         seed: int = 0,
         template: str = "auto",
         packing: bool = True,
-        n_virtual: int = 0,
         on_bad_line: str = "error",
     ):
         """paths: .jsonl or .json files, also .gz. seq_len: the positions of a row. template: auto, chat or
-        simple (Tokenizer.encode_chat). packing: several examples a row. n_virtual: positions before each
-        example that the model's virtual tokens take. on_bad_line: error, or skip and count. Raises UserError.
+        simple (Tokenizer.encode_chat). packing: several examples a row. on_bad_line: error, or skip and count.
+        Raises UserError.
         """
         if on_bad_line not in ("error", "skip"):
             raise UserError(f"on_bad_line is {on_bad_line!r}; choose error or skip")
-        if seq_len < 1 + n_virtual:
-            beside = f" beside the virtual tokens of --n_virtual {n_virtual}" if n_virtual else ""
-            raise UserError(f"--seq_len {seq_len}: a row needs at least 1 position{beside}; raise it")
+        if seq_len < 1:
+            raise UserError(f"--seq_len {seq_len}: a row needs at least 1 position; raise it")
         self.paths = [Path(path) for path in ([paths] if isinstance(paths, str | Path) else paths)]
         self.tokenizer, self.seq_len, self.seed, self.template = tokenizer, seq_len, seed, template
-        self.packing, self.on_bad_line, self.n_virtual = packing, on_bad_line, n_virtual
+        self.packing, self.on_bad_line = packing, on_bad_line
         tokenizer.encode_chat([{"role": "user", "content": ""}], template=template)  # raises if the template is unknown
         self.files = [open_rows(path) for path in self.paths]
         self._scan()
@@ -179,10 +173,10 @@ class InstructionRows:
             epoch, row = divmod(position, self.rows_per_epoch)
             members = [] if end is not None and position >= end else self._epoch(epoch)[row]
             rows.append([self._example(i) for i in members])
-        sizes = [sum(len(ids) - 1 + self.n_virtual for ids, _ in row) for row in rows]
-        longest = max([1 + self.n_virtual, *sizes])  # even a row of padding alone has its placeholders
+        sizes = [sum(len(ids) - 1 for ids, _ in row) for row in rows]
+        longest = max([1, *sizes])
         width = self.seq_len if self.packing else min(self.seq_len, -(-longest // 8) * 8)
-        return collate(rows, width, self.tokenizer.pad_id, documents=self.packing, n_virtual=self.n_virtual)
+        return collate(rows, width, self.tokenizer.pad_id, documents=self.packing)
 
     def total_rows(self, epochs: float) -> int:
         """How many rows these epochs have, rounded up: the `end` of a run, which the script divides into steps."""
@@ -206,7 +200,7 @@ class InstructionRows:
 
     def _positions(self) -> np.ndarray:
         """How many positions of a row each example takes, (n,) int64."""
-        return self.index[:, LENGTH] - 1 + self.n_virtual
+        return self.index[:, LENGTH] - 1
 
     def _epoch(self, epoch: int) -> list[np.ndarray]:
         """The rows of an epoch, each the numbers of its examples: packed, or one example a row."""
@@ -232,7 +226,7 @@ class InstructionRows:
         return self._fit(conversations(parse_line(line))[instance])[:2]
 
     def _fit(self, messages: list[dict]) -> tuple[np.ndarray, np.ndarray, bool]:
-        return fit(messages, self.tokenizer, self.seq_len - self.n_virtual, self.template)
+        return fit(messages, self.tokenizer, self.seq_len, self.template)
 
     def _scan(self) -> None:
         """Reads every row; sets index, ids and learn (empty above KEPT_TOKENS), counts, fingerprint."""
