@@ -13,6 +13,7 @@ The step itself knows nothing of graphs: on a CPU it runs without one, and is te
 import torch
 from torch import Tensor, nn
 
+from minillm.model import ops
 from minillm.model.kv_cache import KVCache
 from minillm.model.transformer import Transformer
 
@@ -67,9 +68,11 @@ class RecordedStep:
         self.hooks = [t for m in _layers(self.model) for t in (m._forward_hooks, m._forward_pre_hooks)]
         self.signature = self._signature()
 
-    def _signature(self) -> list[int]:
-        """Numbers that change when a module is replaced or hooked, or a weight or the cache gets other memory."""
-        parts = [self.cache.keys[0].data_ptr(), len(self.cache.filled)]
+    def _signature(self) -> list:
+        """Values that change when a module is replaced or hooked, a weight or the cache gets other memory, or other ops
+        are selected.
+        """
+        parts = [self.cache.keys[0].data_ptr(), len(self.cache.filled), ops.selected(), self.model.training]
         parts += [len(table) for table in self.hooks]
         for table in self.tables:
             for part in table.values():
