@@ -49,7 +49,9 @@ class Config(options.TuningConfig, TrainingConfig):
     data_dtype: str | None = option(None, "dtype of a raw .bin made elsewhere: uint16 or uint32")
     data_vocab_size: int | None = option(None, "vocabulary size of a raw .bin made elsewhere")
     document_attention: bool | None = option(
-        None, "attention stays inside documents; none: if they are shorter than half a sequence on average"
+        None,
+        "attention stays inside documents; none: if they are shorter than half a sequence on average, but never with "
+        "virtual tokens, which stand before a whole row",
     )
     preset: str = option("tiny", "shape of a new model", tuple(config.PRESETS))
     dim: int | None = option(None, "model width, in place of the preset's")
@@ -72,7 +74,9 @@ class Config(options.TuningConfig, TrainingConfig):
 
 
 def main() -> int:
-    training_config, ranks, finish_kernel_check = begin(parse(Config, __doc__))
+    training_config = parse(Config, __doc__)
+    training_config.check_one_text_a_row("document_attention")
+    training_config, ranks, finish_kernel_check = begin(training_config)
 
     # data: token bins, and the tokenizer beside them
     if training_config.data == bundled.FOLDER and ranks.main:
@@ -82,7 +86,8 @@ def main() -> int:
     bins = [(TokenBins(path, "train", **foreign), weight) for path, weight in parse_mixture(training_config.data)]
     if training_config.document_attention is None:
         short = all(0 < part.mean_document < training_config.seq_len / 2 for part, _ in bins)
-        training_config = dataclasses.replace(training_config, document_attention=short)
+        one_text = training_config.virtual_positions > 0  # they come before a whole row
+        training_config = dataclasses.replace(training_config, document_attention=short and not one_text)
     seq_len, documents = training_config.seq_len, training_config.document_attention
     windows = TokenWindows(bins, seq_len, seed=training_config.seed, documents=documents)
     first = bins[0][0]
@@ -175,8 +180,8 @@ def shape(training_config: Config, vocab_size: int, init: Path | None) -> config
             f"({vocab_size}); give data made with the model's own tokenizer"
         )
     # though attention may stay inside documents, one of them may fill a whole row
-    if training_config.seq_len + training_config.placeholders > chosen.max_seq_len:
-        room = f" and --n_virtual {training_config.placeholders}" if training_config.placeholders else ""
+    if training_config.seq_len + training_config.virtual_positions > chosen.max_seq_len:
+        room = f" and --n_virtual {training_config.virtual_positions}" if training_config.virtual_positions else ""
         how = (
             f"extend the context by --max_seq_len {training_config.seq_len} (see --rope_scaling)"
             if init
@@ -203,7 +208,7 @@ def train(training_config: Config, run: Run, model: Transformer, windows: TokenW
 
     for step in run.steps(state):  # sets the learning rate; after the step saves what is due, stops at a signal
         for positions, last in marked_last(run.micro_batches(step)):
-            batch = windows.batch(positions).with_placeholders(model.n_virtual).to(run.device)
+            batch = windows.batch(positions).to(run.device)
             with gradients_synced(parallel_model, last):
                 with run.autocast():
                     loss = parallel_model(batch.x, batch.y, mask=batch.mask, documents=batch.documents)  # sum of nats

@@ -47,7 +47,7 @@ class Config(options.TuningConfig, TrainingConfig):
     init_from: str = option("out/pretrain", "model folder or run to start from")
     steps: int | None = option(None, "optimizer steps; none: as many as --epochs need")
     epochs: float = option(2.5, "passes over the data, if --steps is not given")
-    seq_len: int = option(256, "tokens per row; longer examples are cut")
+    seq_len: int = option(256, "tokens per row, virtual ones included; longer examples are cut")
     batch_size: int = option(8, "rows per optimizer step, over all ranks")
     lr: float | None = option(
         None, "peak learning rate; none: a quarter of what pretraining takes, or what suits the adapter"
@@ -55,7 +55,9 @@ class Config(options.TuningConfig, TrainingConfig):
     template: str = option(
         "auto", "prompt format; auto: the model folder's own, else chat if there are role pieces", TEMPLATES
     )
-    packing: bool = option(True, "several examples in a row, attention kept inside each")
+    packing: bool | None = option(
+        None, "several examples in a row, attention kept inside each; none: yes, but not with virtual tokens"
+    )
     on_bad_line: str = option("error", "what to do with a line that cannot be read", ("error", "skip"))
     eval_data: str | None = option(
         None, "held-out instructions to answer before and after; none: the bundled ones, if used"
@@ -64,7 +66,7 @@ class Config(options.TuningConfig, TrainingConfig):
 
 
 def main() -> int:
-    training_config, ranks, finish_kernel_check = begin(parse(Config, __doc__))
+    training_config, ranks, finish_kernel_check = begin(choose_packing(parse(Config, __doc__)))
 
     # the model to start from, and its tokenizer
     init = starting_model.find_init(training_config)
@@ -130,16 +132,27 @@ def main() -> int:
     return status
 
 
+def choose_packing(training_config: Config) -> Config:
+    """The options with `packing` filled in. Virtual tokens come before one text a row, and take room in it."""
+    training_config.check_one_text_a_row("packing")
+    n_virtual = training_config.virtual_positions
+    if training_config.seq_len <= n_virtual:
+        beside = f"a row needs at least 1 position beside the virtual tokens of --n_virtual {n_virtual}"
+        raise UserError(f"--seq_len {training_config.seq_len}: {beside}; raise it")
+    if training_config.packing is not None:
+        return training_config
+    return dataclasses.replace(training_config, packing=n_virtual == 0)
+
+
 def read_rows(training_config: Config, paths: list[str], tokenizer: Tokenizer) -> InstructionRows:
     """Instruction files as rows of a batch."""
     return InstructionRows(
         paths,
         tokenizer,
-        training_config.seq_len,
+        training_config.seq_len - training_config.virtual_positions,
         seed=training_config.seed,
         template=training_config.template,
         packing=training_config.packing,
-        n_virtual=training_config.placeholders,
         on_bad_line=training_config.on_bad_line,
     )
 

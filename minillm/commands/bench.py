@@ -4,18 +4,19 @@ Each subcommand is one function that first checks that both sides compute the sa
 and prints medians with the versions and threads they were measured with. `bench tune` is in bench_tune.py.
 """
 
+import contextlib
 import gc
 import statistics
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from minillm.base.device import autocast, peak_flops, pick_device, pick_dtype
 from minillm.base.errors import UserError
@@ -90,8 +91,10 @@ def bench_generate(
     new_tokens = new_tokens or (256 if place.type == "cuda" else 64)
     dtype = pick_dtype("auto", place)
     model = random_model(preset).to(place, dtype)
-    if new_tokens > model.context - prompt_tokens:
-        raise UserError(f"--new_tokens {new_tokens}: choose 1 to {model.context - prompt_tokens}, to fit the context")
+    if new_tokens > model.config.max_seq_len - prompt_tokens:
+        raise UserError(
+            f"--new_tokens {new_tokens}: choose 1 to {model.config.max_seq_len - prompt_tokens}, to fit the context"
+        )
     model.build_rotation()  # its tables stay in fp32
     twin, version = transformers_twin(model)
     twin = twin.to(place, dtype)
@@ -141,34 +144,24 @@ def _power_limit() -> str:
         return "unknown"
 
 
-class PlainDecoder(nn.Module):
-    """The same architecture as one would first write it in PyTorch: what a training step is measured against.
+@contextlib.contextmanager
+def torch_ops() -> Iterator[None]:
+    """Context in which every op of the model is torch's own."""
+    before = ops.selected()
+    ops.select("torch")
+    try:
+        yield
+    finally:
+        ops.select(before)
 
-    Rotary tables made once, torch's own SDPA, rms_norm and cross_entropy; no chunks, no fusion by hand.
+
+def plain_loss(model: Transformer, tokens: Tensor, targets: Tensor) -> Tensor:
+    """The summed loss in nats as one would first write it: the logits of all tokens at once, and torch's cross_entropy.
+
+    By `torch_ops` it is what a training step is measured against: no kernels of our own, no chunks, no fusion by hand.
     """
-
-    def __init__(self, ours: Transformer):
-        super().__init__()
-        self.ours = ours  # its weights, so that both sides compute the same numbers
-
-    def forward(self, tokens, targets):
-        model, c = self.ours, self.ours.config
-        x = model.embed_tokens(tokens)
-        cos, sin = (torch.cat((t, t), -1)[: tokens.shape[1]] for t in (model.cos, model.sin))
-        for layer in model.layers:
-            attention, mlp = layer.self_attn, layer.mlp
-            h = F.rms_norm(x, (c.dim,), layer.input_layernorm.weight, c.norm_eps)
-            shape = (*tokens.shape, -1, c.head_dim)
-            q, k, v = (p(h).view(shape).transpose(1, 2) for p in (attention.q_proj, attention.k_proj, attention.v_proj))
-            q, k = (
-                t * cos + torch.cat((-t[..., c.head_dim // 2 :], t[..., : c.head_dim // 2]), -1) * sin for t in (q, k)
-            )
-            h = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=c.n_heads != c.n_kv_heads)
-            x = x + attention.o_proj(h.transpose(1, 2).reshape(*tokens.shape, -1))
-            h = F.rms_norm(x, (c.dim,), layer.post_attention_layernorm.weight, c.norm_eps)
-            x = x + mlp.down_proj(F.silu(mlp.gate_proj(h)) * mlp.up_proj(h))
-        logits = model.lm_head(F.rms_norm(x, (c.dim,), model.norm.weight, c.norm_eps))
-        return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
+    logits = model.logits(model.hidden(tokens))  # (B, T, V)
+    return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
 
 
 def bench_train(
@@ -188,9 +181,11 @@ def bench_train(
     tokens = torch.randint(0, vocab_size, (rows, seq_len + 1), generator=torch.Generator().manual_seed(0)).to(place)
     x, y = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
     with autocast(place, dtype):
-        losses = [side(x, y).item() for side in (model, PlainDecoder(model))]
-    if abs(losses[0] - losses[1]) > (1e-5 if dtype == torch.float32 else 2e-3) * losses[1]:
-        raise UserError(f"the two sides compute other losses ({losses}), so their speed does not compare")
+        ours = model(x, y).item()
+        with torch_ops():
+            plain = plain_loss(model, x, y).item()
+    if abs(ours - plain) > (1e-5 if dtype == torch.float32 else 2e-3) * plain:
+        raise UserError(f"the two sides compute other losses ({ours}, {plain}), so their speed does not compare")
     print(f"{preset}: {n_parameters(model.config):,} parameters, {dtype}, {machine(place)}")
     print(f"one step of {rows} x {seq_len} tokens, {torch.get_num_threads()} thread(s), medians of {REPEATS}")
     print(ops.describe(place), flush=True)
@@ -218,13 +213,12 @@ def bench_train(
 
         return run
 
-    plain = PlainDecoder(model)
     builds: dict[str, Callable] = {
-        "plain PyTorch": lambda: step_of(model, lambda: plain(x, y)),
+        "plain PyTorch": lambda: step_of(model, lambda: _by_torch(plain_loss, model, x, y)),
         "minillm": lambda: step_of(model, lambda: model(x, y), ours=True),
     }
     if place.type == "cuda":
-        builds |= _gpu_sides(model, plain, step_of, x, y)
+        builds |= _gpu_sides(model, step_of, x, y)
     else:
         builds |= _cpu_sides(model, step_of, x)
     taken, memory = _time_steps(builds, together=place.type != "cuda")
@@ -258,11 +252,17 @@ def _time_steps(builds: dict[str, Callable], together: bool) -> tuple[dict[str, 
     return taken, memory
 
 
-def _gpu_sides(model: Transformer, plain: nn.Module, step_of: Callable, x, y) -> dict[str, Callable]:
+def _by_torch(loss: Callable, *inputs) -> Tensor:
+    """loss(*inputs), with every op torch's own."""
+    with torch_ops():
+        return loss(*inputs)
+
+
+def _gpu_sides(model: Transformer, step_of: Callable, x, y) -> dict[str, Callable]:
     """What people would take instead on a GPU: compiled PyTorch; transformers, also compiled, and with Liger."""
-    our_fast, plain_fast = parallelize.compiled(model), torch.compile(plain)
+    our_fast, plain_fast = parallelize.compiled(model), torch.compile(plain_loss)
     sides = {
-        "plain PyTorch, compiled": lambda: step_of(model, lambda: plain_fast(x, y)),
+        "plain PyTorch, compiled": lambda: step_of(model, lambda: _by_torch(plain_fast, model, x, y)),
         "minillm, compiled": lambda: step_of(model, lambda: our_fast(x, y), ours=True),
     }
     try:

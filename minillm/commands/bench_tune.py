@@ -133,9 +133,8 @@ def _sides(preset: str, options: TuningConfig, x: Tensor, dtype: torch.dtype) ->
         twin = twin and _with_peft(twin, adapter)
     labels = x.clone()
     labels[:, 0] = IGNORED  # PEFT would also learn the first token from the last virtual one
-    placed = F.pad(x, (model.n_virtual, 0))
-    targets = F.pad(labels, (model.n_virtual, 1), value=IGNORED)[:, 1:].contiguous()
-    sides = {"minillm": Side.of(model, lambda: model(placed, targets) / labels[:, 1:].numel(), dtype)}
+    targets = F.pad(labels, (0, 1), value=IGNORED)[:, 1:].contiguous()
+    sides = {"minillm": Side.of(model, lambda: model(x, targets) / labels[:, 1:].numel(), dtype)}
     if twin is not None:
         twin.config.use_cache = False  # of no use in training
         sides["peft"] = Side.of(twin, lambda: twin(input_ids=x, labels=labels).loss, dtype)

@@ -26,6 +26,7 @@ from minillm.tokenizer.chat_template import TEMPLATES
 from minillm.tokenizer.tokenizer import Tokenizer
 from minillm.training import kernel_check
 from minillm.tuning import folders, peft_format
+from minillm.tuning.virtual_tokens import context_of
 
 DEFAULT_RUNS = ("out/sft", "out/pretrain")
 
@@ -144,7 +145,7 @@ def run_generate(args) -> None:
     done = _print_stream(completion.stream(model, tokenizer, ids, args.max_new_tokens, **how), [])
     print()
     if done.reason == "context":
-        print(f"(stopped: the model's context of {model.context} tokens is full)", file=sys.stderr)
+        print(f"(stopped: the model's context of {context_of(model)} tokens is full)", file=sys.stderr)
 
 
 def run_chat(args) -> None:
@@ -176,13 +177,13 @@ def run_chat(args) -> None:
         before, messages = messages, [*messages, {"role": "user", "content": question}]
         if turns is not None:
             del messages[len(opening) : max(len(opening), len(messages) - 2 * turns + 1)]
-        ids, forgotten = _fit(tokenizer, messages, _template(args, folder), model.context, len(opening))
-        if len(ids) >= model.context:
-            print(f"(not asked: its {len(ids)} tokens fill the context of {model.context}; say it in fewer words)")
+        ids, forgotten = _fit(tokenizer, messages, _template(args, folder), context_of(model), len(opening))
+        if len(ids) >= context_of(model):
+            print(f"(not asked: its {len(ids)} tokens fill the context of {context_of(model)}; say it in fewer words)")
             messages = before
             continue
         if forgotten:
-            print(f"(the context of {model.context} tokens is full: {forgotten} earlier messages forgotten)")
+            print(f"(the context of {context_of(model)} tokens is full: {forgotten} earlier messages forgotten)")
         said: list[str] = []
         stops = tokenizer.stop_ids(_template(args, folder))
         stream = completion.stream(model, tokenizer, ids, args.max_new_tokens, sampling=sampling, stop_ids=stops)
@@ -243,9 +244,9 @@ def run_eval(args) -> None:
         raise UserError(f"--data {path}: prepared with another tokenizer than the model's; evaluate the text itself")
     texts = TokenBins(path, "val") if bins else read_text(path, tokenizer, split=args.split, field=args.field)
     trained = _state(folder).get("config", {})
-    seq_len = args.seq_len or min(trained.get("seq_len", 1024), model.context)
-    if seq_len > model.context:
-        raise UserError(f"--seq_len {seq_len}: must lie from 1 to the model's context, {model.context}")
+    seq_len = args.seq_len or min(trained.get("seq_len", 1024), context_of(model))
+    if seq_len > context_of(model):
+        raise UserError(f"--seq_len {seq_len}: must lie from 1 to the model's context, {context_of(model)}")
     alone = trained.get("document_attention", True)  # each document on its own, unless trained otherwise
     validation = Validation(texts, tokenizer, seq_len, args.max_tokens or 1 << 20, alone)
     ranks = Ranks(0, 1, next(model.parameters()).device)

@@ -31,35 +31,27 @@ class Batch(NamedTuple):
     def n_targets(self) -> int:
         return self.y.numel() if self.mask is None else int(self.mask.sum())
 
-    def with_placeholders(self, n: int) -> "Batch":
-        """The batch with n positions (id 0, no targets) before each document, for a model's n virtual tokens.
-
-        Without `documents` each row is one document. Rows become as wide as the one with most documents needs; the
-        others end in padding with mask False.
-
-            n = 2    x           5 6 7 8               documents 3 3 4 6
-                     begins      1 0 1 1
-                     column      2 3 6 9               its own + 2 for each document that has begun
-                     wide x      0 0 5 6 0 0 7 0 0 8   documents 1 1 1 1 2 2 2 3 3 3
-        """
-        if n == 0:
+    def one_text_a_row(self) -> "Batch":
+        """The batch with each document in a row of its own, as wide as the longest; rows end in padding, mask False."""
+        if self.documents is None:
             return self
-        begins = torch.zeros_like(self.x)  # (B, T): 1 where a document begins
-        begins[:, 0] = 1
-        if self.documents is not None:
-            begins[:, 1:] = self.documents[:, 1:] != self.documents[:, :-1]
-        column = torch.arange(self.x.shape[1]) + n * begins.cumsum(1)  # (B, T): where each token goes
-        width = int(column.max()) + 1
+        begins = torch.ones_like(self.x, dtype=torch.bool)
+        begins[:, 1:] = self.documents[:, 1:] != self.documents[:, :-1]
+        index = torch.arange(self.x.shape[1]).expand_as(self.x)
+        columns = index - torch.where(begins, index, 0).cummax(1).values  # position in its document, (B, T)
+        rows = (begins.flatten().cumsum(0) - 1).view_as(self.x)  # (B, T)
+        shape = int(rows[-1, -1]) + 1, int(columns.max()) + 1
 
-        def spread(values: Tensor, columns: Tensor) -> Tensor:
-            """values (B, T) put into these columns of zeros (B, width)."""
-            return values.new_zeros(len(values), width).scatter(1, columns, values)
+        def placed(values: Tensor) -> Tensor:
+            return values.new_zeros(shape).index_put((rows, columns), values)
 
         mask = torch.ones_like(self.x, dtype=torch.bool) if self.mask is None else self.mask
-        documents = None
-        if self.documents is not None:  # numbered anew; a document begins with its placeholders
-            documents = spread(begins, column - n).cumsum(1).int()
-        return Batch(spread(self.x, column), spread(self.y, column), spread(mask, column), documents)
+        return Batch(placed(self.x), placed(self.y), placed(mask))
+
+    def split(self, n_rows: int) -> "list[Batch]":
+        """The batch as batches of at most so many rows."""
+        starts = range(0, len(self.x), n_rows)
+        return [Batch(*(None if t is None else t[start : start + n_rows] for t in self)) for start in starts]
 
 
 def shifted(rows: np.ndarray, mask: np.ndarray | None = None, documents: np.ndarray | None = None) -> Batch:

@@ -111,16 +111,13 @@ def fit(messages: list[dict], tokenizer, seq_len: int, template: str = "auto") -
 # ---- Samples become X, Y and mask.
 
 
-def collate(
-    rows: list[list[tuple[np.ndarray, np.ndarray]]], width: int, pad_id: int, *, documents: bool, n_virtual: int = 0
-) -> Batch:
+def collate(rows: list[list[tuple[np.ndarray, np.ndarray]]], width: int, pad_id: int, *, documents: bool) -> Batch:
     """Puts samples (ids, learn) of n + 1 tokens each side by side into rows, n positions per sample.
 
     This is the only place with the rule: X is a sample without its last token, Y without its first, and
     the mask belongs to Y: 1 exactly where Y is an answer token or the eos that ends an answer. Padding is
     pad_id with mask 0. With `documents` the samples of a row are numbered 0, 1, … and its padding has the
-    next number, so that attention keeps them apart. Each sample is preceded by `n_virtual` placeholders for
-    virtual tokens, also pad_id with mask 0. Returns a Batch of (len(rows), width).
+    next number, so that attention keeps them apart. Returns a Batch of (len(rows), width).
     """
     shape = (len(rows), width)  # (B, T)
     x = np.full(shape, pad_id, dtype=np.int64)
@@ -130,11 +127,10 @@ def collate(
     for row, samples in enumerate(rows):
         start = 0
         for number, (ids, learn) in enumerate(samples):
-            begin = start + n_virtual
-            end = begin + len(ids) - 1
-            x[row, begin:end] = ids[:-1]
-            y[row, begin:end] = ids[1:]
-            mask[row, begin:end] = learn[1:]
+            end = start + len(ids) - 1
+            x[row, start:end] = ids[:-1]
+            y[row, start:end] = ids[1:]
+            mask[row, start:end] = learn[1:]
             numbers[row, start:end] = number
             start = end
         numbers[row, start:] = len(samples)
@@ -178,18 +174,16 @@ class InstructionRows:
         seed: int = 0,
         template: str = "auto",
         packing: bool = True,
-        n_virtual: int = 0,
         on_bad_line: str = "error",
     ):
         """paths: .jsonl or .json files, also .gz. seq_len: the positions of a row. template: auto, chat or
-        simple (Tokenizer.encode_chat). packing: several samples a row. n_virtual: positions before each
-        sample that the model's virtual tokens take. on_bad_line: error, or skip and count. Raises UserError.
+        simple (Tokenizer.encode_chat). packing: several samples a row. on_bad_line: error, or skip and count.
+        Raises UserError.
         """
         if on_bad_line not in ("error", "skip"):
             raise UserError(f"on_bad_line is {on_bad_line!r}; choose error or skip")
-        if seq_len < 1 + n_virtual:
-            beside = f" beside the virtual tokens of --n_virtual {n_virtual}" if n_virtual else ""
-            raise UserError(f"--seq_len {seq_len}: a row needs at least 1 position{beside}; raise it")
+        if seq_len < 1:
+            raise UserError(f"--seq_len {seq_len}: a row needs at least 1 position; raise it")
         tokenizer.encode_chat([{"role": "user", "content": ""}], template=template)  # raises if the template is unknown
         self.paths = [Path(paths)] if isinstance(paths, str | Path) else [Path(path) for path in paths]
         self.tokenizer = tokenizer
@@ -197,7 +191,6 @@ class InstructionRows:
         self.seed = seed
         self.template = template
         self.packing = packing
-        self.n_virtual = n_virtual
         self.on_bad_line = on_bad_line
 
         self.files = [open_rows(path) for path in self.paths]
@@ -224,10 +217,10 @@ class InstructionRows:
 
         width = self.seq_len
         if not self.packing:
-            widths = [sum(len(ids) - 1 + self.n_virtual for ids, _ in row) for row in rows]
-            longest = max([1 + self.n_virtual, *widths])  # even a row of padding alone has its placeholders
+            widths = [sum(len(ids) - 1 for ids, _ in row) for row in rows]
+            longest = max([1, *widths])  # even a row of padding alone has a position
             width = min(self.seq_len, 8 * math.ceil(longest / 8))
-        return collate(rows, width, self.tokenizer.pad_id, documents=self.packing, n_virtual=self.n_virtual)
+        return collate(rows, width, self.tokenizer.pad_id, documents=self.packing)
 
     def total_rows(self, epochs: float) -> int:
         """How many rows these epochs have, rounded up: the `end` of a run, which the script divides into steps."""
@@ -255,7 +248,7 @@ class InstructionRows:
 
     def _widths(self) -> np.ndarray:
         """How many positions of a row each sample takes, (n,) int64."""
-        return self.index["length"].astype(np.int64) - 1 + self.n_virtual
+        return self.index["length"].astype(np.int64) - 1
 
     def _epoch(self, epoch: int) -> list[np.ndarray]:
         """The rows of an epoch, each the numbers of its samples: packed, or one sample a row."""
@@ -286,7 +279,7 @@ class InstructionRows:
         return ids, learn
 
     def _fit(self, messages: list[dict]) -> tuple[np.ndarray, np.ndarray, bool]:
-        return fit(messages, self.tokenizer, self.seq_len - self.n_virtual, self.template)
+        return fit(messages, self.tokenizer, self.seq_len, self.template)
 
     # ---- The first pass.
 

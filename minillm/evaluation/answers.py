@@ -9,6 +9,7 @@ from minillm.generation.completion import generate
 from minillm.generation.sampling import GREEDY
 from minillm.model.transformer import Transformer
 from minillm.tokenizer.tokenizer import Tokenizer
+from minillm.tuning.virtual_tokens import context_of
 
 ASKED_AT_ONCE = 128  # questions per batch
 LONGEST_ANSWER = 64  # tokens, unless the caller says otherwise
@@ -34,7 +35,7 @@ def answers(
     stop_ids = tokenizer.stop_ids(template)
 
     # in order of length, so that the prompts of a batch need little padding
-    fitting = [i for i, prompt in enumerate(prompts) if len(prompt) < model.context]
+    fitting = [i for i, prompt in enumerate(prompts) if len(prompt) < context_of(model)]
     fitting.sort(key=lambda i: len(prompts[i]))
     for begin in range(0, len(fitting), ASKED_AT_ONCE):
         asked = fitting[begin : begin + ASKED_AT_ONCE]
@@ -61,7 +62,7 @@ def exact_match(
     conversations = [row["messages"][:-1] for row in questions]
     texts = answers(model, tokenizer, conversations, template=template, max_new_tokens=max_new_tokens)
     if too_long := texts.count(None):
-        print(f"{too_long} of {len(texts)} questions fill the context of {model.context} tokens: counted as wrong")
+        print(f"{too_long} of {len(texts)} questions fill the context of {context_of(model)} tokens: counted as wrong")
     scores: dict[str, tuple[int, int]] = {}
     for row, text in zip(questions, texts, strict=True):
         family = str(row.get("family", "all"))  # perhaps a number

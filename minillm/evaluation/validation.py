@@ -24,6 +24,7 @@ from minillm.datasets.windows import validation_part
 from minillm.distributed.ranks import Ranks
 from minillm.model.transformer import Transformer
 from minillm.tokenizer.tokenizer import Tokenizer
+from minillm.tuning.virtual_tokens import virtual_tokens
 
 ROWS = 16  # rows per batch
 
@@ -121,8 +122,9 @@ class Validation:
 
         The ranks share the work. autocast: a context to compute in.
         """
-        batches = self.part.batches(ROWS, self.documents, self.start_id)
-        batches = [batch.with_placeholders(model.n_virtual) for batch in batches]
+        batches = list(self.part.batches(ROWS, self.documents, self.start_id))
+        if virtual_tokens(model) is not None:  # they stand before one text a row
+            batches = [part for batch in batches for part in batch.one_text_a_row().split(ROWS)]
         nats, n_targets = shared_loss(model, batches, ranks, autocast)
         scores = {"val_loss": nats / n_targets}
         if self.n_bytes:

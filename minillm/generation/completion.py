@@ -7,19 +7,20 @@ depend on the other rows. See docs/generation.md.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from minillm.base.errors import UserError
-from minillm.generation.decoder import Decoder, is_plain
-from minillm.generation.decoder_cuda import GraphDecoder
+from minillm.generation.recorded_step import RecordedStep, next_logits
 from minillm.generation.sampling import GREEDY, Sampling, pick, random_numbers
 from minillm.model import ops
 from minillm.model.kv_cache import KVCache
 from minillm.model.transformer import Transformer
 from minillm.tokenizer.tokenizer import StreamDecoder
+from minillm.tuning.virtual_tokens import context_of, virtual_tokens
 
 
 class Completion(NamedTuple):
@@ -37,7 +38,7 @@ def check_prompts(model: Transformer, prompts: Sequence[Sequence[int]], max_new_
     """Raise UserError for prompts that nothing can be generated from."""
     if max_new_tokens < 1:
         raise UserError(f"--max_new_tokens {max_new_tokens}: must be at least 1")
-    vocab, context = model.config.vocab_size, model.context
+    vocab, context = model.config.vocab_size, context_of(model)
     for row, prompt in enumerate(prompts):
         if not len(prompt):
             raise UserError(f"prompt {row}: is empty; begin it with the tokenizer's bos")
@@ -53,32 +54,31 @@ def check_prompts(model: Transformer, prompts: Sequence[Sequence[int]], max_new_
             )
 
 
-def prefill(model: Transformer, prompts: Sequence[Sequence[int]], room: int) -> tuple[KVCache, Tensor]:
-    """A cache with `room` more slots that has read the prompts, and the logits (B, V) after each.
+def prefill(model: Transformer, prompts: Sequence[Sequence[int]], max_len: int) -> tuple[KVCache, Tensor]:
+    """A cache for `max_len` tokens a row that has read the prompts, and the logits (B, V) after each.
 
-    Shorter prompts are padded on the left, so all end in the same slot; padding is never seen. Before each
-    prompt stand the placeholders of the model's virtual tokens.
+    Shorter prompts are padded on the right. No token sees a later one, so padding changes nothing; the cache then
+    forgets it. The model's virtual tokens come before each prompt, and are not counted in `max_len`.
     """
-    weight = model.embed_tokens.weight
-    prompts = [[0] * model.n_virtual + list(prompt) for prompt in prompts]
-    longest = max(map(len, prompts))
-    lacking = [longest - len(prompt) for prompt in prompts]
-    padding = torch.tensor(lacking, device=weight.device) if any(lacking) else None
-    rows = [[0] * n + prompt for n, prompt in zip(lacking, prompts, strict=True)]
-    where = dict(device=weight.device, dtype=weight.dtype)
-    cache = KVCache(model.config, len(prompts), longest + room, padding=padding, **where)
-    hidden = model.hidden(torch.tensor(rows, device=weight.device), cache=cache)
-    logits = model.logits(hidden[:, -1])
+    weight, virtual = model.embed_tokens.weight, virtual_tokens(model)
+    n_virtual = 0 if virtual is None else virtual.n
+    cache = KVCache(model.config, len(prompts), n_virtual + max_len, device=weight.device, dtype=weight.dtype)
+    if virtual is not None:
+        virtual.fill(model, cache)
+    lengths = [len(prompt) for prompt in prompts]
+    padded = [[*prompt, *[0] * (max(lengths) - len(prompt))] for prompt in prompts]
+    hidden = model.hidden(torch.tensor(padded, device=weight.device), cache=cache)  # (B, T, C)
+    cache.shorten([n_virtual + length for length in lengths])
+    last = torch.tensor(lengths, device=weight.device) - 1
+    logits = model.logits(hidden[torch.arange(len(prompts), device=weight.device), last])  # (B, V)
     if not torch.isfinite(logits).all():
         raise UserError("the model's logits are not finite: its weights are damaged or its dtype too narrow")
     return cache, logits
 
 
-def _decoder(model: Transformer, cache: KVCache) -> Decoder | GraphDecoder | None:
-    """The fast decoder for the steps after the prefill; None: only the model itself can do them."""
-    if not is_plain(model) or ops.selected() == "reference":
-        return None
-    return GraphDecoder(model, cache) if ops.fused(cache.keys[0]) else Decoder(model, cache)
+def is_recorded(cache: KVCache) -> bool:
+    """Whether the steps after a prefill are recorded (recorded_step.py): where our own kernels compute."""
+    return ops.fused(cache.keys[0])
 
 
 def _start_copy(tokens: Tensor) -> Callable[[], list[int]]:
@@ -93,6 +93,34 @@ def _start_copy(tokens: Tensor) -> Callable[[], list[int]]:
         return host.tolist()
 
     return arrived
+
+
+class _Drawing:
+    """Draws the next token of each row still in the cache: `pick`, with the row's own numbers and history."""
+
+    def __init__(self, sampling: Sampling, prompts: Sequence[Sequence[int]], n_steps: int, logits: Tensor):
+        self.sampling = sampling
+        self.uniform: Tensor | None = None  # (B, n_steps), what each row draws with at each step
+        self.seen: Tensor | None = None  # (B, V) bool, ids in prompt or answer
+        if sampling.temperature > 0:
+            self.uniform = random_numbers(sampling.seed, range(len(prompts)), n_steps, logits.device)
+        if sampling.repetition_penalty != 1:
+            self.seen = torch.zeros_like(logits, dtype=torch.bool)
+            for row, prompt in enumerate(prompts):
+                self.seen[row, list(prompt)] = True
+
+    def tokens(self, logits: Tensor, step: int) -> Tensor:
+        """The next token of each row, (B,) int64, from its logits (B, V)."""
+        uniform = None if self.uniform is None else self.uniform[:, step]
+        tokens = pick(logits, self.sampling, uniform, self.seen)
+        if self.seen is not None:
+            self.seen[torch.arange(len(tokens), device=tokens.device), tokens] = True
+        return tokens
+
+    def keep(self, rows: Tensor) -> None:
+        """Drop all rows but these, (n,) int64."""
+        self.uniform = None if self.uniform is None else self.uniform[rows]
+        self.seen = None if self.seen is None else self.seen[rows]
 
 
 def steps(
@@ -110,49 +138,42 @@ def steps(
     is full. Ended rows are dropped from the cache once they are half of it.
     """
     check_prompts(model, prompts, max_new_tokens)
-    device, context = model.embed_tokens.weight.device, model.context
+    context = context_of(model)
     limits = [min(max_new_tokens, context - len(prompt)) for prompt in prompts]
     was_training = model.training
     model.eval()
     try:
-        longest = max(map(len, prompts))
-        cache, logits = prefill(model, prompts, min(max(limits), context - longest))
-        decoder = _decoder(model, cache)
-        ahead = isinstance(decoder, GraphDecoder)  # the GPU computes the next step while the CPU looks at this one
+        max_len = max(len(prompt) + limit for prompt, limit in zip(prompts, limits, strict=True))
+        cache, logits = prefill(model, prompts, max_len)
+        drawing = _Drawing(sampling, prompts, max(limits), logits)
+        ahead = is_recorded(cache)  # a GPU computes the next step while the CPU looks at this one
+        step = RecordedStep(model, cache).step if ahead else partial(next_logits, model, cache)
         rows = list(range(len(prompts)))  # the cache's; those that ended are no longer in `alive`
-        alive, seen, uniform = set(rows), None, None
-        if sampling.temperature > 0:
-            uniform = random_numbers(sampling.seed, rows, max(limits), device)
-        if sampling.repetition_penalty != 1:
-            seen = torch.zeros_like(logits, dtype=torch.bool)
-            for row, prompt in enumerate(prompts):
-                seen[row, list(prompt)] = True
-        for step in range(max(limits)):
-            tokens = pick(logits, sampling, None if uniform is None else uniform[:, step], seen)
+        alive = set(rows)
+        for number in range(max(limits)):
+            tokens = drawing.tokens(logits, number)
             arrived = _start_copy(tokens)
-            early = ahead and step + 1 < max(limits) and cache.length < cache.max_len
+            early = ahead and number + 1 < max(limits) and cache.longest < cache.max_len
             if early:
-                logits = decoder.step(tokens)
-            pairs = [(r, t) for r, t in zip(rows, arrived(), strict=True) if r in alive]
+                logits = step(tokens)
+
+            # what this step said, and which rows end with it
+            pairs = [(row, token) for row, token in zip(rows, arrived(), strict=True) if row in alive]
             yield pairs
-            alive -= {r for r, t in pairs if ended(r, t) or step + 1 == limits[r]}
+            alive -= {row for row, token in pairs if ended(row, token) or number + 1 == limits[row]}
             if not alive:
                 return
-            if seen is not None:
-                seen[torch.arange(len(rows), device=device), tokens] = True
-            if (cache.length == cache.max_len and not early) or 2 * len(alive) <= len(rows):
-                kept = torch.tensor([i for i, r in enumerate(rows) if r in alive], device=device)
-                rows = [r for r in rows if r in alive]
+
+            # rows that ended go when they are half of the cache, or when it has no room for another of their tokens
+            full = cache.longest == cache.max_len and not early
+            if full or 2 * len(alive) <= len(rows):
+                kept = torch.tensor([i for i, row in enumerate(rows) if row in alive], device=tokens.device)
+                rows = [row for row in rows if row in alive]
                 cache.keep(kept)
+                drawing.keep(kept)
                 tokens, logits = tokens[kept], logits[kept]
-                uniform = None if uniform is None else uniform[kept]
-                seen = None if seen is None else seen[kept]
-            if early:
-                continue
-            if decoder is not None:
-                logits = decoder.step(tokens)
-            else:
-                logits = model.logits(model.hidden(tokens[:, None], cache=cache))[:, -1]
+            if not early:
+                logits = step(tokens)
     finally:
         model.train(was_training)
 

@@ -6,7 +6,9 @@ torch      torch's own fused ops
 reference  the specification in `kernels/reference.py`: slow, to read and to compare with
 """
 
+import functools
 import importlib.util
+import math
 import os
 import shutil
 import sysconfig
@@ -129,8 +131,32 @@ def describe(device: torch.device) -> str:
     return f"ops: torch (attention: scaled_dot_product_attention; norm: rms_norm; loss: cross_entropy in chunks){why}"
 
 
+def _is_step(x: Tensor) -> bool:
+    """Whether x (B, 1, …) is one token a row of generation in fp32 on a CPU.
+
+    There a call costs more than the numbers in it, so some ops have a form with fewer calls.
+    """
+    few = x.shape[1] == 1 and x.is_cpu and x.dtype == torch.float32
+    return few and not torch.is_grad_enabled() and _selected not in ("reference", "triton")
+
+
+@functools.cache
+def _norm_constants(width: int, eps: float) -> tuple[Tensor, Tensor]:
+    return torch.tensor(math.sqrt(width * eps)), torch.tensor(1 / math.sqrt(width))
+
+
+def _rms_norm_of_step(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x w / √(|x|²/C + ε) = x w / (hypot(|x|, √(Cε)) / √C), in five calls; torch's own makes ten."""
+    smallest, scale = _norm_constants(x.shape[-1], eps)
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)  # |x|, (…, 1)
+    rms = norm.hypot_(smallest).mul_(scale)
+    return (x * weight).div_(rms)
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """See `kernels.reference.rms_norm`."""
+    if _is_step(x):
+        return _rms_norm_of_step(x, weight, eps)
     if fused(x):
         return _triton.rms_norm.rms_norm(x, weight, eps, product_dtype(x))
     if _selected == "reference":
@@ -146,21 +172,39 @@ def add_rms_norm(x: Tensor, delta: Tensor, weight: Tensor, eps: float) -> tuple[
     return x, rms_norm(x, weight, eps)
 
 
+def rotation(cos: Tensor, sin: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """The angles of a forward pass in the form that `rope` is quickest with, for all layers.
+
+    cos, sin: (T, D/2) or (B, T, D/2), fp32, of the tokens' positions. dtype: of queries and keys. Usually (cos, sin)
+    themselves; of a step of generation one matrix, (D, D), or one for each row, (B, 1, D, D), that turns by a product:
+
+        (x₁ x₂) [  cos  sin ]  =  (x₁ cos − x₂ sin,  x₂ cos + x₁ sin)          cos and sin as diagonal matrices
+                [ −sin  cos ]
+    """
+    if dtype != torch.float32 or not _is_step(cos if cos.dim() == 3 else cos[None]):
+        return cos, sin
+    if cos.dim() == 2:
+        cos, sin = cos[0], sin[0]
+    cos, sin = torch.diag_embed(cos), torch.diag_embed(sin)  # (…, D/2, D/2)
+    return (torch.cat((torch.cat((cos, sin), -1), torch.cat((-sin, cos), -1)), -2),)
+
+
 def rope(
     q: Tensor,
     k: Tensor,
-    cos: Tensor,
-    sin: Tensor,
+    angles: tuple[Tensor, ...],
     q_weight: Tensor | None = None,
     k_weight: Tensor | None = None,
     eps: float = 1e-6,
 ) -> tuple[Tensor, Tensor]:
-    """See `kernels.reference.rope`."""
+    """See `kernels.reference.rope`; angles: from `rotation`. With weights, queries and keys are normed before."""
     if fused(q):
-        return _triton.rope.rope(q, k, cos, sin, q_weight, k_weight, eps)
+        return _triton.rope.rope(q, k, *angles, q_weight, k_weight, eps)
     if q_weight is not None:
         q, k = rms_norm(q, q_weight, eps), rms_norm(k, k_weight, eps)
-    return reference.rope(q, k, cos, sin)
+    if len(angles) == 1:
+        return q @ angles[0], k @ angles[0]
+    return reference.rope(q, k, *angles)
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
@@ -183,9 +227,16 @@ def attention(
     spans: Tensor | None = None,
     softcap: float | None = None,
     scale: float | None = None,
+    ends: Tensor | None = None,
 ) -> Tensor:
-    """See `kernels.reference.attention`; the output alone."""
+    """See `kernels.reference.attention`; the output alone.
+
+    ends: (B,) int64, where k and v are a cache whose rows have lengths of their own: row b's keys are the slots
+    j < ends[b], and its queries stand at the last of them. Causal, with no spans and no gradient.
+    """
     options = dict(causal=causal, window=window, spans=spans, softcap=softcap, scale=scale)
+    if ends is not None:
+        return _cached_attention(q, k, v, ends, options)
     if fused(q):
         dtype = product_dtype(q)
         return _triton.attention.attention(q.to(dtype), k.to(dtype), v.to(dtype), **options)
@@ -216,21 +267,33 @@ def attention(
     return out.transpose(1, 2)
 
 
-def decode_attention(q: Tensor, k: Tensor, v: Tensor, begin: Tensor, end: Tensor, window: int | None = None) -> Tensor:
-    """Attention of the newest Tq tokens, q (B, Tq, H, D), over a whole cache, k and v (B, Tmax, K, D); no gradient.
+MOST_QUERIES, LARGEST_HEAD = 16, 256  # of our decode kernel
 
-    begin, end: (B,) int32 or int64 on q's device: row b's keys are the slots begin[b] ≤ j < end[b], and its query t
-    stands at slot end[b] − Tq + t. All that changes from step to step is on the device. Returns (B, Tq, H, D).
-    """
-    if fused(q):
-        return _triton.decode_attention.decode_attention(q, k, v, begin=begin, end=end, window=window)
+
+def _cached_attention(q: Tensor, k: Tensor, v: Tensor, ends: Tensor, options: dict) -> Tensor:
+    """`attention` where each row's keys end at a slot of its own. What changes from step to step is on the device."""
+    window, softcap, scale = (options[name] for name in ("window", "softcap", "scale"))
+    if options["spans"] is not None or not options["causal"]:
+        raise ValueError("attention over a cache whose rows end at slots of their own is causal, and has no spans")
+    if fused(q) and q.shape[1] <= MOST_QUERIES and q.shape[3] <= LARGEST_HEAD:
+        how = dict(window=window, softcap=softcap, scale=scale)
+        return _triton.decode_attention.decode_attention(q.to(k.dtype), k, v, end=ends, **how)
+    if _selected == "reference" or softcap is not None:
+        rows = range(len(q))
+        each = [(q[b : b + 1], k[b : b + 1, : ends[b]], v[b : b + 1, : ends[b]]) for b in rows]
+        return torch.cat([reference.attention(*row, **options)[0] for row in each])
     slots = torch.arange(k.shape[1], device=q.device)
-    own = end[:, None, None] - q.shape[1] + slots[: q.shape[1], None]  # (B, Tq, 1)
-    seen = (slots >= begin[:, None, None]) & (slots <= own)
+    own = ends[:, None, None] - q.shape[1] + slots[: q.shape[1], None]  # (B, Tq, 1): the slot of each query
+    seen = slots <= own  # (B, Tq, Tk)
     if window is not None:
         seen = seen & (slots > own - window)
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=seen[:, None], enable_gqa=q.shape[1] != k.shape[1])
+    groups = q.shape[2] // k.shape[2]
+    if groups > 1 and q.is_cuda:  # torch has no fused CUDA kernel for a mask and grouped heads
+        k, v = k.repeat_interleave(groups, dim=2), v.repeat_interleave(groups, dim=2)
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, heads, T, D)
+    out = F.scaled_dot_product_attention(
+        q, k, v, attn_mask=seen[:, None], scale=scale, enable_gqa=bool(q.shape[1] != k.shape[1])
+    )
     return out.transpose(1, 2)
 
 
@@ -258,8 +321,17 @@ def matrices(layer: nn.Module) -> list[tuple[Tensor, Tensor | None]] | None:
     return layer.matrices() if hasattr(layer, "matrices") else None
 
 
+def _linear_of_step(x: Tensor, layer: nn.Module) -> Tensor:
+    """layer(x), past what a call of a module costs where that does no more than its product."""
+    if type(layer) is not nn.Linear or layer._forward_hooks or layer._forward_pre_hooks:
+        return layer(x)
+    return F.linear(x, layer._parameters["weight"], layer._parameters["bias"])
+
+
 def linears(x: Tensor, *layers: nn.Module) -> tuple[Tensor, ...]:
     """The outputs of linear layers that share one input x (…, C); under autocast in its dtype."""
+    if _is_step(x):
+        return tuple([_linear_of_step(x, layer) for layer in layers])
     trains_fused = fused(x) and torch.is_grad_enabled()
     pairs = [matrices(layer) for layer in layers] if trains_fused else [None]  # of each layer: its (W, b), …
     if not all(pairs):

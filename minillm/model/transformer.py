@@ -6,9 +6,9 @@ Modules have the names of Hugging Face's Llama, so that a state dict can be save
 """
 
 import math
+from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -17,6 +17,14 @@ from minillm.model import ops
 from minillm.model.config import ModelConfig
 from minillm.model.kv_cache import KVCache
 from minillm.model.rope import rotary_tables
+
+
+class Placement(NamedTuple):
+    """Where the tokens of a forward pass stand: what every layer has to know of them besides their states."""
+
+    rotation: tuple[Tensor, ...] | None  # the angles of their positions; None: learned positions, in the states already
+    spans: Tensor | None  # (B, T, 2), first and one past the last token of each token's document; None: one text a row
+    cache: KVCache | None  # what stands before them
 
 
 class RMSNorm(nn.Module):
@@ -38,9 +46,10 @@ class RMSNorm(nn.Module):
 class Attention(nn.Module):
     """Causal self-attention with grouped key/value heads and rotary positions."""
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig, layer: int):
+        """layer: the number of the layer it is in, from 0; its keys and values are there in a cache."""
         super().__init__()
-        self.config = config
+        self.config, self.layer = config, layer
         q_dim, kv_dim = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
         self.q_proj = nn.Linear(config.dim, q_dim, bias=config.qkv_bias)
         self.k_proj = nn.Linear(config.dim, kv_dim, bias=config.qkv_bias)
@@ -50,23 +59,24 @@ class Attention(nn.Module):
             self.q_norm = RMSNorm(config.head_dim, config.norm_eps)
             self.k_norm = RMSNorm(config.head_dim, config.norm_eps)
 
-    def forward(self, x: Tensor, rotation, spans: Tensor | None, cache: KVCache | None, layer: int, prefix) -> Tensor:
+    def forward(self, x: Tensor, placement: Placement) -> Tensor:
         batch, length, _ = x.shape
+        rotation, spans, cache = placement
         q, k, v = ops.linears(x, self.q_proj, self.k_proj, self.v_proj)
         q = q.view(batch, length, self.config.n_heads, self.config.head_dim)  # (B, T, H, D)
         k = k.view(batch, length, self.config.n_kv_heads, self.config.head_dim)  # (B, T, K, D)
         v = v.view(batch, length, self.config.n_kv_heads, self.config.head_dim)
         if rotation is not None and self.config.qk_norm:
-            q, k = ops.rope(q, k, *rotation, self.q_norm.weight, self.k_norm.weight, self.config.norm_eps)
+            q, k = ops.rope(q, k, rotation, self.q_norm.weight, self.k_norm.weight, self.config.norm_eps)
         elif rotation is not None:
-            q, k = ops.rope(q, k, *rotation)
+            q, k = ops.rope(q, k, rotation)
         elif self.config.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
-        if prefix is not None:
-            k, v = prefix(layer, k, v)
+        ends = None
         if cache is not None:
-            k, v = cache.update(layer, k, v)  # (B, Tk, K, D): all tokens so far
-        out = ops.attention(q, k, v, causal=True, window=self.config.window, spans=spans)
+            k, v = cache.update(self.layer, k, v)  # (B, Tk, K, D): the tokens before these, and these
+            ends = cache.ends
+        out = ops.attention(q, k, v, causal=True, window=self.config.window, spans=spans, ends=ends)
         return ops.linears(out.reshape(batch, length, -1), self.o_proj)[0]  # (B, T, H·D) → (B, T, C)
 
 
@@ -87,27 +97,26 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """One layer: attention, then the feed-forward network, each on a normed input, each added back.
 
-    What is to be added is passed on to the next norm, so that addition and norm are one op: with residual stream x,
-    x₁ = x + delta, x₂ = x₁ + attention(norm(x₁)), and mlp(norm(x₂)) is the delta of the next layer.
+        x = x + attention(norm(x))
+        x = x + mlp(norm(x))
+
+    Each addition is put off until the next norm, since the two are one op: `after_adding` gives x + delta and the norm
+    of that. So a layer returns the stream x and what is still to be added to it, and the next layer, or the model's
+    last norm, begins with that addition.
     """
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
         self.input_layernorm = RMSNorm(config.dim, config.norm_eps)
-        self.self_attn = Attention(config)
+        self.self_attn = Attention(config, layer)
         self.post_attention_layernorm = RMSNorm(config.dim, config.norm_eps)
         self.mlp = MLP(config)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
 
-    def forward(
-        self, x: Tensor, delta: Tensor | None, rotation, spans: Tensor | None, cache: KVCache | None, layer: int, prefix
-    ) -> tuple[Tensor, Tensor]:
-        """x, delta: (B, T, C), delta not yet added (None: nothing). Returns the next x and delta.
-
-        prefix: a function (layer, k, v) → (k, v) that puts virtual tokens into keys and values, or None.
-        """
+    def forward(self, x: Tensor, delta: Tensor | None, placement: Placement) -> tuple[Tensor, Tensor]:
+        """x, delta: (B, T, C), delta not yet added (None: nothing). Returns the next x and delta."""
         x, normed = self.input_layernorm.after_adding(x, delta)
-        delta = self.dropout(self.self_attn(normed, rotation, spans, cache, layer, prefix))
+        delta = self.dropout(self.self_attn(normed, placement))
         x, normed = self.post_attention_layernorm.after_adding(x, delta)
         return x, self.dropout(self.mlp(normed))
 
@@ -121,12 +130,11 @@ class Transformer(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.dim)
         if config.positions == "learned":
             self.embed_positions = nn.Embedding(config.max_seq_len, config.dim)
-        self.dropout = nn.Dropout(config.dropout)
-        self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layers))
+        self.dropout = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
+        self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
         self.lm_head = nn.Linear(config.dim, config.vocab_size, bias=False)
         self.checkpoint_activations = False  # True: recompute each layer in the backward pass, to save memory
-        self.virtual: nn.Module | None = None  # trained vectors before each document (tuning/virtual.py)
         self.tie()
         self.build_rotation()
 
@@ -141,16 +149,6 @@ class Transformer(nn.Module):
             cos, sin = rotary_tables(self.config, self.embed_tokens.weight.device)
             self.register_buffer("cos", cos, persistent=False)
             self.register_buffer("sin", sin, persistent=False)
-
-    @property
-    def n_virtual(self) -> int:
-        """How many placeholders each document must begin with: one for each of the model's virtual tokens."""
-        return 0 if self.virtual is None else self.virtual.n
-
-    @property
-    def context(self) -> int:
-        """How many tokens the model can read and write: max_seq_len minus its virtual tokens."""
-        return self.config.max_seq_len - self.n_virtual
 
     @torch.no_grad()
     def init_weights(self, seed: int = 0) -> None:
@@ -200,65 +198,60 @@ class Transformer(nn.Module):
 
         tokens, targets: (B, T) int64. mask: (B, T) bool, True where a target counts (None: everywhere).
         documents: (B, T) int32, non-decreasing along a row; attention and positions stay inside a document.
-        cache: what came before; it grows by these T tokens. With virtual tokens each document begins with `n_virtual`
-        placeholders of any id, whose logits mean nothing.
+        cache: what stands before each row; it grows by these T tokens.
         """
         hidden = self.hidden(tokens, documents=documents, cache=cache)
-        skipped = tokens.shape[1] - hidden.shape[1]
         if targets is None:
-            return F.pad(self.logits(hidden), (0, 0, skipped, 0))
-        flat_mask = None if mask is None else mask[:, skipped:].flatten()
+            return self.logits(hidden)
+        flat_mask = None if mask is None else mask.flatten()
         return ops.linear_cross_entropy(
-            hidden.flatten(0, 1), self.lm_head.weight, targets[:, skipped:].flatten(), flat_mask, self.config.softcap
+            hidden.flatten(0, 1), self.lm_head.weight, targets.flatten(), flat_mask, self.config.softcap
         )
 
     def hidden(self, tokens: Tensor, *, documents: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
-        """The final normed states (B, T, C), from which logits and losses are computed.
+        """The final normed states (B, T, C), from which logits and losses are computed."""
+        return self.through_layers(self.embed_tokens(tokens), documents=documents, cache=cache)
 
-        With a prefix, and neither documents nor a cache, its n placeholders have no states: (B, T − n, C).
-        """
-        length = tokens.shape[1]
-        positions, documents = self._placed(tokens, documents, cache)
-        x = self.embed_tokens(tokens)  # (B, T, C)
-        rotation = prefix = None
-        if self.virtual is not None:
-            x, prefix = self.virtual(x, positions)
-        if positions is None:
-            positions = slice(length - x.shape[1], length)
+    def through_layers(self, x: Tensor, *, documents: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
+        """`hidden` of embeddings x (B, T, C) in place of tokens."""
+        length = x.shape[1]
+        positions = self._positions(length, documents, cache)
+        rotation = None
         if self.config.positions == "learned":
             x = x + self.embed_positions.weight[positions]
         else:
-            rotation = self.cos[positions], self.sin[positions]  # (T, D/2) or (B, T, D/2)
+            rotation = ops.rotation(self.cos[positions], self.sin[positions], x.dtype)
         spans = None if documents is None else ops.document_spans(documents)
-        x = self.dropout(x)
-        delta = None
-        for number, layer in enumerate(self.layers):
-            if self.checkpoint_activations and self.training:
-                x, delta = checkpoint(layer, x, delta, rotation, spans, cache, number, prefix, use_reentrant=False)
+        placement = Placement(rotation, spans, cache)
+        x, delta = self.dropout(x), None
+        # a layer that stores its keys and values cannot be computed a second time
+        recompute = self.checkpoint_activations and self.training and not (cache is not None and cache.stores)
+        for layer in self.layers:
+            if recompute:
+                x, delta = checkpoint(layer, x, delta, placement, use_reentrant=False)
             else:
-                x, delta = layer(x, delta, rotation, spans, cache, number, prefix)
+                x, delta = layer(x, delta, placement)
         if cache is not None:
             cache.advance(length)
         return self.norm.after_adding(x, delta)[1]
 
-    def _placed(
-        self, tokens: Tensor, documents: Tensor | None, cache: KVCache | None
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """Position of each token, (B, T) int64 (None: 0 to T − 1), and its document; with a cache both come from that.
+    def _positions(self, length: int, documents: Tensor | None, cache: KVCache | None) -> slice | Tensor:
+        """Position of each of T tokens in its text: (B, T) int64, or a slice where all rows have the same.
 
         Raises `UserError` for a position beyond max_seq_len; a row may be longer than that, a document may not.
         """
-        length, limit = tokens.shape[1], self.config.max_seq_len
+        if cache is not None and documents is not None:
+            raise ValueError("a cache holds one text a row: documents cannot be given with it")
+        positions, reach = slice(length), length
         if cache is not None:
-            positions, documents = cache.positions(length, tokens.device), cache.documents(length, tokens.device)
-            reach = cache.length + length
-        else:
-            positions, reach = None if documents is None else positions_within(documents), length
-            if positions is not None and length > limit:
+            reach = cache.longest + length
+        elif documents is not None:
+            positions = positions_within(documents)
+            if length > self.config.max_seq_len:
                 reach = int(positions.max()) + 1
-        if reach > limit:
-            raise UserError(f"{reach} tokens are more than the model's max_seq_len {limit}")
-        return positions, documents
+        if reach > self.config.max_seq_len:
+            raise UserError(f"{reach} tokens are more than the model's max_seq_len {self.config.max_seq_len}")
+        return positions if cache is None else cache.reserve(length)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Scores of every vocabulary entry (B, T, V) from `hidden` (B, T, C), soft-capped if configured."""

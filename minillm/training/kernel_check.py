@@ -17,15 +17,14 @@ import subprocess
 import sys
 from collections.abc import Callable
 from copy import deepcopy
-from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from minillm.distributed.ranks import Ranks
-from minillm.generation import decoder_cuda
 from minillm.generation.completion import prefill
+from minillm.generation.recorded_step import RecordedStep
 from minillm.model import ops, quant
 from minillm.model.config import ModelConfig
 from minillm.model.transformer import Transformer
@@ -45,65 +44,74 @@ def check_kernels(ranks: Ranks, say: Callable[[str], None] = print, base_bits: i
 
     say: prints a line; called on the main rank. base_bits: of the run's frozen base, if it has one.
     """
-    begin(ranks, say, base_bits)()
+    begin(ranks, say, base_bits).settle()
 
 
-def begin(ranks: Ranks, say: Callable[[str], None] = print, base_bits: int | None = None) -> Callable[[], None]:
-    """`check_kernels` in two parts: this starts the process, and the function it returns waits for the answer.
+def begin(ranks: Ranks, say: Callable[[str], None] = print, base_bits: int | None = None) -> "Check":
+    """`check_kernels` in two parts: this starts the comparison, and `settle` of what it returns waits for the answer.
 
     In between the caller can prepare data and model, but must not run a kernel. All ranks call both.
     """
-    if ops.selected() != "auto" or ranks.device.type != "cuda" or not ops.fused(torch.empty(0, device=ranks.device)):
-        return lambda: None
-    answer = _ask(ranks.device, say, base_bits in QUANTIZED) if ranks.main else None
+    return Check(ranks, say, base_bits)
 
-    def settle() -> None:
-        problem = answer() if answer else ""
-        if ranks.max(int(bool(problem))):
+
+class Check:
+    """One comparison, in a process of its own. Nothing is asked where the answer is known, or no kernel is used."""
+
+    def __init__(self, ranks: Ranks, say: Callable[[str], None], base_bits: int | None):
+        self.ranks, self.say, self.quantized = ranks, say, base_bits in QUANTIZED
+        self.process: subprocess.Popen | None = None
+        automatic = ops.selected() == "auto" and ranks.device.type == "cuda"
+        self.needed = automatic and ops.fused(torch.empty(0, device=ranks.device))
+        if self.needed and ranks.main and not self._right_before().exists():
+            self._start()
+
+    def settle(self) -> None:
+        """Wait for the answer, and on all ranks select torch's ops if the kernels are not right."""
+        if not self.needed:
+            return
+        problem = self._problem() if self.process else ""
+        if self.ranks.max(int(bool(problem))):
             ops.select("torch")
-            if ranks.main:
-                say(f"ops: the kernels {problem}; using torch's. Please report it.")
+            if self.ranks.main:
+                self.say(f"ops: the kernels {problem}; using torch's. Please report it.")
 
-    return settle
+    def _right_before(self) -> Path:
+        """The file that is there if these kernels were found right on this GPU."""
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        name = _identity(self.ranks.device)
+        return cache / "minillm" / "checked" / (f"{name}-quantized" if self.quantized else name)
 
+    def _start(self) -> None:
+        self.say("ops: compiling the kernels and comparing them with torch on this GPU, once")
+        command = [sys.executable, "-m", "minillm.training.kernel_check", str(self.ranks.device.index or 0)]
+        if self.quantized:
+            command.append("quantized")
+        # in this folder `-m` finds the package, and ours before another
+        piped = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        self.process = subprocess.Popen(command, cwd=ROOT, **piped)
+        atexit.register(self.process.kill)  # should this process end before it asks for the answer
 
-def _ask(device: torch.device, say: Callable[[str], None], quantized: bool) -> Callable[[], str] | None:
-    """Start the comparing process. Returns a function that waits for it and gives the problem, "" if there is none.
-
-    None if the kernels were found right before.
-    """
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    seen = cache / "minillm" / "checked" / (_identity(device) + "-quantized" * quantized)
-    if seen.exists():
-        return None
-    say("ops: compiling the kernels and comparing them with torch on this GPU, once")
-    command = [sys.executable, "-m", "minillm.training.kernel_check", str(device.index or 0)]
-    if quantized:
-        command.append("quantized")
-    # in this folder `-m` finds the package, and ours before another
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    atexit.register(process.kill)  # should this process end before it asks for the answer
-
-    def answer() -> str:
+    def _problem(self) -> str:
+        """What is wrong with the kernels, in words that follow "the kernels"; "" if nothing is."""
         try:
-            out, err = process.communicate(timeout=SECONDS)
+            out, err = self.process.communicate(timeout=SECONDS)
             lines = err.strip().splitlines() or ["no words"]
-            problem = ([s for s in lines if "Error: " in s] or lines)[-1] if process.returncode else ""
+            errors = [line for line in lines if "Error: " in line]
+            problem = (errors or lines)[-1] if self.process.returncode else ""
             # it got no CUDA context (compute mode EXCLUSIVE_PROCESS: this process has the GPU), or no memory
             if problem and (not out or "out of memory" in problem):
-                say(f"ops: no second process can compare them ({problem}); comparing in this one")
-                problem = (compare(device, quantized=quantized) or [""])[0]
+                self.say(f"ops: no second process can compare them ({problem}); comparing in this one")
+                problem = (compare(self.ranks.device, quantized=self.quantized) or [""])[0]
         except Exception as raised:
-            process.kill()
+            self.process.kill()
             return f"could not be compared ({' '.join(str(raised).split())[:200]})"
         if problem:
             return f"are not right on this GPU ({problem})"
         with contextlib.suppress(OSError):  # then the next run checks again
-            seen.parent.mkdir(parents=True, exist_ok=True)
-            seen.touch()
+            self._right_before().parent.mkdir(parents=True, exist_ok=True)
+            self._right_before().touch()
         return ""
-
-    return answer
 
 
 def _identity(device: torch.device) -> str:
@@ -121,16 +129,19 @@ def compare(device: torch.device, ours: str = "auto", quantized: bool = False) -
     quantized: products with a quantized base, too. A result may differ from fp32's by twice torch's error plus 0.01 of
     its norm; an optimizer's step by 0.03, since Newton–Schulz iterates in bf16.
     """
+    cases = [(name, _model_results, _small(device, **options)) for name, options in MODELS.items()]
+    if quantized:
+        cases += [(f"{bits} bits", _product_results, _weight(device, make)) for bits, make in QUANTIZED.items()]
     before, problems = ops.selected(), []
     try:
-        cases = {name: partial(_results, _small(device, **options)) for name, options in MODELS.items()}
-        cases |= {f"{bits} bits": partial(_product, device, make) for bits, make in QUANTIZED.items() if quantized}
-        for name, results in cases.items():
-            exact = results("torch", None)
-            torchs, mine = (results(implementation, torch.bfloat16) for implementation in ("torch", ours))
+        for name, results, subject in cases:
+            exact = results(subject, "torch", None)
+            torchs = results(subject, "torch", torch.bfloat16)
+            mine = results(subject, ours, torch.bfloat16)
             for what, value in exact.items():
                 allowed = 2 * _error(torchs[what], value) + (0.03 if what.startswith("update") else 0.01)
-                if not (error := _error(mine[what], value)) <= allowed:  # NaN is never within
+                error = _error(mine[what], value)
+                if not error <= allowed:  # NaN is never within
                     problems.append(f"{name}: {what} is off by {error:.1e} of its norm, allowed {allowed:.1e}")
         return problems
     finally:
@@ -149,55 +160,62 @@ def _error(actual: Tensor, expected: Tensor) -> float:
     return (difference / expected.double().norm().clamp_min(1e-30)).item()
 
 
-def _results(model: Transformer, implementation: str, dtype: torch.dtype | None) -> dict[str, Tensor]:
+def _model_results(model: Transformer, implementation: str, dtype: torch.dtype | None) -> dict[str, Tensor]:
     """Loss, gradients, an update by each optimizer, and the logits of three tokens one by one."""
     ops.select(implementation)
     device = model.embed_tokens.weight.device
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(0, 1000, (2, sum(LENGTHS) + 1), generator=generator).to(device)
     documents = torch.repeat_interleave(torch.arange(2), torch.tensor(LENGTHS)).expand(2, -1).to(device)
-    found = {}
+    results = {}
     for packed in (None, documents):
         model.zero_grad()
         with torch.autocast(device.type, dtype or torch.bfloat16, enabled=dtype is not None):
             loss = model(tokens[:, :-1], tokens[:, 1:], documents=packed)
         loss.backward()
         kind = "" if packed is None else ", packed"
-        found[f"loss{kind}"] = loss.detach()
-        found |= {f"gradient of {name}{kind}": p.grad.clone() for name, p in model.named_parameters()}
+        results[f"loss{kind}"] = loss.detach()
+        results |= {f"gradient of {name}{kind}": p.grad.clone() for name, p in model.named_parameters()}
     copy = deepcopy(model)
     for parameter in copy.parameters():  # the same for all: AdamW's first step is little more than the gradient's sign
         parameter.grad = torch.randn(parameter.shape, generator=generator).to(device)
     for optimizer in optim.build_optimizers(copy, "muon", lr=0.02, weight_decay=0.1):
         optimizer.step()
-    found |= {f"update of {name}": (p - model.get_parameter(name)).detach() for name, p in copy.named_parameters()}
-    return found | {"logits of generated tokens": _generated(model, implementation, dtype, tokens[:, : LENGTHS[0]])}
+    results |= {f"update of {name}": (p - model.get_parameter(name)).detach() for name, p in copy.named_parameters()}
+    return results | {"logits of generated tokens": _generated(model, dtype, tokens[:, : LENGTHS[0]])}
 
 
-def _product(device: torch.device, make: Callable, implementation: str, dtype: torch.dtype | None) -> dict[str, Tensor]:
+def _generated(model: Transformer, dtype: torch.dtype | None, tokens: Tensor) -> Tensor:
+    """Logits (B, 3, V) after each of the last three tokens of rows that differ in length, read one by one."""
+    own = deepcopy(model).to(dtype or torch.float32).eval()
+    own.build_rotation()  # its tables stay in fp32
+    prompts = [row[: len(row) - 3 - 5 * number].tolist() for number, row in enumerate(tokens)]
+    with torch.no_grad():
+        cache, _ = prefill(own, prompts, tokens.shape[1])
+        recorded = RecordedStep(own, cache)  # on a GPU: computed, recorded, replayed
+        return torch.stack([recorded.step(column).clone() for column in tokens[:, -3:].unbind(1)], 1)
+
+
+def _weight(device: torch.device, make: Callable) -> list[Tensor]:
+    """A quantized weight; sizes that fill no tile exactly."""
+    # cubed, so that some are large enough for int8 to keep their columns
+    return [t.to(device) for t in make(torch.randn(272, 320, generator=torch.Generator().manual_seed(0)) ** 3)]
+
+
+def _product_results(weight: list[Tensor], implementation: str, dtype: torch.dtype | None) -> dict[str, Tensor]:
     """Products of rows with a quantized weight, and their gradients; also in fp32, in which such a model generates."""
     ops.select(implementation)
-    generator, found = torch.Generator().manual_seed(0), {}
-    # cubed, so that some are large enough for int8 to keep their columns; sizes that fill no tile exactly
-    weight = [t.to(device) for t in make(torch.randn(272, 320, generator=generator) ** 3)]
+    generator, device = torch.Generator().manual_seed(1), weight[0].device
+    results = {}
     for rows, wide in itertools.product(ROWS, (False, True)):
-        x, dy = (torch.randn(rows, n, generator=generator).to(device, None if wide else dtype) for n in (320, 272))
-        y = ops.quant_matmul(x.requires_grad_(), weight)
-        found[f"product of {rows} rows{', fp32' * wide}"] = y.detach()
-        found[f"gradient of {rows} rows{', fp32' * wide}"] = torch.autograd.grad(y, x, dy)[0]
-    return found
-
-
-@torch.no_grad()
-def _generated(model: Transformer, implementation: str, dtype: torch.dtype | None, tokens: Tensor) -> Tensor:
-    """Logits (B, 3, V) after each of the last three tokens, read one by one into a cache."""
-    own = deepcopy(model).to(dtype or torch.float32).eval()
-    own.build_rotation()
-    cache, _ = prefill(own, tokens[:, :-3].tolist(), 3)
-    if implementation == "torch":
-        return torch.stack([own(column[:, None], cache=cache)[:, -1] for column in tokens[:, -3:].unbind(1)], 1)
-    decoder = decoder_cuda.GraphDecoder(own, cache)
-    return torch.stack([decoder.step(column).clone() for column in tokens[:, -3:].unbind(1)], 1)
+        numbers = None if wide else dtype
+        x = torch.randn(rows, 320, generator=generator).to(device, numbers).requires_grad_()
+        dy = torch.randn(rows, 272, generator=generator).to(device, numbers)
+        y = ops.quant_matmul(x, weight)
+        kind = ", fp32" if wide else ""
+        results[f"product of {rows} rows{kind}"] = y.detach()
+        results[f"gradient of {rows} rows{kind}"] = torch.autograd.grad(y, x, dy)[0]
+    return results
 
 
 if __name__ == "__main__":

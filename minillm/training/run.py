@@ -55,8 +55,8 @@ def begin(training_config: TrainingConfig) -> tuple[TrainingConfig, Ranks, Calla
     ranks = distributed.start(training_config.device, training_config.timeout_s)
     ops.select(training_config.impl)
     base_bits = training_config.base_bits if isinstance(training_config, TuningConfig) else None
-    finish_kernel_check = kernel_check.begin(ranks, base_bits=base_bits)
-    return dataclasses.replace(training_config, micro_batch_size=size), ranks, finish_kernel_check
+    check = kernel_check.begin(ranks, base_bits=base_bits)
+    return dataclasses.replace(training_config, micro_batch_size=size), ranks, check.settle
 
 
 class Run:

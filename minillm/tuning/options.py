@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass
 
+from minillm.base.errors import UserError
 from minillm.base.options import option
 from minillm.model.quant import BITS
 
@@ -55,9 +56,16 @@ class TuningConfig:
         return self.tune not in ("adapter", *VIRTUAL)
 
     @property
-    def placeholders(self) -> int:
-        """How many positions the virtual tokens take before each document."""
+    def virtual_positions(self) -> int:
+        """How many positions virtual tokens take before each row."""
         return self.n_virtual if self.tune in VIRTUAL else 0
+
+    def check_one_text_a_row(self, option: str) -> None:
+        """Raise `UserError` if a script's option is true by which virtual tokens would stand before several texts."""
+        if self.tune in VIRTUAL and getattr(self, option):
+            raise UserError(
+                f"--{option} true: the virtual tokens of --tune {self.tune} stand before one text a row; leave it out"
+            )
 
     def tuning_problems(self) -> list[str]:
         """What is wrong with these options for any model; one line each."""

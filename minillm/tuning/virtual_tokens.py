@@ -4,15 +4,14 @@
     ptuning   embeddings that a small network makes                     Liu et al. 2021, arXiv:2103.10385
     prefix    the vectors are keys and values, some for each layer      Li & Liang 2021, arXiv:2101.00190
 
-The data puts n placeholders before each document (`chat_data.collate`, `Batch.with_placeholders`, `generate.prefill`),
-so that documents, positions and the cache need no knowledge of virtual tokens. What the model computes at these
-positions is overwritten: the embeddings, or each layer's keys and values after the rotation. With a prefix, nothing
-reads the output at a placeholder, and it has no loss; so where each row is one document, the model skips the
-placeholders and puts the prefix before each layer's keys and values. A sliding window treats them like other tokens:
-they leave it in their turn.
+To the layers all three are the same: a cache that is filled already. A prefix is trained keys and values; those of
+trained embeddings are computed by one pass of the model over the n vectors, which see no text and so are the same for
+all rows. The model itself knows nothing of this. `attach_virtual` gives it the vectors as a module, and a hook, which
+hands that cache to each forward pass that comes without one; generation fills its own cache with them (`fill`). Each
+row then is one text: rows of several documents are refused, since every document would need virtual tokens of its own.
+A sliding window treats virtual tokens like others: they leave it in their turn.
 """
 
-from functools import partial
 from itertools import pairwise
 
 import torch
@@ -25,6 +24,55 @@ from minillm.model.transformer import Transformer
 
 ENCODERS = {"prefix": ("none", "mlp"), "prompt": ("none",), "ptuning": ("mlp", "lstm", "none")}  # the first: default
 PEFT_TYPES = {"prefix": "PREFIX_TUNING", "prompt": "PROMPT_TUNING", "ptuning": "P_TUNING"}
+
+
+class FilledCache:
+    """The same n tokens before every row, in place of a `KVCache`: gradients reach them, and no text is stored."""
+
+    stores = False
+    ends = None
+
+    def __init__(self, keys: list[Tensor], values: list[Tensor]):
+        """keys, values: for each layer (1, n, K, D)."""
+        self.keys, self.values = keys, values
+        self.longest = keys[0].shape[1]
+
+    def reserve(self, n_tokens: int) -> slice:
+        """The positions of T tokens of text."""
+        return slice(self.longest, self.longest + n_tokens)
+
+    def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """The layer's keys and values of the virtual tokens and of the text: (B, n + T, K, D)."""
+        before = [tensors[layer].to(k.dtype).expand(len(k), -1, -1, -1) for tensors in (self.keys, self.values)]
+        return torch.cat((before[0], k), 1), torch.cat((before[1], v), 1)
+
+    def advance(self, n_tokens: int) -> None:
+        """Nothing was stored."""
+
+
+class Collector:
+    """Keeps the keys and values that each layer computes, with their gradients, in place of a `KVCache`."""
+
+    stores = True
+    ends = None
+    longest = 0
+
+    def __init__(self):
+        self.keys: list[Tensor] = []  # for each layer (B, T, K, D)
+        self.values: list[Tensor] = []
+
+    def reserve(self, n_tokens: int) -> slice:
+        """The positions of T tokens."""
+        return slice(n_tokens)
+
+    def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Keep a layer's k and v, and return them."""
+        self.keys.append(k)
+        self.values.append(v)
+        return k, v
+
+    def advance(self, n_tokens: int) -> None:
+        """Nothing follows."""
 
 
 class VirtualTokens(nn.Module):
@@ -51,23 +99,24 @@ class VirtualTokens(nn.Module):
         table = self.embedding.weight if self.lstm is None else self.lstm(self.embedding.weight)
         return table if self.mlp is None else self.mlp(table)
 
-    def forward(self, x: Tensor, positions: Tensor | None):
-        """The embeddings x (B, T, C) with the placeholders overwritten; and a function that does so in the layers.
-
-        positions: (T,) or (B, T) int64, inside each document: placeholders are those below n. None: each row is one
-        document, and a prefix's placeholders are left out: (B, T − n, C). The function is None, or for a prefix
-        (layer, k, v) → (k, v), each (B, T, K, D).
-        """
-        if self.kind == "prefix" and positions is None:
-            table = self.table().view(1, self.n, self.config.n_layers, 2, self.config.n_kv_heads, -1)
-            return x[:, self.n :], partial(_before, table)
-        if positions is None:
-            positions = torch.arange(x.shape[1], device=x.device)
-        chosen = positions[..., None] == torch.arange(self.n, device=x.device)  # (T, n) or (B, T, n)
+    def keys_values(self, model: Transformer) -> tuple[list[Tensor], list[Tensor]]:
+        """The model's keys and values of the virtual tokens, for each layer (1, n, K, D)."""
         table = self.table()
         if self.kind != "prefix":
-            return overwritten(x, table, chosen), None
-        return x, partial(_keys_values, chosen, table.view(self.n, self.config.n_layers, 2, self.dim))
+            collector = Collector()
+            embeddings = table.to(model.embed_tokens.weight.dtype)[None]  # (1, n, C)
+            model.through_layers(embeddings, cache=collector)
+            return collector.keys, collector.values
+        shape = (1, self.n, self.config.n_layers, 2, self.config.n_kv_heads, self.config.head_dim)
+        layers = table.view(shape).unbind(2)
+        return [layer[:, :, 0] for layer in layers], [layer[:, :, 1] for layer in layers]
+
+    def fill(self, model: Transformer, cache: KVCache) -> None:
+        """Put them into all rows of an empty cache."""
+        cache.reserve(self.n)
+        for layer, (k, v) in enumerate(zip(*self.keys_values(model), strict=True)):
+            cache.update(layer, k, v)
+        cache.advance(self.n)
 
     @torch.no_grad()
     def start_from(self, model: Transformer, ids: list[int]) -> None:
@@ -77,11 +126,10 @@ class VirtualTokens(nn.Module):
         if self.kind != "prefix":
             self.embedding.weight.copy_(model.embed_tokens(tokens)[0])
             return
-        cache = KVCache(model.config, 1, self.n, device=weight.device, dtype=weight.dtype)
-        training = model.training
-        model.eval().hidden(tokens, cache=cache)
+        training, collector = model.training, Collector()
+        model.eval().hidden(tokens, cache=collector)
         model.train(training)
-        pairs = [t for pair in zip(cache.keys, cache.values, strict=True) for t in pair]  # each (1, n, K, D)
+        pairs = [t for pair in zip(collector.keys, collector.values, strict=True) for t in pair]  # each (1, n, K, D)
         self.embedding.weight.copy_(torch.cat(pairs, 2).reshape(self.n, self.width))
 
     def peft_config(self) -> dict:
@@ -148,26 +196,28 @@ def _mlp(activation: type[nn.Module], *sizes: int) -> nn.Sequential:
     return nn.Sequential(*modules[:-1])
 
 
-def overwritten(x: Tensor, rows: Tensor, chosen: Tensor) -> Tensor:
-    """x (B, T, …) with rows[i] at each position where chosen[…, i] is True; rows (n, N), chosen (T, n) or (B, T, n).
-
-    The rows are placed by a product with a 0/1 matrix: no shape depends on the data, and the backward pass sums in a
-    fixed order, which that of a gather would not.
-    """
-    placed = (chosen.to(rows.dtype) @ rows).to(x.dtype)  # (T, N) or (B, T, N)
-    return torch.where(chosen.any(-1, keepdim=True), placed, x.flatten(2)).view_as(x)
+def virtual_tokens(model: nn.Module) -> VirtualTokens | None:
+    """The virtual tokens that a model computes with now; None: it has none."""
+    return model._modules.get("virtual")
 
 
-def _keys_values(chosen: Tensor, table: Tensor, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """A layer's k and v (B, T, K, D) with the prefix put into them; table: (n, L, 2, K·D)."""
-    return overwritten(k, table[:, layer, 0], chosen), overwritten(v, table[:, layer, 1], chosen)
+def context_of(model: Transformer) -> int:
+    """How many tokens of text the model can read and write: max_seq_len minus its virtual tokens."""
+    virtual = virtual_tokens(model)
+    return model.config.max_seq_len - (0 if virtual is None else virtual.n)
 
 
-def _before(table: Tensor, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """A layer's k and v (B, T − n, K, D) with the prefix before them, (B, T, K, D); table: (1, n, L, 2, K, D)."""
-    pair = zip(table[:, :, layer].unbind(2), (k, v), strict=True)
-    k, v = (torch.cat((own.to(x.dtype).expand(x.shape[0], -1, -1, -1), x), 1) for own, x in pair)
-    return k, v
+def _put_before_text(model: Transformer, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+    """What a forward pass is given, with the virtual tokens as its cache: a hook that runs before it."""
+    virtual = virtual_tokens(model)
+    if virtual is None or kwargs.get("cache") is not None:
+        return None
+    if kwargs.get("documents") is not None:
+        raise UserError(
+            f"{virtual.n} virtual tokens stand before one text a row, and these rows hold several documents: "
+            "give each a row of its own (`Batch.one_text_a_row`)"
+        )
+    return args, kwargs | {"cache": FilledCache(*virtual.keys_values(model))}
 
 
 def attach_virtual(
@@ -193,8 +243,8 @@ def attach_virtual(
         raise UserError(f"{kind} tuning with encoder {encoder!r}: choose one of {', '.join(choices)}")
     if not 1 <= n_virtual <= longest:
         raise UserError(f"--n_virtual {n_virtual}: must be 1 to {longest}, since text has to fit behind them")
-    if model.virtual is not None:
-        raise UserError(f"the model has {model.n_virtual} virtual tokens already; load the base again")
+    if (there := virtual_tokens(model)) is not None:
+        raise UserError(f"the model has {there.n} virtual tokens already; load the base again")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         virtual = VirtualTokens(model.config, kind, n_virtual, encoder, hidden or model.config.dim)
@@ -203,4 +253,6 @@ def attach_virtual(
     if encoder == "none":
         virtual.start_from(model, random_ids)
     model.virtual = virtual
+    if _put_before_text not in model._forward_pre_hooks.values():
+        model.register_forward_pre_hook(_put_before_text, with_kwargs=True)
     return virtual

@@ -93,48 +93,22 @@ def test_packed_row_by_hand():
     assert [t.dtype for t in batch] == [torch.int64, torch.int64, torch.bool, torch.int32]
 
 
-def test_placeholders_stand_before_each_example_and_teach_nothing():
-    first, second = (encode_messages(talk(*t), Numbers(), "simple") for t in [("1 2", "9"), ("3", "10 11")])
-    batch = collate([[first, second], [second]], 13, PAD, documents=True, n_virtual=2)
-    assert batch.x.tolist() == [
-        [PAD, PAD, 1, 2, 8, 9, PAD, PAD, 3, 8, 10, 11, PAD],
-        [PAD, PAD, 3, 8, 10, 11] + [PAD] * 7,
-    ]
-    assert batch.y[0].tolist() == [PAD, PAD, 2, 8, 9, EOS, PAD, PAD, 8, 10, 11, EOS, PAD]
-    assert batch.mask[0].int().tolist() == [0, 0, 0, 0, 1, 1, 0, 0, 0, 1, 1, 1, 0]
-    assert batch.documents.tolist() == [[0] * 6 + [1] * 6 + [2], [0] * 6 + [1] * 7]
-
-
 @pytest.mark.parametrize("kept_tokens", [1 << 25, 0])
 @pytest.mark.parametrize("packing", [True, False])
-def test_rows_with_placeholders_are_no_longer_and_hold_the_same_examples(tmp_path, monkeypatch, packing, kept_tokens):
+def test_rows_hold_every_example_and_say_how_full_they_are(tmp_path, monkeypatch, packing, kept_tokens):
     monkeypatch.setattr(instructions, "KEPT_TOKENS", kept_tokens)
     rows = [pair("1 " * (i % 7 + 1), "2 " * (i % 5 + 1)) for i in range(40)] + [pair("1", "3 " * 40)]
-    path = write_jsonl(tmp_path / "rows.jsonl", rows)
-    plain = InstructionRows(path, Numbers(), 27, packing=packing)
-    data = InstructionRows(path, Numbers(), 30, packing=packing, n_virtual=3)
-    assert data.counts == plain.counts and data.counts["cut"] == 1
+    data = InstructionRows(write_jsonl(tmp_path / "rows.jsonl", rows), Numbers(), 27, packing=packing)
+    assert data.counts["cut"] == 1
     batch = data.batch(np.arange(data.rows_per_epoch))
-    assert batch.x.shape[1] == 30 and batch.n_targets() == plain.batch(np.arange(plain.rows_per_epoch)).n_targets()
-    for x, mask in zip(batch.x.tolist(), batch.mask, strict=True):
-        starts = [t for t in range(30) if x[t] == BOS]  # the template begins with it
-        assert starts and all(x[t - 3 : t] == [PAD] * 3 and not mask[t - 3 : t].any() for t in starts)
+    assert batch.x.shape[1] == 27 and sum(row.count(BOS) for row in batch.x.tolist()) == len(rows)
     if packing:
-        used = sum(len(ids) - 1 + 3 for ids, _ in map(data._sample, range(len(rows))))
-        assert f"{used / (30 * data.rows_per_epoch):.1%} full" in data.summary()
+        used = sum(len(ids) - 1 for ids, _ in map(data._sample, range(len(rows))))
+        assert f"{used / (27 * data.rows_per_epoch):.1%} full" in data.summary()
     padding = data.batch(np.arange(2), end=0)
-    assert padding.x.shape[1] == (30 if packing else 8) and not padding.n_targets()
-    with pytest.raises(
-        UserError, match="--seq_len 3: a row needs at least 1 position beside the virtual tokens of --n_virtual 3"
-    ):
-        InstructionRows(path, Numbers(), 3, n_virtual=3)
-
-
-@pytest.mark.parametrize(("seq_len", "width"), [(64, 24), (17, 17)])
-def test_padding_alone_is_wide_enough_for_its_placeholders(tmp_path, seq_len, width):
-    path = write_jsonl(tmp_path / "rows.jsonl", [pair("1", "2")])
-    data = InstructionRows(path, Numbers(), seq_len, packing=False, n_virtual=16)
-    assert data.batch(np.arange(2), end=0).x.shape == (2, width)
+    assert padding.x.shape[1] == (27 if packing else 8) and not padding.n_targets()
+    with pytest.raises(UserError, match="--seq_len 0: a row needs at least 1 position; raise it"):
+        InstructionRows(data.paths, Numbers(), 0)
 
 
 def test_several_turns_by_hand():

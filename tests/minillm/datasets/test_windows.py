@@ -141,20 +141,22 @@ def test_documents_begin_with_the_eos_before_them(tmp_path):
     assert batch.documents.tolist() == [[0, 0, 1, 1, 1, 2, 2, 2]] and batch.documents.dtype == torch.int32
 
 
-def test_placeholders_before_each_document():
+def test_one_text_a_row():
     x = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12]])
     mask = torch.tensor([[True, True, False, True], [False, True, True, True]])
     batch = Batch(x, x + 20, mask, torch.tensor([[3, 3, 4, 6], [0, 0, 0, 0]], dtype=torch.int32))
-    wide = batch.with_placeholders(2)
-    assert wide.x.tolist() == [[0, 0, 5, 6, 0, 0, 7, 0, 0, 8], [0, 0, 9, 10, 11, 12, 0, 0, 0, 0]]
-    assert torch.equal(wide.y, torch.where(wide.x > 0, wide.x + 20, 0))
-    assert wide.mask.int().tolist() == [[0, 0, 1, 1, 0, 0, 0, 0, 0, 1], [0, 0, 0, 1, 1, 1, 0, 0, 0, 0]]
-    assert wide.documents.tolist() == [[1, 1, 1, 1, 2, 2, 2, 3, 3, 3], [1] * 10]
-    assert [t.dtype for t in wide] == [t.dtype for t in batch]
-    whole = Batch(x, x).with_placeholders(2)  # nothing known of documents: a row is one, all of it targets
-    assert whole.x.tolist() == [[0, 0, 5, 6, 7, 8], [0, 0, 9, 10, 11, 12]] and whole.documents is None
-    assert whole.mask.int().tolist() == [[0, 0, 1, 1, 1, 1]] * 2
-    assert batch.with_placeholders(0) is batch
+    apart = batch.one_text_a_row()
+    assert apart.x.tolist() == [[5, 6, 0, 0], [7, 0, 0, 0], [8, 0, 0, 0], [9, 10, 11, 12]]
+    assert torch.equal(apart.y, torch.where(apart.x > 0, apart.x + 20, 0))
+    assert apart.mask.int().tolist() == [[1, 1, 0, 0], [0, 0, 0, 0], [1, 0, 0, 0], [0, 1, 1, 1]]
+    assert apart.documents is None and [t.dtype for t in apart[:3]] == [t.dtype for t in batch[:3]]
+    unmasked = Batch(x, x, None, batch.documents).one_text_a_row()  # all of it targets, but not the padding
+    assert unmasked.mask.int().tolist() == [[1, 1, 0, 0], [1, 0, 0, 0], [1, 0, 0, 0], [1, 1, 1, 1]]
+    whole = Batch(x, x)  # nothing known of documents: a row is one
+    assert whole.one_text_a_row() is whole
+    parts = apart.split(3)
+    assert [len(part.x) for part in parts] == [3, 1] and parts[1].x.tolist() == [[9, 10, 11, 12]]
+    assert parts[0].documents is None and torch.equal(torch.cat([part.mask for part in parts]), apart.mask)
 
 
 def test_validation_part_is_whole_documents_each_target_once(tmp_path):

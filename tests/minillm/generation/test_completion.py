@@ -6,7 +6,7 @@ import torch
 from minillm.base.errors import UserError
 from minillm.checkpoint import huggingface
 from minillm.generation import completion as generate
-from minillm.generation.decoder import Decoder, is_plain
+from minillm.generation.recorded_step import next_logits
 from minillm.generation.sampling import GREEDY, Sampling, pick, random_numbers
 from minillm.model import ops
 from minillm.model.config import ModelConfig
@@ -99,45 +99,43 @@ def test_a_row_s_numbers_depend_on_seed_row_and_place_alone():
     assert both.min() >= 0 and both.max() < 1
 
 
-# ---- The lean step and the model.
+# ---- One step and the whole text.
 
 
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("name", OPTIONS)
 @torch.no_grad()
-def test_the_lean_step_gives_the_model_s_logits(name, padded):
+def test_a_step_gives_the_logits_of_the_whole_text(name, padded):
     model = build(**OPTIONS[name])
     prompts = [prompt(9), prompt(4 if padded else 9, seed=1)]
     more = torch.tensor(prompt(20, seed=2)).view(2, 10)
-    cache, logits = generate.prefill(model, prompts, 10)
-    decoder = Decoder(model, cache)
-    steps = [logits] + [decoder.step(more[:, i]) for i in range(10)]
+    cache, logits = generate.prefill(model, prompts, 19)
+    steps = [logits] + [next_logits(model, cache, more[:, i]) for i in range(10)]
     for row in range(2):
         whole = model(torch.tensor([prompts[row] + more[row].tolist()]))[0, len(prompts[row]) - 1 :]
         torch.testing.assert_close(torch.stack([s[row] for s in steps]), whole, atol=1e-5, rtol=0)
 
 
 @torch.no_grad()
-def test_the_lean_step_is_as_exact_as_the_model_in_bfloat16():
+def test_a_step_is_as_exact_as_the_model_in_bfloat16():
     exact, model = build(), build().bfloat16()
     model.build_rotation()  # .bfloat16() rounded the tables too
     tokens = prompt(60)
-    cache, _ = generate.prefill(model, [tokens[:50]], 10)
-    decoder = Decoder(model, cache)
-    lean = torch.cat([decoder.step(torch.tensor([token])) for token in tokens[50:]]).float()
+    cache, _ = generate.prefill(model, [tokens[:50]], 60)
+    steps = torch.cat([next_logits(model, cache, torch.tensor([token])) for token in tokens[50:]]).float()
     truth = exact(torch.tensor([tokens]))[0, 50:]
     usual = model(torch.tensor([tokens]))[0, 50:].float()
-    assert (lean - truth).square().mean() < 1.5 * (usual - truth).square().mean()
+    assert (steps - truth).square().mean() < 1.5 * (usual - truth).square().mean()
 
 
 def test_rows_that_went_leave_the_others_as_they_were():
     model = build()
     prompts = [prompt(9), prompt(4, seed=1), prompt(6, seed=2)]
     with torch.no_grad():
-        cache, _ = generate.prefill(model, prompts, 8)
-        assert cache.padding.tolist() == [0, 5, 3]
+        cache, _ = generate.prefill(model, prompts, 17)
+        assert cache.lengths.tolist() == [9, 4, 6]
         cache.keep(torch.tensor([1, 2]))
-        assert cache.padding.tolist() == [2, 0] and cache.length == 6
+        assert cache.lengths.tolist() == cache.filled.tolist() == [4, 6]
         more = torch.tensor([[7], [8]])
         logits = model(more, cache=cache)[:, -1]
         for row, before in enumerate(prompts[1:]):
@@ -145,17 +143,20 @@ def test_rows_that_went_leave_the_others_as_they_were():
             torch.testing.assert_close(logits[row], alone, atol=1e-5, rtol=0)
 
 
-def test_a_model_with_something_around_a_layer_is_not_plain():
+def test_what_is_around_a_layer_is_heeded():
     model = build()
     plain = generate.generate(model, [prompt(5)], 12)
-    assert is_plain(model)
     handle = model.layers[0].mlp.register_forward_hook(lambda module, inputs, output: 0 * output)
-    assert not is_plain(model)
-    assert generate.generate(model, [prompt(5)], 12) != plain  # the hook is heeded
+    assert generate.generate(model, [prompt(5)], 12) != plain
     handle.remove()
+    for linear in (model.layers[0].self_attn.q_proj, model.lm_head):
+        calls = []
+        handle = linear.register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        assert generate.generate(model, [prompt(5)], 12) == plain and len(calls) == 12
+        handle.remove()
     ops.select("reference")
     try:
-        assert generate.generate(model, [prompt(5)], 12) == plain  # by the model's own forward pass
+        assert generate.generate(model, [prompt(5)], 12) == plain
     finally:
         ops.select("auto")
 
@@ -321,4 +322,4 @@ def test_a_stream_says_what_generate_says():
 def test_the_cache_refuses_more_than_it_holds():
     cache = KVCache(BASE, 1, 3)
     with pytest.raises(ValueError, match="holds 3 tokens, 4"):
-        cache.update(0, torch.zeros(1, 4, 2, 8), torch.zeros(1, 4, 2, 8))
+        cache.reserve(4)

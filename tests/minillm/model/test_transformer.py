@@ -32,16 +32,52 @@ def test_a_cache_gives_the_logits_of_the_whole_sequence(name):
 
 
 @pytest.mark.parametrize("name", OPTIONS)
-def test_left_padding_changes_nothing(name):
+def test_padding_changes_nothing(name):
     model, tokens = build(**OPTIONS[name]), tokens_of(2, 12)
-    padded = torch.cat([torch.cat([torch.full((1, 7), 3), tokens[:1, :5]], dim=1), tokens[1:]])
-    cache = KVCache(model.config, 2, 14, padding=torch.tensor([7, 0]))
+    padded = torch.cat([torch.cat([tokens[:1, :5], torch.full((1, 7), 3)], dim=1), tokens[1:]])
+    cache = KVCache(model.config, 2, 14)
     logits = model(padded, cache=cache)
-    torch.testing.assert_close(logits[0, 7:], model(tokens[:1, :5])[0], atol=1e-5, rtol=0)
+    torch.testing.assert_close(logits[0, :5], model(tokens[:1, :5])[0], atol=1e-5, rtol=0)
     torch.testing.assert_close(logits[1], model(tokens[1:])[0], atol=1e-5, rtol=0)
+    cache.shorten([5, 12])
     step = model(tokens_of(2, 1, seed=4), cache=cache)
     alone = model(torch.cat([tokens[:1, :5], tokens_of(2, 1, seed=4)[:1]], dim=1))
     torch.testing.assert_close(step[0, 0], alone[0, -1], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("recordable", [False, True])
+@pytest.mark.parametrize("name", OPTIONS)
+@torch.no_grad()
+def test_a_text_takes_a_row_while_the_others_go_on(name, recordable):
+    """Row 1 leaves; a new prompt is read into its place, three tokens at a time, between steps of the other rows."""
+    model, tokens = build(**OPTIONS[name]), tokens_of(4, 20)
+    cache = KVCache(model.config, 3, 20)
+    cache.recordable = recordable
+    said = [[], [], [], []]  # logits of each text's tokens
+
+    def read(part, texts, lengths):
+        first = [sum(len(logits) for logits in said[text]) for text in texts]
+        new = torch.stack(
+            [tokens[text, begin : begin + n] for text, begin, n in zip(texts, first, lengths, strict=True)]
+        )
+        for text, logits in zip(texts, model(new, cache=part), strict=True):
+            said[text].append(logits)
+
+    for row, length in enumerate((9, 4, 6)):
+        read(cache.rows(row, row + 1), [row], [length])
+    assert cache.lengths.tolist() == cache.filled.tolist() == [9, 4, 6]
+    read(cache, [0, 1, 2], [1, 1, 1])
+    read(cache, [0, 1, 2], [3, 3, 3])  # several tokens at once, of rows that differ in length
+    cache.free(1)
+    read(cache.rows(1, 2), [3], [3])
+    read(cache, [0, 3, 2], [1, 1, 1])
+    read(cache.rows(1, 2), [3], [3])
+    read(cache, [0, 3, 2], [1, 1, 1])
+    assert cache.lengths.tolist() == cache.filled.tolist() == [15, 8, 12]
+    whole = model(tokens)
+    for text, logits in enumerate(said):
+        got = torch.cat(logits)
+        torch.testing.assert_close(got, whole[text, : len(got)], atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("name", OPTIONS)

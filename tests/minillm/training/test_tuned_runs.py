@@ -224,6 +224,10 @@ def test_what_cannot_be_is_refused_in_one_line(folder, more, words):
     ("more", "words"),
     [
         ("--tune lora", ["--tune lora", "give it by --init_from"]),
+        (
+            "--tune prompt --init_from {folder}/base --document_attention true",
+            ["--document_attention true: the virtual tokens of --tune prompt stand before one text a row"],
+        ),
         ("--tune prefix --n_virtual 100 --init_from {folder}/base", ["--seq_len 32 and --n_virtual 100", "128"]),
         (
             "--tune lora --init_from {folder}/base --max_seq_len 256 --rope_scaling linear:2",

@@ -3,7 +3,6 @@ import torch
 
 from minillm.base.errors import UserError
 from minillm.generation.completion import generate
-from minillm.generation.decoder import is_plain
 from minillm.generation.sampling import GREEDY
 from minillm.model import quant
 from minillm.tuning.adapter import active_adapter, attach, merge, merged, remove_adapter, set_adapter, unmerge
@@ -62,7 +61,7 @@ def test_several_adapters_over_one_base_and_none():
         set_adapter(model, method)
         assert torch.equal(model(tiny.IDS), outputs.get(method, before))
     set_adapter(model, None)
-    assert all(torch.equal(p, weights[name]) for name, p in model.named_parameters()) and is_plain(model)
+    assert all(torch.equal(p, weights[name]) for name, p in model.named_parameters()) and tiny.is_plain(model)
     with pytest.raises(UserError, match=r"'mine': no such adapter; there are lora, "):
         set_adapter(model, "mine")
     with pytest.raises(UserError, match="'lora' is there already"):
@@ -77,7 +76,7 @@ def test_merged_computes_the_same_as_a_plain_model_and_unmerging_loses_nothing(m
     model = tuned(method, tie)
     before = model(tiny.IDS)
     merge(model)
-    assert is_plain(model)
+    assert tiny.is_plain(model)
     torch.testing.assert_close(model(tiny.IDS), before, atol=2e-6, rtol=0)
     other = tiny.theirs(tiny.write(model, tmp_path / "merged"))  # with its head of its own, if it has one now
     torch.testing.assert_close(other(tiny.IDS).logits, before, atol=1e-5, rtol=0)
@@ -95,7 +94,7 @@ def test_merged_for_good_nothing_is_kept(method):
     before = model(tiny.IDS)
     merge(model, keep=False)
     torch.testing.assert_close(model(tiny.IDS), before, atol=2e-6, rtol=0)
-    assert is_plain(model) and not model.adapters and active_adapter(model) is None
+    assert tiny.is_plain(model) and not model.adapters and active_adapter(model) is None
     with pytest.raises(UserError, match="no adapter is active"):
         merge(model)
 
@@ -108,7 +107,7 @@ def test_a_quantized_base_is_multiplied_out_by_merging_and_comes_back(method, bi
     tiny.shake(attach(model, METHODS[method]).parameters())
     before = model(tiny.IDS)
     merge(model)
-    assert is_plain(model)
+    assert tiny.is_plain(model)
     torch.testing.assert_close(model(tiny.IDS), before, atol=2e-6, rtol=0)
     unmerge(model)
     assert torch.equal(model(tiny.IDS), before)
@@ -127,7 +126,7 @@ def test_generation_step_by_step_and_merged_for_a_while(method):
     ids = tiny.IDS[0, :5].tolist()
     slow = generate(model, [ids], 10, sampling=GREEDY)[0].tokens
     with merged(model):
-        assert is_plain(model) == (method != "adapter")
+        assert tiny.is_plain(model) == (method != "adapter")
         fast = generate(model, [ids], 10, sampling=GREEDY)[0].tokens
     follow = list(ids)
     for _ in range(10):

@@ -17,15 +17,13 @@ from minillm.distributed.ranks import Ranks
 from minillm.evaluation.validation import TextTokens as Tokens
 from minillm.evaluation.validation import Validation
 from minillm.generation import completion as generate
-from minillm.generation import decoder
-from minillm.generation.decoder_cuda import GraphDecoder
+from minillm.generation.recorded_step import RecordedStep
 from minillm.generation.sampling import GREEDY
-from minillm.model import ops
 from minillm.model.config import ModelConfig
 from minillm.model.kv_cache import KVCache
 from minillm.model.transformer import Transformer
 from minillm.tuning.peft_format import load_adapter
-from minillm.tuning.virtual_tokens import LSTM, PEFT_TYPES, VirtualTokens, attach_virtual
+from minillm.tuning.virtual_tokens import LSTM, PEFT_TYPES, VirtualTokens, attach_virtual, context_of, virtual_tokens
 
 BASE = ModelConfig(vocab_size=50, dim=32, n_layers=2, n_heads=4, n_kv_heads=2, ffn_dim=64, max_seq_len=48)
 MODELS = {
@@ -84,15 +82,9 @@ def text(length: int, seed: int = 0) -> torch.Tensor:
 TEXT = torch.stack((text(20, 1), text(20, 2)))
 
 
-def read(model: Transformer, tokens: torch.Tensor, **more) -> torch.Tensor:
-    """Logits over the text (B, T, V), with placeholders before it."""
-    return model(Batch(tokens, tokens).with_placeholders(model.n_virtual).x, **more)[:, model.n_virtual :]
-
-
-def loss(model: Transformer, tokens: torch.Tensor, **more) -> torch.Tensor:
+def loss(model: Transformer, tokens: torch.Tensor) -> torch.Tensor:
     """Mean loss of each token after the first."""
-    batch = Batch(tokens[:, :-1], tokens[:, 1:]).with_placeholders(model.n_virtual)
-    return model(batch.x, batch.y, mask=batch.mask, **more) / batch.n_targets()
+    return model(tokens[:, :-1], tokens[:, 1:]) / tokens[:, 1:].numel()
 
 
 # ---- peft as the oracle.
@@ -104,7 +96,7 @@ def test_peft_loads_ours(kind, encoder, name, tmp_path):
     theirs, model = twin(build(MODELS[name]), tmp_path), tuned(kind, encoder, MODELS[name])
     save_as_peft(model.virtual, tmp_path)
     loaded = peft.PeftModel.from_pretrained(theirs, tmp_path).eval()
-    ours = read(model, TEXT)
+    ours = model(TEXT)
     torch.testing.assert_close(loaded(TEXT).logits[:, -20:], ours, atol=1e-5, rtol=0)
     assert (ours - theirs(TEXT).logits).abs().max() > 0.1  # they do something
 
@@ -135,7 +127,7 @@ def test_ours_trains_like_peft_and_loads_what_it_saves(kind, encoder, name, tmp_
     assert virtual.peft_config() | left_to_others == written | left_to_others
     model.virtual = None
     load_adapter(model, tmp_path)
-    torch.testing.assert_close(read(model, TEXT), theirs(TEXT).logits[:, -20:], atol=1e-5, rtol=0)
+    torch.testing.assert_close(model(TEXT), theirs(TEXT).logits[:, -20:], atol=1e-5, rtol=0)
     assert [name for name, _ in model.virtual.named_parameters()] == ["embedding.weight"]
 
 
@@ -147,10 +139,8 @@ def test_ours_trains_like_peft_and_loads_what_it_saves(kind, encoder, name, tmp_
 def test_begun_with_a_text_they_are_that_text(kind, config):
     model = build(config)
     whole = model(torch.cat((torch.tensor([[7, 8, 9, 7]] * 2), TEXT), 1))[:, 4:]
-    virtual = VirtualTokens(config, kind, 4, "none", hidden=0)
-    virtual.start_from(model, [7, 8, 9, 7])
-    model.virtual = virtual
-    torch.testing.assert_close(read(model, TEXT), whole, atol=1e-5, rtol=0)
+    attach_virtual(model, kind, 4).start_from(model, [7, 8, 9, 7])
+    torch.testing.assert_close(model(TEXT), whole, atol=1e-5, rtol=0)
 
 
 def test_by_default_they_begin_as_random_entries_of_the_vocabulary():
@@ -181,31 +171,32 @@ def test_the_base_stays_as_it_is(kind, encoder):
 
 
 @pytest.mark.parametrize("kind, encoder", METHODS)
-def test_packed_equals_unpacked(kind, encoder):
+def test_packed_texts_are_refused_and_each_in_its_row_is_as_alone(kind, encoder):
     model = tuned(kind, encoder)
     texts = [text(n, seed=n) for n in (5, 1, 9)]
     row = torch.cat(texts)[None]
     numbers = torch.tensor([[0] * 5 + [3] * 1 + [4] * 9], dtype=torch.int32)
-    batch = Batch(row, row, None, numbers).with_placeholders(N)
-    packed = model(batch.x, documents=batch.documents)[0, batch.mask[0]]
-    alone = torch.cat([read(model, t[None])[0] for t in texts])
-    torch.testing.assert_close(packed, alone, atol=1e-5, rtol=0)
+    with pytest.raises(UserError, match="4 virtual tokens stand before one text a row"):
+        model(row, documents=numbers)
+    batch = Batch(row, row, None, numbers).one_text_a_row()
+    apart = model(batch.x, documents=batch.documents)[batch.mask]
+    alone = torch.cat([model(t[None])[0] for t in texts])
+    torch.testing.assert_close(apart, alone, atol=1e-5, rtol=0)
     grads = []
-    for logits in (packed, alone):
+    for logits in (apart, alone):
         logits.square().sum().backward()
         grads.append([p.grad.clone() for p in model.virtual.parameters()])
         model.virtual.zero_grad()
     torch.testing.assert_close(*grads, atol=1e-3, rtol=1e-4)
 
 
-@pytest.mark.parametrize("kind, computed", [("prefix", 20), ("prompt", 20 + N)])
-def test_a_prefix_alone_in_its_rows_costs_no_positions(kind, computed):
-    model = tuned(kind)
-    batch = Batch(TEXT, TEXT).with_placeholders(N)
-    hidden = model.hidden(batch.x)
-    assert hidden.shape[1] == computed
-    one_document_a_row = model.hidden(batch.x, documents=torch.zeros_like(batch.x, dtype=torch.int32))
-    torch.testing.assert_close(hidden, one_document_a_row[:, -computed:], atol=1e-5, rtol=0)
+@pytest.mark.parametrize("kind", PEFT_TYPES)
+def test_they_cost_no_positions_in_the_rows(kind, monkeypatch):
+    """The layers read the n vectors once at most, whatever the number of rows."""
+    model, shapes = tuned(kind), []
+    model.layers[0].mlp.register_forward_pre_hook(lambda module, args: shapes.append(tuple(args[0].shape)))
+    assert model(TEXT).shape == (2, 20, 50)
+    assert shapes == [(1, N, 32)] * (kind != "prefix") + [(2, 20, 32)]
 
 
 def test_the_lstm_knows_no_autocast():
@@ -217,22 +208,16 @@ def test_the_lstm_knows_no_autocast():
 
 
 @pytest.mark.parametrize(
-    "kind, encoder, checkpointed, packed",
-    [
-        ("prefix", "none", False, True),
-        ("prefix", "mlp", True, True),
-        ("prefix", "mlp", True, False),
-        ("ptuning", "lstm", False, True),
-    ],
+    "kind, encoder, checkpointed",
+    [("prefix", "none", False), ("prefix", "mlp", True), ("ptuning", "lstm", False), ("prompt", "none", True)],
 )
-def test_compiles_in_one_piece(kind, encoder, checkpointed, packed):
+def test_compiles_in_one_piece(kind, encoder, checkpointed):
     model = tuned(kind, encoder).train()
     model.checkpoint_activations = checkpointed
-    documents = (torch.arange(20) > torch.tensor([[8], [30]])).int() if packed else None
-    batch = Batch(TEXT, TEXT, None, documents).with_placeholders(N)
+    mask = torch.arange(20).expand(2, 20) > 3
     values = []
     for trained in (model, torch.compile(model, backend="aot_eager", fullgraph=True)):
-        values.append([trained(batch.x, batch.y, mask=batch.mask, documents=batch.documents)])
+        values.append([trained(TEXT, TEXT, mask=mask)])
         values[-1][0].backward()
         values[-1] += [p.grad.clone() for p in model.virtual.parameters()]
         model.virtual.zero_grad()
@@ -257,39 +242,32 @@ def test_a_text_is_scored_as_its_documents(kind):
 def test_cache_equals_no_cache(kind, encoder):
     model = tuned(kind, encoder)
     cache = KVCache(model.config, 2, N + 20)
-    tokens = torch.cat((torch.zeros(2, N, dtype=torch.int64), TEXT), 1)
-    cuts = [0, N - 1, N + 5, N + 6, N + 20]  # a cut inside the placeholders too
-    pieces = [model(tokens[:, i:j], cache=cache) for i, j in pairwise(cuts)]
-    torch.testing.assert_close(torch.cat(pieces, 1)[:, N:], read(model, TEXT), atol=1e-5, rtol=0)
+    model.virtual.fill(model, cache)
+    pieces = [model(TEXT[:, i:j], cache=cache) for i, j in pairwise([0, 5, 6, 20])]
+    torch.testing.assert_close(torch.cat(pieces, 1), model(TEXT), atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("make", [decoder.Decoder, GraphDecoder, None])
+@pytest.mark.parametrize("recorded", [True, False])
 @pytest.mark.parametrize("kind, encoder", METHODS)
-def test_a_padded_batch_generates_what_each_prompt_does(kind, encoder, make, monkeypatch):
-    model = tuned(kind, encoder)
-    assert decoder.is_plain(model) and ops.selected() == "auto"
-    monkeypatch.setattr(generate, "_decoder", lambda model, cache: make and make(model, cache))
+def test_a_padded_batch_generates_what_each_prompt_does(kind, encoder, recorded, monkeypatch):
+    model, made = tuned(kind, encoder), []
+    monkeypatch.setattr(generate, "is_recorded", lambda cache: recorded)
+    monkeypatch.setattr(generate, "RecordedStep", lambda *given: made.append(1) or RecordedStep(*given))
     prompts = [text(n, seed=n).tolist() for n in (3, 9, 1)]
     done = generate.generate(model, prompts, 12, sampling=GREEDY)
     for prompt, completion in zip(prompts, done, strict=True):
         whole = torch.tensor([prompt + completion.tokens])
-        assert read(model, whole)[0, len(prompt) - 1 : -1].argmax(-1).tolist() == completion.tokens
-    assert len({tuple(c.tokens) for c in done}) == 3
+        assert model(whole)[0, len(prompt) - 1 : -1].argmax(-1).tolist() == completion.tokens
+    assert len({tuple(c.tokens) for c in done}) == 3 and len(made) == recorded
 
 
 def test_virtual_tokens_take_room_in_the_context_and_are_not_shown():
     model = tuned("prefix")
-    assert (model.n_virtual, model.context) == (4, 44)
+    assert (virtual_tokens(model).n, context_of(model)) == (4, 44)
     done = generate.generate(model, [text(40).tolist(), text(43).tolist()], 9)
     assert [(len(c.tokens), c.reason) for c in done] == [(4, "context"), (1, "context")]
     with pytest.raises(UserError, match="prompt 0: 44 tokens leave no room for a new one in the model's context of 44"):
         generate.generate(model, [text(44).tolist()], 9)
-
-
-def test_a_hook_inside_the_base_is_still_seen():
-    model = tuned("prompt")
-    model.layers[0].mlp.register_forward_hook(lambda *_: None)
-    assert not decoder.is_plain(model)
 
 
 # ---- Bad input.

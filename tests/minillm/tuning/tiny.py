@@ -31,6 +31,13 @@ def shake(parameters: dict[str, torch.Tensor], seed: int = 5) -> None:
             parameter += torch.randn(parameter.shape, generator=generator) * 0.1
 
 
+def is_plain(model: Transformer) -> bool:
+    """Whether it has the modules of a model without any adapter, and no others."""
+    return [(name, type(m)) for name, m in model.named_modules()] == [
+        (name, type(m)) for name, m in Transformer(model.config).named_modules()
+    ]
+
+
 def write(model: Transformer, folder: Path) -> Path:
     folder.mkdir(parents=True)
     huggingface.save_model(model, folder)
