@@ -1,4 +1,5 @@
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -252,6 +253,8 @@ def test_greedy_tokens_are_those_of_transformers(change, tmp_path):
 
 class Bytes:
     """A tokenizer whose ids are the bytes of UTF-8."""
+
+    pieces = SimpleNamespace(table=[bytes([i]) for i in range(256)])
 
     def _bytes_of(self, ids):
         return [bytes([i]) for i in ids]
