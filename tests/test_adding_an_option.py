@@ -35,7 +35,7 @@ OPTIONS = {
             (
                 MODEL,
                 "ops.swiglu(gate, up)",
-                '(ops.swiglu(gate, up) if self.activation == "swiglu" else F.relu(gate).square() * up)',
+                '(ops.swiglu(gate, up) if self.activation == "swiglu" else torch.relu(gate).square() * up)',
             ),
         ],
     ),
