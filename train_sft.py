@@ -19,9 +19,10 @@ import torch
 
 from data import bundled
 from minillm.base import device
+from minillm.base.command_line import parse
 from minillm.base.device import peak_flops
 from minillm.base.errors import UserError
-from minillm.base.options import option, parse, show
+from minillm.base.options import option
 from minillm.base.process import run_script
 from minillm.checkpoint import huggingface, train_state
 from minillm.datasets.instructions import InstructionRows
@@ -36,7 +37,7 @@ from minillm.model.transformer import Transformer
 from minillm.tokenizer.chat_template import TEMPLATES
 from minillm.tokenizer.tokenizer import Tokenizer
 from minillm.training import kernel_check, optim, run, starting_model
-from minillm.training.config import TrainingConfig, check_options, schedule
+from minillm.training.config import TrainingConfig, schedule, summary
 from minillm.training.progress import duration
 from minillm.training.schedule import lr_at, set_lr
 from minillm.training.step import clip, seed_step
@@ -46,28 +47,40 @@ from minillm.tuning.adapter import merged
 
 @dataclass(frozen=True)
 class Config(options.TuningConfig, TrainingConfig):
-    data: str = option(f"{bundled.FOLDER}/sft_train.jsonl", "instruction file(s), separated by commas")
-    out: str = option("out/sft", "the run's folder: checkpoints, metrics.jsonl, curve.png")
-    init_from: str = option("out/pretrain", "model folder or run to start from")
-    steps: int | None = option(None, "optimizer steps; none: as many as --epochs need")
-    epochs: float = option(2.5, "passes over the data, if --steps is not given")
-    seq_len: int = option(256, "tokens per row; longer examples are cut")
-    batch_size: int = option(8, "rows per optimizer step, over all ranks")
+    data: str = option(f"{bundled.FOLDER}/sft_train.jsonl", "instruction file(s), separated by commas", group="run")
+    out: str = option("out/sft", "the run's folder: checkpoints, metrics.jsonl, curve.png", group="run")
+    init_from: str = option("out/pretrain", "model folder or run to start from", group="run")
+    steps: int | None = option(
+        None, "optimizer steps; none: as many as --epochs need", at_least=1, group="length and batch"
+    )
+    epochs: float = option(
+        2.5, "passes over the data, if --steps is not given", at_least=0.001, at_most=1e6, group="length and batch"
+    )
+    seq_len: int = option(256, "tokens per row; longer examples are cut", at_least=1, group="length and batch")
+    batch_size: int = option(8, "rows per optimizer step, over all ranks", at_least=1, group="length and batch")
     lr: float | None = option(
-        None, "peak learning rate; none: a quarter of what pretraining takes, or what suits the adapter"
+        None,
+        "peak learning rate; none: a quarter of what pretraining takes, or what suits the adapter",
+        at_least=0,
+        group="optimizer",
     )
-    template: str = option("auto", "prompt format; auto: chat if the tokenizer has role pieces", TEMPLATES)
-    packing: bool = option(True, "several examples in a row, attention kept inside each")
-    on_bad_line: str = option("error", "what to do with a line that cannot be read", ("error", "skip"))
+    template: str = option(
+        "auto", "prompt format; auto: chat if the tokenizer has role pieces", TEMPLATES, group="instructions"
+    )
+    packing: bool = option(True, "several examples in a row, attention kept inside each", group="instructions")
+    on_bad_line: str = option(
+        "error", "what to do with a line that cannot be read", ("error", "skip"), group="instructions"
+    )
     eval_data: str | None = option(
-        None, "held-out instructions to answer before and after; none: the bundled ones, if used"
+        None,
+        "held-out instructions to answer before and after; none: the bundled ones, if used",
+        group="instructions",
     )
-    eval_rows: int = option(800, "how many of them to answer")
+    eval_rows: int = option(800, "how many of them to answer", at_least=1, group="instructions")
 
 
 def main() -> int:
     cfg = parse(Config, __doc__)
-    check_options(cfg)
     ranks = distributed.start(cfg.device, cfg.timeout_s)
     micro_batch_size = distributed.micro_batch(cfg.batch_size, cfg.micro_batch_size, ranks.world)
     cfg = dataclasses.replace(cfg, micro_batch_size=micro_batch_size)
@@ -116,7 +129,7 @@ def main() -> int:
         this.say(f"next: {next_command(cfg.out)}")
         distributed.stop()
         return 0
-    this.say(f"configuration:\n{show(cfg)}\n{rows.summary()}")
+    this.say(f"{summary(cfg)}\n{rows.summary()}")
     kernels_settled()
     model = starting_model.load_model(cfg, model_config, init, this.source, ranks.device)
     model.checkpoint_activations = cfg.checkpoint_activations

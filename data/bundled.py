@@ -24,8 +24,8 @@ from data.prepare import prepare
 from data.world.questions import SPLITS, tasks
 from data.world.texts import documents
 from data.world.words import WORDS_ZH
+from minillm.base.command_line import Parser
 from minillm.base.errors import UserError
-from minillm.base.options import Parser
 from minillm.base.process import RunLock, run_script
 from minillm.tokenizer.train import train_tokenizer
 

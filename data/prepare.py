@@ -24,9 +24,9 @@ from pathlib import Path
 
 from data.bin_writer import SPLITS, Bins, Origin, Parts, checksum, refuse_foreign
 from data.tokenize_files import ON_BAD_LINE, WRAPS, Options, Source, is_val, refuse_bad, text_size, tokenize
+from minillm.base.command_line import Parser
 from minillm.base.errors import UserError
 from minillm.base.files import sha256
-from minillm.base.options import Parser
 from minillm.base.process import RunLock, run_script
 from minillm.checkpoint import run_folder
 from minillm.datasets.text_files import TXT_SPLITS, find_files, records, text_of

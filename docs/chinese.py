@@ -30,7 +30,7 @@ if __name__ == "__main__":
 from data import bundled
 from data.world.questions import tasks
 from data.world.texts import documents
-from minillm.base.options import Parser
+from minillm.base.command_line import Parser
 from minillm.base.process import run_script
 from minillm.training import plot
 

@@ -5,8 +5,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from minillm.base.command_line import Parser
 from minillm.base.errors import UserError
-from minillm.base.options import Parser
 from minillm.base.process import run_script
 from minillm.checkpoint import resize
 from minillm.commands import bench, bench_tune, convert, info, model_commands, vocab

@@ -14,7 +14,7 @@ from kernels import tune
 from kernels.bench import suite
 from kernels.shared.launch import SHARED_MEMORY
 from minillm import __main__
-from minillm.base import options as config
+from minillm.base import command_line
 from minillm.commands import convert, info, model_commands, vocab
 from minillm.generation.sampling import Sampling
 from train_pretrain import Config as Pretrain
@@ -67,7 +67,7 @@ def test_steps_can_be_shared_out_among_the_processes_of_torchrun(path, monkeypat
         if "torchrun" in line and "…" not in line:
             launcher, _, options = line.partition("train_pretrain.py")
             monkeypatch.setattr("sys.argv", ["train_pretrain.py", *shlex.split(options)])
-            asked = config.parse(Pretrain, "")
+            asked = command_line.parse(Pretrain, "")
             ranks = math.prod(int(n) for n in re.findall(r"--(?:nnodes|nproc_per_node) (\d+)", launcher))
             assert asked.batch_size % (asked.micro_batch_size * ranks) == 0, line
 
@@ -76,7 +76,10 @@ def test_steps_can_be_shared_out_among_the_processes_of_torchrun(path, monkeypat
 def test_commands_and_options_are_known(path, monkeypatch):
     monkeypatch.setattr(prepare, "prepare", lambda *_, **options: None)
     monkeypatch.setattr(prepare, "report", lambda meta: None)
-    parse = {"train_pretrain.py": lambda: config.parse(Pretrain, ""), "train_sft.py": lambda: config.parse(Sft, "")}
+    parse = {
+        "train_pretrain.py": lambda: command_line.parse(Pretrain, ""),
+        "train_sft.py": lambda: command_line.parse(Sft, ""),
+    }
     parse |= {"docs/chinese.py": lambda: CHINESE["build_parser"]().parse_args()}
     parse |= {"data/prepare.py": prepare.main, "minillm": lambda: __main__.build_parser().parse_args()}
     parse |= {"kernels.bench": suite.build_parser().parse_args, "kernels.tune": tune.build_parser().parse_args}

@@ -181,7 +181,7 @@ def test_answers_are_scored_before_and_after(folder, tune):
 @pytest.mark.parametrize(
     ("more", "words"),
     [
-        ("--tune lora --lora_rank 0", ["--lora_rank 0: at least 1"]),
+        ("--tune lora --lora_rank 0", ["--lora_rank 0: must be at least 1"]),
         ("--tune lora --lora_dropout 1", ["--lora_dropout 1.0"]),
         ("--tune lora --lora_alpha -1", ["--lora_alpha -1.0"]),
         ("--tune lora --lora_rank 33", ["--lora_rank 33: at most 32, the smaller side of layers.0.self_attn.q_proj"]),
