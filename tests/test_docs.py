@@ -1,5 +1,6 @@
 """What the pages name is there: links, files, options, commands; and both READMEs say the same."""
 
+import importlib
 import math
 import re
 import runpy
@@ -15,8 +16,7 @@ from kernels.bench import suite
 from kernels.shared.launch import SHARED_MEMORY
 from minillm import __main__
 from minillm.base import command_line
-from minillm.commands import convert, info, model_commands, vocab
-from minillm.generation.sampling import Sampling
+from minillm.base.options import declared
 from train_pretrain import Config as Pretrain
 from train_sft import Config as Sft
 
@@ -81,15 +81,16 @@ def test_commands_and_options_are_known(path, monkeypatch):
         "train_sft.py": lambda: command_line.parse(Sft, ""),
     }
     parse |= {"docs/chinese.py": lambda: CHINESE["build_parser"]().parse_args()}
-    parse |= {"data/prepare.py": prepare.main, "minillm": lambda: __main__.build_parser().parse_args()}
+    parse |= {"data/prepare.py": prepare.main, "minillm": lambda: __main__.parse_command(sys.argv[1:])}
     parse |= {"kernels.bench": suite.build_parser().parse_args, "kernels.tune": tune.build_parser().parse_args}
     parse["tests/kernels/offline.py"] = lambda: SHARED_MEMORY[int(sys.argv[1])]
     for command in Page(path).commands:
         monkeypatch.setattr("sys.argv", command)
         parse[command[0]]()
-    modules = (prepare, bundled, model_commands, info, convert, vocab, suite, tune, __main__)
+    modules = (prepare, bundled, suite, tune)
     files = [*(module.__file__ for module in modules), ROOT / "docs" / "chinese.py"]
     sources = "".join(Path(file).read_text(encoding="utf-8") for file in files)
-    known = {field for shape in (Pretrain, Sft, Sampling) for field in shape.__dataclass_fields__}
+    configs = [importlib.import_module(module).Config for module in __main__.COMMANDS.values()]
+    known = {name for config in (Pretrain, Sft, *configs) for name in declared(config)}
     known |= {*re.findall(r'"--(\w+)"', sources), *TORCHRUN, "config", "help", "name"}
     assert set(re.findall(r"(?<![\w-])--(\w+)", Page(path).text)) <= known

@@ -162,7 +162,7 @@ def test_metrics_have_the_promised_columns_and_the_end_says_where_all_is(folder)
     assert launch.steps(folder / "shown") == [4, 6]
     assert (folder / "shown" / "curve.png").stat().st_size > 1000
     for words in (
-        "  dim = 32",
+        "dim = 32",
         "step 3: val_loss ",
         "validation: ",
         "bits per byte",

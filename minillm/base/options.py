@@ -30,7 +30,8 @@ class Option:
     group: the heading under which `--help` shows it.
     at_least, at_most: limits that are allowed themselves; above, below: limits that are not.
     only_with: (name of another option, its values) without which this one means nothing.
-    positional: given without --name. One without a default must be given.
+    may_be_blank: whether a text may be empty or of spaces alone.
+    positional: given without --name.
     """
 
     help: str
@@ -41,6 +42,7 @@ class Option:
     above: float | None = None
     below: float | None = None
     only_with: tuple[str, tuple] | None = None
+    may_be_blank: bool = False
     positional: bool = False
 
     def problem(self, value) -> str | None:
@@ -197,7 +199,7 @@ def convert(name: str, its: Option, hint, value):
     if its.choices and kind is str and value not in its.choices:
         raise UserError(f"--{name} {value}: {its.problem(str(value))}")
     try:
-        converted = _read(kind, value)
+        converted = _read(kind, value, its.may_be_blank)
     except (KeyError, ValueError, TypeError, OverflowError):
         expected = EXPECTED[kind]
         if kind is str and isinstance(value, list):
@@ -209,13 +211,13 @@ def convert(name: str, its: Option, hint, value):
     return converted
 
 
-def _read(kind: type, value):
+def _read(kind: type, value, may_be_blank: bool):
     """`value` as this type; raises ValueError and the like for one that is none."""
     if kind is bool:
         return {"true": True, "false": False, "1": True, "0": False}[str(value).lower()]
     if isinstance(value, bool | list | dict):
         raise ValueError  # a TOML file's true is no number, and its list no text, though Python could make it one
-    if kind is str and not str(value).strip():
+    if kind is str and not may_be_blank and not str(value).strip():
         raise ValueError
     if kind is int and not isinstance(value, int):
         number = float(value)  # so that 1e6 is a number of steps

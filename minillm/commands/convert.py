@@ -1,8 +1,7 @@
-"""`python -m minillm import | export`: reading and writing models in other formats, tensor by tensor."""
+"""Reading and writing models in other formats, tensor by tensor: what the commands import and export share."""
 
-import argparse
 import re
-from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -10,6 +9,7 @@ import torch
 from minillm.base import files
 from minillm.base.device import DTYPES
 from minillm.base.errors import UnsupportedError, UserError
+from minillm.base.options import Options, option
 from minillm.checkpoint import gguf, huggingface, llama2c
 from minillm.checkpoint.any_format import open_model
 from minillm.checkpoint.huggingface import StoredModel
@@ -19,58 +19,46 @@ FORMATS = ("hf", "llama2c", "gguf")
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
-def add_parsers(command: Callable[[Callable, str], argparse.ArgumentParser]) -> None:
-    """Add the two commands; command(function, name): makes a parser."""
-    sub = command(run_import, "import")
-    sub.add_argument("--model", required=True, help="Hugging Face folder, .gguf file or llama2.c's .bin")
-    sub.add_argument("--tokenizer", help="llama2.c's tokenizer.bin, or a folder whose tokenizer to take")
-    sub.add_argument("--out", required=True, help="new model folder")
-    _options(sub)
-    sub = command(run_export, "export")
-    sub.add_argument("--model", required=True, help="run or model folder, or any file that import reads")
-    sub.add_argument("--tokenizer", help="as for import")
-    sub.add_argument("--out", required=True, help="new folder (hf) or file (llama2c, gguf)")
-    sub.add_argument("--format", required=True, choices=FORMATS, help="whose format to write")
-    _options(sub)
+@dataclass(frozen=True)
+class ConversionOptions(Options):
+    """The options that import and export share."""
+
+    tokenizer: str | None = option(
+        None, "llama2.c's tokenizer.bin, or a folder whose tokenizer to take; none: the model's own"
+    )
+    dtype: str | None = option(None, "of the weights written; none: as they are stored", tuple(DTYPES))
+    max_shard_size: str = option("5GB", "hf: largest file of weights")
 
 
-def _options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--dtype", choices=tuple(DTYPES), help="of the weights written; default: as they are stored")
-    parser.add_argument("--max_shard_size", default="5GB", help="hf: largest file of weights (default 5GB)")
-
-
-def run_import(args) -> None:
-    """Convert a model in another format into a model folder, which every command here reads."""
-    args.format = "hf"
-    run_export(args)
-
-
-def run_export(args) -> None:
-    """Write a model in another format."""
-    out, shard = Path(args.out), _bytes(args.max_shard_size)
+def convert(model_path: str, out: str | Path, format: str, options: ConversionOptions) -> None:
+    """Write the model at `model_path` as one of `FORMATS` to `out`, which must not be there yet, and say so."""
+    out, max_shard_size = Path(out), _bytes(options.max_shard_size)
     files.refuse_existing(out)
     try:
-        model, tokenizer, found = open_model(args.model, args.tokenizer)
+        model, tokenizer, origin = open_model(model_path, options.tokenizer)
     except OSError as problem:
         raise UserError(f"{problem.filename}: cannot be read ({problem.strerror})") from None
-    dtype = DTYPES[args.dtype] if args.dtype else model.dtype
-    if args.format == "hf":
+    dtype = DTYPES[options.dtype] if options.dtype else model.dtype
 
-        def fill(folder: Path) -> None:
-            huggingface.write_folder(model, folder, dtype=dtype, max_shard_size=shard)
-            if tokenizer:
-                tokenizer.save(folder)
+    def fill(folder: Path) -> None:
+        huggingface.write_folder(model, folder, dtype=dtype, max_shard_size=max_shard_size)
+        if tokenizer:
+            tokenizer.save(folder)
 
+    if format == "hf":
         files.write_folder(out, fill)
-    elif args.format == "gguf":
+    elif format == "gguf":
         files.write_file(out, lambda path: gguf.write_file(model, tokenizer, path, dtype))
     else:
-        if dtype != torch.float32 and args.dtype:
-            raise UserError(f"--dtype {args.dtype}: llama2.c's format has float32 only")
-        tokenizer, found = _write_llama2c(model, tokenizer, out)
-    size = sum(f.stat().st_size for f in out.rglob("*")) if out.is_dir() else out.stat().st_size
-    words = f"{tokenizer.vocab_size:,} pieces{found}" if tokenizer else "no tokenizer (--tokenizer names one to take)"
-    print(f"{out}: {model.config.n_parameters():,} parameters, {size:,} bytes, {words}")
+        if dtype != torch.float32 and options.dtype:
+            raise UserError(f"--dtype {options.dtype}: llama2.c's format has float32 only")
+        tokenizer, origin = _write_llama2c(model, tokenizer, out)
+
+    n_bytes = sum(file.stat().st_size for file in out.rglob("*")) if out.is_dir() else out.stat().st_size
+    vocabulary = "no tokenizer (--tokenizer names one to take)"
+    if tokenizer:
+        vocabulary = f"{tokenizer.vocab_size:,} pieces{origin}"
+    print(f"{out}: {model.config.n_parameters():,} parameters, {n_bytes:,} bytes, {vocabulary}")
 
 
 def _write_llama2c(model: StoredModel, tokenizer: Tokenizer | None, out: Path) -> tuple[Tokenizer | None, str]:
@@ -89,7 +77,8 @@ def _write_llama2c(model: StoredModel, tokenizer: Tokenizer | None, out: Path) -
 
 
 def _bytes(text: str) -> int:
-    found = re.fullmatch(r"(\d+)\s*([KMG]B)?", text)
-    if not found or not int(found[1]):
+    """Bytes of a size such as 500MB."""
+    match = re.fullmatch(r"(\d+)\s*([KMG]B)?", text)
+    if not match or int(match[1]) == 0:
         raise UserError(f"--max_shard_size {text}: a size is needed, such as 500MB or 5GB")
-    return int(found[1]) * UNITS[found[2] or ""]
+    return int(match[1]) * UNITS[match[2] or ""]

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from minillm.model.config import ModelConfig
-from minillm.model.memory import activations
+from minillm.model.memory import activations, recomputed_activations
 from minillm.model.transformer import Transformer
 
 
@@ -28,6 +28,6 @@ def test_activations_are_what_the_backward_pass_keeps():
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         loss = model(torch.zeros(2, 256, dtype=torch.long), torch.zeros(2, 256, dtype=torch.long))
     assert loss.requires_grad
-    estimate, least = activations(shape, 2, 256, 4)
+    estimate = activations(shape, 2, 256, 4)["activations of all layers"]
     assert sum(kept.values()) == pytest.approx(estimate, rel=0.1)
-    assert least < estimate / 3
+    assert sum(recomputed_activations(shape, 2, 256, 4).values()) < estimate / 2

@@ -9,8 +9,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from minillm.commands import model_commands
-from minillm.generation import completion
+from minillm.commands import chat as chat_command
+from minillm.generation import completion, load
 from minillm.generation.sampling import Sampling
 
 ROOT = Path(__file__).parents[3]
@@ -101,7 +101,7 @@ def test_chat_answers_remembers_and_forgets(home, call, monkeypatch):
 
 def test_chat_shows_single_questions_to_a_model_that_was_taught_so(call, monkeypatch):
     """Or as many as --turns says, whatever it was taught."""
-    monkeypatch.setattr(model_commands, "_state", lambda folder: {"turns": 1})
+    monkeypatch.setattr(chat_command, "trained_with", lambda folder: {"turns": 1})
     shown = []
 
     def noted(model, tokenizer, ids, *args, **options):
@@ -166,6 +166,6 @@ def test_eval_counts_answers(call):
 
 
 def test_without_a_model_the_next_step_is_named(call, tmp_path, monkeypatch):
-    monkeypatch.setattr(model_commands, "DEFAULT_RUNS", (str(tmp_path / "a"), str(tmp_path / "b")))
+    monkeypatch.setattr(load, "DEFAULT_RUNS", (str(tmp_path / "a"), str(tmp_path / "b")))
     status, _, err = call("chat")
     assert status == 2 and "train_pretrain.py" in err

@@ -240,7 +240,7 @@ def test_optimizer_and_learning_rate_where_they_are_left_open():
         cfg = starting_model.choose_optimizer(Sft(**options), 128, share=0.25)
         return cfg.optimizer, cfg.lr
 
-    assert chosen() == chosen(tune="freeze") == ("muon", pytest.approx(0.09 / 128**0.5 / 4))
+    assert chosen() == chosen(tune="freeze", train_layers="last:1") == ("muon", pytest.approx(0.09 / 128**0.5 / 4))
     assert chosen(optimizer="adamw")[1] == pytest.approx(0.045 / 128**0.5 / 4)
     assert chosen(tune="lora")[0] == "adamw" and chosen(tune="lora", optimizer="muon")[0] == "muon"
     assert chosen(tune="lora", lr=0.5)[1] == 0.5

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from minillm.base.errors import UserError
-from minillm.commands import bench_tune
+from minillm.commands.bench import tune
 from minillm.model import config
 from minillm.tuning import peft_format
 
@@ -19,10 +19,10 @@ def small(monkeypatch):
 
 
 def test_every_method_has_its_row(capsys):
-    bench_tune.bench_tune(rows=2, seq_len=8)
+    tune.run(tune.Config(device="cpu", rows=2, seq_len=8))
     printed = capsys.readouterr().out.splitlines()[5:]
     rows = {line[2:18].strip(): line[18:].split() for line in printed}
-    assert rows.keys() == bench_tune.METHODS.keys()
+    assert rows.keys() == tune.METHODS.keys()
     with_peft = {"full", "lora", "dora", "ia3", "prefix", "prompt", "ptuning"}
     assert {name for name, row in rows.items() if len(row) == 6} == with_peft
     assert {name for name, row in rows.items() if len(row) == 3} == rows.keys() - with_peft
@@ -33,8 +33,8 @@ def test_every_method_has_its_row(capsys):
 def test_the_adapters_count_in_the_losses_that_are_compared():
     x = torch.randint(40, (2, 8), generator=torch.Generator().manual_seed(0))
     losses = {
-        name: [side.loss().item() for side in bench_tune._sides("tiny", options, x, torch.float32).values()]
-        for name, options in bench_tune.METHODS.items()
+        name: [side.loss().item() for side in tune._sides("tiny", options, x, torch.float32).values()]
+        for name, options in tune.METHODS.items()
     }
     for name in ("lora", "dora", "ia3", "prefix", "prompt", "ptuning"):
         assert losses[name][0] == pytest.approx(losses[name][1], rel=1e-5)
@@ -45,7 +45,7 @@ def test_sides_that_differ_are_not_timed(monkeypatch):
     describe = peft_format.describe
     monkeypatch.setattr(peft_format, "describe", lambda adapter: describe(adapter) | {"lora_alpha": 17})
     with pytest.raises(UserError, match=r"lora: losses .* do not compare"):
-        bench_tune.bench_tune(rows=2, seq_len=8)
+        tune.run(tune.Config(device="cpu", rows=2, seq_len=8))
 
 
 def test_what_autograd_keeps_is_counted_once():
@@ -56,7 +56,7 @@ def test_what_autograd_keeps_is_counted_once():
         y = x @ w.T  # keeps x
         return (y * y).sum()  # keeps y, twice
 
-    side = bench_tune.Side.of(layer, loss, torch.float32)
+    side = tune.Side.of(layer, loss, torch.float32)
     side.step()
     numbers = 3 * w.numel() + w.numel() + x.numel() + 15  # weights, two moments; gradient; x; y
     assert side.memory() == 4 * numbers + 4  # AdamW counts its steps
@@ -64,4 +64,4 @@ def test_what_autograd_keeps_is_counted_once():
 
 def test_a_sequence_that_leaves_no_room_is_refused():
     with pytest.raises(UserError, match="--seq_len 49: choose 2 to 48"):
-        bench_tune.bench_tune(rows=1, seq_len=49)
+        tune.run(tune.Config(device="cpu", rows=1, seq_len=49))
