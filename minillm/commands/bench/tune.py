@@ -146,11 +146,9 @@ def _row(name: str, sides: dict[str, "Side"], n_tokens: int) -> str:
 def _sides(preset: str, options: TuningConfig, x: Tensor, dtype: torch.dtype) -> dict[str, Side]:
     """Ours, and PEFT's if it has the method, on tokens x (B, T)."""
     model = random_model(preset).to(x.device).train()
-    twin = (
-        None
-        if options.tune in peft_format.OWN or options.base_bits
-        else transformers_twin(model)[0].to(x.device).train()
-    )
+    twin = None
+    if options.tune not in peft_format.OWN and not options.base_bits:
+        twin = transformers_twin(model)[0].to(x.device).train()
     if options.base_bits:
         quant.quantize_base(model, options.base_bits)
     if options.tune != "full":
@@ -181,10 +179,9 @@ def _with_peft(twin: nn.Module, adapter: Adapter) -> nn.Module:
     """transformers' model with PEFT's adapter of the same kind and the same numbers."""
     import peft
 
-    made = peft.get_peft_model(
-        twin, peft.PeftConfig.from_peft_type(**peft_format.describe(adapter) | {"inference_mode": False})
-    )
-    theirs = sorted((name, p) for name, p in made.named_parameters() if p.requires_grad)
+    described = peft_format.describe(adapter) | {"inference_mode": False}
+    adapted = peft.get_peft_model(twin, peft.PeftConfig.from_peft_type(**described))
+    theirs = sorted((name, p) for name, p in adapted.named_parameters() if p.requires_grad)
     for (_, mine), (_, same) in zip(sorted(adapter.parameters().items()), theirs, strict=True):
         same.copy_(mine)  # names differ, but not in their order
     return adapted
