@@ -14,6 +14,7 @@ import math
 import types
 import typing
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from minillm.base.errors import UserError
 
@@ -259,6 +260,11 @@ def to_toml(config) -> str:
         groups.setdefault(its.group, []).append(line)
     blocks = [f"# {group}\n" + "\n".join(lines) for group, lines in groups.items()]
     return "\n\n".join(blocks) + "\n"
+
+
+def write_toml(config, path: Path) -> None:
+    """Write `to_toml`; bytes of a path that are no UTF-8 become escapes, which no TOML reader takes for a name."""
+    path.write_text(to_toml(config), encoding="utf-8", errors="backslashreplace", newline="\n")
 
 
 def _toml_value(value) -> str:

@@ -15,6 +15,7 @@ import torch
 from minillm.base import files
 from minillm.base.device import busy_cores
 from minillm.base.errors import UserError
+from minillm.base.options import write_toml
 from minillm.base.process import RunLock, StopSignals
 from minillm.checkpoint import huggingface, run_folder, train_state
 from minillm.distributed.ranks import Ranks
@@ -62,6 +63,8 @@ class Run:
         self.start_step: int = self.state["step"]
         if ranks.main:
             run_folder.set_aside_later(self.folder, self.start_step, log=self.say)
+            if not self.finished:
+                files.write_file(self.folder / "options.toml", partial(write_toml, cfg))
         self.begun = time.monotonic()  # again when all is loaded (`restore`)
         self.first_ended: float | None = None  # the first step compiles and warms up, so it says little of the others
         if ranks.main:
@@ -150,10 +153,15 @@ class Run:
             else:
                 ids = tokenizer.special_ids if tokenizer else None
                 write_model = partial(huggingface.save_model, model, special_ids=ids)
+
+            def write_model_and_options(folder: Path) -> None:
+                write_model(folder)
+                write_toml(self.cfg, folder / "resume" / "options.toml")
+
             train_state.save(
                 self.folder,
                 step,
-                write_model=write_model,
+                write_model=write_model_and_options,
                 tokenizer=tokenizer,
                 template=getattr(self.cfg, "template", None),
                 state=state,
