@@ -107,11 +107,8 @@ def main() -> int:
     how |= dict(n_virtual=cfg.placeholders)
     rows = InstructionRows(paths, tokenizer, cfg.seq_len, **how)
     length = "epochs" if cfg.steps is None else "steps"  # the option that sets the run's length
-    end = rows.total_rows(cfg.epochs)
-    steps = -(-end // cfg.batch_size)  # the last batch may be short, also if --steps says this number again
-    if cfg.steps not in (None, steps):
-        end = cfg.steps * cfg.batch_size
-    cfg = dataclasses.replace(cfg, steps=cfg.steps or steps)
+    end = last_row(cfg, rows)
+    cfg = dataclasses.replace(cfg, steps=-(-end // cfg.batch_size))  # the last batch may be short
     held_out = cfg.eval_data or (f"{bundled.FOLDER}/sft_heldout.jsonl" if cfg.data == Config.data else None)
     questions = read_questions(held_out, cfg.eval_rows) if held_out else []
     held_rows = InstructionRows(held_out, tokenizer, cfg.seq_len, **how) if held_out else None
@@ -148,6 +145,17 @@ def main() -> int:
         conclude(this, before or {}, ask() if questions else {})
     distributed.stop()
     return status
+
+
+def last_row(cfg: Config, rows: InstructionRows) -> int:
+    """The position in the order of rows at which the run ends: after --epochs, or after --steps whole batches.
+
+    Where --steps says what follows from --epochs, as in a run's options.toml, the last batch is as short.
+    """
+    end = rows.total_rows(cfg.epochs)
+    if cfg.steps in (None, -(-end // cfg.batch_size)):
+        return end
+    return cfg.steps * cfg.batch_size
 
 
 def next_command(out: str) -> str:

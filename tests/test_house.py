@@ -30,7 +30,7 @@ KERNEL_USERS = {"minillm/model/ops.py", "minillm/model/quant.py"}
 # What it held when it was last weighed, plus a tenth.
 BUDGET = {
     "kernels": 64_300,
-    "base": 4_100,
+    "base": 5_950,
     "model": 11_000,
     "tokenizer": 10_500,
     "datasets": 10_000,
@@ -41,8 +41,8 @@ BUDGET = {
     "generation": 5_750,
     "evaluation": 1_950,
     "training": 10_000,
-    "commands": 10_350,
-    "scripts": 5_550,
+    "commands": 12_250,
+    "scripts": 5_100,
 }
 MOST_FILES = 12  # of one folder, besides its __init__.py
 MOST_LINES = {"file": 320, "function": 60}

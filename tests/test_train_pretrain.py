@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from minillm.base.errors import UserError
+from minillm.base.options import declared
 from minillm.datasets.token_bins import TokenBins
 from minillm.datasets.windows import TokenWindows
 from minillm.model.config import ModelConfig
@@ -68,6 +69,15 @@ def test_stopped_and_resumed_is_bit_for_bit_the_run_never_stopped(folder, optimi
         {row["step"]: row["val_loss"] for row in launch.rows(run) if "val_loss" in row} for run in (broken, straight)
     ]
     assert scores[0] == scores[1] and list(scores[0]) == [10, 20, 30, 40]
+
+
+def test_every_field_of_the_model_is_an_option_with_the_same_help_and_range():
+    options, fields = declared(Config), declared(ModelConfig)
+    assert fields.keys() - {"vocab_size"} <= options.keys()
+    for name in fields.keys() - {"vocab_size"}:
+        assert dataclasses.replace(options[name], group="") == dataclasses.replace(fields[name], group=""), name
+    fields_without_help = {field.name for field in dataclasses.fields(ModelConfig)} - fields.keys()
+    assert fields_without_help == {"rope_scaling"}, "an option of its own, which needs the model's context"
 
 
 def test_what_a_run_writes_down_makes_the_same_run(folder):

@@ -14,7 +14,6 @@ from minillm.base.options import declared, value_type
 from minillm.checkpoint import train_state
 from minillm.distributed.ranks import Ranks
 from minillm.model.config import ModelConfig
-from minillm.model.memory import check_memory, weights
 from minillm.training import run
 from minillm.training.config import TrainingConfig, schedule
 from minillm.training.step import clip, seed_step
@@ -156,32 +155,6 @@ def test_rows_of_metrics(new_run, tmp_path):
     (row,) = map(json.loads, (tmp_path / "out" / "metrics.jsonl").read_text().splitlines())
     assert row["mfu"] == pytest.approx(0.1) and row["grad_norm"] is None and row["tokens_per_s"] == 100.0
     assert 0 <= row["time_s"] < 60
-
-
-def test_a_model_beyond_the_machine_s_memory_is_refused(monkeypatch):
-    shape = ModelConfig(vocab_size=50, dim=8, n_layers=1, n_heads=2, max_seq_len=8)
-    n = shape.n_parameters()
-    rotary = 4 * 8 * 4  # bytes: fp32, positions, head size
-    in_4_bits = sum(weights(shape, 4).values())
-
-    def check(memory: float, **options) -> None:
-        monkeypatch.setattr(run.files, "memory_bytes", lambda: memory)
-        check_memory(Pretrain(**options), shape, CPU)
-
-    check(12 * n + rotary)
-    check(in_4_bits, tune="lora", base_bits=4)
-    with pytest.raises(UserError, match=f"{n:,} parameters need at least .* choose a smaller model"):
-        check(12 * n + rotary - 1)
-    with pytest.raises(UserError, match="choose a smaller model, or train few parameters"):
-        check(12 * n + rotary - 1, init_from="x")
-    with pytest.raises(UserError, match="the base's weights"):
-        check(4 * n + rotary - 1, tune="lora")
-    with pytest.raises(UserError, match="the base's weights"):
-        check(in_4_bits - 1, tune="lora", base_bits=4)
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    with pytest.raises(UserError, match="need at least"):
-        check(12 * n + rotary)
-    check_memory(Pretrain(), shape, torch.device("cuda"))  # a GPU says so itself
 
 
 def test_the_time_left_is_that_of_steps_after_the_first(new_run, monkeypatch):
