@@ -5,10 +5,12 @@
 
 A folder holds text/{train,val}.jsonl ({"text", "bits"}), the token bins with their tokenizer (`data/prepare.py`),
 val_bits.npy (float64, one a validation document: its exact information in bits, the floor of validation loss), and
-sft_train.jsonl and sft_heldout.jsonl (`data/world/questions.py`).
+sft_train.jsonl and sft_heldout.jsonl (`data/world/questions.py`). world.json tells which version of the generator has
+written them; another version writes them anew.
+
+Read next: data/world/texts.py, where the texts come from; data/prepare.py, what turns text into token bins.
 """
 
-import argparse
 import hashlib
 import itertools
 import json
@@ -16,6 +18,8 @@ import re
 import shlex
 import sys
 import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -24,8 +28,9 @@ from data.prepare import prepare
 from data.world.questions import SPLITS, tasks
 from data.world.texts import documents
 from data.world.words import WORDS_ZH
-from minillm.base.command_line import Parser
+from minillm.base.command_line import parse
 from minillm.base.errors import UserError
+from minillm.base.options import Options, option
 from minillm.base.process import RunLock, run_script
 from minillm.tokenizer.train import train_tokenizer
 
@@ -37,49 +42,60 @@ SIZES = {
     "sft_heldout": 840,  # 120 of each family
     "vocab_size": 2048,
 }
-SEEDS = {"train": 1, "val": 2}  # of the documents; the instructions have their own
+SEEDS = {"train": 1, "val": 2}  # of the documents; the instructions are those of seed 0
+GENERATOR = Path(__file__).parent / "world"  # the source of the texts and of the questions
 
 
 def fingerprint() -> str:
-    """SHA-256 over the generator's source and the sizes: another value, another corpus."""
+    """SHA-256 over the sizes, the seeds and the generator's source: another value, another corpus.
+
+    Every source file below `GENERATOR` counts, with its name, at whatever depth. Line endings do not count, since git
+    may check the same source out with others.
+    """
     digest = hashlib.sha256(json.dumps([SIZES, SEEDS]).encode())
-    for source in sorted((Path(__file__).parent / "world").glob("*.py")):
-        digest.update(source.read_bytes().replace(b"\r\n", b"\n"))
+    sources = {path.relative_to(GENERATOR).as_posix(): path for path in GENERATOR.rglob("*.py")}
+    for name in sorted(sources):
+        source = sources[name].read_bytes().replace(b"\r\n", b"\n")
+        digest.update(f"\n{name} {len(source)}\n".encode())
+        digest.update(source)
     return digest.hexdigest()
 
 
-def write_lines(path: Path, rows) -> None:
+def write_lines(path: Path, rows: Iterable[dict]) -> None:
+    """Write rows as JSON Lines."""
     with path.open("w", encoding="utf-8", newline="\n") as file:
-        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        for row in rows:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
 def write_documents(path: Path, seed: int, *, count: int | None = None, size: int | None = None) -> list[float]:
     """Write `count` documents, or as many as give `size` bytes of text; returns their bits."""
-    bits = []
+    all_bits = []
 
     def rows():
-        written = 0
-        for text, information in itertools.islice(documents(seed), count):
-            bits.append(information)
-            written += len(text.encode())
-            yield {"text": text, "bits": round(information, 6)}
-            if size and written >= size:
+        n_bytes = 0
+        for text, bits in itertools.islice(documents(seed), count):
+            all_bits.append(bits)
+            n_bytes += len(text.encode())
+            yield {"text": text, "bits": round(bits, 6)}
+            if size and n_bytes >= size:
                 return
 
     write_lines(path, rows())
-    return bits
+    return all_bits
 
 
-def different(rows, count: int):
+def different(rows: Iterable[dict], count: int) -> Iterator[dict]:
     """The first `count` rows whose questions differ."""
     seen = set()
     for row in rows:
         question = (row["instruction"], row["input"])
-        if question not in seen:
-            seen.add(question)
-            yield row
-            if len(seen) == count:
-                return
+        if question in seen:
+            continue
+        seen.add(question)
+        yield row
+        if len(seen) == count:
+            return
 
 
 def build(folder: str | Path = FOLDER) -> None:
@@ -93,14 +109,20 @@ def build(folder: str | Path = FOLDER) -> None:
     text = folder / "text"
     if folder.is_dir() and any(folder.iterdir()) and not (text / "lock").exists():
         raise UserError(f"{folder}: holds files that are no bundled corpus; empty it, or give another folder by --out")
+
     lock = RunLock(text)
     try:
         if finished(folder):  # by another process, meanwhile
             return
         started = time.monotonic()
         print(f"{folder}: writing the bundled corpus", flush=True)
-        for path in (folder / "meta.json", *folder.glob("*.*")):  # first what says that an older one is whole
-            path.unlink(missing_ok=True)
+
+        # An older corpus goes, and first of all the file that says that it is whole.
+        (folder / "meta.json").unlink(missing_ok=True)
+        for path in list(folder.glob("*.*")):
+            path.unlink()
+
+        # Texts with their bits, then questions.
         train_bits = write_documents(text / "train.jsonl", SEEDS["train"], size=SIZES["train_bytes"])
         val_bits = write_documents(text / "val.jsonl", SEEDS["val"], count=SIZES["val_documents"])
         np.save(folder / "val_bits.npy", np.array(val_bits))
@@ -110,6 +132,8 @@ def build(folder: str | Path = FOLDER) -> None:
         (folder / "world.json").write_text(json.dumps({"fingerprint": fingerprint()}) + "\n")
         seconds = time.monotonic() - started
         print(f"{folder}: {len(train_bits):,} documents, {len(val_bits):,} for validation, in {seconds:.1f} s")
+
+        # A vocabulary, and the texts as tokens. `prepare` writes meta.json last of all.
         learn_tokenizer(folder)
         prepare([text / "train.jsonl"], folder, val_inputs=[text / "val.jsonl"], tokenizer=text)
     finally:
@@ -122,15 +146,22 @@ def learn_tokenizer(folder: Path) -> None:
     Chinese has no spaces, so pieces would grow across words ("a hat", "puts the hat", "red hat" as a piece each), and
     a tiny model would have to learn for each piece what a hat is. The generator knows its words; a line ends at each.
     """
-    words = re.compile("|".join(map(re.escape, WORDS_ZH)))
+    train_tokenizer(texts_by_words(folder), SIZES["vocab_size"], folder / "text")
 
-    def texts():
-        for name, keys in (("text/train.jsonl", ["text"]), ("sft_train.jsonl", ["instruction", "input", "output"])):
-            with (folder / name).open(encoding="utf-8") as lines:
-                for row in map(json.loads, lines):
-                    yield words.sub(lambda word: f"\n{word[0]}\n", "\n".join(row[key] for key in keys))
 
-    train_tokenizer(texts(), SIZES["vocab_size"], folder / "text")
+def texts_by_words(folder: Path) -> Iterator[str]:
+    """Every text and every question, with each Chinese word on a line of its own."""
+    any_word = re.compile("|".join(re.escape(word) for word in WORDS_ZH))
+    sources = {
+        folder / "text" / "train.jsonl": ["text"],
+        folder / "sft_train.jsonl": ["instruction", "input", "output"],
+    }
+    for path, keys in sources.items():
+        with path.open(encoding="utf-8") as lines:
+            for line in lines:
+                row = json.loads(line)
+                text = "\n".join(row[key] for key in keys)
+                yield any_word.sub(r"\n\g<0>\n", text)
 
 
 def finished(folder: Path) -> bool:
@@ -142,12 +173,15 @@ def finished(folder: Path) -> bool:
     return made_by == fingerprint() and (folder / "meta.json").exists()
 
 
+@dataclass(frozen=True)
+class Config(Options):
+    out: str = option(FOLDER, "folder to write it into")
+
+
 def main() -> None:
-    parser = Parser(description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", default=FOLDER, metavar="FOLDER", help=f"where to write it (default {FOLDER})")
-    out = parser.parse_args().out
+    out = parse(Config, __doc__).out
     build(out)
-    print(f"{out}: the bundled corpus is there; next: python train_pretrain.py --data {shlex.quote(str(out))}")
+    print(f"{out}: the bundled corpus is there; next: python train_pretrain.py --data {shlex.quote(out)}")
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 import importlib
 import math
 import re
-import runpy
 import shlex
 import sys
 from pathlib import Path
@@ -17,11 +16,11 @@ from kernels.shared.launch import SHARED_MEMORY
 from minillm import __main__
 from minillm.base import command_line
 from minillm.base.options import declared
+from tests import launch
 from train_pretrain import Config as Pretrain
 from train_sft import Config as Sft
 
 ROOT = Path(__file__).parents[1]
-CHINESE = runpy.run_path(str(ROOT / "docs" / "chinese.py"))
 BLOCK = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
 TORCHRUN = {"nproc_per_node", "nnodes", "rdzv_backend", "rdzv_endpoint", "max_restarts"}
 every_page = pytest.mark.parametrize("path", [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")], ids=lambda path: path.name)
@@ -80,17 +79,44 @@ def test_commands_and_options_are_known(path, monkeypatch):
         "train_pretrain.py": lambda: command_line.parse(Pretrain, ""),
         "train_sft.py": lambda: command_line.parse(Sft, ""),
     }
-    parse |= {"docs/chinese.py": lambda: CHINESE["build_parser"]().parse_args()}
     parse |= {"data/prepare.py": prepare.main, "minillm": lambda: __main__.parse_command(sys.argv[1:])}
     parse |= {"kernels.bench": suite.build_parser().parse_args, "kernels.tune": tune.build_parser().parse_args}
     parse["tests/kernels/offline.py"] = lambda: SHARED_MEMORY[int(sys.argv[1])]
     for command in Page(path).commands:
         monkeypatch.setattr("sys.argv", command)
         parse[command[0]]()
-    modules = (prepare, bundled, suite, tune)
-    files = [*(module.__file__ for module in modules), ROOT / "docs" / "chinese.py"]
-    sources = "".join(Path(file).read_text(encoding="utf-8") for file in files)
+    modules = (prepare, suite, tune)
+    sources = "".join(Path(module.__file__).read_text(encoding="utf-8") for module in modules)
     configs = [importlib.import_module(module).Config for module in __main__.COMMANDS.values()]
-    known = {name for config in (Pretrain, Sft, *configs) for name in declared(config)}
+    known = {name for config in (Pretrain, Sft, bundled.Config, *configs) for name in declared(config)}
     known |= {*re.findall(r'"--(\w+)"', sources), *TORCHRUN, "config", "help", "name"}
     assert set(re.findall(r"(?<![\w-])--(\w+)", Page(path).text)) <= known
+
+
+FOLDERS = ("model", "tokenizer", "datasets", "checkpoint", "tuning", "generation", "evaluation", "training")
+
+
+def test_folders_give_the_names_that_the_readme_promises():
+    section = (ROOT / "README.md").read_text(encoding="utf-8").partition("## In Python")[2].partition("\n## ")[0]
+    rows = re.findall(r"^\| `minillm\.(\w+)` \| (.*) \|$", section, re.MULTILINE)
+    promised = {folder: sorted(re.findall(r"`(\w+)`", names)) for folder, names in rows}
+    assert set(promised) == set(FOLDERS)
+    for folder, names in promised.items():
+        module = importlib.import_module(f"minillm.{folder}")
+        assert sorted(module.__all__) == names and all(hasattr(module, name) for name in names)
+
+
+def test_the_readme_trains_a_model_in_python(tmp_path, capsys):
+    section = (ROOT / "README.md").read_text(encoding="utf-8").partition("## In Python")[2]
+    code = section.partition("```python\n")[2].partition("```")[0]
+    corpus = launch.write_corpus(tmp_path / "corpus")
+    for whole, small in (
+        ("data/bundled", str(corpus)),
+        ("seq_len=128", "seq_len=32"),
+        ("range(100)", "range(8)"),
+    ):
+        assert whole in code
+        code = code.replace(whole, small)
+    exec(compile(code, "README.md", "exec"), {})
+    loss, text = re.search(r"([\d.]+) nats a token after 8 steps\n(.*)", capsys.readouterr().out, re.DOTALL).groups()
+    assert float(loss) < math.log(400) and text.strip()

@@ -1,147 +1,122 @@
-"""How the texts of the bundled world are told: choices with known probabilities, and phrases in two languages."""
+"""How a text of the bundled world is told: by choices of known probability, whose information adds up.
 
-import itertools
+A choice of probability p holds −log2 p bits of information: one of 8 words holds 3 bits, an ending that one story in
+four has holds 2. A text is told by choices, one after the other, each of known probability given those before. So the
+probability of the text is their product, and its information is the sum of their bits: here 5. (C. E. Shannon, A
+Mathematical Theory of Communication, 1948.) `Draw` makes the choices, and keeps this sum in `bits` and the text in
+`said`.
+
+Two rules make the sum exact, and every file of this folder keeps them. Nothing is decided except through `Draw.pick`
+and `Draw.choose`: a choice made elsewhere would not be counted. And no two ways lead to the same text: else its
+probability would be larger than that of the way taken.
+
+Read next: phrases.py, how a choice becomes words.
+"""
+
 import math
 import random
-import re
 from bisect import bisect_right
 from collections.abc import Sequence
 from functools import cache
-from typing import NamedTuple
+from itertools import accumulate
 
-from data.world.words import ACTORS, COLOURS, EN, NUMBERS, PLACES, THINGS, ZH, Person, Thing
-
-LOG2 = [0.0] + [math.log2(n) for n in range(1, 10_000)]
+from data.world.words import ACTORS, PLACES, THINGS, Person, Thing, Word
 
 
 class Table:
-    """Options with unequal probabilities, given as (p, option)."""
+    """Options with unequal probabilities, given as (probability, option)."""
 
     def __init__(self, *weighted: tuple[float, object]):
-        self.p = [p for p, _ in weighted]
+        self.probabilities = [probability for probability, _ in weighted]
         self.options = [option for _, option in weighted]
-        self.upper = list(itertools.accumulate(self.p))[:-1]
-        self.cost = [-math.log2(p) for p in self.p]
+        self.bits = [-math.log2(probability) for probability in self.probabilities]
+        # Option i is chosen by a random number from ends[i - 1] up to ends[i]. The last one ends at 1, whatever the
+        # sum of the rounded probabilities is.
+        self.ends = list(accumulate(self.probabilities))[:-1]
 
 
 class Draw:
     """Makes the choices of a text by chance, adds up their information, and keeps what is said.
 
-    rng: source of uniform numbers; held_out: choose only among the combinations that no text of the corpus shows.
+    Some meetings are held out of the corpus: there a person never meets a thing, or a place, of their own group (their
+    number in `PEOPLE`, `THINGS` or `PLACES`, modulo `GROUPS`). A draw with `held_out` is for questions about just those
+    meetings: all that it names are of one group.
+
+    rng: source of uniform random numbers
+    held_out: choose only among the combinations that no text of the corpus shows
     """
 
     def __init__(self, rng: random.Random, held_out: bool = False):
-        self.random = rng.random
+        self.rng = rng
         self.held_out = held_out
         self.begin()
 
     def begin(self) -> None:
         """Start a new text."""
-        self.bits = 0.0  # sum of -log2 p over the choices
+        self.bits = 0.0  # the sum of −log2 p over the choices
         self.said: list[str] = []  # the pieces of the text
-        self.say = self.said.append
         self.new_cast()
 
     def new_cast(self) -> None:
+        """Forget who and what has been named, since the next sentence is about others."""
         self.cast: list[Person] = []
-        self.who = self.what = 0  # bit g is set when somebody, or something, of group g has been named
+        self.person_groups: frozenset[int] = frozenset()  # the groups of the people named so far
+        self.word_groups: frozenset[int] = frozenset()  # the groups of the things and places named so far
+
+    def say(self, piece: str) -> None:
+        self.said.append(piece)
 
     def pick(self, options: Sequence):
         """One of the options, all equally likely."""
-        n = len(options)
-        self.bits += LOG2[n]
-        return options[int(self.random() * n)]
+        self.bits += math.log2(len(options))
+        return options[int(self.rng.random() * len(options))]
 
     def choose(self, table: Table):
         """One of the options of a table."""
-        i = bisect_right(table.upper, self.random())
-        self.bits += table.cost[i]
+        i = bisect_right(table.ends, self.rng.random())
+        self.bits += table.bits[i]
         return table.options[i]
 
     def person(self) -> Person:
         """Somebody of `ACTORS` who is not yet in this text's cast, and now is."""
-        pool = pool_of("person", self.what | self.who if self.held_out else self.what, self.held_out)
-        if self.cast:
-            pool = pool.copy()
-            for known in self.cast:
-                pool.remove(known)
-        someone = self.pick(pool)
+        candidates = self._candidates("person", self.word_groups)
+        someone = self.pick([candidate for candidate in candidates if candidate not in self.cast])
         self.cast.append(someone)
-        self.who |= 1 << someone.group
+        self.person_groups |= {someone.group}
         return someone
 
-    def named(self, kind: str, other_than=None):
-        """A thing, food, item or place that everybody in the cast may meet."""
-        pool = pool_of(kind, self.what | self.who if self.held_out else self.who, self.held_out)
-        word = self.pick([w for w in pool if w is not other_than] if other_than else pool)
-        self.what |= 1 << word.group
+    def word(self, kind: str, other_than: Word | Thing | None = None) -> Word | Thing:
+        """A "thing", "food", "item" (a thing that is no food) or "place" that everybody in the cast may meet."""
+        candidates = self._candidates(kind, self.person_groups)
+        word = self.pick([candidate for candidate in candidates if candidate is not other_than])
+        self.word_groups |= {word.group}
         return word
+
+    def _candidates(self, kind: str, met: frozenset[int]) -> list:
+        """The words of a kind that may be named now; they would meet words of the groups `met`."""
+        if self.held_out:
+            return words_within(kind, self.person_groups | self.word_groups)
+        return words_outside(kind, met)
+
+
+WORDS_OF_KIND = {
+    "person": ACTORS,
+    "thing": THINGS,
+    "food": [thing for thing in THINGS if thing.food],
+    "item": [thing for thing in THINGS if not thing.food],
+    "place": PLACES,
+}
 
 
 @cache
-def pool_of(kind: str, groups: int, held_out: bool = False) -> list:
-    """The words of a kind that may be named beside words of the other kind from `groups` (a bit set)."""
-    foods, items = [t for t in THINGS if t.food], [t for t in THINGS if not t.food]
-    words = {"person": ACTORS, "thing": THINGS, "food": foods, "item": items, "place": PLACES}[kind]
-    return [w for w in words if bool(groups >> w.group & 1) == held_out] if groups else words
+def words_outside(kind: str, groups: frozenset[int]) -> list:
+    """The words of a kind that belong to none of these groups."""
+    return [word for word in WORDS_OF_KIND[kind] if word.group not in groups]
 
 
-# A phrase is written once for both languages, "Chinese | English", with {slots}. It is told from left to right:
-# the value of a slot is a (Chinese, English) pair, or a function of the draw, called when the slot is reached.
-
-
-def phrases(text: str) -> list[tuple]:
-    def parse(side: str) -> list[tuple[str, str | None]]:
-        parts = [*re.split(r"\{(\w+)\}", side), None]
-        return [(literal, slot) for literal, slot in zip(parts[::2], parts[1::2], strict=True) if literal or slot]
-
-    return [tuple(parse(side) for side in line.split(" | ")) for line in text.strip("\n").split("\n")]
-
-
-def tell(c: Draw, lang: int, phrase: tuple, slots: dict) -> None:
-    """Say a phrase; slots that hold a function are settled on the way."""
-    say = c.say
-    for literal, slot in phrase[lang]:
-        say(literal)
-        if slot:
-            value = slots[slot]
-            if callable(value):
-                value = slots[slot] = value(c)
-            say(value[lang])
-
-
-def written(lang: int, phrase: tuple, slots: dict) -> str:
-    """A phrase as text; its slots are all settled."""
-    return "".join([literal + (slots[slot][lang] if slot else "") for literal, slot in phrase[lang]])
-
-
-class Some(NamedTuple):
-    zh: str
-    en: str
-    thing: Thing
-    n: int
-
-
-def some(thing: Thing, n: int, words: bool = False, adjective: Sequence[str] = ("", "")) -> Some:
-    """n of a thing in both languages: 3个苹果, 3 apples; with `words` 三个苹果, three apples."""
-    count = str(n)
-    zh, en = NUMBERS[n - 1][:2] if words else (count, count)
-    space = " " if adjective[EN] else ""
-    if words and n == 1:
-        en = "an" if (adjective[EN] or thing.en)[0] in "aeiou" else "a"
-    noun = thing.en if n == 1 else thing.plural
-    return Some(f"{zh}{thing.measure}{adjective[ZH]}{thing.zh}", f"{en} {adjective[EN]}{space}{noun}", thing, n)
-
-
-COLOURS_OF = [(colour.zh + "的", colour.en) for colour in COLOURS]
-
-
-def without_number(phrase: Some) -> Some:
-    """一个红色的球 → 红色的球; English keeps its article."""
-    return phrase._replace(zh=phrase.zh[2:])
-
-
-def coloured(c: Draw, other_than: Thing | None = None) -> Some:
-    """One item of some colour: 一个红色的球, a red ball."""
-    thing = c.named("item", other_than)
-    return some(thing, 1, True, c.pick(COLOURS_OF))
+@cache
+def words_within(kind: str, groups: frozenset[int]) -> list:
+    """The words of a kind that belong to these groups; all, while nothing has been named and there are none."""
+    if not groups:
+        return WORDS_OF_KIND[kind]
+    return [word for word in WORDS_OF_KIND[kind] if word.group in groups]

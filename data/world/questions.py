@@ -4,247 +4,394 @@ Rows are {"instruction", "input", "output", "family", "lang", "check"}; `check` 
 "exact", or "number" (the last number in it). The held-out split differs in content, never in kind: facts never
 asked in training, pairs of numbers that are operands nowhere else, and people among things and places that they
 meet nowhere else, in the texts or in the training rows.
+
+Each family of questions is a function of a draw and a language. It tells a piece of text as the corpus does (a story,
+a sentence to translate, a sum), and asks about what has been decided.
+
+Read next: data/bundled.py, which writes texts and questions into a folder.
 """
 
 import itertools
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
-from data.world.draw import COLOURS_OF, Draw, Table, phrases, some, tell, without_number, written
-from data.world.stories import story_count, story_give, story_where
-from data.world.texts import (
-    FACTS,
-    FRAMES,
-    PERSON_FACTS,
-    SYMBOLS,
-    TOWN_FACTS,
+from data.world.arithmetic import MINUS, PLUS, TIMES, problem
+from data.world.draw import Draw, Table
+from data.world.facts import FACTS, PERSON_FACTS, TOWN_FACTS
+from data.world.phrases import (
+    Amount,
+    Slots,
+    amount,
+    colour_adjective,
     digits,
-    names,
-    problem,
-    sum_operands,
-    sum_slots,
-    translated,
+    phrase,
+    phrases,
+    render,
+    tell,
+    without_number,
 )
-from data.world.words import COLOURS, EN, GROUPS, HELD_PAIRS, PEOPLE, THINGS, TOWNS, ZH
+from data.world.stories import story_count, story_give, story_where
+from data.world.translations import translated
+from data.world.words import COLOURS, EN, GROUPS, HELD_PAIRS, PEOPLE, THINGS, TOWNS, ZH, Person, Town
 
 SPLITS = ("train", "heldout")
-FAMILIES = ("story", "translate", "arithmetic", "facts", "rewrite", "count", "compare")
+LIST_COMMA = ("、", ", ")  # between the parts of a list
+
+
+class Question(NamedTuple):
+    """What is asked: the instruction, the text it is about ("": none), the answer, and how an answer is compared."""
+
+    instruction: str
+    context: str
+    answer: str
+    check: str = "exact"
+
+
+# ---- facts ---------------------------------------------------------------------------------------------------------
 
 FACT_QUESTIONS = {
-    "home": """
-{a}住在哪里？ | Where does {a} live?
-{a}的家在哪里？ | Where is {a}'s home?""",
-    "job": """
-{a}是做什么的？ | What is {a}'s job?
-{a}的职业是什么？ | What does {a} do for a living?""",
-    "pet": """
-{a}养了什么宠物？ | What pet does {a} keep?
-{a}的宠物是什么？ | What is {a}'s pet?""",
-    "food": """
-{a}最喜欢吃什么？ | What does {a} like to eat best?
-{a}最爱吃什么？ | What is {a}'s favourite food?""",
-    "hobby": """
-{a}喜欢做什么？ | What does {a} like doing?
-{a}的爱好是什么？ | What is {a}'s hobby?""",
-    "month": """
-{a}出生在几月？ | In which month was {a} born?
-{a}的生日在几月？ | In which month is {a}'s birthday?""",
-    "colour": """
-{a}最喜欢什么颜色？ | Which colour does {a} like best?
-{a}最爱哪种颜色？ | What is {a}'s favourite colour?""",
-    "region": """
-{a}在什么地方？ | In which part of the country is {a}?""",
-    "site": """
-{a}坐落在哪里？ | Where does {a} lie?""",
-    "product": """
-{a}以什么闻名？ | What is {a} famous for?
-{a}盛产什么？ | What does {a} have plenty of?""",
+    "home": phrases(
+        "{who}住在哪里？ | Where does {who} live?",
+        "{who}的家在哪里？ | Where is {who}'s home?",
+    ),
+    "job": phrases(
+        "{who}是做什么的？ | What is {who}'s job?",
+        "{who}的职业是什么？ | What does {who} do for a living?",
+    ),
+    "pet": phrases(
+        "{who}养了什么宠物？ | What pet does {who} keep?",
+        "{who}的宠物是什么？ | What is {who}'s pet?",
+    ),
+    "food": phrases(
+        "{who}最喜欢吃什么？ | What does {who} like to eat best?",
+        "{who}最爱吃什么？ | What is {who}'s favourite food?",
+    ),
+    "hobby": phrases(
+        "{who}喜欢做什么？ | What does {who} like doing?",
+        "{who}的爱好是什么？ | What is {who}'s hobby?",
+    ),
+    "month": phrases(
+        "{who}出生在几月？ | In which month was {who} born?",
+        "{who}的生日在几月？ | In which month is {who}'s birthday?",
+    ),
+    "colour": phrases(
+        "{who}最喜欢什么颜色？ | Which colour does {who} like best?",
+        "{who}最爱哪种颜色？ | What is {who}'s favourite colour?",
+    ),
+    "region": phrases(
+        "{who}在什么地方？ | In which part of the country is {who}?",
+    ),
+    "site": phrases(
+        "{who}坐落在哪里？ | Where does {who} lie?",
+    ),
+    "product": phrases(
+        "{who}以什么闻名？ | What is {who} famous for?",
+        "{who}盛产什么？ | What does {who} have plenty of?",
+    ),
 }
-FACT_QUESTIONS = {key: phrases(text) for key, text in FACT_QUESTIONS.items()}
-STORY_QUESTIONS = {
-    "item": """
-{x}现在在哪里？ | Where is the {x} now?
-{x}在什么地方？ | In which place is the {x}?""",
-    "person": """
-{a}现在在哪里？ | Where is {a} now?
-{a}在什么地方？ | In which place is {a}?""",
-    "holder": """
-{x}在谁手里？ | Who has the {x}?
-现在谁拿着{x}？ | Who is holding the {x} now?""",
-    "count": """
-{a}现在有几{m}{x}？ | How many {xs} does {a} have now?
-{a}有多少{m}{x}？ | How many {xs} does {a} have?""",
-}
-STORY_QUESTIONS = {key: phrases(text) for key, text in STORY_QUESTIONS.items()}
-STORY_ANSWERS = phrases("""
-在{p}里。 | In the {p}.
-在{p}里。 | In the {p}.
-{a}。 | {a}.
-{x}。 | {x}.
-""")
-STORY_ANSWERS = dict(zip(STORY_QUESTIONS, STORY_ANSWERS, strict=True))
-INTO_CHINESE = phrases("翻译成中文。 | Translate into Chinese.\n把这句话翻译成中文。 | Put this sentence into Chinese.")
-INTO_ENGLISH = phrases("翻译成英文。 | Translate into English.\n把这句话翻译成英文。 | Put this sentence into English.")
-SUM_QUESTIONS = [phrases(text) for text in (
-    "{a}加{b}等于多少？ | What is {a} plus {b}?\n计算：{a} + {b} | Calculate: {a} + {b}",
-    "{a}减{b}等于多少？ | What is {a} minus {b}?\n计算：{a} - {b} | Calculate: {a} - {b}",
-    "{a}乘{b}等于多少？ | What is {a} times {b}?\n计算：{a} × {b} | Calculate: {a} × {b}",
-)]  # fmt: skip
-GREATER, SMALLER, RISING, FALLING = phrases("""
-{a}和{b}，哪个大？ | Which is greater, {a} or {b}?
-{a}和{b}，哪个小？ | Which is smaller, {a} or {b}?
-从小到大排列：{a}、{b}、{c} | Sort from small to large: {a}, {b}, {c}
-从大到小排列：{a}、{b}、{c} | Sort from large to small: {a}, {b}, {c}
-""")
-SEPARATOR = ("、", ", ")
-OWNS, WITHOUT, WENT, WILL_GO = phrases("""
-{a}有{k}。 | {a} has {k}.
-{a}没有{k}。 | {a} does not have {k}.
-{time}{a}去了{p}。 | {time} {a} went to the {p}.
-明天{a}会去{p}。 | Tomorrow {a} will go to the {p}.
-""")
-NEGATE, AFFIRM, TOMORROW, RECOLOUR, RENAME = phrases("""
-改成否定句。 | Make this sentence negative.
-改成肯定句。 | Make this sentence positive.
-改成明天的事。 | Say this about tomorrow.
-把颜色换成{colour}。 | Change the colour to {colour}.
-把{a}换成{b}。 | Replace {a} with {b}.
-""")
-COUNT = phrases("""
-“{x}”出现了几次？ | How many times does “{x}” appear?
-数一数有几个“{x}”。 | Count the word “{x}”.
-""")
 
 
 def fact_held_out(index: int, key: str) -> bool:
-    """Whether the fact `key` of person or town number `index` is never asked in training."""
+    """Whether the fact `key` of person or town number `index` is never asked in training: one in eight."""
     return (index + 3 * list(FACTS).index(key)) % 8 == 0
 
 
-ASKED_FACTS = [
-    [
-        (who, key)
-        for pool, keys in ((PEOPLE, PERSON_FACTS), (TOWNS, TOWN_FACTS))
-        for i, who in enumerate(pool)
-        for key in keys
-        if fact_held_out(i, key) == held_out
-    ]
-    for held_out in (False, True)
-]
-ASKED_SUMS = [sum_operands(held_out)[:3] for held_out in (False, True)]
-ASKED_PAIRS = [
-    [(a, b) for a in range(100) for b in range(100) if a != b and ((a, b) in HELD_PAIRS) == held_out]
-    for held_out in (False, True)
-]
+def asked_facts(held_out: bool) -> list[tuple[Person | Town, str]]:
+    """Whose facts are asked, and which."""
+    facts = []
+    for subjects, keys in ((PEOPLE, PERSON_FACTS), (TOWNS, TOWN_FACTS)):
+        for i, subject in enumerate(subjects):
+            facts += [(subject, key) for key in keys if fact_held_out(i, key) == held_out]
+    return facts
 
 
-def ask_fact(c: Draw, lang: int) -> tuple:
-    who, key = c.pick(ASKED_FACTS[c.held_out])
-    a, s = names(who)
-    return (
-        written(lang, c.pick(FACT_QUESTIONS[key]), {"a": a}),
-        "",
-        written(lang, FACTS[key][0], {"a": a, "s": s, "x": who.facts[key]}),
-    )
+ASKED_FACTS = {held_out: asked_facts(held_out) for held_out in (False, True)}
 
 
-def ask_story(c: Draw, lang: int) -> tuple:
-    states = c.pick((story_where, story_where, story_give, story_count, story_count))(c, lang)
-    kind, slots = c.pick(states)
-    asked = dict(slots)
+def ask_fact(draw: Draw, lang: int) -> Question:
+    """Where does somebody live? What is a town famous for?"""
+    subject, key = draw.pick(ASKED_FACTS[draw.held_out])
+    slots = {"who": subject, "what": subject.facts[key]}
+    question = draw.pick(FACT_QUESTIONS[key])
+    statement = FACTS[key][0]  # the first wording is the answer
+    return Question(render(lang, question, slots), "", render(lang, statement, slots))
+
+
+# ---- stories -------------------------------------------------------------------------------------------------------
+
+# By the kind of a story's state: what is asked about it, and the answer.
+STORY_QUESTIONS = {
+    "item": phrases(
+        "{thing}现在在哪里？ | Where is the {thing} now?",
+        "{thing}在什么地方？ | In which place is the {thing}?",
+    ),
+    "person": phrases(
+        "{who}现在在哪里？ | Where is {who} now?",
+        "{who}在什么地方？ | In which place is {who}?",
+    ),
+    "holder": phrases(
+        "{thing}在谁手里？ | Who has the {thing}?",
+        "现在谁拿着{thing}？ | Who is holding the {thing} now?",
+    ),
+    "count": phrases(
+        "{who}现在有几{measure}{noun}？ | How many {noun} does {who} have now?",
+        "{who}有多少{measure}{noun}？ | How many {noun} does {who} have?",
+    ),
+}
+STORY_ANSWERS = {
+    "item": phrase("在{place}里。 | In the {place}."),
+    "person": phrase("在{place}里。 | In the {place}."),
+    "holder": phrase("{who}。 | {who}."),
+    "count": phrase("{amount}。 | {amount}."),
+}
+
+
+def ask_story(draw: Draw, lang: int) -> Question:
+    """Where, who or how many, at the end of a story?"""
+    story = draw.pick((story_where, story_where, story_give, story_count, story_count))
+    states = story(draw, lang)
+    context = "".join(draw.said)
+    kind, slots = draw.pick(states)
+    answer = render(lang, STORY_ANSWERS[kind], slots)
     if kind == "count":
-        thing = slots["x"].thing
-        asked |= {"m": (thing.measure, ""), "x": thing, "xs": (thing.zh, thing.plural)}
-    question = written(lang, c.pick(STORY_QUESTIONS[kind]), asked)
-    return (
-        question,
-        "".join(c.said),
-        written(lang, STORY_ANSWERS[kind], slots),
-        "number" if kind == "count" else "exact",
-    )
+        return Question(ask_how_many(draw, lang, slots["who"], slots["amount"]), context, answer, "number")
+    question = draw.pick(STORY_QUESTIONS[kind])
+    return Question(render(lang, question, slots), context, answer)
 
 
-def ask_translation(c: Draw, lang: int) -> tuple:
-    source = c.pick((ZH, EN))
-    frame, slots = translated(c, source)
-    task = c.pick(INTO_ENGLISH if source == ZH else INTO_CHINESE)
-    return written(lang, task, {}), written(source, frame, slots), written(1 - source, frame, slots)
+def ask_how_many(draw: Draw, lang: int, who: Person, counted: Amount) -> str:
+    """The question for a number of things."""
+    thing = counted.thing
+    slots = {"who": who, "measure": (thing.measure, ""), "noun": (thing.zh, thing.plural)}
+    question = draw.pick(STORY_QUESTIONS["count"])
+    return render(lang, question, slots)
 
 
-def ask_sum(c: Draw, lang: int) -> tuple:
-    if c.pick((True, False, False)):
-        return ask_problem(c, lang)
-    kinds = 2 if c.held_out else 3  # a product that was never seen cannot be worked out by a small model
-    i = c.choose(Table((0.4, 0), (0.4, 1), (0.2, 2))) if kinds == 3 else c.pick((0, 1))
-    slots = sum_slots(ASKED_SUMS[c.held_out][i], (1, -1, 0)[i])
-    tell(c, lang, SYMBOLS[i], slots)
-    return written(lang, c.pick(SUM_QUESTIONS[i]), slots), "", slots["r"][ZH], "number"
+# ---- translations --------------------------------------------------------------------------------------------------
+
+# By the language of the translation.
+TRANSLATE = {
+    ZH: phrases(
+        "翻译成中文。 | Translate into Chinese.",
+        "把这句话翻译成中文。 | Put this sentence into Chinese.",
+    ),
+    EN: phrases(
+        "翻译成英文。 | Translate into English.",
+        "把这句话翻译成英文。 | Put this sentence into English.",
+    ),
+}
 
 
-def ask_problem(c: Draw, lang: int) -> tuple:
-    slots = problem(c, lang)
-    thing = slots["r"].thing
-    asked = {"a": slots["a"], "m": (thing.measure, ""), "x": thing, "xs": (thing.zh, thing.plural)}
-    question = written(lang, c.pick(STORY_QUESTIONS["count"]), asked)
-    return question, "".join(c.said), str(slots["r"].n), "number"
+def ask_translation(draw: Draw, lang: int) -> Question:
+    """A sentence in the other language; the instruction may be in either."""
+    source = draw.pick((ZH, EN))
+    target = 1 - source
+    frame, slots = translated(draw, source)
+    task = draw.pick(TRANSLATE[target])
+    return Question(render(lang, task, {}), render(source, frame, slots), render(target, frame, slots))
 
 
-def ask_rewrite(c: Draw, lang: int) -> tuple:
+# ---- sums ----------------------------------------------------------------------------------------------------------
+
+SUM_QUESTIONS = {
+    PLUS: phrases(
+        "{a}加{b}等于多少？ | What is {a} plus {b}?",
+        "计算：{a} + {b} | Calculate: {a} + {b}",
+    ),
+    MINUS: phrases(
+        "{a}减{b}等于多少？ | What is {a} minus {b}?",
+        "计算：{a} - {b} | Calculate: {a} - {b}",
+    ),
+    TIMES: phrases(
+        "{a}乘{b}等于多少？ | What is {a} times {b}?",
+        "计算：{a} × {b} | Calculate: {a} × {b}",
+    ),
+}
+TRAIN_SUMS = Table((0.4, PLUS), (0.4, MINUS), (0.2, TIMES))
+HELD_OUT_SUMS = (PLUS, MINUS)  # a product that was never seen cannot be worked out by a small model
+
+
+def ask_arithmetic(draw: Draw, lang: int) -> Question:
+    """A word problem, or, twice as often, a sum."""
+    if draw.pick((True, False, False)):
+        return ask_problem(draw, lang)
+    return ask_sum(draw, lang)
+
+
+def ask_problem(draw: Draw, lang: int) -> Question:
+    """How many does somebody have then?"""
+    answer = problem(draw, lang)
+    context = "".join(draw.said)
+    question = ask_how_many(draw, lang, answer["who"], answer["after"])
+    return Question(question, context, str(answer["after"].number), "number")
+
+
+def ask_sum(draw: Draw, lang: int) -> Question:
+    """What is a plus, minus or times b?"""
+    kind = draw.pick(HELD_OUT_SUMS) if draw.held_out else draw.choose(TRAIN_SUMS)
+    slots = kind.slots(draw.held_out)
+    tell(draw, lang, kind.in_symbols, slots)  # chooses the operands and works out the result
+    question = draw.pick(SUM_QUESTIONS[kind])
+    return Question(render(lang, question, slots), "", str(slots["result"].value), "number")
+
+
+# ---- rewriting -----------------------------------------------------------------------------------------------------
+
+OWNS = phrase("{who}有{coloured_item}。 | {who} has {coloured_item}.")
+OWNS_NOT = phrase("{who}没有{no_item}。 | {who} does not have {no_item}.")
+WENT = phrase("{time}{who}去了{place}。 | {time} {who} went to the {place}.")
+WILL_GO = phrase("明天{who}会去{place}。 | Tomorrow {who} will go to the {place}.")
+
+NEGATE = phrase("改成否定句。 | Make this sentence negative.")
+AFFIRM = phrase("改成肯定句。 | Make this sentence positive.")
+TOMORROW = phrase("改成明天的事。 | Say this about tomorrow.")
+RECOLOUR = phrase("把颜色换成{colour}。 | Change the colour to {colour}.")
+RENAME = phrase("把{old}换成{new}。 | Replace {old} with {new}.")
+
+
+def ask_rewrite(draw: Draw, lang: int) -> Question:
     """Change one thing in a sentence: not, when, which colour, who."""
-    change = c.pick((NEGATE, AFFIRM, TOMORROW, RECOLOUR, RENAME))
-    if change is RENAME:
-        frame, slots = translated(c, lang, FRAMES)
-        other = c.person()
-        task = written(lang, RENAME, {"a": slots["a"], "b": other})
-        return task, written(lang, frame, slots), written(lang, frame, slots | {"a": other})
-    if change is TOMORROW:
-        frame, slots = translated(c, lang, [WENT])
-        return written(lang, change, {}), written(lang, frame, slots), written(lang, WILL_GO, slots)
-    if change is RECOLOUR:
-        frame, slots = translated(c, lang, [OWNS])
-        thing = slots["k"].thing
-        adjective = c.pick([colour for colour in COLOURS_OF if colour[EN] not in slots["k"].en])
-        after = written(lang, frame, slots | {"k": some(thing, 1, True, adjective)})
-        task = written(lang, change, {"colour": COLOURS[COLOURS_OF.index(adjective)]})
-        return task, written(lang, frame, slots), after
-    _, slots = translated(c, lang, [OWNS])
-    sentences = written(lang, OWNS, slots), written(lang, WITHOUT, slots | {"k": without_number(slots["k"])})
-    return written(lang, change, {}), *(sentences if change is NEGATE else sentences[::-1])
+    change = draw.pick((negate, affirm, postpone, recolour, rename))
+    return change(draw, lang)
 
 
-def ask_count(c: Draw, lang: int) -> tuple:
+def negate(draw: Draw, lang: int) -> Question:
+    """Anna has a red ball. → Anna does not have a red ball."""
+    with_item, without_item = owning_or_not(draw, lang)
+    return Question(render(lang, NEGATE, {}), with_item, without_item)
+
+
+def affirm(draw: Draw, lang: int) -> Question:
+    """Anna does not have a red ball. → Anna has a red ball."""
+    with_item, without_item = owning_or_not(draw, lang)
+    return Question(render(lang, AFFIRM, {}), without_item, with_item)
+
+
+def owning_or_not(draw: Draw, lang: int) -> tuple[str, str]:
+    """That somebody has something, and that they do not."""
+    _, slots = translated(draw, lang, [OWNS])
+    slots["no_item"] = without_number(slots["coloured_item"])
+    return render(lang, OWNS, slots), render(lang, OWNS_NOT, slots)
+
+
+def postpone(draw: Draw, lang: int) -> Question:
+    """Yesterday Anna went to the park. → Tomorrow Anna will go to the park."""
+    _, slots = translated(draw, lang, [WENT])
+    return Question(render(lang, TOMORROW, {}), render(lang, WENT, slots), render(lang, WILL_GO, slots))
+
+
+def recolour(draw: Draw, lang: int) -> Question:
+    """Anna has a red ball. → Anna has a blue ball."""
+    _, slots = translated(draw, lang, [OWNS])
+    before = slots["coloured_item"]
+    colour = draw.pick([colour for colour in COLOURS if colour_adjective(colour) != before.adjective])
+    after = amount(before.thing, 1, spelled=True, adjective=colour_adjective(colour))
+    task = render(lang, RECOLOUR, {"colour": colour})
+    return Question(task, render(lang, OWNS, slots), render(lang, OWNS, {**slots, "coloured_item": after}))
+
+
+def rename(draw: Draw, lang: int) -> Question:
+    """Anna bought three apples. → Peter bought three apples."""
+    frame, slots = translated(draw, lang)
+    newcomer = draw.person()
+    task = render(lang, RENAME, {"old": slots["who"], "new": newcomer})
+    return Question(task, render(lang, frame, slots), render(lang, frame, {**slots, "who": newcomer}))
+
+
+# ---- counting words ------------------------------------------------------------------------------------------------
+
+COUNT = phrases(
+    "“{word}”出现了几次？ | How many times does “{word}” appear?",
+    "数一数有几个“{word}”。 | Count the word “{word}”.",
+)
+THINGS_OF_GROUP = [[thing for thing in THINGS if thing.group == group] for group in range(GROUPS)]
+
+
+def ask_count(draw: Draw, lang: int) -> Question:
     """How often is a word in a list? Held out: lists of things of one group, where training mixes three groups."""
-    if c.held_out:
-        group = c.pick(range(GROUPS))
-        pool = sample(c, [t for t in THINGS if t.group == group], 3)
+    if draw.held_out:
+        group = draw.pick(range(GROUPS))
+        things = pick_several(draw, THINGS_OF_GROUP[group], 3)
     else:
-        pool = [c.pick([t for t in THINGS if t.group == group]) for group in sample(c, range(GROUPS), 3)]
-    listed = [c.pick(pool) for _ in range(c.pick((4, 5, 6, 7)))]
-    task = written(lang, c.pick(COUNT), {"x": pool[0]})
-    return task, SEPARATOR[lang].join(t[lang] for t in listed), str(listed.count(pool[0])), "number"
+        groups = pick_several(draw, range(GROUPS), 3)
+        things = [draw.pick(THINGS_OF_GROUP[group]) for group in groups]
+    length = draw.pick((4, 5, 6, 7))
+    listed = [draw.pick(things) for _ in range(length)]
+    counted = things[0]
+    task = render(lang, draw.pick(COUNT), {"word": counted})
+    context = LIST_COMMA[lang].join(thing[lang] for thing in listed)
+    return Question(task, context, str(listed.count(counted)), "number")
 
 
-def ask_compare(c: Draw, lang: int) -> tuple:
-    a, b = c.pick(ASKED_PAIRS[c.held_out])
-    change = c.pick((GREATER, SMALLER, RISING, FALLING))
-    if change in (GREATER, SMALLER):
-        answer = max(a, b) if change is GREATER else min(a, b)
-        return written(lang, change, {"a": digits(a), "b": digits(b)}), "", str(answer), "number"
-    others = [n for n in range(100) if n not in (a, b) and (c.held_out or not {(a, n), (b, n)} & HELD_PAIRS)]
-    numbers = sample(c, [a, b, c.pick(others)], 3)
-    answer = SEPARATOR[lang].join(map(str, sorted(numbers, reverse=change is FALLING)))
-    return written(lang, change, dict(zip("abc", map(digits, numbers), strict=True))), "", answer
-
-
-def sample(c: Draw, options, n: int) -> list:
-    """n of the options, in any order."""
+def pick_several(draw: Draw, options: Sequence, n: int) -> list:
+    """n different options, in any order."""
     left = list(options)
-    return [left.pop(left.index(c.pick(left))) for _ in range(n)]
+    picked = []
+    for _ in range(n):
+        option = draw.pick(left)
+        left.remove(option)
+        picked.append(option)
+    return picked
 
 
-ASK = dict(zip(FAMILIES, (ask_story, ask_translation, ask_sum, ask_fact, ask_rewrite, ask_count, ask_compare),
-               strict=True))  # fmt: skip
-TRAIN_SHARES = Table(*zip((0.3, 0.3, 0.22, 0.06, 0.05, 0.03, 0.04), FAMILIES, strict=True))
+# ---- comparing numbers ---------------------------------------------------------------------------------------------
+
+WHICH_GREATER = phrase("{a}和{b}，哪个大？ | Which is greater, {a} or {b}?")
+WHICH_SMALLER = phrase("{a}和{b}，哪个小？ | Which is smaller, {a} or {b}?")
+RISING = phrase("从小到大排列：{a}、{b}、{c} | Sort from small to large: {a}, {b}, {c}")
+FALLING = phrase("从大到小排列：{a}、{b}、{c} | Sort from large to small: {a}, {b}, {c}")
+
+
+def asked_pairs(held_out: bool) -> list[tuple[int, int]]:
+    """Pairs of different numbers that are compared."""
+    pairs = [(a, b) for a in range(100) for b in range(100) if a != b]
+    return [pair for pair in pairs if (pair in HELD_PAIRS) == held_out]
+
+
+ASKED_PAIRS = {held_out: asked_pairs(held_out) for held_out in (False, True)}
+
+
+def ask_compare(draw: Draw, lang: int) -> Question:
+    """Which of two numbers is greater or smaller, or three numbers in order."""
+    a, b = draw.pick(ASKED_PAIRS[draw.held_out])
+    task = draw.pick((WHICH_GREATER, WHICH_SMALLER, RISING, FALLING))
+
+    if task is WHICH_GREATER or task is WHICH_SMALLER:
+        answer = max(a, b) if task is WHICH_GREATER else min(a, b)
+        return Question(render(lang, task, {"a": digits(a), "b": digits(b)}), "", str(answer), "number")
+
+    # A third number to sort. In training no two of the three may be a held-out pair.
+    thirds = [n for n in range(100) if n not in (a, b)]
+    if not draw.held_out:
+        thirds = [n for n in thirds if (a, n) not in HELD_PAIRS and (b, n) not in HELD_PAIRS]
+    numbers = pick_several(draw, [a, b, draw.pick(thirds)], 3)
+    slots: Slots = {slot: digits(number) for slot, number in zip("abc", numbers, strict=True)}
+    in_order = sorted(numbers, reverse=task is FALLING)
+    return Question(render(lang, task, slots), "", LIST_COMMA[lang].join(map(str, in_order)))
+
+
+# ---- rows ----------------------------------------------------------------------------------------------------------
+
+ASK = {
+    "story": ask_story,
+    "translate": ask_translation,
+    "arithmetic": ask_arithmetic,
+    "facts": ask_fact,
+    "rewrite": ask_rewrite,
+    "count": ask_count,
+    "compare": ask_compare,
+}
+FAMILIES = tuple(ASK)
+TRAIN_SHARES = Table(
+    (0.3, "story"),
+    (0.3, "translate"),
+    (0.22, "arithmetic"),
+    (0.06, "facts"),
+    (0.05, "rewrite"),
+    (0.03, "count"),
+    (0.04, "compare"),
+)
 
 
 def tasks(seed: int, split: str) -> Iterator[dict[str, str]]:
@@ -252,13 +399,20 @@ def tasks(seed: int, split: str) -> Iterator[dict[str, str]]:
 
     Row i depends on (seed, split, i) alone. A row may come again: whoever writes a file leaves out repetitions.
     """
+    held_out = split == "heldout"
     rng = random.Random()
-    c = Draw(rng, held_out=split == "heldout")
+    draw = Draw(rng, held_out)
     for i in itertools.count():
-        rng.seed((2 * seed + c.held_out << 40) + i)
-        c.begin()
-        family = FAMILIES[i % len(FAMILIES)] if c.held_out else c.choose(TRAIN_SHARES)
-        lang = c.pick((ZH, EN))
-        instruction, given, output, *check = ASK[family](c, lang)
-        yield {"instruction": instruction, "input": given, "output": output, "family": family,
-               "lang": ("zh", "en")[lang], "check": check[0] if check else "exact"}  # fmt: skip
+        rng.seed(((2 * seed + held_out) << 40) + i)
+        draw.begin()
+        family = FAMILIES[i % len(FAMILIES)] if held_out else draw.choose(TRAIN_SHARES)
+        lang = draw.pick((ZH, EN))
+        question = ASK[family](draw, lang)
+        yield {
+            "instruction": question.instruction,
+            "input": question.context,
+            "output": question.answer,
+            "family": family,
+            "lang": ("zh", "en")[lang],
+            "check": question.check,
+        }

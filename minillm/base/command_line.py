@@ -33,7 +33,7 @@ def parse(config_class: type, description: str, argv: list[str] | None = None, p
     known, unknown = parser.parse_known_args(argv)
     for word in unknown:
         name = word.split("=")[0].lstrip("-")
-        raise UserError(f"argument {word}: no such option{_nearest(name, options)} ({parser.prog} --help lists them)")
+        raise UserError(f"argument {word}: no such option{_nearest(name, options)} (see {parser.prog} --help)")
     given = {name: value for name, value in vars(known).items() if value is not None}
     path = given.pop("config", None)
     from_file = {} if path is None else _read_toml(path, options)
@@ -124,7 +124,7 @@ def _read_toml(path: str, options: Collection[str]) -> dict:
         if isinstance(value, dict):
             raise UserError(f"{path}: [{name}]: sections and dotted names are not used; give lines NAME = VALUE alone")
         program = Path(sys.argv[0]).name
-        raise UserError(f"{path}: {name}: no such option{_nearest(name, options)} ({program} --help lists them)")
+        raise UserError(f"{path}: {name}: no such option{_nearest(name, options)} (see {program} --help)")
     return values
 
 

@@ -1,6 +1,7 @@
 """The bundled corpus as written: its bits lie beside its documents, and it is written once."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -64,6 +65,52 @@ def test_an_unfinished_or_older_corpus_is_written_again(small, tmp_path, monkeyp
     assert lines(folder / "text" / "val.jsonl")[0]["text"] == next(documents(3))[0]
 
 
+@pytest.fixture
+def generator(tmp_path, monkeypatch):
+    """A copy of the generator's source, which `bundled.fingerprint` reads in its place."""
+    copy = tmp_path / "world"
+    shutil.copytree(bundled.GENERATOR, copy, ignore=shutil.ignore_patterns("__pycache__", ".*"))
+    monkeypatch.setattr(bundled, "GENERATOR", copy)
+    return copy
+
+
+def test_every_file_of_the_generator_is_in_its_fingerprint(generator):
+    fingerprints = [bundled.fingerprint()]
+    files = sorted(path for path in generator.rglob("*") if path.is_file())
+    assert {"words.py", "draw.py", "stories.py", "texts.py", "questions.py"} <= {file.name for file in files}
+    for file in files:
+        with file.open("a", encoding="utf-8") as source:
+            source.write("# another line\n")
+        fingerprints.append(bundled.fingerprint())
+    assert len(set(fingerprints)) == len(fingerprints) == len(files) + 1
+
+
+def test_a_file_added_to_the_generator_or_renamed_in_it_changes_the_fingerprint(generator):
+    fingerprints = [bundled.fingerprint()]
+    (generator / "deeper" / "still").mkdir(parents=True)
+    added = generator / "deeper" / "still" / "added.py"
+    added.write_text("")
+    fingerprints.append(bundled.fingerprint())
+    added.write_text("X = 1\n")
+    fingerprints.append(bundled.fingerprint())
+    added.rename(generator / "deeper" / "added.py")
+    fingerprints.append(bundled.fingerprint())
+    assert len(set(fingerprints)) == 4
+
+
+def test_line_endings_and_compiled_files_are_not_in_the_fingerprint(generator):
+    fingerprints = []
+    for line_end in (b"\n", b"\r\n"):
+        for file in generator.rglob("*.py"):
+            source = file.read_bytes().replace(b"\r\n", b"\n")
+            file.write_bytes(source.replace(b"\n", line_end))
+        fingerprints.append(bundled.fingerprint())
+    (generator / "__pycache__").mkdir()
+    (generator / "__pycache__" / "words.cpython-311.pyc").write_bytes(b"compiled")
+    fingerprints.append(bundled.fingerprint())
+    assert len(set(fingerprints)) == 1
+
+
 def test_the_command_line(monkeypatch, tmp_path, capsys):
     built = []
     monkeypatch.setattr(bundled, "build", built.append)
@@ -72,7 +119,7 @@ def test_the_command_line(monkeypatch, tmp_path, capsys):
         bundled.main()
     assert built == [bundled.FOLDER, "elsewhere"]
     monkeypatch.setattr("sys.argv", ["bundled.py", "--ouput", "elsewhere"])
-    with pytest.raises(UserError, match=r"--ouput .*see bundled\.py --help"):
+    with pytest.raises(UserError, match=r"--ouput: .*did you mean --out.*see bundled\.py --help"):
         bundled.main()
     assert len(built) == 2
     said = capsys.readouterr().out.splitlines()

@@ -1,56 +1,80 @@
-"""docs/chinese.py goes its whole way on the bundled corpus, and what its page promises holds there."""
+"""The commands of docs/chinese.md go their whole way on the bundled corpus, and what the page promises holds there."""
 
-import importlib.util
-import json
+import os
 import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
-from minillm.tokenizer.tokenizer import Tokenizer
 from tests import launch
 
+PAGE = launch.ROOT / "docs" / "chinese.md"
+BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
-@pytest.fixture(scope="module")
-def chinese():
-    spec = importlib.util.spec_from_file_location("chinese", launch.ROOT / "docs" / "chinese.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+
+def blocks(out: Path) -> list[tuple[str, str]]:
+    """(language, text) of each block of the page's commands, with folders of the test's and fewer steps."""
+    commands = PAGE.read_text(encoding="utf-8").partition("## On real texts")[0]
+    commands = commands.replace("python data/bundled.py", f"python data/bundled.py --out {out}/bundled")
+    commands = commands.replace('Path("data/bundled")', f'Path("{out}/bundled")')
+    commands = commands.replace("out/chinese", f"{out}/chinese").replace("--epochs 1", "--steps 6 --eval_rows 8")
+    commands = commands.replace("--seq_len 128", "--seq_len 128 --eval_tokens 4096")
+    commands = re.sub(r"--steps (\d+)", lambda match: f"--steps {max(2, int(match[1]) // 5)}", commands)
+    return BLOCK.findall(commands)
+
+
+def execute(line: str, out: Path) -> str:
+    """Run a command as a process that starts at once; return what it printed."""
+    words = shlex.split(line)[1:]
+    script, arguments = ("minillm/__main__.py", words[2:]) if words[0] == "-m" else (words[0], words[1:])
+    process = launch.Process(
+        script, arguments, out / "printed.txt", {}, hidden=() if "plot" in words else ("matplotlib",)
+    )
+    assert process.wait(seconds=300) == 0, f"{line}\n{process.text}"
+    return process.text
+
+
+def answer(line: str, question: str) -> str:
+    """What `chat` prints, which reads its question from standard input."""
+    words = [sys.executable, *shlex.split(line)[1:]]
+    environment = {**os.environ, "PYTHONIOENCODING": "utf-8"}
+    run = subprocess.run(
+        words, cwd=launch.ROOT, env=environment, input=question, capture_output=True, encoding="utf-8", check=True
+    )
+    return run.stdout
 
 
 @pytest.mark.slow
-def test_the_whole_way_on_the_bundled_corpus(chinese, tmp_path, monkeypatch, capsys):
-    in_a_shell = chinese.execute
+def test_the_whole_way_on_the_bundled_corpus(tmp_path):
+    printed = {}
+    for language, text in blocks(tmp_path):
+        if language == "python":
+            exec(compile(text, PAGE.name, "exec"), {})
+            continue
+        for line in text.replace("\\\n", " ").splitlines():
+            printed[line] = answer(line, "南希最喜欢吃什么？\n") if "chat" in line else execute(line, tmp_path)
 
-    def execute(arguments: list[str], said: str) -> tuple[int, str]:
-        """A process that starts at once, but for a chat, which reads what it is asked."""
-        if said:
-            return in_a_shell(arguments, said)
-        script, rest = ("minillm/__main__.py", arguments[2:]) if arguments[0] == "-m" else (arguments[0], arguments[1:])
-        process = launch.Process(script, rest, tmp_path / "printed.txt", {})
-        status = process.wait(seconds=300)
-        print(process.text)
-        return status, process.text
+    def of(*words: str) -> str:
+        """What the one command printed that holds all these words."""
+        (found,) = (text for line, text in printed.items() if all(word in line for word in words))
+        return found
 
-    monkeypatch.chdir(launch.ROOT)
-    monkeypatch.setattr(chinese, "execute", execute)
-    monkeypatch.setattr("sys.argv", ["chinese.py", "--quick", "--out", str(tmp_path / "out")])
-    chinese.main()
-    printed, out = capsys.readouterr().out, tmp_path / "out"
+    def number(pattern: str, text: str) -> float:
+        return float(re.search(pattern, text)[1])
 
-    (merged,) = re.findall(r"added ([\d,]+), already there [\d,]+, unreachable 0\n", printed)
-    assert ", 0 of these changed" in printed
-    results = json.loads((out / "results.json").read_text())
-    old, new = results["old vocabulary"], results["new vocabulary"]
-    assert new["pieces"] == old["pieces"] + int(merged) == Tokenizer.load(out / "with" / "stage2-merged").vocab_size
-    assert new["english"] == old["english"] and new["chinese"] > 2 * old["chinese"]
-
-    ways = with_surgery, without = results["with surgery"], results["without surgery"]
-    # logits of kept ids are the old ones, and new pieces take a little of the probability
-    assert 0 <= with_surgery["start"]["english"] - without["start"]["english"] < 0.05
-    for way in ways:
-        assert way["stage2"]["chinese"] < way["stage1"]["chinese"] < way["start"]["chinese"] - 1
-        assert way["stage2"]["english"] > way["start"]["english"]
-        assert 0 <= way["instructions"]["exact match"] <= 1
-    assert with_surgery["stage2"]["chinese"] < without["stage2"]["chinese"]
-    assert printed.count("\n> ") == 4 and (out / "chinese.png").stat().st_size > 10_000
+    assert ", 0 of these changed" in of("vocab merge") and "unreachable 0" in of("vocab merge")
+    density = [
+        number(r"([\d.]+) characters per token", of("inspect", f"{tmp_path}/chinese/vocab-{name}"))
+        for name in ("old", "new")
+    ]
+    assert density[1] > 2 * density[0]
+    with_surgery, without = (
+        number(r"bits per byte +([\d.]+)", of("eval", f"{name}-stage2-merged", f"chinese-{name}"))
+        for name in ("new", "old")
+    )
+    assert with_surgery < without
+    assert (tmp_path / "chinese" / "curves.png").stat().st_size > 10_000
+    assert of("chat").count("\n> ") >= 1

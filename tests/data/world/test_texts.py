@@ -1,15 +1,16 @@
 """The bundled world: its texts against independent readings of them, and its bits against a search of its grammar."""
 
+import hashlib
 import itertools
 import math
 import random
 import re
 from functools import lru_cache
+from operator import add, mul, sub
 
 import pytest
 
-from data.world import stories
-from data.world import texts as world
+from data.world import arithmetic, questions, stories, texts, translations
 from data.world.draw import Draw, Table
 from data.world.texts import KINDS, document, documents
 from data.world.words import EN, HELD_PAIRS, LEXICON, ZH
@@ -55,30 +56,33 @@ class Scripted(Draw):
         return self.take(options, [math.log2(len(options))] * len(options))
 
     def choose(self, table):
-        return self.take(table.options, [-math.log2(p) for p in table.p])
+        costs = [-math.log2(probability) for probability in table.probabilities]
+        return self.take(table.options, costs)
 
 
 @lru_cache(maxsize=200_000)
 def told(script: tuple) -> tuple[str, list | None]:
     """What is said under a script before the next open choice, and the costs of that choice (None: the text ends)."""
-    c = Scripted(script)
+    draw = Scripted(script)
     try:
-        return document(c), None
+        return document(draw), None
     except Open as choice:
-        return "".join(c.said), choice.costs
+        return "".join(draw.said), choice.costs
 
 
 def derivations(text: str) -> list[float]:
-    """The bits of every way in which the grammar can tell `text`, found by trying all that begins like it."""
-    found, todo = [], [((), 0.0)]
-    while todo:
-        script, bits = todo.pop()
-        said, costs = told(script)
+    """The bits of every way in which the grammar can tell `text`: tries every script whose text begins like it."""
+    bits_of_derivations = []
+    open_scripts = [((), 0.0)]
+    while open_scripts:
+        script, bits = open_scripts.pop()
+        beginning, costs = told(script)
         if costs is None:
-            found += [bits] if said == text else []
-        elif text.startswith(said):
-            todo += [((*script, i), bits + cost) for i, cost in enumerate(costs)]
-    return found
+            if beginning == text:
+                bits_of_derivations.append(bits)
+        elif text.startswith(beginning):
+            open_scripts += [((*script, i), bits + cost) for i, cost in enumerate(costs)]
+    return bits_of_derivations
 
 
 def test_a_text_has_one_derivation_and_its_bits():
@@ -87,10 +91,11 @@ def test_a_text_has_one_derivation_and_its_bits():
 
 
 def test_probabilities_sum_to_one():
-    tables = [v for m in (world, stories) for v in vars(m).values() if isinstance(v, Table)]
-    assert KINDS in tables and len(tables) >= 5
+    modules = (arithmetic, questions, stories, texts, translations)
+    tables = [value for module in modules for value in vars(module).values() if isinstance(value, Table)]
+    assert KINDS in tables and len(tables) == 8
     for table in tables:
-        assert math.fsum(table.p) == pytest.approx(1, abs=1e-12)
+        assert math.fsum(table.probabilities) == pytest.approx(1, abs=1e-12)
 
 
 def test_a_document_depends_on_seed_and_number_alone():
@@ -110,6 +115,14 @@ def test_golden_document():
     assert bits == pytest.approx(77.293755866, abs=1e-9)
 
 
+def test_golden_digest():
+    """The first documents of every kind, letter by letter and with their bits."""
+    digest = hashlib.sha256()
+    for text, bits in itertools.islice(documents(1), 2000):
+        digest.update(f"{text}\n{bits:.6f}\n".encode())
+    assert digest.hexdigest() == "416562fe62df66ce5b7a78a8a3b114408da451715522b9d38c3ca8ced3160a12"
+
+
 # ---- what the texts say
 
 
@@ -124,27 +137,40 @@ def test_stories_keep_their_state():
     gifts = [text for text in TEXTS if re.search(r" (gave|handed) the ", text)]
     walks = [text for text in TEXTS if re.search(r"was in the .*was in the", text) and "\n" not in text]
     assert min(len(counts), len(gifts), len(walks)) > 100
-    for read, texts in ((read_counts, counts), (read_holders, gifts), (read_where, walks)):
-        for text in texts:
+    for read, stories_of_a_kind in ((read_counts, counts), (read_holders, gifts), (read_where, walks)):
+        for text in stories_of_a_kind:
             read(text)
 
 
 def test_sums_are_right():
-    plus_or_minus = r"(\d+)(?: ([-+×]) | (plus|minus|times) |([加减乘]))(\d+)(?: = | is |等于)(\d+)[.。]?"
-    problem = r"\d\. .* has (\d+) .* and (buys|eats|loses) (\d+) .*Now .* has (\d+) .*"
+    sum_line = r"(\d+)(?: ([-+×]) | (plus|minus|times) |([加减乘]))(\d+)(?: = | is |等于)(\d+)[.。]?"
+    greater_line = r"(\d+)(?: > |比| is greater than )(\d+)(?:大。|\.)?"
+    less_line = r"(\d+)(?: < |比| is less than )(\d+)(?:小。|\.)?"
+    problem_line = r"\d\. .* has (\d+) .* and (buys|eats|loses) (\d+) .*Now .* has (\d+) .*"
+    operator_of = {
+        "+": add,
+        "plus": add,
+        "加": add,
+        "-": sub,
+        "minus": sub,
+        "减": sub,
+        "×": mul,
+        "times": mul,
+        "乘": mul,
+    }
     checked = 0
     for line in (line for text in TEXTS for line in text.split("\n")):
-        if found := re.fullmatch(plus_or_minus, line):
-            a, b, result = (int(found[i]) for i in (1, 5, 6))
-            sign = (found[2] or found[3] or found[4])[0]
-            assert {"+": a + b, "p": a + b, "加": a + b, "-": a - b, "m": a - b, "减": a - b}.get(sign, a * b) == result
-        elif found := re.fullmatch(r"(\d+)( > |比| is greater than )(\d+)(大。|\.)?", line):
-            assert int(found[1]) > int(found[3])
-        elif found := re.fullmatch(r"(\d+)( < |比| is less than )(\d+)(小。|\.)?", line):
-            assert int(found[1]) < int(found[3])
-        elif found := re.fullmatch(problem, line):
-            n, d, left = int(found[1]), int(found[3]), int(found[4])
-            assert left == (n + d if found[2] == "buys" else n - d)
+        if match := re.fullmatch(sum_line, line):
+            a, symbol, english, chinese, b, result = match.groups()
+            assert operator_of[symbol or english or chinese](int(a), int(b)) == int(result), line
+        elif match := re.fullmatch(greater_line, line):
+            assert int(match[1]) > int(match[2]), line
+        elif match := re.fullmatch(less_line, line):
+            assert int(match[1]) < int(match[2]), line
+        elif match := re.fullmatch(problem_line, line):
+            before, verb, change, after = match.groups()
+            change = int(change) if verb == "buys" else -int(change)
+            assert int(before) + change == int(after), line
         else:
             continue
         checked += 1

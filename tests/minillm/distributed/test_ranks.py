@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from minillm.base import device
 from minillm.base.errors import UserError
-from minillm.distributed import watchdog
+from minillm.distributed import ranks, watchdog
 from minillm.distributed.ranks import Ranks, micro_batch, os, start
 from minillm.distributed.watchdog import Watchdog
 
@@ -86,7 +86,7 @@ def test_a_gpu_given_by_number_becomes_the_current_one(name, current, monkeypatc
 @pytest.mark.parametrize(("name", "number"), [("cuda", 0), ("cuda:1", 1)])
 def test_one_process_takes_its_gpu_by_number(name, number, monkeypatch):
     taken = []
-    monkeypatch.setattr(device, "pick_device", torch.device)
+    monkeypatch.setattr(ranks, "pick_device", torch.device)
     monkeypatch.setattr(torch._C, "_cuda_setDevice", taken.append, raising=False)  # below torch's own checks
     monkeypatch.setattr(torch, "set_float32_matmul_precision", lambda precision: None)
     assert start(name) == Ranks(0, 1, torch.device("cuda", number)) and taken == [number]
@@ -129,7 +129,7 @@ def test_the_watchdog_says_where_this_rank_stands_and_who_gives_no_sign(watched)
     dog.tick(7)
     store["place/1"] = b"data.py:88"
     line = wait_for(ended)
-    assert line.startswith("rank 0: no step finished for 0 s after step 7: rank 0 is at test_distributed.py:")
+    assert line.startswith("rank 0: no step finished for 0 s after step 7: rank 0 is at test_ranks.py:")
     assert "(last finished step 7), rank 1 is at data.py:88 (last finished step 6)" in line
     assert line.endswith("rank 2 gives no sign (last finished step 0)")
 
