@@ -3,7 +3,6 @@
 import argparse
 import dataclasses
 import difflib
-import sys
 import tomllib
 import typing
 from collections.abc import Collection
@@ -36,7 +35,7 @@ def parse(config_class: type, description: str, argv: list[str] | None = None, p
         raise UserError(f"argument {word}: no such option{_nearest(name, options)} (see {parser.prog} --help)")
     given = {name: value for name, value in vars(known).items() if value is not None}
     path = given.pop("config", None)
-    from_file = {} if path is None else _read_toml(path, options)
+    from_file = {} if path is None else _read_toml(path, options, parser.prog)
 
     # what the command line gives counts before what the file says
     hints = typing.get_type_hints(config_class)
@@ -111,8 +110,8 @@ def _help(its: Option, default) -> str:
     return words.replace("%", "%%")
 
 
-def _read_toml(path: str, options: Collection[str]) -> dict:
-    """The values in a TOML file, by name; raises `UserError` for a name that is no option."""
+def _read_toml(path: str, options: Collection[str], program: str) -> dict:
+    """The values in a TOML file, by name; raises `UserError` for a name that is no option of the program."""
     try:
         values = tomllib.loads(Path(path).read_text(encoding="utf-8-sig"))  # Windows may put a BOM first
     except (OSError, ValueError) as problem:
@@ -123,7 +122,6 @@ def _read_toml(path: str, options: Collection[str]) -> dict:
             continue
         if isinstance(value, dict):
             raise UserError(f"{path}: [{name}]: sections and dotted names are not used; give lines NAME = VALUE alone")
-        program = Path(sys.argv[0]).name
         raise UserError(f"{path}: {name}: no such option{_nearest(name, options)} (see {program} --help)")
     return values
 

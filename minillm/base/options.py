@@ -264,7 +264,8 @@ def to_toml(config) -> str:
 
 def write_toml(config, path: Path) -> None:
     """Write `to_toml`; bytes of a path that are no UTF-8 become escapes, which no TOML reader takes for a name."""
-    path.write_text(to_toml(config), encoding="utf-8", errors="backslashreplace", newline="\n")
+    head = f'# All options of a run, as --config reads them; "{NONE}": not set.\n\n'
+    path.write_text(head + to_toml(config), encoding="utf-8", errors="backslashreplace", newline="\n")
 
 
 def _toml_value(value) -> str:

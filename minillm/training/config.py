@@ -1,5 +1,6 @@
 """The options that all training scripts have, and what makes sense of their values."""
 
+import textwrap
 from dataclasses import dataclass
 
 from minillm.base.options import Options, differences, option
@@ -128,10 +129,10 @@ def schedule(cfg: TrainingConfig) -> dict:
 
 
 def summary(cfg: TrainingConfig) -> str:
-    """What a run will do, in one line, and in another what of its options is not the default."""
+    """What a run will do, in one line, and below it what of its options is not the default."""
     start = f" from {cfg.init_from}" if cfg.init_from else ""
-    return (
-        f"{cfg.data} → {cfg.out}{start}: {cfg.steps:,} steps of {cfg.batch_size} × {cfg.seq_len} tokens; "
-        f"all options in {cfg.out}/options.toml\n"
-        f"not the defaults: {differences(cfg)}"
-    )
+    size = f"{cfg.steps:,} steps of {cfg.batch_size} × {cfg.seq_len} tokens"
+    line = f"{cfg.data} → {cfg.out}{start}: {size}; all options in {cfg.out}/options.toml"
+    differing = f"not the defaults: {differences(cfg)}"
+    wrapped = textwrap.fill(differing, 120, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
+    return f"{line}\n{wrapped}"
