@@ -55,43 +55,34 @@ class Option:
         if self.choices and value not in self.choices:
             return f"choose one of {', '.join(map(str, self.choices))}"
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        if (is_number or self.limits()) and not self._within(value):  # TypeError for text where a number belongs
-            return f"must be {self.limits(value)}"
+        if is_number and not abs(value) < math.inf:  # true of NaN, too
+            return "must be a finite number"
+        if self.limits() and not self._within(value):
+            return f"must be {self.limits()}"
+        if is_number and isinstance(value, int) and self.at_most is None and value > LARGEST_COUNT:
+            return f"must be at most {LARGEST_COUNT:,}"
         return None
 
     def _within(self, number: float) -> bool:
-        """Whether a number keeps to the range. Infinity never does, nor does NaN, which no comparison is true of."""
+        """Whether a number keeps to the limits; raises TypeError for a text where a number belongs."""
         return (
-            abs(number) < math.inf
-            and (self.at_least is None or number >= self.at_least)
+            (self.at_least is None or number >= self.at_least)
             and (self.above is None or number > self.above)
+            and (self.at_most is None or number <= self.at_most)
             and (self.below is None or number < self.below)
-            and number <= self._most(number)
         )
 
-    def _most(self, number: float) -> float:
+    def limits(self) -> str:
+        """The range in words, such as "0 to below 1"; empty if there is none."""
         if self.at_most is not None:
-            return self.at_most
-        return LARGEST_COUNT if isinstance(number, int) else math.inf
-
-    def limits(self, number: float | None = None) -> str:
-        """The range in words, such as "0 to below 1"; empty if there is none. number: one that is to be told of it."""
-        if number is not None and self.at_most is None and (not abs(number) < math.inf or number > LARGEST_COUNT):
-            largest = f"at most {LARGEST_COUNT:,}" if isinstance(number, int) else "finite"
-            return " and ".join(filter(None, [self.limits(), largest]))
-        lower = f"{self.at_least:,}" if self.at_least is not None else ""
-        upper = f"{self.at_most:,}" if self.at_most is not None else ""
+            upper = f"{self.at_most:,}"
+        else:
+            upper = "" if self.below is None else f"below {self.below:,}"
         if self.above is not None:
-            lower = f"above {self.above:,}"
-        if self.below is not None:
-            upper = f"below {self.below:,}"
-        if lower and upper:
-            return f"{lower} to {upper}"
+            return f"above {self.above:,}" + (f" to {upper}" if upper else "")
         if self.at_least is not None:
-            return f"at least {lower}"
-        if self.at_most is not None:
-            return f"at most {upper}"
-        return lower or upper
+            return f"{self.at_least:,} to {upper}" if upper else f"at least {self.at_least:,}"
+        return f"at most {upper}" if self.at_most is not None else upper
 
 
 def option(default=dataclasses.MISSING, help: str = "", choices: tuple | None = None, **rules):

@@ -68,7 +68,7 @@ def test_presets_have_the_sizes_of_their_names():
         (dict(window=0), "window is 0"),
         (dict(window=10**30), "window is 1000"),
         (dict(softcap=0.0), "softcap is 0"),
-        (dict(softcap=math.inf), "softcap is inf: must be above 0 and finite"),
+        (dict(softcap=math.inf), "softcap is inf: must be a finite number"),
         (dict(rope_theta=0.0), "rope_theta is 0"),
         (dict(rope_theta=math.nan), "rope_theta is nan"),
         (dict(norm_eps=math.inf), "norm_eps is inf"),
