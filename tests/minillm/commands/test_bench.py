@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from minillm.base.errors import UserError
-from minillm.commands.bench import tune
+from minillm.commands.bench import data, generate, train, tune
+from minillm.generation import completion
 from minillm.model import config
 from minillm.tuning import peft_format
 
@@ -65,3 +66,39 @@ def test_what_autograd_keeps_is_counted_once():
 def test_a_sequence_that_leaves_no_room_is_refused():
     with pytest.raises(UserError, match="--seq_len 49: choose 2 to 48"):
         tune.run(tune.Config(device="cpu", rows=1, seq_len=49))
+
+
+def names(printed: str) -> list[str]:
+    """The sides of a comparison, from the lines with their speed."""
+    return [line.split("  ")[1] for line in printed.splitlines() if " tok/s " in line]
+
+
+def test_a_training_step_stands_beside_plain_pytorch_and_gpt_2(capsys, monkeypatch):
+    config = train.Config(device="cpu", rows=2, seq_len=8, vocab_size=40)
+    train.run(config)
+    plain, ours, theirs = names(capsys.readouterr().out)
+    assert (plain, ours) == ("plain PyTorch", "minillm") and theirs.startswith("GPT-2, ")
+    forward = train.PlainDecoder.forward
+    monkeypatch.setattr(train.PlainDecoder, "forward", lambda *inputs: 1.01 * forward(*inputs))
+    with pytest.raises(UserError, match="the two sides compute other losses"):
+        train.run(config)
+
+
+def test_generation_stands_beside_transformers(capsys, monkeypatch):
+    config = generate.Config(device="cpu", new_tokens=4)
+    generate.run(config)
+    assert names(capsys.readouterr().out)[:2] == ["minillm", "transformers"]
+    with pytest.raises(UserError, match="--new_tokens 33: choose 1 to 32"):
+        generate.run(generate.Config(device="cpu", new_tokens=33))
+    monkeypatch.setattr(completion, "generate", lambda *_: [completion.Completion([1, 2, 3, 4], "length")])
+    with pytest.raises(UserError, match="do not choose the same tokens"):
+        generate.run(config)
+
+
+def test_reading_is_counted_in_tokens(capsys, monkeypatch):
+    monkeypatch.setattr(data, "medians", lambda sides: {name: 0.5 for name, side in sides.items() if side() is None})
+    data.run(data.Config(tokens=5000, rows=2000, seq_len=10))
+    first, second = capsys.readouterr().out.splitlines()
+    assert first.startswith("5,000 tokens of uint16, batches of 2000 × 10") and second.startswith(
+        "  2 million tokens/s"
+    )
