@@ -7,6 +7,7 @@ EXTRAS = {
     "tensorboard": ["tensorboard"],
     "parquet": ["pyarrow"],
     "gguf": ["gguf"],
+    "hf": ["tokenizers", "jinja2"],
     "bench": ["transformers>=5", "peft"],
 }
 EXTRAS["test"] = [
@@ -15,7 +16,8 @@ EXTRAS["test"] = [
     "ruff",
     "transformers>=5",
     "peft",
-    "jinja2",
+    "regex",
+    *EXTRAS["hf"],
     *EXTRAS["plot"],
     *EXTRAS["parquet"],
     *EXTRAS["tensorboard"],

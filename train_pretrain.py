@@ -112,6 +112,8 @@ def main() -> int:
         distributed.stop()
         return 0
     this.say(summary(cfg))
+    if validation.no_bytes:
+        this.say(f"no bits per byte: {validation.no_bytes}")
 
     # the model: resumed, started from another, or new
     kernels_settled()

@@ -65,7 +65,10 @@ class Config(options.TuningConfig, TrainingConfig):
         group="optimizer",
     )
     template: str = option(
-        "auto", "prompt format; auto: chat if the tokenizer has role pieces", TEMPLATES, group="instructions"
+        "auto",
+        "prompt format; auto: the model folder's own, else chat if there are role pieces",
+        TEMPLATES,
+        group="instructions",
     )
     packing: bool = option(True, "several examples in a row, attention kept inside each", group="instructions")
     on_bad_line: str = option(

@@ -1,289 +1,277 @@
-"""Token bins while they are being written, and a record of which part of them came from which input file.
+"""A folder of token bins while it is being prepared, and what its bins were made from.
 
-The bins hold the tokens of the input files one after another. For each file parts.json records what its part was made
-from (the SHA-256 of its bytes, the options, the tokenizer) and what it gave (tokens, documents, their SHA-256); it has
-a checksum of its own. So a part can be recognized and verified, and is reused as long as none of that changes. Bins of
-which other parts must be tokenized again are moved to old/ until the new ones are complete.
+Each group of input files (a large file, or several small ones) has bins of its own, one for each split. What a group's
+tokens depend on is hashed into its key, and bins whose key is still asked for are kept.
+
+    data/mine/
+      train-00000.bin  val-00000.bin …       numbered in the order of the input
+      meta.json                              comes last: without it the folder is not finished
+      unfinished/                            only while the folder is being prepared:
+        <key>.train.bin  <key>.val.bin         bins that have no number yet
+        <key>.json                             their record, written after them: without it they are not whole
+        meta.json                              only while bins are being renamed: the number of each key
+
+Preparing means: name the bins by their keys (`take_apart`), make those that are missing (`BinWriter`), number them all
+(`put_together`). Each of these can be killed at any moment and done again.
 """
 
-import hashlib
+import contextlib
 import json
 import os
 import shutil
-import time
-from collections.abc import Iterator
-from itertools import accumulate
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO
 
-import numpy as np
-
+from data.sources import Group, checksum, tokenizer_key
+from minillm.base import files
 from minillm.base.errors import UserError
-from minillm.base.files import write_json_atomically
 from minillm.tokenizer.tokenizer import Tokenizer
 
 SPLITS = ("train", "val")
-READ = 1 << 24  # bytes of a bin read at a time
-NAMED = 5  # at most so many files are named per reason
-
-
-class Origin(NamedTuple):
-    """What a part is made from. The file's name does not count: a file may be moved."""
-
-    text: str  # SHA-256
-    options: str
-    tokenizer: str  # SHA-256
-    file: str
-
-
-def checksum(value) -> str:
-    """SHA-256 of any value that JSON can represent."""
-    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
+FIRST_BAD = 5  # bad lines quoted of each file, and of all
 
 
 def read_json(file: Path) -> dict:
     """The JSON object in a file; {} if it cannot be read."""
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
-        return value if isinstance(value, dict) else {}
     except (OSError, ValueError):
         return {}
+    return value if isinstance(value, dict) else {}
 
 
-class Parts:
-    """The parts in a folder according to its parts.json; none if that is missing or damaged."""
+# ---- The bins of one group.
 
-    def __init__(self, folder: Path):
-        self.folder, self.state = folder, read_json(folder / "parts.json")
-        if self.state.pop("checksum", None) != checksum(self.state):
-            self.state = {}
-        self.parts: list[dict] = self.state.get("parts", [])
-        self.origins = [Origin(*part["origin"]) for part in self.parts]
-        self.starts = {k: list(accumulate((part[k]["tokens"] for part in self.parts), initial=0)) for k in SPLITS}
 
-    def read(self, number: int, kind: str) -> Iterator[bytes]:
-        """A part's tokens of one split, piece by piece. Raises OSError if a bin is missing."""
-        width = self.state["width"]
-        start, left = self.starts[kind][number], self.parts[number][kind]["tokens"]
-        for file in self.state["files"][kind]:
-            tokens = min(left, max(0, file["tokens"] - start))
-            if tokens:
-                with (self.folder / file["name"]).open("rb") as stream:
-                    stream.seek(start * width)
-                    for position in range(0, tokens * width, READ):
-                        yield stream.read(min(READ, tokens * width - position))
-            left, start = left - tokens, max(0, start - file["tokens"])
+class BinWriter:
+    """Writes the bins of one group; they count as whole only after `finish`."""
 
-    def digest(self, number: int, kind: str):
-        """The running SHA-256 of these tokens."""
-        digest = hashlib.sha256()
-        for data in self.read(number, kind):
-            digest.update(data)
-        return digest
+    def __init__(self, folder: Path, group: Group, tokenizer: Tokenizer):
+        self.folder = folder
+        self.key = group.key
+        self.token_bytes = tokenizer.id_dtype.itemsize
+        self.open_files: dict[str, BinaryIO] = {}  # split → its bin, from the first token on
+        self.record = {
+            "key": group.key,
+            "tokenizer": tokenizer_key(tokenizer),
+            "sources": [
+                {"file": str(s.path), "sha256": s.sha256, "options": s.options.of(s.path), "first_bad": []}
+                for s in group.sources
+            ],
+            "bad_lines": 0,
+            "empty_documents": 0,
+        }
+        for split in SPLITS:
+            self.record[split] = {"tokens": 0, "documents": 0, "bytes": 0, "sha256": ""}
 
-    def verified(self, number: int) -> bool:
-        """Whether a part's tokens are as they were written."""
+    def add(self, split: str, data: bytes, n_documents: int, n_bytes: int) -> None:
+        """Append the tokens `data` of whole documents, which are n_bytes of UTF-8 text."""
+        if not data:
+            return
+        path = bin_path(self.folder, self.key, split)
+        with _naming_full_disk(path, len(data)):
+            if split not in self.open_files:
+                self.open_files[split] = path.open("wb")
+            self.open_files[split].write(data)
+        counts = self.record[split]
+        counts["tokens"] += len(data) // self.token_bytes
+        counts["documents"] += n_documents
+        counts["bytes"] += n_bytes
+
+    def note_left_out(self, source_number: int, bad: list[str], n_empty: int) -> None:
+        """bad: what is wrong with each bad line of this source."""
+        first_bad = self.record["sources"][source_number]["first_bad"]
+        first_bad += bad[: FIRST_BAD - len(first_bad)]
+        self.record["bad_lines"] += len(bad)
+        self.record["empty_documents"] += n_empty
+
+    def finish(self) -> dict:
+        """Put the bins on the disk, then their record, which is returned."""
+        for split, file in self.open_files.items():
+            path = bin_path(self.folder, self.key, split)
+            with _naming_full_disk(path, self.record[split]["tokens"] * self.token_bytes):
+                file.flush()
+                os.fsync(file.fileno())
+                file.close()
+            self.record[split]["sha256"] = files.sha256(path)
+        self.open_files = {}
+        files.write_json_atomically(self.folder / f"{self.key}.json", self.record)
+        return self.record
+
+    def close(self) -> None:
+        """Leave the bins as they are, not whole."""
+        for file in self.open_files.values():
+            with contextlib.suppress(OSError):  # a full disk, which has been told of
+                file.close()
+
+
+def bin_path(folder: Path, key: str, split: str) -> Path:
+    """Where a bin is while it has no number."""
+    return folder / f"{key}.{split}.bin"
+
+
+@contextlib.contextmanager
+def _naming_full_disk(path: Path, size: int) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"{path}: writing {size:,} bytes failed ({error.strerror}); make room, then run the same command again: it "
+            "keeps the bins that are whole"
+        ) from None
+
+
+# ---- The folder.
+
+
+class BinFolder:
+    """The folder `out`, finished or not."""
+
+    def __init__(self, out: Path):
+        """Raises UserError if `out` has bins that were made elsewhere."""
+        self.out = out
+        self.unfinished = out / "unfinished"
+        meta = read_json(out / "meta.json")
+        bins = self._numbered_bins()
+        is_earlier_version = (out / "parts.json").exists()
+        if bins and not ("bins" in meta or self.unfinished.exists() or is_earlier_version):
+            raise UserError(
+                f"{bins[0]}: no meta.json tells what it was made from; choose another --out or delete {out}"
+            )
+
+    def finished_records(self, groups: list[Group]) -> list[dict] | None:
+        """The record of each group if the folder is finished, and of just these groups; else None."""
+        records = _records_in(self.out / "meta.json")
+        if [record["key"] for record in records] != [group.key for group in groups]:
+            return None
+
+        def numbered(record: dict, split: str) -> Path:
+            return self.out / record[split]["name"]
+
+        return records if all(_check_bins(records, numbered)) else None
+
+    def take_apart(self) -> None:
+        """Name all bins by their keys. From now on the folder is not finished, and its bins are known to be ours."""
+        self.unfinished.mkdir(parents=True, exist_ok=True)
+        numbers = self.unfinished / "meta.json"
+        if (self.out / "meta.json").exists():
+            (self.out / "meta.json").replace(numbers)
+        if numbers.exists() and not _records_in(numbers):
+            print(f"{self.out}: meta.json is damaged or of an earlier version, so everything is tokenized again")
+        for record in _records_in(numbers):
+            for split in SPLITS:
+                name = record[split]["name"]
+                if name and (self.out / name).exists():
+                    (self.out / name).replace(bin_path(self.unfinished, record["key"], split))
+            files.write_json_atomically(self.unfinished / f"{record['key']}.json", record)
+        for path in (*self._numbered_bins(), self.out / "parts.json", numbers):  # parts.json: of an earlier version
+            path.unlink(missing_ok=True)
+
+    def whole_records(self, groups: list[Group]) -> dict[str, dict]:
+        """Key → record of those groups whose bins are there and whole, once the folder is taken apart."""
+        records = [read_json(self.unfinished / f"{group.key}.json") for group in groups]
+        records = [record for record in records if record]
+
+        def named_by_key(record: dict, split: str) -> Path:
+            return bin_path(self.unfinished, record["key"], split)
+
+        checks = _check_bins(records, named_by_key)
+        return {record["key"]: record for record, is_whole in zip(records, checks, strict=True) if is_whole}
+
+    def has_record(self, group: Group) -> bool:
+        """Whether the group's bins were made once, whole or not by now, once the folder is taken apart."""
+        return (self.unfinished / f"{group.key}.json").exists()
+
+    def earlier_sources(self) -> dict[str, dict]:
+        """File → what its tokens were made from in earlier preparations, once the folder is taken apart."""
+        sources = {}
+        for path in sorted(self.unfinished.glob("*-*.json")):
+            record = read_json(path)
+            for source in record.get("sources", []):
+                sources[source["file"]] = source | {"tokenizer": record["tokenizer"]}
+        return sources
+
+    def put_together(self, meta: dict) -> None:
+        """Number the bins as `meta` (of `meta_of`) says; then meta.json marks the folder as finished."""
+        files.write_json_atomically(self.unfinished / "meta.json", meta)
+        for record in meta["bins"]:
+            for split in SPLITS:
+                if record[split]["name"]:
+                    bin_path(self.unfinished, record["key"], split).replace(self.out / record[split]["name"])
+        files.sync(self.out)
+        (self.unfinished / "meta.json").replace(self.out / "meta.json")
+        files.sync(self.out)
+        self.clean()
+
+    def clean(self) -> None:
+        """Delete what is left over: bins that are no longer asked for."""
+        shutil.rmtree(self.unfinished, ignore_errors=True)
+
+    def _numbered_bins(self) -> list[Path]:
+        return [path for split in SPLITS for path in sorted(self.out.glob(f"{split}-*.bin"))]
+
+
+def _records_in(meta_file: Path) -> list[dict]:
+    """The records of all bins; none if meta.json is missing, damaged or of an earlier version."""
+    meta = read_json(meta_file)
+    records = meta.get("bins", [])
+    return records if meta.get("bins_sha256") == checksum(records) else []
+
+
+def _check_bins(records: list[dict], path_of: Callable[[dict, str], Path]) -> list[bool]:
+    """Whether the bins of each record are as they were written."""
+
+    def is_whole(record: dict) -> bool:
         try:
-            return all(self.digest(number, kind).hexdigest() == self.parts[number][kind]["sha256"] for kind in SPLITS)
-        except OSError:
+            return all(
+                files.sha256(path_of(record, split)) == record[split]["sha256"]
+                for split in SPLITS
+                if record[split]["tokens"]
+            )
+        except (OSError, KeyError, TypeError):  # a bin is missing, or the record damaged
             return False
 
-
-class Bins:
-    """The growing bins of the folder `out`; they begin with what can be kept of an earlier preparation.
-
-    done: how many parts, from the first on, are in place. finished: all are, and there is nothing to do.
-    reused: number of each part that is copied from old/ → its number there.
-    earlier: file → what its part was made from; forgotten: parts.json exists, but is damaged.
-    """
-
-    def __init__(self, out: Path, tokenizer: Tokenizer, origins: list[Origin], *, shard_tokens: int, learnt: str):
-        """origins: of every part, in order. learnt: what the tokenizer was learnt from, "" for a given one."""
-        self.out, self.tokenizer, self.origins, self.shard_tokens = out, tokenizer, origins, shard_tokens
-        self.dtype = tokenizer.id_dtype
-        self.frame = {"width": self.dtype.itemsize, "shard_tokens": shard_tokens}
-        self.frame |= {"tokenizer": tokenizer.sha256, "learnt": learnt}
-        if (out / "old" / "parts.json").exists() and not (out / "parts.json").exists():
-            _move(_bins(out), out / "old")  # killed while they were stepping aside
-        here, aside = Parts(out), Parts(out / "old")
-        self.forgotten = (out / "parts.json").exists() and not here.state
-        self.earlier = {origin.file: origin for origin in aside.origins + here.origins}
-        kept = 0
-        if here.state.get("shard_tokens") == shard_tokens:
-            while kept < min(len(here.parts), len(origins)) and self._stays(here, kept):
-                kept += 1
-        self.parts, self.files = here.parts[:kept], here.state.get("files")
-        self.done = kept - any(not part["whole"] for part in self.parts)
-        self.finished = self.done == len(origins) == len(here.parts)
-        self.reused: dict[int, int] = {}
-        if not self.finished:
-            self._take_over(here, aside)
-
-    def _stays(self, here: Parts, number: int) -> bool:
-        return here.origins[number][:3] == self.origins[number][:3] and here.verified(number)
-
-    def _take_over(self, here: Parts, aside: Parts) -> None:
-        (self.out / "meta.json").unlink(missing_ok=True)  # from now on the folder is unfinished
-        wanted = {origin[:3] for origin in self.origins}
-        if not aside.parts and any(origin[:3] in wanted for origin in here.origins[len(self.parts) :]):
-            shutil.rmtree(self.out / "old", ignore_errors=True)
-            (self.out / "old").mkdir()
-            _move([self.out / "parts.json", *_bins(self.out)], self.out / "old")
-            here, aside = Parts(self.out), Parts(self.out / "old")
-            self.parts, self.done = [], 0
-        there = {origin[:3]: i for i, origin in enumerate(aside.origins) if aside.parts[i]["whole"]}
-        for number, origin in enumerate(self.origins[len(self.parts) :], len(self.parts)):
-            if origin[:3] in there and aside.verified(there[origin[:3]]):
-                self.reused[number] = there[origin[:3]]
-        self.aside, self.open, self.at_document = aside, {}, dict.fromkeys(SPLITS, True)
-        partly = len(self.parts) > self.done
-        self.digests = {kind: here.digest(self.done, kind) if partly else hashlib.sha256() for kind in SPLITS}
-        self.files = {kind: self._cut(here.state["files"][kind] if self.parts else [], kind) for kind in SPLITS}
-        for path in _bins(self.out):  # cut what was written after the last record
-            tokens = next((f["tokens"] for k in SPLITS for f in self.files[k] if f["name"] == path.name), 0)
-            os.truncate(path, tokens * self.dtype.itemsize) if tokens else path.unlink()
-        self.save()  # from now on, bins in this folder are known to be ours
-
-    def _cut(self, files: list[dict], kind: str) -> list[dict]:
-        """The entries of those bins, or beginnings of bins, that the kept parts fill."""
-        left, documents = (sum(part[kind][count] for part in self.parts) for count in ("tokens", "documents"))
-        kept = []
-        for file in files:
-            if left:
-                inside = file["documents"] if file["tokens"] <= left else documents
-                kept.append({"name": file["name"], "tokens": min(left, file["tokens"]), "documents": inside})
-                left, documents = left - kept[-1]["tokens"], documents - inside
-        return kept
-
-    def explain(self) -> None:
-        """Print how many files' tokens are kept, and why the others' are not."""
-        if self.forgotten:
-            print(f"{self.out}/parts.json: damaged, so nothing is known of the bins; everything is tokenized again")
-        if not self.earlier:
-            return
-        files: dict[str, list[str]] = {}
-        for number, origin in enumerate(self.origins):
-            if number < len(self.parts) or number in self.reused:
-                continue
-            why, before = "new", self.earlier.get(origin.file)
-            if before:
-                options = ", ".join(set(origin.options.split(", ")) - set(before.options.split(", ")))
-                pairs = zip(("text", f"options (now {options})", "tokenizer"), before[:3], origin[:3], strict=True)
-                changed = [name for name, old, new in pairs if old != new]
-                why = f"{' and '.join(changed)} changed" if changed else "tokens damaged or lost"
-            files.setdefault(why, []).append(origin.file)
-        gone = sorted(self.earlier.keys() - {origin.file for origin in self.origins})
-        reused = len(self.parts) + len(self.reused)
-        print(f"{self.out}: {reused:,} of {len(self.origins):,} files are tokenized already; the others:")
-        for why, names in {**files, **({"no longer an input": gone} if gone else {})}.items():
-            more = f" and {len(names) - NAMED:,} more" if len(names) > NAMED else ""
-            print(f"  {why}: {', '.join(names[:NAMED])}{more}")
-
-    def tokens(self) -> int:
-        return sum(file["tokens"] for kind in SPLITS for file in self.files[kind])
-
-    def begin(self, number: int) -> dict:
-        """The part of this number; it is started if it has not been."""
-        if len(self.parts) == number:
-            empty = {kind: {"tokens": 0, "documents": 0, "bytes": 0, "sha256": ""} for kind in SPLITS}
-            counts = {"batches": 0, "bad_lines": 0, "empty_documents": 0, "first_bad": []}
-            self.parts.append({"origin": self.origins[number], "whole": False, **counts, **empty})
-            self.digests = {kind: hashlib.sha256() for kind in SPLITS}
-        return self.parts[number]
-
-    def end(self) -> None:
-        """Mark the last part as whole."""
-        self.parts[-1] |= {"whole": True}
-        for kind in SPLITS:
-            self.parts[-1][kind]["sha256"] = self.digests[kind].hexdigest()
-
-    def copy(self, number: int) -> None:
-        """Copy a part from old/."""
-        part, old = self.begin(number), self.reused[number]
-        for kind in SPLITS:
-            for data in self.aside.read(old, kind):
-                self.add(kind, data, 0)
-        part |= self.aside.parts[old] | {"origin": self.origins[number]}
-
-    def add(self, kind: str, data: bytes, text_bytes: int) -> None:
-        """Append tokens of one split, from `text_bytes` bytes of text. A bin ends with the document that fills it."""
-        tokens, files, part = np.frombuffer(data, self.dtype), self.files[kind], self.parts[-1][kind]
-        self.digests[kind].update(data)
-        part["bytes"] += text_bytes
-        while len(tokens):
-            if not files or (files[-1]["tokens"] >= self.shard_tokens and self.at_document[kind]):
-                if kind in self.open:
-                    self._sync(self.open.pop(kind))
-                files.append({"name": f"{kind}-{len(files):05d}.bin", "tokens": 0, "documents": 0})
-            room = max(1, self.shard_tokens - files[-1]["tokens"])
-            ends = np.flatnonzero(tokens[room - 1 :] == self.tokenizer.eos_id)
-            now, tokens = np.split(tokens, [room + ends[0] if len(ends) else len(tokens)])
-            self._write(kind, self.out / files[-1]["name"], now.tobytes())
-            documents = int(np.count_nonzero(now == self.tokenizer.eos_id))
-            self.at_document[kind] = bool(now[-1] == self.tokenizer.eos_id)
-            for counts in (files[-1], part):
-                counts["tokens"] += len(now)
-                counts["documents"] += documents
-
-    def _write(self, kind: str, path: Path, data: bytes) -> None:
-        try:
-            if kind not in self.open:
-                self.open[kind] = path.open("ab")
-            self.open[kind].write(data)
-        except OSError as error:
-            raise UserError(
-                f"{path}: writing {len(data):,} bytes failed ({error.strerror}); make room, then run the same "
-                "command again: it goes on from here"
-            ) from None
-
-    def save(self) -> None:
-        """Record the progress in parts.json."""
-        for file in self.open.values():
-            self._sync(file, close=False)
-        if self.parts and not self.parts[-1]["whole"]:
-            for kind in SPLITS:
-                self.parts[-1][kind]["sha256"] = self.digests[kind].hexdigest()
-        state = {**self.frame, "files": self.files, "parts": self.parts}
-        write_json_atomically(self.out / "parts.json", {"checksum": checksum(state), **state})
-        self.saved_at = time.monotonic()
-
-    def _sync(self, file, close: bool = True) -> None:
-        file.flush()
-        os.fsync(file.fileno())
-        if close:
-            file.close()
-
-    def finish(self, source: dict, about: dict) -> dict:
-        """Write meta.json, which marks the folder as complete. source: paths of the files; about: further entries."""
-        if not self.finished:
-            self.save()
-            for file in self.open.values():
-                file.close()
-        t = self.tokenizer
-        meta = {"format": 1, "dtype": f"uint{8 * self.dtype.itemsize}", "vocab_size": t.vocab_size}
-        meta |= {"tokenizer_sha256": t.sha256, "bos_id": t.bos_id, "eos_id": t.eos_id, "pad_id": t.pad_id, **about}
-        meta |= {"made_from": checksum([self.shard_tokens, [origin[:3] for origin in self.origins]])}
-        meta |= {"files": self.files, "bytes": {k: sum(part[k]["bytes"] for part in self.parts) for k in SPLITS}}
-        meta |= {name: sum(part[name] for part in self.parts) for name in ("bad_lines", "empty_documents")}
-        named = zip(self.origins, self.parts, strict=True)
-        meta["first_bad"] = [f"{origin.file}, {bad}" for origin, part in named for bad in part["first_bad"]][:5]
-        if read_json(self.out / "meta.json") | source != meta | source:
-            write_json_atomically(self.out / "meta.json", meta | source)
-        shutil.rmtree(self.out / "old", ignore_errors=True)
-        return read_json(self.out / "meta.json")
+    with ThreadPoolExecutor() as pool:  # hashing runs outside Python's lock
+        return list(pool.map(is_whole, records))
 
 
-def _bins(folder: Path) -> list[Path]:
-    return [path for kind in SPLITS for path in sorted(folder.glob(f"{kind}-*.bin"))]
+# ---- meta.json.
 
 
-def _move(files: list[Path], folder: Path) -> None:
-    """Into another folder, in this order."""
-    for file in files:
-        file.replace(folder / file.name)
-
-
-def refuse_foreign(out: Path) -> None:
-    """Raises UserError if `out` has bins without a parts.json, made elsewhere or by an older version."""
-    if (bins := _bins(out)) and not any((folder / "parts.json").exists() for folder in (out, out / "old")):
-        raise UserError(f"{bins[0]}: no parts.json tells what it was made from; choose another --out or delete {out}")
+def meta_of(groups: list[Group], records: list[dict], tokenizer: Tokenizer, about: dict) -> dict:
+    """The contents of meta.json, in which every bin has its number. about: further entries, in front of these."""
+    bins = []
+    numbered = {split: [] for split in SPLITS}
+    for group, record in zip(groups, records, strict=True):
+        paths = [str(source.path) for source in group.sources]  # they may have been moved
+        sources = [old | {"file": path} for old, path in zip(record["sources"], paths, strict=True)]
+        bins.append(record | {"sources": sources})
+        for split in SPLITS:
+            counts = record[split]
+            name = f"{split}-{len(numbered[split]):05d}.bin" if counts["tokens"] else None
+            bins[-1][split] = counts | {"name": name}
+            if name:
+                numbered[split].append({"name": name, "tokens": counts["tokens"], "documents": counts["documents"]})
+    first_bad = [
+        f"{source['file']}, {bad}" for record in bins for source in record["sources"] for bad in source["first_bad"]
+    ]
+    return {
+        "format": 2,
+        "dtype": tokenizer.id_dtype.name,
+        "vocab_size": tokenizer.vocab_size,
+        "tokenizer_sha256": tokenizer.sha256,
+        "bos_id": tokenizer.bos_id,
+        "eos_id": tokenizer.eos_id,
+        "pad_id": tokenizer.pad_id,
+        **about,
+        "made_from": checksum([group.key for group in groups]),
+        "files": numbered,
+        "bytes": {split: sum(record[split]["bytes"] for record in bins) for split in SPLITS},
+        "bad_lines": sum(record["bad_lines"] for record in bins),
+        "empty_documents": sum(record["empty_documents"] for record in bins),
+        "first_bad": first_bad[:FIRST_BAD],
+        "bins": bins,
+        "bins_sha256": checksum(bins),
+    }

@@ -7,33 +7,45 @@
 The folder `--out` gets train-00000.bin, val-00000.bin, … (each document's tokens, then eos), the tokenizer, and
 meta.json, which is written last: without it the folder is unfinished, and the same command goes on where it stopped.
 
-Run it again after changing some files, options or the tokenizer: only what that affects is tokenized again. parts.json
-records with checksums what each input file gave, and damaged parts are made again. The result is the same as in a new
-folder. (--train_tokenizer learns from the files: when they change, all tokens may change. To keep the tokenizer, give
---tokenizer the folder itself.)
+Each input file has bins of its own; files of less than 16 MiB share them with their neighbours. Run the command again
+after changing some files, options or the tokenizer: bins that this does not concern are kept, the others are made
+again, as are damaged ones. The result is the same as in a new folder. (--train_tokenizer learns from the files: when
+they change, all tokens may change. To keep the tokenizer, give --tokenizer the folder itself.)
 """
 
-import argparse
 import os
 import random
 import sys
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from data.bin_writer import SPLITS, Bins, Origin, Parts, checksum, refuse_foreign
-from data.tokenize_files import ON_BAD_LINE, WRAPS, Options, Source, is_val, refuse_bad, text_size, tokenize
-from minillm.base.command_line import Parser
+from data.bin_writer import SPLITS, BinFolder, meta_of, read_json
+from data.sources import (
+    ON_BAD_LINE,
+    WRAPS,
+    Group,
+    Options,
+    Source,
+    checksum,
+    grouped,
+    read_sources,
+    tokenizer_key,
+)
+from data.tokenize_files import bad_line_error, is_val, tokenize
+from minillm.base.command_line import parse
 from minillm.base.errors import UserError
-from minillm.base.files import sha256
+from minillm.base.files import sha256, write_json_atomically
+from minillm.base.options import Options as BaseOptions
+from minillm.base.options import option
 from minillm.base.process import RunLock, run_script
 from minillm.checkpoint import run_folder
-from minillm.datasets.text_files import TXT_SPLITS, find_files, records, text_of
+from minillm.datasets.text_files import BOUNDARIES, find_files, records, text_of
 from minillm.tokenizer import train
 from minillm.tokenizer.tokenizer import Tokenizer
 
 TOKENIZER_SAMPLE = 16 << 20  # bytes of text that a tokenizer is learnt from
+FILES_NAMED = 5  # at most so many files are named per reason
 
 
 def prepare(
@@ -43,70 +55,57 @@ def prepare(
     tokenizer: str | Path | None = None,
     train_tokenizer: int | None = None,
     val_inputs: Iterable[str | Path] | None = None,
-    val_fraction: float = 0.01,
-    split: str = "blank",
-    field: str = "text",
-    on_bad_line: str = "error",
     workers: int | None = None,
-    shard_tokens: int = 1 << 30,
-    wrap: str = "eos",
+    **options,
 ) -> dict:
     """Tokenize text files into the folder `out` and return its meta.json.
 
     inputs: files or folders (.txt, .jsonl, .json holding an array, .gz of these, .parquet).
     tokenizer: path of an existing one; train_tokenizer: size of one to be learnt from the training documents.
-    val_inputs: files of the validation split, kept in their order; without them, each document whose hash falls
-        below val_fraction is validation, so that copies of a document never lie on both sides.
-    split: "blank", "lines" or "file": where a document of a .txt ends. field: where JSON or parquet has the text.
-    on_bad_line: "error", or "skip" to leave out and count documents that cannot be read.
+    val_inputs: files of the validation split, kept in their order; without them val_fraction decides.
     workers: processes, all cores by default; the result does not depend on it.
-    shard_tokens: a new .bin begins once one holds this many.
-    wrap: "eos" ends each document in eos; "bos_eos" also begins it with bos, as Llama and Mistral know texts.
+    options: boundary, field, on_bad_line, val_fraction, wrap: see `Options`.
 
     Only what has changed since an earlier preparation in `out` is done again, and a line says why.
 
     Raises UserError for bad input, naming file and line, and for an `out` that holds bins from elsewhere.
     """
+    inputs, val_inputs, out = list(inputs), list(val_inputs or []), Path(out)
+    options = Options(**options)
+
+    # What can be wrong with the arguments is said before anything is written.
+    options.check()
     if (tokenizer is None) == (train_tokenizer is None):
         raise UserError("tokenizer: give either --tokenizer PATH or --train_tokenizer N")
-    inputs, val_inputs, out = list(inputs), list(val_inputs or []), Path(out)
+    for name, count, least in (("workers", workers, 1), ("train_tokenizer", train_tokenizer, train.SMALLEST)):
+        if count is not None and count < least:
+            raise UserError(f"--{name} {count}: at least {least} is needed")
     for folder in map(Path, inputs + val_inputs):
         if folder.is_dir() and out.resolve().is_relative_to(folder.resolve()):
             raise UserError(f"--out {out}: lies inside the input {folder} and would be read again; choose another")
     n_train = len(find_files(inputs))
     files = find_files(inputs + val_inputs)
-    options = Options(split, field, on_bad_line, val_fraction, shard_tokens, wrap)
-    options.check()
-    for name, count, least in (("workers", workers, 1), ("train_tokenizer", train_tokenizer, train.SMALLEST)):
-        if count is not None and count < least:
-            raise UserError(f"--{name} {count}: at least {least} is needed")
-    given = Tokenizer.load(run_folder.tokenizer_folder(tokenizer)) if tokenizer is not None else None
+    if tokenizer is not None:
+        tokenizer = _with_wrap(Tokenizer.load(run_folder.tokenizer_folder(tokenizer)), options.wrap, tokenizer)
 
     lock = RunLock(out)
     try:
-        refuse_foreign(out)
-        sources = _sources(files, options, n_train if val_inputs else None)
-        given, learnt = (given, "") if given is not None else _learn(out, train_tokenizer, sources[:n_train])
-        if wrap == "bos_eos" and given.bos_id == given.eos_id:
-            raise UserError("--wrap bos_eos: the tokenizer has no bos piece; choose --wrap eos")
-        if wrap == "eos" and given.start_id != given.eos_id:
-            print(f"{tokenizer}: its model knows texts that begin with bos; to go on like that, give --wrap bos_eos")
-        if given.start_id != (given.bos_id if wrap == "bos_eos" else given.eos_id):
-            given = given.with_settings(add_bos=wrap == "bos_eos")
-        origins = [Origin(s.sha256, s.options.of(s.path), given.sha256, str(s.path)) for s in sources]
-        bins = Bins(out, given, origins, shard_tokens=shard_tokens, learnt=learnt)
-        if bins.finished:
-            print(f"{out}: already prepared from the same input, nothing to do")
-        else:
-            bins.explain()
-        if not bins.finished or not _holds(out, given.sha256):
-            (out / "meta.json").unlink(missing_ok=True)
-            given.save(out)
-        refuse_bad([*bins.parts, *(bins.aside.parts[i] for i in bins.reused.values())], options)
-        if not bins.finished:
-            tokenize(sources, bins, options, workers or _cores())
-        source = {"source": [str(path) for path in inputs], "val_source": [str(path) for path in val_inputs]}
-        return bins.finish(source, {"wrap": wrap, "options": asdict(options)})
+        bin_folder = BinFolder(out)
+        sources = read_sources(files, options, n_train if val_inputs else None)
+        learnt_from = ""  # a tokenizer that is given was learnt elsewhere
+        if tokenizer is None:
+            learnt_from = checksum([train_tokenizer, [(s.sha256, s.options.of(s.path)) for s in sources[:n_train]]])
+            tokenizer = _learn(bin_folder, train_tokenizer, sources[:n_train], learnt_from)
+            tokenizer = _with_wrap(tokenizer, options.wrap, out)
+        about = {
+            "wrap": options.wrap,
+            "options": asdict(options),
+            "source": [str(path) for path in inputs],
+            "val_source": [str(path) for path in val_inputs],
+            "learnt_from": learnt_from,
+        }
+        groups = [*grouped(sources[:n_train], tokenizer), *grouped(sources[n_train:], tokenizer)]
+        return _make(bin_folder, groups, tokenizer, about, workers or _cores())
     except BrokenPipeError:  # of what is printed
         raise
     except OSError as error:
@@ -115,46 +114,144 @@ def prepare(
         lock.release()
 
 
-def _sources(files: list[Path], options: Options, val_from: int | None) -> list[Source]:
-    """val_from: files from this number on are validation files; None: each file has its share of both."""
-    sides = [options] * len(files)
-    if val_from is not None:
-        sides = [replace(options, val_fraction=float(number >= val_from)) for number in range(len(files))]
-    with ThreadPoolExecutor() as pool:  # hashing runs outside Python's lock
-        return list(map(Source, files, pool.map(sha256, files), sides))
+def _make(folder: BinFolder, groups: list[Group], tokenizer: Tokenizer, about: dict, workers: int) -> dict:
+    """Make what is missing of the bins of these groups; returns meta.json."""
+    # Nothing has changed, except perhaps the names of files or what happens to bad lines.
+    records = folder.finished_records(groups)
+    if records is not None and _holds(folder.out, tokenizer.sha256):
+        print(f"{folder.out}: already prepared from the same input, nothing to do")
+        _refuse_bad_lines(records, about["options"])
+        meta = meta_of(groups, records, tokenizer, about)
+        if meta != read_json(folder.out / "meta.json"):
+            write_json_atomically(folder.out / "meta.json", meta)
+        folder.clean()
+        return meta
+
+    # Keep what is there of the bins, make the others, number them all.
+    folder.take_apart()
+    tokenizer.save(folder.out)
+    whole = folder.whole_records(groups)
+    missing = [group for group in groups if group.key not in whole]
+    _explain(folder, groups, missing, tokenizer)
+    _refuse_bad_lines(whole.values(), about["options"])
+    whole |= tokenize(missing, folder, tokenizer, workers)
+    meta = meta_of(groups, [whole[group.key] for group in groups], tokenizer, about)
+    _check_splits(folder.out, meta)
+    folder.put_together(meta)
+    return meta
 
 
-def _learn(out: Path, size: int, sources: list[Source]) -> tuple[Tokenizer, str]:
-    """A tokenizer of the training documents, and what it was learnt from; the one in `out` if it is just that."""
-    learnt = checksum([size, [(s.sha256, s.options.of(s.path)) for s in sources]])
-    state = Parts(out).state
-    if state.get("learnt") == learnt and _holds(out, state["tokenizer"]):
-        return Tokenizer.load(out), learnt
+def _explain(folder: BinFolder, groups: list[Group], missing: list[Group], tokenizer: Tokenizer) -> None:
+    """Print how many files' tokens are kept, and why the others' are not."""
+    earlier = folder.earlier_sources()
+    if not earlier:
+        return
+    files_of: dict[str, list[str]] = {}  # reason → files
+    for group in missing:
+        for source in group.sources:
+            reason = _reason(source, earlier.get(str(source.path)), tokenizer)
+            if not reason:
+                reason = "damaged or lost" if folder.has_record(group) else "in one bin with a file that changed"
+            files_of.setdefault(reason, []).append(str(source.path))
+    files = [str(source.path) for group in groups for source in group.sources]
+    gone = sorted(earlier.keys() - set(files))
+    if gone:
+        files_of["no longer an input"] = gone
+
+    n_missing = sum(len(group.sources) for group in missing)
+    print(f"{folder.out}: {len(files) - n_missing:,} of {len(files):,} files are tokenized already; the others:")
+    for reason, names in files_of.items():
+        more = f" and {len(names) - FILES_NAMED:,} more" if len(names) > FILES_NAMED else ""
+        print(f"  {reason}: {', '.join(names[:FILES_NAMED])}{more}")
+
+
+def _reason(source: Source, earlier: dict | None, tokenizer: Tokenizer) -> str:
+    """Why the tokens of a file are not what they were earlier; "" if that is not known from the file."""
+    if earlier is None:
+        return "new"
+    options = source.options.of(source.path)
+    changes = []
+    if earlier["sha256"] != source.sha256:
+        changes.append("text")
+    if earlier["options"] != options:
+        new = [option for option in options.split(", ") if option not in earlier["options"].split(", ")]
+        changes.append(f"options (now {', '.join(new)})")
+    if earlier["tokenizer"] != tokenizer_key(tokenizer):
+        changes.append("tokenizer")
+    return f"{' and '.join(changes)} changed" if changes else ""
+
+
+def _refuse_bad_lines(records: Iterable[dict], options: dict) -> None:
+    """Raises UserError for the first bad line on record, unless bad lines are skipped."""
+    if options["on_bad_line"] == "skip":
+        return
+    for record in records:
+        for source in record["sources"]:
+            for bad in source["first_bad"]:
+                raise bad_line_error(source["file"], bad)
+
+
+def _check_splits(out: Path, meta: dict) -> None:
+    n_train, n_val = (sum(file["documents"] for file in meta["files"][split]) for split in SPLITS)
+    if not n_train:
+        raise UserError(
+            f"{out}: no document is left to train on ({meta['bad_lines']:,} bad lines left out); give other files"
+        )
+    if not n_val and meta["options"]["val_fraction"]:
+        raise UserError(
+            f"{out}: none of {n_train} documents fell into the validation split; raise --val_fraction, "
+            "name --val_input files, or cut the text into more documents (--split)"
+        )
+
+
+# ---- the tokenizer
+
+
+def _with_wrap(tokenizer: Tokenizer, wrap: str, name: str | Path) -> Tokenizer:
+    """The tokenizer, set to begin texts as `wrap` says. name: where it is from."""
+    if wrap == "bos_eos" and tokenizer.bos_id == tokenizer.eos_id:
+        raise UserError("--wrap bos_eos: the tokenizer has no bos piece; choose --wrap eos")
+    if wrap == "eos" and tokenizer.start_id != tokenizer.eos_id:
+        print(f"{name}: its model knows texts that begin with bos; to go on like that, give --wrap bos_eos")
+    start_id = tokenizer.bos_id if wrap == "bos_eos" else tokenizer.eos_id
+    if tokenizer.start_id == start_id:
+        return tokenizer
+    return tokenizer.with_settings(add_bos=wrap == "bos_eos")
+
+
+def _learn(folder: BinFolder, size: int, sources: list[Source], learnt_from: str) -> Tokenizer:
+    """A tokenizer of the training documents; the one in the folder if it is just that."""
+    out = folder.out
+    meta = read_json(out / "meta.json")
+    if meta.get("learnt_from") == learnt_from and _holds(out, meta["tokenizer_sha256"]):
+        return Tokenizer.load(out)
     print(f"{out}: learning a tokenizer of {size:,} pieces", flush=True)
-    (out / "meta.json").unlink(missing_ok=True)  # it would not fit the bins that are there
-    how = dict(sample_bytes=TOKENIZER_SAMPLE, option="--train_tokenizer")
-    return train.train_tokenizer(_sample(sources), size, out, **how), learnt
+    folder.take_apart()  # a meta.json would not fit the new tokenizer
+    how = {"sample_bytes": TOKENIZER_SAMPLE, "option": "--train_tokenizer"}
+    return train.train_tokenizer(_sample(sources), size, out, **how)
 
 
-def _holds(out: Path, tokenizer: str) -> bool:
+def _holds(out: Path, tokenizer_sha256: str) -> bool:
     files = [out / name for name in ("tokenizer.model", "tokenizer.json")]  # SentencePiece's, a byte-level BPE's
-    return any(file.is_file() and sha256(file) == tokenizer for file in files)
+    return any(file.is_file() and sha256(file) == tokenizer_sha256 for file in files)
 
 
 def _sample(sources: list[Source]) -> Iterator[str]:
     """Training documents for the tokenizer, all or a uniform sample; only those taken are decoded."""
-    size = sum(text_size(source.path) for source in sources)
-    rate, draw = 2 * TOKENIZER_SAMPLE / max(size, 1), random.Random(0).random
-    for path, _, options in sources:
-        for record in records(path, split=options.split, field=options.field):
+    size = sum(source.text_size for source in sources)
+    rate = 2 * TOKENIZER_SAMPLE / max(size, 1)
+    draw = random.Random(0).random
+    for source in sources:
+        options = source.options
+        for record in records(source.path, boundary=options.boundary, field=options.field):
             if rate < 1 and draw() > rate:
                 continue
             try:
                 text = text_of(record.kind, record.raw, options.field)
-                if not is_val(text.encode(), options):
-                    yield text
             except UserError:
-                pass  # reported when it is tokenized
+                continue  # reported when it is tokenized
+            if not is_val(text.encode(), options):
+                yield text
 
 
 def _cores() -> int:
@@ -166,37 +263,67 @@ def _cores() -> int:
 
 def report(meta: dict) -> None:
     """What a preparation gave, in a few lines."""
-    for kind in SPLITS:
-        tokens, documents = (sum(file[count] for file in meta["files"][kind]) for count in ("tokens", "documents"))
-        per_token = meta["bytes"][kind] / max(tokens - documents * (2 if meta["wrap"] == "bos_eos" else 1), 1)
-        print(f"{kind:5} {documents:,} documents, {tokens:,} tokens, {per_token:.2f} bytes of text per token")
+    special = 2 if meta["wrap"] == "bos_eos" else 1  # tokens of a document that stand for no text
+    for split in SPLITS:
+        documents = sum(file["documents"] for file in meta["files"][split])
+        tokens = sum(file["tokens"] for file in meta["files"][split])
+        per_token = meta["bytes"][split] / max(tokens - special * documents, 1)
+        print(f"{split:5} {documents:,} documents, {tokens:,} tokens, {per_token:.2f} bytes of text per token")
     if meta["bad_lines"] or meta["empty_documents"]:
         print(f"left out: {meta['bad_lines']:,} bad lines, {meta['empty_documents']:,} empty documents")
         for message in meta["first_bad"]:
             print(f"  {message}")
 
 
+@dataclass(frozen=True)
+class Config(BaseOptions):
+    input: tuple[str, ...] = option(help="files or folders: .txt .jsonl .json (.gz) .parquet", group="texts")
+    out: str = option(help="where the token bins go, e.g. data/novels", group="texts")
+    split: str = option(
+        Options.boundary,
+        "a .txt document ends at blank lines, with each line (lines), or with its file (file)",
+        BOUNDARIES,
+        group="texts",
+    )
+    field: str = option(Options.field, "key or column that holds the text", group="texts")
+    on_bad_line: str = option(
+        Options.on_bad_line, "stop at a bad line, or skip and count it", ON_BAD_LINE, group="texts"
+    )
+    tokenizer: str | None = option(
+        None,
+        "an existing one: .model, a folder with tokenizer.model or .json, or a run; none: see --train_tokenizer",
+        group="tokenizer",
+    )
+    train_tokenizer: int | None = option(
+        None,
+        "learn a tokenizer of so many pieces from the training documents",
+        at_least=train.SMALLEST,
+        group="tokenizer",
+    )
+    wrap: str = option(Options.wrap, "documents end in eos, or also begin with bos (bos_eos)", WRAPS, group="tokenizer")
+    val_input: tuple[str, ...] = option((), "files of the validation split, in place of a share", group="validation")
+    val_fraction: float = option(
+        Options.val_fraction, "share of documents for validation", at_least=0, below=1, group="validation"
+    )
+    workers: int | None = option(None, "processes; none: all cores", at_least=1, group="machine")
+
+
 def main() -> None:
-    about = __doc__.split("\n\n")
-    looks = dict(epilog="\n\n".join(about[1:]), formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser = Parser(description=about[0], allow_abbrev=False, **looks)
-    add = parser.add_argument
-    add("--input", nargs="+", required=True, metavar="PATH", help="files or folders: .txt .jsonl .json (.gz) .parquet")
-    add("--out", required=True, metavar="FOLDER", help="where the token bins go, e.g. data/novels")
-    add("--tokenizer", metavar="PATH", help="an existing one: .model, a folder with tokenizer.model or .json, or a run")
-    add("--train_tokenizer", type=int, metavar="N", help="learn a tokenizer of N pieces from the training documents")
-    add("--val_input", nargs="+", metavar="PATH", help="files of the validation split (instead of --val_fraction)")
-    add("--val_fraction", type=float, default=0.01, help="share of documents for validation (default 0.01)")
-    ends = "a .txt document ends at blank lines (default), with each line, or with its file"
-    add("--split", choices=TXT_SPLITS, default="blank", help=ends)
-    add("--field", default="text", help="key or column that holds the text (default text)")
-    add("--on_bad_line", choices=ON_BAD_LINE, default="error", help="stop at a bad line (default) or count it")
-    add("--wrap", choices=WRAPS, default="eos", help="documents end in eos (default), or also begin with bos")
-    add("--workers", type=int, help="processes (default: all cores)")
-    add("--shard_tokens", type=int, default=1 << 30, help="begin a new .bin after this many tokens (default 2^30)")
-    options = vars(parser.parse_args())
-    inputs, val_inputs = options.pop("input"), options.pop("val_input")
-    report(prepare(inputs, options.pop("out"), val_inputs=val_inputs, **options))
+    config = parse(Config, __doc__)
+    meta = prepare(
+        config.input,
+        config.out,
+        tokenizer=config.tokenizer,
+        train_tokenizer=config.train_tokenizer,
+        val_inputs=config.val_input,
+        workers=config.workers,
+        boundary=config.split,
+        field=config.field,
+        on_bad_line=config.on_bad_line,
+        val_fraction=config.val_fraction,
+        wrap=config.wrap,
+    )
+    report(meta)
 
 
 if __name__ == "__main__":

@@ -59,7 +59,7 @@ def _logits(Logits, row, column, live, vocabulary, stride, softcap, beyond, CAPP
 def _loss_and_gradient(Logits, Targets, Weights, Scales, Losses, n_rows, vocabulary, stride, softcap, smoothing, z_loss,
                        CAPPED: tl.constexpr, SMOOTHED: tl.constexpr, GRADIENT: tl.constexpr,
                        ROWS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)  # (ROWS,), as all that follows
     target = tl.load(Targets + row, mask=row < n_rows, other=-1)
     weight = tl.load(Weights + row, mask=row < n_rows, other=0.0)
     live = weight != 0.0
@@ -71,19 +71,21 @@ def _loss_and_gradient(Logits, Targets, Weights, Scales, Losses, n_rows, vocabul
     if CAPPED:
         picked = softcap * tanh(picked * (1.0 / softcap), Logits.dtype.element_ty == tl.float32)
 
+    # First reading of the rows: log-sum-exp, a block of columns at a time, and with it the loss.
     largest = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)  # Σ exp(z − largest)
     plain = tl.zeros([ROWS], tl.float32)  # Σ z
     columns = tl.where(tl.max(live.to(tl.int32), axis=0) > 0, vocabulary, 0)
     for begin in range(0, columns, BLOCK):
         column = begin + tl.arange(0, BLOCK)
-        z = _logits(Logits, row, column, live, vocabulary, stride, softcap, float("-inf"), CAPPED)
+        z = _logits(Logits, row, column, live, vocabulary, stride, softcap, float("-inf"), CAPPED)  # (ROWS, BLOCK)
         larger = tl.maximum(largest, tl.max(z, axis=1))
         total = total * tl.exp(largest - larger) + tl.sum(tl.exp(z - larger[:, None]), axis=1)
         largest = larger
         if SMOOTHED:
             plain += tl.sum(tl.where((column < vocabulary)[None, :], z, 0.0), axis=1)
-    largest, total = tl.where(live, largest, 0.0), tl.where(live, total, 1.0)
+    largest = tl.where(live, largest, 0.0)
+    total = tl.where(live, total, 1.0)
     lse = largest + tl.log(total)
     loss = lse - (1.0 - smoothing) * picked + z_loss * lse * lse
     if SMOOTHED:
@@ -91,13 +93,14 @@ def _loss_and_gradient(Logits, Targets, Weights, Scales, Losses, n_rows, vocabul
     tl.static_assert(loss.dtype == tl.float32)  # Python's floats have come as fp32
     tl.store(Losses + row, tl.where(live, weight * loss, 0.0), mask=row < n_rows)
 
+    # Second reading: each logit makes place for its gradient.
     if GRADIENT:
         scale = tl.load(Scales + row, mask=row < n_rows, other=0.0)
         share = (1.0 + 2.0 * z_loss * lse) / total
         blocks = tl.cdiv(stride, BLOCK)
         for block in range(0, blocks):  # backwards: what was read last is most likely still in a cache
             column = (blocks - 1 - block) * BLOCK + tl.arange(0, BLOCK)
-            z = _logits(Logits, row, column, live, vocabulary, stride, softcap, 0.0, CAPPED)
+            z = _logits(Logits, row, column, live, vocabulary, stride, softcap, 0.0, CAPPED)  # (ROWS, BLOCK)
             g = tl.exp(z - largest[:, None]) * share[:, None]  # closer than exp(z − lse): no rounded logarithm
             g -= tl.where(column[None, :] == target[:, None], 1.0 - smoothing, 0.0)
             if SMOOTHED:
@@ -120,12 +123,14 @@ def _scaled(From, Factor, To, size, BLOCK: tl.constexpr):
 
 def chunk_rows(n: int, width: int, vocabulary: int, multiprocessors: int) -> int:
     """Rows of a chunk, in tiles of 128: logits of as many numbers as both gradients, but full waves (see above)."""
-    tiles = max(1, max((vocabulary + n) * width, SMALLEST_CHUNK) // vocabulary // 128)
-    across = launch.cdiv(width, 256)
-    if tiles * across > multiprocessors:
-        tiles = max(1, tiles * across // multiprocessors * multiprocessors // across)
-    chunks = launch.cdiv(n, 128 * tiles)
-    return 128 * launch.cdiv(n, 128 * max(1, chunks))  # chunks alike
+    numbers = max((vocabulary + n) * width, SMALLEST_CHUNK)
+    tiles = max(1, numbers // vocabulary // 128)  # of 128 rows
+    tiles_across = launch.cdiv(width, 256)  # of dx, whose tiles are 128 x 256
+    waves = tiles * tiles_across // multiprocessors
+    if tiles * tiles_across > multiprocessors:
+        tiles = max(1, waves * multiprocessors // tiles_across)
+    n_chunks = max(1, launch.cdiv(n, 128 * tiles))
+    return 128 * launch.cdiv(n, 128 * n_chunks)  # the same for every chunk
 
 
 def kernel_settings(vocabulary: int, capped: bool, device: torch.device) -> dict:
@@ -134,15 +139,18 @@ def kernel_settings(vocabulary: int, capped: bool, device: torch.device) -> dict
     16 numbers a thread, 8 with a soft cap, which needs more registers for each. Few, large programs, so that most of
     the rows being read stay in the L2 cache (see above).
     """
-    block = max(128, min(launch.next_power_of_2(vocabulary), 8192 if vocabulary <= 65536 else 16384))
+    largest = 8192 if vocabulary <= 65536 else 16384
+    block = max(128, min(launch.next_power_of_2(vocabulary), largest))
     warps = min(32, max(4, block // 512))
-    default = {"ROWS": 1, "BLOCK": max(128, block // 2) if capped else block, "num_warps": warps}
+    if capped:
+        block = max(128, block // 2)
+    default = {"ROWS": 1, "BLOCK": block, "num_warps": warps}
     if launch.INTERPRETED:  # its cost is by program
         default["ROWS"] = max(1, min(64, 65536 // default["BLOCK"]))
     return launch.settings("linear_cross_entropy", (vocabulary, capped), device, default)
 
 
-def kept_dtype(own: torch.dtype, product: torch.dtype) -> torch.dtype:
+def waiting_dtype(own: torch.dtype, product: torch.dtype) -> torch.dtype:
     """What a gradient waits in for backward: its tensor's own dtype if the products have that too, else fp32.
 
     fp16 ends at 65,504, and no loss scale reaches the sums over rows before backward: there it is fp32 as well.
@@ -167,44 +175,67 @@ def forward(
     x: Tensor, weight: Tensor, targets: Tensor, mask: Tensor | None, softcap: float | None, smoothing: float,
     z_loss: float, dtype: torch.dtype, need_x: bool, need_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """The loss, and its gradients by x and weight, in `kept_dtype`, empty unless needed."""
-    (n, width), vocabulary = x.shape, weight.shape[0]
-    half, device = dtype == torch.float16, x.device
-    w = weight.to(dtype)
-    rows = min(n, chunk_rows(n, width, vocabulary, launch.multiprocessors(device)))
-    dx = torch.empty((n, width) if need_x else 0, dtype=kept_dtype(x.dtype, dtype), device=device)
+    """The loss, and its gradients by x and weight, in `waiting_dtype`, empty unless needed."""
+    n, width = x.shape
+    vocabulary = weight.shape[0]
+    device = x.device
+    w = weight.to(dtype)  # (V, C)
+    targets = targets.contiguous()
+    weights, scales, unit = row_weights(targets, mask, dtype)
+
+    # What the chunks are written to: the gradients, and each row's loss.
+    rows_a_chunk = min(n, chunk_rows(n, width, vocabulary, launch.multiprocessors(device)))
+    dx = torch.empty((n, width) if need_x else 0, dtype=waiting_dtype(x.dtype, dtype), device=device)
     # One chunk needs no sum over chunks; no chunk at all writes nothing.
-    dw_dtype = kept_dtype(weight.dtype, dtype) if rows == n else torch.float32
+    dw_dtype = waiting_dtype(weight.dtype, dtype) if rows_a_chunk == n else torch.float32
     make = torch.empty if n else torch.zeros
     dw = make((vocabulary, width) if need_weight else 0, dtype=dw_dtype, device=device)
     losses = torch.empty(n, dtype=torch.float32, device=device)
-    weights = torch.ones(n, dtype=torch.float32, device=device) if mask is None else mask.to(torch.float32).contiguous()
-    targets = targets.contiguous()
-    weights = weights.masked_fill(targets == IGNORED, 0.0)
-    # fp16 knows nothing below 6e-8, and a probability times 1 / (number of tokens) is easily less.
-    unit = weights.abs().amax().clamp_min(1e-30) / HEADROOM if half and n else None
-    scales = weights if unit is None else weights / unit
+
+    # One buffer for the logits of each chunk in turn, rows padded so that they begin at multiples of 128 bytes.
     stride = launch.cdiv(vocabulary, 64) * 64
-    logits = torch.empty(rows, stride, dtype=dtype, device=device)
-    chosen = kernel_settings(vocabulary, softcap is not None, device)
-    for begin in range(0, n, max(1, rows)):
-        part = slice(begin, min(n, begin + rows))
-        a, z = x[part].to(dtype), logits[: part.stop - begin, :vocabulary]
-        _add_product(z, a, w.T, 0.0)
+    logits = torch.empty(rows_a_chunk, stride, dtype=dtype, device=device)
+    settings = kernel_settings(vocabulary, softcap is not None, device)
+
+    for begin in range(0, n, max(1, rows_a_chunk)):
+        part = slice(begin, min(n, begin + rows_a_chunk))
+        x_part = x[part].to(dtype)  # (R, C)
+        z = logits[: part.stop - begin, :vocabulary]  # (R, V)
+        _add_product(z, x_part, w.T, 0.0)
         launch.run(
-            _loss_and_gradient, (launch.cdiv(len(z), chosen["ROWS"]),),
+            _loss_and_gradient, (launch.cdiv(len(z), settings["ROWS"]),),
             logits, targets[part], weights[part], scales[part], losses[part], len(z), vocabulary, stride,
             float(softcap or 1.0), float(smoothing), float(z_loss),
-            CAPPED=softcap is not None, SMOOTHED=smoothing != 0.0, GRADIENT=need_x or need_weight, **chosen,
+            CAPPED=softcap is not None, SMOOTHED=smoothing != 0.0, GRADIENT=need_x or need_weight, **settings,
         )  # fmt: skip
+        # z now holds the gradient of the logits
         if need_x:
             _add_product(dx[part], z, w, 0.0)
         if need_weight:
-            _add_product(dw, z.T, a, 1.0 if begin else 0.0)
-    logits = a = z = None  # all that holds the chunk, before the weight's gradient in its own dtype needs as much
+            _add_product(dw, z.T, x_part, 1.0 if begin else 0.0)
+
+    logits = x_part = z = None  # all that holds the chunk, before dW in its own dtype needs as much
     if unit is not None:
-        dx, dw = dx.mul_(unit), dw.mul_(unit)
-    return losses.sum(), dx, dw.to(kept_dtype(weight.dtype, dtype))
+        dx = dx.mul_(unit)
+        dw = dw.mul_(unit)
+    return losses.sum(), dx, dw.to(waiting_dtype(weight.dtype, dtype))
+
+
+def row_weights(targets: Tensor, mask: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Each row's weight (N,) fp32, that weight as the gradient's kernel sees it, and the unit of the second.
+
+    fp16 knows nothing below 6e-8, and a probability times 1 / (number of tokens) is easily less. So there the kernel
+    gets weights up to HEADROOM, and the gradients are multiplied by the unit at the end; otherwise the unit is None.
+    """
+    if mask is None:
+        weights = torch.ones(len(targets), dtype=torch.float32, device=targets.device)
+    else:
+        weights = mask.to(torch.float32).contiguous()
+    weights = weights.masked_fill(targets == IGNORED, 0.0)
+    if dtype != torch.float16 or not len(targets):
+        return weights, weights, None
+    unit = weights.abs().amax().clamp_min(1e-30) / HEADROOM
+    return weights, weights / unit, unit
 
 
 def scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -230,8 +261,8 @@ _backward_op = torch.library.custom_op("minillm::linear_cross_entropy_backward",
 
 @_op.register_fake
 def _(x, weight, targets, mask, softcap, smoothing, z_loss, dtype, need_x, need_weight):
-    dx = x.new_empty(x.shape if need_x else 0, dtype=kept_dtype(x.dtype, dtype))
-    dw = weight.new_empty(weight.shape if need_weight else 0, dtype=kept_dtype(weight.dtype, dtype))
+    dx = x.new_empty(x.shape if need_x else 0, dtype=waiting_dtype(x.dtype, dtype))
+    dw = weight.new_empty(weight.shape if need_weight else 0, dtype=waiting_dtype(weight.dtype, dtype))
     return x.new_empty((), dtype=torch.float32), dx, dw
 
 
@@ -259,7 +290,8 @@ def _gradient(ctx, grad_loss, _, __):
         raise RuntimeError("linear_cross_entropy has no second derivative (create_graph=True): use the reference")
     dx, dw = _loss_backward(grad_loss, *ctx.saved_tensors, *ctx.dtypes)
     need_x, need_weight = ctx.needs
-    return dx if need_x else None, dw if need_weight else None, *[None] * 8
+    no_gradient = [None] * 8  # of the other arguments
+    return dx if need_x else None, dw if need_weight else None, *no_gradient
 
 
 _loss = launch.op(_op, forward, _setup, _gradient)
@@ -295,6 +327,7 @@ def linear_cross_entropy(
     """
     _check(x, weight, targets, mask)
     dtype = launch.product_dtype(x)
-    trained = torch.is_grad_enabled()
-    need_x, need_weight = trained and x.requires_grad, trained and weight.requires_grad
+    training = torch.is_grad_enabled()
+    need_x = training and x.requires_grad
+    need_weight = training and weight.requires_grad
     return _loss(x, weight, targets, mask, softcap, smoothing, z_loss, dtype, need_x, need_weight)[0]

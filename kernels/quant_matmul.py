@@ -51,7 +51,8 @@ def _scales(Scale, Coarse, Offset, n, first, n_out, blocks, BITS: tl.constexpr, 
         scale = tl.load(Scale + n, mask=n < n_out, other=0.0)[:, None]
     else:
         b = first + tl.arange(0, COUNT)
-        inside, at = (n < n_out)[:, None] & (b < blocks)[None, :], n[:, None].to(tl.int64) * blocks + b[None, :]
+        inside = (n < n_out)[:, None] & (b < blocks)[None, :]  # (N, COUNT)
+        at = n[:, None].to(tl.int64) * blocks + b[None, :]
         fine = tl.load(Scale + at, mask=inside, other=0).to(tl.float32)
         scale = fine * tl.load(Coarse + at // 256, mask=inside, other=0.0) + tl.load(Offset)
     return scale
@@ -68,7 +69,7 @@ def _weights(packed, half, scale, table, dtype: tl.constexpr, BITS: tl.constexpr
     else:
         code = (packed >> (4 * half)) & 15
         value = tl.gather(table, tl.reshape(code.to(tl.int32), [N * BYTES]), 0)
-    value = tl.reshape(value, [N, COUNT, BYTES // COUNT]) * scale[:, :, None]
+    value = tl.reshape(value, [N, COUNT, BYTES // COUNT]) * scale[:, :, None]  # a block of columns, its scale
     return tl.reshape(value, [N, BYTES]).to(dtype)
 
 
@@ -76,66 +77,77 @@ def _weights(packed, half, scale, table, dtype: tl.constexpr, BITS: tl.constexpr
 def _forward(X, Codes, Scale, Coarse, Offset, Kept, Columns, Table, Y, n_rows, n_out, n_in, row_bytes, n_kept, x_stride,
              BITS: tl.constexpr, KEPT: tl.constexpr, PRECISION: tl.constexpr,
              BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BYTES: tl.constexpr):  # fmt: skip
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
-    row, real, there = n[:, None].to(tl.int64), (n < n_out)[:, None], (m < n_rows)[None, :]
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)  # rows of W, columns of y
+    m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)  # rows of x and y
+    row = n[:, None].to(tl.int64)
+    n_inside = (n < n_out)[:, None]
+    m_inside = (m < n_rows)[None, :]
     X += m[None, :].to(tl.int64) * x_stride
     dtype: tl.constexpr = X.dtype.element_ty
     table = tl.load(Table + tl.arange(0, 16))
     y = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)  # transposed
+
+    # Tiles of W, decoded, times tiles of x.
     scale = _scales(Scale, Coarse, Offset, n, 0, n_out, row_bytes // 32, BITS, BYTES // 32)
     for start in range(0, row_bytes, BYTES):
         j = start + tl.arange(0, BYTES)
-        packed = tl.load(Codes + row * row_bytes + j[None, :], mask=real & (j < row_bytes)[None, :], other=0)
-        following = scale  # asked for a step ahead: single bytes cannot be copied to shared memory in the background
+        packed = tl.load(Codes + row * row_bytes + j[None, :], mask=n_inside & (j < row_bytes)[None, :], other=0)
+        next_scale = scale  # asked for a step ahead: single bytes cannot be copied to shared memory in the background
         if BITS == 4:
             next_block = start // 32 + BYTES // 32
-            following = _scales(Scale, Coarse, Offset, n, next_block, n_out, row_bytes // 32, BITS, BYTES // 32)
+            next_scale = _scales(Scale, Coarse, Offset, n, next_block, n_out, row_bytes // 32, BITS, BYTES // 32)
         for half in tl.static_range(8 // BITS):
             k = _column(j, half, BITS)
-            x = tl.load(X + k[:, None], mask=(k < n_in)[:, None] & there, other=0.0)
+            x = tl.load(X + k[:, None], mask=(k < n_in)[:, None] & m_inside, other=0.0)  # (BYTES, M)
             fence_copies(BLOCK_N >= 64)
-            w = _weights(packed, half, scale, table, dtype, BITS)
+            w = _weights(packed, half, scale, table, dtype, BITS)  # (N, BYTES)
             y = tl.dot(w, x, y, input_precision=PRECISION)
-        scale = following
+        scale = next_scale
+
+    # The columns of int8 that were kept as they were, 32 at a time.
     if KEPT:
         for start in range(0, n_kept, 32):
             o = start + tl.arange(0, 32)
             k = tl.load(Columns + o, mask=o < n_kept, other=0)
-            x = tl.load(X + k[:, None], mask=(o < n_kept)[:, None] & there, other=0.0)
-            w = tl.load(Kept + row * n_kept + o[None, :], mask=real & (o < n_kept)[None, :], other=0.0)
+            x = tl.load(X + k[:, None], mask=(o < n_kept)[:, None] & m_inside, other=0.0)  # (32, M)
+            w = tl.load(Kept + row * n_kept + o[None, :], mask=n_inside & (o < n_kept)[None, :], other=0.0)  # (N, 32)
             y = tl.dot(w.to(tl.float32).to(dtype), x, y, input_precision=PRECISION)
-    tl.store(Y + m[None, :].to(tl.int64) * n_out + n[:, None], y.to(dtype), mask=real & there)
+    tl.store(Y + m[None, :].to(tl.int64) * n_out + n[:, None], y.to(dtype), mask=n_inside & m_inside)
 
 
 @triton.jit(do_not_specialize=["n_rows"])
 def _backward(DY, Codes, Scale, Coarse, Offset, Table, DX, n_rows, n_out, n_in, row_bytes, dy_stride,
               BITS: tl.constexpr, PRECISION: tl.constexpr,
               BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BYTES: tl.constexpr):  # fmt: skip
-    j = tl.program_id(0) * BYTES + tl.arange(0, BYTES)
-    m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
-    first, blocks, there = tl.program_id(0) * (BYTES // 32), row_bytes // 32, (m < n_rows)[:, None]
+    j = tl.program_id(0) * BYTES + tl.arange(0, BYTES)  # bytes of each row of W
+    m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)  # rows of dy and dx
+    first = tl.program_id(0) * (BYTES // 32)  # block of 64 columns
+    blocks = row_bytes // 32
+    m_inside = (m < n_rows)[:, None]
     dtype: tl.constexpr = DY.dtype.element_ty
     table = tl.load(Table + tl.arange(0, 16))
-    dx = tl.zeros([BLOCK_M, BYTES], tl.float32)  # of the first halves
+    dx = tl.zeros([BLOCK_M, BYTES], tl.float32)  # of the columns in the bytes' low halves, or of int8
     dx_high = tl.zeros([BLOCK_M, BYTES], tl.float32)
+
+    # Tiles of dy times tiles of W, decoded, down the rows of W.
     scale = _scales(Scale, Coarse, Offset, tl.arange(0, BLOCK_N), first, n_out, blocks, BITS, BYTES // 32)
     for start in range(0, n_out, BLOCK_N):
         n = start + tl.arange(0, BLOCK_N)
         at = n[:, None].to(tl.int64) * row_bytes + j[None, :]
         packed = tl.load(Codes + at, mask=(n < n_out)[:, None] & (j < row_bytes)[None, :], other=0)
-        following = _scales(Scale, Coarse, Offset, n + BLOCK_N, first, n_out, blocks, BITS, BYTES // 32)
+        next_scale = _scales(Scale, Coarse, Offset, n + BLOCK_N, first, n_out, blocks, BITS, BYTES // 32)
         at = m[:, None].to(tl.int64) * dy_stride + n[None, :]
-        dy = tl.load(DY + at, mask=there & (n < n_out)[None, :], other=0.0)
+        dy = tl.load(DY + at, mask=m_inside & (n < n_out)[None, :], other=0.0)  # (M, N)
         dx = tl.dot(dy, _weights(packed, 0, scale, table, dtype, BITS), dx, input_precision=PRECISION)
         if BITS == 4:
             dx_high = tl.dot(dy, _weights(packed, 1, scale, table, dtype, BITS), dx_high, input_precision=PRECISION)
-        scale = following
+        scale = next_scale
+
     DX += m[:, None].to(tl.int64) * n_in
     k = _column(j, 0, BITS)[None, :]
-    tl.store(DX + k, dx.to(dtype), mask=(k < n_in) & there)
+    tl.store(DX + k, dx.to(dtype), mask=(k < n_in) & m_inside)
     if BITS == 4:
-        tl.store(DX + k + 32, dx_high.to(dtype), mask=(k + 32 < n_in) & there)
+        tl.store(DX + k + 32, dx_high.to(dtype), mask=(k + 32 < n_in) & m_inside)
 
 
 @triton.jit
@@ -143,14 +155,16 @@ def _dequantize(Codes, Scale, Coarse, Offset, Table, W, n_out, n_in, row_bytes, 
                 BLOCK_N: tl.constexpr, BYTES: tl.constexpr):  # fmt: skip
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     j = tl.program_id(1) * BYTES + tl.arange(0, BYTES)
-    row, real, first = n[:, None].to(tl.int64), (n < n_out)[:, None], tl.program_id(1) * (BYTES // 32)
+    row = n[:, None].to(tl.int64)
+    n_inside = (n < n_out)[:, None]
+    first = tl.program_id(1) * (BYTES // 32)  # block of 64 columns
     table = tl.load(Table + tl.arange(0, 16))
-    packed = tl.load(Codes + row * row_bytes + j[None, :], mask=real & (j < row_bytes)[None, :], other=0)
+    packed = tl.load(Codes + row * row_bytes + j[None, :], mask=n_inside & (j < row_bytes)[None, :], other=0)
     scale = _scales(Scale, Coarse, Offset, n, first, n_out, row_bytes // 32, BITS, BYTES // 32)
     for half in tl.static_range(8 // BITS):
         k = _column(j, half, BITS)
         w = _weights(packed, half, scale, table, W.dtype.element_ty, BITS)
-        tl.store(W + row * n_in + k[None, :], w, mask=real & (k < n_in)[None, :])
+        tl.store(W + row * n_in + k[None, :], w, mask=n_inside & (k < n_in)[None, :])
 
 
 def block_settings(rows: int, bits: int, itemsize: int, forward: bool, device: torch.device) -> dict:
@@ -168,9 +182,8 @@ def block_settings(rows: int, bits: int, itemsize: int, forward: bool, device: t
         default |= {"BLOCK_N": 16, "BYTES": 64 * bits // itemsize, "num_stages": 10 - bits // 2}
     elif rows == 128:
         default |= {"num_warps": bits, "num_stages": 3}
-    return launch.settings(
-        f"quant_matmul_{'forward' if forward else 'backward'}", (rows, bits, itemsize), device, default
-    )
+    op = "quant_matmul_forward" if forward else "quant_matmul_backward"
+    return launch.settings(op, (rows, bits, itemsize), device, default)
 
 
 @functools.cache
@@ -179,7 +192,10 @@ def _table(device: torch.device) -> Tensor:
 
 
 def _operands(weight: list[Tensor]) -> tuple[int, tuple[Tensor, ...], Tensor, Tensor]:
-    """Bits of a code, what each kernel takes of W, kept columns and their indices. What is not used is any tensor."""
+    """Bits of a code; what each kernel takes of W; kept columns and their indices.
+
+    The formats have tensors that the other has not: a kernel does not read those, so there any tensor will do.
+    """
     table = _table(weight[0].device)
     if weight[0].dtype == torch.int8:
         codes, scale, kept, columns = weight
@@ -188,14 +204,12 @@ def _operands(weight: list[Tensor]) -> tuple[int, tuple[Tensor, ...], Tensor, Te
     return 4, (codes, scale, coarse, offset, table), scale, scale
 
 
-def _settings(n_rows: int, bits: int, forward: bool, like: Tensor) -> dict:
-    tile = next(tile for tile in (16, 32, 64, 128) if n_rows <= tile or tile == 128)
-    precision = "ieee" if like.dtype == torch.float32 else "tf32"
-    return {
-        **block_settings(tile, bits, like.element_size(), forward, like.device),
-        "PRECISION": precision,
-        "BITS": bits,
-    }
+def _settings(n_rows: int, bits: int, forward: bool, x: Tensor) -> dict:
+    """Settings of a product with n_rows rows of x: those of the smallest tile that holds them all, else of 128."""
+    tile = min(128, max(16, launch.next_power_of_2(n_rows)))
+    settings = block_settings(tile, bits, x.element_size(), forward, x.device)
+    precision = "ieee" if x.dtype == torch.float32 else "tf32"
+    return settings | {"PRECISION": precision, "BITS": bits}
 
 
 def is_fused(matrix: Tensor, other: int, forward: bool) -> bool:
@@ -203,8 +217,11 @@ def is_fused(matrix: Tensor, other: int, forward: bool) -> bool:
 
     In fp32, and where rows are not aligned to 16 numbers, large tiles would spill registers: there only decoding is.
     """
-    large = matrix.element_size() == 2 and all(n % 16 == 0 for n in (matrix.stride(0), matrix.shape[1], other))
-    return len(matrix) <= (FUSED_ROWS if large else 16 * forward)
+    aligned = all(n % 16 == 0 for n in (matrix.stride(0), matrix.shape[1], other))
+    most_rows = 16 if forward else 0
+    if matrix.element_size() == 2 and aligned:
+        most_rows = FUSED_ROWS
+    return len(matrix) <= most_rows
 
 
 def dequantize(weight: list[Tensor], width: int, dtype: torch.dtype) -> Tensor:
@@ -212,47 +229,56 @@ def dequantize(weight: list[Tensor], width: int, dtype: torch.dtype) -> Tensor:
     bits, operands, kept, columns = _operands(weight)
     n, row_bytes = operands[0].shape
     w = torch.empty(n, width, dtype=dtype, device=operands[0].device)
-    block_n, block = (64, 256) if launch.INTERPRETED else (16, 128)
-    grid = (launch.cdiv(n, block_n), launch.cdiv(row_bytes, block))
-    launch.run(_dequantize, grid, *operands, w, n, width, row_bytes, BITS=bits, BLOCK_N=block_n, BYTES=block,
-               num_warps=4)  # fmt: skip
-    return w.index_copy_(1, columns, kept.to(dtype)) if bits == 8 and columns.numel() else w
+    block_n, block_bytes = (64, 256) if launch.INTERPRETED else (16, 128)
+    launch.run(
+        _dequantize, (launch.cdiv(n, block_n), launch.cdiv(row_bytes, block_bytes)),
+        *operands, w, n, width, row_bytes, BITS=bits, BLOCK_N=block_n, BYTES=block_bytes, num_warps=4,
+    )  # fmt: skip
+    if bits == 8 and columns.numel():
+        w.index_copy_(1, columns, kept.to(dtype))
+    return w
 
 
 def forward(x: Tensor, weight: list[Tensor]) -> Tensor:
     """y = x Wᵀ (..., N) in x's dtype, for x (..., K) of any strides."""
-    matrix, (n_out, row_bytes) = launch.rows(x), weight[0].shape
+    matrix = launch.rows(x)  # (M, K)
     n_rows, n_in = matrix.shape
+    n_out, row_bytes = weight[0].shape
     if not is_fused(matrix, n_out, True):
-        return (matrix @ dequantize(weight, n_in, x.dtype).T).view(*x.shape[:-1], n_out)
+        w = dequantize(weight, n_in, x.dtype)  # (N, K)
+        return (matrix @ w.T).view(*x.shape[:-1], n_out)
+
     y = torch.empty(*x.shape[:-1], n_out, dtype=x.dtype, device=x.device)
     bits, (*operands, table), kept, columns = _operands(weight)
     n_kept = columns.numel() if bits == 8 else 0
-    chosen = _settings(n_rows, bits, True, x)
+    settings = _settings(n_rows, bits, True, x)
     if n_rows:
         launch.run(
-            _forward, (launch.cdiv(n_out, chosen["BLOCK_N"]), launch.cdiv(n_rows, chosen["BLOCK_M"])),
+            _forward, (launch.cdiv(n_out, settings["BLOCK_N"]), launch.cdiv(n_rows, settings["BLOCK_M"])),
             matrix, *operands, kept, columns, table, y, n_rows, n_out, n_in, row_bytes, n_kept, matrix.stride(0),
-            KEPT=n_kept > 0, **chosen,
+            KEPT=n_kept > 0, **settings,
         )  # fmt: skip
     return y
 
 
 def backward(dy: Tensor, weight: list[Tensor], width: int) -> Tensor:
     """dx = dy W (..., K = width) in dy's dtype, for dy (..., N) of any strides."""
-    matrix, (n_out, row_bytes) = launch.rows(dy), weight[0].shape
+    matrix = launch.rows(dy)  # (M, N)
     n_rows = len(matrix)
+    n_out, row_bytes = weight[0].shape
     if not is_fused(matrix, width, False):
-        return (matrix @ dequantize(weight, width, dy.dtype)).view(*dy.shape[:-1], width)
+        w = dequantize(weight, width, dy.dtype)  # (N, K)
+        return (matrix @ w).view(*dy.shape[:-1], width)
+
     dx = torch.empty(*dy.shape[:-1], width, dtype=dy.dtype, device=dy.device)
     bits, operands, kept, columns = _operands(weight)
-    chosen = _settings(n_rows, bits, False, dy)
+    settings = _settings(n_rows, bits, False, dy)
     if n_rows:
         launch.run(
-            _backward, (launch.cdiv(row_bytes, chosen["BYTES"]), launch.cdiv(n_rows, chosen["BLOCK_M"])),
-            matrix, *operands, dx, n_rows, n_out, width, row_bytes, matrix.stride(0), **chosen,
+            _backward, (launch.cdiv(row_bytes, settings["BYTES"]), launch.cdiv(n_rows, settings["BLOCK_M"])),
+            matrix, *operands, dx, n_rows, n_out, width, row_bytes, matrix.stride(0), **settings,
         )  # fmt: skip
-    if bits == 8 and columns.numel():
+    if bits == 8 and columns.numel():  # the codes of kept columns are 0, and so is dx there until now
         dx.view(n_rows, width).index_copy_(1, columns, matrix @ kept.to(dy.dtype))
     return dx
 

@@ -14,7 +14,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     x: (..., C) any float dtype; weight: (C,); returns x's shape and dtype.
     """
     wide = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
-    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype) * weight.to(x.dtype)
+    r = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)  # (..., 1)
+    return (wide * r).to(x.dtype) * weight.to(x.dtype)
 
 
 def add_rms_norm(x: Tensor, delta: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -28,10 +29,11 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor
 
     q: (B, T, H, D), k: (B, T, K, D); cos, sin: (T, D/2) or (B, T, D/2), fp32. Returns both, rotated.
     """
-    cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)  # one angle for all heads
+    cos = cos.unsqueeze(-2)  # ([B,] T, 1, D/2): one angle for all heads
+    sin = sin.unsqueeze(-2)
 
     def rotate(x: Tensor) -> Tensor:
-        first, second = x.chunk(2, dim=-1)
+        first, second = x.chunk(2, dim=-1)  # (B, T, heads, D/2) each
         turned = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
         return turned.to(x.dtype)
 
@@ -43,11 +45,14 @@ def document_spans(documents: Tensor) -> Tensor:
 
     documents: (B, T) integers that never decrease along a row.
     """
-    index = torch.arange(documents.shape[1], device=documents.device).expand_as(documents)
-    change = documents[:, 1:] != documents[:, :-1]
+    length = documents.shape[1]
+    index = torch.arange(length, device=documents.device).expand_as(documents)  # (B, T)
+    change = documents[:, 1:] != documents[:, :-1]  # (B, T - 1): between a token and the next
     edge = torch.ones_like(documents[:, :1], dtype=torch.bool)
-    first = torch.where(torch.cat((edge, change), 1), index, 0).cummax(dim=1).values
-    last = torch.where(torch.cat((change, edge), 1), index, documents.shape[1]).flip(1).cummin(dim=1).values.flip(1)
+    begins = torch.cat((edge, change), 1)
+    ends = torch.cat((change, edge), 1)
+    first = torch.where(begins, index, 0).cummax(dim=1).values  # the last beginning so far
+    last = torch.where(ends, index, length).flip(1).cummin(dim=1).values.flip(1)  # the next end
     return torch.stack((first, last + 1), dim=-1).int()
 
 
@@ -65,8 +70,8 @@ def visible(
     Queries are the last Tq of the Tk positions (so a cache needs nothing special).
     spans: (B, Tk, 2) of `document_spans`: a token sees only tokens of its own document.
     """
-    i = torch.arange(k_len - q_len, k_len, device=device)[:, None]
-    j = torch.arange(k_len, device=device)[None, :]
+    i = torch.arange(k_len - q_len, k_len, device=device)[:, None]  # (Tq, 1)
+    j = torch.arange(k_len, device=device)[None, :]  # (1, Tk)
     seen = j <= i if causal else torch.ones(q_len, k_len, dtype=torch.bool, device=device)
     if window is not None:
         seen = seen & (i - j < window) & (j - i < window)
@@ -94,18 +99,23 @@ def attention(
     Returns the output (B, Tq, H, D) and the scores' log-sum-exp (B, H, Tq), natural logarithm, at least fp32; a
     query that sees no key gives zeros, and -inf.
     """
-    groups = q.shape[2] // k.shape[2]
-    k, v = k.repeat_interleave(groups, dim=2), v.repeat_interleave(groups, dim=2)
-    scores = torch.einsum("bqhd,bkhd->bhqk", q, k) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    if scale is None:
+        scale = q.shape[-1] ** -0.5
+    group = q.shape[2] // k.shape[2]
+    k = k.repeat_interleave(group, dim=2)  # (B, Tk, H, D)
+    v = v.repeat_interleave(group, dim=2)
+    scores = torch.einsum("bqhd,bkhd->bhqk", q, k) * scale  # (B, H, Tq, Tk)
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
     seen = visible(q.shape[1], k.shape[1], causal=causal, window=window, spans=spans, device=q.device)
-    seen = seen if seen.dim() == 2 else seen[:, None]  # (B, 1, Tq, Tk): the same for all heads
+    if seen.dim() == 3:
+        seen = seen[:, None]  # (B, 1, Tq, Tk): the same for all heads
     scores = scores.masked_fill(~seen, float("-inf"))
     wide = scores.to(torch.promote_types(scores.dtype, torch.float32))
     weights = torch.softmax(wide, dim=-1)
     weights = weights.nan_to_num(0.0).to(v.dtype)  # a row of -inf has no softmax: it sees nothing
-    return torch.einsum("bhqk,bkhd->bqhd", weights, v), torch.logsumexp(wide, dim=-1)
+    out = torch.einsum("bhqk,bkhd->bqhd", weights, v)  # (B, Tq, H, D)
+    return out, torch.logsumexp(wide, dim=-1)
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
@@ -131,16 +141,18 @@ def linear_cross_entropy(
     2016, arXiv:1512.00567). z_loss ζ: each row adds ζ · logsumexp² (Chowdhery et al. 2022, arXiv:2204.02311).
     Returns a scalar, at least fp32.
     """
-    logits = x @ weight.to(x.dtype).T
+    logits = x @ weight.to(x.dtype).T  # (N, V)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
-    rows = torch.ones_like(logits[:, 0]) if mask is None else mask.to(logits.dtype)
-    rows = rows.masked_fill(targets == -100, 0.0)
-    target = targets.masked_fill(rows == 0, 0)[:, None]
+    row_weights = torch.ones_like(logits[:, 0]) if mask is None else mask.to(logits.dtype)  # (N,)
+    row_weights = row_weights.masked_fill(targets == -100, 0.0)
+    left_out = row_weights == 0
+    target = targets.masked_fill(left_out, 0)[:, None]  # (N, 1): any index will do where nothing counts
     lse = torch.logsumexp(logits, dim=-1)
     nats = lse - (1 - smoothing) * logits.gather(-1, target).squeeze(-1) - smoothing * logits.mean(-1)
-    return ((nats + z_loss * lse.square()).masked_fill(rows == 0, 0.0) * rows).sum()
+    losses = (nats + z_loss * lse.square()).masked_fill(left_out, 0.0)  # NaN · 0 would be NaN
+    return (losses * row_weights).sum()
 
 
 def adamw(
@@ -159,10 +171,13 @@ def adamw(
 
     All of one shape and dtype. Returns the new parameter and its new moments; nothing is written to.
     """
-    exp_avg = betas[0] * exp_avg + (1 - betas[0]) * grad
-    exp_avg_sq = betas[1] * exp_avg_sq + (1 - betas[1]) * grad.square()
-    mean, square = exp_avg / (1 - betas[0] ** step), exp_avg_sq / (1 - betas[1] ** step)
-    return param - lr * (mean / (square.sqrt() + eps) + weight_decay * param), exp_avg, exp_avg_sq
+    beta1, beta2 = betas
+    exp_avg = beta1 * exp_avg + (1 - beta1) * grad
+    exp_avg_sq = beta2 * exp_avg_sq + (1 - beta2) * grad.square()
+    mean = exp_avg / (1 - beta1**step)
+    square = exp_avg_sq / (1 - beta2**step)
+    direction = mean / (square.sqrt() + eps)
+    return param - lr * (direction + weight_decay * param), exp_avg, exp_avg_sq
 
 
 def newton_schulz(matrices: Tensor, steps: int, coefficients: tuple[float, float, float]) -> Tensor:
@@ -175,7 +190,7 @@ def newton_schulz(matrices: Tensor, steps: int, coefficients: tuple[float, float
     a, b, c = coefficients
     x = matrices / (matrices.norm(dim=(1, 2), keepdim=True) + 1e-7)
     for _ in range(steps):
-        gram = x @ x.mT
+        gram = x @ x.mT  # (n, rows, rows)
         x = a * x + (b * gram + c * gram @ gram) @ x
     return x
 
@@ -194,7 +209,8 @@ def nf4_values() -> Tensor:
 
 def dequantize_int8(codes: Tensor, scale: Tensor, kept: Tensor, columns: Tensor) -> Tensor:
     """codes (N, K) int8 · scale (N,) fp32 of the row, but columns (O,) int64 are kept (N, O). Returns (N, K) fp32."""
-    return (codes * scale[:, None]).index_copy_(1, columns, kept.float())
+    rounded = codes * scale[:, None]  # (N, K)
+    return rounded.index_copy_(1, columns, kept.float())
 
 
 def dequantize_nf4(codes: Tensor, scale: Tensor, coarse: Tensor, offset: Tensor, width: int) -> Tensor:
@@ -207,16 +223,19 @@ def dequantize_nf4(codes: Tensor, scale: Tensor, coarse: Tensor, offset: Tensor,
     pairs = codes.view(n, blocks, 1, 32)
     halves = torch.cat((pairs & 15, pairs >> 4), dim=2).int()  # (N, B, 2, 32)
     values = nf4_values().to(codes.device, torch.float32).index_select(0, halves.flatten()).view_as(halves)
-    group = coarse.repeat_interleave(256)[: n * blocks].view(n, blocks)
-    size = scale * group + offset
-    return (values * size[:, :, None, None]).view(n, blocks * 64)[:, :width]  # (N, B, 2, 32) → (N, K)
+    coarse_of_block = coarse.repeat_interleave(256)[: n * blocks].view(n, blocks)
+    block_scale = scale * coarse_of_block + offset  # (N, B)
+    weights = values * block_scale[:, :, None, None]  # (N, B, 2, 32)
+    return weights.view(n, blocks * 64)[:, :width]  # (N, K)
 
 
 def dequantize(weight: list[Tensor], width: int) -> Tensor:
     """W (N, K = width) in fp32 from the four tensors of `dequantize_int8` or `dequantize_nf4`, or from itself."""
     if len(weight) == 1:
         return weight[0].float()
-    return dequantize_int8(*weight) if weight[0].dtype == torch.int8 else dequantize_nf4(*weight, width)
+    if weight[0].dtype == torch.int8:
+        return dequantize_int8(*weight)
+    return dequantize_nf4(*weight, width)
 
 
 def quant_matmul(x: Tensor, weight: list[Tensor]) -> Tensor:

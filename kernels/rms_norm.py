@@ -36,13 +36,13 @@ def _forward(X, Delta, W, Sum, Y, R, n_rows, width, x_stride, d_stride, eps,
     column = tl.arange(0, BLOCK)
     inside = (row < n_rows)[:, None] & (column < width)[None, :]
     w = tl.load(W + column, mask=column < width, other=0.0).to(tl.float32)
-    x = tl.load(X + row[:, None] * x_stride + column[None, :], mask=inside, other=0.0).to(tl.float32)
+    x = tl.load(X + row[:, None] * x_stride + column[None, :], mask=inside, other=0.0).to(tl.float32)  # (ROWS, BLOCK)
     if ADD:
         x += tl.load(Delta + row[:, None] * d_stride + column[None, :], mask=inside, other=0.0).to(tl.float32)
         rounded = x.to(Sum.dtype.element_ty)
         tl.store(Sum + row[:, None] * width + column[None, :], rounded, mask=inside)
         x = rounded.to(tl.float32)  # what backward will read
-    r = tl.rsqrt(tl.sum(x * x, axis=1) / width + eps)
+    r = tl.rsqrt(tl.sum(x * x, axis=1) / width + eps)  # (ROWS,)
     y = x * r[:, None] * w[None, :]
     tl.store(Y + row[:, None] * width + column[None, :], y.to(Y.dtype.element_ty), mask=inside)
     tl.store(R + row, r, mask=row < n_rows)
@@ -54,7 +54,7 @@ def _backward(DY, DSum, X, W, R, DX, DDelta, DW, n_rows, width, dy_stride, ds_st
               ROWS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     column = tl.arange(0, BLOCK)
     w = tl.load(W + column, mask=column < width, other=0.0).to(tl.float32)
-    dw = tl.zeros([ROWS, BLOCK], tl.float32)
+    dw = tl.zeros([ROWS, BLOCK], tl.float32)  # of this program's rows, added up at the end
     for begin in range(tl.program_id(0) * ROWS, n_rows, tl.num_programs(0) * ROWS):
         row = (begin + tl.arange(0, ROWS)).to(tl.int64)
         inside = (row < n_rows)[:, None] & (column < width)[None, :]
@@ -82,6 +82,8 @@ def _backward_wide(DY, DSum, X, W, R, DX, DDelta, width, dy_stride, ds_stride, x
                    ADD: tl.constexpr, DELTA: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     r = tl.load(R + row)
+
+    # First walk over the row: mean(g n).
     products = tl.zeros([BLOCK], tl.float32)
     for begin in range(0, width, BLOCK):
         column = begin + tl.arange(0, BLOCK)
@@ -90,6 +92,8 @@ def _backward_wide(DY, DSum, X, W, R, DX, DDelta, width, dy_stride, ds_stride, x
         x = tl.load(X + row * x_stride + column, mask=inside, other=0.0).to(tl.float32)
         products += dy * tl.load(W + column, mask=inside, other=0.0).to(tl.float32) * x
     mean = tl.sum(products, axis=0) * r / width
+
+    # Second walk: dx.
     for begin in range(0, width, BLOCK):
         column = begin + tl.arange(0, BLOCK)
         inside = column < width
@@ -106,6 +110,7 @@ def _backward_wide(DY, DSum, X, W, R, DX, DDelta, width, dy_stride, ds_stride, x
 
 @triton.jit(do_not_specialize=["n_rows"])
 def _backward_weight(DY, X, R, DW, n_rows, width, dy_stride, x_stride, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """dw alone, for rows too wide for `_backward`."""
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     dw = tl.zeros([ROWS, BLOCK], tl.float32)
     for begin in range(tl.program_id(0) * ROWS, n_rows, tl.num_programs(0) * ROWS):
@@ -121,7 +126,8 @@ def _backward_weight(DY, X, R, DW, n_rows, width, dy_stride, x_stride, ROWS: tl.
 def forward_settings(width: int, device: torch.device) -> dict:
     """Rows and warps of the forward kernel: about 8,192 numbers a program, 32 a thread."""
     block = launch.next_power_of_2(width)
-    rows = max(1, (65536 if launch.INTERPRETED else 8192) // block)  # the interpreter's cost is by program
+    numbers = 65536 if launch.INTERPRETED else 8192  # the interpreter's cost is by program
+    rows = max(1, numbers // block)
     warps = min(32, max(4, rows * block // 1024))
     return launch.settings("rms_norm_forward", (width,), device, {"ROWS": rows, "num_warps": warps})
 
@@ -134,7 +140,8 @@ def backward_settings(width: int, two_dtypes: bool, device: torch.device) -> dic
     spills a few bytes to stay below 80.
     """
     block = launch.next_power_of_2(width)
-    rows = max(1, (65536 if launch.INTERPRETED else 2048) // block)
+    numbers = 65536 if launch.INTERPRETED else 2048
+    rows = max(1, numbers // block)
     warps = min(16, max(4, rows * block // 512))
     default = {"ROWS": rows, "num_warps": warps, "PROGRAMS": 20 // warps, "maxnreg": 96}
     if two_dtypes:  # the gradient goes to two tensors: 16 registers more, or it spills
@@ -146,17 +153,18 @@ def forward(
     x: Tensor, delta: Tensor | None, weight: Tensor, eps: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(s, y, r) for x, delta (..., C): s and x alike, y in `dtype`, r (N,) fp32; s is empty without a delta."""
-    matrix, branch = launch.rows(x), launch.rows(x if delta is None else delta)
+    matrix = launch.rows(x)  # (N, C)
+    branch = matrix if delta is None else launch.rows(delta)
     n, width = matrix.shape
     y = launch.empty_like(x, dtype)
     s = x.new_empty(0) if delta is None else launch.empty_like(x)
     r = torch.empty(n, dtype=torch.float32, device=x.device)
-    chosen = forward_settings(width, x.device)
+    settings = forward_settings(width, x.device)
     if n:
         launch.run(
-            _forward, (launch.cdiv(n, chosen["ROWS"]),),
+            _forward, (launch.cdiv(n, settings["ROWS"]),),
             matrix, branch, weight.contiguous(), s, y, r, n, width, matrix.stride(0), branch.stride(0), eps,
-            ADD=delta is not None, BLOCK=launch.next_power_of_2(width), **chosen,
+            ADD=delta is not None, BLOCK=launch.next_power_of_2(width), **settings,
         )  # fmt: skip
     return s, y, r
 
@@ -169,25 +177,30 @@ def backward(
 
     The second is empty without such a dtype, the third unless it is needed.
     """
-    grad, matrix = launch.rows(dy), launch.rows(x)
-    passed = grad if ds is None else launch.rows(ds)
+    grad = launch.rows(dy)  # (N, C), as the next two
+    matrix = launch.rows(x)
+    sum_grad = grad if ds is None else launch.rows(ds)
     n, width = matrix.shape
     dx = launch.empty_like(x)
     ddelta = x.new_empty(0) if delta_dtype is None else launch.empty_like(x, delta_dtype)
     flags = dict(ADD=ds is not None, DELTA=delta_dtype is not None)
     weight = weight.contiguous()
-    chosen = dict(backward_settings(width, delta_dtype is not None, x.device))
-    programs = min(chosen.pop("PROGRAMS") * launch.multiprocessors(x.device), max(1, launch.cdiv(n, chosen["ROWS"])))
+    strides = grad.stride(0), sum_grad.stride(0), matrix.stride(0)
+
+    # As many programs as run at once, or as have rows; each writes one part (C,) of dw.
+    settings = dict(backward_settings(width, delta_dtype is not None, x.device))
+    resident = settings.pop("PROGRAMS") * launch.multiprocessors(x.device)
+    programs = min(resident, max(1, launch.cdiv(n, settings["ROWS"])))
     parts = torch.empty(programs if need_weight else 0, width, dtype=torch.float32, device=x.device)
-    strides = grad.stride(0), passed.stride(0), matrix.stride(0)
+
     if width <= FUSED_WIDTH:
         launch.run(
-            _backward, (programs,), grad, passed, matrix, weight, r, dx, ddelta, parts, n, width, *strides,
-            **flags, WEIGHT=need_weight, BLOCK=launch.next_power_of_2(width), **chosen,
+            _backward, (programs,), grad, sum_grad, matrix, weight, r, dx, ddelta, parts, n, width, *strides,
+            **flags, WEIGHT=need_weight, BLOCK=launch.next_power_of_2(width), **settings,
         )  # fmt: skip
     elif n:
         launch.run(
-            _backward_wide, (n,), grad, passed, matrix, weight, r, dx, ddelta, width, *strides,
+            _backward_wide, (n,), grad, sum_grad, matrix, weight, r, dx, ddelta, width, *strides,
             **flags, BLOCK=FUSED_WIDTH, num_warps=16,
         )  # fmt: skip
     if need_weight and width > FUSED_WIDTH:
@@ -225,7 +238,8 @@ def _setup(ctx, inputs, output):
     ctx.mark_non_differentiable(r)
     ctx.set_materialize_grads(False)
     ctx.delta_dtype = None if delta is None else delta.dtype
-    ctx.save_for_backward(x if delta is None else s, weight, r)
+    normed = x if delta is None else s
+    ctx.save_for_backward(normed, weight, r)
 
 
 def _gradient(ctx, ds, dy, _):
@@ -233,11 +247,16 @@ def _gradient(ctx, ds, dy, _):
     if dy is None:  # only the sum was used
         ddelta = None if ctx.delta_dtype is None or ds is None else ds.to(ctx.delta_dtype)
         return ds, ddelta, None, None, None
+
     need_weight = ctx.needs_input_grad[2]
-    passed = ds if ctx.delta_dtype is not None else None
-    other = ctx.delta_dtype if ctx.delta_dtype != x.dtype else None  # else dx serves both
-    dx, ddelta, dw = _rms_norm_backward(dy, passed, x, weight, r, need_weight, other)
-    ddelta = ddelta if other else dx if ctx.delta_dtype else None
+    if ctx.delta_dtype is None:  # a norm alone
+        dx, _, dw = _rms_norm_backward(dy, None, x, weight, r, need_weight, None)
+        ddelta = None
+    elif ctx.delta_dtype == x.dtype:  # dx serves both
+        dx, _, dw = _rms_norm_backward(dy, ds, x, weight, r, need_weight, None)
+        ddelta = dx
+    else:
+        dx, ddelta, dw = _rms_norm_backward(dy, ds, x, weight, r, need_weight, ctx.delta_dtype)
     return dx, ddelta, dw if need_weight else None, None, None
 
 

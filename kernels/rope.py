@@ -46,7 +46,8 @@ def _load(X, token, tokens, length, n_heads, b_stride, t_stride, h_stride, HEADS
     """The heads' two halves."""
     offset, inside = _heads(token, tokens, length, n_heads, b_stride, t_stride, h_stride, HEADS, HALF, BLOCK)
     first = tl.load(X + offset, mask=inside, other=0.0).to(tl.float32)
-    return first, tl.load(X + offset + HALF, mask=inside, other=0.0).to(tl.float32)
+    second = tl.load(X + offset + HALF, mask=inside, other=0.0).to(tl.float32)
+    return first, second  # (TOKENS, HEADS, BLOCK) each
 
 
 @triton.jit
@@ -66,7 +67,11 @@ def _angles(Cos, Sin, token, tokens, length, b_stride, BACK: tl.constexpr, HALF:
     inside = (token < tokens)[:, None] & (column < HALF)[None, :]
     cos = tl.load(Cos + row[:, None] + column[None, :], mask=inside, other=0.0).to(tl.float32)
     sin = tl.load(Sin + row[:, None] + column[None, :], mask=inside, other=0.0).to(tl.float32)
-    return cos[:, None, :], -sin[:, None, :] if BACK else sin[:, None, :]
+    cos = cos[:, None, :]
+    sin = sin[:, None, :]
+    if BACK:
+        sin = -sin
+    return cos, sin
 
 
 @triton.jit
@@ -74,7 +79,8 @@ def _weight(W, HALF: tl.constexpr, BLOCK: tl.constexpr):
     """The two halves of a norm's weight, (1, 1, BLOCK) each."""
     column = tl.arange(0, BLOCK)[None, None, :]
     first = tl.load(W + column, mask=column < HALF, other=0.0).to(tl.float32)
-    return first, tl.load(W + HALF + column, mask=column < HALF, other=0.0).to(tl.float32)
+    second = tl.load(W + HALF + column, mask=column < HALF, other=0.0).to(tl.float32)
+    return first, second
 
 
 @triton.jit
@@ -94,6 +100,7 @@ def _norm(first, second, eps, HALF: tl.constexpr):
 def _forward(Q, K, Cos, Sin, QWeight, KWeight, QOut, KOut, tokens, length, q_heads, k_heads, qb, qt, qh, kb, kt, kh,
              table_stride, eps, NORM: tl.constexpr, BACK: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr,
              TOKENS: tl.constexpr, Q_HEADS: tl.constexpr, K_HEADS: tl.constexpr):  # fmt: skip
+    # All loads first: q and k (TOKENS, heads, BLOCK) in halves 1 and 2, and the angles (TOKENS, 1, BLOCK).
     token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     q1, q2 = _load(Q, token, tokens, length, q_heads, qb, qt, qh, Q_HEADS, HALF, BLOCK)
     k1, k2 = _load(K, token, tokens, length, k_heads, kb, kt, kh, K_HEADS, HALF, BLOCK)
@@ -103,7 +110,10 @@ def _forward(Q, K, Cos, Sin, QWeight, KWeight, QOut, KOut, tokens, length, q_hea
         v1, v2 = _weight(KWeight, HALF, BLOCK)
         q1, q2, _ = _norm(q1, q2, eps, HALF)
         k1, k2, _ = _norm(k1, k2, eps, HALF)
-        q1, q2, k1, k2 = q1 * w1, q2 * w2, k1 * v1, k2 * v2
+        q1 = q1 * w1
+        q2 = q2 * w2
+        k1 = k1 * v1
+        k2 = k2 * v2
     q1, q2 = _turn(q1, q2, cos, sin)
     _store(QOut, token, tokens, q_heads, q1, q2, Q_HEADS, HALF, BLOCK)
     k1, k2 = _turn(k1, k2, cos, sin)
@@ -126,8 +136,11 @@ def _backward_norm(DQOut, DKOut, Q, K, Cos, Sin, QWeight, KWeight, DQ, DK, DW, t
                    TOKENS: tl.constexpr, Q_HEADS: tl.constexpr, K_HEADS: tl.constexpr):  # fmt: skip
     w1, w2 = _weight(QWeight, HALF, BLOCK)
     v1, v2 = _weight(KWeight, HALF, BLOCK)
-    dw1, dw2 = tl.zeros([TOKENS, Q_HEADS, BLOCK], tl.float32), tl.zeros([TOKENS, Q_HEADS, BLOCK], tl.float32)
-    dv1, dv2 = tl.zeros([TOKENS, K_HEADS, BLOCK], tl.float32), tl.zeros([TOKENS, K_HEADS, BLOCK], tl.float32)
+    # Gradients of q's weight w and of k's weight v, added up over all tokens of this program.
+    dw1 = tl.zeros([TOKENS, Q_HEADS, BLOCK], tl.float32)
+    dw2 = tl.zeros([TOKENS, Q_HEADS, BLOCK], tl.float32)
+    dv1 = tl.zeros([TOKENS, K_HEADS, BLOCK], tl.float32)
+    dv2 = tl.zeros([TOKENS, K_HEADS, BLOCK], tl.float32)
     for begin in range(tl.program_id(0) * TOKENS, tokens, tl.num_programs(0) * TOKENS):
         token = begin + tl.arange(0, TOKENS)
         h1, h2 = _load(DQOut, token, tokens, length, q_heads, dqb, dqt, dqh, Q_HEADS, HALF, BLOCK)
@@ -135,14 +148,18 @@ def _backward_norm(DQOut, DKOut, Q, K, Cos, Sin, QWeight, KWeight, DQ, DK, DW, t
         i1, i2 = _load(DKOut, token, tokens, length, k_heads, dkb, dkt, dkh, K_HEADS, HALF, BLOCK)
         k1, k2 = _load(K, token, tokens, length, k_heads, kb, kt, kh, K_HEADS, HALF, BLOCK)
         cos, sin = _angles(Cos, Sin, token, tokens, length, table_stride, True, HALF, BLOCK)
-        h1, h2 = _turn(h1, h2, cos, sin)
+        h1, h2 = _turn(h1, h2, cos, sin)  # h: the gradient of n w, for q
         q1, q2, part1, part2 = _norm_gradient(h1, h2, q1, q2, w1, w2, eps, HALF)
-        dw1, dw2 = dw1 + part1, dw2 + part2
+        dw1 += part1
+        dw2 += part2
         _store(DQ, token, tokens, q_heads, q1, q2, Q_HEADS, HALF, BLOCK)
-        i1, i2 = _turn(i1, i2, cos, sin)
+        i1, i2 = _turn(i1, i2, cos, sin)  # the same for k
         k1, k2, part1, part2 = _norm_gradient(i1, i2, k1, k2, v1, v2, eps, HALF)
-        dv1, dv2 = dv1 + part1, dv2 + part2
+        dv1 += part1
+        dv2 += part2
         _store(DK, token, tokens, k_heads, k1, k2, K_HEADS, HALF, BLOCK)
+
+    # This program's part of the weights' gradients: w in halves, v in halves.
     column = tl.arange(0, BLOCK)
     part = DW + (tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)).to(tl.int64) * 4 * HALF + column
     tl.store(part, tl.sum(tl.sum(dw1, axis=0), axis=0), mask=column < HALF)
@@ -159,15 +176,23 @@ def block_settings(op: str, q_heads: int, k_heads: int, size: int, device: torch
     alone, padded to a power of two, exceed two thirds of it.
     """
     norm_backward = op == "rope_norm_backward"
-    most = 98304 if launch.INTERPRETED else 3072 if norm_backward else 6144  # the interpreter's cost is by program
+    most = 3072 if norm_backward else 6144  # numbers
+    if launch.INTERPRETED:
+        most = 98304  # its cost is by program
+
+    # Heads: all of them, or what q alone may take; k's are shared among as many programs as q's.
     width = 2 * launch.next_power_of_2(size // 2)
-    q_tile = min(launch.next_power_of_2(q_heads), 1 << (most * 2 // 3 // width).bit_length() - 1)
-    k_tile = launch.next_power_of_2(launch.cdiv(k_heads, launch.cdiv(q_heads, q_tile)))
+    q_tile = min(launch.next_power_of_2(q_heads), launch.last_power_of_2(most * 2 // 3 // width))
+    parts = launch.cdiv(q_heads, q_tile)
+    k_tile = launch.next_power_of_2(launch.cdiv(k_heads, parts))
+
+    # Tokens: as many as there is room for, one at least.
     numbers = (q_tile + k_tile) * width
-    tokens = 1 << max(0, (most // numbers).bit_length() - 1)
+    tokens = launch.last_power_of_2(max(1, most // numbers))
     warps = 4 if numbers <= most else 8
     default = {"TOKENS": tokens, "Q_HEADS": q_tile, "K_HEADS": k_tile, "num_warps": warps}
-    default |= {"PROGRAMS": 16 // warps} if norm_backward else {}
+    if norm_backward:
+        default["PROGRAMS"] = 16 // warps
     return launch.settings(op, (q_heads, k_heads, size), device, default)
 
 
@@ -178,12 +203,16 @@ def _side_by_side(x: Tensor) -> Tensor:
 
 def _sizes(op: str, q: Tensor, k: Tensor, cos: Tensor) -> tuple[tuple[int, ...], int, tuple[int, int], dict]:
     """What all kernels share: sizes, the stride of the tables' batch, the grid over all tokens and heads, settings."""
-    (batch, length, q_heads, size), k_heads = q.shape, k.shape[2]
-    chosen = dict(block_settings(op, q_heads, k_heads, size, q.device))
-    chosen |= {"HALF": size // 2, "BLOCK": launch.next_power_of_2(size // 2)}
-    parts = max(launch.cdiv(q_heads, chosen["Q_HEADS"]), launch.cdiv(k_heads, chosen["K_HEADS"]))
-    grid = launch.cdiv(batch * length, chosen["TOKENS"]), parts
-    return (batch * length, length, q_heads, k_heads), 0 if cos.dim() == 2 else length * size // 2, grid, chosen
+    batch, length, q_heads, size = q.shape
+    k_heads = k.shape[2]
+    half = size // 2
+    sizes = batch * length, length, q_heads, k_heads
+    table_stride = 0 if cos.dim() == 2 else length * half  # 0: all rows of the batch share the tables
+    settings = dict(block_settings(op, q_heads, k_heads, size, q.device))
+    settings |= {"HALF": half, "BLOCK": launch.next_power_of_2(half)}
+    parts = max(launch.cdiv(q_heads, settings["Q_HEADS"]), launch.cdiv(k_heads, settings["K_HEADS"]))
+    grid = launch.cdiv(batch * length, settings["TOKENS"]), parts
+    return sizes, table_stride, grid, settings
 
 
 def forward(
@@ -191,14 +220,18 @@ def forward(
     eps: float, back: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """q and k, normed where there are weights, and turned; back: by the opposite angles."""
-    q, k, cos, sin = _side_by_side(q), _side_by_side(k), cos.contiguous(), sin.contiguous()
+    q = _side_by_side(q)
+    k = _side_by_side(k)
+    cos = cos.contiguous()
+    sin = sin.contiguous()
     weights = [None if weight is None else weight.contiguous() for weight in (q_weight, k_weight)]
-    q_out, k_out = (launch.empty_like(x) for x in (q, k))
-    sizes, table_stride, grid, chosen = _sizes("rope", q, k, cos)
+    q_out = launch.empty_like(q)
+    k_out = launch.empty_like(k)
+    sizes, table_stride, grid, settings = _sizes("rope", q, k, cos)
     if sizes[0]:
         launch.run(
             _forward, grid, q, k, cos, sin, *weights, q_out, k_out, *sizes,
-            *q.stride()[:3], *k.stride()[:3], table_stride, eps, NORM=q_weight is not None, BACK=back, **chosen,
+            *q.stride()[:3], *k.stride()[:3], table_stride, eps, NORM=q_weight is not None, BACK=back, **settings,
         )  # fmt: skip
     return q_out, k_out
 
@@ -209,16 +242,21 @@ def norm_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of q, k and of the weights of their norms."""
     tensors = [_side_by_side(x) for x in (dq_out, dk_out, q, k)]
-    dq, dk = (launch.empty_like(x) for x in (q, k))
-    sizes, table_stride, (programs, parts), chosen = _sizes("rope_norm_backward", q, k, cos)
-    resident = chosen.pop("PROGRAMS") * launch.multiprocessors(q.device)
+    dq = launch.empty_like(q)
+    dk = launch.empty_like(k)
+    sizes, table_stride, (programs, parts), settings = _sizes("rope_norm_backward", q, k, cos)
+
+    # As many programs as run at once, or as have tokens; each writes its part of both weights' gradients.
+    resident = settings.pop("PROGRAMS") * launch.multiprocessors(q.device)
     programs = max(1, min(programs, resident // parts))
     dw = torch.empty(programs * parts, 2, q.shape[-1], dtype=torch.float32, device=q.device)
     contiguous = [x.contiguous() for x in (cos, sin, q_weight, k_weight)]
     strides = [stride for x in tensors for stride in x.stride()[:3]]
     arguments = (*tensors, *contiguous, dq, dk, dw, *sizes, *strides, table_stride, eps)
-    launch.run(_backward_norm, (programs, parts), *arguments, **chosen)
-    return dq, dk, dw[:, 0].sum(0).to(q_weight.dtype), dw[:, 1].sum(0).to(k_weight.dtype)
+    launch.run(_backward_norm, (programs, parts), *arguments, **settings)
+    dq_weight = dw[:, 0].sum(0).to(q_weight.dtype)
+    dk_weight = dw[:, 1].sum(0).to(k_weight.dtype)
+    return dq, dk, dq_weight, dk_weight
 
 
 _op = torch.library.custom_op("minillm::rope", forward, mutates_args=())
@@ -247,7 +285,8 @@ def _setup(ctx, inputs, output):
 def _gradient(ctx, dq_out, dk_out):
     cos, sin, *normed = ctx.saved_tensors
     if not normed:
-        return *_rope(dq_out, dk_out, cos, sin, None, None, 0.0, not ctx.back), *[None] * 6
+        dq, dk = _rope(dq_out, dk_out, cos, sin, None, None, 0.0, not ctx.back)
+        return dq, dk, None, None, None, None, None, None
     q, k, q_weight, k_weight = normed
     dq, dk, *dweights = _norm_backward(dq_out, dk_out, q, k, cos, sin, q_weight, k_weight, ctx.eps)
     return dq, dk, None, None, *dweights, None, None
@@ -268,6 +307,7 @@ def rope(
     shapes.
     """
     batch, length, _, size = q.shape
-    if size % 2 or cos.shape != sin.shape or tuple(cos.shape) not in ((length, size // 2), (batch, length, size // 2)):
+    tables = (length, size // 2), (batch, length, size // 2)
+    if size % 2 or cos.shape != sin.shape or tuple(cos.shape) not in tables:
         raise ValueError(f"cos {tuple(cos.shape)}, sin {tuple(sin.shape)}: q {tuple(q.shape)} needs ([B,] T, D/2)")
     return _rope(q, k, cos, sin, q_weight, k_weight, eps, False)

@@ -35,7 +35,7 @@ def _forward(Gate, Up, Y, n_rows, width, g_stride, u_stride, ROWS: tl.constexpr,
     inside = (row < n_rows)[:, None] & (column < width)[None, :]
     gate = tl.load(Gate + _offsets(row, column, g_stride), mask=inside).to(tl.float32)
     up = tl.load(Up + _offsets(row, column, u_stride), mask=inside).to(tl.float32)
-    y = gate * tl.sigmoid(gate) * up
+    y = gate * tl.sigmoid(gate) * up  # (ROWS, BLOCK)
     tl.store(Y + _offsets(row, column, width), y.to(Y.dtype.element_ty), mask=inside)
 
 
@@ -50,7 +50,7 @@ def _backward(DY, Gate, Up, DGate, DUp, n_rows, width, dy_stride, g_stride, u_st
     gate = tl.load(Gate + _offsets(row, column, g_stride), mask=inside).to(tl.float32)
     up = tl.load(Up + _offsets(row, column, u_stride), mask=inside).to(tl.float32)
     sigmoid = tl.sigmoid(gate)
-    dgate = dy * up * sigmoid * (1 + gate * (1 - sigmoid))
+    dgate = dy * up * sigmoid * (1 + gate * (1 - sigmoid))  # (ROWS, BLOCK)
     out = _offsets(row, column, width)
     tl.store(DGate + out, dgate.to(DGate.dtype.element_ty), mask=inside)
     tl.store(DUp + out, (dy * gate * sigmoid).to(DUp.dtype.element_ty), mask=inside)
@@ -58,7 +58,8 @@ def _backward(DY, Gate, Up, DGate, DUp, n_rows, width, dy_stride, g_stride, u_st
 
 def block_settings(op: str, width: int, device: torch.device) -> dict:
     """Rows and columns of a block: the widest columns, 2,048 to 256, that leave less than a 16th of them idle."""
-    columns = next((c for c in (2048, 1024, 512) if launch.cdiv(width, c) * c <= width * 17 / 16), 256)
+    padded = {columns: launch.cdiv(width, columns) * columns for columns in (2048, 1024, 512)}
+    columns = next((columns for columns in padded if padded[columns] <= width * 17 / 16), 256)
     columns = min(columns, launch.next_power_of_2(width))
     numbers = 65536 if launch.INTERPRETED else 4096  # the interpreter's cost is by program
     return launch.settings(op, (width,), device, {"ROWS": numbers // columns, "BLOCK": columns, "num_warps": 8})
@@ -68,10 +69,11 @@ def _run(kernel, op: str, inputs: list[Tensor], outputs: list[Tensor]) -> None:
     """Start a kernel on all blocks: inputs as matrices (N, F), outputs contiguous."""
     matrices = [launch.rows(x) for x in inputs]
     n, width = matrices[0].shape
-    chosen = block_settings(op, width, matrices[0].device)
-    blocks = launch.cdiv(n, chosen["ROWS"]) * launch.cdiv(width, chosen["BLOCK"])
+    strides = [matrix.stride(0) for matrix in matrices]
+    settings = block_settings(op, width, matrices[0].device)
+    blocks = launch.cdiv(n, settings["ROWS"]) * launch.cdiv(width, settings["BLOCK"])
     if blocks:
-        launch.run(kernel, (blocks,), *matrices, *outputs, n, width, *(m.stride(0) for m in matrices), **chosen)
+        launch.run(kernel, (blocks,), *matrices, *outputs, n, width, *strides, **settings)
 
 
 def forward(gate: Tensor, up: Tensor) -> Tensor:
@@ -83,7 +85,8 @@ def forward(gate: Tensor, up: Tensor) -> Tensor:
 
 def backward(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     """(dgate, dup) from dy (..., F)."""
-    dgate, dup = (launch.empty_like(x) for x in (gate, up))
+    dgate = launch.empty_like(gate)
+    dup = launch.empty_like(up)
     _run(_backward, "swiglu_backward", [dy, gate, up], [dgate, dup])
     return dgate, dup
 

@@ -8,6 +8,7 @@ import statistics
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -80,9 +81,14 @@ def neighbours(settings: dict) -> Iterator[dict]:
         if type(value) is not int or value < 1:
             continue
         low, high = LIMITS.get(name, (1, 1 << 20))
-        others = (value - 1, value + 1) if name == "num_stages" else (value // 2, value * 2)
+        if name == "num_stages":
+            others = [value - 1, value + 1]
+        elif value % 2 == 0:
+            others = [value // 2, value * 2]
+        else:
+            others = [value * 2]
         for other in others:
-            if low <= other <= high and (other > value or name == "num_stages" or value % 2 == 0):
+            if low <= other <= high:
                 yield settings | {name: other}
 
 
@@ -94,7 +100,8 @@ def search(shipped: dict, relative_time: Callable[[dict], float], most: int = MO
     best, best_time = shipped, 1.0
     tried = [shipped]
     while True:
-        around = [candidate for candidate in neighbours(best) if candidate not in tried][: most + 1 - len(tried)]
+        untried = [candidate for candidate in neighbours(best) if candidate not in tried]
+        around = untried[: most + 1 - len(tried)]
         times = [relative_time(candidate) for candidate in around]
         tried += around
         if not times or min(times) >= 0.99 * best_time:
@@ -104,14 +111,14 @@ def search(shipped: dict, relative_time: Callable[[dict], float], most: int = MO
 
 
 class Choice:
-    """The settings in `chosen`, else a kernel's own, which are noted in `asked`; both by (op, key)."""
+    """The settings in `chosen`, else a kernel's own, which are noted in `shipped`; both by (op, key)."""
 
     def __init__(self):
-        self.asked: dict[tuple[str, tuple], dict] = {}
+        self.shipped: dict[tuple[str, tuple], dict] = {}
         self.chosen: dict[tuple[str, tuple], dict] = {}
 
     def __call__(self, op: str, key: tuple, default: dict) -> dict:
-        self.asked[op, key] = default
+        self.shipped[op, key] = default
         return self.chosen.get((op, key), default)
 
 
@@ -122,70 +129,84 @@ def tune(case: Function | Update, timer: Callable, rounds: int = 5, least_ms: fl
     """
     side = case.sides["ours"]
     function = side.load()
-    found: dict[str, dict | None] = {}
+    tuned: dict[str, dict | None] = {}
     choice = Choice()
     with launch.choosing(choice):
         for part, run in case.runs(function, side).items():
-            choice.asked.clear()
-            run()
-            for pair, shipped in list(choice.asked.items()):
-                name = launch.settings_name(*pair)
-                if name in found:
+            choice.shipped.clear()
+            run()  # every kernel of this part asks for its settings
+            for kernel, shipped in list(choice.shipped.items()):
+                name = launch.settings_name(*kernel)
+                if name in tuned:
                     continue
                 print(f"{name}, {part}: shipped {shipped}", flush=True)
-
-                def relative_time(candidate: dict, pair=pair, shipped=shipped, run=run) -> float:
-                    choice.chosen[pair] = candidate
-                    try:
-                        _check(case, function)
-                        return _beside(shipped, candidate, choice, pair, run, timer, rounds, least_ms)
-                    except Exception as problem:  # the compiler's, or too little shared memory: it is no candidate
-                        why = (str(problem).strip().splitlines() or [repr(problem)])[0][:100]
-                        print(f"  {candidate}: left out, {why}", flush=True)
-                        return math.inf
-
-                best, time = search(shipped, relative_time)
-                found[name] = best if time < WORTH_KEEPING else None
-                choice.chosen[pair] = found[name] or shipped
-                print(f"  {time:.3f}: {best}" if found[name] else "  the shipped settings are best", flush=True)
-    return found
+                trial = Trial(case, function, run, choice, kernel, shipped, timer, rounds, least_ms)
+                best, time = search(shipped, trial.relative_time)
+                tuned[name] = best if time < WORTH_KEEPING else None
+                choice.chosen[kernel] = tuned[name] or shipped
+                print(f"  {time:.3f}: {best}" if tuned[name] else "  the shipped settings are best", flush=True)
+    return tuned
 
 
-def _check(case: Function | Update, function: Callable) -> None:
-    """Raise ArithmeticError if the results are wrong."""
-    for what, (error, limit) in case.errors(function, case.sides["ours"]).items():
-        if not error <= limit:
-            raise ArithmeticError(f"wrong: {what} is off by {error:.1e}")
+@dataclass(frozen=True)
+class Trial:
+    """How the candidates of one kernel are tried. kernel: its (op, key) in `choice`; run: what starts it."""
+
+    case: Function | Update
+    function: Callable
+    run: Callable[[], object]
+    choice: Choice
+    kernel: tuple[str, tuple]
+    shipped: dict
+    timer: Callable
+    rounds: int
+    least_ms: float
+
+    def relative_time(self, candidate: dict) -> float:
+        """The candidate's time over that of the shipped settings; infinite if it is wrong or cannot run."""
+        self.choice.chosen[self.kernel] = candidate
+        try:
+            self.check()
+            return self.beside_shipped(candidate)
+        except Exception as problem:  # the compiler's, or too little shared memory: it is no candidate
+            lines = str(problem).strip().splitlines() or [repr(problem)]
+            print(f"  {candidate}: left out, {lines[0][:100]}", flush=True)
+            return math.inf
+
+    def check(self) -> None:
+        """Raise ArithmeticError if the results are wrong."""
+        for what, (error, limit) in self.case.errors(self.function, self.case.sides["ours"]).items():
+            if not error <= limit:
+                raise ArithmeticError(f"wrong: {what} is off by {error:.1e}")
+
+    def run_with(self, settings: dict) -> None:
+        self.choice.chosen[self.kernel] = settings
+        self.run()
+
+    def beside_shipped(self, candidate: dict) -> float:
+        """The candidate's time over that of the shipped settings, both timed in turns."""
+        sides = {"shipped": lambda: self.run_with(self.shipped), "candidate": lambda: self.run_with(candidate)}
+        times, failures = measure.in_turns(sides, self.rounds, self.least_ms, self.timer)
+        for problem in failures.values():
+            raise problem
+        shipped_ms = statistics.median(times["shipped"])
+        candidate_ms = statistics.median(times["candidate"])
+        ratio = candidate_ms / shipped_ms
+        print(f"  {candidate}: {candidate_ms:.4f} ms, {ratio:.3f} of the shipped time", flush=True)
+        return ratio
 
 
-def _beside(shipped, candidate, choice, pair, run, timer, rounds, least_ms) -> float:
-    """The candidate's time over that of the shipped settings, both timed in turns."""
-
-    def with_settings(settings: dict) -> None:
-        choice.chosen[pair] = settings
-        run()
-
-    sides = {"shipped": lambda: with_settings(shipped), "candidate": lambda: with_settings(candidate)}
-    taken, failed = measure.in_turns(sides, rounds, least_ms, timer)
-    for problem in failed.values():
-        raise problem
-    milliseconds = {name: statistics.median(times) for name, times in taken.items()}
-    ratio = milliseconds["candidate"] / milliseconds["shipped"]
-    print(f"  {candidate}: {milliseconds['candidate']:.4f} ms, {ratio:.3f} of the shipped time", flush=True)
-    return ratio
-
-
-def keep(path: Path, machine: str, found: dict[str, dict | None]) -> None:
-    """Merge what was found into the file, whole or not at all; None removes an earlier finding."""
+def keep(path: Path, machine: str, tuned: dict[str, dict | None]) -> None:
+    """Merge tuned settings into the file, whole or not at all; None removes earlier ones."""
     try:
-        everything = json.loads(path.read_text(encoding="utf-8"))
+        of_all_machines = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        everything = {}
-    mine = everything.get(machine, {}) | found
-    everything[machine] = {name: settings for name, settings in mine.items() if settings}
+        of_all_machines = {}
+    merged = of_all_machines.get(machine, {}) | tuned
+    of_all_machines[machine] = {name: settings for name, settings in merged.items() if settings}
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as file:
-        json.dump(everything, file, indent=1)
+        json.dump(of_all_machines, file, indent=1)
     Path(file.name).replace(path)
 
 
@@ -205,7 +226,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main() -> int:
     options = vars(build_parser().parse_args())
-    op, dtype = options.pop("op"), getattr(torch, options.pop("dtype"))
+    op = options.pop("op")
+    dtype = getattr(torch, options.pop("dtype"))
     if launch.INTERPRETED or not torch.cuda.is_available():
         print("tuning measures times, which needs a CUDA GPU, and none is used here; the shipped settings stay")
         return 1
@@ -213,9 +235,10 @@ def main() -> int:
     cold = measure.cold_buffer(device)
     case = OPS[op](Place(device, dtype, "full"), **options)
     print(f"{launch.machine(device)}: {case.op} {case.name}, {dtype}", flush=True)
-    found = tune(case, lambda run, times: measure.timed(run, times, cold))
-    keep(launch.tuned_file(), launch.machine(device), found)
-    print(f"{sum(map(bool, found.values()))} of {len(found)} kernels have new settings, in {launch.tuned_file()}")
+    tuned = tune(case, lambda run, times: measure.timed(run, times, cold))
+    keep(launch.tuned_file(), launch.machine(device), tuned)
+    n_new = sum(1 for settings in tuned.values() if settings)
+    print(f"{n_new} of {len(tuned)} kernels have new settings, in {launch.tuned_file()}")
     return 0
 
 

@@ -12,6 +12,7 @@ import pytest
 from data import bundled, prepare
 from kernels import tune
 from kernels.bench import suite
+from kernels.prove import command as prove
 from kernels.shared.launch import SHARED_MEMORY
 from minillm import __main__
 from minillm.base import command_line
@@ -81,14 +82,15 @@ def test_commands_and_options_are_known(path, monkeypatch):
     }
     parse |= {"data/prepare.py": prepare.main, "minillm": lambda: __main__.parse_command(sys.argv[1:])}
     parse |= {"kernels.bench": suite.build_parser().parse_args, "kernels.tune": tune.build_parser().parse_args}
+    parse["kernels.prove"] = prove.build_parser().parse_args
     parse["tests/kernels/offline.py"] = lambda: SHARED_MEMORY[int(sys.argv[1])]
     for command in Page(path).commands:
         monkeypatch.setattr("sys.argv", command)
         parse[command[0]]()
-    modules = (prepare, suite, tune)
+    modules = (suite, tune, prove)
     sources = "".join(Path(module.__file__).read_text(encoding="utf-8") for module in modules)
     configs = [importlib.import_module(module).Config for module in __main__.COMMANDS.values()]
-    known = {name for config in (Pretrain, Sft, bundled.Config, *configs) for name in declared(config)}
+    known = {name for config in (Pretrain, Sft, prepare.Config, bundled.Config, *configs) for name in declared(config)}
     known |= {*re.findall(r'"--(\w+)"', sources), *TORCHRUN, "config", "help", "name"}
     assert set(re.findall(r"(?<![\w-])--(\w+)", Page(path).text)) <= known
 

@@ -2,7 +2,7 @@
 
 The mathematics is in `forward.py` and `backward.py`, what a query sees in `mask.py`.
 The backward pass is deterministic: each gradient has one owner, nothing is added by atomics. On a Hopper GPU, and with
-a Triton they were tested with, `sm90.py` and `sm90_backward.py` take what they support; that
+a Triton they were tested with, the kernels of `sm90.py` take what they support; that
 backward pass adds dq by atomics, so under `torch.use_deterministic_algorithms(True)` the other one runs.
 """
 
@@ -13,8 +13,7 @@ from kernels.attention import backward, forward
 from kernels.shared import launch
 
 try:
-    from kernels.attention import sm90 as attention_sm90
-    from kernels.attention import sm90_backward
+    from kernels.attention import sm90
 except (ImportError, AttributeError):  # Gluon is experimental: another Triton may have changed it, or lack it
     sm90 = None
 
@@ -31,8 +30,8 @@ def _forward(
     softcap: float | None,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    if attention_sm90 and attention_sm90.chosen(q, k, v, spans, causal, window, softcap):
-        return attention_sm90.forward(q, k, v, spans, causal=causal, scale=scale)
+    if sm90 and sm90.chosen(q, k, v, spans, causal, window, softcap):
+        return sm90.forward(q, k, v, spans, causal=causal, scale=scale)
     return forward.forward(q, k, v, spans, causal=causal, window=window, softcap=softcap, scale=scale)
 
 
@@ -60,9 +59,9 @@ def _backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     repeatable = torch.are_deterministic_algorithms_enabled()
-    if attention_sm90 and not repeatable and attention_sm90.chosen(q, k, v, spans, causal, window, softcap):
+    if sm90 and not repeatable and sm90.chosen(q, k, v, spans, causal, window, softcap):
         options = dict(causal=causal, scale=scale, dlse=dlse)
-        return sm90_backward.backward(dout, q, k, v, out, lse, spans, **options)
+        return sm90.backward(dout, q, k, v, out, lse, spans, **options)
     options = dict(causal=causal, window=window, softcap=softcap, scale=scale, dlse=dlse)
     return backward.backward(dout, q, k, v, out, lse, spans, **options)
 
@@ -88,14 +87,17 @@ def _gradient(ctx, dout, dlse):
     q, k, v, out, lse, spans = ctx.saved_tensors
     if dout is None and dlse is None:
         return (None,) * 8
-    dout = torch.zeros_like(out) if dout is None else dout
-    return *_attention_backward(dout, q, k, v, out, lse, dlse, spans, *ctx.options), *(None,) * 5
+    if dout is None:  # only the log-sum-exp was used
+        dout = torch.zeros_like(out)
+    dq, dk, dv = _attention_backward(dout, q, k, v, out, lse, dlse, spans, *ctx.options)
+    return dq, dk, dv, None, None, None, None, None
 
 
 _attention = launch.op(_op, _forward, _setup, _gradient)
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, window: int | None, spans: Tensor | None, softcap, scale) -> None:
+    """Raise `ValueError` for what the kernels cannot take."""
     batch, q_len, heads, size = q.shape
     if k.shape != v.shape or k.shape[0] != batch or k.shape[3] != size or heads % k.shape[2]:
         raise ValueError(
@@ -108,14 +110,16 @@ def _check(q: Tensor, k: Tensor, v: Tensor, window: int | None, spans: Tensor | 
         raise ValueError(
             f"attention: dtypes {q.dtype}, {k.dtype}, {v.dtype}; one of fp32, fp16, bf16 is needed for all"
         )
-    if spans is not None and (
-        spans.shape != (batch, k.shape[1], 2) or spans.dtype != torch.int32 or q_len > k.shape[1]
-    ):
-        raise ValueError(
-            f"attention: spans {tuple(spans.shape)} {spans.dtype} for {q_len} queries and {k.shape[1]} keys; int32 "
-            "(B, Tk, 2) of document_spans, and no more queries than keys, are needed"
-        )
-    if (window is not None and window < 0) or (softcap is not None and not softcap > 0) or not scale > 0:
+    if spans is not None:
+        described = spans.shape == (batch, k.shape[1], 2) and spans.dtype == torch.int32
+        if not described or q_len > k.shape[1]:
+            raise ValueError(
+                f"attention: spans {tuple(spans.shape)} {spans.dtype} for {q_len} queries and {k.shape[1]} keys; int32 "
+                "(B, Tk, 2) of document_spans, and no more queries than keys, are needed"
+            )
+    window_is_wrong = window is not None and window < 0
+    cap_is_wrong = softcap is not None and not softcap > 0  # NaN is wrong, too
+    if window_is_wrong or cap_is_wrong or not scale > 0:
         raise ValueError(f"attention: window {window}, softcap {softcap}, scale {scale}; none may be negative or zero")
 
 

@@ -32,13 +32,17 @@ LARGEST_BLOCK = 128  # of queries: what is kept for each query is padded to whol
 @triton.jit(do_not_specialize=["q_len"])
 def _prepare(Out, DO, Lse, DLse, Delta, Shift, heads, q_len, padded, factor, o_b, o_t, o_h, do_b, do_t, do_h,
              DLSE: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr):  # fmt: skip
+    """delta and the shift of each query, in rows padded to whole blocks: see `_keys_step`."""
     bh = tl.program_id(0)
-    b, h, row = bh // heads, bh % heads, tl.program_id(1) * ROWS
+    b = bh // heads
+    h = bh % heads
+    row = tl.program_id(1) * ROWS
     o = load_tile(Out, b, row, h, q_len, o_b, o_t, o_h, ROWS, D, BLOCK_D, False).to(tl.float32)
     do = load_tile(DO, b, row, h, q_len, do_b, do_t, do_h, ROWS, D, BLOCK_D, False).to(tl.float32)
     t = row + tl.arange(0, ROWS)
-    at, inside = bh.to(tl.int64) * q_len + t, t < q_len
-    delta = tl.sum(o * do, axis=1)
+    at = bh.to(tl.int64) * q_len + t
+    inside = t < q_len
+    delta = tl.sum(o * do, axis=1)  # (ROWS,)
     if DLSE:
         delta -= tl.load(DLse + at, mask=inside, other=0.0)
     lse = tl.load(Lse + at, mask=inside, other=float("-inf"))
@@ -56,7 +60,7 @@ def _keys_step(dk, dv, k, v, q, do, shift, delta, position, begin, end, scale, c
 
     What is subtracted from a product is the start value of its sum, so that it needs no registers during the product.
     """
-    zero = tl.zeros([k.shape[0], q.shape[0]], tl.float32)
+    zero = tl.zeros([k.shape[0], q.shape[0]], tl.float32)  # (keys, queries)
     if SOFTCAP:
         t = tanh(scores(k, q, zero) * scale, q.dtype == tl.float32)
         p = tl.exp2(t * cap - shift[None, :])
@@ -104,14 +108,17 @@ def _backward_keys(Q, K, V, DO, DK, DV, Shift, Delta, Spans, n_blocks, group, he
                    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SPANS: tl.constexpr, SOFTCAP: tl.constexpr,
                    NEED_DK: tl.constexpr, NEED_DV: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
                    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TMA: tl.constexpr):  # fmt: skip
+    # Which keys this program owns, and which queries see each of them.
     block, bh = place(n_blocks, group, False)  # the first keys of a causal row are seen by most queries
-    b, kv = bh // kv_heads, bh % kv_heads
+    b = bh // kv_heads
+    kv = bh % kv_heads
     start = block * BLOCK_N
     key = start + tl.arange(0, BLOCK_N)
     first = k_len - q_len  # position of the first query
     begin, end = seeing_queries(key, Spans + b.to(tl.int64) * 2 * k_len, first, k_len, window, CAUSAL, WINDOW, SPANS)
     inside = key < k_len
-    # rows of queries: from `low` on some see some of these keys, from `whole` to `part` all see all
+
+    # Rows of queries:  low ─── whole ═════════ part ─── high      ─ some see some of these keys, ═ all see all of them
     low = tl.maximum(tl.min(tl.where(inside, begin, k_len)) - first, 0) // BLOCK_M * BLOCK_M
     high = tl.minimum(tl.max(end) - first, q_len)
     whole = tl.cdiv(tl.maximum(tl.max(begin) - first, 0), BLOCK_M) * BLOCK_M
@@ -123,6 +130,8 @@ def _backward_keys(Q, K, V, DO, DK, DV, Shift, Delta, Spans, n_blocks, group, he
     v = load_tile(V, b, start, kv, k_len, v_b, v_t, v_h, BLOCK_N, D, BLOCK_D, TMA)
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+
+    # First both edges, with a mask, then what lies between, without.
     size = heads // kv_heads
     after = part if WINDOW or SPANS else high  # else the last query sees all keys
     dk, dv = _keys_walk(dk, dv, k, v, Q, DO, Shift, Delta, b, kv, size, low, tl.minimum(whole, high), after, high,
@@ -174,13 +183,17 @@ def _backward_queries(Q, K, V, DO, DQ, Shift, Delta, Spans, n_blocks, group, hea
                       CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SPANS: tl.constexpr, SOFTCAP: tl.constexpr,
                       D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
                       TMA: tl.constexpr):  # fmt: skip
+    # Which queries this program owns, and which keys each of them sees.
     block, bh = place(n_blocks, group, True)
-    b, h = bh // heads, bh % heads
+    b = bh // heads
+    h = bh % heads
     kv = h // (heads // kv_heads)
     row = block * BLOCK_M
     position = row + tl.arange(0, BLOCK_M) + (k_len - q_len)
     begin, end = seen_keys(position, Spans + b.to(tl.int64) * 2 * k_len, k_len, window, CAUSAL, WINDOW, SPANS)
     inside = position < k_len
+
+    # Keys:  first ─── whole ═════════ part ─── last      ─ seen by some of these queries, ═ by all
     first = tl.min(tl.where(inside, begin, k_len)) // BLOCK_N * BLOCK_N
     last = tl.max(end)
     whole = tl.cdiv(tl.max(begin), BLOCK_N) * BLOCK_N
@@ -192,6 +205,8 @@ def _backward_queries(Q, K, V, DO, DQ, Shift, Delta, Spans, n_blocks, group, hea
     shift = tl.load(Shift + at + tl.arange(0, BLOCK_M))
     delta = tl.load(Delta + at + tl.arange(0, BLOCK_M))
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+
+    # One edge with a mask, what lies between without, the other edge with a mask.
     if WINDOW or SPANS:
         dq = _queries_walk(dq, q, do, K, V, b, kv, first, tl.minimum(whole, last), shift, delta, begin, end, k_len,
                            factor, cap, k_b, k_t, k_h, v_b, v_t, v_h, True, SOFTCAP, D, BLOCK_D, BLOCK_N,
@@ -223,11 +238,16 @@ def backward(
     batch, q_len, heads, size = q.shape
     k_len, kv_heads = k.shape[1], k.shape[2]
     width = max(16, launch.next_power_of_2(size))
-    dq, dk, dv = (launch.empty_like(x) for x in (q, k, v))
+    dq = launch.empty_like(q)
+    dk = launch.empty_like(k)
+    dv = launch.empty_like(v)
     if q.numel() == 0 or k.numel() == 0:
         return dq.zero_(), dk.zero_(), dv.zero_()
+
+    # What is kept for each query, in rows padded to whole blocks.
     padded = launch.cdiv(q_len, LARGEST_BLOCK) * LARGEST_BLOCK
-    delta, shift = (torch.empty(batch, heads, padded, dtype=torch.float32, device=q.device) for _ in range(2))
+    delta = torch.empty(batch, heads, padded, dtype=torch.float32, device=q.device)
+    shift = torch.empty(batch, heads, padded, dtype=torch.float32, device=q.device)
     rows = LARGEST_BLOCK if launch.INTERPRETED else min(LARGEST_BLOCK, max(16, 4096 // width))
     launch.run(
         _prepare, (batch * heads, padded // rows),
@@ -235,27 +255,32 @@ def backward(
         1 / scale if softcap is None else LOG2E, *out.stride()[:3], *dout.stride()[:3],
         DLSE=dlse is not None, D=size, BLOCK_D=width, ROWS=rows, num_warps=4,
     )  # fmt: skip
+
+    # What both kernels take.
     tma = describable(width, q, k, v, dout)
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *dout.stride()[:3])
     flags = dict(CAUSAL=causal, WINDOW=window is not None, SPANS=spans is not None, SOFTCAP=softcap is not None)
     factor = scale * LOG2E if softcap is None else scale / softcap
     numbers = (window or 0, scale, factor, (softcap or 1.0) * LOG2E)
     # spans: any pointer will do where there are none
-    extents = (shift, delta, shift if spans is None else spans.contiguous())
+    for_each_query = (shift, delta, shift if spans is None else spans.contiguous())
     more = window is not None or spans is not None or softcap is not None
 
     def run(kernel, name: str, own_heads: int, length: int, block: str, *outputs: Tensor, **needs: bool) -> None:
-        chosen = attention_settings(name, size, q.dtype, q.device, tma=tma, more=more)
-        m, n = chosen["BLOCK_M"], chosen["BLOCK_N"]
-        blocks = launch.cdiv(length, chosen[block])
-        sources = [tile_source(x, r, tma) for x, r in ((q, m), (k, n), (v, n), (dout, m))]
+        """Start a kernel on all blocks of what it owns: `length` keys or queries of each of its own heads."""
+        settings = attention_settings(name, size, q.dtype, q.device, tma=tma, more=more)
+        block_m = settings["BLOCK_M"]
+        block_n = settings["BLOCK_N"]
+        blocks = launch.cdiv(length, settings[block])
+        group = heads_together(blocks, batch * own_heads, q.device)
+        sources = [tile_source(x, rows, tma) for x, rows in ((q, block_m), (k, block_n), (v, block_n), (dout, block_m))]
         launch.run(
-            kernel, (blocks * batch * own_heads,), *sources, *outputs, *extents,
-            blocks, heads_together(blocks, batch * own_heads, q.device), heads, kv_heads, q_len, padded, k_len,
-            *numbers, *strides, **flags, **needs, D=size, BLOCK_D=width, TMA=tma, **chosen,
+            kernel, (blocks * batch * own_heads,), *sources, *outputs, *for_each_query,
+            blocks, group, heads, kv_heads, q_len, padded, k_len,
+            *numbers, *strides, **flags, **needs, D=size, BLOCK_D=width, TMA=tma, **settings,
         )  # fmt: skip
 
-    # above 128 both accumulators of a block of keys do not fit the registers: one after the other
+    # Above 128 both accumulators of a block of keys do not fit the registers: one after the other.
     for need_dk, need_dv in [(True, True)] if width <= 128 else [(True, False), (False, True)]:
         run(_backward_keys, "keys", kv_heads, k_len, "BLOCK_N", dk, dv, NEED_DK=need_dk, NEED_DV=need_dv)
     run(_backward_queries, "queries", heads, q_len, "BLOCK_M", dq)

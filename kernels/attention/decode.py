@@ -46,7 +46,7 @@ def _shares(Begin, End, row, n_queries, n_keys, window, splits,
     begin = tl.maximum(tl.load(Begin + row).to(tl.int32), 0) if BEGIN else 0
     if WINDOW:
         begin = tl.maximum(begin, end - n_queries - window + 1)
-    share = tl.cdiv(tl.cdiv(tl.maximum(end - begin, 0), splits), 16) * 16
+    share = tl.cdiv(tl.cdiv(tl.maximum(end - begin, 0), splits), 16) * 16  # a multiple of 16
     return begin, end, tl.maximum(share, BLOCK_N)
 
 
@@ -57,11 +57,13 @@ def _attend(Q, K, V, Begin, End, Out, Part, Lse, n_queries, n_keys, window, tile
             BEGIN: tl.constexpr, END: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, SPLIT: tl.constexpr,
             UNIT: tl.constexpr, PRECISION: tl.constexpr,
             BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):  # fmt: skip
-    # Neighbouring programs take the key heads of the same slots, which lie side by side in memory.
+    # Which tile and which share of its keys this program takes. Neighbouring programs take the key heads of the same
+    # slots, which lie side by side in memory.
     head = tl.program_id(0) % HEADS
     tile = tl.program_id(0) // HEADS % tiles
     b = (tl.program_id(0) // HEADS // tiles).to(tl.int64)
-    split, splits = tl.program_id(1), tl.num_programs(1)
+    split = tl.program_id(1)
+    splits = tl.num_programs(1)
     begin, end, share = _shares(Begin, End, b, n_queries, n_keys, window, splits, BEGIN, END, WINDOW, BLOCK_N)
     first = begin + split * share
     last = tl.minimum(first + share, end)
@@ -69,21 +71,29 @@ def _attend(Q, K, V, Begin, End, Out, Part, Lse, n_queries, n_keys, window, tile
         if first >= last:
             return
 
-    m, n, d = tile * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
-    token, query_head = m // GROUP, head * GROUP + m % GROUP
+    # The tile's rows: Tq tokens times the query heads that share this key head.
+    m = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    n = tl.arange(0, BLOCK_N)
+    d = tl.arange(0, BLOCK_D)
+    token = m // GROUP
+    query_head = head * GROUP + m % GROUP
     slot = end - n_queries + token
-    real, column = token < n_queries, d < D
+    row_inside = token < n_queries
+    column_inside = d < D
     at = b * q_batch + token[:, None].to(tl.int64) * q_token + query_head[:, None] * q_head + d[None, :] * q_step
-    q = tl.load(Q + at, mask=real[:, None] & column[None, :], other=0.0)  # (M, D)
+    q = tl.load(Q + at, mask=row_inside[:, None] & column_inside[None, :], other=0.0)  # (M, D)
     K += tl.multiple_of(b * k_batch + head.to(tl.int64) * k_head, UNIT)
     V += tl.multiple_of(b * v_batch + head.to(tl.int64) * v_head, UNIT)
+
+    # The share's keys, block by block, with a running softmax as in `forward.py`.
     highest = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     out = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for start in range(first, last, BLOCK_N):
         j = start + n
-        at_k, at_v = tl.multiple_of(j.to(tl.int64) * k_token, UNIT), tl.multiple_of(j.to(tl.int64) * v_token, UNIT)
-        inside = (j < last)[:, None] & column[None, :]
+        at_k = tl.multiple_of(j.to(tl.int64) * k_token, UNIT)
+        at_v = tl.multiple_of(j.to(tl.int64) * v_token, UNIT)
+        inside = (j < last)[:, None] & column_inside[None, :]
         k = tl.load(K + at_k[:, None] + d[None, :] * k_step, mask=inside, other=0.0)  # (N, D)
         fence_copies(BLOCK_M >= 64)
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale  # (M, N), without a cap in units of log 2
@@ -96,23 +106,24 @@ def _attend(Q, K, V, Begin, End, Out, Part, Lse, n_queries, n_keys, window, tile
         higher = tl.maximum(highest, tl.max(s, axis=1))
         zero = tl.where(higher == float("-inf"), 0.0, higher)  # no key seen yet: −inf − (−inf) would be NaN
         p = tl.exp2(s - zero[:, None])
-        kept = tl.exp2(highest - zero)
-        total = total * kept + tl.sum(p, axis=1)
-        v = tl.load(V + at_v[:, None] + d[None, :] * v_step, mask=inside, other=0.0)
+        shrink = tl.exp2(highest - zero)
+        total = total * shrink + tl.sum(p, axis=1)
+        v = tl.load(V + at_v[:, None] + d[None, :] * v_step, mask=inside, other=0.0)  # (N, D)
         fence_copies(BLOCK_M >= 64)
-        out = tl.dot(p.to(v.dtype), v, out * kept[:, None], input_precision=PRECISION)
+        out = tl.dot(p.to(v.dtype), v, out * shrink[:, None], input_precision=PRECISION)
         highest = higher
 
+    # The output, or this split's part of it with the log-sum-exp that it is weighted by.
     out = out / tl.where(total == 0.0, 1.0, total)[:, None]
     row = (b * n_queries + token) * (HEADS * GROUP) + query_head  # of the output, (B, Tq, H)
     if SPLIT:
         row = row * splits + split
         lse = tl.where(total == 0.0, float("-inf"), highest + tl.log2(total))
-        tl.store(Lse + row, lse, mask=real)
-        tl.store(Part + row[:, None] * D + d[None, :], out, mask=real[:, None] & column[None, :])
+        tl.store(Lse + row, lse, mask=row_inside)
+        tl.store(Part + row[:, None] * D + d[None, :], out, mask=row_inside[:, None] & column_inside[None, :])
     else:
         out = out.to(Out.dtype.element_ty)
-        tl.store(Out + row[:, None] * D + d[None, :], out, mask=real[:, None] & column[None, :])
+        tl.store(Out + row[:, None] * D + d[None, :], out, mask=row_inside[:, None] & column_inside[None, :])
 
 
 @triton.jit(do_not_specialize=["n_queries", "n_keys", "window", "splits"])
@@ -123,20 +134,25 @@ def _combine(Part, Lse, Begin, End, Out, n_queries, n_keys, window, splits, HEAD
     b = row // (n_queries * HEADS)
     begin, end, share = _shares(Begin, End, b, n_queries, n_keys, window, splits, BEGIN, END, WINDOW, BLOCK_N)
     used = tl.cdiv(tl.maximum(end - begin, 0), share)  # the other splits have written nothing
-    s, d = tl.arange(0, BLOCK_S), tl.arange(0, BLOCK_D)
+    s = tl.arange(0, BLOCK_S)
+    d = tl.arange(0, BLOCK_D)
+
+    # The largest log-sum-exp of all splits.
     highest = tl.full([BLOCK_S], float("-inf"), tl.float32)
     for start in range(0, used, BLOCK_S):
         lse = tl.load(Lse + row * splits + start + s, mask=start + s < used, other=float("-inf"))
         highest = tl.maximum(highest, lse)
     best = tl.max(highest, axis=0)
     best = tl.where(best == float("-inf"), 0.0, best)
+
+    # The splits' outputs, weighted.
     total = tl.zeros([BLOCK_S], tl.float32)
     out = tl.zeros([BLOCK_S, BLOCK_D], tl.float32)
     for start in range(0, used, BLOCK_S):
-        there = start + s < used
-        weight = tl.exp2(tl.load(Lse + row * splits + start + s, mask=there, other=float("-inf")) - best)
+        inside = start + s < used
+        weight = tl.exp2(tl.load(Lse + row * splits + start + s, mask=inside, other=float("-inf")) - best)
         at = (row * splits + start + s)[:, None] * D + d[None, :]
-        out += weight[:, None] * tl.load(Part + at, mask=there[:, None] & (d < D)[None, :], other=0.0)
+        out += weight[:, None] * tl.load(Part + at, mask=inside[:, None] & (d < D)[None, :], other=0.0)
         total += weight
     total = tl.sum(total, axis=0)
     out = tl.sum(out, axis=0) / tl.where(total == 0.0, 1.0, total)
@@ -156,7 +172,9 @@ def block_settings(rows: int, head_size: int, dtype: torch.dtype, device: torch.
     stage = (32 if large else 16) << 10
     keys = stage // (2 * launch.next_power_of_2(head_size) * dtype.itemsize)
     most = {16: 128, 32: 64, 64: 32}[rows]
-    keys = 128 if launch.INTERPRETED else min(most, max(16, keys))  # the interpreter's cost is by block
+    keys = min(most, max(16, keys))
+    if launch.INTERPRETED:  # its cost is by block
+        keys = 128
     default = {"BLOCK_N": keys, "num_warps": 4, "num_stages": 3, "PROGRAMS": 2}
     return launch.settings("decode_attention", (rows, head_size, dtype.itemsize), device, default)
 
@@ -166,13 +184,16 @@ def split_count(groups: int, slots: int, most: int) -> int:
 
     As few as leave less than a twentieth of the last round of programs idle, else of up to four rounds the best.
     """
-    best, filled = 1, 0.0
+    best = 1
+    best_filled = 0.0  # share of its rounds' slots that are busy
     for rounds in range(1, 5):
         splits = max(1, min(rounds * slots // groups, most))
-        needed = -(-splits * groups // slots)  # rounds that this many programs take
-        if splits * groups / (needed * slots) > filled:
-            best, filled = splits, splits * groups / (needed * slots)
-        if filled > 0.95:
+        needed = launch.cdiv(splits * groups, slots)  # rounds that this many programs take
+        filled = splits * groups / (needed * slots)
+        if filled > best_filled:
+            best = splits
+            best_filled = filled
+        if best_filled > 0.95:
             break
     return best
 
@@ -194,28 +215,33 @@ def forward(
     out = launch.empty_like(q)
     if not out.numel():
         return out
+
+    # Tiles of rows, and splits of their keys: as many programs as fill the GPU.
     block_d = max(16, launch.next_power_of_2(head_size))
     # More would not fit the registers; without tensor cores (fp32) each thread holds more of every operand.
     most_rows = 16 if q.dtype == torch.float32 else 64 if block_d <= 64 else 32
     block_m = min(most_rows, max(16, launch.next_power_of_2(n_queries * group)))
     tiles = launch.cdiv(n_queries * group, block_m)
-    chosen = dict(block_settings(block_m, head_size, q.dtype, q.device))
-    block_n, slots = chosen["BLOCK_N"], chosen.pop("PROGRAMS") * launch.multiprocessors(q.device)
+    settings = dict(block_settings(block_m, head_size, q.dtype, q.device))
+    block_n = settings["BLOCK_N"]
+    slots = settings.pop("PROGRAMS") * launch.multiprocessors(q.device)
     splits = split_count(batch * kv_heads * tiles, slots, max(1, launch.cdiv(n_keys, block_n)))
     rows = batch * n_queries * heads if splits > 1 else 0
     part = torch.empty(rows, splits, head_size, dtype=torch.float32, device=q.device)
     lse = torch.empty(rows, splits, dtype=torch.float32, device=q.device)
+
     factor = scale * LOG2_E if softcap is None else scale / softcap  # exp2 is the hardware's own exponential
     # Triton learns of a stride only whether 16 divides it; of a head size of 40, that loads of 16 bytes are aligned.
     unit = 8 if all(x.stride(i) % 8 == 0 for x in (k, v) for i in range(3)) else 1
-    first, last = q if begin is None else begin.contiguous(), q if end is None else end.contiguous()
+    first = q if begin is None else begin.contiguous()  # any pointer will do where there are no bounds
+    last = q if end is None else end.contiguous()
     bounded = dict(BEGIN=begin is not None, END=end is not None, WINDOW=window is not None)
     launch.run(
         _attend, (batch * kv_heads * tiles, splits),
         q, k, v, first, last, out, part, lse, n_queries, n_keys, window or 0, tiles, factor, (softcap or 1.0) * LOG2_E,
         *q.stride(), *k.stride(), *v.stride(), HEADS=kv_heads, GROUP=group, D=head_size,
         **bounded, SOFTCAP=softcap is not None, SPLIT=splits > 1, UNIT=unit,
-        PRECISION="ieee" if q.dtype == torch.float32 else "tf32", BLOCK_M=block_m, BLOCK_D=block_d, **chosen,
+        PRECISION="ieee" if q.dtype == torch.float32 else "tf32", BLOCK_M=block_m, BLOCK_D=block_d, **settings,
     )  # fmt: skip
     if splits > 1:
         block_s = min(4096 // block_d, launch.next_power_of_2(splits))  # 32 numbers a thread
@@ -239,6 +265,7 @@ _decode_attention = launch.op(_op, forward)
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, begin: Tensor | None, end: Tensor | None, window: int | None) -> None:
+    """Raise `ValueError` for what the kernels cannot take."""
     batch, n_queries, heads, head_size = q.shape
     if k.shape != v.shape or k.dim() != 4 or (k.shape[0], k.shape[3]) != (batch, head_size):
         raise ValueError(f"decode_attention: q {tuple(q.shape)} does not fit k {tuple(k.shape)}, v {tuple(v.shape)}")
@@ -282,4 +309,6 @@ def decode_attention(
     dtypes, and where a gradient would be wanted: there is none.
     """
     _check(q, k, v, begin, end, window)
-    return _decode_attention(q, k, v, begin, end, window, softcap, q.shape[-1] ** -0.5 if scale is None else scale)
+    if scale is None:
+        scale = q.shape[-1] ** -0.5
+    return _decode_attention(q, k, v, begin, end, window, softcap, scale)

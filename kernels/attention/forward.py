@@ -34,7 +34,7 @@ LOG2E = 1.4426950408889634
 @triton.jit
 def _step(acc, total, top, q, k, v, key, begin, end, scale, cap, MASK: tl.constexpr, SOFTCAP: tl.constexpr):
     """Update output, sum and maximum by a block of keys; scores are exponents of 2."""
-    s = scores(q, k, tl.zeros([q.shape[0], k.shape[0]], tl.float32))
+    s = scores(q, k, tl.zeros([q.shape[0], k.shape[0]], tl.float32))  # (M, N)
     if SOFTCAP:
         s = cap * tanh(s * scale, q.dtype == tl.float32)
     else:
@@ -58,16 +58,20 @@ def _forward(Q, K, V, Out, Lse, Spans, n_blocks, group, heads, kv_heads, q_len, 
              CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SPANS: tl.constexpr, SOFTCAP: tl.constexpr,
              D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
              TMA: tl.constexpr):  # fmt: skip
+    # Which queries this program owns, and which keys each of them sees.
     block, bh = place(n_blocks, group, True)
-    b, h = bh // heads, bh % heads
+    b = bh // heads
+    h = bh % heads
     kv = h // (heads // kv_heads)
     row = block * BLOCK_M
     position = row + tl.arange(0, BLOCK_M) + (k_len - q_len)
     begin, end = seen_keys(position, Spans + b.to(tl.int64) * 2 * k_len, k_len, window, CAUSAL, WINDOW, SPANS)
     inside = position < k_len
+
+    # Keys:  first ─── whole ═════════ part ─── last      ─ seen by some of these queries, ═ by all
     first = tl.min(tl.where(inside, begin, k_len)) // BLOCK_N * BLOCK_N
     last = tl.max(end)
-    whole = tl.cdiv(tl.max(begin), BLOCK_N) * BLOCK_N  # keys from here to `part` are seen by every query
+    whole = tl.cdiv(tl.max(begin), BLOCK_N) * BLOCK_N
     part = tl.min(tl.where(inside, end, k_len)) // BLOCK_N * BLOCK_N
     part = tl.maximum(part, whole)
 
@@ -75,6 +79,8 @@ def _forward(Q, K, V, Out, Lse, Spans, n_blocks, group, heads, kv_heads, q_len, 
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
+
+    # One edge with a mask, what lies between without, the other edge with a mask.
     if WINDOW or SPANS:  # else every query sees the first key
         for start in tl.range(first, tl.minimum(whole, last), BLOCK_N):
             k = load_tile(K, b, start, kv, k_len, k_b, k_t, k_h, BLOCK_N, D, BLOCK_D, TMA)
@@ -91,6 +97,7 @@ def _forward(Q, K, V, Out, Lse, Spans, n_blocks, group, heads, kv_heads, q_len, 
         key = start + tl.arange(0, BLOCK_N)
         acc, total, top = _step(acc, total, top, q, k, v, key, begin, end, scale, cap, True, SOFTCAP)
 
+    # Output and log-sum-exp; a query that saw no key has zeros and −inf.
     seen = total != 0  # NaN is not nothing: it must show
     acc = tl.where(seen[:, None], acc / tl.where(seen, total, 1.0)[:, None], 0.0)
     store_tile(Out, acc, b, row, h, q_len, heads, BLOCK_M, D, BLOCK_D)
@@ -118,20 +125,22 @@ def forward(
     lse = torch.empty(batch, heads, q_len, dtype=torch.float32, device=q.device)
     if q.numel() == 0 or k.numel() == 0:
         return out.zero_(), lse.fill_(float("-inf"))
+
     width = max(16, launch.next_power_of_2(size))
     tma = describable(width, q, k, v)
     more = window is not None or spans is not None or softcap is not None
-    chosen = attention_settings("forward", size, q.dtype, q.device, tma=tma, more=more)
-    m, n = chosen["BLOCK_M"], chosen["BLOCK_N"]
-    blocks = launch.cdiv(q_len, m)
+    settings = attention_settings("forward", size, q.dtype, q.device, tma=tma, more=more)
+    block_m = settings["BLOCK_M"]
+    block_n = settings["BLOCK_N"]
+    blocks = launch.cdiv(q_len, block_m)
     launch.run(
         _forward, (blocks * batch * heads,),
-        *(tile_source(x, rows, tma) for x, rows in ((q, m), (k, n), (v, n))), out, lse,
+        tile_source(q, block_m, tma), tile_source(k, block_n, tma), tile_source(v, block_n, tma), out, lse,
         lse if spans is None else spans.contiguous(),  # any pointer will do where there are no spans
         blocks, heads_together(blocks, batch * heads, q.device), heads, kv_heads, q_len, k_len, window or 0,
         scale * LOG2E if softcap is None else scale / softcap, (softcap or 1.0) * LOG2E,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
         CAUSAL=causal, WINDOW=window is not None, SPANS=spans is not None, SOFTCAP=softcap is not None,
-        D=size, BLOCK_D=width, TMA=tma, **chosen,
+        D=size, BLOCK_D=width, TMA=tma, **settings,
     )  # fmt: skip
     return out, lse

@@ -65,14 +65,20 @@ def attention_settings(
     if launch.INTERPRETED:
         return dict(launch.settings(f"attention_{kernel}", (), device, {"BLOCK_M": 64, "BLOCK_N": 64}))
     width = max(16, launch.next_power_of_2(head_size))
-    tables, architecture = TABLES[kernel], launch.architecture(device)
+    tables = TABLES[kernel]
+
+    # In which tables to look, one after the other.
     if dtype == torch.float32:
         names = ["fp32"]
     elif launch.shared_memory(device) < 128 << 10:
         names = ["small"]
     else:
-        own = "ampere" if not tma else "hopper" if architecture == 90 else "blackwell"
-        names = [*([f"{own} more"] if more else []), own, "hopper"]
+        own = "blackwell"
+        if not tma:
+            own = "ampere"
+        elif launch.architecture(device) == 90:
+            own = "hopper"
+        names = [f"{own} more", own, "hopper"] if more else [own, "hopper"]
     row = next(tables[name][width] for name in names if width in tables.get(name, ()))
     default = dict(zip(("BLOCK_M", "BLOCK_N", "num_warps", "num_stages"), row, strict=True))
     return launch.settings(f"attention_{kernel}", (width, dtype, tma, more), device, default)

@@ -1,7 +1,7 @@
 """Attention backward for Hopper (sm_90), in Gluon: one kernel for all three gradients, five products a step.
 
-The mathematics is that of `backward.py`, the roles and barriers are those of `sm90.py`; read both
-first. A tile is 128 keys of one key head; its steps are blocks of 64 queries, of every query head of the group in
+The mathematics is that of `backward.py`, the roles and barriers are those of `sm90_forward.py`; read
+both first. A tile is 128 keys of one key head; its steps are blocks of 64 queries, of every query head of the group in
 turn. Both compute warpgroups see the same queries and have 64 keys each. All scores are transposed, (keys, queries),
 so that pᵀ and dsᵀ are in the registers of the very threads which need them as operands of the next product.
 
@@ -42,10 +42,8 @@ Lengths that are no multiple of 128: rows of lse, delta, dq, dk and dv are padde
 
 # ruff: noqa: RUF005 (kernels know a + b of tuples, but not *a)
 
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -56,19 +54,17 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from kernels.attention.sm90_tiles import barriers, describe, describe_vector, fits, offer, place, queue, take
-from kernels.attention.tiles import heads_together, load_tile, store_tile
-from kernels.shared import launch
+from kernels.attention.sm90_tiles import barriers, offer, place, queue, take
+from kernels.attention.tiles import load_tile, store_tile
 
-LOG2E = 1.4426950408889634
 KEYS = gl.constexpr(128)  # of a tile
 HALF = gl.constexpr(64)  # of a warpgroup, and rows of every tile in shared memory
 STEP = 64  # queries of a step
 
 
 @triton.jit
-def _prepare(Out, DO, Lse, DLse, Delta, Lse2, DQ, heads, length, padded, o_b, o_t, o_h, do_b, do_t, do_h,
-             DLSE: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr):  # fmt: skip
+def prepare(Out, DO, Lse, DLse, Delta, Lse2, DQ, heads, length, padded, o_b, o_t, o_h, do_b, do_t, do_h,
+            DLSE: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr):  # fmt: skip
     """delta and the log-sum-exp in powers of two, in rows padded to whole tiles, and dq's accumulator emptied.
 
     Queries in the padding have a log-sum-exp of +inf: whatever their scores are, every probability is 0.
@@ -331,9 +327,10 @@ def _compute(me: gl.constexpr, PERSISTENT: gl.constexpr, SPANS: gl.constexpr, DQ
 
 
 @gluon.jit(do_not_specialize=["n_tiles", "n_blocks", "group", "heads", "kv_heads"])
-def _backward_sm90(Q, K, V, DO, Lse, Delta, Spans, DK, DV, DQ, counter, n_tiles, n_blocks, group, length, padded,
-                   heads, kv_heads, scale, scale_log2, STAGES: gl.constexpr, PERSISTENT: gl.constexpr,
-                   SPANS: gl.constexpr, COMPUTE_REGISTERS: gl.constexpr, LOAD_REGISTERS: gl.constexpr):  # fmt: skip
+def backward_sm90(Q, K, V, DO, Lse, Delta, Spans, DK, DV, DQ, counter, n_tiles, n_blocks, group, length, padded,
+                  heads, kv_heads, scale, scale_log2, STAGES: gl.constexpr, PERSISTENT: gl.constexpr,
+                  SPANS: gl.constexpr, COMPUTE_REGISTERS: gl.constexpr, LOAD_REGISTERS: gl.constexpr):  # fmt: skip
+    """Buffers and barriers in shared memory, then each warp to its role. `sm90.backward` starts it."""
     STEP: gl.constexpr = Q.block_shape[0]
     D: gl.constexpr = Q.block_shape[1]
     KV_BUFFERS: gl.constexpr = 2 if PERSISTENT else 1
@@ -359,60 +356,3 @@ def _backward_sm90(Q, K, V, DO, Lse, Delta, Spans, DK, DV, DQ, counter, n_tiles,
         ],
         [4, 1], [COMPUTE_REGISTERS, LOAD_REGISTERS],
     )  # fmt: skip
-
-
-def settings(size: int, grouped: bool) -> dict:
-    """D 64 without groups of heads: persistent, a second buffer of keys and values. Else one tile a thread block.
-
-    At D 128 there is no room for the second buffer, and reading the tile's number from shared memory costs registers
-    (200 bytes of spills). With groups a tile takes so long that the next one's loading hardly matters.
-    """
-    return dict(STAGES=2, PERSISTENT=int(size == 64 and not grouped), COMPUTE_REGISTERS=240, LOAD_REGISTERS=24)
-
-
-def backward(
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    spans: Tensor | None,
-    *,
-    causal: bool,
-    scale: float,
-    dlse: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(dq, dk, dv) as `backward.backward`, for what `sm90.supports`; dq differs run by run."""
-    assert causal
-    dout = dout if fits(dout) else dout.clone(memory_format=torch.contiguous_format)
-    batch, length, heads, size = q.shape
-    kv_heads = k.shape[2]
-    blocks = launch.cdiv(length, 128)
-    padded = 128 * blocks
-    dq = launch.empty_like(q)
-    dk, dv = (torch.empty(batch, padded, kv_heads, size, dtype=q.dtype, device=q.device) for _ in range(2))
-    delta, lse2 = (torch.empty(batch, heads, padded, dtype=torch.float32, device=q.device) for _ in range(2))
-    dq_sum = torch.empty(batch, heads, padded, size, dtype=torch.float32, device=q.device)
-    launch.run(
-        _prepare, (padded // 64, batch * heads),
-        out, dout, lse.contiguous(), delta if dlse is None else dlse.contiguous(), delta, lse2, dq_sum, heads, length,
-        padded, *out.stride()[:3], *dout.stride()[:3], DLSE=dlse is not None, D=size, ROWS=64, num_warps=4,
-    )  # fmt: skip
-    how = settings(size, heads != kv_heads)
-    tiles = blocks * batch * kv_heads
-    # a persistent block of the grid takes tile after tile: two for each multiprocessor make a group of heads
-    persistent = how["PERSISTENT"]
-    group = heads_together(launch.cdiv(blocks, 2) if persistent else blocks, batch * kv_heads, q.device)
-    launch.run(
-        _backward_sm90, (min(tiles, launch.multiprocessors(q.device)) if persistent else tiles,),
-        *(describe(x, 64) for x in (q, k, v, dout)), describe_vector(lse2, STEP), describe_vector(delta, STEP),
-        lse2 if spans is None else spans.contiguous(),  # any pointer will do where there are no spans
-        describe(dk, 64), describe(dv, 64), dq_sum, torch.zeros(1, dtype=torch.int32, device=q.device),
-        tiles, blocks, group, length, padded, heads, kv_heads, scale, scale * LOG2E,
-        SPANS=int(spans is not None), num_warps=4, **how,
-    )  # fmt: skip
-    launch.run(
-        from_fragments, (padded // 64, batch * heads), dq_sum, dq, heads, length, padded, scale, D=size, num_warps=4
-    )
-    return dq, dk[:, :length].contiguous(), dv[:, :length].contiguous()

@@ -23,15 +23,16 @@ from kernels.shared.proxy_fence import fence_copies
 def describable(width: int, *tensors: Tensor) -> bool:
     """Whether the copy engine can read all of these (B, T, H, D) in tiles of `width` columns."""
 
-    def one(x: Tensor) -> bool:
-        (batch, length, heads, size), (stride_b, row, stride_h, step) = x.shape, x.stride()
+    def as_matrix(x: Tensor) -> bool:
+        batch, length, heads, size = x.shape
+        stride_b, row, stride_h, step = x.stride()
         unit = 16 // x.element_size()  # rows must begin at multiples of 16 bytes
         matrix = step == 1 and row > 0 and (batch == 1 or stride_b == length * row)
         inside_a_row = (heads - 1) * stride_h + size <= row
         return matrix and inside_a_row and size == width and row % unit == 0 and x.data_ptr() % 16 == 0
 
-    # on consumer Blackwell (sm_120) the same blocks spill when they come by descriptors
-    return 90 <= launch.architecture(tensors[0].device) < 120 and all(map(one, tensors))
+    # On consumer Blackwell (sm_120) the same blocks spill when they come by descriptors.
+    return 90 <= launch.architecture(tensors[0].device) < 120 and all(map(as_matrix, tensors))
 
 
 def tile_source(x: Tensor, rows: int, tma: bool) -> TensorDescriptor | Tensor:
@@ -100,6 +101,7 @@ def scores(a, b, start):
     """
     if a.dtype == tl.float32 and a.shape[1] > 16:
         PIECES: tl.constexpr = a.shape[1] // 16
+        # (M, D) → (PIECES, M, 16) and (N, D) → (PIECES, 16, N)
         pieces_a = tl.permute(tl.reshape(a, [a.shape[0], PIECES, 16]), (1, 0, 2))
         pieces_b = tl.permute(tl.reshape(b, [b.shape[0], PIECES, 16]), (1, 2, 0))
         out = start + tl.sum(tl.dot(pieces_a, pieces_b, input_precision="ieee"), axis=0)

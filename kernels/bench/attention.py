@@ -47,11 +47,16 @@ def _head_groups(kv_heads: int) -> tuple[Callable[[Tensor], Tensor], ...]:
     """Cuts of (B, T, heads, D): the first row's first key head with its queries, and the last row's last."""
 
     def cut(x: Tensor, row: int, group: int) -> Tensor:
-        each = x.shape[2] // kv_heads
-        return x[row : row + 1, :, group * each : (group + 1) * each]
+        size = x.shape[2] // kv_heads
+        return x[row : row + 1, :, group * size : (group + 1) * size]
 
-    first = functools.partial(cut, row=0, group=0)
-    return first, lambda x: cut(x, x.shape[0] - 1, kv_heads - 1)
+    def first(x: Tensor) -> Tensor:
+        return cut(x, 0, 0)
+
+    def last(x: Tensor) -> Tensor:
+        return cut(x, x.shape[0] - 1, kv_heads - 1)
+
+    return first, last
 
 
 class _Apart(torch.autograd.Function):
@@ -59,15 +64,17 @@ class _Apart(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q, k, v, spans, forward, backward):
-        ctx.backward, ctx.options = backward, dict(causal=True, scale=q.shape[-1] ** -0.5)
+        ctx.backward = backward
+        ctx.options = dict(causal=True, scale=q.shape[-1] ** -0.5)
         out, lse = forward(q, k, v, spans, **ctx.options)
         ctx.save_for_backward(q, k, v, out, lse, spans)
         return out
 
     @staticmethod
     def backward(ctx, dout):
-        *tensors, spans = ctx.saved_tensors
-        return *ctx.backward(dout, *tensors, spans, **ctx.options)[:3], None, None, None
+        q, k, v, out, lse, spans = ctx.saved_tensors
+        dq, dk, dv = ctx.backward(dout, q, k, v, out, lse, spans, **ctx.options)
+        return dq, dk, dv, None, None, None
 
 
 def _ours(spans: Tensor | None) -> Callable:
@@ -77,9 +84,9 @@ def _ours(spans: Tensor | None) -> Callable:
 
 
 def _sm90(spans: Tensor | None) -> Callable:
-    from kernels.attention import sm90, sm90_backward
+    from kernels.attention import sm90
 
-    return lambda *qkv: _Apart.apply(*qkv, spans, sm90.forward, sm90_backward.backward)
+    return lambda *qkv: _Apart.apply(*qkv, spans, sm90.forward, sm90.backward)
 
 
 def _plain_triton(spans: Tensor | None) -> Callable:
@@ -94,12 +101,13 @@ def _plain_triton(spans: Tensor | None) -> Callable:
 
 def our_paths(place: Place, spans: Tensor | None = None) -> dict[str, Side]:
     """What a user gets, and on sm_90 each of its two paths by itself."""
-    from kernels.attention.attention import sm90 as hopper
-    # None where there is no Gluon
+    from kernels.attention.attention import sm90 as hopper  # None where there is no Gluon
 
     loads = {"ours": _ours}
-    if place.device.type == "cuda" and launch.architecture(place.device) == 90 and hopper and hopper.compiles():
-        loads |= {"ours (sm_90)": _sm90, "ours (plain Triton)": _plain_triton}
+    on_hopper = place.device.type == "cuda" and launch.architecture(place.device) == 90
+    if on_hopper and hopper and hopper.compiles():
+        loads["ours (sm_90)"] = _sm90
+        loads["ours (plain Triton)"] = _plain_triton
     return {name: Side(functools.partial(load, spans)) for name, load in loads.items()}
 
 
@@ -111,7 +119,9 @@ def sdpa(backend: str, causal: bool) -> Side:
 
         def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             if backend == "EFFICIENT_ATTENTION":  # knows no grouped heads
-                k, v = (x.repeat_interleave(q.shape[2] // k.shape[2], dim=2) for x in (k, v))
+                group = q.shape[2] // k.shape[2]
+                k = k.repeat_interleave(group, dim=2)
+                v = v.repeat_interleave(group, dim=2)
             grouped = q.shape[2] != k.shape[2]
             q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
             with sdpa_kernel(getattr(SDPBackend, backend)):
@@ -154,11 +164,11 @@ def flash(four: bool, lengths: tuple[int, ...] | None = None, device: torch.devi
         if lengths is None:
             return lambda q, k, v: _first(flash_attn_func(q, k, v, causal=True))
         edges, longest = _edges(lengths, device)
-        most = dict(max_seqlen_q=longest, max_seqlen_k=longest)
+        documents = dict(cu_seqlens_q=edges, cu_seqlens_k=edges, max_seqlen_q=longest, max_seqlen_k=longest)
 
         def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            rows = (x.squeeze(0) for x in (q, k, v))
-            out = flash_attn_varlen_func(*rows, cu_seqlens_q=edges, cu_seqlens_k=edges, causal=True, **most)
+            rows = (x.squeeze(0) for x in (q, k, v))  # (tokens, heads, D)
+            out = flash_attn_varlen_func(*rows, causal=True, **documents)
             return _first(out).unsqueeze(0)
 
         return run
@@ -171,7 +181,9 @@ def _first(out) -> Tensor:
 
 
 def _edges(lengths: tuple[int, ...], device: torch.device) -> tuple[Tensor, int]:
-    return torch.tensor((0, *lengths)).cumsum(0).to(device, torch.int32), max(lengths)
+    """Where documents begin and the last ends, (n + 1,) int32, and the longest length."""
+    edges = torch.tensor((0, *lengths)).cumsum(0).to(device, torch.int32)
+    return edges, max(lengths)
 
 
 def varlen(lengths: tuple[int, ...], device: torch.device) -> Side:
@@ -185,7 +197,9 @@ def varlen(lengths: tuple[int, ...], device: torch.device) -> Side:
         order = dict(window_size=(-1, 0)) if windows else dict(is_causal=True)
 
         def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            k, v = (x.repeat_interleave(q.shape[2] // k.shape[2], dim=2) for x in (k, v))
+            group = q.shape[2] // k.shape[2]
+            k = k.repeat_interleave(group, dim=2)
+            v = v.repeat_interleave(group, dim=2)
             rows = (x.squeeze(0) for x in (q, k, v))
             return varlen_attn(*rows, edges, edges, longest, longest, **order).unsqueeze(0)
 
@@ -195,7 +209,7 @@ def varlen(lengths: tuple[int, ...], device: torch.device) -> Side:
 
 
 def causal(place: Place, heads: int, kv_heads: int, head_size: int, batch: int, length: int) -> Function:
-    """Causal attention over whole rows."""
+    """Causal attention over `batch` whole rows."""
     operations = 4 * batch * heads * length**2 * head_size / 2
     sides = our_paths(place) | {
         "SDPA flash": sdpa("FLASH_ATTENTION", True), "SDPA efficient": sdpa("EFFICIENT_ATTENTION", True),
@@ -206,23 +220,26 @@ def causal(place: Place, heads: int, kv_heads: int, head_size: int, batch: int, 
         sides["SDPA math"] = sdpa("MATH", True)
         sides["reference"] = Side(lambda: _plain)
     name = f"{heads}/{kv_heads}, D {head_size}, T {length:,}"
-    return _case(place, name, operations, heads, kv_heads, head_size, batch, length, expected, sides)
-
-
-def _case(place, name, operations, heads, kv_heads, head_size, batch, length, right, sides) -> Function:
-    def make() -> tuple[list[Tensor], list[Tensor]]:
-        shapes = [(batch, length, n, head_size) for n in (heads, kv_heads, kv_heads, heads)]
-        *inputs, grad = (place.draw(*shape, seed=i) for i, shape in enumerate(shapes))
-        return inputs, [grad]
-
     work = {"forward": operations, "backward": 2.5 * operations}
-    return Function("attention", name, "TFLOP/s", work, make, right, sides, _head_groups(kv_heads))
+    make = _drawn(place, [(batch, length, n, head_size) for n in (heads, kv_heads, kv_heads, heads)])
+    return Function("attention", name, "TFLOP/s", work, make, expected, sides, _head_groups(kv_heads))
+
+
+def _drawn(place: Place, shapes: list[tuple[int, ...]]) -> Callable[[], tuple[list[Tensor], list[Tensor]]]:
+    """What draws q, k and v, and the output's gradient, of these shapes."""
+
+    def make() -> tuple[list[Tensor], list[Tensor]]:
+        q, k, v, dout = (place.draw(*shape, seed=seed) for seed, shape in enumerate(shapes))
+        return [q, k, v], [dout]
+
+    return make
 
 
 def packed(place: Place, heads: int, kv_heads: int, head_size: int, lengths: tuple[int, ...]) -> Function:
     """Documents packed into one row, each seeing itself alone; work is what the documents need."""
-    tokens, device = sum(lengths), place.device
-    documents = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)).to(device)
+    device = place.device
+    tokens = sum(lengths)
+    documents = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)).to(device)  # (tokens,)
     spans = reference.document_spans(documents[None])
     operations = sum(4 * heads * n**2 * head_size / 2 for n in lengths)
     sides = our_paths(place, spans) | {
@@ -232,7 +249,9 @@ def packed(place: Place, heads: int, kv_heads: int, head_size: int, lengths: tup
     }  # fmt: skip
     name = f"{heads}/{kv_heads}, D {head_size}, {len(lengths)} documents"
     right = functools.partial(expected, spans=spans)
-    return _case(place, name, operations, heads, kv_heads, head_size, 1, tokens, right, sides)
+    work = {"forward": operations, "backward": 2.5 * operations}
+    make = _drawn(place, [(1, tokens, n, head_size) for n in (heads, kv_heads, kv_heads, heads)])
+    return Function("attention", name, "TFLOP/s", work, make, right, sides, _head_groups(kv_heads))
 
 
 def attention(place: Place) -> Iterator[Function]:
@@ -249,16 +268,20 @@ def attention(place: Place) -> Iterator[Function]:
 
 def decode(place: Place) -> Iterator[Function]:
     """One query a row against a full cache."""
+    heads, kv_heads, head_size = place.choose((32, 8, 128), (32, 8, 128), (4, 2, 32))
+    length = place.choose(CACHE, CACHE, 200)
     for batch in place.choose((1, 16), (1,), (2,)):
-        yield cached(
-            place, *place.choose((32, 8, 128), (32, 8, 128), (4, 2, 32)), batch, place.choose(CACHE, CACHE, 200)
-        )
+        yield cached(place, heads, kv_heads, head_size, batch, length)
 
 
 def cached(place: Place, heads: int, kv_heads: int, head_size: int, batch: int, length: int) -> Function:
+    """One query a row against `length` keys and values."""
+
     def make() -> tuple[list[Tensor], list[Tensor]]:
-        shapes = ((batch, 1, heads, head_size), *[(batch, length, kv_heads, head_size)] * 2)
-        return [place.draw(*shape, seed=i) for i, shape in enumerate(shapes)], []
+        q = place.draw(batch, 1, heads, head_size, seed=0)
+        k = place.draw(batch, length, kv_heads, head_size, seed=1)
+        v = place.draw(batch, length, kv_heads, head_size, seed=2)
+        return [q, k, v], []
 
     def load() -> Callable:
         from kernels.attention.decode import decode_attention

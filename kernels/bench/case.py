@@ -61,14 +61,17 @@ def compiled(load: Callable[[], Callable]) -> Side:
 def distance(actual: Tensor, expected: Tensor) -> float:
     """‖actual − expected‖ / ‖expected‖, summed in fp64; NaN stays."""
     difference = torch.linalg.vector_norm(actual.float() - expected.float(), dtype=torch.float64)
-    return (difference / torch.linalg.vector_norm(expected, dtype=torch.float64).clamp_min(1e-30)).item()
+    norm = torch.linalg.vector_norm(expected, dtype=torch.float64).clamp_min(1e-30)
+    return (difference / norm).item()
 
 
 def applied(function: Callable, inputs: list[Tensor], train: bool) -> tuple[list[Tensor], list[Tensor]]:
     """Fresh leaves made from the inputs, and the outputs of function(*leaves)."""
     leaves = [x.detach().requires_grad_(train) for x in inputs]
     outputs = function(*leaves)
-    return leaves, list(outputs) if isinstance(outputs, tuple) else [outputs]
+    if not isinstance(outputs, tuple):
+        outputs = (outputs,)
+    return leaves, list(outputs)
 
 
 def values(function: Callable, inputs: list[Tensor], grads: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
@@ -110,20 +113,28 @@ class Function:
 
     def _copies(self, side: Side) -> tuple[list[Tensor], list[Tensor]]:
         inputs, grads = self.tensors
-        return ([x.clone() for x in inputs], [g.clone() for g in grads]) if side.writes else (inputs, grads)
+        if not side.writes:
+            return inputs, grads
+        return [x.clone() for x in inputs], [g.clone() for g in grads]
 
     def errors(self, function: Callable, side: Side) -> dict[str, tuple[float, float]]:
         """{what: (relative error, the most it may be)}"""
-        found = {}
-        got = values(function, *self._copies(side))
-        limits = LIMITS[self.tensors[0][0].dtype]
-        for cut, right in zip(self.cuts, self.expected, strict=True):
-            for kind, limit, ours, theirs in zip(("output", "gradient"), limits, got, right, strict=True):
-                for number, (a, b) in enumerate(zip(ours, theirs, strict=True)):
-                    error = distance(cut(a), b) if a.isfinite().all() else math.inf
-                    name = f"{kind} {number}"
-                    found[name] = max(error, found.get(name, (0.0,))[0]), limit
-        return found
+        outputs, gradients = values(function, *self._copies(side))
+        output_limit, gradient_limit = LIMITS[self.tensors[0][0].dtype]
+        errors = {}
+        for number, actual in enumerate(outputs):
+            right = [expected_outputs[number] for expected_outputs, _ in self.expected]
+            errors[f"output {number}"] = self._largest_error(actual, right), output_limit
+        for number, actual in enumerate(gradients):
+            right = [expected_gradients[number] for _, expected_gradients in self.expected]
+            errors[f"gradient {number}"] = self._largest_error(actual, right), gradient_limit
+        return errors
+
+    def _largest_error(self, actual: Tensor, right: list[Tensor]) -> float:
+        """Of an output or gradient, over all cuts; right: of each cut."""
+        if not actual.isfinite().all():
+            return math.inf
+        return max(distance(cut(actual), expected) for cut, expected in zip(self.cuts, right, strict=True))
 
     def runs(self, function: Callable, side: Side) -> dict[str, Callable[[], object]]:
         """{part: what is timed}, as in training: the forward pass keeps what the backward pass needs."""
@@ -162,11 +173,15 @@ class Update:
     def errors(self, function: Callable, side: Side) -> dict[str, tuple[float, float]]:
         """As `Function.errors`."""
         some = {name: [x.clone() for x in tensors[: self.few]] for name, tensors in self.tensors.items()}
-        before, expected = [x.clone() for x in some["params"]], self.reference(some)
-        function(some)()
-        moves = zip(before, some["params"], expected, strict=True)
-        found = {f"step of {i}": (distance(p - b, e - b), self.limit) for i, (b, p, e) in enumerate(moves)}
-        return {name: (math.inf if error != error else error, limit) for name, (error, limit) in found.items()}
+        before = [x.clone() for x in some["params"]]
+        expected = self.reference(some)
+        step = function(some)
+        step()
+        errors = {}
+        for number, (old, new, right) in enumerate(zip(before, some["params"], expected, strict=True)):
+            error = distance(new - old, right - old)
+            errors[f"step of {number}"] = (math.inf if math.isnan(error) else error), self.limit
+        return errors
 
     def runs(self, function: Callable, side: Side) -> dict[str, Callable[[], object]]:
         """As `Function.runs`."""

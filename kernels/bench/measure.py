@@ -52,26 +52,30 @@ def in_turns(
     timer(run, times) gives the milliseconds of each of so many runs. The first calls, which may compile, are not
     counted. Also returns what was raised by the sides that could not run.
     """
-    counts, failed = {}, {}
+    # How often each side runs in a round.
+    counts: dict[str, int] = {}
+    failures: dict[str, Exception] = {}
     for name, run in runs.items():
         try:
             timer(run, 1)
-            counts[name] = max(1, math.ceil(least_ms / max(statistics.median(timer(run, 3)), 1e-3)))
+            milliseconds = max(statistics.median(timer(run, 3)), 1e-3)
+            counts[name] = max(1, math.ceil(least_ms / milliseconds))
         except Exception as problem:  # whatever a side raises becomes one line of the report
-            failed[name] = problem
+            failures[name] = problem
+
     names = list(counts)
-    taken: dict[str, list[float]] = {name: [] for name in names}
+    times: dict[str, list[float]] = {name: [] for name in names}
     for number in range(rounds):
         first = number % max(1, len(names))
         for name in names[first:] + names[:first]:
-            if name in failed:
+            if name in failures:
                 continue
             try:
-                taken[name] += timer(runs[name], counts[name])
+                times[name] += timer(runs[name], counts[name])
             except Exception as problem:  # memory may be enough for one run and not for the next
-                failed[name] = problem
-                del taken[name]
-    return taken, failed
+                failures[name] = problem
+                del times[name]
+    return times, failures
 
 
 def peak_memory(run: Callable[[], object], device: torch.device) -> int:
@@ -88,18 +92,19 @@ def peak_memory(run: Callable[[], object], device: torch.device) -> int:
 
 def ceilings(device: torch.device, cold: Tensor, rounds: int, least_ms: float) -> dict[str, float]:
     """What this GPU reaches now: "GB/s" of a large copy, read and written; "TFLOP/s" of an 8192³ product in bf16."""
-    n = 1 << min(30, int(math.log2(torch.cuda.mem_get_info(device)[0] / 8)))
+    free_bytes, _ = torch.cuda.mem_get_info(device)
+    n = 1 << min(30, int(math.log2(free_bytes / 8)))  # bytes: 1 GiB, or as much as is surely free
     source = torch.empty(n, dtype=torch.uint8, device=device).random_()
     target = torch.empty_like(source)
     side = min(8192, 1 << int(math.log2(n / 16) / 2))
     a, b = (torch.randn(side, side, device=device, dtype=torch.bfloat16) for _ in range(2))
     out = torch.empty_like(a)
     runs = {"GB/s": lambda: target.copy_(source), "TFLOP/s": lambda: torch.mm(a, b, out=out)}
-    taken, failed = in_turns(runs, rounds, least_ms, lambda run, times: timed(run, times, cold))
-    if failed:
-        raise next(iter(failed.values()))
+    times, failures = in_turns(runs, rounds, least_ms, lambda run, n_runs: timed(run, n_runs, cold))
+    for problem in failures.values():
+        raise problem
     work = {"GB/s": 2 * n, "TFLOP/s": 2 * side**3}
-    return {unit: rate(work[unit], unit, statistics.median(taken[unit])) for unit in work}
+    return {unit: rate(work[unit], unit, statistics.median(times[unit])) for unit in work}
 
 
 def rate(work: float, unit: str, milliseconds: float) -> float:
@@ -111,7 +116,7 @@ def machine(device: torch.device) -> dict[str, str]:
     """What numbers were taken with: GPU, power limit, clocks, driver and versions."""
     import triton
 
-    known = {
+    facts = {
         "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else "none",
         "power limit": "unknown", "clock now": "unknown", "highest clock": "unknown", "driver": "unknown",
     }  # fmt: skip
@@ -121,8 +126,8 @@ def machine(device: torch.device) -> dict[str, str]:
         command = ["nvidia-smi", card, f"--query-gpu={fields}", "--format=csv,noheader"]
         try:
             said = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout
-            known.update(zip(list(known)[1:], said.strip().split(", "), strict=True))
+            facts.update(zip(list(facts)[1:], said.strip().split(", "), strict=True))
         except (OSError, subprocess.SubprocessError, ValueError):
             pass
     versions = {"torch": torch.__version__, "triton": triton.__version__, "python": platform.python_version()}
-    return known | versions | {"date": datetime.datetime.now().isoformat(" ", "minutes")}
+    return facts | versions | {"date": datetime.datetime.now().isoformat(" ", "minutes")}

@@ -22,7 +22,8 @@ LR, DECAY = 1e-3, 0.1
 
 def layer_shapes(place: Place) -> list[tuple[int, int]]:
     """Of a layer's matrices: queries, keys, values, output; gate, up, down."""
-    c, k, f = place.choose((WIDTH, KEYS, FEED_FORWARD), (WIDTH, KEYS, FEED_FORWARD), (32, 16, 80))
+    full = (WIDTH, KEYS, FEED_FORWARD)
+    c, k, f = place.choose(full, full, (32, 16, 80))
     return [(c, c), (k, c), (k, c), (c, c), (f, c), (f, c), (c, f)]
 
 
@@ -31,27 +32,29 @@ def fitting_layers(place: Place, bytes_each: int) -> int:
     layers = place.choose(LAYERS, 4, 1)
     if place.device.type != "cuda":
         return layers
-    elements = sum(math.prod(shape) for shape in layer_shapes(place))
-    free = 0.75 * torch.cuda.mem_get_info(place.device)[0] - bytes_each * 2 * VOCABULARY * WIDTH
-    return max(1, min(layers, int(free / (bytes_each * elements))))
+    free_bytes, _ = torch.cuda.mem_get_info(place.device)
+    bytes_outside = bytes_each * 2 * VOCABULARY * WIDTH  # embedding and output
+    bytes_a_layer = bytes_each * sum(math.prod(shape) for shape in layer_shapes(place))
+    return max(1, min(layers, int((0.75 * free_bytes - bytes_outside) / bytes_a_layer)))
 
 
 def adamw(place: Place) -> Iterator[Update]:
     layers = fitting_layers(place, 24)
     c = layer_shapes(place)[0][0]
     vocabulary = place.choose(VOCABULARY, VOCABULARY, 100)
-    shapes = layers * [*layer_shapes(place), (c,), (c,)] + [(vocabulary, c), (vocabulary, c), (c,)]
+    of_a_layer = [*layer_shapes(place), (c,), (c,)]  # its matrices and two norms
+    shapes = layers * of_a_layer + [(vocabulary, c), (vocabulary, c), (c,)]
     elements = sum(math.prod(shape) for shape in shapes)
 
     def make() -> dict[str, list[Tensor]]:
         names = {"params": 0.02, "grads": 1e-3, "exp_avgs": 1e-3, "exp_avg_sqs": 1e-3}
-        made = {
+        tensors = {
             name: [place.draw(*shape, seed=i, dtype=torch.float32, scale=scale) for shape in shapes]
             for i, (name, scale) in enumerate(names.items())
         }
-        for x in made["exp_avg_sqs"]:
+        for x in tensors["exp_avg_sqs"]:
             x.square_()
-        return made
+        return tensors
 
     def ours() -> Callable:
         from kernels.optimizers.adamw import adamw

@@ -46,8 +46,9 @@ def beside_best(group: Iterable[Measurement]) -> list[Measurement]:
     """Measurements of one case and part with `beside_best` filled in: ours first, then the fastest first."""
     group = list(group)
     others = [m.milliseconds for m in group if not m.side.startswith(OURS)]
-    filled = [dataclasses.replace(m, beside_best=min(others) / m.milliseconds if others else None) for m in group]
-    return sorted(filled, key=lambda m: (not m.side.startswith(OURS), m.milliseconds))
+    if others:
+        group = [dataclasses.replace(m, beside_best=min(others) / m.milliseconds) for m in group]
+    return sorted(group, key=lambda m: (not m.side.startswith(OURS), m.milliseconds))
 
 
 def heading(machine: dict[str, str]) -> str:
@@ -98,9 +99,10 @@ def draw(path: Path, measurements: list[Measurement], machine: dict[str, str]) -
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    parts, cases, sides = (
-        list(dict.fromkeys(getattr(m, name) for m in measurements)) for name in ("part", "case", "side")
-    )
+    # A column of axes for each part, a few cases in each row of them, a colour for each side.
+    parts = list(dict.fromkeys(m.part for m in measurements))
+    cases = list(dict.fromkeys(m.case for m in measurements))
+    sides = list(dict.fromkeys(m.side for m in measurements))
     sides.sort(key=lambda side: not side.startswith(OURS))
     n_ours = sum(side.startswith(OURS) for side in sides)
     colours = dict(zip(sides, OURS_COLOURS[:n_ours] + 2 * COLOURS, strict=False))

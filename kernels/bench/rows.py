@@ -19,9 +19,22 @@ ELEMENTS = 1 << 27
 EPS = 1e-5
 
 
-def _case(place, op, name, moved, shapes, n_outputs, right, sides) -> Function:
-    """A case bound by memory. moved: (forward, backward), how often tensors of the first shape are read or written;
-    shapes: of the inputs, of which the first n_outputs are those of the outputs as well."""
+def _case(
+    place: Place,
+    op: str,
+    name: str,
+    *,
+    moved: tuple[int, int],
+    shapes: list[tuple[int, ...]],
+    n_outputs: int,
+    right: Callable,
+    sides: dict[str, Side],
+) -> Function:
+    """A case bound by memory.
+
+    moved: how often, forward and backward, tensors of the outputs' shapes are read or written. shapes: of the inputs,
+    of which the first n_outputs are those of the outputs as well. right: the reference.
+    """
 
     def make() -> tuple[list[Tensor], list[Tensor]]:
         inputs = [place.draw(*shape, seed=i) for i, shape in enumerate(shapes)]
@@ -33,9 +46,11 @@ def _case(place, op, name, moved, shapes, n_outputs, right, sides) -> Function:
 
 
 def rms_norm(place: Place) -> Iterator[Function]:
+    elements = place.choose(ELEMENTS, ELEMENTS, 96 * 50)
     for width in place.choose((768, 2048, 4096, 8192), (2048,), (96,)):
-        yield normed(place, place.choose(ELEMENTS, ELEMENTS, 96 * 50) // width, width)
-    yield normed(place, place.choose(ELEMENTS // 2048, ELEMENTS // 2048, 50), place.choose(2048, 2048, 96), added=True)
+        yield normed(place, elements // width, width)
+    width = place.choose(2048, 2048, 96)
+    yield normed(place, elements // width, width, added=True)
 
 
 def normed(place: Place, rows: int, width: int, added: bool = False) -> Function:
@@ -44,7 +59,9 @@ def normed(place: Place, rows: int, width: int, added: bool = False) -> Function
     def ours() -> Callable:
         from kernels.rms_norm import add_rms_norm, rms_norm
 
-        return (lambda x, d, w: add_rms_norm(x, d, w, EPS)) if added else (lambda x, w: rms_norm(x, w, EPS))
+        if added:
+            return lambda x, d, w: add_rms_norm(x, d, w, EPS)
+        return lambda x, w: rms_norm(x, w, EPS)
 
     def liger() -> Callable:
         from liger_kernel.transformers.functional import liger_fused_add_rms_norm, liger_rms_norm
@@ -61,23 +78,31 @@ def normed(place: Place, rows: int, width: int, added: bool = False) -> Function
         return lambda x, w: rmsnorm(x, w, eps=EPS)
 
     def torchs(x: Tensor, *others: Tensor):
-        *delta, weight = others
-        s = x + delta[0] if delta else x
-        y = F.rms_norm(s, (width,), weight, EPS)
-        return (s, y) if added else y
+        if not added:
+            (weight,) = others
+            return F.rms_norm(x, (width,), weight, EPS)
+        delta, weight = others
+        total = x + delta
+        return total, F.rms_norm(total, (width,), weight, EPS)
 
     def spec(x: Tensor, *others: Tensor):
-        return reference.add_rms_norm(x, *others, EPS) if added else reference.rms_norm(x, *others, EPS)
+        if added:
+            return reference.add_rms_norm(x, *others, EPS)
+        return reference.rms_norm(x, *others, EPS)
 
     sides = {
         "ours": Side(ours), "reference": Side(lambda: spec), "F.rms_norm": Side(lambda: torchs),
         "reference, compiled": compiled(lambda: spec), "Liger": Side(liger, writes=True),
         "QuACK": Side(quack, compiled=True),
     }  # fmt: skip
-    name = f"{rows:,} x {width:,}" + (", with addition" if added else "")
-    shapes = [*[(rows, width)] * (1 + added), (width,)]
-    moved = (2, 2) if added else (2, 3)  # of two tensors of that size: x, delta → s, y; ds, dy, s → dx
-    return _case(place, "rms_norm", name, moved, shapes, 1 + added, spec, sides)
+    name = f"{rows:,} x {width:,}"
+    if not added:  # x → y; dy, x → dx
+        shapes = [(rows, width), (width,)]
+        return _case(place, "rms_norm", name, moved=(2, 3), shapes=shapes, n_outputs=1, right=spec, sides=sides)
+    # two tensors of that size each time: x, delta → s, y; ds, dy, s → dx
+    name += ", with addition"
+    shapes = [(rows, width), (rows, width), (width,)]
+    return _case(place, "rms_norm", name, moved=(2, 2), shapes=shapes, n_outputs=2, right=spec, sides=sides)
 
 
 def swiglu(place: Place) -> Iterator[Function]:
@@ -102,7 +127,9 @@ def gated(place: Place, rows: int, width: int) -> Function:
         "ours": Side(ours), "reference": Side(lambda: spec), "reference, compiled": compiled(lambda: spec),
         "Liger": Side(liger, writes=True),
     }  # fmt: skip
-    return _case(place, "swiglu", f"{rows:,} x {width:,}", (3, 5), [(rows, width)] * 2, 1, spec, sides)
+    name = f"{rows:,} x {width:,}"
+    shapes = [(rows, width), (rows, width)]
+    return _case(place, "swiglu", name, moved=(3, 5), shapes=shapes, n_outputs=1, right=spec, sides=sides)
 
 
 def rope(place: Place) -> Iterator[Function]:
@@ -121,11 +148,13 @@ def turned(
     def ours() -> Callable:
         from kernels.rope import rope
 
-        return lambda q, k, *weights: rope(q, k, cos, sin, *weights, **(dict(eps=EPS) if weights else {}))
+        return lambda q, k, *weights: rope(q, k, cos, sin, *weights, eps=EPS)  # eps serves the norms alone
 
     def spec(q: Tensor, k: Tensor, *weights: Tensor) -> tuple[Tensor, Tensor]:
         if weights:
-            q, k = (reference.rms_norm(x, w, EPS) for x, w in zip((q, k), weights, strict=True))
+            q_weight, k_weight = weights
+            q = reference.rms_norm(q, q_weight, EPS)
+            k = reference.rms_norm(k, k_weight, EPS)
         return reference.rope(q, k, cos, sin)
 
     def liger() -> Callable:
@@ -142,9 +171,14 @@ def turned(
     sides = {"ours": Side(ours), "reference": Side(lambda: spec), "reference, compiled": compiled(lambda: spec)}
     if not with_norm:
         sides["Liger"] = Side(liger, writes=True)
-    name = f"({batch}, {length:,}, {heads}/{kv_heads}, {head_size})" + (", with QK-norm" if with_norm else "")
-    shapes = [(batch, length, n, head_size) for n in (heads, kv_heads)] + [(head_size,)] * (2 * with_norm)
-    return _case(place, "rope", name, (2, 3 if with_norm else 2), shapes, 2, spec, sides)
+    name = f"({batch}, {length:,}, {heads}/{kv_heads}, {head_size})"
+    shapes = [(batch, length, heads, head_size), (batch, length, kv_heads, head_size)]
+    moved = (2, 2)  # q, k in and out; their gradients in and out
+    if with_norm:
+        name += ", with QK-norm"
+        shapes += [(head_size,), (head_size,)]  # weights
+        moved = (2, 3)  # q and k are needed again
+    return _case(place, "rope", name, moved=moved, shapes=shapes, n_outputs=2, right=spec, sides=sides)
 
 
 def loss(place: Place) -> Iterator[Function]:

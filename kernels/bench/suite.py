@@ -34,6 +34,7 @@ EXAMPLES = """examples:
   python -m kernels.bench                         all ops; table, out/bench/kernels.csv, out/bench/<op>.png
   python -m kernels.bench --quick                 the same in less than two minutes, fewer shapes
   python -m kernels.bench attention --only "D 128"   what has these words in its line
+  python -m kernels.bench attention --without sm_90  but for the sides with this word in their name
   TRITON_INTERPRET=1 python -m kernels.bench --check     are they right? Without a GPU, through Triton's interpreter
 
 A side that is not installed, cannot take a shape, or does not fit in memory is one line, and the others go on. Ours is
@@ -65,15 +66,16 @@ class Bench:
                 print(f"  {name}: left out, for --quick's time is used up")
                 continue
             function, worst, problem = checked(case, name, side)
-            try:
-                prepared = {} if problem else case.runs(function, side)
-            except Exception as error:  # whatever a side raises becomes one line of the report
-                problem, prepared = reason(error), {}
             if problem:
                 self.note(case, name, problem)
                 continue
+            try:
+                runs_of_parts = case.runs(function, side)
+            except Exception as error:  # whatever a side raises becomes one line of the report
+                self.note(case, name, reason(error))
+                continue
             errors[name] = worst
-            for part, run in prepared.items():
+            for part, run in runs_of_parts.items():
                 runs.setdefault(part, {})[name] = run
         vars(case).pop("expected", None)  # may be large
         for part, sides in runs.items():
@@ -84,21 +86,23 @@ class Bench:
         if name.startswith(OURS):
             self.wrong.append(f"{case.op} {case.name}, {name}: {problem}")
 
-    def part(self, case: Function | Update, part: str, sides: dict[str, Callable], errors: dict, ceiling: float):
-        taken, failed = bench_measure.in_turns(sides, self.rounds, self.least_ms, self.timer)
-        for name, problem in failed.items():
+    def part(
+        self, case: Function | Update, part: str, sides: dict[str, Callable], errors: dict[str, float], ceiling: float
+    ) -> None:
+        """Time the sides of one part in turns and print its table."""
+        times_of, failures = bench_measure.in_turns(sides, self.rounds, self.least_ms, self.timer)
+        for name, problem in failures.items():
             self.note(case, name, reason(problem))
         group = []
-        for name, times in taken.items():
-            median, (low, *_, high) = (
-                statistics.median(times),
-                statistics.quantiles(times, n=10) if times[1:] else times * 2,
-            )
-            rate = bench_measure.rate(case.work[part], case.unit, median)
-            memory = bench_measure.peak_memory(sides[name], self.place.device)
+        for name, times in times_of.items():
+            median = statistics.median(times)
+            tenths = statistics.quantiles(times, n=10) if len(times) > 1 else times
             group.append(Measurement(
-                case.op, case.name, part, name, median, low, high, len(times), rate, case.unit, ceiling, None,
-                memory, errors[name],
+                op=case.op, case=case.name, part=part, side=name,
+                milliseconds=median, low_ms=tenths[0], high_ms=tenths[-1], runs=len(times),
+                rate=bench_measure.rate(case.work[part], case.unit, median), unit=case.unit, ceiling=ceiling,
+                beside_best=None, extra_bytes=bench_measure.peak_memory(sides[name], self.place.device),
+                error=errors[name],
             ))  # fmt: skip
         if group:
             group = report.beside_best(group)
@@ -115,11 +119,12 @@ def checked(case: Function | Update, name: str, side: Side) -> tuple[Callable | 
     except Exception as problem:  # whatever a side raises becomes one line of the report
         return None, 0.0, reason(problem)
     wrong = [
-        f"{what} is off by {e:.1e}, not {slack * limit:.0e}"
-        for what, (e, limit) in errors.items()
-        if not e <= slack * limit
+        f"{what} is off by {error:.1e}, not {slack * limit:.0e}"
+        for what, (error, limit) in errors.items()
+        if not error <= slack * limit
     ]
-    return function, max(e for e, _ in errors.values()), "WRONG, so not timed: " + ", ".join(wrong) if wrong else ""
+    problem = "WRONG, so not timed: " + ", ".join(wrong) if wrong else ""
+    return function, max(error for error, _ in errors.values()), problem
 
 
 def reason(problem: Exception) -> str:
@@ -132,10 +137,10 @@ def reason(problem: Exception) -> str:
     return f"cannot: {type(problem).__name__}: {lines[0][:150]}"
 
 
-def check(place: Place, ops: list[str], only: str) -> int:
+def check(place: Place, ops: list[str], only: str, without: str = "") -> int:
     """Our own results against the reference, case by case. Returns how many were wrong."""
     wrong = 0
-    for case in cases(place, ops, only):
+    for case in cases(place, ops, only, without):
         for name, side in case.sides.items():
             if name.startswith(OURS):
                 _, worst, problem = checked(case, name, side)
@@ -144,10 +149,12 @@ def check(place: Place, ops: list[str], only: str) -> int:
     return wrong
 
 
-def cases(place: Place, ops: list[str], only: str) -> Iterator[Function | Update]:
-    """The cases of the ops whose names have `only` in them."""
+def cases(place: Place, ops: list[str], only: str, without: str = "") -> Iterator[Function | Update]:
+    """The cases of the ops whose names have `only` in them, without the sides whose names have `without` in them."""
     for op in ops:
         for case in OPS[op](place):
+            if without:
+                case.sides = {name: side for name, side in case.sides.items() if without.lower() not in name.lower()}
             if only.lower() in f"{case.op} {case.name}".lower():
                 yield case
             del case
@@ -165,6 +172,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--quick", action="store_true", help="few shapes and rounds: less than two minutes")
     parser.add_argument("--check", action="store_true", help="only check that our results are right; exit code 0 or 1")
     parser.add_argument("--only", default="", metavar="WORD", help="only cases whose line has WORD in it")
+    parser.add_argument("--without", default="", metavar="WORD", help="leave out sides with WORD in their name")
     parser.add_argument("--rounds", type=int, help="turns of each side (default 5, --quick 3)")
     parser.add_argument("--out", type=Path, default=Path("out/bench"), help="folder for CSV and PNG (%(default)s)")
     return parser
@@ -197,11 +205,12 @@ def main() -> int:
             "`TRITON_INTERPRET=1 python -m kernels.bench --check`"
         )
         return 1
-    # On the CPU fp32: the interpreter corrects each product of bf16 numbers by itself, slowly.
-    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-    place = Place(device, dtype, "small" if device.type == "cpu" else "quick" if options.quick else "full")
+    if on_cpu:  # fp32: the interpreter corrects each product of bf16 numbers by itself, slowly
+        place = Place(device, torch.float32, "small")
+    else:
+        place = Place(device, torch.bfloat16, "quick" if options.quick else "full")
     if options.check:
-        return 1 if check(place, ops, options.only) else 0
+        return 1 if check(place, ops, options.only, options.without) else 0
     return measure(place, ops, options)
 
 
@@ -213,17 +222,18 @@ def measure(place: Place, ops: list[str], options: argparse.Namespace) -> int:
     print(report.heading(machine), flush=True)
     options.out.mkdir(parents=True, exist_ok=True)
     for op in ops:
-        found = None
-        for case in cases(place, [op], options.only):
-            if found is None:
-                found = bench_measure.ceilings(place.device, bench.cold, bench.rounds, bench.least_ms)
-                print(f"\n{op}: ceilings now {found['GB/s']:,.0f} GB/s, {found['TFLOP/s']:,.0f} TFLOP/s", flush=True)
-            bench.case(case, found[case.unit])
-        drawn = [m for m in bench.measurements if m.op == op]
-        if drawn:
+        ceilings = None  # measured when there is a first case
+        for case in cases(place, [op], options.only, options.without):
+            if ceilings is None:
+                ceilings = bench_measure.ceilings(place.device, bench.cold, bench.rounds, bench.least_ms)
+                rates = f"{ceilings['GB/s']:,.0f} GB/s, {ceilings['TFLOP/s']:,.0f} TFLOP/s"
+                print(f"\n{op}: ceilings now {rates}", flush=True)
+            bench.case(case, ceilings[case.unit])
+        of_this_op = [m for m in bench.measurements if m.op == op]
+        if of_this_op:
             report.write_csv(options.out / "kernels.csv", bench.measurements, machine)
             try:
-                report.draw(options.out / f"{op}.png", drawn, machine)
+                report.draw(options.out / f"{op}.png", of_this_op, machine)
             except ImportError as problem:
                 print(problem)
     print(f"\n{time.monotonic() - bench.began:.0f} s, {len(bench.measurements)} numbers in {options.out}/kernels.csv")

@@ -38,18 +38,28 @@ from torch import Tensor
 from kernels.optimizers import tensor_lists
 from kernels.shared import launch
 
-DTYPE, DEVICE, SHAPE = map(operator.attrgetter, ("dtype", "device", "shape"))
+DTYPE = operator.attrgetter("dtype")
+DEVICE = operator.attrgetter("device")
+SHAPE = operator.attrgetter("shape")
 COLUMNS = 7  # of the table: addresses of parameter, gradient, m, v and master copy; size; number for random bits
 
 
 @triton.jit
 def _random_rounding(w, begin, number, step, seed, BLOCK: tl.constexpr):
-    """fp32 → bf16, up or down at random; `begin`, a multiple of 4: the block's first element."""
+    """fp32 → bf16, up or down at random; `begin`, a multiple of 4: the block's first element.
+
+    fp32    s eeeeeeee mmmmmmm | mmmmmmmmmmmmmmmm       bf16 is the upper half
+                     + 0000000 | random 16 bits         carries into the upper half as often as it should
+    """
+    # Random bits: one call of Philox for each four elements.
     index = (begin + 4 * tl.arange(0, BLOCK // 4)).to(tl.int64) >> 2
-    low, high = index.to(tl.uint32), (index >> 32).to(tl.uint32)
+    low = index.to(tl.uint32)
+    high = (index >> 32).to(tl.uint32)
     zero = tl.zeros_like(low)
     a, b, c, d = tl.philox(seed, low, high, zero + number.to(tl.uint32), zero + step.to(tl.uint32), 7)
     random = tl.reshape(tl.join(tl.join(a, c), tl.join(b, d)), (BLOCK,))  # a b c d a b c d …
+
+    # Added to the lower half, which is then cut off.
     bits = w.to(tl.uint32, bitcast=True)
     rounded = tl.where(w == w, bits + (random & 0xFFFF), bits | 0x400000)  # NaN plus bits may be a number
     return (rounded >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
@@ -58,14 +68,17 @@ def _random_rounding(w, begin, number, step, seed, BLOCK: tl.constexpr):
 @triton.jit
 def _update(begin, inside, P, G, M, V, W, scale, decay, step_size, shrink, share1, share2, eps, number, step, seed,
             MASTER: tl.constexpr, RANDOM: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    """One block of elements; the mask `inside` is None where all of them exist."""
     at = begin + tl.arange(0, BLOCK)
     g = tl.load(G + at, mask=inside).to(tl.float32) * scale
     m = tl.load(M + at, mask=inside)
     v = tl.load(V + at, mask=inside)
     w = tl.load((W if MASTER else P) + at, mask=inside).to(tl.float32)
+
     m += share1 * (g - m)
     v += share2 * (g * g - v)
     w -= decay * w + step_size * (m / (tl.sqrt(v) * shrink + eps))
+
     tl.store(M + at, m, mask=inside)
     tl.store(V + at, v, mask=inside)
     if MASTER:
@@ -82,6 +95,8 @@ def _adamw(Table, Chunks, Scale, decay, step_size, shrink, share1, share2, eps, 
            RANDOM: tl.constexpr, SCALED: tl.constexpr, COLUMNS: tl.constexpr, CHUNK: tl.constexpr,
            BLOCK: tl.constexpr):  # fmt: skip
     tl.static_assert(CHUNK % BLOCK == 0)  # a whole chunk has no mask
+
+    # Which chunk of which tensor this program updates, and where that tensor lies: a row of the table.
     row = Table + tl.load(Chunks + 2 * tl.program_id(0)).to(tl.int64) * COLUMNS
     first = tl.load(Chunks + 2 * tl.program_id(0) + 1).to(tl.int64) * CHUNK
     P = tensor_lists.pointer(row, PARAMETER, ALIGNED)
@@ -89,8 +104,10 @@ def _adamw(Table, Chunks, Scale, decay, step_size, shrink, share1, share2, eps, 
     M = tensor_lists.pointer(row + 2, tl.float32, ALIGNED)
     V = tensor_lists.pointer(row + 3, tl.float32, ALIGNED)
     W = tensor_lists.pointer(row + 4, tl.float32, ALIGNED)
-    size, number = tl.load(row + 5), tl.load(row + 6)
+    size = tl.load(row + 5)
+    number = tl.load(row + 6)
     scale = tl.load(Scale) if SCALED else 1.0
+
     if first + CHUNK <= size:
         for begin in range(first, first + CHUNK, BLOCK):
             _update(begin, None, P, G, M, V, W, scale, decay, step_size, shrink, share1, share2, eps,
@@ -110,34 +127,40 @@ def kernel_settings(device: torch.device) -> dict:
     vectors of bf16 and fp32 tensors would then lie in different threads and be exchanged through shared memory.
     """
     default = {"CHUNK": 16384, "BLOCK": 1024, "num_warps": 8}
-    if launch.INTERPRETED:
-        default = {"CHUNK": 1 << 20, "BLOCK": 1 << 15, "num_warps": 8}  # the interpreter's cost is by program
+    if launch.INTERPRETED:  # its cost is by program
+        default = {"CHUNK": 1 << 20, "BLOCK": 1 << 15, "num_warps": 8}
     return launch.settings("adamw", (), device, default)
 
 
 def _check(params: list[Tensor], grads: list[Tensor], state: list[list[Tensor]], masters: bool, random: bool) -> None:
-    """Raise `ValueError` for what the kernel cannot take; state: moments, and master copies if there are any."""
+    """Raise `ValueError` for what the kernel cannot take; state: moments, and master copies if there are any.
+
+    There may be a thousand tensors, so the loops over them are those of `map` and `set`.
+    """
     columns = [params, grads, *state]
-    kinds, gradients, *others = [{*map(DTYPE, x)} for x in columns]
-    devices = {*map(DEVICE, itertools.chain(*columns))}
-    if len(kinds) + len(gradients) + len(devices) > 3:
+    dtypes, grad_dtypes, *state_dtypes = [set(map(DTYPE, column)) for column in columns]
+    devices = set(map(DEVICE, itertools.chain(*columns)))
+    if len(dtypes) > 1 or len(grad_dtypes) > 1 or len(devices) > 1:
         raise ValueError(
-            f"adamw: parameters and gradients of one call share dtype and device, not {kinds}, {gradients}, {devices}; "
-            "call twice"
+            f"adamw: parameters and gradients of one call share dtype and device, not {dtypes}, {grad_dtypes}, "
+            f"{devices}; call twice"
         )
-    (kind,), (gradient,) = kinds, gradients
-    shapes = [[*map(SHAPE, x)] for x in columns]
-    if shapes.count(shapes[0]) < len(shapes):
-        odd = next(unlike for unlike in zip(*shapes, strict=True) if len({*unlike}) > 1)
-        raise ValueError(f"adamw: {[*map(tuple, odd)]}: a gradient and moments have their parameter's shape")
-    if not {kind, gradient} <= set(tensor_lists.TYPES):
-        raise ValueError(f"adamw: {kind} parameters with {gradient} gradients; both may be fp32, fp16 or bf16")
-    if random and (kind != torch.bfloat16 or masters):
-        raise ValueError(f"adamw: random rounding is for bf16 parameters without a master copy, not {kind}")
-    if not random and masters == (kind == torch.float32):
+
+    shapes = [list(map(SHAPE, column)) for column in columns]
+    if any(other != shapes[0] for other in shapes):
+        unlike = next(of_one for of_one in zip(*shapes, strict=True) if len(set(of_one)) > 1)
+        raise ValueError(f"adamw: {[tuple(s) for s in unlike]}: a gradient and moments have their parameter's shape")
+
+    (dtype,) = dtypes
+    (grad_dtype,) = grad_dtypes
+    if dtype not in tensor_lists.TYPES or grad_dtype not in tensor_lists.TYPES:
+        raise ValueError(f"adamw: {dtype} parameters with {grad_dtype} gradients; both may be fp32, fp16 or bf16")
+    if random and (dtype != torch.bfloat16 or masters):
+        raise ValueError(f"adamw: random rounding is for bf16 parameters without a master copy, not {dtype}")
+    if not random and masters == (dtype == torch.float32):
         has = "master copies" if masters else "no master copies"
-        raise ValueError(f"adamw: {kind} parameters with {has}; fp16 and bf16 need one each")
-    if {torch.float32}.union(*others) != {torch.float32}:
+        raise ValueError(f"adamw: {dtype} parameters with {has}; fp16 and bf16 need one each")
+    if any(dtypes != {torch.float32} for dtypes in state_dtypes):
         raise ValueError("adamw: moments and master copies are fp32; convert them by .float()")
 
 
@@ -146,14 +169,17 @@ def _copied(columns: list[list[Tensor]]) -> tuple[list[list[Tensor]], list[tuple
 
     columns: parameters, gradients, and what else is written.
     """
-    columns, written = [list(column) for column in columns], []
-    for i, tensors in enumerate(zip(*columns, strict=True)):
-        if not tensor_lists.stored_alike(*tensors):
-            for number, (column, x) in enumerate(zip(columns, tensors, strict=True)):
-                column[i] = x.contiguous()
-                if number != 1 and column[i] is not x:
-                    written.append((x, column[i]))
-    return columns, written
+    columns = [list(column) for column in columns]
+    copies = []
+    for i, tensors in enumerate(zip(*columns, strict=True)):  # of one parameter
+        if tensor_lists.stored_alike(*tensors):
+            continue
+        for number, (column, x) in enumerate(zip(columns, tensors, strict=True)):
+            column[i] = x.contiguous()
+            is_gradient = number == 1  # only read
+            if column[i] is not x and not is_gradient:
+                copies.append((x, column[i]))
+    return columns, copies
 
 
 def update(
@@ -175,18 +201,27 @@ def update(
     """See `adamw`. Tensors that are stored in unlike or scattered ways are copied, and what is written copied back."""
     if not params:
         return
-    state = [exp_avgs, exp_avg_sqs, *([masters] if masters else [])]
+    state = [exp_avgs, exp_avg_sqs]
+    if masters:
+        state.append(masters)
     _check(params, grads, state, bool(masters), seed is not None)
     columns = [params, grads, *state]
-    columns, copies = _copied(columns) if not tensor_lists.contiguous(columns) else (columns, [])
+    copies = []
+    if not tensor_lists.contiguous(columns):
+        columns, copies = _copied(columns)
+
+    # The table: a row for each parameter. Without master copies their column holds any address.
     addresses = [[x.data_ptr() for x in column] for column in columns]
+    master_column = [] if masters else addresses[:1]
     sizes = tuple(p.numel() for p in params)
-    numbers = range(len(params)) if numbers is None else numbers
-    rows = zip(*addresses, *([] if masters else addresses[:1]), sizes, numbers, strict=True)
+    if numbers is None:
+        numbers = range(len(params))
+    rows = zip(*addresses, *master_column, sizes, numbers, strict=True)
     device = params[0].device
-    chosen = kernel_settings(device)
-    chunks = tensor_lists.chunks(sizes, chosen["CHUNK"], device)
     table = tensor_lists.table(tuple(itertools.chain.from_iterable(rows)), device)
+
+    settings = kernel_settings(device)
+    chunks = tensor_lists.chunks(sizes, settings["CHUNK"], device)
     if len(chunks):
         launch.run(
             _adamw, (len(chunks),),
@@ -195,7 +230,7 @@ def update(
             step, seed or 0,
             PARAMETER=tensor_lists.TYPES[params[0].dtype], GRADIENT=tensor_lists.TYPES[grads[0].dtype],
             ALIGNED=tensor_lists.aligned(itertools.chain(*addresses)),
-            MASTER=bool(masters), RANDOM=seed is not None, SCALED=grad_scale is not None, COLUMNS=COLUMNS, **chosen,
+            MASTER=bool(masters), RANDOM=seed is not None, SCALED=grad_scale is not None, COLUMNS=COLUMNS, **settings,
         )  # fmt: skip
     for original, copy in copies:
         original.copy_(copy)

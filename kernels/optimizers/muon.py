@@ -28,7 +28,7 @@ def _look_ahead(begin, inside, G, M, U, momentum, scale, BLOCK: tl.constexpr):
     """m ← β m + s g and u = s g + β m of a block; returns u² as it was rounded, 0 outside."""
     at = begin + tl.arange(0, BLOCK)
     g = tl.load(G + at, mask=inside, other=None if inside is None else 0.0).to(tl.float32) * scale
-    m = tl.load(M + at, mask=inside, other=None if inside is None else 0.0).to(tl.float32) * momentum + g
+    m = tl.load(M + at, mask=inside, other=None if inside is None else 0.0).to(tl.float32) * momentum + g  # (BLOCK,)
     tl.store(M + at, m.to(M.dtype.element_ty), mask=inside)
     u = (g + momentum * m).to(U.dtype.element_ty)
     tl.store(U + at, u, mask=inside)
@@ -40,7 +40,8 @@ def _gather(Table, U, Squares, Scale, size, momentum,
             PARAMETER: tl.constexpr, GRADIENT: tl.constexpr, ALIGNED: tl.constexpr, SCALED: tl.constexpr,
             CHUNK: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     tl.static_assert(CHUNK % BLOCK == 0)  # a whole chunk has no mask
-    matrix, first = tl.program_id(1).to(tl.int64), tl.program_id(0).to(tl.int64) * CHUNK
+    matrix = tl.program_id(1).to(tl.int64)
+    first = tl.program_id(0).to(tl.int64) * CHUNK
     G = tensor_lists.pointer(Table + 3 * matrix, GRADIENT, ALIGNED)
     M = tensor_lists.pointer(Table + 3 * matrix + 1, PARAMETER, ALIGNED)
     U += matrix * size
@@ -57,8 +58,10 @@ def _gather(Table, U, Squares, Scale, size, momentum,
 
 @triton.jit
 def _step(begin, inside, W, U, decay, rate, BLOCK: tl.constexpr):
+    """w ← w − decay w − rate u of a block."""
     at = begin + tl.arange(0, BLOCK)
-    w, u = tl.load(W + at, mask=inside).to(tl.float32), tl.load(U + at, mask=inside).to(tl.float32)
+    w = tl.load(W + at, mask=inside).to(tl.float32)
+    u = tl.load(U + at, mask=inside).to(tl.float32)
     tl.store(W + at, (w - (decay * w + rate * u)).to(W.dtype.element_ty), mask=inside)
 
 
@@ -66,7 +69,8 @@ def _step(begin, inside, W, U, decay, rate, BLOCK: tl.constexpr):
 def _apply(Table, U, size, decay, rate,
            PARAMETER: tl.constexpr, ALIGNED: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     tl.static_assert(CHUNK % BLOCK == 0)  # a whole chunk has no mask
-    matrix, first = tl.program_id(1).to(tl.int64), tl.program_id(0).to(tl.int64) * CHUNK
+    matrix = tl.program_id(1).to(tl.int64)
+    first = tl.program_id(0).to(tl.int64) * CHUNK
     W = tensor_lists.pointer(Table + 3 * matrix + 2, PARAMETER, ALIGNED)
     U += matrix * size
     if first + CHUNK <= size:
@@ -86,6 +90,7 @@ def kernel_settings(device: torch.device) -> dict:
 
 
 def _check(params: list[Tensor], grads: list[Tensor], buffers: list[Tensor]) -> None:
+    """Raise `ValueError` unless all matrices are of one shape and kind that the kernels can take."""
     kinds = {
         (tuple(p.shape), tuple(g.shape), p.dtype, m.dtype, g.dtype, p.device)
         for p, g, m in zip(params, grads, buffers, strict=True)
@@ -112,24 +117,34 @@ def update(
     if not params or not params[0].numel():
         return
     _check(params, grads, buffers)
-    own = [x.contiguous() for x in (*buffers, *params)]  # the same tensors, but for transposed and sliced ones
-    gradients, count = [x.contiguous() for x in grads], len(params)
-    size, device = params[0].numel(), params[0].device
-    addresses = [x.data_ptr() for three in zip(gradients, own[:count], own[count:], strict=True) for x in three]
-    table, chosen = tensor_lists.table(tuple(addresses), device), kernel_settings(device)
-    grid = launch.cdiv(size, chosen["CHUNK"]), count
+    device = params[0].device
+    size = params[0].numel()
+    n_matrices = len(params)
+
+    # The table: addresses of gradient, momentum and parameter of each matrix. Where one is not contiguous, of a copy.
+    gradients = [x.contiguous() for x in grads]
+    written_to = [x.contiguous() for x in (*buffers, *params)]
+    columns = gradients, written_to[:n_matrices], written_to[n_matrices:]
+    addresses = [x.data_ptr() for of_one in zip(*columns, strict=True) for x in of_one]
+    table = tensor_lists.table(tuple(addresses), device)
+
+    # Momentum and the look-ahead u (n, rows, columns), with the sum of u² of each chunk.
+    settings = kernel_settings(device)
+    grid = launch.cdiv(size, settings["CHUNK"]), n_matrices
     # on a CPU, in fp32: the interpreter computes in bf16 wrongly
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-    u = torch.empty(count, *params[0].shape, dtype=dtype, device=device)
-    squares = torch.empty(count, grid[0], dtype=torch.float32, device=device)
+    u = torch.empty(n_matrices, *params[0].shape, dtype=dtype, device=device)
+    squares = torch.empty(n_matrices, grid[0], dtype=torch.float32, device=device)
     types = dict(PARAMETER=tensor_lists.TYPES[params[0].dtype], ALIGNED=tensor_lists.aligned(addresses))
     launch.run(
         _gather, grid, table, u, squares, squares if grad_scale is None else grad_scale, size, momentum,
-        GRADIENT=tensor_lists.TYPES[grads[0].dtype], SCALED=grad_scale is not None, **types, **chosen,
+        GRADIENT=tensor_lists.TYPES[grads[0].dtype], SCALED=grad_scale is not None, **types, **settings,
     )  # fmt: skip
-    u = newton_schulz(u, steps, tuple(coefficients), squares.sum(1).sqrt())
-    launch.run(_apply, grid, table, u, size, decay, rate, **types, **chosen)
-    for original, copy in zip((*buffers, *params), own, strict=True):
+
+    norms = squares.sum(1).sqrt()  # (n,)
+    u = newton_schulz(u, steps, tuple(coefficients), norms)
+    launch.run(_apply, grid, table, u, size, decay, rate, **types, **settings)
+    for original, copy in zip((*buffers, *params), written_to, strict=True):
         if original.data_ptr() != copy.data_ptr():
             original.copy_(copy)
 

@@ -52,7 +52,8 @@ def _rows(X, matrix, first, k, width, length, stride, row_stride, column_stride,
     elif DESCRIPTOR:
         tile = tl.reshape(X.load([matrix, first, k]), (ROWS, STEP))
     else:
-        row, column = first + tl.arange(0, ROWS), k + tl.arange(0, STEP)
+        row = first + tl.arange(0, ROWS)
+        column = k + tl.arange(0, STEP)
         at = X + matrix.to(tl.int64) * stride
         at += row[:, None].to(tl.int64) * row_stride + column[None, :].to(tl.int64) * column_stride
         tile = tl.load(at, mask=(row < width)[:, None] & (column < length)[None, :], other=0.0)
@@ -65,7 +66,8 @@ def _put(Out, S, total, i, j, matrix, width, alpha, beta, gamma,
          POLYNOMIAL: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     """Finish block (i, j) of a matrix's products and write it, and its mirror image; above the diagonal do nothing."""
     if i >= j:
-        row, column = i * BLOCK + tl.arange(0, BLOCK), j * BLOCK + tl.arange(0, BLOCK)
+        row = i * BLOCK + tl.arange(0, BLOCK)
+        column = j * BLOCK + tl.arange(0, BLOCK)
         inside = (row < width)[:, None] & (column < width)[None, :]
         total *= alpha
         begin = matrix.to(tl.int64) * width * width
@@ -86,9 +88,12 @@ def _put(Out, S, total, i, j, matrix, width, alpha, beta, gamma,
 def _product(Out, X, Y, S, Scale, width, length, stride, row_stride, column_stride, alpha, beta, gamma,
              TRANSPOSED: tl.constexpr, DESCRIPTOR: tl.constexpr, POLYNOMIAL: tl.constexpr, SCALED: tl.constexpr,
              STACK: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr):  # fmt: skip
+    # Which block (i, j) this program computes; of a stack, the upper one.
     matrix = tl.program_id(1)
     i, j = _square(tl.program_id(0) // STACK)
-    i, j = i * STACK, j * STACK + tl.program_id(0) % STACK
+    i = i * STACK
+    j = j * STACK + tl.program_id(0) % STACK
+
     total = tl.zeros([STACK * BLOCK, BLOCK], tl.float32)
     for k in range(0, length, STEP):
         x = _rows(X, matrix, i * BLOCK, k, width, length, stride, row_stride, column_stride,
@@ -96,9 +101,12 @@ def _product(Out, X, Y, S, Scale, width, length, stride, row_stride, column_stri
         y = _rows(Y, matrix, j * BLOCK, k, width, length, stride, row_stride, column_stride,
                   TRANSPOSED, DESCRIPTOR, BLOCK, STEP)  # fmt: skip
         total = tl.dot(x, tl.trans(y), total, input_precision="ieee")
+
     if SCALED:
         scale = tl.load(Scale + matrix)
-        alpha, beta, gamma = alpha * scale, beta * scale, gamma * scale
+        alpha *= scale
+        beta *= scale
+        gamma *= scale
     if STACK == 2:
         above, below = tl.split(tl.permute(tl.reshape(total, (2, BLOCK, BLOCK)), (1, 2, 0)))
         _put(Out, S, above, i, j, matrix, width, alpha, beta, gamma, POLYNOMIAL, BLOCK)
@@ -113,14 +121,14 @@ def tile_settings(x: Tensor, regular: bool) -> dict:
     Chosen by compiling: 4 warps hold a block of 128 × 128 too, but spill in the second product; two blocks on a stack
     spill without wgmma, on sm_100 (256 bytes), and with pointers instead of descriptors (40 bytes).
     """
-    kind = launch.architecture(x.device)
+    architecture = launch.architecture(x.device)
     if x.dtype == torch.float32:  # exact products, without tensor cores: for comparing
         default = dict(STACK=1, BLOCK=64, STEP=16, num_warps=8, num_stages=2)
     elif not regular:  # element by element, with an address and a mask for each
         default = dict(STACK=1, BLOCK=64, STEP=32, num_warps=8, num_stages=3)
-    elif kind == 90:  # 192 KB of shared memory: one program a multiprocessor
+    elif architecture == 90:  # 192 KB of shared memory: one program a multiprocessor
         default = dict(STACK=2, BLOCK=128, STEP=64, num_warps=8, num_stages=4)
-    elif kind == 100:  # 96 KB: two
+    elif architecture == 100:  # 96 KB: two
         default = dict(STACK=1, BLOCK=128, STEP=64, num_warps=8, num_stages=3)
     else:  # 48 KB: two, of the 99 KB that most GPUs have
         default = dict(STACK=1, BLOCK=128, STEP=32, num_warps=8, num_stages=4)
@@ -129,17 +137,18 @@ def tile_settings(x: Tensor, regular: bool) -> dict:
 
 def _regular(x: Tensor, width: int) -> bool:
     """Whether all rows of x and of a result of that width begin at multiples of 16 bytes, as 16-bit numbers."""
-    steps = (*x.stride()[:2], width)
-    return x.stride(2) == 1 and all(step > 0 and step % 8 == 0 for step in steps) and x.data_ptr() % 16 == 0
+    row_distances = (*x.stride()[:2], width)
+    rows_aligned = all(distance > 0 and distance % 8 == 0 for distance in row_distances)
+    return x.stride(2) == 1 and rows_aligned and x.data_ptr() % 16 == 0
 
 
 def product(x: Tensor, scale: Tensor | None = None, coefficients: tuple[float, float, float] | None = None) -> Tensor:
     """See `symmetric_product`."""
-    a = x if x.shape[1] <= x.shape[2] else x.mT  # the smaller of the two products
-    transposed = a.stride(2) != 1 and a.stride(1) == 1
+    # a aᵀ is the smaller of the two products; `stored` is a as its rows lie in memory, perhaps a's columns.
+    a = x if x.shape[1] <= x.shape[2] else x.mT  # (n, width, length), width ≤ length
     if coefficients is not None:
         a = a.contiguous()
-        transposed = False
+    transposed = coefficients is None and a.stride(2) != 1 and a.stride(1) == 1
     stored = a.mT if transposed else a
     n, width, length = a.shape
     out = torch.empty(n, width, width, dtype=x.dtype, device=x.device)
@@ -147,21 +156,26 @@ def product(x: Tensor, scale: Tensor | None = None, coefficients: tuple[float, f
         return out
     regular = _regular(stored, width)
     descriptor = regular and x.element_size() == 2 and launch.architecture(x.device) >= 90
-    chosen = tile_settings(x, regular)
-    stack, block, step = chosen["STACK"], chosen["BLOCK"], chosen["STEP"]
+    settings = tile_settings(x, regular)
+    stack = settings["STACK"]
+    block = settings["BLOCK"]
 
-    def read(rows: int) -> Tensor | TensorDescriptor:
-        tile = [1, step, rows] if transposed else [1, rows, step]
-        return TensorDescriptor(stored, list(stored.shape), list(stored.stride()), tile) if descriptor else stored
+    def source(rows: int) -> Tensor | TensorDescriptor:
+        """What the kernel reads tiles with so many rows of a from."""
+        if not descriptor:
+            return stored
+        tile = [1, settings["STEP"], rows] if transposed else [1, rows, settings["STEP"]]
+        return TensorDescriptor(stored, list(stored.shape), list(stored.stride()), tile)
 
-    high = launch.cdiv(width, stack * block)
-    third, second, first = coefficients if coefficients is not None else (0.0, 0.0, 1.0)
+    blocks_high = launch.cdiv(width, stack * block)
+    triangle = blocks_high * (blocks_high + 1) // 2
+    gamma, beta, alpha = coefficients if coefficients is not None else (0.0, 0.0, 1.0)
     launch.run(
-        _product, (high * (high + 1) // 2 * stack, n),
-        out, read(stack * block), read(block), a, out if scale is None else scale, width, length, *a.stride(),
-        first, second, third,
+        _product, (triangle * stack, n),
+        out, source(stack * block), source(block), a, out if scale is None else scale, width, length, *a.stride(),
+        alpha, beta, gamma,
         TRANSPOSED=transposed, DESCRIPTOR=descriptor, POLYNOMIAL=coefficients is not None, SCALED=scale is not None,
-        **chosen,
+        **settings,
     )  # fmt: skip
     return out
 
@@ -179,7 +193,7 @@ def _(x, scale, a, b, c, polynomial):
     return x.new_empty(x.shape[0], side, side)
 
 
-_called = launch.op(_op, _symmetric_product)
+_symmetric = launch.op(_op, _symmetric_product)
 
 
 def symmetric_product(
@@ -198,7 +212,7 @@ def symmetric_product(
     if coefficients is not None and x.shape[1] != x.shape[2]:
         raise ValueError(f"symmetric_product: {tuple(x.shape)} with coefficients; only square matrices have powers")
     a, b, c = coefficients or (0.0, 0.0, 0.0)
-    return _called(x.detach(), scale, a, b, c, coefficients is not None)
+    return _symmetric(x.detach(), scale, a, b, c, coefficients is not None)
 
 
 def newton_schulz(
@@ -216,7 +230,7 @@ def newton_schulz(
         norms = torch.linalg.vector_norm(x, dim=(1, 2), dtype=torch.float32)
     scale = 1 / (norms + 1e-7)
     for step in range(steps):
-        gram = symmetric_product(x, scale.square() if step == 0 else None)
-        factor = symmetric_product(gram, scale if step == 0 else None, coefficients)
+        gram = symmetric_product(x, scale.square() if step == 0 else None)  # (n, m, m)
+        factor = symmetric_product(gram, scale if step == 0 else None, coefficients)  # a + b g + c g²
         x = factor @ x if x.shape[1] <= x.shape[2] else x @ factor
     return x

@@ -38,15 +38,17 @@ def chunks(sizes: tuple[int, ...], chunk: int, device: torch.device) -> Tensor:
 
     sizes: how many elements each tensor has; chunk: elements a chunk has, fewer at a tensor's end.
     """
-    counts = torch.tensor([-(-size // chunk) for size in sizes], dtype=torch.int64)
+    counts = torch.tensor([-(-size // chunk) for size in sizes], dtype=torch.int64)  # chunks of each tensor
+    first = counts.cumsum(0) - counts  # number of each tensor's first chunk
     tensor = torch.repeat_interleave(torch.arange(len(sizes)), counts)
-    within = torch.arange(len(tensor)) - (counts.cumsum(0) - counts)[tensor]
+    within = torch.arange(len(tensor)) - first[tensor]
     return torch.stack((tensor, within), dim=1).int().to(device)
 
 
 def aligned(addresses: Iterable[int]) -> bool:
     """Whether every address is a multiple of 16 bytes; views into a larger buffer may not be."""
-    return functools.reduce(operator.or_, addresses, 0) % VECTOR == 0
+    bits_set_anywhere = functools.reduce(operator.or_, addresses, 0)
+    return bits_set_anywhere % VECTOR == 0
 
 
 def contiguous(columns: list[list[Tensor]]) -> bool:
@@ -56,7 +58,10 @@ def contiguous(columns: list[list[Tensor]]) -> bool:
 
 def dense(x: Tensor) -> bool:
     """Whether the elements of x fill one stretch of memory, in any order."""
-    return x.is_contiguous() or x.permute(sorted(range(x.dim()), key=x.stride, reverse=True)).is_contiguous()
+    if x.is_contiguous():
+        return True
+    widest_stride_first = sorted(range(x.dim()), key=x.stride, reverse=True)
+    return x.permute(widest_stride_first).is_contiguous()
 
 
 def stored_alike(first: Tensor, *others: Tensor) -> bool:

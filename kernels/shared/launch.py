@@ -56,6 +56,9 @@ def op(
 ) -> Callable:
     """A function that calls a library op, past torch's dispatcher if only autograd has to see it: half the host time.
 
+    Under torch.compile, transforms and modes the returned function calls `library`. Otherwise it calls `function`
+    itself, inside a `torch.autograd.Function` where a gradient is wanted.
+
     function: what `library` computes. setup, gradient: `setup_context` and `backward` as `register_autograd` takes
     them; they are registered here, and also make a `torch.autograd.Function`. Without them a call that autograd has to
     record goes to `library`, whose backward raises an error. The returned function takes the op's positional arguments.
@@ -69,7 +72,8 @@ def op(
         return output
 
     def backward(ctx, *grads):
-        return tuple(x if isinstance(x, Tensor) else None for x in gradient(ctx, *grads))  # None for a list
+        # An argument that is a list has a list of gradients, all None: autograd wants one None.
+        return tuple(x if isinstance(x, Tensor) else None for x in gradient(ctx, *grads))
 
     methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
     name = function.__module__.rpartition(".")[2]  # what a profiler shows
@@ -79,9 +83,12 @@ def op(
         tensors = [x for x in inputs if isinstance(x, Tensor)]
         if watched(tensors):
             return library(*inputs)
-        if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
-            return library(*inputs) if gradient is None else eager.apply(*inputs)
-        return function(*inputs)
+        recorded = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+        if not recorded:
+            return function(*inputs)
+        if gradient is None:
+            return library(*inputs)
+        return eager.apply(*inputs)
 
     return call
 
@@ -109,7 +116,8 @@ def shared_memory(device: torch.device) -> int:
 def rows(x: Tensor) -> Tensor:
     """x (..., C) as a matrix (N, C) whose columns lie side by side: a view where there is one, else a copy."""
     matrix = x.reshape(-1, x.shape[-1])
-    return matrix if matrix.stride(-1) == 1 or matrix.shape[-1] == 1 else matrix.contiguous()
+    side_by_side = matrix.stride(-1) == 1 or matrix.shape[-1] == 1
+    return matrix if side_by_side else matrix.contiguous()
 
 
 def product_dtype(x: Tensor) -> torch.dtype:
@@ -131,6 +139,11 @@ def cdiv(a: int, b: int) -> int:
 def next_power_of_2(n: int) -> int:
     """The smallest power of two that is at least n."""
     return 1 << (n - 1).bit_length()
+
+
+def last_power_of_2(n: int) -> int:
+    """The largest power of two that is at most n, for n from 1 on."""
+    return 1 << (n.bit_length() - 1)
 
 
 def tuned_file() -> Path:
@@ -161,7 +174,9 @@ def settings(op: str, key: tuple, device: torch.device, default: dict) -> dict:
     if _choose is not None:
         return _choose(op, key, default)
     tuned = _tuned(device)
-    return (tuned and tuned.get(settings_name(op, key))) or default
+    if not tuned:  # as nearly always: the name need not be made
+        return default
+    return tuned.get(settings_name(op, key)) or default
 
 
 def settings_name(op: str, key: tuple) -> str:
@@ -173,7 +188,8 @@ def settings_name(op: str, key: tuple) -> str:
 def choosing(choose: Callable[[str, tuple, dict], dict]) -> Iterator[None]:
     """Context in which `settings` returns choose(op, key, default): how settings are compared."""
     global _choose
-    before, _choose = _choose, choose
+    before = _choose
+    _choose = choose
     try:
         yield
     finally:

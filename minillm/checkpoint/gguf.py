@@ -29,7 +29,7 @@ from minillm.model.config import ModelConfig, RopeScaling
 from minillm.model.rope import rotary_tables
 from minillm.tokenizer import byte_bpe
 from minillm.tokenizer.edit import from_pieces
-from minillm.tokenizer.tokenizer import ByteLevelTokenizer, Tokenizer
+from minillm.tokenizer.tokenizer import JsonTokenizer, Tokenizer
 
 FILE_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 32}
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
@@ -284,13 +284,13 @@ def _read_byte_level(metadata: dict, pieces: list[tuple[str, str]], config: dict
         "tokenizer.json": byte_bpe.write(bpe, named["CONTROL"] | named["UNKNOWN"], bos),
         "tokenizer_config.json": json.dumps(config, indent=1, ensure_ascii=False).encode(),
     }
-    made = ByteLevelTokenizer(files, source)
-    return _as_exported(made, lambda data: ByteLevelTokenizer(files | {"tokenizer.json": data}, source), metadata)
+    made = JsonTokenizer(files, source)
+    return _as_exported(made, lambda data: JsonTokenizer(files | {"tokenizer.json": data}, source), metadata)
 
 
 def _describe(tokenizer: Tokenizer, n_rows: int) -> dict:
     """Metadata with which llama.cpp encodes text as our tokenizer does; n_rows: of the embedding."""
-    if isinstance(tokenizer, ByteLevelTokenizer):
+    if isinstance(tokenizer, JsonTokenizer):
         kind, tokens, types, more = _describe_byte_level(tokenizer)
     else:
         pieces = tokenizer.model.proto.pieces
@@ -309,7 +309,7 @@ def _describe(tokenizer: Tokenizer, n_rows: int) -> dict:
     return {f"tokenizer.ggml.{name}": value for name, value in described.items()} | template
 
 
-def _describe_byte_level(tokenizer: ByteLevelTokenizer) -> tuple[str, list[str], list[int], dict]:
+def _describe_byte_level(tokenizer: JsonTokenizer) -> tuple[str, list[str], list[int], dict]:
     bpe, number = tokenizer.bpe, {name: t for t, name in TYPES.items()}
     tokens = [PADDING.format(i) for i in range(tokenizer.vocab_size)]
     types = [UNUSED] * tokenizer.vocab_size

@@ -25,7 +25,7 @@ from minillm.model.config import LARGEST, ModelConfig
 from minillm.model.rope import rotary_tables
 from minillm.tokenizer.edit import from_pieces
 from minillm.tokenizer.sentencepiece_model import SPACE_MARK
-from minillm.tokenizer.tokenizer import ByteLevelTokenizer, Tokenizer
+from minillm.tokenizer.tokenizer import JsonTokenizer, Tokenizer
 
 HEADER = struct.Struct("<7i")
 KINDS = (  # in the order of the file
@@ -157,7 +157,7 @@ def write_tokenizer(tokenizer: Tokenizer, path: Path, n_rows: int) -> None:
 
     Raises `UnsupportedError` if llama2.c would encode text differently with it.
     """
-    if isinstance(tokenizer, ByteLevelTokenizer):
+    if isinstance(tokenizer, JsonTokenizer):
         raise UnsupportedError("llama2.c has no byte-level BPE, which this vocabulary is of")
     pieces = tokenizer.model.proto.pieces
     kinds = [piece.type for piece in pieces]

@@ -92,7 +92,7 @@ def _answer(config: Config, loaded: Loaded, messages: list[dict], opening: int) 
         ids,
         config.max_new_tokens,
         sampling=part(config, Sampling),
-        stop_ids=[tokenizer.eos_id],
+        stop_ids=tokenizer.stop_ids(template),
     )
     pieces: list[str] = []
     with contextlib.suppress(KeyboardInterrupt):  # Ctrl-C cuts an answer short

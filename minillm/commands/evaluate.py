@@ -9,7 +9,7 @@ from minillm.base.errors import UnsupportedError, UserError
 from minillm.base.options import option
 from minillm.commands.model_options import ModelOptions, TemplateOptions, load_model, template_of, trained_with
 from minillm.datasets.questions import read_questions
-from minillm.datasets.text_files import TXT_SPLITS
+from minillm.datasets.text_files import BOUNDARIES
 from minillm.datasets.token_bins import TokenBins
 from minillm.distributed.ranks import Ranks
 from minillm.evaluation import answers
@@ -22,7 +22,7 @@ class Config(ModelOptions, TemplateOptions):
     data: str = option(
         help="folder of bins, text (.txt .jsonl .json .parquet) or questions (.jsonl .json)", group="data"
     )
-    split: str = option("blank", "where texts in a .txt end", TXT_SPLITS, group="texts")
+    split: str = option("blank", "where texts in a .txt end", BOUNDARIES, group="texts")
     field: str = option("text", "the key that holds a text in .jsonl, .json or .parquet", group="texts")
     seq_len: int | None = option(None, "tokens of a window; none: as the model was trained", at_least=1, group="texts")
     max_tokens: int | None = option(
@@ -99,5 +99,7 @@ def _evaluate_texts(config: Config, loaded: Loaded, path: Path) -> None:
     print(f"  perplexity      {math.exp(min(scores['val_loss'], 700)):.3f} a token")
     if "val_bpb" in scores:
         print(f"  bits per byte   {scores['val_bpb']:.4f}")
+    elif validation.no_bytes:
+        print(f"  bits per byte   not given: {validation.no_bytes}")
     if "floor_bpb" in scores:
         print(f"  floor           {scores['floor_bpb']:.4f} ± {scores['floor_error']:.4f} (of these very documents)")

@@ -1,4 +1,4 @@
-"""What one forward pass reads: inputs, targets, a mask, documents."""
+"""What one forward pass reads: inputs, targets, a mask, and which document each token is in."""
 
 from typing import NamedTuple
 
@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 class Batch(NamedTuple):
-    """The examples at some data positions.
+    """The rows at some data positions.
 
     x, y: (B, T) int64, y[t] the token after x[t]. mask: (B, T) bool, True where y counts as a target
     (None: everywhere). documents: (B, T) int32, the number of the document that x[t] is in,
@@ -23,8 +23,10 @@ class Batch(NamedTuple):
     def to(self, device: torch.device) -> "Batch":
         """On CUDA the copy is from pinned memory and does not block."""
         if device.type != "cuda":
-            return Batch(*(t if t is None else t.to(device) for t in self))
-        return Batch(*(t if t is None else t.pin_memory().to(device, non_blocking=True) for t in self))
+            return Batch(*(None if tensor is None else tensor.to(device) for tensor in self))
+        return Batch(
+            *(None if tensor is None else tensor.pin_memory().to(device, non_blocking=True) for tensor in self)
+        )
 
     def n_targets(self) -> int:
         return self.y.numel() if self.mask is None else int(self.mask.sum())
@@ -34,22 +36,30 @@ class Batch(NamedTuple):
 
         Without `documents` each row is one document. Rows become as wide as the one with most documents needs; the
         others end in padding with mask False.
+
+            n = 2    x           5 6 7 8               documents 3 3 4 6
+                     begins      1 0 1 1
+                     column      2 3 6 9               its own + 2 for each document that has begun
+                     wide x      0 0 5 6 0 0 7 0 0 8   documents 1 1 1 1 2 2 2 3 3 3
         """
         if n == 0:
             return self
-        begins = torch.zeros_like(self.x)
+        begins = torch.zeros_like(self.x)  # (B, T): 1 where a document begins
         begins[:, 0] = 1
         if self.documents is not None:
             begins[:, 1:] = self.documents[:, 1:] != self.documents[:, :-1]
-        index = torch.arange(self.x.shape[1]) + n * begins.cumsum(1)  # where each token goes, (B, T)
-        width = int(index.max()) + 1
+        column = torch.arange(self.x.shape[1]) + n * begins.cumsum(1)  # (B, T): where each token goes
+        width = int(column.max()) + 1
 
-        def spread(values: Tensor, index: Tensor = index) -> Tensor:
-            return values.new_zeros(len(values), width).scatter(1, index, values)
+        def spread(values: Tensor, columns: Tensor) -> Tensor:
+            """values (B, T) put into these columns of zeros (B, width)."""
+            return values.new_zeros(len(values), width).scatter(1, columns, values)
 
         mask = torch.ones_like(self.x, dtype=torch.bool) if self.mask is None else self.mask
-        documents = None if self.documents is None else spread(begins, index - n).cumsum(1).int()
-        return Batch(spread(self.x), spread(self.y), spread(mask), documents)
+        documents = None
+        if self.documents is not None:  # numbered anew; a document begins with its placeholders
+            documents = spread(begins, column - n).cumsum(1).int()
+        return Batch(spread(self.x, column), spread(self.y, column), spread(mask, column), documents)
 
 
 def shifted(rows: np.ndarray, mask: np.ndarray | None = None, documents: np.ndarray | None = None) -> Batch:

@@ -1,16 +1,15 @@
 """Instructions and conversations (JSONL or a JSON array) become X, Y and a loss mask.
 
 Step by step: a row of a file becomes messages (messages.py), messages become token ids and, for each id,
-whether it is to be learned (`encode_messages`), what is too long is cut (`fit`, `truncate`), and examples
-become X, Y and mask (`collate`). `InstructionRows` does this for whole files and packs several examples
-into a row.
+whether it is to be learned (`encode_messages`), what is too long is cut (`fit`, `truncate`), and these samples
+become X, Y and mask (`collate`). `InstructionRows` does this for whole files and packs several samples
+into a row of a batch.
 """
 
 import hashlib
 import math
 import os
 import zlib
-from array import array
 from bisect import bisect_left
 from collections import Counter
 from pathlib import Path
@@ -34,23 +33,30 @@ KEPT_TOKENS = 1 << 25  # data up to this size stays in memory as ids, 5 bytes ea
 def encode_messages(messages: list[dict], tokenizer, template: str = "auto") -> tuple[np.ndarray, np.ndarray]:
     """ids (n,) int32 and learn (n,) bool, up to the last token that is learned; both empty if none is.
 
-    Learned are the tokens of the answers for which `is_learned` is true, and the eos after each.
+    Learned are the tokens of the answers for which `is_learned` is true, and the piece that ends each.
     """
     ids, learn = tokenizer.encode_chat(messages, template=template)
-    ids, learn = np.array(ids, dtype=np.int32), np.array(learn, dtype=bool)
-    ends = learn & (ids == tokenizer.eos_id)  # each answer ends in an eos, which no text can forge
-    wanted = np.array([is_learned(m) for m in messages if m["role"] == "assistant"] + [False])
-    learn &= wanted[np.cumsum(ends) - ends]  # a token's answer is numbered by the eos before it
+    ids = np.array(ids, dtype=np.int32)
+    learn = np.array(learn, dtype=bool)
+
+    # Each answer is a run of learned tokens, with some of a prompt before it: number the runs 0, 1, …
+    begins_answer = learn & ~np.r_[False, learn[:-1]]
+    answer_number = np.cumsum(begins_answer) - 1  # (n,); -1 before the first answer
+    answer_is_learned = [is_learned(message) for message in messages if message["role"] == "assistant"]
+    learn &= np.array([*answer_is_learned, False])[answer_number]
     return _without_tail(ids, learn)
 
 
 def _without_tail(ids: np.ndarray, learn: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    end = len(learn) - int(np.argmax(learn[::-1])) if learn.any() else 0
+    """Both without what follows the last learned token."""
+    if not learn.any():
+        return ids[:0], learn[:0]
+    end = len(learn) - int(np.argmax(learn[::-1]))
     return ids[:end], learn[:end]
 
 
 def truncate(ids: np.ndarray, learn: np.ndarray, seq_len: int) -> tuple[np.ndarray, np.ndarray]:
-    """Cuts one example to seq_len + 1 tokens, of which X and Y take seq_len each.
+    """Cuts one sample to seq_len + 1 tokens, of which X and Y take seq_len each.
 
     The prompt (all before the first learned token) is cut first: from its middle, since it begins with the
     task and ends with the question and the separator, and to no less than a quarter of the row. If that is
@@ -60,10 +66,14 @@ def truncate(ids: np.ndarray, learn: np.ndarray, seq_len: int) -> tuple[np.ndarr
     limit = seq_len + 1
     if len(ids) <= limit:
         return ids, learn
-    start = int(np.argmax(learn))
-    prompt = min(start, max(limit - (len(ids) - start), limit // 4, 1))
-    head, tail = prompt // 2, prompt - prompt // 2
-    kept = np.r_[0:head, start - tail : start + limit - prompt]
+    n_prompt = int(np.argmax(learn))
+    n_answer = len(ids) - n_prompt
+    room = max(limit - n_answer, limit // 4, 1)  # for the prompt
+    n_prompt_kept = min(n_prompt, room)
+    n_answer_kept = limit - n_prompt_kept
+    n_head = n_prompt_kept // 2
+    n_tail = n_prompt_kept - n_head
+    kept = np.r_[0:n_head, n_prompt - n_tail : n_prompt + n_answer_kept]
     return _without_tail(ids[kept], learn[kept])
 
 
@@ -76,39 +86,50 @@ def fit(messages: list[dict], tokenizer, seq_len: int, template: str = "auto") -
     ids, learn = encode_messages(messages, tokenizer, template)
     if len(ids) <= seq_len + 1:
         return ids, learn, False
-    end = max(i for i, message in enumerate(messages) if is_learned(message))
-    system = next(i for i, message in enumerate(messages) if message["role"] != "system")  # how many system messages
-    asks = [message["role"] == "user" for message in messages[:end]]
-    turns = [i for i in range(system, end) if asks[i] and (i == system or not asks[i - 1])] or [system]
 
-    def since(turn: int) -> tuple[np.ndarray, np.ndarray]:
-        return encode_messages(messages[:system] + messages[turn:], tokenizer, template)
+    # A turn begins with a question that follows something else. The last one holds an answer that is learned.
+    n_system = next(i for i, message in enumerate(messages) if message["role"] != "system")
+    last_learned = max(i for i, message in enumerate(messages) if is_learned(message))
+    turns = []
+    for i in range(n_system, last_learned):
+        follows_question = i > n_system and messages[i - 1]["role"] == "user"
+        if messages[i]["role"] == "user" and not follows_question:
+            turns.append(i)
+    turns = turns or [n_system]
 
-    first = bisect_left(turns, True, hi=len(turns) - 1, key=lambda turn: len(since(turn)[0]) <= seq_len + 1)
-    return *truncate(*since(turns[first]), seq_len), True
+    def from_turn(turn: int) -> tuple[np.ndarray, np.ndarray]:
+        return encode_messages(messages[:n_system] + messages[turn:], tokenizer, template)
+
+    def fits(turn: int) -> bool:
+        return len(from_turn(turn)[0]) <= seq_len + 1
+
+    # The earliest turn from which on it fits, found by halving; or the last turn, whether it fits or not.
+    earliest = turns[bisect_left(turns, True, hi=len(turns) - 1, key=fits)]
+    return *truncate(*from_turn(earliest), seq_len), True
 
 
-# ---- Examples become X, Y and mask.
+# ---- Samples become X, Y and mask.
 
 
 def collate(
     rows: list[list[tuple[np.ndarray, np.ndarray]]], width: int, pad_id: int, *, documents: bool, n_virtual: int = 0
 ) -> Batch:
-    """Puts examples (ids, learn) of n + 1 tokens each side by side into rows, n positions per example.
+    """Puts samples (ids, learn) of n + 1 tokens each side by side into rows, n positions per sample.
 
-    This is the only place with the rule: X is an example without its last token, Y without its first, and
+    This is the only place with the rule: X is a sample without its last token, Y without its first, and
     the mask belongs to Y: 1 exactly where Y is an answer token or the eos that ends an answer. Padding is
-    pad_id with mask 0. With `documents` the examples of a row are numbered 0, 1, … and its padding has the
-    next number, so that attention keeps them apart. Each example is preceded by `n_virtual` placeholders for
+    pad_id with mask 0. With `documents` the samples of a row are numbered 0, 1, … and its padding has the
+    next number, so that attention keeps them apart. Each sample is preceded by `n_virtual` placeholders for
     virtual tokens, also pad_id with mask 0. Returns a Batch of (len(rows), width).
     """
-    x = np.full((len(rows), width), pad_id, dtype=np.int64)
-    y = x.copy()
-    mask = np.zeros(x.shape, dtype=bool)
-    numbers = np.zeros(x.shape, dtype=np.int32)
-    for row, examples in enumerate(rows):
+    shape = (len(rows), width)  # (B, T)
+    x = np.full(shape, pad_id, dtype=np.int64)
+    y = np.full(shape, pad_id, dtype=np.int64)
+    mask = np.zeros(shape, dtype=bool)
+    numbers = np.zeros(shape, dtype=np.int32)
+    for row, samples in enumerate(rows):
         start = 0
-        for number, (ids, learn) in enumerate(examples):
+        for number, (ids, learn) in enumerate(samples):
             begin = start + n_virtual
             end = begin + len(ids) - 1
             x[row, begin:end] = ids[:-1]
@@ -116,21 +137,34 @@ def collate(
             mask[row, begin:end] = learn[1:]
             numbers[row, start:end] = number
             start = end
-        numbers[row, start:] = len(examples)
-    x, y, mask, numbers = (torch.from_numpy(array) for array in (x, y, mask, numbers))
-    return Batch(x, y, mask, numbers if documents else None)
+        numbers[row, start:] = len(samples)
+    return Batch(
+        torch.from_numpy(x),
+        torch.from_numpy(y),
+        torch.from_numpy(mask),
+        torch.from_numpy(numbers) if documents else None,
+    )
 
 
 # ---- The data set.
 
-FILE, OFFSET, SIZE, CHECK, INSTANCE, LENGTH = range(6)  # an example's columns in the index; LENGTH in tokens
+PLACE = np.dtype(  # of a sample, in an index of all samples
+    [
+        ("file", np.int32),  # its number
+        ("offset", np.int64),  # of the line in the file, in bytes
+        ("size", np.int64),  # of the line, in bytes
+        ("crc32", np.uint32),  # of the line
+        ("conversation", np.int32),  # its number in the line
+        ("length", np.int32),  # tokens
+    ]
+)
 
 
 class InstructionRows:
     """Instruction files as rows of a batch, epoch after epoch.
 
-    A first pass reads and tokenizes everything once and keeps, for each example, its place in the file and
-    its number of tokens: 48 bytes. Up to KEPT_TOKENS the tokens stay in memory too; for larger data each
+    A first pass reads and tokenizes everything once and keeps, for each sample, its place in the file and
+    its number of tokens: 32 bytes. Up to KEPT_TOKENS the tokens stay in memory too; for larger data each
     batch reads its lines again and tokenizes them on the fly. Row p is a pure function of (seed, p):
     epoch e = p // rows_per_epoch is shuffled and packed by (seed, e).
     """
@@ -148,28 +182,35 @@ class InstructionRows:
         on_bad_line: str = "error",
     ):
         """paths: .jsonl or .json files, also .gz. seq_len: the positions of a row. template: auto, chat or
-        simple (Tokenizer.encode_chat). packing: several examples a row. n_virtual: positions before each
-        example that the model's virtual tokens take. on_bad_line: error, or skip and count. Raises UserError.
+        simple (Tokenizer.encode_chat). packing: several samples a row. n_virtual: positions before each
+        sample that the model's virtual tokens take. on_bad_line: error, or skip and count. Raises UserError.
         """
         if on_bad_line not in ("error", "skip"):
             raise UserError(f"on_bad_line is {on_bad_line!r}; choose error or skip")
         if seq_len < 1 + n_virtual:
             beside = f" beside the virtual tokens of --n_virtual {n_virtual}" if n_virtual else ""
             raise UserError(f"--seq_len {seq_len}: a row needs at least 1 position{beside}; raise it")
-        self.paths = [Path(path) for path in ([paths] if isinstance(paths, str | Path) else paths)]
-        self.tokenizer, self.seq_len, self.seed, self.template = tokenizer, seq_len, seed, template
-        self.packing, self.on_bad_line, self.n_virtual = packing, on_bad_line, n_virtual
         tokenizer.encode_chat([{"role": "user", "content": ""}], template=template)  # raises if the template is unknown
+        self.paths = [Path(paths)] if isinstance(paths, str | Path) else [Path(path) for path in paths]
+        self.tokenizer = tokenizer
+        self.seq_len = seq_len
+        self.seed = seed
+        self.template = template
+        self.packing = packing
+        self.n_virtual = n_virtual
+        self.on_bad_line = on_bad_line
+
         self.files = [open_rows(path) for path in self.paths]
         self._scan()
         if not len(self.index):
             raise UserError(f"{', '.join(map(str, self.paths))}: nothing left to learn from ({self.summary()})")
-        self.starts = np.cumsum(self.index[:, LENGTH]) - self.index[:, LENGTH]
+        lengths = self.index["length"].astype(np.int64)
+        self.begins = np.cumsum(lengths) - lengths  # of each sample in ids and learn
         self.epochs: dict[int, list[np.ndarray]] = {}  # the rows of the last two epochs asked for
         self.rows_per_epoch = len(self._epoch(0))
 
     def batch(self, positions: np.ndarray, end: int | None = None) -> Batch:
-        """The rows at these positions; a position at or beyond `end` gives a row of padding, all masked.
+        """The rows at these data positions; one at or beyond `end` gives a row of padding, all masked.
 
         positions: (B,) int. Packed rows have T = seq_len; others the longest row of the batch, rounded
         up to 8. Raises UserError if a line that is read again is not what it was.
@@ -177,11 +218,15 @@ class InstructionRows:
         rows = []
         for position in np.asarray(positions).tolist():
             epoch, row = divmod(position, self.rows_per_epoch)
-            members = [] if end is not None and position >= end else self._epoch(epoch)[row]
-            rows.append([self._example(i) for i in members])
-        sizes = [sum(len(ids) - 1 + self.n_virtual for ids, _ in row) for row in rows]
-        longest = max([1 + self.n_virtual, *sizes])  # even a row of padding alone has its placeholders
-        width = self.seq_len if self.packing else min(self.seq_len, -(-longest // 8) * 8)
+            is_beyond = end is not None and position >= end
+            members = [] if is_beyond else self._epoch(epoch)[row]
+            rows.append([self._sample(number) for number in members])
+
+        width = self.seq_len
+        if not self.packing:
+            widths = [sum(len(ids) - 1 + self.n_virtual for ids, _ in row) for row in rows]
+            longest = max([1 + self.n_virtual, *widths])  # even a row of padding alone has its placeholders
+            width = min(self.seq_len, 8 * math.ceil(longest / 8))
         return collate(rows, width, self.tokenizer.pad_id, documents=self.packing, n_virtual=self.n_virtual)
 
     def total_rows(self, epochs: float) -> int:
@@ -189,92 +234,119 @@ class InstructionRows:
         return math.ceil(epochs * self.rows_per_epoch)
 
     def summary(self) -> str:
-        """One line (two if most are cut): rows read, examples kept, dropped and cut, tokens, how full rows are."""
-        n = self.counts
-        kept, tokens = len(self.index), int(self.index[:, LENGTH].sum())
-        dropped = [f"{n[why]:,} dropped ({why})" for why in ("empty answer", "no answer") if n[why]]
-        dropped += [f"{n['bad rows']:,} bad rows skipped"] if n["bad rows"] else []
-        line = f"{n['rows']:,} rows, {n['examples']:,} examples: {kept:,} kept, "
-        line += f"{', '.join(dropped) or '0 dropped'}, {n['cut']:,} cut to fit"
-        line += f"; {tokens:,} tokens, {n['learned']:,} of them learned"
-        if kept and self.packing:
-            full = fill_ratio(self._positions(), self.rows_per_epoch, self.seq_len)
+        """One line (two if most are cut): rows read, samples kept, dropped and cut, tokens, how full rows are."""
+        counts = self.counts
+        n_kept = len(self.index)
+        n_tokens = int(self.index["length"].sum())
+        dropped = [f"{counts[why]:,} dropped ({why})" for why in ("empty answer", "no answer") if counts[why]]
+        if counts["bad rows"]:
+            dropped.append(f"{counts['bad rows']:,} bad rows skipped")
+        line = (
+            f"{counts['rows']:,} rows, {counts['examples']:,} examples: {n_kept:,} kept, "
+            f"{', '.join(dropped) or '0 dropped'}, {counts['cut']:,} cut to fit"
+            f"; {n_tokens:,} tokens, {counts['learned']:,} of them learned"
+        )
+        if n_kept and self.packing:
+            full = fill_ratio(self._widths(), self.rows_per_epoch, self.seq_len)
             line += f"; packed into {self.rows_per_epoch:,} rows of {self.seq_len}, {full:.1%} full"
-        if 2 * n["cut"] > kept:
+        if 2 * counts["cut"] > n_kept:
             line += f"\nmost examples were cut: a longer --seq_len than {self.seq_len} would learn more of them"
         return line
 
-    def _positions(self) -> np.ndarray:
-        """How many positions of a row each example takes, (n,) int64."""
-        return self.index[:, LENGTH] - 1 + self.n_virtual
+    def _widths(self) -> np.ndarray:
+        """How many positions of a row each sample takes, (n,) int64."""
+        return self.index["length"].astype(np.int64) - 1 + self.n_virtual
 
     def _epoch(self, epoch: int) -> list[np.ndarray]:
-        """The rows of an epoch, each the numbers of its examples: packed, or one example a row."""
+        """The rows of an epoch, each the numbers of its samples: packed, or one sample a row."""
         if epoch not in self.epochs:
-            if len(self.epochs) > 1:
-                self.epochs.pop(next(iter(self.epochs)))
-            lengths = self._positions()
+            if len(self.epochs) == 2:
+                oldest = next(iter(self.epochs))
+                del self.epochs[oldest]
             if self.packing:
-                self.epochs[epoch] = pack(lengths, self.seq_len, self.seed, epoch)
+                self.epochs[epoch] = pack(self._widths(), self.seq_len, self.seed, epoch)
             else:
-                self.epochs[epoch] = shuffled(len(lengths), self.seed, epoch)[:, None]
+                self.epochs[epoch] = shuffled(len(self.index), self.seed, epoch)[:, None]
         return self.epochs[epoch]
 
-    def _example(self, i: int) -> tuple[np.ndarray, np.ndarray]:
-        file, offset, size, check, instance, length = self.index[i].tolist()
+    def _sample(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+        """(ids, learn) of one sample: from memory, or read and tokenized again."""
+        place = self.index[number]
         if len(self.ids):
-            kept = slice(self.starts[i], self.starts[i] + length)
-            return self.ids[kept], self.learn[kept]
-        self.files[file].seek(offset)
-        line = self.files[file].read(size)
-        if zlib.crc32(line) != check:
-            raise UserError(f"{self.paths[file]} has changed at byte {offset} since it was first read; start again")
-        return self._fit(conversations(parse_line(line))[instance])[:2]
+            begin = self.begins[number]
+            end = begin + place["length"]
+            return self.ids[begin:end], self.learn[begin:end]
+        path, file = self.paths[place["file"]], self.files[place["file"]]
+        file.seek(place["offset"])
+        line = file.read(place["size"])
+        if zlib.crc32(line) != place["crc32"]:
+            raise UserError(f"{path} has changed at byte {place['offset']} since it was first read; start again")
+        messages = conversations(parse_line(line))[place["conversation"]]
+        ids, learn, _ = self._fit(messages)
+        return ids, learn
 
     def _fit(self, messages: list[dict]) -> tuple[np.ndarray, np.ndarray, bool]:
         return fit(messages, self.tokenizer, self.seq_len - self.n_virtual, self.template)
 
+    # ---- The first pass.
+
     def _scan(self) -> None:
         """Reads every row; sets index, ids and learn (empty above KEPT_TOKENS), counts, fingerprint."""
-        index, ids, learn = array("q"), bytearray(), bytearray()
-        self.counts, digest = Counter(), hashlib.sha256()
-        total = sum(file.seek(0, os.SEEK_END) for file in self.files)
+        self.counts = Counter()
+        index = bytearray()  # PLACE of each sample
+        ids = bytearray()  # int32
+        learn = bytearray()  # bool
+        digest = hashlib.sha256()
+        size = sum(file.seek(0, os.SEEK_END) for file in self.files)
         bar = tqdm(
-            total=total, desc="reading instructions", unit="B", unit_scale=True, delay=2, leave=False, disable=None
+            total=size, desc="reading instructions", unit="B", unit_scale=True, delay=2, leave=False, disable=None
         )
-        for number, file in enumerate(self.files):
+        for file_number, file in enumerate(self.files):
             file.seek(0)
             for line_number, offset, line in numbered_lines(file):
                 digest.update(line)
                 bar.update(len(line))
-                try:
-                    found = conversations(parse_line(line))
-                    examples = [self._fit(messages) for messages in found]
-                except UserError as reason:
-                    if self.on_bad_line == "error":
-                        raise UserError(
-                            f"{self.paths[number]}, row {line_number}: {reason}; fix it, or give --on_bad_line skip"
-                        ) from None
-                    self.counts["bad rows"] += 1
-                    continue
-                self.counts["rows"] += 1
-                self.counts["examples"] += len(found)
-                for instance, (messages, example) in enumerate(zip(found, examples, strict=True)):
-                    questions = sum(message["role"] == "user" for message in messages)
-                    self.counts["turns"] = max(self.counts["turns"], questions)
-                    if not len(example[0]):
-                        empty = any(m["role"] == "assistant" and m.get("learn", True) for m in messages)
-                        self.counts["empty answer" if empty else "no answer"] += 1
-                        continue
-                    self.counts["cut"] += example[2]
-                    self.counts["learned"] += int(example[1].sum())
-                    index.extend([number, offset, len(line), zlib.crc32(line), instance, len(example[0])])
-                    if len(ids) <= 4 * KEPT_TOKENS:
-                        ids += example[0].tobytes()
-                        learn += example[1].tobytes()
+                place = (file_number, offset, len(line), zlib.crc32(line))
+                for number, (sample_ids, sample_learn) in self._samples_of(line, file_number, line_number):
+                    index += np.array((*place, number, len(sample_ids)), dtype=PLACE).tobytes()
+                    if len(learn) <= KEPT_TOKENS:
+                        ids += sample_ids.tobytes()
+                        learn += sample_learn.tobytes()
         bar.close()
-        if len(ids) > 4 * KEPT_TOKENS:
+        if len(learn) > KEPT_TOKENS:
             ids, learn = b"", b""
-        self.index = np.frombuffer(index, dtype=np.int64).reshape(-1, 6)
-        self.ids, self.learn = np.frombuffer(ids, dtype=np.int32), np.frombuffer(learn, dtype=bool)
+        self.index = np.frombuffer(index, dtype=PLACE)
+        self.ids = np.frombuffer(ids, dtype=np.int32)
+        self.learn = np.frombuffer(learn, dtype=bool)
         self.fingerprint = digest.hexdigest()
+
+    def _samples_of(self, line: bytes, file_number: int, line_number: int) -> list[tuple[int, tuple]]:
+        """(number of the conversation, (ids, learn)) of each sample in a line that has something to learn; counts."""
+        try:
+            talks = conversations(parse_line(line))
+            fitted = [self._fit(messages) for messages in talks]
+        except UserError as reason:
+            if self.on_bad_line == "error":
+                path = self.paths[file_number]
+                raise UserError(f"{path}, row {line_number}: {reason}; fix it, or give --on_bad_line skip") from None
+            self.counts["bad rows"] += 1
+            return []
+        self.counts["rows"] += 1
+        self.counts["examples"] += len(talks)
+        samples = []
+        for number, (messages, (ids, learn, was_cut)) in enumerate(zip(talks, fitted, strict=True)):
+            n_questions = sum(message["role"] == "user" for message in messages)
+            self.counts["turns"] = max(self.counts["turns"], n_questions)
+            if not len(ids):
+                self.counts[_why_nothing_is_learned(messages)] += 1
+                continue
+            self.counts["cut"] += was_cut
+            self.counts["learned"] += int(learn.sum())
+            samples.append((number, (ids, learn)))
+        return samples
+
+
+def _why_nothing_is_learned(messages: list[dict]) -> str:
+    """What is counted for a conversation without a learned token."""
+    answers = [message for message in messages if message["role"] == "assistant" and message.get("learn", True)]
+    return "empty answer" if answers else "no answer"

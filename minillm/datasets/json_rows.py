@@ -7,6 +7,7 @@ that is broken is a UserError that names the file.
 import codecs
 import gzip
 import io
+import itertools
 import json
 import re
 import tempfile
@@ -18,10 +19,11 @@ from typing import BinaryIO
 
 from minillm.base.errors import UserError
 
-READ = 1 << 20  # bytes of a JSON array read at a time
-WINDOW = 1 << 16  # bytes that gzip unpacks at a time
-LONGEST_ITEM = 1 << 30  # characters in one element of a JSON array
+LARGEST_ARRAY = 1 << 30  # bytes of a JSON array, unpacked: it is read as a whole and takes 2 to 5 times this in memory
+READ_AT_ONCE = 1 << 20  # bytes
+UNPACKED_AT_ONCE = 1 << 16  # bytes that gzip unpacks at a time
 BOM, GZIP = codecs.BOM_UTF8, b"\x1f\x8b"
+SPACE = re.compile(r"\s*")
 
 
 # ---- Rows.
@@ -30,38 +32,41 @@ BOM, GZIP = codecs.BOM_UTF8, b"\x1f\x8b"
 def open_rows(path: Path) -> BinaryIO:
     """The file as seekable JSONL: itself, or for a .gz or a JSON array an unnamed temporary copy, one item per line.
 
-    Raises UserError for a file that is broken.
+    Raises UserError for a file that is broken, or an array larger than LARGEST_ARRAY.
     """
-    with _naming(path):
+    with naming_file(path):
         file = path.open("rb")
-        stream = _unpacked(file)
-        array = _opens_array(stream)
-        if stream is file and not array:
+        stream = unpacked(file)
+        is_array = opens_array(stream)
+        if stream is file and not is_array:
             file.seek(0)
             return file
+        lines = (json.dumps(value).encode() + b"\n" for _, value in array_items(stream)) if is_array else stream
         with file:
             copy = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the rows are read
-            copy.writelines((json.dumps(value).encode() + b"\n" for _, value in _items(stream)) if array else stream)
+            copy.writelines(lines)
             copy.seek(0)
             return copy
 
 
 def numbered_lines(file: BinaryIO) -> Iterator[tuple[int, int, bytes]]:
     """(number from 1, byte offset, line) of each line; blank ones are b"", and left out at the end of the file."""
-    offset = blank = 0  # blank: lines that are yielded only if something follows
+    offset = 0
+    n_blank = 0  # blank lines that are yielded only if something follows
     for number, line in enumerate(file, 1):
         if line.strip():
-            yield from ((number - back, offset, b"") for back in range(blank, 0, -1))
-            blank = 0
+            for blank_number in range(number - n_blank, number):
+                yield blank_number, offset, b""
+            n_blank = 0
             yield number, offset, line
         else:
-            blank += 1
+            n_blank += 1
         offset += len(line)
 
 
 def parse_line(line: bytes) -> object:
     """The JSON value on one line (a BOM or CRLF is ignored). Raises UserError with the reason."""
-    text = _decoded(line.removeprefix(BOM)).rstrip()
+    text = decoded(line.removeprefix(BOM)).rstrip()
     if not text:
         raise UserError("empty line")
     try:
@@ -72,84 +77,104 @@ def parse_line(line: bytes) -> object:
         raise UserError(reason) from None
 
 
-# ---- Shared by both.
+# ---- Parts of it that reading texts needs too.
 
 
 @contextmanager
-def _naming(path: Path) -> Iterator[None]:
+def naming_file(path: Path) -> Iterator[None]:
     """Turns whatever a broken file raises into a UserError that names the file."""
     try:
         yield
     except (OSError, EOFError, zlib.error) as error:
-        why = getattr(error, "strerror", None) or error
-        raise UserError(f"{path}: cannot be read ({why}); fix it or give another") from None
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{path}: cannot be read ({reason}); fix it or give another") from None
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: {error}") from None
 
 
-def _unpacked(file: BinaryIO, named_gz: bool = False) -> BinaryIO:
+def unpacked(file: BinaryIO, named_gz: bool = False) -> BinaryIO:
     """The contents of an open file, without a BOM; unpacked if it is gzip, or named .gz."""
     stream = file
     if named_gz or file.peek(2)[:2] == GZIP:
-        stream = io.BufferedReader(gzip.GzipFile(fileobj=file), WINDOW)
+        stream = io.BufferedReader(gzip.GzipFile(fileobj=file), UNPACKED_AT_ONCE)
     if stream.peek(3)[:3] == BOM:
         stream.read(3)
     return stream
 
 
-def _decoded(raw: bytes) -> str:
+def decoded(raw: bytes) -> str:
+    """UTF-8 bytes as text. Raises UserError with the byte that is wrong and its place."""
     try:
         return raw.decode()
     except UnicodeDecodeError as error:
         before = raw[: error.start].decode()
-        lines, column = before.count("\n"), len(before) - before.rfind("\n")
-        further = f"{lines} lines further on, " if lines else ""
+        n_lines = before.count("\n")
+        column = len(before) - before.rfind("\n")
+        further = f"{n_lines} lines further on, " if n_lines else ""
         raise UserError(f"not UTF-8 (byte 0x{raw[error.start]:02X}, {further}column {column})") from None
 
 
-def _fault_of(error: ValueError | RecursionError) -> str:
-    return "nested too deeply" if isinstance(error, RecursionError) else getattr(error, "msg", str(error))
-
-
-def _opens_array(stream: BinaryIO) -> bool:
-    """Whether a JSON array begins; the stream is then just after its bracket."""
+def opens_array(stream: BinaryIO) -> bool:
+    """Whether a JSON array begins here; the stream is then just after its bracket."""
     head = stream.peek()
-    bracket = len(head) - len(head.lstrip())
-    return head[bracket : bracket + 1] == b"[" and bool(stream.read(bracket + 1))
+    n_spaces = len(head) - len(head.lstrip())
+    if head[n_spaces : n_spaces + 1] != b"[":
+        return False
+    stream.read(n_spaces + 1)
+    return True
 
 
-def _items(stream: BinaryIO) -> Iterator[tuple[int, object]]:
-    """(number from 1, value) of each item of a JSON array after its bracket, in little more memory than one item needs.
+def array_items(stream: BinaryIO) -> Iterator[tuple[int, object]]:
+    """(number from 1, value) of each item of a JSON array after its bracket.
 
-    A byte that is not UTF-8 becomes the surrogate U+DC00 + byte, so that other items are still read.
+    The text is read as a whole, the values one after another, so that a fault can be named by the item's number. A byte
+    that is not UTF-8 becomes the surrogate U+DC00 + byte, so that other items are still read. Raises ValueError.
     """
-    decode = codecs.getincrementaldecoder("utf-8")("surrogateescape").decode
-    scan, space = json.JSONDecoder().raw_decode, re.compile(r"\s*")
-    text, at, number, ended = "", 0, 1, False
-    while True:
-        at = space.match(text, at).end()
+    text = _whole(stream).decode("utf-8", "surrogateescape")
+    parse_value = json.JSONDecoder().raw_decode  # (text, start) → value, end
+
+    position = _after_spaces(text, 0)
+    if text.startswith("]", position):  # an empty array
+        _refuse_more(text, position + 1)
+        return
+    for number in itertools.count(1):
         try:
-            value, end = scan(text, at)
-            end = space.match(text, end).end()
-            fault = ""
-            if text[end : end + 1] not in (",", "]"):
-                found = repr(text[end]) if end < len(text) else "the end of the file"
-                fault = f"after item {number} of the array comes {found}, not ',' or ']'"
+            value, end = parse_value(text, position)
         except (ValueError, RecursionError) as error:
-            if number == 1 and text[at : at + 1] == "]":  # an empty array
-                end = at
-                break
-            fault, end = f"item {number} of the array: not JSON ({_fault_of(error)})", getattr(error, "pos", at)
-        if fault:  # or the item only continues beyond the text read so far
-            unfinished = end > len(text) - 16 or "Unterminated" in fault
-            if ended or not unfinished or len(text) - at > LONGEST_ITEM:
-                raise ValueError(f"{fault}; fix the file")
-            data = stream.read(max(READ, len(text) - at))  # doubling, so that a long item is parsed only a few times
-            text, at, ended = text[at:] + decode(data, not data), 0, not data
-            continue
+            raise ValueError(f"item {number} of the array: not JSON ({_fault_of(error)}); fix the file") from None
+        end = _after_spaces(text, end)
+        if text[end : end + 1] not in (",", "]"):
+            found = repr(text[end]) if end < len(text) else "the end of the file"
+            raise ValueError(f"after item {number} of the array comes {found}, not ',' or ']'; fix the file")
         yield number, value
         if text[end] == "]":
-            break
-        at, number = end + 1, number + 1
-    if text[end + 1 :].strip() or any(line.strip() for line in stream):
+            _refuse_more(text, end + 1)
+            return
+        position = _after_spaces(text, end + 1)
+
+
+def _whole(stream: BinaryIO) -> bytearray:
+    data = bytearray()
+    while piece := stream.read(READ_AT_ONCE):
+        data += piece
+        if len(data) > LARGEST_ARRAY:
+            raise ValueError(
+                f"a JSON array of more than {LARGEST_ARRAY:,} bytes, which would have to fit into memory; convert it "
+                "to .jsonl: jq -cn --stream 'fromstream(1|truncate_stream(inputs))' FILE.json > FILE.jsonl"
+            )
+    return data
+
+
+def _after_spaces(text: str, position: int) -> int:
+    return SPACE.match(text, position).end()
+
+
+def _refuse_more(text: str, position: int) -> None:
+    if _after_spaces(text, position) < len(text):
         raise ValueError("more text follows the end of the array; fix the file")
+
+
+def _fault_of(error: ValueError | RecursionError) -> str:
+    if isinstance(error, RecursionError):
+        return "nested too deeply"
+    return getattr(error, "msg", str(error))

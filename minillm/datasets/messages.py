@@ -3,7 +3,12 @@
 from minillm.base.errors import UnsupportedError, UserError
 
 ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
-PAIRS = [pair.split() for pair in ("instruction output", "question answer", "prompt response", "prompt completion")]
+PAIRS = [  # keys of a question and its answer
+    ("instruction", "output"),
+    ("question", "answer"),
+    ("prompt", "response"),
+    ("prompt", "completion"),
+]
 KINDS = {int: "a number", float: "a number", bool: "true or false", list: "a list", dict: "an object", str: "a text"}
 NOT_LEARNED = ("learn", "train", "weight")  # false or 0 here: the answer is read, but not learned
 
@@ -23,39 +28,58 @@ def conversations(row: dict) -> list[list[dict]]:
     for key in ("messages", "conversations"):
         if key in row:
             return [opening + [_message(message) for message in _objects(row, key)]]
-    history = row.get("history") or []
-    if not isinstance(history, list) or not all(isinstance(turn, list) and len(turn) == 2 for turn in history):
-        raise UserError("'history' is a list of [question, answer] pairs")
-    for asked, answered in history:
-        opening += _pair({"prompt": asked, "response": answered})
+    for question, answer in _history(row):
+        opening += _pair({"prompt": question, "response": answer})
     if "instances" in row:
         return [opening + _pair({**row, **instance}) for instance in _objects(row, "instances")]
     return [opening + _pair(row)]
 
 
+def is_learned(message: dict) -> bool:
+    """Whether a message is an answer to learn: neither marked otherwise nor empty (which would teach silence)."""
+    return message["role"] == "assistant" and message.get("learn", True) and bool(message["content"].strip())
+
+
+# ---- Parts of a row.
+
+
 def _pair(row: dict) -> list[dict]:
-    for asked, answered in PAIRS:
-        if asked in row and answered in row:
-            parts = [_text(row, asked), _text(row, "input", "")]
+    """Question and answer, two messages, from whatever keys they are under."""
+    for question, answer in PAIRS:
+        if question in row and answer in row:
+            parts = [_text(row, question), _text(row, "input", "")]
             prompt = "\n".join(part for part in parts if part.strip())
-            answer = _text(row, answered)
-            return [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
-    known = ["messages", "conversations", *(f"{asked} with {answered}" for asked, answered in PAIRS)]
-    raise UnsupportedError(f"its keys are {', '.join(row)[:200] or 'none'}; known are {', '.join(known)}")
+            return [{"role": "user", "content": prompt}, {"role": "assistant", "content": _text(row, answer)}]
+    keys = ", ".join(row)[:200] or "none"
+    known = ["messages", "conversations", *(f"{question} with {answer}" for question, answer in PAIRS)]
+    raise UnsupportedError(f"its keys are {keys}; known are {', '.join(known)}")
+
+
+def _history(row: dict) -> list[list]:
+    """The earlier turns, each [question, answer]."""
+    history = row.get("history") or []
+    if not isinstance(history, list) or not all(isinstance(turn, list) and len(turn) == 2 for turn in history):
+        raise UserError("'history' is a list of [question, answer] pairs")
+    return history
 
 
 def _message(message: dict) -> dict:
-    names = ("role", "content") if "role" in message else ("from", "value")
-    role, content = (_text(message, name) for name in names)
+    """One message in our form, from either of the known ones."""
+    role_key, content_key = ("role", "content") if "role" in message else ("from", "value")
+    role = _text(message, role_key)
+    content = _text(message, content_key)
     if role not in ROLES:
         raise UserError(f"role {role[:40]!r} is none of {', '.join(ROLES)}")
     flags = [message[name] for name in NOT_LEARNED if name in message]
     if any(flag not in (True, False) for flag in flags):
         raise UserError(f"whether a message is learned is true or false, not {flags!r}")
-    return {"role": ROLES[role], "content": content} | ({} if all(flags) else {"learn": False})
+    if all(flags):
+        return {"role": ROLES[role], "content": content}
+    return {"role": ROLES[role], "content": content, "learn": False}
 
 
 def _text(row: dict, key: str, default: str | None = None) -> str:
+    """The text under a key; `default`, if there is one, where it is missing or null."""
     value = row.get(key, default)
     if value is None and default is not None:
         return default  # "input": null
@@ -69,8 +93,3 @@ def _objects(row: dict, key: str) -> list[dict]:
     if not isinstance(row[key], list) or not all(isinstance(item, dict) for item in row[key]):
         raise UserError(f"{key!r} is not a list of JSON objects")
     return row[key]
-
-
-def is_learned(message: dict) -> bool:
-    """Whether a message is an answer to learn: neither marked otherwise nor empty (which would teach silence)."""
-    return message["role"] == "assistant" and message.get("learn", True) and bool(message["content"].strip())

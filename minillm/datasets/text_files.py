@@ -1,9 +1,9 @@
 """Reading a user's texts: .txt, .jsonl, .json with an array, .gz of these, or .parquet.
 
-Reading has two parts, so that one process can feed many: `records` goes through a file in constant memory and cuts out
-each document's raw form; `text_of` decodes and checks it, perhaps in a worker. A fault in one document is a UserError
-with the reason alone: the caller, who knows the place, reports or skips it. A file that is broken is a UserError that
-names the file.
+Reading has two parts, so that one process can feed many: `records` goes through a file in constant memory (a JSON array
+is read as a whole) and cuts out each document's raw form; `text_of` decodes and checks it, perhaps in a worker. A fault
+in one document is a UserError with the reason alone: the caller, who knows the place, reports or skips it. A file that
+is broken is a UserError that names the file.
 """
 
 from collections import Counter
@@ -12,11 +12,52 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 from minillm.base.errors import UserError
-from minillm.datasets.json_rows import _decoded, _items, _naming, _opens_array, _unpacked, numbered_lines, parse_line
+from minillm.datasets.json_rows import (
+    array_items,
+    decoded,
+    naming_file,
+    numbered_lines,
+    opens_array,
+    parse_line,
+    unpacked,
+)
 
 SUFFIXES = (".txt", ".jsonl", ".json", ".txt.gz", ".jsonl.gz", ".json.gz", ".parquet")
-TXT_SPLITS = ("blank", "lines", "file")  # where documents of a .txt may end: see `records`
+KNOWN = ", ".join(SUFFIXES)
+BOUNDARIES = ("blank", "lines", "file")  # where documents of a .txt may end: see `records`
 LONGEST_TEXT = 64 << 20  # bytes; a longer document of a .txt is ended after the line that exceeds this
+
+
+# ---- Files.
+
+
+def find_files(inputs: Iterable[str | Path]) -> list[Path]:
+    """The files to read: each file named, and every file of a known kind in each folder named, sorted.
+
+    Raises UserError for a path that does not exist, a kind not known, a folder without any, a file given twice.
+    """
+    files: list[Path] = []
+    for path in map(Path, inputs):
+        if path.is_dir():
+            files += _files_in(path)
+        elif not path.exists():
+            raise UserError(f"{path}: no such file or folder")
+        elif not path.name.endswith(SUFFIXES):
+            raise UserError(f"{path}: not a known kind of file ({KNOWN}); convert or rename it")
+        else:
+            files.append(path)
+    for path, times in Counter(file.resolve() for file in files).items():
+        if times > 1:
+            raise UserError(f"{path}: given {times} times; name each file once")
+    return files
+
+
+def _files_in(folder: Path) -> list[Path]:
+    """Every file of a known kind under a folder, sorted; nothing hidden, nor in a hidden folder."""
+    known = [path for path in sorted(folder.rglob("*")) if path.name.endswith(SUFFIXES) and path.is_file()]
+    if not known:
+        raise UserError(f"{folder}: the folder holds no file of a known kind ({KNOWN})")
+    return [path for path in known if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
 
 
 # ---- Documents.
@@ -31,51 +72,26 @@ class Record(NamedTuple):
     position: int  # bytes of the file read so far
 
 
-def find_files(inputs: Iterable[str | Path]) -> list[Path]:
-    """The files to read: each file named, and every file of a known kind in each folder named, sorted.
-
-    Raises UserError for a path that does not exist, a kind not known, a folder without any, a file given twice.
-    """
-    known = ", ".join(SUFFIXES)
-    files: list[Path] = []
-    for path in map(Path, inputs):
-        if path.is_dir():
-            inside = [p for p in sorted(path.rglob("*")) if p.name.endswith(SUFFIXES) and p.is_file()]
-            files += [p for p in inside if not any(part.startswith(".") for part in p.relative_to(path).parts)]
-            if not inside:
-                raise UserError(f"{path}: the folder holds no file of a known kind ({known})")
-        elif not path.exists():
-            raise UserError(f"{path}: no such file or folder")
-        elif not path.name.endswith(SUFFIXES):
-            raise UserError(f"{path}: not a known kind of file ({known}); convert or rename it")
-        else:
-            files.append(path)
-    for path, times in Counter(file.resolve() for file in files).items():
-        if times > 1:
-            raise UserError(f"{path}: given {times} times; name each file once")
-    return files
-
-
-def records(path: Path, *, split: str, field: str) -> Iterator[Record]:
+def records(path: Path, *, boundary: str, field: str) -> Iterator[Record]:
     """Every document of one file.
 
-    split: where documents of a .txt end: "lines" (each line is one), "blank" (at blank lines), "file" (only after
+    boundary: where documents of a .txt end: "lines" (each line is one), "blank" (at blank lines), "file" (only after
         LONGEST_TEXT, so that memory stays bounded).
     field: the key or column that holds the text, elsewhere.
     """
-    with _naming(path):
+    with naming_file(path):
         if path.suffix == ".parquet":
             yield from _parquet(path, field)
             return
         with path.open("rb") as file:
-            stream = _unpacked(file, path.suffix == ".gz")
+            stream = unpacked(file, path.suffix == ".gz")
             if path.name.removesuffix(".gz").endswith(".txt"):
-                found = _texts(stream, split)
-            elif _opens_array(stream):
-                found = ((number, "value", _field(value, field)) for number, value in _items(stream))
+                documents = _texts(stream, boundary)
+            elif opens_array(stream):
+                documents = ((number, "value", _field(value, field)) for number, value in array_items(stream))
             else:
-                found = ((number, "json", line) for number, _, line in numbered_lines(stream))
-            for number, kind, raw in found:
+                documents = ((number, "json", line) for number, _, line in numbered_lines(stream))
+            for number, kind, raw in documents:
                 yield Record(number, kind, raw, file.tell())
 
 
@@ -83,7 +99,7 @@ def text_of(kind: str, raw, field: str) -> str:
     """A record's text; raises UserError saying what is wrong with it."""
     text = raw
     if kind == "text":
-        text = _decoded(raw)
+        text = decoded(raw)
     elif kind == "json":
         text = _field(parse_line(raw), field)
     if isinstance(text, UserError):
@@ -92,15 +108,15 @@ def text_of(kind: str, raw, field: str) -> str:
         text.encode()
     except UnicodeEncodeError as error:  # JSON can escape a lone surrogate, UTF-8 cannot encode it
         code = ord(text[error.start])
-        if kind == "value" and 0xDC80 <= code <= 0xDCFF:  # how `_items` passes on a byte that is not UTF-8
+        if kind == "value" and 0xDC80 <= code <= 0xDCFF:  # how `array_items` passes on a byte that is not UTF-8
             raise UserError(f"not UTF-8 (byte 0x{code - 0xDC00:02X})") from None
         raise UserError(f"lone surrogate U+{code:04X} in the text") from None
     return text
 
 
-def texts_of(path: Path, *, split: str, field: str) -> Iterator[tuple[str, int]]:
+def texts_of(path: Path, *, boundary: str, field: str) -> Iterator[tuple[str, int]]:
     """(text, bytes of the file read so far) of each document of a file. Raises UserError naming file and record."""
-    for record in records(path, split=split, field=field):
+    for record in records(path, boundary=boundary, field=field):
         try:
             text = text_of(record.kind, record.raw, field)
         except UserError as problem:
@@ -108,13 +124,16 @@ def texts_of(path: Path, *, split: str, field: str) -> Iterator[tuple[str, int]]
         yield text, record.position
 
 
+# ---- JSON.
+
+
 def _field(value, field: str) -> str | UserError:
     """The text in a JSON value, or the error: it is found in the reading process, but reported by a worker."""
     if not isinstance(value, dict):
         return UserError(f"a JSON object is needed, this is {_type(value)}")
     if field not in value:
-        have = ", ".join(list(value)[:8]) or "none"
-        return UserError(f"key {field!r} is missing (its keys: {have}; choose with --field)")
+        keys = ", ".join(list(value)[:8]) or "none"
+        return UserError(f"key {field!r} is missing (its keys: {keys}; choose with --field)")
     if not isinstance(value[field], str):
         return UserError(f"key {field!r} holds {_type(value[field])}, not a string")
     return value[field]
@@ -125,27 +144,37 @@ def _type(value) -> str:
     return names.get(type(value), "a number")
 
 
-def _texts(stream: BinaryIO, split: str) -> Iterator[tuple]:
-    lines: list[bytes] = []
-    first, size = 1, 0
+# ---- Plain text.
+
+
+def _texts(stream: BinaryIO, boundary: str) -> Iterator[tuple[int, str, bytes]]:
+    """(number of its first line, "text", UTF-8 bytes) of each document."""
+    lines: list[bytes] = []  # of the document that is being read
+    first_line = 1
+    size = 0  # bytes
     for number, line in enumerate(stream, 1):
         if line.endswith(b"\r\n"):
             line = line[:-2] + b"\n"
-        between = split != "file" and not line.strip()
-        if not between:
+        is_between = boundary != "file" and not line.strip()
+        if not is_between:
             lines.append(line)
             size += len(line)
-        if between or split == "lines" or size > LONGEST_TEXT:
+        if is_between or boundary == "lines" or size > LONGEST_TEXT:
             if lines:
-                yield first, "text", _joined(lines, split)
-            lines, first, size = [], number + 1, 0
+                yield first_line, "text", _joined(lines, boundary)
+            lines = []
+            first_line = number + 1
+            size = 0
     if lines:
-        yield first, "text", _joined(lines, split)
+        yield first_line, "text", _joined(lines, boundary)
 
 
-def _joined(lines: list[bytes], split: str) -> bytes:
+def _joined(lines: list[bytes], boundary: str) -> bytes:
     text = b"".join(lines)
-    return text if split == "file" else text.rstrip(b"\n")
+    return text if boundary == "file" else text.rstrip(b"\n")
+
+
+# ---- Parquet.
 
 
 def _parquet(path: Path, field: str) -> Iterator[Record]:
@@ -153,12 +182,13 @@ def _parquet(path: Path, field: str) -> Iterator[Record]:
         from pyarrow import ArrowException, parquet
     except ImportError:
         raise UserError(f'{path}: reading parquet needs pyarrow; pip install -e ".[parquet]"') from None
-    size, number = path.stat().st_size, 0
+    size = path.stat().st_size
+    number = 0
     try:
         file = parquet.ParquetFile(path)
-        names = file.schema_arrow.names
-        if field not in names:
-            raise ValueError(f"column {field!r} is missing (its columns: {', '.join(names)}; choose with --field)")
+        columns = file.schema_arrow.names
+        if field not in columns:
+            raise ValueError(f"column {field!r} is missing (its columns: {', '.join(columns)}; choose with --field)")
         for batch in file.iter_batches(batch_size=256, columns=[field]):
             for value in batch.column(0).to_pylist():
                 number += 1

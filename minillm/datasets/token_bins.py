@@ -2,14 +2,26 @@
 
 import hashlib
 import json
+from bisect import bisect_right
+from itertools import accumulate
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from minillm.base.errors import UserError
 
 SCANNED_TOKENS = 1 << 28  # bins up to this size are checked for bad ids when opened, larger ones as they are read
+NEWEST_FORMAT = 2
 SAMPLES = 1024  # evenly spaced tokens that go into a raw .bin's fingerprint: each may be a page to read
+
+
+class Stream(NamedTuple):
+    """Tokens of a split that windows run over without a gap: a file, or all of them."""
+
+    name: str
+    begin: int  # number of its first token in the split
+    end: int  # of the token after its last
 
 
 class TokenBins:
@@ -23,33 +35,62 @@ class TokenBins:
         self.meta: dict = {}
         if self.path.is_dir():
             self.meta = read_meta(self.path)
-            dtype, vocab_size = self.meta["dtype"], self.meta["vocab_size"]
-            files = [(self.path / f["name"], f["tokens"]) for f in self.meta["files"].get(split, [])]
-            if not files:
-                raise UserError(f"{self.path}: holds no {split} split; prepare it again with one")
-        elif not self.path.exists():
-            raise UserError(f"{self.path}: no such data; run `python data/prepare.py --input … --out {self.path}`")
-        elif self.path.name.removesuffix(".gz").endswith((".txt", ".json", ".jsonl", ".parquet")):
-            raise UserError(f"{self.path}: is text; make token bins: `python data/prepare.py --input {self.path} …`")
-        elif dtype not in ("uint16", "uint32") or vocab_size is None:
-            raise UserError(f"{self.path}: a raw .bin needs --data_dtype uint16|uint32 and --data_vocab_size N")
+            dtype = self.meta["dtype"]
+            vocab_size = self.meta["vocab_size"]
         else:
-            files = [(self.path, None)]
+            _check_raw(self.path, dtype, vocab_size)
+        self._open_files(split, np.dtype(dtype).newbyteorder("<"))
+
         self.vocab_size: int = vocab_size
         self.eos_id: int | None = self.meta.get("eos_id")
-        with_bos = self.meta.get("wrap") == "bos_eos"
-        self.start_id: int | None = self.meta["bos_id"] if with_bos else self.eos_id  # before a document
-        self.arrays = [self._open(file, tokens, np.dtype(dtype).newbyteorder("<")) for file, tokens in files]
-        if not self.meta:
-            cut = len(self.arrays[0]) - max(2, len(self.arrays[0]) // 100)
-            self.arrays = [self.arrays[0][cut:] if split == "val" else self.arrays[0][:cut]]
-        self.names = [str(file) for file, _ in files]
-        self.n_tokens = sum(len(a) for a in self.arrays)
-        documents = sum(f["documents"] for f in self.meta.get("files", {}).get(split, []))
-        self.mean_document = self.n_tokens / documents if documents else 0.0  # tokens; 0: not known
+        begins_with_bos = self.meta.get("wrap") == "bos_eos"
+        self.start_id: int | None = self.meta["bos_id"] if begins_with_bos else self.eos_id  # before a document
+
+        self.begins = [0, *accumulate(len(tokens) for tokens in self.arrays)]  # of each file, in tokens of the split
+        self.n_tokens = self.begins[-1]
+        n_documents = sum(file["documents"] for file in self.meta.get("files", {}).get(split, []))
+        self.mean_document = self.n_tokens / n_documents if n_documents else 0.0  # tokens; 0: not known
         if self.n_tokens <= SCANNED_TOKENS:
             for number, tokens in enumerate(self.arrays):
-                self.check_ids(tokens, number, 0)
+                self._check_ids(tokens, number, 0)
+
+    def _open_files(self, split: str, dtype: np.dtype) -> None:
+        """Sets `arrays`, the tokens of each file, (n,) uint16 or uint32, and `names`."""
+        if not self.meta:
+            tokens = _open(self.path, None, dtype)
+            n_val = max(2, len(tokens) // 100)
+            self.arrays = [tokens[-n_val:] if split == "val" else tokens[:-n_val]]
+            self.names = [str(self.path)]
+            return
+        files = self.meta["files"].get(split, [])
+        if not files:
+            raise UserError(f"{self.path}: holds no {split} split; prepare it again with one")
+        self.arrays = [_open(self.path / file["name"], file["tokens"], dtype) for file in files]
+        self.names = [str(self.path / file["name"]) for file in files]
+
+    def streams(self) -> list[Stream]:
+        """What windows run over: all files as one since format 2, where a file is cut between documents; before, each.
+
+        So in format 2 it makes no difference into how many files the texts were put.
+        """
+        if self.meta.get("format", 1) >= 2:
+            return [Stream(str(self.path), 0, self.n_tokens)]
+        return list(map(Stream, self.names, self.begins, self.begins[1:]))
+
+    def read(self, start: int, count: int) -> np.ndarray:
+        """The tokens start … start + count of the split, over the ends of files: (count,) uint16 or uint32."""
+        pieces = []
+        number = bisect_right(self.begins, start) - 1  # of the file that holds the first token
+        while count:
+            offset = start - self.begins[number]
+            piece = self.arrays[number][offset : offset + count]
+            if self.n_tokens > SCANNED_TOKENS:
+                self._check_ids(piece, number, offset)
+            pieces.append(piece)
+            start += len(piece)
+            count -= len(piece)
+            number += 1
+        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
 
     def ids(self) -> tuple:
         """What the ids mean, as far as known; for a raw .bin only how many there are."""
@@ -58,24 +99,12 @@ class TokenBins:
     def identity(self) -> dict:
         """What identifies the data: meta.json, or for a raw .bin the number of training tokens and a hash of some."""
         if self.meta:
-            return self.meta
+            return {key: value for key, value in self.meta.items() if not key.startswith("bins")}
         tokens = self.arrays[0]
         some = tokens[:: max(1, len(tokens) // SAMPLES)].tobytes()
         return {"tokens": len(tokens), "dtype": tokens.dtype.str, "sha256": hashlib.sha256(some).hexdigest()}
 
-    def _open(self, file: Path, tokens: int | None, dtype: np.dtype) -> np.ndarray:
-        if not file.exists():
-            raise UserError(f"{file}: missing, though meta.json lists it; prepare the data again")
-        size = file.stat().st_size
-        if tokens is not None and size != tokens * dtype.itemsize:
-            raise UserError(
-                f"{file}: {size} bytes, but meta.json says {tokens} tokens of {dtype.itemsize} bytes; prepare again"
-            )
-        if size == 0 or size % dtype.itemsize:
-            raise UserError(f"{file}: {size} bytes are not a whole number of {dtype.name} tokens; is the dtype right?")
-        return np.asarray(np.memmap(file, dtype=dtype, mode="r"))  # a plain view: slicing a memmap object is slow
-
-    def check_ids(self, tokens: np.ndarray, number: int, offset: int) -> None:
+    def _check_ids(self, tokens: np.ndarray, number: int, offset: int) -> None:
         """Raise UserError for an id beyond the vocabulary; `offset`: where `tokens` begin in file `number`."""
         if len(tokens) and tokens.max() >= self.vocab_size:
             at = int(np.argmax(tokens >= self.vocab_size))
@@ -85,37 +114,73 @@ class TokenBins:
             )
 
 
+def _check_raw(path: Path, dtype: str | None, vocab_size: int | None) -> None:
+    """Raises UserError for a path that is no folder and no raw .bin with a description."""
+    if not path.exists():
+        raise UserError(f"{path}: no such data; run `python data/prepare.py --input … --out {path}`")
+    if path.name.removesuffix(".gz").endswith((".txt", ".json", ".jsonl", ".parquet")):
+        raise UserError(f"{path}: is text; make token bins: `python data/prepare.py --input {path} …`")
+    if dtype not in ("uint16", "uint32") or vocab_size is None:
+        raise UserError(f"{path}: a raw .bin needs --data_dtype uint16|uint32 and --data_vocab_size N")
+
+
+def _open(file: Path, n_tokens: int | None, dtype: np.dtype) -> np.ndarray:
+    """The tokens of one file, mapped into memory. n_tokens: how many meta.json says there are."""
+    if not file.exists():
+        raise UserError(f"{file}: missing, though meta.json lists it; prepare the data again")
+    size = file.stat().st_size
+    if n_tokens is not None and size != n_tokens * dtype.itemsize:
+        raise UserError(
+            f"{file}: {size} bytes, but meta.json says {n_tokens} tokens of {dtype.itemsize} bytes; prepare again"
+        )
+    if size == 0 or size % dtype.itemsize:
+        raise UserError(f"{file}: {size} bytes are not a whole number of {dtype.name} tokens; is the dtype right?")
+    return np.asarray(np.memmap(file, dtype=dtype, mode="r"))  # a plain view: slicing a memmap object is slow
+
+
 def read_meta(folder: Path) -> dict:
-    """A data folder's meta.json, checked for the keys that reading the bins needs."""
+    """A data folder's meta.json, checked for the keys that reading the bins needs. Raises UserError."""
+    path = folder / "meta.json"
     try:
-        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+        meta = json.loads(path.read_text(encoding="utf-8"))
         meta["dtype"], meta["vocab_size"], meta["files"]["train"]
     except FileNotFoundError:
-        if not any(folder.glob("*.bin")) and not (folder / "parts.json").exists():
-            raise UserError(
-                f"{folder}: holds no token bins; make some of its texts: `python data/prepare.py --input {folder} …`"
-            ) from None
-        raise UserError(
-            f"{folder}: holds no meta.json, so never finished; run `python data/prepare.py … --out {folder}` again"
-        ) from None
+        raise _no_meta_error(folder) from None
     except (ValueError, KeyError, TypeError) as problem:
-        raise UserError(f"{folder / 'meta.json'}: cannot be read ({problem!r}); prepare the data again") from None
+        raise UserError(f"{path}: cannot be read ({problem!r}); prepare the data again") from None
+    if meta.get("format", 1) > NEWEST_FORMAT:
+        raise UserError(f"{path}: format {meta['format']} is newer than this minillm; update it")
     return meta
+
+
+def _no_meta_error(folder: Path) -> UserError:
+    begun = (folder / "unfinished", folder / "parts.json")  # the latter by an earlier version
+    if any(folder.glob("*.bin")) or any(path.exists() for path in begun):
+        return UserError(
+            f"{folder}: holds no meta.json, so never finished; run `python data/prepare.py … --out {folder}` again"
+        )
+    return UserError(
+        f"{folder}: holds no token bins; make some of its texts: `python data/prepare.py --input {folder} …`"
+    )
 
 
 def parse_mixture(text: str) -> list[tuple[Path, float]]:
     """`a` or `a:3,b:1` → folders with their shares, which sum to one."""
-    parts = [part.strip() for part in text.split(",") if part.strip()]
-    pairs = []
-    for part in parts:
-        path, colon, weight = part.rpartition(":")
-        try:
-            pairs.append((Path(path), float(weight)) if colon and path else (Path(part), 1.0))
-        except ValueError:
-            if Path(path).exists() and not Path(part).exists():
-                raise UserError(f"--data {part}: the weight {weight!r} is no number; give FOLDER:WEIGHT") from None
-            pairs.append((Path(part), 1.0))  # a colon that belongs to the path
-    if not pairs or any(not 0 < weight < float("inf") for _, weight in pairs):
+    weighted = [_weighted(part.strip()) for part in text.split(",") if part.strip()]
+    if not weighted or any(not 0 < weight < float("inf") for _, weight in weighted):
         raise UserError(f"--data {text!r}: expected FOLDER, or FOLDER:WEIGHT,FOLDER:WEIGHT,… with weights above 0")
-    total = sum(weight for _, weight in pairs)
-    return [(path, weight / total) for path, weight in pairs]
+    total = sum(weight for _, weight in weighted)
+    return [(path, weight / total) for path, weight in weighted]
+
+
+def _weighted(part: str) -> tuple[Path, float]:
+    """`a:3` → a, 3; `a` → a, 1."""
+    path, colon, weight = part.rpartition(":")
+    if not (colon and path):
+        return Path(part), 1.0
+    try:
+        return Path(path), float(weight)
+    except ValueError:
+        if Path(path).exists() and not Path(part).exists():
+            raise UserError(f"--data {part}: the weight {weight!r} is no number; give FOLDER:WEIGHT") from None
+        return Path(part), 1.0  # a colon that belongs to the path

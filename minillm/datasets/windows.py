@@ -1,17 +1,17 @@
-"""Memory-mapped token bins that give shifted X/Y pairs, in an order that is a pure function of the seed.
+"""Windows of token bins as shifted X/Y pairs, in an order that is a pure function of the seed.
 
 A data position is a number: position p always means the same window, whatever the number of ranks and
 however often the run was stopped, because the order is computed (a keyed permutation), not stored.
 """
 
-from itertools import accumulate
+import math
 from typing import NamedTuple
 
 import numpy as np
 
 from minillm.base.errors import UserError
 from minillm.datasets.batch import Batch, documents_in, shifted
-from minillm.datasets.token_bins import SCANNED_TOKENS, TokenBins
+from minillm.datasets.token_bins import TokenBins
 
 MIXTURE_SLOTS = 256  # each block of this many windows has a mixture's exact shares
 
@@ -24,26 +24,30 @@ def permute(index: np.ndarray, n: int, key: int) -> np.ndarray:
 
     index: int array of values in [0, n); returns int64 of the same shape.
     """
-    half = max(1, (max(n - 1, 1).bit_length() + 1) // 2)
-    low = np.uint64((1 << half) - 1)
-    keys = np.random.SeedSequence(key % (1 << 128)).generate_state(4, np.uint64)
-    out = np.array(index, dtype=np.uint64)
-    outside = np.ones(out.shape, dtype=bool)
+    # A number is two halves of equal bits, (left, right). A round gives (right, left ^ f(right)), which can be undone
+    # whatever f is; so four rounds, each with a key of its own, permute all numbers of so many bits.
+    half_bits = max(1, math.ceil((n - 1).bit_length() / 2))
+    half_mask = np.uint64((1 << half_bits) - 1)
+    round_keys = np.random.SeedSequence(key % (1 << 128)).generate_state(4, np.uint64)
+    numbers = np.array(index, dtype=np.uint64)
+    outside = np.ones(numbers.shape, dtype=bool)  # not yet in [0, n)
     while outside.any():
-        left, right = out[outside] >> np.uint64(half), out[outside] & low
-        for k in keys:
-            mixed = (right ^ k) * np.uint64(0x9E3779B97F4A7C15)  # an odd multiplier spreads every bit upwards
+        left = numbers[outside] >> np.uint64(half_bits)
+        right = numbers[outside] & half_mask
+        for round_key in round_keys:
+            mixed = (right ^ round_key) * np.uint64(0x9E3779B97F4A7C15)  # an odd factor spreads every bit upwards
             mixed = (mixed ^ (mixed >> np.uint64(29))) * np.uint64(0xBF58476D1CE4E5B9)
-            left, right = right, left ^ ((mixed >> np.uint64(32)) & low)
-        out[outside] = (left << np.uint64(half)) | right
-        outside = out >= np.uint64(n)
-    return out.astype(np.int64)
+            mixed = (mixed >> np.uint64(32)) & half_mask
+            left, right = right, left ^ mixed
+        numbers[outside] = (left << np.uint64(half_bits)) | right
+        outside = numbers >= np.uint64(n)
+    return numbers.astype(np.int64)
 
 
 class TokenWindows:
     """The pretraining set: windows of seq_len + 1 tokens, overlapping by one, so that every token is a target once.
 
-    (The last window of a file is moved back to end with the file, so a few targets there occur twice per epoch.)
+    (The last window of a stream is moved back to end with it, so a few targets there occur twice per epoch.)
     """
 
     def __init__(self, mixture: list[tuple[TokenBins, float]], seq_len: int, *, seed: int, documents: bool = False):
@@ -51,11 +55,15 @@ class TokenWindows:
         documents in each batch, so that attention stays inside them.
         """
         self.sources = [bins for bins, _ in mixture]
-        self.seq_len, self.seed, self.documents = seq_len, seed, documents
-        for bins in self.sources:
-            for tokens, name in zip(bins.arrays, bins.names, strict=True):
-                if len(tokens) < seq_len + 1:
-                    raise UserError(f"{name}: {len(tokens)} tokens are fewer than one window of {seq_len} + 1")
+        self.streams = [bins.streams() for bins in self.sources]
+        self.seq_len = seq_len
+        self.seed = seed
+        self.documents = documents
+        for bins, streams in zip(self.sources, self.streams, strict=True):
+            for stream in streams:
+                n_tokens = stream.end - stream.begin
+                if n_tokens < seq_len + 1:
+                    raise UserError(f"{stream.name}: {n_tokens} tokens are fewer than one window of {seq_len} + 1")
             if bins.ids() != self.sources[0].ids():
                 raise UserError(
                     f"{bins.path}: prepared with another tokenizer or --wrap than {self.sources[0].path}; "
@@ -63,10 +71,12 @@ class TokenWindows:
                 )
             if documents and bins.eos_id is None:
                 raise UserError(f"{bins.path}: the end-of-document id is unknown, so --document_attention cannot be")
-        # cumulative number of windows per file, for each source: [0, w0, w0 + w1, …]
-        self.edges = [
-            np.cumsum([0] + [-(-(len(tokens) - 1) // seq_len) for tokens in bins.arrays]) for bins in self.sources
-        ]
+        # The number of the first window in each stream, for each source, and the number of all: [0, w0, w0 + w1, …].
+        self.edges = []
+        for streams in self.streams:
+            n_windows = [math.ceil((stream.end - stream.begin - 1) / seq_len) for stream in streams]
+            self.edges.append(np.cumsum([0, *n_windows]))
+        # The first of the MIXTURE_SLOTS slots that each source has, and MIXTURE_SLOTS.
         shares = np.array([share for _, share in mixture])
         self.slots = np.round(np.cumsum([0.0, *shares]) * MIXTURE_SLOTS).astype(np.int64)
         if (np.diff(self.slots) == 0).any():
@@ -79,10 +89,11 @@ class TokenWindows:
 
     def locate(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(source, window in that source) of each position: int64 arrays of the same shape, (B,)."""
-        sources, turns = self._deal(positions)
+        sources, turns = self._deal(positions)  # (B,), (B,)
         windows = np.empty_like(positions)
         for source in np.unique(sources):
-            windows[sources == source] = self._shuffle(int(source), turns[sources == source])
+            of_source = sources == source
+            windows[of_source] = self._shuffle(int(source), turns[of_source])
         return sources, windows
 
     def _deal(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -104,25 +115,29 @@ class TokenWindows:
 
         Of 100 windows, turn 99 reads π₀(99), turn 100 reads π₁(0), turn 203 reads π₂(3).
         """
-        n = int(self.edges[source][-1])
-        epochs, index = np.divmod(turns, n)
+        n_windows = int(self.edges[source][-1])
+        epochs, windows = np.divmod(turns, n_windows)
         for epoch in np.unique(epochs):
-            index[epochs == epoch] = permute(index[epochs == epoch], n, _key(self.seed, 2, epoch, source))
-        return index
+            in_epoch = epochs == epoch
+            windows[in_epoch] = permute(windows[in_epoch], n_windows, _key(self.seed, 2, epoch, source))
+        return windows
 
     def batch(self, positions: np.ndarray) -> Batch:
         """The windows at these positions, (B,) int64: a pure function of seed and positions."""
-        rows = np.empty((len(positions), self.seq_len + 1), dtype=np.int64)
+        rows = np.empty((len(positions), self.seq_len + 1), dtype=np.int64)  # (B, T + 1)
         for row, source, window in zip(rows, *self.locate(np.asarray(positions)), strict=True):
-            bins, edges = self.sources[source], self.edges[source]
-            number = int(np.searchsorted(edges, window, side="right")) - 1
-            tokens = bins.arrays[number]
-            start = min(int(window - edges[number]) * self.seq_len, len(tokens) - self.seq_len - 1)
-            row[:] = tokens[start : start + self.seq_len + 1]
-            if bins.n_tokens > SCANNED_TOKENS:
-                bins.check_ids(row, number, start)
-        documents = documents_in(rows[:, :-1], self.sources[0].start_id) if self.documents else None
+            row[:] = self._window(int(source), int(window))
+        start_id = self.sources[0].start_id
+        documents = documents_in(rows[:, :-1], start_id) if self.documents else None  # (B, T)
         return shifted(rows, documents=documents)
+
+    def _window(self, source: int, window: int) -> np.ndarray:
+        """The tokens of one window of a source, (T + 1,)."""
+        number = int(np.searchsorted(self.edges[source], window, side="right")) - 1  # of its stream
+        stream = self.streams[source][number]
+        begin = stream.begin + (window - int(self.edges[source][number])) * self.seq_len
+        last_begin = stream.end - (self.seq_len + 1)
+        return self.sources[source].read(min(begin, last_begin), self.seq_len + 1)
 
 
 class ValidationPart(NamedTuple):
@@ -133,10 +148,11 @@ class ValidationPart(NamedTuple):
     n_documents: int
 
     def batches(self, rows_per_batch: int, documents: bool, start_id: int | None):
+        """Batches of up to so many rows. documents: number the documents, which begin with start_id."""
         for i in range(0, len(self.rows), rows_per_batch):
             rows = self.rows[i : i + rows_per_batch]
-            inside = documents_in(rows[:, :-1], start_id) if documents else None
-            yield shifted(rows, self.mask[i : i + rows_per_batch], inside)
+            numbers = documents_in(rows[:, :-1], start_id) if documents else None  # (B, T)
+            yield shifted(rows, self.mask[i : i + rows_per_batch], numbers)
 
 
 def validation_part(bins: TokenBins, seq_len: int, max_tokens: int) -> ValidationPart:
@@ -146,24 +162,34 @@ def validation_part(bins: TokenBins, seq_len: int, max_tokens: int) -> Validatio
     is needed, and bos is not a target, since it carries no information. If no eos is known, or the first document alone
     is longer, the part is simply the first tokens. Raises `UserError` for a part without a target.
     """
-    begins = accumulate((len(tokens) for tokens in bins.arrays), initial=0)
-    parts = [tokens[: max(0, max_tokens - begin)] for tokens, begin in zip(bins.arrays, begins, strict=False)]
-    tokens = np.concatenate(parts).astype(np.int64)
+    # The first tokens of all files, end to end.
+    pieces = []
+    room = max_tokens
+    for tokens in bins.arrays:
+        pieces.append(tokens[:room])
+        room -= len(pieces[-1])
+    tokens = np.concatenate(pieces).astype(np.int64)
+
+    # Up to the end of the last whole document, and with what comes before the first.
     n_documents = 0
     if bins.eos_id is not None:
         ends = np.flatnonzero(tokens == bins.eos_id)
         if len(ends):
-            tokens, n_documents = tokens[: ends[-1] + 1], len(ends)
+            tokens = tokens[: ends[-1] + 1]
+            n_documents = len(ends)
         if bins.start_id == bins.eos_id:
             tokens = np.concatenate([[bins.eos_id], tokens])
     if len(tokens) < 2:
         needed = "raise --eval_tokens (of eval, --max_tokens)"
         raise UserError(f"{bins.path}: {len(tokens)} token to validate on leaves no target; {needed}")
-    n_rows = -(-(len(tokens) - 1) // seq_len)
+
+    # As windows that overlap by one, the last one filled up with zeros that are no targets.
+    n_rows = math.ceil((len(tokens) - 1) / seq_len)
     padded = np.zeros(n_rows * seq_len + 1, dtype=np.int64)
     padded[: len(tokens)] = tokens
-    rows = np.lib.stride_tricks.sliding_window_view(padded, seq_len + 1)[::seq_len].copy()
-    mask = np.arange(1, n_rows * seq_len + 1).reshape(n_rows, seq_len) < len(tokens)
+    rows = np.lib.stride_tricks.sliding_window_view(padded, seq_len + 1)[::seq_len].copy()  # (n_rows, T + 1)
+    target_numbers = np.arange(1, n_rows * seq_len + 1).reshape(n_rows, seq_len)  # in `tokens`
+    mask = target_numbers < len(tokens)  # (n_rows, T)
     if bins.start_id != bins.eos_id:
         mask &= rows[:, 1:] != bins.start_id
     return ValidationPart(rows, mask, n_documents)

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 import torch
 
-from minillm.evaluation.checks import is_right
+from minillm.datasets.checks import is_right
 from minillm.generation.completion import generate
 from minillm.generation.sampling import GREEDY
 from minillm.model.transformer import Transformer
@@ -29,14 +29,13 @@ def answers(
     prompts = [
         tokenizer.encode_chat(messages, template=template, add_generation_prompt=True)[0] for messages in conversations
     ]
+    stop_ids = tokenizer.stop_ids(template)
     found: list[str | None] = [None] * len(prompts)
     short = [i for i, prompt in enumerate(prompts) if len(prompt) < model.context]
     short.sort(key=lambda i: len(prompts[i]))  # like lengths together: little padding
     for begin in range(0, len(short), ASKED_AT_ONCE):
         batch = short[begin : begin + ASKED_AT_ONCE]
-        done = generate(
-            model, [prompts[i] for i in batch], max_new_tokens, sampling=GREEDY, stop_ids=[tokenizer.eos_id]
-        )
+        done = generate(model, [prompts[i] for i in batch], max_new_tokens, sampling=GREEDY, stop_ids=stop_ids)
         for i, completion in zip(batch, done, strict=True):
             found[i] = tokenizer.decode(completion.tokens)
     return found

@@ -40,7 +40,7 @@ def read_text(path: Path, tokenizer: Tokenizer, *, split: str = "blank", field: 
     split: where documents of a .txt end: "blank" lines, every one of its "lines", or with the "file".
     """
     files = text_files.find_files([path])
-    documents = [text for file in files for text, _ in text_files.texts_of(file, split=split, field=field) if text]
+    documents = [text for file in files for text, _ in text_files.texts_of(file, boundary=split, field=field) if text]
     if not documents:
         raise UserError(f"{path}: holds no text")
     start, end = tokenizer.start_id, tokenizer.eos_id
@@ -76,14 +76,19 @@ class Validation:
         """
         self.part, self.documents, self.start_id = validation_part(bins, seq_len, max_tokens), documents, bins.start_id
         targets = self.part.rows[:, 1:][self.part.mask]
-        self.n_bytes = None if tokenizer is None else int(tokenizer.byte_lengths()[targets].sum())
+        self.n_bytes, self.no_bytes = None, None  # no_bytes: why the number of bytes cannot be told
+        if tokenizer is not None:
+            try:
+                self.n_bytes = int(tokenizer.byte_lengths()[targets].sum())
+            except UserError as reason:
+                self.no_bytes = str(reason)
         self.floor, self.floor_error = self._floor(bins, tokenizer, targets)
 
     def _floor(self, bins: TokenBins, tokenizer, targets: np.ndarray) -> tuple[float | None, float | None]:
         """Bits per byte of information in these documents according to their generator, and the standard error."""
         file = Path(bins.path) / "val_bits.npy"
         n = self.part.n_documents
-        if tokenizer is None or n < 2 or not file.is_file():
+        if self.n_bytes is None or n < 2 or not file.is_file():
             return None, None
         bits = np.load(file, allow_pickle=False)[:n]
         ends = np.flatnonzero(targets == bins.eos_id)

@@ -1,14 +1,22 @@
-"""The two ways to write a conversation as one text: in token ids, and for transformers in Jinja.
+"""Our own ways to write a conversation as one text.
 
-"chat" is `<s>`, then for each message its role piece and its content, and `</s>` after an assistant's. "simple" is
-`prompt <s> answer </s>` turn by turn, what precedes an answer joined by newlines; it needs no role pieces.
+Each is a Jinja template, which transformers reads as well. "chat" is `<s>`, then for each message its role piece and
+its content, and `</s>` after an assistant's. "simple" is `prompt <s> answer </s>` turn by turn, what precedes an answer
+joined by newlines; it needs no role pieces.
+
+A template in JINJA is all that another format needs: `jinja_template` fills it in and finds the answers, as it does for
+the template that a model's folder brings. The two above are the usual ones, so they are written in token ids as well
+(WRITERS): quicker, without jinja2, and each message by itself. Tests hold both forms equal.
 """
 
+import hashlib
+
 from minillm.base.errors import UserError
+from minillm.tokenizer import jinja_template
 
 ROLES = {"system": "<|system|>", "user": "<|user|>", "assistant": "<|assistant|>"}
 
-JINJA = {  # the same, for transformers' apply_chat_template
+JINJA = {
     "chat": (
         "{{ bos_token }}{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] }}"
         "{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
@@ -25,39 +33,116 @@ JINJA = {  # the same, for transformers' apply_chat_template
 TEMPLATES = ("auto", *JINJA)
 
 
-def encode(
-    tokenizer, messages: list[dict], template: str, add_generation_prompt: bool = False
-) -> tuple[list[int], list[bool]]:
-    """What `Tokenizer.encode_chat` gives, for "chat" or "simple"."""
-    contents = [_content(message) for message in messages]
-    opener = [tokenizer.bos_id] if template == "chat" else []
-    ids, learn = list(opener), [False] * len(opener)
+def encode(tokenizer, messages: list[dict], template: str, add_generation_prompt: bool) -> tuple[list[int], list[bool]]:
+    """What `Tokenizer.encode_chat` gives."""
+    for message in messages:
+        if message.get("role") not in ROLES:
+            raise UserError(f"message role {message.get('role')!r}: choose system, user or assistant")
+        if not isinstance(message.get("content"), str):
+            raise UserError(f"message content of role {message['role']}: a string is needed")
+    name = resolve(tokenizer, template)
+    if name in WRITERS:
+        sequence = WRITERS[name](tokenizer, messages, add_generation_prompt)
+        return sequence.ids, sequence.learn
+    return jinja_template.encode(tokenizer, messages, _jinja(tokenizer, name), add_generation_prompt)
 
-    def add(tokens: list[int], learnt: bool = False) -> None:
-        ids.extend(tokens)
-        learn.extend([learnt] * len(tokens))
 
-    prompt: list[str] = []
-    for message, content in zip(messages, contents, strict=True):
-        answer = message["role"] == "assistant"
-        if template == "chat":
-            add([tokenizer.roles[message["role"]]])
-        elif answer:
-            add([*tokenizer.encode("\n".join(prompt)), tokenizer.bos_id])
-            prompt = []
+def stop_ids(tokenizer, template: str) -> list[int]:
+    """What `Tokenizer.stop_ids` gives."""
+    name = resolve(tokenizer, template)
+    if name in WRITERS:
+        return [tokenizer.eos_id]
+    end = jinja_template.end_of_answer(tokenizer, _jinja(tokenizer, name))
+    return sorted({tokenizer.eos_id, end} - {None})
+
+
+def resolve(tokenizer, template: str) -> str:
+    """What a name in TEMPLATES means for a folder: a name in JINJA, or "own " and a hash of the folder's own template.
+
+    Raises `UserError` for another name, and for "chat" where the role pieces are missing.
+    """
+    if template not in TEMPLATES:
+        raise UserError(f"template {template!r}: choose {', '.join(TEMPLATES[:-1])} or {TEMPLATES[-1]}")
+    has_roles = len(tokenizer.roles) == len(ROLES)
+    if template == "chat" and not has_roles:
+        raise UserError("template 'chat': this tokenizer lacks the role pieces; choose simple or auto")
+    if template != "auto":
+        return template
+    own = tokenizer.chat_template
+    if own is None:
+        return usual(tokenizer)
+    for name, text in JINJA.items():
+        if own == text and (name != "chat" or has_roles):
+            return name
+    return f"own {hashlib.sha256(own.encode()).hexdigest()[:16]}"
+
+
+def usual(tokenizer) -> str:
+    """The name of our template for a folder without one of its own."""
+    return "chat" if len(tokenizer.roles) == len(ROLES) else "simple"
+
+
+def _jinja(tokenizer, name: str) -> str:
+    """The text of a template by its resolved name. Raises `UserError` if its pieces are not in the vocabulary."""
+    if name in JINJA:
+        return JINJA[name]
+    text = tokenizer.chat_template
+    for piece, i in tokenizer.added_pieces.items():
+        if i >= tokenizer.vocab_size and piece in text:
+            raise UserError(
+                f"the folder's chat template writes {piece!r}, which is added beside its tokenizer and not read; "
+                "choose --template simple"
+            )
+    return text
+
+
+# ---------------------------------------------------------------- our templates in token ids
+
+
+class Sequence:
+    """Token ids that grow, and which of them are to be learned."""
+
+    def __init__(self):
+        self.ids: list[int] = []
+        self.learn: list[bool] = []
+
+    def add(self, ids: list[int], learned: bool = False) -> None:
+        """Append ids, all of them to be learned or none."""
+        self.ids.extend(ids)
+        self.learn.extend([learned] * len(ids))
+
+
+def write_chat(tokenizer, messages: list[dict], add_generation_prompt: bool) -> Sequence:
+    """The template "chat" in token ids."""
+    sequence = Sequence()
+    sequence.add([tokenizer.bos_id])
+    for message in messages:
+        sequence.add([tokenizer.roles[message["role"]]])
+        content = tokenizer.encode(message["content"])
+        if message["role"] == "assistant":
+            sequence.add([*content, tokenizer.eos_id], learned=True)
         else:
-            prompt.append(content)
-            continue
-        add([*tokenizer.encode(content), *([tokenizer.eos_id] if answer else [])], answer)
-    add(tokenizer.encode("\n".join(prompt)))
+            sequence.add(content)
     if add_generation_prompt:
-        add([tokenizer.roles["assistant"] if template == "chat" else tokenizer.bos_id])
-    return ids, learn
+        sequence.add([tokenizer.roles["assistant"]])
+    return sequence
 
 
-def _content(message: dict) -> str:
-    if message.get("role") not in ROLES:
-        raise UserError(f"message role {message.get('role')!r}: choose system, user or assistant")
-    if not isinstance(message.get("content"), str):
-        raise UserError(f"message content of role {message['role']}: a string is needed")
-    return message["content"]
+def write_simple(tokenizer, messages: list[dict], add_generation_prompt: bool) -> Sequence:
+    """The template "simple" in token ids."""
+    sequence = Sequence()
+    prompt: list[str] = []  # what was said since the last answer
+    for message in messages:
+        if message["role"] != "assistant":
+            prompt.append(message["content"])
+            continue
+        sequence.add([*tokenizer.encode("\n".join(prompt)), tokenizer.bos_id])
+        sequence.add([*tokenizer.encode(message["content"]), tokenizer.eos_id], learned=True)
+        prompt = []
+    sequence.add(tokenizer.encode("\n".join(prompt)))
+    if add_generation_prompt:
+        sequence.add([tokenizer.bos_id])
+    return sequence
+
+
+WRITERS = {"chat": write_chat, "simple": write_simple}

@@ -42,35 +42,47 @@ def merge(base: Tokenizer, more: Tokenizer, rule: str = "safe") -> Merged:
     lacks, with score 0, as the well-known recipe does: it changes how old text is encoded.
     Raises `UserError` if either is not a BPE model.
     """
-    for name, tokenizer in (("--base", base), ("--add", more)):
+    for option, tokenizer in (("--base", base), ("--add", more)):
         if tokenizer.model.proto.trainer_spec.model_type != proto.TrainerSpec.BPE:
-            raise UserError(f"{name}: a BPE vocabulary is needed to merge; this one is of another kind (unigram?)")
+            raise UserError(f"{option}: a BPE vocabulary is needed to merge; this one is of another kind (unigram?)")
     if rule not in RULES:
         raise UserError(f"--rule {rule}: choose one of {', '.join(RULES)}")
-    there = {p.piece for p in base.model.proto.pieces}
-    done = Merged(base, list(range(base.vocab_size)))
-    taken = []
-    ranked = sorted(more.model.proto.pieces, key=lambda p: -p.score)  # the order in which they were learnt
-    for piece in ranked:
-        reason = None if rule == "common" and piece.type == piece.NORMAL else _reason_against(piece)
-        if piece.piece in there:
-            done.already_there += 1
+    result = Merged(base, list(range(base.vocab_size)))
+
+    # What is new, in the order in which it was learnt.
+    old_pieces = {piece.piece for piece in base.model.proto.pieces}
+    new_pieces = []
+    for piece in sorted(more.model.proto.pieces, key=lambda piece: -piece.score):
+        any_text_will_do = rule == "common" and piece.type == piece.NORMAL
+        reason = None if any_text_will_do else _reason_against(piece)
+        if piece.piece in old_pieces:
+            result.already_there += 1
         elif reason:
-            done.refused.setdefault(reason, []).append(piece.piece)
+            result.refused.setdefault(reason, []).append(piece.piece)
         else:
-            taken.append(piece.piece)
-    lowest = min(p.score for p in base.model.proto.pieces if p.type == p.NORMAL and p.score > WHITESPACE_SCORE)
-    scores = itertools.repeat(0.0) if rule == "common" else itertools.count(lowest - 1, -1)
-    tokenizer = _with_pieces(base, taken, scores)
-    if rule == "safe":
-        # A piece that is never formed takes part in no merge, so other pieces do not change without it.
-        lost = {piece for i, piece in enumerate(taken, base.vocab_size) if not _arises(tokenizer, piece, i)}
-        if lost:
-            done.refused["unreachable: an older merge comes before"] = [p for p in taken if p in lost]
-            taken = [p for p in taken if p not in lost]
-            tokenizer = _with_pieces(base, taken, itertools.count(lowest - 1, -1))
-    done.tokenizer, done.added = tokenizer, taken
-    return done
+            new_pieces.append(piece.piece)
+
+    if rule == "common":
+        result.tokenizer = _with_pieces(base, new_pieces, itertools.repeat(0.0))
+        result.added = new_pieces
+        return result
+
+    # Scores below all of the base's; then leave out what no text is encoded as. A piece that is never formed takes part
+    # in no merge, so other pieces do not change without it.
+    old_scores = [piece.score for piece in base.model.proto.pieces if piece.type == piece.NORMAL]
+    lowest = min(score for score in old_scores if score > WHITESPACE_SCORE)
+    tokenizer = _with_pieces(base, new_pieces, itertools.count(lowest - 1, -1))
+    unreachable = [
+        piece for i, piece in enumerate(new_pieces, base.vocab_size) if not is_reachable(tokenizer, piece, i)
+    ]
+    if unreachable:
+        result.refused["unreachable: an older merge comes before"] = unreachable
+        left_out = set(unreachable)
+        new_pieces = [piece for piece in new_pieces if piece not in left_out]
+        tokenizer = _with_pieces(base, new_pieces, itertools.count(lowest - 1, -1))
+    result.tokenizer = tokenizer
+    result.added = new_pieces
+    return result
 
 
 def from_pieces(
@@ -84,14 +96,21 @@ def from_pieces(
     model = proto.ModelProto()
     for text, score, kind in pieces:
         model.pieces.add(piece=text, score=score, type=kind)
-    spec, rules = model.trainer_spec, model.normalizer_spec
-    spec.model_type, spec.vocab_size = proto.TrainerSpec.BPE, len(pieces)
+
+    spec = model.trainer_spec
+    spec.model_type = proto.TrainerSpec.BPE
+    spec.vocab_size = len(pieces)
     spec.byte_fallback = any(kind == "BYTE" for *_, kind in pieces)
     unknown = [i for i, (*_, kind) in enumerate(pieces) if kind == "UNKNOWN"]
-    for role, i in {"unk": unknown[0] if unknown else -1, "bos": -1, "eos": -1, "pad": -1, **ids}.items():
+    special = {"unk": unknown[0] if unknown else -1, "bos": -1, "eos": -1, "pad": -1, **ids}
+    for role, i in special.items():
         setattr(spec, f"{role}_id", i)
         setattr(spec, f"{role}_piece", pieces[i][0] if i >= 0 else f"<no {role}>")
-    rules.name, rules.add_dummy_prefix, rules.remove_extra_whitespaces = "identity", dummy_prefix, False
+
+    rules = model.normalizer_spec
+    rules.name = "identity"
+    rules.add_dummy_prefix = dummy_prefix
+    rules.remove_extra_whitespaces = False
     try:
         return Tokenizer(model.SerializeToString(), source)
     except RuntimeError as problem:
@@ -103,7 +122,8 @@ def piece_texts(tokenizer: Tokenizer) -> list[str]:
     return [p.piece.replace(SPACE_MARK, " ") for p in tokenizer.model.proto.pieces if p.type == p.NORMAL]
 
 
-def _arises(tokenizer: Tokenizer, piece: str, piece_id: int) -> bool:
+def is_reachable(tokenizer: Tokenizer, piece: str, piece_id: int) -> bool:
+    """Whether a text is encoded as this piece: its own text is, if any."""
     return tokenizer.model.no_prefix.encode(piece) == [piece_id]
 
 
@@ -126,8 +146,8 @@ def _with_pieces(base: Tokenizer, pieces: Iterable[str], scores: Iterable[float]
 
 def _finish(model: proto.ModelProto, base: Tokenizer) -> Tokenizer:
     model.trainer_spec.vocab_size = len(model.pieces)
-    made = Tokenizer(model.SerializeToString(), "the new vocabulary")
-    return made.with_chat_template_of(base)
+    tokenizer = Tokenizer(model.SerializeToString(), "the new vocabulary")
+    return tokenizer.with_chat_template_of(base)
 
 
 def prune(base: Tokenizer, texts: Iterable[str], keep: Iterable[str] = ()) -> tuple[Tokenizer, list[int]]:
@@ -137,45 +157,53 @@ def prune(base: Tokenizer, texts: Iterable[str], keep: Iterable[str] = ()) -> tu
     from.
     """
     pieces = base.model.proto.pieces
-    ids = {p.piece: i for i, p in enumerate(pieces)}
-    used = {i for i, p in enumerate(pieces) if p.type != p.NORMAL or p.piece == SPACE_MARK}  # a space is never bytes
+    ids = {piece.piece: i for i, piece in enumerate(pieces)}
+
+    # Ids that the texts use; many models put a space before each text, so lines are encoded alone as well.
+    used = {i for i, piece in enumerate(pieces) if piece.type != piece.NORMAL}
+    if SPACE_MARK in ids:
+        used.add(ids[SPACE_MARK])  # a space is never bytes
     for text in texts:
         used.update(base.encode(text))
-        for row in base.encode_many(text.split("\n")):  # many models put a space before each text they are given
+        for row in base.encode_many(text.split("\n")):
             used.update(row)
     for piece in keep:
-        if (marked := piece.replace(" ", SPACE_MARK)) not in ids:
+        marked = piece.replace(" ", SPACE_MARK)
+        if marked not in ids:
             raise UserError(f"--keep {piece!r}: no piece of the vocabulary")
         used.add(ids[marked])
+
+    # And what these are merged from.
     if base.model.proto.trainer_spec.model_type == proto.TrainerSpec.BPE:
-        scores = {p.piece: p.score for p in pieces if p.type == p.NORMAL}
-        parts = {
-            part for i in used if pieces[i].type == pieces[i].NORMAL for part in merges_of(pieces[i].piece, scores)
-        }
-        used |= {ids[part] for part in parts}
+        scores = {piece.piece: piece.score for piece in pieces if piece.type == piece.NORMAL}
+        for i in list(used):
+            if pieces[i].type == pieces[i].NORMAL:
+                used.update(ids[part] for part in merges_of(pieces[i].piece, scores))
+
+    old_ids = sorted(used)
+    new_ids = {old: new for new, old in enumerate(old_ids)}
     model = proto.ModelProto.FromString(base.model.data)
-    kept = sorted(used)
     del model.pieces[:]
-    model.pieces.extend(pieces[i] for i in kept)
-    new = {old: i for i, old in enumerate(kept)}
+    model.pieces.extend(pieces[i] for i in old_ids)
     for role in ("unk_id", "bos_id", "eos_id", "pad_id"):
         old = getattr(model.trainer_spec, role)
-        setattr(model.trainer_spec, role, new.get(old, -1))
-    return _finish(model, base), [new.get(i, -1) for i in range(base.vocab_size)]
+        setattr(model.trainer_spec, role, new_ids.get(old, -1))
+    return _finish(model, base), [new_ids.get(i, -1) for i in range(base.vocab_size)]
 
 
 def merges_of(piece: str, scores: dict[str, float]) -> set[str]:
     """Every piece that is formed while BPE merges `piece`, including itself and single characters."""
     parts = list(piece)
-    seen = {part for part in parts if part in scores}
+    formed = {part for part in parts if part in scores}
     while len(parts) > 1:
-        unions = [(scores[a + b], -i) for i, (a, b) in enumerate(itertools.pairwise(parts)) if a + b in scores]
-        if not unions:
+        pairs = [left + right for left, right in itertools.pairwise(parts)]
+        known = [i for i, union in enumerate(pairs) if union in scores]
+        if not known:
             break
-        at = -max(unions)[1]  # the highest score, leftmost first
-        parts[at : at + 2] = [parts[at] + parts[at + 1]]
-        seen.add(parts[at])
-    return seen
+        best = max(known, key=lambda i: scores[pairs[i]])  # the leftmost of the highest score
+        parts[best : best + 2] = [pairs[best]]
+        formed.add(pairs[best])
+    return formed
 
 
 def save(tokenizer: Tokenizer, out: str | Path, old: Tokenizer | None = None, id_map: list[int] | None = None) -> None:

@@ -4,20 +4,20 @@ import unicodedata
 from collections import Counter
 from collections.abc import Iterable
 
-from minillm.tokenizer.edit import _arises
+from minillm.tokenizer.edit import is_reachable
 from minillm.tokenizer.sentencepiece_model import SPACE_MARK
 from minillm.tokenizer.tokenizer import Tokenizer
 
-SCRIPTS = "latin greek cyrillic armenian georgian hebrew arabic devanagari tamil thai cjk hiragana katakana hangul"
+SCRIPTS = {
+    *("latin", "greek", "cyrillic", "armenian", "georgian", "hebrew", "arabic"),
+    *("devanagari", "tamil", "thai", "cjk", "hiragana", "katakana", "hangul"),
+}
 
 
 def unreachable(tokenizer: Tokenizer, pieces: Iterable[str]) -> list[str]:
     """Which of these pieces no text is ever encoded as."""
     ids = {p.piece: i for i, p in enumerate(tokenizer.model.proto.pieces)}
-    return [piece for piece in pieces if not _arises(tokenizer, piece, ids[piece])]
-
-
-# ---------------------------------------------------------------- statistics of a vocabulary
+    return [piece for piece in pieces if not is_reachable(tokenizer, piece, ids[piece])]
 
 
 def compare(old: Tokenizer, new: Tokenizer, added: Iterable[str], texts: Iterable[str]) -> dict[str, int]:
@@ -28,24 +28,35 @@ def compare(old: Tokenizer, new: Tokenizer, added: Iterable[str], texts: Iterabl
     """
     added = set(added)
     lengths = sorted({len(piece) for piece in added})
-    starts = {piece[0] for piece in added}
-    counts = Counter(lines=0, characters=0, old_tokens=0, new_tokens=0, without=0, changed=0)
-    for line in (line for text in texts for line in text.split("\n")):
-        before, after = old.encode(line), new.encode(line)
-        counts.update(lines=1, characters=len(line), old_tokens=len(before), new_tokens=len(after))
-        holds = any(
-            line[i : i + n] in added for i, character in enumerate(line) if character in starts for n in lengths
-        )
-        counts.update(without=not holds, changed=not holds and before != after)
-    return dict(counts)
+    first_characters = {piece[0] for piece in added}
+
+    def holds_an_added_piece(line: str) -> bool:
+        for i, character in enumerate(line):
+            if character in first_characters and any(line[i : i + length] in added for length in lengths):
+                return True
+        return False
+
+    counts = dict(lines=0, characters=0, old_tokens=0, new_tokens=0, without=0, changed=0)
+    for text in texts:
+        for line in text.split("\n"):
+            before = old.encode(line)
+            after = new.encode(line)
+            counts["lines"] += 1
+            counts["characters"] += len(line)
+            counts["old_tokens"] += len(before)
+            counts["new_tokens"] += len(after)
+            if not holds_an_added_piece(line):
+                counts["without"] += 1
+                counts["changed"] += before != after
+    return counts
 
 
 def scripts(tokenizer: Tokenizer) -> dict[str, int]:
     """How many pieces of text there are in each script (of a piece's first letter), most frequent first."""
     counts: Counter[str] = Counter()
     for piece in tokenizer.model.proto.pieces:
-        kind = {piece.CONTROL: "control", piece.BYTE: "byte", piece.UNKNOWN: "unknown"}.get(piece.type)
-        counts[kind or _script(piece.piece)] += 1
+        kinds = {piece.CONTROL: "control", piece.BYTE: "byte", piece.UNKNOWN: "unknown"}
+        counts[kinds.get(piece.type) or _script(piece.piece)] += 1
     return dict(counts.most_common())
 
 
@@ -55,5 +66,7 @@ def _script(text: str) -> str:
     for character in text:
         if character.isalpha():
             script = unicodedata.name(character, "").split(" ")[0].lower()
-            return script if script in SCRIPTS.split() else "other"
-    return "digit" if any(c.isdigit() for c in text) else "space" if text.isspace() else "sign"
+            return script if script in SCRIPTS else "other"
+    if any(character.isdigit() for character in text):
+        return "digit"
+    return "space" if text.isspace() else "sign"

@@ -21,25 +21,30 @@ class SentencePieceModel:
 
     proto: the parsed file. processor: SentencePiece's processor; no_prefix: another one, for a text that does not begin
     a sequence. dummy_prefix: whether a space is put before each text. control: id of each control piece, which text is
-    never encoded as. table: the bytes that each id stands for.
+    never encoded as. table: the bytes that each id stands for. unfaithful: why the bytes of a text's ids are not the
+    bytes of the text, or None if they are.
 
     Raises UserError if the file is not such a model, or damaged.
     """
 
     def __init__(self, data: bytes, source: str):
-        self.data, self.proto = data, _parse(data, source)
+        self.data = data
+        self.proto = _parse(data, source)
+        self.vocab_size = len(self.proto.pieces)
         try:
             self.processor = sentencepiece.SentencePieceProcessor(model_proto=data)
         except RuntimeError as error:  # two pieces alike, or an empty one
             raise UserError(f"{source}: SentencePiece refuses the model ({error}); train or merge it again") from None
+        # A second processor for what does not begin a text, where the model puts a space before each text.
         self.dummy_prefix = self.proto.normalizer_spec.add_dummy_prefix
         self.no_prefix = self.processor
-        if self.dummy_prefix:  # a second processor
+        if self.dummy_prefix:
             bare = proto.ModelProto.FromString(data)
             bare.normalizer_spec.add_dummy_prefix = False
             self.no_prefix = sentencepiece.SentencePieceProcessor(model_proto=bare.SerializeToString())
         self.control = {p.piece: i for i, p in enumerate(self.proto.pieces) if p.type == p.CONTROL}
         self.table = [_piece_bytes(piece) for piece in self.proto.pieces]
+        self.unfaithful = _reason_against(self.proto)
         byte_ids = {self.table[i]: i for i, p in enumerate(self.proto.pieces) if p.type == p.BYTE}
         unknown = self.processor.unk_id()
         # SentencePiece takes the character ▁ for a space; only its bytes can stand for it.
@@ -49,29 +54,39 @@ class SentencePieceModel:
 
     def encode_many(self, texts: list[str], threads: int = 1) -> list[list[int]]:
         """Ids of each text; `threads` of SentencePiece's own share the work."""
+        # Long texts and those with ▁ are encoded one by one; empty texts keep their places.
         odd = [i for i, text in enumerate(texts) if len(text) > LONG_TEXT or SPACE_MARK in text]
         plain = list(texts)
         for i in odd:
             plain[i] = ""
-        # given a list SentencePiece starts threads, which for one text takes ten times as long as encoding it
-        encode = self.processor.encode
-        alone = threads == 1 or len(plain) == 1
-        rows = [encode(text) for text in plain] if alone else encode(plain, num_threads=threads)
+        if threads == 1 or len(plain) == 1:
+            # Given a list SentencePiece starts threads, which for one text takes ten times as long as encoding it.
+            rows = [self.processor.encode(text) for text in plain]
+        else:
+            rows = self.processor.encode(plain, num_threads=threads)
         for i in odd:
-            rows[i] = self._encode_odd(texts[i], threads)
+            rows[i] = self._encode_odd(texts[i], self.processor, threads)
         return rows
 
-    def _encode_odd(self, text: str, threads: int) -> list[int]:
-        """Encode a text that is long or contains ▁, stretch by stretch, with the same ids as in one piece."""
+    def encode_continuation(self, text: str) -> list[int]:
+        """Ids of a text that does not begin a sequence: no dummy space is put before it."""
+        return self._encode_odd(text, self.no_prefix, threads=1)
+
+    def _encode_odd(self, text: str, first: sentencepiece.SentencePieceProcessor, threads: int) -> list[int]:
+        """Encode a text that is long or contains ▁, stretch by stretch, with the same ids as in one piece.
+
+        first: the processor for the first stretch, which may put a space before it.
+        """
         ids: list[int] = []
         for number, between in enumerate(text.split(SPACE_MARK)):
-            if number:
-                ids += self._mark_ids
             stretches = list(self._stretches(between))
             if number == 0:
-                ids += self.processor.encode(stretches.pop(0))
-            for row in self.no_prefix.encode(stretches, num_threads=threads):
-                ids += row
+                ids += first.encode(stretches.pop(0))
+            else:
+                ids += self._mark_ids
+            if stretches:
+                for row in self.no_prefix.encode(stretches, num_threads=threads):
+                    ids += row
         return ids
 
     def _stretches(self, text: str) -> Iterator[str]:
@@ -81,7 +96,8 @@ class SentencePieceModel:
             end = start + LONG_TEXT
             while end > start and text[end - 1 : end + 1] in self._joined_pairs:
                 end -= 1
-            end = end if end > start else start + LONG_TEXT
+            if end == start:
+                end = start + LONG_TEXT
             yield text[start:end]
             start = end
         yield text[start:]
@@ -109,6 +125,10 @@ class SentencePieceModel:
             "added_tokens_decoder": {added.pop("id"): added for added in self._added_tokens()},
         }
 
+    def piece_of(self, i: int) -> str:
+        """The text of a piece as the file writes it."""
+        return self.proto.pieces[i].piece
+
     def _added_tokens(self) -> list[dict]:
         flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
         return [
@@ -121,13 +141,14 @@ class SentencePieceModel:
         """Contents of tokenizer.json, for the `tokenizers` library, whose BPE has merges instead of scores."""
         plain = {p.piece: p.score for p in self.proto.pieces if p.type == p.NORMAL}
         ids = {piece.piece: i for i, piece in enumerate(self.proto.pieces)}
-        merges = [
-            (-score, piece[:cut], piece[cut:])
-            for piece, score in plain.items()
-            for cut in range(1, len(piece))
-            if piece[:cut] in plain and piece[cut:] in plain
-        ]
-        merges.sort(key=lambda merge: (merge[0], ids[merge[1]], ids[merge[2]]))
+        # Each way to put a piece together from two others, those of the highest score first.
+        merges = []
+        for piece, score in plain.items():
+            for cut in range(1, len(piece)):
+                left, right = piece[:cut], piece[cut:]
+                if left in plain and right in plain:
+                    merges.append((-score, ids[left], ids[right], left, right))
+        merges.sort()
         normalizers = [{"type": "Replace", "pattern": {"String": " "}, "content": SPACE_MARK}]
         decoder = [
             {"type": "Replace", "pattern": {"String": SPACE_MARK}, "content": " "},
@@ -148,7 +169,7 @@ class SentencePieceModel:
                 "fuse_unk": True,
                 "byte_fallback": self.proto.trainer_spec.byte_fallback,
                 "vocab": ids,
-                "merges": [[left, right] for _, left, right in merges],
+                "merges": [[left, right] for *_, left, right in merges],
             },
         }
 
@@ -163,6 +184,18 @@ def _parse(model_bytes: bytes, source: str) -> proto.ModelProto:
     if not model.pieces or not model.HasField("trainer_spec") or not model.HasField("normalizer_spec"):
         raise UserError(f"{source} ({len(model_bytes):,} bytes): cut short; {remedy}")
     return model
+
+
+def _reason_against(model: proto.ModelProto) -> str | None:
+    """Why bytes of ids are not bytes of text, in words for people; None if they are."""
+    rules = model.normalizer_spec
+    if rules.precompiled_charsmap:
+        return f"its normalizer ({rules.name}) changes texts"
+    if rules.remove_extra_whitespaces:
+        return "its normalizer removes spaces"
+    if not model.trainer_spec.byte_fallback:
+        return "characters without a piece are lost"
+    return None
 
 
 def _piece_bytes(piece) -> bytes:

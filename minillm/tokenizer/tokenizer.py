@@ -1,50 +1,41 @@
 """Text to token ids and back: special ids, and the files of a folder, for both kinds of vocabularies.
 
-A tokenizer is one file, `tokenizer.model`, in SentencePiece's format (`sentencepiece_model`), or for some models of
-others a `tokenizer.json` (`byte_bpe`). Ours are trained so that nothing is lost: no normalization, spaces kept, digits
-split, and byte pieces for characters without a piece of their own. So `decode(encode(text)) == text` for any text. Our
-ids: unk 0, bos 1, eos 2, pad 3, the chat roles 4–6, the 256 bytes, and the learnt pieces from 263 on.
+A tokenizer is one file: `tokenizer.model`, in SentencePiece's format (`sentencepiece_model`), or for many models of
+others a `tokenizer.json` (`tokenizers_model`). Ours are trained so that nothing is lost: no normalization, spaces kept,
+digits split, and byte pieces for characters without a piece of their own. So `decode(encode(text)) == text` for any
+text. Our ids: unk 0, bos 1, eos 2, pad 3, the chat roles 4–6, the 256 bytes, and the learnt pieces from 263 on.
 """
 
 import codecs
 import hashlib
-import json
+import re
 from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
-from minillm.base.errors import UserError, naming_damage
-from minillm.tokenizer import byte_bpe
-from minillm.tokenizer import chat_template as chat_templates
-from minillm.tokenizer.chat_template import JINJA, ROLES, TEMPLATES
+from minillm.base.errors import UserError
+from minillm.tokenizer import byte_bpe, chat_template, folder_files
+from minillm.tokenizer.chat_template import JINJA, ROLES
+from minillm.tokenizer.folder_files import read_object, to_json
 from minillm.tokenizer.sentencepiece_model import SentencePieceModel
-
-# What transformers reads beside the model file; a folder made elsewhere keeps its own when it is loaded and saved.
-COMPANIONS = (
-    "tokenizer_config.json",
-    "tokenizer.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-)
+from minillm.tokenizer.tokenizers_model import TokenizersModel
 
 
 class Tokenizer:
     """A vocabulary with its special ids and the files beside it; this class: one of SentencePiece's.
 
     vocab_size, bos_id, eos_id, pad_id: int (a model without pad or bos uses eos for it).
-    model: the SentencePieceModel. control: id of each control piece, which text is never encoded as.
+    model: the SentencePieceModel; pieces: the model of either kind. control: id of each control piece, which no text is
+    encoded as.
     data: the model file. sha256: its hex digest, by which token bins and checkpoints identify their tokenizer.
     """
 
     def __init__(self, model_bytes: bytes, source: str, companions: dict[str, bytes] | None = None):
-        self.model, self._companions = SentencePieceModel(model_bytes, source), companions or {}
-        self._own_file, self.data = {"tokenizer.model": model_bytes}, model_bytes
-        self.sha256 = hashlib.sha256(self.data).hexdigest()
-        self.vocab_size = len(self.model.proto.pieces)
-        self._dummy_prefix = self.model.dummy_prefix
+        self.model = SentencePieceModel(model_bytes, source)
+        self._own_file = {"tokenizer.model": model_bytes}
+        self._hold(self.model, source, companions or {})
         processor = self.model.processor
         self.eos_id = processor.eos_id()
         if self.eos_id < 0:
@@ -53,7 +44,16 @@ class Tokenizer:
             )
         self.bos_id = processor.bos_id() if processor.bos_id() >= 0 else self.eos_id
         self.pad_id = processor.pad_id() if processor.pad_id() >= 0 else self.eos_id
-        self.control, self._table = self.model.control, self.model.table
+
+    def _hold(self, pieces: SentencePieceModel | TokenizersModel, source: str, companions: dict[str, bytes]) -> None:
+        """Take over what both kinds of vocabularies have in common."""
+        self.pieces = pieces
+        self._source = source
+        self._companions = companions
+        self.data = pieces.data
+        self.sha256 = hashlib.sha256(pieces.data).hexdigest()
+        self.vocab_size = pieces.vocab_size
+        self.control = pieces.control
 
     @classmethod
     def load(cls, path: str | Path) -> "Tokenizer":
@@ -66,7 +66,7 @@ class Tokenizer:
         file = folder / "tokenizer.model" if folder.is_dir() else folder
         if folder.is_dir() and not file.exists():
             if (folder / "tokenizer.json").exists():
-                return _load_byte_level(folder)
+                return _load_json(folder)
             _refuse_folder(folder)
         try:
             model_bytes = file.read_bytes()
@@ -74,8 +74,8 @@ class Tokenizer:
             raise UserError(
                 f"{file}: cannot read the tokenizer ({error.strerror}); give a .model file or its folder"
             ) from None
-        beside = [file.parent / name for name in COMPANIONS] if file.name == "tokenizer.model" else []
-        return cls(model_bytes, str(file), {path.name: path.read_bytes() for path in beside if path.is_file()})
+        companions = folder_files.read_companions(file.parent) if file.name == "tokenizer.model" else {}
+        return cls(model_bytes, str(file), companions)
 
     # ---------------------------------------------------------------- text → ids
 
@@ -84,13 +84,51 @@ class Tokenizer:
         return self.encode_many([text])[0]
 
     def encode_many(self, texts: list[str], *, threads: int = 1) -> list[list[int]]:
-        """Token ids of each text; `threads` of SentencePiece's own share the work."""
+        """Token ids of each text; `threads` share the work (see the models of the two kinds)."""
         try:
-            return self.model.encode_many(texts, threads)
+            return self.pieces.encode_many(texts, threads)
         except (RuntimeError, TypeError, UnicodeEncodeError):
             for text in texts:
                 _refuse_surrogates(text)
             raise
+
+    def encode_rendered(self, text: str, mark: str) -> list[int]:
+        """Ids of a filled-in chat template, in which control pieces count, as in transformers.
+
+        mark: a character that breaks up what looks like a control piece and came from a message; it is taken out here.
+        """
+        ids: list[int] = []
+        for number, part in enumerate(self.control_pattern.split(text)):
+            if part in self.control:
+                ids.append(self.control[part])
+                continue
+            part = part.replace(mark, "")
+            if not part:
+                continue
+            if number == 0 or self._every_part_has_a_prefix:
+                ids += self.encode(part)
+            else:
+                ids += self.model.encode_continuation(part)
+        return ids
+
+    @cached_property
+    def control_pattern(self) -> re.Pattern:
+        """Matches any control piece, the longest where one begins with another; `split` keeps what it matched."""
+        longest_first = sorted(self.control, key=len, reverse=True)
+        either = "|".join(re.escape(piece) for piece in longest_first)
+        return re.compile(f"({either})" if either else "((?!))")  # the latter matches nothing
+
+    @cached_property
+    def _every_part_has_a_prefix(self) -> bool:
+        """Whether transformers puts the dummy space after each control piece too, and not at the front alone."""
+        if str(self.config.get("tokenizer_class")).startswith("Llama"):
+            return bool(self.config.get("legacy", False))
+        if "tokenizer.json" in self._beside:
+            normalizer = read_object(self._beside["tokenizer.json"], f"{self._source}: tokenizer.json beside it")
+            return "'Prepend'" in str(normalizer.get("normalizer"))
+        return bool(self.config.get("legacy", True))
+
+    # ---------------------------------------------------------------- conversations
 
     def encode_chat(
         self, messages: list[dict], *, template: str = "auto", add_generation_prompt: bool = False
@@ -98,26 +136,42 @@ class Tokenizer:
         """Tokens of a conversation, and which of them are to be learned.
 
         messages: [{"role": "system" | "user" | "assistant", "content": str}, …]
-        template: "chat" or "simple" (see `chat_templates`); "auto" takes "chat" if the model has the role pieces.
+        template: a name in `chat_template.TEMPLATES`; "auto" takes the folder's own chat template if it has one, else
+        "chat" if the model has the role pieces, else "simple".
         add_generation_prompt: end with what precedes an answer: the assistant piece, or `<s>`.
 
-        Returns (ids, learn), of equal length: learn[i] is True where ids[i] belongs to an answer or is its eos.
+        Returns (ids, learn), of equal length: learn[i] is True where ids[i] belongs to an answer or is the piece that
+        ends it. A prompt by a rendered template (`jinja_template`) has nothing to learn.
+        Raises UserError if the template cannot write this conversation.
         """
-        return chat_templates.encode(self, messages, self.resolve_template(template), add_generation_prompt)
+        return chat_template.encode(self, messages, template, add_generation_prompt)
+
+    def stop_ids(self, template: str = "auto") -> list[int]:
+        """Ids at which an answer ends: eos, and what the template writes after an answer."""
+        return chat_template.stop_ids(self, template)
+
+    def resolve_template(self, template: str) -> str:
+        """What `template` means for this folder (see `chat_template.resolve`): the name that a run records."""
+        return chat_template.resolve(self, template)
 
     @cached_property
     def roles(self) -> dict[str, int]:
         """Id of the piece that opens a message of each role, as far as the model has them."""
         return {role: self.control[piece] for role, piece in ROLES.items() if piece in self.control}
 
-    def resolve_template(self, template: str) -> str:
-        """What `template` ("auto", "chat" or "simple") means for this model: "chat" or "simple"."""
-        if template not in TEMPLATES:
-            raise UserError(f"template {template!r}: choose auto, chat or simple")
-        has_roles = len(self.roles) == len(ROLES)
-        if template == "chat" and not has_roles:
-            raise UserError("template 'chat': this tokenizer lacks the role pieces; choose simple or auto")
-        return "chat" if template != "simple" and has_roles else "simple"
+    @cached_property
+    def added_pieces(self) -> dict[str, int]:
+        """Pieces that the folder's settings name, with their ids; some may lie beyond the vocabulary."""
+        return folder_files.added_pieces(self._companions, self.config)
+
+    @cached_property
+    def special_pieces(self) -> dict[str, str]:
+        """The text of bos_token, eos_token, pad_token and unk_token, by which a chat template writes them."""
+        named = folder_files.special_pieces(self._beside, self._source)
+        processor = self.model.processor
+        ids = {"bos_token": processor.bos_id(), "eos_token": processor.eos_id(), "unk_token": processor.unk_id()}
+        of_model = {name: self.model.piece_of(i) for name, i in ids.items() if i >= 0}
+        return of_model | named
 
     # ---------------------------------------------------------------- ids → text
 
@@ -129,16 +183,19 @@ class Tokenizer:
         normalizes its text (T5's) gives back the normalized text.
         """
         data = b"".join(self._bytes_of(ids))
-        if self._dummy_prefix and data.startswith(b" "):
+        if self.pieces.dummy_prefix and data.startswith(b" "):
             data = data[1:]
         return data.decode("utf-8", errors="replace")
 
     def _bytes_of(self, ids: Iterable[int]) -> list[bytes]:
+        return [self.pieces.table[i] for i in self._checked(ids)]
+
+    def _checked(self, ids: Iterable[int]) -> list[int]:
         ids = [int(i) for i in ids]
         if ids and not 0 <= min(ids) <= max(ids) < self.vocab_size:
             wrong = min(ids) if min(ids) < 0 else max(ids)
             raise UserError(f"token id {wrong}: this tokenizer has ids 0 to {self.vocab_size - 1}")
-        return [self._table[i] for i in ids]
+        return ids
 
     @property
     def id_dtype(self) -> np.dtype:
@@ -148,121 +205,147 @@ class Tokenizer:
     @property
     def special_ids(self) -> dict[str, int]:
         """bos_token_id, eos_token_id and pad_token_id, as config.json records them."""
-        return {f"{name}_token_id": getattr(self, f"{name}_id") for name in ("bos", "eos", "pad")}
+        return {"bos_token_id": self.bos_id, "eos_token_id": self.eos_id, "pad_token_id": self.pad_id}
 
     def byte_lengths(self) -> np.ndarray:
-        """Number of UTF-8 bytes that each id stands for: (vocab_size,) int64, 0 for control pieces."""
-        return np.array([len(piece) for piece in self._table], dtype=np.int64)
+        """Number of UTF-8 bytes that each id stands for: (vocab_size,) int64, 0 for control pieces.
+
+        Raises UserError if the bytes of a text's ids are not those of the text, so that no sum of them is right.
+        """
+        if self.pieces.unfaithful:
+            raise UserError(f"{self._source}: its ids stand for no fixed number of bytes ({self.pieces.unfaithful})")
+        return np.array([len(piece) for piece in self.pieces.table], dtype=np.int64)
 
     # ---------------------------------------------------------------- files
 
     def save(self, folder: str | Path, *, template: str | None = None) -> None:
         """Write tokenizer.model and what transformers' AutoTokenizer needs beside it.
 
-        template: the chat template to record, "auto", "chat" or "simple"; None keeps a loaded folder's own.
+        template: the chat template to record, a name in `chat_template.TEMPLATES`; None and a folder's own keep it.
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        files = self._own_file | (self._companions or self._own_companions)
-        if template:
-            config = json.loads(files.get("tokenizer_config.json", b"{}"))
-            config["chat_template"] = JINJA[self.resolve_template(template)]
-            files["tokenizer_config.json"] = _json(config)
+        files = self._own_file | self._beside
+        name = self.resolve_template(template) if template else None
+        if name in JINJA:
+            files["tokenizer_config.json"] = to_json(self.config | {"chat_template": JINJA[name]})
             files.pop("chat_template.jinja", None)
         if "tokenizer.model" not in files:  # an old one of the other kind would be loaded instead
             (folder / "tokenizer.model").unlink(missing_ok=True)
-        for name, data in files.items():
-            (folder / name).write_bytes(data)
+        for file_name, data in files.items():
+            (folder / file_name).write_bytes(data)
 
     @property
+    def _beside(self) -> dict[str, bytes]:
+        """The files beside the vocabulary, as `save` writes them."""
+        return self._companions or self._own_companions
+
+    @cached_property
     def config(self) -> dict:
         """What tokenizer_config.json says, as `save` writes it."""
-        with naming_damage("tokenizer_config.json beside the tokenizer"):
-            return dict(json.loads((self._companions or self._own_companions).get("tokenizer_config.json", b"{}")))
+        return read_object(
+            self._beside.get("tokenizer_config.json", b"{}"), f"{self._source}: tokenizer_config.json beside it"
+        )
 
     @property
     def start_id(self) -> int:
         """The id before a text's first token: bos if the model was trained so, else eos, which ends the text before."""
-        config = self.config
-        llama = str(config.get("tokenizer_class")).startswith("Llama")  # this class adds bos unless told not to
-        return self.bos_id if config.get("add_bos_token", llama) else self.eos_id
+        llama = str(self.config.get("tokenizer_class")).startswith("Llama")  # this class adds bos unless told not to
+        return self.bos_id if self.config.get("add_bos_token", llama) else self.eos_id
 
-    @property
+    @cached_property
     def chat_template(self) -> str | None:
         """The Jinja template that transformers uses, if there is one."""
-        beside = self._companions.get("chat_template.jinja")
-        return beside.decode() if beside else self.config.get("chat_template")
+        return folder_files.chat_template(self._beside, self.config)
 
     def with_settings(self, *, add_bos: bool, chat_template: str | None = None) -> "Tokenizer":
         """A copy whose files say whether bos comes before each text, and name another chat template if one is given."""
-        files = dict(self._companions or self._own_companions)
-        config = self.config | {"add_bos_token": add_bos} | ({"chat_template": chat_template} if chat_template else {})
-        files["tokenizer_config.json"] = _json(config)
+        files = dict(self._beside)
+        config = self.config | {"add_bos_token": add_bos}
+        if chat_template:
+            config["chat_template"] = chat_template
+        files["tokenizer_config.json"] = to_json(config)
         if "tokenizer.json" in files:
-            first = byte_bpe.begin_with(self.model.proto.pieces[self.bos_id].piece, self.bos_id) if add_bos else None
-            files["tokenizer.json"] = _json(json.loads(files["tokenizer.json"]) | {"post_processor": first})
+            described = read_object(files["tokenizer.json"], f"{self._source}: tokenizer.json beside it")
+            first = byte_bpe.begin_with(self.model.piece_of(self.bos_id), self.bos_id) if add_bos else None
+            files["tokenizer.json"] = to_json(described | {"post_processor": first})
         return Tokenizer(self.model.data, "the new vocabulary", files)
 
     def with_chat_template_of(self, other: "Tokenizer") -> "Tokenizer":
         """A copy whose files have `other`'s chat template and its rule about bos."""
-        config = json.loads(self._own_companions["tokenizer_config.json"])
-        config |= {key: value for key, value in other.config.items() if key == "chat_template"}
+        config = read_object(self._own_companions["tokenizer_config.json"], "the new vocabulary")
+        if "chat_template" in other.config:
+            config["chat_template"] = other.config["chat_template"]
         config["add_bos_token"] = other.start_id != other.eos_id
-        own = self._own_companions | {"tokenizer_config.json": _json(config)}
-        kept = {name: data for name, data in other._companions.items() if name == "chat_template.jinja"}
-        return Tokenizer(self.model.data, "the new vocabulary", own | kept)
+        files = self._own_companions | {"tokenizer_config.json": to_json(config)}
+        if "chat_template.jinja" in other._companions:
+            files["chat_template.jinja"] = other._companions["chat_template.jinja"]
+        return Tokenizer(self.model.data, "the new vocabulary", files)
 
     @cached_property
     def _own_companions(self) -> dict[str, bytes]:
         """The files that transformers needs; no `tokenizer.json` for a model that is not BPE, such as T5's."""
         config = self.model.transformers_config({"bos": self.bos_id, "eos": self.eos_id, "pad": self.pad_id})
-        config["chat_template"] = JINJA[self.resolve_template("auto")]
-        files = {"tokenizer_config.json": _json(config)}
+        config["chat_template"] = JINJA[chat_template.usual(self)]
+        files = {"tokenizer_config.json": to_json(config)}
         spec = self.model.proto.trainer_spec
         if spec.model_type == spec.BPE:
-            files["tokenizer.json"] = _json(self.model.tokenizers_file())
+            files["tokenizer.json"] = to_json(self.model.tokenizers_file())
         return files
 
 
-class ByteLevelTokenizer(Tokenizer):
-    """A byte-level BPE in a `tokenizer.json`, in place of a SentencePiece model (see `byte_bpe`).
+class JsonTokenizer(Tokenizer):
+    """A `tokenizer.json` in place of a SentencePiece model, of any kind that the `tokenizers` library reads.
 
-    companions: the files of its folder. bpe: the `ByteBPE`. Raises UserError for a kind that is not supported, or one
-    without an end-of-text piece.
+    companions: the files of its folder. Raises UserError for a file that the library does
+    not read, or one without an end-of-text piece.
     """
 
     def __init__(self, companions: dict[str, bytes], source: str):
-        self._own_file, self._companions, self._source = {}, companions, source
-        self.bpe, self.control = byte_bpe.read(companions["tokenizer.json"], source)
-        self.data, self.sha256 = companions["tokenizer.json"], hashlib.sha256(companions["tokenizer.json"]).hexdigest()
-        ids = self.bpe.ids | self.bpe.whole | self.control
-        with naming_damage(source):
-            config = json.loads(companions.get("special_tokens_map.json", b"{}")) | self.config
-            named = {role: config.get(f"{role}_token") for role in ("bos", "eos", "pad")}
-            pieces = {role: name["content"] if isinstance(name, dict) else name for role, name in named.items()}
-        if pieces["eos"] not in ids:
+        self._own_file = {}
+        self._hold(TokenizersModel(companions["tokenizer.json"], source), source, companions)
+        ids = self.pieces.ids
+        if self.special_pieces.get("eos_token") not in ids:
             raise UserError(f"{source}: the tokenizer_config.json beside it names no end-of-text piece (eos_token)")
-        self.eos_id = ids[pieces["eos"]]
-        self.bos_id, self.pad_id = (ids.get(pieces[role], self.eos_id) for role in ("bos", "pad"))
-        self.vocab_size = max(ids.values()) + 1
-        self._dummy_prefix = False
-        table = self.bpe.bytes_of() | dict.fromkeys(self.control.values(), b"")
-        self._table = [table.get(i, b"") for i in range(self.vocab_size)]
+        self.eos_id = ids[self.special_pieces["eos_token"]]
+        self.bos_id = ids.get(self.special_pieces.get("bos_token"), self.eos_id)
+        self.pad_id = ids.get(self.special_pieces.get("pad_token"), self.eos_id)
+
+    @cached_property
+    def special_pieces(self) -> dict[str, str]:
+        """The text of bos_token, eos_token, pad_token and unk_token, as far as the folder names them."""
+        return folder_files.special_pieces(self._companions, self._source)
 
     @property
     def model(self):
-        raise UserError(f"{self._source}: a byte-level BPE; this needs a SentencePiece model, a tokenizer.model")
+        raise UserError(f"{self._source}: a tokenizer.json; this needs a SentencePiece model, a tokenizer.model")
+
+    @cached_property
+    def bpe(self) -> byte_bpe.ByteBPE:
+        """The vocabulary as GGUF describes it; raises UnsupportedError if it is of another kind than byte-level BPE."""
+        return byte_bpe.read(read_object(self.data, self._source), self._source)
 
     def with_settings(self, *, add_bos: bool, chat_template: str | None = None) -> "Tokenizer":
         """Refused: the settings are part of tokenizer.json, which is this tokenizer's identity."""
         own, wrap = ("eos", "eos") if add_bos else ("bos", "bos_eos")
-        raise UserError(f"{self._source}: a byte-level BPE stays as it is; its texts begin after {own}: --wrap {wrap}")
+        raise UserError(f"{self._source}: a tokenizer.json stays as it is; its texts begin after {own}: --wrap {wrap}")
 
-    def encode_many(self, texts: list[str], *, threads: int = 1) -> list[list[int]]:
-        """Token ids of each text; `threads` has no effect."""
-        for text in texts:
-            _refuse_surrogates(text)
-        return [self.bpe.encode(text) for text in texts]
+    def encode_rendered(self, text: str, mark: str) -> list[int]:
+        """Ids of a filled-in chat template (see `Tokenizer.encode_rendered`)."""
+        if mark not in text:
+            return self.pieces.encode_rendered(text)
+        if not self.pieces.parts_are_independent:
+            raise UserError(f"{self._source}: a message holds the text of a control piece, which cannot be kept apart")
+        ids: list[int] = []
+        for part in self.control_pattern.split(text):
+            ids += [self.control[part]] if part in self.control else self.encode(part.replace(mark, ""))
+        return ids
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of `ids`, control pieces left out (see `Tokenizer.decode`)."""
+        if self.pieces.table is None:
+            return self.pieces.decode(self._checked(ids))
+        return super().decode(ids)
 
 
 class StreamDecoder:
@@ -274,20 +357,34 @@ class StreamDecoder:
     def __init__(self, tokenizer: Tokenizer):
         self._tokenizer = tokenizer
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        # Where the text of an id depends on its neighbours, all are decoded again, after some letter before them.
+        self._by_bytes = tokenizer.pieces.table is not None
+        self._ids = [] if self._by_bytes else tokenizer.encode("a")
+        self._shown = "" if self._by_bytes else tokenizer.decode(self._ids)
 
     def push(self, token_id: int) -> str:
         """The text that this id completes; "" while a character is still short of bytes."""
-        return self._utf8.decode(self._tokenizer._bytes_of([token_id])[0])
+        if self._by_bytes:
+            return self._utf8.decode(self._tokenizer._bytes_of([token_id])[0])
+        self._ids.append(token_id)
+        text = self._tokenizer.decode(self._ids)
+        return "" if text.endswith("\ufffd") else self._show(text)
 
     def flush(self) -> str:
         """What is left at the end: U+FFFD for a character that never got all its bytes."""
-        return self._utf8.decode(b"", final=True)
+        if self._by_bytes:
+            return self._utf8.decode(b"", final=True)
+        return self._show(self._tokenizer.decode(self._ids))
+
+    def _show(self, text: str) -> str:
+        new = text[len(self._shown) :]
+        self._shown = text
+        return new
 
 
-def _load_byte_level(folder: Path) -> "ByteLevelTokenizer":
-    beside = [folder / name for name in COMPANIONS]
+def _load_json(folder: Path) -> JsonTokenizer:
     try:
-        return ByteLevelTokenizer({f.name: f.read_bytes() for f in beside if f.is_file()}, f"{folder}/tokenizer.json")
+        return JsonTokenizer(folder_files.read_companions(folder), f"{folder}/tokenizer.json")
     except UserError as problem:
         raise type(problem)(f"{problem}; {_elsewhere(folder)}") from None
 
@@ -297,7 +394,7 @@ def _refuse_folder(folder: Path) -> None:
     if other:
         raise UserError(
             f"{folder}: its tokenizer is a {other[0]}, but only tokenizer.model (SentencePiece) and tokenizer.json "
-            f"(byte-level BPE) are read; {_elsewhere(folder)}"
+            f"are read; {_elsewhere(folder)}"
         )
     raise UserError(f"{folder}: holds no tokenizer.model; copy the one there that its model was trained with")
 
@@ -307,10 +404,6 @@ def _elsewhere(folder: Path) -> str:
         "such a model can only be pretrained on, with ids made elsewhere: train_pretrain.py "
         f"--init_from {folder} --data FILE.bin --data_dtype uint32 --data_vocab_size N"
     )
-
-
-def _json(value: dict) -> bytes:
-    return (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode()
 
 
 def _refuse_surrogates(text: str) -> None:

@@ -1,18 +1,15 @@
 """Training a vocabulary with SentencePiece, so that no text is lost in encoding."""
 
 import io
-import os
 import random
 import re
-import threading
+import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import sentencepiece
-from tqdm import tqdm
 
 from minillm.base.errors import UserError
 from minillm.tokenizer.chat_template import ROLES
@@ -59,17 +56,17 @@ class Kind:
 
     def check(self) -> None:
         """Raises UserError for pieces that a vocabulary cannot have."""
-        bad = sorted({SPACE_MARK, UNKNOWN_MARK, "\0"} & set(self.required))
-        if bad:
-            raise UserError(f"--required_chars {bad[0]!r}: a mark of SentencePiece's own; leave it out")
-        there = set(TAKEN)
+        marks = sorted({SPACE_MARK, UNKNOWN_MARK, "\0"} & set(self.required))
+        if marks:
+            raise UserError(f"--required_chars {marks[0]!r}: a mark of SentencePiece's own; leave it out")
+        pieces_so_far = set(TAKEN)
         for name, pieces in (("--user_defined", self.user_defined), ("--control", self.control)):
             for piece in pieces:
                 if not piece or UNKNOWN_MARK in piece or "\0" in piece:
                     raise UserError(f"{name} {piece!r}: a piece must not be empty or hold {UNKNOWN_MARK} or NUL")
-                if piece in there:
+                if piece in pieces_so_far:
                     raise UserError(f"{name} {piece!r}: given twice, or in every vocabulary already; leave it out")
-                there.add(piece)
+                pieces_so_far.add(piece)
         if self.coverage is not None and not 0 < self.coverage <= 1:
             raise UserError(f"--character_coverage {self.coverage}: choose one above 0, at most 1")
 
@@ -90,8 +87,8 @@ def train_tokenizer(
         in memory and learnt from, which takes up to MEMORY_PER_BYTE times as much memory.
     vocab_size: all pieces, including the 263 special and byte pieces and printable ASCII. option: its name in errors.
 
-    Same texts and seed give the same file. Raises UserError when the text is too small for the vocabulary,
-    naming the largest possible, or the vocabulary for the characters.
+    Same texts and seed give the same file. Prints a line before and one after. Raises UserError when the text is too
+    small for the vocabulary, naming the largest possible, or the vocabulary for the characters.
     """
     kind.check()
     if vocab_size < kind.fixed:
@@ -100,19 +97,25 @@ def train_tokenizer(
     if not lines:
         raise UserError("no text to train a tokenizer on: every document is empty")
     counts = Counter()
+    n_bytes = 0
     for line in lines:
         counts.update(line)
-    size, model = min(vocab_size, 1 << 30), None  # SentencePiece takes 31 bits
-    while not isinstance(model, bytes):
+        n_bytes += len(line.encode())
+    print(f"learning {vocab_size:,} pieces from {n_bytes / 1e6:.1f} MB of text", flush=True)
+    begun = time.monotonic()
+
+    # Fewer pieces leave fewer to single characters, which may lower the limit again.
+    size = min(vocab_size, 1 << 30)  # SentencePiece takes 31 bits
+    model = None
+    while model is None:
         usual = _without_rare(lines, counts, size, kind)
         if not any(usual):
             raise UserError(f"{option} {vocab_size:,}: the text repeats too little to learn pieces from; add text")
-        with _progress(size):
-            model = _learn(usual, size, kind)
-        if isinstance(model, int):
-            size = model  # fewer pieces leave fewer to single characters, which may lower the limit again
+        model, size = _learn(usual, size, kind)
     if size < vocab_size:
         raise UserError(f"{option} {vocab_size:,}: the text gives at most {size:,} pieces; ask for fewer or add text")
+
+    print(f"learnt {size:,} pieces in {time.monotonic() - begun:.1f} s", flush=True)
     tokenizer = Tokenizer(model, "trained model")
     tokenizer.save(out_folder)
     write_readable(tokenizer, Path(out_folder))
@@ -121,40 +124,15 @@ def train_tokenizer(
 
 def write_readable(tokenizer: Tokenizer, folder: Path) -> None:
     """tokenizer.vocab: number, piece and score of each piece, one a line; line ends and tabs inside are escaped."""
-    rows = (f"{i}\t{p.piece.translate(ESCAPED)}\t{p.score:g}\n" for i, p in enumerate(tokenizer.model.proto.pieces))
+    rows = [
+        f"{i}\t{piece.piece.translate(ESCAPED)}\t{piece.score:g}\n"
+        for i, piece in enumerate(tokenizer.model.proto.pieces)
+    ]
     (folder / "tokenizer.vocab").write_text("".join(rows), encoding="utf-8", newline="\n")
 
 
-@contextmanager
-def _progress(size: int) -> Iterator[None]:
-    """Show how many pieces there are so far, read from SentencePiece's stderr, which is otherwise hidden."""
-    screen, (log, to_log) = os.fdopen(os.dup(2), "w"), os.pipe()
-    os.dup2(to_log, 2)
-    os.close(to_log)
-
-    def follow() -> None:
-        form = "{desc}{postfix} [{elapsed}]"
-        with (
-            os.fdopen(log, errors="replace") as lines,
-            tqdm(desc=f"learning {size:,} pieces", bar_format=form, file=screen, leave=False, disable=None) as bar,
-        ):
-            for line in lines:
-                if found := re.search(r"\bsize=(\d+)", line):  # BPE adds up to the size, unigram prunes down to it
-                    bar.set_postfix_str(f"now {int(found[1]):,}", refresh=False)
-                    bar.update()
-
-    thread = threading.Thread(target=follow, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        os.dup2(screen.fileno(), 2)  # closes the pipe, which ends the thread
-        thread.join()
-        screen.close()
-
-
-def _learn(lines: list[str], size: int, kind: Kind) -> bytes | int:
-    """The model; or, if the lines do not yield so many pieces, how many they do according to SentencePiece."""
+def _learn(lines: list[str], size: int, kind: Kind) -> tuple[bytes | None, int]:
+    """(model, size); or, if the lines do not yield so many pieces, (None, how many they do), as SentencePiece says."""
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
@@ -176,48 +154,60 @@ def _learn(lines: list[str], size: int, kind: Kind) -> bytes | int:
             user_defined_symbols=[piece.replace(" ", SPACE_MARK) for piece in kind.user_defined],
             max_sentence_length=4 * MAX_LINE + 1,
             num_threads=4,  # recorded in the file, so it must not depend on the machine
-            minloglevel=0,  # for _progress
+            minloglevel=2,  # errors alone
         )
     except RuntimeError as error:
         limit = re.search(r"value <= (\d+)", str(error))
         if not limit:
             raise
-        return int(limit[1])
-    return model.getvalue()
+        return None, int(limit[1])
+    return model.getvalue(), size
 
 
 def _without_rare(lines: list[str], counts: Counter, size: int, kind: Kind) -> list[str]:
     """Cut the lines at characters too rare for a piece of their own, which are encoded as bytes.
 
-    Unless a coverage is given, at most half of the free pieces go to single characters. (SentencePiece itself fails
-    if there are too many different characters.)
+    counts: how often each character occurs. Unless a coverage is given, at most half of the free pieces go to single
+    characters. (SentencePiece itself fails if there are too many different characters.)
     """
-    room, share = size - kind.fixed, kind.coverage  # room: pieces that single characters may take
+    room = size - kind.fixed  # pieces that single characters may take
+    share = kind.coverage
     if share is None:
-        room, share = room // 2, COVERAGE
-    sure = {*PRINTABLE, " ", *kind.required}  # characters that have a piece anyway
-    wanted, covered, rare = share * counts.total(), sum(counts[c] for c in sure), {}
+        room //= 2
+        share = COVERAGE
+    wanted = share * counts.total()
+
+    always_there = {*PRINTABLE, " ", *kind.required}
+    covered = sum(counts[character] for character in always_there)
+    rare = set()
     for character, count in counts.most_common():
-        if character not in sure:
-            if room <= 0 or covered >= wanted:
-                rare[ord(character)] = "\n"
-            covered, room = covered + count, room - 1
-    return "\n".join(lines).translate(rare).split("\n") if rare else lines
+        if character in always_there:
+            continue
+        if room <= 0 or covered >= wanted:
+            rare.add(character)
+        covered += count
+        room -= 1
+    if not rare:
+        return lines
+    line_ends = {ord(character): "\n" for character in rare}
+    return "\n".join(lines).translate(line_ends).split("\n")
 
 
 def _sample_lines(texts: Iterable[str], limit: int, seed: int) -> list[str]:
-    """Lines of the texts, each kept with the same probability, halved whenever they exceed `limit` bytes."""
+    """Lines of the texts, each with the same probability, which is halved whenever they exceed `limit` bytes."""
     draw = random.Random(seed).random
-    kept: list[str] = []
-    size, rate = 0, 1.0
+    sample: list[str] = []
+    size = 0  # of the sample, in bytes
+    rate = 1.0
     for text in texts:
         # SentencePiece would take ▁ for a space, and drop a line with ▅, its own mark.
         for line in re.split("[\n▁▅]", text):
             for start in range(0, len(line), MAX_LINE):
                 if rate == 1.0 or draw() < rate:
-                    kept.append(line[start : start + MAX_LINE])
-                    size += len(kept[-1].encode())
+                    sample.append(line[start : start + MAX_LINE])
+                    size += len(sample[-1].encode())
                 if size > limit:
-                    kept = [line for line in kept if draw() < 0.5]
-                    size, rate = sum(len(line.encode()) for line in kept), rate / 2
-    return kept
+                    sample = [line for line in sample if draw() < 0.5]
+                    size = sum(len(line.encode()) for line in sample)
+                    rate /= 2
+    return sample

@@ -90,7 +90,8 @@ def load_adapted(
 
 def tokenizer_of(adapter: Path, base: Path) -> Tokenizer:
     """The tokenizer beside an adapter, which records the prompt format of its training; else the base's."""
-    return Tokenizer.load(adapter if (adapter / "tokenizer.model").exists() else base)
+    own = any((adapter / name).exists() for name in ("tokenizer.model", "tokenizer.json"))
+    return Tokenizer.load(adapter if own else base)
 
 
 def merge_folder(model: str | Path, adapter: str | Path, out: str | Path) -> str:

@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from data import bin_writer, tokenize_files
+from data import bin_writer, sources, tokenize_files
 from data.prepare import prepare
 from minillm.base import files as files_module
 from minillm.base.errors import UserError
 from minillm.tokenizer.tokenizer import Tokenizer
 from minillm.tokenizer.train import train_tokenizer
 
-OPTIONS = {"val_fraction": 0.2, "workers": 1, "shard_tokens": 700}
+OPTIONS = {"val_fraction": 0.2, "workers": 1}
 
 
 @pytest.fixture(scope="module")
@@ -27,6 +27,7 @@ def tok(tmp_path_factory) -> Path:
 def texts(tmp_path, monkeypatch) -> Path:
     """Ten files of several batches each; the eighth is a .txt."""
     monkeypatch.setattr(tokenize_files, "BATCH", 400)
+    monkeypatch.setattr(sources, "SMALL", 1)  # each file has bins of its own
     folder = tmp_path / "in"
     folder.mkdir()
     for i in range(10):
@@ -67,8 +68,8 @@ def seen(monkeypatch) -> Seen:
 
 def contents(out: Path) -> dict:
     """All that training reads of a folder, and what is remembered."""
-    found = {path.name: path.read_bytes() for path in out.glob("*.bin")}
-    return found | {name: json.loads((out / name).read_text()) for name in ("meta.json", "parts.json")}
+    bins = {path.name: path.read_bytes() for path in out.glob("*.bin")}
+    return bins | {"meta.json": json.loads((out / "meta.json").read_text())}
 
 
 def fresh(texts: Path, tok: Path, **options) -> dict:
@@ -93,7 +94,7 @@ def test_only_the_changed_file_is_done_again(texts, tok, out, seen, capsys):
     assert seen.take() == {"4"}
     assert "9 of 10 files are tokenized already" in said and f"text changed: {texts}/4.jsonl" in said
     assert contents(out) == fresh(texts, tok)
-    assert not (out / "old").exists()
+    assert not (out / "unfinished").exists()
 
 
 def test_new_gone_moved_and_touched_files(texts, tok, out, seen, capsys):
@@ -109,10 +110,11 @@ def test_new_gone_moved_and_touched_files(texts, tok, out, seen, capsys):
     assert contents(out) == fresh(texts, tok)
 
 
-def test_a_file_added_at_the_end_leaves_the_bins_in_place(texts, tok, out, seen, monkeypatch):
+def test_a_file_added_leaves_the_other_bins_as_they_are(texts, tok, out, seen):
     write(texts / "z.jsonl", ["File z, new"] * 30)
-    monkeypatch.setattr(bin_writer, "_move", None)
+    before = {path: path.stat().st_ino for path in out.glob("*.bin")}
     prepare([texts], out, tokenizer=tok, **OPTIONS)
+    assert {path: path.stat().st_ino for path in before} == before  # not even copied
     assert seen.take() == {"z"} and contents(out) == fresh(texts, tok)
 
 
@@ -130,32 +132,53 @@ def test_a_flipped_byte_is_found(texts, tok, out, seen, capsys, kind, place, don
     assert contents(out) == before
 
 
-@pytest.mark.parametrize("how", ["cut", "missing", "parts.json", "meta.json", "no meta.json", "tokenizer.model"])
+@pytest.mark.parametrize("how", ["cut", "missing", "a record", "meta.json", "tokenizer.model"])
 def test_other_damage_is_mended(texts, tok, out, seen, capsys, how):
     before, file = contents(out), out / "train-00001.bin"
+    text = (out / "meta.json").read_text()
+    files, records = text.split('"bins"')
     if how == "cut":
         file.write_bytes(file.read_bytes()[:-2])
     elif how == "missing":
         file.unlink()
-    elif how == "parts.json":
-        (out / how).write_text((out / how).read_text().replace('"documents": 2', '"documents": 3', 1))
+    elif how == "a record":
+        assert '"documents": 2' in records
+        (out / "meta.json").write_text(files + '"bins"' + records.replace('"documents": 2', '"documents": 3', 1))
     elif how == "meta.json":
-        (out / how).write_text((out / how).read_text().replace('"tokens": 7', '"tokens": 8'))
-    elif how == "no meta.json":
-        (out / "meta.json").unlink()
+        assert '"tokens": 1' in files
+        (out / "meta.json").write_text(files.replace('"tokens": 1', '"tokens": 2') + '"bins"' + records)
     else:
         (out / how).write_bytes((out / how).read_bytes()[:-9])
     prepare([texts], out, tokenizer=tok, **OPTIONS)
-    expected = {"cut": range(1, 4), "missing": range(1, 6), "parts.json": [10]}.get(how, [0])
-    assert len(seen.take()) in expected and ("parts.json: damaged" in capsys.readouterr().out) == (how == "parts.json")
+    expected = {"cut": 1, "missing": 1, "a record": 10}.get(how, 0)
+    assert len(seen.take()) == expected
+    assert ("meta.json is damaged" in capsys.readouterr().out) == (how == "a record")
     assert contents(out) == before and Tokenizer.load(out).sha256 == Tokenizer.load(tok).sha256
+
+
+def test_bins_of_an_earlier_version_are_made_again(texts, tok, out, seen, capsys):
+    expected = contents(out)
+    meta = json.loads((out / "meta.json").read_text())
+    del meta["bins"], meta["bins_sha256"]
+    (out / "meta.json").write_text(json.dumps(meta | {"format": 1}))
+    with pytest.raises(UserError, match=r"train-00000\.bin: no meta\.json tells what it was made from"):
+        prepare([texts], out, tokenizer=tok, **OPTIONS)
+    (out / "parts.json").write_text("{}")  # such versions kept this
+    prepare([texts], out, tokenizer=tok, **OPTIONS)
+    assert "of an earlier version, so everything is tokenized again" in capsys.readouterr().out
+    assert contents(out) == expected and not (out / "parts.json").exists()
+
+
+def test_bins_without_a_meta_json_are_refused(texts, tok, out):
+    (out / "meta.json").unlink()
+    with pytest.raises(UserError, match=r"train-00000\.bin: no meta\.json tells what it was made from"):
+        prepare([texts], out, tokenizer=tok, **OPTIONS)
 
 
 def test_options_that_concern_some_files_alone(texts, tok, out, seen):
     for options, done_again in (
-        ({"split": "lines"}, {"7"}),  # the .txt
-        ({"split": "lines", "shard_tokens": 300}, set()),  # the same tokens, laid out otherwise
-        ({"split": "lines", "shard_tokens": 300, "on_bad_line": "skip"}, set()),  # there was none
+        ({"boundary": "lines"}, {"7"}),  # the .txt
+        ({"boundary": "lines", "on_bad_line": "skip"}, set()),  # there was none
         ({"wrap": "bos_eos"}, set("0123456789")),
     ):
         prepare([texts], out, tokenizer=tok, **{**OPTIONS, **options})
@@ -211,7 +234,6 @@ def test_killed_anywhere_while_redoing_it_goes_on(texts, tok, out, monkeypatch, 
     shutil.copytree(out, texts.parent / "start")
     write(texts / "4.jsonl", ["File 4, changed: apple " * 3] * 9)
     expected = fresh(texts, tok)
-    monkeypatch.setattr(tokenize_files, "SAVE_EVERY", 0)
     monkeypatch.setattr(files_module, "sync", lambda path: None)
     left = [0]
 
@@ -227,7 +249,6 @@ def test_killed_anywhere_while_redoing_it_goes_on(texts, tok, out, monkeypatch, 
     for owner, names in ((Path, ("replace", "unlink", "mkdir")), (bin_writer.shutil, ("rmtree",))):
         for name in names:
             monkeypatch.setattr(owner, name, dying(getattr(owner, name)))
-    monkeypatch.setattr(bin_writer.os, "truncate", dying(bin_writer.os.truncate))
     for n in range(1, 1000):
         left[0] = 0  # a live process again
         shutil.rmtree(out)
@@ -242,7 +263,18 @@ def test_killed_anywhere_while_redoing_it_goes_on(texts, tok, out, monkeypatch, 
                 whole = before if json.loads((out / "meta.json").read_text()) == before["meta.json"] else expected
                 assert looks == {name: data for name, data in whole.items() if name.endswith(".bin")}
             prepare([texts], out, tokenizer=tok, **OPTIONS)
-            assert contents(out) == expected and not (out / "old").exists(), n
+            assert contents(out) == expected and not (out / "unfinished").exists(), n
         else:
             assert n > 20
             return
+
+
+def test_two_groups_of_the_same_texts(texts, tok, tmp_path, seen):
+    shutil.copy(texts / "4.jsonl", texts / "4b.jsonl")
+    prepare([texts], tmp_path / "out", tokenizer=tok, **OPTIONS)
+    expected = contents(tmp_path / "out")
+    assert len(expected["meta.json"]["bins"]) == 11
+    seen.take()
+    (texts / "9.jsonl").unlink()
+    prepare([texts], tmp_path / "out", tokenizer=tok, **OPTIONS)
+    assert seen.take() == set() and contents(tmp_path / "out") == fresh(texts, tok)

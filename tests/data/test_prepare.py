@@ -59,7 +59,7 @@ def test_meta_and_bins_by_hand(tok, tok_path, tmp_path):
     ids = [i for text in TEXTS for i in [*tok.encode(text), tok.eos_id]]
     assert np.fromfile(tmp_path / "out" / "train-00000.bin", dtype="<u2").tolist() == ids
     assert meta == json.loads((tmp_path / "out" / "meta.json").read_text())
-    assert meta["format"] == 1 and meta["dtype"] == "uint16" and meta["vocab_size"] == 380
+    assert meta["format"] == 2 and meta["dtype"] == "uint16" and meta["vocab_size"] == 380
     assert meta["tokenizer_sha256"] == tok.sha256 == Tokenizer.load(tmp_path / "out").sha256
     assert (meta["bos_id"], meta["eos_id"], meta["pad_id"]) == (1, 2, 3)
     assert meta["bytes"] == {"train": sum(len(text.encode()) for text in TEXTS), "val": 4}
@@ -87,16 +87,16 @@ def test_every_kind_of_file_gives_the_same_documents(tok_path, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("split", "expected"),
+    ("boundary", "expected"),
     [
         ("blank", ["a\n b", "c", "d\ne"]),
         ("lines", ["a", " b", "c", "d", "e"]),
         ("file", ["a\n b\n\n \nc\n\nd\ne"]),
     ],
 )
-def test_txt_splits(tok_path, tmp_path, split, expected):
+def test_where_documents_of_a_txt_end(tok_path, tmp_path, boundary, expected):
     (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfa\r\n b\r\n\r\n \nc\n\nd\ne")
-    prepare([tmp_path / "a.txt"], tmp_path / "out", tokenizer=tok_path, split=split, val_fraction=0)
+    prepare([tmp_path / "a.txt"], tmp_path / "out", tokenizer=tok_path, boundary=boundary, val_fraction=0)
     found = documents(tmp_path / "out")
     assert found == expected
 
@@ -236,7 +236,8 @@ def test_a_full_disk_is_named_and_survived(tok_path, tmp_path):
     command = [sys.executable, str(ROOT / "data" / "prepare.py"), *arguments, str(tmp_path / "out")]
     limited = subprocess.run(["bash", "-c", 'ulimit -f 30; exec "$@"', "-", *command], capture_output=True, text=True)
     last = limited.stderr.splitlines()[-1]
-    assert limited.returncode == 2 and last.startswith(f"error: {tmp_path}/out/train-00000.bin: writing ")
+    assert limited.returncode == 2 and last.startswith(f"error: {tmp_path}/out/unfinished/")
+    assert ".train.bin: writing " in last and "make room, then run the same command again" in last
     assert "Traceback" not in limited.stderr and not (tmp_path / "out" / "meta.json").exists()
     again = subprocess.run(command, capture_output=True, text=True)
     assert again.returncode == 0 and "2,000 documents" in again.stdout
@@ -253,7 +254,7 @@ def test_help_names_every_option():
 def test_options_that_mean_nothing(tok_path, tmp_path, monkeypatch):
     file = write_lines(tmp_path / "a.jsonl", TEXTS)
     for wrong, message in {
-        "split": "--split wrong: choose one of blank, lines, file",
+        "boundary": "--split wrong: choose one of blank, lines, file",
         "on_bad_line": "--on_bad_line wrong: choose one of error, skip",
         "wrap": "--wrap wrong: choose one of eos, bos_eos",
     }.items():
@@ -261,12 +262,12 @@ def test_options_that_mean_nothing(tok_path, tmp_path, monkeypatch):
             prepare([file], tmp_path / "out", tokenizer=tok_path, **{wrong: "wrong"})
     with pytest.raises(UserError, match=r"--val_fraction 1\.5"):
         prepare([file], tmp_path / "out", tokenizer=tok_path, val_fraction=1.5)
-    for wrong, least in {"workers": 1, "shard_tokens": 1, "train_tokenizer": 360}.items():
+    for wrong, least in {"workers": 1, "train_tokenizer": 360}.items():
         given = {"tokenizer": tok_path} if wrong != "train_tokenizer" else {}
         with pytest.raises(UserError, match=f"--{wrong} 0: at least {least} is needed"):
             prepare([file], tmp_path / "out", **given, **{wrong: 0})
     monkeypatch.setattr("sys.argv", ["prepare.py", "--splitt", "lines"])
-    with pytest.raises(UserError, match=r"required: --input, --out .*see prepare\.py --help"):
+    with pytest.raises(UserError, match=r"--splitt: .*did you mean --split.*see prepare\.py --help"):
         main()
     with pytest.raises(UserError, match="either --tokenizer PATH or --train_tokenizer N"):
         prepare([file], tmp_path / "out")

@@ -1,6 +1,5 @@
 """The same tokens whatever the number of processes; stopped or killed, it goes on; long texts, large vocabularies."""
 
-import json
 import os
 import signal
 import subprocess
@@ -11,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data import tokenize_files
+from data import sources, tokenize_files
 from data.prepare import prepare
 from minillm.base.errors import UserError
 from tests.data.test_prepare import bins, documents, many, write_lines
@@ -20,16 +19,16 @@ ROOT = Path(__file__).parents[2]
 
 
 def test_same_bins_whatever_the_number_of_workers(tok_path, tmp_path, monkeypatch):
-    file = write_lines(tmp_path / "a.jsonl", many(400))
-    prepare([file], tmp_path / "one", tokenizer=tok_path, val_fraction=0.1, workers=1, shard_tokens=2000)
+    inputs = [write_lines(tmp_path / f"{i}.jsonl", many(80 + i)) for i in range(5)]
+    monkeypatch.setattr(sources, "SMALL", 25_000)  # bytes
+    prepare(inputs, tmp_path / "one", tokenizer=tok_path, val_fraction=0.1, workers=1)
     monkeypatch.setattr(tokenize_files, "POOL_FROM", 0)
     monkeypatch.setattr(tokenize_files, "BATCH", 1000)
-    prepare([file], tmp_path / "few", tokenizer=tok_path, val_fraction=0.1, workers=1, shard_tokens=2000)
-    prepare([file], tmp_path / "two", tokenizer=tok_path, val_fraction=0.1, workers=2, shard_tokens=2000)
+    prepare(inputs, tmp_path / "few", tokenizer=tok_path, val_fraction=0.1, workers=1)
+    prepare(inputs, tmp_path / "two", tokenizer=tok_path, val_fraction=0.1, workers=2)
     assert bins(tmp_path / "two") == bins(tmp_path / "few")
-    assert len(bins(tmp_path / "few")) > 3  # several shards, each closed after a batch
-    for kind in ("train", "val"):
-        assert documents(tmp_path / "one", kind) == documents(tmp_path / "two", kind)
+    assert 2 < len(bins(tmp_path / "few")) < 10  # some files in one bin, some not
+    assert bins(tmp_path / "one") == bins(tmp_path / "two")
 
 
 def test_split_by_hash(tok_path, tmp_path):
@@ -47,51 +46,59 @@ def test_split_by_hash(tok_path, tmp_path):
 
 
 def test_stopped_anywhere_it_goes_on(tok_path, tmp_path, monkeypatch):
-    file = write_lines(tmp_path / "a.jsonl", many(300))
+    inputs = [write_lines(tmp_path / f"{i}.jsonl", many(60 + i)) for i in range(5)]
+    monkeypatch.setattr(sources, "SMALL", 1)
     monkeypatch.setattr(tokenize_files, "BATCH", 500)
-    options = {"tokenizer": tok_path, "val_fraction": 0.1, "shard_tokens": 1500, "workers": 1}
-    prepare([file], tmp_path / "straight", **options)
+    options = {"tokenizer": tok_path, "val_fraction": 0.1, "workers": 1}
+    prepare(inputs, tmp_path / "straight", **options)
     encode_batch = tokenize_files.encode_batch
-    for save_every in (0, 1e9):
-        out = tmp_path / f"out{save_every}"
-        for stop_after in (1, 4, 0, 9):
+    out = tmp_path / "out"
+    for stop_after in (1, 20, 0, 12):
 
-            def stopping(*args, left=[stop_after]):  # noqa: B006
-                if not left[0]:
-                    raise KeyboardInterrupt
-                left[0] -= 1
-                return encode_batch(*args)
+        def stopping(*args, left=[stop_after]):  # noqa: B006
+            if not left[0]:
+                raise KeyboardInterrupt
+            left[0] -= 1
+            return encode_batch(*args)
 
-            monkeypatch.setattr(tokenize_files, "SAVE_EVERY", save_every)
-            monkeypatch.setattr(tokenize_files, "encode_batch", stopping)
-            with pytest.raises(KeyboardInterrupt):
-                prepare([file], out, **options)
-            assert not (out / "meta.json").exists()
-            with (out / "train-00000.bin").open("ab") as stream:
-                stream.write(b"torn")
-        monkeypatch.setattr(tokenize_files, "encode_batch", encode_batch)
-        prepare([file], out, **options)
-        assert bins(out) == bins(tmp_path / "straight")
+        monkeypatch.setattr(tokenize_files, "encode_batch", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            prepare(inputs, out, **options)
+        assert not (out / "meta.json").exists()
+        with (out / "train-00000.bin").open("ab") as stream:
+            stream.write(b"torn")
+    n_whole = len(list((out / "unfinished").glob("*.json")))
+    assert 2 < n_whole < 5
+    n_calls = [0]
+
+    def counting(*args):
+        n_calls[0] += 1
+        return encode_batch(*args)
+
+    monkeypatch.setattr(tokenize_files, "encode_batch", counting)
+    prepare(inputs, out, **options)
+    assert n_calls[0] < 12 * (5 - n_whole)  # a file has about ten batches: no whole bin is made twice
+    assert bins(out) == bins(tmp_path / "straight")
 
 
 def test_killed_with_workers_it_goes_on(tok_path, tmp_path):
-    file = write_lines(tmp_path / "a.jsonl", many(3000))
+    inputs = [write_lines(tmp_path / f"{i}.jsonl", many(600 + i)) for i in range(5)]
     code = (
-        "import sys; from data import prepare, tokenize_files\n"
-        "tokenize_files.BATCH, tokenize_files.SAVE_EVERY, tokenize_files.POOL_FROM = 2000, 0, 0\n"
+        "import sys; from data import prepare, sources, tokenize_files\n"
+        "tokenize_files.BATCH, tokenize_files.POOL_FROM, sources.SMALL = 2000, 0, 1\n"
         "if __name__ == '__main__':\n"
-        "    prepare.prepare(sys.argv[1:2], sys.argv[2], train_tokenizer=365, workers=2)\n"
+        "    prepare.prepare(sys.argv[2:], sys.argv[1], train_tokenizer=365, workers=2)\n"
     )
     (tmp_path / "script.py").write_text(code)
 
     def start(out: str) -> subprocess.Popen:
-        arguments = [sys.executable, tmp_path / "script.py", file, tmp_path / out]
+        arguments = [sys.executable, tmp_path / "script.py", tmp_path / out, *inputs]
         return subprocess.Popen(arguments, env={**os.environ, "PYTHONPATH": str(ROOT)}, stderr=subprocess.DEVNULL)
 
     assert start("straight").wait(60) == 0
-    killed, progress = start("killed"), tmp_path / "killed" / "parts.json"
+    killed = start("killed")
     while killed.poll() is None:
-        if progress.exists() and any(part["batches"] >= 5 for part in json.loads(progress.read_text())["parts"]):
+        if len(list((tmp_path / "killed" / "unfinished").glob("*.json"))) >= 2:
             killed.send_signal(signal.SIGKILL)
             break
         time.sleep(0.002)
@@ -99,6 +106,7 @@ def test_killed_with_workers_it_goes_on(tok_path, tmp_path):
     assert not (tmp_path / "killed" / "meta.json").exists()
     assert start("killed").wait(60) == 0
     assert bins(tmp_path / "killed") == bins(tmp_path / "straight")
+    assert not (tmp_path / "killed" / "unfinished").exists()
 
 
 def test_large_vocabulary_takes_uint32(tok, tmp_path):

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from kernels.attention import sm90, sm90_backward
+from kernels.attention import sm90
 from tests.kernels.shipped_attention import meta
 
 
@@ -21,5 +21,5 @@ def calls(architecture: int) -> Iterator[tuple[str, Callable]]:
                 yield name, lambda a=(q, k, k, spans): sm90.forward(*a, **options)
                 yield (
                     f"{name} backward",
-                    lambda a=(q, q, k, k, q, lse, spans): sm90_backward.backward(*a, **options),
+                    lambda a=(q, q, k, k, q, lse, spans): sm90.backward(*a, **options),
                 )

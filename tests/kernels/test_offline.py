@@ -20,7 +20,7 @@ from tests.kernels import offline
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 # Bytes of stack that are known to be needed, by call or kernel: fp32 has no tensor cores, and wide heads take all
 # registers; of the Hopper backward's few bytes see its file.
-SPILLS = {"attention float32 256 backward": 160, "attention float32 128 backward": 8, "_backward_sm90": 40}
+SPILLS = {"attention float32 256 backward": 160, "attention float32 128 backward": 8, "backward_sm90": 40}
 SPILLS |= {"attention float32 64 backward": 8, "attention float32 128": 8}
 LEAST = 0
 if triton.__version__.startswith("3.6."):  # some more there: once a program, and not in a loop

@@ -7,7 +7,7 @@ from tqdm import tqdm
 
 from minillm.base.options import Options, option
 from minillm.checkpoint import run_folder
-from minillm.datasets.text_files import TXT_SPLITS, find_files, texts_of
+from minillm.datasets.text_files import BOUNDARIES, find_files, texts_of
 from minillm.tokenizer import measure
 from minillm.tokenizer.tokenizer import Tokenizer
 
@@ -19,7 +19,7 @@ class TextOptions(Options):
     """Where texts begin and end in the files that a command reads."""
 
     field: str = option("text", "the key that holds a text in .jsonl, .json or .parquet", group="texts")
-    split: str = option("blank", "where texts end in a .txt", TXT_SPLITS, group="texts")
+    split: str = option("blank", "where texts end in a .txt", BOUNDARIES, group="texts")
 
 
 def load_tokenizer(path: str) -> Tokenizer:
@@ -34,7 +34,7 @@ def read_texts(paths: Iterable[str], options: TextOptions, what: str) -> Iterato
     with tqdm(total=n_bytes, unit="B", unit_scale=True, desc=what, leave=False, disable=None) as bar:
         n_before = 0  # bytes of the files before this one
         for file in files:
-            for text, position in texts_of(file, split=options.split, field=options.field):
+            for text, position in texts_of(file, boundary=options.split, field=options.field):
                 bar.update(n_before + position - bar.n)
                 yield text
             n_before += file.stat().st_size

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from kernels import reference
-from kernels.attention import attention, sm90, sm90_backward, sm90_tiles
+from kernels.attention import attention, sm90, sm90_backward, sm90_forward, sm90_tiles
 from kernels.bench.attention import _sm90
 from kernels.shared import launch
 from tests.kernels import gluon_model
@@ -20,7 +20,7 @@ from tests.kernels.check import DEVICE, compare, draw, error, layouts, poisoned,
 
 written_for = f"these kernels are written for Triton {' and '.join(sorted(sm90.WRITTEN_FOR))}"
 pytestmark = pytest.mark.skipif(not sm90.compiles(), reason=written_for)
-MODULES = (sm90, sm90_backward, sm90_tiles)
+MODULES = (sm90, sm90_forward, sm90_backward, sm90_tiles)
 BF16 = torch.bfloat16
 HOPPER = DEVICE == "cuda" and launch.architecture(torch.device("cuda", 0)) == 90
 hopper = pytest.mark.skipif(not HOPPER, reason="needs a Hopper GPU")
@@ -61,9 +61,9 @@ def test_packed_documents(size, n, kv_heads, model, poisoned):  # noqa: F811
 
 
 def test_three_warpgroups_of_queries(model, monkeypatch, poisoned):  # noqa: F811
-    long = sm90.settings(64, 4096, False)
+    long = sm90.forward_settings(64, 4096, False)
     assert long["COMPUTERS"] == 3
-    monkeypatch.setattr(sm90, "settings", lambda *_: long)
+    monkeypatch.setattr(sm90, "forward_settings", lambda *_: long)
     for length in (128, 320, 577):
         check(*inputs(1, length, length, 2, 1, 64, BF16))
 
@@ -72,7 +72,7 @@ def test_log_sum_exp_and_its_gradient(model, poisoned):  # noqa: F811
     tensors, grad = inputs(1, 200, 200, 2, 1, 64, BF16)
     scale, dlse = 64**-0.5, draw(1, 2, 200, seed=9)
     out, lse = sm90.forward(*tensors, None, causal=True, scale=scale)
-    mine = sm90_backward.backward(grad, *tensors, out, lse, None, causal=True, scale=scale, dlse=dlse)
+    mine = sm90.backward(grad, *tensors, out, lse, None, causal=True, scale=scale, dlse=dlse)
     outs, grads = run(lambda *t: reference.attention(*t), [t.double() for t in tensors], [grad.double(), dlse.double()])
     assert error(lse, outs[1]) < 1e-4
     assert all(error(a, b) < 2e-2 for a, b in zip(mine, grads, strict=True))
@@ -99,10 +99,10 @@ def test_order_in_time_changes_nothing_but_dq(monkeypatch):
 nobody_waits = SimpleNamespace(**vars(gluon_model.mbarrier) | {"wait": lambda barrier, parity: None})
 FAULTS = {
     "no fence": (sm90_backward, "fence_async_shared", lambda: None),
-    "no fence before a store": (sm90, "fence_async_shared", lambda: None),
+    "no fence before a store": (sm90_forward, "fence_async_shared", lambda: None),
     "no meeting": (sm90_backward, "_both_warpgroups", lambda: None),
-    "a stage freed by one of two": (sm90, "barriers", lambda n, _: sm90_tiles.barriers(n, 1)),
-    "nobody waits": (sm90, "mbarrier", nobody_waits),
+    "a stage freed by one of two": (sm90_forward, "barriers", lambda n, _: sm90_tiles.barriers(n, 1)),
+    "nobody waits": (sm90_forward, "mbarrier", nobody_waits),
 }
 
 
@@ -170,9 +170,9 @@ def test_attention_comes_here_only_when_chosen(model, monkeypatch):
     tensors, grad = inputs(1, 128, 128, 1, 1, 64, BF16)
     assert HOPPER or not sm90.chosen(*tensors, None, True, None, None)
     calls = []
-    for part, name in ((sm90, "forward"), (sm90_backward, "backward")):
-        function = getattr(part, name)
-        monkeypatch.setattr(part, name, lambda *a, f=function, n=name, **k: (calls.append(n), f(*a, **k))[1])
+    for name in ("forward", "backward"):
+        function = getattr(sm90, name)
+        monkeypatch.setattr(sm90, name, lambda *a, f=function, n=name, **k: (calls.append(n), f(*a, **k))[1])
     monkeypatch.setattr(sm90, "chosen", sm90.supports)
     compare(attention.attention, lambda *t: reference.attention(*t)[0], tensors, [grad])
     assert calls == ["forward", "backward"]
@@ -201,7 +201,7 @@ def test_on_a_gpu_many_times(heads, length, packed, poisoned):  # noqa: F811
 
     def once() -> tuple[torch.Tensor, ...]:
         out, lse = sm90.forward(*tensors, spans, **options)
-        dq, dk, dv = sm90_backward.backward(grad, *tensors, out, lse, spans, **options)
+        dq, dk, dv = sm90.backward(grad, *tensors, out, lse, spans, **options)
         return dq, out, lse, dk, dv
 
     first = once()

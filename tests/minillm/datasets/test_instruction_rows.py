@@ -77,7 +77,7 @@ def test_all_forms_of_a_file_give_the_same_batches(tmp_path, monkeypatch, form, 
     expected = InstructionRows(write_jsonl(tmp_path / "plain.jsonl", ROWS), Numbers(), 32, seed=5)
     (tmp_path / "other").write_bytes(as_bytes(form))
     monkeypatch.setattr(instructions, "KEPT_TOKENS", kept_tokens)
-    monkeypatch.setattr(json_rows, "READ", 7)
+    monkeypatch.setattr(json_rows, "READ_AT_ONCE", 7)
     data = InstructionRows(tmp_path / "other", Numbers(), 32, seed=5)
     assert bool(len(data.ids)) == bool(kept_tokens)
     assert data.summary() == expected.summary()

@@ -120,7 +120,7 @@ def test_rows_with_placeholders_are_no_longer_and_hold_the_same_examples(tmp_pat
         starts = [t for t in range(30) if x[t] == BOS]  # the template begins with it
         assert starts and all(x[t - 3 : t] == [PAD] * 3 and not mask[t - 3 : t].any() for t in starts)
     if packing:
-        used = sum(len(ids) - 1 + 3 for ids, _ in map(data._example, range(len(rows))))
+        used = sum(len(ids) - 1 + 3 for ids, _ in map(data._sample, range(len(rows))))
         assert f"{used / (30 * data.rows_per_epoch):.1%} full" in data.summary()
     padding = data.batch(np.arange(2), end=0)
     assert padding.x.shape[1] == (30 if packing else 8) and not padding.n_targets()

@@ -20,22 +20,22 @@ def values_of(path) -> list:
 
 
 def texts_of(path) -> list[str]:
-    return [text_of(record.kind, record.raw, "text") for record in records(path, split="blank", field="text")]
+    return [text_of(record.kind, record.raw, "text") for record in records(path, boundary="blank", field="text")]
 
 
-def test_json_array_read_in_the_smallest_steps(tmp_path, monkeypatch):
-    monkeypatch.setattr(json_rows, "READ", 1)
+def test_json_array_however_it_is_spaced(tmp_path, monkeypatch):
+    monkeypatch.setattr(json_rows, "READ_AT_ONCE", 1)
     values = [{"text": 'a "quoted" ] , [ \\ text 😀'}, 12345, {"text": "b", "more": [1, {"x": []}]}, None, [], "s", 1.5]
     for file, spaces in (("a.json", None), ("b.json", 3)):
         (tmp_path / file).write_text(json.dumps(values, indent=spaces, ensure_ascii=False))
-        found = list(records(tmp_path / file, split="blank", field="text"))
+        found = list(records(tmp_path / file, boundary="blank", field="text"))
         assert [record.raw for record in found[:3:2]] == [values[0]["text"], "b"]
         assert [record.number for record in found] == list(range(1, 8))
         kinds = ["a number", "null", "an array", "a string", "a number"]
         assert [str(found[i].raw).rsplit("is ")[-1] for i in (1, 3, 4, 5, 6)] == kinds
         assert values_of(tmp_path / file) == values
     (tmp_path / "none.json").write_text(" [ ] ")
-    assert not list(records(tmp_path / "none.json", split="blank", field="text"))
+    assert not list(records(tmp_path / "none.json", boundary="blank", field="text"))
     assert not values_of(tmp_path / "none.json")
 
 
@@ -52,7 +52,7 @@ def test_an_array_is_what_json_says_however_it_is_read(tmp_path_factory, values,
     path = tmp_path_factory.mktemp("array") / "a"
     path.write_bytes(json.dumps(values, indent=spaces, ensure_ascii=ascii_only).encode("utf-8", "surrogatepass"))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(json_rows, "READ", read)
+        patch.setattr(json_rows, "READ_AT_ONCE", read)
         assert values_of(path) == json.loads(path.read_bytes())
 
 
@@ -75,18 +75,31 @@ def test_an_array_is_what_json_says_however_it_is_read(tmp_path_factory, values,
 )
 def test_broken_arrays_are_named(tmp_path, monkeypatch, data, reason, read):
     if len(data) < 1000:
-        monkeypatch.setattr(json_rows, "READ", read)
+        monkeypatch.setattr(json_rows, "READ_AT_ONCE", read)
     path = tmp_path / "a.json"
     path.write_bytes(data)
-    for read_all in (values_of, lambda path: list(records(path, split="blank", field="text"))):
+    for read_all in (values_of, lambda path: list(records(path, boundary="blank", field="text"))):
         with pytest.raises(UserError) as error:
             read_all(path)
         assert str(error.value).startswith(f"{path}: {reason}")
 
 
+def test_an_array_too_large_for_memory_is_refused(tmp_path, monkeypatch):
+    path = tmp_path / "a.json.gz"
+    path.write_bytes(gzip.compress(b'[{"text": "a"}]'))
+    monkeypatch.setattr(json_rows, "LARGEST_ARRAY", 14)  # bytes after the bracket
+    assert values_of(path) == [{"text": "a"}]
+    monkeypatch.setattr(json_rows, "LARGEST_ARRAY", 13)
+    for read_all in (values_of, texts_of):
+        with pytest.raises(
+            UserError, match=r"a\.json\.gz: a JSON array of more than 13 bytes, .* convert it to \.jsonl"
+        ):
+            read_all(path)
+
+
 def test_a_bad_byte_spoils_no_other_item(tmp_path):
     (tmp_path / "a.json").write_bytes(b'[{"text": "one"}, {"text": "tw\xe9"}, {"text": "three"}]')
-    first, second, third = records(tmp_path / "a.json", split="blank", field="text")
+    first, second, third = records(tmp_path / "a.json", boundary="blank", field="text")
     assert (first.raw, third.raw) == ("one", "three")
     with pytest.raises(UserError, match=r"^not UTF-8 \(byte 0xE9\)$"):
         text_of(second.kind, second.raw, "text")
@@ -95,7 +108,7 @@ def test_a_bad_byte_spoils_no_other_item(tmp_path):
 
 def test_a_fault_travels_between_processes(tmp_path):
     (tmp_path / "a.json").write_text("[5]")
-    (record,) = records(tmp_path / "a.json", split="blank", field="text")
+    (record,) = records(tmp_path / "a.json", boundary="blank", field="text")
     record = pickle.loads(pickle.dumps(record))
     with pytest.raises(UserError, match="a JSON object is needed, this is a number"):
         text_of(record.kind, record.raw, "text")

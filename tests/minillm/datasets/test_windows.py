@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from minillm.base.errors import UserError
+from minillm.datasets import token_bins
 from minillm.datasets.batch import Batch, documents_in
 from minillm.datasets.token_bins import TokenBins, parse_mixture
 from minillm.datasets.windows import MIXTURE_SLOTS, TokenWindows, permute, validation_part
@@ -62,6 +63,31 @@ def test_the_tail_of_a_file_is_not_lost(tmp_path):
     data = windows(write_bins(tmp_path / "d", {"train": files}), 8)
     targets = set(data.batch(np.arange(data.n_windows)).y.flatten().tolist())
     assert targets == set(range(4, 15)) | set(range(101, 130))
+
+
+def test_windows_run_on_over_the_ends_of_files_since_format_2(tmp_path):
+    """Files are cut between documents, so how the texts are shared out to files makes no difference."""
+    tokens = np.arange(3, 3 + 50)
+    whole = windows(write_bins(tmp_path / "one", {"train": [tokens]}), 8, seed=1)
+    for cuts in ([1, 2], [10, 11, 30], [7, 49], list(range(1, 50))):
+        folder = write_bins(tmp_path / f"{len(cuts)}{cuts[0]}", {"train": np.split(tokens, cuts)}, format=2)
+        pieces = windows(folder, 8, seed=1)
+        assert pieces.n_windows == whole.n_windows == 7
+        assert torch.equal(pieces.batch(np.arange(14)).x, whole.batch(np.arange(14)).x)
+        assert torch.equal(pieces.batch(np.arange(14)).y, whole.batch(np.arange(14)).y)
+
+
+def test_a_bad_id_of_large_bins_is_named_by_its_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(token_bins, "SCANNED_TOKENS", 10)
+    folder = write_bins(tmp_path / "d", {"train": [np.arange(3, 23), np.array([5, 6, 2000, 7])]}, format=2)
+    with pytest.raises(UserError, match=r"train-00001\.bin: token 2 is 2000, but the vocabulary has 1000"):
+        windows(folder, 23).batch(np.array([0]))
+
+
+def test_a_folder_of_a_later_version_is_refused(tmp_path):
+    folder = write_bins(tmp_path / "d", {"train": [np.arange(3, 23)]}, format=3)
+    with pytest.raises(UserError, match="format 3 is newer than this minillm"):
+        TokenBins(folder, "train")
 
 
 def test_order_is_a_pure_function_of_seed_and_position(tmp_path):

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from minillm.base.errors import UserError
+from minillm.datasets.checks import is_right
 from minillm.datasets.questions import read_questions
 from minillm.distributed.ranks import Ranks
 from minillm.evaluation import answers
-from minillm.evaluation.checks import is_right
 from minillm.evaluation.validation import Validation, read_text
 from minillm.generation.completion import Completion
 from minillm.model.config import ModelConfig
@@ -35,6 +35,9 @@ class Bytes:
 
     def encode_chat(self, messages, *, template="auto", add_generation_prompt=False):
         return [t for m in messages for t in self.encode(m["content"])] + [1], []
+
+    def stop_ids(self, template="auto"):
+        return [self.eos_id]
 
     def byte_lengths(self):
         return np.array([0, 0] + [1] * 254)

@@ -79,3 +79,19 @@ def test_ranks_share_out_the_batches_and_together_score_as_one(tmp_path, kind):
         parts = given(world)
         assert parts[:, 1].tolist() == [8 * n for n in rows]
         assert parts.sum(0) == pytest.approx(whole, rel=1e-5)
+
+
+def test_without_bytes_of_ids_no_bits_per_byte_are_given_and_the_reason_is(tmp_path):
+    """A vocabulary that changes texts: the bytes of its pieces are not those of the text."""
+    from minillm.evaluation.validation import read_text
+    from tests.minillm.tokenizer.test_tokenizer import train_foreign
+
+    (tmp_path / "a.txt").write_text("Ana ran.\n\nthe  man sat")
+    changing = train_foreign("unigram", vocab_size=90)
+    validation = Validation(read_text(tmp_path / "a.txt", changing), changing, 8, 1 << 20)
+    assert validation.n_bytes is None and validation.floor is None
+    assert "stand for no fixed number of bytes (its normalizer (nmt_nfkc) changes texts)" in validation.no_bytes
+    model = Transformer(ModelConfig(vocab_size=90, dim=16, n_layers=1, n_heads=2, max_seq_len=32))
+    model.init_weights(0)
+    scores = validation.scores(model, Ranks(0, 1, torch.device("cpu")), contextlib.nullcontext())
+    assert set(scores) == {"val_loss"}

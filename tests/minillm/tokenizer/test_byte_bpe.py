@@ -1,7 +1,9 @@
-"""Byte-level BPE against the tokenizers library, which has its own regular expressions and merges."""
+"""Byte-level BPE: against the tokenizers library, by the lines in docs/tokenizer.md, and under GGUF's names."""
 
 import json
 import random
+import re
+from pathlib import Path
 
 import pytest
 import tokenizers
@@ -115,17 +117,21 @@ def test_its_settings_are_its_own_and_the_refusal_names_the_option_that_fits(pai
     [
         (lambda d: d.update(pre_tokenizer={"type": "Whitespace"}), "cuts text by rules"),
         (lambda d: d.update(normalizer={"type": "NFKC"}), "cuts text by rules"),
-        (lambda d: d["model"].update(type="Unigram"), "cuts text by rules"),
+        (lambda d: d["model"].update(byte_fallback=True), "cuts text by rules"),
         (lambda d: d["model"].pop("merges"), "tokenizer.json: damaged"),
+        (lambda d: d["added_tokens"][0].update(id="zero"), "tokenizer.json: damaged"),
+        (lambda d: d["added_tokens"][0].update(id=7), "tokenizer.json: damaged"),
+        (lambda d: d["model"]["vocab"].update(x=1 << 30), "tokenizer.json: damaged, the id 1073741824 is above"),
     ],
 )
-def test_other_kinds_are_refused(pair, tmp_path, change, words):
+def test_rules_without_a_name_in_gguf_and_damaged_files_are_refused(pair, tmp_path, change, words):
     _, _, folder = pair
     described = json.loads((folder / "tokenizer.json").read_text())
     change(described)
     (tmp_path / "tokenizer.json").write_text(json.dumps(described))
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<|end|>"}')
     with pytest.raises(UserError, match=words):
-        Tokenizer.load(tmp_path)
+        _ = Tokenizer.load(tmp_path).bpe
 
 
 def test_without_an_end_of_text_it_is_refused(pair, tmp_path):
@@ -145,3 +151,35 @@ def test_a_damaged_config_beside_it_is_named(pair, tmp_path, text):
     (tmp_path / "tokenizer_config.json").write_text(text)
     with pytest.raises(UserError, match=r"tokenizer\w*\.json.*: damaged"):
         Tokenizer.load(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def from_the_page(tmp_path_factory):
+    """(the class in docs/tokenizer.md made from a file of GPT-2's kind, the library's tokenizer of that file)"""
+    page = (Path(__file__).parents[3] / "docs" / "tokenizer.md").read_text(encoding="utf-8")
+    (code,) = (block for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "class ByteLevelBPE" in block)
+    assert len([line for line in code.splitlines() if line.strip()]) <= 42
+    names: dict = {}
+    exec(code, names)
+    theirs = train("gpt-2")
+    path = tmp_path_factory.mktemp("page") / "tokenizer.json"
+    theirs.save(str(path))
+    return names["ByteLevelBPE"](path), tokenizers.Tokenizer.from_file(str(path))
+
+
+PLAIN = [text for text in TEXTS if "<tool>" not in text]  # the page has no pieces that are cut out first
+
+
+def test_the_lines_on_the_page_do_what_the_library_does(from_the_page):
+    shown, theirs = from_the_page
+    for text in [*PLAIN, " ".join(PLAIN), "x" * 300]:
+        assert shown.encode(text) == library_ids(theirs, text), text
+        assert shown.decode(shown.encode(text)) == text
+
+
+@given(text=st.text(st.characters(exclude_categories=["Cs"]), max_size=60))
+@settings(max_examples=200, deadline=None, derandomize=True)
+def test_the_lines_on_the_page_do_it_for_any_text(from_the_page, text):
+    shown, theirs = from_the_page
+    if "<tool>" not in text:
+        assert shown.encode(text) == library_ids(theirs, text)

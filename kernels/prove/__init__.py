@@ -1,0 +1,1 @@
+"""All that has to be shown on a GPU, in one command with a time limit: `python -m kernels.prove`."""

@@ -1,0 +1,197 @@
+"""A `tokenizer.json`, read by the `tokenizers` library, which knows every kind: BPE, Unigram, WordPiece, any rules.
+
+Two things are ours. No text is ever encoded as a control piece (`<|im_end|>`), so that a user cannot forge the turn of
+another. And the bytes that each id stands for, by which text is shown id by id and bits per byte are counted.
+"""
+
+import json
+import re
+import secrets
+from functools import cached_property
+
+from minillm.base.errors import UnsupportedError, UserError
+from minillm.tokenizer.byte_bpe import byte_characters
+from minillm.tokenizer.folder_files import read_object
+from minillm.tokenizer.sentencepiece_model import SPACE_MARK
+
+KINDS = ("BPE", "Unigram", "WordLevel", "WordPiece")
+LARGEST_ID = 1 << 24  # a table is as long as the largest id, so a damaged file must not name any number
+
+# Steps that lose nothing of a text: the bytes of its ids are then the bytes of the text.
+FAITHFUL_NORMALIZERS = {"NFC", "Prepend", "Replace"}
+FAITHFUL_PRE_TOKENIZERS = {"ByteLevel", "Digits", "Metaspace", "Punctuation", "Split", "UnicodeScripts"}
+# Steps after which the text of some ids is the text of each, put side by side.
+SIDE_BY_SIDE_DECODERS = {"ByteLevel", "ByteFallback", "Fuse", "Metaspace", "Replace", "Strip"}
+
+
+class TokenizersModel:
+    """The pieces of a tokenizer.json, and encoding with them.
+
+    ids: piece → id, added pieces included. control: id of each control piece, which no text is encoded as.
+    table: the bytes that each id shows; None if that depends on its neighbours. dummy_prefix: whether one space at the
+    front of a decoded text was put there by the tokenizer. unfaithful: why the bytes of a text's ids are not the bytes
+    of the text, or None if they are.
+
+    Raises `UserError` if the library is missing, or if it cannot read the file.
+    """
+
+    def __init__(self, data: bytes, source: str):
+        self.data = data
+        described = read_object(data, source)
+        model = described.get("model")
+        kind = model.get("type", "BPE") if isinstance(model, dict) else None
+        if isinstance(kind, str) and kind not in KINDS:
+            raise UnsupportedError(f"{source}: a vocabulary of the kind {kind[:40]!r} (known are {', '.join(KINDS)})")
+        self.whole = _build(data.decode(errors="replace"), source)
+        added = described.get("added_tokens") or []
+        self.ids: dict[str, int] = self.whole.get_vocab(with_added_tokens=True)
+        self.vocab_size = max(self.ids.values(), default=0) + 1
+        if self.vocab_size > LARGEST_ID:
+            raise UserError(f"{source}: damaged, the id {self.vocab_size - 1} is above the limit {LARGEST_ID - 1}")
+        self.control = {token["content"]: token["id"] for token in added if token["special"]}
+        self.plain = self.whole  # which looks for control pieces in a text, or not, as it is told each time
+        vocab = described["model"]["vocab"]
+        own_pieces = vocab.keys() if isinstance(vocab, dict) else {piece for piece, _ in vocab}
+        if not own_pieces.isdisjoint(self.control):
+            self.plain = _without_control(described, self.control, source)
+        self.dummy_prefix = _strips_a_space(described)
+        self.table = self._bytes_of_ids(described)
+        self.unfaithful = _reason_against(described, self.table)
+
+    # ---------------------------------------------------------------- text → ids
+
+    def encode_many(self, texts: list[str], threads: int = 1) -> list[list[int]]:
+        """Ids of each text. Whatever `threads`, the library takes all processors, or one (TOKENIZERS_PARALLELISM)."""
+        self.plain.encode_special_tokens = True  # as the text they are
+        return [encoding.ids for encoding in self.plain.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def encode_rendered(self, text: str) -> list[int]:
+        """Ids of a text in which control pieces count, such as a filled-in chat template."""
+        self.whole.encode_special_tokens = False
+        return self.whole.encode_batch_fast([text], add_special_tokens=False)[0].ids
+
+    @cached_property
+    def parts_are_independent(self) -> bool:
+        """Whether what is before and after a control piece is encoded as if it were alone: no space added or eaten."""
+        before, after = self.encode_many([" a ", " b "])
+        return all(self.encode_rendered(f" a {piece} b ") == [*before, i, *after] for piece, i in self.control.items())
+
+    # ---------------------------------------------------------------- ids → text
+
+    def decode(self, ids: list[int]) -> str:
+        """The library's text of these ids, control pieces left out."""
+        return self.plain.decode(ids, skip_special_tokens=True)
+
+    def _bytes_of_ids(self, described: dict) -> list[bytes] | None:
+        decoders = _steps(described.get("decoder"), "decoders")
+        kinds = {decoder["type"] for decoder in decoders}
+        marks = [decoder for decoder in decoders if decoder["type"] == "Replace"]
+        is_space = all(mark["pattern"] == {"String": SPACE_MARK} and mark["content"] == " " for mark in marks)
+        if not kinds or not kinds <= SIDE_BY_SIDE_DECODERS or not is_space:
+            return None
+        added = {token["id"] for token in described.get("added_tokens") or []}
+        byte_of = byte_characters()
+        alphabet = frozenset(byte_of)
+        table = [b""] * self.vocab_size
+        for piece, i in self.ids.items():
+            if piece in self.control:
+                continue
+            if i in added:
+                table[i] = piece.encode()
+            elif "ByteLevel" in kinds and alphabet.issuperset(piece):
+                table[i] = bytes([byte_of[character] for character in piece])
+            elif "ByteFallback" in kinds and re.fullmatch("<0x[0-9A-Fa-f]{2}>", piece):
+                table[i] = bytes([int(piece[3:5], 16)])
+            elif kinds & {"Metaspace", "Replace"}:
+                table[i] = piece.replace(SPACE_MARK, " ").encode()
+            else:
+                table[i] = piece.encode()
+        return table
+
+
+def _build(text: str, source: str):
+    """The library's tokenizer for the text of a tokenizer.json."""
+    try:
+        import tokenizers
+    except ImportError:
+        raise UserError(f'{source}: reading it needs the tokenizers library: pip install -e ".[hf]"') from None
+    try:
+        library = tokenizers.Tokenizer.from_str(text)
+    except Exception as problem:  # the library raises nothing more particular
+        version = tokenizers.__version__
+        raise UserError(
+            f"{source}: damaged, or of a kind that tokenizers {version} does not know ({problem})"
+        ) from None
+    library.no_truncation()  # both may be set in the file, for other uses of it
+    library.no_padding()
+    return library
+
+
+def _without_control(described: dict, control: dict[str, int], source: str):
+    """The same tokenizer, its control pieces renamed to what no text holds.
+
+    Leaving them out of the search for added pieces is not enough: a Unigram model has `<s>` among its pieces and would
+    find it in a text. An unknown piece keeps its name, since the model looks it up.
+    """
+    model = described["model"]
+    unknown = model.get("unk_token")
+    secret = secrets.token_hex(16)
+    hidden = {piece: f"control-{secret}-{i}" for piece, i in control.items() if piece != unknown}
+    vocab = model["vocab"]
+    if isinstance(vocab, dict):
+        model["vocab"] = {hidden.get(piece, piece): i for piece, i in vocab.items()}
+    else:  # Unigram: [[piece, score], …], the piece at `unk_id` being unknown
+        model["vocab"] = [
+            [piece if i == model.get("unk_id") else hidden.get(piece, piece), score]
+            for i, (piece, score) in enumerate(vocab)
+        ]
+        if isinstance(model.get("unk_id"), int):
+            hidden.pop(vocab[model["unk_id"]][0], None)
+    if "merges" in model:
+        pairs = [pair.split(" ", 1) if isinstance(pair, str) else pair for pair in model["merges"]]
+        model["merges"] = [[a, b] for a, b in pairs if not {a, b, a + b} & hidden.keys()]
+    for token in described.get("added_tokens") or []:
+        token["content"] = hidden.get(token["content"], token["content"])
+    described = {**described, "post_processor": None}  # which may name control pieces; nothing is added here
+    library = _build(json.dumps(described), source)
+    for piece, i in control.items():
+        if library.token_to_id(hidden.get(piece, piece)) != i:
+            raise UserError(f"{source}: damaged, its pieces are not where their ids say ({piece!r:.80}, id {i})")
+    return library
+
+
+def _steps(step: dict | None, name: str) -> list[dict]:
+    """The steps of a normalizer, pre-tokenizer or decoder, which may be a sequence of others under `name`."""
+    if step is None:
+        return []
+    if step["type"] != "Sequence":
+        return [step]
+    return [inner for other in step[name] for inner in _steps(other, name)]
+
+
+def _strips_a_space(described: dict) -> bool:
+    for decoder in _steps(described.get("decoder"), "decoders"):
+        if decoder["type"] == "Strip" and decoder["content"] == " " and decoder["start"]:
+            return True
+        if decoder["type"] == "Metaspace" and decoder.get("prepend_scheme", "always") != "never":
+            return True
+    return False
+
+
+def _reason_against(described: dict, table: list[bytes] | None) -> str | None:
+    """Why bytes of ids are not bytes of text, in words for people; None if they are."""
+    if table is None:
+        decoders = [decoder["type"] for decoder in _steps(described.get("decoder"), "decoders")]
+        return f"its decoder ({', '.join(decoders) or 'none'}) puts pieces together by rules of its own"
+    for step in _steps(described.get("normalizer"), "normalizers"):
+        to_mark = step.get("pattern") == {"String": " "} and step.get("content") == SPACE_MARK
+        if step["type"] not in FAITHFUL_NORMALIZERS or (step["type"] == "Replace" and not to_mark):
+            return f"its normalizer ({step['type']}) changes texts"
+    for step in _steps(described.get("pre_tokenizer"), "pretokenizers"):
+        if step["type"] not in FAITHFUL_PRE_TOKENIZERS or step.get("behavior") == "Removed":
+            return f"its pre-tokenizer ({step['type']}) leaves something out"
+    model = described["model"]
+    byte_level = any(step["type"] == "ByteLevel" for step in _steps(described.get("decoder"), "decoders"))
+    if not byte_level and not model.get("byte_fallback"):
+        return "characters without a piece are lost"
+    return None
