@@ -166,6 +166,7 @@ def shape(cfg: Config, vocab_size: int, init: Path | None) -> config.ModelConfig
         chosen = config.preset(cfg.preset, vocab_size=vocab_size, **given)
     else:
         chosen = dataclasses.replace(base, **given)
+        huggingface.check_parameters(chosen, init)
         starting_model.check_tokenizer(init, cfg.data)
     if chosen.vocab_size < vocab_size:
         raise UserError(

@@ -21,7 +21,7 @@ from minillm.base.errors import UserError
 from minillm.datasets.text_files import Record, records, text_of
 from minillm.tokenizer.tokenizer import Tokenizer
 
-BATCH = 1 << 20  # raw bytes of documents that one worker gets at a time (one document may be more)
+PIECE_BYTES = 1 << 20  # raw bytes of documents that one worker gets at a time (one document may be more)
 POOL_FROM = 64 << 20  # bytes of input; below, starting processes takes longer than the work
 
 
@@ -36,8 +36,8 @@ class SplitTokens(NamedTuple):
     n_bytes: int  # UTF-8 bytes of their text
 
 
-class EncodedBatch(NamedTuple):
-    """A batch of documents as tokens, and what was left out of it."""
+class EncodedPiece(NamedTuple):
+    """A piece as tokens, and what was left out of it."""
 
     splits: dict[str, SplitTokens]
     bad: list[str]  # what is wrong with each document that cannot be read
@@ -49,7 +49,7 @@ def is_val(data: bytes, options: Options) -> bool:
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest()) < options.val_fraction * 2**64
 
 
-def encode_batch(batch: list[Record], tokenizer: Tokenizer, options: Options, threads: int = 1) -> EncodedBatch:
+def encode_piece(documents: list[Record], tokenizer: Tokenizer, options: Options, threads: int = 1) -> EncodedPiece:
     """The tokens of each split, the documents in their order."""
     # Decode and check each document.
     texts: list[str] = []
@@ -57,7 +57,7 @@ def encode_batch(batch: list[Record], tokenizer: Tokenizer, options: Options, th
     n_bytes = dict.fromkeys(SPLITS, 0)
     bad: list[str] = []
     n_empty = 0
-    for record in batch:
+    for record in documents:
         try:
             text = text_of(record.kind, record.raw, options.field)
             data = text.encode()
@@ -75,24 +75,24 @@ def encode_batch(batch: list[Record], tokenizer: Tokenizer, options: Options, th
 
     # Tokenize all of them at once, then put each split's end to end.
     begin = [tokenizer.bos_id] if options.wrap == "bos_eos" else []
-    documents: dict[str, list[bytes]] = {split: [] for split in SPLITS}
+    encoded: dict[str, list[bytes]] = {split: [] for split in SPLITS}
     for split, ids in zip(split_of, tokenizer.encode_many(texts, threads=threads), strict=True):
         document = np.array([*begin, *ids, tokenizer.eos_id], tokenizer.id_dtype)
-        documents[split].append(document.tobytes())
-    splits = {split: SplitTokens(b"".join(documents[split]), len(documents[split]), n_bytes[split]) for split in SPLITS}
-    return EncodedBatch(splits, bad, n_empty)
+        encoded[split].append(document.tobytes())
+    splits = {split: SplitTokens(b"".join(encoded[split]), len(encoded[split]), n_bytes[split]) for split in SPLITS}
+    return EncodedPiece(splits, bad, n_empty)
 
 
 # ---- All documents of some groups.
 
 
-class Batch(NamedTuple):
-    """Documents of one file, about BATCH bytes of them."""
+class Piece(NamedTuple):
+    """Documents of one file, about PIECE_BYTES bytes of them."""
 
     group: Group
     source_number: int  # in its group
     documents: list[Record]
-    n_read: int  # bytes of the file read since the batch before
+    n_read: int  # bytes of the file read since the piece before
     ends_group: bool
 
     @property
@@ -117,22 +117,22 @@ def tokenize(groups: list[Group], folder: BinFolder, tokenizer: Tokenizer, worke
     started = time.monotonic()
     n_tokens = 0
     records_made: dict[str, dict] = {}
-    writer = None  # of the group that the next batch belongs to
+    writer = None  # of the group that the next piece belongs to
     try:
-        for batch, encoded in _encoded(groups, tokenizer, pool, workers):
-            if encoded.bad and batch.source.options.on_bad_line == "error":
-                raise bad_line_error(str(batch.source.path), encoded.bad[0])
+        for piece, encoded in _encoded(groups, tokenizer, pool, workers):
+            if encoded.bad and piece.source.options.on_bad_line == "error":
+                raise bad_line_error(str(piece.source.path), encoded.bad[0])
             if writer is None:
-                writer = BinWriter(folder.unfinished, batch.group, tokenizer)
-            writer.note_left_out(batch.source_number, encoded.bad, encoded.n_empty)
+                writer = BinWriter(folder.unfinished, piece.group, tokenizer)
+            writer.note_left_out(piece.source_number, encoded.bad, encoded.n_empty)
             for split, tokens in encoded.splits.items():
                 writer.add(split, *tokens)
                 n_tokens += len(tokens.data) // tokenizer.id_dtype.itemsize
-            if batch.ends_group:
-                records_made[batch.group.key] = writer.finish()
+            if piece.ends_group:
+                records_made[piece.group.key] = writer.finish()
                 writer = None
             bar.set_postfix_str(f"{n_tokens / (time.monotonic() - started) / 1e6:.2f} M tokens/s", refresh=False)
-            bar.update(batch.n_read)
+            bar.update(piece.n_read)
     except BrokenExecutor:
         raise UserError("a worker process died, perhaps out of memory; run again with fewer --workers") from None
     finally:
@@ -149,8 +149,8 @@ def bad_line_error(file: str, what: str) -> UserError:
     return UserError(f"{file}, {what}; fix it, or leave such documents out with --on_bad_line skip")
 
 
-def _batches(groups: list[Group]) -> Iterator[Batch]:
-    """All documents of all groups, in order; at least one batch, perhaps empty, of each file."""
+def _pieces(groups: list[Group]) -> Iterator[Piece]:
+    """All documents of all groups, in order; at least one piece, perhaps empty, of each file."""
     for group in groups:
         for number, source in enumerate(group.sources):
             documents: list[Record] = []
@@ -159,30 +159,30 @@ def _batches(groups: list[Group]) -> Iterator[Batch]:
             for record in records(source.path, boundary=source.options.boundary, field=source.options.field):
                 documents.append(record)
                 size += len(record.raw) if isinstance(record.raw, bytes | str) else 100
-                if size >= BATCH:
-                    yield Batch(group, number, documents, record.position - n_read, ends_group=False)
+                if size >= PIECE_BYTES:
+                    yield Piece(group, number, documents, record.position - n_read, ends_group=False)
                     documents = []
                     size = 0
                     n_read = record.position
             is_last = number == len(group.sources) - 1
-            yield Batch(group, number, documents, source.size - n_read, ends_group=is_last)
+            yield Piece(group, number, documents, source.size - n_read, ends_group=is_last)
 
 
-def _encoded(groups: list[Group], tokenizer: Tokenizer, pool, workers: int) -> Iterator[tuple[Batch, EncodedBatch]]:
-    """Each batch with its tokens, in order. Only a bounded number of batches is in flight."""
+def _encoded(groups: list[Group], tokenizer: Tokenizer, pool, workers: int) -> Iterator[tuple[Piece, EncodedPiece]]:
+    """Each piece with its tokens, in order. Only a bounded number of pieces is in flight."""
     if pool is None:
-        for batch in _batches(groups):
-            yield batch, encode_batch(batch.documents, tokenizer, batch.source.options, workers)
+        for piece in _pieces(groups):
+            yield piece, encode_piece(piece.documents, tokenizer, piece.source.options, workers)
         return
-    in_flight: deque[tuple[Batch, Future]] = deque()
-    for batch in _batches(groups):
-        future = pool.submit(_encode_in_worker, batch.documents, batch.source.options)
-        in_flight.append((batch._replace(documents=[]), future))
+    in_flight: deque[tuple[Piece, Future]] = deque()
+    for piece in _pieces(groups):
+        future = pool.submit(_encode_in_worker, piece.documents, piece.source.options)
+        in_flight.append((piece._replace(documents=[]), future))
         if len(in_flight) > 2 * workers:
             oldest, future = in_flight.popleft()
             yield oldest, future.result()
-    for batch, future in in_flight:
-        yield batch, future.result()
+    for piece, future in in_flight:
+        yield piece, future.result()
 
 
 # ---- What a worker process does.
@@ -204,5 +204,5 @@ def _start_worker(tokenizer_folder: Path) -> None:
     threading.Thread(target=end_with_parent, daemon=True).start()
 
 
-def _encode_in_worker(documents: list[Record], options: Options) -> EncodedBatch:
-    return encode_batch(documents, _worker_tokenizer, options)
+def _encode_in_worker(documents: list[Record], options: Options) -> EncodedPiece:
+    return encode_piece(documents, _worker_tokenizer, options)

@@ -281,6 +281,7 @@ def test_a_file_too_large_for_the_disk_is_said_before_the_first_step(folder):
             ["--seq_len 32", "longest context is 16 tokens", "a row may be all one document", "or raise --max_seq_len"],
         ),
         ("--max_seq_len 16 --document_attention", ["--seq_len 32: the model's longest context is 16 tokens"]),
+        ("--init_from {folder}/run --qk_norm", ["config.json decides", "qk_norm True (there False)", "--init_from"]),
         ("--init_from {folder}/run --preset 26m", ["--preset 26m: the model of --init_from has its shape already"]),
         ("--data {folder}/data:x", ["/data:x: the weight 'x' is no number"]),
         ("--n_heads 3 --dim 33", ["head_dim"]),

@@ -50,6 +50,16 @@ def _shares(Begin, End, row, n_queries, n_keys, window, splits,
     return begin, end, tl.maximum(share, BLOCK_N)
 
 
+@triton.jit
+def _softmax(s, highest, total):
+    """A block of scores joins the running softmax: its probabilities, by what earlier ones shrink, maximum and sum."""
+    higher = tl.maximum(highest, tl.max(s, axis=1))
+    zero = tl.where(higher == float("-inf"), 0.0, higher)  # no key seen yet: −inf − (−inf) would be NaN
+    p = tl.exp2(s - zero[:, None])
+    shrink = tl.exp2(highest - zero)
+    return p, shrink, higher, total * shrink + tl.sum(p, axis=1)
+
+
 @triton.jit(do_not_specialize=["n_queries", "n_keys", "window", "tiles"])
 def _attend(Q, K, V, Begin, End, Out, Part, Lse, n_queries, n_keys, window, tiles, scale, softcap,
             q_batch, q_token, q_head, q_step, k_batch, k_token, k_head, k_step, v_batch, v_token, v_head, v_step,
@@ -103,15 +113,10 @@ def _attend(Q, K, V, Begin, End, Out, Part, Lse, n_queries, n_keys, window, tile
         if WINDOW:
             seen = seen & (j[None, :] > slot[:, None] - window)
         s = tl.where(seen, s, float("-inf"))
-        higher = tl.maximum(highest, tl.max(s, axis=1))
-        zero = tl.where(higher == float("-inf"), 0.0, higher)  # no key seen yet: −inf − (−inf) would be NaN
-        p = tl.exp2(s - zero[:, None])
-        shrink = tl.exp2(highest - zero)
-        total = total * shrink + tl.sum(p, axis=1)
+        p, shrink, highest, total = _softmax(s, highest, total)
         v = tl.load(V + at_v[:, None] + d[None, :] * v_step, mask=inside, other=0.0)  # (N, D)
         fence_copies(BLOCK_M >= 64)
         out = tl.dot(p.to(v.dtype), v, out * shrink[:, None], input_precision=PRECISION)
-        highest = higher
 
     # The output, or this split's part of it with the log-sum-exp that it is weighted by.
     out = out / tl.where(total == 0.0, 1.0, total)[:, None]

@@ -1,8 +1,5 @@
 """The errors that a user can cause and fix: one line each, without a traceback."""
 
-import contextlib
-from collections.abc import Iterator
-
 
 class UserError(Exception):
     """A mistake or fault that a user can cause and fix.
@@ -14,12 +11,3 @@ class UserError(Exception):
 
 class UnsupportedError(UserError):
     """A valid input of a kind that is not supported here; a caller that can do without it may catch this."""
-
-
-@contextlib.contextmanager
-def naming_damage(source: object) -> Iterator[None]:
-    """Turns whatever wrong contents of a file raise inside into a `UserError` that names the file."""
-    try:
-        yield
-    except (ValueError, KeyError, IndexError, TypeError, AttributeError, ZeroDivisionError) as problem:
-        raise UserError(f"{source}: damaged, or of another kind ({type(problem).__name__}: {problem})") from None

@@ -1,12 +1,12 @@
 """Model folders in Hugging Face's format: our options ↔ their architectures, weights unchanged.
 
-qk_norm → Qwen3, qkv_bias → Qwen2, window → Mistral, none of them → Llama; anything else is written
-under a name of our own, which other loaders refuse rather than compute something wrong.
+qk_norm → Qwen3, qkv_bias → Qwen2, window → Mistral, none of them → Llama. A model with any other option, or with one
+that was added to `ModelConfig` after this file was written, goes under a name of our own, with all its options: other
+loaders refuse it rather than compute something wrong.
 """
 
 import dataclasses
 import json
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,10 +14,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from minillm.base.errors import UserError, naming_damage
+from minillm.base.contents import Contents
+from minillm.base.errors import UserError
 from minillm.checkpoint import tensor_files
+from minillm.checkpoint.config_json import check_kinds, read_config
 from minillm.model import quant
 from minillm.model.config import ROPE_SCALINGS, ModelConfig, RopeScaling
+from minillm.model.size import empty_model
 from minillm.model.transformer import Transformer
 
 ARCHITECTURES = {
@@ -25,9 +28,10 @@ ARCHITECTURES = {
     "mistral": "MistralForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
-    "minillm": "MinillmForCausalLM",
+    "minillm": "MinillmForCausalLM",  # ours
 }
-# our name → theirs, where the value is the same
+OWN = "minillm"
+# our option → their key, where the value is the same
 SHARED = {
     "vocab_size": "vocab_size",
     "dim": "hidden_size",
@@ -40,39 +44,56 @@ SHARED = {
     "norm_eps": "rms_norm_eps",
     "tie_embeddings": "tie_word_embeddings",
 }
+ROPE = ("rope_theta", "rope_scaling")  # every architecture has them, under `rope_parameters`
+NOT_STORED = ("dropout",)  # an option of training: it does not change what a trained model computes
+
+# What each architecture computes, apart from the options above: the only value of an option, or ANY. An option that is
+# not named here, since it is newer, must have its default: what models computed before there was that option.
+ANY = object()
+LLAMA = {"positions": "rope", "qk_norm": False, "qkv_bias": False, "window": None, "softcap": None}
+COMPUTES = {
+    "llama": LLAMA,
+    "mistral": {**LLAMA, "window": ANY},
+    "qwen2": {**LLAMA, "qkv_bias": True},
+    "qwen3": {**LLAMA, "qk_norm": True},
+}
 ROTATED = ("self_attn.q_proj.weight", "self_attn.k_proj.weight")  # whose rows depend on how positions are rotated
 SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
-OURS_ALONE = ("positions", "qk_norm", "qkv_bias", "window", "softcap")  # written under our own model type only
+
+
+def _special_names() -> list[str]:
+    """The options that not every architecture has: all fields of `ModelConfig` that are not shared, old and new."""
+    common = {*SHARED, *ROPE, *NOT_STORED}
+    return [f.name for f in dataclasses.fields(ModelConfig) if f.name not in common]
+
+
+def special_options(config: ModelConfig) -> dict:
+    """Name and value of each option that not every architecture has."""
+    return {name: getattr(config, name) for name in _special_names()}
+
+
+def _defaults() -> dict:
+    return {f.name: f.default for f in dataclasses.fields(ModelConfig)}
+
+
+def computes(kind: str, config: ModelConfig) -> bool:
+    """Whether the Hugging Face architecture `kind` computes exactly what this config does."""
+    expected = {**_defaults(), **COMPUTES[kind]}
+    return all(expected[name] in (ANY, value) for name, value in special_options(config).items())
 
 
 def model_type(config: ModelConfig) -> str:
-    """The Hugging Face model type that computes exactly what this config does."""
-    if config.positions == "rope" and config.softcap is None:
-        options = (config.qk_norm, config.qkv_bias, config.window is not None)
-        known = {
-            (False, False, False): "llama",
-            (True, False, False): "qwen3",
-            (False, True, False): "qwen2",
-            (False, False, True): "mistral",
-        }
-        return known.get(options, "minillm")
-    return "minillm"
+    """The Hugging Face model type that computes exactly what this config does, or our own."""
+    return next((kind for kind in COMPUTES if computes(kind, config)), OWN)
+
+
+# ---- writing config.json
 
 
 def to_hf(config: ModelConfig, special_ids: dict[str, int] | None = None, dtype: str = "float32") -> dict:
     """The contents of config.json. special_ids: bos_token_id and the like, copied as they are."""
     kind = model_type(config)
-    rope = {"rope_theta": config.rope_theta, "rope_type": "default"}
-    if config.rope_scaling is not None:
-        scaling = {k: v for k, v in dataclasses.asdict(config.rope_scaling).items() if v is not None}
-        kept = {  # each type's own fields only: transformers warns of others
-            "linear": (),
-            "yarn": ("beta_fast", "beta_slow", "attention_factor", "original_max_position_embeddings"),
-            "llama3": ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
-        }[scaling["type"]]
-        scaling["original_max_position_embeddings"] = scaling.pop("original_max_seq_len")
-        rope |= {"rope_type": scaling["type"], "factor": scaling["factor"]}
-        rope |= {key: scaling[key] for key in kept if key in scaling}
+    rope = _rope_parameters(config)
     written = {
         "architectures": [ARCHITECTURES[kind]],
         "model_type": kind,
@@ -95,9 +116,49 @@ def to_hf(config: ModelConfig, special_ids: dict[str, int] | None = None, dtype:
         written["sliding_window"] = config.window
     if kind in ("qwen2", "qwen3"):
         written |= {"use_sliding_window": False, "sliding_window": None}
-    if kind == "minillm":
-        written |= {name: getattr(config, name) for name in OURS_ALONE}
+    if kind == OWN:
+        written |= _own_values(config)
     return written
+
+
+def _rope_parameters(config: ModelConfig) -> dict:
+    """How positions are rotated, in transformers' terms. Each type has its own fields only: it warns of others."""
+    rope = {"rope_theta": config.rope_theta, "rope_type": "default"}
+    scaling = config.rope_scaling
+    if scaling is None:
+        return rope
+    rope |= {"rope_type": scaling.type, "factor": scaling.factor}
+    names = {
+        "linear": (),
+        "yarn": ("beta_fast", "beta_slow", "attention_factor"),
+        "llama3": ("low_freq_factor", "high_freq_factor"),
+    }
+    values = {name: getattr(scaling, name) for name in names[scaling.type]}
+    rope |= {name: value for name, value in values.items() if value is not None}
+    if scaling.type != "linear":
+        rope["original_max_position_embeddings"] = scaling.original_max_seq_len
+    return rope
+
+
+def _own_values(config: ModelConfig) -> dict:
+    """What config.json says of our special options under our own name. A newer one is left out at its default, so that
+    files (and what is compared with them) do not change when options are added.
+    """
+    defaults, values = _defaults(), {}
+    for name, value in special_options(config).items():
+        if name in LLAMA or value != defaults[name]:
+            if _from_json(json.loads(json.dumps(value, default=repr))) != value:
+                raise UserError(f"{name} {value!r}: config.json cannot hold it; choose numbers, text or tuples of them")
+            values[name] = value
+    return values
+
+
+def _from_json(value):
+    """A value of JSON as an option holds it: an option is hashable, so that its lists are tuples."""
+    return tuple(_from_json(item) for item in value) if isinstance(value, list) else value
+
+
+# ---- reading config.json
 
 
 def from_hf(written: dict, source: str = "config.json") -> ModelConfig:
@@ -108,28 +169,52 @@ def from_hf(written: dict, source: str = "config.json") -> ModelConfig:
     missing = [SHARED[k] for k in ("vocab_size", "dim", "n_layers", "n_heads", "ffn_dim") if SHARED[k] not in written]
     if missing:
         raise UserError(f"{source}: lacks {', '.join(missing)}")
-    windowed = kind != "mistral" and written.get("use_sliding_window")
-    unsupported = {
-        "attention_bias": kind in ("llama", "mistral", "qwen3") and written.get("attention_bias"),
-        "mlp_bias": written.get("mlp_bias"),
-        "use_sliding_window": windowed,
-        "partial_rotary_factor": _rope(written).get("partial_rotary_factor", 1.0) != 1.0,
-        "hidden_act": written.get("hidden_act", "silu") not in ("silu", "swish"),
-    }
-    if any(unsupported.values()):
-        raise UserError(f"{source}: {', '.join(k for k, v in unsupported.items() if v)} as set there is not supported")
+    _refuse_unsupported(written, source)
+
+    # what every architecture has; transformers leaves out what has its own default
     defaults = {"norm_eps": 1e-6, "tie_embeddings": False, "max_seq_len": 2048, "n_kv_heads": None, "head_dim": None}
-    values = {ours: written[theirs] for ours, theirs in SHARED.items() if theirs in written}
-    values = {**defaults, **{k: v for k, v in values.items() if v is not None}}
+    given = {ours: written[theirs] for ours, theirs in SHARED.items() if theirs in written}
+    values = {**defaults, **{name: value for name, value in given.items() if value is not None}}
     rope = _rope(written)
     values["rope_theta"] = float(rope.get("rope_theta", 1e4))
     values["rope_scaling"] = _read_scaling(rope, values["max_seq_len"], source)
-    if kind == "minillm":
-        values |= {name: written[name] for name in OURS_ALONE if name in written}
-    else:
-        values |= {"qk_norm": kind == "qwen3", "qkv_bias": kind == "qwen2"}
-        values["window"] = written.get("sliding_window") if kind == "mistral" else None
-    return ModelConfig(**values)
+
+    # what makes the architecture this one
+    if kind == OWN:
+        return _read_own(written, values, source)
+    special = COMPUTES[kind] | ({"window": written.get("sliding_window")} if kind == "mistral" else {})
+    return ModelConfig(**values, **special)
+
+
+def _refuse_unsupported(written: dict, source: str) -> None:
+    """Raise `UserError` naming the options of other architectures that we do not compute."""
+    kind = written["model_type"]
+    unsupported = {
+        "attention_bias": kind in ("llama", "mistral", "qwen3") and written.get("attention_bias"),
+        "mlp_bias": written.get("mlp_bias"),
+        "use_sliding_window": kind != "mistral" and written.get("use_sliding_window"),
+        "partial_rotary_factor": _rope(written).get("partial_rotary_factor", 1.0) != 1.0,
+        "hidden_act": written.get("hidden_act", "silu") not in ("silu", "swish"),
+    }
+    wrong = [name for name, is_set in unsupported.items() if is_set]
+    if kind != OWN:  # an option of ours has no place under another architecture
+        expected = {**_defaults(), **COMPUTES[kind]}
+        wrong += [name for name in _special_names() if name in written and written[name] != expected[name]]
+    if wrong:
+        raise UserError(f"{source}: {', '.join(wrong)} as set there is not supported")
+
+
+def _read_own(written: dict, values: dict, source: str) -> ModelConfig:
+    """The config of a model of our own architecture. Raises `UserError` for a key that means nothing here."""
+    special = {name: _from_json(written[name]) for name in _special_names() if name in written}
+    config = ModelConfig(**values, **special)
+    unknown = [key for key in written if key not in {*to_hf(config), *special, *SPECIAL_IDS}]
+    if unknown:
+        raise UserError(
+            f"{source}: {', '.join(unknown)}: this minillm has no such option; load the model with the version, or the "
+            "changed code, that wrote it"
+        )
+    return config
 
 
 def _rope(written: dict) -> dict:
@@ -163,15 +248,39 @@ def export_name(name: str) -> str:
 
 def shapes_of(config: ModelConfig) -> dict[str, torch.Size]:
     """Key and shape of each tensor in a Hugging Face file, which leaves out a tied head."""
-    try:
-        with torch.device("meta"):
-            state = Transformer(config).state_dict()
-    except RuntimeError:
-        raise UserError(f"model: {config}: larger than any memory") from None
-    shapes = {export_name(name): tensor.shape for name, tensor in state.items()}
+    shapes = {export_name(name): tensor.shape for name, tensor in empty_model(config).state_dict().items()}
     if config.tie_embeddings:
         del shapes["lm_head.weight"]
     return shapes
+
+
+def check_parameters(config: ModelConfig, folder: str | Path) -> None:
+    """Raise `UserError` naming the options of `config` that ask for other parameters than a folder's model has.
+
+    What changes no parameter, such as dropout, a window or a longer context with rotary positions, may differ.
+    """
+    stored = load_config(folder)
+    shapes, wanted = shapes_of(stored), shapes_of(config)
+    if wanted == shapes:
+        return
+    options = [
+        f"{name} {getattr(config, name)} (there {getattr(stored, name)})"
+        for name in (f.name for f in dataclasses.fields(config))
+        if getattr(config, name) != getattr(stored, name) and _changes_shapes(stored, name, getattr(config, name))
+    ]
+    changed = [key for key in {**wanted, **shapes} if wanted.get(key) != shapes.get(key)]
+    raise UserError(
+        f"{folder}: its config.json decides which parameters the model has, and {', '.join(options)} would change "
+        f"{len(changed)} of them, such as {changed[0]}: leave that out, or train a new model, without --init_from"
+    )
+
+
+def _changes_shapes(stored: ModelConfig, name: str, value) -> bool:
+    """Whether a model has other parameters when this one option has another value."""
+    try:
+        return shapes_of(dataclasses.replace(stored, **{name: value})) != shapes_of(stored)
+    except UserError:  # possible only together with another option
+        return True
 
 
 @dataclass
@@ -188,18 +297,6 @@ class StoredModel:
     special_ids: dict[str, int] = field(default_factory=dict)
 
 
-def half_split(weight: Tensor, head_dim: int) -> Tensor:
-    """Query or key rows (n·D, …) with rotary pairs (0, 1), (2, 3), … → rows with pairs (0, D/2), (1, D/2 + 1), …"""
-    pairs = weight.view(-1, head_dim // 2, 2, *weight.shape[1:])  # (n, D/2, 2, …)
-    return pairs.transpose(1, 2).reshape(weight.shape)
-
-
-def interleaved(weight: Tensor, head_dim: int) -> Tensor:
-    """The inverse of `half_split`."""
-    halves = weight.view(-1, 2, head_dim // 2, *weight.shape[1:])  # (n, 2, D/2, …)
-    return halves.transpose(1, 2).reshape(weight.shape)
-
-
 def weights_of(model: Transformer, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
     """The tensors to save, under Hugging Face's keys.
 
@@ -208,15 +305,20 @@ def weights_of(model: Transformer, dtype: torch.dtype | None = None) -> dict[str
     if quant.is_quantized(model):
         raise UserError("a quantized base is not saved: save its adapter, or call quant.dequantize_base first")
     state = {export_name(name): tensor.detach() for name, tensor in model.state_dict().items()}
-    return {key: state[key].to(dtype or state[key].dtype).contiguous() for key in shapes_of(model.config)}
+    weights = {}
+    for key in shapes_of(model.config):
+        weights[key] = state[key].to(dtype or state[key].dtype).contiguous()
+    return weights
 
 
 def save_model(
     model: Transformer, folder: Path, *, special_ids: dict[str, int] | None = None, dtype: torch.dtype | None = None
 ) -> None:
     """Write config.json and model.safetensors into an existing folder. dtype: of the file; None: the model's."""
-    weights, dtype = weights_of(model), dtype or model.embed_tokens.weight.dtype
-    write_folder(StoredModel(model.config, dtype, lambda key, dtype: weights[key].to(dtype), special_ids or {}), folder)
+    weights = weights_of(model)
+    dtype = dtype or model.embed_tokens.weight.dtype
+    in_memory = StoredModel(model.config, dtype, lambda key, dtype: weights[key].to(dtype), special_ids or {})
+    write_folder(in_memory, folder)
 
 
 def write_folder(
@@ -226,50 +328,20 @@ def write_folder(
 
     dtype: of the files; None: as stored. max_shard_size: bytes of tensors in one file; None: one file.
     """
-    dtype, shapes = dtype or model.dtype, shapes_of(model.config)
-    shards: list[dict] = [{}]
-    room = max_shard_size = max_shard_size or sys.maxsize
-    for key, shape in shapes.items():
-        size = shape.numel() * dtype.itemsize
-        if shards[-1] and size > room:
-            shards.append({})
-            room = max_shard_size
-        shards[-1][key] = shape
-        room -= size
-    weight_map = {}
-    for number, shard in enumerate(shards, 1):
-        name = "model.safetensors" if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
-        tensor_files.write_tensors(folder / name, shard, dtype, lambda key: model.read(key, dtype))
-        weight_map |= dict.fromkeys(shard, name)
-    if len(shards) > 1:
-        total = sum(shape.numel() for shape in shapes.values())
-        metadata = {"total_parameters": total, "total_size": total * dtype.itemsize}
-        text = json.dumps({"metadata": metadata, "weight_map": weight_map}, indent=2)
-        (folder / tensor_files.INDEX).write_text(text + "\n", encoding="utf-8")
-    text = json.dumps(to_hf(model.config, model.special_ids, str(dtype).removeprefix("torch.")), indent=2)
-    (folder / "config.json").write_text(text + "\n", encoding="utf-8")
-
-
-def read_config(folder: str | Path) -> dict:
-    """A model folder's config.json. Raises `UserError` if there is none or it is not JSON."""
-    path = Path(folder) / "config.json"
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        if (Path(folder) / "adapter_config.json").exists():
-            raise UserError(
-                f"{folder}: an adapter, and no model; merge it into its base first: "
-                f"python -m minillm merge --model BASE --adapter {folder} --out DIR"
-            ) from None
-        raise UserError(f"{folder}: no config.json there, so it is no model folder") from None
-    except ValueError as problem:
-        raise UserError(f"{path}: not valid JSON ({problem})") from None
+    dtype = dtype or model.dtype
+    shapes = shapes_of(model.config)
+    tensor_files.write_weights(folder, shapes, dtype, lambda key: model.read(key, dtype), max_shard_size)
+    written = to_hf(model.config, model.special_ids, str(dtype).removeprefix("torch."))
+    (folder / "config.json").write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
 
 
 def load_config(folder: str | Path) -> ModelConfig:
     """The `ModelConfig` of a model folder."""
-    with naming_damage(f"{folder}/config.json"):
-        return from_hf(read_config(folder), f"{folder}/config.json")
+    source = f"{folder}/config.json"
+    written = read_config(folder)
+    if Contents(written, source).get("model_type", str) in ARCHITECTURES:  # others are refused by name
+        check_kinds(written, source, SHARED)
+    return from_hf(written, source)
 
 
 def _find_weights(folder: str | Path, config: ModelConfig) -> dict[str, tensor_files.Place]:
@@ -280,13 +352,14 @@ def _find_weights(folder: str | Path, config: ModelConfig) -> dict[str, tensor_f
     places = {key: place for key, place in places.items() if key not in tied | tables}
     if config.n_layers > len(places):  # listing what is missing would take long
         raise UserError(f"{folder}: {config.n_layers:,} layers, as config.json says, in {len(places):,} tensors")
-    tensor_files.match_tensors(shapes_of(config), {key: place.shape for key, place in places.items()}, str(folder))
+    source = f"{folder}: read as its config.json says"
+    tensor_files.match_tensors(shapes_of(config), {key: place.shape for key, place in places.items()}, source)
     return places
 
 
 def open_folder(folder: str | Path) -> StoredModel:
     """The model of a folder; only the headers have been read and checked."""
-    config, written = load_config(folder), read_config(folder)
+    config = load_config(folder)
     places = _find_weights(folder, config)
 
     def read(key: str, dtype: torch.dtype) -> Tensor:
@@ -294,8 +367,10 @@ def open_folder(folder: str | Path) -> StoredModel:
         tensor_files.check_finite(key, tensor, folder)
         return tensor
 
-    ids = {name: written[name] for name in SPECIAL_IDS if written.get(name) is not None}
-    return StoredModel(config, places["model.embed_tokens.weight"].dtype, read, ids)
+    written = read_config(folder)
+    special_ids = {name: written[name] for name in SPECIAL_IDS if written.get(name) is not None}
+    dtype = places["model.embed_tokens.weight"].dtype
+    return StoredModel(config, dtype, read, special_ids)
 
 
 def load_model(
@@ -314,10 +389,12 @@ def load_model(
     """
     if base_bits is not None:
         quant.check_bits(base_bits)
-    config = config or load_config(folder)
+    if config is None:
+        config = load_config(folder)
+    else:
+        check_parameters(config, folder)
     places = _find_weights(folder, config)
-    with torch.device("meta"):
-        model = Transformer(config)
+    model = empty_model(config)
     loaded = {}
     for name in model.state_dict():
         if (key := export_name(name)) in places:

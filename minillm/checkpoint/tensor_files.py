@@ -7,6 +7,7 @@ unexpected, of another shape or broken is listed, and nothing is loaded in part.
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +16,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from minillm.base.contents import Contents
 from minillm.base.errors import UserError
 
+SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 DTYPES = {  # safetensors' name → torch's
     "F64": torch.float64,
@@ -55,13 +58,15 @@ class Place:
         so that vectorized code may round differently and a resumed run diverge.
         """
         out = torch.empty(self.shape, dtype=dtype or self.dtype)
+        needs_conversion = out.dtype != self.dtype
         with self.file.open("rb") as stream:
             stream.seek(self.offset)
             for piece in out.view(-1).split(PIECE):
-                stored = piece if piece.dtype == self.dtype else torch.empty(piece.shape, dtype=self.dtype)
-                if stream.readinto(stored.view(torch.uint8).numpy()) < stored.nbytes:
+                stored = torch.empty(piece.shape, dtype=self.dtype) if needs_conversion else piece
+                n_read = stream.readinto(stored.view(torch.uint8).numpy())
+                if n_read < stored.nbytes:
                     raise UserError(f"{self.file}: ends before its tensors do; get a whole copy")
-                if stored is not piece:
+                if needs_conversion:
                     piece.copy_(stored)
         return out
 
@@ -69,8 +74,7 @@ class Place:
 def refuse_pickle(path: Path, start: bytes) -> None:
     """Raise `UserError` if a file that begins with `start` is a pickle, or a zip of pickles.
 
-    A safetensors file or llama2.c model begins with a number, which may have the same first bytes, but has a 0 as its
-    fourth.
+    A safetensors file begins with a number, which may have the same first bytes, but has a 0 as its fourth.
     """
     if start[:2] in PICKLES and start[3:4] != b"\0":
         raise UserError(f"{path}: a pickle, which could run code; refused unread: convert it to safetensors")
@@ -88,47 +92,58 @@ def find_weights(folder: str | Path) -> dict[str, Place]:
     unlisted or held twice, files that are not safetensors.
     """
     folder = Path(folder)
-    if (folder / "model.safetensors").exists() or not (folder / INDEX).exists():
-        names = {"model.safetensors": None}
-    else:
-        names = _read_index(folder)
-    places, problems, seen = {}, [], {}
-    for file, listed in names.items():
+    if (folder / SINGLE).exists() or not (folder / INDEX).exists():
+        return _read_single(folder)
+    places: dict[str, Place] = {}
+    problems = []
+    for shard, promised in _read_index(folder).items():
         try:
-            found = _read_header(folder / file)
+            in_shard = _read_header(folder / shard)
         except UserError as problem:
             problems.append(str(problem))
             continue
-        held = set(found)
-        problems += [f"{name} is missing from {file}" for name in sorted((listed or held) - held)]
-        problems += [f"{name} in {file} is not in the index" for name in sorted(held - (listed or held))]
-        problems += [f"{name} is in {seen[name]} and in {file}" for name in sorted(held & set(seen))]
-        seen |= dict.fromkeys(held, file)
-        places |= found
+        names = set(in_shard)
+        problems += [f"{name} is missing from {shard}" for name in sorted(promised - names)]
+        problems += [f"{name} in {shard} is not in the index" for name in sorted(names - promised)]
+        problems += [f"{name} is in {places[name].file.name} and in {shard}" for name in sorted(names & set(places))]
+        places |= in_shard
     if problems:
         raise UserError(f"{folder}: its weights cannot be used: {'; '.join(problems)}")
     return places
+
+
+def _read_single(folder: Path) -> dict[str, Place]:
+    """Where the tensors of a folder with a single file of weights are."""
+    try:
+        return _read_header(folder / SINGLE)
+    except UserError as problem:
+        raise UserError(f"{folder}: its weights cannot be used: {problem}") from None
 
 
 def _read_index(folder: Path) -> dict[str, set[str]]:
     """The tensors that the index promises, by shard."""
     path = folder / INDEX
     try:
-        places = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_no_duplicates)["weight_map"]
-        names = {str(file) for file in places.values()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as problem:
-        raise UserError(f"{path}: not an index of weights ({type(problem).__name__}: {problem})") from None
-    outside = sorted(name for name in names if not re.fullmatch(r"[^/\\:]+\.safetensors", name))
+        index = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_no_duplicates)
+    except (OSError, ValueError, RecursionError) as problem:
+        raise UserError(f"{path}: not an index of weights ({problem})") from None
+    weight_map = Contents(index, f"{path}: not an index of weights").need("weight_map", dict)
+    outside = [shard for shard in weight_map.values() if not re.fullmatch(r"[^/\\:]+\.safetensors", str(shard))]
     if outside:
-        raise UserError(f"{path}: {', '.join(map(repr, outside))}: not a safetensors file of this folder; refused")
-    return {file: {name for name, place in places.items() if place == file} for file in sorted(names)}
+        names = ", ".join(sorted({repr(shard) for shard in outside}))
+        raise UserError(f"{path}: {names}: not a safetensors file of this folder; refused")
+    shards: dict[str, set[str]] = {shard: set() for shard in sorted(set(weight_map.values()))}
+    for name, shard in weight_map.items():
+        shards[shard].add(name)
+    return shards
 
 
 def _no_duplicates(pairs: list[tuple]) -> dict:
-    names = [name for name, _ in pairs]
-    twice = sorted({name for name in names if names.count(name) > 1}) if len(set(names)) < len(names) else []
-    if twice:
-        raise ValueError(f"holds twice: {', '.join(twice)}")
+    """A JSON object. Raises `ValueError` if a name is there twice, of which JSON would keep the last."""
+    counts = Counter(name for name, _ in pairs)
+    repeated = sorted(name for name, n in counts.items() if n > 1)
+    if repeated:
+        raise ValueError(f"holds twice: {', '.join(repeated)}")
     return dict(pairs)
 
 
@@ -143,34 +158,84 @@ def _read_header(path: Path) -> dict[str, Place]:
             header = json.loads(stream.read(int.from_bytes(start, "little")), object_pairs_hook=_no_duplicates)
             begin = stream.tell()
     except FileNotFoundError:
-        others = sorted(file.name for file in path.parent.glob("*.bin")) if path.parent.is_dir() else []
-        hint = f" (there is {others[0]}, a pickle: convert it to safetensors)" if others else ""
+        pickles = sorted(file.name for file in path.parent.glob("*.bin")) if path.parent.is_dir() else []
+        hint = f" (there is {pickles[0]}, a pickle: convert it to safetensors)" if pickles else ""
         raise UserError(f"{path}: no such file{hint}") from None
     except PermissionError:
         raise
     except (SafetensorError, OSError, ValueError) as problem:
         raise UserError(f"{path}: truncated or no safetensors file ({problem}); get a whole copy") from None
     header.pop("__metadata__", None)
-    strange = sorted({entry["dtype"] for entry in header.values()} - set(DTYPES))
-    if strange:
-        raise UserError(f"{path}: holds tensors of type {', '.join(strange)}, which is not supported")
-    return {
-        name: Place(path, begin + entry["data_offsets"][0], tuple(entry["shape"]), DTYPES[entry["dtype"]])
-        for name, entry in header.items()
-    }
+    unknown = sorted({entry["dtype"] for entry in header.values()} - set(DTYPES))
+    if unknown:
+        raise UserError(f"{path}: holds tensors of type {', '.join(unknown)}, which is not supported")
+    places = {}
+    for name, entry in header.items():
+        offset, _ = entry["data_offsets"]
+        places[name] = Place(path, begin + offset, tuple(entry["shape"]), DTYPES[entry["dtype"]])
+    return places
+
+
+# ---- writing tensors
+
+
+def write_weights(
+    folder: Path,
+    shapes: dict[str, torch.Size],
+    dtype: torch.dtype,
+    read: Callable[[str], Tensor],
+    max_shard_size: int | None = None,
+) -> None:
+    """Write the weights of a model folder: one file, or indexed shards of at most `max_shard_size` bytes of tensors.
+
+    read(name): the tensor of that shape. A tensor that is larger than a shard has one of its own.
+    """
+    shards = _divide(shapes, dtype, max_shard_size)
+    if len(shards) == 1:
+        write_tensors(folder / SINGLE, shapes, dtype, read)
+        return
+    weight_map: dict[str, str] = {}
+    for number, shard in enumerate(shards, 1):
+        file = f"model-{number:05}-of-{len(shards):05}.safetensors"
+        write_tensors(folder / file, shard, dtype, read)
+        weight_map |= dict.fromkeys(shard, file)
+    n_parameters = sum(shape.numel() for shape in shapes.values())
+    metadata = {"total_parameters": n_parameters, "total_size": n_parameters * dtype.itemsize}
+    text = json.dumps({"metadata": metadata, "weight_map": weight_map}, indent=2)
+    (folder / INDEX).write_text(text + "\n", encoding="utf-8")
+
+
+def _divide(
+    shapes: dict[str, torch.Size], dtype: torch.dtype, max_shard_size: int | None
+) -> list[dict[str, torch.Size]]:
+    """The tensors of each shard, in their order: a new shard begins where the next tensor has no room."""
+    if max_shard_size is None:
+        return [shapes]
+    shards: list[dict[str, torch.Size]] = [{}]
+    room = max_shard_size
+    for name, shape in shapes.items():
+        n_bytes = shape.numel() * dtype.itemsize
+        if shards[-1] and n_bytes > room:
+            shards.append({})
+            room = max_shard_size
+        shards[-1][name] = shape
+        room -= n_bytes
+    return shards
 
 
 def write_tensors(
     path: Path, shapes: dict[str, Sequence[int]], dtype: torch.dtype, read: Callable[[str], Tensor]
 ) -> None:
     """Write a safetensors file with only one tensor at a time in memory: read(name) gives a tensor of that shape."""
-    word = next(name for name, known in DTYPES.items() if known == dtype)
-    header, end = {"__metadata__": {"format": "pt"}}, 0
+    dtype_name = next(name for name, known in DTYPES.items() if known == dtype)
+    header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
+    end = 0
     for name, shape in shapes.items():
-        begin, end = end, end + math.prod(shape) * dtype.itemsize
-        header[name] = {"dtype": word, "shape": list(shape), "data_offsets": [begin, end]}
+        begin = end
+        end = begin + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": dtype_name, "shape": list(shape), "data_offsets": [begin, end]}
     text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
+    text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name in shapes:
@@ -178,27 +243,32 @@ def write_tensors(
             file.write(tensor.view(torch.uint8).numpy())
 
 
+# ---- checks
+
+
 def check_finite(name: str, tensor: Tensor, source: str | Path) -> None:
     """Raise `UserError` naming the tensor if it holds NaN or infinity."""
-    if tensor.is_floating_point():
-        parts = tensor.reshape(-1).split(PIECE)  # no second tensor of this size
-        wide = (part.float() if part.element_size() == 1 else part for part in parts)
-        bad = tensor.numel() - sum(int(torch.isfinite(part).sum()) for part in wide)
-        if bad:
-            raise UserError(
-                f"{source}: {name} holds {bad:,} of {tensor.numel():,} values that are not finite; "
-                "take an earlier checkpoint"
-            )
+    if not tensor.is_floating_point():
+        return
+    n_finite = 0
+    for piece in tensor.reshape(-1).split(PIECE):  # no second tensor of this size
+        if piece.element_size() == 1:  # torch has no isfinite for float8
+            piece = piece.float()
+        n_finite += int(torch.isfinite(piece).sum())
+    n_bad = tensor.numel() - n_finite
+    if n_bad:
+        raise UserError(
+            f"{source}: {name} holds {n_bad:,} of {tensor.numel():,} values that are not finite; "
+            "take an earlier checkpoint"
+        )
 
 
-def match_tensors(expected: dict, got: dict, source: str | Path) -> None:
+def match_tensors(expected: dict, stored: dict, source: str | Path) -> None:
     """Raise one `UserError` listing all tensors missing, unexpected or of another shape. Both: {name: shape}."""
-    problems = [f"{name} is missing" for name in expected if name not in got]
-    problems += [f"{name} is not expected" for name in got if name not in expected]
-    problems += [
-        f"{name} is {tuple(got[name])}, expected {tuple(shape)}"
-        for name, shape in expected.items()
-        if name in got and tuple(got[name]) != tuple(shape)
-    ]
+    problems = [f"{name} is missing" for name in expected if name not in stored]
+    problems += [f"{name} is not expected" for name in stored if name not in expected]
+    for name, shape in expected.items():
+        if name in stored and tuple(stored[name]) != tuple(shape):
+            problems.append(f"{name} is {tuple(stored[name])}, expected {tuple(shape)}")
     if problems:
         raise UserError(f"{source}: does not fit the model: {'; '.join(problems)}")

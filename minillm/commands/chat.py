@@ -19,6 +19,7 @@ from minillm.commands.model_options import (
 from minillm.generation import completion
 from minillm.generation.load import Loaded
 from minillm.generation.sampling import Sampling
+from minillm.model.size import n_parameters
 from minillm.tokenizer.tokenizer import Tokenizer
 
 REASONS = {"length": "--max_new_tokens reached", "context": "the context is full"}
@@ -43,7 +44,7 @@ class Config(ModelOptions, TemplateOptions, Sampling):
 
 def run(config: Config) -> None:
     loaded = load_model(config)
-    print(f"{loaded.folder} ({loaded.model.config.n_parameters():,} parameters); an empty line ends, /new starts over")
+    print(f"{loaded.folder} ({n_parameters(loaded.model.config):,} parameters); an empty line ends, /new starts over")
     turns = config.turns
     if turns is None and trained_with(loaded.folder).get("turns") == 1:
         turns = 1

@@ -8,8 +8,8 @@ from minillm.commands.convert import FORMATS, ConversionOptions, convert
 
 @dataclass(frozen=True, kw_only=True)
 class Config(ConversionOptions):
-    model: str = option(help="run or model folder, or any file that import reads")
-    out: str = option(help="new folder (hf) or file (llama2c, gguf)")
+    model: str = option(help="run or model folder, or a .gguf file")
+    out: str = option(help="new folder (hf) or file (gguf)")
     format: str = option(help="whose format to write", choices=FORMATS)
 
 

@@ -8,7 +8,7 @@ from minillm.commands.convert import ConversionOptions, convert
 
 @dataclass(frozen=True, kw_only=True)
 class Config(ConversionOptions):
-    model: str = option(help="Hugging Face folder, .gguf file or llama2.c's .bin")
+    model: str = option(help="Hugging Face folder or .gguf file")
     out: str = option(help="new model folder")
 
 

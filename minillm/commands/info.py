@@ -9,6 +9,7 @@ from minillm.commands.bench.measure import vocab_size_of
 from minillm.model import memory
 from minillm.model.config import PRESETS, ModelConfig, preset
 from minillm.model.quant import BITS
+from minillm.model.size import flops_per_token, n_parameters
 
 SIZES = {"float32": 4, "bfloat16": 2}  # bytes of a number
 
@@ -42,8 +43,8 @@ def run(config: Config) -> None:
     for name, value in dataclasses.asdict(shape).items():
         if value is not None:
             print(f"  {name:<16}{value}")
-    print(f"\nparameters          {shape.n_parameters():,}")
-    flops = shape.flops_per_token(seq_len)
+    print(f"\nparameters          {n_parameters(shape):,}")
+    flops = flops_per_token(shape, seq_len)
     print(f"FLOPs a token       {flops / 1e6:,.1f} M to train at {seq_len} tokens, {flops / 3e6:,.1f} M forward")
     _print_training(shape, config.micro_batch_size, seq_len)
     for name, size in SIZES.items():
@@ -67,7 +68,7 @@ def _shape(config: Config) -> ModelConfig:
 
 def _print_training(shape: ModelConfig, rows: int, seq_len: int) -> None:
     """Memory for training all parameters with AdamW."""
-    state = {**memory.weights(shape), **memory.optimizer_state(shape.n_parameters())}
+    state = {**memory.weights(shape), **memory.optimizer_state(n_parameters(shape))}
     print(
         f"training            {_bytes(sum(state.values()))} of state: weights, gradients and AdamW's two moments, fp32"
     )

@@ -5,6 +5,8 @@ tensors takes less than half the time of `Transformer.hidden` and gives the same
 The computation is explained in model.py; read that first.
 """
 
+import dataclasses
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -15,6 +17,10 @@ from minillm.model.transformer import MLP, Attention, Block, RMSNorm, Transforme
 
 PLAIN = (nn.Linear, nn.Embedding, nn.Dropout, nn.ModuleList)
 PLAIN += (Transformer, Block, Attention, MLP, RMSNorm)
+# Options that the loop below computes, or that it need not know; with any other one it is not used.
+KNOWN = {"vocab_size", "dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "ffn_dim", "max_seq_len", "norm_eps"}
+KNOWN |= {"positions", "rope_theta", "rope_scaling", "tie_embeddings", "qk_norm", "qkv_bias", "window", "softcap"}
+KNOWN |= {"dropout"}
 
 
 def is_plain(model: nn.Module) -> bool:
@@ -23,6 +29,9 @@ def is_plain(model: nn.Module) -> bool:
     False once a layer was wrapped or changed (an adapter, a hook, quantized weights). Virtual tokens do not matter: the
     prefill has put them into the cache.
     """
+    fields = dataclasses.fields(model.config)
+    if any(f.name not in KNOWN and getattr(model.config, f.name) != f.default for f in fields):
+        return False
     within = [m for name, m in model.named_modules() if name.split(".")[0] != "virtual"]
     return all(type(m) in PLAIN and not (m._forward_hooks or m._forward_pre_hooks) for m in within)
 

@@ -89,28 +89,6 @@ class ModelConfig:
         if problems:
             raise UserError("model: " + "; ".join(problems))
 
-    def n_parameters(self) -> int:
-        """Number of trainable parameters, by formula (a tied embedding counts once)."""
-        attention = self.dim * self.head_dim * (2 * self.n_heads + 2 * self.n_kv_heads)
-        attention += 2 * self.head_dim if self.qk_norm else 0
-        attention += self.head_dim * (self.n_heads + 2 * self.n_kv_heads) if self.qkv_bias else 0
-        layer = attention + 3 * self.dim * self.ffn_dim + 2 * self.dim
-        embeddings = self.vocab_size * self.dim * (1 if self.tie_embeddings else 2)
-        embeddings += self.max_seq_len * self.dim if self.positions == "learned" else 0
-        return embeddings + self.n_layers * layer + self.dim
-
-    def flops_per_token(self, seq_len: int) -> int:
-        """Floating-point operations of forward and backward for one trained token.
-
-        6 N + 12 L H D T, where N counts every parameter that multiplies (not the input embedding,
-        which is looked up) and attention is counted in full, as in PaLM's appendix B
-        (Chowdhery et al. 2022, arXiv:2204.02311). `seq_len` is T in tokens.
-        """
-        lookups = self.max_seq_len * self.dim if self.positions == "learned" else 0
-        lookups += 0 if self.tie_embeddings else self.vocab_size * self.dim
-        attention = 12 * self.n_layers * self.n_heads * self.head_dim * seq_len
-        return 6 * (self.n_parameters() - lookups) + attention
-
 
 PRESETS: dict[str, dict] = {
     "tiny": dict(dim=128, n_layers=4, n_heads=4, n_kv_heads=2, ffn_dim=384, max_seq_len=512),

@@ -22,30 +22,42 @@ class Products(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, dtype, *weights_and_biases):
         weights, biases = weights_and_biases[::2], weights_and_biases[1::2]
-        ctx.dtypes = [None if t is None else t.dtype for t in (x, *weights_and_biases)]
-        x, cast = x.to(dtype), [w.to(dtype) for w in weights]
-        # keep each weight, or its cast if that is narrower
-        ctx.save_for_backward(x, *(w if w.itemsize <= c.itemsize else c for w, c in zip(weights, cast, strict=True)))
-        pairs = zip(cast, biases, strict=True)
-        return tuple(x @ w.t() if b is None else torch.addmm(b.to(dtype), x, w.t()) for w, b in pairs)
+        ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in (x, *weights_and_biases)]
+        x = x.to(dtype)
+        kept, outputs = [], []
+        for weight, bias in zip(weights, biases, strict=True):
+            cast = weight.to(dtype)
+            kept.append(weight if weight.itemsize <= cast.itemsize else cast)  # for the backward pass: the narrower
+            if bias is None:
+                outputs.append(x @ cast.t())  # (N, K)
+            else:
+                outputs.append(torch.addmm(bias.to(dtype), x, cast.t()))
+        ctx.save_for_backward(x, *kept)
+        return tuple(outputs)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, *grads):
         x, *weights = ctx.saved_tensors
-        weights = [w.to(x.dtype) for w in weights]
-        x_dtype, *dtypes = ctx.dtypes
+        x_dtype, *dtypes = ctx.dtypes  # of x, and of W, b, W, b, …
         x_needed, _, *needed = ctx.needs_input_grad
+
         dx = None
         if x_needed:
-            dx = (_input_gradient_op if torch.compiler.is_compiling() else _input_gradient)(list(grads), weights)
-            dx = dx.to(x_dtype)
-        found = []
-        for i, dy in enumerate(grads):
-            wide = torch.promote_types(dy.dtype, torch.float32)
-            found.append(_product(dy.t(), x, dtypes[2 * i]) if needed[2 * i] else None)
-            found.append(dy.sum(0, dtype=wide).to(dtypes[2 * i + 1]) if needed[2 * i + 1] else None)
-        return dx, None, *found
+            weights = [weight.to(x.dtype) for weight in weights]
+            summed = _input_gradient_op if torch.compiler.is_compiling() else _input_gradient
+            dx = summed(list(grads), weights).to(x_dtype)  # (N, C)
+
+        parameter_grads = []  # of W, b, W, b, …
+        for i, dy in enumerate(grads):  # (N, K)
+            dw = db = None
+            if needed[2 * i]:
+                dw = _product(dy.t(), x, dtypes[2 * i])  # (K, C)
+            if needed[2 * i + 1]:
+                wide = torch.promote_types(dy.dtype, torch.float32)
+                db = dy.sum(0, dtype=wide).to(dtypes[2 * i + 1])  # (K,)
+            parameter_grads += [dw, db]
+        return dx, None, *parameter_grads
 
 
 def _input_gradient(grads: list[Tensor], weights: list[Tensor]) -> Tensor:

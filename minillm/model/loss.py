@@ -14,7 +14,6 @@ from minillm.model.linears import product_dtype
 # products stay large enough to fill it (not measured).
 CHUNK_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 26}
 
-
 IGNORED = -100  # the target of a row that never counts, as in torch
 
 
@@ -27,39 +26,47 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, labels, mask, softcap, dtype, trained):
+        """x (N, C), weight (V, C), labels (N,) int64, mask (N,) or None → the summed loss, a scalar in fp32."""
         n, vocabulary = x.shape[0], weight.shape[0]
+
+        # how much each row counts; one that does not may hold any label
         counts = torch.ones(n, dtype=torch.float32, device=x.device) if mask is None else mask.float()
-        counts = counts.masked_fill(labels == IGNORED, 0.0)[:, None]
-        labels = labels[:, None].masked_fill(counts == 0, 0)  # rows that do not count may hold any number
+        counts = counts.masked_fill(labels == IGNORED, 0.0)[:, None]  # (N, 1)
+        labels = labels[:, None].masked_fill(counts == 0, 0)  # (N, 1)
         largest = counts.abs().amax().clamp_min(1e-30) if n else counts.new_ones(())
         shares = counts / largest  # a probability divided by the number of tokens would underflow in fp16
-        rows = max(16, CHUNK_ELEMENTS.get(x.device.type, 1 << 24) // vocabulary)
+
         w = weight.to(dtype)
         grad_x = torch.empty_like(x) if trained and x.requires_grad else None
         grad_w = torch.zeros_like(w, dtype=torch.float32) if trained and weight.requires_grad else None
         total = torch.zeros((), dtype=torch.float32, device=x.device)
+        rows = max(16, CHUNK_ELEMENTS.get(x.device.type, 1 << 24) // vocabulary)
         for begin in range(0, n, rows):
             part = slice(begin, begin + rows)
-            x_part, y_part = x[part].to(dtype), labels[part]
-            z = (x_part @ w.T).float()
+
+            # forward: the logits of these rows, and their loss
+            x_part, labels_part = x[part].to(dtype), labels[part]
+            logits = (x_part @ w.T).float()  # (rows, V)
             if softcap is not None:
-                z = z.div_(softcap).tanh_().mul_(softcap)
-            log_p = torch.log_softmax(z, dim=-1)
-            nats = -log_p.gather(-1, y_part)
+                logits = logits.div_(softcap).tanh_().mul_(softcap)
+            log_p = torch.log_softmax(logits, dim=-1)
+            nats = -log_p.gather(-1, labels_part)  # (rows, 1)
             # no `+=`: torch 2.11, compiling, gives an output changed in place no gradient
             total = total + (nats.masked_fill(counts[part] == 0, 0.0) * counts[part]).sum()
             if not trained:
                 continue
-            grad = log_p.exp_().scatter_add_(-1, y_part, torch.full_like(nats, -1.0))
+
+            # backward: softmax minus one at the label, through the soft cap, then both products
+            grad = log_p.exp_().scatter_add_(-1, labels_part, torch.full_like(nats, -1.0))  # (rows, V)
             if softcap is not None:
-                grad = grad.mul_(1 - (z / softcap).square())
+                grad = grad.mul_(1 - (logits / softcap).square())
             grad = grad.to(dtype)
             if grad_x is not None:
-                grad_x[part] = (grad @ w) * shares[part].to(dtype)
+                grad_x[part] = (grad @ w) * shares[part].to(dtype)  # (rows, C)
             if grad_w is not None:
                 x_part = x_part * shares[part].to(dtype)
                 # fp16 ends at 65,504, and the loss scale, applied later, cannot keep this sum below that: fp32
-                grad_w += grad.float().T @ x_part.float() if dtype == torch.float16 else grad.T @ x_part
+                grad_w += grad.float().T @ x_part.float() if dtype == torch.float16 else grad.T @ x_part  # (V, C)
         ctx.save_for_backward(grad_x, grad_w, largest)
         ctx.weight_dtype = weight.dtype
         return total
@@ -71,8 +78,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if grad_x is not None:
             wide = torch.promote_types(grad_x.dtype, torch.float32)
             grad_x = (grad_x.to(wide) * factor).to(grad_x.dtype)
-        grad_w = None if grad_w is None else (grad_w * factor).to(ctx.weight_dtype)
-        return grad_x, grad_w, *[None] * 5
+        if grad_w is not None:
+            grad_w = (grad_w * factor).to(ctx.weight_dtype)
+        return grad_x, grad_w, None, None, None, None, None
 
 
 def linear_cross_entropy(

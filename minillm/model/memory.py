@@ -14,15 +14,14 @@ from minillm.base import files
 from minillm.base.errors import UserError
 from minillm.model.config import ModelConfig
 from minillm.model.quant import BLOCK, GROUP
-from minillm.model.transformer import Transformer
+from minillm.model.size import empty_model, n_parameters
 
 FP32 = 4
 
 
 def linear_shapes(shape: ModelConfig) -> dict[str, tuple[int, int]]:
     """(inputs, outputs) of the linear maps of a layer by name, as the modules themselves have them."""
-    with torch.device("meta"):
-        (layer,) = Transformer(dataclasses.replace(shape, n_layers=1)).layers
+    (layer,) = empty_model(dataclasses.replace(shape, n_layers=1)).layers
     return {name: (m.in_features, m.out_features) for name, m in layer.named_modules() if hasattr(m, "in_features")}
 
 
@@ -46,7 +45,7 @@ def weights(shape: ModelConfig, bits: int | None = None) -> dict[str, int]:
     n_rotary = shape.max_seq_len * shape.head_dim if shape.positions == "rope" else 0  # tables of cosines and sines
     return {
         f"base, {bits or 32} bits": shape.n_layers * sum(_stored(n_in, n_out, bits) for n_in, n_out in linears),
-        "embedding, norms, head": FP32 * (shape.n_parameters() - n_linear + n_rotary),
+        "embedding, norms, head": FP32 * (n_parameters(shape) - n_linear + n_rotary),
     }
 
 
@@ -143,7 +142,7 @@ def adapter_training(
 def generation(shape: ModelConfig, seq_len: int, size: int) -> dict[str, int]:
     """The weights and the cache of one text of so many tokens, in numbers of `size` bytes."""
     cache = 2 * shape.n_layers * shape.n_kv_heads * shape.head_dim * seq_len
-    return {"weights": size * shape.n_parameters(), "cache": size * cache}
+    return {"weights": size * n_parameters(shape), "cache": size * cache}
 
 
 # ---- the machine
@@ -160,7 +159,7 @@ def check_memory(training_config, shape: ModelConfig, device: torch.device) -> N
     needed = sum(weights(shape, training_config.base_bits).values())
     what = "the base's weights"
     if trains_all:
-        needed += sum(optimizer_state(shape.n_parameters(), moments=1).values())
+        needed += sum(optimizer_state(n_parameters(shape), moments=1).values())
         what = "weights, gradients and optimizer"
     needed *= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     present = files.memory_bytes()
@@ -170,6 +169,6 @@ def check_memory(training_config, shape: ModelConfig, device: torch.device) -> N
     if trains_all and training_config.init_from:
         remedy += ", or train few parameters over it (--tune lora --base_bits 4)"
     raise UserError(
-        f"{shape.n_parameters():,} parameters need at least {needed / 1e9:.1f} GB ({what}), but this machine has "
+        f"{n_parameters(shape):,} parameters need at least {needed / 1e9:.1f} GB ({what}), but this machine has "
         f"{present / 1e9:.1f}, swap included: {remedy}"
     )

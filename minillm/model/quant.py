@@ -35,8 +35,10 @@ NAMES = {16: ("dense",), 8: ("codes", "scale", "kept", "columns"), 4: ("codes", 
 
 
 def _parts(weight: Tensor) -> Iterator[slice]:
+    """Slices of the rows of a weight (N, K), each of about CHUNK numbers."""
     rows = max(1, CHUNK // max(1, weight.shape[1]))
-    return (slice(begin, begin + rows) for begin in range(0, len(weight), rows))
+    for begin in range(0, len(weight), rows):
+        yield slice(begin, begin + rows)
 
 
 def quantize_int8(weight: Tensor) -> list[Tensor]:
@@ -44,20 +46,29 @@ def quantize_int8(weight: Tensor) -> list[Tensor]:
 
     Each row in 255 steps up to its largest magnitude outside the kept columns; to nearest.
     """
-    n, width = weight.shape
-    size = torch.zeros(width, device=weight.device)  # each column's largest entry, in units of its row's
+    n_rows, width = weight.shape
+
+    # each column's largest entry, in units of the root mean square of the entry's row
+    largest = torch.zeros(width, device=weight.device)  # (K,)
     for part in _parts(weight):
-        w = weight[part].float()
-        size = torch.maximum(size, (w.abs() / w.square().mean(1, keepdim=True).sqrt().clamp_min(1e-30)).amax(0))
-    beyond = min(int((size > OUTLIER).sum()), width // MOST_KEPT)
-    columns = size.topk(beyond).indices.sort().values
-    codes = torch.empty(n, width, dtype=torch.int8, device=weight.device)
-    scale = torch.empty(n, device=weight.device)
+        rows = weight[part].float()
+        root_mean_square = rows.square().mean(1, keepdim=True).sqrt().clamp_min(1e-30)
+        largest = torch.maximum(largest, (rows.abs() / root_mean_square).amax(0))
+
+    # the columns with an outlier are kept as they are: the worst ones, if there are too many
+    n_kept = min(int((largest > OUTLIER).sum()), width // MOST_KEPT)
+    columns = largest.topk(n_kept).indices.sort().values  # (O,)
+    kept = weight[:, columns].contiguous()  # (N, O)
+
+    # the rest of each row is rounded to steps of a 127th of its largest magnitude
+    codes = torch.empty(n_rows, width, dtype=torch.int8, device=weight.device)
+    scale = torch.empty(n_rows, device=weight.device)
     for part in _parts(weight):
         rest = weight[part].float().index_fill(1, columns, 0.0)
         scale[part] = rest.abs().amax(1) / 127
-        codes[part] = (rest / scale[part].clamp_min(1e-30)[:, None]).round().to(torch.int8)
-    return [codes, scale, weight[:, columns].contiguous(), columns]
+        steps = rest / scale[part].clamp_min(1e-30)[:, None]
+        codes[part] = steps.round().to(torch.int8)
+    return [codes, scale, kept, columns]
 
 
 def quantize_nf4(weight: Tensor) -> list[Tensor]:
@@ -66,28 +77,45 @@ def quantize_nf4(weight: Tensor) -> list[Tensor]:
     The largest magnitude of each block, minus the mean of them all, is rounded to 255 steps per group (8-bit integers,
     which are closer than the paper's 8-bit floats); each weight goes to the nearest NF4 value times that rounded scale.
     """
-    n, width = weight.shape
-    blocks = -(-width // BLOCK)
+    n_rows, width = weight.shape
+    n_blocks = -(-width // BLOCK)  # of a row, the last one padded with zeros
+    n_scales = n_rows * n_blocks
+    n_groups = -(-n_scales // GROUP)
 
-    def padded(part: slice) -> Tensor:
-        return F.pad(weight[part].float(), (0, blocks * BLOCK - width)).view(-1, blocks, BLOCK)
+    def blocks_of(part: slice) -> Tensor:
+        """These rows as blocks: (rows, B, 64) fp32."""
+        padded = F.pad(weight[part].float(), (0, n_blocks * BLOCK - width))
+        return padded.view(-1, n_blocks, BLOCK)
 
-    size = torch.cat([padded(part).abs().amax(2) for part in _parts(weight)])  # (N, B)
-    offset = size.mean().view(1)
-    groups = -(-n * blocks // GROUP)
-    excess = F.pad(size.flatten() - offset, (0, groups * GROUP - n * blocks)).view(groups, GROUP)
-    coarse = excess.abs().amax(1) / 127
-    fine = (excess / coarse.clamp_min(1e-30)[:, None]).round()
-    size = (fine * coarse[:, None] + offset).flatten()[: n * blocks].view(n, blocks)
-    size = torch.where(size == 0, 1.0, size)
-    values = ops.reference.nf4_values().to(weight.device, torch.float32)
-    between = (values[1:] + values[:-1]) / 2
-    codes = torch.empty(n, blocks, 32, dtype=torch.uint8, device=weight.device)
+    # the scale of each block is its largest magnitude; what it has beyond the mean is rounded, group by group
+    scale = torch.cat([blocks_of(part).abs().amax(2) for part in _parts(weight)])  # (N, B)
+    offset = scale.mean().view(1)
+    excess = F.pad(scale.flatten() - offset, (0, n_groups * GROUP - n_scales)).view(n_groups, GROUP)
+    coarse = excess.abs().amax(1) / 127  # (G,): the step of each group
+    fine = (excess / coarse.clamp_min(1e-30)[:, None]).round()  # (G, 256): steps
+    rounded_scale = (fine * coarse[:, None] + offset).flatten()[:n_scales].view(n_rows, n_blocks)
+    rounded_scale = torch.where(rounded_scale == 0, 1.0, rounded_scale)
+
+    # each weight becomes the number of the nearest of the 16 values, found by the midpoints between them
+    values = ops.reference.nf4_values().to(weight.device, torch.float32)  # (16,), ascending
+    midpoints = (values[1:] + values[:-1]) / 2
+    codes = torch.empty(n_rows, n_blocks, BLOCK // 2, dtype=torch.uint8, device=weight.device)
     for part in _parts(weight):
-        code = torch.bucketize(padded(part) / size[part, :, None], between, out_int32=True).to(torch.uint8)
-        codes[part] = code[:, :, :32] | code[:, :, 32:] << 4
-    fine = fine.to(torch.int8).flatten()[: n * blocks].view(n, blocks)
-    return [codes.view(n, blocks * 32), fine, coarse, offset]
+        relative = blocks_of(part) / rounded_scale[part, :, None]
+        numbers = torch.bucketize(relative, midpoints, out_int32=True).to(torch.uint8)  # (rows, B, 64), 0 to 15
+        # two in a byte: bits 0 to 3 hold number i of a block, bits 4 to 7 number i + 32
+        low, high = numbers[:, :, : BLOCK // 2], numbers[:, :, BLOCK // 2 :]
+        codes[part] = low | high << 4
+    fine = fine.to(torch.int8).flatten()[:n_scales].view(n_rows, n_blocks)
+    return [codes.view(n_rows, n_blocks * BLOCK // 2), fine, coarse, offset]
+
+
+def to_bfloat16(weight: Tensor) -> list[Tensor]:
+    """W (N, K) → itself in bf16: what a base in 16 bits holds."""
+    return [weight.bfloat16()]
+
+
+QUANTIZE = {16: to_bfloat16, 8: quantize_int8, 4: quantize_nf4}
 
 
 def plain_linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
@@ -108,11 +136,11 @@ class QuantLinear(nn.Module):
     def __init__(self, linear: nn.Linear, bits: int):
         """Quantizes the weight of `linear`, on its device, and takes over its bias."""
         super().__init__()
-        self.in_features, self.out_features, self.bits = linear.in_features, linear.out_features, bits
+        self.in_features = linear.in_features
+        self.out_features = linear.out_features
+        self.bits = bits
         self.bias = linear.bias
-        weight = linear.weight.detach()
-        quantized = {16: lambda w: [w.bfloat16()], 8: quantize_int8, 4: quantize_nf4}[bits](weight)
-        for name, tensor in zip(NAMES[bits], quantized, strict=True):
+        for name, tensor in zip(NAMES[bits], QUANTIZE[bits](linear.weight.detach()), strict=True):
             self.register_buffer(name, tensor, persistent=False)
 
     @property
@@ -130,23 +158,25 @@ class QuantLinear(nn.Module):
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> nn.Linear:
         """A plain layer that computes the same, frozen."""
-        weight = ops.reference.dequantize(self.quantized, self.in_features)
-        return plain_linear(weight.to(dtype), None if self.bias is None else self.bias.to(dtype))
+        weight = ops.reference.dequantize(self.quantized, self.in_features)  # (out, in)
+        bias = None if self.bias is None else self.bias.to(dtype)
+        return plain_linear(weight.to(dtype), bias)
 
     def _apply(self, fn, recurse: bool = True):
         """Moves between devices, but casts nothing: .half() or .bfloat16() would ruin the scales."""
         return super()._apply(lambda tensor: tensor.to(fn(tensor[:0]).device), recurse)
 
     def extra_repr(self) -> str:
-        bias = self.bias is not None
-        return f"in_features={self.in_features}, out_features={self.out_features}, bias={bias}, bits={self.bits}"
+        shape = f"in_features={self.in_features}, out_features={self.out_features}"
+        return f"{shape}, bias={self.bias is not None}, bits={self.bits}"
 
 
 def take_weight(model: Transformer, name: str, weight: Tensor, bits: int) -> bool:
     """If `name` is the weight of a linear layer of a block, quantize `weight` into it. Returns whether it is."""
     path, _, kind = name.rpartition(".")
     linear = model.get_submodule(path)
-    if kind != "weight" or not path.startswith("layers.") or type(linear) is not nn.Linear:
+    in_a_block = kind == "weight" and path.startswith("layers.")
+    if not in_a_block or type(linear) is not nn.Linear:
         return False
     linear.weight = nn.Parameter(weight, requires_grad=False)
     model.set_submodule(path, QuantLinear(linear, bits))
@@ -175,7 +205,8 @@ def quantize_base(model: Transformer, bits: int) -> None:
     for name, parameter in model.named_parameters():
         if not parameter.isfinite().all():
             raise UserError(f"{name} holds values that are not finite: it cannot be quantized")
-    for name in [name for name, _ in model.named_parameters()]:  # names only: they keep no weight alive
+    names = [name for name, _ in model.named_parameters()]  # names only: a list of weights would keep them alive
+    for name in names:
         take_weight(model, name, model.get_parameter(name).detach(), bits)
     prepare_base(model)
 
@@ -189,8 +220,9 @@ def prepare_base(model: Transformer) -> None:
 
 def dequantize_base(model: Transformer, dtype: torch.dtype = torch.float32) -> None:
     """Make a quantized model plain again, in place, all its parameters in `dtype` and trainable."""
-    for name in [name for name, module in model.named_modules() if isinstance(module, QuantLinear)]:
-        model.set_submodule(name, model.get_submodule(name).dequantize(dtype))
+    paths = [path for path, module in model.named_modules() if isinstance(module, QuantLinear)]
+    for path in paths:
+        model.set_submodule(path, model.get_submodule(path).dequantize(dtype))
     model.requires_grad_(True)
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)

@@ -154,20 +154,38 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, seed: int = 0) -> None:
-        """Draw all weights from N(0, 0.02²), the two projections that write into the residual stream
-        from N(0, (0.02/√(2L))²), so that its variance does not grow with depth (Radford et al. 2019,
-        GPT-2, section 2.3); norms start at 1, biases at 0. The draw depends on the seed alone.
+        """Give every parameter its first value, which depends on the seed alone, whatever the device.
+
+        Matrices of linear layers and embeddings are drawn from N(0, 0.02²), the two projections that write into the
+        residual stream from N(0, (0.02/√(2L))²), so that its variance does not grow with depth (Radford et al. 2019,
+        GPT-2, section 2.3); their biases start at 0. Any other parameter has the value that its module's
+        `__init__` gives it: the gain of a norm is 1.
         """
         generator = torch.Generator().manual_seed(seed)  # on the CPU: every device gets the same weights
-        for name, parameter in self.named_parameters():
-            if name.endswith("bias"):
-                parameter.zero_()
-            elif parameter.dim() < 2:
-                parameter.fill_(1.0)
-            else:
-                last = name.endswith(("o_proj.weight", "down_proj.weight"))
-                std = 0.02 / math.sqrt(2 * self.config.n_layers) if last else 0.02
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
+        started = set()
+        for path, module in self.named_modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                if module.weight not in started:  # else it is tied to one that has been drawn
+                    residual = path.endswith(("o_proj", "down_proj"))
+                    std = 0.02 / math.sqrt(2 * self.config.n_layers) if residual else 0.02
+                    module.weight.copy_(torch.randn(module.weight.shape, generator=generator) * std)
+                if getattr(module, "bias", None) is not None:
+                    module.bias.zero_()
+                started.update(module.parameters(recurse=False))
+            elif isinstance(module, RMSNorm):
+                module.weight.fill_(1.0)
+                started.update(module.parameters(recurse=False))
+        others = [name for name, parameter in self.named_parameters() if parameter not in started]
+        if others:
+            self._start_as_built(others, seed)
+
+    def _start_as_built(self, names: list[str], seed: int) -> None:
+        """Give these parameters the values they have in a new model: here they may be trained, or (meta) never set."""
+        with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+            torch.manual_seed(seed)
+            new = dict(type(self)(self.config).named_parameters())
+        for name in names:
+            self.get_parameter(name).copy_(new[name])
 
     def forward(
         self,

@@ -20,40 +20,40 @@ LARGEST_ID = 1 << 24  # a table is as long as the largest id, so a damaged file 
 # Steps that lose nothing of a text: the bytes of its ids are then the bytes of the text.
 FAITHFUL_NORMALIZERS = {"NFC", "Prepend", "Replace"}
 FAITHFUL_PRE_TOKENIZERS = {"ByteLevel", "Digits", "Metaspace", "Punctuation", "Split", "UnicodeScripts"}
-# Steps after which the text of some ids is the text of each, put side by side.
-SIDE_BY_SIDE_DECODERS = {"ByteLevel", "ByteFallback", "Fuse", "Metaspace", "Replace", "Strip"}
 
 
 class TokenizersModel:
     """The pieces of a tokenizer.json, and encoding with them.
 
-    ids: piece → id, added pieces included. control: id of each control piece, which no text is encoded as.
-    table: the bytes that each id shows; None if that depends on its neighbours. dummy_prefix: whether one space at the
-    front of a decoded text was put there by the tokenizer. unfaithful: why the bytes of a text's ids are not the bytes
-    of the text, or None if they are.
+    library: its tokenizer, to which a control piece is text. ids: piece → id, added pieces included. control: id of
+    each control piece, which no text is encoded as. table: the bytes that each id shows; None if that depends on its
+    neighbours. dummy_prefix: whether one space at the front of a decoded text was put there by the tokenizer.
+    unfaithful: why the bytes of a text's ids are not the bytes of the text, or None if they are.
 
     Raises `UserError` if the library is missing, or if it cannot read the file.
     """
 
     def __init__(self, data: bytes, source: str):
         self.data = data
-        described = read_object(data, source)
-        model = described.get("model")
-        kind = model.get("type", "BPE") if isinstance(model, dict) else None
-        if isinstance(kind, str) and kind not in KINDS:
-            raise UnsupportedError(f"{source}: a vocabulary of the kind {kind[:40]!r} (known are {', '.join(KINDS)})")
-        self.whole = _build(data.decode(errors="replace"), source)
+        file = read_object(data, source)
+        _check_model(file.get("model"), source)
+        self._source = source
+        self.library = _build(data.decode(errors="replace"), source)
+        self.library.encode_special_tokens = True  # as the text they are
+        described = json.loads(self.library.to_str())  # as the library understood the file
         added = described.get("added_tokens") or []
-        self.ids: dict[str, int] = self.whole.get_vocab(with_added_tokens=True)
+        self.ids: dict[str, int] = self.library.get_vocab(with_added_tokens=True)
         self.vocab_size = max(self.ids.values(), default=0) + 1
         if self.vocab_size > LARGEST_ID:
             raise UserError(f"{source}: damaged, the id {self.vocab_size - 1} is above the limit {LARGEST_ID - 1}")
+        for token in file.get("added_tokens") or []:
+            if self.ids.get(token["content"]) != token["id"]:
+                raise UserError(f"{source}: damaged, {token['content']!r:.80} has another id than {token['id']}")
         self.control = {token["content"]: token["id"] for token in added if token["special"]}
-        self.plain = self.whole  # which looks for control pieces in a text, or not, as it is told each time
         vocab = described["model"]["vocab"]
         own_pieces = vocab.keys() if isinstance(vocab, dict) else {piece for piece, _ in vocab}
         if not own_pieces.isdisjoint(self.control):
-            self.plain = _without_control(described, self.control, source)
+            self.library = _without_control(described, self.control, source)
         self.dummy_prefix = _strips_a_space(described)
         self.table = self._bytes_of_ids(described)
         self.unfaithful = _reason_against(described, self.table)
@@ -62,13 +62,21 @@ class TokenizersModel:
 
     def encode_many(self, texts: list[str], threads: int = 1) -> list[list[int]]:
         """Ids of each text. Whatever `threads`, the library takes all processors, or one (TOKENIZERS_PARALLELISM)."""
-        self.plain.encode_special_tokens = True  # as the text they are
-        return [encoding.ids for encoding in self.plain.encode_batch_fast(texts, add_special_tokens=False)]
+        try:
+            return [encoding.ids for encoding in self.library.encode_batch_fast(texts, add_special_tokens=False)]
+        except TypeError:
+            raise  # a lone surrogate, which the caller names
+        except Exception as problem:  # a character without a piece, and no piece for that
+            raise UserError(f"{self._source}: it cannot encode this text ({problem}); choose another") from None
 
     def encode_rendered(self, text: str) -> list[int]:
         """Ids of a text in which control pieces count, such as a filled-in chat template."""
-        self.whole.encode_special_tokens = False
-        return self.whole.encode_batch_fast([text], add_special_tokens=False)[0].ids
+        return self._seeing_control.encode_batch_fast([text], add_special_tokens=False)[0].ids
+
+    @cached_property
+    def _seeing_control(self):
+        """A second tokenizer of the library, which takes the text of a control piece for the piece."""
+        return _build(self.data.decode(errors="replace"), self._source)
 
     @cached_property
     def parts_are_independent(self) -> bool:
@@ -80,33 +88,60 @@ class TokenizersModel:
 
     def decode(self, ids: list[int]) -> str:
         """The library's text of these ids, control pieces left out."""
-        return self.plain.decode(ids, skip_special_tokens=True)
+        return self.library.decode(ids, skip_special_tokens=True)
 
     def _bytes_of_ids(self, described: dict) -> list[bytes] | None:
         decoders = _steps(described.get("decoder"), "decoders")
-        kinds = {decoder["type"] for decoder in decoders}
-        marks = [decoder for decoder in decoders if decoder["type"] == "Replace"]
-        is_space = all(mark["pattern"] == {"String": SPACE_MARK} and mark["content"] == " " for mark in marks)
-        if not kinds or not kinds <= SIDE_BY_SIDE_DECODERS or not is_space:
+        if not decoders or not all(_is_side_by_side(decoder) for decoder in decoders):
             return None
-        added = {token["id"] for token in described.get("added_tokens") or []}
+        kinds = {decoder["type"] for decoder in decoders}
+        added = {token["content"] for token in described.get("added_tokens") or []}
         byte_of = byte_characters()
         alphabet = frozenset(byte_of)
         table = [b""] * self.vocab_size
         for piece, i in self.ids.items():
             if piece in self.control:
                 continue
-            if i in added:
+            if piece in added:
                 table[i] = piece.encode()
             elif "ByteLevel" in kinds and alphabet.issuperset(piece):
                 table[i] = bytes([byte_of[character] for character in piece])
             elif "ByteFallback" in kinds and re.fullmatch("<0x[0-9A-Fa-f]{2}>", piece):
                 table[i] = bytes([int(piece[3:5], 16)])
-            elif kinds & {"Metaspace", "Replace"}:
-                table[i] = piece.replace(SPACE_MARK, " ").encode()
-            else:
+            elif "ByteLevel" in kinds:
                 table[i] = piece.encode()
+            else:
+                table[i] = piece.replace(SPACE_MARK, " ").encode()
         return table
+
+
+def _is_side_by_side(decoder: dict) -> bool:
+    """Whether a step of a decoder shows ids as the text of each, put side by side."""
+    kind = decoder["type"]
+    if kind == "Replace":
+        return decoder["pattern"] == {"String": SPACE_MARK} and decoder["content"] == " "
+    if kind == "Strip":  # one space at the front of the text
+        return decoder["content"] == " " and decoder["start"] <= 1 and decoder["stop"] == 0
+    if kind == "Metaspace":
+        return decoder["replacement"] == SPACE_MARK
+    return kind in ("ByteLevel", "ByteFallback", "Fuse")
+
+
+def _check_model(model: object, source: str) -> None:
+    """Raises `UserError` for what the library would not refuse in words."""
+    if not isinstance(model, dict):
+        raise UserError(f"{source}: damaged, or of another kind (it holds no model); copy it again")
+    kind = model.get("type", "BPE")
+    if isinstance(kind, str) and kind not in KINDS:
+        raise UnsupportedError(f"{source}: a vocabulary of the kind {kind[:40]!r} (known are {', '.join(KINDS)})")
+    # The library cuts this prefix off the right part of each merge, and ends the process if it is not there.
+    prefix = model.get("continuing_subword_prefix")
+    merges = model.get("merges")
+    if isinstance(prefix, str) and isinstance(merges, list):
+        for pair in merges:
+            right = pair.split(" ")[-1] if isinstance(pair, str) else pair[-1] if pair else ""
+            if not str(right).startswith(prefix):
+                raise UserError(f"{source}: damaged, the merge {pair!r:.80} lacks the prefix {prefix[:20]!r}")
 
 
 def _build(text: str, source: str):
@@ -154,6 +189,7 @@ def _without_control(described: dict, control: dict[str, int], source: str):
         token["content"] = hidden.get(token["content"], token["content"])
     described = {**described, "post_processor": None}  # which may name control pieces; nothing is added here
     library = _build(json.dumps(described), source)
+    library.encode_special_tokens = True  # an unknown piece in a text is text as well
     for piece, i in control.items():
         if library.token_to_id(hidden.get(piece, piece)) != i:
             raise UserError(f"{source}: damaged, its pieces are not where their ids say ({piece!r:.80}, id {i})")

@@ -8,15 +8,17 @@ import torch
 from minillm.base.errors import UserError
 from minillm.checkpoint import huggingface, run_folder, train_state
 from minillm.datasets.token_bins import parse_mixture
+from minillm.model import size
 from minillm.model.config import ModelConfig
 from minillm.model.transformer import Transformer
 from minillm.tokenizer.tokenizer import Tokenizer
 from minillm.training import schedule
 from minillm.tuning import options
-from minillm.tuning.adapter import _check_rank, active_adapter, attach
+from minillm.tuning.adapter import active_adapter, attach
 from minillm.tuning.folders import base_sha256
 from minillm.tuning.options import VIRTUAL
 from minillm.tuning.peft_format import read_tensors
+from minillm.tuning.target_modules import check_rank
 
 
 def init_is_gone(cfg) -> bool:
@@ -78,7 +80,7 @@ def load_model(cfg, shape: ModelConfig, init: Path, source: Path | None, device:
     if not tuned:
         return model
     if cfg.tune in ("lora", "dora"):
-        _check_rank(cfg, model)
+        check_rank(cfg, model)
     adapter = attach(model, cfg, cfg.seed, keep_base=False)
     adapter.base_folder, adapter.base_sha256 = init.absolute(), base_sha256(init)
     if source is not None:
@@ -93,19 +95,19 @@ def n_trained(model: Transformer) -> int:
 
 def describe_parameters(model: Transformer) -> str:
     """Number of parameters, and of trained ones, in a phrase for a run's start."""
-    whole, trained = model.config.n_parameters(), n_trained(model)
+    whole, trained = size.n_parameters(model.config), n_trained(model)
     if active_adapter(model) is None:
         return f"{whole:,} parameters"
     return f"{trained:,} parameters trained, {trained / whole:.2%} of the base's {whole:,}"
 
 
 def flops_per_token(model: Transformer, seq_len: int) -> int:
-    """Floating-point operations of forward and backward for one token, as `ModelConfig.flops_per_token` counts them.
+    """Floating-point operations of forward and backward for one token, as `size.flops_per_token` counts them.
 
     A frozen weight gets no gradient, so it takes 4 operations instead of 6; a new parameter takes 6.
     """
-    adapter, flops = active_adapter(model), model.config.flops_per_token(seq_len)
+    adapter, flops = active_adapter(model), size.flops_per_token(model.config, seq_len)
     if adapter is None:
         return flops
     own = 2 if adapter.options.tune == "freeze" else 6
-    return flops - model.config.flops_per_token(0) // 3 + own * n_trained(model)
+    return flops - size.flops_per_token(model.config, 0) // 3 + own * n_trained(model)

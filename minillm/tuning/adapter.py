@@ -8,7 +8,6 @@ have any number of adapters over one base, and shows the parameters of the activ
 import contextlib
 import copy
 import dataclasses
-import difflib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,11 +22,8 @@ from minillm.tuning.bottleneck import Bottleneck
 from minillm.tuning.ia3 import Ia3Linear
 from minillm.tuning.lora import LoraEmbedding, LoraLinear
 from minillm.tuning.options import VIRTUAL, TuningConfig
+from minillm.tuning.target_modules import chosen_targets, default_targets, modules_to_save, train_layers
 from minillm.tuning.virtual_tokens import attach_virtual
-
-LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-IA3_TARGETS = ("k_proj", "v_proj", "down_proj")  # the paper's; for the last one the input is scaled
-NORMS = ("input_layernorm", "post_attention_layernorm", "q_norm", "k_norm", "norm")
 
 
 @dataclass
@@ -71,6 +67,8 @@ def attach(
     set_adapter(model, None)
     model.requires_grad_(False)
     parts = _build(model, options, seed, keep_base)
+    if options.tune in ("lora", "dora", "ia3"):  # what is saved names them
+        options = dataclasses.replace(options, target_modules=default_targets(model, options))
     adapters[name] = Adapter(options, parts, {path: _at(model, path) for path in parts}, model.config.tie_embeddings)
     set_adapter(model, name)
     return adapters[name]
@@ -178,7 +176,7 @@ def _mark_tying(model: Transformer) -> None:
         model.config = dataclasses.replace(model.config, tie_embeddings=tied)
 
 
-# ---- which modules
+# ---- its parts
 
 
 def _build(model: Transformer, options: TuningConfig, seed: int, keep_base: bool) -> dict[str, nn.Module]:
@@ -189,26 +187,36 @@ def _build(model: Transformer, options: TuningConfig, seed: int, keep_base: bool
         attach_virtual(model, tune, options.n_virtual, encoder=encoder, hidden=options.encoder_dim, seed=seed)
         return {"virtual": model.virtual}
     if tune == "freeze":
-        return _trained_in_full(model, _chosen_layers(model, options.train_layers or ""), keep_base, tied=True)
+        return _trained_in_full(model, train_layers(model, options.train_layers or ""), keep_base, tied=True)
+
+    # few new parameters on the targets
     if tune == "adapter":
-        paths = [f"layers.{i}.{name}" for i in range(len(model.layers)) for name in ("self_attn", "mlp")]
+        targets = [f"layers.{i}.{name}" for i in range(len(model.layers)) for name in ("self_attn", "mlp")]
     else:
-        paths = targets(model, default_targets(options))
+        targets = chosen_targets(model, options)
     generator = torch.Generator().manual_seed(seed)
-    parts = {path: _wrapped(model, path, options, generator) for path in paths}
-    saved = _saved(model, options.modules_to_save, paths)
+    parts = {path: _wrapped(model, path, options, generator) for path in targets}
+
+    # and some modules in full besides
+    saved = modules_to_save(model, options.modules_to_save, targets)
     tied = options.ensure_weight_tying
-    tied = {"embed_tokens", "lm_head"} <= set(saved) if tied is None else tied
+    if tied is None:
+        tied = {"embed_tokens", "lm_head"} <= set(saved)
     return parts | _trained_in_full(model, saved, keep_base, tied)
 
 
 def _wrapped(model: Transformer, path: str, options: TuningConfig, generator: torch.Generator) -> nn.Module:
-    """The module that replaces the base's module at `path`, and calls it."""
+    """The module that replaces the base's module at `path`, and calls it. Raises `UserError` for another kind."""
     base, tune = model.get_submodule(path), options.tune
     if tune == "adapter":
         return Bottleneck(base, model.config.dim, options.bottleneck_dim, generator)
+    if type(base) not in (nn.Linear, QuantLinear, nn.Embedding):
+        raise UserError(
+            f"--tune {tune}: {path} is a {type(base).__name__}, not a plain linear layer, and cannot be adapted; leave "
+            "it out of --target_modules"
+        )
     if tune == "ia3":
-        if path in ("embed_tokens", "lm_head"):
+        if not path.startswith("layers."):
             raise UserError(f"--target_modules {path}: IA3 scales layers of attention and the feed-forward network")
         return Ia3Linear(base, on_input=path.endswith("down_proj"))
     rank, scaling, dora = options.lora_rank, options.lora_scaling, tune == "dora"
@@ -216,72 +224,6 @@ def _wrapped(model: Transformer, path: str, options: TuningConfig, generator: to
         return LoraEmbedding(base, rank, scaling, dora, generator)
     dropout = 0.0 if path == "lm_head" else options.lora_dropout  # the loss reads only the head's weight
     return LoraLinear(base, rank, scaling, dropout, dora, generator)
-
-
-def default_targets(options: TuningConfig) -> str:
-    """Names of the modules to adapt, comma-separated: the given ones, or the method's usual ones."""
-    return options.target_modules or ",".join(IA3_TARGETS if options.tune == "ia3" else LINEARS)
-
-
-def targets(model: Transformer, text: str) -> list[str]:
-    """Places of the linear layers (and the embedding) that comma-separated names mean: last parts of their paths."""
-    known = [path for path, m in model.named_modules() if hasattr(m, "in_features") or path == "embed_tokens"]
-    return _matching(known, text, "--target_modules", lambda path, name: f".{path}".endswith(f".{name}"))
-
-
-def _saved(model: Transformer, text: str | None, taken: list[str]) -> list[str]:
-    """Places of the modules to train in full: like PEFT, all whose path ends with one of the names."""
-    known = [path for path, _ in model.named_modules() if path]
-    chosen = _matching(known, text, "--modules_to_save", str.endswith) if text else []
-    for path in chosen:
-        if any(f"{other}.".startswith(f"{path}.") for other in taken):
-            raise UserError(f"--modules_to_save {text}: {path} is a target module, too; leave it out of one of them")
-        if any(isinstance(m, QuantLinear) for m in model.get_submodule(path).modules()):
-            raise UserError(f"--modules_to_save {text}: {path} is quantized, and so cannot be trained in full")
-    return chosen
-
-
-def names(text: str) -> list[str]:
-    """A comma-separated list of module names, split."""
-    return [name.strip() for name in text.split(",")]
-
-
-def _matching(known: list[str], text: str, option: str, matches) -> list[str]:
-    """The known paths that any of the comma-separated names matches, in the model's order."""
-    wanted = [name.removeprefix("model.") for name in names(text)]
-    for name in wanted:
-        if not name or not any(matches(path, name) for path in known):
-            ends = sorted({path.rpartition(".")[2] for path in known} - {str(i) for i in range(len(known))})
-            near = difflib.get_close_matches(name, ends, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"choose from {', '.join(ends)}"
-            raise UserError(f"{option} {name}: the model has no such module; {hint}")
-    return [path for path in known if any(matches(path, name) for name in wanted)]
-
-
-def _chosen_layers(model: Transformer, text: str) -> list[str]:
-    """Places that --train_layers means: last:2, first:1, numbers of layers, embed, head, norms, comma-separated."""
-    n = len(model.layers)
-    chosen: set[str] = set()
-    for item in text.replace(" ", "").split(","):
-        kind, _, count = item.partition(":")
-        if kind in ("first", "last") and count.isdecimal() and 1 <= int(count) <= n:
-            numbers = range(int(count)) if kind == "first" else range(n - int(count), n)
-            chosen |= {f"layers.{i}" for i in numbers}
-        elif item.isdecimal() and int(item) < n:
-            chosen.add(f"layers.{int(item)}")
-        elif item == "embed":
-            chosen |= {path for path in ("embed_tokens", "embed_positions") if hasattr(model, path)}
-        elif item == "head":
-            chosen.add("lm_head")
-        elif item == "norms":
-            chosen |= {path for path, _ in model.named_modules() if path.rpartition(".")[2] in NORMS}
-        else:
-            raise UserError(
-                f"--train_layers {text}: {item!r} is none of first:N, last:N (N from 1 to {n}), 0 to {n - 1}, "
-                "embed, head, norms"
-            )
-    inside = tuple(f"{path}." for path in chosen)
-    return [path for path, _ in model.named_modules() if path in chosen and not path.startswith(inside)]
 
 
 def _trained_in_full(model: Transformer, paths: list[str], keep_base: bool, tied: bool) -> dict[str, nn.Module]:
@@ -297,16 +239,3 @@ def _trained_in_full(model: Transformer, paths: list[str], keep_base: bool, tied
     for module in parts.values():
         module.requires_grad_(True)
     return parts
-
-
-def _check_rank(cfg: TuningConfig, model: Transformer) -> None:
-    """Raise `UserError` if the rank is above the smaller side of every targeted matrix."""
-    sides = {}
-    for path in targets(model, default_targets(cfg)):
-        layer = model.get_submodule(path)
-        is_linear = hasattr(layer, "in_features")
-        sides[path] = min(layer.in_features, layer.out_features) if is_linear else min(layer.weight.shape)
-    largest = max(sides, key=sides.get)
-    if cfg.lora_rank > sides[largest]:
-        limit = f"at most {sides[largest]}, the smaller side of {largest}"
-        raise UserError(f"--lora_rank {cfg.lora_rank}: {limit}; a larger one adds nothing but memory, so lower it")

@@ -22,8 +22,9 @@ from torch import Tensor
 from minillm.base.errors import UserError
 from minillm.checkpoint import huggingface, run_folder, tensor_files
 from minillm.model.transformer import Transformer
-from minillm.tuning.adapter import Adapter, attach, default_targets, names, remove_adapter, targets
+from minillm.tuning.adapter import Adapter, attach, remove_adapter
 from minillm.tuning.options import VIRTUAL, TuningConfig
+from minillm.tuning.target_modules import linear_paths, matching_targets, split_names
 from minillm.tuning.virtual_tokens import PEFT_TYPES
 
 CONFIG, WEIGHTS, BASE = "adapter_config.json", "adapter_model.safetensors", "minillm_base.json"
@@ -51,8 +52,8 @@ def describe(adapter: Adapter) -> dict:
     if tune in OWN:
         own = {name: getattr(options, name) for name in OWN[tune]}
         return {"peft_type": f"MINILLM_{tune.upper()}", **own, **shared}
-    shared["target_modules"] = names(default_targets(options))
-    shared["modules_to_save"] = names(options.modules_to_save) if options.modules_to_save else None
+    shared["target_modules"] = split_names(options.target_modules)
+    shared["modules_to_save"] = split_names(options.modules_to_save) if options.modules_to_save else None
     if tune == "ia3":
         inputs = [name for name in shared["target_modules"] if name.endswith("down_proj")]
         return {"peft_type": "IA3", "feedforward_modules": inputs, **shared}
@@ -164,13 +165,13 @@ def _unsupported(written: dict, places: list[str]) -> list[str]:
 
 def _targets_of(wanted: list[str] | str | None, model: Transformer, source: str) -> list[str]:
     """Places of what PEFT's target_modules mean: ends of paths, "all-linear", or a regular expression."""
-    linears = [path for path, m in model.named_modules() if hasattr(m, "in_features")]
+    linears = linear_paths(model)
     if wanted == "all-linear":
         return [path for path in linears if path != "lm_head"]
     if isinstance(wanted, str):
         places = (path for path in [*linears, "embed_tokens"] if re.fullmatch(wanted, huggingface.export_name(path)))
     else:
-        places = targets(model, ",".join(wanted)) if wanted else ()
+        places = matching_targets(model, ",".join(wanted)) if wanted else ()
     if not (found := list(places)):
         raise UserError(f"{source}: no target_modules of this model in it")
     return found

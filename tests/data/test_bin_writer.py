@@ -25,8 +25,8 @@ def tok(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def texts(tmp_path, monkeypatch) -> Path:
-    """Ten files of several batches each; the eighth is a .txt."""
-    monkeypatch.setattr(tokenize_files, "BATCH", 400)
+    """Ten files of several pieces each; the eighth is a .txt."""
+    monkeypatch.setattr(tokenize_files, "PIECE_BYTES", 400)
     monkeypatch.setattr(sources, "SMALL", 1)  # each file has bins of its own
     folder = tmp_path / "in"
     folder.mkdir()
@@ -48,13 +48,13 @@ class Seen:
 
     def __init__(self, monkeypatch):
         self.files: set[str] = set()
-        encode = tokenize_files.encode_batch
+        encode = tokenize_files.encode_piece
 
-        def watched(batch, *rest):
-            self.files |= {str(record.raw).partition("File ")[2][:1] for record in batch}
-            return encode(batch, *rest)
+        def watched(documents, *rest):
+            self.files |= {str(record.raw).partition("File ")[2][:1] for record in documents}
+            return encode(documents, *rest)
 
-        monkeypatch.setattr(tokenize_files, "encode_batch", watched)
+        monkeypatch.setattr(tokenize_files, "encode_piece", watched)
 
     def take(self) -> set[str]:
         seen, self.files = self.files, set()

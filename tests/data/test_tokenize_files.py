@@ -23,7 +23,7 @@ def test_same_bins_whatever_the_number_of_workers(tok_path, tmp_path, monkeypatc
     monkeypatch.setattr(sources, "SMALL", 25_000)  # bytes
     prepare(inputs, tmp_path / "one", tokenizer=tok_path, val_fraction=0.1, workers=1)
     monkeypatch.setattr(tokenize_files, "POOL_FROM", 0)
-    monkeypatch.setattr(tokenize_files, "BATCH", 1000)
+    monkeypatch.setattr(tokenize_files, "PIECE_BYTES", 1000)
     prepare(inputs, tmp_path / "few", tokenizer=tok_path, val_fraction=0.1, workers=1)
     prepare(inputs, tmp_path / "two", tokenizer=tok_path, val_fraction=0.1, workers=2)
     assert bins(tmp_path / "two") == bins(tmp_path / "few")
@@ -48,10 +48,10 @@ def test_split_by_hash(tok_path, tmp_path):
 def test_stopped_anywhere_it_goes_on(tok_path, tmp_path, monkeypatch):
     inputs = [write_lines(tmp_path / f"{i}.jsonl", many(60 + i)) for i in range(5)]
     monkeypatch.setattr(sources, "SMALL", 1)
-    monkeypatch.setattr(tokenize_files, "BATCH", 500)
+    monkeypatch.setattr(tokenize_files, "PIECE_BYTES", 500)
     options = {"tokenizer": tok_path, "val_fraction": 0.1, "workers": 1}
     prepare(inputs, tmp_path / "straight", **options)
-    encode_batch = tokenize_files.encode_batch
+    encode_piece = tokenize_files.encode_piece
     out = tmp_path / "out"
     for stop_after in (1, 20, 0, 12):
 
@@ -59,9 +59,9 @@ def test_stopped_anywhere_it_goes_on(tok_path, tmp_path, monkeypatch):
             if not left[0]:
                 raise KeyboardInterrupt
             left[0] -= 1
-            return encode_batch(*args)
+            return encode_piece(*args)
 
-        monkeypatch.setattr(tokenize_files, "encode_batch", stopping)
+        monkeypatch.setattr(tokenize_files, "encode_piece", stopping)
         with pytest.raises(KeyboardInterrupt):
             prepare(inputs, out, **options)
         assert not (out / "meta.json").exists()
@@ -73,11 +73,11 @@ def test_stopped_anywhere_it_goes_on(tok_path, tmp_path, monkeypatch):
 
     def counting(*args):
         n_calls[0] += 1
-        return encode_batch(*args)
+        return encode_piece(*args)
 
-    monkeypatch.setattr(tokenize_files, "encode_batch", counting)
+    monkeypatch.setattr(tokenize_files, "encode_piece", counting)
     prepare(inputs, out, **options)
-    assert n_calls[0] < 12 * (5 - n_whole)  # a file has about ten batches: no whole bin is made twice
+    assert n_calls[0] < 12 * (5 - n_whole)  # a file has about ten pieces: no whole bin is made twice
     assert bins(out) == bins(tmp_path / "straight")
 
 
@@ -85,7 +85,7 @@ def test_killed_with_workers_it_goes_on(tok_path, tmp_path):
     inputs = [write_lines(tmp_path / f"{i}.jsonl", many(600 + i)) for i in range(5)]
     code = (
         "import sys; from data import prepare, sources, tokenize_files\n"
-        "tokenize_files.BATCH, tokenize_files.POOL_FROM, sources.SMALL = 2000, 0, 1\n"
+        "tokenize_files.PIECE_BYTES, tokenize_files.POOL_FROM, sources.SMALL = 2000, 0, 1\n"
         "if __name__ == '__main__':\n"
         "    prepare.prepare(sys.argv[2:], sys.argv[1], train_tokenizer=365, workers=2)\n"
     )

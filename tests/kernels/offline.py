@@ -49,10 +49,11 @@ def resources(cubin: bytes) -> dict[str, int]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        told = subprocess.run([TOOLS / "cuobjdump", "--dump-resource-usage", file.name], capture_output=True, text=True)
-    found = re.search(r"REG:(\d+) STACK:(\d+)", told.stdout)
-    assert found, told.stdout + told.stderr
-    return {"registers": int(found[1]), "stack": int(found[2])}
+        command = [TOOLS / "cuobjdump", "--dump-resource-usage", file.name]
+        result = subprocess.run(command, capture_output=True, text=True)
+    usage = re.search(r"REG:(\d+) STACK:(\d+)", result.stdout)
+    assert usage, result.stdout + result.stderr
+    return {"registers": int(usage[1]), "stack": int(usage[2])}
 
 
 def warnings(ptx: str, architecture: int) -> list[str]:
@@ -63,8 +64,8 @@ def warnings(ptx: str, architecture: int) -> list[str]:
         source.write_text(ptx)
         name = f"sm_{architecture}{'a' if architecture >= 90 else ''}"
         command = [tool, "-v", f"--gpu-name={name}", source, "-o", Path(folder) / "kernel.cubin"]
-        told = subprocess.run(command, capture_output=True, text=True)
-    return sorted(set(re.findall(r"C75(?:0[89]|1[0-7])", told.stderr)))
+        result = subprocess.run(command, capture_output=True, text=True)
+    return sorted(set(re.findall(r"C75(?:0[89]|1[0-7])", result.stderr)))
 
 
 def has_large_products(asm: dict) -> bool:
@@ -82,15 +83,16 @@ def unfenced_products(ptx: str) -> int:
 
     Where tiles come by descriptors (`cp.async.bulk`) none needs it: what `cp.async` copies there is no tile.
     """
-    copied, found = False, 0
+    copied = False
+    n_unfenced = 0
     for line in ptx.splitlines():
         if "fence.proxy.async" in line:
             copied = False
         elif "cp.async.wait_group" in line:
             copied = True
         elif copied and re.search(r"wgmma\.mma_async|tcgen05\.mma", line):
-            found += 1
-    return 0 if "cp.async.bulk.tensor" in ptx else found
+            n_unfenced += 1
+    return 0 if "cp.async.bulk.tensor" in ptx else n_unfenced
 
 
 def main(architecture: int, word: str = "") -> None:
@@ -110,7 +112,7 @@ def main(architecture: int, word: str = "") -> None:
                 continue
             seen.add(compiled.hash)
             ptx = compiled.asm["ptx"]
-            told = {
+            row = {
                 "call": name,
                 "kernel": kernel.fn.__name__,
                 **resources(compiled.asm["cubin"]),
@@ -122,7 +124,7 @@ def main(architecture: int, word: str = "") -> None:
                 "warnings": warnings(ptx, architecture) if "wgmma" in ptx else [],
                 "options": {k: v for k, v in options.items() if isinstance(v, int)},
             }
-            print(json.dumps(told), flush=True)
+            print(json.dumps(row), flush=True)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from minillm.commands.bench.measure import REPEATS, machine, medians, random_mod
 from minillm.generation import completion
 from minillm.model import ops
 from minillm.model.config import PRESETS
+from minillm.model.size import n_parameters
 
 PROMPT = list(range(1, 33))  # ids
 
@@ -37,7 +38,7 @@ def run(config: Config) -> None:
         raise UserError(f"--new_tokens {new_tokens}: choose 1 to {room}, to fit the context")
     model.build_rotation()  # its tables stay in fp32
     sides, version = _sides(model, new_tokens, dtype)
-    print(f"{config.preset}: {model.config.n_parameters():,} parameters, {dtype}, {machine(device)}, {version}")
+    print(f"{config.preset}: {n_parameters(model.config):,} parameters, {dtype}, {machine(device)}, {version}")
     print(f"greedy, batch 1, {len(PROMPT)} + {new_tokens} tokens, medians of {REPEATS}; {ops.describe(device)}")
 
     all_threads = torch.get_num_threads()

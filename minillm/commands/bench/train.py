@@ -28,6 +28,7 @@ from minillm.distributed import parallelize
 from minillm.distributed.ranks import start
 from minillm.model import config as shapes
 from minillm.model import ops
+from minillm.model.size import flops_per_token, n_parameters
 from minillm.model.transformer import Transformer
 from minillm.training import optim
 from minillm.training.step import clip
@@ -173,15 +174,15 @@ class Sides:
         except UserError as problem:
             print(f"  GPT-2: {problem}")
             return {}
-        n_parameters = sum(p.numel() for p in gpt2.parameters())
-        return {f"GPT-2, {n_parameters:,} ({version})": lambda: self._theirs(gpt2, gpt2)}
+        size = sum(p.numel() for p in gpt2.parameters())
+        return {f"GPT-2, {size:,} ({version})": lambda: self._theirs(gpt2, gpt2)}
 
 
 def gpt2_like(model: Transformer):
     """transformers' GPT-2 of about the same number of parameters, and of the same width, heads and vocabulary."""
     transformers = import_transformers()
     c = model.config
-    layers = max(1, round((c.n_parameters() - c.vocab_size * c.dim) / (12 * c.dim**2)))
+    layers = max(1, round((n_parameters(c) - c.vocab_size * c.dim) / (12 * c.dim**2)))
     sizes = dict(n_embd=c.dim, n_layer=layers, n_head=c.n_heads, vocab_size=c.vocab_size, n_positions=c.max_seq_len)
     off = dict(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, use_cache=False, bos_token_id=None, eos_token_id=None)
     settings = transformers.GPT2Config(**sizes, **off, attn_implementation="sdpa")
@@ -206,11 +207,11 @@ def run(config: Config) -> None:
     if abs(losses[0] - losses[1]) > tolerance * losses[1]:
         raise UserError(f"the two sides compute other losses ({losses}), so their speed does not compare")
 
-    print(f"{config.preset}: {model.config.n_parameters():,} parameters, {dtype}, {machine(device)}")
+    print(f"{config.preset}: {n_parameters(model.config):,} parameters, {dtype}, {machine(device)}")
     print(f"one step of {rows} x {seq_len} tokens, {torch.get_num_threads()} thread(s), medians of {REPEATS}")
     print(ops.describe(device), flush=True)
     seconds, memory = time_steps(sides.builders(), together=device.type != "cuda")
-    flops, peak = model.config.flops_per_token(seq_len), peak_flops(device, dtype)
+    flops, peak = flops_per_token(model.config, seq_len), peak_flops(device, dtype)
     width = max(map(len, seconds))
     for name in seconds:
         speed = rows * seq_len / seconds[name]

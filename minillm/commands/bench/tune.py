@@ -28,6 +28,7 @@ from minillm.commands.bench.measure import (
 )
 from minillm.model import config, ops, quant
 from minillm.model.loss import IGNORED
+from minillm.model.size import n_parameters
 from minillm.training import starting_model
 from minillm.tuning import peft_format
 from minillm.tuning.adapter import Adapter, attach
@@ -115,7 +116,7 @@ def run(options: Config) -> None:
     x = torch.randint(0, shape.vocab_size, (rows, seq_len), generator=torch.Generator().manual_seed(0)).to(device)
 
     versions = f"transformers {transformers.__version__}, peft {peft.__version__}"
-    print(f"{preset}: {shape.n_parameters():,} parameters, {dtype}, {machine(device)}, {versions}")
+    print(f"{preset}: {n_parameters(shape):,} parameters, {dtype}, {machine(device)}, {versions}")
     print(f"one step of {rows} x {seq_len} tokens, {torch.get_num_threads()} thread(s), medians of {REPEATS}")
     beyond = "a step's peak" if device.type == "cuda" else "gradients and what autograd keeps"
     print(f"MiB: weights, moments, and {beyond}; {ops.describe(device)}")

@@ -1,7 +1,6 @@
-"""Models and tokenizers through GGUF; transformers and the gguf package, which read it themselves, are the oracles."""
+"""Models through GGUF; transformers and the gguf package, which read it themselves, are the oracles."""
 
 import dataclasses
-import json
 
 import gguf
 import numpy as np
@@ -10,13 +9,10 @@ import torch
 import transformers
 
 from minillm.base.errors import UserError
-from minillm.checkpoint import gguf_format, huggingface
-from minillm.checkpoint.gguf import TYPES, open_file, read_tokenizer, write_file
+from minillm.checkpoint import gguf_file, huggingface
+from minillm.checkpoint.gguf import gguf_name, half_split, interleaved, open_file, write_file
 from minillm.checkpoint.huggingface import StoredModel
 from minillm.model.config import ModelConfig, RopeScaling
-from minillm.tokenizer.edit import from_pieces
-from minillm.tokenizer.tokenizer import Tokenizer
-from minillm.tokenizer.train import train_tokenizer
 
 BASE = ModelConfig(vocab_size=96, dim=64, n_layers=2, n_heads=4, n_kv_heads=2, ffn_dim=80, max_seq_len=64)
 CASES = {
@@ -90,6 +86,13 @@ def test_the_package_finds_gains_in_float32_and_rows_in_llamas_order(dtype, tmp_
     assert opened.dtype == dtype
 
 
+def test_rows_for_neighbouring_pairs_and_back():
+    """Two heads of four: pairs (0, 1) and (2, 3) of a head become (0, 2) and (1, 3)."""
+    rows = torch.arange(8.0)[:, None] * torch.ones(3)
+    assert half_split(rows, 4)[:, 0].tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
+    assert torch.equal(interleaved(half_split(rows, 4), 4), rows)
+
+
 @pytest.mark.parametrize("kind", SCALED)
 def test_scaled_positions_survive(kind, tmp_path):
     config = dataclasses.replace(BASE, rope_scaling=SCALED[kind])
@@ -113,94 +116,6 @@ def test_llama_3s_factors_are_those_of_its_formula(tmp_path):
     np.testing.assert_allclose(factors, expected, rtol=1e-5)
 
 
-# ---- tokenizers
-
-
-@pytest.mark.parametrize("dummy_prefix", [True, False])
-def test_a_vocabulary_goes_both_ways(dummy_prefix, tmp_path):
-    text = ["The cat sat on the mat, 2024 times.\n  床前明月光，疑是地上霜。"] * 20
-    tokenizer = train_tokenizer(text, 420, tmp_path / "vocabulary")
-    pieces = [(p.piece, p.score, TYPES[p.type]) for p in tokenizer.model.proto.pieces]
-    if dummy_prefix:
-        made = from_pieces(pieces, {"bos": 1, "eos": 2}, dummy_prefix=True, source="made")
-        tokenizer = made.with_settings(add_bos=True)
-    config = dataclasses.replace(BASE, vocab_size=448)  # more rows than pieces
-    write_file(stored(config), tokenizer, tmp_path / "m.gguf", torch.float32)
-    _, metadata = open_file(tmp_path / "m.gguf")
-    assert len(metadata["tokenizer.ggml.tokens"]) == len(metadata["tokenizer.ggml.scores"]) == 448
-    again = read_tokenizer(metadata, "m.gguf")
-    assert again.sha256 == tokenizer.sha256  # by which its token bins know it
-    assert [(p.piece, p.score, TYPES[p.type]) for p in again.model.proto.pieces] == pieces
-    assert (again.bos_id, again.eos_id, again.pad_id, again.start_id) == (
-        1,
-        2,
-        2 + (not dummy_prefix),
-        2 - dummy_prefix,
-    )
-    assert again.chat_template == tokenizer.chat_template
-    metadata["tokenizer.ggml.scores"][419] -= 1  # by another program, which leaves our own key as it is
-    changed = read_tokenizer(metadata, "m.gguf")
-    assert changed.model.proto.pieces[419].score == pieces[419][1] - 1 and changed.sha256 != tokenizer.sha256
-    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path, gguf_file="m.gguf")
-    for line in ("The cat sat on 42 mats", "明月光 and 😀", "", "x", "a  b\n"):
-        ids = again.encode(line)
-        assert ids == tokenizer.encode(line)
-        if dummy_prefix:  # transformers puts a space before each text whatever the file says
-            assert ids == theirs(line, add_special_tokens=False).input_ids, line
-    again.save(tmp_path / "again")
-    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "again")
-    assert theirs("The cat").input_ids == [1] * dummy_prefix + again.encode("The cat")
-
-
-@pytest.mark.parametrize("split", ["gpt-2", "smollm", "qwen2", "llama-bpe"])
-def test_a_byte_level_vocabulary_goes_both_ways(split, tmp_path):
-    from tests.minillm.tokenizer.test_byte_bpe import TEXTS, train
-
-    train(split).save(str(tmp_path / "tokenizer.json"))
-    template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
-    settled = {"eos_token": "<|im_end|>", "bos_token": {"content": "<|im_start|>"}, "chat_template": template}
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settled))
-    tokenizer = Tokenizer.load(tmp_path)
-    config = dataclasses.replace(BASE, vocab_size=tokenizer.vocab_size + 5)
-    write_file(stored(config), tokenizer, tmp_path / "m.gguf", torch.float32)
-    _, metadata = open_file(tmp_path / "m.gguf")
-    again = read_tokenizer(metadata, "m.gguf")
-    again.save(tmp_path / "again")
-    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "again")
-    assert (again.bos_id, again.eos_id, again.sha256) == (tokenizer.bos_id, tokenizer.eos_id, tokenizer.sha256)
-    assert again.chat_template == template == theirs.chat_template and theirs.eos_token_id == again.eos_id
-    for text in TEXTS[:5]:
-        assert again.encode(text) == tokenizer.encode(text) == theirs(text, add_special_tokens=False).input_ids
-
-
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        ({"tokenizer.ggml.model": "t5"}, "kind 't5'"),
-        ({"tokenizer.ggml.tokens": ["a"]}, "its tokenizer: damaged"),
-        ({"tokenizer.ggml.tokens": [1, 2, 3]}, "its tokenizer: damaged"),
-        ({"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "gpt-2"}, "its tokenizer: damaged"),
-        ({"minillm.tokenizer_file": "damaged"}, "its tokenizer: damaged"),
-        ({"tokenizer.ggml.scores": None}, "its tokenizer: damaged"),
-        ({"tokenizer.ggml.eos_token_id": 99999}, "its tokenizer: damaged"),
-        (
-            {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.merges": [], "tokenizer.ggml.pre": "tekken"},
-            "rules 'tekken'",
-        ),
-    ],
-)
-def test_a_tokenizer_we_do_not_have_is_refused(change, words):
-    metadata = {
-        "tokenizer.ggml.model": "llama",
-        "tokenizer.ggml.tokens": ["<unk>", "<s>", "</s>"],
-        "tokenizer.ggml.scores": [0.0, 0.0, 0.0],
-        "tokenizer.ggml.token_type": [2, 3, 3],
-        "tokenizer.ggml.eos_token_id": 2,
-    }
-    with pytest.raises(UserError, match=words):
-        read_tokenizer(metadata | change, "m.gguf")
-
-
 # ---- what is refused
 
 
@@ -219,6 +134,36 @@ def test_a_tokenizer_we_do_not_have_is_refused(change, words):
 def test_what_the_format_cannot_say_is_refused(change, tmp_path):
     with pytest.raises(UserError, match=f"no place for a model with .*{next(iter(change))}"):
         write_file(stored(dataclasses.replace(BASE, **change)), None, tmp_path / "m.gguf", torch.float32)
+
+
+@dataclasses.dataclass(frozen=True)
+class Tomorrow(ModelConfig):
+    """A config with an option that was added after the format's code was written."""
+
+    activation: str = "silu"
+
+
+def test_an_option_of_tomorrow_is_refused_by_name_unless_it_has_its_default(tmp_path):
+    values = dataclasses.asdict(BASE)
+    write_file(stored(Tomorrow(**values)), None, tmp_path / "m.gguf", torch.float32)
+    assert open_file(tmp_path / "m.gguf")[0].config == BASE
+    with pytest.raises(UserError, match="no place for a model with activation 'relu2'; choose hf"):
+        write_file(stored(Tomorrow(**values, activation="relu2")), None, tmp_path / "n.gguf", torch.float32)
+    with pytest.raises(UserError, match=r"no place for a model with a tensor model\.layers\.0\.self_attn\.sinks"):
+        gguf_name("model.layers.0.self_attn.sinks")
+
+
+def test_all_that_has_no_place_is_named_at_once(tmp_path):
+    config = dataclasses.replace(BASE, window=8, softcap=30.0, dropout=0.1)
+    with pytest.raises(UserError, match=r"no place for a model with window 8, softcap 30\.0, dtype torch.float64"):
+        write_file(stored(config), None, tmp_path / "m.gguf", torch.float64)
+
+
+def test_an_option_of_training_alone_changes_nothing(tmp_path):
+    for dropout in (0.0, 0.1):
+        config = dataclasses.replace(BASE, dropout=dropout)
+        write_file(stored(config), None, tmp_path / f"{dropout}.gguf", torch.float32)
+    assert (tmp_path / "0.0.gguf").read_bytes() == (tmp_path / "0.1.gguf").read_bytes()
 
 
 @pytest.mark.parametrize(
@@ -241,8 +186,8 @@ def test_what_the_format_cannot_say_is_refused(change, tmp_path):
 )
 def test_what_we_would_compute_wrongly_is_refused(change, words, tmp_path, monkeypatch):
     write_file(stored(BASE), None, tmp_path / "m.gguf", torch.float32)
-    metadata, entries = gguf_format.read_header(tmp_path / "m.gguf")
-    monkeypatch.setattr(gguf_format, "read_header", lambda path: (metadata | change, entries))
+    metadata, entries = gguf_file.read_header(tmp_path / "m.gguf")
+    monkeypatch.setattr(gguf_file, "read_header", lambda path: (metadata | change, entries))
     with pytest.raises(UserError, match=words):
         open_file(tmp_path / "m.gguf")
 
@@ -250,8 +195,8 @@ def test_what_we_would_compute_wrongly_is_refused(change, words, tmp_path, monke
 def test_other_factors_than_llama_3s_are_refused(tmp_path, monkeypatch):
     config = dataclasses.replace(BASE, rope_scaling=RopeScaling("llama3", 8.0, 32))
     write_file(stored(config), None, tmp_path / "m.gguf", torch.float32)
-    metadata, entries = gguf_format.read_header(tmp_path / "m.gguf")
+    metadata, entries = gguf_file.read_header(tmp_path / "m.gguf")
     metadata["llama.rope.scaling.original_context_length"] = 64
-    monkeypatch.setattr(gguf_format, "read_header", lambda path: (metadata, entries))
+    monkeypatch.setattr(gguf_file, "read_header", lambda path: (metadata, entries))
     with pytest.raises(UserError, match=r"rope_freqs\.weight"):
         open_file(tmp_path / "m.gguf")

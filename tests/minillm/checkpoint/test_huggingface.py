@@ -10,8 +10,6 @@ import transformers
 from minillm.base.errors import UserError
 from minillm.checkpoint.huggingface import (
     from_hf,
-    half_split,
-    interleaved,
     load_config,
     load_model,
     model_type,
@@ -22,6 +20,7 @@ from minillm.checkpoint.huggingface import (
 )
 from minillm.model.config import ModelConfig, RopeScaling
 from minillm.model.transformer import Transformer
+from tests.minillm.model_options import OPTIONS, build, tokens_of
 
 BASE = ModelConfig(vocab_size=160, dim=64, n_layers=2, n_heads=4, n_kv_heads=2, ffn_dim=96, max_seq_len=128)
 CASES = {
@@ -159,6 +158,8 @@ def test_our_own_options_get_a_name_that_others_refuse(change, tmp_path):
     ("change", "named"),
     [
         (dict(model_type="gpt2"), "gpt2"),
+        (dict(softcap=30.0), "softcap"),
+        (dict(qk_norm=True), "qk_norm"),
         (dict(attention_bias=True), "attention_bias"),
         (dict(hidden_act="gelu"), "hidden_act"),
         (dict(partial_rotary_factor=0.5), "partial_rotary_factor"),
@@ -169,6 +170,29 @@ def test_our_own_options_get_a_name_that_others_refuse(change, tmp_path):
 def test_what_we_would_compute_wrongly_is_refused(change, named):
     with pytest.raises(UserError, match=named):
         from_hf({**to_hf(BASE), **change})
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_a_saved_model_is_computed_alike_or_refused(name, tmp_path):
+    model, tokens = build(**OPTIONS[name]), tokens_of(2, 12)
+    save_model(model, tmp_path)
+    again = load_model(tmp_path)
+    assert again.config == model.config
+    torch.testing.assert_close(again(tokens), model(tokens), atol=0, rtol=0)
+    if model_type(model.config) == "minillm":
+        with pytest.raises(ValueError, match="minillm"):
+            transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+        return
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager")
+    torch.testing.assert_close(theirs(tokens).logits, model(tokens), atol=1e-4, rtol=0)
+
+
+def test_an_option_of_our_own_that_is_not_known_is_refused():
+    """It was written by a newer minillm, or by code that a reader changed: without it the model is another."""
+    written = to_hf(dataclasses.replace(BASE, softcap=30.0), {"bos_token_id": 1})
+    assert from_hf(written).softcap == 30.0
+    with pytest.raises(UserError, match="activation, sinks: this minillm has no such option"):
+        from_hf(written | {"activation": "relu2", "sinks": True})
 
 
 def test_a_folder_without_config_is_named(tmp_path):
@@ -188,11 +212,45 @@ def test_weights_that_do_not_fit_are_all_listed(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("change", "options", "parameter"),
+    [
+        (dict(qk_norm=True), r"qk_norm True \(there False\)", "model.layers.0.self_attn.q_norm.weight"),
+        (dict(n_layers=3, window=5), r"n_layers 3 \(there 2\)", "model.layers.2.input_layernorm.weight"),
+        (dict(tie_embeddings=False), "tie_embeddings False", "lm_head.weight"),
+        (dict(n_heads=3, n_kv_heads=3), r"n_heads 3 \(there 4\), n_kv_heads 3", "self_attn.q_proj.weight"),
+        (dict(positions="learned", dropout=0.5), "positions learned", "embed_positions.weight"),
+    ],
+)
+def test_an_option_that_asks_for_other_parameters_is_refused(change, options, parameter, tmp_path):
+    save_model(random_model(BASE), tmp_path)
+    config = dataclasses.replace(BASE, **change)
+    with pytest.raises(
+        UserError, match=f"config.json decides .*, and {options}.* would change .*{parameter}"
+    ) as caught:
+        load_model(tmp_path, config=config)
+    assert "window" not in str(caught.value) and "dropout" not in str(caught.value)
+
+
+def test_an_option_that_asks_for_no_other_parameters_is_taken(tmp_path):
+    save_model(random_model(BASE), tmp_path)
+    config = dataclasses.replace(BASE, max_seq_len=256, window=4, softcap=5.0, dropout=0.1, rope_theta=5e4)
+    assert load_model(tmp_path, config=config).config == config
+
+
+@pytest.mark.parametrize(
     ("change", "words"),
     [
         (dict(hidden_size="wide"), "damaged"),
         (dict(rope_parameters=[1]), "damaged"),
         (dict(rope_parameters={"rope_type": "yarn"}), "damaged"),
+        (dict(vocab_size=None), "damaged.*vocab_size is missing"),
+        (dict(num_attention_heads=4.5), r"damaged: num_attention_heads is 4\.5, not a whole number"),
+        (dict(tie_word_embeddings="no"), "damaged: tie_word_embeddings is 'no', not true or false"),
+        (dict(model_type=["llama"]), "damaged: model_type is"),
+        (dict(model_type="gemma", hidden_size=[64, 64]), "model_type 'gemma' is not supported"),
+        (dict(rms_norm_eps=10**400), "damaged: rms_norm_eps is 10+"),
+        (dict(model_type="minillm", softcap="high"), "damaged: softcap is 'high', not a number"),
+        (dict(rope_parameters={"rope_type": "yarn", "factor": 2, "beta_fast": "x"}), "damaged: beta_fast is 'x'"),
         (dict(num_hidden_layers=10**7), "10,000,000 layers, as config.json says"),
         (dict(num_hidden_layers=0), "n_layers is 0"),
         (dict(hidden_size=2**62), "dim is 4611686018427387904: it must lie from 1 to 16,777,216"),
@@ -207,13 +265,6 @@ def test_a_config_with_wrong_values_is_refused_at_once(change, words, tmp_path):
         with pytest.raises(UserError, match=words) as caught:
             load(tmp_path)
         assert "\n" not in str(caught.value)
-
-
-def test_rows_for_neighbouring_pairs_and_back():
-    """Two heads of four: pairs (0, 1) and (2, 3) of a head become (0, 2) and (1, 3)."""
-    rows = torch.arange(8.0)[:, None] * torch.ones(3)
-    assert half_split(rows, 4)[:, 0].tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
-    assert torch.equal(interleaved(half_split(rows, 4), 4), rows)
 
 
 def test_shards_are_no_larger_than_asked_and_transformers_reads_them(tmp_path):

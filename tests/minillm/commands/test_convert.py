@@ -16,11 +16,11 @@ from minillm import __main__
 from minillm.base.errors import UserError
 from minillm.checkpoint import huggingface
 from minillm.model.config import ModelConfig, RopeScaling
+from minillm.model.size import n_parameters
 from minillm.model.transformer import Transformer
 from minillm.tokenizer.edit import from_pieces
 from minillm.tokenizer.tokenizer import Tokenizer
 from minillm.tokenizer.train import train_tokenizer
-from tests.minillm.tokenizer.test_byte_bpe import train
 
 ROOT = Path(__file__).parents[3]
 BASE = ModelConfig(vocab_size=400, dim=32, n_layers=2, n_heads=4, n_kv_heads=2, ffn_dim=48, max_seq_len=64)
@@ -45,13 +45,13 @@ def make(folder: Path, config: ModelConfig) -> Transformer:
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
-    """A folder with tokenizers: ours, and one that llama2.c could use."""
+    """A folder with tokenizers: ours, and one as Llama's, which puts a space before each text."""
     home = tmp_path_factory.mktemp("port")
     train_tokenizer(["The cat sat on the mat.\n床前明月光，疑是地上霜。"] * 30, 395, home / "ours")
     pieces = [("<unk>", 0.0, "UNKNOWN"), ("<s>", 0.0, "CONTROL"), ("</s>", 0.0, "CONTROL")]
     pieces += [(f"<0x{b:02X}>", 0.0, "BYTE") for b in range(256)]
     pieces += [(p, -float(i), "NORMAL") for i, p in enumerate(["▁t", "he", "▁the", *"▁abcdehst"])]
-    pieces += [(f"x{i}", -100.0 - i, "NORMAL") for i in range(400 - len(pieces))]  # llama2.c wants one for each row
+    pieces += [(f"x{i}", -100.0 - i, "NORMAL") for i in range(400 - len(pieces))]  # one for each row
     made = from_pieces(pieces, {"bos": 1, "eos": 2}, dummy_prefix=True, source="made")
     made.with_settings(add_bos=True).save(home / "llama")
     return home
@@ -64,11 +64,9 @@ def test_through_every_format_and_back_nothing_changes(home, tied, tmp_path, cap
     expected = make(tmp_path / "start", config)(TOKENS)
     tokenizer = Tokenizer.load(home / "llama")
     tokenizer.save(tmp_path / "start")
-    command(f"export --model {tmp_path}/start --format llama2c --out {tmp_path}/a.bin")
-    assert f"400 pieces in {tmp_path}/a_tokenizer.bin" in capsys.readouterr().out
-    command(f"import --model {tmp_path}/a.bin --out {tmp_path}/b")  # the tokenizer lies beside it
-    assert f"400 pieces of {tmp_path}/a_tokenizer.bin" in capsys.readouterr().out
+    command(f"import --model {tmp_path}/start --out {tmp_path}/b")
     command(f"export --model {tmp_path}/b --format gguf --out {tmp_path}/c.gguf")
+    assert ", 400 pieces\n" in capsys.readouterr().out
     command(f"export --model {tmp_path}/c.gguf --format hf --out {tmp_path}/d --max_shard_size 30KB")
     command(f"import --model {tmp_path}/d --out {tmp_path}/e")
     for folder in ("b", "d", "e"):
@@ -85,13 +83,13 @@ def test_through_every_format_and_back_nothing_changes(home, tied, tmp_path, cap
 @pytest.mark.parametrize("tied", [True, False])
 @torch.no_grad()
 def test_a_padded_vocabulary_comes_back_as_long_as_it_was(home, tied, tmp_path):
-    """Rows up to a multiple of 64, without a piece each; the header's sign says whether the head is tied."""
+    """Rows up to a multiple of 64, without a piece each."""
     config = dataclasses.replace(BASE, vocab_size=448, tie_embeddings=tied)
     expected = make(tmp_path / "start", config)(TOKENS)
     Tokenizer.load(home / "llama").save(tmp_path / "start")
     folder = "start"
-    for name, kind in {"a.bin": "llama2c", "b.gguf": "gguf", "c.bin": "llama2c"}.items():
-        command(f"export --model {tmp_path}/{folder} --format {kind} --out {tmp_path}/{name}")
+    for name in ("a.gguf", "b.gguf"):
+        command(f"export --model {tmp_path}/{folder} --format gguf --out {tmp_path}/{name}")
         folder = f"{name}-back"
         command(f"import --model {tmp_path}/{name} --out {tmp_path}/{folder}")
         model, tokenizer = huggingface.load_model(tmp_path / folder), Tokenizer.load(tmp_path / folder)
@@ -118,7 +116,7 @@ def test_transformers_loads_what_is_sharded_and_converted(kind, dtype, tmp_path)
     index = json.loads((tmp_path / "out/model.safetensors.index.json").read_text())
     files = sorted(path.name for path in (tmp_path / "out").glob("*.safetensors"))
     assert len(files) > 2 and files == sorted(set(index["weight_map"].values()))
-    n, size = SHAPES[kind].n_parameters(), getattr(torch, dtype).itemsize
+    n, size = n_parameters(SHAPES[kind]), getattr(torch, dtype).itemsize
     assert index["metadata"] == {"total_parameters": n, "total_size": n * size}
     assert huggingface.open_folder(tmp_path / "out").dtype == getattr(torch, dtype)
     theirs, info = transformers.AutoModelForCausalLM.from_pretrained(
@@ -133,21 +131,12 @@ def test_transformers_loads_what_is_sharded_and_converted(kind, dtype, tmp_path)
         torch.testing.assert_close(ours.state_dict()[name], rounded, rtol=0, atol=0)
 
 
-def test_without_a_place_for_the_tokenizer_it_is_said(home, tmp_path, capsys):
+def test_it_is_said_whose_tokenizer_was_taken(home, tmp_path, capsys):
     make(tmp_path / "start", BASE)
-    command(f"export --model {tmp_path}/start --tokenizer {home}/ours --format llama2c --out {tmp_path}/a.bin")
-    said = capsys.readouterr().out
-    assert "a_tokenizer.bin not written: llama2.c takes" in said and "no tokenizer (--tokenizer names one" in said
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.bin", "start"]
-
-
-def test_nor_has_a_byte_level_vocabulary_a_place_in_llama2c(tmp_path, capsys):
-    make(tmp_path / "start", dataclasses.replace(BASE, vocab_size=640))
-    train("gpt-2").save(str(tmp_path / "start/tokenizer.json"))
-    (tmp_path / "start/tokenizer_config.json").write_text('{"eos_token": "<|end|>"}')
-    command(f"export --model {tmp_path}/start --format llama2c --out {tmp_path}/a.bin")
-    assert "a_tokenizer.bin not written: llama2.c has no byte-level BPE" in capsys.readouterr().out
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.bin", "start"]
+    command(f"export --model {tmp_path}/start --format gguf --out {tmp_path}/a.gguf")
+    assert "no tokenizer (--tokenizer names one to take)" in capsys.readouterr().out
+    command(f"export --model {tmp_path}/start --tokenizer {home}/llama --format gguf --out {tmp_path}/b.gguf")
+    assert f"400 pieces of {home}/llama" in capsys.readouterr().out
 
 
 def test_a_tokenizer_that_is_not_read_is_left_out_and_the_weights_come(tmp_path, capsys):
@@ -238,7 +227,7 @@ def test_memory_holds_a_tenth_more_than_the_model_and_a_conversion_never_holds_i
     done = subprocess.run([sys.executable, "-c", MEASURE], cwd=tmp_path, env=env, capture_output=True, text=True)
     assert not done.returncode, done.stderr
     peaks = {line.split()[0]: float(line.split()[1]) for line in done.stdout.splitlines() if len(line.split()) == 2}
-    size = large.n_parameters() * 4 / 2**20
+    size = n_parameters(large) * 4 / 2**20
     assert size > 75
     assert 0.9 * size < peaks["load"] <= 1.1 * size, peaks
     assert 0.4 * size < peaks["bfloat16"] <= 0.55 * size, peaks
@@ -255,8 +244,11 @@ def test_memory_holds_a_tenth_more_than_the_model_and_a_conversion_never_holds_i
         ("import --model {home}/start --out {home}/start", "start: is there already"),
         ("import --model {home}/ours --out {out}", "no config.json"),
         ("import --model {home}/pickle.bin --out {out}", "a pickle, which could run code"),
-        ("import --model {home}/start/model.safetensors --out {out}", "give the folder it lies in"),
-        ("import --model {home}/start/config.json --out {out}", r"\d\); give a Hugging Face folder, a .gguf file or"),
+        ("import --model {home}/start/model.safetensors --out {out}", "give the folder that it is in"),
+        (
+            "import --model {home}/start/config.json --out {out}",
+            "config.json: no model in a known format",
+        ),
         ("import --model {home}/outside --out {out}", "not a safetensors file of this folder"),
         ("import --model {home}/shardless --out {out}", "model-00002-of-00002.safetensors: no such file"),
         ("import --model {home}/cut --out {out}", "truncated or no safetensors file"),
@@ -266,12 +258,10 @@ def test_memory_holds_a_tenth_more_than_the_model_and_a_conversion_never_holds_i
             "import --model {home}/odd --out {out}",
             "odd/tokenizer.model .*cut short|odd/tokenizer.model .*no SentencePiece",
         ),
-        ("import --model {home}/start --tokenizer {home}/no.bin --out {out}", r"no.bin: cannot be read"),
+        ("import --model {home}/start --tokenizer {home}/no.model --out {out}", r"no.model: cannot read the tokenizer"),
         ("import --model {home}/nan --out {out}", "model.norm.weight holds 1 of 32 values that are not finite"),
         ("export --model {home}/nan --format gguf --out {out}", "not finite"),
-        ("export --model {home}/nan --format llama2c --out {out}", "not finite"),
         ("import --model {home}/start --out {out} --max_shard_size lots", "--max_shard_size lots"),
-        ("export --model {home}/start --format llama2c --dtype float16 --out {out}", "float32 only"),
         ("export --model {home}/start --tokenizer {home}/large --format hf --out {out}", "400 rows for a tokenizer of"),
     ],
 )

@@ -12,17 +12,9 @@ from minillm.model import ops
 from minillm.model.config import ModelConfig
 from minillm.model.kv_cache import KVCache
 from minillm.model.transformer import Transformer
+from tests.minillm.model_options import OPTIONS
 
 BASE = ModelConfig(vocab_size=50, dim=32, n_layers=2, n_heads=4, n_kv_heads=2, ffn_dim=64, max_seq_len=96)
-OPTIONS = {
-    "plain": {},
-    "qk_norm": dict(qk_norm=True),
-    "bias": dict(qkv_bias=True),
-    "window": dict(window=5),
-    "learned": dict(positions="learned"),
-    "softcap": dict(softcap=2.0),
-    "untied": dict(tie_embeddings=False),
-}
 LOGITS = torch.log(torch.tensor([[0.1, 0.4, 0.2, 0.25, 0.05]]))
 
 

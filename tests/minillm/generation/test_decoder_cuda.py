@@ -16,7 +16,8 @@ from minillm.generation.decoder import Decoder
 from minillm.generation.decoder_cuda import GraphDecoder
 from minillm.generation.sampling import GREEDY, Sampling
 from minillm.model import ops
-from tests.minillm.generation.test_completion import OPTIONS, build, prompt
+from tests.minillm.generation.test_completion import build, prompt
+from tests.minillm.model_options import OPTIONS
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 MORE = {

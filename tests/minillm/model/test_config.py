@@ -4,6 +4,7 @@ import pytest
 
 from minillm.base.errors import UserError
 from minillm.model.config import PRESETS, ModelConfig, RopeScaling, parse_rope_scaling, preset
+from minillm.model.size import flops_per_token, n_parameters
 from minillm.model.transformer import Transformer
 
 
@@ -17,10 +18,17 @@ from minillm.model.transformer import Transformer
         dict(positions="learned", head_dim=24),
     ],
 )
-def test_parameter_count_by_formula_is_that_of_the_module(change):
+def test_the_parameter_count_is_that_of_the_module(change):
     config = ModelConfig(**{**dict(vocab_size=99, dim=48, n_layers=3, n_heads=4, max_seq_len=40), **change})
     model = Transformer(config)
-    assert config.n_parameters() == sum(p.numel() for p in model.parameters())
+    assert n_parameters(config) == sum(p.numel() for p in model.parameters())
+
+
+def test_counting_neither_takes_memory_nor_builds_what_cannot_be():
+    config = ModelConfig(vocab_size=99, dim=48, n_layers=1 << 24)
+    with pytest.raises(UserError, match="n_layers is 16,777,216: choose at most 2,048"):
+        n_parameters(config)
+    assert n_parameters(preset("8b", vocab_size=1 << 24)) > 1 << 36
 
 
 def test_flops_by_formula_are_those_that_torch_counts():
@@ -42,15 +50,15 @@ def test_flops_by_formula_are_those_that_torch_counts():
     finally:
         ops.select("auto")
     norms = (2 * config.n_layers + 1) * config.dim * 6  # counted by 6 N, but no matrix product
-    assert counter.get_total_flops() / 128 == config.flops_per_token(64) - norms
+    assert counter.get_total_flops() / 128 == flops_per_token(config, 64) - norms
 
 
 def test_presets_have_the_sizes_of_their_names():
-    sizes = {name: preset(name, vocab_size=32000).n_parameters() / 1e6 for name in PRESETS}
+    sizes = {name: n_parameters(preset(name, vocab_size=32000)) / 1e6 for name in PRESETS}
     known = {"26m": 26, "124m": 124, "350m": 350, "1b": 1100, "3b": 3000, "8b": 8000}
     vocab = {"26m": 6400, "124m": 50304, "350m": 50304, "1b": 32000, "3b": 128256, "8b": 128256}
     for name, millions in known.items():
-        size = preset(name, vocab_size=vocab[name]).n_parameters() / 1e6
+        size = n_parameters(preset(name, vocab_size=vocab[name])) / 1e6
         assert abs(size / millions - 1) < 0.1, (name, size)
     assert set(sizes) == {"tiny", *known}
 

@@ -8,6 +8,7 @@ from minillm.base.device import autocast
 from minillm.base.errors import UserError
 from minillm.model.config import ModelConfig
 from minillm.model.memory import activations, check_memory, generation, recomputed_activations, weights
+from minillm.model.size import n_parameters
 from minillm.model.transformer import Transformer
 from train_pretrain import Config as Pretrain
 
@@ -20,12 +21,12 @@ def test_weights_are_what_the_modules_hold(change):
     model = Transformer(shape)
     tensors = {t.data_ptr(): t.nbytes for t in (*model.parameters(), *model.buffers())}
     assert sum(weights(shape).values()) == sum(tensors.values())
-    assert generation(shape, 8, 4) == {"weights": 4 * shape.n_parameters(), "cache": 2 * 3 * 2 * 8 * 8 * 4}
+    assert generation(shape, 8, 4) == {"weights": 4 * n_parameters(shape), "cache": 2 * 3 * 2 * 8 * 8 * 4}
 
 
 def test_a_model_beyond_the_machine_s_memory_is_refused(monkeypatch):
     shape = ModelConfig(vocab_size=50, dim=8, n_layers=1, n_heads=2, max_seq_len=8)
-    n = shape.n_parameters()
+    n = n_parameters(shape)
     rotary = 4 * 8 * 4  # bytes: fp32, positions, head size
     in_4_bits = sum(weights(shape, 4).values())
 

@@ -13,7 +13,7 @@ from minillm.model import ops
 from minillm.model.kv_cache import KVCache
 from minillm.training import optim
 from tests.kernels.check import DEVICE, draw, error
-from tests.minillm.model.test_transformer import OPTIONS, build, tokens_of
+from tests.minillm.model_options import OPTIONS, build, tokens_of
 
 DOCUMENTS = torch.tensor([[0] * 6 + [1] * 9 + [4] * 5, [0] * 20], dtype=torch.int32)
 

@@ -23,11 +23,12 @@ from minillm.model import ops, quant
 from minillm.model.config import ModelConfig
 from minillm.model.memory import adapter_training, weights
 from minillm.model.quant import QuantLinear, quantize_base, quantize_int8, quantize_nf4
+from minillm.model.size import n_parameters
 from minillm.model.transformer import Transformer
 from minillm.tuning.adapter import attach
 from minillm.tuning.options import TuningConfig
 from tests.kernels.check import error
-from tests.minillm.model.test_transformer import OPTIONS, build, tokens_of
+from tests.minillm.model_options import OPTIONS, build, tokens_of
 
 BITS = (8, 4)
 LLAMA_2_7B = {"model_type": "llama", "vocab_size": 32000, "hidden_size": 4096, "num_hidden_layers": 32}
@@ -304,7 +305,7 @@ def test_quantizing_needs_one_layer_more(bits, tmp_path):
     model.init_weights()
     huggingface.save_model(model, tmp_path)
     kept = sum(weights(WIDE, bits).values())
-    weight, whole = 4 * 256 * 512, 4 * WIDE.n_parameters()  # bytes: of a layer's largest, and of all
+    weight, whole = 4 * 256 * 512, 4 * n_parameters(WIDE)  # bytes: of a layer's largest, and of all
     with Held() as held:
         loaded = huggingface.load_model(tmp_path, base_bits=bits)
     lying = sum(t.nbytes for t in {id(t): t for t in (*loaded.parameters(), *loaded.buffers())}.values())

@@ -3,36 +3,13 @@ import math
 
 import pytest
 import torch
+from torch import nn
 
 from minillm.base.errors import UserError
 from minillm.model import ops
-from minillm.model.config import ModelConfig
 from minillm.model.kv_cache import KVCache
 from minillm.model.transformer import Transformer, positions_within
-
-BASE = ModelConfig(vocab_size=50, dim=32, n_layers=2, n_heads=4, n_kv_heads=2, ffn_dim=64, max_seq_len=64)
-OPTIONS = {
-    "plain": {},
-    "qk_norm": dict(qk_norm=True),
-    "bias": dict(qkv_bias=True),
-    "window": dict(window=5),
-    "learned": dict(positions="learned"),
-    "softcap": dict(softcap=2.0),
-    "untied": dict(tie_embeddings=False),
-}
-
-
-def build(seed=1, **change):
-    model = Transformer(dataclasses.replace(BASE, **change))
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.copy_(torch.randn(p.shape, generator=generator) * 0.2 + (p.dim() == 1))
-    return model.eval()
-
-
-def tokens_of(*shape, seed=0):
-    return torch.randint(0, 50, shape, generator=torch.Generator().manual_seed(seed))
+from tests.minillm.model_options import BASE, OPTIONS, build, tokens_of
 
 
 @pytest.mark.parametrize("name", OPTIONS)
@@ -134,6 +111,33 @@ def test_initial_weights_depend_on_the_seed_alone_and_have_the_stated_spread():
     assert abs(a["layers.0.mlp.up_proj.weight"].std() / 0.02 - 1) < 0.02
     assert abs(a["layers.1.mlp.down_proj.weight"].std() / (0.02 / math.sqrt(4)) - 1) < 0.02
     assert (a["norm.weight"] == 1).all()
+
+
+class Gained(Transformer):
+    """A model with a parameter of each kind that a reader may add: of one dimension, of two, and drawn at random."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.gain = nn.Parameter(torch.zeros(3))
+        self.table = nn.Parameter(torch.full((2, 2), 0.5))
+        self.drawn = nn.Conv1d(4, 4, 3)
+
+
+def test_what_is_neither_a_linear_layer_nor_an_embedding_starts_as_its_module_made_it():
+    models = [Gained(BASE) for _ in range(2)]
+    with torch.device("meta"):
+        models.append(Gained(BASE).to_empty(device="cpu"))
+    with torch.no_grad():
+        models[1].gain += 1  # trained, before it is begun anew
+        models[1].norm.weight += 1
+    plain = Transformer(BASE)
+    for number, model in enumerate([*models, plain]):
+        torch.manual_seed(number)
+        model.init_weights(5)
+    states = [dict(model.named_parameters()) for model in models]
+    assert (states[0]["gain"] == 0).all() and (states[0]["table"] == 0.5).all()
+    assert all(torch.equal(states[0][name], other[name]) for other in states[1:] for name in states[0])
+    assert all(torch.equal(value, states[0][name]) for name, value in plain.named_parameters())
 
 
 def test_first_loss_is_that_of_a_uniform_guess():

@@ -13,7 +13,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from minillm.base.errors import UserError
-from minillm.tokenizer.tokenizer import StreamDecoder, Tokenizer
+from minillm.tokenizer.tokenizer import JsonTokenizer, StreamDecoder, Tokenizer
 from tests.minillm.tokenizer.test_byte_bpe import TEXTS
 from tests.minillm.tokenizer.test_tokenizer import CORPUS
 
@@ -203,6 +203,36 @@ def test_a_sentencepiece_model_that_changes_texts_has_no_bytes_either():
     plain = dict(normalization_rule_name="identity", remove_extra_whitespaces=False)
     with pytest.raises(UserError, match="characters without a piece are lost"):
         train_foreign("bpe", vocab_size=150, **plain).byte_lengths()
+
+
+@pytest.mark.parametrize("value", [None, -1, "é", [], {}, 1e30, True])
+def test_a_wrong_value_anywhere_is_one_line_or_still_a_tokenizer(kind, value):
+    """The library takes much that is odd; what it takes must encode, and what it does not must be named."""
+    name, _, _, folder = kind
+    text = (folder / "tokenizer.json").read_text()
+    config = (folder / "tokenizer_config.json").read_bytes()
+    draw = random.Random(f"{name}{value}")
+    for path in draw.sample(list(places(json.loads(text))), 12):
+        described = json.loads(text)
+        place = described
+        for key in path[:-1]:
+            place = place[key]
+        place[path[-1]] = value
+        files = {"tokenizer.json": json.dumps(described).encode(), "tokenizer_config.json": config}
+        try:
+            tokenizer = JsonTokenizer(files, "damaged")
+            assert isinstance(tokenizer.decode(tokenizer.encode("the <s> 你")), str), path
+        except UserError as problem:
+            assert str(problem).startswith("damaged"), path
+
+
+def places(value, path=()):
+    """The path to each value of a JSON document, of long lists and mappings the first few."""
+    if path:
+        yield path
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, inner in list(items)[:12]:
+        yield from places(inner, (*path, key))
 
 
 def test_without_the_library_the_extra_is_named(kind, monkeypatch):

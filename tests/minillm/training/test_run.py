@@ -14,6 +14,7 @@ from minillm.base.options import declared, value_type
 from minillm.checkpoint import train_state
 from minillm.distributed.ranks import Ranks
 from minillm.model.config import ModelConfig
+from minillm.model.size import n_parameters
 from minillm.training import run
 from minillm.training.config import TrainingConfig, schedule
 from minillm.training.step import clip, seed_step
@@ -183,7 +184,7 @@ def test_a_disk_too_small_is_said_with_what_will_be_needed(new_run, monkeypatch)
         files, "check_writable", lambda folder, needed, largest_file: asked.append((needed, largest_file))
     )
     new_run(keep_last=2).check_disk(model)
-    size = 4 * model.config.n_parameters()
+    size = 4 * n_parameters(model.config)
     assert asked == [(3 * 3 * size, 2 * size)]
 
 

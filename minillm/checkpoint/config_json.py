@@ -1,0 +1,90 @@
+"""config.json of a model folder, in Hugging Face's format: read, and each value checked for its kind."""
+
+import json
+import types
+import typing
+from pathlib import Path
+
+from minillm.base.contents import WORDS, Contents
+from minillm.base.errors import UserError
+from minillm.model.config import ModelConfig
+
+REQUIRED = ("vocab_size", "dim", "n_layers", "n_heads", "ffn_dim")  # what no architecture has a default for
+KINDS = {
+    "model_type": str,
+    "hidden_act": str,
+    "sliding_window": int,
+    "rope_theta": float,
+    "rope_parameters": dict,  # transformers 5
+    "rope_scaling": dict,  # transformers 4
+}
+ROPE_KINDS = {  # in one of these two
+    "rope_type": str,
+    "type": str,
+    "rope_theta": float,
+    "partial_rotary_factor": float,
+    "factor": float,
+    "original_max_position_embeddings": int,
+    "low_freq_factor": float,
+    "high_freq_factor": float,
+    "beta_fast": float,
+    "beta_slow": float,
+    "attention_factor": float,
+}
+
+
+def read_config(folder: str | Path) -> dict:
+    """A model folder's config.json. Raises `UserError` if there is none or it is no object in JSON."""
+    path = Path(folder) / "config.json"
+    try:
+        written = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        if (Path(folder) / "adapter_config.json").exists():
+            raise UserError(
+                f"{folder}: an adapter, and no model; merge it into its base first: "
+                f"python -m minillm merge --model BASE --adapter {folder} --out DIR"
+            ) from None
+        raise UserError(f"{folder}: no config.json there, so it is no model folder") from None
+    except (ValueError, RecursionError) as problem:
+        raise UserError(f"{path}: not valid JSON ({problem})") from None
+    return Contents(written, str(path)).values
+
+
+def check_kinds(written: dict, source: str, shared: dict[str, str]) -> None:
+    """Raise `UserError` naming a value of the wrong kind, among those that a `ModelConfig` is made from.
+
+    shared: our option → the key in config.json that has the same value.
+    """
+    contents = Contents(written, source)
+    for key, kind in KINDS.items():
+        contents.get(key, kind)
+    for ours, kind in _kinds_of_options().items():
+        key = shared.get(ours, ours)  # options without a shared key are in files of our own architecture
+        if ours in REQUIRED and key in written:
+            contents.need(key, kind)
+        else:
+            contents.get(key, kind)
+    for name in ("rope_parameters", "rope_scaling"):
+        if written.get(name):
+            _check_rope(Contents(written[name], f"{source}: {name}"))
+
+
+def _check_rope(contents: Contents) -> None:
+    """Raise `UserError` naming a wrong value of how positions are rotated, or a scaling without a factor."""
+    for key, kind in ROPE_KINDS.items():
+        contents.get(key, kind)
+    if "rope_theta" in contents.values:  # null is no frequency
+        contents.need("rope_theta", float)
+    if (contents.get("rope_type", str) or contents.get("type", str) or "default") != "default":
+        contents.need("factor", float)
+
+
+def _kinds_of_options() -> dict[str, type]:
+    """The kind of each option of ModelConfig that is a number, a text or a truth value."""
+    kinds = {}
+    for name, hint in typing.get_type_hints(ModelConfig).items():
+        if typing.get_origin(hint) in (types.UnionType, typing.Union):  # such as int | None
+            hint = next(part for part in typing.get_args(hint) if part is not type(None))
+        if hint in WORDS:
+            kinds[name] = hint
+    return kinds

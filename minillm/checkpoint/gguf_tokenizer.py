@@ -1,0 +1,218 @@
+"""Tokenizers in the metadata of a GGUF file: pieces, scores or merges, and special ids ↔ ours."""
+
+import base64
+import json
+from collections.abc import Callable
+
+from minillm.base.contents import Contents
+from minillm.base.errors import UnsupportedError, UserError
+from minillm.tokenizer import byte_bpe
+from minillm.tokenizer.edit import from_pieces
+from minillm.tokenizer.tokenizer import JsonTokenizer, Tokenizer
+
+KINDS = ("llama", "gpt2")  # SentencePiece's BPE and byte-level BPE
+ROLES = {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown"}  # our name → GGUF's
+TYPES = {1: "NORMAL", 2: "UNKNOWN", 3: "CONTROL", 4: "USER_DEFINED", 5: "UNUSED", 6: "BYTE"}  # of pieces
+NUMBER_OF_TYPE = {name: number for number, name in TYPES.items()}
+PADDING = "[PAD{}]"  # the text of an id without a piece: llama.cpp wants a token for each row of the embedding
+OWN_FILE = "minillm.tokenizer_file"  # the tokenizer's file in base64: the standard keys say only how it cuts text
+
+
+def special_ids(contents: Contents) -> dict[str, int]:
+    """The ids of "bos", "eos", "pad" and "unk", as far as the metadata name them."""
+    ids = {role: contents.get(f"tokenizer.ggml.{name}_token_id", int) for role, name in ROLES.items()}
+    return {role: i for role, i in ids.items() if i is not None}
+
+
+# ---- reading
+
+
+def read(metadata: dict, source: str) -> Tokenizer:
+    """The tokenizer that a GGUF file's metadata describe.
+
+    Raises `UnsupportedError` if its kind is not supported, `UserError` if the metadata are damaged.
+    """
+    contents = Contents(metadata, f"{source}: its tokenizer")
+    kind = contents.get("tokenizer.ggml.model", str)
+    if kind not in KINDS:
+        raise UnsupportedError(f"{source}: a tokenizer of the kind {kind!r} is not supported; choose llama or gpt2")
+    pieces = _read_pieces(contents)
+    ids = special_ids(contents)
+    for role, i in ids.items():
+        if not 0 <= i < len(pieces):
+            raise UserError(f"{contents.source}: damaged: its {role} is {i}, but it has {len(pieces):,} pieces")
+    begins_with_bos = contents.get("tokenizer.ggml.add_bos_token", bool, kind == "llama") and "bos" in ids
+    if kind == "gpt2":
+        return _read_byte_level(contents, pieces, ids, begins_with_bos)
+    return _read_sentencepiece(contents, pieces, ids, begins_with_bos)
+
+
+def _read_pieces(contents: Contents) -> list[tuple[str, str]]:
+    """Text and type of each piece, without the padding at the end."""
+    texts = contents.need("tokenizer.ggml.tokens", list[str])
+    types = contents.need("tokenizer.ggml.token_type", list[int])
+    unknown = set(types) - set(TYPES)
+    if len(types) != len(texts) or unknown:
+        problem = f"types {sorted(unknown)}" if unknown else f"{len(types):,} types"
+        raise UserError(f"{contents.source}: damaged: {len(texts):,} pieces, but {problem}")
+    n_pieces = len(texts)
+    while n_pieces and texts[n_pieces - 1] == PADDING.format(n_pieces - 1):
+        n_pieces -= 1
+    return [(text, TYPES[number]) for text, number in zip(texts[:n_pieces], types[:n_pieces], strict=True)]
+
+
+def _read_sentencepiece(
+    contents: Contents, pieces: list[tuple[str, str]], ids: dict[str, int], begins_with_bos: bool
+) -> Tokenizer:
+    scores = contents.need("tokenizer.ggml.scores", list[float])
+    if len(scores) < len(pieces):
+        raise UserError(f"{contents.source}: damaged: {len(pieces):,} pieces, but {len(scores):,} scores")
+    scored = [(text, score, kind) for (text, kind), score in zip(pieces, scores, strict=False)]  # padding has scores
+    prefix = contents.get("tokenizer.ggml.add_space_prefix", bool, True)
+    rebuilt = from_pieces(scored, ids, dummy_prefix=prefix, source=contents.source)
+    tokenizer = _exported_file(contents, rebuilt, lambda data: Tokenizer(data, contents.source))
+    template = contents.get("tokenizer.chat_template", str)
+    return tokenizer.with_settings(add_bos=begins_with_bos, chat_template=template)
+
+
+def _read_byte_level(
+    contents: Contents, pieces: list[tuple[str, str]], ids: dict[str, int], begins_with_bos: bool
+) -> Tokenizer:
+    split = contents.get("tokenizer.ggml.pre", str, "gpt-2")
+    if split not in byte_bpe.SPLITS:
+        known = ", ".join(byte_bpe.SPLITS)
+        raise UnsupportedError(f"{contents.source} cuts text by the rules {split!r}; known are {known}")
+    merges = [tuple(merge.split(" ", 1)) for merge in contents.need("tokenizer.ggml.merges", list[str])]
+    if any(len(pair) != 2 for pair in merges):
+        raise UserError(f"{contents.source}: damaged: one of its merges is not two pieces with a space between them")
+
+    # A tokenizer.json and its tokenizer_config.json, as if they were the files of a folder.
+    of_type: dict[str, dict[str, int]] = {name: {} for name in TYPES.values()}
+    for i, (text, kind) in enumerate(pieces):
+        of_type[kind][text] = i
+    bpe = byte_bpe.ByteBPE(
+        of_type["NORMAL"],
+        merges,
+        split,
+        of_type["USER_DEFINED"],
+        nfc=usual_nfc(split),
+        words_first=usual_words_first(split),
+    )
+    config = {f"{role}_token": pieces[i][0] for role, i in ids.items()}
+    config |= {
+        "add_bos_token": begins_with_bos,
+        "chat_template": contents.get("tokenizer.chat_template", str),
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "clean_up_tokenization_spaces": False,
+    }
+    control = of_type["CONTROL"] | of_type["UNKNOWN"]
+    if begins_with_bos and config["bos_token"] not in control:
+        raise UserError(f"{contents.source}: damaged: its bos is {config['bos_token']!r}, which is no control piece")
+    first_piece = config["bos_token"] if begins_with_bos else None
+    files = {
+        "tokenizer.json": byte_bpe.write(bpe, control, first_piece),
+        "tokenizer_config.json": json.dumps(config, indent=1, ensure_ascii=False).encode(),
+    }
+    rebuilt = JsonTokenizer(files, contents.source)
+    return _exported_file(
+        contents, rebuilt, lambda data: JsonTokenizer(files | {"tokenizer.json": data}, contents.source)
+    )
+
+
+def usual_nfc(split: str) -> bool:
+    """Whether a vocabulary with these rules normalizes texts to NFC: GGUF says only the rules' name."""
+    return split == "qwen2"
+
+
+def usual_words_first(split: str) -> bool:
+    """Whether a vocabulary with these rules takes a word that is itself a piece without merging."""
+    return split == "llama-bpe"
+
+
+def _exported_file(contents: Contents, rebuilt: Tokenizer, load: Callable[[bytes], Tokenizer]) -> Tokenizer:
+    """The tokenizer as it was exported, if the pieces beside it still mean the same, else `rebuilt`.
+
+    Token bins identify a tokenizer by its file's SHA-256, so a model that comes back should have the same file. load:
+    the tokenizer of a file's bytes.
+    """
+    encoded = contents.get(OWN_FILE, str)
+    if encoded is None:
+        return rebuilt
+    try:
+        data = base64.b64decode(encoded, validate=True)
+    except ValueError:
+        raise UserError(f"{contents.source}: damaged: {OWN_FILE} is not base64") from None
+    exported = load(data)
+    means_the_same = _described(exported, rebuilt.vocab_size) == _described(rebuilt, rebuilt.vocab_size)
+    return exported if means_the_same else rebuilt
+
+
+# ---- writing
+
+
+def describe(tokenizer: Tokenizer, n_rows: int) -> dict:
+    """Metadata with which llama.cpp encodes text as our tokenizer does; n_rows: of the embedding.
+
+    Raises `UserError` for a vocabulary that has no place there.
+    """
+    if isinstance(tokenizer, JsonTokenizer):
+        bpe = tokenizer.bpe
+        if (bpe.nfc, bpe.words_first) != (usual_nfc(bpe.split), usual_words_first(bpe.split)):
+            raise UserError(
+                f"--format gguf: only the rules' name {bpe.split} has a place there, which a vocabulary with "
+                f"nfc {bpe.nfc} and ignore_merges {bpe.words_first} is not usual for; choose hf"
+            )
+    else:
+        spec = tokenizer.model.proto.trainer_spec
+        if spec.model_type != spec.BPE:
+            raise UserError("--format gguf: only BPE vocabularies have a place there; this one is of another kind")
+    return _described(tokenizer, n_rows)
+
+
+def _described(tokenizer: Tokenizer, n_rows: int) -> dict:
+    """As `describe`, unchecked."""
+    if isinstance(tokenizer, JsonTokenizer):
+        described = _byte_level_described(tokenizer)
+    else:
+        described = _sentencepiece_described(tokenizer)
+    for i in range(len(described["tokens"]), n_rows):
+        described["tokens"].append(PADDING.format(i))
+        described["token_type"].append(NUMBER_OF_TYPE["UNUSED"])
+        if "scores" in described:
+            described["scores"].append(0.0)
+    for role in ("bos", "eos", "pad"):
+        described[f"{ROLES[role]}_token_id"] = getattr(tokenizer, f"{role}_id")
+    described["add_bos_token"] = tokenizer.start_id == tokenizer.bos_id != tokenizer.eos_id
+    metadata = {f"tokenizer.ggml.{name}": value for name, value in described.items()}
+    if tokenizer.chat_template:
+        metadata["tokenizer.chat_template"] = tokenizer.chat_template
+    return metadata
+
+
+def _sentencepiece_described(tokenizer: Tokenizer) -> dict:
+    pieces = tokenizer.model.proto.pieces
+    return {
+        "model": "llama",
+        "tokens": [piece.piece for piece in pieces],
+        "token_type": [piece.type for piece in pieces],
+        "pre": "default",
+        "scores": [piece.score for piece in pieces],
+        "add_space_prefix": tokenizer.model.dummy_prefix,
+    }
+
+
+def _byte_level_described(tokenizer: JsonTokenizer) -> dict:
+    bpe = tokenizer.bpe
+    tokens = [PADDING.format(i) for i in range(tokenizer.vocab_size)]  # ids may have gaps
+    types = [NUMBER_OF_TYPE["UNUSED"]] * tokenizer.vocab_size
+    for kind, ids in (("NORMAL", bpe.ids), ("USER_DEFINED", bpe.whole), ("CONTROL", tokenizer.control)):
+        for text, i in ids.items():
+            tokens[i] = text
+            types[i] = NUMBER_OF_TYPE[kind]
+    return {
+        "model": "gpt2",
+        "tokens": tokens,
+        "token_type": types,
+        "pre": bpe.split,
+        "merges": [" ".join(pair) for pair in bpe.merges],
+    }

@@ -1,0 +1,50 @@
+"""How large a model is, counted on its modules: what a reader adds to them is counted without another line."""
+
+import functools
+
+import torch
+from torch import nn
+
+from minillm.base.errors import UserError
+from minillm.model.config import ModelConfig
+from minillm.model.transformer import Transformer
+
+MOST_LAYERS = 2048  # building them, to be counted, takes seconds; the deepest models have a thousand
+
+
+def empty_model(config: ModelConfig) -> Transformer:
+    """The model without memory for its weights (torch's meta device). Raises `UserError` for impossible shapes."""
+    if config.n_layers > MOST_LAYERS:
+        raise UserError(f"model: n_layers is {config.n_layers:,}: choose at most {MOST_LAYERS:,}")
+    try:
+        with torch.device("meta"):
+            return Transformer(config)
+    except RuntimeError:
+        raise UserError(f"model: {config}: larger than any memory") from None
+
+
+@functools.lru_cache(maxsize=64)
+def _counts(config: ModelConfig) -> tuple[int, int]:
+    """Number of parameters, and how many of them multiply: all but embeddings that are only looked up."""
+    model = empty_model(config)
+    sizes = {parameter: parameter.numel() for parameter in model.parameters()}  # a tied one once
+    tables = {module.weight for module in model.modules() if isinstance(module, nn.Embedding)}
+    factors = {module.weight for module in model.modules() if isinstance(module, nn.Linear)}
+    lookups = sum(sizes[table] for table in tables - factors)
+    return sum(sizes.values()), sum(sizes.values()) - lookups
+
+
+def n_parameters(config: ModelConfig) -> int:
+    """Number of trainable parameters of a whole model (a tied embedding counts once)."""
+    return _counts(config)[0]
+
+
+def flops_per_token(config: ModelConfig, seq_len: int) -> int:
+    """Floating-point operations of forward and backward for one trained token.
+
+    6 N + 12 L H D T, where N counts every parameter that multiplies (not the input embedding, which is looked up) and
+    attention is counted in full, as in PaLM's appendix B (Chowdhery et al. 2022, arXiv:2204.02311). `seq_len` is T in
+    tokens.
+    """
+    attention = 12 * config.n_layers * config.n_heads * config.head_dim * seq_len
+    return 6 * _counts(config)[1] + attention

@@ -1,0 +1,121 @@
+"""Tokenizers through GGUF; transformers, which reads it itself, is the oracle."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+import transformers
+
+from minillm.base.errors import UserError
+from minillm.checkpoint import gguf_tokenizer
+from minillm.checkpoint.gguf import open_file, write_file
+from minillm.tokenizer.edit import from_pieces
+from minillm.tokenizer.tokenizer import Tokenizer
+from minillm.tokenizer.train import train_tokenizer
+from tests.minillm.checkpoint.test_gguf import BASE, stored
+
+
+@pytest.mark.parametrize("dummy_prefix", [True, False])
+def test_a_vocabulary_goes_both_ways(dummy_prefix, tmp_path):
+    text = ["The cat sat on the mat, 2024 times.\n  床前明月光，疑是地上霜。"] * 20
+    tokenizer = train_tokenizer(text, 420, tmp_path / "vocabulary")
+    pieces = [(p.piece, p.score, gguf_tokenizer.TYPES[p.type]) for p in tokenizer.model.proto.pieces]
+    if dummy_prefix:
+        made = from_pieces(pieces, {"bos": 1, "eos": 2}, dummy_prefix=True, source="made")
+        tokenizer = made.with_settings(add_bos=True)
+    config = dataclasses.replace(BASE, vocab_size=448)  # more rows than pieces
+    write_file(stored(config), tokenizer, tmp_path / "m.gguf", torch.float32)
+    _, metadata = open_file(tmp_path / "m.gguf")
+    assert len(metadata["tokenizer.ggml.tokens"]) == len(metadata["tokenizer.ggml.scores"]) == 448
+    again = gguf_tokenizer.read(metadata, "m.gguf")
+    assert again.sha256 == tokenizer.sha256  # by which its token bins know it
+    assert [(p.piece, p.score, gguf_tokenizer.TYPES[p.type]) for p in again.model.proto.pieces] == pieces
+    assert (again.bos_id, again.eos_id, again.pad_id, again.start_id) == (
+        1,
+        2,
+        2 + (not dummy_prefix),
+        2 - dummy_prefix,
+    )
+    assert again.chat_template == tokenizer.chat_template
+    metadata["tokenizer.ggml.scores"][419] -= 1  # by another program, which leaves our own key as it is
+    changed = gguf_tokenizer.read(metadata, "m.gguf")
+    assert changed.model.proto.pieces[419].score == pieces[419][1] - 1 and changed.sha256 != tokenizer.sha256
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path, gguf_file="m.gguf")
+    for line in ("The cat sat on 42 mats", "明月光 and 😀", "", "x", "a  b\n"):
+        ids = again.encode(line)
+        assert ids == tokenizer.encode(line)
+        if dummy_prefix:  # transformers puts a space before each text whatever the file says
+            assert ids == theirs(line, add_special_tokens=False).input_ids, line
+    again.save(tmp_path / "again")
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "again")
+    assert theirs("The cat").input_ids == [1] * dummy_prefix + again.encode("The cat")
+
+
+@pytest.mark.parametrize("split", ["gpt-2", "smollm", "qwen2", "llama-bpe"])
+def test_a_byte_level_vocabulary_goes_both_ways(split, tmp_path):
+    from tests.minillm.tokenizer.test_byte_bpe import TEXTS, train
+
+    train(split).save(str(tmp_path / "tokenizer.json"))
+    template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    settled = {"eos_token": "<|im_end|>", "bos_token": {"content": "<|im_start|>"}, "chat_template": template}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settled))
+    tokenizer = Tokenizer.load(tmp_path)
+    config = dataclasses.replace(BASE, vocab_size=tokenizer.vocab_size + 5)
+    write_file(stored(config), tokenizer, tmp_path / "m.gguf", torch.float32)
+    _, metadata = open_file(tmp_path / "m.gguf")
+    again = gguf_tokenizer.read(metadata, "m.gguf")
+    again.save(tmp_path / "again")
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "again")
+    assert (again.bos_id, again.eos_id, again.sha256) == (tokenizer.bos_id, tokenizer.eos_id, tokenizer.sha256)
+    assert again.chat_template == template == theirs.chat_template and theirs.eos_token_id == again.eos_id
+    for text in TEXTS[:5]:
+        assert again.encode(text) == tokenizer.encode(text) == theirs(text, add_special_tokens=False).input_ids
+
+
+@pytest.mark.parametrize("rule", ["nfc", "words_first"])
+def test_rules_that_a_name_does_not_say_are_refused(rule, tmp_path):
+    from tests.minillm.tokenizer.test_byte_bpe import train
+
+    train("gpt-2").save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<|im_end|>"}')
+    tokenizer = Tokenizer.load(tmp_path)
+    setattr(tokenizer.bpe, rule, True)
+    with pytest.raises(UserError, match="--format gguf: only the rules' name gpt-2 has a place there"):
+        gguf_tokenizer.describe(tokenizer, tokenizer.vocab_size)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"tokenizer.ggml.model": "t5"}, "kind 't5'"),
+        ({"tokenizer.ggml.tokens": ["a"]}, "its tokenizer: damaged"),
+        ({"tokenizer.ggml.tokens": [1, 2, 3]}, "its tokenizer: damaged"),
+        ({"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "gpt-2"}, "its tokenizer: damaged"),
+        ({"minillm.tokenizer_file": "damaged"}, "its tokenizer: damaged"),
+        ({"tokenizer.ggml.scores": None}, "its tokenizer: damaged"),
+        ({"tokenizer.ggml.scores": [0.0, 0.0]}, "its tokenizer: damaged: 3 pieces, but 2 scores"),
+        ({"tokenizer.ggml.token_type": [2, 3]}, "its tokenizer: damaged: 3 pieces, but 2 types"),
+        ({"tokenizer.ggml.token_type": [2, 3, 77]}, r"its tokenizer: damaged: 3 pieces, but types \[77\]"),
+        ({"tokenizer.ggml.eos_token_id": 99999}, "its tokenizer: damaged: its eos is 99999"),
+        ({"tokenizer.ggml.eos_token_id": "last"}, "its tokenizer: damaged: tokenizer.ggml.eos_token_id is 'last'"),
+        (
+            {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.merges": ["ab"]},
+            "damaged: one of its merges",
+        ),
+        (
+            {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.merges": [], "tokenizer.ggml.pre": "tekken"},
+            "rules 'tekken'",
+        ),
+    ],
+)
+def test_a_tokenizer_we_do_not_have_is_refused(change, words):
+    metadata = {
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.tokens": ["<unk>", "<s>", "</s>"],
+        "tokenizer.ggml.scores": [0.0, 0.0, 0.0],
+        "tokenizer.ggml.token_type": [2, 3, 3],
+        "tokenizer.ggml.eos_token_id": 2,
+    }
+    with pytest.raises(UserError, match=words):
+        gguf_tokenizer.read(metadata | change, "m.gguf")
