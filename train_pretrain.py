@@ -14,23 +14,20 @@ import math
 import shlex
 import sys
 import textwrap
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from data import bundled
 from minillm.base.command_line import parse
-from minillm.base.device import autocast, peak_flops, pick_dtype
 from minillm.base.errors import UserError
 from minillm.base.options import option, optional_copy
 from minillm.base.process import run_script
-from minillm.checkpoint import huggingface, train_state
+from minillm.checkpoint import huggingface
+from minillm.checkpoint.train_state import fingerprint
 from minillm.datasets.token_bins import TokenBins, parse_mixture
 from minillm.datasets.windows import TokenWindows
 from minillm.distributed import ranks as distributed
-from minillm.distributed.parallelize import gradients_synced, parallelize
+from minillm.distributed.parallelize import gradients_synced, marked_last, parallelize
 from minillm.evaluation.validation import Validation
 from minillm.generation.completion import generate
 from minillm.generation.sampling import Sampling
@@ -38,12 +35,12 @@ from minillm.model import config, ops
 from minillm.model.memory import check_memory
 from minillm.model.transformer import Transformer
 from minillm.tokenizer.tokenizer import Tokenizer
-from minillm.training import kernel_check, optim, run, starting_model
-from minillm.training.config import TrainingConfig, schedule, summary
-from minillm.training.progress import duration
-from minillm.training.schedule import lr_at, set_lr
-from minillm.training.step import clip, seed_step
-from minillm.tuning import folders, options
+from minillm.training import starting_model
+from minillm.training.config import TrainingConfig, summary
+from minillm.training.optim import build_optimizers
+from minillm.training.run import Run, begin
+from minillm.training.step import TrainState
+from minillm.tuning import options
 
 SHAPE = "shape of the model (what is not given is the preset's, or that of --init_from)"
 # --dim, --n_layers and so on: ModelConfig's own fields, so that a field added there is an option here
@@ -70,193 +67,175 @@ class Config(ShapeOptions, options.TuningConfig, TrainingConfig):
 
 
 def main() -> int:
-    cfg = parse(Config, __doc__)
-    ranks = distributed.start(cfg.device, cfg.timeout_s)
-    micro_batch_size = distributed.micro_batch(cfg.batch_size, cfg.micro_batch_size, ranks.world)
-    cfg = dataclasses.replace(cfg, micro_batch_size=micro_batch_size)
-    ops.select(cfg.impl)
-    kernels_settled = kernel_check.begin(ranks, base_bits=cfg.base_bits)
+    training_config, ranks, finish_kernel_check = begin(parse(Config, __doc__))
 
     # data: token bins, and the tokenizer beside them
-    if cfg.data == bundled.FOLDER and ranks.main:
-        bundled.build(Path(cfg.data))
+    if training_config.data == bundled.FOLDER and ranks.main:
+        bundled.build(Path(training_config.data))
     ranks.barrier()
-    mixture = parse_mixture(cfg.data)
-    raw = dict(dtype=cfg.data_dtype, vocab_size=cfg.data_vocab_size)
-    bins = [(TokenBins(path, "train", **raw), share) for path, share in mixture]
-    if cfg.document_attention is None:
-        short = all(0 < b.mean_document < cfg.seq_len / 2 for b, _ in bins)
-        cfg = dataclasses.replace(cfg, document_attention=short)
-    windows = TokenWindows(bins, cfg.seq_len, seed=cfg.seed, documents=cfg.document_attention)
+    foreign = dict(dtype=training_config.data_dtype, vocab_size=training_config.data_vocab_size)
+    bins = [(TokenBins(path, "train", **foreign), weight) for path, weight in parse_mixture(training_config.data)]
+    if training_config.document_attention is None:
+        short = all(0 < part.mean_document < training_config.seq_len / 2 for part, _ in bins)
+        training_config = dataclasses.replace(training_config, document_attention=short)
+    seq_len, documents = training_config.seq_len, training_config.document_attention
+    windows = TokenWindows(bins, seq_len, seed=training_config.seed, documents=documents)
     first = bins[0][0]
     tokenizer = Tokenizer.load(first.path) if first.meta else None
-    held_out = TokenBins(first.path, "val", **raw)
-    validation = Validation(held_out, tokenizer, cfg.seq_len, cfg.eval_tokens, cfg.document_attention)
+    held_out = TokenBins(first.path, "val", **foreign)
+    validation = Validation(held_out, tokenizer, seq_len, training_config.eval_tokens, documents)
+
+    # the model's shape, and what follows from it
+    init = starting_model.find_init(training_config)
+    model_config = shape(training_config, first.vocab_size, init)
+    check_memory(training_config, model_config, ranks.device)
+    training_config = starting_model.choose_optimizer(training_config, model_config.dim)
 
     # the run: its folder, and the checkpoint to go on from
-    init = starting_model.find_init(cfg)
-    model_config = shape(cfg, first.vocab_size, init)
-    check_memory(cfg, model_config, ranks.device)
-    cfg = starting_model.choose_optimizer(cfg, model_config.dim)
+    order = (training_config.batch_size, seq_len, training_config.seed)
     fingerprints = {
-        "data": train_state.fingerprint([b.identity() for b, _ in bins], [w for _, w in bins]),
-        "batch size, sequence length or seed": train_state.fingerprint(cfg.batch_size, cfg.seq_len, cfg.seed),
+        "data": fingerprint([part.identity() for part, _ in bins], [weight for _, weight in bins]),
+        "batch size, sequence length or seed": fingerprint(*order),
         "tokenizer": first.meta.get("tokenizer_sha256", ""),
-        "architecture": train_state.fingerprint(huggingface.to_hf(model_config)),
-        **folders.fingerprints(cfg, init),
+        **starting_model.fingerprints(training_config, model_config, init),
     }
-    this = run.Run(cfg, ranks, fingerprints)
-    if this.finished:
-        this.say(f"{this.folder} has finished its {this.start_step} steps; to go on, raise --steps\n{this.draw()}")
-        this.say(f"next: {next_command(cfg, tokenizer)}")
+    what_next = next_command(training_config, tokenizer)
+    run = Run(training_config, ranks, fingerprints, tokenizer=tokenizer, next_command=what_next)
+    if run.finished:
+        run.say_finished()
         distributed.stop()
         return 0
-    this.say(summary(cfg))
+    run.say(summary(training_config))
     if validation.no_bytes:
-        this.say(f"no bits per byte: {validation.no_bytes}")
+        run.say(f"no bits per byte: {validation.no_bytes}")
 
     # the model: resumed, started from another, or new
-    kernels_settled()
-    source = this.source or init
-    if source:
-        model = starting_model.load_model(cfg, model_config, init, this.source, ranks.device)
-        this.say(f"weights from {source}")
-    else:
-        model = Transformer(model_config)
-        model.init_weights(cfg.seed)
-        model = model.to(ranks.device)
-    model.checkpoint_activations = cfg.checkpoint_activations
-    status = train(cfg, this, model, windows, validation, tokenizer)
+    finish_kernel_check()
+    model = starting_model.make_model(training_config, model_config, init, run.source, ranks.device)
+    if source := run.source or init:
+        run.say(f"weights from {source}")
+    status = train(training_config, run, model, windows, validation)
     distributed.stop()
     return status
 
 
-def next_command(cfg: Config, tokenizer: Tokenizer | None) -> str:
+def next_command(training_config: Config, tokenizer: Tokenizer | None) -> str:
     """What to try after this run. A model of a raw .bin has no tokenizer, so it can neither read nor write text."""
-    out = shlex.quote(cfg.out)
+    out = shlex.quote(training_config.out)
     if tokenizer is None:
         return f"python -m minillm plot {out}"
-    if cfg.tune == "full":
-        return "python train_sft.py" + ("" if cfg.out == Config.out else f" --init_from {out}")
-    if cfg.mergeable:
-        merged = shlex.quote(f"{cfg.out}-merged")
-        return f"python -m minillm merge --model {shlex.quote(cfg.init_from)} --adapter {out} --out {merged}"
-    return f"python -m minillm eval --model {out} --data {shlex.quote(cfg.data)}"
+    if training_config.tune == "full":
+        return "python train_sft.py" + ("" if training_config.out == Config.out else f" --init_from {out}")
+    if training_config.mergeable:
+        merged = shlex.quote(f"{training_config.out}-merged")
+        return (
+            f"python -m minillm merge --model {shlex.quote(training_config.init_from)} --adapter {out} --out {merged}"
+        )
+    return f"python -m minillm eval --model {out} --data {shlex.quote(training_config.data)}"
 
 
-def shape(cfg: Config, vocab_size: int, init: Path | None) -> config.ModelConfig:
+def shape(training_config: Config, vocab_size: int, init: Path | None) -> config.ModelConfig:
     """The model's shape: the preset's, or that of --init_from, with the options given on top."""
     names = [f.name for f in dataclasses.fields(config.ModelConfig)]
-    given = {name: value for name in names if (value := getattr(cfg, name, None)) is not None}
+    given = {name: value for name in names if (value := getattr(training_config, name, None)) is not None}
     changed = sorted(given.keys() - {"dropout"})
-    if cfg.tune != "full" and init is None:
-        raise UserError(f"--tune {cfg.tune}: trains a part of an existing model; give it by --init_from")
-    if cfg.tune != "full" and changed:
-        raise UserError(f"--tune {cfg.tune}: its base keeps its shape, so leave out --{', --'.join(changed)}")
-    if init is not None and cfg.preset != Config.preset:
-        raise UserError(f"--preset {cfg.preset}: the model of --init_from has its shape already; leave it out")
+    if training_config.tune != "full" and init is None:
+        raise UserError(f"--tune {training_config.tune}: trains a part of an existing model; give it by --init_from")
+    if training_config.tune != "full" and changed:
+        raise UserError(
+            f"--tune {training_config.tune}: its base keeps its shape, so leave out --{', --'.join(changed)}"
+        )
+    if init is not None and training_config.preset != Config.preset:
+        raise UserError(
+            f"--preset {training_config.preset}: the model of --init_from has its shape already; leave it out"
+        )
     base = None if init is None else huggingface.load_config(init)
-    context = config.PRESETS[cfg.preset]["max_seq_len"] if base is None else base.max_seq_len
-    if cfg.rope_scaling:
-        gone = starting_model.init_is_gone(cfg)  # then `init` is the run's own checkpoint, which is stretched already
+    context = config.PRESETS[training_config.preset]["max_seq_len"] if base is None else base.max_seq_len
+    if training_config.rope_scaling:
+        gone = starting_model.init_is_gone(
+            training_config
+        )  # then `init` is the run's own checkpoint, which is stretched already
         original = base.rope_scaling.original_max_seq_len if gone and base.rope_scaling else context
-        given["rope_scaling"] = config.parse_rope_scaling(cfg.rope_scaling, original)
+        given["rope_scaling"] = config.parse_rope_scaling(training_config.rope_scaling, original)
     if base is None:
-        given.setdefault("max_seq_len", max(context, cfg.seq_len))
-        chosen = config.preset(cfg.preset, vocab_size=vocab_size, **given)
+        given.setdefault("max_seq_len", max(context, training_config.seq_len))
+        chosen = config.preset(training_config.preset, vocab_size=vocab_size, **given)
     else:
         chosen = dataclasses.replace(base, **given)
         huggingface.check_parameters(chosen, init)
-        starting_model.check_tokenizer(init, cfg.data)
+        starting_model.check_tokenizer(init, training_config.data)
     if chosen.vocab_size < vocab_size:
         raise UserError(
-            f"--init_from {init}: its embedding has {chosen.vocab_size} ids, fewer than {cfg.data} "
+            f"--init_from {init}: its embedding has {chosen.vocab_size} ids, fewer than {training_config.data} "
             f"({vocab_size}); give data made with the model's own tokenizer"
         )
     # though attention may stay inside documents, one of them may fill a whole row
-    if cfg.seq_len + cfg.placeholders > chosen.max_seq_len:
-        room = f" and --n_virtual {cfg.placeholders}" if cfg.placeholders else ""
+    if training_config.seq_len + training_config.placeholders > chosen.max_seq_len:
+        room = f" and --n_virtual {training_config.placeholders}" if training_config.placeholders else ""
         how = (
-            f"extend the context by --max_seq_len {cfg.seq_len} (see --rope_scaling)" if init else "raise --max_seq_len"
+            f"extend the context by --max_seq_len {training_config.seq_len} (see --rope_scaling)"
+            if init
+            else "raise --max_seq_len"
         )
         raise UserError(
-            f"--seq_len {cfg.seq_len}{room}: the model's longest context is {chosen.max_seq_len} tokens, and a row may "
-            f"be all one document; lower it, or {how}"
+            f"--seq_len {training_config.seq_len}{room}: the model's longest context is {chosen.max_seq_len} tokens, "
+            f"and a row may be all one document; lower it, or {how}"
         )
     return chosen
 
 
-def train(cfg: Config, this: run.Run, model, windows, validation, tokenizer) -> int:
-    ranks, n_targets = this.ranks, cfg.batch_size * cfg.seq_len
-    dtype = pick_dtype(cfg.dtype, ranks.device)
-    optimizers = optim.build_optimizers(model, cfg.optimizer, lr=cfg.lr, weight_decay=cfg.weight_decay)
-    scaler = torch.amp.GradScaler(ranks.device.type, enabled=dtype == torch.float16)
-    this.restore(model, optimizers, scaler)
-    this.check_disk(model)
-    trained = parallelize(model, ranks, cfg.compile)
-    flops, peak = starting_model.flops_per_token(model, cfg.seq_len), peak_flops(ranks.device, dtype)
-    this.say(f"{starting_model.describe_parameters(model)}, {flops / 1e6:.1f} MFLOP a token")
-    this.say(ops.describe(ranks.device))
-    this.say(f"{windows.n_windows:,} windows of {cfg.seq_len} tokens; {cfg.steps * n_targets:,} tokens to train on")
+def train(training_config: Config, run: Run, model: Transformer, windows: TokenWindows, validation: Validation) -> int:
+    """Train to the last step, or to a signal; returns the script's exit status."""
+    kind, lr, weight_decay = training_config.optimizer, training_config.lr, training_config.weight_decay
+    optimizers = build_optimizers(model, kind, lr=lr, weight_decay=weight_decay)
+    state = run.start(TrainState(model, optimizers, run.ranks, run.dtype))
+    parallel_model = parallelize(model, run.ranks, training_config.compile)
+    n_targets = training_config.batch_size * training_config.seq_len
+    run.say(f"{starting_model.describe_parameters(model)}, {run.flops / 1e6:.1f} MFLOP a token")
+    run.say(ops.describe(run.device))
+    n_all = training_config.steps * n_targets
+    run.say(f"{windows.n_windows:,} windows of {training_config.seq_len} tokens; {n_all:,} tokens to train on")
 
-    for step in range(this.start_step + 1, cfg.steps + 1):
-        begun = time.monotonic()
-        lr = lr_at(step - 1, **schedule(cfg))
-        set_lr(optimizers, lr)
-        seed_step(cfg.seed, step, ranks.rank)
-        nats = torch.zeros((), device=ranks.device)
-        micro_batches = ranks.micro_batches(step - 1, cfg.batch_size, cfg.micro_batch_size)
-        for i, positions in enumerate(micro_batches):
-            batch = windows.batch(positions).with_placeholders(model.n_virtual).to(ranks.device)
-            with gradients_synced(trained, i == len(micro_batches) - 1):
-                with autocast(ranks.device, dtype):
-                    loss = trained(batch.x, batch.y, mask=batch.mask, documents=batch.documents)
-                # the mean over all targets of the global batch; DDP averages over the ranks, hence their number
-                scaler.scale(loss * (ranks.world / n_targets)).backward()
-            nats += loss.detach()
-        grad_norm = clip(model, optimizers, scaler, cfg.grad_clip)
-        loss = ranks.sum(float(nats))[0] / n_targets
-        if this.check_finite(step, loss, grad_norm):
-            for optimizer in optimizers:
-                scaler.step(optimizer)
-        scaler.update()
-        model.zero_grad(set_to_none=True)
+    for step in run.steps(state):  # sets the learning rate; after the step saves what is due, stops at a signal
+        for positions, last in marked_last(run.micro_batches(step)):
+            batch = windows.batch(positions).with_placeholders(model.n_virtual).to(run.device)
+            with gradients_synced(parallel_model, last):
+                with run.autocast():
+                    loss = parallel_model(batch.x, batch.y, mask=batch.mask, documents=batch.documents)  # sum of nats
+                state.backward(loss, n_targets)  # of the mean over all targets, of all micro-batches and ranks
+        state.update(training_config.grad_clip)  # clips, then steps, unless loss or gradient is not finite
+        run.log_step(state, n_tokens=n_targets)
+        if run.due(step, training_config.eval_every):
+            scores = validation.scores(model, run.ranks, run.autocast())
+            run.report(step, scores)
 
-        row = {"step": step, "loss": loss, "lr": lr, "grad_norm": grad_norm}
-        this.finish_step(row, n_targets / (time.monotonic() - begun), peak, flops)
-        stop = this.stop_requested()
-        if this.due(step, cfg.eval_every):
-            scores = validation.scores(model, ranks, autocast(ranks.device, dtype))
-            this.record({"step": step, **scores})
-            this.progress.say(f"step {step}: " + ", ".join(f"{name} {score:.4f}" for name, score in scores.items()))
-        if stop or this.due(step, cfg.save_every):
-            this.save(step, model, optimizers, scaler, tokenizer)
-        if stop:
-            this.say(f"stopped by signal {stop} after step {step}; the same command goes on from there")
-            return 128 + stop
-    this.close()
-    if ranks.main:
-        conclude(this, model, scores, tokenizer)
-    return 0
+    if run.status == 0 and run.ranks.main:
+        conclude(run, model, scores)
+    return run.status
 
 
-def conclude(this: run.Run, model: Transformer, scores: dict, tokenizer: Tokenizer | None) -> None:
+def conclude(run: Run, model: Transformer, scores: dict[str, float]) -> None:
     """Print the result: validation, a sample, where things are, and what to do next."""
-    said = f"validation: {scores['val_loss']:.4f} nats a token, perplexity {math.exp(min(scores['val_loss'], 700)):.2f}"
+    perplexity = math.exp(min(scores["val_loss"], 700))
+    summary = f"validation: {scores['val_loss']:.4f} nats a token, perplexity {perplexity:.2f}"
     if "val_bpb" in scores:
-        said += f", {scores['val_bpb']:.3f} bits per byte"
+        summary += f", {scores['val_bpb']:.3f} bits per byte"
     if "floor_bpb" in scores:
-        said += f"; floor {scores['floor_bpb']:.3f} ± {scores['floor_error']:.3f}"
-    this.say(said)
-    if tokenizer is not None:
-        model.eval()
-        sampling = Sampling(temperature=0.8, top_p=0.95)
-        length = min(100, model.config.max_seq_len - 1)
-        sample = generate(model, [[tokenizer.start_id]], length, sampling=sampling, stop_ids=[tokenizer.eos_id])
-        text = tokenizer.decode(sample[0].tokens) or "(nothing: the first token already ended the text)"
-        this.say(f"a sample:\n{textwrap.indent(text, '  ')}")
-    this.say(f"trained for {duration(this.took)}; checkpoint {this.newest()}; {this.draw()}")
-    this.say(f"next: {next_command(this.cfg, tokenizer)}")
+        summary += f"; floor {scores['floor_bpb']:.3f} ± {scores['floor_error']:.3f}"
+    run.say(summary)
+    if run.tokenizer is not None:
+        text = sample(model, run.tokenizer) or "(nothing: the first token already ended the text)"
+        run.say(f"a sample:\n{textwrap.indent(text, '  ')}")
+    run.say_result()
+
+
+def sample(model: Transformer, tokenizer: Tokenizer) -> str:
+    """A text of up to 100 tokens."""
+    model.eval()
+    length = min(100, model.config.max_seq_len - 1)
+    sampling = Sampling(temperature=0.8, top_p=0.95)
+    (completion,) = generate(model, [[tokenizer.start_id]], length, sampling=sampling, stop_ids=[tokenizer.eos_id])
+    return tokenizer.decode(completion.tokens)
 
 
 if __name__ == "__main__":

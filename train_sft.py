@@ -12,23 +12,19 @@ answer) are learned. Run the same command again to go on where it stopped.
 import dataclasses
 import shlex
 import sys
-import time
 from dataclasses import dataclass
 
-import torch
-
 from data import bundled
-from minillm.base import device
 from minillm.base.command_line import parse
-from minillm.base.device import peak_flops
 from minillm.base.errors import UserError
 from minillm.base.options import option
 from minillm.base.process import run_script
-from minillm.checkpoint import huggingface, train_state
+from minillm.checkpoint import huggingface
+from minillm.checkpoint.train_state import fingerprint
 from minillm.datasets.instructions import InstructionRows
 from minillm.datasets.questions import read_questions
 from minillm.distributed import ranks as distributed
-from minillm.distributed.parallelize import gradients_synced, parallelize
+from minillm.distributed.parallelize import gradients_synced, marked_last, parallelize
 from minillm.evaluation import answers
 from minillm.evaluation.validation import answer_loss
 from minillm.model import ops
@@ -36,12 +32,12 @@ from minillm.model.memory import check_memory
 from minillm.model.transformer import Transformer
 from minillm.tokenizer.chat_template import TEMPLATES
 from minillm.tokenizer.tokenizer import Tokenizer
-from minillm.training import kernel_check, optim, run, starting_model
-from minillm.training.config import TrainingConfig, schedule, summary
-from minillm.training.progress import duration
-from minillm.training.schedule import lr_at, set_lr
-from minillm.training.step import clip, seed_step
-from minillm.tuning import folders, options
+from minillm.training import starting_model
+from minillm.training.config import TrainingConfig, summary
+from minillm.training.optim import build_optimizers
+from minillm.training.run import Run, begin
+from minillm.training.step import TrainState
+from minillm.tuning import options
 from minillm.tuning.adapter import merged
 
 
@@ -83,82 +79,95 @@ class Config(options.TuningConfig, TrainingConfig):
 
 
 def main() -> int:
-    cfg = parse(Config, __doc__)
-    ranks = distributed.start(cfg.device, cfg.timeout_s)
-    micro_batch_size = distributed.micro_batch(cfg.batch_size, cfg.micro_batch_size, ranks.world)
-    cfg = dataclasses.replace(cfg, micro_batch_size=micro_batch_size)
-    ops.select(cfg.impl)
-    kernels_settled = kernel_check.begin(ranks, base_bits=cfg.base_bits)
+    training_config, ranks, finish_kernel_check = begin(parse(Config, __doc__))
 
     # the model to start from, and its tokenizer
-    init = starting_model.find_init(cfg)
-    model_config = dataclasses.replace(huggingface.load_config(init), dropout=cfg.dropout)
+    init = starting_model.find_init(training_config)
+    model_config = dataclasses.replace(huggingface.load_config(init), dropout=training_config.dropout)
     tokenizer = Tokenizer.load(init)
-    check_memory(cfg, model_config, ranks.device)
-    cfg = starting_model.choose_optimizer(cfg, model_config.dim, share=1 / 4)
-    if cfg.seq_len > model_config.max_seq_len:
-        raise UserError(f"--seq_len {cfg.seq_len}: the model's longest context is {model_config.max_seq_len}")
+    check_memory(training_config, model_config, ranks.device)
+    training_config = starting_model.choose_optimizer(training_config, model_config.dim, share=1 / 4)
+    seq_len = training_config.seq_len
+    if seq_len > model_config.max_seq_len:
+        raise UserError(f"--seq_len {seq_len}: the model's longest context is {model_config.max_seq_len}")
 
     # data: rows of instructions, packed, with a mask on what is learned
-    if cfg.data == Config.data and ranks.main:
+    is_bundled = training_config.data == Config.data
+    if is_bundled and ranks.main:
         bundled.build()
     ranks.barrier()
-    paths = [path.strip() for path in cfg.data.split(",") if path.strip()]
+    paths = [path.strip() for path in training_config.data.split(",") if path.strip()]
     if not paths:
-        raise UserError(f"--data {cfg.data}: names no file; give one or more .jsonl or .json files, by commas")
-    how = dict(seed=cfg.seed, template=cfg.template, packing=cfg.packing, on_bad_line=cfg.on_bad_line)
-    how |= dict(n_virtual=cfg.placeholders)
-    rows = InstructionRows(paths, tokenizer, cfg.seq_len, **how)
-    length = "epochs" if cfg.steps is None else "steps"  # the option that sets the run's length
-    end = last_row(cfg, rows)
-    cfg = dataclasses.replace(cfg, steps=-(-end // cfg.batch_size))  # the last batch may be short
-    held_out = cfg.eval_data or (f"{bundled.FOLDER}/sft_heldout.jsonl" if cfg.data == Config.data else None)
-    questions = read_questions(held_out, cfg.eval_rows) if held_out else []
-    held_rows = InstructionRows(held_out, tokenizer, cfg.seq_len, **how) if held_out else None
+        raise UserError(
+            f"--data {training_config.data}: names no file; give .jsonl or .json files, separated by commas"
+        )
+    rows = read_rows(training_config, paths, tokenizer)
+    length = "epochs" if training_config.steps is None else "steps"  # the option that sets the run's length
+    end = last_row(training_config, rows)
+    steps = -(-end // training_config.batch_size)  # the last batch may be short
+    training_config = dataclasses.replace(training_config, steps=steps)
+
+    # held-out questions: their answers' loss while training, and how many are answered exactly before and after
+    held_out = training_config.eval_data or (f"{bundled.FOLDER}/sft_heldout.jsonl" if is_bundled else None)
+    held_out_rows = read_rows(training_config, [held_out], tokenizer) if held_out else None
+    questions = read_questions(held_out, training_config.eval_rows) if held_out else []
 
     # the run: its folder, and the checkpoint to go on from
+    order = (training_config.batch_size, seq_len, training_config.seed, training_config.packing)
     fingerprints = {
-        "data": train_state.fingerprint(rows.fingerprint, tokenizer.resolve_template(cfg.template)),
-        "batch size, sequence length or seed": train_state.fingerprint(
-            cfg.batch_size, cfg.seq_len, cfg.seed, cfg.packing
-        ),
+        "data": fingerprint(rows.fingerprint, tokenizer.resolve_template(training_config.template)),
+        "batch size, sequence length or seed": fingerprint(*order),
         "tokenizer": tokenizer.sha256,
-        "architecture": train_state.fingerprint(huggingface.to_hf(model_config)),
-        **folders.fingerprints(cfg, init),
+        **starting_model.fingerprints(training_config, model_config, init),
     }
-    this = run.Run(cfg, ranks, fingerprints, turns=rows.counts["turns"])
-    if this.finished:
-        this.say(f"{this.folder} has finished its {this.start_step} steps; to go on, raise --{length}\n{this.draw()}")
-        this.say(f"next: {next_command(cfg.out)}")
+    what_next = next_command(training_config.out)
+    turns = rows.counts["turns"]  # so that `chat` knows how many were trained
+    run = Run(training_config, ranks, fingerprints, tokenizer=tokenizer, next_command=what_next, turns=turns)
+    if run.finished:
+        run.say_finished(length)
         distributed.stop()
         return 0
-    this.say(f"{summary(cfg)}\n{rows.summary()}")
-    kernels_settled()
-    model = starting_model.load_model(cfg, model_config, init, this.source, ranks.device)
-    model.checkpoint_activations = cfg.checkpoint_activations
-    this.say(f"weights from {this.source or init}")
+    run.say(f"{summary(training_config)}\n{rows.summary()}")
 
-    def ask() -> dict:
+    finish_kernel_check()
+    model = starting_model.make_model(training_config, model_config, init, run.source, ranks.device)
+    run.say(f"weights from {run.source or init}")
+
+    def count_exact() -> dict[str, tuple[int, int]]:
         with merged(model):
-            return answers.exact_match(model, tokenizer, questions, template=cfg.template)
+            return answers.exact_match(model, tokenizer, questions, template=training_config.template)
 
-    before = this.once("before.json", ask) if questions else {}
-    status = train(cfg, this, model, rows, end, held_rows, tokenizer)
+    before = run.once("before.json", count_exact) if questions else None
+    status = train(training_config, run, model, rows, end, held_out_rows)
     if status == 0 and ranks.main:
-        conclude(this, before or {}, ask() if questions else {})
+        conclude(run, before or {}, count_exact() if questions else {})
     distributed.stop()
     return status
 
 
-def last_row(cfg: Config, rows: InstructionRows) -> int:
-    """The position in the order of rows at which the run ends: after --epochs, or after --steps whole batches.
+def read_rows(training_config: Config, paths: list[str], tokenizer: Tokenizer) -> InstructionRows:
+    """Instruction files as rows of a batch."""
+    return InstructionRows(
+        paths,
+        tokenizer,
+        training_config.seq_len,
+        seed=training_config.seed,
+        template=training_config.template,
+        packing=training_config.packing,
+        n_virtual=training_config.placeholders,
+        on_bad_line=training_config.on_bad_line,
+    )
+
+
+def last_row(training_config: Config, rows: InstructionRows) -> int:
+    """How many rows the run reads: those of --epochs, or of --steps whole batches.
 
     Where --steps says what follows from --epochs, as in a run's options.toml, the last batch is as short.
     """
-    end = rows.total_rows(cfg.epochs)
-    if cfg.steps in (None, -(-end // cfg.batch_size)):
+    end = rows.total_rows(training_config.epochs)
+    if training_config.steps in (None, -(-end // training_config.batch_size)):
         return end
-    return cfg.steps * cfg.batch_size
+    return training_config.steps * training_config.batch_size
 
 
 def next_command(out: str) -> str:
@@ -166,70 +175,55 @@ def next_command(out: str) -> str:
     return "python -m minillm chat" + ("" if out == Config.out else f" --model {shlex.quote(out)}")
 
 
-def train(cfg: Config, this: run.Run, model: Transformer, rows, end: int, held_rows, tokenizer) -> int:
-    ranks, dtype = this.ranks, device.pick_dtype(cfg.dtype, this.ranks.device)
-    optimizers = optim.build_optimizers(model, cfg.optimizer, lr=cfg.lr, weight_decay=cfg.weight_decay)
-    scaler = torch.amp.GradScaler(ranks.device.type, enabled=dtype == torch.float16)
-    this.restore(model, optimizers, scaler)
-    this.check_disk(model)
-    trained = parallelize(model, ranks, cfg.compile)
-    flops, peak = starting_model.flops_per_token(model, cfg.seq_len), peak_flops(ranks.device, dtype)
-    this.say(f"{starting_model.describe_parameters(model)}; {cfg.steps} steps; {ops.describe(ranks.device)}")
+def train(
+    training_config: Config,
+    run: Run,
+    model: Transformer,
+    rows: InstructionRows,
+    end: int,
+    held_out_rows: InstructionRows | None,
+) -> int:
+    """Train to the last step, or to a signal; returns the script's exit status. end: how many rows the run has."""
+    kind, lr, weight_decay = training_config.optimizer, training_config.lr, training_config.weight_decay
+    optimizers = build_optimizers(model, kind, lr=lr, weight_decay=weight_decay)
+    state = run.start(TrainState(model, optimizers, run.ranks, run.dtype))
+    parallel_model = parallelize(model, run.ranks, training_config.compile)
+    run.say(f"{starting_model.describe_parameters(model)}; {training_config.steps} steps; {ops.describe(run.device)}")
 
-    for step in range(this.start_step + 1, cfg.steps + 1):
-        begun = time.monotonic()
-        lr = lr_at(step - 1, **schedule(cfg))
-        set_lr(optimizers, lr)
-        seed_step(cfg.seed, step, ranks.rank)
-        micro_batches = ranks.micro_batches(step - 1, cfg.batch_size, cfg.micro_batch_size)
-        batches = [rows.batch(positions, end) for positions in micro_batches]
-        # the number of targets differs from step to step: count those of all ranks before the first backward
-        n_targets, n_tokens = ranks.sum(sum(b.n_targets() for b in batches), sum(b.x.numel() for b in batches))
-        nats = torch.zeros((), device=ranks.device)
-        for i, batch in enumerate(batches):
-            batch = batch.to(ranks.device)
-            with gradients_synced(trained, i == len(batches) - 1):
-                with device.autocast(ranks.device, dtype):
-                    loss = trained(batch.x, batch.y, mask=batch.mask, documents=batch.documents)
-                scaler.scale(loss * (ranks.world / n_targets)).backward()  # DDP averages over the ranks
-            nats += loss.detach()
-        grad_norm = clip(model, optimizers, scaler, cfg.grad_clip)
-        loss = ranks.sum(float(nats))[0] / n_targets
-        if this.check_finite(step, loss, grad_norm):
-            for optimizer in optimizers:
-                scaler.step(optimizer)
-        scaler.update()
-        model.zero_grad(set_to_none=True)
-
-        row = {"step": step, "loss": loss, "lr": lr, "grad_norm": grad_norm}
-        this.finish_step(row, n_tokens / (time.monotonic() - begun), peak, flops)
-        stop = this.stop_requested()
-        if held_rows and this.due(step, cfg.eval_every):
-            autocast = device.autocast(ranks.device, dtype)
-            scores = answer_loss(model, held_rows, cfg.eval_tokens, ranks, autocast)
-            this.record({"step": step, **scores})
-            this.progress.say(f"step {step}: held-out answers {scores['val_loss']:.4f} nats a token")
-        if stop or this.due(step, cfg.save_every):
-            this.save(step, model, optimizers, scaler, tokenizer)
-        if stop:
-            this.say(f"stopped by signal {stop} after step {step}; the same command goes on from there")
-            return 128 + stop
-    this.close()
-    return 0
+    for step in run.steps(state):  # sets the learning rate; after the step saves what is due, stops at a signal
+        batches = [rows.batch(positions, end) for positions in run.micro_batches(step)]
+        # how many targets a step has differs: count those of all ranks before the first backward pass
+        n_targets, n_tokens = run.ranks.sum(
+            sum(batch.n_targets() for batch in batches), sum(batch.x.numel() for batch in batches)
+        )
+        for batch, last in marked_last(batches):
+            batch = batch.to(run.device)
+            with gradients_synced(parallel_model, last):
+                with run.autocast():
+                    loss = parallel_model(batch.x, batch.y, mask=batch.mask, documents=batch.documents)  # sum of nats
+                state.backward(loss, n_targets)  # of the mean over all targets, of all micro-batches and ranks
+        state.update(training_config.grad_clip)  # clips, then steps, unless loss or gradient is not finite
+        run.log_step(state, n_tokens)
+        if held_out_rows and run.due(step, training_config.eval_every):
+            scores = answer_loss(model, held_out_rows, training_config.eval_tokens, run.ranks, run.autocast())
+            run.report(step, scores, of="held-out answers")
+    return run.status
 
 
-def conclude(this: run.Run, before: dict, after: dict) -> None:
+def conclude(run: Run, before: dict, after: dict) -> None:
     """Print the result; before, after: family → (exact answers, questions)."""
     if after:
-        right, asked = map(sum, zip(*after.values(), strict=True))
-        this.record({"step": this.cfg.steps, "exact_match": right / asked})
-        this.say(f"exact answers to {asked} held-out questions, before → after:")
-        before, after = answers.with_total(before), answers.with_total(after)
-        for family, (right, asked) in after.items():
-            was = f"{before[family][0] / before[family][1]:6.1%}" if family in before else "not asked"
-            this.say(f"  {family:<16} {was} → {right / asked:6.1%}   ({right}/{asked})")
-    this.say(f"trained for {duration(this.took)}; checkpoint {this.newest()}; {this.draw()}")
-    this.say(f"next: {next_command(this.cfg.out)}")
+        right, asked = answers.total(after)
+        run.record(run.training_config.steps, exact_match=right / asked)
+        run.say(f"exact answers to {asked} held-out questions, before → after:")
+        before = answers.with_total(before)
+        for family, (right, asked) in answers.with_total(after).items():
+            share_before = "not asked"
+            if family in before:
+                right_before, asked_before = before[family]
+                share_before = f"{right_before / asked_before:6.1%}"
+            run.say(f"  {family:<16} {share_before} → {right / asked:6.1%}   ({right}/{asked})")
+    run.say_result()
 
 
 if __name__ == "__main__":

@@ -177,14 +177,16 @@ def test_two_runs_into_one_folder(folder):
         ("--seed 1", ["seed", "--allow_data_change"]),
         ("--optimizer adamw", ["was trained by Muon, now by AdamW"]),
         ("--resume none", ["--resume none", "already holds checkpoints", "choose another --out"]),
-        ("--resume {folder}/nowhere", ["nowhere: no such folder"]),
-        ("--resume {folder}/data", ["holds no checkpoint"]),
+        (
+            "--resume {folder}/run/step-00000003",
+            ["choose auto or none", "copy it there", "cp -r {folder}/run/step-00000003 {folder}/run/"],
+        ),
     ],
 )
 def test_going_on_with_something_else_is_refused(folder, more, words):
     before = launch.rows(folder / "run")
     line = refused(folder, "run", "--steps 9 " + more.format(folder=folder))
-    assert all(word in line for word in words), line
+    assert all(word.format(folder=folder) in line for word in words), line
     assert launch.rows(folder / "run") == before and launch.steps(folder / "run") == [3, 6]
 
 
@@ -197,26 +199,25 @@ def test_another_seed_may_be_allowed_and_another_rate_is_announced(folder):
     assert list(launch.losses(folder / "allowed")) == list(range(1, 9))
 
 
-def test_resuming_from_a_named_checkpoint_cuts_what_came_later(folder):
-    run = copy_of_run(folder, "back")
-    more = f"--steps 6 --resume {run}/step-00000003"
-    text = launch.finish("pretrain", options(folder, "back", more), folder / "log" / "back")
-    assert "step-00000006 is kept as step-00000006.left-" in text
-    assert launch.losses(run) == launch.losses(folder / "run")
-    assert launch.tensors(run, 6) == launch.tensors(folder / "run", 6)
-
-
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_the_command_that_began_from_a_checkpoint_elsewhere_goes_on_from_its_own(folder, ranks):
-    """Steps of both runs have the same names: no rank may take the wrong one."""
-    out, more = f"branch-{ranks}", f"--resume {folder}/run/step-00000003 --save_every 1 --keep_last 9"
-    for steps, begun in ((5, f"{folder}/run/step-00000003"), (6, f"{folder}/branch-{ranks}/step-00000005")):
-        command = options(folder, out, f"{more} --steps {steps}")
-        text = launch.finish("pretrain", command, folder / "log" / out, ranks)
-        assert f"weights from {begun}" in text
-    assert f"{folder}/{out} has checkpoints of its own by now, and goes on from them" in text
-    assert launch.steps(folder / out) == [4, 5, 6] and not list((folder / out).glob("*.left-*"))
-    assert list(launch.losses(folder / out)) == [4, 5, 6]
+def test_a_step_folder_copied_into_another_run_is_where_that_one_goes_on(folder, ranks):
+    """Its original stays as it is, and the run ends as the original did."""
+    out, more = f"branch-{ranks}", "--save_every 1 --keep_last 9 --steps 6"
+    shutil.copytree(folder / "run" / "step-00000003", folder / out / "step-00000003")
+    text = launch.finish("pretrain", options(folder, out, more), folder / "log" / out, ranks)
+    assert f"weights from {folder}/{out}/step-00000003" in text
+    assert launch.steps(folder / out) == [3, 4, 5, 6] and launch.steps(folder / "run") == [3, 6]
+    branched, original = launch.losses(folder / out), launch.losses(folder / "run")
+    assert list(branched) == [4, 5, 6]
+    assert branched == pytest.approx({step: original[step] for step in branched}, abs=1e-5)
+    if ranks == 1:
+        assert launch.tensors(folder / out, 6) == launch.tensors(folder / "run", 6)
+
+
+def test_a_step_folder_that_was_copied_without_its_name_begins_no_new_run(folder):
+    shutil.copytree(folder / "run" / "step-00000003", folder / "nameless")
+    assert "nameless: is a checkpoint itself" in refused(folder, "nameless", "--steps 6")
+    assert not (folder / "nameless" / "lock").exists()
 
 
 @pytest.mark.parametrize("file", ["model.safetensors", "resume/optimizer.safetensors", "resume/train_state.json"])

@@ -228,7 +228,11 @@ def test_a_continued_run_needs_the_model_it_began_from_no_more(folder, straight)
     shutil.rmtree(base)
     train(folder, "grown", f"{more} --steps 4")
     assert list(launch.losses(folder / "grown")) == [1, 2, 3, 4]
-    train(folder, "grown", f"{more} --steps 4 --resume {folder}/grown/step-00000003")
+    branch = folder / "branch"
+    branch.mkdir()
+    shutil.copytree(folder / "grown" / "step-00000003", branch / "step-00000003")
+    train(folder, "branch", f"{more} --steps 4")
+    assert launch.tensors(branch, 4) == launch.tensors(folder / "grown", 4)
     for out, tune in (("grown", "lora"), ("new", "full")):
         with pytest.raises(UserError, match=f"{base}: no such folder"):
             starting_model.find_init(Config(out=str(folder / out), init_from=str(base), tune=tune))

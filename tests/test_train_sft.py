@@ -12,6 +12,7 @@ import pytest
 import train_sft
 from minillm.base.errors import UserError
 from minillm.datasets.instructions import InstructionRows
+from minillm.distributed.watchdog import Watchdog
 from minillm.tokenizer.chat_template import JINJA
 from minillm.tokenizer.tokenizer import Tokenizer
 from tests import launch
@@ -164,9 +165,9 @@ def test_no_step_is_awaited_while_a_model_is_loaded_and_questions_are_asked(fold
     def note(owner, name, value=None):
         monkeypatch.setattr(owner, name, lambda *_, **__: happened.append(name) or value)
 
-    note(train_sft.tuning, "load_model", SimpleNamespace(n_virtual=0))
-    note(train_sft.training.distributed.Watchdog, "tick")
-    note(train_sft.training.Run, "once", {})
+    note(train_sft.starting_model, "make_model", SimpleNamespace(n_virtual=0))
+    note(Watchdog, "tick")
+    note(train_sft.Run, "once", {})
     note(train_sft, "train", value=1)
     more = f"--steps 2 --eval_data {folder}/held_out.jsonl"
     monkeypatch.setattr(sys, "argv", ["train_sft.py", *options(folder, "ticks", more).split()])
@@ -174,7 +175,7 @@ def test_no_step_is_awaited_while_a_model_is_loaded_and_questions_are_asked(fold
     assert train_sft.main() == 1
     for number, handler in zip((signal.SIGTERM, signal.SIGINT), before, strict=True):
         signal.signal(number, handler)
-    assert happened == ["load_model", "once", "train"]
+    assert happened == ["make_model", "once", "train"]
 
 
 def test_questions_first_asked_of_a_resumed_run_are_counted_after_alone(folder):

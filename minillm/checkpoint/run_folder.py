@@ -1,10 +1,10 @@
-"""The folder of a run: which checkpoint to resume from.
+"""The folder of a run: which checkpoint to go on from, and which to delete.
 
 out/<run>/step-00000060/   a checkpoint, whole or absent (see base/files.py)
 out/<run>/metrics.jsonl    one row a logged step
 out/<run>/lock             held while a run trains here
 *.tmp-<pid>, *.old         what a killed process left in the middle of writing; never loaded
-*.left-<time>              later checkpoints than the one that training went on from; yours to delete
+*.left-<time>              damaged checkpoints after the one that training went on from; yours to delete
 
 There is no "latest" pointer: the newest folder whose manifest verifies is the latest.
 """
@@ -19,10 +19,7 @@ from pathlib import Path
 from minillm.base import files
 from minillm.base.errors import UserError
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
+STEP = re.compile(r"step-(\d+)")  # the name of a checkpoint's folder
 
 
 def step_name(step: int) -> str:
@@ -32,16 +29,16 @@ def step_name(step: int) -> str:
 
 def step_of(folder: str | Path) -> int:
     """The step that a checkpoint's folder name says. Raises `UserError` if the name is not of that form."""
-    found = re.fullmatch(r"step-(\d+)", Path(folder).name)
-    if not found:
+    match = STEP.fullmatch(Path(folder).name)
+    if match is None:
         raise UserError(f"{folder}: no checkpoint of a run (step-00000060 or so); start from it by --init_from")
-    return int(found[1])
+    return int(match[1])
 
 
 def step_folders(run: str | Path) -> list[Path]:
     """The checkpoints of a run, oldest first, whole or not."""
-    found = [path for path in Path(run).glob("step-*") if re.fullmatch(r"step-\d+", path.name) and path.is_dir()]
-    return sorted(found, key=step_of)
+    folders = [path for path in Path(run).glob("step-*") if STEP.fullmatch(path.name) and path.is_dir()]
+    return sorted(folders, key=step_of)
 
 
 def newest_checkpoint(run: str | Path, log: Callable[[str], None] = print) -> Path | None:
@@ -78,28 +75,20 @@ def resolve_checkpoint(path: str | Path, log: Callable[[str], None] = print) -> 
         if problems:
             raise UserError(f"{path}: damaged: {'; '.join(problems)}; give the checkpoint before it, or the run")
         return path
-    newest = newest_checkpoint(path, log)
-    if newest is None and not any((path / name).exists() for name in ("config.json", "adapter_config.json")):
+    if newest := newest_checkpoint(path, log):
+        return newest
+    if not any((path / name).exists() for name in ("config.json", "adapter_config.json")):
         raise UserError(f"{path}: holds no checkpoint and no config.json; give a run or a model folder")
-    return newest or path
+    return path
 
 
 def tokenizer_folder(path: str | Path) -> Path:
     """Where the tokenizer named by `path` is: in a run's newest checkpoint; anything else is the place itself."""
     path = Path(path)
     holds_one = any((path / name).exists() for name in ("tokenizer.model", "tokenizer.json"))
-    return path if holds_one or not step_folders(path) else resolve_checkpoint(path)
-
-
-def resume_from(run: str | Path, resume: str) -> Path:
-    """Where to look for the checkpoint that --resume means: in the run, or at a PATH until the run has its own.
-
-    A PATH inside the run is used every time: the user wants to go back to it.
-    """
-    named, run = Path(resume), Path(run)
-    if resume == "auto" or (step_folders(run) and run.resolve() not in (named.resolve(), named.resolve().parent)):
-        return run
-    return named
+    if holds_one or not step_folders(path):
+        return path
+    return resolve_checkpoint(path)
 
 
 def clean_stale(run: str | Path) -> None:
@@ -129,9 +118,9 @@ def _alive(pid: int) -> bool:
 
 
 def set_aside_later(run: str | Path, step: int, log: Callable[[str], None] = print) -> None:
-    """Rename a run's checkpoints after `step`, from which it now goes on: they are damaged or no longer wanted.
+    """Rename a run's checkpoints after `step`, from which it now goes on: they are damaged.
 
-    Otherwise the next start would take them for the newest, and `prune` would delete the new ones as the oldest.
+    Otherwise each start would verify them again, and `prune` would delete the new ones as the oldest.
     """
     for folder in step_folders(run):
         if step_of(folder) > step:

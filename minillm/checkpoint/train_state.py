@@ -25,15 +25,16 @@ from minillm.base.errors import UserError
 from minillm.checkpoint import run_folder
 from minillm.checkpoint.tensor_files import load_tensors, match_tensors
 
-
-def fingerprint(*parts) -> str:
-    """Short SHA-256 of any values that JSON can represent (others by `str`)."""
-    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
-
-
 STATE = "resume/train_state.json"
 OPTIMIZER = "resume/optimizer.safetensors"
 FIXED = {"tokenizer", "architecture", "base model", "tuning"}  # fingerprints that no run may change
+MACHINE = {"threads": "threads", "world": "ranks", "torch": "torch version"}  # what rounding depends on: its name
+
+
+def fingerprint(*parts) -> str:
+    """Short SHA-256 of any values that JSON can represent (others by `str`)."""
+    text = json.dumps(parts, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 # ---- writing
@@ -44,17 +45,14 @@ def save(
     step: int,
     *,
     write_model: Callable[[Path], None],
-    tokenizer,
-    template: str | None = None,
     state: dict,
     optimizers: list[torch.optim.Optimizer],
     named_parameters: dict[str, Tensor],
 ) -> Path:
     """Write the checkpoint of `step` into a run's folder, whole or not at all; returns its path.
 
-    write_model(folder): writes config.json and weights. tokenizer: a `Tokenizer` or None. template: the prompt format
-    to record with it (None: its own). state: values for JSON. Raises `UserError` if the disk is full or read-only;
-    earlier checkpoints are untouched.
+    write_model(folder): writes config.json, weights and tokenizer. state: values for JSON. Raises `UserError` if the
+    disk is full or read-only; earlier checkpoints are untouched.
     """
     path = Path(folder) / run_folder.step_name(step)
     tensors, described = flatten_optimizers(optimizers, named_parameters)
@@ -66,10 +64,8 @@ def save(
             save_file(tensors, scratch / OPTIMIZER)
         except SafetensorError as problem:
             raise _as_os_error(problem) from None
-        if tokenizer is not None:
-            tokenizer.save(scratch, template=template)
-        text = json.dumps({**state, "format": 1, "step": step, "optimizer": described}, indent=1)
-        (scratch / STATE).write_text(text + "\n", encoding="utf-8")
+        written = {**state, "format": 1, "step": step, "optimizer": described}
+        (scratch / STATE).write_text(json.dumps(written, indent=1) + "\n", encoding="utf-8")
 
     files.write_folder(path, fill)
     return path
@@ -77,8 +73,11 @@ def save(
 
 def _as_os_error(problem: SafetensorError) -> Exception:
     """safetensors reports a full disk as text, "… (os error 28)"; turn that back into an OSError."""
-    found = re.search(r"I/O error: (.*) \(os error (\d+)\)", str(problem))
-    return OSError(int(found[2]), found[1]) if found else problem
+    match = re.search(r"I/O error: (.*) \(os error (\d+)\)", str(problem))
+    if match is None:
+        return problem
+    words, number = match.groups()
+    return OSError(int(number), words)
 
 
 def flatten_optimizers(
@@ -93,9 +92,11 @@ def flatten_optimizers(
     tensors, described = {}, {}
     for optimizer in optimizers:
         for parameter in _parameters(optimizer):
-            name, held = names[parameter], optimizer.state.get(parameter, {})
-            described[name] = {"kind": type(optimizer).__name__, "keys": sorted(held)}
-            tensors |= {f"{name}/{key}": value.detach().contiguous() for key, value in held.items()}
+            name = names[parameter]
+            state = optimizer.state.get(parameter, {})
+            described[name] = {"kind": type(optimizer).__name__, "keys": sorted(state)}
+            for key, value in state.items():
+                tensors[f"{name}/{key}"] = value.detach().contiguous()
     return tensors, described
 
 
@@ -130,27 +131,35 @@ def restore_optimizers(
     described = read_state(folder)["optimizer"]
     tensors = load_tensors(Path(folder) / OPTIMIZER)
     names = {parameter: name for name, parameter in named_parameters.items()}
-    wanted = {names[p]: (type(o).__name__, p.shape) for o in optimizers for p in _parameters(o)}
-    problems = [f"{name} is not trained any more" for name in described if name not in wanted]
-    expected = {}
-    for name, (kind, shape) in wanted.items():
+
+    # is each parameter trained by the same kind of optimizer, and is all of its state there?
+    trained_now = {
+        names[p]: (type(optimizer).__name__, p.shape) for optimizer in optimizers for p in _parameters(optimizer)
+    }
+    problems = [f"{name} is not trained any more" for name in described if name not in trained_now]
+    expected_shapes = {}
+    for name, (kind, shape) in trained_now.items():
         saved = described.get(name, {"kind": "nothing", "keys": []})
         if saved["kind"] != kind:
             problems.append(f"{name} was trained by {saved['kind']}, now by {kind}")
-        # a tensor of state is as large as its parameter, or one number (AdamW's count of steps)
-        scalars = {key for key in saved["keys"] if f"{name}/{key}" in tensors and not tensors[f"{name}/{key}"].dim()}
-        expected |= {f"{name}/{key}": () if key in scalars else shape for key in saved["keys"]}
+        for key in saved["keys"]:
+            # a tensor of state is as large as its parameter, or one number (AdamW's count of steps)
+            tensor = tensors.get(f"{name}/{key}")
+            is_number = tensor is not None and tensor.dim() == 0
+            expected_shapes[f"{name}/{key}"] = () if is_number else shape
     if problems:
         raise UserError(f"{folder}: its optimizer is of another set-up: {'; '.join(problems)}; choose another --out")
-    match_tensors(expected, {name: tensor.shape for name, tensor in tensors.items()}, f"{folder}/{OPTIMIZER}")
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    match_tensors(expected_shapes, shapes, f"{folder}/{OPTIMIZER}")
+
     for optimizer in optimizers:
-        whole = optimizer.state_dict()
-        whole["state"] = {
-            i: {key: tensors[f"{names[p]}/{key}"] for key in described[names[p]]["keys"]}
-            for i, p in enumerate(_parameters(optimizer))
-            if described[names[p]]["keys"]
-        }
-        optimizer.load_state_dict(whole)  # torch knows which tensor belongs on which device
+        state_dict = optimizer.state_dict()
+        state_dict["state"] = {}
+        for number, parameter in enumerate(_parameters(optimizer)):
+            name = names[parameter]
+            if keys := described[name]["keys"]:  # none if it has not taken a step
+                state_dict["state"][number] = {key: tensors[f"{name}/{key}"] for key in keys}
+        optimizer.load_state_dict(state_dict)  # torch knows which tensor belongs on which device
 
 
 def compare_fingerprints(
@@ -168,14 +177,10 @@ def compare_fingerprints(
     mention them.
     """
     before, after = saved.get("fingerprints", {}), now.get("fingerprints", {})
-    differs = [name for name in sorted({*before, *after}) if before.get(name) != after.get(name)]
-    fatal = [name for name in differs if name in FIXED or not allow_data_change]
-    old, new = dict(saved.get("config", {})), dict(now.get("config", {}))
-    changed = {
-        name: f"--{name}: {old[name]} in the checkpoint, {value} now"
-        for name, value in new.items()
-        if name in old and _plain(old[name]) != _plain(value) and name not in ("resume", "allow_data_change")
-    }
+    names = sorted({*before, *after})
+    differing = [name for name in names if before.get(name) != after.get(name)]
+    fatal = [name for name in differing if name in FIXED or not allow_data_change]
+    changed = _changed_options(saved.get("config", {}), now.get("config", {}))
     if fatal:
         what = " and another ".join(name.replace(", ", "/").replace(" or ", "/") for name in fatal)
         options = "; ".join(line for name, line in changed.items() if name not in free)
@@ -184,14 +189,22 @@ def compare_fingerprints(
         raise UserError(
             f"{source} was made with another {what}{options}: choose another --out, or give what it was made with{flag}"
         )
-    lines = [f"{name}: changed since the checkpoint, as --allow_data_change allows" for name in differs]
+    lines = [f"{name}: changed since the checkpoint, as --allow_data_change allows" for name in differing]
     lines += changed.values()
-    words = {"threads": "threads", "world": "ranks", "torch": "torch version"}
-    return lines + [
-        f"{word}: {saved[key]} in the checkpoint, {now[key]} now; results agree to rounding, not bit for bit"
-        for key, word in words.items()
-        if key in saved and key in now and saved[key] != now[key]
-    ]
+    for key, name in MACHINE.items():
+        if key in saved and key in now and saved[key] != now[key]:
+            change = f"{name}: {saved[key]} in the checkpoint, {now[key]} now"
+            lines.append(f"{change}; results agree to rounding, not bit for bit")
+    return lines
+
+
+def _changed_options(before: dict, after: dict) -> dict[str, str]:
+    """Option → a line that says how it changed; options that are new or gone are left out."""
+    return {
+        name: f"--{name}: {before[name]} in the checkpoint, {value} now"
+        for name, value in after.items()
+        if name in before and _plain(before[name]) != _plain(value) and name not in ("resume", "allow_data_change")
+    }
 
 
 def _plain(value):

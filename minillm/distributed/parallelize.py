@@ -1,6 +1,7 @@
 """Parallelism, applied to a finished single-device model from outside, in one function."""
 
 import contextlib
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import nn
@@ -14,14 +15,15 @@ def parallelize(model: nn.Module, ranks: Ranks, compile: bool) -> nn.Module:
 
     The weights stay shared with `model`, which is still the one to save and to evaluate.
     """
-    trained = compiled(model) if compile else model
-    if ranks.world > 1:
-        devices = [ranks.device.index] if ranks.device.type == "cuda" else None
-        trained = DistributedDataParallel(Replica(trained), device_ids=devices, gradient_as_bucket_view=True)
-        trained.broadcast_buffers = False  # the rotary tables: equal on every rank, no need to send them in each pass
-        trained().backward()
-        model.zero_grad(set_to_none=True)
-    return trained
+    parallel_model = compiled(model) if compile else model
+    if ranks.world == 1:
+        return parallel_model
+    devices = [ranks.device.index] if ranks.device.type == "cuda" else None
+    parallel_model = DistributedDataParallel(Replica(parallel_model), device_ids=devices, gradient_as_bucket_view=True)
+    parallel_model.broadcast_buffers = False  # the rotary tables: equal on every rank, so not to be sent in each pass
+    parallel_model().backward()  # settles the order of adding: see `Replica`
+    model.zero_grad(set_to_none=True)
+    return parallel_model
 
 
 class Replica(nn.Module):
@@ -61,3 +63,9 @@ def gradients_synced(model: nn.Module, last: bool):
     if last or not isinstance(model, DistributedDataParallel):
         return contextlib.nullcontext()
     return model.no_sync()
+
+
+def marked_last(items: Sequence) -> Iterator[tuple]:
+    """Each item, and whether it is the last."""
+    for i, item in enumerate(items, 1):
+        yield item, i == len(items)

@@ -17,6 +17,7 @@ from minillm.base.device import keep_freed_memory, pick_device
 from minillm.base.errors import UserError
 from minillm.distributed.watchdog import explain_lost_ranks
 
+MOST_AT_ONCE = 32  # sequences a forward pass, unless --micro_batch_size says otherwise
 LOADING = 10  # ranks wait for one another this many times --timeout_s before the first step
 
 
@@ -60,11 +61,15 @@ class Ranks:
 
         The global batch k is positions [k·B, (k+1)·B) whatever the number of ranks; each takes its own slice.
         """
-        mine = batch_size // self.world
-        first = step * batch_size + self.rank * mine
-        return [
-            np.arange(i, min(i + micro_batch_size, first + mine)) for i in range(first, first + mine, micro_batch_size)
-        ]
+        share = batch_size // self.world
+        first = step * batch_size + self.rank * share
+        end = first + share
+        return [np.arange(i, min(i + micro_batch_size, end)) for i in range(first, end, micro_batch_size)]
+
+
+def world_size() -> int:
+    """How many processes torchrun has started; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", 1))
 
 
 def start(device: str = "auto", timeout_s: float = 600.0) -> Ranks:
@@ -73,35 +78,41 @@ def start(device: str = "auto", timeout_s: float = 600.0) -> Ranks:
     device: auto, cpu, cuda, cuda:N or mps. timeout_s: a collective that a rank never joins is given up after `LOADING`
     times as long, unless a `Watchdog` has ended the run before.
     """
-    world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+    rank, world = int(os.environ.get("RANK", 0)), world_size()
     chosen = pick_device(device)
     if chosen.type == "cuda":
-        local = chosen.index or 0
-        if world > 1:
-            local = int(os.environ.get("LOCAL_RANK", 0))
-            if chosen.index is not None:
-                raise UserError(
-                    f"--device {device}: is for one process; with torchrun choose GPUs by CUDA_VISIBLE_DEVICES"
-                )
-            if local >= torch.cuda.device_count():
-                raise UserError(
-                    f"rank {rank} wants GPU {local}, but there are {torch.cuda.device_count()}: lower --nproc_per_node"
-                )
-        chosen = torch.device("cuda", local)  # with its number, which set_device needs
+        chosen = _own_gpu(chosen, rank, world)
         torch.cuda.set_device(chosen)
         torch.set_float32_matmul_precision("high")  # TF32 for what stays in fp32
     elif chosen.type == "cpu":
         keep_freed_memory()
+
     if world > 1:
         explain_lost_ranks(rank, world)
         backend = "nccl" if chosen.type == "cuda" else "gloo"
-        store = _new_store(timedelta(seconds=2 * timeout_s))
-        patience = timedelta(seconds=LOADING * timeout_s)  # during training the watchdog acts sooner
-        device_id = chosen if backend == "nccl" else None
         dist.init_process_group(
-            backend, store=store, rank=rank, world_size=world, timeout=patience, device_id=device_id
+            backend,
+            store=_new_store(timedelta(seconds=2 * timeout_s)),
+            rank=rank,
+            world_size=world,
+            timeout=timedelta(seconds=LOADING * timeout_s),  # during training the watchdog acts sooner
+            device_id=chosen if backend == "nccl" else None,
         )
     return Ranks(rank, world, chosen)
+
+
+def _own_gpu(chosen: torch.device, rank: int, world: int) -> torch.device:
+    """The GPU of this rank, with its number, which `set_device` needs."""
+    if world == 1:
+        return torch.device("cuda", chosen.index or 0)
+    if chosen.index is not None:
+        raise UserError(f"--device {chosen}: is for one process; with torchrun choose GPUs by CUDA_VISIBLE_DEVICES")
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    if local_rank >= torch.cuda.device_count():
+        raise UserError(
+            f"rank {rank} wants GPU {local_rank}, but there are {torch.cuda.device_count()}: lower --nproc_per_node"
+        )
+    return torch.device("cuda", local_rank)
 
 
 def stop() -> None:
@@ -111,19 +122,22 @@ def stop() -> None:
 
 
 def micro_batch(batch_size: int, micro_batch_size: int | None, world: int) -> int:
-    """Sequences per forward pass: as asked for, or the most up to 32 that divide a rank's share evenly.
+    """Sequences per forward pass: the given number, or the most up to 32 that divide a rank's share evenly.
 
     Raises `UserError` for a batch that does not divide evenly, before anything is built.
     """
-    asked = micro_batch_size or 1
-    if batch_size < 1 or (micro_batch_size is not None and micro_batch_size < 1) or batch_size % (asked * world):
-        micro = "" if micro_batch_size is None else f"--micro_batch_size {micro_batch_size} × "
+    given = micro_batch_size is not None
+    smallest = max(1, micro_batch_size) * world if given else world  # batch
+    divides = batch_size >= 1 and batch_size % smallest == 0
+    if not divides or (given and micro_batch_size < 1):
+        micro = f"--micro_batch_size {micro_batch_size} × " if given else ""
         raise UserError(
-            f"--batch_size {batch_size} is no multiple of {micro}{world} rank(s): "
-            f"choose a multiple of {max(1, asked) * world}"
+            f"--batch_size {batch_size} is no multiple of {micro}{world} rank(s): choose a multiple of {smallest}"
         )
+    if given:
+        return micro_batch_size
     share = batch_size // world
-    return micro_batch_size or max(n for n in range(1, min(share, 32) + 1) if share % n == 0)
+    return max(n for n in range(1, min(share, MOST_AT_ONCE) + 1) if share % n == 0)
 
 
 def _new_store(timeout: timedelta) -> dist.Store:
@@ -134,5 +148,6 @@ def _new_store(timeout: timedelta) -> dist.Store:
     """
     store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
     store.set_timeout(timeout)
-    alone = os.environ.get("GROUP_WORLD_SIZE", "1") == "1"
-    return dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0) if alone else 0}", store)
+    one_machine = os.environ.get("GROUP_WORLD_SIZE", "1") == "1"
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", 0) if one_machine else 0
+    return dist.PrefixStore(f"attempt {attempt}", store)

@@ -24,7 +24,8 @@ class Watchdog:
 
     def __init__(self, rank: int, world: int, limit_s: float):
         self.rank, self.world, self.limit_s = rank, world, limit_s
-        self.step, self.since = 0, float("inf")
+        self.step = 0  # finished last
+        self.since = float("inf")  # when; infinity: not watching
         self.store = _store() if world > 1 else None
         if self.store is not None:
             threading.Thread(target=self._watch, daemon=True).start()
@@ -42,48 +43,56 @@ class Watchdog:
     def _watch(self) -> None:
         while time.monotonic() - self.since < self.limit_s:
             time.sleep(min(1.0, self.limit_s / 4))
-        found = []
-        asking = threading.Thread(target=lambda: found.append(self._places()), daemon=True)
+        # ask in a thread of its own: the store does not answer if the hanging rank hosts it
+        answers: list[str] = []
+        asking = threading.Thread(target=lambda: answers.append(self._places()), daemon=True)
         asking.start()
-        asking.join(2 * ANSWER_S)  # the store does not answer if the hanging rank hosts it
-        places = found[0] if found else "the rank that keeps the store (rank 0, without torchrun) gives no sign"
+        asking.join(2 * ANSWER_S)
+        places = answers[0] if answers else "the rank that keeps the store (rank 0, without torchrun) gives no sign"
         _end(f"rank {self.rank}: no step finished for {self.limit_s:.0f} s after step {self.step}: {places}")
 
     def _places(self) -> str:
         """Which line each rank is at, as far as it reports it."""
+        # the innermost line of the main thread that is not torch's own
         frame = sys._current_frames()[threading.main_thread().ident]
         while frame.f_back is not None and f"{os.sep}torch{os.sep}" in frame.f_code.co_filename:
             frame = frame.f_back
         self.store.set(f"place/{self.rank}", f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}")
+
         places = _answers(self.store, "place", self.world, ANSWER_S)
         steps = _answers(self.store, "step", self.world)
-        return ", ".join(
-            f"rank {rank} {f'is at {places[rank]}' if rank in places else 'gives no sign'} "
-            f"(last finished step {steps.get(rank, 0)})"
-            for rank in range(self.world)
-        )
+        lines = []
+        for rank in range(self.world):
+            where = f"is at {places[rank]}" if rank in places else "gives no sign"
+            lines.append(f"rank {rank} {where} (last finished step {steps.get(rank, 0)})")
+        return ", ".join(lines)
 
 
 def explain_lost_ranks(rank: int, world: int) -> None:
     """When a collective fails because another rank is gone, end this one with one line instead of a traceback."""
-    before = sys.excepthook
+    usual_hook = sys.excepthook
 
     def explain(kind, problem, traceback):
         if not isinstance(problem, dist.DistError) and "gloo" not in str(problem):
-            return before(kind, problem, traceback)
-        where = "the rank that keeps the store (rank 0, without torchrun) is gone"
-        with contextlib.suppress(RuntimeError, ValueError):
-            store = _store()
-            store.set(f"lost/{rank}", "another rank")
-            alive = _answers(store, "lost", world, ANSWER_S)
-            gone = [str(other) for other in range(world) if other not in alive]
-            steps = _answers(store, "step", world)
-            what = "gives no sign" if "imed out" in str(problem) else "has failed or ended"
-            where = f"rank {' and '.join(gone) or '?'} {what} after step {steps.get(rank, 0)}"
-        words = str(problem).splitlines()[0].rpartition("] ")[2]
-        _end(f"rank {rank}: {where} ({words[:80]}); the same command goes on from the newest checkpoint")
+            return usual_hook(kind, problem, traceback)
+        who = "the rank that keeps the store (rank 0, without torchrun) is gone"
+        with contextlib.suppress(RuntimeError, ValueError):  # the store may be gone, too
+            who = _who_is_lost(rank, world, timed_out="imed out" in str(problem))
+        reason = str(problem).splitlines()[0].rpartition("] ")[2]  # after gloo's "[file:line] "
+        _end(f"rank {rank}: {who} ({reason[:80]}); the same command goes on from the newest checkpoint")
 
     sys.excepthook = explain
+
+
+def _who_is_lost(rank: int, world: int, timed_out: bool) -> str:
+    """Which ranks do not answer any more; every rank that notices a loss asks so, and thereby answers the others."""
+    store = _store()
+    store.set(f"lost/{rank}", "another rank")
+    alive = _answers(store, "lost", world, ANSWER_S)
+    lost = [str(other) for other in range(world) if other not in alive]
+    steps = _answers(store, "step", world)
+    how = "gives no sign" if timed_out else "has failed or ended"
+    return f"rank {' and '.join(lost) or '?'} {how} after step {steps.get(rank, 0)}"
 
 
 def _store() -> dist.Store:
@@ -94,9 +103,9 @@ def _answers(store: dist.Store, what: str, world: int, wait_s: float = 0.0) -> d
     """What the ranks have set under `what`, by rank, once all have done so or `wait_s` seconds have passed."""
     until = time.monotonic() + wait_s
     while True:
-        found = [rank for rank in range(world) if store.check([f"{what}/{rank}"])]
-        if len(found) == world or time.monotonic() >= until:
-            return {rank: store.get(f"{what}/{rank}").decode() for rank in found}
+        answered = [rank for rank in range(world) if store.check([f"{what}/{rank}"])]
+        if len(answered) == world or time.monotonic() >= until:
+            return {rank: store.get(f"{what}/{rank}").decode() for rank in answered}
         time.sleep(0.05)
 
 

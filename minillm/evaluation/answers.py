@@ -1,4 +1,4 @@
-"""How good a model is: reading any text for `validation.Validation`, and counting questions answered exactly."""
+"""A model's answers to questions, and how many are exactly right."""
 
 from collections.abc import Iterable
 
@@ -26,19 +26,23 @@ def answers(
 
     conversations: messages up to the question. template: see `Tokenizer.encode_chat`.
     """
-    prompts = [
-        tokenizer.encode_chat(messages, template=template, add_generation_prompt=True)[0] for messages in conversations
-    ]
+    prompts = []
+    for messages in conversations:
+        ids, _ = tokenizer.encode_chat(messages, template=template, add_generation_prompt=True)
+        prompts.append(ids)
+    texts: list[str | None] = [None] * len(prompts)
     stop_ids = tokenizer.stop_ids(template)
-    found: list[str | None] = [None] * len(prompts)
-    short = [i for i, prompt in enumerate(prompts) if len(prompt) < model.context]
-    short.sort(key=lambda i: len(prompts[i]))  # like lengths together: little padding
-    for begin in range(0, len(short), ASKED_AT_ONCE):
-        batch = short[begin : begin + ASKED_AT_ONCE]
-        done = generate(model, [prompts[i] for i in batch], max_new_tokens, sampling=GREEDY, stop_ids=stop_ids)
-        for i, completion in zip(batch, done, strict=True):
-            found[i] = tokenizer.decode(completion.tokens)
-    return found
+
+    # in order of length, so that the prompts of a batch need little padding
+    fitting = [i for i, prompt in enumerate(prompts) if len(prompt) < model.context]
+    fitting.sort(key=lambda i: len(prompts[i]))
+    for begin in range(0, len(fitting), ASKED_AT_ONCE):
+        asked = fitting[begin : begin + ASKED_AT_ONCE]
+        batch = [prompts[i] for i in asked]
+        completions = generate(model, batch, max_new_tokens, sampling=GREEDY, stop_ids=stop_ids)
+        for i, completion in zip(asked, completions, strict=True):
+            texts[i] = tokenizer.decode(completion.tokens)
+    return texts
 
 
 @torch.no_grad()
@@ -54,25 +58,40 @@ def exact_match(
 
     A question that does not fit into the model's context counts as asked and wrong; a line says how many did not.
     """
-    asked = [row["messages"][:-1] for row in questions]
-    said = answers(model, tokenizer, asked, template=template, max_new_tokens=max_new_tokens)
-    if too_long := said.count(None):
-        print(f"{too_long} of {len(said)} questions fill the context of {model.context} tokens: counted as wrong")
+    conversations = [row["messages"][:-1] for row in questions]
+    texts = answers(model, tokenizer, conversations, template=template, max_new_tokens=max_new_tokens)
+    if too_long := texts.count(None):
+        print(f"{too_long} of {len(texts)} questions fill the context of {model.context} tokens: counted as wrong")
     scores: dict[str, tuple[int, int]] = {}
-    for row, answer in zip(questions, said, strict=True):
+    for row, text in zip(questions, texts, strict=True):
         family = str(row.get("family", "all"))  # perhaps a number
-        right, n = scores.get(family, (0, 0))
-        scores[family] = (right + (answer is not None and is_right(row, answer)), n + 1)
+        right, asked = scores.get(family, (0, 0))
+        if text is not None and is_right(row, text):
+            right += 1
+        scores[family] = (right, asked + 1)
     return dict(sorted(scores.items()))
+
+
+def total(scores: dict[str, tuple[int, int]]) -> tuple[int, int]:
+    """(right, asked) of all families together."""
+    right = sum(right for right, _ in scores.values())
+    asked = sum(asked for _, asked in scores.values())
+    return right, asked
 
 
 def with_total(scores: dict[str, tuple[int, int]]) -> dict[str, tuple[int, int]]:
     """The scores and, if there are several, their sum as "total"."""
-    return {**scores, "total": tuple(map(sum, zip(*scores.values(), strict=True)))} if len(scores) > 1 else scores
+    if len(scores) < 2:
+        return scores
+    return {**scores, "total": total(scores)}
 
 
 def table(scores: dict[str, tuple[int, int]]) -> str:
     """Exact-match scores as lines for the terminal, their sum last."""
     rows = with_total(scores)
-    width = max(map(len, rows))
-    return "\n".join(f"  {name:<{width}}  {n and right / n:6.1%}  ({right}/{n})" for name, (right, n) in rows.items())
+    width = max(len(family) for family in rows)
+    lines = []
+    for family, (right, asked) in rows.items():
+        share = right / asked if asked else 0
+        lines.append(f"  {family:<{width}}  {share:6.1%}  ({right}/{asked})")
+    return "\n".join(lines)

@@ -2,8 +2,8 @@
 
     bits per byte = summed nats of all evaluated targets, ends of documents included / ln 2 / UTF-8 bytes of their text
 
-It does not depend on the vocabulary, so models with different tokenizers can be compared, also with a generator that
-knows how many bits of information each document holds: no model can be below that floor on average.
+It does not depend on the vocabulary. So models with different tokenizers can be compared, and a model with a generator
+that knows how many bits of information each document holds: no model can be below that floor on average.
 """
 
 import math
@@ -18,11 +18,14 @@ from torch import nn
 from minillm.base.errors import UserError
 from minillm.datasets import text_files
 from minillm.datasets.batch import Batch
+from minillm.datasets.instructions import InstructionRows
 from minillm.datasets.token_bins import TokenBins
 from minillm.datasets.windows import validation_part
 from minillm.distributed.ranks import Ranks
 from minillm.model.transformer import Transformer
 from minillm.tokenizer.tokenizer import Tokenizer
+
+ROWS = 16  # rows per batch
 
 
 class TextTokens(NamedTuple):
@@ -39,30 +42,48 @@ def read_text(path: Path, tokenizer: Tokenizer, *, split: str = "blank", field: 
 
     split: where documents of a .txt end: "blank" lines, every one of its "lines", or with the "file".
     """
-    files = text_files.find_files([path])
-    documents = [text for file in files for text, _ in text_files.texts_of(file, boundary=split, field=field) if text]
+    documents = []
+    for file in text_files.find_files([path]):
+        documents += [text for text, _ in text_files.texts_of(file, boundary=split, field=field) if text]
     if not documents:
         raise UserError(f"{path}: holds no text")
     start, end = tokenizer.start_id, tokenizer.eos_id
-    begin = [start] if start != end else []
-    ids = [t for tokens in tokenizer.encode_many(documents) for t in (*begin, *tokens, end)]
+    ids: list[int] = []
+    for tokens in tokenizer.encode_many(documents):
+        if start != end:
+            ids.append(start)
+        ids += tokens
+        ids.append(end)
     return TextTokens([np.array(ids, dtype=np.int64)], end, start, Path(path))
 
 
-ROWS = 16  # rows per batch
+# ---- the loss on some batches
 
 
 @torch.no_grad()
 def token_loss(model: nn.Module, batches: Iterable[Batch], device: torch.device) -> tuple[float, int]:
     """Summed loss in nats, and the number of targets, over some batches."""
-    training, nats, targets = model.training, 0.0, 0
+    was_training = model.training
     model.eval()
+    nats, n_targets = 0.0, 0
     for batch in batches:
-        targets += batch.n_targets()
+        n_targets += batch.n_targets()
         batch = batch.to(device)
         nats += float(model(batch.x, batch.y, mask=batch.mask, documents=batch.documents))
-    model.train(training)
-    return nats, targets
+    model.train(was_training)
+    return nats, n_targets
+
+
+def shared_loss(model: nn.Module, batches: list[Batch], ranks: Ranks, autocast) -> tuple[float, float]:
+    """`token_loss` over batches that the ranks share out among them; the same on every rank.
+
+    autocast: the context to compute in.
+    """
+    own = batches[ranks.rank :: ranks.world]
+    with autocast:
+        nats, n_targets = token_loss(model, own, ranks.device)
+    nats, n_targets = ranks.sum(nats, n_targets)
+    return nats, n_targets
 
 
 class Validation:
@@ -74,40 +95,36 @@ class Validation:
         """bins: the validation split; tokenizer: for the number of bytes (None: no bits per byte); seq_len and
         max_tokens in tokens; documents: attention stays inside each. Raises `UserError` as `TokenBins` does.
         """
-        self.part, self.documents, self.start_id = validation_part(bins, seq_len, max_tokens), documents, bins.start_id
-        targets = self.part.rows[:, 1:][self.part.mask]
-        self.n_bytes, self.no_bytes = None, None  # no_bytes: why the number of bytes cannot be told
-        if tokenizer is not None:
-            try:
-                self.n_bytes = int(tokenizer.byte_lengths()[targets].sum())
-            except UserError as reason:
-                self.no_bytes = str(reason)
-        self.floor, self.floor_error = self._floor(bins, tokenizer, targets)
-
-    def _floor(self, bins: TokenBins, tokenizer, targets: np.ndarray) -> tuple[float | None, float | None]:
-        """Bits per byte of information in these documents according to their generator, and the standard error."""
-        file = Path(bins.path) / "val_bits.npy"
-        n = self.part.n_documents
-        if self.n_bytes is None or n < 2 or not file.is_file():
-            return None, None
-        bits = np.load(file, allow_pickle=False)[:n]
-        ends = np.flatnonzero(targets == bins.eos_id)
-        sizes = np.diff(np.cumsum(tokenizer.byte_lengths()[targets])[ends], prepend=0)
-        floor = float(bits.sum() / sizes.sum())
-        # of a ratio of sums over independent documents (Cochran, Sampling Techniques, equation 2.46)
-        residual = bits - floor * sizes
-        return floor, float(math.sqrt((residual**2).sum() * n / (n - 1)) / sizes.sum())
+        self.part = validation_part(bins, seq_len, max_tokens)
+        self.documents, self.start_id = documents, bins.start_id
+        self.n_bytes: int | None = None
+        self.no_bytes: str | None = None  # why the number of bytes cannot be told
+        self.floor: float | None = None
+        self.floor_error: float | None = None
+        if tokenizer is None:
+            return
+        targets = self.part.rows[:, 1:][self.part.mask]  # (all targets,)
+        try:
+            n_bytes = tokenizer.byte_lengths()[targets]  # of each target
+        except UserError as reason:
+            self.no_bytes = str(reason)
+            return
+        self.n_bytes = int(n_bytes.sum())
+        bits_file = Path(bins.path) / "val_bits.npy"
+        if self.part.n_documents > 1 and bits_file.is_file():
+            bits = np.load(bits_file, allow_pickle=False)[: self.part.n_documents]
+            ends = np.flatnonzero(targets == bins.eos_id)
+            self.floor, self.floor_error = information(bits, np.diff(np.cumsum(n_bytes)[ends], prepend=0))
 
     def scores(self, model: Transformer, ranks: Ranks, autocast) -> dict[str, float]:
         """val_loss (nats a token) and, where bytes and floor are known, val_bpb, floor_bpb and its standard error.
 
         The ranks share the work. autocast: a context to compute in.
         """
-        batches = [b.with_placeholders(model.n_virtual) for b in self.part.batches(ROWS, self.documents, self.start_id)]
-        batches = batches[ranks.rank :: ranks.world]
-        with autocast:
-            nats, targets = ranks.sum(*token_loss(model, batches, ranks.device))
-        scores = {"val_loss": nats / targets}
+        batches = self.part.batches(ROWS, self.documents, self.start_id)
+        batches = [batch.with_placeholders(model.n_virtual) for batch in batches]
+        nats, n_targets = shared_loss(model, batches, ranks, autocast)
+        scores = {"val_loss": nats / n_targets}
         if self.n_bytes:
             scores["val_bpb"] = nats / math.log(2) / self.n_bytes
         if self.floor is not None:
@@ -115,13 +132,24 @@ class Validation:
         return scores
 
 
-def answer_loss(model: nn.Module, rows, max_tokens: int, ranks: Ranks, autocast) -> dict[str, float]:
+def information(bits: np.ndarray, n_bytes: np.ndarray) -> tuple[float, float]:
+    """Bits per byte of documents according to their generator, and the standard error.
+
+    bits, n_bytes: (n,), of each document.
+    """
+    n, total = len(bits), n_bytes.sum()
+    floor = float(bits.sum() / total)
+    # of a ratio of sums over independent documents (Cochran, Sampling Techniques, equation 2.46)
+    residual = bits - floor * n_bytes
+    return floor, float(math.sqrt((residual**2).sum() * n / (n - 1)) / total)
+
+
+def answer_loss(model: nn.Module, rows: InstructionRows, max_tokens: int, ranks: Ranks, autocast) -> dict[str, float]:
     """val_loss of held-out instructions: nats a learned token over the first rows, up to `max_tokens` positions.
 
-    rows: a `chat_data.InstructionRows`. The ranks share the work; autocast: the context to compute in.
+    The ranks share the work; autocast: the context to compute in.
     """
-    n = min(rows.rows_per_epoch, max(1, max_tokens // rows.seq_len))
-    batches = [rows.batch(np.arange(i, min(i + ROWS, n))) for i in range(0, n, ROWS)][ranks.rank :: ranks.world]
-    with autocast:
-        nats, targets = ranks.sum(*token_loss(model, batches, ranks.device))
-    return {"val_loss": nats / targets}
+    n_rows = min(rows.rows_per_epoch, max(1, max_tokens // rows.seq_len))
+    batches = [rows.batch(np.arange(first, min(first + ROWS, n_rows))) for first in range(0, n_rows, ROWS)]
+    nats, n_targets = shared_loss(model, batches, ranks, autocast)
+    return {"val_loss": nats / n_targets}

@@ -250,7 +250,8 @@ def matrices(layer: nn.Module) -> list[tuple[Tensor, Tensor | None]] | None:
 
     Our own layers have a method of this name, and `joined(*products)`, which makes their output of the products.
     """
-    if any((layer._forward_pre_hooks, layer._forward_hooks, layer._backward_pre_hooks, layer._backward_hooks)):
+    hooks = (layer._forward_pre_hooks, layer._forward_hooks, layer._backward_pre_hooks, layer._backward_hooks)
+    if any(hooks):
         return None
     if type(layer) is nn.Linear:
         return [(layer.weight, layer.bias)]
@@ -259,16 +260,24 @@ def matrices(layer: nn.Module) -> list[tuple[Tensor, Tensor | None]] | None:
 
 def linears(x: Tensor, *layers: nn.Module) -> tuple[Tensor, ...]:
     """The outputs of linear layers that share one input x (…, C); under autocast in its dtype."""
-    if not (fused(x) and torch.is_grad_enabled() and all(pairs := [matrices(layer) for layer in layers])):
+    trains_fused = fused(x) and torch.is_grad_enabled()
+    pairs = [matrices(layer) for layer in layers] if trains_fused else [None]  # of each layer: its (W, b), …
+    if not all(pairs):
         return tuple(layer(x) for layer in layers)
-    flat = [tensor for own in pairs for pair in own for tensor in pair]
-    made = iter(Products.apply(x.reshape(-1, x.shape[-1]), product_dtype(x), *flat))
-    outs = []
+
+    # all products of all layers at once
+    flat = [tensor for own in pairs for pair in own for tensor in pair]  # W, b, W, b, …
+    rows = x.reshape(-1, x.shape[-1])  # (N, C)
+    products = list(Products.apply(rows, product_dtype(x), *flat))  # each (N, K)
+
+    # each layer makes its output of its own
+    outputs = []
     for layer, own in zip(layers, pairs, strict=True):
-        first, *others = (next(made) for _ in own)
-        out = layer.joined(first, *others) if hasattr(layer, "joined") else first
-        outs.append(out.view(*x.shape[:-1], out.shape[-1]))
-    return tuple(outs)
+        first, *others = products[: len(own)]
+        products = products[len(own) :]
+        out = layer.joined(first, *others) if hasattr(layer, "joined") else first  # (N, K)
+        outputs.append(out.view(*x.shape[:-1], out.shape[-1]))
+    return tuple(outputs)
 
 
 class _QuantMatmul(torch.autograd.Function):
@@ -283,8 +292,9 @@ class _QuantMatmul(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy):
         weight = ctx.saved_tensors
-        w = reference.dequantize(weight, ctx.width)
-        return dy @ w.to(dy.dtype), *(None for _ in weight)
+        w = reference.dequantize(weight, ctx.width)  # (N, K)
+        no_gradients = [None] * len(weight)
+        return dy @ w.to(dy.dtype), *no_gradients
 
 
 def quant_matmul(x: Tensor, weight: list[Tensor]) -> Tensor:

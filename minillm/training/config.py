@@ -4,6 +4,7 @@ import textwrap
 from dataclasses import dataclass
 
 from minillm.base.options import Options, differences, option
+from minillm.training.optim import OPTIMIZERS
 
 
 @dataclass(frozen=True)
@@ -16,7 +17,7 @@ class TrainingConfig(Options):
     init_from: str | None = option(None, "start from the weights of this model folder or run", group="run")
     resume: str = option(
         "auto",
-        "auto: go on from the newest whole checkpoint in --out; none: start over; or a folder",
+        "auto: go on from the newest whole checkpoint in --out; none: refuse to if there is one",
         group="run",
     )
     allow_data_change: bool = option(
@@ -41,12 +42,13 @@ class TrainingConfig(Options):
     optimizer: str | None = option(
         None,
         "muon (with AdamW for embeddings, head and norms) or adamw; none: muon, but adamw for an adapter",
-        ("muon", "adamw"),
+        tuple(OPTIMIZERS),
         group="optimizer",
     )
     lr: float | None = option(
         None,
-        "peak learning rate; none: 0.09/√width for muon, 0.045/√width for adamw",
+        "peak learning rate; none: "
+        + ", ".join(f"{choice.lr}/√width for {kind}" for kind, choice in OPTIMIZERS.items() if choice.lr),
         at_least=0,
         group="optimizer",
     )
@@ -111,21 +113,6 @@ class TrainingConfig(Options):
         group="validation and checkpoints",
     )
     tensorboard: bool = option(False, "also write TensorBoard events", group="validation and checkpoints")
-
-
-def schedule(cfg: TrainingConfig) -> dict:
-    """The options of a configuration that `schedule.lr_at` takes."""
-    warmup = cfg.warmup_steps
-    if warmup is None:
-        warmup = min(20, cfg.steps // 10)
-    return dict(
-        lr=cfg.lr,
-        steps=cfg.steps,
-        warmup=warmup,
-        schedule=cfg.schedule,
-        min_ratio=cfg.min_lr_ratio,
-        decay=cfg.decay_share,
-    )
 
 
 def summary(cfg: TrainingConfig) -> str:

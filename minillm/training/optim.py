@@ -1,17 +1,19 @@
-"""Optimizers and learning-rate schedules.
+"""Optimizers, and what a run must know of each to choose it by name: `OPTIMIZERS`.
 
 On GPUs where our kernels run, they compute the steps of AdamW (one launch for all tensors) and Muon; elsewhere AdamW is
-torch's and Muon is written here. The state is the same, so a checkpoint can move from one to the other. A schedule is a
-pure function of the step, so a resumed run continues it without any state.
+torch's and Muon is written here. The state is the same, so a checkpoint can move from one to the other.
 """
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 from minillm.base.errors import UserError
 from minillm.model import ops
+from minillm.tuning.options import TUNING_LR
 
 # Coefficients of the quintic iteration, chosen by its author for speed: singular values end in about
 # [0.7, 1.2], not at 1 (Jordan et al. 2024, "Muon: an optimizer for hidden layers in neural networks").
@@ -51,31 +53,34 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure=None):
         for group in self.param_groups:
+            # equal shapes go through one batch of matrix products
             by_shape: dict[tuple, list[Tensor]] = {}
             for p in group["params"]:
                 if p.grad is not None:
                     by_shape.setdefault(tuple(p.shape), []).append(p)
-            for shape, params in by_shape.items():  # equal shapes in one batch of matrix products
+            for shape, params in by_shape.items():
                 at_once = max(1, MUON_ELEMENTS // math.prod(shape))
                 for i in range(0, len(params), at_once):
-                    part = params[i : i + at_once]
-                    self._update(shape, part, **{k: group[k] for k in ("lr", "momentum", "weight_decay")})
+                    self._update(params[i : i + at_once], group)
 
-    def _update(self, shape: tuple, params: list[Tensor], lr: float, momentum: float, weight_decay: float):
+    def _update(self, params: list[Tensor], group: dict) -> None:
+        """Step parameters of one shape; group: their learning rate, momentum and weight decay."""
+        lr, momentum, decay = group["lr"], group["momentum"], group["lr"] * group["weight_decay"]
         for p in params:
             if not self.state[p]:
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-        grads, buffers = [p.grad for p in params], [self.state[p]["momentum_buffer"] for p in params]
-        rate = lr * 0.2 * math.sqrt(max(shape))
+        grads = [p.grad for p in params]
+        buffers = [self.state[p]["momentum_buffer"] for p in params]
+        rate = lr * 0.2 * math.sqrt(max(params[0].shape))
         if ops.fused(params[0]):
             iteration = dict(steps=NEWTON_SCHULZ_STEPS, coefficients=NEWTON_SCHULZ)
-            ops.muon(params, grads, buffers, rate=rate, momentum=momentum, decay=lr * weight_decay, **iteration)
+            ops.muon(params, grads, buffers, rate=rate, momentum=momentum, decay=decay, **iteration)
             return
         torch._foreach_mul_(buffers, momentum)
         torch._foreach_add_(buffers, grads)
         updates = torch._foreach_add(grads, buffers, alpha=momentum)  # Nesterov: look one step ahead
-        updates = orthogonalize(torch.stack(updates)).unbind(0)
-        torch._foreach_mul_(params, 1 - lr * weight_decay)
+        updates = orthogonalize(torch.stack(updates)).unbind(0)  # (n, rows, columns) → n × (rows, columns)
+        torch._foreach_mul_(params, 1 - decay)
         torch._foreach_add_(params, list(updates), alpha=-rate)
 
 
@@ -85,7 +90,7 @@ class AdamW(torch.optim.AdamW):
     params: a list of groups, all on one device.
     """
 
-    def __init__(self, params: list[dict], lr: float, betas: tuple[float, float]):
+    def __init__(self, params: list[dict], lr: float, betas: tuple[float, float] = (0.9, 0.95)):
         first = params[0]["params"][0]
         # torch's fused step counts on the device; ours counts on the CPU, where the step is a number to compute with
         super().__init__(params, lr=lr, betas=betas, fused=not ops.fused(first))
@@ -98,47 +103,92 @@ class AdamW(torch.optim.AdamW):
                 continue
             if group["fused"] or not ops.fused(params[0]):
                 return super().step(closure)
-            held = [self.state[p] for p in params]
-            for p, state in zip(params, held, strict=True):
-                if not state:
-                    state |= {
-                        "step": torch.zeros(()),
-                        "exp_avg": torch.zeros_like(p),
-                        "exp_avg_sq": torch.zeros_like(p),
-                    }
-            counts = [int(state["step"]) + 1 for state in held]
-            for step in sorted({*counts}):  # a single one, unless parameters joined later
-                now = [i for i, count in enumerate(counts) if count == step]
-                # created all at once: adding one to each takes 2 µs, for which the GPU would wait
-                for i, count in zip(now, torch.full((len(now),), float(step)).unbind(), strict=True):
-                    held[i]["step"] = count
-                ops.adamw(
-                    [params[i] for i in now],
-                    [params[i].grad for i in now],
-                    [held[i]["exp_avg"] for i in now],
-                    [held[i]["exp_avg_sq"] for i in now],
-                    step=step,
-                    **{name: group[name] for name in ("lr", "betas", "eps", "weight_decay")},
-                )
+            self._step_by_kernel(params, group)
+
+    def _step_by_kernel(self, params: list[Tensor], group: dict) -> None:
+        """One launch for all parameters that have taken equally many steps."""
+        states = [self.state[p] for p in params]
+        for p, state in zip(params, states, strict=True):
+            if not state:
+                state["step"] = torch.zeros(())
+                state["exp_avg"] = torch.zeros_like(p)
+                state["exp_avg_sq"] = torch.zeros_like(p)
+        counts = [int(state["step"]) + 1 for state in states]
+        options = {name: group[name] for name in ("lr", "betas", "eps", "weight_decay")}
+        for step in sorted({*counts}):  # a single one, unless parameters joined later
+            chosen = [i for i, count in enumerate(counts) if count == step]
+            # created all at once: adding one to each takes 2 µs, for which the GPU would wait
+            for i, count in zip(chosen, torch.full((len(chosen),), float(step)).unbind(), strict=True):
+                states[i]["step"] = count
+            ops.adamw(
+                [params[i] for i in chosen],
+                [params[i].grad for i in chosen],
+                [states[i]["exp_avg"] for i in chosen],
+                [states[i]["exp_avg_sq"] for i in chosen],
+                step=step,
+                **options,
+            )
 
 
-def build_optimizers(
-    model: nn.Module, kind: str, *, lr: float, weight_decay: float, betas: tuple[float, float] = (0.9, 0.95)
-) -> list[torch.optim.Optimizer]:
-    """The optimizers of a model: ["adamw"], or ["muon" for the layers' matrices, AdamW for the rest].
+# ---- which optimizer a name means
+
+
+@dataclass(frozen=True)
+class Choice:
+    """An optimizer that --optimizer can name: what steps which parameters, and the learning rates known for it."""
+
+    others: Callable[..., torch.optim.Optimizer]  # for all parameters, or those that `matrices` leaves
+    matrices: Callable[..., torch.optim.Optimizer] | None = None  # for the matrices inside the layers
+    lr: float | None = None  # best peak rate of those tried at width 128 (docs/defaults.md), times √width
+    adapter_lr: dict[str, float] = field(default_factory=dict)  # --tune → peak rate times width
+
+
+OPTIMIZERS = {
+    "muon": Choice(AdamW, matrices=Muon, lr=0.09, adapter_lr=TUNING_LR),  # its updates are as large as AdamW's
+    "adamw": Choice(AdamW, lr=0.045, adapter_lr=TUNING_LR),
+}
+
+
+def default_lr(kind: str, tune: str, dim: int) -> float:
+    """A peak learning rate for --optimizer `kind` and --tune `tune` at width `dim`.
+
+    Existing weights: scaled from the width it was measured at by 1/√width, which is a rule of thumb, not measured. New
+    parameters: by 1/width (`TUNING_LR`). Raises `UserError` if none is known.
+    """
+    choice = OPTIMIZERS[kind]
+    if tune in ("full", "freeze"):
+        if choice.lr is not None:
+            return choice.lr / math.sqrt(dim)
+    elif tune in choice.adapter_lr:
+        return choice.adapter_lr[tune] / dim
+    raise UserError(f"--optimizer {kind}: no learning rate is known for it with --tune {tune}; give one by --lr")
+
+
+def build_optimizers(model: nn.Module, kind: str, *, lr: float, weight_decay: float) -> list[torch.optim.Optimizer]:
+    """The optimizers of a model: of "adamw" one, of "muon" Muon for the layers' matrices and AdamW for the rest.
 
     Weight decay is on matrices only (a norm's gain or a bias has nothing to gain from being small).
     """
-    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    if not named:
+    if kind not in OPTIMIZERS:
+        raise UserError(f"--optimizer {kind}: choose one of {', '.join(OPTIMIZERS)}")
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    if not trained:
         raise UserError("nothing to train: every parameter is frozen")
-    hidden = [p for name, p in named if p.dim() == 2 and ".layers." in f".{name}"] if kind == "muon" else []
-    chosen = {id(p) for p in hidden}
-    rest = [p for _, p in named if id(p) not in chosen]
+    choice, optimizers = OPTIMIZERS[kind], []
+    # the matrices inside the layers, if the choice has an optimizer of its own for them
+    matrices = [p for name, p in trained if p.dim() == 2 and ".layers." in f".{name}"]
+    if choice.matrices is None:
+        matrices = []
+    if matrices:
+        optimizers.append(choice.matrices(matrices, lr=lr, weight_decay=weight_decay))
+    # the rest, in two groups: with weight decay and without
+    in_matrices = {id(p) for p in matrices}
+    rest = [p for _, p in trained if id(p) not in in_matrices]
     groups = [
         dict(params=[p for p in rest if p.dim() >= 2], weight_decay=weight_decay),
         dict(params=[p for p in rest if p.dim() < 2], weight_decay=0.0),
     ]
     groups = [group for group in groups if group["params"]]
-    optimizers = [AdamW(groups, lr=lr, betas=betas)] if groups else []
-    return ([Muon(hidden, lr=lr, weight_decay=weight_decay)] if hidden else []) + optimizers
+    if groups:
+        optimizers.append(choice.others(groups, lr=lr))
+    return optimizers

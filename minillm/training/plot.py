@@ -2,8 +2,9 @@
 
 import json
 import warnings
-from itertools import cycle
+from itertools import accumulate, cycle
 from pathlib import Path
+from typing import NamedTuple
 
 from minillm.base.errors import UserError
 
@@ -28,39 +29,58 @@ def read_metrics(run: str | Path) -> list[dict]:
     rows = []
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     for number, line in enumerate(lines, 1):
-        try:
-            rows.append(json.loads(line))
-            rows[-1]["step"]
-        except (ValueError, KeyError, TypeError):
-            if number < len(lines):
-                raise UserError(f"{path}, line {number}: not a row of metrics; is this the file of a run?") from None
-            del rows[number - 1 :]
+        row = _row(line)
+        if row is not None:
+            rows.append(row)
+        elif number < len(lines):
+            raise UserError(f"{path}, line {number}: not a row of metrics; is this the file of a run?")
     if not rows:
         raise UserError(f"{path}: holds no step yet; give a run that has finished one")
     return rows
 
 
-def series(rows: list[dict], name: str) -> tuple[list[float], list[float], list[float]]:
-    """(steps, seconds, values) of the rows that have `name`; a row without a time gets that of the row before.
+def _row(line: str) -> dict | None:
+    """A row that names its step; None for anything else."""
+    try:
+        row = json.loads(line)
+        row["step"]
+    except (ValueError, KeyError, TypeError):
+        return None
+    return row
+
+
+class Series(NamedTuple):
+    """One column of a run's metrics, and where its values belong."""
+
+    steps: list[float]
+    seconds: list[float]
+    values: list[float]
+
+
+def series(rows: list[dict], name: str) -> Series:
+    """The rows that have `name`; a row without a time gets that of the row before.
 
     val_loss is left out of rows that have bits per byte.
     """
-    steps, seconds, values, last = [], [], [], 0.0
+    column, last_time = Series([], [], []), 0.0
     for row in rows:
-        last = row.get("time_s") or last
-        if row.get(name) is not None and not (name == "val_loss" and "val_bpb" in row):
-            steps.append(row["step"])
-            seconds.append(last)
-            values.append(row[name])
-    return steps, seconds, values
+        last_time = row.get("time_s") or last_time
+        has_better = name == "val_loss" and "val_bpb" in row
+        if row.get(name) is not None and not has_better:
+            column.steps.append(row["step"])
+            column.seconds.append(last_time)
+            column.values.append(row[name])
+    return column
 
 
 def smoothed(values: list[float], width: int) -> list[float]:
     """The mean over `width` values up to each one (fewer at the start)."""
-    sums = [0.0]
-    for value in values:
-        sums.append(sums[-1] + value)
-    return [(sums[i + 1] - sums[max(0, i + 1 - width)]) / min(i + 1, width) for i in range(len(values))]
+    sums = [0.0, *accumulate(values)]  # sums[n]: of the first n
+    means = []
+    for end in range(1, len(sums)):
+        begin = max(0, end - width)
+        means.append((sums[end] - sums[begin]) / (end - begin))
+    return means
 
 
 def draw(runs: list[str | Path], out: str | Path) -> Path:
@@ -78,35 +98,45 @@ def draw(runs: list[str | Path], out: str | Path) -> Path:
 
     installed = {font.name for font in font_manager.fontManager.ttflist}
     pyplot.rcParams["font.family"] = ["DejaVu Sans", *(name for name in CHINESE_FONTS if name in installed)]
-    loaded = {_label(run): read_metrics(run) for run in runs}
-    if len(loaded) < len(runs):
-        loaded = {str(run): read_metrics(run) for run in runs}
-    drawn = {name: {label: series(rows, name) for label, rows in loaded.items()} for name in PANELS}
-    lines = [name for name in PANELS if name == "loss" or any(steps for steps, _, _ in drawn[name].values())]
-    longest = max((row.get("time_s") or 0.0) for rows in loaded.values() for row in rows)
-    floors = _floors(loaded)
-    unit, seconds = next(
-        (u, s) for u, s in (("hours", 3600), ("minutes", 60), ("seconds", 1)) if longest > 2 * s or s == 1
-    )
+
+    # the runs by label, and of each panel that any run has values for, the column of each run
+    metrics = {_label(run): read_metrics(run) for run in runs}
+    if len(metrics) < len(runs):  # two folders of one name
+        metrics = {str(run): read_metrics(run) for run in runs}
+    columns = {panel: {label: series(rows, panel) for label, rows in metrics.items()} for panel in PANELS}
+    panels = [panel for panel in PANELS if panel == "loss" or any(column.steps for column in columns[panel].values())]
+    floors = _floors(metrics)
+    unit, seconds = _unit(metrics)
+
+    # a row of two axes for each panel: by steps, by time
     figure, axes = pyplot.subplots(
-        len(lines), 2, figsize=(11, 3.6 * len(lines)), sharex="col", sharey="row", squeeze=False, layout="constrained"
+        len(panels),
+        2,
+        figsize=(11, 3.6 * len(panels)),
+        sharex="col",
+        sharey="row",
+        squeeze=False,
+        layout="constrained",
     )
-    for row_of_axes, name in zip(axes, lines, strict=True):
-        for axis, by_time in zip(row_of_axes, (False, True), strict=True):
-            for colour, (label, (steps, times, values)) in zip(cycle(COLOURS), drawn[name].items(), strict=False):
-                if values:
-                    x = [t / seconds for t in times] if by_time else steps
-                    _line(axis, x, values, colour, label, points=name != "loss")
-            if name == "val_bpb":
+    for (by_steps, by_time), panel in zip(axes, panels, strict=True):
+        for colour, (label, column) in zip(cycle(COLOURS), columns[panel].items(), strict=False):
+            times = [time / seconds for time in column.seconds]
+            _line(by_steps, column.steps, column.values, colour, label, points=panel != "loss")
+            _line(by_time, times, column.values, colour, label, points=panel != "loss")
+        for axis in (by_steps, by_time):
+            if panel == "val_bpb":
                 _draw_floors(axis, floors)
-            if name == lines[-1]:
-                axis.set_xlabel(f"training time ({unit})" if by_time else "steps")
             _dress(axis)
-        row_of_axes[0].set_ylabel(PANELS[name])
-        shown = [*(v for _, _, values in drawn[name].values() for v in values), *(floors if name == "val_bpb" else ())]
-        _limit(row_of_axes[0], sorted(shown), 0.98 if name == "loss" else 1.0)
-        if row_of_axes[0].get_legend_handles_labels()[0]:
-            row_of_axes[0].legend(frameon=False, loc="upper right")
+        by_steps.set_ylabel(PANELS[panel])
+        values = [value for column in columns[panel].values() for value in column.values]
+        if panel == "val_bpb":
+            values += floors
+        _limit(by_steps, sorted(values), share=0.98 if panel == "loss" else 1.0)
+        if by_steps.get_legend_handles_labels()[0]:
+            by_steps.legend(frameon=False, loc="upper right")
+    axes[-1][0].set_xlabel("steps")
+    axes[-1][1].set_xlabel(f"training time ({unit})")
+
     out = Path(out)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -120,12 +150,24 @@ def draw(runs: list[str | Path], out: str | Path) -> Path:
     return out
 
 
+def _unit(metrics: dict[str, list[dict]]) -> tuple[str, int]:
+    """The largest unit of which the longest run takes more than two, and its seconds."""
+    longest = max(row.get("time_s") or 0.0 for rows in metrics.values() for row in rows)
+    for unit, seconds in (("hours", 3600), ("minutes", 60)):
+        if longest > 2 * seconds:
+            return unit, seconds
+    return "seconds", 1
+
+
 def _label(run: str | Path) -> str:
     path = Path(run)
     return path.parent.name if path.is_file() else path.resolve().name
 
 
-def _line(axis, x: list, values: list, colour: str, label: str, points: bool) -> None:
+def _line(axis, x: list, values: list, colour: str, label: str, *, points: bool) -> None:
+    """A run's curve; points: mark each value."""
+    if not values:
+        return
     if points:
         axis.plot(x, values, color=colour, label=label, linewidth=1.6, marker="o", markersize=3.5)
     elif len(values) <= RAW_POINTS:
@@ -135,15 +177,21 @@ def _line(axis, x: list, values: list, colour: str, label: str, points: bool) ->
         axis.plot(x, smoothed(values, len(values) // RAW_POINTS + 1), color=colour, label=label, linewidth=1.6)
 
 
-def _floors(loaded: dict[str, list[dict]]) -> dict[float, tuple[float, str]]:
+def _floors(metrics: dict[str, list[dict]]) -> dict[float, tuple[float, str]]:
     """Floor in bits per byte → its standard error, and the runs that it belongs to, "" if to all of them."""
-    scored = {label: [row for row in rows if "val_bpb" in row] for label, rows in loaded.items()}
-    last = {label: rows[-1] for label, rows in scored.items() if rows}
+    last_scores = {}  # label → the last row with a score
+    for label, rows in metrics.items():
+        for row in rows:
+            if "val_bpb" in row:
+                last_scores[label] = row
     floors = {}
-    for row in last.values():
-        if floor := row.get("floor_bpb"):
-            runs = [label for label, other in last.items() if other.get("floor_bpb") == floor]
-            floors[floor] = (row.get("floor_error") or 0.0, "" if len(runs) == len(last) else ", ".join(runs))
+    for row in last_scores.values():
+        floor = row.get("floor_bpb")
+        if not floor:
+            continue
+        labels = [label for label, other in last_scores.items() if other.get("floor_bpb") == floor]
+        whose = "" if len(labels) == len(last_scores) else ", ".join(labels)
+        floors[floor] = (row.get("floor_error") or 0.0, whose)
     return floors
 
 
@@ -157,10 +205,11 @@ def _draw_floors(axis, floors: dict[float, tuple[float, str]]) -> None:
 
 def _limit(axis, ordered: list[float], share: float) -> None:
     """Show this share of the sorted values: without the steep fall at the start the part that matters has room."""
-    if ordered:
-        low, high = ordered[0], ordered[min(len(ordered) - 1, int(share * len(ordered)))]
-        margin = 0.06 * (high - low) or 0.1
-        axis.set_ylim(low - margin, high + margin)
+    if not ordered:
+        return
+    low, high = ordered[0], ordered[min(len(ordered) - 1, int(share * len(ordered)))]
+    margin = 0.06 * (high - low) or 0.1
+    axis.set_ylim(low - margin, high + margin)
 
 
 def _dress(axis) -> None:

@@ -1,17 +1,9 @@
-"""What a run displays and logs: a progress line, metrics.jsonl, TensorBoard."""
+"""What a run displays while it trains: a progress bar, or now and then a line."""
 
-import errno
-import json
-import math
-import os
 import sys
 import time
-from pathlib import Path
 
 from tqdm import tqdm
-
-from minillm.base import files
-from minillm.base.errors import UserError
 
 
 class Progress:
@@ -57,43 +49,3 @@ def duration(seconds: float) -> str:
     whole = int(seconds)
     hours, minutes, rest = whole // 3600, whole // 60 % 60, whole % 60
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
-
-
-def tensorboard_writer(folder, done: int = 0):
-    """A TensorBoard writer for a folder (extra `tensorboard`); it hides earlier events of steps after `done`."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise UserError('--tensorboard needs its package: pip install -e ".[tensorboard]"') from None
-    return SummaryWriter(str(folder), purge_step=done + 1)
-
-
-class MetricsLog:
-    """metrics.jsonl: one JSON object per line, unbuffered."""
-
-    def __init__(self, path: str | Path, resume_step: int | None = None):
-        """Keep the rows up to `resume_step` (None or 0: a new run, no rows); drop later ones and a torn last line."""
-        self.path = Path(path)
-        with files.writing(self.path) as scratch:
-            if self.path.exists():
-                with self.path.open("rb") as old, scratch.open("wb") as kept:
-                    kept.writelines(line for line in old if resume_step and _step_in(line) <= resume_step)
-                files.sync(scratch)
-                scratch.replace(self.path)
-            self.file = self.path.open("ab", buffering=0)
-
-    def write(self, row: dict) -> None:
-        """Append a row; values that are not finite become null, since JSON has no NaN."""
-        row = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
-        line = json.dumps(row, ensure_ascii=False).encode() + b"\n"
-        with files.writing(self.path):
-            if self.file.write(line) < len(line):  # the disk is full
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-
-def _step_in(line: bytes) -> float:
-    """The step of a row; infinity for a line that is not a whole row."""
-    try:
-        return float(json.loads(line)["step"]) if line.endswith(b"\n") else math.inf
-    except (ValueError, KeyError, TypeError):
-        return math.inf

@@ -1,229 +1,158 @@
-"""What the training scripts do around their loops: the run's folder, resuming, saving, logging.
+"""What every training script does around its loop: ranks and kernels, a run's folder, resuming, logging, saving, ends.
 
-The loops themselves are in the scripts.
+What is learned, and how, is in the scripts: data, model, optimizer, forward, loss, backward, clip, step, evaluation.
 """
 
 import dataclasses
 import json
 import math
 import time
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from minillm.base import files
-from minillm.base.device import busy_cores
+from minillm.base.device import autocast, busy_cores, peak_flops, pick_dtype
 from minillm.base.errors import UserError
 from minillm.base.options import write_toml
 from minillm.base.process import RunLock, StopSignals
 from minillm.checkpoint import huggingface, run_folder, train_state
+from minillm.distributed import ranks as distributed
 from minillm.distributed.ranks import Ranks
 from minillm.distributed.watchdog import Watchdog
-from minillm.model.transformer import Transformer
+from minillm.model import ops
 from minillm.tokenizer.tokenizer import Tokenizer
-from minillm.training import plot, progress, starting_model
+from minillm.training import kernel_check, plot, starting_model
 from minillm.training.config import TrainingConfig
+from minillm.training.metrics import MetricsLog, TensorBoard
+from minillm.training.progress import Progress, duration
+from minillm.training.schedule import Schedule, lr_at, set_lr
+from minillm.training.step import TrainState, seed_step
 from minillm.tuning import peft_format
 from minillm.tuning.adapter import active_adapter
+from minillm.tuning.options import TuningConfig
 
 BOUND = {"data", "init_from", "batch_size", "seq_len", "seed"}  # options that go into a fingerprint
 FREE = {f.name for f in dataclasses.fields(TrainingConfig)} - BOUND | {"epochs", "eval_data", "eval_rows"}
 
 
-class Run:
-    """One training run: its folder, its lock, and where it stands."""
+def begin(training_config: TrainingConfig) -> tuple[TrainingConfig, Ranks, Callable[[], None]]:
+    """How every script begins: ranks joined, ops chosen, the check of our kernels started.
 
-    def __init__(self, cfg: TrainingConfig, ranks: Ranks, fingerprints: dict[str, str], **facts: object):
+    Returns the options with the micro-batch filled in, the ranks, and a function that waits for the kernels' check and
+    must be called before the first of them runs.
+    """
+    if training_config.resume not in ("auto", "none"):
+        out = training_config.out
+        raise UserError(
+            f"--resume {training_config.resume}: choose auto or none; to go on from that step in another folder, copy "
+            f"it there and begin with --resume auto: mkdir -p {out} && cp -r {training_config.resume} {out}/"
+        )
+    world = distributed.world_size()
+    size = distributed.micro_batch(training_config.batch_size, training_config.micro_batch_size, world)
+    ranks = distributed.start(training_config.device, training_config.timeout_s)
+    ops.select(training_config.impl)
+    base_bits = training_config.base_bits if isinstance(training_config, TuningConfig) else None
+    finish_kernel_check = kernel_check.begin(ranks, base_bits=base_bits)
+    return dataclasses.replace(training_config, micro_batch_size=size), ranks, finish_kernel_check
+
+
+class Run:
+    """One training run: its folder and lock, the checkpoint it goes on from, its clock, log and end."""
+
+    def __init__(
+        self,
+        training_config: TrainingConfig,
+        ranks: Ranks,
+        fingerprints: dict[str, str],
+        *,
+        tokenizer: Tokenizer | None = None,
+        next_command: str = "",
+        **facts: object,
+    ):
         """Take the folder and find the checkpoint to go on from, if any.
 
-        fingerprints: of tokenizer, data, its order and architecture. facts: what else to record in checkpoints.
-        Raises `UserError` if another run has locked the folder, if its checkpoint has other fingerprints, or if
-        there are checkpoints despite `--resume none`.
+        fingerprints: of tokenizer, data, its order and architecture. tokenizer: is saved with the model. next_command:
+        what to try after this run. facts: what else to record in checkpoints. Raises `UserError` if another run has
+        locked the folder, if its checkpoint has other fingerprints, if there are any despite `--resume none`, or if
+        --out is a step folder itself.
         """
-        self.cfg, self.ranks, self.fingerprints, self.facts = cfg, ranks, fingerprints, facts
-        self.folder = Path(cfg.out)
+        self.training_config = training_config
+        self.ranks, self.device = ranks, ranks.device
+        self.dtype = pick_dtype(training_config.dtype, ranks.device)
+        self.fingerprints, self.facts = fingerprints, facts
+        self.tokenizer, self.next_command = tokenizer, next_command
+        self.folder = Path(training_config.out)
+        self.progress: Progress | None = None
+        if (self.folder / train_state.STATE).exists():
+            raise UserError(
+                f"--out {self.folder}: is a checkpoint itself; give the folder of a run, which holds checkpoints by "
+                "names like step-00000060"
+            )
         self.lock = RunLock(self.folder) if ranks.main else None
         self.signals = StopSignals()
+        self.stop_signal = 0
+
+        # the checkpoint to go on from: rank 0 finds and verifies it, the others take the same
         self.source: Path | None = None
-        self.state: dict = {"step": 0, "time_s": 0.0}
-        self.bad_steps = 0
+        self.saved: dict = {"step": 0, "time_s": 0.0}
         if ranks.main:
             run_folder.clean_stale(self.folder)
-            self.source = self._choose_source()
-        found = ranks.max(0 if self.source is None else run_folder.step_of(self.source))
-        if found and self.source is None:
-            at = run_folder.resume_from(self.folder, cfg.resume)  # rank 0 has verified it
-            self.source = at if at.name == run_folder.step_name(found) else at / run_folder.step_name(found)
-        if self.source is not None:
-            self.state = train_state.read_state(self.source)
-            now = self._describe(0)
-            for line in train_state.compare_fingerprints(self.state, now, cfg.allow_data_change, self.source, FREE):
+            self.source = self._find_source()
+        source_step = ranks.max(0 if self.source is None else run_folder.step_of(self.source))
+        if source_step:
+            self.source = self.folder / run_folder.step_name(source_step)
+            self.saved = train_state.read_state(self.source)
+            for line in self._compare_with_saved():
                 self.say(line)
-        self.start_step: int = self.state["step"]
+        self.start_step: int = self.saved["step"]
+
+        # what it logs and shows
+        self.step, self.lr = self.start_step, math.nan
+        self.bad_steps = 0  # in a row
+        self.begun = self.step_begun = time.monotonic()  # again when all is loaded (`start`)
+        self.first_ended: float | None = None  # the first step compiles and warms up, so it says little of the others
+        self.flops, self.peak = 0, None
+        self.logs = []
         if ranks.main:
             run_folder.set_aside_later(self.folder, self.start_step, log=self.say)
+            self.logs = [MetricsLog(self.folder / "metrics.jsonl", self.start_step)]
             if not self.finished:
-                files.write_file(self.folder / "options.toml", partial(write_toml, cfg))
-        self.begun = time.monotonic()  # again when all is loaded (`restore`)
-        self.first_ended: float | None = None  # the first step compiles and warms up, so it says little of the others
-        if ranks.main:
-            self.log = progress.MetricsLog(self.folder / "metrics.jsonl", self.start_step)
-        self.board = None
-        if cfg.tensorboard and ranks.main:
-            self.board = progress.tensorboard_writer(self.folder / "tensorboard", self.start_step)
-        self.progress = progress.Progress(cfg.steps, self.start_step, ranks.main)
-        self.watchdog = Watchdog(ranks.rank, ranks.world, cfg.timeout_s)
+                files.write_file(self.folder / "options.toml", partial(write_toml, training_config))
+        if ranks.main and training_config.tensorboard:
+            self.logs.append(TensorBoard(self.folder / "tensorboard", self.start_step))
+        self.progress = Progress(training_config.steps, self.start_step, ranks.main)
+        self.watchdog = Watchdog(ranks.rank, ranks.world, training_config.timeout_s)
 
-    def _choose_source(self) -> Path | None:
-        """The checkpoint that --resume means, verified; None for a new run."""
-        if self.cfg.resume == "none":
-            if run_folder.step_folders(self.folder):
-                raise UserError(
-                    f"--resume none: {self.folder} already holds checkpoints; choose another --out, delete it, "
-                    "or go on with --resume auto"
-                )
-            return None
-        if self.cfg.resume == "auto":
-            return run_folder.newest_checkpoint(self.folder, log=self.say)
-        named = run_folder.resolve_checkpoint(self.cfg.resume, log=self.say)  # also if unused below: it may be mistyped
-        if run_folder.resume_from(self.folder, self.cfg.resume) != self.folder:
-            return named
-        self.say(f"--resume {named}: {self.folder} has checkpoints of its own by now, and goes on from them")
+    def _find_source(self) -> Path | None:
+        """The newest whole checkpoint in the folder; None for a new run."""
+        if self.training_config.resume == "none" and run_folder.step_folders(self.folder):
+            raise UserError(
+                f"--resume none: {self.folder} already holds checkpoints; choose another --out, delete it, "
+                "or go on with --resume auto"
+            )
         return run_folder.newest_checkpoint(self.folder, log=self.say)
 
-    def say(self, text: str) -> None:
-        if self.ranks.main:
-            print(text, flush=True)
+    def _compare_with_saved(self) -> list[str]:
+        allowed = self.training_config.allow_data_change
+        return train_state.compare_fingerprints(self.saved, self._describe(0), allowed, self.source, FREE)
+
+    # ---- before the loop
 
     @property
     def finished(self) -> bool:
-        return self.start_step >= self.cfg.steps
+        """Whether there is no step left to do."""
+        return self.start_step >= self.training_config.steps
 
-    def seconds(self) -> float:
-        """Training time so far, over restarts."""
-        return self.state["time_s"] + time.monotonic() - self.begun
+    def say_finished(self, length: str = "steps") -> None:
+        """What to print instead of training; length: the option that would make the run longer."""
+        self.say(f"{self.folder} has finished its {self.start_step} steps; to go on, raise --{length}\n{self.draw()}")
+        self.say(f"next: {self.next_command}")
 
-    def check_disk(self, model: Transformer) -> None:
-        """Refuse, before the first step, a disk that cannot hold the checkpoints: weights and two moments in fp32 for
-        each trained parameter."""
-        if self.ranks.main:
-            weights = 4 * starting_model.n_trained(model)
-            held = len(run_folder.step_folders(self.folder))
-            copies = max(1, (self.cfg.keep_last or 1) + 1 - held)
-            files.check_writable(self.folder, copies * 3 * weights, largest_file=2 * weights)
-
-    def _describe(self, step: int) -> dict:
-        return {
-            "step": step,
-            "time_s": round(self.seconds(), 3) if step else 0.0,
-            "fingerprints": self.fingerprints,
-            "config": dataclasses.asdict(self.cfg),
-            "threads": torch.get_num_threads(),
-            "world": self.ranks.world,
-            "torch": torch.__version__,
-            **self.facts,
-        }
-
-    def restore(self, model: Transformer, optimizers: list, scaler: torch.amp.GradScaler) -> None:
-        """Give optimizers and scaler their state from the checkpoint (the model has been loaded from it before)."""
-        if self.source is not None:
-            train_state.restore_optimizers(self.source, optimizers, dict(model.named_parameters()))
-            if scaler.is_enabled() and self.state["scaler"]:  # empty if it was saved without --dtype float16
-                scaler.load_state_dict(self.state["scaler"])
-        if self.ranks.device.type == "cpu" and (busy := busy_cores()):
-            self.say(busy)
-        self.watchdog.tick(self.start_step)  # everything is loaded: from here on steps must come in time
-        self.begun = time.monotonic()
-
-    def save(self, step: int, model: Transformer, optimizers: list, scaler, tokenizer: Tokenizer | None) -> None:
-        """Write `step-N/` whole or not at all, then delete all but the newest --keep_last, unless this step went wrong.
-
-        Raises `UserError` on every rank if weights are not finite, since no later step could repair them.
-        """
-        if not torch.stack([torch.isfinite(p).all() for p in model.parameters()]).all():
-            raise UserError(
-                f"step {step}: weights are not finite any more, so they are not saved; go on from an earlier "
-                f"checkpoint in {self.folder} (--resume PATH) with a lower --lr"
-            )
-        if self.ranks.main:
-            state, adapter = self._describe(step) | {"scaler": scaler.state_dict()}, active_adapter(model)
-            if adapter:
-                write_model = partial(peft_format.save_adapter, adapter)
-            else:
-                ids = tokenizer.special_ids if tokenizer else None
-                write_model = partial(huggingface.save_model, model, special_ids=ids)
-
-            def write_model_and_options(folder: Path) -> None:
-                write_model(folder)
-                write_toml(self.cfg, folder / "resume" / "options.toml")
-
-            train_state.save(
-                self.folder,
-                step,
-                write_model=write_model_and_options,
-                tokenizer=tokenizer,
-                template=getattr(self.cfg, "template", None),
-                state=state,
-                optimizers=optimizers,
-                named_parameters=dict(model.named_parameters()),
-            )
-            if not self.bad_steps:
-                run_folder.prune(self.folder, self.cfg.keep_last)
-        self.ranks.barrier()
-
-    def finish_step(self, row: dict, speed: float, peak: float | None, flops: int) -> None:
-        """Log a step and move the bar. row: step, loss, lr, grad_norm; speed: tokens a second; flops: of one token."""
-        mfu = None if peak is None else speed * flops / (peak * self.ranks.world)
-        row |= {"tokens_per_s": speed, "mfu": mfu, "time_s": self.seconds()}
-        self.record(row)
-        now, done = time.monotonic(), row["step"] - self.start_step
-        if self.first_ended is None:
-            self.first_ended = now
-        left_s = (now - self.first_ended) / (done - 1) * (self.cfg.steps - row["step"]) if done > 1 else None
-        self.progress.show(row["step"], row, left_s)
-        self.watchdog.tick(row["step"])
-
-    def due(self, step: int, every: int) -> bool:
-        """True every so many steps (0: never) and at the last."""
-        return step == self.cfg.steps or (every > 0 and step % every == 0)
-
-    def record(self, row: dict) -> None:
-        """Append a row to metrics.jsonl (and TensorBoard)."""
-        if not self.ranks.main:
-            return
-        self.log.write(row)
-        if self.board is not None:
-            for name, value in row.items():
-                if name != "step" and value is not None:
-                    self.board.add_scalar(name, value, row["step"])
-
-    def check_finite(self, step: int, loss: float, grad_norm: float) -> bool:
-        """False if this step must not be applied; too many of those in a row end the run, its last checkpoint kept."""
-        if math.isfinite(loss) and math.isfinite(grad_norm):
-            self.bad_steps = 0
-            return True
-        self.bad_steps += 1
-        self.progress.say(
-            f"step {step}: loss {loss}, gradient norm {grad_norm}: not applied ({self.bad_steps} in a row)"
-        )
-        if self.bad_steps >= self.cfg.max_bad_steps:
-            before = run_folder.step_folders(self.folder)
-            again = f"go on from a checkpoint before that (--resume {before[0]})" if before else "begin again"
-            raise UserError(
-                f"step {step}: {self.bad_steps} steps in a row were not finite; lower --lr, raise --warmup_steps or "
-                f"choose --dtype float32, and {again}"
-            )
-        return False
-
-    def close(self) -> None:
-        """The loop has ended: close the bar, stop clock and watchdog, and let Ctrl-C end what follows at once."""
-        self.took = self.seconds()
-        self.progress.close()
-        self.watchdog.pause()
-        self.signals.restore()
-
-    def once(self, name: str, measure):
+    def once(self, name: str, measure: Callable[[], object]):
         """The result of `measure()` on rank 0 at the start of the run; a resumed run reads it from its folder."""
         file, value = self.folder / name, None
         if self.ranks.main:
@@ -233,9 +162,192 @@ class Run:
         self.ranks.barrier()
         return value
 
-    def newest(self) -> Path:
-        """The checkpoint saved last."""
-        return run_folder.step_folders(self.folder)[-1]
+    def start(self, state: TrainState) -> TrainState:
+        """Give `state` what the checkpoint holds (its model has been loaded before), and start clock and watchdog.
+
+        Raises `UserError` if the disk cannot hold the checkpoints.
+        """
+        if self.source is not None:
+            train_state.restore_optimizers(self.source, state.optimizers, dict(state.model.named_parameters()))
+            if state.scaler.is_enabled() and self.saved["scaler"]:  # empty if it was saved without --dtype float16
+                state.scaler.load_state_dict(self.saved["scaler"])
+        if self.device.type == "cpu" and (busy := busy_cores()):
+            self.say(busy)
+        self._check_disk(state)
+        self.watchdog.tick(self.start_step)  # everything is loaded: from here on steps must come in time
+        self.begun = time.monotonic()
+        self.flops = starting_model.flops_per_token(state.model, self.training_config.seq_len)
+        self.peak = peak_flops(self.device, self.dtype)
+        return state
+
+    def _check_disk(self, state: TrainState) -> None:
+        """Refuse, before the first step, a disk that cannot hold the checkpoints: weights and two moments in fp32 for
+        each trained parameter."""
+        if self.ranks.main:
+            weights = 4 * starting_model.n_trained(state.model)
+            already_there = len(run_folder.step_folders(self.folder))
+            copies = max(1, (self.training_config.keep_last or 1) + 1 - already_there)
+            files.check_writable(self.folder, copies * 3 * weights, largest_file=2 * weights)
+
+    # ---- the loop
+
+    def steps(self, state: TrainState) -> Iterator[int]:
+        """The numbers of the steps to do, the first being 1.
+
+        Before each the learning rate and the seed of its dropout are set. After each the checkpoint is saved if it is
+        due, and if a signal has asked any rank to stop, it is saved and no other step follows: see `status`.
+        """
+        schedule = Schedule.of(self.training_config)
+        for step in range(self.start_step + 1, self.training_config.steps + 1):
+            self.step, self.step_begun = step, time.monotonic()
+            self.lr = lr_at(step - 1, schedule)
+            set_lr(state.optimizers, self.lr)
+            seed_step(self.training_config.seed, step, self.ranks.rank)
+
+            yield step
+
+            self.stop_signal = self.ranks.max(self.signals.requested)
+            if self.stop_signal or self.due(step, self.training_config.save_every):
+                self.save(state)
+            if self.stop_signal:
+                self.say(f"stopped by signal {self.stop_signal} after step {step}; the same command goes on from there")
+                return
+        self.close()
+
+    def micro_batches(self, step: int) -> list[np.ndarray]:
+        """Data positions of this rank's micro-batches in a step."""
+        size = self.training_config.micro_batch_size
+        return self.ranks.micro_batches(step - 1, self.training_config.batch_size, size)
+
+    def autocast(self):
+        """Context in which matrix products are computed in --dtype."""
+        return autocast(self.device, self.dtype)
+
+    def due(self, step: int, every: int) -> bool:
+        """True every so many steps (0: never) and at the last."""
+        return step == self.training_config.steps or (every > 0 and step % every == 0)
+
+    def log_step(self, state: TrainState, n_tokens: float) -> None:
+        """Log the step that `state` has taken, move the bar, tell the watchdog. n_tokens: computed by all ranks.
+
+        Raises `UserError` after --max_bad_steps steps in a row that were not applied; the last checkpoint is kept.
+        """
+        now = time.monotonic()
+        self._count_bad_steps(state)
+        speed = n_tokens / (now - self.step_begun)
+        mfu = None if self.peak is None else speed * self.flops / (self.peak * self.ranks.world)
+        row = {"step": self.step, "loss": state.loss, "lr": self.lr, "grad_norm": state.grad_norm}
+        row |= {"tokens_per_s": speed, "mfu": mfu, "time_s": self.seconds()}
+        self.record(**row)
+
+        done, left_s = self.step - self.start_step, None
+        if self.first_ended is None:
+            self.first_ended = now
+        if done > 1:
+            left_s = (now - self.first_ended) / (done - 1) * (self.training_config.steps - self.step)
+        self.progress.show(self.step, row, left_s)
+        self.watchdog.tick(self.step)
+
+    def _count_bad_steps(self, state: TrainState) -> None:
+        if state.applied:
+            self.bad_steps = 0
+            return
+        self.bad_steps += 1
+        self.say(
+            f"step {self.step}: loss {state.loss}, gradient norm {state.grad_norm}: not applied "
+            f"({self.bad_steps} in a row)"
+        )
+        if self.bad_steps >= self.training_config.max_bad_steps:
+            raise UserError(
+                f"step {self.step}: {self.bad_steps} steps in a row were not finite; lower --lr, raise --warmup_steps "
+                f"or choose --dtype float32, and {self._earlier_start()}"
+            )
+
+    def _earlier_start(self) -> str:
+        """Where a run that went wrong can begin once more."""
+        checkpoints = run_folder.step_folders(self.folder)
+        if not checkpoints:
+            return "begin again"
+        return f"go on from a checkpoint before that: copy {checkpoints[0]} into another --out"
+
+    def record(self, step: int, **values: float | None) -> None:
+        """Append a row to metrics.jsonl (and TensorBoard)."""
+        for log in self.logs:
+            log.write({"step": step, **values})
+
+    def report(self, step: int, scores: dict[str, float], of: str = "") -> None:
+        """Record scores and print them; of: what they are scores of."""
+        self.record(step, **scores)
+        listed = ", ".join(f"{name} {score:.4f}" for name, score in scores.items())
+        self.say(f"step {step}: {of}{' ' if of else ''}{listed}")
+
+    def save(self, state: TrainState) -> None:
+        """Write `step-N/` whole or not at all, then delete all but the newest --keep_last, unless this step went wrong.
+
+        Raises `UserError` on every rank if weights are not finite, since no later step could repair them.
+        """
+        if not torch.stack([torch.isfinite(p).all() for p in state.model.parameters()]).all():
+            raise UserError(
+                f"step {self.step}: weights are not finite any more, so they are not saved; lower --lr, and "
+                f"{self._earlier_start()}"
+            )
+        if self.ranks.main:
+            train_state.save(
+                self.folder,
+                self.step,
+                write_model=lambda folder: self._write_model(state.model, folder),
+                state=self._describe(self.step) | {"scaler": state.scaler.state_dict()},
+                optimizers=state.optimizers,
+                named_parameters=dict(state.model.named_parameters()),
+            )
+            if not self.bad_steps:
+                run_folder.prune(self.folder, self.training_config.keep_last)
+        self.ranks.barrier()
+
+    def _write_model(self, model: torch.nn.Module, folder: Path) -> None:
+        """Weights or the adapter alone; the tokenizer with the prompt format of this training; the run's options."""
+        write_toml(self.training_config, folder / "resume" / "options.toml")
+        adapter = active_adapter(model)
+        if adapter:
+            peft_format.save_adapter(adapter, folder)
+        else:
+            ids = self.tokenizer.special_ids if self.tokenizer else None
+            huggingface.save_model(model, folder, special_ids=ids)
+        if self.tokenizer is not None:
+            self.tokenizer.save(folder, template=getattr(self.training_config, "template", None))
+
+    def _describe(self, step: int) -> dict:
+        """What a checkpoint records of the run."""
+        return {
+            "step": step,
+            "time_s": round(self.seconds(), 3) if step else 0.0,
+            "fingerprints": self.fingerprints,
+            "config": dataclasses.asdict(self.training_config),
+            "threads": torch.get_num_threads(),
+            "world": self.ranks.world,
+            "torch": torch.__version__,
+            **self.facts,
+        }
+
+    # ---- after the loop
+
+    def close(self) -> None:
+        """The loop has ended: close the bar, stop clock and watchdog, and let Ctrl-C end what follows at once."""
+        self.took = self.seconds()
+        self.progress.close()
+        self.watchdog.pause()
+        self.signals.restore()
+
+    @property
+    def status(self) -> int:
+        """The script's exit status: 0, or 128 + the signal that stopped it."""
+        return 128 + self.stop_signal if self.stop_signal else 0
+
+    def say_result(self) -> None:
+        """The last lines of a run: how long it took, where things are, what to do next."""
+        checkpoint = run_folder.step_folders(self.folder)[-1]
+        self.say(f"trained for {duration(self.took)}; checkpoint {checkpoint}; {self.draw()}")
+        self.say(f"next: {self.next_command}")
 
     def draw(self) -> str:
         """Draw the run's curves into its folder. Returns where, or why not."""
@@ -246,6 +358,15 @@ class Run:
         except UserError as problem:  # matplotlib is optional: without it the run has still succeeded
             return f"no curve: {problem}"
 
-    def stop_requested(self) -> int:
-        """The signal that asked any rank to stop, or 0."""
-        return self.ranks.max(self.signals.requested)
+    # ---- at any time
+
+    def say(self, text: str) -> None:
+        """Print on rank 0, without tearing the bar."""
+        if self.progress is not None:
+            self.progress.say(text)
+        elif self.ranks.main:
+            print(text, flush=True)
+
+    def seconds(self) -> float:
+        """Training time so far, over restarts."""
+        return self.saved["time_s"] + time.monotonic() - self.begun

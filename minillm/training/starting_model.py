@@ -12,34 +12,34 @@ from minillm.model import size
 from minillm.model.config import ModelConfig
 from minillm.model.transformer import Transformer
 from minillm.tokenizer.tokenizer import Tokenizer
-from minillm.training import schedule
-from minillm.tuning import options
+from minillm.training.optim import default_lr
+from minillm.tuning import folders
 from minillm.tuning.adapter import active_adapter, attach
-from minillm.tuning.folders import base_sha256
 from minillm.tuning.options import VIRTUAL
 from minillm.tuning.peft_format import read_tensors
 from minillm.tuning.target_modules import check_rank
 
-
-def init_is_gone(cfg) -> bool:
-    """Whether --init_from names a model that does not exist (any more)."""
-    return bool(cfg.init_from) and not Path(cfg.init_from).exists()
+# ---- before the run: which model, and how it is trained
 
 
-def find_init(cfg) -> Path | None:
+def find_init(training_config) -> Path | None:
     """The model folder of --init_from, checked; None without one.
 
     If it is gone, a run that started from it and trains all weights takes shape and tokenizer from its own checkpoint.
     """
-    if not cfg.init_from:
+    if not training_config.init_from:
         return None
-    begun = cfg.tune == "full" and cfg.resume != "none" and run_folder.step_folders(cfg.out)
-    if begun and init_is_gone(cfg):
-        at = run_folder.resume_from(cfg.out, cfg.resume)
-        own = run_folder.resolve_checkpoint(at, log=lambda line: None)  # `Run` reports the broken ones
-        if train_state.read_state(own)["config"]["init_from"] == cfg.init_from:
+    can_do_without = training_config.tune == "full" and run_folder.step_folders(training_config.out)
+    if can_do_without and init_is_gone(training_config):
+        own = run_folder.resolve_checkpoint(training_config.out, log=lambda line: None)  # `Run` reports the broken ones
+        if train_state.read_state(own)["config"]["init_from"] == training_config.init_from:
             return own
-    return run_folder.resolve_checkpoint(cfg.init_from)
+    return run_folder.resolve_checkpoint(training_config.init_from)
+
+
+def init_is_gone(training_config) -> bool:
+    """Whether --init_from names a model that does not exist (any more)."""
+    return bool(training_config.init_from) and not Path(training_config.init_from).exists()
 
 
 def check_tokenizer(model: Path, data: str) -> None:
@@ -52,37 +52,66 @@ def check_tokenizer(model: Path, data: str) -> None:
         )
 
 
-def choose_optimizer(cfg, dim: int, share: float = 1.0):
-    """A script's configuration with optimizer, peak learning rate and weight decay filled in where they are None.
+def choose_optimizer(training_config, dim: int, share: float = 1.0):
+    """A script's options with optimizer, peak learning rate and weight decay filled in where they are None.
 
     Existing weights are trained as in pretraining, at `share` of its rate. New parameters are trained by AdamW: Muon
     makes all directions of an update equally large, which has no meaning for a matrix that is one factor of a product.
     Weight decay pulls towards zero, where LoRA and adapters equal the base; IA3 does so at one, virtual tokens nowhere.
     """
-    whole = cfg.tune in ("full", "freeze")
-    kind = cfg.optimizer or ("muon" if whole else "adamw")
-    lr = schedule.default_lr(kind, dim) * share if whole else options.TUNING_LR[cfg.tune] / dim
-    decay = 0.0 if cfg.tune in ("ia3", *VIRTUAL) else 0.1
-    chosen = dict(optimizer=kind, lr=lr, weight_decay=decay)
-    return dataclasses.replace(cfg, **{name: v for name, v in chosen.items() if getattr(cfg, name) is None})
+    tune = training_config.tune
+    existing_weights = tune in ("full", "freeze")
+    kind, lr, decay = training_config.optimizer, training_config.lr, training_config.weight_decay
+    if kind is None:
+        kind = "muon" if existing_weights else "adamw"
+    if lr is None:
+        lr = default_lr(kind, tune, dim)
+        if existing_weights:
+            lr *= share
+    if decay is None:
+        decay = 0.0 if tune in ("ia3", *VIRTUAL) else 0.1
+    return dataclasses.replace(training_config, optimizer=kind, lr=lr, weight_decay=decay)
 
 
-def load_model(cfg, shape: ModelConfig, init: Path, source: Path | None, device: torch.device) -> Transformer:
-    """The model to train, in fp32: that of the checkpoint `source`, else of `init`.
+def fingerprints(training_config, model_config: ModelConfig, init: Path | None) -> dict[str, str]:
+    """What must not change of the model while a run goes on: its architecture and, with --tune, base and method."""
+    architecture = train_state.fingerprint(huggingface.to_hf(model_config))
+    return {"architecture": architecture, **folders.fingerprints(training_config, init)}
+
+
+# ---- the model itself
+
+
+def make_model(
+    training_config, model_config: ModelConfig, init: Path | None, source: Path | None, device: torch.device
+) -> Transformer:
+    """The model to train, in fp32: that of the checkpoint `source`, else of `init`, else a new one drawn by the seed.
 
     With --tune it is always that of `init`, frozen and perhaps quantized, with an adapter: new (by the seed), or from
     `source`. Raises `UserError` for a rank above that of every targeted matrix.
     """
-    tuned = cfg.tune != "full"
-    dtype = None if cfg.base_bits else torch.float32  # do not widen to fp32 what is quantized anyway
-    where = dict(device=device, dtype=dtype, base_bits=cfg.base_bits)
-    model = huggingface.load_model(init if tuned else source or init, config=shape, **where)
-    if not tuned:
-        return model
-    if cfg.tune in ("lora", "dora"):
-        check_rank(cfg, model)
-    adapter = attach(model, cfg, cfg.seed, keep_base=False)
-    adapter.base_folder, adapter.base_sha256 = init.absolute(), base_sha256(init)
+    if training_config.tune != "full":
+        model = _adapted(training_config, model_config, init, source, device)
+    elif source or init:
+        model = huggingface.load_model(source or init, config=model_config, device=device, dtype=torch.float32)
+    else:
+        model = Transformer(model_config)
+        model.init_weights(training_config.seed)
+        model = model.to(device)
+    model.checkpoint_activations = training_config.checkpoint_activations
+    return model
+
+
+def _adapted(
+    training_config, model_config: ModelConfig, init: Path, source: Path | None, device: torch.device
+) -> Transformer:
+    bits = training_config.base_bits
+    dtype = None if bits else torch.float32  # do not widen to fp32 what is quantized anyway
+    model = huggingface.load_model(init, config=model_config, device=device, dtype=dtype, base_bits=bits)
+    if training_config.tune in ("lora", "dora"):
+        check_rank(training_config, model)
+    adapter = attach(model, training_config, training_config.seed, keep_base=False)
+    adapter.base_folder, adapter.base_sha256 = init.absolute(), folders.base_sha256(init)
     if source is not None:
         read_tensors(adapter, source)
     return model

@@ -1,21 +1,92 @@
-"""Parts of one optimizer step: the seed of its dropout, and clipping."""
+"""One optimizer step: the state that it changes, the seed of its dropout, and the clipping of its gradient."""
+
+import math
 
 import numpy as np
 import torch
+from torch import Tensor, nn
+
+from minillm.base.errors import UserError
+from minillm.distributed.ranks import Ranks
+
+
+class TrainState:
+    """What training changes and a checkpoint keeps: a model, its optimizers and, in float16, the scale of the loss.
+
+    A step is one `backward` for each micro-batch, then one `update`. After it `loss`, `grad_norm` and `applied` tell of
+    that step.
+    """
+
+    def __init__(self, model: nn.Module, optimizers: list[torch.optim.Optimizer], ranks: Ranks, dtype: torch.dtype):
+        """dtype: of the matrix products. With float16 the loss is scaled, since small gradients would become zero."""
+        self.model = model
+        self.optimizers = optimizers
+        self.ranks = ranks
+        self.scaler = torch.amp.GradScaler(ranks.device.type, enabled=dtype == torch.float16)
+        # of the step under way
+        self.loss_sum = torch.zeros((), device=ranks.device)
+        self.n_targets = 0.0
+        # of the last step
+        self.loss = math.nan
+        self.grad_norm = math.nan
+        self.applied = False
+
+    def backward(self, loss: Tensor, n_targets: float) -> None:
+        """Add a micro-batch's share to the gradient of the mean loss over all targets of the step.
+
+        loss: (), summed over the targets of the micro-batch. n_targets: how many the whole step has, in all
+        micro-batches of all ranks, so that the gradient does not depend on how the batch is cut.
+        """
+        # DDP takes the mean over the ranks; what is wanted is the sum of their shares
+        share = loss * (self.ranks.world / n_targets)
+        self.scaler.scale(share).backward()
+        self.loss_sum += loss.detach()
+        self.n_targets = n_targets
+
+    def update(self, grad_clip: float) -> float:
+        """Clip the gradient and step; returns its norm before clipping.
+
+        If loss or gradient is infinite or NaN, which all ranks see alike, no rank steps, and `applied` is False.
+        grad_clip: the largest norm, 0 for no clipping. Raises `UserError` naming the parameters that got no gradient.
+        """
+        self._check_all_have_gradients()
+        self.grad_norm = clip(self.model, self.optimizers, self.scaler, grad_clip)
+        self.loss = self.ranks.sum(float(self.loss_sum))[0] / self.n_targets
+        self.applied = math.isfinite(self.loss) and math.isfinite(self.grad_norm)
+        if self.applied:
+            for optimizer in self.optimizers:
+                self.scaler.step(optimizer)
+        self.scaler.update()
+        self.model.zero_grad(set_to_none=True)
+        self.loss_sum.zero_()
+        return self.grad_norm
+
+    def _check_all_have_gradients(self) -> None:
+        """One behaviour on any number of ranks: several would wait for the gradient, one would go on without."""
+        idle = [name for name, p in self.model.named_parameters() if p.requires_grad and p.grad is None]
+        if idle:
+            more = f" and {len(idle) - 3} more" if len(idle) > 3 else ""
+            raise UserError(
+                f"{', '.join(idle[:3])}{more}: trained, but the loss does not depend on it, so it gets no gradient; "
+                "use it in every forward pass, or freeze it by requires_grad_(False)"
+            )
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:
     """Make a step's dropout a function of (seed, step, rank), so that no random state has to be saved."""
-    torch.manual_seed(int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0] >> 1))
+    drawn = np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0]
+    torch.manual_seed(int(drawn >> 1))  # torch takes 63 bits
 
 
-def clip(model: torch.nn.Module, optimizers: list, scaler: torch.amp.GradScaler, limit: float) -> float:
+def clip(
+    model: nn.Module, optimizers: list[torch.optim.Optimizer], scaler: torch.amp.GradScaler, limit: float
+) -> float:
     """Undo the loss scale, clip the gradient's norm to `limit` (0: no clipping), and return the norm before that."""
     if scaler.is_enabled():
         for optimizer in optimizers:
             scaler.unscale_(optimizer)
     norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
-    known = float(norm)
-    if 0 < limit < known + 1e-6:  # else torch's clip_grad_norm_ would multiply all gradients by 1
+    norm_before = float(norm)
+    if 0 < limit < norm_before + 1e-6:  # else torch's clip_grad_norm_ would multiply all gradients by 1
         torch.nn.utils.clip_grads_with_norm_(model.parameters(), limit, norm)
-    return known
+    return norm_before

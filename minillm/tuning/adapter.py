@@ -67,9 +67,10 @@ def attach(
     set_adapter(model, None)
     model.requires_grad_(False)
     parts = _build(model, options, seed, keep_base)
+    base = {path: _at(model, path) for path in parts}
     if options.tune in ("lora", "dora", "ia3"):  # what is saved names them
         options = dataclasses.replace(options, target_modules=default_targets(model, options))
-    adapters[name] = Adapter(options, parts, {path: _at(model, path) for path in parts}, model.config.tie_embeddings)
+    adapters[name] = Adapter(options, parts, base, model.config.tie_embeddings)
     set_adapter(model, name)
     return adapters[name]
 
@@ -81,12 +82,17 @@ def active_adapter(model: nn.Module) -> Adapter | None:
 
 def set_adapter(model: Transformer, name: str | None) -> None:
     """Compute with the adapter of this name from now on; None: with the base alone."""
-    adapters, now = vars(model).get("adapters", {}), active_adapter(model)
+    adapters = vars(model).get("adapters", {})
     if name is not None and name not in adapters:
         raise UserError(f"adapter {name!r}: no such adapter; there are {', '.join(adapters) or 'none'}")
-    if now is not None:
-        now.merged = False
-        _place(model, now.base)
+
+    # the base's own modules come back …
+    before = active_adapter(model)
+    if before is not None:
+        before.merged = False
+        _place(model, before.base)
+
+    # … and the new adapter's take their places
     model.active = None if name is None else adapters[name]
     if name is not None:
         _place(model, adapters[name].parts)
@@ -114,12 +120,17 @@ def merge(model: Transformer, keep: bool = True) -> None:
         raise UserError("merge: the adapter is merged already; a second time would apply it twice")
     if not adapter.options.mergeable:
         raise UserError(f"merge: --tune {adapter.options.tune} adds what no plain weight can hold; keep the adapter")
+
+    # each part gives a plain layer; one that is trained in full is plain already
     for path in [*adapter.parts]:
         part = adapter.parts[path] if keep else adapter.parts.pop(path)
         _place(model, {path: part.merged() if hasattr(part, "merged") else part})
         if not keep:
             del adapter.base[path]
-    for path in [path for path, module in model.named_modules() if isinstance(module, QuantLinear)]:
+
+    # the rest of a quantized base
+    quantized = [path for path, module in model.named_modules() if isinstance(module, QuantLinear)]
+    for path in quantized:
         layer = model.get_submodule(path)
         _place(model, {path: layer.dequantize()})
         if keep:
@@ -157,10 +168,12 @@ def _name_of(model: Transformer, adapter: Adapter) -> str:
 
 
 def _at(model: nn.Module, path: str) -> nn.Module | None:
+    """The base's module at a place; it has none where virtual tokens go."""
     return None if path == "virtual" else model.get_submodule(path)
 
 
 def _place(model: nn.Module, modules: dict[str, nn.Module]) -> None:
+    """Put modules into their places in the model, on its device and in its mode."""
     for path, module in modules.items():
         parent, _, name = path.rpartition(".")
         setattr(model.get_submodule(parent), name, module)
@@ -207,7 +220,8 @@ def _build(model: Transformer, options: TuningConfig, seed: int, keep_base: bool
 
 def _wrapped(model: Transformer, path: str, options: TuningConfig, generator: torch.Generator) -> nn.Module:
     """The module that replaces the base's module at `path`, and calls it. Raises `UserError` for another kind."""
-    base, tune = model.get_submodule(path), options.tune
+    base = model.get_submodule(path)
+    tune = options.tune
     if tune == "adapter":
         return Bottleneck(base, model.config.dim, options.bottleneck_dim, generator)
     if type(base) not in (nn.Linear, QuantLinear, nn.Embedding):
@@ -228,13 +242,14 @@ def _wrapped(model: Transformer, path: str, options: TuningConfig, generator: to
 
 def _trained_in_full(model: Transformer, paths: list[str], keep_base: bool, tied: bool) -> dict[str, nn.Module]:
     """The modules at these places, or copies of them, to be trained; tied: a head tied to the embedding stays so."""
-    shared = model.config.tie_embeddings and not {"embed_tokens", "lm_head"}.isdisjoint(paths)
-    if shared and tied:
-        paths = [*(path for path in paths if path not in ("embed_tokens", "lm_head")), "embed_tokens", "lm_head"]
+    pair = ("embed_tokens", "lm_head")
+    one_weight = model.config.tie_embeddings and any(path in pair for path in paths)
+    if one_weight and tied:  # who trains one of them trains both
+        paths = [*(path for path in paths if path not in pair), *pair]
     parts = {path: model.get_submodule(path) for path in paths}
-    if keep_base or (shared and not tied):
+    if keep_base or (one_weight and not tied):
         parts = {path: copy.deepcopy(module) for path, module in parts.items()}
-    if shared and tied:
+    if one_weight and tied:
         parts["lm_head"].weight = parts["embed_tokens"].weight
     for module in parts.values():
         module.requires_grad_(True)

@@ -17,12 +17,16 @@ class Bottleneck(nn.Module):
         """base: a sublayer whose output has `dim` channels; size: width of the bottleneck; generator: on the CPU."""
         super().__init__()
         self.base_layer = base
-        self.adapter_down, self.adapter_up = nn.Linear(dim, size), nn.Linear(size, dim)
+        self.adapter_down = nn.Linear(dim, size)
+        self.adapter_up = nn.Linear(size, dim)
         with torch.no_grad():
             self.adapter_down.weight.copy_(kaiming((size, dim), generator))
-            for zero in (self.adapter_down.bias, self.adapter_up.weight, self.adapter_up.bias):
-                zero.zero_()
+            self.adapter_down.bias.zero_()
+            self.adapter_up.weight.zero_()
+            self.adapter_up.bias.zero_()
 
     def forward(self, *inputs) -> Tensor:
+        """inputs: those of the sublayer. Returns (B, T, C)."""
         y = self.base_layer(*inputs)  # (B, T, C)
-        return y + self.adapter_up(F.gelu(self.adapter_down(y)))
+        inner = F.gelu(self.adapter_down(y))  # (B, T, size)
+        return y + self.adapter_up(inner)

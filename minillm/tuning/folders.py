@@ -30,19 +30,21 @@ def base_sha256(folder: str | Path) -> str:
     were trained differently, but does not notice every single changed number.
     """
     config = huggingface.load_config(folder)
-    described = hashlib.sha256(json.dumps(huggingface.to_hf(config), sort_keys=True).encode())
+    digest = hashlib.sha256(json.dumps(huggingface.to_hf(config), sort_keys=True).encode())
     for name, place in sorted(tensor_files.find_weights(folder).items()):
         second_copy = name == "lm_head.weight" and config.tie_embeddings
         if not second_copy and not name.endswith("rotary_emb.inv_freq"):
-            described.update(name.encode() + _sample(place))
-    return described.hexdigest()
+            digest.update(name.encode() + _sample(place))
+    return digest.hexdigest()
 
 
 def _sample(place: tensor_files.Place) -> bytes:
     """Evenly spaced numbers of a tensor, as bf16; only the file's pages that hold them are read."""
-    size, count = place.dtype.itemsize, math.prod(place.shape)
-    numbers = np.memmap(place.file, f"i{size}", "r", place.offset, (max(1, count),))[:: max(1, count // SAMPLES)]
-    return torch.from_numpy(numbers.copy()).view(place.dtype).bfloat16().view(torch.int16).numpy().tobytes()
+    count = math.prod(place.shape)
+    every = max(1, count // SAMPLES)
+    integers = np.memmap(place.file, f"i{place.dtype.itemsize}", "r", place.offset, (max(1, count),))
+    numbers = torch.from_numpy(integers[::every].copy()).view(place.dtype)  # the same bits, as what they are
+    return numbers.bfloat16().view(torch.int16).numpy().tobytes()
 
 
 def is_adapter(folder: str | Path) -> bool:
@@ -55,7 +57,12 @@ def find_base(folder: Path, given: str | None, recorded: dict, written: dict) ->
     if given is not None:
         return run_folder.resolve_checkpoint(given)
     named = written.get("base_model_name_or_path") or ""
-    for place in (folder / str(recorded["folder"] or "?"), Path(named or "?")):
+    places = []
+    if recorded["folder"]:
+        places.append(folder / str(recorded["folder"]))
+    if named:
+        places.append(Path(named))
+    for place in places:
         if (place / "config.json").exists():
             return run_folder.resolve_checkpoint(os.path.normpath(place))
     raise UserError(f"{folder}: its base {named or '(not named)'} is not there; give its folder by --base")
@@ -76,16 +83,17 @@ def load_adapted(
     """
     folder = Path(folder)
     written, recorded = read_config(folder)
-    found = find_base(folder, base, recorded, written)
-    model = huggingface.load_model(found, device=device, base_bits=recorded["bits"])
-    sha256 = base_sha256(found)
+    base_folder = find_base(folder, base, recorded, written)
+    model = huggingface.load_model(base_folder, device=device, base_bits=recorded["bits"])
+    sha256 = base_sha256(base_folder)
     adapter = load_adapter(model, folder, sha256=sha256)
-    adapter.base_folder, adapter.base_sha256 = found.absolute(), sha256
+    adapter.base_folder = base_folder.absolute()
+    adapter.base_sha256 = sha256
     if merged and adapter.worth_merging:
         merge(model, keep=False)
     if dtype is not None:
         model.to(dtype).build_rotation()  # its tables stay in fp32
-    return model, found
+    return model, base_folder
 
 
 def tokenizer_of(adapter: Path, base: Path) -> Tokenizer:

@@ -16,8 +16,10 @@ class Ia3Linear(nn.Module):
     def __init__(self, base: nn.Module, on_input: bool):
         """base: a linear layer, plain or quantized."""
         super().__init__()
-        self.base_layer, self.on_input = base, on_input
-        self.in_features, self.out_features = base.in_features, base.out_features
+        self.base_layer = base
+        self.on_input = on_input
+        self.in_features = base.in_features
+        self.out_features = base.out_features
         shape = (1, self.in_features) if on_input else (self.out_features, 1)
         self.ia3_l = nn.Parameter(torch.ones(shape))
 
@@ -31,7 +33,9 @@ class Ia3Linear(nn.Module):
 
     def merged(self) -> nn.Linear:
         """A plain layer that computes the same; fp32 arithmetic, the base's dtype."""
-        base, bias = dense_weight(self.base_layer), self.base_layer.bias
+        base = dense_weight(self.base_layer)  # (out, in)
+        scaled = base.float() * self.ia3_l.float()  # l is (1, in) or (out, 1)
+        bias = self.base_layer.bias
         if bias is not None and not self.on_input:
             bias = (bias.float() * self.ia3_l.flatten()).to(bias.dtype)
-        return plain_linear((base.float() * self.ia3_l.float()).to(base.dtype), bias)
+        return plain_linear(scaled.to(base.dtype), bias)

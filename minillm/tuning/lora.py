@@ -31,18 +31,21 @@ def row_norms(square: Tensor, wa: Tensor, a: Tensor, b: Tensor, scaling: float) 
     """
     with torch.autocast(a.device.type, enabled=False):
         a, b = a.float(), b.float() * scaling
-        return (square + ((2 * wa + b @ (a @ a.T)) * b).sum(1)).sqrt()
+        update = (2 * wa + b @ (a @ a.T)) * b  # (out, r): what BA adds to the squares
+        return (square + update.sum(1)).sqrt()
 
 
 def kaiming(shape: tuple[int, int], generator: torch.Generator) -> Tensor:
     """A matrix (out, in) initialized like torch's linear layers: uniform in ±1/√in, Kaiming's rule with a = √5."""
-    return (torch.rand(shape, generator=generator) * 2 - 1) / math.sqrt(shape[1])
+    uniform = torch.rand(shape, generator=generator) * 2 - 1  # in ±1
+    return uniform / math.sqrt(shape[1])
 
 
 class _Lora(nn.Module):
     """Base of both classes: its buffer `square`, ‖w_i‖² of each frozen row for `dora`, is never cast from fp32."""
 
     def _apply(self, fn, recurse: bool = True):
+        """Called by .to(), .half() and the like with the function that changes each tensor."""
         square = self.square
         super()._apply(fn, recurse)
         if square is not None:
@@ -58,30 +61,37 @@ class LoraLinear(_Lora):
     ):
         """base: a linear layer, plain or quantized; dropout: share of x; generator: on the CPU, draws A."""
         super().__init__()
-        self.base_layer, self.scaling = base, scaling
-        self.in_features, self.out_features = base.in_features, base.out_features
+        self.base_layer = base
+        self.scaling = scaling
+        self.in_features = base.in_features
+        self.out_features = base.out_features
         self.dropout = nn.Dropout(dropout)
         self.lora_A = nn.Linear(self.in_features, rank, bias=False)
         self.lora_B = nn.Linear(rank, self.out_features, bias=False)
         with torch.no_grad():
             self.lora_A.weight.copy_(kaiming((rank, self.in_features), generator))
             self.lora_B.weight.zero_()
-        lengths = torch.linalg.vector_norm(dense_weight(base).detach().float(), dim=1) if dora else None
+
+        # DoRA: the length of each row of W, trained, and its square, frozen
+        lengths = torch.linalg.vector_norm(dense_weight(base).detach().float(), dim=1) if dora else None  # (out,)
         self.lora_magnitude_vector = nn.Parameter(lengths) if dora else None
         self.register_buffer("square", lengths.square() if dora else None, persistent=False)
 
     @torch.no_grad()
     def _norms(self) -> Tensor:
-        base, a = self.base_layer, self.lora_A.weight.float()
+        """The length of each row of W + s·BA, (out,) fp32."""
+        base = self.base_layer
+        a = self.lora_A.weight.float()  # (r, in)
         with torch.autocast(a.device.type, enabled=False):
-            aw = ops.quant_matmul(a, base.quantized) if isinstance(base, QuantLinear) else a @ base.weight.float().T
+            quantized = isinstance(base, QuantLinear)
+            aw = ops.quant_matmul(a, base.quantized) if quantized else a @ base.weight.float().T  # (r, out)
         return row_norms(self.square, aw.T, a, self.lora_B.weight, self.scaling)
 
     def forward(self, x: Tensor) -> Tensor:
         """(…, in) → (…, out)."""
         rows = x.reshape(-1, self.in_features)  # (N, in), since `joined` adds in place, which a view would not allow
         small = F.linear(self.dropout(rows), self.lora_A.weight)  # (N, r)
-        out = self.base_layer(rows)
+        out = self.base_layer(rows)  # (N, out)
         if self.lora_magnitude_vector is not None and self.base_layer.bias is not None:
             out = out - self.base_layer.bias.to(out.dtype)
         return self.joined(out, small).view(*x.shape[:-1], self.out_features)
@@ -89,9 +99,13 @@ class LoraLinear(_Lora):
     def matrices(self) -> list[tuple[Tensor, Tensor | None]] | None:
         """For `ops.linears`: W and A, if x goes into their products and nothing else (such as dropout)."""
         base, a = ops.matrices(self.base_layer), ops.matrices(self.lora_A)
-        if base is None or a is None or (self.training and self.dropout.p):
+        drops = self.training and self.dropout.p
+        if base is None or a is None or drops:
             return None
-        return [*base, *a] if self.lora_magnitude_vector is None else [(base[0][0], None), *a]
+        if self.lora_magnitude_vector is None:
+            return [*base, *a]
+        weight, _ = base[0]
+        return [(weight, None), *a]  # the bias comes after the lengths
 
     def joined(self, out: Tensor, small: Tensor) -> Tensor:
         """The output (N, out). out: W x + b, or with `dora` W x, (N, out), overwritten; small: A x, (N, r)."""
@@ -106,7 +120,8 @@ class LoraLinear(_Lora):
     def weight(self) -> Tensor:
         """The weight (out, in) with the update added, computed in fp32, in the base's dtype."""
         base = dense_weight(self.base_layer)
-        whole = base.float() + self.scaling * (self.lora_B.weight.float() @ self.lora_A.weight.float())
+        update = self.lora_B.weight.float() @ self.lora_A.weight.float()  # (out, in)
+        whole = base.float() + self.scaling * update
         if self.lora_magnitude_vector is not None:
             whole = whole * (self.lora_magnitude_vector / self._norms())[:, None]
         return whole.to(base.dtype)
@@ -123,32 +138,38 @@ class LoraEmbedding(_Lora):
     """
 
     def __init__(self, base: nn.Embedding, rank: int, scaling: float, dora: bool, generator: torch.Generator):
+        """base: the table (V, C); generator: on the CPU, draws B."""
         super().__init__()
-        self.base_layer, self.scaling = base, scaling
+        self.base_layer = base
+        self.scaling = scaling
         self.lora_embedding_A = nn.Parameter(torch.zeros(rank, base.num_embeddings))
         self.lora_embedding_B = nn.Parameter(torch.randn(base.embedding_dim, rank, generator=generator))
-        lengths = torch.linalg.vector_norm(base.weight.detach().float(), dim=0) if dora else None
+        lengths = torch.linalg.vector_norm(base.weight.detach().float(), dim=0) if dora else None  # (C,)
         self.lora_magnitude_vector = nn.Parameter(lengths) if dora else None
         self.register_buffer("square", lengths.square() if dora else None, persistent=False)
 
     @torch.no_grad()
     def _norms(self) -> Tensor:
-        a = self.lora_embedding_A.float()
+        """The length of each column of the sum, (C,) fp32."""
+        a = self.lora_embedding_A.float()  # (r, V)
         with torch.autocast(a.device.type, enabled=False):
-            aw = a @ self.base_layer.weight.float()
+            aw = a @ self.base_layer.weight.float()  # (r, C)
         return row_norms(self.square, aw.T, a, self.lora_embedding_B, self.scaling)
 
     def forward(self, ids: Tensor) -> Tensor:
         """(B, T) int64 → (B, T, C)."""
         small = F.embedding(ids, self.lora_embedding_A.T) * self.scaling  # (B, T, r)
-        out = self.base_layer(ids) + small @ self.lora_embedding_B.T
-        return out if self.lora_magnitude_vector is None else out * (self.lora_magnitude_vector / self._norms())
+        out = self.base_layer(ids) + small @ self.lora_embedding_B.T  # (B, T, C)
+        if self.lora_magnitude_vector is None:
+            return out
+        return out * (self.lora_magnitude_vector / self._norms())
 
     @property
     def weight(self) -> Tensor:
         """The table (V, C) with the update added, computed in fp32, in the base's dtype."""
         base = self.base_layer.weight
-        whole = base.float() + self.scaling * (self.lora_embedding_B.float() @ self.lora_embedding_A.float()).T
+        update = (self.lora_embedding_B.float() @ self.lora_embedding_A.float()).T  # (V, C)
+        whole = base.float() + self.scaling * update
         if self.lora_magnitude_vector is not None:
             whole = whole * (self.lora_magnitude_vector / self._norms())
         return whole.to(base.dtype)

@@ -44,9 +44,13 @@ HARMLESS |= {"qalora_group_size", "revision", "task_type", "init_ia3_weights"}
 
 def describe(adapter: Adapter) -> dict:
     """The contents of adapter_config.json."""
-    options, tune = adapter.options, adapter.options.tune
-    shared = {"base_model_name_or_path": str(adapter.base_folder or "") or None, "inference_mode": True}
-    shared |= {"task_type": "CAUSAL_LM"}
+    options = adapter.options
+    tune = options.tune
+    shared = {
+        "base_model_name_or_path": None if adapter.base_folder is None else str(adapter.base_folder),
+        "inference_mode": True,
+        "task_type": "CAUSAL_LM",
+    }
     if tune in VIRTUAL:
         return {**adapter.parts["virtual"].peft_config(), **shared}
     if tune in OWN:
@@ -71,17 +75,23 @@ def describe(adapter: Adapter) -> dict:
 
 
 def _shares_weight(adapter: Adapter) -> bool:
-    return len({id(p) for p in adapter.parameters().values()}) < len(adapter.parameters())
+    """Whether two modules of the adapter have one parameter in common: a tied embedding and head."""
+    parameters = adapter.parameters().values()
+    return len({id(parameter) for parameter in parameters}) < len(parameters)
 
 
 def save_adapter(adapter: Adapter, folder: Path) -> None:
     """Write the files into an existing folder."""
     if adapter.options.tune in VIRTUAL:
         tensors = adapter.parts["virtual"].peft_tensors()
-        if (folder / ENCODER).parent.exists():  # in a checkpoint: PEFT's file has only the encoder's output
+        in_a_checkpoint = (folder / ENCODER).parent.exists()
+        if in_a_checkpoint:  # to go on training: PEFT's file has only the encoder's output
             save_file(dict(adapter.parts["virtual"].state_dict()), folder / ENCODER)
     else:
-        tensors = {PREFIX + huggingface.export_name(n): p.detach().clone() for n, p in adapter.parameters().items()}
+        tensors = {
+            PREFIX + huggingface.export_name(name): parameter.detach().clone()
+            for name, parameter in adapter.parameters().items()
+        }
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     written = {CONFIG: describe(adapter)}
     if adapter.base_folder is not None:
@@ -110,9 +120,9 @@ def read_config(folder: Path) -> tuple[dict, dict]:
 def to_options(written: dict, model: Transformer, source: str) -> TuningConfig:
     """The options that an adapter_config.json means. Raises `UserError` for what we do not compute."""
     kind = written["peft_type"]
-    own = next((tune for tune in OWN if kind == f"MINILLM_{tune.upper()}"), None)
-    if own:
-        return _tuning_config(source, tune=own, **{name: written.get(name) for name in OWN[own]})
+    for tune, names in OWN.items():
+        if kind == f"MINILLM_{tune.upper()}":
+            return _tuning_config(source, tune=tune, **{name: written.get(name) for name in names})
     if kind in VIRTUAL_TYPES:
         encoder = "auto" if kind == "PROMPT_TUNING" else "none"
         return _tuning_config(
@@ -120,13 +130,15 @@ def to_options(written: dict, model: Transformer, source: str) -> TuningConfig:
         )
     if kind not in ("LORA", "IA3"):
         raise UserError(f"{source}: peft_type {kind!r} is not supported")
-    places = _targets_of(written.get("target_modules"), model, source)
-    if strange := _unsupported(written, places):
-        raise UserError(f"{source}: {', '.join(sorted(strange))} as set there is not supported")
-    if written.get("ensure_weight_tying") and model.config.tie_embeddings and "embed_tokens" in places:
-        places = list(dict.fromkeys([*places, "lm_head"]))  # PEFT then adapts the head by the same matrices, transposed
+    targets = _targets_of(written.get("target_modules"), model, source)
+    unsupported = _unsupported(written, targets)
+    if unsupported:
+        raise UserError(f"{source}: {', '.join(sorted(unsupported))} as set there is not supported")
+    if written.get("ensure_weight_tying") and model.config.tie_embeddings and "embed_tokens" in targets:
+        # PEFT then adapts the head by the same matrices, transposed
+        targets = list(dict.fromkeys([*targets, "lm_head"]))
     saved = ",".join(written.get("modules_to_save") or ()) or None
-    shared = {"target_modules": ",".join(places), "modules_to_save": saved}
+    shared = {"target_modules": ",".join(targets), "modules_to_save": saved}
     if kind == "IA3":
         return _tuning_config(source, tune="ia3", **shared)
     return _tuning_config(
@@ -134,7 +146,7 @@ def to_options(written: dict, model: Transformer, source: str) -> TuningConfig:
         tune="dora" if written.get("use_dora") else "lora",
         lora_rank=written.get("r"),
         lora_alpha=written.get("lora_alpha"),
-        lora_dropout=0.0 if "lm_head" in places else written.get("lora_dropout") or 0.0,  # the head cannot have any
+        lora_dropout=0.0 if "lm_head" in targets else written.get("lora_dropout") or 0.0,  # the head cannot have any
         rslora=bool(written.get("use_rslora")),
         ensure_weight_tying=bool(written.get("ensure_weight_tying")),
         **shared,
@@ -149,32 +161,43 @@ def _tuning_config(source: str, **values) -> TuningConfig:
         raise UserError(f"{source}: {problem}") from None
 
 
-def _unsupported(written: dict, places: list[str]) -> list[str]:
-    """Fields of a LoRA or IA3 config with a value that we do not compute; places: of its target modules."""
-    others = {name: value for name, value in written.items() if name not in READ | HARMLESS}
-    found = [name for name, value in others.items() if value and (name, value) != ("bias", "none")]
+def _unsupported(written: dict, targets: list[str]) -> list[str]:
+    """Fields of a LoRA or IA3 config with a value that we do not compute; targets: paths of its target modules."""
+    # a field that is not read here must have no effect
+    unsupported = []
+    for name, value in written.items():
+        has_effect = value and (name, value) != ("bias", "none")
+        if has_effect and name not in READ | HARMLESS:
+            unsupported.append(name)
+
+    # PiSSA and the like change the base
     start = written.get("init_lora_weights")
     if isinstance(start, str) and start != "gaussian":
-        found.append("init_lora_weights")  # PiSSA and the like change the base
-    inputs = set(written.get("feedforward_modules") or ())
-    wrong = [path for path in places if (path.rpartition(".")[2] in inputs) != path.endswith("down_proj")]
-    if wrong and written["peft_type"] == "IA3":
-        found.append("feedforward_modules")
-    return found
+        unsupported.append("init_lora_weights")
+
+    # IA3 scales the input of the feed-forward network's last layer, and of no other
+    scaled_inputs = set(written.get("feedforward_modules") or ())
+    for path in targets if written["peft_type"] == "IA3" else ():
+        is_last = path.endswith("down_proj")
+        if (path.rpartition(".")[2] in scaled_inputs) != is_last and "feedforward_modules" not in unsupported:
+            unsupported.append("feedforward_modules")
+    return unsupported
 
 
 def _targets_of(wanted: list[str] | str | None, model: Transformer, source: str) -> list[str]:
-    """Places of what PEFT's target_modules mean: ends of paths, "all-linear", or a regular expression."""
+    """Paths of what PEFT's target_modules mean: ends of paths, "all-linear", or a regular expression."""
     linears = linear_paths(model)
     if wanted == "all-linear":
         return [path for path in linears if path != "lm_head"]
+    targets = []
     if isinstance(wanted, str):
-        places = (path for path in [*linears, "embed_tokens"] if re.fullmatch(wanted, huggingface.export_name(path)))
-    else:
-        places = matching_targets(model, ",".join(wanted)) if wanted else ()
-    if not (found := list(places)):
+        candidates = [*linears, "embed_tokens"]
+        targets = [path for path in candidates if re.fullmatch(wanted, huggingface.export_name(path))]
+    elif wanted:
+        targets = matching_targets(model, ",".join(wanted))
+    if not targets:
         raise UserError(f"{source}: no target_modules of this model in it")
-    return found
+    return targets
 
 
 def load_adapter(model: Transformer, folder: str | Path, name: str = "default", sha256: str | None = None) -> Adapter:

@@ -16,7 +16,7 @@ from minillm.base import files
 from minillm.base.errors import UserError
 from minillm.base.process import RunLock
 from minillm.checkpoint import run_folder
-from minillm.training import progress
+from minillm.training import metrics
 
 
 def fill_with(text: str):
@@ -196,7 +196,7 @@ def test_a_limit_on_file_size_names_path_and_bytes(saved):
         files.check_writable(saved, 1, largest_file=4096)
         late = refused(lambda: files.write_folder(saved / "step-00000040", fill_with("12345")))
         row = refused(lambda: files.write_json_atomically(saved / "a.json", "x" * 5000))
-        log = progress.MetricsLog(saved / "metrics.jsonl")
+        log = metrics.MetricsLog(saved / "metrics.jsonl")
         refused(lambda: log.write({"step": 1, "text": "x" * 5000}))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
@@ -233,7 +233,7 @@ def test_a_file_in_the_way(tmp_path):
         lambda: RunLock(tmp_path / "out" / "run"),
         lambda: files.write_folder(tmp_path / "out" / "step-1", fill_with("x")),
         lambda: files.write_json_atomically(tmp_path / "out" / "a.json", 1),
-        lambda: progress.MetricsLog(tmp_path / "out" / "metrics.jsonl"),
+        lambda: metrics.MetricsLog(tmp_path / "out" / "metrics.jsonl"),
     ):
         line = refused(work)
         assert f"{tmp_path / 'out'} is a file; choose another --out" in line and "free" not in line

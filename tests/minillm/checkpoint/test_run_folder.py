@@ -1,7 +1,6 @@
 """A run's folder: which checkpoint is the newest, one owner, signals, metrics."""
 
 import io
-import json
 import os
 import signal
 import subprocess
@@ -17,7 +16,6 @@ from minillm.base import files
 from minillm.base.errors import UserError
 from minillm.base.process import RunLock, StopSignals, run_script
 from minillm.checkpoint import run_folder
-from minillm.training import progress
 from tests.minillm.base.test_files import content, fill_with, in_child, refused
 
 
@@ -301,21 +299,3 @@ def test_a_broken_pipe_elsewhere_is_still_an_error():
 
     with pytest.raises(BrokenPipeError):
         run_script(fail)
-
-
-def test_metrics_rows_beyond_the_resumed_step_and_a_torn_line_are_cut(tmp_path):
-    path = tmp_path / "metrics.jsonl"
-    log = progress.MetricsLog(path)
-    for step in range(1, 6):
-        log.write({"step": step, "loss": 1 / step})
-        log.write({"step": step, "val_loss": float("nan")})
-    assert len(path.read_text().splitlines()) == 10  # on the disk without closing
-    with path.open("a") as file:
-        file.write('{"step": 2, "lo')
-    log = progress.MetricsLog(path, 3)
-    log.write({"step": 4, "loss": 0.0})
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
-    assert [row["step"] for row in rows] == [1, 1, 2, 2, 3, 3, 4]
-    assert rows[1]["val_loss"] is None and rows[4]["loss"] == 1 / 3
-    progress.MetricsLog(path, 0)
-    assert path.read_text() == "" and len(list(tmp_path.iterdir())) == 1

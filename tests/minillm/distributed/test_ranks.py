@@ -33,9 +33,9 @@ def test_micro_batches_by_hand():
 
 
 def test_one_rank_needs_no_group():
-    ranks = Ranks(0, 1, CPU)
-    assert ranks.main and ranks.sum(1.5, 2) == [1.5, 2] and ranks.max(15) == 15 and ranks.max(0) == 0
-    ranks.barrier()
+    alone = Ranks(0, 1, CPU)
+    assert alone.main and alone.sum(1.5, 2) == [1.5, 2] and alone.max(15) == 15 and alone.max(0) == 0
+    alone.barrier()
 
 
 @pytest.mark.parametrize(("batch", "micro", "world"), [(8, 2, 3), (6, 4, 1), (0, 1, 1), (8, 0, 1), (4, 4, 2)])

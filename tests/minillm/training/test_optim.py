@@ -8,11 +8,11 @@ from minillm.base.errors import UserError
 from minillm.model import ops
 from minillm.model.config import ModelConfig
 from minillm.model.transformer import Transformer
+from minillm.training import optim, starting_model
 from minillm.training.optim import AdamW, Muon, build_optimizers, orthogonalize
-from minillm.training.schedule import lr_at
+from train_sft import Config as Sft
 
 CONFIG = ModelConfig(vocab_size=50, dim=32, n_layers=2, n_heads=4, n_kv_heads=2, qkv_bias=True)
-SCHEDULE = dict(lr=1.0, steps=100, warmup=10, min_ratio=0.1, decay=0.2)
 
 
 @pytest.mark.parametrize("shape", [(3, 16, 16), (2, 12, 40), (2, 40, 12)])
@@ -96,19 +96,16 @@ def test_nothing_to_train_is_said():
         build_optimizers(model, "adamw", lr=1e-3, weight_decay=0.1)
 
 
-@pytest.mark.parametrize(
-    ("schedule", "expected"),
-    [
-        ("constant", {0: 0.1, 9: 1.0, 10: 1.0, 99: 1.0}),
-        ("cosine", {0: 0.1, 10: 1.0, 55: 0.55, 100: 0.1}),
-        ("wsd", {0: 0.1, 10: 1.0, 80: 1.0, 90: 0.55, 100: 0.1}),
-    ],
-)
-def test_schedules_at_known_points(schedule, expected):
-    for step, value in expected.items():
-        assert lr_at(step, schedule=schedule, **SCHEDULE) == pytest.approx(value)
-
-
-def test_no_warmup_and_all_warmup():
-    assert lr_at(0, schedule="cosine", **{**SCHEDULE, "warmup": 0}) == 1.0
-    assert lr_at(99, schedule="cosine", **{**SCHEDULE, "warmup": 100}) == 1.0
+def test_an_optimizer_without_a_known_learning_rate_is_refused_by_name_and_builds_with_a_given_one(monkeypatch):
+    monkeypatch.setitem(optim.OPTIMIZERS, "sgd", optim.Choice(torch.optim.SGD))
+    monkeypatch.setitem(optim.OPTIMIZERS, "half", optim.Choice(torch.optim.SGD, lr=0.5))
+    refusal = "--optimizer {}: no learning rate is known for it with --tune {}; give one by --lr"
+    for kind, tune in (("sgd", "full"), ("sgd", "lora"), ("half", "lora")):
+        with pytest.raises(UserError, match=refusal.format(kind, tune)):
+            starting_model.choose_optimizer(Sft(optimizer=kind, tune=tune), 64)
+        assert starting_model.choose_optimizer(Sft(optimizer=kind, tune=tune, lr=0.5), 64).lr == 0.5
+    assert starting_model.choose_optimizer(Sft(optimizer="half"), 64).lr == 0.5 / 8
+    (built,) = build_optimizers(Transformer(CONFIG), "sgd", lr=0.5, weight_decay=0.1)
+    assert [group["weight_decay"] for group in built.param_groups] == [0.1, 0.0]
+    with pytest.raises(UserError, match="--optimizer sgdm: choose one of muon, adamw, sgd"):
+        build_optimizers(Transformer(CONFIG), "sgdm", lr=0.5, weight_decay=0.1)

@@ -5,8 +5,7 @@ import pytest
 import torch
 
 from minillm.base.device import peak_flops
-from minillm.base.errors import UserError
-from minillm.training.progress import Progress, duration, tensorboard_writer, time
+from minillm.training.progress import Progress, duration, time
 
 ROW = {"loss": 2.5, "lr": 1e-3, "grad_norm": 0.75, "tokens_per_s": 12345.6, "mfu": 0.125}
 
@@ -103,21 +102,3 @@ def test_the_peak_of_a_gpu_is_its_own(monkeypatch, name, dtype, teraflops):
 def test_the_peak_of_a_cpu_is_measured():
     assert 1e8 < peak_flops(torch.device("cpu"), torch.float32) < 1e14
     assert peak_flops(torch.device("mps"), torch.float32) is None
-
-
-def test_tensorboard_is_an_extra(monkeypatch, tmp_path):
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    with pytest.raises(UserError, match=r"pip install -e .*\[tensorboard\]"):
-        tensorboard_writer(tmp_path)
-
-
-def test_steps_that_a_killed_run_repeats_are_on_the_board_once(tmp_path):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    for done, last in ((0, 5), (2, 6)):  # killed after step 5, its newest checkpoint that of step 2
-        board = tensorboard_writer(tmp_path, done)
-        for step in range(done + 1, last + 1):
-            board.add_scalar("loss", 10 * done + step, step)
-        board.close()
-    events = EventAccumulator(str(tmp_path)).Reload().Scalars("loss")
-    assert [(event.step, event.value) for event in events] == [(1, 1), (2, 2), (3, 23), (4, 24), (5, 25), (6, 26)]

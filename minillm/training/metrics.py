@@ -1,0 +1,64 @@
+"""What a run logs: metrics.jsonl, one row a line, and the same numbers for TensorBoard."""
+
+import errno
+import json
+import math
+import os
+from pathlib import Path
+
+from minillm.base import files
+from minillm.base.errors import UserError
+
+
+class MetricsLog:
+    """metrics.jsonl: one JSON object per line, unbuffered."""
+
+    def __init__(self, path: str | Path, resume_step: int | None = None):
+        """Keep the rows up to `resume_step` (None or 0: a new run, no rows); drop later ones and a torn last line."""
+        self.path = Path(path)
+        with files.writing(self.path) as scratch:
+            if self.path.exists():
+                with self.path.open("rb") as old, scratch.open("wb") as kept:
+                    kept.writelines(line for line in old if resume_step and _step_in(line) <= resume_step)
+                files.sync(scratch)
+                scratch.replace(self.path)
+            self.file = self.path.open("ab", buffering=0)
+
+    def write(self, row: dict) -> None:
+        """Append a row; values that are not finite become null, since JSON has no NaN."""
+        finite = {
+            name: None if isinstance(value, float) and not math.isfinite(value) else value
+            for name, value in row.items()
+        }
+        line = json.dumps(finite, ensure_ascii=False).encode() + b"\n"
+        with files.writing(self.path):
+            if self.file.write(line) < len(line):  # the disk is full
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def _step_in(line: bytes) -> float:
+    """The step of a row; infinity for a line that is not a whole row."""
+    if not line.endswith(b"\n"):
+        return math.inf
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return math.inf
+
+
+class TensorBoard:
+    """The rows of metrics.jsonl as TensorBoard events (extra `tensorboard`)."""
+
+    def __init__(self, folder: str | Path, resume_step: int = 0):
+        """Hides earlier events of steps after `resume_step`. Raises `UserError` without the package."""
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            raise UserError('--tensorboard needs its package: pip install -e ".[tensorboard]"') from None
+        self.writer = SummaryWriter(str(folder), purge_step=resume_step + 1)
+
+    def write(self, row: dict) -> None:
+        """Each value of a row except its step as a scalar at that step."""
+        for name, value in row.items():
+            if name != "step" and value is not None:
+                self.writer.add_scalar(name, value, row["step"])
