@@ -18,8 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data import bundled
+from minillm.base.command_line import parse
 from minillm.base.errors import UserError
-from minillm.base.options import option, parse, show
+from minillm.base.options import option, optional_copy
 from minillm.base.process import run_script
 from minillm.checkpoint import huggingface
 from minillm.checkpoint.train_state import fingerprint
@@ -35,42 +36,35 @@ from minillm.model.memory import check_memory
 from minillm.model.transformer import Transformer
 from minillm.tokenizer.tokenizer import Tokenizer
 from minillm.training import starting_model
-from minillm.training.config import TrainingConfig
+from minillm.training.config import TrainingConfig, summary
 from minillm.training.optim import build_optimizers
 from minillm.training.run import Run, begin
 from minillm.training.step import TrainState
 from minillm.tuning import options
 
+SHAPE = "shape of the model (what is not given is the preset's, or that of --init_from)"
+# --dim, --n_layers and so on: ModelConfig's own fields, so that a field added there is an option here
+ShapeOptions = optional_copy(config.ModelConfig, group=SHAPE, leave_out=("vocab_size", "dropout"))
+
 
 @dataclass(frozen=True)
-class Config(options.TuningConfig, TrainingConfig):
-    data: str = option("data/bundled", "folder of token bins, or a mixture FOLDER:WEIGHT,FOLDER:WEIGHT,…")
-    out: str = option("out/pretrain", "the run's folder: checkpoints, metrics.jsonl, curve.png")
-    data_dtype: str | None = option(None, "dtype of a raw .bin made elsewhere: uint16 or uint32")
-    data_vocab_size: int | None = option(None, "vocabulary size of a raw .bin made elsewhere")
+class Config(ShapeOptions, options.TuningConfig, TrainingConfig):
+    data: str = option("data/bundled", "folder of token bins, or a mixture FOLDER:WEIGHT,FOLDER:WEIGHT,…", group="run")
+    out: str = option("out/pretrain", "the run's folder: checkpoints, metrics.jsonl, curve.png", group="run")
+    data_dtype: str | None = option(None, "dtype of a raw .bin made elsewhere", ("uint16", "uint32"), group="data")
+    data_vocab_size: int | None = option(None, "vocabulary size of a raw .bin made elsewhere", at_least=1, group="data")
     document_attention: bool | None = option(
         None,
         "attention stays inside documents; none: if they are shorter than half a sequence on average, but never with "
         "virtual tokens, which stand before a whole row",
+        group="data",
     )
-    preset: str = option("tiny", "shape of a new model", tuple(config.PRESETS))
-    dim: int | None = option(None, "model width, in place of the preset's")
-    n_layers: int | None = option(None, "layers")
-    n_heads: int | None = option(None, "query heads")
-    n_kv_heads: int | None = option(None, "key/value heads")
-    head_dim: int | None = option(None, "size of a head")
-    ffn_dim: int | None = option(None, "feed-forward width")
-    max_seq_len: int | None = option(
-        None, "longest context in tokens; with rotary positions also extends a model given by --init_from"
+    preset: str = option("tiny", "shape of a new model", tuple(config.PRESETS), group=SHAPE)
+    rope_scaling: str | None = option(
+        None,
+        "stretch rotary positions: linear:FACTOR, yarn:FACTOR or llama3:FACTOR",
+        group=SHAPE,
     )
-    positions: str | None = option(None, "rope or learned", ("rope", "learned"))
-    rope_theta: float | None = option(None, "base of the rotary frequencies")
-    rope_scaling: str | None = option(None, "stretch rotary positions: linear:FACTOR, yarn:FACTOR or llama3:FACTOR")
-    tie_embeddings: bool | None = option(None, "output layer shares the embedding's weights")
-    qk_norm: bool | None = option(None, "norm queries and keys per head")
-    qkv_bias: bool | None = option(None, "biases on query, key and value projections")
-    window: int | None = option(None, "sliding attention window in tokens")
-    softcap: float | None = option(None, "soft cap on the logits")
 
 
 def main() -> int:
@@ -115,7 +109,7 @@ def main() -> int:
         run.say_finished()
         distributed.stop()
         return 0
-    run.say(f"configuration:\n{show(training_config)}")
+    run.say(summary(training_config))
     if validation.no_bytes:
         run.say(f"no bits per byte: {validation.no_bytes}")
 

@@ -15,8 +15,9 @@ import sys
 from dataclasses import dataclass
 
 from data import bundled
+from minillm.base.command_line import parse
 from minillm.base.errors import UserError
-from minillm.base.options import option, parse, show
+from minillm.base.options import option
 from minillm.base.process import run_script
 from minillm.checkpoint import huggingface
 from minillm.checkpoint.train_state import fingerprint
@@ -32,7 +33,7 @@ from minillm.model.transformer import Transformer
 from minillm.tokenizer.chat_template import TEMPLATES
 from minillm.tokenizer.tokenizer import Tokenizer
 from minillm.training import starting_model
-from minillm.training.config import TrainingConfig
+from minillm.training.config import TrainingConfig, summary
 from minillm.training.optim import build_optimizers
 from minillm.training.run import Run, begin
 from minillm.training.step import TrainState
@@ -42,27 +43,45 @@ from minillm.tuning.adapter import merged
 
 @dataclass(frozen=True)
 class Config(options.TuningConfig, TrainingConfig):
-    data: str = option(f"{bundled.FOLDER}/sft_train.jsonl", "instruction file(s), separated by commas")
-    out: str = option("out/sft", "the run's folder: checkpoints, metrics.jsonl, curve.png")
-    init_from: str = option("out/pretrain", "model folder or run to start from")
-    steps: int | None = option(None, "optimizer steps; none: as many as --epochs need")
-    epochs: float = option(2.5, "passes over the data, if --steps is not given")
-    seq_len: int = option(256, "tokens per row, virtual ones included; longer examples are cut")
-    batch_size: int = option(8, "rows per optimizer step, over all ranks")
+    data: str = option(f"{bundled.FOLDER}/sft_train.jsonl", "instruction file(s), separated by commas", group="run")
+    out: str = option("out/sft", "the run's folder: checkpoints, metrics.jsonl, curve.png", group="run")
+    init_from: str = option("out/pretrain", "model folder or run to start from", group="run")
+    steps: int | None = option(
+        None, "optimizer steps; none: as many as --epochs need", at_least=1, group="length and batch"
+    )
+    epochs: float = option(
+        2.5, "passes over the data, if --steps is not given", at_least=0.001, at_most=1e6, group="length and batch"
+    )
+    seq_len: int = option(
+        256, "tokens per row, virtual ones included; longer examples are cut", at_least=1, group="length and batch"
+    )
+    batch_size: int = option(8, "rows per optimizer step, over all ranks", at_least=1, group="length and batch")
     lr: float | None = option(
-        None, "peak learning rate; none: a quarter of what pretraining takes, or what suits the adapter"
+        None,
+        "peak learning rate; none: a quarter of what pretraining takes, or what suits the adapter",
+        at_least=0,
+        group="optimizer",
     )
     template: str = option(
-        "auto", "prompt format; auto: the model folder's own, else chat if there are role pieces", TEMPLATES
+        "auto",
+        "prompt format; auto: the model folder's own, else chat if there are role pieces",
+        TEMPLATES,
+        group="instructions",
     )
     packing: bool | None = option(
-        None, "several examples in a row, attention kept inside each; none: yes, but not with virtual tokens"
+        None,
+        "several examples in a row, attention kept inside each; none: yes, but not with virtual tokens",
+        group="instructions",
     )
-    on_bad_line: str = option("error", "what to do with a line that cannot be read", ("error", "skip"))
+    on_bad_line: str = option(
+        "error", "what to do with a line that cannot be read", ("error", "skip"), group="instructions"
+    )
     eval_data: str | None = option(
-        None, "held-out instructions to answer before and after; none: the bundled ones, if used"
+        None,
+        "held-out instructions to answer before and after; none: the bundled ones, if used",
+        group="instructions",
     )
-    eval_rows: int = option(800, "how many of them to answer")
+    eval_rows: int = option(800, "how many of them to answer", at_least=1, group="instructions")
 
 
 def main() -> int:
@@ -114,7 +133,7 @@ def main() -> int:
         run.say_finished(length)
         distributed.stop()
         return 0
-    run.say(f"configuration:\n{show(training_config)}\n{rows.summary()}")
+    run.say(f"{summary(training_config)}\n{rows.summary()}")
 
     finish_kernel_check()
     model = starting_model.make_model(training_config, model_config, init, run.source, ranks.device)
@@ -158,9 +177,13 @@ def read_rows(training_config: Config, paths: list[str], tokenizer: Tokenizer) -
 
 
 def last_row(training_config: Config, rows: InstructionRows) -> int:
-    """How many rows the run reads: those of --steps whole batches, or of --epochs."""
-    if training_config.steps is None:
-        return rows.total_rows(training_config.epochs)
+    """How many rows the run reads: those of --epochs, or of --steps whole batches.
+
+    Where --steps says what follows from --epochs, as in a run's options.toml, the last batch is as short.
+    """
+    end = rows.total_rows(training_config.epochs)
+    if training_config.steps in (None, -(-end // training_config.batch_size)):
+        return end
     return training_config.steps * training_config.batch_size
 
 

@@ -11,7 +11,6 @@ written them; another version writes them anew.
 Read next: data/world/texts.py, where the texts come from; data/prepare.py, what turns text into token bins.
 """
 
-import argparse
 import hashlib
 import itertools
 import json
@@ -20,6 +19,7 @@ import shlex
 import sys
 import time
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -28,8 +28,9 @@ from data.prepare import prepare
 from data.world.questions import SPLITS, tasks
 from data.world.texts import documents
 from data.world.words import WORDS_ZH
+from minillm.base.command_line import parse
 from minillm.base.errors import UserError
-from minillm.base.options import Parser
+from minillm.base.options import Options, option
 from minillm.base.process import RunLock, run_script
 from minillm.tokenizer.train import train_tokenizer
 
@@ -172,12 +173,15 @@ def finished(folder: Path) -> bool:
     return made_by == fingerprint() and (folder / "meta.json").exists()
 
 
+@dataclass(frozen=True)
+class Config(Options):
+    out: str = option(FOLDER, "folder to write it into")
+
+
 def main() -> None:
-    parser = Parser(description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", default=FOLDER, metavar="FOLDER", help=f"where to write it (default {FOLDER})")
-    out = parser.parse_args().out
+    out = parse(Config, __doc__).out
     build(out)
-    print(f"{out}: the bundled corpus is there; next: python train_pretrain.py --data {shlex.quote(str(out))}")
+    print(f"{out}: the bundled corpus is there; next: python train_pretrain.py --data {shlex.quote(out)}")
 
 
 if __name__ == "__main__":

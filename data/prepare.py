@@ -13,12 +13,11 @@ again, as are damaged ones. The result is the same as in a new folder. (--train_
 they change, all tokens may change. To keep the tokenizer, give --tokenizer the folder itself.)
 """
 
-import argparse
 import os
 import random
 import sys
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from data.bin_writer import SPLITS, BinFolder, meta_of, read_json
@@ -34,9 +33,11 @@ from data.sources import (
     tokenizer_key,
 )
 from data.tokenize_files import bad_line_error, is_val, tokenize
+from minillm.base.command_line import parse
 from minillm.base.errors import UserError
 from minillm.base.files import sha256, write_json_atomically
-from minillm.base.options import Parser
+from minillm.base.options import Options as BaseOptions
+from minillm.base.options import option
 from minillm.base.process import RunLock, run_script
 from minillm.checkpoint import run_folder
 from minillm.datasets.text_files import BOUNDARIES, find_files, records, text_of
@@ -274,29 +275,55 @@ def report(meta: dict) -> None:
             print(f"  {message}")
 
 
+@dataclass(frozen=True)
+class Config(BaseOptions):
+    input: tuple[str, ...] = option(help="files or folders: .txt .jsonl .json (.gz) .parquet", group="texts")
+    out: str = option(help="where the token bins go, e.g. data/novels", group="texts")
+    split: str = option(
+        Options.boundary,
+        "a .txt document ends at blank lines, with each line (lines), or with its file (file)",
+        BOUNDARIES,
+        group="texts",
+    )
+    field: str = option(Options.field, "key or column that holds the text", group="texts")
+    on_bad_line: str = option(
+        Options.on_bad_line, "stop at a bad line, or skip and count it", ON_BAD_LINE, group="texts"
+    )
+    tokenizer: str | None = option(
+        None,
+        "an existing one: .model, a folder with tokenizer.model or .json, or a run; none: see --train_tokenizer",
+        group="tokenizer",
+    )
+    train_tokenizer: int | None = option(
+        None,
+        "learn a tokenizer of so many pieces from the training documents",
+        at_least=train.SMALLEST,
+        group="tokenizer",
+    )
+    wrap: str = option(Options.wrap, "documents end in eos, or also begin with bos (bos_eos)", WRAPS, group="tokenizer")
+    val_input: tuple[str, ...] = option((), "files of the validation split, in place of a share", group="validation")
+    val_fraction: float = option(
+        Options.val_fraction, "share of documents for validation", at_least=0, below=1, group="validation"
+    )
+    workers: int | None = option(None, "processes; none: all cores", at_least=1, group="machine")
+
+
 def main() -> None:
-    about = __doc__.split("\n\n")
-    looks = dict(epilog="\n\n".join(about[1:]), formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser = Parser(description=about[0], allow_abbrev=False, **looks)
-    add = parser.add_argument
-    usual = Options()
-    add("--input", nargs="+", required=True, metavar="PATH", help="files or folders: .txt .jsonl .json (.gz) .parquet")
-    add("--out", required=True, metavar="FOLDER", help="where the token bins go, e.g. data/novels")
-    add("--tokenizer", metavar="PATH", help="an existing one: .model, a folder with tokenizer.model or .json, or a run")
-    add("--train_tokenizer", type=int, metavar="N", help="learn a tokenizer of N pieces from the training documents")
-    add("--val_input", nargs="+", metavar="PATH", help="files of the validation split (instead of --val_fraction)")
-    share = f"share of documents for validation (default {usual.val_fraction})"
-    add("--val_fraction", type=float, default=usual.val_fraction, help=share)
-    ends = "a .txt document ends at blank lines (default), with each line, or with its file"
-    add("--split", dest="boundary", choices=BOUNDARIES, default=usual.boundary, help=ends)
-    add("--field", default=usual.field, help="key or column that holds the text (default text)")
-    stop = "stop at a bad line (default) or count it"
-    add("--on_bad_line", choices=ON_BAD_LINE, default=usual.on_bad_line, help=stop)
-    add("--wrap", choices=WRAPS, default=usual.wrap, help="documents end in eos (default), or also begin with bos")
-    add("--workers", type=int, help="processes (default: all cores)")
-    options = vars(parser.parse_args())
-    inputs, out, val_inputs = (options.pop(name) for name in ("input", "out", "val_input"))
-    report(prepare(inputs, out, val_inputs=val_inputs, **options))
+    config = parse(Config, __doc__)
+    meta = prepare(
+        config.input,
+        config.out,
+        tokenizer=config.tokenizer,
+        train_tokenizer=config.train_tokenizer,
+        val_inputs=config.val_input,
+        workers=config.workers,
+        boundary=config.split,
+        field=config.field,
+        on_bad_line=config.on_bad_line,
+        val_fraction=config.val_fraction,
+        wrap=config.wrap,
+    )
+    report(meta)
 
 
 if __name__ == "__main__":

@@ -1,116 +1,103 @@
-"""The commands around training: `python -m minillm generate|chat|eval|merge|plot|info|bench …` (each with --help)."""
+"""The commands around training: `python -m minillm COMMAND`, each with --help.
 
-import argparse
+A command is a file with a dataclass `Config` of its options and a function `run(config)`; the first line of its
+docstring says what it does. To add one, write the file and name it here.
+"""
+
+import ast
+import difflib
+import importlib
+import importlib.util
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from minillm.base.command_line import parse
 from minillm.base.errors import UserError
-from minillm.base.options import Parser
+from minillm.base.options import Options
 from minillm.base.process import run_script
-from minillm.checkpoint import resize
-from minillm.commands import bench, bench_tune, convert, info, model_commands, vocab
-from minillm.model.config import PRESETS
-from minillm.training import plot
-from minillm.tuning import folders
 
-COUNTS = ("limit", "max_tokens", "max_new_tokens", "seq_len", "rows", "micro_batch_size", "vocab_size", "lora_rank")
-COUNTS += ("max_memory", "pad_to_multiple", "new_tokens", "turns")  # options of any command that mean nothing below 1
-
-
-def main() -> int:
-    args = build_parser().parse_args()
-    for name in COUNTS:
-        if (value := getattr(args, name, None)) is not None and value < 1:
-            raise UserError(f"--{name} {value}: must be at least 1")
-    return args.command(args) or 0
-
-
-def build_parser() -> argparse.ArgumentParser:
-    parser = Parser(prog="python -m minillm", description=__doc__, allow_abbrev=False)
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    command = _maker(commands)
-    model_commands.add_parsers(command)
-    sub = command(run_plot, "plot")
-    sub.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run, or its metrics.jsonl")
-    sub.add_argument("--out", help="PNG to write; default: curve.png in the run's folder, curves.png here for several")
-    info.add_parser(command)
-    text = "train, merge, prune or inspect a vocabulary"
-    sub = commands.add_parser("vocab", help=text, description=text, allow_abbrev=False)
-    vocab.add_parsers(_maker(sub.add_subparsers(required=True, metavar="train|merge|prune|inspect")))
-    _add_surgery(command)
-    convert.add_parsers(command)
-    sub = command(run_bench, "bench")
-    what = ("generate", "train", "tune", "data")
-    sub.add_argument("what", choices=what, metavar="|".join(what), help="what to measure")
-    sub.add_argument("--preset", default="tiny", choices=tuple(PRESETS), help="the model's shape (default tiny)")
-    sub.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    sub.add_argument("--rows", type=int, default=8, help="train, tune: sequences of a step (default 8)")
-    sub.add_argument("--seq_len", type=int, default=256, help="train, tune: tokens of a sequence (default 256)")
-    sub.add_argument("--new_tokens", type=int, help="generate: tokens to write (default 64, on a GPU 256)")
-    sub.add_argument("--vocab_size", type=int, help="train: entries of the vocabulary (default: the preset's usual)")
-    return parser
+COMMANDS = {
+    "generate": "minillm.commands.generate",
+    "chat": "minillm.commands.chat",
+    "eval": "minillm.commands.evaluate",
+    "plot": "minillm.commands.plot",
+    "info": "minillm.commands.info",
+    "vocab train": "minillm.commands.vocab.train",
+    "vocab merge": "minillm.commands.vocab.merge",
+    "vocab prune": "minillm.commands.vocab.prune",
+    "vocab inspect": "minillm.commands.vocab.inspect",
+    "resize": "minillm.commands.resize",
+    "import": "minillm.commands.import_model",
+    "export": "minillm.commands.export_model",
+    "merge": "minillm.commands.merge",
+    "bench train": "minillm.commands.bench.train",
+    "bench generate": "minillm.commands.bench.generate",
+    "bench tune": "minillm.commands.bench.tune",
+    "bench data": "minillm.commands.bench.data",
+}
 
 
-def _maker(commands) -> Callable[[Callable, str], argparse.ArgumentParser]:
-    """command(function, name) → the parser of a command that does what the function does, and says what it says."""
-
-    def command(function: Callable, name: str) -> argparse.ArgumentParser:
-        text = function.__doc__
-        sub = commands.add_parser(name, help=text.split("\n")[0], description=text, allow_abbrev=False)
-        sub.set_defaults(command=function)
-        return sub
-
-    return command
+def main(argv: list[str] | None = None) -> int:
+    """Run a command line, by default that of the process; returns the exit status."""
+    words = sys.argv[1:] if argv is None else argv
+    if words and words[-1] in ("-h", "--help") and not _split(words[:-1])[0]:
+        print(overview(" ".join(words[:-1])))
+        return 0
+    run, config = parse_command(words)
+    return run(config) or 0
 
 
-def _add_surgery(command: Callable[[Callable, str], argparse.ArgumentParser]) -> None:
-    """The commands that make one model folder of another."""
-    sub = command(run_resize, "resize")
-    sub.add_argument("--model", required=True, help="run or model folder whose tokenizer is the old one")
-    sub.add_argument("--tokenizer", required=True, help="the new one: folder or .model that vocab merge or prune wrote")
-    sub.add_argument("--id_map", help="id_map.json; default: the one beside the new tokenizer")
-    sub.add_argument("--out", required=True, help="new model folder")
-    text = "new rows: mean of the old sub-tokens' (mean), of all (mean_all), or drawn like all (normal)"
-    sub.add_argument("--start", default="mean", choices=resize.STARTS, help=text)
-    sub.add_argument("--pad_to_multiple", type=int, default=1, help="of the number of rows (GPUs like 64)")
-    sub = command(run_merge, "merge")
-    sub.add_argument("--model", required=True, help="the adapter's base: run or model folder")
-    sub.add_argument("--adapter", required=True, help="run or folder that holds the adapter, of minillm or PEFT")
-    sub.add_argument("--out", required=True, help="new model folder")
+def parse_command(words: list[str]) -> tuple[Callable, Options]:
+    """The function of a command and its options, from the words after `python -m minillm`."""
+    name, rest = _split(words)
+    if not name:
+        raise UserError(_what_to_give(words))
+    module = importlib.import_module(COMMANDS[name])  # only now, so that --help need not wait for torch
+    return module.run, parse(module.Config, module.__doc__, rest, program=f"python -m minillm {name}")
 
 
-def run_plot(args) -> None:
-    """Draw loss and validation curves of one or several runs into a PNG."""
-    single = Path(args.runs[0])
-    folder = single if single.is_dir() else single.parent
-    out = Path(args.out) if args.out else folder / "curve.png" if len(args.runs) == 1 else Path("curves.png")
-    print(plot.draw(args.runs, out))
+def _split(words: list[str]) -> tuple[str, list[str]]:
+    """The command that a line begins with, and what follows it; no command: an empty name."""
+    for n_words in (2, 1):
+        name = " ".join(words[:n_words])
+        if name in COMMANDS:
+            return name, words[n_words:]
+    return "", words
 
 
-def run_resize(args) -> None:
-    """Give a model another vocabulary: embedding and head follow the mapping of ids, new pieces get a start."""
-    given = Path(args.tokenizer)
-    id_map = args.id_map or (given if given.is_dir() else given.parent) / "id_map.json"
-    how = dict(start=args.start, multiple=args.pad_to_multiple)
-    print(resize.resize_folder(args.model, args.tokenizer, id_map, args.out, **how))
+def _what_to_give(words: list[str]) -> str:
+    """What is wrong with a line that begins with no command."""
+    listed = "(python -m minillm --help lists them)"
+    if not words:
+        return f"COMMAND is needed {listed}"
+    below = [name for name in COMMANDS if name.startswith(f"{words[0]} ")]
+    if below and len(words) == 1:
+        return f"{words[0]}: choose one of {', '.join(below)}"
+    typed = " ".join(words[:2]) if below else words[0]
+    near = difflib.get_close_matches(typed, [*COMMANDS], n=1)
+    if near:
+        return f"{typed}: no such command; did you mean {near[0]}? {listed}"
+    if below:
+        return f"{typed}: no such command; choose one of {', '.join(below)}"
+    return f"{typed}: no such command {listed}"
 
 
-def run_merge(args) -> None:
-    """Fold an adapter into its base: a plain model folder, for whatever knows no adapters."""
-    print(folders.merge_folder(args.model, args.adapter, args.out))
+def overview(first_word: str = "") -> str:
+    """All commands with what they do, a line each; first_word: only those that begin with it."""
+    chosen = [name for name in COMMANDS if not first_word or name.startswith(f"{first_word} ")]
+    if not chosen:
+        raise UserError(_what_to_give([first_word]))
+    width = max(map(len, chosen))
+    lines = [f"  {name:<{width}}  {_summary(COMMANDS[name])}" for name in chosen]
+    usage = f"usage: python -m minillm {first_word or 'COMMAND'} …"
+    return "\n".join([usage, "", *lines, "", "Each has its own --help."])
 
 
-def run_bench(args) -> None:
-    """Measure speed beside other tools on this machine, both sides in one process."""
-    if args.what == "data":
-        bench.bench_data()
-    elif args.what == "generate":
-        bench.bench_generate(args.preset, args.device, args.new_tokens)
-    elif args.what == "tune":
-        bench_tune.bench_tune(args.preset, args.device, args.rows, args.seq_len)
-    else:
-        bench.bench_train(args.preset, args.device, args.rows, args.seq_len, args.vocab_size)
+def _summary(module: str) -> str:
+    """The first line of a module's docstring, read without importing it."""
+    source = Path(importlib.util.find_spec(module).origin).read_text(encoding="utf-8")
+    return ast.get_docstring(ast.parse(source)).split("\n")[0]
 
 
 if __name__ == "__main__":

@@ -25,7 +25,12 @@ OPTIONS = {
     "activation": (
         0,
         [
-            (CONFIG, "    dropout: float", '    activation: str = "swiglu"  # or "relu2"\n    dropout: float'),
+            (
+                CONFIG,
+                "    dropout: float",
+                '    activation: str = option("swiglu", "swiglu, or relu2 of the gate", ("swiglu", "relu2"))\n'
+                "    dropout: float",
+            ),
             (CONFIG, '"tiny": dict(', '"tiny": dict(activation="relu2", '),
             (
                 MODEL,
@@ -43,7 +48,11 @@ OPTIONS = {
     "head_gain": (
         2,
         [
-            (CONFIG, "    dropout: float", "    head_gain: bool = False\n    dropout: float"),
+            (
+                CONFIG,
+                "    dropout: float",
+                '    head_gain: bool = option(False, "a trained factor for each head")\n    dropout: float',
+            ),
             (CONFIG, '"tiny": dict(', '"tiny": dict(head_gain=True, '),
             (
                 MODEL,
@@ -94,5 +103,8 @@ def test_an_added_option_is_right_everywhere_or_refused_by_its_name(option, bins
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.rstrip().endswith("export")
+    help_command = [sys.executable, "-P", tmp_path / "train_pretrain.py", "--help"]
+    shown = subprocess.run(help_command, cwd=tmp_path, env=env, capture_output=True, text=True, check=True).stdout
+    assert f"--{option} " in shown, "a field declared by option() is an option of the script by that"
     with pytest.raises(UserError, match=f"{option}: this minillm has no such option"):
         huggingface.load_model(tmp_path / "saved")  # by the project as it is here

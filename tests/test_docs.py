@@ -15,9 +15,8 @@ from kernels.bench import suite
 from kernels.prove import command as prove
 from kernels.shared.launch import SHARED_MEMORY
 from minillm import __main__
-from minillm.base import options as config
-from minillm.commands import convert, info, model_commands, vocab
-from minillm.generation.sampling import Sampling
+from minillm.base import command_line
+from minillm.base.options import declared
 from tests import launch
 from train_pretrain import Config as Pretrain
 from train_sft import Config as Sft
@@ -68,7 +67,7 @@ def test_steps_can_be_shared_out_among_the_processes_of_torchrun(path, monkeypat
         if "torchrun" in line and "…" not in line:
             launcher, _, options = line.partition("train_pretrain.py")
             monkeypatch.setattr("sys.argv", ["train_pretrain.py", *shlex.split(options)])
-            asked = config.parse(Pretrain, "")
+            asked = command_line.parse(Pretrain, "")
             ranks = math.prod(int(n) for n in re.findall(r"--(?:nnodes|nproc_per_node) (\d+)", launcher))
             assert asked.batch_size % (asked.micro_batch_size * ranks) == 0, line
 
@@ -77,17 +76,21 @@ def test_steps_can_be_shared_out_among_the_processes_of_torchrun(path, monkeypat
 def test_commands_and_options_are_known(path, monkeypatch):
     monkeypatch.setattr(prepare, "prepare", lambda *_, **options: None)
     monkeypatch.setattr(prepare, "report", lambda meta: None)
-    parse = {"train_pretrain.py": lambda: config.parse(Pretrain, ""), "train_sft.py": lambda: config.parse(Sft, "")}
-    parse |= {"data/prepare.py": prepare.main, "minillm": lambda: __main__.build_parser().parse_args()}
+    parse = {
+        "train_pretrain.py": lambda: command_line.parse(Pretrain, ""),
+        "train_sft.py": lambda: command_line.parse(Sft, ""),
+    }
+    parse |= {"data/prepare.py": prepare.main, "minillm": lambda: __main__.parse_command(sys.argv[1:])}
     parse |= {"kernels.bench": suite.build_parser().parse_args, "kernels.tune": tune.build_parser().parse_args}
     parse["kernels.prove"] = prove.build_parser().parse_args
     parse["tests/kernels/offline.py"] = lambda: SHARED_MEMORY[int(sys.argv[1])]
     for command in Page(path).commands:
         monkeypatch.setattr("sys.argv", command)
         parse[command[0]]()
-    modules = (prepare, bundled, model_commands, info, convert, vocab, suite, tune, prove, __main__)
+    modules = (suite, tune, prove)
     sources = "".join(Path(module.__file__).read_text(encoding="utf-8") for module in modules)
-    known = {field for shape in (Pretrain, Sft, Sampling) for field in shape.__dataclass_fields__}
+    configs = [importlib.import_module(module).Config for module in __main__.COMMANDS.values()]
+    known = {name for config in (Pretrain, Sft, prepare.Config, bundled.Config, *configs) for name in declared(config)}
     known |= {*re.findall(r'"--(\w+)"', sources), *TORCHRUN, "config", "help", "name"}
     assert set(re.findall(r"(?<![\w-])--(\w+)", Page(path).text)) <= known
 

@@ -24,13 +24,13 @@ FLOORS = [
     {"scripts"},
 ]
 FLOOR = {folder: number for number, folders in enumerate(FLOORS) for folder in folders}
-KERNEL_USERS = {"minillm/model/ops.py", "minillm/model/quant.py", "minillm/commands/bench.py"}
+KERNEL_USERS = {"minillm/model/ops.py", "minillm/model/quant.py"}
 
 # Tokens of code that each folder may hold: a line break, a comment or a longer name costs nothing, a new idea does.
 # What it held when it was last weighed, plus a tenth.
 BUDGET = {
     "kernels": 64_300,
-    "base": 4_100,
+    "base": 5_950,
     "model": 11_000,
     "tokenizer": 13_600,  # every tokenizer.json and the chat templates of others came in
     "datasets": 10_000,
@@ -41,7 +41,7 @@ BUDGET = {
     "generation": 5_750,
     "evaluation": 1_950,
     "training": 11_500,
-    "commands": 10_350,
+    "commands": 12_250,
     "scripts": 4_700,
 }
 MOST_FILES = 12  # of one folder, besides its __init__.py

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import os
 import shutil
@@ -5,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+import tomllib
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +14,7 @@ import pytest
 import torch
 
 from minillm.base.errors import UserError
+from minillm.base.options import declared
 from minillm.datasets.token_bins import TokenBins
 from minillm.datasets.windows import TokenWindows
 from minillm.model.config import ModelConfig
@@ -66,6 +69,32 @@ def test_stopped_and_resumed_is_bit_for_bit_the_run_never_stopped(folder, optimi
         {row["step"]: row["val_loss"] for row in launch.rows(run) if "val_loss" in row} for run in (broken, straight)
     ]
     assert scores[0] == scores[1] and list(scores[0]) == [10, 20, 30, 40]
+
+
+def test_every_field_of_the_model_is_an_option_with_the_same_help_and_range():
+    options, fields = declared(Config), declared(ModelConfig)
+    assert fields.keys() - {"vocab_size"} <= options.keys()
+    for name in fields.keys() - {"vocab_size"}:
+        assert dataclasses.replace(options[name], group="") == dataclasses.replace(fields[name], group=""), name
+    fields_without_help = {field.name for field in dataclasses.fields(ModelConfig)} - fields.keys()
+    assert fields_without_help == {"rope_scaling"}, "an option of its own, which needs the model's context"
+
+
+def test_what_a_run_writes_down_makes_the_same_run(folder):
+    """options.toml has every option: those of the command line, the defaults, and what the run chose by itself."""
+    text = train(folder, "told", "--steps 3 --softcap 20")
+    run = folder / "told"
+    (line,) = [line for line in text.replace("\n  ", " ").splitlines() if line.startswith("not the defaults: ")]
+    given = ("steps = 3", "softcap = 20.0", "dim = 32", "optimizer = muon", "document_attention = false")
+    assert all(words in line for words in given) and "none" not in line and "keep_last" not in line
+    written = tomllib.loads((run / "options.toml").read_text(encoding="utf-8"))
+    assert written.keys() == {field.name for field in dataclasses.fields(Config)}
+    assert written["lr"] == 2e-3 and written["init_from"] == "none" and written["preset"] == "tiny"
+    assert (run / "step-00000003" / "resume" / "options.toml").read_bytes() == (run / "options.toml").read_bytes()
+    again = f"--config {run}/options.toml --out {folder}/retold"
+    launch.finish("pretrain", again, folder / "log" / "retold")
+    assert launch.tensors(folder / "retold", 3) == launch.tensors(run, 3)
+    assert written | {"out": f"{folder}/retold"} == tomllib.loads((folder / "retold" / "options.toml").read_text())
 
 
 def test_dropout_is_not_the_same_every_step(folder):
@@ -162,7 +191,7 @@ def test_metrics_have_the_promised_columns_and_the_end_says_where_all_is(folder)
     assert launch.steps(folder / "shown") == [4, 6]
     assert (folder / "shown" / "curve.png").stat().st_size > 1000
     for words in (
-        "  dim = 32",
+        "dim = 32",
         "step 3: val_loss ",
         "validation: ",
         "bits per byte",

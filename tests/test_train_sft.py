@@ -71,6 +71,17 @@ def test_stopped_and_resumed_is_bit_for_bit_the_run_never_stopped(folder, more):
     assert launch.losses(broken) == launch.losses(straight) and len(launch.losses(broken)) == 40
 
 
+def test_what_a_run_writes_down_makes_the_same_run_to_its_last_short_batch(folder):
+    """The number of steps that follows from --epochs is written down, and read back it ends with the same rows."""
+    run, again = folder / "told", folder / "retold"
+    train(folder, "told", "--epochs 0.3")
+    assert n_rows(folder) * 0.3 % 8, "a short last batch"
+    launch.finish("sft", f"--config {run}/options.toml --out {again}", folder / "log" / "retold")
+    (last,) = launch.steps(run)
+    assert launch.tensors(again, last) == launch.tensors(run, last)
+    assert launch.losses(again) == launch.losses(run)
+
+
 @pytest.mark.parametrize(
     ("packing", "tune"), [("true", "full"), ("false", "full"), ("false", "prefix"), ("false", "prompt")]
 )

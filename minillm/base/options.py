@@ -1,115 +1,269 @@
-"""Dataclasses as command lines.
+"""Options: dataclasses whose fields say what a value means. `command_line.py` makes command lines of them.
 
-A script has one frozen dataclass; each field has a help text and a default, and `parse` turns
-`--name value` (or `--config file.toml`) into an instance.
+    @dataclass(frozen=True)
+    class Config(Options):
+        steps: int = option(1500, "optimizer steps of the whole run", at_least=1, group="length")
+
+Help text, range, choices and group are declared once, beside the default. They are checked wherever a value comes from:
+the command line, a TOML file, or Python.
 """
 
-import argparse
 import dataclasses
-import difflib
-import sys
-import tomllib
+import json
+import math
 import types
 import typing
-from dataclasses import field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from minillm.base.errors import UserError
 
-
-def option(default, help: str, choices: tuple[str, ...] | None = None):
-    """A dataclass field with help text (name the unit) and, if there are few, its choices."""
-    return field(default=default, metadata={"help": help, "choices": choices})
+LARGEST_COUNT = 1 << 40  # no whole number may be larger, unless its own range says so
+NONE = "none"  # how a command line or a file spells None
 
 
-def parse(config_class: type, description: str, argv: list[str] | None = None):
-    """An instance of `config_class` from the command line.
+@dataclass(frozen=True)
+class Option:
+    """What is known of an option besides its name, type and default.
 
-    Values come from the defaults, then `--config file.toml`, then `--name value`. An unknown name
-    is a `UserError` that suggests the nearest; a value of the wrong type names what is expected.
+    help: what it means, with its unit; where None is allowed, also what None means, as "none: …".
+    choices: the values there are, if they are few.
+    group: the heading under which `--help` shows it.
+    at_least, at_most: limits that are allowed themselves; above, below: limits that are not.
+    only_with: (name of another option, its values) without which this one means nothing.
+    may_be_blank: whether a text may be empty or of spaces alone.
+    positional: given without --name.
     """
-    parser = Parser(description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", metavar="FILE", help="TOML file of the options below")
-    fields = {f.name: f for f in dataclasses.fields(config_class)}
+
+    help: str
+    choices: tuple | None = None
+    group: str = "options"
+    at_least: float | None = None
+    at_most: float | None = None
+    above: float | None = None
+    below: float | None = None
+    only_with: tuple[str, tuple] | None = None
+    may_be_blank: bool = False
+    positional: bool = False
+
+    def problem(self, value) -> str | None:
+        """What is wrong with a value of the right type, as a rule that it breaks; None if nothing is."""
+        if value is None:
+            return None
+        if isinstance(value, tuple):
+            return next(filter(None, map(self.problem, value)), None)
+        if self.choices and value not in self.choices:
+            return f"choose one of {', '.join(map(str, self.choices))}"
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if is_number and not abs(value) < math.inf:  # true of NaN, too
+            return "must be a finite number"
+        if self.limits() and not self._within(value):
+            return f"must be {self.limits()}"
+        if is_number and isinstance(value, int) and self.at_most is None and value > LARGEST_COUNT:
+            return f"must be at most {LARGEST_COUNT:,}"
+        return None
+
+    def _within(self, number: float) -> bool:
+        """Whether a number keeps to the limits; raises TypeError for a text where a number belongs."""
+        return (
+            (self.at_least is None or number >= self.at_least)
+            and (self.above is None or number > self.above)
+            and (self.at_most is None or number <= self.at_most)
+            and (self.below is None or number < self.below)
+        )
+
+    def limits(self) -> str:
+        """The range in words, such as "0 to below 1"; empty if there is none."""
+        if self.at_most is not None:
+            upper = f"{self.at_most:,}"
+        else:
+            upper = "" if self.below is None else f"below {self.below:,}"
+        if self.above is not None:
+            return f"above {self.above:,}" + (f" to {upper}" if upper else "")
+        if self.at_least is not None:
+            return f"{self.at_least:,} to {upper}" if upper else f"at least {self.at_least:,}"
+        return f"at most {upper}" if self.at_most is not None else upper
+
+
+def option(default=dataclasses.MISSING, help: str = "", choices: tuple | None = None, **rules):
+    """A dataclass field that is an option; rules: the other fields of `Option`, such as at_least=1."""
+    return field(default=default, metadata={"option": Option(help, choices, **rules)})
+
+
+def declared(config_class) -> dict[str, Option]:
+    """The options of a dataclass (or of an instance) by name; fields that are none are left out."""
+    fields = dataclasses.fields(config_class)
+    return {f.name: f.metadata["option"] for f in fields if "option" in f.metadata}
+
+
+def out_of_range(config, form: str = "--{name} {value}") -> list[str]:
+    """What is wrong with single values of an instance, a line each, which begins by naming the value in this form."""
+    problems = []
+    for name, its in declared(config).items():
+        value = getattr(config, name)
+        problem = its.problem(value)
+        if problem:
+            problems.append(f"{form.format(name=name, value=value)}: {problem}")
+    return problems
+
+
+def without_meaning(config) -> list[str]:
+    """The options of an instance that have a value, but not the other option without which they mean nothing."""
+    defaults = {f.name: f.default for f in dataclasses.fields(config)}
+    problems = []
+    for name, its in declared(config).items():
+        value = getattr(config, name)
+        if its.only_with is None or value == defaults[name]:
+            continue
+        other, wanted = its.only_with
+        present = getattr(config, other)
+        if present not in wanted:
+            choose = f"leave it out, or choose {' or '.join(wanted)}"
+            problems.append(f"--{name} {value}: means nothing with --{other} {present}; {choose}")
+    return problems
+
+
+class Options:
+    """The base of a dataclass of options: an instance with a value out of range cannot be made.
+
+    Raises one `UserError` that lists all problems.
+    """
+
+    def __post_init__(self):
+        problems = [*without_meaning(self), *out_of_range(self), *self.problems()]
+        if problems:
+            raise UserError("; ".join(problems))
+
+    def problems(self) -> list[str]:
+        """What is wrong with values that are all within their range, taken together; a line each."""
+        return []
+
+
+def optional_copy(config_class: type, group: str, leave_out: tuple[str, ...] = ()) -> type:
+    """A dataclass with the options of another, where each may also be None, and is unless it is given.
+
+    group: the heading of all of them. leave_out: names of options that the copy shall not have.
+    """
     hints = typing.get_type_hints(config_class)
-    for name, f in fields.items():
-        kind, _ = _value_type(hints[name])
-        shown = "none" if f.default is None else str(f.default).lower() if kind is bool else f.default
-        words = f"{f.metadata['help']} (default {shown})".replace("%", "%%")
-        extra = dict(nargs="?", const="true", metavar="BOOL") if kind is bool else dict(metavar=kind.__name__.upper())
-        if f.metadata.get("choices"):
-            extra = dict(metavar="|".join(f.metadata["choices"]))
-        parser.add_argument(f"--{name}", help=words, default=None, **extra)
-    known, unknown = parser.parse_known_args(argv)
-    for word in unknown:
-        _refuse_unknown(word.split("=")[0].lstrip("-"), fields, f"argument {word}")
-    given = {key: value for key, value in vars(known).items() if value is not None}
-    source = _read_toml(given.pop("config"), fields) if "config" in given else {}
-    values = {k: _convert(fields[k], hints[k], v, f"{known.config}: ") for k, v in source.items() if k not in given}
-    return config_class(**values, **{k: _convert(fields[k], hints[k], v) for k, v in given.items()})
+    fields = []
+    for name, its in declared(config_class).items():
+        if name not in leave_out:
+            copied = field(default=None, metadata={"option": dataclasses.replace(its, group=group)})
+            fields.append((name, hints[name] | None, copied))
+    return dataclasses.make_dataclass(f"Optional{config_class.__name__}", fields, bases=(Options,), frozen=True)
 
 
-def show(config) -> str:
-    """The effective configuration, one `name = value` a line, for the top of a run's output."""
-    pairs = dataclasses.asdict(config).items()
-    return "\n".join(f"  {name} = {value}" for name, value in pairs)
+def part(config, config_class: type):
+    """An instance of a dataclass from the values that a larger one has under the same names."""
+    return config_class(**{f.name: getattr(config, f.name) for f in dataclasses.fields(config_class)})
 
 
-def _value_type(hint) -> tuple[type, bool]:
+# ---- values
+
+
+def value_type(hint) -> tuple[type, bool]:
     """The type that a field's hint names, and whether None is allowed beside it."""
     if isinstance(hint, types.UnionType):  # "int | None"
         return next(t for t in typing.get_args(hint) if t is not types.NoneType), True
     return hint, False
 
 
-def _convert(f: dataclasses.Field, hint, value, where: str = ""):
-    """`value`, text or what TOML gave, as the type that the field's hint names; where: begins an error's line."""
-    name, choices = f.name, f.metadata.get("choices")
-    kind, optional = _value_type(hint)
-    if isinstance(value, str) and value.lower() == "none" and optional:
+def is_list(kind) -> bool:
+    """Whether a type is that of an option with several values: tuple[str, ...]."""
+    return typing.get_origin(kind) is tuple
+
+
+EXPECTED = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+
+
+def convert(name: str, its: Option, hint, value):
+    """`value`, text or what TOML gave, as the type that the field's hint names; its: the option's rules.
+
+    Raises `UserError` that names option, value and what is expected.
+    """
+    kind, none_is_allowed = value_type(hint)
+    if isinstance(value, str) and value.lower() == NONE and none_is_allowed:
         return None
-    if choices and value not in choices:
-        raise UserError(f"{where}--{name} {value}: choose one of {', '.join(choices)}")
+    if is_list(kind):
+        element = typing.get_args(kind)[0]
+        values = value if isinstance(value, list) else [value]
+        return tuple(convert(name, its, element, one) for one in values)
+    if its.choices and kind is str and value not in its.choices:
+        raise UserError(f"--{name} {value}: {its.problem(str(value))}")
     try:
-        if kind is bool:
-            return {"true": True, "false": False, "1": True, "0": False}[str(value).lower()]
-        if isinstance(value, bool | list | dict) or (kind is str and not str(value).strip()):
-            raise ValueError  # a TOML file's true is no number, and its list no text, though Python could make it one
-        if kind is int and not isinstance(value, int):
-            number = float(value)  # so that 1e6 is a number of steps
-            if number != int(number):
-                raise ValueError
-            return int(number)
-        return kind(value)
+        converted = _read(kind, value, its.may_be_blank)
     except (KeyError, ValueError, TypeError, OverflowError):
-        expected = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}[kind]
-        expected += " (several go into one, with commas between)" * (kind is str and isinstance(value, list))
-        raise UserError(f"{where}--{name} {value or repr(value)}: expected {expected}") from None
+        expected = EXPECTED[kind]
+        if kind is str and isinstance(value, list):
+            expected += " (several go into one, with commas between)"
+        raise UserError(f"--{name} {value or repr(value)}: expected {expected}") from None
+    problem = its.problem(converted)
+    if problem:
+        raise UserError(f"--{name} {converted}: {problem}")
+    return converted
 
 
-def _read_toml(path: str, fields) -> dict:
-    try:
-        values = tomllib.loads(Path(path).read_text(encoding="utf-8-sig"))  # Windows may put a BOM first
-    except (OSError, ValueError) as problem:
-        reason = getattr(problem, "strerror", None) or f"no TOML: {problem}"
-        raise UserError(f"--config {path}: {reason}; give a file of lines NAME = VALUE") from None
-    for name, value in values.items():
-        if name in fields:
-            continue
-        if isinstance(value, dict):
-            raise UserError(f"{path}: [{name}]: sections and dotted names are not used; give lines NAME = VALUE alone")
-        _refuse_unknown(name, fields, f"{path}: {name}")
-    return values
+def _read(kind: type, value, may_be_blank: bool):
+    """`value` as this type; raises ValueError and the like for one that is none."""
+    if kind is bool:
+        return {"true": True, "false": False, "1": True, "0": False}[str(value).lower()]
+    if isinstance(value, bool | list | dict):
+        raise ValueError  # a TOML file's true is no number, and its list no text, though Python could make it one
+    if kind is str and not may_be_blank and not str(value).strip():
+        raise ValueError
+    if kind is int and not isinstance(value, int):
+        number = float(value)  # so that 1e6 is a number of steps
+        if number != int(number):
+            raise ValueError
+        return int(number)
+    return kind(value)
 
 
-def _refuse_unknown(name: str, known, shown: str):
-    near = difflib.get_close_matches(name, list(known), n=1)
-    hint = f"; did you mean --{near[0]}?" if near else ""
-    raise UserError(f"{shown}: no such option{hint} ({Path(sys.argv[0]).name} --help lists them)")
+def spelled(value) -> str:
+    """A value as one types it on a command line."""
+    if value is None:
+        return NONE
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, tuple):
+        return " ".join(map(spelled, value))
+    return str(value)
 
 
-class Parser(argparse.ArgumentParser):
-    """Reports a mistake in a command line like every other `UserError`: one line, status 2."""
+# ---- a whole configuration as text
 
-    def error(self, message: str):
-        raise UserError(f"{message} (see {self.prog} --help)")
+
+def differences(config) -> str:
+    """The options whose values are not the defaults, "name = value" with commas between."""
+    defaults = {f.name: f.default for f in dataclasses.fields(config)}
+    differing = [name for name in declared(config) if getattr(config, name) != defaults[name]]
+    return ", ".join(f"{name} = {spelled(getattr(config, name))}" for name in differing)
+
+
+def to_toml(config) -> str:
+    """All options of a configuration as a TOML file that `--config` reads back, in their groups.
+
+    TOML has no None: such a value is written as the text "none", which a command line also takes for it.
+    """
+    groups: dict[str, list[str]] = {}
+    for name, its in declared(config).items():
+        line = f"{name} = {_toml_value(getattr(config, name))}"
+        groups.setdefault(its.group, []).append(line)
+    blocks = [f"# {group}\n" + "\n".join(lines) for group, lines in groups.items()]
+    return "\n\n".join(blocks) + "\n"
+
+
+def write_toml(config, path: Path) -> None:
+    """Write `to_toml`; bytes of a path that are no UTF-8 become escapes, which no TOML reader takes for a name."""
+    head = f'# All options of a run, as --config reads them; "{NONE}": not set.\n\n'
+    path.write_text(head + to_toml(config), encoding="utf-8", errors="backslashreplace", newline="\n")
+
+
+def _toml_value(value) -> str:
+    if value is None:
+        return f'"{NONE}"'
+    if isinstance(value, tuple):
+        return f"[{', '.join(map(_toml_value, value))}]"
+    if isinstance(value, str):
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")  # JSON's escapes are TOML's
+    return spelled(value)

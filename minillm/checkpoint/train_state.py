@@ -5,6 +5,7 @@ step-00000060/
     tokenizer.model …                  its tokenizer
     resume/optimizer.safetensors       what only resuming needs; in a folder of its own, since some loaders
     resume/train_state.json            read every *.safetensors beside the model
+    resume/options.toml                the run's options, as --config reads them
     manifest.json                      size and SHA-256 of each file (see base/files.py)
 """
 

@@ -7,32 +7,38 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minillm.base.errors import UserError
+from minillm.base.options import Options, option
 
 
 @dataclass(frozen=True)
-class Sampling:
+class Sampling(Options):
     """How the next token is drawn. Raises UserError for values out of range."""
 
-    temperature: float = 0.8  # logits are divided by it; 0: always the most probable token (greedy)
-    top_k: int = 0  # keep the k most probable; 0 or more than the vocabulary: all
-    top_p: float = 1.0  # keep the fewest most probable that sum to p or more; 0: the best one, 1: all
-    min_p: float = 0.0  # keep those with at least min_p × the best one's probability; 0: all
-    repetition_penalty: float = 1.0  # divides positive, multiplies negative logits of ids that occurred before
-    seed: int = 0
-
-    def __post_init__(self):
-        checks = {
-            "temperature": (0 <= self.temperature < float("inf"), "0 (greedy) or above"),
-            "top_k": (self.top_k >= 0, "0 (off) or above"),
-            "top_p": (0 <= self.top_p <= 1, "0 to 1"),
-            "min_p": (0 <= self.min_p <= 1, "0 to 1"),
-            "repetition_penalty": (0 < self.repetition_penalty < float("inf"), "above 0 (1 is off)"),
-            "seed": (self.seed >= 0, "0 or above"),
-        }
-        wrong = [f"--{k} {getattr(self, k)}: must be {rule}" for k, (good, rule) in checks.items() if not good]
-        if wrong:
-            raise UserError("; ".join(wrong))
+    temperature: float = option(
+        0.8, "logits are divided by it; 0: always the most probable token (greedy)", at_least=0, group="sampling"
+    )
+    top_k: int = option(0, "keep the k most probable; 0 or more than the vocabulary: all", at_least=0, group="sampling")
+    top_p: float = option(
+        1.0,
+        "keep the fewest most probable that sum to p or more; 0: the best one, 1: all",
+        at_least=0,
+        at_most=1,
+        group="sampling",
+    )
+    min_p: float = option(
+        0.0,
+        "keep those with at least min_p × the best one's probability; 0: all",
+        at_least=0,
+        at_most=1,
+        group="sampling",
+    )
+    repetition_penalty: float = option(
+        1.0,
+        "divides positive, multiplies negative logits of ids that occurred before; 1: none",
+        above=0,
+        group="sampling",
+    )
+    seed: int = option(0, "same seed, same text", at_least=0, at_most=(1 << 64) - 1, group="sampling")
 
 
 GREEDY = Sampling(temperature=0.0)

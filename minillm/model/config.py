@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 
 from minillm.base.errors import UserError
+from minillm.base.options import option, out_of_range
 
 ROPE_SCALINGS = ("linear", "yarn", "llama3")
 
@@ -27,32 +28,47 @@ class RopeScaling:
     attention_factor: float | None = None  # yarn: multiplies cos and sin; None = 0.1 ln(factor) + 1
 
 
-COUNTS = ("vocab_size", "dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "ffn_dim", "max_seq_len")
 LARGEST = 1 << 24  # larger than any model has; the product of two is still a valid size for torch
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Shape and options of a decoder. Sizes are counts of elements; None means "derive it"."""
+    """Shape and options of a decoder. Sizes are counts of elements; None means "derive it".
 
-    vocab_size: int
-    dim: int = 128
-    n_layers: int = 4
-    n_heads: int = 4
-    n_kv_heads: int | None = None  # None: as many as query heads
-    head_dim: int | None = None  # None: dim / n_heads
-    ffn_dim: int | None = None  # None: 8/3 dim rounded up to 64 (Shazeer 2020, arXiv:2002.05202)
-    max_seq_len: int = 1024
-    positions: str = "rope"  # or "learned": one trained vector a position, added to the embedding
-    rope_theta: float = 10_000.0
+    Each field declared by `option` is an option of train_pretrain.py, too, with the same help text and range.
+    """
+
+    vocab_size: int = option(help="ids of the vocabulary", at_least=1, at_most=LARGEST)
+    dim: int = option(128, "model width", at_least=1, at_most=LARGEST)
+    n_layers: int = option(4, "layers", at_least=1, at_most=LARGEST)
+    n_heads: int = option(4, "query heads", at_least=1, at_most=LARGEST)
+    n_kv_heads: int | None = option(
+        None, "key/value heads, usually as many as query heads, or a divisor of that", at_least=1, at_most=LARGEST
+    )
+    head_dim: int | None = option(None, "size of a head, usually dim / n_heads", at_least=1, at_most=LARGEST)
+    ffn_dim: int | None = option(  # Shazeer 2020, arXiv:2002.05202
+        None, "feed-forward width, usually 8/3 dim rounded up to 64", at_least=1, at_most=LARGEST
+    )
+    max_seq_len: int = option(
+        1024,
+        "longest context in tokens; with rotary positions also extends a model given by --init_from",
+        at_least=1,
+        at_most=LARGEST,
+    )
+    positions: str = option(
+        "rope", "rope, or learned: one trained vector a position, added to the embedding", ("rope", "learned")
+    )
+    rope_theta: float = option(10_000.0, "base of the rotary frequencies", above=0)
     rope_scaling: RopeScaling | None = None
-    norm_eps: float = 1e-5
-    tie_embeddings: bool = True
-    qk_norm: bool = False
-    qkv_bias: bool = False
-    window: int | None = None  # sliding window: a token sees itself and window - 1 before it
-    softcap: float | None = None  # logits become softcap * tanh(logits / softcap)
-    dropout: float = 0.0
+    norm_eps: float = option(1e-5, "added to the mean square in RMSNorm", above=0)
+    tie_embeddings: bool = option(True, "output layer shares the embedding's weights")
+    qk_norm: bool = option(False, "norm queries and keys per head")
+    qkv_bias: bool = option(False, "biases on query, key and value projections")
+    window: int | None = option(
+        None, "sliding attention window: a token sees itself and window - 1 before it", at_least=1, at_most=LARGEST
+    )
+    softcap: float | None = option(None, "logits become softcap * tanh(logits / softcap)", above=0)
+    dropout: float = option(0.0, "dropout on embeddings and both residual branches", at_least=0, below=1)
 
     def __post_init__(self):
         derived = {
@@ -63,24 +79,11 @@ class ModelConfig:
         for name, value in derived.items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
-        problems = [
-            f"{name} is {value}: it must lie from 1 to {LARGEST:,}"
-            for name in COUNTS
-            if not 1 <= (value := getattr(self, name)) <= LARGEST
-        ]
+        problems = out_of_range(self, "{name} is {value}")
         if not problems and self.n_heads % self.n_kv_heads:
             problems.append(f"n_heads {self.n_heads} is no multiple of n_kv_heads {self.n_kv_heads}")
-        if self.positions not in ("rope", "learned"):
-            problems.append(f"positions is {self.positions!r}: choose rope or learned")
         if self.positions == "rope" and self.head_dim % 2:
             problems.append(f"head_dim is {self.head_dim}: rotary positions need an even size")
-        if not 0 <= self.dropout < 1:
-            problems.append(f"dropout is {self.dropout}: it must lie in [0, 1)")
-        if self.window is not None and not 1 <= self.window <= LARGEST:
-            problems.append(f"window is {self.window}: it must lie from 1, a token itself, to {LARGEST:,}")
-        for name in ("softcap", "rope_theta", "norm_eps"):
-            if (value := getattr(self, name)) is not None and not 0 < value < math.inf:
-                problems.append(f"{name} is {value}: it must be above 0 and finite")
         if self.rope_scaling and self.rope_scaling.type not in ROPE_SCALINGS:
             problems.append(f"rope scaling {self.rope_scaling.type!r}: choose linear, yarn or llama3")
         if problems:

@@ -1,5 +1,11 @@
-"""How much memory training and generation take, by formula."""
+"""How much memory training and generation take, by formula, item by item; the sum of the items is the whole.
 
+All sizes are bytes. Numbers of matrix products have `size` bytes: 4 in fp32; 2 under bf16 or fp16 autocast, where
+weights, gradients, optimizer and the residual stream stay in fp32. Not counted: the columns that int8 keeps (at most
+3 % of the base), and the CUDA context (about 0.5 GB).
+"""
+
+import dataclasses
 import os
 
 import torch
@@ -8,76 +14,161 @@ from minillm.base import files
 from minillm.base.errors import UserError
 from minillm.model.config import ModelConfig
 from minillm.model.quant import BLOCK, GROUP
-from minillm.model.size import n_parameters
+from minillm.model.size import empty_model, n_parameters
+
+FP32 = 4
+
+
+def linear_shapes(shape: ModelConfig) -> dict[str, tuple[int, int]]:
+    """(inputs, outputs) of the linear maps of a layer by name, as the modules themselves have them."""
+    (layer,) = empty_model(dataclasses.replace(shape, n_layers=1)).layers
+    return {name: (m.in_features, m.out_features) for name, m in layer.named_modules() if hasattr(m, "in_features")}
 
 
 def _stored(n_in: int, n_out: int, bits: int | None) -> int:
     """Bytes of a weight as it is stored; bits None: in fp32."""
-    blocks = -(-n_in // BLOCK)
-    if bits == 4:
-        return n_out * blocks * (BLOCK // 2 + 1) + 4 * -(-n_out * blocks // GROUP) + 4
-    return n_out * (n_in + 4) if bits == 8 else n_out * n_in * (bits or 32) // 8
+    if bits == 8:  # a scale a row
+        return n_out * (n_in + FP32)
+    if bits == 4:  # a byte of scale a block, and one number for each group of blocks
+        blocks = n_out * -(-n_in // BLOCK)
+        return blocks * (BLOCK // 2 + 1) + FP32 * -(-blocks // GROUP) + FP32
+    return n_out * n_in * (bits or 32) // 8
 
 
-def memory_estimate(
-    config: ModelConfig, bits: int | None, rank: int, rows: int, seq_len: int, size: int = 2
-) -> dict[str, int]:
-    """Peak bytes of training LoRA on a quantized base, item by item; their sum is the whole.
+# ---- weights, and what training them needs
 
-    bits: of the base (None: fp32). rank: of an adapter on every linear layer of the blocks, in fp32, with AdamW. rows ×
-    seq_len tokens at once, layers recomputed in the backward pass, products in numbers of `size` bytes under autocast,
-    the residual stream in fp32. Not counted: the columns that int8 keeps (at most 3 % of the base), and the CUDA
-    context (about 0.5 GB).
 
-    A layer keeps two inputs: the stream and what is to be added to it. At its peak a layer holds in addition two
-    states of the stream, two normed ones, queries, keys, values and attention's output, and six tensors as wide as
-    the feed-forward network: gate, up, their product, and the gradient of each. In the loss there are the logits of a
-    chunk, at most `kernels.linear_cross_entropy.chunk_rows`, the head in numbers of `size`, and a gradient.
-    """
-    c, f, tokens = config.dim, config.ffn_dim, rows * seq_len
-    q, kv = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
-    maps = ((c, q), (c, kv), (c, kv), (q, c), (c, f), (c, f), (f, c))
-    weights = sum(n_in * n_out for n_in, n_out in maps)
-    tables = config.max_seq_len * config.head_dim if config.positions == "rope" else 0
-    scratch = 0 if (bits or 32) == 8 * size else max(n_in * n_out for n_in, n_out in maps) * size
-    layer = tokens * (8 * c + size * (2 * c + 2 * q + 2 * kv + 6 * f)) + scratch
-    logits = min(tokens * config.vocab_size, max((config.vocab_size + tokens) * c, 1 << 25))
-    head = config.vocab_size * c if size < 4 else 0
+def weights(shape: ModelConfig, bits: int | None = None) -> dict[str, int]:
+    """The model itself. bits: of the linear maps of its layers (None: fp32); all else is in fp32."""
+    linears = linear_shapes(shape).values()
+    n_linear = shape.n_layers * sum(n_in * n_out for n_in, n_out in linears)
+    n_rotary = shape.max_seq_len * shape.head_dim if shape.positions == "rope" else 0  # tables of cosines and sines
     return {
-        f"base, {bits or 32} bits": config.n_layers * sum(_stored(*shape, bits) for shape in maps),
-        "embedding, norms, head": 4 * (n_parameters(config) - config.n_layers * weights + tables),
-        f"adapters of rank {rank}, AdamW": 16 * config.n_layers * rank * sum(n_in + n_out for n_in, n_out in maps),
-        "inputs of all layers": tokens * config.n_layers * c * (4 + size),
-        "one layer, or the loss": max(layer, size * (logits + head + tokens * c)),
+        f"base, {bits or 32} bits": shape.n_layers * sum(_stored(n_in, n_out, bits) for n_in, n_out in linears),
+        "embedding, norms, head": FP32 * (n_parameters(shape) - n_linear + n_rotary),
     }
 
 
-def activations(shape: ModelConfig, rows: int, seq_len: int, size: int) -> tuple[float, float]:
-    """Bytes kept for the backward pass, and the same when each layer is recomputed from its input.
+def adapter_parameters(shape: ModelConfig, rank: int) -> int:
+    """Numbers in LoRA's A and B on every linear map of the layers."""
+    return shape.n_layers * rank * sum(n_in + n_out for n_in, n_out in linear_shapes(shape).values())
 
-    Counted per layer and token, for attention that never stores its scores: the inputs of two norms and their
-    outputs, queries, keys and values before and after rotation, attention's output, and gate, up and their
-    product. The loss keeps logits of the rows it handles at once; they are not counted. size: bytes of a number.
+
+def optimizer_state(n_trained: int, moments: int = 2) -> dict[str, int]:
+    """What training so many parameters needs beside them. moments: 2 with AdamW, 1 with Muon."""
+    return {"gradients": FP32 * n_trained, "moments": FP32 * moments * n_trained}
+
+
+# ---- a step
+
+
+def activations(shape: ModelConfig, rows: int, seq_len: int, size: int) -> dict[str, int]:
+    """What the forward pass of rows × seq_len tokens keeps for the backward pass, all parameters being trained.
+
+    Of a layer, for attention that never stores its scores: the inputs of two norms (the residual stream) and their
+    outputs, queries, keys and values before and after rotation, attention's output, and gate, up, SiLU(gate) and the
+    product. Autocast keeps each weight of a layer once more in numbers of `size` bytes. Of the loss: see `loss_memory`.
+
+    In fp32 this is what PyTorch keeps on a CPU within 5 %; under autocast its own ops keep up to a quarter more there.
     """
+    tokens = rows * seq_len
     q, kv = shape.n_heads * shape.head_dim, shape.n_kv_heads * shape.head_dim
-    layer = 4 * shape.dim + 3 * q + 3 * kv + 4 * shape.ffn_dim
-    tokens = rows * seq_len * size
-    return tokens * (shape.n_layers * layer + 2 * shape.dim), tokens * (shape.n_layers * shape.dim + layer)
+    stream = 2 * shape.dim
+    inner = 2 * shape.dim + 3 * q + 3 * kv + 4 * shape.ffn_dim
+    last_norm = shape.dim * (FP32 + size)
+    return {
+        "activations of all layers": tokens * (shape.n_layers * (FP32 * stream + size * inner) + last_norm),
+        "weights in autocast": autocast_weights(shape, size),
+        "loss": loss_memory(shape, tokens, size),
+    }
 
 
-def check_memory(cfg, shape: ModelConfig, device: torch.device) -> None:
+def recomputed_activations(
+    shape: ModelConfig, rows: int, seq_len: int, size: int, *, bits: int | None = None, frozen: bool = False
+) -> dict[str, int]:
+    """The same where each layer is computed again in the backward pass. frozen: the base is, and of so many bits.
+
+    A layer keeps two inputs: the stream and what is to be added to it. At its peak a layer holds in addition two
+    states of the stream, two normed ones, queries, keys, values and attention's output, and six tensors as wide as
+    the feed-forward network: gate, up, their product, and the gradient of each; and the largest of its weights once
+    more in numbers of `size` bytes, unless they are stored so. Autocast keeps its copies of trained weights to the end
+    of the forward pass, which is the loss.
+    """
+    tokens = rows * seq_len
+    q, kv = shape.n_heads * shape.head_dim, shape.n_kv_heads * shape.head_dim
+    converted = 0
+    if (bits or 32) != 8 * size:
+        converted = size * max(n_in * n_out for n_in, n_out in linear_shapes(shape).values())
+    inner = 2 * shape.dim + 2 * q + 2 * kv + 6 * shape.ffn_dim
+    layer = tokens * (2 * FP32 * shape.dim + size * inner) + converted
+    loss = loss_memory(shape, tokens, size) + (0 if frozen else autocast_weights(shape, size))
+    return {
+        "inputs of all layers": tokens * shape.n_layers * shape.dim * (FP32 + size),
+        "one layer, or the loss": max(layer, loss),
+    }
+
+
+def autocast_weights(shape: ModelConfig, size: int) -> int:
+    """The copies in numbers of `size` bytes that autocast keeps of the fp32 weights of all layers."""
+    if size == FP32:
+        return 0
+    return size * shape.n_layers * sum(n_in * n_out for n_in, n_out in linear_shapes(shape).values())
+
+
+def loss_memory(shape: ModelConfig, tokens: int, size: int) -> int:
+    """The loss at its peak: logits of the tokens that it handles at once (`kernels.linear_cross_entropy.chunk_rows`),
+    the head in numbers of `size` bytes, and the gradient of its input.
+    """
+    logits = min(tokens * shape.vocab_size, max((shape.vocab_size + tokens) * shape.dim, 1 << 25))
+    head = shape.vocab_size * shape.dim if size < FP32 else 0
+    return size * (logits + head + tokens * shape.dim)
+
+
+def adapter_training(
+    shape: ModelConfig, bits: int | None, rank: int, rows: int, seq_len: int, size: int = 2
+) -> dict[str, int]:
+    """Training LoRA of this rank, with AdamW, on a frozen base of so many bits (None: fp32), layers recomputed."""
+    n_trained = adapter_parameters(shape, rank)
+    return {
+        **weights(shape, bits),
+        f"adapters of rank {rank}, AdamW": FP32 * n_trained + sum(optimizer_state(n_trained).values()),
+        **recomputed_activations(shape, rows, seq_len, size, bits=bits, frozen=True),
+    }
+
+
+# ---- generation
+
+
+def generation(shape: ModelConfig, seq_len: int, size: int) -> dict[str, int]:
+    """The weights and the cache of one text of so many tokens, in numbers of `size` bytes."""
+    cache = 2 * shape.n_layers * shape.n_kv_heads * shape.head_dim * seq_len
+    return {"weights": size * n_parameters(shape), "cache": size * cache}
+
+
+# ---- the machine
+
+
+def check_memory(training_config, shape: ModelConfig, device: torch.device) -> None:
     """Refuse a model that this machine's memory cannot hold, since the system would end the run without a word.
 
-    On a CPU, and without activations: weights alone for a frozen base, else gradients and the optimizer's state too.
+    On a CPU, and without activations: the weights alone for a frozen base, else also gradients and one moment.
     """
-    full = cfg.tune == "full"
-    each = 12.0 if full else (cfg.base_bits or 32) / 8  # bytes a parameter; AdamW's two moments in place of one: 16
-    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    needed, there = each * n_parameters(shape) * ranks_here, files.memory_bytes()
-    if device.type == "cpu" and needed > there:
-        what = "weights, gradients and optimizer" if full else "the base's weights"
-        fewer = ", or train few parameters over it (--tune lora --base_bits 4)" if full and cfg.init_from else ""
-        raise UserError(
-            f"{n_parameters(shape):,} parameters need at least {needed / 1e9:.1f} GB ({what}), but this machine has "
-            f"{there / 1e9:.1f}, swap included: choose a smaller model{fewer}"
-        )
+    if device.type != "cpu":
+        return  # a GPU says so itself
+    trains_all = training_config.tune == "full"
+    needed = sum(weights(shape, training_config.base_bits).values())
+    what = "the base's weights"
+    if trains_all:
+        needed += sum(optimizer_state(n_parameters(shape), moments=1).values())
+        what = "weights, gradients and optimizer"
+    needed *= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    present = files.memory_bytes()
+    if needed <= present:
+        return
+    remedy = "choose a smaller model"
+    if trains_all and training_config.init_from:
+        remedy += ", or train few parameters over it (--tune lora --base_bits 4)"
+    raise UserError(
+        f"{n_parameters(shape):,} parameters need at least {needed / 1e9:.1f} GB ({what}), but this machine has "
+        f"{present / 1e9:.1f}, swap included: {remedy}"
+    )

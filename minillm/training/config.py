@@ -1,87 +1,125 @@
 """The options that all training scripts have, and what makes sense of their values."""
 
+import textwrap
 from dataclasses import dataclass
 
-from minillm.base.errors import UserError
-from minillm.base.options import option
+from minillm.base.options import Options, differences, option
 from minillm.training.optim import OPTIMIZERS
-from minillm.tuning import options
 
 
 @dataclass(frozen=True)
-class TrainingConfig:
+class TrainingConfig(Options):
     """The options that every training script has; each script adds its own and changes defaults."""
 
-    data: str = option("data/bundled", "what to train on")
-    out: str = option("out/run", "the run's folder: checkpoints, metrics.jsonl, curve.png")
-    init_from: str | None = option(None, "start from the weights of this model folder or run")
+    # the run
+    data: str = option("data/bundled", "what to train on", group="run")
+    out: str = option("out/run", "the run's folder: checkpoints, metrics.jsonl, curve.png", group="run")
+    init_from: str | None = option(None, "start from the weights of this model folder or run", group="run")
     resume: str = option(
-        "auto", "auto: go on from the newest whole checkpoint in --out; none: refuse to if there is one"
+        "auto",
+        "auto: go on from the newest whole checkpoint in --out; none: refuse to if there is one",
+        group="run",
     )
-    allow_data_change: bool = option(False, "resume although data, batch size, sequence length or seed changed")
-    steps: int = option(1500, "optimizer steps of the whole run")
-    batch_size: int = option(16, "sequences per optimizer step, over all ranks")
+    allow_data_change: bool = option(
+        False, "resume although data, batch size, sequence length or seed changed", group="run"
+    )
+    seed: int = option(  # the order of the data uses 32 bits of it
+        0, "of weights, data order and dropout", at_least=0, at_most=(1 << 32) - 1, group="run"
+    )
+
+    # what a step reads
+    steps: int = option(1500, "optimizer steps of the whole run", at_least=1, group="length and batch")
+    batch_size: int = option(16, "sequences per optimizer step, over all ranks", at_least=1, group="length and batch")
     micro_batch_size: int | None = option(
-        None, "sequences per forward pass and rank; none: a rank's share, at most 32; lower it when memory runs out"
+        None,
+        "sequences per forward pass and rank; none: a rank's share, at most 32; lower it when memory runs out",
+        at_least=1,
+        group="length and batch",
     )
-    seq_len: int = option(128, "tokens per sequence")
+    seq_len: int = option(128, "tokens per sequence", at_least=1, group="length and batch")
+
+    # the optimizer
     optimizer: str | None = option(
         None,
         "muon (with AdamW for embeddings, head and norms) or adamw; none: muon, but adamw for an adapter",
         tuple(OPTIMIZERS),
+        group="optimizer",
     )
     lr: float | None = option(
         None,
         "peak learning rate; none: "
         + ", ".join(f"{choice.lr}/√width for {kind}" for kind, choice in OPTIMIZERS.items() if choice.lr),
+        at_least=0,
+        group="optimizer",
     )
-    warmup_steps: int | None = option(None, "steps of linear warm-up; none: 20, but at most a tenth of all steps")
-    schedule: str = option("cosine", "shape of the learning rate", ("cosine", "wsd", "constant"))
-    min_lr_ratio: float = option(0.1, "final learning rate as a share of the peak")
-    decay_share: float = option(0.2, "share of all steps in which wsd decays")
+    warmup_steps: int | None = option(
+        None, "steps of linear warm-up; none: 20, but at most a tenth of all steps", at_least=0, group="optimizer"
+    )
+    schedule: str = option("cosine", "shape of the learning rate", ("cosine", "wsd", "constant"), group="optimizer")
+    min_lr_ratio: float = option(
+        0.1, "final learning rate as a share of the peak", at_least=0, at_most=1, group="optimizer"
+    )
+    decay_share: float = option(0.2, "share of all steps in which wsd decays", at_least=0, at_most=1, group="optimizer")
     weight_decay: float | None = option(
-        None, "weight decay, on matrices only; none: 0.1, but 0 for ia3 and virtual tokens"
+        None,
+        "weight decay, on matrices only; none: 0.1, but 0 for ia3 and virtual tokens",
+        at_least=0,
+        group="optimizer",
     )
-    grad_clip: float = option(1.0, "largest gradient norm; 0 switches clipping off")
-    dropout: float = option(0.0, "dropout on embeddings and both residual branches")
-    seed: int = option(0, "of weights, data order and dropout")
-    device: str = option("auto", "auto, cpu, cuda, cuda:N or mps")
+    grad_clip: float = option(1.0, "largest gradient norm; 0 switches clipping off", at_least=0, group="optimizer")
+    dropout: float = option(
+        0.0, "dropout on embeddings and both residual branches", at_least=0, below=1, group="optimizer"
+    )
+
+    # the machine
+    device: str = option("auto", "auto, cpu, cuda, cuda:N or mps", group="machine")
     dtype: str = option(
         "auto",
         "of matrix products; auto: bfloat16 on GPUs that compute in it, else float32",
         ("auto", "float32", "bfloat16", "float16"),
+        group="machine",
     )
-    compile: bool = option(False, "compile the model with torch.compile")
-    checkpoint_activations: bool = option(False, "recompute each layer in the backward pass, to save memory")
-    impl: str = option("auto", "implementation of the ops", ("auto", "triton", "torch", "reference"))
-    eval_every: int = option(250, "steps between validations; 0: only at the end")
-    eval_tokens: int = option(65536, "validation tokens, the first whole documents")
-    save_every: int = option(500, "steps between checkpoints; the last step is always saved")
-    keep_last: int = option(2, "checkpoints to keep")
-    max_bad_steps: int = option(20, "stop after so many steps in a row whose gradients are not finite")
-    timeout_s: float = option(600.0, "seconds without a finished step after which a hanging run is ended")
-    tensorboard: bool = option(False, "also write TensorBoard events")
+    compile: bool = option(False, "compile the model with torch.compile", group="machine")
+    checkpoint_activations: bool = option(
+        False, "recompute each layer in the backward pass, to save memory", group="machine"
+    )
+    impl: str = option("auto", "implementation of the ops", ("auto", "triton", "torch", "reference"), group="machine")
+    timeout_s: float = option(
+        600.0,
+        "seconds without a finished step after which a hanging run is ended",
+        at_least=1,
+        at_most=1e6,
+        group="machine",
+    )
+
+    # looking and saving
+    eval_every: int = option(
+        250, "steps between validations; 0: only at the end", at_least=0, group="validation and checkpoints"
+    )
+    eval_tokens: int = option(
+        65536, "validation tokens, the first whole documents", at_least=1, group="validation and checkpoints"
+    )
+    save_every: int = option(
+        500,
+        "steps between checkpoints; the last step is always saved",
+        at_least=0,
+        group="validation and checkpoints",
+    )
+    keep_last: int = option(2, "checkpoints to keep; 0: all", at_least=0, group="validation and checkpoints")
+    max_bad_steps: int = option(
+        20,
+        "stop after so many steps in a row whose gradients are not finite",
+        at_least=1,
+        group="validation and checkpoints",
+    )
+    tensorboard: bool = option(False, "also write TensorBoard events", group="validation and checkpoints")
 
 
-LIMITS = {  # (least, most) that makes sense: options
-    (1, 1 << 40): ("steps", "seq_len", "eval_tokens", "max_bad_steps"),
-    (0, (1 << 32) - 1): ("seed",),  # the order of the data uses 32 bits of it
-    (0, 1 << 40): ("warmup_steps", "save_every", "eval_every", "keep_last"),
-    (0.0, 1e38): ("lr", "weight_decay", "grad_clip"),
-    (0.0, 1.0): ("min_lr_ratio", "decay_share"),
-    (1.0, 1e6): ("timeout_s",),
-    (0.001, 1e6): ("epochs",),
-}
-
-
-def check_options(cfg: TrainingConfig) -> None:
-    """Raise one `UserError` listing all options whose values make no sense."""
-    problems = [
-        f"--{name} {value}: choose one from {least} to {most}"
-        for (least, most), names in LIMITS.items()
-        for name in names
-        if (value := getattr(cfg, name, None)) is not None and not least <= value <= most  # NaN is never within
-    ]
-    problems += cfg.tuning_problems() if isinstance(cfg, options.TuningConfig) else []
-    if problems:
-        raise UserError("; ".join(problems))
+def summary(cfg: TrainingConfig) -> str:
+    """What a run will do, in one line, and below it what of its options is not the default."""
+    start = f" from {cfg.init_from}" if cfg.init_from else ""
+    size = f"{cfg.steps:,} steps of {cfg.batch_size} × {cfg.seq_len} tokens"
+    line = f"{cfg.data} → {cfg.out}{start}: {size}; all options in {cfg.out}/options.toml"
+    differing = f"not the defaults: {differences(cfg)}"
+    wrapped = textwrap.fill(differing, 120, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
+    return f"{line}\n{wrapped}"

@@ -8,6 +8,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ import torch
 from minillm.base import files
 from minillm.base.device import autocast, busy_cores, peak_flops, pick_dtype
 from minillm.base.errors import UserError
+from minillm.base.options import write_toml
 from minillm.base.process import RunLock, StopSignals
 from minillm.checkpoint import huggingface, run_folder, train_state
 from minillm.distributed import ranks as distributed
@@ -24,7 +26,7 @@ from minillm.distributed.watchdog import Watchdog
 from minillm.model import ops
 from minillm.tokenizer.tokenizer import Tokenizer
 from minillm.training import kernel_check, plot, starting_model
-from minillm.training.config import TrainingConfig, check_options
+from minillm.training.config import TrainingConfig
 from minillm.training.metrics import MetricsLog, TensorBoard
 from minillm.training.progress import Progress, duration
 from minillm.training.schedule import Schedule, lr_at, set_lr
@@ -38,12 +40,11 @@ FREE = {f.name for f in dataclasses.fields(TrainingConfig)} - BOUND | {"epochs",
 
 
 def begin(training_config: TrainingConfig) -> tuple[TrainingConfig, Ranks, Callable[[], None]]:
-    """How every script begins: options checked, ranks joined, ops chosen, the check of our kernels started.
+    """How every script begins: ranks joined, ops chosen, the check of our kernels started.
 
     Returns the options with the micro-batch filled in, the ranks, and a function that waits for the kernels' check and
     must be called before the first of them runs.
     """
-    check_options(training_config)
     if training_config.resume not in ("auto", "none"):
         out = training_config.out
         raise UserError(
@@ -119,6 +120,8 @@ class Run:
         if ranks.main:
             run_folder.set_aside_later(self.folder, self.start_step, log=self.say)
             self.logs = [MetricsLog(self.folder / "metrics.jsonl", self.start_step)]
+            if not self.finished:
+                files.write_file(self.folder / "options.toml", partial(write_toml, training_config))
         if ranks.main and training_config.tensorboard:
             self.logs.append(TensorBoard(self.folder / "tensorboard", self.start_step))
         self.progress = Progress(training_config.steps, self.start_step, ranks.main)
@@ -302,7 +305,8 @@ class Run:
         self.ranks.barrier()
 
     def _write_model(self, model: torch.nn.Module, folder: Path) -> None:
-        """Weights or the adapter alone, and the tokenizer with the prompt format of this training."""
+        """Weights or the adapter alone; the tokenizer with the prompt format of this training; the run's options."""
+        write_toml(self.training_config, folder / "resume" / "options.toml")
         adapter = active_adapter(model)
         if adapter:
             peft_format.save_adapter(adapter, folder)

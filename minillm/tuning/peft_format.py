@@ -9,7 +9,6 @@ Partly frozen models and bottleneck adapters have no counterpart in PEFT; their 
 PEFT refuses. Formats of PEFT 0.21.
 """
 
-import dataclasses
 import json
 import operator
 import os
@@ -123,10 +122,12 @@ def to_options(written: dict, model: Transformer, source: str) -> TuningConfig:
     kind = written["peft_type"]
     for tune, names in OWN.items():
         if kind == f"MINILLM_{tune.upper()}":
-            return TuningConfig(tune=tune, **{name: written.get(name) for name in names})
+            return _tuning_config(source, tune=tune, **{name: written.get(name) for name in names})
     if kind in VIRTUAL_TYPES:
         encoder = "auto" if kind == "PROMPT_TUNING" else "none"
-        return TuningConfig(tune=VIRTUAL_TYPES[kind], n_virtual=written.get("num_virtual_tokens"), encoder=encoder)
+        return _tuning_config(
+            source, tune=VIRTUAL_TYPES[kind], n_virtual=written.get("num_virtual_tokens"), encoder=encoder
+        )
     if kind not in ("LORA", "IA3"):
         raise UserError(f"{source}: peft_type {kind!r} is not supported")
     targets = _targets_of(written.get("target_modules"), model, source)
@@ -139,8 +140,9 @@ def to_options(written: dict, model: Transformer, source: str) -> TuningConfig:
     saved = ",".join(written.get("modules_to_save") or ()) or None
     shared = {"target_modules": ",".join(targets), "modules_to_save": saved}
     if kind == "IA3":
-        return TuningConfig(tune="ia3", **shared)
-    return TuningConfig(
+        return _tuning_config(source, tune="ia3", **shared)
+    return _tuning_config(
+        source,
         tune="dora" if written.get("use_dora") else "lora",
         lora_rank=written.get("r"),
         lora_alpha=written.get("lora_alpha"),
@@ -149,6 +151,14 @@ def to_options(written: dict, model: Transformer, source: str) -> TuningConfig:
         ensure_weight_tying=bool(written.get("ensure_weight_tying")),
         **shared,
     )
+
+
+def _tuning_config(source: str, **values) -> TuningConfig:
+    """These options; a `UserError` for one out of range names the file that it is from."""
+    try:
+        return TuningConfig(**values)
+    except UserError as problem:
+        raise UserError(f"{source}: {problem}") from None
 
 
 def _unsupported(written: dict, targets: list[str]) -> list[str]:
@@ -205,14 +215,11 @@ def load_adapter(model: Transformer, folder: str | Path, name: str = "default", 
         )
     try:
         options = to_options(written, model, str(folder / CONFIG))
-        options = dataclasses.replace(options, base_bits=recorded["bits"])
+        options = _tuning_config(str(folder / BASE), **vars(options) | {"base_bits": recorded["bits"]})
         for size in (options.lora_rank, options.n_virtual, options.bottleneck_dim):
             operator.index(size)  # raises TypeError for one that is missing or no whole number
-        problems = options.tuning_problems()
     except (TypeError, AttributeError, re.error) as problem:
         raise UserError(f"{folder / CONFIG}: a value of the wrong kind in it ({problem})") from None
-    if problems:
-        raise UserError(f"{folder / CONFIG}: {'; '.join(problems)}")
     adapter = attach(model, options, name=name)
     try:
         read_tensors(adapter, folder)

@@ -119,7 +119,7 @@ def test_the_command_line(monkeypatch, tmp_path, capsys):
         bundled.main()
     assert built == [bundled.FOLDER, "elsewhere"]
     monkeypatch.setattr("sys.argv", ["bundled.py", "--ouput", "elsewhere"])
-    with pytest.raises(UserError, match=r"--ouput .*see bundled\.py --help"):
+    with pytest.raises(UserError, match=r"--ouput: .*did you mean --out.*see bundled\.py --help"):
         bundled.main()
     assert len(built) == 2
     said = capsys.readouterr().out.splitlines()

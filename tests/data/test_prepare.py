@@ -267,7 +267,7 @@ def test_options_that_mean_nothing(tok_path, tmp_path, monkeypatch):
         with pytest.raises(UserError, match=f"--{wrong} 0: at least {least} is needed"):
             prepare([file], tmp_path / "out", **given, **{wrong: 0})
     monkeypatch.setattr("sys.argv", ["prepare.py", "--splitt", "lines"])
-    with pytest.raises(UserError, match=r"required: --input, --out .*see prepare\.py --help"):
+    with pytest.raises(UserError, match=r"--splitt: .*did you mean --split.*see prepare\.py --help"):
         main()
     with pytest.raises(UserError, match="either --tokenizer PATH or --train_tokenizer N"):
         prepare([file], tmp_path / "out")

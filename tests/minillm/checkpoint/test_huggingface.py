@@ -253,7 +253,7 @@ def test_an_option_that_asks_for_no_other_parameters_is_taken(tmp_path):
         (dict(rope_parameters={"rope_type": "yarn", "factor": 2, "beta_fast": "x"}), "damaged: beta_fast is 'x'"),
         (dict(num_hidden_layers=10**7), "10,000,000 layers, as config.json says"),
         (dict(num_hidden_layers=0), "n_layers is 0"),
-        (dict(hidden_size=2**62), "dim is 4611686018427387904: it must lie from 1 to 16,777,216"),
+        (dict(hidden_size=2**62), "dim is 4611686018427387904: must be 1 to 16,777,216"),
         (dict(hidden_size=2**24, num_attention_heads=2**24, head_dim=2**24), "larger than any memory"),
     ],
 )

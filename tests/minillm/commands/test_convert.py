@@ -28,8 +28,7 @@ TOKENS = torch.arange(2, 52).view(2, 25) * 7
 
 
 def command(line: str) -> None:
-    args = __main__.build_parser().parse_args(line.split())
-    args.command(args)
+    __main__.main(line.split())
 
 
 def make(folder: Path, config: ModelConfig) -> Transformer:
@@ -202,10 +201,7 @@ def peak(function):
 
 def convert(source, options, target):
     def go(size):
-        args = commands.build_parser().parse_args(
-            f"export --model {size}{source} --out {size}{target} {options}".split()
-        )
-        args.command(args)
+        commands.main(f"export --model {size}{source} --out {size}{target} {options}".split())
     return go
 
 torch.set_num_threads(1)

@@ -1,4 +1,12 @@
+import importlib
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
+
+from minillm import __main__
+from minillm.base.options import declared
 
 
 def test_plot_writes_beside_the_run(home, call):
@@ -42,8 +50,45 @@ def test_plot_writes_beside_the_run(home, call):
         (["info"], "either --preset NAME or --model DIR"),
         (["dance"], "dance"),
         ([], "COMMAND"),
+        (["gnerate"], "gnerate: no such command; did you mean generate?"),
+        (["vocab"], "vocab: choose one of vocab train, vocab merge, vocab prune, vocab inspect"),
+        (["vocab", "trian"], "did you mean vocab train?"),
+        (["bench", "generate", "--rows", "8"], "--rows: no such option"),
+        (["plot"], "RUNS"),
+        (["eval"], "--data is needed: folder of bins, text"),
     ],
 )
 def test_a_user_s_mistake_is_one_line_and_status_2(call, arguments, message):
     status, _, err = call(*arguments)
     assert status == 2 and err.startswith("error: ") and message in err and err.count("\n") == 1
+
+
+def test_every_command_has_a_line_and_a_help_in_groups(call, capsys):
+    status, out, _ = call("--help")
+    assert status == 0
+    listed = {line[2:].split("  ")[0] for line in out.splitlines() if line.startswith("  ")}
+    assert listed == set(__main__.COMMANDS)
+    status, out, _ = call("bench", "--help")
+    assert status == 0 and "bench data" in out and "vocab" not in out
+    for name, module in __main__.COMMANDS.items():
+        with pytest.raises(SystemExit):
+            __main__.main([*name.split(), "--help"])
+        shown = capsys.readouterr().out
+        assert shown.startswith(f"usage: python -m minillm {name}") and "general:\n" in shown
+        for option, its in declared(importlib.import_module(module).Config).items():
+            assert its.help and (its.positional or f"--{option} " in shown), option
+
+
+def test_the_overview_needs_no_torch():
+    """So it comes at once."""
+    code = "import sys, minillm.__main__ as m; m.overview(); print('torch' in sys.modules)"
+    root = Path(__file__).parents[3]
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
+
+
+def test_options_of_a_command_may_come_from_a_file(home, call):
+    (home.path / "options.toml").write_text('prompt = "Tom"\nmax_new_tokens = 3\nstop = ["!", "?"]\n')
+    from_file = call("generate", "--config", "options.toml", "--temperature", "0")
+    typed = call("generate", "--prompt", "Tom", "--max_new_tokens", "3", "--temperature", "0", "--stop", "!", "?")
+    assert from_file == typed and typed[0] == 0

@@ -1,94 +1,11 @@
 import math
-from dataclasses import dataclass, fields
 
 import pytest
 
 from minillm.base.errors import UserError
-from minillm.base.options import option, parse
 from minillm.model.config import PRESETS, ModelConfig, RopeScaling, parse_rope_scaling, preset
 from minillm.model.size import flops_per_token, n_parameters
 from minillm.model.transformer import Transformer
-from minillm.training.config import TrainingConfig
-
-
-@dataclass(frozen=True)
-class Options:
-    steps: int = option(10, "steps")
-    lr: float = option(1e-3, "rate")
-    name: str | None = option(None, "a name")
-    shape: str = option("cosine", "shape", ("cosine", "wsd"))
-    compile: bool = option(False, "compile, 100 % of it")
-    window: int | None = option(None, "tokens")
-
-
-def test_defaults_then_file_then_command_line(tmp_path):
-    file = tmp_path / "a.toml"
-    file.write_text('steps = 20\nlr = 5\nname = "file"\n', encoding="utf-8-sig")  # as Windows' Notepad saves it
-    assert parse(Options, "", []) == Options()
-    read = parse(Options, "", ["--config", str(file), "--steps", "30"])
-    assert (read.steps, read.lr, read.name) == (30, 5.0, "file") and isinstance(read.lr, float)
-
-
-def test_values_by_type():
-    read = parse(Options, "", ["--steps", "1e3", "--compile", "--window", "7", "--name", "none"])
-    assert read == Options(steps=1000, compile=True, window=7, name=None)
-    assert parse(Options, "", ["--compile", "false", "--window=none"]) == Options()
-
-
-@pytest.mark.parametrize(
-    ("argv", "said"),
-    [
-        (["--stps", "3"], "did you mean --steps"),
-        (["--steps", "3.5"], "--steps 3.5: expected a whole number"),
-        (["--steps", "many"], "whole number"),
-        (["--lr", "fast"], "--lr fast: expected a number"),
-        (["--compile", "maybe"], "true or false"),
-        (["--shape", "round"], "choose one of cosine, wsd"),
-        (["--name", ""], "--name '': expected text"),
-        (["--steps"], "expected one argument"),
-        (["stray"], "stray"),
-        (["--config", "/nonexistent.toml"], "--config /nonexistent.toml: No such file or directory; give a file of"),
-    ],
-)
-def test_bad_command_lines_say_what_is_wrong(argv, said):
-    with pytest.raises(UserError, match=said):
-        parse(Options, "", argv)
-
-
-@pytest.mark.parametrize(
-    ("text", "said"),
-    [
-        (b"step = 3", "step: no such option; did you mean --steps"),
-        (b"[train]\nsteps = 3", r"\[train\]: sections and dotted names are not used"),
-        (b"lr = 1\nsteps: 3", r"no TOML: .*line 2.*; give a file of lines NAME = VALUE"),
-        (b"name = '\xff'", "no TOML: .*utf-8"),
-        (b"steps = 'many'", "--steps many: expected a whole number"),
-        (b"steps = [3]", r"--steps \[3\]: expected a whole number"),
-        (b"steps = true", "--steps True: expected a whole number"),
-        (b"lr = false", "--lr False: expected a number"),
-        (b"name = true", "--name True: expected text"),
-        (b"name = ''", "--name '': expected text"),
-        (b"name = ['a', 'b']", r"--name \['a', 'b'\]: expected text \(several go into one, with commas between\)"),
-        (b"name = {a = 1}", "--name {'a': 1}: expected text"),
-        (b"compile = []", r"--compile \[\]: expected true or false"),
-        (b"shape = ['wsd']", r"--shape \['wsd'\]: choose one of cosine, wsd"),
-        (b"shape = 'round'", "--shape round: choose one of cosine, wsd"),
-    ],
-)
-def test_what_is_wrong_in_a_file_is_named_with_it(tmp_path, text, said):
-    file = tmp_path / "a.toml"
-    file.write_bytes(text)
-    with pytest.raises(UserError, match=f"{file}: {said}"):
-        parse(Options, "", ["--config", str(file)])
-
-
-def test_help_shows_every_option_with_its_default(capsys):
-    with pytest.raises(SystemExit) as ended:
-        parse(TrainingConfig, "what it does", ["--help"])
-    shown = capsys.readouterr().out
-    assert ended.value.code == 0
-    for f in fields(TrainingConfig):
-        assert f"--{f.name} " in shown and f.metadata["help"].split()[0] in shown
 
 
 @pytest.mark.parametrize(
@@ -154,12 +71,12 @@ def test_presets_have_the_sizes_of_their_names():
         (dict(head_dim=7), "even"),
         (dict(dropout=1.0), "dropout"),
         (dict(positions="none"), "positions"),
-        (dict(dim=10**30), f"dim is {10**30}: it must lie from 1 to 16,777,216; "),
+        (dict(dim=10**30), f"dim is {10**30}: must be 1 to 16,777,216; "),
         (dict(max_seq_len=1 << 25), "max_seq_len is 33554432"),
         (dict(window=0), "window is 0"),
         (dict(window=10**30), "window is 1000"),
         (dict(softcap=0.0), "softcap is 0"),
-        (dict(softcap=math.inf), "softcap is inf: it must be above 0 and finite"),
+        (dict(softcap=math.inf), "softcap is inf: must be a finite number"),
         (dict(rope_theta=0.0), "rope_theta is 0"),
         (dict(rope_theta=math.nan), "rope_theta is nan"),
         (dict(norm_eps=math.inf), "norm_eps is inf"),

@@ -21,7 +21,7 @@ from minillm.checkpoint import huggingface
 from minillm.generation.completion import generate
 from minillm.model import ops, quant
 from minillm.model.config import ModelConfig
-from minillm.model.memory import memory_estimate
+from minillm.model.memory import adapter_training, weights
 from minillm.model.quant import QuantLinear, quantize_base, quantize_int8, quantize_nf4
 from minillm.model.size import n_parameters
 from minillm.model.transformer import Transformer
@@ -304,7 +304,7 @@ def test_quantizing_needs_one_layer_more(bits, tmp_path):
     model = Transformer(WIDE)
     model.init_weights()
     huggingface.save_model(model, tmp_path)
-    kept = sum(list(memory_estimate(WIDE, bits, 1, 1, 1).values())[:2])
+    kept = sum(weights(WIDE, bits).values())
     weight, whole = 4 * 256 * 512, 4 * n_parameters(WIDE)  # bytes: of a layer's largest, and of all
     with Held() as held:
         loaded = huggingface.load_model(tmp_path, base_bits=bits)
@@ -361,7 +361,7 @@ def test_training_takes_the_memory_that_is_estimated(layers, bits, ffn):
     moments = [value for state in optimizer.state.values() for value in state.values()]
     with Held((*model.parameters(), *model.buffers(), *moments)) as held:
         step()
-    assert 0.98 < sum(memory_estimate(shape, bits, 8, 4, 256, size=4).values()) / held.most < 1.04
+    assert 0.98 < sum(adapter_training(shape, bits, 8, 4, 256, size=4).values()) / held.most < 1.04
 
 
 def test_adapters_on_a_quantized_base_learn():
@@ -383,11 +383,10 @@ def test_adapters_on_a_quantized_base_learn():
 def test_a_7b_base_trains_in_under_12_gb_by_calculation(bits, gigabytes, tmp_path, capsys):
     (tmp_path / "config.json").write_text(json.dumps(LLAMA_2_7B), encoding="utf-8")
     asked = f"info --model {tmp_path} --base_bits {bits} --lora_rank 8 --micro_batch_size 1 --seq_len 512"
-    args = __main__.build_parser().parse_args(asked.split())
-    args.command(args)
+    __main__.main(asked.split())
     told = capsys.readouterr().out
     assert "6,738,415,616" in told
-    items = memory_estimate(huggingface.load_config(tmp_path), bits, 8, 1, 512)
+    items = adapter_training(huggingface.load_config(tmp_path), bits, 8, 1, 512)
     assert sum(items.values()) < gigabytes * 1e9 < 12e9
     assert all(name in told for name in items) and f"{sum(items.values()) / 1e9:.2f} GB" in told
     # by hand: 32 layers of 4 · 4096² + 3 · 4096 · 11008 weights, of 4.127 or 8 bits and 4 bytes a row
@@ -397,7 +396,6 @@ def test_a_7b_base_trains_in_under_12_gb_by_calculation(bits, gigabytes, tmp_pat
 
 
 @pytest.mark.parametrize("asked", ["--base_bits 4", "--lora_rank 0 --base_bits 4"])
-def test_info_refuses_bits_without_adapters(asked, monkeypatch):
-    monkeypatch.setattr("sys.argv", f"minillm info --preset tiny {asked}".split())
+def test_info_refuses_bits_without_adapters(asked):
     with pytest.raises(UserError, match="--lora_rank"):
-        __main__.main()
+        __main__.main(f"info --preset tiny {asked}".split())

@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 import time
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +14,7 @@ import torch
 import train_pretrain
 import train_sft
 from kernels import reference
-from minillm.commands import model_commands
+from minillm.commands.model_options import ModelOptions, load_model
 from minillm.distributed.ranks import Ranks
 from minillm.model import ops
 from minillm.training import kernel_check
@@ -200,14 +199,14 @@ def test_an_adapter_on_a_quantized_base_asks_about_it(bits, monkeypatch, tmp_pat
     (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA"}')
     (tmp_path / "minillm_base.json").write_text(json.dumps({"bits": bits}))
     with pytest.raises(Asked, match=str(bits)):
-        model_commands._load(SimpleNamespace(model=str(tmp_path), device="cpu"))
+        load_model(ModelOptions(model=str(tmp_path), device="cpu"))
 
 
 def test_a_model_of_its_own_has_no_quantized_base(monkeypatch, tmp_path):
     monkeypatch.setattr(kernel_check, "check_kernels", ask)
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(Asked, match="None"):
-        model_commands._load(SimpleNamespace(model=str(tmp_path), device="cpu"))
+        load_model(ModelOptions(model=str(tmp_path), device="cpu"))
 
 
 @pytest.mark.parametrize(

@@ -182,7 +182,7 @@ def test_answers_are_scored_before_and_after(folder, tune):
 @pytest.mark.parametrize(
     ("more", "words"),
     [
-        ("--tune lora --lora_rank 0", ["--lora_rank 0: at least 1"]),
+        ("--tune lora --lora_rank 0", ["--lora_rank 0: must be at least 1"]),
         ("--tune lora --lora_dropout 1", ["--lora_dropout 1.0"]),
         ("--tune lora --lora_alpha -1", ["--lora_alpha -1.0"]),
         ("--tune lora --lora_rank 33", ["--lora_rank 33: at most 32, the smaller side of layers.0.self_attn.q_proj"]),
@@ -245,7 +245,7 @@ def test_optimizer_and_learning_rate_where_they_are_left_open():
         cfg = starting_model.choose_optimizer(Sft(**options), 128, share=0.25)
         return cfg.optimizer, cfg.lr
 
-    assert chosen() == chosen(tune="freeze") == ("muon", pytest.approx(0.09 / 128**0.5 / 4))
+    assert chosen() == chosen(tune="freeze", train_layers="last:1") == ("muon", pytest.approx(0.09 / 128**0.5 / 4))
     assert chosen(optimizer="adamw")[1] == pytest.approx(0.045 / 128**0.5 / 4)
     assert chosen(tune="lora")[0] == "adamw" and chosen(tune="lora", optimizer="muon")[0] == "muon"
     assert chosen(tune="lora", lr=0.5)[1] == 0.5

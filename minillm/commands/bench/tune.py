@@ -1,12 +1,14 @@
-"""A training step of each tuning method beside PEFT's: `python -m minillm bench tune`.
+"""Tokens a second and memory of a training step of each tuning method, beside PEFT's.
 
 Both use the same base and adapter: PEFT runs on transformers' version of our model, with our adapter's numbers. First
 the two losses must agree, then steps (forward, backward, torch's fused AdamW) are timed in turns. Nothing is compiled.
+In fp32, on a GPU under bf16 autocast. Of "full" the other side is transformers alone.
 """
 
 import gc
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -15,14 +17,22 @@ from torch import Tensor, nn
 
 from minillm.base.device import autocast, pick_device, pick_dtype
 from minillm.base.errors import UserError
-from minillm.commands import bench
+from minillm.base.options import Options, option
+from minillm.commands.bench.measure import (
+    REPEATS,
+    machine,
+    medians,
+    random_model,
+    transformers_twin,
+    vocab_size_of,
+)
 from minillm.model import config, ops, quant
 from minillm.model.loss import IGNORED
 from minillm.model.size import n_parameters
 from minillm.training import starting_model
+from minillm.tuning import peft_format
 from minillm.tuning.adapter import Adapter, attach
 from minillm.tuning.options import TuningConfig
-from minillm.tuning.peft_format import OWN, describe
 
 METHODS = {
     "full": TuningConfig(),
@@ -82,49 +92,64 @@ def _bytes(tensors: list[Tensor]) -> dict[int, int]:
     return {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
 
 
-def bench_tune(preset: str = "tiny", device: str = "cpu", rows: int = 8, seq_len: int = 256) -> None:
-    """Tokens a second and memory of a training step of each method, and of PEFT's where it has the method.
+@dataclass(frozen=True)
+class Config(Options):
+    preset: str = option("tiny", "the model's shape", tuple(config.PRESETS))
+    device: str = option("auto", "auto, cpu, cuda or cuda:N")
+    rows: int = option(8, "sequences of a step", at_least=1)
+    seq_len: int = option(256, "tokens of a sequence", at_least=1)
 
-    In fp32, on a GPU under bf16 autocast. Of "full" the other side is transformers alone. Raises `UserError`
-    where the losses differ.
-    """
+
+def run(options: Config) -> None:
     try:
         import peft
         import transformers
     except ImportError:
         raise UserError('bench tune needs transformers and peft: pip install -e ".[bench]"') from None
-    place = pick_device(device)
-    dtype = pick_dtype("auto", place)
-    shape = config.preset(preset, vocab_size=bench.VOCABULARY.get(preset, 50_257))
+    device = pick_device(options.device)
+    dtype = pick_dtype("auto", device)
+    preset, rows, seq_len = options.preset, options.rows, options.seq_len
+    shape = config.preset(preset, vocab_size=vocab_size_of(preset))
     longest = shape.max_seq_len - TuningConfig.n_virtual
     if not 2 <= seq_len <= longest:
-        raise UserError(f"--seq_len {seq_len}: choose 2 to {longest}, for virtual tokens stand before them")
-    x = torch.randint(0, shape.vocab_size, (rows, seq_len), generator=torch.Generator().manual_seed(0)).to(place)
+        raise UserError(f"--seq_len {seq_len}: choose 2 to {longest}, for virtual tokens come before them")
+    x = torch.randint(0, shape.vocab_size, (rows, seq_len), generator=torch.Generator().manual_seed(0)).to(device)
+
     versions = f"transformers {transformers.__version__}, peft {peft.__version__}"
-    print(f"{preset}: {n_parameters(shape):,} parameters, {dtype}, {bench.machine(place)}, {versions}")
-    print(f"one step of {rows} x {seq_len} tokens, {torch.get_num_threads()} thread(s), medians of {bench.REPEATS}")
-    beyond = "a step's peak" if place.type == "cuda" else "gradients and what autograd keeps"
-    print(f"MiB: weights, moments, and {beyond}; {ops.describe(place)}")
+    print(f"{preset}: {n_parameters(shape):,} parameters, {dtype}, {machine(device)}, {versions}")
+    print(f"one step of {rows} x {seq_len} tokens, {torch.get_num_threads()} thread(s), medians of {REPEATS}")
+    beyond = "a step's peak" if device.type == "cuda" else "gradients and what autograd keeps"
+    print(f"MiB: weights, moments, and {beyond}; {ops.describe(device)}")
     print(f"  {'':<16}{'':>11}{'minillm':>12}{'':>9}{'peft':>12}{'':>9}{'minillm':>10}")
     print(f"  {'method':<16}{'trained':>11}{'tok/s':>12}{'MiB':>9}{'tok/s':>12}{'MiB':>9}{'/ peft':>10}", flush=True)
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-3
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of what transformers means to remove
-        for name, options in METHODS.items():
-            sides = _sides(preset, options, x, dtype)
-            _check(name, sides, 1e-5 if dtype == torch.float32 else 2e-3)
-            for side in sides.values():
-                side.step()
-            taken = bench.medians({who: side.step for who, side in sides.items()})
-            row = f"  {name:<16}{starting_model.n_trained(sides['minillm'].model):11,}"
-            for who, side in sides.items():
-                row += f"{rows * seq_len / taken[who]:12,.0f}{side.memory() / 2**20:9.1f}"
-            print(row + (f"{taken['peft'] / taken['minillm']:10.2f}" if "peft" in taken else ""), flush=True)
+        for name, method in METHODS.items():
+            sides = _sides(preset, method, x, dtype)
+            _check(name, sides, tolerance)
+            print(_row(name, sides, rows * seq_len), flush=True)
+
+
+def _row(name: str, sides: dict[str, "Side"], n_tokens: int) -> str:
+    """A line of the table: both sides timed and weighed. n_tokens: of a step."""
+    for side in sides.values():
+        side.step()
+    seconds = medians({who: side.step for who, side in sides.items()})
+    row = f"  {name:<16}{starting_model.n_trained(sides['minillm'].model):11,}"
+    for who, side in sides.items():
+        row += f"{n_tokens / seconds[who]:12,.0f}{side.memory() / 2**20:9.1f}"
+    if "peft" in seconds:
+        row += f"{seconds['peft'] / seconds['minillm']:10.2f}"
+    return row
 
 
 def _sides(preset: str, options: TuningConfig, x: Tensor, dtype: torch.dtype) -> dict[str, Side]:
     """Ours, and PEFT's if it has the method, on tokens x (B, T)."""
-    model = bench.random_model(preset).to(x.device).train()
-    twin = None if options.tune in OWN or options.base_bits else bench.transformers_twin(model)[0].to(x.device).train()
+    model = random_model(preset).to(x.device).train()
+    twin = None
+    if options.tune not in peft_format.OWN and not options.base_bits:
+        twin = transformers_twin(model)[0].to(x.device).train()
     if options.base_bits:
         quant.quantize_base(model, options.base_bits)
     if options.tune != "full":
@@ -154,11 +179,12 @@ def _with_peft(twin: nn.Module, adapter: Adapter) -> nn.Module:
     """transformers' model with PEFT's adapter of the same kind and the same numbers."""
     import peft
 
-    made = peft.get_peft_model(twin, peft.PeftConfig.from_peft_type(**describe(adapter) | {"inference_mode": False}))
-    theirs = sorted((name, p) for name, p in made.named_parameters() if p.requires_grad)
+    described = peft_format.describe(adapter) | {"inference_mode": False}
+    adapted = peft.get_peft_model(twin, peft.PeftConfig.from_peft_type(**described))
+    theirs = sorted((name, p) for name, p in adapted.named_parameters() if p.requires_grad)
     for (_, mine), (_, same) in zip(sorted(adapter.parameters().items()), theirs, strict=True):
         same.copy_(mine)  # names differ, but not in their order
-    return made
+    return adapted
 
 
 def _check(name: str, sides: dict[str, Side], tolerance: float) -> None:

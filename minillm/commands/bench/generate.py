@@ -1,0 +1,80 @@
+"""Tokens a second of greedy generation, batch 1, with cache, beside transformers' `generate`.
+
+Reading the prompt and, on a GPU, recording the step are in the time. On a CPU in fp32, with one thread and with all; on
+a GPU in bf16, and transformers also compiled, on a static cache.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from minillm.base.device import pick_device, pick_dtype
+from minillm.base.errors import UserError
+from minillm.base.options import Options, option
+from minillm.commands.bench.measure import REPEATS, machine, medians, random_model, transformers_twin
+from minillm.generation import completion
+from minillm.model import ops
+from minillm.model.config import PRESETS
+from minillm.model.size import n_parameters
+
+PROMPT = list(range(1, 33))  # ids
+
+
+@dataclass(frozen=True)
+class Config(Options):
+    preset: str = option("tiny", "the model's shape", tuple(PRESETS))
+    device: str = option("auto", "auto, cpu, cuda or cuda:N")
+    new_tokens: int | None = option(None, "tokens to write; none: 64, on a GPU 256", at_least=1)
+
+
+def run(config: Config) -> None:
+    device = pick_device(config.device)
+    new_tokens = config.new_tokens or (256 if device.type == "cuda" else 64)
+    dtype = pick_dtype("auto", device)
+    model = random_model(config.preset).to(device, dtype)
+    room = model.config.max_seq_len - len(PROMPT)
+    if new_tokens > room:
+        raise UserError(f"--new_tokens {new_tokens}: choose 1 to {room}, to fit the context")
+    model.build_rotation()  # its tables stay in fp32
+    sides, version = _sides(model, new_tokens, dtype)
+    print(f"{config.preset}: {n_parameters(model.config):,} parameters, {dtype}, {machine(device)}, {version}")
+    print(f"greedy, batch 1, {len(PROMPT)} + {new_tokens} tokens, medians of {REPEATS}; {ops.describe(device)}")
+
+    all_threads = torch.get_num_threads()
+    for threads in sorted({1, all_threads}) if device.type == "cpu" else (all_threads,):
+        torch.set_num_threads(threads)
+        for side in sides.values():  # compile, capture
+            side()
+        seconds = medians(sides)
+        print(f"{threads} thread(s)" if device.type == "cpu" else device)
+        for name, taken in seconds.items():
+            ratio = seconds["transformers"] / taken
+            print(f"  {name:<38}{new_tokens / taken:10.1f} tok/s   {ratio:5.2f} x transformers", flush=True)
+    torch.set_num_threads(all_threads)
+
+
+def _sides(model, new_tokens: int, dtype: torch.dtype) -> tuple[dict[str, Callable], str]:
+    """What is compared, each a function that returns the new ids, and transformers' version.
+
+    Raises `UserError` if they choose other tokens, though in bf16 two right computations may.
+    """
+    device = next(model.parameters()).device
+    twin, version = transformers_twin(model)
+    twin = twin.to(device, dtype)
+    prompt = torch.tensor([PROMPT], device=device)  # (1, T)
+    wanted = {"attention_mask": torch.ones_like(prompt), "do_sample": False, "pad_token_id": 0}
+    wanted |= {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens}
+
+    def ours() -> list[int]:
+        return completion.generate(model, [PROMPT], new_tokens)[0].tokens
+
+    def theirs(**more) -> list[int]:
+        return twin.generate(prompt, **wanted, **more)[0, len(PROMPT) :].tolist()
+
+    sides: dict[str, Callable] = {"minillm": ours, "transformers": theirs}
+    if device.type == "cuda":
+        sides["transformers, static cache, compiled"] = lambda: theirs(cache_implementation="static")
+    elif ours() != theirs():
+        raise UserError("the two sides do not choose the same tokens, so their speed does not compare")
+    return sides, version

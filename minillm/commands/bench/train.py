@@ -1,0 +1,230 @@
+"""Tokens a second of a training step beside plain PyTorch and transformers.
+
+A step is forward, backward, clipping and AdamW. On a CPU in fp32, beside GPT-2 of the same size; on a GPU in bf16
+autocast, each side alone on the device and each also compiled, with the share of the GPU's peak that it uses (MFU) and
+the memory it takes.
+"""
+
+import contextlib
+import gc
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from minillm.base.device import autocast, peak_flops, pick_dtype
+from minillm.base.errors import UserError
+from minillm.base.options import Options, option
+from minillm.commands.bench.measure import (
+    REPEATS,
+    import_transformers,
+    machine,
+    medians,
+    transformers_twin,
+    vocab_size_of,
+)
+from minillm.distributed import parallelize
+from minillm.distributed.ranks import start
+from minillm.model import config as shapes
+from minillm.model import ops
+from minillm.model.size import flops_per_token, n_parameters
+from minillm.model.transformer import Transformer
+from minillm.training import optim
+from minillm.training.step import clip
+
+
+@dataclass(frozen=True)
+class Config(Options):
+    preset: str = option("tiny", "the model's shape", tuple(shapes.PRESETS))
+    device: str = option("auto", "auto, cpu, cuda or cuda:N")
+    rows: int = option(8, "sequences of a step", at_least=1)
+    seq_len: int = option(256, "tokens of a sequence", at_least=1)
+    vocab_size: int | None = option(None, "entries of the vocabulary; none: the preset's usual", at_least=1)
+
+
+@contextlib.contextmanager
+def torch_ops() -> Iterator[None]:
+    """Context in which every op of the model is torch's own."""
+    before = ops.selected()
+    ops.select("torch")
+    try:
+        yield
+    finally:
+        ops.select(before)
+
+
+def plain_loss(model: Transformer, tokens: Tensor, targets: Tensor) -> Tensor:
+    """The summed loss in nats as one would first write it: the logits of all tokens at once, and torch's cross_entropy.
+
+    By `torch_ops` it is what a training step is measured against: no kernels of our own, no chunks, no fusion by hand.
+    """
+    logits = model.logits(model.hidden(tokens))  # (B, T, V)
+    return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
+
+
+class Step:
+    """A training step of one side: forward and backward, clipping and AdamW, ours or torch's own."""
+
+    def __init__(
+        self, module: nn.Module, loss: Callable[[], Tensor], dtype: torch.dtype, *, n_targets: int, ours: bool
+    ):
+        """loss: the sum over `n_targets` targets, under autocast to dtype. ours: clip and step as the scripts do."""
+        self.module, self.loss, self.dtype, self.n_targets, self.ours = module, loss, dtype, n_targets, ours
+        self.parameters = list(module.parameters())
+        self.device = self.parameters[0].device
+        self.no_scaler = torch.amp.GradScaler(self.device.type, enabled=False)
+        if ours:
+            self.optimizers = optim.build_optimizers(module, "adamw", lr=1e-4, weight_decay=0.1)
+        else:
+            self.optimizers = [torch.optim.AdamW(self.parameters, lr=1e-4, fused=True)]
+
+    def __call__(self) -> None:
+        with autocast(self.device, self.dtype):
+            loss = self.loss()
+        (loss / self.n_targets).backward()
+        if self.ours:
+            clip(self.module, self.optimizers, self.no_scaler, 1.0)
+        else:
+            torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        for optimizer in self.optimizers:
+            optimizer.step()
+        self.module.zero_grad(set_to_none=True)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+
+class Sides:
+    """What is compared, each made on the same tokens x and targets y, (B, T): our model and what people use instead."""
+
+    def __init__(self, model: Transformer, x: Tensor, y: Tensor, dtype: torch.dtype):
+        self.model, self.x, self.y, self.dtype = model, x, y, dtype
+
+    def losses(self) -> list[float]:
+        """The sums of our loss and of plain PyTorch's."""
+        with autocast(self.x.device, self.dtype):
+            return [self.model(self.x, self.y).item(), self._plain(plain_loss).item()]
+
+    def builders(self) -> dict[str, Callable[[], Step]]:
+        """Name → what makes the step of a side. Compiling and copying happen only then."""
+        sides = {
+            "plain PyTorch": lambda: self._step(self.model, lambda: self._plain(plain_loss)),
+            "minillm": lambda: self._step(self.model, lambda: self.model(self.x, self.y), ours=True),
+        }
+        return sides | (self._on_gpu() if self.x.is_cuda else self._on_cpu())
+
+    def _plain(self, loss: Callable) -> Tensor:
+        """`plain_loss`, or what compiling made of it, with every op torch's own."""
+        with torch_ops():
+            return loss(self.model, self.x, self.y)
+
+    def _step(self, module: nn.Module, loss: Callable[[], Tensor], ours: bool = False) -> Step:
+        return Step(module, loss, self.dtype, n_targets=self.x.numel(), ours=ours)
+
+    def _theirs(self, module: nn.Module, called: Callable) -> Step:
+        """A step of a model of transformers'; called: it, or what compiling made of it."""
+        return self._step(module, lambda: called(self.x, labels=self.x).loss * self.x.numel())
+
+    def _on_gpu(self) -> dict[str, Callable[[], Step]]:
+        """Compiled PyTorch; transformers, also compiled, and with Liger."""
+        our_fast, plain_fast = parallelize.compiled(self.model), torch.compile(plain_loss)
+        sides = {
+            "plain PyTorch, compiled": lambda: self._step(self.model, lambda: self._plain(plain_fast)),
+            "minillm, compiled": lambda: self._step(self.model, lambda: our_fast(self.x, self.y), ours=True),
+        }
+        try:
+            twin, version = transformers_twin(self.model)
+        except UserError as problem:
+            print(f"  transformers: {problem}")
+            return sides
+        twin = twin.to(self.x.device).train()
+        fast = torch.compile(twin)
+        sides[version] = lambda: self._theirs(twin, twin)
+        sides[f"{version}, compiled"] = lambda: self._theirs(twin, fast)
+        try:
+            import liger_kernel.transformers as liger
+        except ImportError:
+            print("  Liger: not installed")
+            return sides
+
+        def with_liger() -> Step:  # last: it changes transformers' classes for good
+            liger.apply_liger_kernel_to_llama()
+            other = transformers_twin(self.model)[0].to(self.x.device).train()
+            return self._theirs(other, other)
+
+        return sides | {f"{version}, Liger": with_liger}
+
+    def _on_cpu(self) -> dict[str, Callable[[], Step]]:
+        """transformers' GPT-2."""
+        try:
+            gpt2, version = gpt2_like(self.model)
+        except UserError as problem:
+            print(f"  GPT-2: {problem}")
+            return {}
+        size = sum(p.numel() for p in gpt2.parameters())
+        return {f"GPT-2, {size:,} ({version})": lambda: self._theirs(gpt2, gpt2)}
+
+
+def gpt2_like(model: Transformer):
+    """transformers' GPT-2 of about the same number of parameters, and of the same width, heads and vocabulary."""
+    transformers = import_transformers()
+    c = model.config
+    layers = max(1, round((n_parameters(c) - c.vocab_size * c.dim) / (12 * c.dim**2)))
+    sizes = dict(n_embd=c.dim, n_layer=layers, n_head=c.n_heads, vocab_size=c.vocab_size, n_positions=c.max_seq_len)
+    off = dict(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, use_cache=False, bos_token_id=None, eos_token_id=None)
+    settings = transformers.GPT2Config(**sizes, **off, attn_implementation="sdpa")
+    return transformers.GPT2LMHeadModel(settings), f"transformers {transformers.__version__}"
+
+
+def run(config: Config) -> None:
+    # a model and tokens, both random
+    ranks = start(config.device)  # as the scripts do it
+    device, dtype = ranks.device, pick_dtype("auto", ranks.device)
+    rows, seq_len = config.rows, config.seq_len
+    vocab_size = config.vocab_size or vocab_size_of(config.preset)
+    model = Transformer(shapes.preset(config.preset, vocab_size=vocab_size, max_seq_len=seq_len))
+    model.init_weights()
+    model = model.to(device)
+    tokens = torch.randint(0, vocab_size, (rows, seq_len + 1), generator=torch.Generator().manual_seed(0)).to(device)
+    sides = Sides(model, tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), dtype)
+
+    # do both compute the same?
+    losses = sides.losses()
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-3
+    if abs(losses[0] - losses[1]) > tolerance * losses[1]:
+        raise UserError(f"the two sides compute other losses ({losses}), so their speed does not compare")
+
+    print(f"{config.preset}: {n_parameters(model.config):,} parameters, {dtype}, {machine(device)}")
+    print(f"one step of {rows} x {seq_len} tokens, {torch.get_num_threads()} thread(s), medians of {REPEATS}")
+    print(ops.describe(device), flush=True)
+    seconds, memory = time_steps(sides.builders(), together=device.type != "cuda")
+    flops, peak = flops_per_token(model.config, seq_len), peak_flops(device, dtype)
+    width = max(map(len, seconds))
+    for name in seconds:
+        speed = rows * seq_len / seconds[name]
+        ratio = seconds["plain PyTorch"] / seconds[name]
+        mfu = f"   MFU {speed * flops / peak:6.1%}" if peak else ""
+        peak_memory = f"   {memory[name] / 2**30:6.1f} GiB" if name in memory else ""
+        print(f"  {name:<{width}}{speed:12,.0f} tok/s   {ratio:5.2f} x plain{mfu}{peak_memory}", flush=True)
+
+
+def time_steps(builders: dict[str, Callable[[], Step]], together: bool) -> tuple[dict[str, float], dict[str, int]]:
+    """Median seconds of each side's step, and on a GPU the peak bytes; one side at a time unless `together`."""
+    if together:
+        steps = {name: build() for name, build in builders.items()}
+        for step in steps.values():
+            step()
+        return medians(steps), {}
+    seconds, memory = {}, {}
+    for name, build in builders.items():
+        gc.collect()  # what compiling left in cycles holds the other side's tensors
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        step = build()
+        for _ in range(3):  # compile, fill the optimizer's state, warm up
+            step()
+        seconds |= medians({name: step})
+        memory[name] = torch.cuda.max_memory_allocated()
+        del step
+    return seconds, memory

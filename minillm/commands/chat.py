@@ -1,0 +1,121 @@
+"""Talk with a model: answers come token by token.
+
+An empty line or Ctrl-D ends, /new forgets what was said.
+"""
+
+import contextlib
+import sys
+from dataclasses import dataclass
+
+from minillm.base.options import option, part
+from minillm.commands.model_options import (
+    ModelOptions,
+    TemplateOptions,
+    load_model,
+    print_stream,
+    template_of,
+    trained_with,
+)
+from minillm.generation import completion
+from minillm.generation.load import Loaded
+from minillm.generation.sampling import Sampling
+from minillm.model.size import n_parameters
+from minillm.tokenizer.tokenizer import Tokenizer
+from minillm.tuning.virtual_tokens import context_of
+
+REASONS = {"length": "--max_new_tokens reached", "context": "the context is full"}
+
+
+@dataclass(frozen=True)
+class Config(ModelOptions, TemplateOptions, Sampling):
+    system: str | None = option(
+        None,
+        "what the model is told before the first question",
+        may_be_blank=True,
+        group="conversation",
+    )
+    turns: int | None = option(
+        None,
+        "questions it sees at once; none: 1 if taught so, else all that fit",
+        at_least=1,
+        group="conversation",
+    )
+    max_new_tokens: int = option(200, "at most this many new tokens an answer", at_least=1, group="conversation")
+
+
+def run(config: Config) -> None:
+    loaded = load_model(config)
+    print(f"{loaded.folder} ({n_parameters(loaded.model.config):,} parameters); an empty line ends, /new starts over")
+    turns = config.turns
+    if turns is None and trained_with(loaded.folder).get("turns") == 1:
+        turns = 1
+        print("(it was taught single questions, so it is shown each alone; --turns N shows it the last N)")
+    opening = [{"role": "system", "content": config.system}] if config.system else []
+    messages = list(opening)
+    sys.stdin.reconfigure(errors="replace")  # one line that is not UTF-8 must not end the chat
+    while True:
+        try:
+            question = input("> ")
+        except (EOFError, KeyboardInterrupt):
+            print()
+            return
+        if not question.strip():
+            return
+        if question.strip() == "/new":
+            messages = list(opening)
+            continue
+        if "\ufffd" in question:
+            print("(that line is not UTF-8, so it was not asked: set the terminal or file to UTF-8 and ask again)")
+            continue
+        asked = [*messages, {"role": "user", "content": question}]
+        if turns is not None:  # of the earlier messages only the last turns - 1 questions and answers
+            del asked[len(opening) : max(len(opening), len(asked) - 2 * turns + 1)]
+        answer = _answer(config, loaded, asked, len(opening))
+        if answer is not None:
+            messages = [*asked, {"role": "assistant", "content": answer}]
+
+
+def _answer(config: Config, loaded: Loaded, messages: list[dict], opening: int) -> str | None:
+    """Print the model's answer to the last message, and return it; None if that message was too long to be asked.
+
+    Messages that no longer fit are dropped from the list; opening: how many at its beginning must stay.
+    """
+    model, tokenizer, folder = loaded
+    template = template_of(config, folder)
+    ids, n_forgotten = _fit(tokenizer, messages, template, context_of(model), opening)
+    if len(ids) >= context_of(model):
+        print(f"(not asked: its {len(ids)} tokens fill the context of {context_of(model)}; say it in fewer words)")
+        return None
+    if n_forgotten:
+        print(f"(the context of {context_of(model)} tokens is full: {n_forgotten} earlier messages forgotten)")
+    stream = completion.stream(
+        model,
+        tokenizer,
+        ids,
+        config.max_new_tokens,
+        sampling=part(config, Sampling),
+        stop_ids=tokenizer.stop_ids(template),
+    )
+    pieces: list[str] = []
+    with contextlib.suppress(KeyboardInterrupt):  # Ctrl-C cuts an answer short
+        end = print_stream(stream, pieces)
+        if end.reason != "stop":
+            print(f" … ({REASONS[end.reason]})", end="")
+    print()
+    return "".join(pieces)
+
+
+def _fit(
+    tokenizer: Tokenizer, messages: list[dict], template: str, context: int, opening: int
+) -> tuple[list[int], int]:
+    """Ids of the conversation, and how many messages were dropped from it, earliest first.
+
+    It is shortened to at most half the context. The last question stays whole, even if it alone does not fit.
+    """
+    n_dropped = 0
+    while True:
+        ids, _ = tokenizer.encode_chat(messages, template=template, add_generation_prompt=True)
+        if len(ids) <= context // 2 or len(messages) <= opening + 1:
+            return ids, n_dropped
+        del messages[opening : opening + 2]  # a question and its answer
+        n_dropped += 2

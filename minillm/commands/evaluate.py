@@ -1,0 +1,106 @@
+"""Score a model: loss, perplexity and bits per byte on texts, exact match on instruction files."""
+
+import contextlib
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from minillm.base.errors import UnsupportedError, UserError
+from minillm.base.options import option
+from minillm.commands.model_options import ModelOptions, TemplateOptions, load_model, template_of, trained_with
+from minillm.datasets.questions import read_questions
+from minillm.datasets.text_files import BOUNDARIES
+from minillm.datasets.token_bins import TokenBins
+from minillm.distributed.ranks import Ranks
+from minillm.evaluation import answers
+from minillm.evaluation.validation import Validation, read_text
+from minillm.generation.load import Loaded
+from minillm.tuning.virtual_tokens import context_of
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(ModelOptions, TemplateOptions):
+    data: str = option(
+        help="folder of bins, text (.txt .jsonl .json .parquet) or questions (.jsonl .json)", group="data"
+    )
+    split: str = option("blank", "where texts in a .txt end", BOUNDARIES, group="texts")
+    field: str = option("text", "the key that holds a text in .jsonl, .json or .parquet", group="texts")
+    seq_len: int | None = option(None, "tokens of a window; none: as the model was trained", at_least=1, group="texts")
+    max_tokens: int | None = option(
+        None, "evaluate the first documents up to this many tokens; none: 2^20", at_least=1, group="texts"
+    )
+    limit: int | None = option(None, "ask only this many questions, the first", at_least=1, group="questions")
+    max_new_tokens: int = option(answers.LONGEST_ANSWER, "longest answer in tokens", at_least=1, group="questions")
+
+
+def run(config: Config) -> None:
+    path = Path(config.data)
+    if not path.exists():
+        raise UserError(f"--data {path}: no such file or folder")
+    loaded = load_model(config)
+    print(f"{loaded.folder} on {path}")
+    if _is_questions(path):
+        _evaluate_answers(config, loaded, path)
+    else:
+        _evaluate_texts(config, loaded, path)
+
+
+def _is_questions(path: Path) -> bool:
+    """Whether a file holds conversations rather than texts, by its first row."""
+    if path.is_dir() or not path.name.removesuffix(".gz").endswith((".jsonl", ".json")):
+        return False
+    try:
+        return bool(read_questions(path, 1))
+    except UnsupportedError:  # a row without the keys of a conversation
+        return False
+
+
+def _evaluate_answers(config: Config, loaded: Loaded, path: Path) -> None:
+    """Print the share of questions that are answered exactly, family by family."""
+    for name in ("max_tokens", "seq_len"):
+        value = getattr(config, name)
+        if value is not None:
+            raise UserError(f"--{name} {value}: is about texts, and {path} holds questions; say --limit")
+    scores = answers.exact_match(
+        loaded.model,
+        loaded.tokenizer,
+        read_questions(path, config.limit),
+        template=template_of(config, loaded.folder),
+        max_new_tokens=config.max_new_tokens,
+    )
+    print(f"exact match, greedy answers:\n{answers.table(scores)}")
+
+
+def _evaluate_texts(config: Config, loaded: Loaded, path: Path) -> None:
+    """Print the loss on texts or token bins, in nats a token and, if the texts are known, in bits a byte."""
+    if config.limit is not None:
+        raise UserError(f"--limit {config.limit}: counts questions, and {path} holds texts; say --max_tokens")
+    model, tokenizer, folder = loaded
+    if path.is_dir() and (path / "meta.json").is_file():
+        texts = TokenBins(path, "val")
+        if texts.meta["tokenizer_sha256"] != tokenizer.sha256:
+            raise UserError(
+                f"--data {path}: prepared with another tokenizer than the model's; evaluate the text itself"
+            )
+    else:
+        texts = read_text(path, tokenizer, split=config.split, field=config.field)
+
+    # windows as in training: as long, and each document on its own unless trained otherwise
+    options = trained_with(folder).get("config", {})
+    seq_len = config.seq_len or min(options.get("seq_len", 1024), context_of(model))
+    if seq_len > context_of(model):
+        raise UserError(f"--seq_len {seq_len}: must be 1 to the model's context, {context_of(model)}")
+    documents_alone = options.get("document_attention", True)
+    validation = Validation(texts, tokenizer, seq_len, config.max_tokens or 1 << 20, documents_alone)
+    ranks = Ranks(0, 1, next(model.parameters()).device)
+    scores = validation.scores(model, ranks, contextlib.nullcontext())
+
+    print(f"  documents       {validation.part.n_documents:,} ({int(validation.part.mask.sum()):,} tokens)")
+    print(f"  loss            {scores['val_loss']:.4f} nats a token")
+    print(f"  perplexity      {math.exp(min(scores['val_loss'], 700)):.3f} a token")
+    if "val_bpb" in scores:
+        print(f"  bits per byte   {scores['val_bpb']:.4f}")
+    elif validation.no_bytes:
+        print(f"  bits per byte   not given: {validation.no_bytes}")
+    if "floor_bpb" in scores:
+        print(f"  floor           {scores['floor_bpb']:.4f} ± {scores['floor_error']:.4f} (of these very documents)")

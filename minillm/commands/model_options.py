@@ -1,0 +1,77 @@
+"""The options of all commands that use a trained model, and loading the model that they name."""
+
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from minillm.base.device import DTYPES
+from minillm.base.options import Options, option
+from minillm.checkpoint import train_state
+from minillm.distributed.ranks import Ranks
+from minillm.generation import load
+from minillm.tokenizer.chat_template import TEMPLATES
+from minillm.training import kernel_check
+
+
+@dataclass(frozen=True)
+class ModelOptions(Options):
+    """Which model, and where it computes."""
+
+    model: str | None = option(
+        None, "run or model folder; none: the newest of out/sft, else of out/pretrain", group="model"
+    )
+    base: str | None = option(
+        None, "the base of an adapter given by --model; none: where the adapter says", group="model"
+    )
+    device: str = option("auto", "auto, cpu, cuda, cuda:N or mps", group="model")
+    dtype: str | None = option(None, "of the weights; none: as stored", tuple(DTYPES), group="model")
+
+
+@dataclass(frozen=True)
+class TemplateOptions(Options):
+    """How messages become a text."""
+
+    template: str = option(
+        "auto", "prompt format; auto: the one that the model was trained with", TEMPLATES, group="model"
+    )
+
+
+def load_model(config: ModelOptions) -> load.Loaded:
+    """The model of --model, or the newest checkpoint, once the kernels have been checked on its device."""
+    folder = load.find_model(config.model, log=tell)
+    return load.load(folder, base=config.base, device=config.device, dtype=config.dtype, check_kernels=_check_kernels)
+
+
+def _check_kernels(device: torch.device, base_bits: int | None) -> None:
+    kernel_check.check_kernels(Ranks(0, 1, device), tell, base_bits=base_bits)
+
+
+def tell(line: str) -> None:
+    """Print a line beside the output proper."""
+    print(line, file=sys.stderr)
+
+
+def trained_with(folder: Path) -> dict:
+    """What a checkpoint's training state says; empty for a folder without one."""
+    return train_state.read_state(folder) if (folder / "resume").is_dir() else {}
+
+
+def template_of(config: TemplateOptions, folder: Path) -> str:
+    """The prompt format: --template, else the one that the checkpoint was trained with."""
+    if config.template != "auto":
+        return config.template
+    return trained_with(folder).get("config", {}).get("template", "auto")
+
+
+def print_stream(stream: Iterator[str], pieces: list[str]):
+    """Print a stream's pieces as they come, and append them to `pieces`; returns what the stream returns."""
+    while True:
+        try:
+            piece = next(stream)
+        except StopIteration as end:
+            return end.value
+        pieces.append(piece)
+        print(piece, end="", flush=True)

@@ -1,0 +1,1 @@
+"""Training a vocabulary, or changing an existing one: `python -m minillm vocab train|merge|prune|inspect`."""

@@ -1,0 +1,72 @@
+"""A trained model and its tokenizer, from a run, a model folder, or an adapter, ready to generate."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from minillm.base.device import DTYPES, pick_device
+from minillm.base.errors import UserError
+from minillm.checkpoint import huggingface, run_folder
+from minillm.model.transformer import Transformer
+from minillm.tokenizer.tokenizer import Tokenizer
+from minillm.tuning import folders, peft_format
+
+DEFAULT_RUNS = ("out/sft", "out/pretrain")
+
+
+class Loaded(NamedTuple):
+    """A model with its tokenizer, and the folder that they are from."""
+
+    model: Transformer
+    tokenizer: Tokenizer
+    folder: Path
+
+
+def find_model(named: str | None, log: Callable[[str], None]) -> Path:
+    """The model folder that `named` (a run or a model folder) means; None: the newest checkpoint of `DEFAULT_RUNS`."""
+    if named is None:
+        named = next((run for run in DEFAULT_RUNS if run_folder.step_folders(run)), None)
+    if named is None:
+        raise UserError(
+            f"no checkpoint in {' or '.join(DEFAULT_RUNS)}: train one (python train_pretrain.py) or give --model"
+        )
+    return run_folder.resolve_checkpoint(named, log=log)
+
+
+def load(
+    folder: Path,
+    *,
+    base: str | None = None,
+    device: str = "auto",
+    dtype: str | None = None,
+    check_kernels: Callable[[torch.device, int | None], None],
+) -> Loaded:
+    """The model of a folder, in evaluation mode, with its tokenizer.
+
+    base: the base of an adapter, if it is not where the adapter says. dtype: of the weights; None: as they are stored,
+    but float32 on a CPU, since half precision is slow on most of them. check_kernels(device, bits): called before
+    weights are loaded; bits are those of an adapter's quantized base.
+    """
+    where = pick_device(device)
+    is_adapter = folders.is_adapter(folder)
+    check_kernels(where, peft_format.read_config(folder)[1]["bits"] if is_adapter else None)
+    if dtype is None and where.type == "cpu":
+        dtype = "float32"
+    wanted = DTYPES[dtype] if dtype else None
+
+    if is_adapter:
+        model, base_folder = folders.load_adapted(folder, base, device=where, dtype=wanted, merged=True)
+        tokenizer = folders.tokenizer_of(folder, base_folder)
+    elif base:
+        raise UserError(f"--base {base}: {folder} is a model of its own and no adapter; leave --base out")
+    else:
+        model = huggingface.load_model(folder, device=where, dtype=wanted)
+        tokenizer = Tokenizer.load(folder)
+    if tokenizer.vocab_size > model.config.vocab_size:
+        raise UserError(
+            f"{folder}: its tokenizer has {tokenizer.vocab_size} ids, more than the model's {model.config.vocab_size}"
+        )
+    model.eval()
+    return Loaded(model, tokenizer, folder)

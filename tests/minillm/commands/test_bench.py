@@ -1,0 +1,104 @@
+"""No times here: that both sides are what they ought to be, and that the table is complete."""
+
+import pytest
+import torch
+
+from minillm.base.errors import UserError
+from minillm.commands.bench import data, generate, train, tune
+from minillm.generation import completion
+from minillm.model import config
+from minillm.tuning import peft_format
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    """The preset a few thousand parameters small, and its vocabulary."""
+    shape = config.ModelConfig(
+        vocab_size=40, dim=16, n_layers=2, n_heads=4, n_kv_heads=2, ffn_dim=32, max_seq_len=64, tie_embeddings=True
+    )
+    monkeypatch.setattr(config, "preset", lambda name, **changes: shape)
+
+
+def test_every_method_has_its_row(capsys):
+    tune.run(tune.Config(device="cpu", rows=2, seq_len=8))
+    printed = capsys.readouterr().out.splitlines()[5:]
+    rows = {line[2:18].strip(): line[18:].split() for line in printed}
+    assert rows.keys() == tune.METHODS.keys()
+    with_peft = {"full", "lora", "dora", "ia3", "prefix", "prompt", "ptuning"}
+    assert {name for name, row in rows.items() if len(row) == 6} == with_peft
+    assert {name for name, row in rows.items() if len(row) == 3} == rows.keys() - with_peft
+    assert rows["lora"][0] == str(2 * 8 * (2 * 32 + 2 * 24 + 3 * 48)).replace("4096", "4,096")
+    assert rows["ia3"][0] == str(2 * (8 + 8 + 32)) and rows["prompt"][0] == str(16 * 16)
+
+
+def test_the_adapters_count_in_the_losses_that_are_compared():
+    x = torch.randint(40, (2, 8), generator=torch.Generator().manual_seed(0))
+    losses = {
+        name: [side.loss().item() for side in tune._sides("tiny", options, x, torch.float32).values()]
+        for name, options in tune.METHODS.items()
+    }
+    for name in ("lora", "dora", "ia3", "prefix", "prompt", "ptuning"):
+        assert losses[name][0] == pytest.approx(losses[name][1], rel=1e-5)
+        assert abs(losses[name][0] / losses["full"][0] - 1) > 1e-4, name
+
+
+def test_sides_that_differ_are_not_timed(monkeypatch):
+    describe = peft_format.describe
+    monkeypatch.setattr(peft_format, "describe", lambda adapter: describe(adapter) | {"lora_alpha": 17})
+    with pytest.raises(UserError, match=r"lora: losses .* do not compare"):
+        tune.run(tune.Config(device="cpu", rows=2, seq_len=8))
+
+
+def test_what_autograd_keeps_is_counted_once():
+    w, x = torch.nn.Parameter(torch.ones(3, 4)), torch.ones(5, 4)
+    layer = torch.nn.ParameterList([w])
+
+    def loss():
+        y = x @ w.T  # keeps x
+        return (y * y).sum()  # keeps y, twice
+
+    side = tune.Side.of(layer, loss, torch.float32)
+    side.step()
+    numbers = 3 * w.numel() + w.numel() + x.numel() + 15  # weights, two moments; gradient; x; y
+    assert side.memory() == 4 * numbers + 4  # AdamW counts its steps
+
+
+def test_a_sequence_that_leaves_no_room_is_refused():
+    with pytest.raises(UserError, match="--seq_len 49: choose 2 to 48"):
+        tune.run(tune.Config(device="cpu", rows=1, seq_len=49))
+
+
+def names(printed: str) -> list[str]:
+    """The sides of a comparison, from the lines with their speed."""
+    return [line.split("  ")[1] for line in printed.splitlines() if " tok/s " in line]
+
+
+def test_a_training_step_stands_beside_plain_pytorch_and_gpt_2(capsys, monkeypatch):
+    config = train.Config(device="cpu", rows=2, seq_len=8, vocab_size=40)
+    train.run(config)
+    plain, ours, theirs = names(capsys.readouterr().out)
+    assert (plain, ours) == ("plain PyTorch", "minillm") and theirs.startswith("GPT-2, ")
+    forward = train.PlainDecoder.forward
+    monkeypatch.setattr(train.PlainDecoder, "forward", lambda *inputs: 1.01 * forward(*inputs))
+    with pytest.raises(UserError, match="the two sides compute other losses"):
+        train.run(config)
+
+
+def test_generation_stands_beside_transformers(capsys, monkeypatch):
+    config = generate.Config(device="cpu", new_tokens=4)
+    generate.run(config)
+    assert names(capsys.readouterr().out)[:2] == ["minillm", "transformers"]
+    with pytest.raises(UserError, match="--new_tokens 33: choose 1 to 32"):
+        generate.run(generate.Config(device="cpu", new_tokens=33))
+    monkeypatch.setattr(completion, "generate", lambda *_: [completion.Completion([1, 2, 3, 4], "length")])
+    with pytest.raises(UserError, match="do not choose the same tokens"):
+        generate.run(config)
+
+
+def test_reading_is_counted_in_tokens(capsys, monkeypatch):
+    monkeypatch.setattr(data, "medians", lambda sides: {name: 0.5 for name, side in sides.items() if side() is None})
+    data.run(data.Config(tokens=5000, rows=2000, seq_len=10))
+    first, second = capsys.readouterr().out.splitlines()
+    assert first.startswith("5,000 tokens of uint16, batches of 2000 × 10") and second.startswith(
+        "  2 million tokens/s"
+    )
