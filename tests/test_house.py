@@ -45,8 +45,8 @@ BUDGET = {
     "scripts": 4_700,
 }
 MOST_FILES = 12  # of one folder, besides its __init__.py
-MOST_LINES = {"file": 320, "function": 60}
-MOST_PARAMETERS = 6  # besides self
+MOST_LINES = {"file": 300, "function": 60}
+MOST_PARAMETERS = 7  # besides self; not of kernels and ops, whose parameters are those of the formula
 
 OPTIONAL = {"matplotlib", "tensorboard", "pyarrow", "transformers", "peft", "gguf", "liger_kernel", "flash_attn"}
 OPTIONAL |= {"bitsandbytes", "tokenizers", "jinja2"}
@@ -202,3 +202,14 @@ def test_files_and_functions_stay_within_a_sitting(path):
         if isinstance(node, ast.FunctionDef):
             size = len(lines & set(range(node.lineno, node.end_lineno + 1)))
             assert size <= MOST_LINES["function"], f"{node.name} has {size} lines of code"
+
+
+@each_source
+def test_functions_take_few_parameters(path):
+    if folder_of(path.relative_to(ROOT).parts) == "kernels" or path == ROOT / "minillm" / "model" / "ops.py":
+        return
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.FunctionDef):
+            names = [argument.arg for argument in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)]
+            n_parameters = len([name for name in names if name not in ("self", "cls", "ctx")])
+            assert n_parameters <= MOST_PARAMETERS, f"{node.name} takes {n_parameters}"
