@@ -209,6 +209,8 @@ def rope(
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """See `kernels.reference.swiglu`."""
+    if _is_step(gate):
+        return F.silu(gate).mul_(up)
     return _triton.swiglu.swiglu(gate, up) if fused(gate) else reference.swiglu(gate, up)
 
 
@@ -234,6 +236,8 @@ def attention(
     ends: (B,) int64, where k and v are a cache whose rows have lengths of their own: row b's keys are the slots
     j < ends[b], and its queries stand at the last of them. Causal, with no spans and no gradient.
     """
+    if ends is None and spans is None and softcap is None and _is_step(q) and (window or k.shape[1]) >= k.shape[1]:
+        return _attention_to_all(q, k, v, scale)
     options = dict(causal=causal, window=window, spans=spans, softcap=softcap, scale=scale)
     if ends is not None:
         return _cached_attention(q, k, v, ends, options)
@@ -264,6 +268,13 @@ def attention(
         scale=scale,
         enable_gqa=q.shape[2] != k.shape[2],
     )
+    return out.transpose(1, 2)
+
+
+def _attention_to_all(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
+    """`attention` of a newest token, which sees every key."""
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, heads, T, D)
+    out = F.scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
     return out.transpose(1, 2)
 
 
