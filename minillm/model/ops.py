@@ -209,6 +209,8 @@ def rope(
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """See `kernels.reference.swiglu`."""
+    if _is_step(gate):
+        return F.silu(gate).mul_(up)
     return _triton.swiglu.swiglu(gate, up) if fused(gate) else reference.swiglu(gate, up)
 
 
@@ -234,6 +236,8 @@ def attention(
     ends: (B,) int64, where k and v are a cache whose rows have lengths of their own: row b's keys are the slots
     j < ends[b], and its queries stand at the last of them. Causal, with no spans and no gradient.
     """
+    if ends is None and spans is None and softcap is None and _is_step(q) and (window or k.shape[1]) >= k.shape[1]:
+        return _torch_attention(q, k, v, scale=scale)  # the newest token sees every key
     options = dict(causal=causal, window=window, spans=spans, softcap=softcap, scale=scale)
     if ends is not None:
         return _cached_attention(q, k, v, ends, options)
@@ -252,17 +256,20 @@ def attention(
     is_causal = causal and seen is None
     if q_len == 1:  # an `if` of its own: with torch.compile's symbolic lengths `and` would make is_causal symbolic
         is_causal = False
+    return _torch_attention(q, k, v, mask=seen, is_causal=is_causal, scale=scale)
+
+
+def _torch_attention(
+    q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None, is_causal: bool = False, scale: float | None = None
+) -> Tensor:
+    """torch's own; mask: (Tq, Tk) or (B, 1, Tq, Tk) bool, True where a query sees a key; None: it sees all."""
     groups = q.shape[2] // k.shape[2]
-    if seen is not None and groups > 1 and q.is_cuda:  # torch has no fused CUDA kernel for a mask and grouped heads
+    if mask is not None and groups > 1 and q.is_cuda:  # torch has no fused CUDA kernel for a mask and grouped heads
         k, v = k.repeat_interleave(groups, dim=2), v.repeat_interleave(groups, dim=2)
+    enable_gqa = q.shape[2] != k.shape[2]
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, heads, T, D)
     out = F.scaled_dot_product_attention(
-        q.transpose(1, 2),
-        k.transpose(1, 2),
-        v.transpose(1, 2),
-        attn_mask=seen,
-        is_causal=is_causal,
-        scale=scale,
-        enable_gqa=q.shape[2] != k.shape[2],
+        q, k, v, attn_mask=mask, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa
     )
     return out.transpose(1, 2)
 
@@ -287,14 +294,7 @@ def _cached_attention(q: Tensor, k: Tensor, v: Tensor, ends: Tensor, options: di
     seen = slots <= own  # (B, Tq, Tk)
     if window is not None:
         seen = seen & (slots > own - window)
-    groups = q.shape[2] // k.shape[2]
-    if groups > 1 and q.is_cuda:  # torch has no fused CUDA kernel for a mask and grouped heads
-        k, v = k.repeat_interleave(groups, dim=2), v.repeat_interleave(groups, dim=2)
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, heads, T, D)
-    out = F.scaled_dot_product_attention(
-        q, k, v, attn_mask=seen[:, None], scale=scale, enable_gqa=bool(q.shape[1] != k.shape[1])
-    )
-    return out.transpose(1, 2)
+    return _torch_attention(q, k, v, mask=seen[:, None], scale=scale)
 
 
 def linear_cross_entropy(
