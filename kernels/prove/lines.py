@@ -52,7 +52,8 @@ LINES = (
         (
             'python -m pytest {workers} -m "not slow and not gpu" -k "not sm90" -o faulthandler_timeout=90 '
             "--ignore=tests/kernels/prove tests/kernels "
-            "tests/minillm/test_ops.py tests/minillm/test_products.py tests/minillm/test_selfcheck.py",
+            "tests/minillm/model/test_ops.py tests/minillm/model/test_linears.py "
+            "tests/minillm/training/test_kernel_check.py",
         ),
         usual_s=120,
         limit_s=260,

@@ -121,7 +121,9 @@ def test_what_minillm_prints_is_read():
 
 
 def test_sides_that_have_goals_are_printed_under_these_names():
-    source = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "minillm").rglob("*bench*.py"))
+    source = "".join(
+        path.read_text(encoding="utf-8") for path in (ROOT / "minillm" / "commands" / "bench").glob("*.py")
+    )
     for goal in goals.goals():
         if goal.sides == goals.MINILLM:
             assert all(f'"{side}"' in source for side in (*goal.sides, goal.other))
