@@ -129,7 +129,7 @@ def write_folder(path: str | Path, fill: Callable[[Path], None]) -> None:
 
 def _put_in_place(scratch: Path, path: Path) -> None:
     # A rename cannot replace a folder that has files, so the old one is first renamed to a name from which
-    # run.clean_stale restores it, should we be killed between the two renames.
+    # run_folder.clean_stale restores it, should we be killed between the two renames.
     aside = path.with_name(path.name + ".old")
     if path.exists() and verify_folder(path):
         shutil.rmtree(path)  # damaged: worth less than an older one that may still be aside

@@ -384,8 +384,8 @@ def load_model(
     """Load a model folder tensor by tensor: memory holds the model and one tensor on its way to the device.
 
     dtype: convert floating weights to it (None: as stored). config: to use instead of the folder's, e.g. with dropout
-    or a longer context. base_bits: 16, 8 or 4: quantize while loading (see `minillm.quant`). Raises `UserError` listing
-    everything that does not fit.
+    or a longer context. base_bits: 16, 8 or 4: quantize while loading (see `minillm.model.quant`). Raises `UserError`
+    listing everything that does not fit.
     """
     if base_bits is not None:
         quant.check_bits(base_bits)

@@ -30,7 +30,7 @@ ROWS = 16  # rows per batch
 
 
 class TextTokens(NamedTuple):
-    """A text file's tokens, with the attributes that `validation.Validation` reads from `TokenBins`."""
+    """A text file's tokens, with the attributes that `Validation` reads from `TokenBins`."""
 
     arrays: list[np.ndarray]  # one, int64: each document's tokens and eos, after bos if texts begin with it
     eos_id: int

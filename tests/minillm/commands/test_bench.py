@@ -44,7 +44,7 @@ def test_the_adapters_count_in_the_losses_that_are_compared():
 
 def test_sides_that_differ_are_not_timed(monkeypatch):
     describe = peft_format.describe
-    monkeypatch.setattr(tune, "describe", lambda adapter: describe(adapter) | {"lora_alpha": 17})
+    monkeypatch.setattr(peft_format, "describe", lambda adapter: describe(adapter) | {"lora_alpha": 17})
     with pytest.raises(UserError, match=r"lora: losses .* do not compare"):
         tune.run(tune.Config(device="cpu", rows=2, seq_len=8))
 
