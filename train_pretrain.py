@@ -42,7 +42,7 @@ from minillm.training.run import Run, begin
 from minillm.training.step import TrainState
 from minillm.tuning import options
 
-SHAPE = "shape of the model (what is not given is the preset's, or that of --init_from)"
+SHAPE = "shape of the model (what is not given is the preset's, or that of --init_from)"  # heading in --help
 # --dim, --n_layers and so on: ModelConfig's own fields, so that a field added there is an option here
 ShapeOptions = optional_copy(config.ModelConfig, group=SHAPE, leave_out=("vocab_size", "dropout"))
 
@@ -75,14 +75,15 @@ def main() -> int:
     # data: token bins, and the tokenizer beside them
     if training_config.data == bundled.FOLDER and ranks.main:
         bundled.build(Path(training_config.data))
-    ranks.barrier()
-    foreign = dict(dtype=training_config.data_dtype, vocab_size=training_config.data_vocab_size)
+    ranks.barrier()  # the others wait until it is written
+    foreign = dict(dtype=training_config.data_dtype, vocab_size=training_config.data_vocab_size)  # of a raw .bin
     bins = [(TokenBins(path, "train", **foreign), weight) for path, weight in parse_mixture(training_config.data)]
-    if training_config.document_attention is None:
-        short = all(0 < part.mean_document < training_config.seq_len / 2 for part, _ in bins)
-        one_text = training_config.virtual_positions > 0  # they come before a whole row
-        training_config = dataclasses.replace(training_config, document_attention=short and not one_text)
-    seq_len, documents = training_config.seq_len, training_config.document_attention
+    seq_len = training_config.seq_len
+    documents = training_config.document_attention
+    if documents is None:
+        are_short = all(0 < part.mean_document < seq_len / 2 for part, _ in bins)
+        documents = are_short and training_config.virtual_positions == 0  # virtual tokens come before a whole row
+        training_config = dataclasses.replace(training_config, document_attention=documents)
     windows = TokenWindows(bins, seq_len, seed=training_config.seed, documents=documents)
     first = bins[0][0]
     tokenizer = Tokenizer.load(first.path) if first.meta else None
@@ -116,89 +117,110 @@ def main() -> int:
     # the model: resumed, started from another, or new
     finish_kernel_check()
     model = starting_model.make_model(training_config, model_config, init, run.source, ranks.device)
-    if source := run.source or init:
-        run.say(f"weights from {source}")
+    weights = run.source or init
+    if weights is not None:
+        run.say(f"weights from {weights}")
     status = train(training_config, run, model, windows, validation)
     distributed.stop()
     return status
 
 
 def next_command(training_config: Config, tokenizer: Tokenizer | None) -> str:
-    """What to try after this run. A model of a raw .bin has no tokenizer, so it can neither read nor write text."""
+    """The command to try after this run. A model of a raw .bin has no tokenizer, so it can neither read nor write."""
     out = shlex.quote(training_config.out)
     if tokenizer is None:
         return f"python -m minillm plot {out}"
+    if training_config.tune == "full" and training_config.out == Config.out:
+        return "python train_sft.py"
     if training_config.tune == "full":
-        return "python train_sft.py" + ("" if training_config.out == Config.out else f" --init_from {out}")
+        return f"python train_sft.py --init_from {out}"
     if training_config.mergeable:
+        base = shlex.quote(training_config.init_from)
         merged = shlex.quote(f"{training_config.out}-merged")
-        return (
-            f"python -m minillm merge --model {shlex.quote(training_config.init_from)} --adapter {out} --out {merged}"
-        )
+        return f"python -m minillm merge --model {base} --adapter {out} --out {merged}"
     return f"python -m minillm eval --model {out} --data {shlex.quote(training_config.data)}"
 
 
 def shape(training_config: Config, vocab_size: int, init: Path | None) -> config.ModelConfig:
-    """The model's shape: the preset's, or that of --init_from, with the options given on top."""
-    names = [f.name for f in dataclasses.fields(config.ModelConfig)]
-    given = {name: value for name in names if (value := getattr(training_config, name, None)) is not None}
-    changed = sorted(given.keys() - {"dropout"})
-    if training_config.tune != "full" and init is None:
-        raise UserError(f"--tune {training_config.tune}: trains a part of an existing model; give it by --init_from")
-    if training_config.tune != "full" and changed:
+    """The model's shape: the preset's, or that of --init_from, with this run's shape options on top."""
+    overrides = {}  # the shape options that have a value
+    for field in dataclasses.fields(config.ModelConfig):
+        value = getattr(training_config, field.name, None)
+        if value is not None:
+            overrides[field.name] = value
+    check_shape_options(training_config, sorted(overrides.keys() - {"dropout"}), init)
+
+    # the shape to begin with, and the longest context it was made for
+    if init is None:
+        base = None
+        context = config.PRESETS[training_config.preset]["max_seq_len"]
+    else:
+        base = huggingface.load_config(init)
+        context = base.max_seq_len
+    if training_config.rope_scaling:
+        # where --init_from is gone, `init` is the run's own checkpoint, whose context is stretched already
+        if starting_model.init_is_gone(training_config) and base.rope_scaling:
+            context = base.rope_scaling.original_max_seq_len
+        overrides["rope_scaling"] = config.parse_rope_scaling(training_config.rope_scaling, context)
+
+    # the shape itself, and whether data and rows fit it
+    if base is None:
+        overrides.setdefault("max_seq_len", max(context, training_config.seq_len))
+        model_config = config.preset(training_config.preset, vocab_size=vocab_size, **overrides)
+    else:
+        model_config = dataclasses.replace(base, **overrides)
+        huggingface.check_parameters(model_config, init)
+        starting_model.check_tokenizer(init, training_config.data)
+    if model_config.vocab_size < vocab_size:
         raise UserError(
-            f"--tune {training_config.tune}: its base keeps its shape, so leave out --{', --'.join(changed)}"
+            f"--init_from {init}: its embedding has {model_config.vocab_size} ids, fewer than {training_config.data} "
+            f"({vocab_size}); give data made with the model's own tokenizer"
         )
+    check_row_fits(training_config, model_config, init)
+    return model_config
+
+
+def check_shape_options(training_config: Config, shape_options: list[str], init: Path | None) -> None:
+    """Raise `UserError` for shape options of a model that has its shape; shape_options: names of those with a value."""
+    tune = training_config.tune
+    if tune != "full" and init is None:
+        raise UserError(f"--tune {tune}: trains a part of an existing model; give it by --init_from")
+    if tune != "full" and shape_options:
+        raise UserError(f"--tune {tune}: its base keeps its shape, so leave out --{', --'.join(shape_options)}")
     if init is not None and training_config.preset != Config.preset:
         raise UserError(
             f"--preset {training_config.preset}: the model of --init_from has its shape already; leave it out"
         )
-    base = None if init is None else huggingface.load_config(init)
-    context = config.PRESETS[training_config.preset]["max_seq_len"] if base is None else base.max_seq_len
-    if training_config.rope_scaling:
-        gone = starting_model.init_is_gone(
-            training_config
-        )  # then `init` is the run's own checkpoint, which is stretched already
-        original = base.rope_scaling.original_max_seq_len if gone and base.rope_scaling else context
-        given["rope_scaling"] = config.parse_rope_scaling(training_config.rope_scaling, original)
-    if base is None:
-        given.setdefault("max_seq_len", max(context, training_config.seq_len))
-        chosen = config.preset(training_config.preset, vocab_size=vocab_size, **given)
-    else:
-        chosen = dataclasses.replace(base, **given)
-        huggingface.check_parameters(chosen, init)
-        starting_model.check_tokenizer(init, training_config.data)
-    if chosen.vocab_size < vocab_size:
-        raise UserError(
-            f"--init_from {init}: its embedding has {chosen.vocab_size} ids, fewer than {training_config.data} "
-            f"({vocab_size}); give data made with the model's own tokenizer"
-        )
-    # though attention may stay inside documents, one of them may fill a whole row
-    if training_config.seq_len + training_config.virtual_positions > chosen.max_seq_len:
-        room = f" and --n_virtual {training_config.virtual_positions}" if training_config.virtual_positions else ""
-        how = (
-            f"extend the context by --max_seq_len {training_config.seq_len} (see --rope_scaling)"
-            if init
-            else "raise --max_seq_len"
-        )
-        raise UserError(
-            f"--seq_len {training_config.seq_len}{room}: the model's longest context is {chosen.max_seq_len} tokens, "
-            f"and a row may be all one document; lower it, or {how}"
-        )
-    return chosen
+
+
+def check_row_fits(training_config: Config, model_config: config.ModelConfig, init: Path | None) -> None:
+    """Raise `UserError` for rows longer than the context, since a single document may fill a row."""
+    seq_len = training_config.seq_len
+    n_virtual = training_config.virtual_positions
+    if seq_len + n_virtual <= model_config.max_seq_len:
+        return
+    virtual = f" and --n_virtual {n_virtual}" if n_virtual else ""
+    remedy = "raise --max_seq_len"
+    if init:
+        remedy = f"extend the context by --max_seq_len {seq_len} (see --rope_scaling)"
+    raise UserError(
+        f"--seq_len {seq_len}{virtual}: the model's longest context is {model_config.max_seq_len} tokens, "
+        f"and a row may be all one document; lower it, or {remedy}"
+    )
 
 
 def train(training_config: Config, run: Run, model: Transformer, windows: TokenWindows, validation: Validation) -> int:
     """Train to the last step, or to a signal; returns the script's exit status."""
-    kind, lr, weight_decay = training_config.optimizer, training_config.lr, training_config.weight_decay
-    optimizers = build_optimizers(model, kind, lr=lr, weight_decay=weight_decay)
+    optimizers = build_optimizers(
+        model, training_config.optimizer, lr=training_config.lr, weight_decay=training_config.weight_decay
+    )
     state = run.start(TrainState(model, optimizers, run.ranks, run.dtype))
     parallel_model = parallelize(model, run.ranks, training_config.compile)
-    n_targets = training_config.batch_size * training_config.seq_len
+    n_targets = training_config.batch_size * training_config.seq_len  # of a step, over all ranks
+    n_tokens = training_config.steps * n_targets
     run.say(f"{starting_model.describe_parameters(model)}, {run.flops / 1e6:.1f} MFLOP a token")
     run.say(ops.describe(run.device))
-    n_all = training_config.steps * n_targets
-    run.say(f"{windows.n_windows:,} windows of {training_config.seq_len} tokens; {n_all:,} tokens to train on")
+    run.say(f"{windows.n_windows:,} windows of {training_config.seq_len} tokens; {n_tokens:,} tokens to train on")
 
     for step in run.steps(state):  # sets the learning rate; after the step saves what is due, stops at a signal
         for positions, last in marked_last(run.micro_batches(step)):

@@ -10,6 +10,7 @@ answer) are learned. Run the same command again to go on where it stopped.
 """
 
 import dataclasses
+import math
 import shlex
 import sys
 from dataclasses import dataclass
@@ -101,20 +102,22 @@ def main() -> int:
     is_bundled = training_config.data == Config.data
     if is_bundled and ranks.main:
         bundled.build()
-    ranks.barrier()
+    ranks.barrier()  # the others wait until it is written
     paths = [path.strip() for path in training_config.data.split(",") if path.strip()]
     if not paths:
         raise UserError(
             f"--data {training_config.data}: names no file; give .jsonl or .json files, separated by commas"
         )
     rows = read_rows(training_config, paths, tokenizer)
-    length = "epochs" if training_config.steps is None else "steps"  # the option that sets the run's length
+    length_option = "epochs" if training_config.steps is None else "steps"
     end = last_row(training_config, rows)
-    steps = -(-end // training_config.batch_size)  # the last batch may be short
+    steps = math.ceil(end / training_config.batch_size)  # the last batch may be short
     training_config = dataclasses.replace(training_config, steps=steps)
 
     # held-out questions: their answers' loss while training, and how many are answered exactly before and after
-    held_out = training_config.eval_data or (f"{bundled.FOLDER}/sft_heldout.jsonl" if is_bundled else None)
+    held_out = training_config.eval_data
+    if not held_out and is_bundled:
+        held_out = f"{bundled.FOLDER}/sft_heldout.jsonl"
     held_out_rows = read_rows(training_config, [held_out], tokenizer) if held_out else None
     questions = read_questions(held_out, training_config.eval_rows) if held_out else []
 
@@ -130,15 +133,17 @@ def main() -> int:
     turns = rows.counts["turns"]  # so that `chat` knows how many were trained
     run = Run(training_config, ranks, fingerprints, tokenizer=tokenizer, next_command=what_next, turns=turns)
     if run.finished:
-        run.say_finished(length)
+        run.say_finished(length_option)
         distributed.stop()
         return 0
     run.say(f"{summary(training_config)}\n{rows.summary()}")
 
+    # the model: resumed, or started from another
     finish_kernel_check()
     model = starting_model.make_model(training_config, model_config, init, run.source, ranks.device)
     run.say(f"weights from {run.source or init}")
 
+    # answer the held-out questions, train, answer them again
     def count_exact() -> dict[str, tuple[int, int]]:
         with merged(model):
             return answers.exact_match(model, tokenizer, questions, template=training_config.template)
@@ -156,8 +161,10 @@ def choose_packing(training_config: Config) -> Config:
     training_config.check_one_text_a_row("packing")
     n_virtual = training_config.virtual_positions
     if training_config.seq_len <= n_virtual:
-        beside = f"a row needs at least 1 position beside the virtual tokens of --n_virtual {n_virtual}"
-        raise UserError(f"--seq_len {training_config.seq_len}: {beside}; raise it")
+        raise UserError(
+            f"--seq_len {training_config.seq_len}: a row needs at least 1 position beside the virtual tokens of "
+            f"--n_virtual {n_virtual}; raise it"
+        )
     if training_config.packing is not None:
         return training_config
     return dataclasses.replace(training_config, packing=n_virtual == 0)
@@ -179,17 +186,20 @@ def read_rows(training_config: Config, paths: list[str], tokenizer: Tokenizer) -
 def last_row(training_config: Config, rows: InstructionRows) -> int:
     """How many rows the run reads: those of --epochs, or of --steps whole batches.
 
-    Where --steps says what follows from --epochs, as in a run's options.toml, the last batch is as short.
+    If --steps is the number that follows from --epochs, as in a run's options.toml, the last batch is short as well.
     """
     end = rows.total_rows(training_config.epochs)
-    if training_config.steps in (None, -(-end // training_config.batch_size)):
+    steps_of_epochs = math.ceil(end / training_config.batch_size)
+    if training_config.steps in (None, steps_of_epochs):
         return end
     return training_config.steps * training_config.batch_size
 
 
 def next_command(out: str) -> str:
-    """What to try after this run."""
-    return "python -m minillm chat" + ("" if out == Config.out else f" --model {shlex.quote(out)}")
+    """The command to try after this run."""
+    if out == Config.out:
+        return "python -m minillm chat"
+    return f"python -m minillm chat --model {shlex.quote(out)}"
 
 
 def train(
@@ -201,8 +211,9 @@ def train(
     held_out_rows: InstructionRows | None,
 ) -> int:
     """Train to the last step, or to a signal; returns the script's exit status. end: how many rows the run has."""
-    kind, lr, weight_decay = training_config.optimizer, training_config.lr, training_config.weight_decay
-    optimizers = build_optimizers(model, kind, lr=lr, weight_decay=weight_decay)
+    optimizers = build_optimizers(
+        model, training_config.optimizer, lr=training_config.lr, weight_decay=training_config.weight_decay
+    )
     state = run.start(TrainState(model, optimizers, run.ranks, run.dtype))
     parallel_model = parallelize(model, run.ranks, training_config.compile)
     run.say(f"{starting_model.describe_parameters(model)}; {training_config.steps} steps; {ops.describe(run.device)}")
@@ -230,16 +241,16 @@ def train(
 def conclude(run: Run, before: dict, after: dict) -> None:
     """Print the result; before, after: family → (exact answers, questions)."""
     if after:
-        right, asked = answers.total(after)
-        run.record(run.training_config.steps, exact_match=right / asked)
-        run.say(f"exact answers to {asked} held-out questions, before → after:")
+        n_right, n_questions = answers.total(after)
+        run.record(run.training_config.steps, exact_match=n_right / n_questions)
+        run.say(f"exact answers to {n_questions} held-out questions, before → after:")
         before = answers.with_total(before)
-        for family, (right, asked) in answers.with_total(after).items():
+        for family, (n_right, n_questions) in answers.with_total(after).items():
             share_before = "not asked"
             if family in before:
-                right_before, asked_before = before[family]
-                share_before = f"{right_before / asked_before:6.1%}"
-            run.say(f"  {family:<16} {share_before} → {right / asked:6.1%}   ({right}/{asked})")
+                n_right_before, n_questions_before = before[family]
+                share_before = f"{n_right_before / n_questions_before:6.1%}"
+            run.say(f"  {family:<16} {share_before} → {n_right / n_questions:6.1%}   ({n_right}/{n_questions})")
     run.say_result()
 
 

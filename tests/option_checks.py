@@ -1,11 +1,12 @@
 """Run in a changed copy of the project by test_adding_an_option.py: everything that a new model option passes through.
 
-    python -P option_checks.py OPTION NEW_PARAMETERS_A_LAYER
+    python -P option_checks.py OPTION VALUE NEW_PARAMETERS_A_LAYER
 
-The working directory holds the copy and `bins`, token bins; the copy's preset "tiny" has the option. Prints a line for
+VALUE is written as on the command line. The working directory holds the copy and `bins`, token bins. Prints a line for
 each thing that was found right; the first that is not ends the program with a traceback.
 """
 
+import dataclasses
 import json
 import shutil
 import sys
@@ -16,11 +17,12 @@ from safetensors.torch import load_file
 
 import train_pretrain
 from minillm import __main__ as commands
+from minillm.base.command_line import parse
 from minillm.base.errors import UserError
 from minillm.checkpoint import huggingface
 from minillm.generation.completion import generate
 from minillm.generation.sampling import GREEDY
-from minillm.model.config import PRESETS, preset
+from minillm.model.config import preset
 from minillm.model.size import n_parameters
 from minillm.model.transformer import Transformer
 from minillm.tuning.adapter import attach
@@ -55,13 +57,12 @@ def shaken(model: Transformer) -> Transformer:
     return model.eval()
 
 
-def check_first_values_and_count(option: str, new_parameters: int) -> None:
-    config = preset("tiny", vocab_size=50, dim=32, n_layers=2, n_heads=2, n_kv_heads=1, ffn_dim=64)
-    assert getattr(config, option) == PRESETS["tiny"][option]
+def check_first_values_and_count(option: str, value: str | bool, new_parameters: int) -> None:
+    plain = preset("tiny", vocab_size=50, dim=32, n_layers=2, n_heads=2, n_kv_heads=1, ffn_dim=64)
+    config = dataclasses.replace(plain, **{option: value})
+    assert getattr(plain, option) != value, "the default is the model without the option"
     model = Transformer(config)
     model.init_weights(3)
-    plain = preset("tiny", vocab_size=50, dim=32, n_layers=2, n_heads=2, n_kv_heads=1, ffn_dim=64)
-    object.__setattr__(plain, option, type(plain).__dataclass_fields__[option].default)
     assert n_parameters(config) == sum(p.numel() for p in model.parameters())
     assert n_parameters(config) - n_parameters(plain) == 2 * new_parameters
     for name, parameter in model.named_parameters():
@@ -111,26 +112,28 @@ def check_adapter(model: Transformer) -> None:
     assert all(parameter.grad is not None for parameter in adapter.parameters().values())
 
 
-def check_training_and_resuming(option: str) -> Path:
+def check_training_and_resuming(option: str, text: str, value: str | bool) -> Path:
     """A run that goes on from a step ends as the one that came there. Returns the step folder of the end."""
-    assert call(train_pretrain.main, f"{SMALL} --steps 4 --out straight") == 0
+    arguments = f"{SMALL} --steps 4 --{option} {text}"
+    assert call(train_pretrain.main, f"{arguments} --out straight") == 0
     shutil.copytree("straight/step-00000002", "resumed/step-00000002")
-    assert call(train_pretrain.main, f"{SMALL} --steps 4 --out resumed") == 0
+    assert call(train_pretrain.main, f"{arguments} --out resumed") == 0
     straight, resumed = (Path(out) / "step-00000004" for out in ("straight", "resumed"))
     for file in ("model.safetensors", "resume/optimizer.safetensors", "config.json"):
         assert (straight / file).read_bytes() == (resumed / file).read_bytes(), file
-    assert getattr(huggingface.load_config(straight), option) == PRESETS["tiny"][option]
+    assert getattr(huggingface.load_config(straight), option) == value
     first, last = (load_file(f"straight/step-0000000{step}/model.safetensors") for step in (2, 4))
     assert all(not torch.equal(first[name], last[name]) for name in last), "a parameter was not trained"
     return straight
 
 
-def main(option: str, new_parameters: int) -> None:
+def main(option: str, text: str, new_parameters: int) -> None:
     sys.modules["matplotlib"] = None  # a curve takes longer to draw than the run
     torch.set_num_threads(1)
-    check_first_values_and_count(option, new_parameters)
+    value = getattr(parse(train_pretrain.Config, "", [f"--{option}", text]), option)
+    check_first_values_and_count(option, value, new_parameters)
     print("first values and count")
-    trained = check_training_and_resuming(option)
+    trained = check_training_and_resuming(option, text, value)
     print("training and resuming")
     check_generation(shaken(huggingface.load_model(trained)))
     print("generation")
@@ -143,4 +146,4 @@ def main(option: str, new_parameters: int) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]))
+    main(sys.argv[1], sys.argv[2], int(sys.argv[3]))

@@ -1,7 +1,8 @@
 """A model option that a reader adds in two files is right everywhere, or refused by its name: nothing fails open.
 
-The edits are those that a reader would make, on a copy of the project: the field in `ModelConfig`, the arithmetic in
-the model, and a preset that uses it. What they pass through then is in option_checks.py.
+The edits are those that a reader would make, on a copy of the project: the field in `ModelConfig`, declared by
+`option`, which makes it an option of the command line as well, and the arithmetic in the model. A model is then
+trained with the option given on the command line. What it passes through is in option_checks.py.
 """
 
 import os
@@ -19,10 +20,11 @@ from tests import launch
 ROOT = Path(__file__).parents[1]
 CONFIG, MODEL = "minillm/model/config.py", "minillm/model/transformer.py"
 
-# name: (new parameters a layer, [(file, what is there once, what the reader makes of it)])
+# name: (value on the command line, new parameters a layer, [(file, what is there once, what the reader makes of it)])
 OPTIONS = {
     # the feed-forward network's gate squared, ReLU(gate)², in place of silu(gate)
     "activation": (
+        "relu2",
         0,
         [
             (
@@ -31,7 +33,6 @@ OPTIONS = {
                 '    activation: str = option("swiglu", "swiglu, or relu2 of the gate", ("swiglu", "relu2"))\n'
                 "    dropout: float",
             ),
-            (CONFIG, '"tiny": dict(', '"tiny": dict(activation="relu2", '),
             (
                 MODEL,
                 "        self.gate_proj = ",
@@ -46,6 +47,7 @@ OPTIONS = {
     ),
     # each head's output times 1 + a trained number that starts at 0
     "head_gain": (
+        "true",
         2,
         [
             (
@@ -53,7 +55,6 @@ OPTIONS = {
                 "    dropout: float",
                 '    head_gain: bool = option(False, "a trained factor for each head")\n    dropout: float',
             ),
-            (CONFIG, '"tiny": dict(', '"tiny": dict(head_gain=True, '),
             (
                 MODEL,
                 "        self.o_proj = ",
@@ -95,16 +96,16 @@ def bins(tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize("option", OPTIONS)
 def test_an_added_option_is_right_everywhere_or_refused_by_its_name(option, bins, tmp_path):
-    new_parameters, edits = OPTIONS[option]
+    value, new_parameters, edits = OPTIONS[option]
     copy_of_the_project(tmp_path, edits)
     shutil.copytree(bins, tmp_path / "bins")
-    command = [sys.executable, "-P", ROOT / "tests" / "option_checks.py", option, str(new_parameters)]
+    command = [sys.executable, "-P", ROOT / "tests" / "option_checks.py", option, value, str(new_parameters)]
     env = {**os.environ, "PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.rstrip().endswith("export")
+    checks = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
+    assert checks.returncode == 0, checks.stdout + checks.stderr
+    assert checks.stdout.rstrip().endswith("export")
     help_command = [sys.executable, "-P", tmp_path / "train_pretrain.py", "--help"]
-    shown = subprocess.run(help_command, cwd=tmp_path, env=env, capture_output=True, text=True, check=True).stdout
-    assert f"--{option} " in shown, "a field declared by option() is an option of the script by that"
+    help_text = subprocess.run(help_command, cwd=tmp_path, env=env, capture_output=True, text=True, check=True).stdout
+    assert f"--{option} " in help_text, "a field declared by option() is an option of the script by that"
     with pytest.raises(UserError, match=f"{option}: this minillm has no such option"):
         huggingface.load_model(tmp_path / "saved")  # by the project as it is here

@@ -1,6 +1,6 @@
 """Talk with a model: answers come token by token.
 
-An empty line or Ctrl-D ends, /new forgets what was said.
+An empty line or Ctrl-D ends, /new starts a new conversation.
 """
 
 import contextlib
@@ -50,10 +50,11 @@ def run(config: Config) -> None:
     if turns is None and trained_with(loaded.folder).get("turns") == 1:
         turns = 1
         print("(it was taught single questions, so it is shown each alone; --turns N shows it the last N)")
-    opening = [{"role": "system", "content": config.system}] if config.system else []
+    opening = [{"role": "system", "content": config.system}] if config.system else []  # of every conversation
     messages = list(opening)
     sys.stdin.reconfigure(errors="replace")  # one line that is not UTF-8 must not end the chat
     while True:
+        # read a question, or a command
         try:
             question = input("> ")
         except (EOFError, KeyboardInterrupt):
@@ -67,27 +68,35 @@ def run(config: Config) -> None:
         if "\ufffd" in question:
             print("(that line is not UTF-8, so it was not asked: set the terminal or file to UTF-8 and ask again)")
             continue
-        asked = [*messages, {"role": "user", "content": question}]
+
+        # answer it, from as much of the conversation as the model shall see
+        conversation = [*messages, {"role": "user", "content": question}]
         if turns is not None:  # of the earlier messages only the last turns - 1 questions and answers
-            del asked[len(opening) : max(len(opening), len(asked) - 2 * turns + 1)]
-        answer = _answer(config, loaded, asked, len(opening))
+            end = len(conversation) - 2 * turns + 1
+            del conversation[len(opening) : max(len(opening), end)]
+        answer = _answer(config, loaded, conversation, len(opening))
         if answer is not None:
-            messages = [*asked, {"role": "assistant", "content": answer}]
+            messages = [*conversation, {"role": "assistant", "content": answer}]
 
 
 def _answer(config: Config, loaded: Loaded, messages: list[dict], opening: int) -> str | None:
-    """Print the model's answer to the last message, and return it; None if that message was too long to be asked.
+    """Print the model's answer to the last message, and return it; None if that message is too long to be asked.
 
     Messages that no longer fit are dropped from the list; opening: how many at its beginning must stay.
     """
     model, tokenizer, folder = loaded
+    context = context_of(model)
+
+    # the prompt: as much of the conversation as fits
     template = template_of(config, folder)
-    ids, n_forgotten = _fit(tokenizer, messages, template, context_of(model), opening)
-    if len(ids) >= context_of(model):
-        print(f"(not asked: its {len(ids)} tokens fill the context of {context_of(model)}; say it in fewer words)")
+    ids, n_forgotten = _fit(tokenizer, messages, template, context, opening)
+    if len(ids) >= context:
+        print(f"(not asked: its {len(ids)} tokens fill the context of {context}; say it in fewer words)")
         return None
     if n_forgotten:
-        print(f"(the context of {context_of(model)} tokens is full: {n_forgotten} earlier messages forgotten)")
+        print(f"(the context of {context} tokens is full: {n_forgotten} earlier messages forgotten)")
+
+    # the answer, printed as it comes
     stream = completion.stream(
         model,
         tokenizer,

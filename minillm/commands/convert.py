@@ -26,16 +26,19 @@ class ConversionOptions(Options):
 
 
 def convert(model_path: str, out: str | Path, format: str, options: ConversionOptions) -> None:
-    """Write the model at `model_path` as one of `FORMATS` to `out`, which must not be there yet, and say so."""
+    """Write the model at `model_path` as one of `FORMATS` to `out`, which must not exist yet, and print a line."""
     out = Path(out)
     max_shard_size = _bytes(options.max_shard_size)
     files.refuse_existing(out)
+
+    # read: the model's tensors stay on the disk until each is written
     try:
         model, tokenizer = open_model(model_path, options.tokenizer)
     except OSError as problem:
         raise UserError(f"{problem.filename}: cannot be read ({problem.strerror})") from None
     dtype = DTYPES[options.dtype] if options.dtype else model.dtype
 
+    # write
     def fill(folder: Path) -> None:
         huggingface.write_folder(model, folder, dtype=dtype, max_shard_size=max_shard_size)
         if tokenizer:
@@ -48,9 +51,12 @@ def convert(model_path: str, out: str | Path, format: str, options: ConversionOp
         files.write_file(out, lambda path: gguf.write_file(model, tokenizer, path, dtype))
         n_bytes = out.stat().st_size
 
+    # tell what is there now
     vocabulary = "no tokenizer (--tokenizer names one to take)"
     if tokenizer:
-        vocabulary = f"{tokenizer.vocab_size:,} pieces" + (f" of {options.tokenizer}" if options.tokenizer else "")
+        vocabulary = f"{tokenizer.vocab_size:,} pieces"
+        if options.tokenizer:
+            vocabulary += f" of {options.tokenizer}"
     print(f"{out}: {n_parameters(model.config):,} parameters, {n_bytes:,} bytes, {vocabulary}")
 
 

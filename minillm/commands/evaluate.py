@@ -76,6 +76,8 @@ def _evaluate_texts(config: Config, loaded: Loaded, path: Path) -> None:
     if config.limit is not None:
         raise UserError(f"--limit {config.limit}: counts questions, and {path} holds texts; say --max_tokens")
     model, tokenizer, folder = loaded
+
+    # the texts: a folder of token bins, or a file to tokenize
     if path.is_dir() and (path / "meta.json").is_file():
         texts = TokenBins(path, "val")
         if texts.meta["tokenizer_sha256"] != tokenizer.sha256:
@@ -95,12 +97,14 @@ def _evaluate_texts(config: Config, loaded: Loaded, path: Path) -> None:
     ranks = Ranks(0, 1, next(model.parameters()).device)
     scores = validation.scores(model, ranks, contextlib.nullcontext())
 
-    print(f"  documents       {validation.part.n_documents:,} ({int(validation.part.mask.sum()):,} tokens)")
+    n_targets = int(validation.part.mask.sum())
+    perplexity = math.exp(min(scores["val_loss"], 700))
+    print(f"  documents       {validation.part.n_documents:,} ({n_targets:,} tokens)")
     print(f"  loss            {scores['val_loss']:.4f} nats a token")
-    print(f"  perplexity      {math.exp(min(scores['val_loss'], 700)):.3f} a token")
+    print(f"  perplexity      {perplexity:.3f} a token")
     if "val_bpb" in scores:
         print(f"  bits per byte   {scores['val_bpb']:.4f}")
     elif validation.no_bytes:
-        print(f"  bits per byte   not given: {validation.no_bytes}")
+        print(f"  bits per byte   not known: {validation.no_bytes}")
     if "floor_bpb" in scores:
         print(f"  floor           {scores['floor_bpb']:.4f} ± {scores['floor_error']:.4f} (of these very documents)")

@@ -11,7 +11,7 @@ from minillm.model.transformer import Transformer
 from minillm.tokenizer.tokenizer import Tokenizer
 from minillm.tuning.virtual_tokens import context_of
 
-ASKED_AT_ONCE = 128  # questions per batch
+QUESTIONS_PER_BATCH = 128
 LONGEST_ANSWER = 64  # tokens, unless the caller says otherwise
 
 
@@ -23,7 +23,7 @@ def answers(
     template: str = "auto",
     max_new_tokens: int = LONGEST_ANSWER,
 ) -> list[str | None]:
-    """The greedy answer to each conversation, in their order; None where one fills the model's context.
+    """The greedy answer to each conversation, in their order; None where the conversation fills the model's context.
 
     conversations: messages up to the question. template: see `Tokenizer.encode_chat`.
     """
@@ -35,13 +35,13 @@ def answers(
     stop_ids = tokenizer.stop_ids(template)
 
     # in order of length, so that the prompts of a batch need little padding
-    fitting = [i for i, prompt in enumerate(prompts) if len(prompt) < context_of(model)]
-    fitting.sort(key=lambda i: len(prompts[i]))
-    for begin in range(0, len(fitting), ASKED_AT_ONCE):
-        asked = fitting[begin : begin + ASKED_AT_ONCE]
-        batch = [prompts[i] for i in asked]
-        completions = generate(model, batch, max_new_tokens, sampling=GREEDY, stop_ids=stop_ids)
-        for i, completion in zip(asked, completions, strict=True):
+    context = context_of(model)
+    indices = [i for i, prompt in enumerate(prompts) if len(prompt) < context]
+    indices.sort(key=lambda i: len(prompts[i]))
+    for begin in range(0, len(indices), QUESTIONS_PER_BATCH):
+        batch = indices[begin : begin + QUESTIONS_PER_BATCH]
+        completions = generate(model, [prompts[i] for i in batch], max_new_tokens, sampling=GREEDY, stop_ids=stop_ids)
+        for i, completion in zip(batch, completions, strict=True):
             texts[i] = tokenizer.decode(completion.tokens)
     return texts
 
@@ -55,29 +55,32 @@ def exact_match(
     template: str = "auto",
     max_new_tokens: int = LONGEST_ANSWER,
 ) -> dict[str, tuple[int, int]]:
-    """(right, asked) for each family of questions (rows of `read_questions`), answered greedily.
+    """(right answers, questions) for each family of questions (rows of `read_questions`), answered greedily.
 
-    A question that does not fit into the model's context counts as asked and wrong; a line says how many did not.
+    A question that does not fit into the model's context counts as answered wrong; a line says how many did not.
     """
     conversations = [row["messages"][:-1] for row in questions]
     texts = answers(model, tokenizer, conversations, template=template, max_new_tokens=max_new_tokens)
-    if too_long := texts.count(None):
-        print(f"{too_long} of {len(texts)} questions fill the context of {context_of(model)} tokens: counted as wrong")
+    n_too_long = texts.count(None)
+    if n_too_long:
+        print(
+            f"{n_too_long} of {len(texts)} questions fill the context of {context_of(model)} tokens: counted as wrong"
+        )
     scores: dict[str, tuple[int, int]] = {}
     for row, text in zip(questions, texts, strict=True):
         family = str(row.get("family", "all"))  # perhaps a number
-        right, asked = scores.get(family, (0, 0))
+        n_right, n_questions = scores.get(family, (0, 0))
         if text is not None and is_right(row, text):
-            right += 1
-        scores[family] = (right, asked + 1)
+            n_right += 1
+        scores[family] = (n_right, n_questions + 1)
     return dict(sorted(scores.items()))
 
 
 def total(scores: dict[str, tuple[int, int]]) -> tuple[int, int]:
-    """(right, asked) of all families together."""
-    right = sum(right for right, _ in scores.values())
-    asked = sum(asked for _, asked in scores.values())
-    return right, asked
+    """(right answers, questions) of all families together."""
+    n_right = sum(n_right for n_right, _ in scores.values())
+    n_questions = sum(n_questions for _, n_questions in scores.values())
+    return n_right, n_questions
 
 
 def with_total(scores: dict[str, tuple[int, int]]) -> dict[str, tuple[int, int]]:
@@ -92,7 +95,7 @@ def table(scores: dict[str, tuple[int, int]]) -> str:
     rows = with_total(scores)
     width = max(len(family) for family in rows)
     lines = []
-    for family, (right, asked) in rows.items():
-        share = right / asked if asked else 0
-        lines.append(f"  {family:<{width}}  {share:6.1%}  ({right}/{asked})")
+    for family, (n_right, n_questions) in rows.items():
+        share = n_right / n_questions if n_questions else 0
+        lines.append(f"  {family:<{width}}  {share:6.1%}  ({n_right}/{n_questions})")
     return "\n".join(lines)

@@ -2,8 +2,9 @@
 
     bits per byte = summed nats of all evaluated targets, ends of documents included / ln 2 / UTF-8 bytes of their text
 
-It does not depend on the vocabulary. So models with different tokenizers can be compared, and a model with a generator
-that knows how many bits of information each document holds: no model can be below that floor on average.
+This does not depend on the vocabulary. So models with different tokenizers can be compared with one another, and with
+the floor: the information of each document according to the generator that wrote it, below which no model can be on
+average.
 """
 
 import math
@@ -48,14 +49,15 @@ def read_text(path: Path, tokenizer: Tokenizer, *, split: str = "blank", field: 
         documents += [text for text, _ in text_files.texts_of(file, boundary=split, field=field) if text]
     if not documents:
         raise UserError(f"{path}: holds no text")
-    start, end = tokenizer.start_id, tokenizer.eos_id
+    start_id = tokenizer.start_id
+    eos_id = tokenizer.eos_id
     ids: list[int] = []
     for tokens in tokenizer.encode_many(documents):
-        if start != end:
-            ids.append(start)
+        if start_id != eos_id:
+            ids.append(start_id)
         ids += tokens
-        ids.append(end)
-    return TextTokens([np.array(ids, dtype=np.int64)], end, start, Path(path))
+        ids.append(eos_id)
+    return TextTokens([np.array(ids, dtype=np.int64)], eos_id, start_id, Path(path))
 
 
 # ---- the loss on some batches
@@ -66,7 +68,8 @@ def token_loss(model: nn.Module, batches: Iterable[Batch], device: torch.device)
     """Summed loss in nats, and the number of targets, over some batches."""
     was_training = model.training
     model.eval()
-    nats, n_targets = 0.0, 0
+    nats = 0.0
+    n_targets = 0
     for batch in batches:
         n_targets += batch.n_targets()
         batch = batch.to(device)
@@ -76,13 +79,13 @@ def token_loss(model: nn.Module, batches: Iterable[Batch], device: torch.device)
 
 
 def shared_loss(model: nn.Module, batches: list[Batch], ranks: Ranks, autocast) -> tuple[float, float]:
-    """`token_loss` over batches that the ranks share out among them; the same on every rank.
+    """`token_loss` over batches that the ranks divide among them; every rank gets the result of all.
 
     autocast: the context to compute in.
     """
-    own = batches[ranks.rank :: ranks.world]
+    batches_of_rank = batches[ranks.rank :: ranks.world]
     with autocast:
-        nats, n_targets = token_loss(model, own, ranks.device)
+        nats, n_targets = token_loss(model, batches_of_rank, ranks.device)
     nats, n_targets = ranks.sum(nats, n_targets)
     return nats, n_targets
 
@@ -97,13 +100,16 @@ class Validation:
         max_tokens in tokens; documents: attention stays inside each. Raises `UserError` as `TokenBins` does.
         """
         self.part = validation_part(bins, seq_len, max_tokens)
-        self.documents, self.start_id = documents, bins.start_id
+        self.documents = documents
+        self.start_id = bins.start_id
         self.n_bytes: int | None = None
-        self.no_bytes: str | None = None  # why the number of bytes cannot be told
+        self.no_bytes: str | None = None  # why the number of bytes is not known
         self.floor: float | None = None
         self.floor_error: float | None = None
         if tokenizer is None:
             return
+
+        # the bytes of the text
         targets = self.part.rows[:, 1:][self.part.mask]  # (all targets,)
         try:
             n_bytes = tokenizer.byte_lengths()[targets]  # of each target
@@ -111,26 +117,30 @@ class Validation:
             self.no_bytes = str(reason)
             return
         self.n_bytes = int(n_bytes.sum())
+
+        # the floor, if the generator of the documents left their information
         bits_file = Path(bins.path) / "val_bits.npy"
         if self.part.n_documents > 1 and bits_file.is_file():
-            bits = np.load(bits_file, allow_pickle=False)[: self.part.n_documents]
-            ends = np.flatnonzero(targets == bins.eos_id)
-            self.floor, self.floor_error = information(bits, np.diff(np.cumsum(n_bytes)[ends], prepend=0))
+            bits = np.load(bits_file, allow_pickle=False)[: self.part.n_documents]  # (n documents,)
+            ends = np.flatnonzero(targets == bins.eos_id)  # (n documents,)
+            bytes_of_documents = np.diff(np.cumsum(n_bytes)[ends], prepend=0)
+            self.floor, self.floor_error = information(bits, bytes_of_documents)
 
     def scores(self, model: Transformer, ranks: Ranks, autocast) -> dict[str, float]:
         """val_loss (nats a token) and, where bytes and floor are known, val_bpb, floor_bpb and its standard error.
 
-        The ranks share the work. autocast: a context to compute in.
+        The ranks share the work. autocast: the context to compute in.
         """
         batches = list(self.part.batches(ROWS, self.documents, self.start_id))
-        if virtual_tokens(model) is not None:  # they stand before one text a row
+        if virtual_tokens(model) is not None:  # they come before one text a row
             batches = [part for batch in batches for part in batch.one_text_a_row().split(ROWS)]
         nats, n_targets = shared_loss(model, batches, ranks, autocast)
         scores = {"val_loss": nats / n_targets}
         if self.n_bytes:
             scores["val_bpb"] = nats / math.log(2) / self.n_bytes
         if self.floor is not None:
-            scores |= {"floor_bpb": self.floor, "floor_error": self.floor_error}
+            scores["floor_bpb"] = self.floor
+            scores["floor_error"] = self.floor_error
         return scores
 
 
@@ -139,11 +149,13 @@ def information(bits: np.ndarray, n_bytes: np.ndarray) -> tuple[float, float]:
 
     bits, n_bytes: (n,), of each document.
     """
-    n, total = len(bits), n_bytes.sum()
-    floor = float(bits.sum() / total)
-    # of a ratio of sums over independent documents (Cochran, Sampling Techniques, equation 2.46)
-    residual = bits - floor * n_bytes
-    return floor, float(math.sqrt((residual**2).sum() * n / (n - 1)) / total)
+    n = len(bits)
+    total_bytes = n_bytes.sum()
+    floor = float(bits.sum() / total_bytes)
+    # the error of a ratio of sums over independent documents (Cochran, Sampling Techniques, equation 2.46)
+    residual = bits - floor * n_bytes  # (n,)
+    error = math.sqrt((residual**2).sum() * n / (n - 1)) / total_bytes
+    return floor, float(error)
 
 
 def answer_loss(model: nn.Module, rows: InstructionRows, max_tokens: int, ranks: Ranks, autocast) -> dict[str, float]:
@@ -152,6 +164,9 @@ def answer_loss(model: nn.Module, rows: InstructionRows, max_tokens: int, ranks:
     The ranks share the work; autocast: the context to compute in.
     """
     n_rows = min(rows.rows_per_epoch, max(1, max_tokens // rows.seq_len))
-    batches = [rows.batch(np.arange(first, min(first + ROWS, n_rows))) for first in range(0, n_rows, ROWS)]
+    batches = []
+    for begin in range(0, n_rows, ROWS):
+        end = min(begin + ROWS, n_rows)
+        batches.append(rows.batch(np.arange(begin, end)))
     nats, n_targets = shared_loss(model, batches, ranks, autocast)
     return {"val_loss": nats / n_targets}

@@ -6,7 +6,7 @@ Row r of a batch draws with its own random numbers, a pure function of (seed, r)
 depend on the other rows. See docs/generation.md.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -38,7 +38,8 @@ def check_prompts(model: Transformer, prompts: Sequence[Sequence[int]], max_new_
     """Raise UserError for prompts that nothing can be generated from."""
     if max_new_tokens < 1:
         raise UserError(f"--max_new_tokens {max_new_tokens}: must be at least 1")
-    vocab, context = model.config.vocab_size, context_of(model)
+    vocab_size = model.config.vocab_size
+    context = context_of(model)
     for row, prompt in enumerate(prompts):
         if not len(prompt):
             raise UserError(f"prompt {row}: is empty; begin it with the tokenizer's bos")
@@ -47,30 +48,41 @@ def check_prompts(model: Transformer, prompts: Sequence[Sequence[int]], max_new_
                 f"prompt {row}: {len(prompt)} tokens leave no room for a new one in the model's context of "
                 f"{context}; shorten it"
             )
-        if not 0 <= min(prompt) <= max(prompt) < vocab:
+        if not 0 <= min(prompt) <= max(prompt) < vocab_size:
             raise UserError(
                 f"prompt {row}: holds ids from {min(prompt)} to {max(prompt)}, but the model knows 0 to "
-                f"{vocab - 1}; it belongs to another tokenizer"
+                f"{vocab_size - 1}; it belongs to another tokenizer"
             )
 
 
 def prefill(model: Transformer, prompts: Sequence[Sequence[int]], max_len: int) -> tuple[KVCache, Tensor]:
-    """A cache for `max_len` tokens a row that has read the prompts, and the logits (B, V) after each.
+    """A cache for `max_len` tokens a row that holds the prompts, and the logits (B, V) after each.
 
     Shorter prompts are padded on the right. No token sees a later one, so padding changes nothing; the cache then
     forgets it. The model's virtual tokens come before each prompt, and are not counted in `max_len`.
     """
-    weight, virtual = model.embed_tokens.weight, virtual_tokens(model)
+    device = model.embed_tokens.weight.device
+    dtype = model.embed_tokens.weight.dtype
+    n_prompts = len(prompts)
+
+    # an empty cache, which the virtual tokens are the first to enter
+    virtual = virtual_tokens(model)
     n_virtual = 0 if virtual is None else virtual.n
-    cache = KVCache(model.config, len(prompts), n_virtual + max_len, device=weight.device, dtype=weight.dtype)
+    cache = KVCache(model.config, n_prompts, n_virtual + max_len, device=device, dtype=dtype)
     if virtual is not None:
         virtual.fill(model, cache)
+
+    # all prompts in one forward pass, padded to the longest
     lengths = [len(prompt) for prompt in prompts]
-    padded = [[*prompt, *[0] * (max(lengths) - len(prompt))] for prompt in prompts]
-    hidden = model.hidden(torch.tensor(padded, device=weight.device), cache=cache)  # (B, T, C)
+    tokens = torch.zeros(n_prompts, max(lengths), dtype=torch.int64)  # (B, T)
+    for row, prompt in enumerate(prompts):
+        tokens[row, : lengths[row]] = torch.tensor([*prompt])
+    hidden = model.hidden(tokens.to(device), cache=cache)  # (B, T, C)
     cache.shorten([n_virtual + length for length in lengths])
-    last = torch.tensor(lengths, device=weight.device) - 1
-    logits = model.logits(hidden[torch.arange(len(prompts), device=weight.device), last])  # (B, V)
+
+    # logits where each prompt ends
+    last = torch.tensor(lengths, device=device) - 1  # (B,)
+    logits = model.logits(hidden[torch.arange(n_prompts, device=device), last])  # (B, V)
     if not torch.isfinite(logits).all():
         raise UserError("the model's logits are not finite: its weights are damaged or its dtype too narrow")
     return cache, logits
@@ -81,18 +93,21 @@ def is_recorded(cache: KVCache) -> bool:
     return ops.fused(cache.keys[0])
 
 
-def _start_copy(tokens: Tensor) -> Callable[[], list[int]]:
-    """Start copying tokens from their GPU; the returned function waits for the copy, not for work queued after it."""
-    if not tokens.is_cuda:
-        return tokens.tolist
-    host, copied = tokens.to("cpu", non_blocking=True), torch.cuda.Event()
-    copied.record()
+class _HostCopy:
+    """A copy of a step's tokens (B,) on the host, begun at once, so that the GPU can go on with the next step."""
 
-    def arrived() -> list[int]:
-        copied.synchronize()
-        return host.tolist()
+    def __init__(self, tokens: Tensor):
+        self.tokens = tokens.to("cpu", non_blocking=True)  # on a CPU: the same tensor
+        self.event: torch.cuda.Event | None = None  # the end of the copy
+        if tokens.is_cuda:
+            self.event = torch.cuda.Event()
+            self.event.record()
 
-    return arrived
+    def wait(self) -> list[int]:
+        """The tokens, once they are here; does not wait for work that was queued after them."""
+        if self.event is not None:
+            self.event.synchronize()
+        return self.tokens.tolist()
 
 
 class _Drawing:
@@ -101,26 +116,28 @@ class _Drawing:
     def __init__(self, sampling: Sampling, prompts: Sequence[Sequence[int]], n_steps: int, logits: Tensor):
         self.sampling = sampling
         self.uniform: Tensor | None = None  # (B, n_steps), what each row draws with at each step
-        self.seen: Tensor | None = None  # (B, V) bool, ids in prompt or answer
+        self.history: Tensor | None = None  # (B, V) bool, ids in prompt or answer
         if sampling.temperature > 0:
             self.uniform = random_numbers(sampling.seed, range(len(prompts)), n_steps, logits.device)
         if sampling.repetition_penalty != 1:
-            self.seen = torch.zeros_like(logits, dtype=torch.bool)
+            self.history = torch.zeros_like(logits, dtype=torch.bool)
             for row, prompt in enumerate(prompts):
-                self.seen[row, list(prompt)] = True
+                self.history[row, list(prompt)] = True
 
     def tokens(self, logits: Tensor, step: int) -> Tensor:
         """The next token of each row, (B,) int64, from its logits (B, V)."""
-        uniform = None if self.uniform is None else self.uniform[:, step]
-        tokens = pick(logits, self.sampling, uniform, self.seen)
-        if self.seen is not None:
-            self.seen[torch.arange(len(tokens), device=tokens.device), tokens] = True
+        uniform = None if self.uniform is None else self.uniform[:, step]  # (B,)
+        tokens = pick(logits, self.sampling, uniform, self.history)
+        if self.history is not None:
+            self.history[torch.arange(len(tokens), device=tokens.device), tokens] = True
         return tokens
 
     def keep(self, rows: Tensor) -> None:
         """Drop all rows but these, (n,) int64."""
-        self.uniform = None if self.uniform is None else self.uniform[rows]
-        self.seen = None if self.seen is None else self.seen[rows]
+        if self.uniform is not None:
+            self.uniform = self.uniform[rows]
+        if self.history is not None:
+            self.history = self.history[rows]
 
 
 def steps(
@@ -139,40 +156,47 @@ def steps(
     """
     check_prompts(model, prompts, max_new_tokens)
     context = context_of(model)
-    limits = [min(max_new_tokens, context - len(prompt)) for prompt in prompts]
+    limits = [min(max_new_tokens, context - len(prompt)) for prompt in prompts]  # new tokens of each row
+    n_steps = max(limits)
+    max_len = max(len(prompt) + limit for prompt, limit in zip(prompts, limits, strict=True))
     was_training = model.training
     model.eval()
     try:
-        max_len = max(len(prompt) + limit for prompt, limit in zip(prompts, limits, strict=True))
+        # read the prompts
         cache, logits = prefill(model, prompts, max_len)
-        drawing = _Drawing(sampling, prompts, max(limits), logits)
-        ahead = is_recorded(cache)  # a GPU computes the next step while the CPU looks at this one
-        step = RecordedStep(model, cache).step if ahead else partial(next_logits, model, cache)
+        drawing = _Drawing(sampling, prompts, n_steps, logits)
+        runs_ahead = is_recorded(cache)  # a GPU computes the next step while the CPU looks at this one
+        step = RecordedStep(model, cache).step if runs_ahead else partial(next_logits, model, cache)
         rows = list(range(len(prompts)))  # the cache's; those that ended are no longer in `alive`
         alive = set(rows)
-        for number in range(max(limits)):
-            tokens = drawing.tokens(logits, number)
-            arrived = _start_copy(tokens)
-            early = ahead and number + 1 < max(limits) and cache.longest < cache.max_len
-            if early:
+
+        for number in range(n_steps):
+            # draw a token for each row; on a GPU the next step begins before the host has them
+            tokens = drawing.tokens(logits, number)  # (B,)
+            host_copy = _HostCopy(tokens)
+            is_early = runs_ahead and number + 1 < n_steps and cache.longest < cache.max_len
+            if is_early:
                 logits = step(tokens)
 
-            # what this step said, and which rows end with it
-            pairs = [(row, token) for row, token in zip(rows, arrived(), strict=True) if row in alive]
+            # hand the tokens out, and see which rows end with them
+            pairs = [(row, token) for row, token in zip(rows, host_copy.wait(), strict=True) if row in alive]
             yield pairs
-            alive -= {row for row, token in pairs if ended(row, token) or number + 1 == limits[row]}
+            for row, token in pairs:
+                if ended(row, token) or number + 1 == limits[row]:
+                    alive.remove(row)
             if not alive:
                 return
 
             # rows that ended go when they are half of the cache, or when it has no room for another of their tokens
-            full = cache.longest == cache.max_len and not early
-            if full or 2 * len(alive) <= len(rows):
-                kept = torch.tensor([i for i, row in enumerate(rows) if row in alive], device=tokens.device)
+            is_full = cache.longest == cache.max_len and not is_early
+            if is_full or 2 * len(alive) <= len(rows):
+                alive_rows = torch.tensor([i for i, row in enumerate(rows) if row in alive], device=tokens.device)
                 rows = [row for row in rows if row in alive]
-                cache.keep(kept)
-                drawing.keep(kept)
-                tokens, logits = tokens[kept], logits[kept]
-            if not early:
+                cache.keep(alive_rows)
+                drawing.keep(alive_rows)
+                tokens = tokens[alive_rows]
+                logits = logits[alive_rows]
+            if not is_early:
                 logits = step(tokens)
     finally:
         model.train(was_training)
@@ -189,40 +213,49 @@ def generate(
     stop_strings: Sequence[str] = (),
     tokenizer=None,
 ) -> list[Completion]:
-    """What the model says after each prompt.
+    """Continue each prompt until it ends; the completions are in the order of the prompts.
 
     prompts: token ids, at least one each; one that fills the model's context (max_seq_len) is refused.
-    max_new_tokens: at most so many each; fewer (reason "context") where prompt and new tokens fill the context.
+    max_new_tokens: at most this many each; fewer (reason "context") where prompt and new tokens fill the context.
     stop_ids: a row ends at one of these, which is left out. stop_strings: a row ends with the token that
     completes one of these in its text, decoded by `tokenizer`; `cut` removes it from a text.
     """
     if stop_strings and tokenizer is None:
         raise ValueError("stop_strings need the tokenizer that makes text of the tokens")
-    new: list[list[int]] = [[] for _ in prompts]
-    stopped = [False] * len(prompts)
-    tail = max((len(s.encode()) for s in stop_strings), default=0)  # no stop string has more tokens than bytes
+    new_tokens: list[list[int]] = [[] for _ in prompts]
+    is_stopped = [False] * len(prompts)
+    longest_stop = max((len(s.encode()) for s in stop_strings), default=0)  # in bytes: no token has fewer than one
 
     def ended(row: int, token: int) -> bool:
+        """Note a row's new token, and say whether it is the last."""
         if token in stop_ids:
-            stopped[row] = True
+            is_stopped[row] = True
             return True
-        new[row].append(token)
+        new_tokens[row].append(token)
         if stop_strings:
-            text = tokenizer.decode(new[row][-tail:])
-            stopped[row] = any(s in text for s in stop_strings)
-        return stopped[row]
+            tail = tokenizer.decode(new_tokens[row][-longest_stop:])
+            is_stopped[row] = any(s in tail for s in stop_strings)
+        return is_stopped[row]
 
     for _ in steps(model, prompts, max_new_tokens, sampling=sampling, ended=ended):
         pass
-    return [
-        Completion(tokens, "stop" if stop else "length" if len(tokens) == max_new_tokens else "context")
-        for tokens, stop in zip(new, stopped, strict=True)
-    ]
+
+    completions = []
+    for tokens, stopped in zip(new_tokens, is_stopped, strict=True):
+        reason = "stop" if stopped else _why_unstopped(tokens, max_new_tokens)
+        completions.append(Completion(tokens, reason))
+    return completions
+
+
+def _why_unstopped(new_tokens: list[int], max_new_tokens: int) -> str:
+    """The reason why a row without a stop ends."""
+    return "length" if len(new_tokens) == max_new_tokens else "context"
 
 
 def cut(text: str, stop_strings: Sequence[str]) -> str:
     """The text before the first of these strings."""
-    return text[: min((text.find(s) for s in stop_strings if s in text), default=len(text))]
+    positions = [text.find(s) for s in stop_strings if s in text]
+    return text[: min(positions, default=len(text))]
 
 
 @torch.inference_mode()
@@ -240,26 +273,31 @@ def stream(
 
     Arguments as in `generate`. The iterator's return value is the `Completion`.
     """
-    decoder, new, waiting, reason = StreamDecoder(tokenizer), [], "", None
+    decoder = StreamDecoder(tokenizer)
+    new_tokens: list[int] = []
+    waiting = ""  # text that is not yielded yet: it may be the beginning of a stop string
     for ((_, token),) in steps(model, [prompt], max_new_tokens, sampling=sampling):
         if token in stop_ids:
             reason = "stop"
             break
-        new.append(token)
+        new_tokens.append(token)
         waiting += decoder.push(token)
         if any(s in waiting for s in stop_strings):
-            waiting, reason = cut(waiting, stop_strings), "stop"
+            waiting = cut(waiting, stop_strings)
+            reason = "stop"
             break
-        held = _could_become(waiting, stop_strings)
-        if len(waiting) > held:
-            yield waiting[: len(waiting) - held]
-            waiting = waiting[len(waiting) - held :]
-    else:
+
+        # yield all that can no longer become a stop string
+        n_ready = len(waiting) - _could_become(waiting, stop_strings)
+        if n_ready > 0:
+            yield waiting[:n_ready]
+            waiting = waiting[n_ready:]
+    else:  # no stop came
         waiting = cut(waiting + decoder.flush(), stop_strings)
-        reason = "length" if len(new) == max_new_tokens else "context"
+        reason = _why_unstopped(new_tokens, max_new_tokens)
     if waiting:
         yield waiting
-    return Completion(new, reason)
+    return Completion(new_tokens, reason)
 
 
 def _could_become(text: str, stop_strings: Sequence[str]) -> int:

@@ -17,22 +17,22 @@ DEFAULT_RUNS = ("out/sft", "out/pretrain")
 
 
 class Loaded(NamedTuple):
-    """A model with its tokenizer, and the folder that they are from."""
+    """A model with its tokenizer, and the folder that they come from."""
 
     model: Transformer
     tokenizer: Tokenizer
     folder: Path
 
 
-def find_model(named: str | None, log: Callable[[str], None]) -> Path:
-    """The model folder that `named` (a run or a model folder) means; None: the newest checkpoint of `DEFAULT_RUNS`."""
-    if named is None:
-        named = next((run for run in DEFAULT_RUNS if run_folder.step_folders(run)), None)
-    if named is None:
+def find_model(path: str | None, log: Callable[[str], None]) -> Path:
+    """The model folder at `path`, which may also be a run; None: the newest checkpoint of `DEFAULT_RUNS`."""
+    if path is None:
+        path = next((run for run in DEFAULT_RUNS if run_folder.step_folders(run)), None)
+    if path is None:
         raise UserError(
             f"no checkpoint in {' or '.join(DEFAULT_RUNS)}: train one (python train_pretrain.py) or give --model"
         )
-    return run_folder.resolve_checkpoint(named, log=log)
+    return run_folder.resolve_checkpoint(path, log=log)
 
 
 def load(
@@ -49,20 +49,27 @@ def load(
     but float32 on a CPU, since half precision is slow on most of them. check_kernels(device, bits): called before
     weights are loaded; bits are those of an adapter's quantized base.
     """
-    where = pick_device(device)
     is_adapter = folders.is_adapter(folder)
-    check_kernels(where, peft_format.read_config(folder)[1]["bits"] if is_adapter else None)
-    if dtype is None and where.type == "cpu":
-        dtype = "float32"
-    wanted = DTYPES[dtype] if dtype else None
-
-    if is_adapter:
-        model, base_folder = folders.load_adapted(folder, base, device=where, dtype=wanted, merged=True)
-        tokenizer = folders.tokenizer_of(folder, base_folder)
-    elif base:
+    if base and not is_adapter:
         raise UserError(f"--base {base}: {folder} is a model of its own and no adapter; leave --base out")
+
+    # where it computes, in which dtype, by which kernels
+    torch_device = pick_device(device)
+    base_bits = None
+    if is_adapter:
+        _, facts = peft_format.read_config(folder)
+        base_bits = facts["bits"]
+    check_kernels(torch_device, base_bits)
+    if dtype is None and torch_device.type == "cpu":
+        dtype = "float32"
+    torch_dtype = DTYPES[dtype] if dtype else None
+
+    # the weights, an adapter's folded into its base
+    if is_adapter:
+        model, base_folder = folders.load_adapted(folder, base, device=torch_device, dtype=torch_dtype, merged=True)
+        tokenizer = folders.tokenizer_of(folder, base_folder)
     else:
-        model = huggingface.load_model(folder, device=where, dtype=wanted)
+        model = huggingface.load_model(folder, device=torch_device, dtype=torch_dtype)
         tokenizer = Tokenizer.load(folder)
     if tokenizer.vocab_size > model.config.vocab_size:
         raise UserError(

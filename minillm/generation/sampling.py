@@ -50,44 +50,51 @@ def filtered(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor | None]
     logits: (B, V), for temperature > 0. Also returns the ids they belong to, (B, n) int64, best first,
     or None when the columns are the ids themselves. The best token always stays.
     """
-    ids, vocab = None, logits.shape[-1]
-    if 0 < sampling.top_k < vocab:
+    ids = None
+    vocab_size = logits.shape[-1]
+    if 0 < sampling.top_k < vocab_size:
         logits, ids = logits.topk(sampling.top_k, dim=-1)
     elif sampling.top_p < 1:  # "the most probable that sum to p" needs an order
         logits, ids = logits.sort(dim=-1, descending=True)
-    best = logits.amax(-1, keepdim=True)  # subtracted before dividing, so that no temperature overflows
-    p = torch.softmax((logits - best).double() / sampling.temperature, dim=-1)
-    best = p.amax(-1, keepdim=True)
+    largest = logits.amax(-1, keepdim=True)  # (B, 1): subtracted before dividing, so that no temperature overflows
+    p = torch.softmax((logits - largest).double() / sampling.temperature, dim=-1)  # (B, n)
+    best = p.amax(-1, keepdim=True)  # (B, 1)
     if sampling.top_p < 1:  # Holtzman et al. 2020, arXiv:1904.09751: kept while the sum of those before is below p
-        before = p.cumsum(-1) - p
-        before[:, 0] = -1.0
-        p = p.masked_fill(before >= sampling.top_p, 0.0)
+        sum_before = p.cumsum(-1) - p  # (B, n), of the more probable ones
+        sum_before[:, 0] = -1.0  # the best always stays
+        p = p.masked_fill(sum_before >= sampling.top_p, 0.0)
     if sampling.min_p > 0:  # Nguyen et al. 2024, arXiv:2407.01082
         p = p.masked_fill(p < sampling.min_p * best, 0.0)
     return p, ids
 
 
-def pick(logits: Tensor, sampling: Sampling, uniform: Tensor | None, seen: Tensor | None = None) -> Tensor:
+def pick(logits: Tensor, sampling: Sampling, uniform: Tensor | None, history: Tensor | None = None) -> Tensor:
     """The next token of each row, (B,) int64.
 
     logits: (B, V). uniform: (B,) float64 in [0, 1): where in the cumulated probabilities the draw falls
-    (inverse transform sampling). seen: (B, V) bool, ids that the repetition penalty is for.
+    (inverse transform sampling). history: (B, V) bool, ids that the repetition penalty is for.
     """
-    if seen is not None:  # Keskar et al. 2019, arXiv:1909.05858, section 4.1, with both signs made less likely
+    if history is not None:  # Keskar et al. 2019, arXiv:1909.05858, section 4.1, with both signs made less likely
         penalty = sampling.repetition_penalty
-        logits = torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
+        penalized = torch.where(logits > 0, logits / penalty, logits * penalty)
+        logits = torch.where(history, penalized, logits)
     if sampling.temperature == 0:
         return logits.argmax(-1)
+
+    # the first column whose cumulated probability is above the row's random number
     p, ids = filtered(logits.float(), sampling)
-    total = p.cumsum(-1)
-    drawn = torch.searchsorted(total, uniform[:, None] * total[:, -1:], right=True)  # (B, 1)
-    return (drawn if ids is None else ids.gather(-1, drawn)).squeeze(-1)
+    cumulated = p.cumsum(-1)  # (B, n), unnormalised
+    threshold = uniform[:, None] * cumulated[:, -1:]  # (B, 1)
+    column = torch.searchsorted(cumulated, threshold, right=True)  # (B, 1)
+    token = column if ids is None else ids.gather(-1, column)  # (B, 1)
+    return token.squeeze(-1)
 
 
 def random_numbers(seed: int, rows: Sequence[int], n: int, device) -> Tensor:
     """(len(rows), n) float64 in [0, 1): number t of row r is a function of (seed, r, t) alone.
 
-    They are multiples of 2⁻²⁴, so that one times a sum in float64 stays below the sum.
+    They are multiples of 2⁻²⁴, so that one of them times a sum in float64 stays below the sum.
     """
     draws = [np.random.default_rng([seed, row]).random(n, dtype=np.float32) for row in rows]
-    return torch.from_numpy(np.stack(draws).astype(np.float64)).to(device)
+    numbers = np.stack(draws).astype(np.float64)
+    return torch.from_numpy(numbers).to(device)

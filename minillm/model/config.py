@@ -71,14 +71,17 @@ class ModelConfig:
     dropout: float = option(0.0, "dropout on embeddings and both residual branches", at_least=0, below=1)
 
     def __post_init__(self):
+        # sizes that were left to be derived
         derived = {
             "n_kv_heads": self.n_heads,
             "head_dim": self.dim // max(1, self.n_heads),
-            "ffn_dim": -(-8 * self.dim // (3 * 64)) * 64,
+            "ffn_dim": -(-8 * self.dim // (3 * 64)) * 64,  # 8/3 dim, rounded up to 64
         }
         for name, value in derived.items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
+
+        # each value within its own range, then those that depend on one another
         problems = out_of_range(self, "{name} is {value}")
         if not problems and self.n_heads % self.n_kv_heads:
             problems.append(f"n_heads {self.n_heads} is no multiple of n_kv_heads {self.n_kv_heads}")
@@ -114,17 +117,17 @@ def preset(name: str, **overrides) -> ModelConfig:
     """The `ModelConfig` of a preset; overrides that are None keep the preset's value."""
     if name not in PRESETS:
         raise UserError(f"--preset {name}: unknown; choose {', '.join(PRESETS)}")
-    chosen = {key: value for key, value in overrides.items() if value is not None}
-    return ModelConfig(**{**PRESETS[name], **chosen})
+    changes = {key: value for key, value in overrides.items() if value is not None}
+    return ModelConfig(**{**PRESETS[name], **changes})
 
 
 def parse_rope_scaling(text: str, original_max_seq_len: int) -> RopeScaling:
     """`yarn:4` → a scaling by 4 of a model trained on `original_max_seq_len` tokens."""
-    kind, _, factor = text.partition(":")
+    kind, _, factor_text = text.partition(":")
     try:
-        scaling = RopeScaling(kind, float(factor), original_max_seq_len)
-        if kind not in ROPE_SCALINGS or not 1 <= scaling.factor < math.inf:
-            raise ValueError
+        factor = float(factor_text)
     except ValueError:
-        raise UserError(f"--rope_scaling {text}: expected linear:F, yarn:F or llama3:F, F at least 1, finite") from None
-    return scaling
+        factor = math.nan
+    if kind not in ROPE_SCALINGS or not 1 <= factor < math.inf:  # false of NaN, too
+        raise UserError(f"--rope_scaling {text}: expected linear:F, yarn:F or llama3:F, F at least 1, finite")
+    return RopeScaling(kind, factor, original_max_seq_len)

@@ -6,6 +6,7 @@ weights, gradients, optimizer and the residual stream stay in fp32. Not counted:
 """
 
 import dataclasses
+import math
 import os
 
 import torch
@@ -22,16 +23,20 @@ FP32 = 4
 def linear_shapes(shape: ModelConfig) -> dict[str, tuple[int, int]]:
     """(inputs, outputs) of the linear maps of a layer by name, as the modules themselves have them."""
     (layer,) = empty_model(dataclasses.replace(shape, n_layers=1)).layers
-    return {name: (m.in_features, m.out_features) for name, m in layer.named_modules() if hasattr(m, "in_features")}
+    linears = {name: module for name, module in layer.named_modules() if hasattr(module, "in_features")}
+    return {name: (linear.in_features, linear.out_features) for name, linear in linears.items()}
 
 
 def _stored(n_in: int, n_out: int, bits: int | None) -> int:
     """Bytes of a weight as it is stored; bits None: in fp32."""
-    if bits == 8:  # a scale a row
+    if bits == 8:  # a byte a number, and an fp32 scale for each row
         return n_out * (n_in + FP32)
-    if bits == 4:  # a byte of scale a block, and one number for each group of blocks
-        blocks = n_out * -(-n_in // BLOCK)
-        return blocks * (BLOCK // 2 + 1) + FP32 * -(-blocks // GROUP) + FP32
+    if (
+        bits == 4
+    ):  # half a byte a number, a scale of a byte for each block, fp32: one for each group of blocks, one mean
+        n_blocks = n_out * math.ceil(n_in / BLOCK)
+        n_groups = math.ceil(n_blocks / GROUP)
+        return n_blocks * (BLOCK // 2 + 1) + FP32 * n_groups + FP32
     return n_out * n_in * (bits or 32) // 8
 
 
@@ -42,9 +47,10 @@ def weights(shape: ModelConfig, bits: int | None = None) -> dict[str, int]:
     """The model itself. bits: of the linear maps of its layers (None: fp32); all else is in fp32."""
     linears = linear_shapes(shape).values()
     n_linear = shape.n_layers * sum(n_in * n_out for n_in, n_out in linears)
+    base = shape.n_layers * sum(_stored(n_in, n_out, bits) for n_in, n_out in linears)
     n_rotary = shape.max_seq_len * shape.head_dim if shape.positions == "rope" else 0  # tables of cosines and sines
     return {
-        f"base, {bits or 32} bits": shape.n_layers * sum(_stored(n_in, n_out, bits) for n_in, n_out in linears),
+        f"base, {bits or 32} bits": base,
         "embedding, norms, head": FP32 * (n_parameters(shape) - n_linear + n_rotary),
     }
 
@@ -55,7 +61,7 @@ def adapter_parameters(shape: ModelConfig, rank: int) -> int:
 
 
 def optimizer_state(n_trained: int, moments: int = 2) -> dict[str, int]:
-    """What training so many parameters needs beside them. moments: 2 with AdamW, 1 with Muon."""
+    """What training `n_trained` parameters needs beside them. moments: 2 with AdamW, 1 with Muon."""
     return {"gradients": FP32 * n_trained, "moments": FP32 * moments * n_trained}
 
 
@@ -72,7 +78,9 @@ def activations(shape: ModelConfig, rows: int, seq_len: int, size: int) -> dict[
     In fp32 this is what PyTorch keeps on a CPU within 5 %; under autocast its own ops keep up to a quarter more there.
     """
     tokens = rows * seq_len
-    q, kv = shape.n_heads * shape.head_dim, shape.n_kv_heads * shape.head_dim
+    q = shape.n_heads * shape.head_dim
+    kv = shape.n_kv_heads * shape.head_dim
+    # numbers a token that a layer keeps: in fp32, and of `size` bytes
     stream = 2 * shape.dim
     inner = 2 * shape.dim + 3 * q + 3 * kv + 4 * shape.ffn_dim
     last_norm = shape.dim * (FP32 + size)
@@ -86,7 +94,9 @@ def activations(shape: ModelConfig, rows: int, seq_len: int, size: int) -> dict[
 def recomputed_activations(
     shape: ModelConfig, rows: int, seq_len: int, size: int, *, bits: int | None = None, frozen: bool = False
 ) -> dict[str, int]:
-    """The same where each layer is computed again in the backward pass. frozen: the base is, and of so many bits.
+    """As `activations`, where each layer is computed again in the backward pass.
+
+    frozen: whether the base is not trained. bits: of its weights as they are stored (None: 32).
 
     A layer keeps two inputs: the stream and what is to be added to it. At its peak a layer holds in addition two
     states of the stream, two normed ones, queries, keys, values and attention's output, and six tensors as wide as
@@ -95,13 +105,20 @@ def recomputed_activations(
     of the forward pass, which is the loss.
     """
     tokens = rows * seq_len
-    q, kv = shape.n_heads * shape.head_dim, shape.n_kv_heads * shape.head_dim
+    q = shape.n_heads * shape.head_dim
+    kv = shape.n_kv_heads * shape.head_dim
+
+    # one layer at its peak, with the largest of its weights converted
     converted = 0
     if (bits or 32) != 8 * size:
         converted = size * max(n_in * n_out for n_in, n_out in linear_shapes(shape).values())
     inner = 2 * shape.dim + 2 * q + 2 * kv + 6 * shape.ffn_dim
     layer = tokens * (2 * FP32 * shape.dim + size * inner) + converted
-    loss = loss_memory(shape, tokens, size) + (0 if frozen else autocast_weights(shape, size))
+
+    # the loss, beside autocast's copies of trained weights
+    loss = loss_memory(shape, tokens, size)
+    if not frozen:
+        loss += autocast_weights(shape, size)
     return {
         "inputs of all layers": tokens * shape.n_layers * shape.dim * (FP32 + size),
         "one layer, or the loss": max(layer, loss),
@@ -127,7 +144,7 @@ def loss_memory(shape: ModelConfig, tokens: int, size: int) -> int:
 def adapter_training(
     shape: ModelConfig, bits: int | None, rank: int, rows: int, seq_len: int, size: int = 2
 ) -> dict[str, int]:
-    """Training LoRA of this rank, with AdamW, on a frozen base of so many bits (None: fp32), layers recomputed."""
+    """Training LoRA of this rank, with AdamW, on a frozen base of `bits` bits (None: fp32), layers recomputed."""
     n_trained = adapter_parameters(shape, rank)
     return {
         **weights(shape, bits),
@@ -140,7 +157,7 @@ def adapter_training(
 
 
 def generation(shape: ModelConfig, seq_len: int, size: int) -> dict[str, int]:
-    """The weights and the cache of one text of so many tokens, in numbers of `size` bytes."""
+    """The weights, and the cache of one text of `seq_len` tokens, in numbers of `size` bytes."""
     cache = 2 * shape.n_layers * shape.n_kv_heads * shape.head_dim * seq_len
     return {"weights": size * n_parameters(shape), "cache": size * cache}
 
@@ -149,12 +166,14 @@ def generation(shape: ModelConfig, seq_len: int, size: int) -> dict[str, int]:
 
 
 def check_memory(training_config, shape: ModelConfig, device: torch.device) -> None:
-    """Refuse a model that this machine's memory cannot hold, since the system would end the run without a word.
+    """Refuse a model that this machine's memory cannot hold, since the system would end the run without a message.
 
     On a CPU, and without activations: the weights alone for a frozen base, else also gradients and one moment.
     """
     if device.type != "cpu":
-        return  # a GPU says so itself
+        return  # a GPU raises an error of its own
+
+    # bytes that the processes of this machine need at least
     trains_all = training_config.tune == "full"
     needed = sum(weights(shape, training_config.base_bits).values())
     what = "the base's weights"
@@ -165,6 +184,7 @@ def check_memory(training_config, shape: ModelConfig, device: torch.device) -> N
     present = files.memory_bytes()
     if needed <= present:
         return
+
     remedy = "choose a smaller model"
     if trains_all and training_config.init_from:
         remedy += ", or train few parameters over it (--tune lora --base_bits 4)"

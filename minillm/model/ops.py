@@ -32,7 +32,7 @@ except ImportError as problem:  # PyPI has another package of that name
     ) from None
 
 IMPLEMENTATIONS = ("auto", "triton", "torch", "reference")
-OLDEST_GPU = 8, 0  # compute capability: what the kernels are compiled for and tested against
+OLDEST_GPU = (8, 0)  # compute capability: what the kernels are compiled for and tested against
 
 _selected = "auto"
 _triton: SimpleNamespace | None = None  # the kernels' modules, once they are imported
@@ -63,30 +63,30 @@ def selected() -> str:
 def _import_kernels() -> None:
     """Import Triton and the kernels, once. Raises `UserError` where Triton is not installed."""
     global _triton
+    if _triton is not None:
+        return
     try:
-        if _triton is None:
-            from kernels import linear_cross_entropy, quant_matmul, rms_norm, rope, swiglu
-            from kernels.attention import attention
-            from kernels.attention import decode as decode_attention
-            from kernels.optimizers import adamw, muon
-            from kernels.shared import launch
-
-            _triton = SimpleNamespace(
-                adamw=adamw,
-                attention=attention,
-                decode_attention=decode_attention,
-                launch=launch,
-                linear_cross_entropy=linear_cross_entropy,
-                muon=muon,
-                quant_matmul=quant_matmul,
-                rms_norm=rms_norm,
-                rope=rope,
-                swiglu=swiglu,
-            )
+        from kernels import linear_cross_entropy, quant_matmul, rms_norm, rope, swiglu
+        from kernels.attention import attention
+        from kernels.attention import decode as decode_attention
+        from kernels.optimizers import adamw, muon
+        from kernels.shared import launch
     except ImportError as problem:
         raise UserError(
             f"implementation triton: {problem}; install triton (Linux only), or choose --impl torch"
         ) from None
+    _triton = SimpleNamespace(
+        adamw=adamw,
+        attention=attention,
+        decode_attention=decode_attention,
+        launch=launch,
+        linear_cross_entropy=linear_cross_entropy,
+        muon=muon,
+        quant_matmul=quant_matmul,
+        rms_norm=rms_norm,
+        rope=rope,
+        swiglu=swiglu,
+    )
 
 
 def _gpu_is_supported() -> bool:
@@ -96,11 +96,13 @@ def _gpu_is_supported() -> bool:
 
 def _lacking() -> str:
     """What this machine lacks for the kernels, whose launchers Triton compiles in C; "" if nothing."""
-    if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
+    has_compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+    if not has_compiler:
         return "the kernels need a C compiler, and there is none (apt install gcc)"
     if not Path(sysconfig.get_path("include", "posix_prefix"), "Python.h").exists():
         return "the kernels need Python's headers, and Python.h is not there (apt install python3-dev)"
-    # on datacenter Blackwell older ones leave out a fence (triton#9610) and a barrier (triton#9615): now and then wrong
+    # on datacenter Blackwell older versions leave out a fence (triton#9610) and a barrier (triton#9615), so that some
+    # results are wrong
     affected = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] in (10, 11)
     if affected and importlib.util.find_spec("triton"):
         from kernels.shared import proxy_fence
@@ -127,21 +129,24 @@ def describe(device: torch.device) -> str:
     if _selected == "triton" or (_selected == "auto" and device.type == "cuda" and _triton is not None):
         how = ", interpreted on the CPU" if _triton.launch.INTERPRETED else ""
         return f"ops: triton{how} (attention, norm with residual, rope, swiglu, loss in chunks, optimizers)"
-    why = f"; {_lacking()}" if _selected == "auto" and device.type == "cuda" and _lacking() else ""
+    why = ""
+    if _selected == "auto" and device.type == "cuda" and _lacking():
+        why = f"; {_lacking()}"
     return f"ops: torch (attention: scaled_dot_product_attention; norm: rms_norm; loss: cross_entropy in chunks){why}"
 
 
 def _is_step(x: Tensor) -> bool:
     """Whether x (B, 1, …) is one token a row of generation in fp32 on a CPU.
 
-    There a call costs more than the numbers in it, so some ops have a form with fewer calls.
+    There a call costs more than the arithmetic in it, so some ops have a form with fewer calls.
     """
-    few = x.shape[1] == 1 and x.is_cpu and x.dtype == torch.float32
-    return few and not torch.is_grad_enabled() and _selected not in ("reference", "triton")
+    is_one_token = x.shape[1] == 1 and x.is_cpu and x.dtype == torch.float32
+    return is_one_token and not torch.is_grad_enabled() and _selected not in ("reference", "triton")
 
 
 @functools.cache
 def _norm_constants(width: int, eps: float) -> tuple[Tensor, Tensor]:
+    """√(Cε) and 1/√C as tensors."""
     return torch.tensor(math.sqrt(width * eps)), torch.tensor(1 / math.sqrt(width))
 
 
@@ -149,7 +154,7 @@ def _rms_norm_of_step(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x w / √(|x|²/C + ε) = x w / (hypot(|x|, √(Cε)) / √C), in five calls; torch's own makes ten."""
     smallest, scale = _norm_constants(x.shape[-1], eps)
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)  # |x|, (…, 1)
-    rms = norm.hypot_(smallest).mul_(scale)
+    rms = norm.hypot_(smallest).mul_(scale)  # (…, 1)
     return (x * weight).div_(rms)
 
 
@@ -173,20 +178,25 @@ def add_rms_norm(x: Tensor, delta: Tensor, weight: Tensor, eps: float) -> tuple[
 
 
 def rotation(cos: Tensor, sin: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
-    """The angles of a forward pass in the form that `rope` is quickest with, for all layers.
+    """The angles of a forward pass in the form that is quickest for `rope`, made once for all layers.
 
-    cos, sin: (T, D/2) or (B, T, D/2), fp32, of the tokens' positions. dtype: of queries and keys. Usually (cos, sin)
-    themselves; of a step of generation one matrix, (D, D), or one for each row, (B, 1, D, D), that turns by a product:
+    cos, sin: (T, D/2) or (B, T, D/2), fp32, of the tokens' positions. dtype: of queries and keys. Usually returns
+    (cos, sin) themselves; for a step of generation one matrix, (D, D), or one for each row, (B, 1, D, D), that turns
+    by a product:
 
         (x₁ x₂) [  cos  sin ]  =  (x₁ cos − x₂ sin,  x₂ cos + x₁ sin)          cos and sin as diagonal matrices
                 [ −sin  cos ]
     """
     if dtype != torch.float32 or not _is_step(cos if cos.dim() == 3 else cos[None]):
         return cos, sin
-    if cos.dim() == 2:
-        cos, sin = cos[0], sin[0]
-    cos, sin = torch.diag_embed(cos), torch.diag_embed(sin)  # (…, D/2, D/2)
-    return (torch.cat((torch.cat((cos, sin), -1), torch.cat((-sin, cos), -1)), -2),)
+    if cos.dim() == 2:  # (1, D/2) → (D/2,)
+        cos = cos[0]
+        sin = sin[0]
+    cos = torch.diag_embed(cos)  # (…, D/2, D/2)
+    sin = torch.diag_embed(sin)
+    upper = torch.cat((cos, sin), -1)  # (…, D/2, D)
+    lower = torch.cat((-sin, cos), -1)
+    return (torch.cat((upper, lower), -2),)  # (…, D, D)
 
 
 def rope(
@@ -197,12 +207,13 @@ def rope(
     k_weight: Tensor | None = None,
     eps: float = 1e-6,
 ) -> tuple[Tensor, Tensor]:
-    """See `kernels.reference.rope`; angles: from `rotation`. With weights, queries and keys are normed before."""
+    """See `kernels.reference.rope`; angles: from `rotation`. With weights, queries and keys are normed first."""
     if fused(q):
         return _triton.rope.rope(q, k, *angles, q_weight, k_weight, eps)
     if q_weight is not None:
-        q, k = rms_norm(q, q_weight, eps), rms_norm(k, k_weight, eps)
-    if len(angles) == 1:
+        q = rms_norm(q, q_weight, eps)
+        k = rms_norm(k, k_weight, eps)
+    if len(angles) == 1:  # a matrix, (D, D) or (B, 1, D, D)
         return q @ angles[0], k @ angles[0]
     return reference.rope(q, k, *angles)
 
@@ -233,8 +244,8 @@ def attention(
 ) -> Tensor:
     """See `kernels.reference.attention`; the output alone.
 
-    ends: (B,) int64, where k and v are a cache whose rows have lengths of their own: row b's keys are the slots
-    j < ends[b], and its queries stand at the last of them. Causal, with no spans and no gradient.
+    ends: (B,) int64, where k and v are a cache whose rows differ in length: row b's keys are the slots j < ends[b],
+    and its queries belong to the last of them. Causal, with no spans and no gradient.
     """
     if ends is None and spans is None and softcap is None and _is_step(q) and (window or k.shape[1]) >= k.shape[1]:
         return _torch_attention(q, k, v, scale=scale)  # the newest token sees every key
@@ -246,55 +257,72 @@ def attention(
         return _triton.attention.attention(q.to(dtype), k.to(dtype), v.to(dtype), **options)
     if _selected == "reference" or softcap is not None:
         return reference.attention(q, k, v, **options)[0]
-    q_len, k_len = q.shape[1], k.shape[1]
-    simple = spans is None and (window is None or window >= k_len)
-    seen = None
-    if not simple or (causal and q_len > 1 and q_len != k_len):
+
+    # torch's op takes a flag for plain causal attention; anything else needs a mask
+    q_len = q.shape[1]
+    k_len = k.shape[1]
+    is_plain = spans is None and (window is None or window >= k_len)
+    mask = None
+    if not is_plain or (causal and q_len > 1 and q_len != k_len):
         # torch's causal flag aligns the first query with the first key, ours the last with the last
-        seen = reference.visible(q_len, k_len, causal=causal, window=window, spans=spans, device=q.device)
-        seen = seen if seen.dim() == 2 else seen[:, None]
-    is_causal = causal and seen is None
-    if q_len == 1:  # an `if` of its own: with torch.compile's symbolic lengths `and` would make is_causal symbolic
+        mask = reference.visible(q_len, k_len, causal=causal, window=window, spans=spans, device=q.device)
+        mask = mask if mask.dim() == 2 else mask[:, None]  # (Tq, Tk) or (B, 1, Tq, Tk)
+    is_causal = causal and mask is None
+    if q_len == 1:  # not by `and` above: with torch.compile's symbolic lengths that would make is_causal symbolic
         is_causal = False
-    return _torch_attention(q, k, v, mask=seen, is_causal=is_causal, scale=scale)
+    return _torch_attention(q, k, v, mask, is_causal=is_causal, scale=scale)
 
 
 def _torch_attention(
-    q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None, is_causal: bool = False, scale: float | None = None
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, is_causal: bool = False, scale: float | None = None
 ) -> Tensor:
-    """torch's own; mask: (Tq, Tk) or (B, 1, Tq, Tk) bool, True where a query sees a key; None: it sees all."""
+    """torch's fused attention on (B, T, H, D). mask: bool, of a shape that broadcasts to (B, H, Tq, Tk)."""
     groups = q.shape[2] // k.shape[2]
     if mask is not None and groups > 1 and q.is_cuda:  # torch has no fused CUDA kernel for a mask and grouped heads
-        k, v = k.repeat_interleave(groups, dim=2), v.repeat_interleave(groups, dim=2)
-    enable_gqa = q.shape[2] != k.shape[2]
-    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, heads, T, D)
+        k = k.repeat_interleave(groups, dim=2)  # (B, Tk, H, D)
+        v = v.repeat_interleave(groups, dim=2)
     out = F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa
+        q.transpose(1, 2),  # (B, H, Tq, D)
+        k.transpose(1, 2),
+        v.transpose(1, 2),
+        attn_mask=mask,
+        is_causal=is_causal,
+        scale=scale,
+        enable_gqa=bool(q.shape[2] != k.shape[2]),
     )
-    return out.transpose(1, 2)
+    return out.transpose(1, 2)  # (B, Tq, H, D)
 
 
-MOST_QUERIES, LARGEST_HEAD = 16, 256  # of our decode kernel
+# the limits of our decode kernel
+MOST_QUERIES = 16
+LARGEST_HEAD = 256
 
 
 def _cached_attention(q: Tensor, k: Tensor, v: Tensor, ends: Tensor, options: dict) -> Tensor:
-    """`attention` where each row's keys end at a slot of its own. What changes from step to step is on the device."""
-    window, softcap, scale = (options[name] for name in ("window", "softcap", "scale"))
+    """`attention` where each row's keys end at another slot. What changes from step to step is on the device."""
     if options["spans"] is not None or not options["causal"]:
         raise ValueError("attention over a cache whose rows end at slots of their own is causal, and has no spans")
-    if fused(q) and q.shape[1] <= MOST_QUERIES and q.shape[3] <= LARGEST_HEAD:
-        how = dict(window=window, softcap=softcap, scale=scale)
-        return _triton.decode_attention.decode_attention(q.to(k.dtype), k, v, end=ends, **how)
+    window = options["window"]
+    softcap = options["softcap"]
+    scale = options["scale"]
+    n_queries = q.shape[1]
+    if fused(q) and n_queries <= MOST_QUERIES and q.shape[3] <= LARGEST_HEAD:
+        return _triton.decode_attention.decode_attention(
+            q.to(k.dtype), k, v, end=ends, window=window, softcap=softcap, scale=scale
+        )
     if _selected == "reference" or softcap is not None:
-        rows = range(len(q))
-        each = [(q[b : b + 1], k[b : b + 1, : ends[b]], v[b : b + 1, : ends[b]]) for b in rows]
-        return torch.cat([reference.attention(*row, **options)[0] for row in each])
-    slots = torch.arange(k.shape[1], device=q.device)
-    own = ends[:, None, None] - q.shape[1] + slots[: q.shape[1], None]  # (B, Tq, 1): the slot of each query
-    seen = slots <= own  # (B, Tq, Tk)
+        outputs = []
+        for row, end in enumerate(ends.tolist()):
+            keys = k[row : row + 1, :end]  # (1, end, K, D)
+            values = v[row : row + 1, :end]
+            outputs.append(reference.attention(q[row : row + 1], keys, values, **options)[0])
+        return torch.cat(outputs)
+    key_slots = torch.arange(k.shape[1], device=q.device)  # (Tk,)
+    query_slots = ends[:, None, None] - n_queries + key_slots[:n_queries, None]  # (B, Tq, 1)
+    mask = key_slots <= query_slots  # (B, Tq, Tk)
     if window is not None:
-        seen = seen & (slots > own - window)
-    return _torch_attention(q, k, v, mask=seen[:, None], scale=scale)
+        mask = mask & (key_slots > query_slots - window)
+    return _torch_attention(q, k, v, mask[:, None], scale=scale)
 
 
 def linear_cross_entropy(
@@ -309,9 +337,9 @@ def linear_cross_entropy(
 
 
 def matrices(layer: nn.Module) -> list[tuple[Tensor, Tensor | None]] | None:
-    """The (weight, bias) pairs of the products that a linear layer takes of its input; None where it does more.
+    """The (weight, bias) pairs by which a linear layer multiplies its input; None where it does more than that.
 
-    Our own layers have a method of this name, and `joined(*products)`, which makes their output of the products.
+    Our own layers have a method of this name, and `joined(*products)`, which makes the output from the products.
     """
     hooks = (layer._forward_pre_hooks, layer._forward_hooks, layer._backward_pre_hooks, layer._backward_hooks)
     if any(hooks):
@@ -322,7 +350,7 @@ def matrices(layer: nn.Module) -> list[tuple[Tensor, Tensor | None]] | None:
 
 
 def _linear_of_step(x: Tensor, layer: nn.Module) -> Tensor:
-    """layer(x), past what a call of a module costs where that does no more than its product."""
+    """layer(x), without the cost of calling a module where that does no more than its product."""
     if type(layer) is not nn.Linear or layer._forward_hooks or layer._forward_pre_hooks:
         return layer(x)
     return F.linear(x, layer._parameters["weight"], layer._parameters["bias"])
@@ -332,28 +360,32 @@ def linears(x: Tensor, *layers: nn.Module) -> tuple[Tensor, ...]:
     """The outputs of linear layers that share one input x (…, C); under autocast in its dtype."""
     if _is_step(x):
         return tuple([_linear_of_step(x, layer) for layer in layers])
-    trains_fused = fused(x) and torch.is_grad_enabled()
-    pairs = [matrices(layer) for layer in layers] if trains_fused else [None]  # of each layer: its (W, b), …
-    if not all(pairs):
+    if not fused(x) or not torch.is_grad_enabled():
+        return tuple(layer(x) for layer in layers)
+    pairs_of_layers = [matrices(layer) for layer in layers]  # [(W, b), …] of each layer
+    if not all(pairs_of_layers):
         return tuple(layer(x) for layer in layers)
 
     # all products of all layers at once
-    flat = [tensor for own in pairs for pair in own for tensor in pair]  # W, b, W, b, …
+    weights_and_biases = []  # W, b, W, b, …
+    for pairs in pairs_of_layers:
+        for weight, bias in pairs:
+            weights_and_biases += [weight, bias]
     rows = x.reshape(-1, x.shape[-1])  # (N, C)
-    products = list(Products.apply(rows, product_dtype(x), *flat))  # each (N, K)
+    products = list(Products.apply(rows, product_dtype(x), *weights_and_biases))  # each (N, K)
 
-    # each layer makes its output of its own
+    # each layer makes its output from its products
     outputs = []
-    for layer, own in zip(layers, pairs, strict=True):
-        first, *others = products[: len(own)]
-        products = products[len(own) :]
+    for layer, pairs in zip(layers, pairs_of_layers, strict=True):
+        first, *others = products[: len(pairs)]
+        products = products[len(pairs) :]
         out = layer.joined(first, *others) if hasattr(layer, "joined") else first  # (N, K)
-        outputs.append(out.view(*x.shape[:-1], out.shape[-1]))
+        outputs.append(out.view(*x.shape[:-1], out.shape[-1]))  # (…, K)
     return tuple(outputs)
 
 
 class _QuantMatmul(torch.autograd.Function):
-    """x Wᵀ, for which W is made from its codes in the forward pass and again in the backward pass, never kept."""
+    """x Wᵀ. W is computed from its codes in the forward pass and again in the backward pass, and not kept between."""
 
     @staticmethod
     def forward(ctx, x, *weight):
@@ -370,7 +402,7 @@ class _QuantMatmul(torch.autograd.Function):
 
 
 def quant_matmul(x: Tensor, weight: list[Tensor]) -> Tensor:
-    """See `kernels.reference.quant_matmul`; under autocast in its dtype. The quantized weight gets no gradient."""
+    """See `kernels.reference.quant_matmul`; under autocast in its dtype. No gradient goes to the quantized weight."""
     dtype = product_dtype(x)
     if weight[0].dtype == dtype:  # a base in 16 bits: nothing to dequantize
         return F.linear(x.to(dtype), *weight)

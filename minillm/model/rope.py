@@ -1,4 +1,4 @@
-"""Rotary positions: tables of cos and sin, and how they stretch to longer texts."""
+"""Rotary positions: tables of cos and sin, and how they are stretched to longer texts."""
 
 import math
 
@@ -12,7 +12,8 @@ def rotary_tables(config: ModelConfig, device) -> tuple[Tensor, Tensor]:
     """cos and sin of position × frequency, fp32 (max_seq_len, D/2), with the config's scaling applied."""
     half = torch.arange(0, config.head_dim, 2, dtype=torch.float64) / config.head_dim
     frequency = config.rope_theta**-half  # radians a token, (D/2,)
-    scaling, magnitude = config.rope_scaling, 1.0
+    scaling = config.rope_scaling
+    magnitude = 1.0  # of cos and sin
     if scaling is not None and scaling.type == "linear":
         frequency = frequency / scaling.factor
     elif scaling is not None and scaling.type == "llama3":
@@ -24,20 +25,24 @@ def rotary_tables(config: ModelConfig, device) -> tuple[Tensor, Tensor]:
     elif scaling is not None:
         frequency = frequency * _yarn_blend(config)
         magnitude = scaling.attention_factor or 0.1 * math.log(scaling.factor) + 1.0
-    angle = torch.arange(config.max_seq_len, dtype=torch.float64)[:, None] * frequency
-    return (angle.cos() * magnitude).float().to(device), (angle.sin() * magnitude).float().to(device)
+    angle = torch.arange(config.max_seq_len, dtype=torch.float64)[:, None] * frequency  # (T_max, D/2), radians
+    cos = angle.cos() * magnitude
+    sin = angle.sin() * magnitude
+    return cos.float().to(device), sin.float().to(device)
 
 
 def _yarn_blend(config: ModelConfig) -> Tensor:
     """YaRN's "NTK-by-parts" factor for each frequency, (D/2,) fp64 (arXiv:2309.00071, section 3.2)."""
     scaling = config.rope_scaling
 
-    def dimension_of(turns: float) -> float:  # the pair of dimensions that makes so many turns in the context
+    def dimension_of(turns: float) -> float:
+        """The pair of dimensions that turns this often in the original context."""
         wavelength = scaling.original_max_seq_len / (turns * 2 * math.pi)
         return config.head_dim * math.log(wavelength) / (2 * math.log(config.rope_theta))
 
+    # pairs before `low` keep their frequency, those after `high` are stretched, in between the two are blended
     low = max(math.floor(dimension_of(scaling.beta_fast)), 0)
     high = min(math.ceil(dimension_of(scaling.beta_slow)), config.head_dim - 1)
-    pair = torch.arange(config.head_dim // 2, dtype=torch.float64)
-    stretched = ((pair - low) / max(high - low, 0.001)).clamp(0, 1)
+    pair = torch.arange(config.head_dim // 2, dtype=torch.float64)  # (D/2,)
+    stretched = ((pair - low) / max(high - low, 0.001)).clamp(0, 1)  # (D/2,), 0 to 1
     return stretched / scaling.factor + (1 - stretched)

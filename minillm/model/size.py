@@ -27,11 +27,11 @@ def empty_model(config: ModelConfig) -> Transformer:
 def _counts(config: ModelConfig) -> tuple[int, int]:
     """Number of parameters, and how many of them multiply: all but embeddings that are only looked up."""
     model = empty_model(config)
-    sizes = {parameter: parameter.numel() for parameter in model.parameters()}  # a tied one once
-    tables = {module.weight for module in model.modules() if isinstance(module, nn.Embedding)}
+    n_all = sum(parameter.numel() for parameter in model.parameters())  # a tied one counts once
+    embeddings = {module.weight for module in model.modules() if isinstance(module, nn.Embedding)}
     factors = {module.weight for module in model.modules() if isinstance(module, nn.Linear)}
-    lookups = sum(sizes[table] for table in tables - factors)
-    return sum(sizes.values()), sum(sizes.values()) - lookups
+    n_lookup = sum(weight.numel() for weight in embeddings - factors)
+    return n_all, n_all - n_lookup
 
 
 def n_parameters(config: ModelConfig) -> int:
@@ -46,5 +46,6 @@ def flops_per_token(config: ModelConfig, seq_len: int) -> int:
     attention is counted in full, as in PaLM's appendix B (Chowdhery et al. 2022, arXiv:2204.02311). `seq_len` is T in
     tokens.
     """
+    _, n_multiplying = _counts(config)
     attention = 12 * config.n_layers * config.n_heads * config.head_dim * seq_len
-    return 6 * _counts(config)[1] + attention
+    return 6 * n_multiplying + attention

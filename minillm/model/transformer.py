@@ -20,11 +20,11 @@ from minillm.model.rope import rotary_tables
 
 
 class Placement(NamedTuple):
-    """Where the tokens of a forward pass stand: what every layer has to know of them besides their states."""
+    """The places of a forward pass's tokens: what every layer has to know of them besides their states."""
 
     rotation: tuple[Tensor, ...] | None  # the angles of their positions; None: learned positions, in the states already
     spans: Tensor | None  # (B, T, 2), first and one past the last token of each token's document; None: one text a row
-    cache: KVCache | None  # what stands before them
+    cache: KVCache | None  # keys and values of the tokens before them; None: there are none
 
 
 class RMSNorm(nn.Module):
@@ -47,10 +47,12 @@ class Attention(nn.Module):
     """Causal self-attention with grouped key/value heads and rotary positions."""
 
     def __init__(self, config: ModelConfig, layer: int):
-        """layer: the number of the layer it is in, from 0; its keys and values are there in a cache."""
+        """layer: the number of the layer it is in, from 0, under which a cache has its keys and values."""
         super().__init__()
-        self.config, self.layer = config, layer
-        q_dim, kv_dim = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
+        self.config = config
+        self.layer = layer
+        q_dim = config.n_heads * config.head_dim
+        kv_dim = config.n_kv_heads * config.head_dim
         self.q_proj = nn.Linear(config.dim, q_dim, bias=config.qkv_bias)
         self.k_proj = nn.Linear(config.dim, kv_dim, bias=config.qkv_bias)
         self.v_proj = nn.Linear(config.dim, kv_dim, bias=config.qkv_bias)
@@ -66,16 +68,23 @@ class Attention(nn.Module):
         q = q.view(batch, length, self.config.n_heads, self.config.head_dim)  # (B, T, H, D)
         k = k.view(batch, length, self.config.n_kv_heads, self.config.head_dim)  # (B, T, K, D)
         v = v.view(batch, length, self.config.n_kv_heads, self.config.head_dim)
+
+        # norm each head's queries and keys, and turn them by their positions; one op where there are both
         if rotation is not None and self.config.qk_norm:
             q, k = ops.rope(q, k, rotation, self.q_norm.weight, self.k_norm.weight, self.config.norm_eps)
         elif rotation is not None:
             q, k = ops.rope(q, k, rotation)
         elif self.config.qk_norm:
-            q, k = self.q_norm(q), self.k_norm(k)
+            q = self.q_norm(q)
+            k = self.k_norm(k)
+
+        # store keys and values, and read them with those of the tokens before
         ends = None
         if cache is not None:
-            k, v = cache.update(self.layer, k, v)  # (B, Tk, K, D): the tokens before these, and these
+            k, v = cache.update(self.layer, k, v)  # (B, Tk, K, D)
             ends = cache.ends
+
+        # (B, T, H, D)
         out = ops.attention(q, k, v, causal=True, window=self.config.window, spans=spans, ends=ends)
         return ops.linears(out.reshape(batch, length, -1), self.o_proj)[0]  # (B, T, H·D) → (B, T, C)
 
@@ -90,7 +99,7 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(config.ffn_dim, config.dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = ops.linears(x, self.gate_proj, self.up_proj)
+        gate, up = ops.linears(x, self.gate_proj, self.up_proj)  # (B, T, F)
         return ops.linears(ops.swiglu(gate, up), self.down_proj)[0]
 
 
@@ -100,9 +109,9 @@ class Block(nn.Module):
         x = x + attention(norm(x))
         x = x + mlp(norm(x))
 
-    Each addition is put off until the next norm, since the two are one op: `after_adding` gives x + delta and the norm
-    of that. So a layer returns the stream x and what is still to be added to it, and the next layer, or the model's
-    last norm, begins with that addition.
+    Each addition waits for the next norm, since the two are one op: `after_adding` gives x + delta and the norm of
+    that. So a layer returns the stream x and what is still to be added to it, and the next layer, or the model's last
+    norm, begins with that addition.
     """
 
     def __init__(self, config: ModelConfig, layer: int):
@@ -122,7 +131,7 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """A decoder of the given `ModelConfig`; weights are drawn by `init_weights`."""
+    """The decoder of a `ModelConfig`; `init_weights` draws its weights."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -152,7 +161,7 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, seed: int = 0) -> None:
-        """Give every parameter its first value, which depends on the seed alone, whatever the device.
+        """Give every parameter its first value, which depends on the seed alone, not on the device.
 
         Matrices of linear layers and embeddings are drawn from N(0, 0.02²), the two projections that write into the
         residual stream from N(0, (0.02/√(2L))²), so that its variance does not grow with depth (Radford et al. 2019,
@@ -160,10 +169,10 @@ class Transformer(nn.Module):
         `__init__` gives it: the gain of a norm is 1.
         """
         generator = torch.Generator().manual_seed(seed)  # on the CPU: every device gets the same weights
-        started = set()
+        started = set()  # parameters that have their first value
         for path, module in self.named_modules():
             if isinstance(module, nn.Linear | nn.Embedding):
-                if module.weight not in started:  # else it is tied to one that has been drawn
+                if module.weight not in started:  # else it is tied to one that is drawn already
                     residual = path.endswith(("o_proj", "down_proj"))
                     std = 0.02 / math.sqrt(2 * self.config.n_layers) if residual else 0.02
                     module.weight.copy_(torch.randn(module.weight.shape, generator=generator) * std)
@@ -173,6 +182,8 @@ class Transformer(nn.Module):
             elif isinstance(module, RMSNorm):
                 module.weight.fill_(1.0)
                 started.update(module.parameters(recurse=False))
+
+        # parameters of any other module
         others = [name for name, parameter in self.named_parameters() if parameter not in started]
         if others:
             self._start_as_built(others, seed)
@@ -181,9 +192,9 @@ class Transformer(nn.Module):
         """Give these parameters the values they have in a new model: here they may be trained, or (meta) never set."""
         with torch.random.fork_rng(devices=[]), torch.device("cpu"):
             torch.manual_seed(seed)
-            new = dict(type(self)(self.config).named_parameters())
+            new_model = type(self)(self.config)
         for name in names:
-            self.get_parameter(name).copy_(new[name])
+            self.get_parameter(name).copy_(new_model.get_parameter(name))
 
     def forward(
         self,
@@ -198,32 +209,37 @@ class Transformer(nn.Module):
 
         tokens, targets: (B, T) int64. mask: (B, T) bool, True where a target counts (None: everywhere).
         documents: (B, T) int32, non-decreasing along a row; attention and positions stay inside a document.
-        cache: what stands before each row; it grows by these T tokens.
+        cache: keys and values of the tokens before each row; it grows by these T tokens.
         """
         hidden = self.hidden(tokens, documents=documents, cache=cache)
         if targets is None:
             return self.logits(hidden)
-        flat_mask = None if mask is None else mask.flatten()
+        flat_mask = None if mask is None else mask.flatten()  # (B·T,)
         return ops.linear_cross_entropy(
             hidden.flatten(0, 1), self.lm_head.weight, targets.flatten(), flat_mask, self.config.softcap
         )
 
     def hidden(self, tokens: Tensor, *, documents: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
-        """The final normed states (B, T, C), from which logits and losses are computed."""
+        """The states (B, T, C) after the last norm, from which logits and losses are computed."""
         return self.through_layers(self.embed_tokens(tokens), documents=documents, cache=cache)
 
     def through_layers(self, x: Tensor, *, documents: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
         """`hidden` of embeddings x (B, T, C) in place of tokens."""
         length = x.shape[1]
-        positions = self._positions(length, documents, cache)
+        positions = self._positions(length, documents, cache)  # (B, T), or (T,) if all rows have the same
+
+        # the tokens' places: in the states, or as angles by which each layer turns queries and keys
         rotation = None
         if self.config.positions == "learned":
-            x = x + self.embed_positions.weight[positions]
+            x = x + self.embed_positions.weight[positions]  # (B, T, C) + (B, T, C) or (T, C)
         else:
             rotation = ops.rotation(self.cos[positions], self.sin[positions], x.dtype)
         spans = None if documents is None else ops.document_spans(documents)
         placement = Placement(rotation, spans, cache)
-        x, delta = self.dropout(x), None
+
+        # through the layers, each of which leaves its last addition to the next norm
+        x = self.dropout(x)
+        delta = None
         # a layer that stores its keys and values cannot be computed a second time
         recompute = self.checkpoint_activations and self.training and not (cache is not None and cache.stores)
         for layer in self.layers:
@@ -242,7 +258,8 @@ class Transformer(nn.Module):
         """
         if cache is not None and documents is not None:
             raise ValueError("a cache holds one text a row: documents cannot be given with it")
-        positions, reach = slice(length), length
+        positions = slice(length)
+        reach = length  # one past the last position
         if cache is not None:
             reach = cache.longest + length
         elif documents is not None:
@@ -262,7 +279,8 @@ class Transformer(nn.Module):
 
 def positions_within(documents: Tensor) -> Tensor:
     """Position of each token inside its document: (B, T) int64 from non-decreasing numbers (B, T)."""
-    index = torch.arange(documents.shape[1], device=documents.device).expand_as(documents)
-    begins = torch.ones_like(documents, dtype=torch.bool)
-    begins[:, 1:] = documents[:, 1:] != documents[:, :-1]
-    return index - torch.where(begins, index, 0).cummax(dim=1).values
+    index = torch.arange(documents.shape[1], device=documents.device).expand_as(documents)  # (B, T)
+    is_first = torch.ones_like(documents, dtype=torch.bool)  # (B, T), of its document
+    is_first[:, 1:] = documents[:, 1:] != documents[:, :-1]
+    begin = torch.where(is_first, index, 0).cummax(dim=1).values  # (B, T), of each token's document
+    return index - begin

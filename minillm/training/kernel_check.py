@@ -48,7 +48,7 @@ def check_kernels(ranks: Ranks, say: Callable[[str], None] = print, base_bits: i
 
 
 def begin(ranks: Ranks, say: Callable[[str], None] = print, base_bits: int | None = None) -> "Check":
-    """`check_kernels` in two parts: this starts the comparison, and `settle` of what it returns waits for the answer.
+    """`check_kernels` in two parts: this starts the comparison, and `settle` of the result waits for the answer.
 
     In between the caller can prepare data and model, but must not run a kernel. All ranks call both.
     """
@@ -56,13 +56,15 @@ def begin(ranks: Ranks, say: Callable[[str], None] = print, base_bits: int | Non
 
 
 class Check:
-    """One comparison, in a process of its own. Nothing is asked where the answer is known, or no kernel is used."""
+    """One comparison, in another process. None is started where the answer is known, or no kernel is used."""
 
     def __init__(self, ranks: Ranks, say: Callable[[str], None], base_bits: int | None):
-        self.ranks, self.say, self.quantized = ranks, say, base_bits in QUANTIZED
+        self.ranks = ranks
+        self.say = say
+        self.quantized = base_bits in QUANTIZED
         self.process: subprocess.Popen | None = None
-        automatic = ops.selected() == "auto" and ranks.device.type == "cuda"
-        self.needed = automatic and ops.fused(torch.empty(0, device=ranks.device))
+        is_automatic = ops.selected() == "auto" and ranks.device.type == "cuda"
+        self.needed = is_automatic and ops.fused(torch.empty(0, device=ranks.device))
         if self.needed and ranks.main and not self._right_before().exists():
             self._start()
 
@@ -77,28 +79,38 @@ class Check:
                 self.say(f"ops: the kernels {problem}; using torch's. Please report it.")
 
     def _right_before(self) -> Path:
-        """The file that is there if these kernels were found right on this GPU."""
+        """The file that exists if an earlier check found these kernels right on this GPU."""
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         name = _identity(self.ranks.device)
-        return cache / "minillm" / "checked" / (f"{name}-quantized" if self.quantized else name)
+        if self.quantized:
+            name += "-quantized"
+        return cache / "minillm" / "checked" / name
 
     def _start(self) -> None:
+        """Start the process that compares; see the end of this file."""
         self.say("ops: compiling the kernels and comparing them with torch on this GPU, once")
         command = [sys.executable, "-m", "minillm.training.kernel_check", str(self.ranks.device.index or 0)]
         if self.quantized:
             command.append("quantized")
-        # in this folder `-m` finds the package, and ours before another
-        piped = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        self.process = subprocess.Popen(command, cwd=ROOT, **piped)
+        self.process = subprocess.Popen(
+            command,
+            cwd=ROOT,  # here `-m` finds the package, and ours before another
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
         atexit.register(self.process.kill)  # should this process end before it asks for the answer
 
     def _problem(self) -> str:
         """What is wrong with the kernels, in words that follow "the kernels"; "" if nothing is."""
         try:
             out, err = self.process.communicate(timeout=SECONDS)
-            lines = err.strip().splitlines() or ["no words"]
-            errors = [line for line in lines if "Error: " in line]
-            problem = (errors or lines)[-1] if self.process.returncode else ""
+            problem = ""
+            if self.process.returncode:
+                lines = err.strip().splitlines() or ["no words"]
+                errors = [line for line in lines if "Error: " in line]
+                problem = (errors or lines)[-1]
+
             # it got no CUDA context (compute mode EXCLUSIVE_PROCESS: this process has the GPU), or no memory
             if problem and (not out or "out of memory" in problem):
                 self.say(f"ops: no second process can compare them ({problem}); comparing in this one")
@@ -118,37 +130,43 @@ def _identity(device: torch.device) -> str:
     """A hash of what the result depends on: GPU, versions, and the source of kernels and model."""
     import triton
 
-    files = sorted([*(ROOT / "kernels").rglob("*.py"), *(ROOT / "minillm").rglob("*.py")])
-    parts = [torch.cuda.get_device_name(device), torch.__version__, triton.__version__, torch.version.cuda]
-    return hashlib.sha256(b"".join([repr(parts).encode(), *map(Path.read_bytes, files)])).hexdigest()[:24]
+    gpu_and_versions = [torch.cuda.get_device_name(device), torch.__version__, triton.__version__, torch.version.cuda]
+    digest = hashlib.sha256(repr(gpu_and_versions).encode())
+    for file in sorted([*(ROOT / "kernels").rglob("*.py"), *(ROOT / "minillm").rglob("*.py")]):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()[:24]
 
 
 def compare(device: torch.device, ours: str = "auto", quantized: bool = False) -> list[str]:
-    """What differs, one line each, between implementation `ours` and torch's ops, in bf16; [] if nothing does.
+    """The differences, one line each, between implementation `ours` and torch's ops, in bf16; [] if there are none.
 
     quantized: products with a quantized base, too. A result may differ from fp32's by twice torch's error plus 0.01 of
     its norm; an optimizer's step by 0.03, since Newton–Schulz iterates in bf16.
     """
+    # (name, function that computes the results, what it computes them of)
     cases = [(name, _model_results, _small(device, **options)) for name, options in MODELS.items()]
     if quantized:
         cases += [(f"{bits} bits", _product_results, _weight(device, make)) for bits, make in QUANTIZED.items()]
-    before, problems = ops.selected(), []
+    selected_before = ops.selected()
+    problems = []
     try:
-        for name, results, subject in cases:
-            exact = results(subject, "torch", None)
-            torchs = results(subject, "torch", torch.bfloat16)
-            mine = results(subject, ours, torch.bfloat16)
-            for what, value in exact.items():
-                allowed = 2 * _error(torchs[what], value) + (0.03 if what.startswith("update") else 0.01)
-                error = _error(mine[what], value)
+        for name, results_of, subject in cases:
+            exact = results_of(subject, "torch", None)
+            by_torch = results_of(subject, "torch", torch.bfloat16)
+            by_us = results_of(subject, ours, torch.bfloat16)
+            for result, value in exact.items():
+                tolerance = 0.03 if result.startswith("update") else 0.01
+                allowed = 2 * _error(by_torch[result], value) + tolerance
+                error = _error(by_us[result], value)
                 if not error <= allowed:  # NaN is never within
-                    problems.append(f"{name}: {what} is off by {error:.1e} of its norm, allowed {allowed:.1e}")
+                    problems.append(f"{name}: {result} is off by {error:.1e} of its norm, allowed {allowed:.1e}")
         return problems
     finally:
-        ops.select(before)
+        ops.select(selected_before)
 
 
 def _small(device: torch.device, **options) -> Transformer:
+    """A small model with these options."""
     shape = dict(dim=256, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=64, ffn_dim=512, max_seq_len=256)
     model = Transformer(ModelConfig(vocab_size=1000, tie_embeddings=False, **shape, **options))
     model.init_weights(0)
@@ -156,6 +174,7 @@ def _small(device: torch.device, **options) -> Transformer:
 
 
 def _error(actual: Tensor, expected: Tensor) -> float:
+    """The norm of the difference, as a share of what is expected."""
     difference = (actual.double() - expected.double()).norm()
     return (difference / expected.double().norm().clamp_min(1e-30)).item()
 
@@ -166,59 +185,74 @@ def _model_results(model: Transformer, implementation: str, dtype: torch.dtype |
     device = model.embed_tokens.weight.device
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(0, 1000, (2, sum(LENGTHS) + 1), generator=generator).to(device)
-    documents = torch.repeat_interleave(torch.arange(2), torch.tensor(LENGTHS)).expand(2, -1).to(device)
+    documents = torch.repeat_interleave(torch.arange(2), torch.tensor(LENGTHS)).expand(2, -1).to(device)  # (2, T)
     results = {}
-    for packed in (None, documents):
+
+    # forward and backward, with one text a row, then with two documents in each
+    for row_documents in (None, documents):
         model.zero_grad()
         with torch.autocast(device.type, dtype or torch.bfloat16, enabled=dtype is not None):
-            loss = model(tokens[:, :-1], tokens[:, 1:], documents=packed)
+            loss = model(tokens[:, :-1], tokens[:, 1:], documents=row_documents)
         loss.backward()
-        kind = "" if packed is None else ", packed"
+        kind = "" if row_documents is None else ", packed"
         results[f"loss{kind}"] = loss.detach()
-        results |= {f"gradient of {name}{kind}": p.grad.clone() for name, p in model.named_parameters()}
+        for name, parameter in model.named_parameters():
+            results[f"gradient of {name}{kind}"] = parameter.grad.clone()
+
+    # a step of each optimizer, from the same gradients for all implementations: AdamW's first step is little more than
+    # the gradient's sign
     copy = deepcopy(model)
-    for parameter in copy.parameters():  # the same for all: AdamW's first step is little more than the gradient's sign
+    for parameter in copy.parameters():
         parameter.grad = torch.randn(parameter.shape, generator=generator).to(device)
     for optimizer in optim.build_optimizers(copy, "muon", lr=0.02, weight_decay=0.1):
         optimizer.step()
-    results |= {f"update of {name}": (p - model.get_parameter(name)).detach() for name, p in copy.named_parameters()}
-    return results | {"logits of generated tokens": _generated(model, dtype, tokens[:, : LENGTHS[0]])}
+    for name, parameter in copy.named_parameters():
+        results[f"update of {name}"] = (parameter - model.get_parameter(name)).detach()
+
+    results["logits of generated tokens"] = _generated(model, dtype, tokens[:, : LENGTHS[0]])
+    return results
 
 
 def _generated(model: Transformer, dtype: torch.dtype | None, tokens: Tensor) -> Tensor:
     """Logits (B, 3, V) after each of the last three tokens of rows that differ in length, read one by one."""
-    own = deepcopy(model).to(dtype or torch.float32).eval()
-    own.build_rotation()  # its tables stay in fp32
+    copy = deepcopy(model).to(dtype or torch.float32).eval()
+    copy.build_rotation()  # its tables stay in fp32
     prompts = [row[: len(row) - 3 - 5 * number].tolist() for number, row in enumerate(tokens)]
     with torch.no_grad():
-        cache, _ = prefill(own, prompts, tokens.shape[1])
-        recorded = RecordedStep(own, cache)  # on a GPU: computed, recorded, replayed
-        return torch.stack([recorded.step(column).clone() for column in tokens[:, -3:].unbind(1)], 1)
+        cache, _ = prefill(copy, prompts, tokens.shape[1])
+        recorded_step = RecordedStep(copy, cache)
+        logits = []
+        for column in tokens[:, -3:].unbind(1):  # on a GPU: computed, recorded, replayed
+            logits.append(recorded_step.step(column).clone())  # (B, V)
+        return torch.stack(logits, 1)
 
 
 def _weight(device: torch.device, make: Callable) -> list[Tensor]:
     """A quantized weight; sizes that fill no tile exactly."""
-    # cubed, so that some are large enough for int8 to keep their columns
-    return [t.to(device) for t in make(torch.randn(272, 320, generator=torch.Generator().manual_seed(0)) ** 3)]
+    numbers = torch.randn(272, 320, generator=torch.Generator().manual_seed(0))
+    quantized = make(numbers**3)  # cubed, so that some are large enough for int8 to keep their columns
+    return [tensor.to(device) for tensor in quantized]
 
 
 def _product_results(weight: list[Tensor], implementation: str, dtype: torch.dtype | None) -> dict[str, Tensor]:
     """Products of rows with a quantized weight, and their gradients; also in fp32, in which such a model generates."""
     ops.select(implementation)
-    generator, device = torch.Generator().manual_seed(1), weight[0].device
+    generator = torch.Generator().manual_seed(1)
+    device = weight[0].device
     results = {}
-    for rows, wide in itertools.product(ROWS, (False, True)):
-        numbers = None if wide else dtype
-        x = torch.randn(rows, 320, generator=generator).to(device, numbers).requires_grad_()
-        dy = torch.randn(rows, 272, generator=generator).to(device, numbers)
+    for n_rows, is_fp32 in itertools.product(ROWS, (False, True)):
+        x_dtype = None if is_fp32 else dtype
+        x = torch.randn(n_rows, 320, generator=generator).to(device, x_dtype).requires_grad_()
+        dy = torch.randn(n_rows, 272, generator=generator).to(device, x_dtype)
         y = ops.quant_matmul(x, weight)
-        kind = ", fp32" if wide else ""
-        results[f"product of {rows} rows{kind}"] = y.detach()
-        results[f"gradient of {rows} rows{kind}"] = torch.autograd.grad(y, x, dy)[0]
+        kind = ", fp32" if is_fp32 else ""
+        results[f"product of {n_rows} rows{kind}"] = y.detach()
+        results[f"gradient of {n_rows} rows{kind}"] = torch.autograd.grad(y, x, dy)[0]
     return results
 
 
-if __name__ == "__main__":
+if __name__ == "__main__":  # the process that `Check` starts: arguments are the GPU's number and perhaps "quantized"
     device = torch.device("cuda", int(sys.argv[1]))
     print("comparing on", torch.empty(1, device=device).device, flush=True)
-    sys.exit("\n".join(compare(device, quantized="quantized" in sys.argv)[::-1]) or 0)
+    problems = compare(device, quantized="quantized" in sys.argv)
+    sys.exit("\n".join(reversed(problems)) or 0)  # the first one last, which the caller reads

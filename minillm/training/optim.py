@@ -29,15 +29,18 @@ def orthogonalize(matrices: Tensor, steps: int = NEWTON_SCHULZ_STEPS) -> Tensor:
     matrices: (n, rows, columns), any float dtype; returns the same shape and dtype. Works in bf16 on
     CUDA (the iteration is stable there) and in fp32 on a CPU.
     """
-    x = matrices.bfloat16() if matrices.is_cuda else matrices.float()
-    tall = x.shape[1] > x.shape[2]
-    x = x.mT if tall else x  # the Gram matrix of the shorter side is the smaller one
+    x = matrices.bfloat16() if matrices.is_cuda else matrices.float()  # (n, rows, columns)
+    is_tall = x.shape[1] > x.shape[2]
+    if is_tall:
+        x = x.mT  # the Gram matrix of the shorter side is the smaller one
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)  # singular values into [0, 1]
     a, b, c = NEWTON_SCHULZ
-    for _ in range(steps):
-        gram = x @ x.mT
+    for _ in range(steps):  # each singular value s becomes a s + b s³ + c s⁵
+        gram = x @ x.mT  # (n, shorter, shorter)
         x = a * x + (b * gram + c * gram @ gram) @ x
-    return (x.mT if tall else x).to(matrices.dtype)
+    if is_tall:
+        x = x.mT
+    return x.to(matrices.dtype)
 
 
 class Muon(torch.optim.Optimizer):
@@ -53,39 +56,43 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure=None):
         for group in self.param_groups:
-            # equal shapes go through one batch of matrix products
+            # matrices of one shape go through one batch of products
             by_shape: dict[tuple, list[Tensor]] = {}
             for p in group["params"]:
                 if p.grad is not None:
                     by_shape.setdefault(tuple(p.shape), []).append(p)
             for shape, params in by_shape.items():
-                at_once = max(1, MUON_ELEMENTS // math.prod(shape))
-                for i in range(0, len(params), at_once):
-                    self._update(params[i : i + at_once], group)
+                n_at_once = max(1, MUON_ELEMENTS // math.prod(shape))
+                for begin in range(0, len(params), n_at_once):
+                    self._update(params[begin : begin + n_at_once], group)
 
     def _update(self, params: list[Tensor], group: dict) -> None:
         """Step parameters of one shape; group: their learning rate, momentum and weight decay."""
-        lr, momentum, decay = group["lr"], group["momentum"], group["lr"] * group["weight_decay"]
+        momentum = group["momentum"]
+        decay = group["lr"] * group["weight_decay"]
+        rate = group["lr"] * 0.2 * math.sqrt(max(params[0].shape))
         for p in params:
             if not self.state[p]:
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p)
         grads = [p.grad for p in params]
         buffers = [self.state[p]["momentum_buffer"] for p in params]
-        rate = lr * 0.2 * math.sqrt(max(params[0].shape))
+
         if ops.fused(params[0]):
             iteration = dict(steps=NEWTON_SCHULZ_STEPS, coefficients=NEWTON_SCHULZ)
             ops.muon(params, grads, buffers, rate=rate, momentum=momentum, decay=decay, **iteration)
             return
+
+        # the same by torch's ops, each over all of these parameters
         torch._foreach_mul_(buffers, momentum)
         torch._foreach_add_(buffers, grads)
         updates = torch._foreach_add(grads, buffers, alpha=momentum)  # Nesterov: look one step ahead
-        updates = orthogonalize(torch.stack(updates)).unbind(0)  # (n, rows, columns) → n × (rows, columns)
+        updates = orthogonalize(torch.stack(updates))  # (n, rows, columns)
         torch._foreach_mul_(params, 1 - decay)
-        torch._foreach_add_(params, list(updates), alpha=-rate)
+        torch._foreach_add_(params, list(updates.unbind(0)), alpha=-rate)
 
 
 class AdamW(torch.optim.AdamW):
-    """torch's AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101), its step computed by our kernel where that runs.
+    """torch's AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101); our kernel computes its step where it runs.
 
     params: a list of groups, all on one device.
     """
@@ -107,37 +114,39 @@ class AdamW(torch.optim.AdamW):
 
     def _step_by_kernel(self, params: list[Tensor], group: dict) -> None:
         """One launch for all parameters that have taken equally many steps."""
-        states = [self.state[p] for p in params]
-        for p, state in zip(params, states, strict=True):
+        options = {name: group[name] for name in ("lr", "betas", "eps", "weight_decay")}
+        by_step: dict[int, list[Tensor]] = {}  # one entry, unless parameters joined later
+        for p in params:
+            state = self.state[p]
             if not state:
                 state["step"] = torch.zeros(())
                 state["exp_avg"] = torch.zeros_like(p)
                 state["exp_avg_sq"] = torch.zeros_like(p)
-        counts = [int(state["step"]) + 1 for state in states]
-        options = {name: group[name] for name in ("lr", "betas", "eps", "weight_decay")}
-        for step in sorted({*counts}):  # a single one, unless parameters joined later
-            chosen = [i for i, count in enumerate(counts) if count == step]
-            # created all at once: adding one to each takes 2 µs, for which the GPU would wait
-            for i, count in zip(chosen, torch.full((len(chosen),), float(step)).unbind(), strict=True):
-                states[i]["step"] = count
+            by_step.setdefault(int(state["step"]) + 1, []).append(p)
+        for step, members in sorted(by_step.items()):
+            states = [self.state[p] for p in members]
+            # their counts are created all at once: adding one to each takes 2 µs, for which the GPU would wait
+            counts = torch.full((len(states),), float(step)).unbind()
+            for state, count in zip(states, counts, strict=True):
+                state["step"] = count
             ops.adamw(
-                [params[i] for i in chosen],
-                [params[i].grad for i in chosen],
-                [states[i]["exp_avg"] for i in chosen],
-                [states[i]["exp_avg_sq"] for i in chosen],
+                members,
+                [p.grad for p in members],
+                [state["exp_avg"] for state in states],
+                [state["exp_avg_sq"] for state in states],
                 step=step,
                 **options,
             )
 
 
-# ---- which optimizer a name means
+# ---- which optimizer a name means, and its learning rate
 
 
 @dataclass(frozen=True)
 class Choice:
-    """An optimizer that --optimizer can name: what steps which parameters, and the learning rates known for it."""
+    """An optimizer that --optimizer can name: the classes that step the parameters, and its learning rates."""
 
-    others: Callable[..., torch.optim.Optimizer]  # for all parameters, or those that `matrices` leaves
+    others: Callable[..., torch.optim.Optimizer]  # for all parameters, or all but those of `matrices`
     matrices: Callable[..., torch.optim.Optimizer] | None = None  # for the matrices inside the layers
     lr: float | None = None  # best peak rate of those tried at width 128 (docs/defaults.md), times √width
     adapter_lr: dict[str, float] = field(default_factory=dict)  # --tune → peak rate times width
@@ -150,10 +159,10 @@ OPTIMIZERS = {
 
 
 def default_lr(kind: str, tune: str, dim: int) -> float:
-    """A peak learning rate for --optimizer `kind` and --tune `tune` at width `dim`.
+    """The peak learning rate of --optimizer `kind` with --tune `tune` at width `dim`, unless --lr gives one.
 
-    Existing weights: scaled from the width it was measured at by 1/√width, which is a rule of thumb, not measured. New
-    parameters: by 1/width (`TUNING_LR`). Raises `UserError` if none is known.
+    For existing weights it falls as 1/√width from the width it was measured at, which is a rule of thumb, not measured;
+    for new parameters as 1/width (`TUNING_LR`). Raises `UserError` if none is known.
     """
     choice = OPTIMIZERS[kind]
     if tune in ("full", "freeze"):
@@ -165,7 +174,7 @@ def default_lr(kind: str, tune: str, dim: int) -> float:
 
 
 def build_optimizers(model: nn.Module, kind: str, *, lr: float, weight_decay: float) -> list[torch.optim.Optimizer]:
-    """The optimizers of a model: of "adamw" one, of "muon" Muon for the layers' matrices and AdamW for the rest.
+    """The optimizers of a model: for "adamw" one, for "muon" Muon for the layers' matrices and AdamW for the rest.
 
     Weight decay is on matrices only (a norm's gain or a bias has nothing to gain from being small).
     """
@@ -174,16 +183,19 @@ def build_optimizers(model: nn.Module, kind: str, *, lr: float, weight_decay: fl
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     if not trained:
         raise UserError("nothing to train: every parameter is frozen")
-    choice, optimizers = OPTIMIZERS[kind], []
-    # the matrices inside the layers, if the choice has an optimizer of its own for them
-    matrices = [p for name, p in trained if p.dim() == 2 and ".layers." in f".{name}"]
-    if choice.matrices is None:
-        matrices = []
+    choice = OPTIMIZERS[kind]
+    optimizers = []
+
+    # the matrices inside the layers, if the choice has another optimizer for them
+    matrices = []
+    if choice.matrices is not None:
+        matrices = [p for name, p in trained if p.dim() == 2 and ".layers." in f".{name}"]
     if matrices:
         optimizers.append(choice.matrices(matrices, lr=lr, weight_decay=weight_decay))
+
     # the rest, in two groups: with weight decay and without
-    in_matrices = {id(p) for p in matrices}
-    rest = [p for _, p in trained if id(p) not in in_matrices]
+    ids_of_matrices = {id(p) for p in matrices}
+    rest = [p for _, p in trained if id(p) not in ids_of_matrices]
     groups = [
         dict(params=[p for p in rest if p.dim() >= 2], weight_decay=weight_decay),
         dict(params=[p for p in rest if p.dim() < 2], weight_decay=0.0),

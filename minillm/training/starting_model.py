@@ -1,4 +1,4 @@
-"""The model a run starts from: found, checked, loaded, given its adapter; and what to say of it."""
+"""The model a run starts from: where it comes from, its checks, its adapter, and what to print of it."""
 
 import dataclasses
 from pathlib import Path
@@ -29,10 +29,11 @@ def find_init(training_config) -> Path | None:
     """
     if not training_config.init_from:
         return None
-    can_do_without = training_config.tune == "full" and run_folder.step_folders(training_config.out)
-    if can_do_without and init_is_gone(training_config):
+    has_own_weights = training_config.tune == "full" and run_folder.step_folders(training_config.out)
+    if has_own_weights and init_is_gone(training_config):
         own = run_folder.resolve_checkpoint(training_config.out, log=lambda line: None)  # `Run` reports the broken ones
-        if train_state.read_state(own)["config"]["init_from"] == training_config.init_from:
+        started_from = train_state.read_state(own)["config"]["init_from"]
+        if started_from == training_config.init_from:
             return own
     return run_folder.resolve_checkpoint(training_config.init_from)
 
@@ -44,8 +45,10 @@ def init_is_gone(training_config) -> bool:
 
 def check_tokenizer(model: Path, data: str) -> None:
     """Raise `UserError` unless the data was prepared with the model folder's tokenizer; a raw .bin is not checked."""
-    first = parse_mixture(data)[0][0]
-    if first.is_dir() and Tokenizer.load(first).sha256 != Tokenizer.load(model).sha256:
+    first_folder, _ = parse_mixture(data)[0]
+    if not first_folder.is_dir():
+        return
+    if Tokenizer.load(first_folder).sha256 != Tokenizer.load(model).sha256:
         raise UserError(
             f"--init_from {model} has another tokenizer than {data}; prepare the data with the model's own: "
             f"data/prepare.py --tokenizer {model}"
@@ -61,7 +64,9 @@ def choose_optimizer(training_config, dim: int, share: float = 1.0):
     """
     tune = training_config.tune
     existing_weights = tune in ("full", "freeze")
-    kind, lr, decay = training_config.optimizer, training_config.lr, training_config.weight_decay
+    kind = training_config.optimizer
+    lr = training_config.lr
+    decay = training_config.weight_decay
     if kind is None:
         kind = "muon" if existing_weights else "adamw"
     if lr is None:
@@ -87,8 +92,8 @@ def make_model(
 ) -> Transformer:
     """The model to train, in fp32: that of the checkpoint `source`, else of `init`, else a new one drawn by the seed.
 
-    With --tune it is always that of `init`, frozen and perhaps quantized, with an adapter: new (by the seed), or from
-    `source`. Raises `UserError` for a rank above that of every targeted matrix.
+    With --tune it is always that of `init`, frozen and perhaps quantized, with an adapter, which is new (by the seed)
+    or comes from `source`. Raises `UserError` for a rank above that of every targeted matrix.
     """
     if training_config.tune != "full":
         model = _adapted(training_config, model_config, init, source, device)
@@ -105,13 +110,15 @@ def make_model(
 def _adapted(
     training_config, model_config: ModelConfig, init: Path, source: Path | None, device: torch.device
 ) -> Transformer:
+    """The model of `init`, frozen, with an adapter: see `make_model`."""
     bits = training_config.base_bits
-    dtype = None if bits else torch.float32  # do not widen to fp32 what is quantized anyway
+    dtype = None if bits else torch.float32  # weights that are then quantized need not become fp32 first
     model = huggingface.load_model(init, config=model_config, device=device, dtype=dtype, base_bits=bits)
     if training_config.tune in ("lora", "dora"):
         check_rank(training_config, model)
     adapter = attach(model, training_config, training_config.seed, keep_base=False)
-    adapter.base_folder, adapter.base_sha256 = init.absolute(), folders.base_sha256(init)
+    adapter.base_folder = init.absolute()
+    adapter.base_sha256 = folders.base_sha256(init)
     if source is not None:
         read_tensors(adapter, source)
     return model
@@ -124,10 +131,10 @@ def n_trained(model: Transformer) -> int:
 
 def describe_parameters(model: Transformer) -> str:
     """Number of parameters, and of trained ones, in a phrase for a run's start."""
-    whole, trained = size.n_parameters(model.config), n_trained(model)
+    n_all = size.n_parameters(model.config)
     if active_adapter(model) is None:
-        return f"{whole:,} parameters"
-    return f"{trained:,} parameters trained, {trained / whole:.2%} of the base's {whole:,}"
+        return f"{n_all:,} parameters"
+    return f"{n_trained(model):,} parameters trained, {n_trained(model) / n_all:.2%} of the base's {n_all:,}"
 
 
 def flops_per_token(model: Transformer, seq_len: int) -> int:
@@ -135,8 +142,10 @@ def flops_per_token(model: Transformer, seq_len: int) -> int:
 
     A frozen weight gets no gradient, so it takes 4 operations instead of 6; a new parameter takes 6.
     """
-    adapter, flops = active_adapter(model), size.flops_per_token(model.config, seq_len)
+    flops = size.flops_per_token(model.config, seq_len)
+    adapter = active_adapter(model)
     if adapter is None:
         return flops
-    own = 2 if adapter.options.tune == "freeze" else 6
-    return flops - size.flops_per_token(model.config, 0) // 3 + own * n_trained(model)
+    weight_gradients = size.flops_per_token(model.config, 0) // 3  # 2 of 6 operations a weight
+    per_trained = 2 if adapter.options.tune == "freeze" else 6  # freeze: weights of the base, whose other 4 are in
+    return flops - weight_gradients + per_trained * n_trained(model)

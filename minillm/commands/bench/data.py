@@ -26,7 +26,9 @@ class Reader:
     """Reads the next batches, so that no call finds its windows in a cache."""
 
     def __init__(self, windows: TokenWindows, rows: int):
-        self.windows, self.rows, self.position = windows, rows, 0
+        self.windows = windows
+        self.rows = rows
+        self.position = 0
 
     def __call__(self) -> None:
         for _ in range(BATCHES):

@@ -1,7 +1,7 @@
 """Tokens a second of greedy generation, batch 1, with cache, beside transformers' `generate`.
 
-Reading the prompt and, on a GPU, recording the step are in the time. On a CPU in fp32, with one thread and with all; on
-a GPU in bf16, and transformers also compiled, on a static cache.
+The time includes reading the prompt and, on a GPU, recording the step. A CPU computes in fp32, with one thread and with
+all; a GPU in bf16, and there transformers also runs compiled, on a static cache.
 """
 
 from collections.abc import Callable
@@ -29,6 +29,7 @@ class Config(Options):
 
 
 def run(config: Config) -> None:
+    # a model of random weights, on both sides
     device = pick_device(config.device)
     new_tokens = config.new_tokens or (256 if device.type == "cuda" else 64)
     dtype = pick_dtype("auto", device)
@@ -41,36 +42,45 @@ def run(config: Config) -> None:
     print(f"{config.preset}: {n_parameters(model.config):,} parameters, {dtype}, {machine(device)}, {version}")
     print(f"greedy, batch 1, {len(PROMPT)} + {new_tokens} tokens, medians of {REPEATS}; {ops.describe(device)}")
 
+    # time them, on a CPU with one thread and with all
     all_threads = torch.get_num_threads()
-    for threads in sorted({1, all_threads}) if device.type == "cpu" else (all_threads,):
-        torch.set_num_threads(threads)
+    thread_counts = sorted({1, all_threads}) if device.type == "cpu" else [all_threads]
+    for n_threads in thread_counts:
+        torch.set_num_threads(n_threads)
         for side in sides.values():  # compile, capture
             side()
-        seconds = medians(sides)
-        print(f"{threads} thread(s)" if device.type == "cpu" else device)
-        for name, taken in seconds.items():
-            ratio = seconds["transformers"] / taken
-            print(f"  {name:<38}{new_tokens / taken:10.1f} tok/s   {ratio:5.2f} x transformers", flush=True)
+        times = medians(sides)
+        print(f"{n_threads} thread(s)" if device.type == "cpu" else device)
+        for name, seconds in times.items():
+            ratio = times["transformers"] / seconds
+            print(f"  {name:<38}{new_tokens / seconds:10.1f} tok/s   {ratio:5.2f} x transformers", flush=True)
     torch.set_num_threads(all_threads)
 
 
 def _sides(model, new_tokens: int, dtype: torch.dtype) -> tuple[dict[str, Callable], str]:
-    """What is compared, each a function that returns the new ids, and transformers' version.
+    """The sides to compare, each a function that returns the new ids, and transformers' version.
 
-    Raises `UserError` if they choose other tokens, though in bf16 two right computations may.
+    Raises `UserError` on a CPU if they choose different tokens; in bf16 two right computations may do so.
     """
     device = next(model.parameters()).device
     twin, version = transformers_twin(model)
     twin = twin.to(device, dtype)
     prompt = torch.tensor([PROMPT], device=device)  # (1, T)
-    wanted = {"attention_mask": torch.ones_like(prompt), "do_sample": False, "pad_token_id": 0}
-    wanted |= {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens}
+    arguments = {
+        "attention_mask": torch.ones_like(prompt),
+        "do_sample": False,
+        "pad_token_id": 0,
+        "max_new_tokens": new_tokens,
+        "min_new_tokens": new_tokens,
+    }
 
     def ours() -> list[int]:
-        return completion.generate(model, [PROMPT], new_tokens)[0].tokens
+        (answer,) = completion.generate(model, [PROMPT], new_tokens)
+        return answer.tokens
 
     def theirs(**more) -> list[int]:
-        return twin.generate(prompt, **wanted, **more)[0, len(PROMPT) :].tolist()
+        ids = twin.generate(prompt, **arguments, **more)  # (1, prompt and new tokens)
+        return ids[0, len(PROMPT) :].tolist()
 
     sides: dict[str, Callable] = {"minillm": ours, "transformers": theirs}
     if device.type == "cuda":

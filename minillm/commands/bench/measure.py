@@ -1,4 +1,4 @@
-"""What the benchmarks share: sides timed in turns, models of random weights, and what a number was taken with."""
+"""What the benchmarks share: timing in turns, models of random weights, and the machine's name beside a number."""
 
 import statistics
 import subprocess
@@ -23,7 +23,7 @@ def vocab_size_of(preset: str) -> int:
 
 
 def medians(sides: dict[str, Callable[[], object]], repeats: int = REPEATS) -> dict[str, float]:
-    """Median seconds of each side, called in turns, so that a slow moment of the machine meets all of them."""
+    """Median seconds of each side, called in turns, so that a slow moment of the machine slows all of them."""
     times: dict[str, list[float]] = {name: [] for name in sides}
     for _ in range(repeats):
         for name, run in sides.items():
@@ -45,7 +45,7 @@ def random_model(preset: str) -> Transformer:
 
 
 def import_transformers():
-    """transformers, told to be quiet; raises `UserError` if it is not installed."""
+    """transformers, with errors as its only messages; raises `UserError` if it is not installed."""
     try:
         import transformers
     except ImportError:
@@ -55,10 +55,10 @@ def import_transformers():
 
 
 def transformers_twin(model: Transformer):
-    """The same weights in transformers' own implementation of the architecture."""
+    """The same weights in transformers' implementation of the architecture, and the version of transformers."""
     transformers = import_transformers()
-    written = huggingface.to_hf(model.config) | {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
-    settings = transformers.AutoConfig.for_model(**written)
+    no_special_ids = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+    settings = transformers.AutoConfig.for_model(**huggingface.to_hf(model.config) | no_special_ids)
     twin = transformers.AutoModelForCausalLM.from_config(settings).eval()
     twin.load_state_dict(huggingface.weights_of(model), strict=False)
     twin.tie_weights()
@@ -66,15 +66,17 @@ def transformers_twin(model: Transformer):
 
 
 def machine(device: torch.device) -> str:
-    """What a number was taken with, in a few words: GPU and versions."""
+    """What a number was measured with, in a few words: GPU and versions."""
     if device.type != "cuda":
         return f"torch {torch.__version__}"
     return f"{torch.cuda.get_device_name(device)}, power limit {_power_limit()}, torch {torch.__version__}"
 
 
 def _power_limit() -> str:
+    """The first GPU's, as nvidia-smi gives it."""
     query = ["nvidia-smi", "--query-gpu=power.limit", "--format=csv,noheader"]
     try:
-        return subprocess.run(query, capture_output=True, text=True, check=True).stdout.splitlines()[0]
+        answer = subprocess.run(query, capture_output=True, text=True, check=True)
+        return answer.stdout.splitlines()[0]
     except (OSError, subprocess.CalledProcessError, IndexError):
         return "unknown"

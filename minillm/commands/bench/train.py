@@ -58,7 +58,7 @@ def torch_ops() -> Iterator[None]:
 def plain_loss(model: Transformer, tokens: Tensor, targets: Tensor) -> Tensor:
     """The summed loss in nats as one would first write it: the logits of all tokens at once, and torch's cross_entropy.
 
-    By `torch_ops` it is what a training step is measured against: no kernels of our own, no chunks, no fusion by hand.
+    With `torch_ops` a training step is compared with it: no kernels of our own, no chunks, no fusion by hand.
     """
     logits = model.logits(model.hidden(tokens))  # (B, T, V)
     return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
@@ -71,7 +71,11 @@ class Step:
         self, module: nn.Module, loss: Callable[[], Tensor], dtype: torch.dtype, *, n_targets: int, ours: bool
     ):
         """loss: the sum over `n_targets` targets, under autocast to dtype. ours: clip and step as the scripts do."""
-        self.module, self.loss, self.dtype, self.n_targets, self.ours = module, loss, dtype, n_targets, ours
+        self.module = module
+        self.loss = loss
+        self.dtype = dtype
+        self.n_targets = n_targets
+        self.ours = ours
         self.parameters = list(module.parameters())
         self.device = self.parameters[0].device
         self.no_scaler = torch.amp.GradScaler(self.device.type, enabled=False)
@@ -96,10 +100,13 @@ class Step:
 
 
 class Sides:
-    """What is compared, each made on the same tokens x and targets y, (B, T): our model and what people use instead."""
+    """The sides to compare, on the same tokens x and targets y, (B, T): our model and what people use instead."""
 
     def __init__(self, model: Transformer, x: Tensor, y: Tensor, dtype: torch.dtype):
-        self.model, self.x, self.y, self.dtype = model, x, y, dtype
+        self.model = model
+        self.x = x
+        self.y = y
+        self.dtype = dtype
 
     def losses(self) -> list[float]:
         """The sums of our loss and of plain PyTorch's."""
@@ -128,20 +135,25 @@ class Sides:
 
     def _on_gpu(self) -> dict[str, Callable[[], Step]]:
         """Compiled PyTorch; transformers, also compiled, and with Liger."""
-        our_fast, plain_fast = parallelize.compiled(self.model), torch.compile(plain_loss)
+        our_compiled = parallelize.compiled(self.model)
+        plain_compiled = torch.compile(plain_loss)
         sides = {
-            "plain PyTorch, compiled": lambda: self._step(self.model, lambda: self._plain(plain_fast)),
-            "minillm, compiled": lambda: self._step(self.model, lambda: our_fast(self.x, self.y), ours=True),
+            "plain PyTorch, compiled": lambda: self._step(self.model, lambda: self._plain(plain_compiled)),
+            "minillm, compiled": lambda: self._step(self.model, lambda: our_compiled(self.x, self.y), ours=True),
         }
+
+        # transformers
         try:
             twin, version = transformers_twin(self.model)
         except UserError as problem:
             print(f"  transformers: {problem}")
             return sides
         twin = twin.to(self.x.device).train()
-        fast = torch.compile(twin)
+        twin_compiled = torch.compile(twin)
         sides[version] = lambda: self._theirs(twin, twin)
-        sides[f"{version}, compiled"] = lambda: self._theirs(twin, fast)
+        sides[f"{version}, compiled"] = lambda: self._theirs(twin, twin_compiled)
+
+        # transformers with Liger's kernels
         try:
             import liger_kernel.transformers as liger
         except ImportError:
@@ -150,8 +162,9 @@ class Sides:
 
         def with_liger() -> Step:  # last: it changes transformers' classes for good
             liger.apply_liger_kernel_to_llama()
-            other = transformers_twin(self.model)[0].to(self.x.device).train()
-            return self._theirs(other, other)
+            liger_twin, _ = transformers_twin(self.model)
+            liger_twin = liger_twin.to(self.x.device).train()
+            return self._theirs(liger_twin, liger_twin)
 
         return sides | {f"{version}, Liger": with_liger}
 
@@ -169,25 +182,41 @@ class Sides:
 def gpt2_like(model: Transformer):
     """transformers' GPT-2 of about the same number of parameters, and of the same width, heads and vocabulary."""
     transformers = import_transformers()
-    c = model.config
-    layers = max(1, round((n_parameters(c) - c.vocab_size * c.dim) / (12 * c.dim**2)))
-    sizes = dict(n_embd=c.dim, n_layer=layers, n_head=c.n_heads, vocab_size=c.vocab_size, n_positions=c.max_seq_len)
-    off = dict(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, use_cache=False, bos_token_id=None, eos_token_id=None)
-    settings = transformers.GPT2Config(**sizes, **off, attn_implementation="sdpa")
+    ours = model.config
+    n_in_layers = n_parameters(ours) - ours.vocab_size * ours.dim
+    n_layers = max(1, round(n_in_layers / (12 * ours.dim**2)))  # GPT-2 has 12 C² in a layer
+    settings = transformers.GPT2Config(
+        n_embd=ours.dim,
+        n_layer=n_layers,
+        n_head=ours.n_heads,
+        vocab_size=ours.vocab_size,
+        n_positions=ours.max_seq_len,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        use_cache=False,
+        bos_token_id=None,
+        eos_token_id=None,
+        attn_implementation="sdpa",
+    )
     return transformers.GPT2LMHeadModel(settings), f"transformers {transformers.__version__}"
 
 
 def run(config: Config) -> None:
     # a model and tokens, both random
-    ranks = start(config.device)  # as the scripts do it
-    device, dtype = ranks.device, pick_dtype("auto", ranks.device)
-    rows, seq_len = config.rows, config.seq_len
+    device = start(config.device).device  # as the scripts do it
+    dtype = pick_dtype("auto", device)
+    rows = config.rows
+    seq_len = config.seq_len
     vocab_size = config.vocab_size or vocab_size_of(config.preset)
     model = Transformer(shapes.preset(config.preset, vocab_size=vocab_size, max_seq_len=seq_len))
     model.init_weights()
     model = model.to(device)
-    tokens = torch.randint(0, vocab_size, (rows, seq_len + 1), generator=torch.Generator().manual_seed(0)).to(device)
-    sides = Sides(model, tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), dtype)
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(0, vocab_size, (rows, seq_len + 1), generator=generator).to(device)
+    x = tokens[:, :-1].contiguous()  # (B, T)
+    y = tokens[:, 1:].contiguous()
+    sides = Sides(model, x, y, dtype)
 
     # do both compute the same?
     losses = sides.losses()
@@ -195,11 +224,15 @@ def run(config: Config) -> None:
     if abs(losses[0] - losses[1]) > tolerance * losses[1]:
         raise UserError(f"the two sides compute other losses ({losses}), so their speed does not compare")
 
+    # time each side
     print(f"{config.preset}: {n_parameters(model.config):,} parameters, {dtype}, {machine(device)}")
     print(f"one step of {rows} x {seq_len} tokens, {torch.get_num_threads()} thread(s), medians of {REPEATS}")
     print(ops.describe(device), flush=True)
     seconds, memory = time_steps(sides.builders(), together=device.type != "cuda")
-    flops, peak = flops_per_token(model.config, seq_len), peak_flops(device, dtype)
+
+    # the table
+    flops = flops_per_token(model.config, seq_len)
+    peak = peak_flops(device, dtype)
     width = max(map(len, seconds))
     for name in seconds:
         speed = rows * seq_len / seconds[name]
@@ -216,7 +249,8 @@ def time_steps(builders: dict[str, Callable[[], Step]], together: bool) -> tuple
         for step in steps.values():
             step()
         return medians(steps), {}
-    seconds, memory = {}, {}
+    seconds = {}
+    memory = {}
     for name, build in builders.items():
         gc.collect()  # what compiling left in cycles holds the other side's tensors
         torch.cuda.empty_cache()

@@ -2,7 +2,7 @@
 
 Both use the same base and adapter: PEFT runs on transformers' version of our model, with our adapter's numbers. First
 the two losses must agree, then steps (forward, backward, torch's fused AdamW) are timed in turns. Nothing is compiled.
-In fp32, on a GPU under bf16 autocast. Of "full" the other side is transformers alone.
+A CPU computes in fp32, a GPU under bf16 autocast. For "full" the other side is transformers alone.
 """
 
 import gc
@@ -44,7 +44,7 @@ METHODS = {
 
 
 class Side(NamedTuple):
-    """A model, its mean loss in nats, and the optimizer of what is trained of it."""
+    """A model, its mean loss in nats, and the optimizer of its trained parameters."""
 
     model: nn.Module
     loss: Callable[[], Tensor]
@@ -71,24 +71,32 @@ class Side(NamedTuple):
 
     def memory(self) -> int:
         """Bytes of weights and moments, and of what a step takes besides: on a GPU at its peak; on a CPU gradients
-        and what autograd keeps for the backward pass. To be asked after a step.
+        and the tensors that autograd keeps for the backward pass. Call it after a step.
         """
         moments = [tensor for state in self.optimizer.state.values() for tensor in state.values()]
-        kept = _bytes([*self.model.parameters(), *self.model.buffers(), *moments])
+        lasting = _bytes([*self.model.parameters(), *self.model.buffers(), *moments])
         if next(self.model.parameters()).is_cuda:
             gc.collect()
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated()
             self.step()
-            return sum(kept.values()) + torch.cuda.max_memory_allocated() - before
+            return sum(lasting.values()) + torch.cuda.max_memory_allocated() - before
+
         saved: list[Tensor] = []  # alive to the end, so that no two of them have one address
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+
+        def save(tensor: Tensor) -> Tensor:
+            saved.append(tensor)
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
             self.loss()
-        return sum((kept | _bytes(saved)).values()) + 4 * starting_model.n_trained(self.model)
+        all_bytes = lasting | _bytes(saved)
+        gradients = 4 * starting_model.n_trained(self.model)
+        return sum(all_bytes.values()) + gradients
 
 
 def _bytes(tensors: list[Tensor]) -> dict[int, int]:
-    """The memory that tensors lie in: address → bytes, so that none counts twice."""
+    """The memory of tensors: address → bytes, so that none counts twice."""
     return {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
 
 
@@ -106,15 +114,21 @@ def run(options: Config) -> None:
         import transformers
     except ImportError:
         raise UserError('bench tune needs transformers and peft: pip install -e ".[bench]"') from None
+
+    # random tokens
     device = pick_device(options.device)
     dtype = pick_dtype("auto", device)
-    preset, rows, seq_len = options.preset, options.rows, options.seq_len
+    preset = options.preset
+    rows = options.rows
+    seq_len = options.seq_len
     shape = config.preset(preset, vocab_size=vocab_size_of(preset))
     longest = shape.max_seq_len - TuningConfig.n_virtual
     if not 2 <= seq_len <= longest:
         raise UserError(f"--seq_len {seq_len}: choose 2 to {longest}, for virtual tokens come before them")
-    x = torch.randint(0, shape.vocab_size, (rows, seq_len), generator=torch.Generator().manual_seed(0)).to(device)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randint(0, shape.vocab_size, (rows, seq_len), generator=generator).to(device)  # (B, T)
 
+    # the head of the table
     versions = f"transformers {transformers.__version__}, peft {peft.__version__}"
     print(f"{preset}: {n_parameters(shape):,} parameters, {dtype}, {machine(device)}, {versions}")
     print(f"one step of {rows} x {seq_len} tokens, {torch.get_num_threads()} thread(s), medians of {REPEATS}")
@@ -122,6 +136,8 @@ def run(options: Config) -> None:
     print(f"MiB: weights, moments, and {beyond}; {ops.describe(device)}")
     print(f"  {'':<16}{'':>11}{'minillm':>12}{'':>9}{'peft':>12}{'':>9}{'minillm':>10}")
     print(f"  {'method':<16}{'trained':>11}{'tok/s':>12}{'MiB':>9}{'tok/s':>12}{'MiB':>9}{'/ peft':>10}", flush=True)
+
+    # a row for each method
     tolerance = 1e-5 if dtype == torch.float32 else 2e-3
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of what transformers means to remove
@@ -146,16 +162,21 @@ def _row(name: str, sides: dict[str, "Side"], n_tokens: int) -> str:
 
 def _sides(preset: str, options: TuningConfig, x: Tensor, dtype: torch.dtype) -> dict[str, Side]:
     """Ours, and PEFT's if it has the method, on tokens x (B, T)."""
+    # both models, with the same weights and adapter
     model = random_model(preset).to(x.device).train()
     twin = None
     if options.tune not in peft_format.OWN and not options.base_bits:
-        twin = transformers_twin(model)[0].to(x.device).train()
+        twin, _ = transformers_twin(model)
+        twin = twin.to(x.device).train()
     if options.base_bits:
         quant.quantize_base(model, options.base_bits)
     if options.tune != "full":
         adapter = attach(model, options, keep_base=False)
         _shake(adapter)
-        twin = twin and _with_peft(twin, adapter)
+        if twin is not None:
+            twin = _with_peft(twin, adapter)
+
+    # their losses, over the same targets
     labels = x.clone()
     labels[:, 0] = IGNORED  # PEFT would also learn the first token from the last virtual one
     targets = F.pad(labels, (0, 1), value=IGNORED)[:, 1:].contiguous()
@@ -168,7 +189,7 @@ def _sides(preset: str, options: TuningConfig, x: Tensor, dtype: torch.dtype) ->
 
 @torch.no_grad()
 def _shake(adapter: Adapter) -> None:
-    """Leave the beginning, where the base alone counts and any two methods agree."""
+    """Move an adapter away from its first values, with which the base alone counts and any two methods agree."""
     generator = torch.Generator().manual_seed(1)
     for parameter in dict.fromkeys(adapter.parameters().values()):
         parameter += 0.02 * torch.randn(parameter.shape, generator=generator).to(parameter.device)
@@ -179,11 +200,12 @@ def _with_peft(twin: nn.Module, adapter: Adapter) -> nn.Module:
     """transformers' model with PEFT's adapter of the same kind and the same numbers."""
     import peft
 
-    described = peft_format.describe(adapter) | {"inference_mode": False}
-    adapted = peft.get_peft_model(twin, peft.PeftConfig.from_peft_type(**described))
+    settings = peft_format.describe(adapter) | {"inference_mode": False}
+    adapted = peft.get_peft_model(twin, peft.PeftConfig.from_peft_type(**settings))
+    ours = sorted(adapter.parameters().items())
     theirs = sorted((name, p) for name, p in adapted.named_parameters() if p.requires_grad)
-    for (_, mine), (_, same) in zip(sorted(adapter.parameters().items()), theirs, strict=True):
-        same.copy_(mine)  # names differ, but not in their order
+    for (_, source), (_, target) in zip(ours, theirs, strict=True):  # names differ, but not in their order
+        target.copy_(source)
     return adapted
 
 

@@ -1,4 +1,4 @@
-"""Add the pieces of one vocabulary to another, without changing how text is cut that has none of them."""
+"""Add the pieces of one vocabulary to another; text that has none of them is cut as before."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -22,7 +22,9 @@ class Config(TextOptions):
 
 
 def run(config: Config) -> None:
-    base, more = load_tokenizer(config.base), load_tokenizer(config.add)
+    # merge, in memory
+    base = load_tokenizer(config.base)
+    more = load_tokenizer(config.add)
     merged = edit.merge(base, more, config.rule)
     unreachable = measure.unreachable(merged.tokenizer, merged.added)
     if unreachable and config.rule == "safe":
@@ -33,10 +35,11 @@ def run(config: Config) -> None:
     print(f"added {len(merged.added):,}, already there {merged.already_there:,}, unreachable {len(unreachable):,}")
     for reason, pieces in merged.refused.items():
         examples = " ".join(pieces[:EXAMPLES]).translate(train.ESCAPED)
-        more_of_them = " …" if len(pieces) > EXAMPLES else ""
-        print(f"refused {len(pieces):,}: {reason} ({examples}{more_of_them})")
+        if len(pieces) > EXAMPLES:
+            examples += " …"
+        print(f"refused {len(pieces):,}: {reason} ({examples})")
 
-    # the same text through both: no line without a new piece may be cut otherwise
+    # cut the same text by both: no line without a new piece may be cut otherwise
     counts = measure.compare(base, merged.tokenizer, merged.added, _texts(config, base, more))
     if not counts["characters"]:
         raise UserError("--corpus: holds no text to verify on; nothing was written")
@@ -47,9 +50,10 @@ def run(config: Config) -> None:
     print(
         f"{counts['lines']:,} lines, {counts['without']:,} without a new piece, {counts['changed']:,} of these changed"
     )
-    before = counts["characters"] / max(1, counts["old_tokens"])
-    after = counts["characters"] / max(1, counts["new_tokens"])
-    print(f"characters per token {before:.3f} → {after:.3f}")
+    density_before = counts["characters"] / max(1, counts["old_tokens"])
+    density_after = counts["characters"] / max(1, counts["new_tokens"])
+    print(f"characters per token {density_before:.3f} → {density_after:.3f}")
+
     edit.save(merged.tokenizer, config.out, base, merged.id_map)
     print(f"{config.out}: {merged.tokenizer.vocab_size:,} pieces, id_map.json; next: python -m minillm resize")
 

@@ -19,11 +19,13 @@ class Config(TextOptions):
 def run(config: Config) -> None:
     base = load_tokenizer(config.base)
     pruned, id_map = edit.prune(base, read_texts(config.corpus, config, "reading"), list(config.keep))
-    n_lines = n_changed = 0
+    n_lines = 0
+    n_changed = 0
     for text in read_texts(config.corpus, config, "verifying"):
         for part in (text, *text.split("\n")):
             n_lines += 1
-            if [id_map[i] for i in base.encode(part)] != pruned.encode(part):
+            ids_before = [id_map[i] for i in base.encode(part)]
+            if ids_before != pruned.encode(part):
                 n_changed += 1
     if not n_lines:
         raise UserError("--corpus: holds no text to keep pieces for; nothing was written")

@@ -49,7 +49,9 @@ def show_scripts(tokenizer: Tokenizer) -> None:
 def show_density(name: str, tokenizer: Tokenizer, texts: Iterable[str]) -> None:
     """Print characters per token, and the share of characters covered by pieces other than bytes."""
     begins_a_character = _first_bytes(tokenizer)
-    n_characters = n_tokens = n_spelt = 0
+    n_characters = 0
+    n_tokens = 0
+    n_spelt = 0  # characters without a piece
     for text in texts:
         ids = tokenizer.encode(text)
         n_characters += len(text)
@@ -61,7 +63,8 @@ def show_density(name: str, tokenizer: Tokenizer, texts: Iterable[str]) -> None:
 
 
 def _first_bytes(tokenizer: Tokenizer) -> set[int]:
-    """Ids of which a character that has no piece gives exactly one: the first of its bytes, or the unknown piece.
+    """Ids that count the characters without a piece, each of which gives exactly one: the piece of its first byte, or
+    the unknown piece.
 
     All but the first of a character's bytes in UTF-8 are of the form 10xxxxxx. A newline is always a byte piece, though
     it needs no other.

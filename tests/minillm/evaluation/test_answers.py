@@ -124,7 +124,7 @@ def test_exact_match_counts_by_family_in_any_order(monkeypatch, capsys):
         return done
 
     monkeypatch.setattr(answers, "generate", generate)
-    monkeypatch.setattr(answers, "ASKED_AT_ONCE", 2)
+    monkeypatch.setattr(answers, "QUESTIONS_PER_BATCH", 2)
     scores = answers.exact_match(model(), Bytes(), questions)
     assert scores == {"3": (0, 1), "long": (0, 1), "upper": (2, 3)}  # the long one does not fit: never asked
     assert asked == [[2, 2], [3, 4]] and "1 of 5 questions fill the context" in capsys.readouterr().out

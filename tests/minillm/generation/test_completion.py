@@ -136,7 +136,7 @@ def test_rows_that_went_leave_the_others_as_they_were():
         cache, _ = generate.prefill(model, prompts, 17)
         assert cache.lengths.tolist() == [9, 4, 6]
         cache.keep(torch.tensor([1, 2]))
-        assert cache.lengths.tolist() == cache.filled.tolist() == [4, 6]
+        assert cache.lengths.tolist() == cache.host_lengths.tolist() == [4, 6]
         more = torch.tensor([[7], [8]])
         logits = model(more, cache=cache)[:, -1]
         for row, before in enumerate(prompts[1:]):

@@ -52,7 +52,7 @@ def test_the_step_gives_the_model_s_logits(name, padded, attention):
     for i in range(4):
         steps.append(recorded.step(more[:, i]).clone())
         torch.testing.assert_close(steps[-1], next_logits(model, twin, more[:, i]), atol=1e-5, rtol=0)
-        assert cache.lengths.tolist() == cache.filled.tolist() == twin.lengths.tolist()
+        assert cache.lengths.tolist() == cache.host_lengths.tolist() == twin.lengths.tolist()
     for row in range(2):
         tokens = torch.tensor([prompts[row] + more[row].tolist()], device=DEVICE)
         whole = model(tokens)[0, len(prompts[row]) :]
@@ -134,7 +134,7 @@ def test_a_recording_of_the_step_serves_every_step(name, attention, as_on_a_gpu)
     for token in range(8):
         tokens = torch.tensor([token, token + 20])
         torch.testing.assert_close(recorded.step(tokens), next_logits(model, twin, tokens), atol=1e-5, rtol=0)
-        assert cache.lengths.tolist() == cache.filled.tolist() == twin.lengths.tolist()
+        assert cache.lengths.tolist() == cache.host_lengths.tolist() == twin.lengths.tolist()
         graphs.append(recorded.graph)
     assert graphs[0] is None and graphs[1].calls and all(graph is graphs[1] for graph in graphs[1:])
 

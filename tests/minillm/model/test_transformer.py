@@ -65,7 +65,7 @@ def test_a_text_takes_a_row_while_the_others_go_on(name, recordable):
 
     for row, length in enumerate((9, 4, 6)):
         read(cache.rows(row, row + 1), [row], [length])
-    assert cache.lengths.tolist() == cache.filled.tolist() == [9, 4, 6]
+    assert cache.lengths.tolist() == cache.host_lengths.tolist() == [9, 4, 6]
     read(cache, [0, 1, 2], [1, 1, 1])
     read(cache, [0, 1, 2], [3, 3, 3])  # several tokens at once, of rows that differ in length
     cache.free(1)
@@ -73,7 +73,7 @@ def test_a_text_takes_a_row_while_the_others_go_on(name, recordable):
     read(cache, [0, 3, 2], [1, 1, 1])
     read(cache.rows(1, 2), [3], [3])
     read(cache, [0, 3, 2], [1, 1, 1])
-    assert cache.lengths.tolist() == cache.filled.tolist() == [15, 8, 12]
+    assert cache.lengths.tolist() == cache.host_lengths.tolist() == [15, 8, 12]
     whole = model(tokens)
     for text, logits in enumerate(said):
         got = torch.cat(logits)

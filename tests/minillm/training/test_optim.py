@@ -1,10 +1,12 @@
 import math
+from dataclasses import dataclass
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from minillm.base.errors import UserError
+from minillm.base.options import option
 from minillm.model import ops
 from minillm.model.config import ModelConfig
 from minillm.model.transformer import Transformer
@@ -97,15 +99,20 @@ def test_nothing_to_train_is_said():
 
 
 def test_an_optimizer_without_a_known_learning_rate_is_refused_by_name_and_builds_with_a_given_one(monkeypatch):
-    monkeypatch.setitem(optim.OPTIMIZERS, "adamw", optim.Choice(torch.optim.SGD))
-    monkeypatch.setitem(optim.OPTIMIZERS, "muon", optim.Choice(torch.optim.SGD, lr=0.5))
+    monkeypatch.setitem(optim.OPTIMIZERS, "sgd", optim.Choice(torch.optim.SGD))
+    monkeypatch.setitem(optim.OPTIMIZERS, "half", optim.Choice(torch.optim.SGD, lr=0.5))
+
+    @dataclass(frozen=True)
+    class Config(Sft):  # --optimizer as it is declared where the table has these entries from the start
+        optimizer: str | None = option(None, "an optimizer", tuple(optim.OPTIMIZERS))
+
     refusal = "--optimizer {}: no learning rate is known for it with --tune {}; give one by --lr"
-    for kind, tune in (("adamw", "full"), ("adamw", "lora"), ("muon", "lora")):
+    for kind, tune in (("sgd", "full"), ("sgd", "lora"), ("half", "lora")):
         with pytest.raises(UserError, match=refusal.format(kind, tune)):
-            starting_model.choose_optimizer(Sft(optimizer=kind, tune=tune), 64)
-        assert starting_model.choose_optimizer(Sft(optimizer=kind, tune=tune, lr=0.5), 64).lr == 0.5
-    assert starting_model.choose_optimizer(Sft(optimizer="muon"), 64).lr == 0.5 / 8
-    (built,) = build_optimizers(Transformer(CONFIG), "adamw", lr=0.5, weight_decay=0.1)
+            starting_model.choose_optimizer(Config(optimizer=kind, tune=tune), 64)
+        assert starting_model.choose_optimizer(Config(optimizer=kind, tune=tune, lr=0.5), 64).lr == 0.5
+    assert starting_model.choose_optimizer(Config(optimizer="half"), 64).lr == 0.5 / 8
+    (built,) = build_optimizers(Transformer(CONFIG), "sgd", lr=0.5, weight_decay=0.1)
     assert [group["weight_decay"] for group in built.param_groups] == [0.1, 0.0]
-    with pytest.raises(UserError, match="--optimizer sgdm: choose one of muon, adamw"):
+    with pytest.raises(UserError, match="--optimizer sgdm: choose one of muon, adamw, sgd"):
         build_optimizers(Transformer(CONFIG), "sgdm", lr=0.5, weight_decay=0.1)
