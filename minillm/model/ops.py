@@ -274,7 +274,7 @@ def attention(
 
 
 def _torch_attention(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, is_causal: bool = False, scale: float | None = None
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, *, is_causal: bool = False, scale: float | None = None
 ) -> Tensor:
     """torch's fused attention on (B, T, H, D). mask: bool, of a shape that broadcasts to (B, H, Tq, Tk)."""
     groups = q.shape[2] // k.shape[2]
