@@ -211,6 +211,7 @@ def train(
     held_out_rows: InstructionRows | None,
 ) -> int:
     """Train to the last step, or to a signal; returns the script's exit status. end: how many rows the run has."""
+    # the optimizers, their state if the run goes on, and the model on all ranks
     optimizers = build_optimizers(
         model, training_config.optimizer, lr=training_config.lr, weight_decay=training_config.weight_decay
     )

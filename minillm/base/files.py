@@ -43,6 +43,8 @@ def writing(path: Path) -> Iterator[Path]:
             raise UserError(
                 f"{path}: cannot be written: {problem.strerror or problem}; fix that or choose another --out"
             ) from None
+
+        # no space: say how much was written, how much is free, and whether earlier checkpoints are safe
         files = _files(scratch).values() if scratch.is_dir() else ()
         n_bytes = sum(file.stat().st_size for file in files)
         n_free = shutil.disk_usage(home).free

@@ -106,6 +106,7 @@ def run_script(main: Callable[[], int | None]) -> int:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes it once more at its end
             return 128 + 13  # as if SIGPIPE had ended it
         raise
+    # mistakes and faults that a user can fix become one line
     except UserError as problem:
         line = str(problem)
     except PermissionError as problem:
