@@ -98,7 +98,7 @@ def main() -> int:
     if seq_len > model_config.max_seq_len:
         raise UserError(f"--seq_len {seq_len}: the model's longest context is {model_config.max_seq_len}")
 
-    # data: rows of instructions, packed, with a mask on what is learned
+    # data: rows of instructions, packed, with a mask on the targets that are learned
     is_bundled = training_config.data == Config.data
     if is_bundled and ranks.main:
         bundled.build()

@@ -1,4 +1,4 @@
-"""Files and folders that are whole or absent, whatever ends the process that writes them.
+"""Files and folders that are whole or absent, however the process that writes them ends.
 
 Everything is written to `<name>.tmp-<pid>` first and gets its name by one rename, after its bytes have reached the
 disk. A folder gets a manifest.json with the size and SHA-256 of each file, by which it can be verified.
@@ -119,7 +119,7 @@ def write_folder(path: str | Path, fill: Callable[[Path], None]) -> None:
 
     fill(folder): writes the files into the folder it is given. A folder that exists already is replaced, and
     stays on the disk until the new one is whole. Raises `UserError` with path and bytes when the disk is full,
-    read-only or the like; whatever goes wrong, the old content is left and nothing else.
+    read-only or the like; in every case of failure the old content stays, and nothing else.
     """
     path = Path(path)
     with writing(path) as scratch:
@@ -208,7 +208,7 @@ def verify_folder(path: str | Path) -> list[str]:
 
 
 def refuse_existing(out: str | Path) -> None:
-    """Raise `UserError` if there is something already where a command is to write."""
+    """Raise `UserError` if the place where a command is to write is taken already."""
     if Path(out).exists():
         raise UserError(f"--out {out}: is there already; choose another or delete it")
 
