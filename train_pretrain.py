@@ -56,7 +56,7 @@ class Config(ShapeOptions, options.TuningConfig, TrainingConfig):
     document_attention: bool | None = option(
         None,
         "attention stays inside documents; none: if they are shorter than half a sequence on average, but never with "
-        "virtual tokens, which stand before a whole row",
+        "virtual tokens, which come before a whole row",
         group="data",
     )
     preset: str = option("tiny", "shape of a new model", tuple(config.PRESETS), group=SHAPE)
@@ -211,11 +211,14 @@ def check_row_fits(training_config: Config, model_config: config.ModelConfig, in
 
 def train(training_config: Config, run: Run, model: Transformer, windows: TokenWindows, validation: Validation) -> int:
     """Train to the last step, or to a signal; returns the script's exit status."""
+    # the optimizers, their state if the run goes on, and the model on all ranks
     optimizers = build_optimizers(
         model, training_config.optimizer, lr=training_config.lr, weight_decay=training_config.weight_decay
     )
     state = run.start(TrainState(model, optimizers, run.ranks, run.dtype))
     parallel_model = parallelize(model, run.ranks, training_config.compile)
+
+    # the size of the run
     n_targets = training_config.batch_size * training_config.seq_len  # of a step, over all ranks
     n_tokens = training_config.steps * n_targets
     run.say(f"{starting_model.describe_parameters(model)}, {run.flops / 1e6:.1f} MFLOP a token")

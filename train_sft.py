@@ -98,7 +98,7 @@ def main() -> int:
     if seq_len > model_config.max_seq_len:
         raise UserError(f"--seq_len {seq_len}: the model's longest context is {model_config.max_seq_len}")
 
-    # data: rows of instructions, packed, with a mask on what is learned
+    # data: rows of instructions, packed, with a mask on the targets that are learned
     is_bundled = training_config.data == Config.data
     if is_bundled and ranks.main:
         bundled.build()
@@ -211,6 +211,7 @@ def train(
     held_out_rows: InstructionRows | None,
 ) -> int:
     """Train to the last step, or to a signal; returns the script's exit status. end: how many rows the run has."""
+    # the optimizers, their state if the run goes on, and the model on all ranks
     optimizers = build_optimizers(
         model, training_config.optimizer, lr=training_config.lr, weight_decay=training_config.weight_decay
     )

@@ -1,1 +1,1 @@
-"""What everything else stands on: errors, options, files, the process and its device."""
+"""What all other folders build on: errors, options, files, the process and its device."""

@@ -29,27 +29,33 @@ def parse(config_class: type, description: str, argv: list[str] | None = None, p
     """
     parser = _build_parser(config_class, description, program)
     options = declared(config_class)
-    known, unknown = parser.parse_known_args(argv)
-    for word in unknown:
+
+    # the words of the command line, then the file that they may name
+    arguments, unknown_words = parser.parse_known_args(argv)
+    if unknown_words:
+        word = unknown_words[0]
         name = word.split("=")[0].lstrip("-")
         raise UserError(f"argument {word}: no such option{_nearest(name, options)} (see {parser.prog} --help)")
-    given = {name: value for name, value in vars(known).items() if value is not None}
-    path = given.pop("config", None)
-    from_file = {} if path is None else _read_toml(path, options, parser.prog)
+    from_words = {name: value for name, value in vars(arguments).items() if value is not None}
+    path = from_words.pop("config", None)
+    from_file = {}
+    if path is not None:
+        from_file = _read_toml(path, options, parser.prog)
+        from_file = {name: value for name, value in from_file.items() if name not in from_words}  # the words win
 
-    # what the command line gives counts before what the file says
+    # values of the right type and range, and all problems in one message
     hints = typing.get_type_hints(config_class)
-    values, problems = {}, []
-    for source, where in ((from_file, f"{path}: "), (given, "")):
+    values = {}
+    problems = []
+    for source, prefix in ((from_file, f"{path}: "), (from_words, "")):
         for name, value in source.items():
-            if source is from_file and name in given:
-                continue
             try:
                 values[name] = convert(name, options[name], hints[name], value)
             except UserError as problem:
-                problems.append(f"{where}{problem}")
+                problems.append(f"{prefix}{problem}")
     for field in dataclasses.fields(config_class):
-        if field.default is dataclasses.MISSING and not {field.name} & {*from_file, *given}:
+        is_needed = field.default is dataclasses.MISSING
+        if is_needed and field.name not in from_file and field.name not in from_words:
             problems.append(f"--{field.name} is needed: {options[field.name].help}")
     if problems:
         raise UserError("; ".join(problems))
@@ -57,6 +63,7 @@ def parse(config_class: type, description: str, argv: list[str] | None = None, p
 
 
 def _build_parser(config_class: type, description: str, program: str | None) -> Parser:
+    """argparse's parser of these options, in their groups."""
     parser = Parser(
         prog=program,
         usage=_usage(config_class),
@@ -65,24 +72,28 @@ def _build_parser(config_class: type, description: str, program: str | None) -> 
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    hints = typing.get_type_hints(config_class)
-    defaults = {f.name: f.default for f in dataclasses.fields(config_class)}
     options = declared(config_class)
     titles = dict.fromkeys(its.group for its in options.values())  # in the order of their first options
     groups = {title: parser.add_argument_group(title) for title in titles}
+
+    # all values stay texts here: `convert` makes numbers of them
+    hints = typing.get_type_hints(config_class)
+    defaults = {field.name: field.default for field in dataclasses.fields(config_class)}
     for name, its in options.items():
         kind, _ = value_type(hints[name])
-        many = is_list(kind)
+        has_many = is_list(kind)
         placeholder = "|".join(map(str, its.choices)) if its.choices else PLACEHOLDER.get(kind, "TEXT")
-        add, words = groups[its.group].add_argument, _help(its, defaults[name])
+        add = groups[its.group].add_argument
+        text = _help(its, defaults[name])
         if its.positional:
-            add(name, help=words, metavar=name.upper(), nargs="+" if many else None)
-        elif kind is bool:
-            add(f"--{name}", help=words, metavar=placeholder, nargs="?", const="true")
-        elif many:
-            add(f"--{name}", help=words, metavar=placeholder, nargs="+", action="extend")
+            add(name, help=text, metavar=name.upper(), nargs="+" if has_many else None)
+        elif kind is bool:  # --name alone means true
+            add(f"--{name}", help=text, metavar=placeholder, nargs="?", const="true")
+        elif has_many:
+            add(f"--{name}", help=text, metavar=placeholder, nargs="+", action="extend")
         else:
-            add(f"--{name}", help=words, metavar=placeholder)
+            add(f"--{name}", help=text, metavar=placeholder)
+
     general = parser.add_argument_group("general")
     general.add_argument("--help", "-h", action="help", help="show this and exit")
     general.add_argument("--config", metavar="FILE", help="TOML file of the options above, in lines NAME = VALUE")
@@ -90,24 +101,30 @@ def _build_parser(config_class: type, description: str, program: str | None) -> 
 
 
 def _usage(config_class: type) -> str:
-    """The first line of --help: what must be given, and that options may be."""
+    """The first line of --help: the options that are needed, and that there are others."""
     words = ["%(prog)s"]
+    options = declared(config_class)
     for field in dataclasses.fields(config_class):
-        if field.default is dataclasses.MISSING:
-            words.append(field.name.upper() if declared(config_class)[field.name].positional else f"--{field.name} …")
+        if field.default is not dataclasses.MISSING:
+            continue
+        words.append(field.name.upper() if options[field.name].positional else f"--{field.name} …")
     return " ".join([*words, "[--name value …]", "[--config FILE]"])
 
 
 def _help(its: Option, default) -> str:
     """An option's help text with its range and default."""
-    notes = [f"with --{its.only_with[0]} {'|'.join(its.only_with[1])}" if its.only_with else "", its.limits()]
-    if default is dataclasses.MISSING:
-        notes.append("" if its.positional else "needed")
-    elif default != ():
+    notes = []
+    if its.only_with:
+        other, values = its.only_with
+        notes.append(f"with --{other} {'|'.join(values)}")
+    if its.limits():
+        notes.append(its.limits())
+    if default is dataclasses.MISSING and not its.positional:
+        notes.append("needed")
+    if default is not dataclasses.MISSING and default != ():
         notes.append(f"default {spelled(default)}")
-    notes = ", ".join(filter(None, notes))
-    words = f"{its.help} ({notes})" if notes else its.help
-    return words.replace("%", "%%")
+    text = f"{its.help} ({', '.join(notes)})" if notes else its.help
+    return text.replace("%", "%%")  # argparse reads a single % as the beginning of a name
 
 
 def _read_toml(path: str, options: Collection[str], program: str) -> dict:
@@ -126,6 +143,7 @@ def _read_toml(path: str, options: Collection[str], program: str) -> dict:
     return values
 
 
-def _nearest(name: str, known: Collection[str]) -> str:
-    near = difflib.get_close_matches(name, list(known), n=1)
-    return f"; did you mean --{near[0]}?" if near else ""
+def _nearest(name: str, options: Collection[str]) -> str:
+    """A question for the option whose name is close to this one; empty if none is."""
+    matches = difflib.get_close_matches(name, list(options), n=1)
+    return f"; did you mean --{matches[0]}?" if matches else ""

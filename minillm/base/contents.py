@@ -1,6 +1,6 @@
-"""What a file of others holds: names and values, each checked where it is read.
+"""Names and values in a file that others wrote, each checked where it is read.
 
-A value that is missing or of the wrong kind is named in one line. So only the file's faults are called damage: a
+A value that is missing or of the wrong kind is named in one line. So only faults of the file are called damage: a
 mistake in our own code still ends in a traceback.
 """
 
@@ -21,7 +21,7 @@ WORDS = {
     list[float]: "a list of numbers",
 }
 
-LARGEST = 1 << 64  # a whole number from here on is none that a file means, and may be too large for a float
+LARGEST = 1 << 64  # no file means a whole number from here on, and a float may not hold it
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Contents:
 
 
 def is_of_kind(value: Any, kind: type) -> bool:
-    """Whether a value is of a kind in `WORDS`. A whole number is a number, true and false are none."""
+    """Whether a value is of a kind in `WORDS`. A whole number counts as a number; true and false do not."""
     if get_origin(kind) is list:
         (element,) = get_args(kind)
         return isinstance(value, list) and all(is_of_kind(item, element) for item in value)

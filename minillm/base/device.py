@@ -49,13 +49,16 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
         return None
     if device.type != "cpu":
         return None
-    n, best = 1024, 0.0
-    a, b = torch.randn(n, n).to(dtype), torch.randn(n, n).to(dtype)
+    n = 1024
+    a = torch.randn(n, n).to(dtype)
+    b = torch.randn(n, n).to(dtype)
     out = a @ b
+    best = 0.0
     for _ in range(5):
         begin = time.perf_counter()
         torch.mm(a, b, out=out)
-        best = max(best, 2 * n**3 / (time.perf_counter() - begin))
+        seconds = time.perf_counter() - begin
+        best = max(best, 2 * n**3 / seconds)
     return best
 
 
@@ -63,7 +66,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def autocast(device: torch.device, dtype: torch.dtype):
-    """Context for matrix products in `dtype` and sensitive ops in fp32; for float32 it does nothing."""
+    """A context with matrix products in `dtype` and sensitive ops in fp32; for float32 it does nothing."""
     if dtype == torch.float32:
         return contextlib.nullcontext()
     return torch.autocast(device.type, dtype)
@@ -87,9 +90,9 @@ def pick_device(name: str) -> torch.device:
         if device.type not in ("cpu", "cuda", "mps"):
             raise RuntimeError("neither cpu, cuda nor mps")
         if device.type == "cuda":  # ask the driver: a test tensor would take memory
-            known = torch.cuda.device_count()
-            if (device.index or 0) >= known:
-                raise RuntimeError(f"{known} GPU(s) found")
+            n_gpus = torch.cuda.device_count()
+            if (device.index or 0) >= n_gpus:
+                raise RuntimeError(f"{n_gpus} GPU(s) found")
             if device.index is not None:
                 torch.cuda.set_device(device)  # streams, events and CUDA graphs are the current one's
         else:
@@ -101,22 +104,23 @@ def pick_device(name: str) -> torch.device:
 
 
 def busy_cores() -> str:
-    """What to do if other programs keep this machine's cores busy: torch's threads wait for one another. Else "".
+    """Advice if other programs keep this machine's cores busy, since torch's threads wait for one another. Else "".
 
     The load is that of the last minute, in which a run before this one may have kept as many cores busy as this will.
     """
-    cores, threads = os.cpu_count() or 1, torch.get_num_threads()
+    n_cores = os.cpu_count() or 1
+    n_threads = torch.get_num_threads()
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
-    if threads == 1 or load < cores + threads:
+    if n_threads == 1 or load < n_cores + n_threads:
         return ""
     return (
-        f"the cores were busy in the last minute (load {load:.1f} on {cores}): if steps are slow, set OMP_NUM_THREADS "
-        "to the number of cores that other programs leave free"
+        f"the cores were busy in the last minute (load {load:.1f} on {n_cores}): if steps are slow, set "
+        "OMP_NUM_THREADS to the number of cores that other programs leave free"
     )
 
 
 def keep_freed_memory() -> None:
-    """Have glibc keep freed memory for the next step: on a CPU, new pages for each step cost a tenth of its time."""
+    """Let glibc keep freed memory for the next step: on a CPU, new pages for each step cost a tenth of its time."""
     with contextlib.suppress(OSError, AttributeError):
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD: blocks below 1 GiB come from the heap

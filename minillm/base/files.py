@@ -1,4 +1,4 @@
-"""Files and folders that are whole or absent, whatever ends the process that writes them.
+"""Files and folders that are whole or absent, however the process that writes them ends.
 
 Everything is written to `<name>.tmp-<pid>` first and gets its name by one rename, after its bytes have reached the
 disk. A folder gets a manifest.json with the size and SHA-256 of each file, by which it can be verified.
@@ -27,27 +27,34 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # no space left, or a quota or
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[Path]:
-    """Gives a scratch path to write to before renaming it to `path`. It is gone again in the end, whatever goes
-    wrong, and an OSError becomes a `UserError`."""
+    """A context with a scratch path to write to before renaming it to `path`.
+
+    Whatever goes wrong, nothing is left of it in the end, and an OSError becomes a `UserError`.
+    """
     scratch = path.with_name(f"{path.name}.tmp-{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield scratch
     except OSError as problem:
-        home = next(place for place in path.absolute().parents if place.exists())
+        home = next(parent for parent in path.absolute().parents if parent.exists())
         if home.is_file():
             raise UserError(f"{path}: cannot be written: {home} is a file; choose another --out") from None
         if problem.errno not in FULL:
             raise UserError(
                 f"{path}: cannot be written: {problem.strerror or problem}; fix that or choose another --out"
             ) from None
+
+        # no space: say how much was written, how much is free, and whether earlier checkpoints are safe
         files = _files(scratch).values() if scratch.is_dir() else ()
-        written, free = sum(file.stat().st_size for file in files), shutil.disk_usage(home).free
-        kept = "; earlier checkpoints are untouched" if any(home.glob("step-????????")) else ""
-        raise UserError(
-            f"{path}: writing failed after {written:,} bytes: {problem.strerror} ({free:,} bytes free there); "
-            f"free space or choose another --out{kept}"
-        ) from None
+        n_bytes = sum(file.stat().st_size for file in files)
+        n_free = shutil.disk_usage(home).free
+        message = (
+            f"{path}: writing failed after {n_bytes:,} bytes: {problem.strerror} ({n_free:,} bytes free there); "
+            "free space or choose another --out"
+        )
+        if any(home.glob("step-????????")):
+            message += "; earlier checkpoints are untouched"
+        raise UserError(message) from None
     finally:
         discard(scratch)
 
@@ -60,10 +67,10 @@ def discard(path: Path) -> None:
 
 def sync(path: Path) -> None:
     """Wait until a file's bytes, or a folder's list of names, are on the disk."""
-    windows = os.name == "nt"
-    if windows and path.is_dir():
+    on_windows = os.name == "nt"
+    if on_windows and path.is_dir():
         return  # Windows cannot sync a folder, and need not
-    handle = os.open(path, os.O_RDWR if windows else os.O_RDONLY)
+    handle = os.open(path, os.O_RDWR if on_windows else os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
@@ -72,9 +79,9 @@ def sync(path: Path) -> None:
 
 def _files(folder: Path) -> dict[str, Path]:
     """Every file under `folder` by its relative name, sorted; the manifest itself left out."""
-    found = {file.relative_to(folder).as_posix(): file for file in folder.rglob("*") if file.is_file()}
-    found.pop(MANIFEST, None)
-    return dict(sorted(found.items()))
+    files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
+    files.pop(MANIFEST, None)
+    return dict(sorted(files.items()))
 
 
 def sha256(file: Path) -> str:
@@ -84,6 +91,7 @@ def sha256(file: Path) -> str:
 
 
 def _describe(file: Path) -> dict:
+    """A file's entry in a manifest."""
     return {"size": file.stat().st_size, "sha256": sha256(file)}
 
 
@@ -94,8 +102,12 @@ def write_json_atomically(path: str | Path, value) -> None:
 
 
 def write_file(path: str | Path, write: Callable[[Path], None]) -> None:
-    """Make the file `path` appear whole or not at all; write(place): writes it. Raises `UserError` naming the path."""
-    with writing(path := Path(path)) as scratch:
+    """Make the file `path` appear whole or not at all; write(scratch) writes it to another name at first.
+
+    Raises `UserError` naming the path.
+    """
+    path = Path(path)
+    with writing(path) as scratch:
         write(scratch)
         sync(scratch)
         scratch.replace(path)
@@ -107,47 +119,59 @@ def write_folder(path: str | Path, fill: Callable[[Path], None]) -> None:
 
     fill(folder): writes the files into the folder it is given. A folder that exists already is replaced, and
     stays on the disk until the new one is whole. Raises `UserError` with path and bytes when the disk is full,
-    read-only or the like; whatever goes wrong, the old content is left and nothing else.
+    read-only or the like; in every case of failure the old content stays, and nothing else.
     """
-    with writing(path := Path(path)) as scratch:
+    path = Path(path)
+    with writing(path) as scratch:
         discard(scratch)
         scratch.mkdir()
         fill(scratch)
+
+        # the manifest, once all files have reached the disk
         files = _files(scratch)
-        (scratch / MANIFEST).touch()
+        manifest_file = scratch / MANIFEST
+        manifest_file.touch()
         for file in files.values():  # safetensors makes files that only their owner may read
-            file.chmod((scratch / MANIFEST).stat().st_mode)
+            file.chmod(manifest_file.stat().st_mode)
         with ThreadPoolExecutor() as pool:  # hashing runs outside Python's lock: one core per file
             list(pool.map(sync, files.values()))
-            manifest = {"format": 1, "files": dict(zip(files, pool.map(_describe, files.values()), strict=True))}
-        (scratch / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-        sync(scratch / MANIFEST)
-        for folder in (*(f for f in scratch.rglob("*") if f.is_dir()), scratch):
-            sync(folder)
+            entries = list(pool.map(_describe, files.values()))
+        manifest = {"format": 1, "files": dict(zip(files, entries, strict=True))}
+        manifest_file.write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+        sync(manifest_file)
+
+        # the folders, then the new name
+        for folder in scratch.rglob("*"):
+            if folder.is_dir():
+                sync(folder)
+        sync(scratch)
         _put_in_place(scratch, path)
 
 
 def _put_in_place(scratch: Path, path: Path) -> None:
+    """Rename a whole folder to `path`, in place of the one that may have this name."""
     # A rename cannot replace a folder that has files, so the old one is first renamed to a name from which
     # run_folder.clean_stale restores it, should we be killed between the two renames.
-    aside = path.with_name(path.name + ".old")
+    old = path.with_name(path.name + ".old")
     if path.exists() and verify_folder(path):
-        shutil.rmtree(path)  # damaged: worth less than an older one that may still be aside
+        shutil.rmtree(path)  # damaged: worth less than an older one that may still have the other name
     elif path.exists():
-        shutil.rmtree(aside, ignore_errors=True)
-        path.rename(aside)
+        shutil.rmtree(old, ignore_errors=True)
+        path.rename(old)
     scratch.rename(path)
     sync(path.parent)
-    shutil.rmtree(aside, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def verify_folder(path: str | Path) -> list[str]:
-    """What is wrong with a folder that `write_folder` wrote; empty when every file is as it was written.
+    """What is wrong with a folder that `write_folder` wrote, a line each; empty if every file is as it was written.
 
     Files added later are allowed, except weights (*.safetensors and their index), which a loader might read. Raises
     PermissionError for a file that may not be read, since that is not damage.
     """
     path = Path(path)
+
+    # what the manifest says
     try:
         files = json.loads((path / MANIFEST).read_text(encoding="utf-8"))["files"]
         expected = {name: (entry["size"], entry["sha256"]) for name, entry in files.items()}
@@ -155,32 +179,36 @@ def verify_folder(path: str | Path) -> list[str]:
         raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as problem:
         return [f"{MANIFEST} cannot be read ({type(problem).__name__}: {problem})"]
+
+    # which files are missing, and which were added
     present = _files(path)
     problems = [f"{name} is missing" for name in expected if name not in present]
-    problems += [
-        f"{name} was added"
-        for name in present
-        if name not in expected and name.endswith((".safetensors", ".safetensors.index.json"))
-    ]
+    for name in present:
+        if name not in expected and name.endswith((".safetensors", ".safetensors.index.json")):
+            problems.append(f"{name} was added")
 
+    # whether the others are the same bytes
     def compare(name: str) -> str | None:
+        size_expected, sha256_expected = expected[name]
         try:
             size = present[name].stat().st_size
-            if size != expected[name][0]:
-                return f"{name} has {size:,} bytes instead of {expected[name][0]:,}"
-            return None if sha256(present[name]) == expected[name][1] else f"{name} differs from its checksum"
+            if size != size_expected:
+                return f"{name} has {size:,} bytes instead of {size_expected:,}"
+            if sha256(present[name]) != sha256_expected:
+                return f"{name} differs from its checksum"
         except PermissionError:
             raise
         except OSError as problem:  # a bad sector
             return f"{name} cannot be read ({problem.strerror})"
+        return None
 
     with ThreadPoolExecutor() as pool:
-        found = pool.map(compare, (name for name in expected if name in present))
-        return problems + [problem for problem in found if problem]
+        results = pool.map(compare, [name for name in expected if name in present])
+        return problems + [problem for problem in results if problem]
 
 
 def refuse_existing(out: str | Path) -> None:
-    """Raise `UserError` if there is something already where a command is to write."""
+    """Raise `UserError` if the place where a command is to write is taken already."""
     if Path(out).exists():
         raise UserError(f"--out {out}: is there already; choose another or delete it")
 
@@ -189,12 +217,13 @@ def memory_bytes() -> float:
     """The machine's memory with its swap, or this container's share of it; infinite where the system does not say."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
-        found = sum(1024 * int(line.split()[1]) for line in lines if line.startswith(("MemTotal:", "SwapTotal:")))
     except OSError:
         return float("inf")
+    totals = [line.split() for line in lines if line.startswith(("MemTotal:", "SwapTotal:"))]  # name, KiB, unit
+    n_bytes = sum(1024 * int(kib) for _, kib, *_ in totals)
     with contextlib.suppress(OSError, ValueError):  # ValueError: "max"
-        found = min(found, int(Path("/sys/fs/cgroup/memory.max").read_text()))
-    return found
+        n_bytes = min(n_bytes, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    return n_bytes
 
 
 def check_writable(path: str | Path, bytes_needed: int, largest_file: int = 0) -> None:

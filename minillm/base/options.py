@@ -24,7 +24,7 @@ NONE = "none"  # how a command line or a file spells None
 
 @dataclass(frozen=True)
 class Option:
-    """What is known of an option besides its name, type and default.
+    """The properties of an option besides its name, type and default.
 
     help: what it means, with its unit; where None is allowed, also what None means, as "none: …".
     choices: the values there are, if they are few.
@@ -51,7 +51,8 @@ class Option:
         if value is None:
             return None
         if isinstance(value, tuple):
-            return next(filter(None, map(self.problem, value)), None)
+            problems = [self.problem(item) for item in value]
+            return next((problem for problem in problems if problem), None)
         if self.choices and value not in self.choices:
             return f"choose one of {', '.join(map(str, self.choices))}"
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
@@ -74,12 +75,14 @@ class Option:
 
     def limits(self) -> str:
         """The range in words, such as "0 to below 1"; empty if there is none."""
+        upper = ""
         if self.at_most is not None:
             upper = f"{self.at_most:,}"
-        else:
-            upper = "" if self.below is None else f"below {self.below:,}"
+        elif self.below is not None:
+            upper = f"below {self.below:,}"
+
         if self.above is not None:
-            return f"above {self.above:,}" + (f" to {upper}" if upper else "")
+            return f"above {self.above:,} to {upper}" if upper else f"above {self.above:,}"
         if self.at_least is not None:
             return f"{self.at_least:,} to {upper}" if upper else f"at least {self.at_least:,}"
         return f"at most {upper}" if self.at_most is not None else upper
@@ -91,13 +94,13 @@ def option(default=dataclasses.MISSING, help: str = "", choices: tuple | None = 
 
 
 def declared(config_class) -> dict[str, Option]:
-    """The options of a dataclass (or of an instance) by name; fields that are none are left out."""
+    """The options of a dataclass (or of an instance) by name; other fields are left out."""
     fields = dataclasses.fields(config_class)
     return {f.name: f.metadata["option"] for f in fields if "option" in f.metadata}
 
 
 def out_of_range(config, form: str = "--{name} {value}") -> list[str]:
-    """What is wrong with single values of an instance, a line each, which begins by naming the value in this form."""
+    """What is wrong with single values of an instance, a line each; form: how the line names the value."""
     problems = []
     for name, its in declared(config).items():
         value = getattr(config, name)
@@ -108,26 +111,23 @@ def out_of_range(config, form: str = "--{name} {value}") -> list[str]:
 
 
 def without_meaning(config) -> list[str]:
-    """The options of an instance that have a value, but not the other option without which they mean nothing."""
+    """What is wrong with options that have a value, but not the other option without which they mean nothing."""
     defaults = {f.name: f.default for f in dataclasses.fields(config)}
     problems = []
     for name, its in declared(config).items():
         value = getattr(config, name)
         if its.only_with is None or value == defaults[name]:
             continue
-        other, wanted = its.only_with
-        present = getattr(config, other)
-        if present not in wanted:
-            choose = f"leave it out, or choose {' or '.join(wanted)}"
-            problems.append(f"--{name} {value}: means nothing with --{other} {present}; {choose}")
+        other, values_needed = its.only_with
+        other_value = getattr(config, other)
+        if other_value not in values_needed:
+            remedy = f"leave it out, or choose {' or '.join(values_needed)}"
+            problems.append(f"--{name} {value}: means nothing with --{other} {other_value}; {remedy}")
     return problems
 
 
 class Options:
-    """The base of a dataclass of options: an instance with a value out of range cannot be made.
-
-    Raises one `UserError` that lists all problems.
-    """
+    """The base of a dataclass of options. Making an instance raises one `UserError` that lists all problems."""
 
     def __post_init__(self):
         problems = [*without_meaning(self), *out_of_range(self), *self.problems()]
@@ -140,22 +140,24 @@ class Options:
 
 
 def optional_copy(config_class: type, group: str, leave_out: tuple[str, ...] = ()) -> type:
-    """A dataclass with the options of another, where each may also be None, and is unless it is given.
+    """A dataclass with the options of another, where each may also be None, which is its default.
 
-    group: the heading of all of them. leave_out: names of options that the copy shall not have.
+    group: the heading of all of them. leave_out: names of options that the copy does not have.
     """
     hints = typing.get_type_hints(config_class)
     fields = []
     for name, its in declared(config_class).items():
-        if name not in leave_out:
-            copied = field(default=None, metadata={"option": dataclasses.replace(its, group=group)})
-            fields.append((name, hints[name] | None, copied))
+        if name in leave_out:
+            continue
+        its_copy = dataclasses.replace(its, group=group)
+        fields.append((name, hints[name] | None, field(default=None, metadata={"option": its_copy})))
     return dataclasses.make_dataclass(f"Optional{config_class.__name__}", fields, bases=(Options,), frozen=True)
 
 
 def part(config, config_class: type):
     """An instance of a dataclass from the values that a larger one has under the same names."""
-    return config_class(**{f.name: getattr(config, f.name) for f in dataclasses.fields(config_class)})
+    values = {f.name: getattr(config, f.name) for f in dataclasses.fields(config_class)}
+    return config_class(**values)
 
 
 # ---- values
@@ -185,9 +187,9 @@ def convert(name: str, its: Option, hint, value):
     if isinstance(value, str) and value.lower() == NONE and none_is_allowed:
         return None
     if is_list(kind):
-        element = typing.get_args(kind)[0]
-        values = value if isinstance(value, list) else [value]
-        return tuple(convert(name, its, element, one) for one in values)
+        item_type = typing.get_args(kind)[0]
+        items = value if isinstance(value, list) else [value]
+        return tuple(convert(name, its, item_type, item) for item in items)
     if its.choices and kind is str and value not in its.choices:
         raise UserError(f"--{name} {value}: {its.problem(str(value))}")
     try:
@@ -204,11 +206,11 @@ def convert(name: str, its: Option, hint, value):
 
 
 def _read(kind: type, value, may_be_blank: bool):
-    """`value` as this type; raises ValueError and the like for one that is none."""
+    """`value` as this type; raises ValueError, KeyError, TypeError or OverflowError if it does not spell one."""
     if kind is bool:
         return {"true": True, "false": False, "1": True, "0": False}[str(value).lower()]
     if isinstance(value, bool | list | dict):
-        raise ValueError  # a TOML file's true is no number, and its list no text, though Python could make it one
+        raise ValueError  # Python would take a TOML file's true for a number, and its list for a text
     if kind is str and not may_be_blank and not str(value).strip():
         raise ValueError
     if kind is int and not isinstance(value, int):
@@ -220,7 +222,7 @@ def _read(kind: type, value, may_be_blank: bool):
 
 
 def spelled(value) -> str:
-    """A value as one types it on a command line."""
+    """A value as it is typed on a command line."""
     if value is None:
         return NONE
     if isinstance(value, bool):
@@ -254,12 +256,13 @@ def to_toml(config) -> str:
 
 
 def write_toml(config, path: Path) -> None:
-    """Write `to_toml`; bytes of a path that are no UTF-8 become escapes, which no TOML reader takes for a name."""
+    """Write `to_toml`; bytes of a path that are not UTF-8 become escapes, which no TOML reader takes for a name."""
     head = f'# All options of a run, as --config reads them; "{NONE}": not set.\n\n'
     path.write_text(head + to_toml(config), encoding="utf-8", errors="backslashreplace", newline="\n")
 
 
 def _toml_value(value) -> str:
+    """A value as TOML spells it."""
     if value is None:
         return f'"{NONE}"'
     if isinstance(value, tuple):

@@ -1,4 +1,4 @@
-"""A process and its end: signals that never cut a save, a lock with one owner, one line for an error."""
+"""A process and its end: signals that never interrupt a save, a lock with one owner, one line for an error."""
 
 import io
 import os
@@ -48,72 +48,92 @@ class RunLock:
         self.file.flush()
 
     def release(self) -> None:
-        """Let go before the process ends."""
+        """Unlock before the process ends."""
         self.file.close()
 
 
 class StopSignals:
-    """Turns SIGTERM and Ctrl-C into a request that the loop honours between two steps.
+    """Turns SIGTERM and Ctrl-C into a request that training obeys between two steps (`Run.steps`).
 
-    The loop sees `requested` (signal number, 0 for none), saves one checkpoint and exits with 128 + that number: 130
-    after Ctrl-C, 143 after SIGTERM. A second signal changes nothing; a third Ctrl-C ends the process at once. torchrun
-    passes SIGTERM on to every rank and kills them after 30 s; a save cut short by that leaves the checkpoint before.
+    After the step, `Run.steps` sees `requested` (signal number, 0 for none), saves one checkpoint and stops; the script
+    exits with 128 + that number: 130 after Ctrl-C, 143 after SIGTERM. A second signal changes nothing; a third Ctrl-C
+    ends the process at once. torchrun passes SIGTERM on to every rank and kills them after 30 s; if that interrupts a
+    save, the checkpoint before it stays the newest.
     """
 
     def __init__(self):
-        self.requested, self.interrupts = 0, 0
-        self.before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
-        if hasattr(os, "register_at_fork"):  # a worker process must end when told to
+        self.requested = 0
+        self.interrupts = 0  # how often Ctrl-C came
+        self.old_handlers = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+        if hasattr(os, "register_at_fork"):  # a worker process must end when a signal tells it to
             os.register_at_fork(after_in_child=self.restore)
 
     def _note(self, number: int, frame) -> None:
-        nth = self.interrupts = self.interrupts + (number == signal.SIGINT)  # the next may come meanwhile
+        """The handler of both signals."""
+        nth = self.interrupts + (number == signal.SIGINT)
+        self.interrupts = nth  # at once: the next signal may come before the end of this function
         if nth == 2:
-            signal.signal(signal.SIGINT, signal.SIG_DFL)  # the next is the system's, even inside a long call
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # the system handles the next, even inside a long call
         if os.environ.get("RANK", "0") == "0":
-            ends = "once more ends at once, unsaved" if nth == 2 else "finishing this step, then saving"
-            os.write(2, f"\n{signal.Signals(number).name}: {ends}\n".encode())  # print is not safe in here
+            effect = "once more ends at once, unsaved" if nth == 2 else "finishing this step, then saving"
+            os.write(2, f"\n{signal.Signals(number).name}: {effect}\n".encode())  # print is not safe in a handler
         self.requested = self.requested or int(number)
 
     def restore(self) -> None:
-        """Give the signals back to whoever had them before."""
-        for number, handler in self.before.items():
+        """Give the signals back to their handlers from before."""
+        for number, handler in self.old_handlers.items():
             signal.signal(number, handler)
 
 
 def run_script(main: Callable[[], int | None]) -> int:
     """Run a script's main and return its exit status.
 
-    130 after Ctrl-C; 141 if whoever reads the output has stopped reading; 2 and one line on stderr for a `UserError`, a
-    file without permission, or when memory runs out.
+    130 after Ctrl-C; 141 if the reader of the output has closed it; 2 and one line on stderr for a `UserError`, a file
+    without permission, or when memory runs out.
     """
-    rank = os.environ.get("RANK", "0")
-    who = "error" if rank == "0" else f"error: rank {rank}"
     if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
         sys.stdout.reconfigure(errors="replace")  # a terminal that is not UTF-8 shows "?" for what it does not have
     try:
         status = main() or 0
-        print(end="", flush=True)  # what is buffered, while a closed pipe can still be told
+        print(end="", flush=True)  # flush here, where a closed pipe is handled
         return status
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
         try:
             print(flush=True)
-        except BrokenPipeError:  # it was stdout's: `| head` has seen enough
+        except BrokenPipeError:  # the pipe is stdout's: `| head` has read enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes it once more at its end
             return 128 + 13  # as if SIGPIPE had ended it
         raise
+    # mistakes and faults that a user can fix become one line
     except UserError as problem:
         line = str(problem)
     except PermissionError as problem:
         line = f"{problem.filename}: {problem.strerror or problem}; fix its permissions (chmod)"
     except (MemoryError, RuntimeError) as problem:
-        text = str(problem)  # the first is torch's wording on a GPU, the second on a CPU
-        if not isinstance(problem, MemoryError) and not re.search("out of memory|can't allocate memory", text):
+        if not _is_out_of_memory(problem):
             raise
-        asked = re.search(r"allocate [\d.,]+ \w+", text)
-        line = f"out of memory (could not {asked[0]})" if asked else "out of memory"
-        line += ": to train, halve --micro_batch_size, set --checkpoint_activations true, or choose a smaller --preset"
-    print(f"{who}: {line}", file=sys.stderr, flush=True)
+        line = _out_of_memory_line(str(problem))
+    rank = os.environ.get("RANK", "0")
+    prefix = "error" if rank == "0" else f"error: rank {rank}"
+    print(f"{prefix}: {line}", file=sys.stderr, flush=True)
     return 2
+
+
+def _is_out_of_memory(problem: MemoryError | RuntimeError) -> bool:
+    """torch raises RuntimeErrors, in the first wording on a GPU and in the second on a CPU."""
+    if isinstance(problem, MemoryError):
+        return True
+    return re.search("out of memory|can't allocate memory", str(problem)) is not None
+
+
+def _out_of_memory_line(message: str) -> str:
+    """One line with the size that could not be allocated, if the message has it, and the remedies."""
+    line = "out of memory"
+    size = re.search(r"allocate [\d.,]+ \w+", message)
+    if size:
+        line += f" (could not {size[0]})"
+    return (
+        f"{line}: to train, halve --micro_batch_size, set --checkpoint_activations true, or choose a smaller --preset"
+    )

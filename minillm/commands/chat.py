@@ -69,7 +69,7 @@ def run(config: Config) -> None:
             print("(that line is not UTF-8, so it was not asked: set the terminal or file to UTF-8 and ask again)")
             continue
 
-        # answer it, from as much of the conversation as the model shall see
+        # answer it, from the last turns of the conversation
         conversation = [*messages, {"role": "user", "content": question}]
         if turns is not None:  # of the earlier messages only the last turns - 1 questions and answers
             end = len(conversation) - 2 * turns + 1

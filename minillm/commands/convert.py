@@ -51,7 +51,7 @@ def convert(model_path: str, out: str | Path, format: str, options: ConversionOp
         files.write_file(out, lambda path: gguf.write_file(model, tokenizer, path, dtype))
         n_bytes = out.stat().st_size
 
-    # tell what is there now
+    # the result in a line
     vocabulary = "no tokenizer (--tokenizer names one to take)"
     if tokenizer:
         vocabulary = f"{tokenizer.vocab_size:,} pieces"

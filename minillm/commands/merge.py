@@ -1,4 +1,4 @@
-"""Fold an adapter into its base: a plain model folder, for whatever knows no adapters."""
+"""Fold an adapter into its base: a plain model folder, for programs that know no adapters."""
 
 from dataclasses import dataclass
 

@@ -66,6 +66,8 @@ def exact_match(
         print(
             f"{n_too_long} of {len(texts)} questions fill the context of {context_of(model)} tokens: counted as wrong"
         )
+
+    # count by family
     scores: dict[str, tuple[int, int]] = {}
     for row, text in zip(questions, texts, strict=True):
         family = str(row.get("family", "all"))  # perhaps a number

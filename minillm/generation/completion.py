@@ -237,9 +237,11 @@ def generate(
             is_stopped[row] = any(s in tail for s in stop_strings)
         return is_stopped[row]
 
+    # all steps, whose tokens `ended` collects
     for _ in steps(model, prompts, max_new_tokens, sampling=sampling, ended=ended):
         pass
 
+    # why each row ended
     completions = []
     for tokens, stopped in zip(new_tokens, is_stopped, strict=True):
         reason = "stop" if stopped else _why_unstopped(tokens, max_new_tokens)

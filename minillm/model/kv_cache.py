@@ -1,6 +1,6 @@
 """Keys and values of the tokens already read, so that each new token costs one step.
 
-Each row of the cache is a slot for one text, and has a length of its own:
+Each row of the cache has room for one text, and rows differ in length:
 
     row 0   a b c d . . . .     length 4          one more token a row:   a b c d E . . .
     row 1   f g . . . . . .     length 2                                  f g H . . . . .
@@ -50,7 +50,7 @@ class KVCache:
         return max(self.host_lengths.tolist())
 
     def check_room(self, n_tokens: int) -> None:
-        """Raise ValueError unless every row can take so many more tokens."""
+        """Raise ValueError unless every row has room for `n_tokens` more."""
         if self.longest + n_tokens > self.max_len:
             raise ValueError(f"the cache holds {self.max_len} tokens, {self.longest + n_tokens} were given")
 
@@ -71,7 +71,7 @@ class KVCache:
             self.read_slots = slice(end)
             return self.new_slots
 
-        # each row has a length of its own: row b begins at slot b · T_max of the flattened cache (B·T_max, K, D)
+        # rows differ in length: row b begins at slot b · T_max of the flattened cache (B·T_max, K, D)
         device = self.lengths.device
         offsets = torch.arange(n_tokens, device=device)  # (T,)
         first_slots = torch.arange(len(lengths), device=device) * self.max_len  # (B,)
@@ -105,7 +105,7 @@ class KVCache:
     # ---- rows come and go
 
     def shorten(self, lengths: list[int]) -> None:
-        """Forget what each row holds beyond so many tokens, for example the padding of a shorter prompt."""
+        """Forget the tokens of each row beyond its new length, for example the padding of a shorter prompt."""
         self.host_lengths[:] = lengths
         self.lengths.copy_(torch.from_numpy(self.host_lengths))
 

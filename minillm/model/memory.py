@@ -171,7 +171,7 @@ def check_memory(training_config, shape: ModelConfig, device: torch.device) -> N
     On a CPU, and without activations: the weights alone for a frozen base, else also gradients and one moment.
     """
     if device.type != "cpu":
-        return  # a GPU raises an error of its own
+        return  # on a GPU torch raises an error
 
     # bytes that the processes of this machine need at least
     trains_all = training_config.tune == "full"

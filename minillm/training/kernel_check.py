@@ -2,7 +2,7 @@
 
 There are more combinations of GPU, driver and compiler than anyone can test. So the first run on a GPU compares a small
 model computed by our kernels with the same model computed by torch: loss, every gradient, an optimizer's step, and
-generated tokens. This runs in a process of its own, since a kernel that fails can break its process's CUDA context, or
+generated tokens. This runs in another process, since a kernel that fails can break its process's CUDA context, or
 hang; if the GPU accepts no second process, it runs in the training process. If anything differs, the run uses torch's
 ops and says so. A success is remembered for this GPU, these versions and this source; `--impl triton` skips the check.
 Products with a quantized base are compared by the first run that has one.

@@ -15,7 +15,7 @@ from minillm.tokenizer import edit, train
 from minillm.tokenizer.tokenizer import Tokenizer
 
 STRETCH = 4000  # characters; documents are learnt from or held out in stretches of at most this length
-HELD_OUT = 50  # one stretch in so many is held out
+HELD_OUT = 50  # of this many stretches one is held out
 HELD_OUT_CHARACTERS = 1 << 20  # but no more than this in all
 
 
