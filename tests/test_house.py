@@ -29,20 +29,20 @@ KERNEL_USERS = {"minillm/model/ops.py", "minillm/model/quant.py"}
 # Tokens of code that each folder may hold: a line break, a comment or a longer name costs nothing, a new idea does.
 # What it held when it was last weighed, plus a tenth.
 BUDGET = {
-    "kernels": 64_300,
-    "base": 5_950,
-    "model": 11_000,
-    "tokenizer": 13_600,  # every tokenizer.json and the chat templates of others came in
-    "datasets": 10_000,
-    "distributed": 1_900,
-    "checkpoint": 14_700,
-    "data": 16_600,
-    "tuning": 10_500,
-    "generation": 5_750,
-    "evaluation": 1_950,
-    "training": 11_500,
-    "commands": 12_250,
-    "scripts": 4_700,
+    "kernels": 71_900,
+    "base": 6_300,
+    "model": 12_900,
+    "tokenizer": 14_000,
+    "datasets": 11_000,
+    "distributed": 2_100,
+    "checkpoint": 14_750,
+    "data": 17_850,
+    "tuning": 11_300,
+    "generation": 4_000,
+    "evaluation": 2_000,
+    "training": 11_900,
+    "commands": 11_850,
+    "scripts": 4_400,
 }
 MOST_FILES = 12  # of one folder, besides its __init__.py
 MOST_LINES = {"file": 300, "function": 60}
