@@ -120,7 +120,8 @@ def _blocks_are_quicker() -> bool:
     return torch.backends.mkl.is_available() and processor.exists() and "AuthenticAMD" in processor.read_text()
 
 
-_large_by_blocks = _blocks_are_quicker()
+# From so many numbers on; a smaller matrix (2 MB) may still be in the processor's cache from the step before.
+_large_matrix = 2**19 if _blocks_are_quicker() else math.inf
 
 # At import, not inside an op: torch.compile cannot trace an import.
 if _gpu_is_supported() and importlib.util.find_spec("triton") is not None and not _lacking():
@@ -338,25 +339,22 @@ def _linear_of_step(x: Tensor, layer: nn.Module) -> Tensor:
     if type(layer) is not nn.Linear or layer._forward_hooks or layer._forward_pre_hooks:
         return layer(x)
     weight, bias = layer._parameters["weight"], layer._parameters["bias"]
-    large = _large_by_blocks and weight.numel() >= LARGE_MATRIX
-    if large and len(x) == 1 and weight.is_contiguous():
+    if weight.numel() >= _large_matrix and len(x) == 1 and weight.is_contiguous():
         return _linear_by_blocks(x, weight, bias)
     return F.linear(x, weight, bias)
 
 
-LARGE_MATRIX = 2**19  # numbers, 2 MB: smaller ones may still be in the processor's cache from the step before
 BLOCK = 16  # rows of a matrix; many, so that there are enough for all threads
 
 
 def _linear_by_blocks(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """`F.linear` of one row x (1, 1, C), for which W (K, C) is read in blocks of rows: see `_blocks_are_quicker`."""
-    n_blocks, n_left = divmod(weight.shape[0], BLOCK)
-    n_whole = n_blocks * BLOCK
-    blocks = weight[:n_whole].view(n_blocks, BLOCK, weight.shape[1])
-    column = x[0].t().expand(n_blocks, -1, -1)  # (blocks, C, 1); of other strides MKL takes a slow way
+    n_whole = len(weight) // BLOCK * BLOCK  # rows in whole blocks
+    blocks = weight[:n_whole].view(-1, BLOCK, weight.shape[1])
+    column = x.mT.expand(len(blocks), -1, -1)  # (blocks, C, 1); of other strides MKL takes a slow way
     out = torch.bmm(blocks, column).view(1, 1, n_whole)
-    if n_left:
-        out = torch.cat((out, F.linear(x, weight[n_whole:])), dim=-1)
+    if n_whole < len(weight):
+        out = torch.cat((out, F.linear(x, weight[n_whole:])), -1)
     return out if bias is None else out + bias
 
 

@@ -135,8 +135,7 @@ def test_a_product_by_blocks_is_the_product(width, bias, monkeypatch):
     """Of one token; several rows and matrices that are not contiguous go the usual way, and hooks are called."""
     calls = []
     by_blocks = ops._linear_by_blocks
-    monkeypatch.setattr(ops, "_large_by_blocks", True)
-    monkeypatch.setattr(ops, "LARGE_MATRIX", 0)
+    monkeypatch.setattr(ops, "_large_matrix", 0)
     monkeypatch.setattr(ops, "_linear_by_blocks", lambda *args: calls.append(args) or by_blocks(*args))
     layer = torch.nn.Linear(40, width, bias=bias)
     for x, n_calls in ((draw(1, 1, 40), 1), (draw(2, 1, 40), 1), (draw(1, 3, 40), 1)):
