@@ -272,7 +272,7 @@ class Transformer(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Scores of every vocabulary entry (B, T, V) from `hidden` (B, T, C), soft-capped if configured."""
-        logits = self.lm_head(hidden)
+        logits = ops.linear(hidden, self.lm_head)
         cap = self.config.softcap
         return logits if cap is None else cap * torch.tanh(logits / cap)
 

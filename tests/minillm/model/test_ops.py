@@ -128,6 +128,26 @@ def test_layers_that_are_more_than_products_are_called():
         assert torch.equal(ops.linears(x, layer)[0], layer(x))
 
 
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("width", [7, 64, 77])
+@torch.no_grad()
+def test_a_product_by_blocks_is_the_product(width, bias, monkeypatch):
+    """Of one token; several rows and matrices that are not contiguous go the usual way, and hooks are called."""
+    calls = []
+    by_blocks = ops._linear_by_blocks
+    monkeypatch.setattr(ops, "_large_matrix", 0)
+    monkeypatch.setattr(ops, "_linear_by_blocks", lambda *args: calls.append(args) or by_blocks(*args))
+    layer = torch.nn.Linear(40, width, bias=bias)
+    for x, n_calls in ((draw(1, 1, 40), 1), (draw(2, 1, 40), 1), (draw(1, 3, 40), 1)):
+        assert error(ops.linear(x, layer), layer(x)) < 1e-6
+        assert len(calls) == n_calls
+    layer.weight.data = layer.weight.data.t().contiguous().t()
+    assert error(ops.linear(draw(1, 1, 40), layer), layer(draw(1, 1, 40))) < 1e-6
+    layer.register_forward_hook(lambda module, args, out: 2 * out)
+    assert error(ops.linear(draw(1, 1, 40), layer), layer(draw(1, 1, 40))) < 1e-6
+    assert len(calls) == 1
+
+
 @pytest.mark.parametrize("queries", [5, 3])
 def test_attention_of_fewer_keys_than_queries_is_the_reference(queries):
     """The last query stands at the last key, and the first see none."""
