@@ -6,9 +6,7 @@ torch      torch's own fused ops
 reference  the specification in `kernels/reference.py`: slow, to read and to compare with
 """
 
-import functools
 import importlib.util
-import math
 import os
 import shutil
 import sysconfig
@@ -20,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minillm.base.errors import UserError
-from minillm.model import loss
+from minillm.model import loss, one_token
 from minillm.model.linears import Products, product_dtype
 
 try:
@@ -112,19 +110,6 @@ def _lacking() -> str:
     return ""
 
 
-def _blocks_are_quicker() -> bool:
-    """Whether one row's product with a large matrix is quicker as a batch of products with blocks of the matrix.
-
-    MKL's product of a matrix and a vector reads an AMD processor's memory at half its speed; its batch of them at
-    almost all of it, and in several threads. On Intel's processors it is the other way round.
-    """
-    processor = Path("/proc/cpuinfo")
-    return torch.backends.mkl.is_available() and processor.exists() and "AuthenticAMD" in processor.read_text()
-
-
-# From so many numbers on; a smaller matrix (2 MB) may still be in the processor's cache from the step before.
-_large_matrix = 2**19 if _blocks_are_quicker() else math.inf
-
 # At import, not inside an op: torch.compile cannot trace an import.
 if _gpu_is_supported() and importlib.util.find_spec("triton") is not None and not _lacking():
     _import_kernels()
@@ -151,30 +136,16 @@ def describe(device: torch.device) -> str:
 def _is_step(x: Tensor) -> bool:
     """Whether x (B, 1, …) is one token a row of generation in fp32 on a CPU.
 
-    There a call costs more than the arithmetic in it, so some ops have a form with fewer calls.
+    There some ops have a form with fewer calls: see one_token.py.
     """
     is_one_token = x.shape[1] == 1 and x.is_cpu and x.dtype == torch.float32
     return is_one_token and not torch.is_grad_enabled() and _selected not in ("reference", "triton")
 
 
-@functools.cache
-def _norm_constants(width: int, eps: float) -> tuple[Tensor, Tensor]:
-    """√(Cε) and 1/√C as tensors."""
-    return torch.tensor(math.sqrt(width * eps)), torch.tensor(1 / math.sqrt(width))
-
-
-def _rms_norm_of_step(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x w / √(|x|²/C + ε) = x w / (hypot(|x|, √(Cε)) / √C), in five calls; torch's own makes ten."""
-    smallest, scale = _norm_constants(x.shape[-1], eps)
-    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)  # |x|, (…, 1)
-    rms = norm.hypot_(smallest).mul_(scale)  # (…, 1)
-    return (x * weight).div_(rms)
-
-
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """See `kernels.reference.rms_norm`."""
     if _is_step(x):
-        return _rms_norm_of_step(x, weight, eps)
+        return one_token.rms_norm(x, weight, eps)
     if fused(x):
         return _triton.rms_norm.rms_norm(x, weight, eps, product_dtype(x))
     if _selected == "reference":
@@ -362,39 +333,15 @@ def matrices(layer: nn.Module) -> list[tuple[Tensor, Tensor | None]] | None:
     return layer.matrices() if hasattr(layer, "matrices") else None
 
 
-def _linear_of_step(x: Tensor, layer: nn.Module) -> Tensor:
-    """layer(x), without the cost of calling a module where that does no more than its product."""
-    if type(layer) is not nn.Linear or layer._forward_hooks or layer._forward_pre_hooks:
-        return layer(x)
-    weight, bias = layer._parameters["weight"], layer._parameters["bias"]
-    if weight.numel() >= _large_matrix and len(x) == 1 and weight.is_contiguous():
-        return _linear_by_blocks(x, weight, bias)
-    return F.linear(x, weight, bias)
-
-
-BLOCK = 16  # rows of a matrix; many, so that there are enough for all threads
-
-
-def _linear_by_blocks(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """`F.linear` of one row x (1, 1, C), for which W (K, C) is read in blocks of rows: see `_blocks_are_quicker`."""
-    n_whole = len(weight) // BLOCK * BLOCK  # rows in whole blocks
-    blocks = weight[:n_whole].view(-1, BLOCK, weight.shape[1])
-    column = x.mT.expand(len(blocks), -1, -1)  # (blocks, C, 1); of other strides MKL takes a slow way
-    out = torch.bmm(blocks, column).view(1, 1, n_whole)
-    if n_whole < len(weight):
-        out = torch.cat((out, F.linear(x, weight[n_whole:])), -1)
-    return out if bias is None else out + bias
-
-
 def linear(x: Tensor, layer: nn.Module) -> Tensor:
     """layer(x); x (B, T, C)."""
-    return _linear_of_step(x, layer) if _is_step(x) else layer(x)
+    return one_token.linear(x, layer) if _is_step(x) else layer(x)
 
 
 def linears(x: Tensor, *layers: nn.Module) -> tuple[Tensor, ...]:
     """The outputs of linear layers that share one input x (…, C); under autocast in its dtype."""
     if _is_step(x):
-        return tuple([_linear_of_step(x, layer) for layer in layers])
+        return tuple([one_token.linear(x, layer) for layer in layers])
     if not fused(x) or not torch.is_grad_enabled():
         return tuple(layer(x) for layer in layers)
     pairs_of_layers = [matrices(layer) for layer in layers]  # [(W, b), …] of each layer

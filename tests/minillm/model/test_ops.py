@@ -9,7 +9,7 @@ import torch
 from kernels import reference
 from kernels.shared import proxy_fence
 from minillm.base.errors import UserError
-from minillm.model import ops
+from minillm.model import one_token, ops
 from minillm.model.kv_cache import KVCache
 from minillm.training import optim
 from tests.kernels.check import DEVICE, draw, error
@@ -134,9 +134,9 @@ def test_layers_that_are_more_than_products_are_called():
 def test_a_product_by_blocks_is_the_product(width, bias, monkeypatch):
     """Of one token; several rows and matrices that are not contiguous go the usual way, and hooks are called."""
     calls = []
-    by_blocks = ops._linear_by_blocks
-    monkeypatch.setattr(ops, "_large_matrix", 0)
-    monkeypatch.setattr(ops, "_linear_by_blocks", lambda *args: calls.append(args) or by_blocks(*args))
+    by_blocks = one_token.linear_by_blocks
+    monkeypatch.setattr(one_token, "LARGE_MATRIX", 0)
+    monkeypatch.setattr(one_token, "linear_by_blocks", lambda *args: calls.append(args) or by_blocks(*args))
     layer = torch.nn.Linear(40, width, bias=bias)
     for x, n_calls in ((draw(1, 1, 40), 1), (draw(2, 1, 40), 1), (draw(1, 3, 40), 1)):
         assert error(ops.linear(x, layer), layer(x)) < 1e-6
