@@ -149,7 +149,7 @@ def _is_step(x: Tensor) -> bool:
 
     There a call costs more than the numbers in it, so some ops have a form with fewer calls.
     """
-    few = x.shape[1] == 1 and x.is_cpu and x.dtype == torch.float32
+    few = x.shape[1] == 1 and x.is_cpu and x.dtype is torch.float32
     return few and not torch.is_grad_enabled() and _selected not in ("reference", "triton")
 
 
@@ -250,7 +250,9 @@ def attention(
     j < ends[b], and its queries stand at the last of them. Causal, with no spans and no gradient.
     """
     if ends is None and spans is None and softcap is None and _is_step(q) and (window or k.shape[1]) >= k.shape[1]:
-        return _torch_attention(q, k, v, scale=scale)  # the newest token sees every key
+        # the newest token sees every key
+        heads_first = (q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))  # (B, heads, T, D)
+        return F.scaled_dot_product_attention(*heads_first, scale=scale, enable_gqa=True).transpose(1, 2)
     options = dict(causal=causal, window=window, spans=spans, softcap=softcap, scale=scale)
     if ends is not None:
         return _cached_attention(q, k, v, ends, options)

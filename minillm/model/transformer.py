@@ -111,14 +111,20 @@ class Block(nn.Module):
         self.self_attn = Attention(config, layer)
         self.post_attention_layernorm = RMSNorm(config.dim, config.norm_eps)
         self.mlp = MLP(config)
-        self.dropout = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
+        self.dropout = nn.Dropout(config.dropout) if config.dropout else None
 
     def forward(self, x: Tensor, delta: Tensor | None, placement: Placement) -> tuple[Tensor, Tensor]:
         """x, delta: (B, T, C), delta not yet added (None: nothing). Returns the next x and delta."""
+        dropout = self.dropout
         x, normed = self.input_layernorm.after_adding(x, delta)
-        delta = self.dropout(self.self_attn(normed, placement))
+        delta = self.self_attn(normed, placement)
+        if dropout is not None:
+            delta = dropout(delta)
         x, normed = self.post_attention_layernorm.after_adding(x, delta)
-        return x, self.dropout(self.mlp(normed))
+        delta = self.mlp(normed)
+        if dropout is not None:
+            delta = dropout(delta)
+        return x, delta
 
 
 class Transformer(nn.Module):
@@ -130,7 +136,7 @@ class Transformer(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.dim)
         if config.positions == "learned":
             self.embed_positions = nn.Embedding(config.max_seq_len, config.dim)
-        self.dropout = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
+        self.dropout = nn.Dropout(config.dropout) if config.dropout else None
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
         self.lm_head = nn.Linear(config.dim, config.vocab_size, bias=False)
@@ -223,7 +229,9 @@ class Transformer(nn.Module):
             rotation = ops.rotation(self.cos[positions], self.sin[positions], x.dtype)
         spans = None if documents is None else ops.document_spans(documents)
         placement = Placement(rotation, spans, cache)
-        x, delta = self.dropout(x), None
+        if self.dropout is not None:
+            x = self.dropout(x)
+        delta = None
         # a layer that stores its keys and values cannot be computed a second time
         recompute = self.checkpoint_activations and self.training and not (cache is not None and cache.stores)
         for layer in self.layers:
