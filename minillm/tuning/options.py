@@ -35,7 +35,7 @@ class TuningConfig(Options):
     rslora: bool = _tuning_option(False, "scale by alpha/√rank instead", LOW_RANK)
     target_modules: str | None = _tuning_option(
         None,
-        "modules to adapt, by commas; none: all seven linears of a layer (ia3: k_proj,v_proj,down_proj)",
+        "modules to adapt, by commas; none: every linear layer inside the layers (ia3: k_proj,v_proj,down_proj)",
         (*LOW_RANK, "ia3"),
     )
     modules_to_save: str | None = _tuning_option(
