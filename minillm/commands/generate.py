@@ -30,11 +30,10 @@ def run(config: Config) -> None:
         sys.stdin.reconfigure(errors="surrogateescape")  # so that the tokenizer reports what is not UTF-8
         prompt = sys.stdin.read().removesuffix("\n")  # `echo` ends in a newline
     model, tokenizer, _ = load_model(config)
-    ids = [tokenizer.start_id, *tokenizer.encode(prompt)]
     stream = completion.stream(
         model,
         tokenizer,
-        ids,
+        tokenizer.prompt_ids(prompt),
         config.max_new_tokens,
         sampling=part(config, Sampling),
         stop_ids=[tokenizer.eos_id],
