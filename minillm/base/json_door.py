@@ -154,5 +154,5 @@ def read_toml(path: str | Path) -> dict:
     except RecursionError:
         raise UserError(f"{path}: no TOML of options: nested deeper than {DEEPEST} levels") from None
     except ValueError as problem:  # of bytes that are not UTF-8, too
-        raise UserError(f"{path}: no TOML: {problem!s:.200}; give a file of lines NAME = VALUE") from None
+        raise UserError(f"{path}: no TOML: {problem!s:.200}") from None
     return values
