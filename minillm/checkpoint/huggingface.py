@@ -349,6 +349,9 @@ def _find_weights(folder: str | Path, config: ModelConfig) -> dict[str, tensor_f
     places = {key: place for key, place in places.items() if key not in tied | tables}
     if config.n_layers > len(places):  # listing what is missing would take long
         raise UserError(f"{folder}: {config.n_layers:,} layers, as config.json says, in {len(places):,} tensors")
+    whole = [f"{key} ({place.dtype})" for key, place in places.items() if not place.dtype.is_floating_point]
+    if whole:
+        raise UserError(f"{folder}: holds whole numbers where weights belong: {', '.join(whole)}; get a whole copy")
     source = f"{folder}: read as its config.json says"
     tensor_files.match_tensors(shapes_of(config), {key: place.shape for key, place in places.items()}, source)
     return places
