@@ -206,11 +206,14 @@ def _words(key: str) -> set[str]:
 
 def _holds_text(value) -> bool:
     """Whether there is text in a value, at any depth. An empty list that is written as a text is none."""
-    if isinstance(value, str):
-        return value.strip() not in ("", "[]", "{}", "null")
-    if isinstance(value, dict):
-        value = list(value.values())
-    return isinstance(value, list) and any(_holds_text(item) for item in value)
+    left = [value]
+    while left:
+        item = left.pop()
+        if isinstance(item, str) and item.strip() not in ("", "[]", "{}", "null"):
+            return True
+        if isinstance(item, dict | list):
+            left += item.values() if isinstance(item, dict) else item
+    return False
 
 
 # ---- Values.

@@ -226,10 +226,7 @@ def test_cutting_to_fit_takes_words_and_no_piece_of_the_template(level, tmp_path
     words = [f"word{i}" for i in range(60)]
     long = [{"role": "system", "content": " ".join(words)}, {"role": "user", "content": "猫 ".join(words)}]
     long.append({"role": "assistant", "content": "done"})
-    if name == "chat":
-        tokenizer = train_tokenizer(CORPUS, 365, tmp_path)
-    else:
-        tokenizer = with_template(level, TEMPLATES[name])
+    tokenizer = train_tokenizer(CORPUS, 365, tmp_path) if name == "chat" else with_template(level, TEMPLATES[name])
     folder = tmp_path if name == "chat" else level
     for seq_len in range(60, 400, 20):
         ids, learn, cut = fit(long, tokenizer, seq_len)
