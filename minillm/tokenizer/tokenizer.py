@@ -214,8 +214,11 @@ class Tokenizer:
 
         Raises UserError if the bytes of a text's ids are not those of the text, so that no sum of them is right.
         """
-        if self.pieces.unfaithful:
-            raise UserError(f"{self._source}: its ids stand for no fixed number of bytes ({self.pieces.unfaithful})")
+        reason = self.pieces.unfaithful
+        if self.pieces.dummy_prefix and not reason:
+            reason = "it puts a space before a text"
+        if reason:
+            raise UserError(f"{self._source}: its ids stand for no fixed number of bytes ({reason})")
         return np.array([len(piece) for piece in self.pieces.table], dtype=np.int64)
 
     # ---------------------------------------------------------------- files
@@ -306,9 +309,13 @@ class Tokenizer:
         files["tokenizer_config.json"] = to_json(config)
         if "tokenizer.json" in files:
             described = read_object(files["tokenizer.json"], f"{self._source}: tokenizer.json beside it")
-            first = byte_bpe.begin_with(self.model.piece_of(self.bos_id), self.bos_id) if add_bos else None
-            files["tokenizer.json"] = to_json(described | {"post_processor": first})
+            files["tokenizer.json"] = to_json(self._beginning(described, add_bos))
         return Tokenizer(self.model.data, "the new vocabulary", files)
+
+    def _beginning(self, described: dict, add_bos: bool) -> dict:
+        """A tokenizer.json whose texts begin with bos, or with nothing."""
+        first = byte_bpe.begin_with(self.model.piece_of(self.bos_id), self.bos_id) if add_bos else None
+        return described | {"post_processor": first}
 
     def with_chat_template_of(self, other: "Tokenizer") -> "Tokenizer":
         """A copy whose files have `other`'s chat template and its rule about bos."""
@@ -329,7 +336,8 @@ class Tokenizer:
         files = {"tokenizer_config.json": to_json(config)}
         spec = self.model.proto.trainer_spec
         if spec.model_type == spec.BPE:
-            files["tokenizer.json"] = to_json(self.model.tokenizers_file())
+            described = self.model.tokenizers_file()
+            files["tokenizer.json"] = to_json(self._beginning(described, config["add_bos_token"]))
         return files
 
 
