@@ -17,8 +17,8 @@ Preparing means: name the bins by their keys (`take_apart`), make those that are
 """
 
 import contextlib
-import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -28,24 +28,51 @@ from typing import BinaryIO
 import numpy as np
 
 from data.sources import Group, checksum, tokenizer_key
-from minillm.base import files
+from minillm.base import files, json_door
+from minillm.base.contents import Contents
 from minillm.base.errors import UserError
+from minillm.datasets.token_bins import MOST_META_BYTES
 from minillm.tokenizer.tokenizer import Tokenizer
 
 SPLITS = ("train", "val")
 BIN, SIZES = ".bin", ".sizes"
 FILES = {"train": (BIN,), "val": (BIN, SIZES)}  # of one group
 SHA256 = {BIN: "sha256", SIZES: "sizes_sha256"}  # in a record, whose bins may be of a version that wrote no sizes
+NAME = re.compile(r"(train|val)-\d{5,}\.bin")  # of a bin: never one in another folder
 FIRST_BAD = 5  # bad lines quoted of each file, and of all
 
 
 def read_json(file: Path) -> dict:
     """The JSON object in a file; {} if it cannot be read."""
     try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return json_door.read_object(file, MOST_META_BYTES).values
+    except UserError:
         return {}
-    return value if isinstance(value, dict) else {}
+
+
+def read_record(values: dict) -> dict:
+    """The record of a group's bins, {} unless every value is of its kind: it is then made again."""
+    record = Contents(values, "record")
+    try:
+        for name in ("key", "tokenizer"):
+            record.need(name, str)
+        for name in ("bad_lines", "empty_documents"):
+            record.need(name, int, at_least=0)
+        for source in record.parts("sources"):
+            source.need("file", str)
+            source.need("sha256", str)
+            source.need("first_bad", list[str])
+        for split in SPLITS:
+            counts = record.part(split)
+            for name in ("tokens", "documents", "bytes"):
+                counts.need(name, int, at_least=0)
+            for name in SHA256.values():
+                counts.get(name, str)
+            if not NAME.fullmatch(counts.get("name", str, f"{split}-00000.bin")):
+                return {}
+    except UserError:
+        return {}
+    return values
 
 
 # ---- The bins of one group.
@@ -178,8 +205,8 @@ class BinFolder:
 
     def whole_records(self, groups: list[Group]) -> dict[str, dict]:
         """Key → record of those groups whose bins are there and whole, once the folder is taken apart."""
-        records = [read_json(self.unfinished / f"{group.key}.json") for group in groups]
-        records = [record for record in records if record]
+        records = [read_record(read_json(self.unfinished / f"{group.key}.json")) for group in groups]
+        records = [record for record, group in zip(records, groups, strict=True) if record.get("key") == group.key]
 
         def named_by_key(record: dict, split: str, kind: str) -> Path:
             return bin_path(self.unfinished, record["key"], split, kind)
@@ -195,7 +222,7 @@ class BinFolder:
         """File → what its tokens were made from in earlier preparations, once the folder is taken apart."""
         sources = {}
         for path in sorted(self.unfinished.glob("*-*.json")):
-            record = read_json(path)
+            record = read_record(read_json(path))
             for source in record.get("sources", []):
                 sources[source["file"]] = source | {"tokenizer": record["tokenizer"]}
         return sources
@@ -230,8 +257,11 @@ def _files_of(record: dict) -> Iterator[tuple[str, str, str]]:
 def _records_in(meta_file: Path) -> list[dict]:
     """The records of all bins; none if meta.json is missing, damaged or of an earlier version."""
     meta = read_json(meta_file)
-    records = meta.get("bins", [])
-    return records if meta.get("bins_sha256") == checksum(records) else []
+    records = meta.get("bins")
+    if not isinstance(records, list) or meta.get("bins_sha256") != checksum(records):
+        return []
+    are_whole = all(isinstance(record, dict) and read_record(record) for record in records)
+    return records if are_whole else []
 
 
 def _check_bins(records: list[dict], path_of: Callable[[dict, str, str], Path]) -> list[bool]:

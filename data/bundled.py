@@ -30,6 +30,7 @@ from data.world.texts import documents
 from data.world.words import WORDS_ZH
 from minillm.base.command_line import parse
 from minillm.base.errors import UserError
+from minillm.base.json_door import read_object
 from minillm.base.options import Options, option
 from minillm.base.process import RunLock, run_script
 from minillm.tokenizer.train import train_tokenizer
@@ -167,8 +168,8 @@ def texts_by_words(folder: Path) -> Iterator[str]:
 def finished(folder: Path) -> bool:
     """Whether `folder` holds the complete corpus of this version of the generator."""
     try:
-        made_by = json.loads((folder / "world.json").read_text())["fingerprint"]
-    except (OSError, ValueError, KeyError):
+        made_by = read_object(folder / "world.json").need("fingerprint", str)
+    except UserError:
         return False
     return made_by == fingerprint() and (folder / "meta.json").exists()
 

@@ -258,7 +258,7 @@ def test_memory_holds_a_tenth_more_than_the_model_and_a_conversion_never_holds_i
             "import --model {home}/odd --out {out}",
             "odd/tokenizer.model .*cut short|odd/tokenizer.model .*no SentencePiece",
         ),
-        ("import --model {home}/start --tokenizer {home}/no.model --out {out}", r"no.model: cannot read the tokenizer"),
+        ("import --model {home}/start --tokenizer {home}/no.model --out {out}", r"cannot read the tokenizer .*no.model: no such file"),
         ("import --model {home}/nan --out {out}", "model.norm.weight holds 1 of 32 values that are not finite"),
         ("export --model {home}/nan --format gguf --out {out}", "not finite"),
         ("import --model {home}/start --out {out} --max_shard_size lots", "--max_shard_size lots"),
