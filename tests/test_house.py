@@ -30,7 +30,7 @@ KERNEL_USERS = {"minillm/model/ops.py", "minillm/model/quant.py"}
 # What it held when it was last weighed, plus a tenth.
 BUDGET = {
     "kernels": 71_900,
-    "base": 7_400,
+    "base": 8_000,
     "model": 12_900,
     "tokenizer": 14_000,
     "datasets": 12_200,
