@@ -129,7 +129,7 @@ def build(folder: str | Path = FOLDER) -> None:
         print(f"{folder}: writing the bundled corpus", flush=True)
 
         # An older corpus goes, and first of all the file that says that it is whole. Other files stay.
-        bins = [path.name for path in folder.glob("*.bin") if NUMBERED.fullmatch(path.name)]
+        bins = [path.name for path in folder.iterdir() if NUMBERED.fullmatch(path.name)]
         for name in (*FILES, "tokenizer.model", "tokenizer.json", *bins):
             (folder / name).unlink(missing_ok=True)
 

@@ -215,8 +215,11 @@ class Tokenizer:
 
         Raises UserError if the bytes of a text's ids are not those of the text, so that no sum of them is right.
         """
-        if self.pieces.unfaithful:
-            raise UserError(f"{self._source}: its ids stand for no fixed number of bytes ({self.pieces.unfaithful})")
+        reason = self.pieces.unfaithful
+        if self.pieces.dummy_prefix and not reason:
+            reason = "it puts a space before a text"
+        if reason:
+            raise UserError(f"{self._source}: its ids stand for no fixed number of bytes ({reason})")
         return np.array([len(piece) for piece in self.pieces.table], dtype=np.int64)
 
     # ---------------------------------------------------------------- files
