@@ -310,9 +310,13 @@ class Tokenizer:
         files["tokenizer_config.json"] = to_json(config)
         if "tokenizer.json" in files:
             described = read_object(files["tokenizer.json"], f"{self._source}: tokenizer.json beside it")
-            first = byte_bpe.begin_with(self.model.piece_of(self.bos_id), self.bos_id) if add_bos else None
-            files["tokenizer.json"] = to_json(described | {"post_processor": first})
+            files["tokenizer.json"] = to_json(self._beginning(described, add_bos))
         return Tokenizer(self.model.data, "the new vocabulary", files)
+
+    def _beginning(self, described: dict, add_bos: bool) -> dict:
+        """A tokenizer.json whose texts begin with bos, or with nothing."""
+        first = byte_bpe.begin_with(self.model.piece_of(self.bos_id), self.bos_id) if add_bos else None
+        return described | {"post_processor": first}
 
     def with_chat_template_of(self, other: "Tokenizer") -> "Tokenizer":
         """A copy whose files have `other`'s chat template and its rule about bos."""
@@ -333,7 +337,8 @@ class Tokenizer:
         files = {"tokenizer_config.json": to_json(config)}
         spec = self.model.proto.trainer_spec
         if spec.model_type == spec.BPE:
-            files["tokenizer.json"] = to_json(self.model.tokenizers_file())
+            described = self.model.tokenizers_file()
+            files["tokenizer.json"] = to_json(self._beginning(described, config["add_bos_token"]))
         return files
 
 
