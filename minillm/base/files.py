@@ -20,7 +20,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import BinaryIO
 
+from minillm.base.contents import Contents
 from minillm.base.errors import UserError
+from minillm.base.json_door import read_object
 
 try:
     import resource
@@ -222,12 +224,13 @@ def verify_folder(path: str | Path) -> list[str]:
 
     # what the manifest says
     try:
-        files = json.loads((path / MANIFEST).read_text(encoding="utf-8"))["files"]
-        expected = {name: (entry["size"], entry["sha256"]) for name, entry in files.items()}
-    except PermissionError:
-        raise
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as problem:
-        return [f"{MANIFEST} cannot be read ({type(problem).__name__}: {problem})"]
+        files = read_object(path / MANIFEST).need("files", dict[str, dict])
+        entries = {name: Contents(entry, f"{path / MANIFEST}: {name:.80}") for name, entry in files.items()}
+        expected = {
+            name: (entry.need("size", int, at_least=0), entry.need("sha256", str)) for name, entry in entries.items()
+        }
+    except UserError as problem:
+        return [f"{MANIFEST} cannot be read ({problem})"]
 
     # which files are missing, and which were added
     present = _files(path)
