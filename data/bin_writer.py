@@ -13,13 +13,13 @@ tokens depend on is hashed into its key, and bins whose key is still asked for a
         meta.json                              only while bins are being renamed: the number of each key
 
 Preparing means: name the bins by their keys (`take_apart`), make those that are missing (`BinWriter`), number them all
-(`put_together`). Each of these can be killed at any moment and done again.
+(`put_together`). Each of these can be killed at any moment and done again. A bin is never written over: a run that has
+it open goes on reading the old file.
 """
 
 import contextlib
 import os
 import re
-import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -27,7 +27,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from data.sources import Group, checksum, tokenizer_key
+from data.sources import Group, check_unchanged, checksum, tokenizer_key
 from minillm.base import files, json_door
 from minillm.base.contents import Contents
 from minillm.base.errors import UserError
@@ -38,8 +38,9 @@ SPLITS = ("train", "val")
 BIN, SIZES = ".bin", ".sizes"
 FILES = {"train": (BIN,), "val": (BIN, SIZES)}  # of one group
 SHA256 = {BIN: "sha256", SIZES: "sizes_sha256"}  # in a record, whose bins may be of a version that wrote no sizes
-NAME = re.compile(r"(train|val)-\d{5,}\.bin")  # of a bin: never one in another folder
 FIRST_BAD = 5  # bad lines quoted of each file, and of all
+NUMBERED = re.compile(r"(train|val)-\d{5}\.(bin|sizes)")
+BY_KEY = re.compile(r"[0-9a-f]{32}-\d+\.(json|(train|val)\.(bin|sizes))")  # names in unfinished/
 
 
 def read_json(file: Path) -> dict:
@@ -51,11 +52,14 @@ def read_json(file: Path) -> dict:
 
 
 def read_record(values: dict) -> dict:
-    """The record of a group's bins, {} unless every value is of its kind: it is then made again."""
+    """The record of a group's bins, {} unless every value is of its kind: they are then made again.
+
+    The names in it are of the forms above, since files are renamed by them: a folder may come from elsewhere.
+    """
     record = Contents(values, "record")
     try:
-        for name in ("key", "tokenizer"):
-            record.need(name, str)
+        record.need("tokenizer", str)
+        is_ours = BY_KEY.fullmatch(f"{record.need('key', str)}.json") is not None
         for name in ("bad_lines", "empty_documents"):
             record.need(name, int, at_least=0)
         for source in record.parts("sources"):
@@ -68,11 +72,11 @@ def read_record(values: dict) -> dict:
                 counts.need(name, int, at_least=0)
             for name in SHA256.values():
                 counts.get(name, str)
-            if not NAME.fullmatch(counts.get("name", str, f"{split}-00000.bin")):
-                return {}
+            name = counts.get("name", str, f"{split}-00000{BIN}")  # null if it has no tokens
+            is_ours &= NUMBERED.fullmatch(name) is not None and name.endswith(BIN)
     except UserError:
         return {}
-    return values
+    return values if is_ours else {}
 
 
 # ---- The bins of one group.
@@ -83,6 +87,7 @@ class BinWriter:
 
     def __init__(self, folder: Path, group: Group, tokenizer: Tokenizer):
         self.folder = folder
+        self.sources = group.sources
         self.key = group.key
         self.token_bytes = tokenizer.id_dtype.itemsize
         self.open_files: dict[tuple[str, str], BinaryIO] = {}  # (split, kind) → its file, from the first token on
@@ -108,7 +113,7 @@ class BinWriter:
             path = bin_path(self.folder, self.key, split, kind)
             with _naming_full_disk(path, len(contents[kind])):
                 if (split, kind) not in self.open_files:
-                    self.open_files[split, kind] = path.open("wb")
+                    self.open_files[split, kind] = files.create(path)
                 self.open_files[split, kind].write(contents[kind])
         counts = self.record[split]
         counts["tokens"] += len(data) // self.token_bytes
@@ -123,7 +128,11 @@ class BinWriter:
         self.record["empty_documents"] += n_empty
 
     def finish(self) -> dict:
-        """Put the bins on the disk, then their record, which is returned."""
+        """Put the bins on the disk, then their record, which is returned.
+
+        Raises `UserError` if a source is not the file any more whose hash the record holds.
+        """
+        check_unchanged(self.sources)
         for (split, kind), file in self.open_files.items():
             path = bin_path(self.folder, self.key, split, kind)
             with _naming_full_disk(path, file.tell()):
@@ -165,18 +174,31 @@ class BinFolder:
     """The folder `out`, finished or not."""
 
     def __init__(self, out: Path):
-        """Raises UserError if `out` has bins that were made elsewhere."""
+        """Raises UserError if `out` has bins or a model that were made elsewhere."""
         self.out = out
         self.unfinished = out / "unfinished"
-        meta = read_json(out / "meta.json")
-        bins = self._numbered_bins()
+        files.refuse_link(self.unfinished)
+        meta_file = out / "meta.json"
         is_earlier_version = (out / "parts.json").exists()
-        if bins and not ("bins" in meta or self.unfinished.exists() or is_earlier_version):
+        self.is_ours = "bins" in read_json(meta_file) or self.unfinished.exists() or is_earlier_version
+        if self.is_ours:
+            return
+        bins = self._numbered_bins()
+        if bins:
             raise UserError(
                 f"{bins[0]}: no meta.json tells what it was made from; choose another --out or delete {out}"
             )
+        for file in (meta_file, out / "config.json"):
+            if file.exists():
+                raise UserError(f"{file}: was not written by a preparation; choose another --out")
 
-    def finished_records(self, groups: list[Group]) -> list[dict] | None:
+    def refuse_other_tokenizer(self, sha256: str) -> None:
+        """Raises UserError for a tokenizer in the folder that is not this one and that no preparation put there."""
+        there = [self.out / name for name in ("tokenizer.model", "tokenizer.json") if (self.out / name).exists()]
+        if there and not self.is_ours and files.sha256(there[0]) != sha256:
+            raise UserError(f"{there[0]}: another tokenizer, which would be overwritten; choose another --out")
+
+    def finished_records(self, groups: list[Group], token_bytes: int) -> list[dict] | None:
         """The record of each group if the folder is finished, and of just these groups; else None."""
         records = _records_in(self.out / "meta.json")
         if [record["key"] for record in records] != [group.key for group in groups]:
@@ -185,11 +207,12 @@ class BinFolder:
         def numbered(record: dict, split: str, kind: str) -> Path:
             return (self.out / record[split]["name"]).with_suffix(kind)
 
-        return records if all(_check_bins(records, numbered)) else None
+        return records if all(_check_bins(records, numbered, token_bytes)) else None
 
     def take_apart(self) -> None:
         """Name all bins by their keys. From now on the folder is not finished, and its bins are known to be ours."""
-        self.unfinished.mkdir(parents=True, exist_ok=True)
+        files.own_folder(self.unfinished)
+        self.is_ours = True
         numbers = self.unfinished / "meta.json"
         if (self.out / "meta.json").exists():
             (self.out / "meta.json").replace(numbers)
@@ -203,7 +226,7 @@ class BinFolder:
         for path in (*self._numbered_bins(), self.out / "parts.json", numbers):  # parts.json: of an earlier version
             path.unlink(missing_ok=True)
 
-    def whole_records(self, groups: list[Group]) -> dict[str, dict]:
+    def whole_records(self, groups: list[Group], token_bytes: int) -> dict[str, dict]:
         """Key → record of those groups whose bins are there and whole, once the folder is taken apart."""
         records = [read_record(read_json(self.unfinished / f"{group.key}.json")) for group in groups]
         records = [record for record, group in zip(records, groups, strict=True) if record.get("key") == group.key]
@@ -211,7 +234,7 @@ class BinFolder:
         def named_by_key(record: dict, split: str, kind: str) -> Path:
             return bin_path(self.unfinished, record["key"], split, kind)
 
-        checks = _check_bins(records, named_by_key)
+        checks = _check_bins(records, named_by_key, token_bytes)
         return {record["key"]: record for record, is_whole in zip(records, checks, strict=True) if is_whole}
 
     def has_record(self, group: Group) -> bool:
@@ -239,11 +262,15 @@ class BinFolder:
         self.clean()
 
     def clean(self) -> None:
-        """Delete what is left over: bins that are no longer asked for."""
-        shutil.rmtree(self.unfinished, ignore_errors=True)
+        """Delete what is left over: bins that are no longer asked for. What else lies there is not ours."""
+        for path in self.unfinished.glob("*"):
+            if BY_KEY.fullmatch(path.name) or files.SCRATCH.fullmatch(path.name):
+                files.discard(path)
+        with contextlib.suppress(OSError):
+            self.unfinished.rmdir()
 
     def _numbered_bins(self) -> list[Path]:
-        return [path for split in SPLITS for kind in FILES[split] for path in sorted(self.out.glob(f"{split}-*{kind}"))]
+        return sorted(path for path in self.out.iterdir() if NUMBERED.fullmatch(path.name))
 
 
 def _files_of(record: dict) -> Iterator[tuple[str, str, str]]:
@@ -264,17 +291,25 @@ def _records_in(meta_file: Path) -> list[dict]:
     return records if are_whole else []
 
 
-def _check_bins(records: list[dict], path_of: Callable[[dict, str, str], Path]) -> list[bool]:
-    """Whether the files of each record are as they were written. path_of: of a record, a split and a kind."""
+def _check_bins(records: list[dict], path_of: Callable[[dict, str, str], Path], token_bytes: int) -> list[bool]:
+    """Whether the files of each record are as they were written, and bins hold as many tokens as it says.
+
+    path_of: of a record, a split and a kind.
+    """
 
     def is_whole(record: dict) -> bool:
         try:
-            return all(
-                files.sha256(path_of(record, split, kind)) == record[split][SHA256[kind]]
-                for split in SPLITS
-                for kind in FILES[split]
-                if record[split]["tokens"] and (kind == BIN or SHA256[kind] in record[split])
-            )
+            for split in SPLITS:
+                counts = record[split]
+                if not counts["tokens"]:
+                    continue  # it has no bin
+                if path_of(record, split, BIN).stat().st_size != counts["tokens"] * token_bytes:
+                    return False
+                for kind in FILES[split]:
+                    is_kept = kind == BIN or SHA256[kind] in counts
+                    if is_kept and files.sha256(path_of(record, split, kind)) != counts[SHA256[kind]]:
+                        return False
+            return True
         except (OSError, KeyError, TypeError):  # a bin is missing, or the record damaged
             return False
 

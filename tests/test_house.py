@@ -33,7 +33,7 @@ BUDGET = {
     "base": 8_000,
     "model": 12_900,
     "tokenizer": 14_000,
-    "datasets": 12_200,
+    "datasets": 12_900,
     "distributed": 2_100,
     "checkpoint": 14_750,
     "data": 17_850,

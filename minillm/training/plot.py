@@ -1,10 +1,12 @@
 """Curves of one or several runs, from their metrics.jsonl to one PNG: `python -m minillm plot RUN… --out FILE`."""
 
 import warnings
+from functools import partial
 from itertools import accumulate, cycle
 from pathlib import Path
 from typing import NamedTuple
 
+from minillm.base import files
 from minillm.base.contents import Contents
 from minillm.base.errors import MissingError, UserError
 from minillm.base.json_door import parse_json, read_file
@@ -146,12 +148,9 @@ def draw(runs: list[str | Path], out: str | Path) -> Path:
 
     out = Path(out)
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Glyph")  # a name in letters that no font here has: boxes
-            figure.savefig(out, dpi=150, format="png")
-    except OSError as problem:
-        raise UserError(f"{out}: cannot be written ({problem.strerror or problem})") from None
+            files.write_file(out, partial(figure.savefig, dpi=150, format="png"))
     finally:
         pyplot.close(figure)
     return out

@@ -248,13 +248,22 @@ def test_without_the_library_the_extra_is_named(kind, monkeypatch):
     [
         (lambda file: file["model"]["vocab"].update(a="1"), "vocab is .*, not an object of names and whole numbers"),
         (lambda file: file["model"]["vocab"].update(a=True), "not an object of names and whole numbers"),
-        (lambda file: file["model"]["vocab"].update(a=2**63 - 1), "'a' has the id 9223372036854775807: ids .* are 0 to"),
+        (
+            lambda file: file["model"]["vocab"].update(a=2**63 - 1),
+            "'a' has the id 9223372036854775807: ids",
+        ),
         (lambda file: file["model"]["vocab"].update(a=10**9), "'a' has the id 1000000000"),
         (lambda file: file["model"]["vocab"].update(a=-1), "'a' has the id -1"),
         (lambda file: file["model"]["vocab"].update(a=file["model"]["vocab"]["b"]), "both have the id"),
         (lambda file: file["added_tokens"].append("x"), "added_tokens is .*, not a list of objects"),
-        (lambda file: file["added_tokens"][0].update(id="0"), r"added_tokens\[0\]: damaged: id is '0', not a whole number"),
-        (lambda file: file["added_tokens"][0].update(id=2**62), r"added_tokens\[0\].* has the id 4611686018427387904"),
+        (
+            lambda file: file["added_tokens"][0].update(id="0"),
+            r"added_tokens\[0\].* id is .0., not a whole",
+        ),
+        (
+            lambda file: file["added_tokens"][0].update(id=2**62),
+            r"added_tokens\[0\].* id is 4611686018427387904",
+        ),
         (lambda file: file["added_tokens"][0].update(content=["x"]), r"content is \['x'\], not a text"),
         (lambda file: file.update(model=[]), "it holds no model"),
     ],
