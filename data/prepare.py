@@ -28,6 +28,7 @@ from data.sources import (
     Group,
     Options,
     Source,
+    check_unchanged,
     checksum,
     grouped,
     read_sources,
@@ -93,6 +94,7 @@ def prepare(
 
     lock = RunLock(out)
     try:
+        run_folder.clean_stale(out)
         bin_folder = BinFolder(out)
         sources = read_sources(files, options, n_train if val_inputs else None)
         learnt_from = ""  # a tokenizer that is given was learnt elsewhere
@@ -118,7 +120,7 @@ def prepare(
 def _make(folder: BinFolder, groups: list[Group], tokenizer: Tokenizer, about: dict, workers: int) -> dict:
     """Make what is missing of the bins of these groups; returns meta.json."""
     # Nothing has changed, except perhaps the names of files or what happens to bad lines.
-    records = folder.finished_records(groups)
+    records = folder.finished_records(groups, tokenizer.id_dtype.itemsize)
     if records is not None and _holds(folder.out, tokenizer.sha256):
         print(f"{folder.out}: already prepared from the same input, nothing to do")
         _refuse_bad_lines(records, about["options"])
@@ -129,9 +131,10 @@ def _make(folder: BinFolder, groups: list[Group], tokenizer: Tokenizer, about: d
         return meta
 
     # Keep what is there of the bins, make the others, number them all.
+    folder.refuse_other_tokenizer(tokenizer.sha256)
     folder.take_apart()
     tokenizer.save(folder.out)
-    whole = folder.whole_records(groups)
+    whole = folder.whole_records(groups, tokenizer.id_dtype.itemsize)
     missing = [group for group in groups if group.key not in whole]
     _explain(folder, groups, missing, tokenizer)
     _refuse_bad_lines(whole.values(), about["options"])
@@ -239,9 +242,12 @@ def _learn(folder: BinFolder, size: int, sources: list[Source], learnt_from: str
     if meta.get("learnt_from") == learnt_from and _holds(out, meta["tokenizer_sha256"]):
         return Tokenizer.load(out)
     print(f"{out}: learning a tokenizer of {size:,} pieces", flush=True)
+    folder.refuse_other_tokenizer("")
     folder.take_apart()  # a meta.json would not fit the new tokenizer
     how = {"sample_bytes": TOKENIZER_SAMPLE, "option": "--train_tokenizer"}
-    return train.train_tokenizer(_sample(sources), size, out, **how)
+    tokenizer = train.train_tokenizer(_sample(sources), size, out, **how)
+    check_unchanged(sources)
+    return tokenizer
 
 
 def _holds(out: Path, tokenizer_sha256: str) -> bool:

@@ -93,6 +93,13 @@ def read_sources(files: list[Path], options: Options, n_train: int | None) -> li
         return list(map(Source, files, sizes, pool.map(sha256, files), each_options))
 
 
+def check_unchanged(sources: Iterable[Source]) -> None:
+    """Raises UserError for a file that is not what it was when it was hashed: nobody knows what of it was read."""
+    for source in sources:
+        if source.path.stat().st_size != source.size or sha256(source.path) != source.sha256:
+            raise UserError(f"{source.path}: was changed while it was read; run the same command again")
+
+
 def tokenizer_key(tokenizer: Tokenizer) -> str:
     """What of a tokenizer determines the tokens."""
     return checksum([tokenizer.sha256, tokenizer.bos_id, tokenizer.eos_id])

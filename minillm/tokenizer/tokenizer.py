@@ -10,12 +10,13 @@ import codecs
 import hashlib
 import re
 from collections.abc import Iterable
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
 
 from minillm.base.errors import UserError
+from minillm.base.files import write_file
 from minillm.tokenizer import byte_bpe, chat_template, folder_files
 from minillm.tokenizer.chat_template import JINJA, ROLES
 from minillm.tokenizer.folder_files import read_object, to_json
@@ -237,8 +238,8 @@ class Tokenizer:
             files.pop("chat_template.jinja", None)
         if "tokenizer.model" not in files:  # an old one of the other kind would be loaded instead
             (folder / "tokenizer.model").unlink(missing_ok=True)
-        for file_name, data in files.items():
-            (folder / file_name).write_bytes(data)
+        for file_name, data in files.items():  # never through a link that lies in the folder
+            write_file(folder / file_name, partial(_write_bytes, data))
 
     @property
     def _beside(self) -> dict[str, bytes]:
@@ -427,6 +428,10 @@ class StreamDecoder:
         new = text[len(self._shown) :]
         self._shown = text
         return new
+
+
+def _write_bytes(data: bytes, file: Path) -> None:
+    file.write_bytes(data)
 
 
 def _load_json(folder: Path) -> JsonTokenizer:
