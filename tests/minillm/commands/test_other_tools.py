@@ -86,6 +86,7 @@ def rolling(model, ids: list[int], prefix: int, longest: int) -> float:
 @pytest.mark.parametrize("longest", [32, 100])
 def test_texts_alone_cost_what_lm_evaluation_harness_counts(home, call, longest):
     tokenizer, model, _ = theirs(home.path / "pretrained")
+    assert model.config.trained_seq_len == 32 and model.config.max_position_embeddings == 512
     ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in TEXTS]
     assert min(map(len, ids)) < 32 < max(map(len, ids))
     prefix = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
