@@ -39,7 +39,7 @@ BUDGET = {
     "data": 17_850,
     "tuning": 11_300,
     "generation": 4_000,
-    "evaluation": 2_100,
+    "evaluation": 2_450,
     "training": 11_900,
     "commands": 11_850,
     "scripts": 4_400,
