@@ -29,7 +29,7 @@ from minillm.training import kernel_check, plot, starting_model
 from minillm.training.config import TrainingConfig
 from minillm.training.metrics import MetricsLog, TensorBoard
 from minillm.training.progress import Progress, duration
-from minillm.training.schedule import Schedule, lr_at, set_lr
+from minillm.training.schedule import Schedule, lr_at, rate_change, saved_schedule, set_lr
 from minillm.training.step import TrainState, seed_step
 from minillm.tuning import peft_format
 from minillm.tuning.adapter import active_adapter
@@ -137,8 +137,14 @@ class Run:
         return run_folder.newest_checkpoint(self.folder, log=self.say)
 
     def _compare_with_saved(self) -> list[str]:
-        allowed = self.training_config.allow_data_change
-        return train_state.compare_fingerprints(self.saved, self._describe(0), allowed, self.source, FREE)
+        """What differs from the checkpoint's run, in lines."""
+        training_config = self.training_config
+        allowed = training_config.allow_data_change
+        lines = train_state.compare_fingerprints(self.saved, self._describe(0), allowed, self.source, FREE)
+        if self.saved["step"] < training_config.steps and training_config.lr is not None:
+            before = saved_schedule(self.saved.get("config", {}), training_config)
+            lines.append(rate_change(before, Schedule.of(training_config), self.saved["step"]))
+        return [line for line in lines if line]
 
     # ---- before the loop
 
