@@ -108,6 +108,7 @@ class Run:
             self.saved = train_state.read_state(self.source)
             for line in self._compare_with_saved():
                 self.say(line)
+            self._take_recorded_threads()
         self.start_step: int = self.saved["step"]
 
         # what it logs and shows
@@ -138,6 +139,17 @@ class Run:
 
     def _compare_with_saved(self) -> list[str]:
         """What differs from the checkpoint's run, in lines."""
+    def _take_recorded_threads(self) -> None:
+        """Compute on as many threads as the checkpoint's run, since results depend on them in their last bits.
+
+        The user's OMP_NUM_THREADS comes first. torchrun sets it as well, so another number of ranks takes its own.
+        """
+        usual, recorded = torch.get_num_threads(), self.saved.get("threads", 0)
+        same_ranks = self.saved.get("world") == self.ranks.world
+        if self.device.type == "cpu" and same_ranks and "OMP_NUM_THREADS" not in os.environ and 0 < recorded < usual:
+            torch.set_num_threads(recorded)
+            self.say(f"threads: {recorded} of {usual}, as in the checkpoint; OMP_NUM_THREADS={usual} would take all")
+
         training_config = self.training_config
         allowed = training_config.allow_data_change
         lines = train_state.compare_fingerprints(self.saved, self._describe(0), allowed, self.source, FREE)
@@ -339,6 +351,8 @@ class Run:
 
     def close(self) -> None:
         """The loop has ended: close the bar, stop clock and watchdog, and let Ctrl-C end what follows at once."""
+            "device": self.device.type,
+            "precision": str(self.dtype).removeprefix("torch."),
         self.took = self.seconds()
         self.progress.close()
         self.watchdog.pause()
