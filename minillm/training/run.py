@@ -253,7 +253,10 @@ class Run:
         now = time.monotonic()
         self._count_bad_steps(state)
         speed = n_tokens / (now - self.step_begun)
-        mfu = None if self.peak is None else speed * self.flops / (self.peak * self.ranks.world)
+        mfu = None
+        if self.peak is not None:  # measured or listed too low if a run does more
+            self.peak = max(self.peak, speed * self.flops / self.ranks.world)
+            mfu = speed * self.flops / (self.peak * self.ranks.world)
         row = {"step": self.step, "loss": state.loss, "lr": self.lr, "grad_norm": state.grad_norm}
         row |= {"tokens_per_s": speed, "mfu": mfu, "time_s": self.seconds()}
         self.record(**row)
