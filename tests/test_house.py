@@ -30,7 +30,7 @@ KERNEL_USERS = {"minillm/model/ops.py", "minillm/model/quant.py"}
 # What it held when it was last weighed, plus a tenth.
 BUDGET = {
     "kernels": 71_900,
-    "base": 6_300,
+    "base": 7_200,
     "model": 12_900,
     "tokenizer": 14_000,
     "datasets": 11_000,

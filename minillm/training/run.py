@@ -3,9 +3,11 @@
 What is learned, and how, is in the scripts: data, model, optimizer, forward, loss, backward, clip, step, evaluation.
 """
 
+import contextlib
 import dataclasses
 import json
 import math
+import os
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -14,8 +16,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from minillm.base import files
-from minillm.base.device import autocast, busy_cores, peak_flops, pick_dtype
+from minillm.base import files, waiting
+from minillm.base.device import autocast, peak_flops, pick_dtype
 from minillm.base.errors import UserError
 from minillm.base.options import write_toml
 from minillm.base.process import RunLock, StopSignals
@@ -106,9 +108,9 @@ class Run:
         if source_step:
             self.source = self.folder / run_folder.step_name(source_step)
             self.saved = train_state.read_state(self.source)
+            self._take_recorded_threads()
             for line in self._compare_with_saved():
                 self.say(line)
-            self._take_recorded_threads()
         self.start_step: int = self.saved["step"]
 
         # what it logs and shows
@@ -137,8 +139,6 @@ class Run:
             )
         return run_folder.newest_checkpoint(self.folder, log=self.say)
 
-    def _compare_with_saved(self) -> list[str]:
-        """What differs from the checkpoint's run, in lines."""
     def _take_recorded_threads(self) -> None:
         """Compute on as many threads as the checkpoint's run, since results depend on them in their last bits.
 
@@ -150,6 +150,8 @@ class Run:
             torch.set_num_threads(recorded)
             self.say(f"threads: {recorded} of {usual}, as in the checkpoint; OMP_NUM_THREADS={usual} would take all")
 
+    def _compare_with_saved(self) -> list[str]:
+        """What differs from the checkpoint's run, in lines."""
         training_config = self.training_config
         allowed = training_config.allow_data_change
         lines = train_state.compare_fingerprints(self.saved, self._describe(0), allowed, self.source, FREE)
@@ -189,8 +191,6 @@ class Run:
             train_state.restore_optimizers(self.source, state.optimizers, dict(state.model.named_parameters()))
             if state.scaler.is_enabled() and self.saved["scaler"]:  # empty if it was saved without --dtype float16
                 state.scaler.load_state_dict(self.saved["scaler"])
-        if self.device.type == "cpu" and (busy := busy_cores()):
-            self.say(busy)
         self._check_disk(state)
         self.watchdog.tick(self.start_step)  # everything is loaded: from here on steps must come in time
         self.begun = time.monotonic()
@@ -215,6 +215,10 @@ class Run:
         Before each the learning rate and the seed of its dropout are set. After each the checkpoint is saved if it is
         due, and if a signal has asked any rank to stop, it is saved and no other step follows: see `status`.
         """
+        with waiting.chosen(self.say) if self.device.type == "cpu" else contextlib.nullcontext():
+            yield from self._steps(state)
+
+    def _steps(self, state: TrainState) -> Iterator[int]:
         schedule = Schedule.of(self.training_config)
         for step in range(self.start_step + 1, self.training_config.steps + 1):
             self.step, self.step_begun = step, time.monotonic()
@@ -347,6 +351,8 @@ class Run:
             "threads": torch.get_num_threads(),
             "world": self.ranks.world,
             "torch": torch.__version__,
+            "device": self.device.type,
+            "precision": str(self.dtype).removeprefix("torch."),
             **self.facts,
         }
 
@@ -354,8 +360,6 @@ class Run:
 
     def close(self) -> None:
         """The loop has ended: close the bar, stop clock and watchdog, and let Ctrl-C end what follows at once."""
-            "device": self.device.type,
-            "precision": str(self.dtype).removeprefix("torch."),
         self.took = self.seconds()
         self.progress.close()
         self.watchdog.pause()
