@@ -5,9 +5,10 @@ tokens depend on is hashed into its key, and bins whose key is still asked for a
 
     data/mine/
       train-00000.bin  val-00000.bin …       numbered in the order of the input
+      val-00000.sizes …                      UTF-8 bytes of the text of each document, uint32, for bits per byte
       meta.json                              comes last: without it the folder is not finished
       unfinished/                            only while the folder is being prepared:
-        <key>.train.bin  <key>.val.bin         bins that have no number yet
+        <key>.train.bin  <key>.val.bin  …      bins that have no number yet
         <key>.json                             their record, written after them: without it they are not whole
         meta.json                              only while bins are being renamed: the number of each key
 
@@ -24,12 +25,17 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import BinaryIO
 
+import numpy as np
+
 from data.sources import Group, checksum, tokenizer_key
 from minillm.base import files
 from minillm.base.errors import UserError
 from minillm.tokenizer.tokenizer import Tokenizer
 
 SPLITS = ("train", "val")
+BIN, SIZES = ".bin", ".sizes"
+FILES = {"train": (BIN,), "val": (BIN, SIZES)}  # of one group
+SHA256 = {BIN: "sha256", SIZES: "sizes_sha256"}  # in a record, whose bins may be of a version that wrote no sizes
 FIRST_BAD = 5  # bad lines quoted of each file, and of all
 
 
@@ -52,7 +58,7 @@ class BinWriter:
         self.folder = folder
         self.key = group.key
         self.token_bytes = tokenizer.id_dtype.itemsize
-        self.open_files: dict[str, BinaryIO] = {}  # split → its bin, from the first token on
+        self.open_files: dict[tuple[str, str], BinaryIO] = {}  # (split, kind) → its file, from the first token on
         self.record = {
             "key": group.key,
             "tokenizer": tokenizer_key(tokenizer),
@@ -66,19 +72,21 @@ class BinWriter:
         for split in SPLITS:
             self.record[split] = {"tokens": 0, "documents": 0, "bytes": 0, "sha256": ""}
 
-    def add(self, split: str, data: bytes, n_documents: int, n_bytes: int) -> None:
-        """Append the tokens `data` of whole documents, which are n_bytes of UTF-8 text."""
+    def add(self, split: str, data: bytes, sizes: np.ndarray) -> None:
+        """Append the tokens `data` of whole documents; sizes: UTF-8 bytes of the text of each, (n,) int."""
         if not data:
             return
-        path = bin_path(self.folder, self.key, split)
-        with _naming_full_disk(path, len(data)):
-            if split not in self.open_files:
-                self.open_files[split] = path.open("wb")
-            self.open_files[split].write(data)
+        contents = {BIN: data, SIZES: sizes.astype("<u4").tobytes()}
+        for kind in FILES[split]:
+            path = bin_path(self.folder, self.key, split, kind)
+            with _naming_full_disk(path, len(contents[kind])):
+                if (split, kind) not in self.open_files:
+                    self.open_files[split, kind] = path.open("wb")
+                self.open_files[split, kind].write(contents[kind])
         counts = self.record[split]
         counts["tokens"] += len(data) // self.token_bytes
-        counts["documents"] += n_documents
-        counts["bytes"] += n_bytes
+        counts["documents"] += len(sizes)
+        counts["bytes"] += int(sizes.sum())
 
     def note_left_out(self, source_number: int, bad: list[str], n_empty: int) -> None:
         """bad: what is wrong with each bad line of this source."""
@@ -89,13 +97,13 @@ class BinWriter:
 
     def finish(self) -> dict:
         """Put the bins on the disk, then their record, which is returned."""
-        for split, file in self.open_files.items():
-            path = bin_path(self.folder, self.key, split)
-            with _naming_full_disk(path, self.record[split]["tokens"] * self.token_bytes):
+        for (split, kind), file in self.open_files.items():
+            path = bin_path(self.folder, self.key, split, kind)
+            with _naming_full_disk(path, file.tell()):
                 file.flush()
                 os.fsync(file.fileno())
                 file.close()
-            self.record[split]["sha256"] = files.sha256(path)
+            self.record[split][SHA256[kind]] = files.sha256(path)
         self.open_files = {}
         files.write_json_atomically(self.folder / f"{self.key}.json", self.record)
         return self.record
@@ -107,9 +115,9 @@ class BinWriter:
                 file.close()
 
 
-def bin_path(folder: Path, key: str, split: str) -> Path:
-    """Where a bin is while it has no number."""
-    return folder / f"{key}.{split}.bin"
+def bin_path(folder: Path, key: str, split: str, kind: str = BIN) -> Path:
+    """Where a bin, or another kind of its files, is while it has no number."""
+    return folder / f"{key}.{split}{kind}"
 
 
 @contextlib.contextmanager
@@ -147,8 +155,8 @@ class BinFolder:
         if [record["key"] for record in records] != [group.key for group in groups]:
             return None
 
-        def numbered(record: dict, split: str) -> Path:
-            return self.out / record[split]["name"]
+        def numbered(record: dict, split: str, kind: str) -> Path:
+            return (self.out / record[split]["name"]).with_suffix(kind)
 
         return records if all(_check_bins(records, numbered)) else None
 
@@ -161,10 +169,9 @@ class BinFolder:
         if numbers.exists() and not _records_in(numbers):
             print(f"{self.out}: meta.json is damaged or of an earlier version, so everything is tokenized again")
         for record in _records_in(numbers):
-            for split in SPLITS:
-                name = record[split]["name"]
-                if name and (self.out / name).exists():
-                    (self.out / name).replace(bin_path(self.unfinished, record["key"], split))
+            for split, kind, name in _files_of(record):
+                if (self.out / name).exists():
+                    (self.out / name).replace(bin_path(self.unfinished, record["key"], split, kind))
             files.write_json_atomically(self.unfinished / f"{record['key']}.json", record)
         for path in (*self._numbered_bins(), self.out / "parts.json", numbers):  # parts.json: of an earlier version
             path.unlink(missing_ok=True)
@@ -174,8 +181,8 @@ class BinFolder:
         records = [read_json(self.unfinished / f"{group.key}.json") for group in groups]
         records = [record for record in records if record]
 
-        def named_by_key(record: dict, split: str) -> Path:
-            return bin_path(self.unfinished, record["key"], split)
+        def named_by_key(record: dict, split: str, kind: str) -> Path:
+            return bin_path(self.unfinished, record["key"], split, kind)
 
         checks = _check_bins(records, named_by_key)
         return {record["key"]: record for record, is_whole in zip(records, checks, strict=True) if is_whole}
@@ -197,9 +204,8 @@ class BinFolder:
         """Number the bins as `meta` (of `meta_of`) says; then meta.json marks the folder as finished."""
         files.write_json_atomically(self.unfinished / "meta.json", meta)
         for record in meta["bins"]:
-            for split in SPLITS:
-                if record[split]["name"]:
-                    bin_path(self.unfinished, record["key"], split).replace(self.out / record[split]["name"])
+            for split, kind, name in _files_of(record):
+                bin_path(self.unfinished, record["key"], split, kind).replace(self.out / name)
         files.sync(self.out)
         (self.unfinished / "meta.json").replace(self.out / "meta.json")
         files.sync(self.out)
@@ -210,7 +216,15 @@ class BinFolder:
         shutil.rmtree(self.unfinished, ignore_errors=True)
 
     def _numbered_bins(self) -> list[Path]:
-        return [path for split in SPLITS for path in sorted(self.out.glob(f"{split}-*.bin"))]
+        return [path for split in SPLITS for kind in FILES[split] for path in sorted(self.out.glob(f"{split}-*{kind}"))]
+
+
+def _files_of(record: dict) -> Iterator[tuple[str, str, str]]:
+    """(split, kind, name) of each numbered file of a record."""
+    for split in SPLITS:
+        for kind in FILES[split]:
+            if record[split]["name"] and record[split].get(SHA256[kind]):
+                yield split, kind, str(Path(record[split]["name"]).with_suffix(kind))
 
 
 def _records_in(meta_file: Path) -> list[dict]:
@@ -220,15 +234,16 @@ def _records_in(meta_file: Path) -> list[dict]:
     return records if meta.get("bins_sha256") == checksum(records) else []
 
 
-def _check_bins(records: list[dict], path_of: Callable[[dict, str], Path]) -> list[bool]:
-    """Whether the bins of each record are as they were written."""
+def _check_bins(records: list[dict], path_of: Callable[[dict, str, str], Path]) -> list[bool]:
+    """Whether the files of each record are as they were written. path_of: of a record, a split and a kind."""
 
     def is_whole(record: dict) -> bool:
         try:
             return all(
-                files.sha256(path_of(record, split)) == record[split]["sha256"]
+                files.sha256(path_of(record, split, kind)) == record[split][SHA256[kind]]
                 for split in SPLITS
-                if record[split]["tokens"]
+                for kind in FILES[split]
+                if record[split]["tokens"] and (kind == BIN or SHA256[kind] in record[split])
             )
         except (OSError, KeyError, TypeError):  # a bin is missing, or the record damaged
             return False
@@ -253,7 +268,8 @@ def meta_of(groups: list[Group], records: list[dict], tokenizer: Tokenizer, abou
             name = f"{split}-{len(numbered[split]):05d}.bin" if counts["tokens"] else None
             bins[-1][split] = counts | {"name": name}
             if name:
-                numbered[split].append({"name": name, "tokens": counts["tokens"], "documents": counts["documents"]})
+                file = {"name": name, "tokens": counts["tokens"], "documents": counts["documents"]}
+                numbered[split].append(file | ({"sizes": True} if SHA256[SIZES] in counts else {}))
     first_bad = [
         f"{source['file']}, {bad}" for record in bins for source in record["sources"] for bad in source["first_bad"]
     ]

@@ -22,6 +22,8 @@ from minillm.tokenizer.folder_files import read_object, to_json
 from minillm.tokenizer.sentencepiece_model import SentencePieceModel
 from minillm.tokenizer.tokenizers_model import TokenizersModel
 
+AFTER_EOS = "documents_begin_after_eos"  # our key in tokenizer_config.json: see `Tokenizer.begins_after_eos`
+
 
 class Tokenizer:
     """A vocabulary with its special ids and the files beside it; this class: one of SentencePiece's.
@@ -212,8 +214,11 @@ class Tokenizer:
 
         Raises UserError if the bytes of a text's ids are not those of the text, so that no sum of them is right.
         """
-        if self.pieces.unfaithful:
-            raise UserError(f"{self._source}: its ids stand for no fixed number of bytes ({self.pieces.unfaithful})")
+        reason = self.pieces.unfaithful
+        if self.pieces.dummy_prefix and not reason:
+            reason = "it puts a space before a text"
+        if reason:
+            raise UserError(f"{self._source}: its ids stand for no fixed number of bytes ({reason})")
         return np.array([len(piece) for piece in self.pieces.table], dtype=np.int64)
 
     # ---------------------------------------------------------------- files
@@ -247,21 +252,58 @@ class Tokenizer:
             self._beside.get("tokenizer_config.json", b"{}"), f"{self._source}: tokenizer_config.json beside it"
         )
 
+    @cached_property
+    def begins_with_bos(self) -> bool:
+        """Whether transformers' `tokenizer(text)` puts bos before a text, as the model's documents have it."""
+        llama = str(self.config.get("tokenizer_class")).startswith("Llama")  # this class adds bos unless told not to
+        return bool(self.config.get("add_bos_token", llama))
+
+    @cached_property
+    def begins_after_eos(self) -> bool:
+        """Whether the model was trained here on documents without bos (`--wrap eos`), which begin after eos.
+
+        tokenizer_config.json says so. Before it had a key for this, the one of every such folder was `_earlier_config`.
+        """
+        if AFTER_EOS in self.config or "tokenizer.model" not in self._own_file:
+            return self.config.get(AFTER_EOS) is True
+        written = {name: value for name, value in self.config.items() if name != "chat_template"}
+        return written == self._earlier_config
+
+    @cached_property
+    def _earlier_config(self) -> dict:
+        """What tokenizer_config.json said, but for the chat template, when this project wrote documents without bos."""
+        config = read_object(self._own_companions["tokenizer_config.json"], "the vocabulary's own settings")
+        del config["chat_template"]
+        return config | {"add_bos_token": False}
+
     @property
     def start_id(self) -> int:
-        """The id before a text's first token: bos if the model was trained so, else eos, which ends the text before."""
-        llama = str(self.config.get("tokenizer_class")).startswith("Llama")  # this class adds bos unless told not to
-        return self.bos_id if self.config.get("add_bos_token", llama) else self.eos_id
+        """The id before a document's first token: bos if texts begin with it, else eos, which ends the text before."""
+        return self.bos_id if self.begins_with_bos else self.eos_id
+
+    def prompt_ids(self, text: str) -> list[int]:
+        """Token ids of a text to be continued: those of transformers' `tokenizer(text)`.
+
+        Where documents begin after eos (`begins_after_eos`), that eos comes first; transformers puts none there.
+        An empty text gives the id that a new text begins after.
+        """
+        ids = self.encode(text)
+        if self.begins_with_bos or self.begins_after_eos or not ids:
+            return [self.start_id, *ids]
+        return ids
 
     @cached_property
     def chat_template(self) -> str | None:
         """The Jinja template that transformers uses, if there is one."""
         return folder_files.chat_template(self._beside, self.config)
 
-    def with_settings(self, *, add_bos: bool, chat_template: str | None = None) -> "Tokenizer":
-        """A copy whose files say whether bos comes before each text, and name another chat template if one is given."""
+    def with_settings(self, *, add_bos: bool, after_eos: bool = False, chat_template: str | None = None) -> "Tokenizer":
+        """A copy whose files say how texts begin, and name another chat template if one is given.
+
+        add_bos: with bos, also for transformers. after_eos: see `begins_after_eos`.
+        """
         files = dict(self._beside)
-        config = self.config | {"add_bos_token": add_bos}
+        config = self.config | {"add_bos_token": add_bos, AFTER_EOS: after_eos}
         if chat_template:
             config["chat_template"] = chat_template
         files["tokenizer_config.json"] = to_json(config)
@@ -276,7 +318,7 @@ class Tokenizer:
         config = read_object(self._own_companions["tokenizer_config.json"], "the new vocabulary")
         if "chat_template" in other.config:
             config["chat_template"] = other.config["chat_template"]
-        config["add_bos_token"] = other.start_id != other.eos_id
+        config |= {"add_bos_token": other.begins_with_bos, AFTER_EOS: other.begins_after_eos}
         files = self._own_companions | {"tokenizer_config.json": to_json(config)}
         if "chat_template.jinja" in other._companions:
             files["chat_template.jinja"] = other._companions["chat_template.jinja"]
@@ -325,7 +367,7 @@ class JsonTokenizer(Tokenizer):
         """The vocabulary as GGUF describes it; raises UnsupportedError if it is of another kind than byte-level BPE."""
         return byte_bpe.read(read_object(self.data, self._source), self._source)
 
-    def with_settings(self, *, add_bos: bool, chat_template: str | None = None) -> "Tokenizer":
+    def with_settings(self, *, add_bos: bool, after_eos: bool = False, chat_template: str | None = None) -> "Tokenizer":
         """Refused: the settings are part of tokenizer.json, which is this tokenizer's identity."""
         own, wrap = ("eos", "eos") if add_bos else ("bos", "bos_eos")
         raise UserError(f"{self._source}: a tokenizer.json stays as it is; its texts begin after {own}: --wrap {wrap}")

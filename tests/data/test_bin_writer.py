@@ -10,6 +10,7 @@ from data import bin_writer, sources, tokenize_files
 from data.prepare import prepare
 from minillm.base import files as files_module
 from minillm.base.errors import UserError
+from minillm.datasets.token_bins import TokenBins
 from minillm.tokenizer.tokenizer import Tokenizer
 from minillm.tokenizer.train import train_tokenizer
 
@@ -68,7 +69,7 @@ def seen(monkeypatch) -> Seen:
 
 def contents(out: Path) -> dict:
     """All that training reads of a folder, and what is remembered."""
-    bins = {path.name: path.read_bytes() for path in out.glob("*.bin")}
+    bins = {path.name: path.read_bytes() for kind in ("bin", "sizes") for path in out.glob(f"*.{kind}")}
     return bins | {"meta.json": json.loads((out / "meta.json").read_text())}
 
 
@@ -110,6 +111,25 @@ def test_new_gone_moved_and_touched_files(texts, tok, out, seen, capsys):
     assert contents(out) == fresh(texts, tok)
 
 
+def test_bins_of_a_version_without_sizes_are_kept(texts, tok, out, seen):
+    meta = json.loads((out / "meta.json").read_text())
+    for files in meta["files"].values():
+        for file in files:
+            file.pop("sizes", None)
+    for record in meta["bins"]:
+        record["val"].pop("sizes_sha256", None)
+    meta["bins_sha256"] = sources.checksum(meta["bins"])
+    (out / "meta.json").write_text(json.dumps(meta))
+    for path in out.glob("*.sizes"):
+        path.unlink()
+    before = contents(out)
+    prepare([texts], out, tokenizer=tok, **OPTIONS)
+    assert not seen.take() and contents(out) == before
+    write(texts / "z.jsonl", ["File z, new"] * 30)
+    prepare([texts], out, tokenizer=tok, **OPTIONS)
+    assert seen.take() == {"z"} and TokenBins(out, "val").document_bytes is None
+
+
 def test_a_file_added_leaves_the_other_bins_as_they_are(texts, tok, out, seen):
     write(texts / "z.jsonl", ["File z, new"] * 30)
     before = {path: path.stat().st_ino for path in out.glob("*.bin")}
@@ -119,9 +139,9 @@ def test_a_file_added_leaves_the_other_bins_as_they_are(texts, tok, out, seen):
 
 
 @pytest.mark.parametrize(("place", "done_again"), [(0.0, 1), (0.45, 1), (0.999, 1)])
-@pytest.mark.parametrize("kind", ["train", "val"])
+@pytest.mark.parametrize("kind", ["train-*.bin", "val-*.bin", "val-*.sizes"])
 def test_a_flipped_byte_is_found(texts, tok, out, seen, capsys, kind, place, done_again):
-    before, files = contents(out), sorted(out.glob(f"{kind}-*.bin"))
+    before, files = contents(out), sorted(out.glob(kind))
     damaged = files[int(place * len(files))]
     data = bytearray(damaged.read_bytes())
     data[int(place * len(data))] ^= 4
