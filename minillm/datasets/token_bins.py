@@ -40,6 +40,8 @@ class TokenBins:
         else:
             _check_raw(self.path, dtype, vocab_size)
         self._open_files(split, np.dtype(dtype).newbyteorder("<"))
+        if self.meta and read_meta(self.path) != self.meta:
+            raise UserError(f"{self.path}: was prepared again while it was opened; start once more")
 
         self.vocab_size: int = vocab_size
         self.eos_id: int | None = self.meta.get("eos_id")

@@ -53,12 +53,10 @@ def read_text(path: Path, tokenizer: Tokenizer, *, split: str = "blank", field: 
     n_bytes = np.array([len(text.encode()) for text in documents], dtype=np.int64)
     start_id = tokenizer.start_id
     eos_id = tokenizer.eos_id
+    begin = [start_id] if start_id != eos_id else []
     ids: list[int] = []
     for tokens in tokenizer.encode_many(documents):
-        if start_id != eos_id:
-            ids.append(start_id)
-        ids += tokens
-        ids.append(eos_id)
+        ids += [*begin, *tokens, eos_id]
     return TextTokens([np.array(ids, dtype=np.int64)], eos_id, start_id, Path(path), n_bytes)
 
 

@@ -10,12 +10,13 @@ import codecs
 import hashlib
 import re
 from collections.abc import Iterable
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
 
 from minillm.base.errors import UserError
+from minillm.base.files import write_file
 from minillm.tokenizer import byte_bpe, chat_template, folder_files
 from minillm.tokenizer.chat_template import JINJA, ROLES
 from minillm.tokenizer.folder_files import read_object, to_json
@@ -237,8 +238,8 @@ class Tokenizer:
             files.pop("chat_template.jinja", None)
         if "tokenizer.model" not in files:  # an old one of the other kind would be loaded instead
             (folder / "tokenizer.model").unlink(missing_ok=True)
-        for file_name, data in files.items():
-            (folder / file_name).write_bytes(data)
+        for file_name, data in files.items():  # never through a link that lies in the folder
+            write_file(folder / file_name, partial(_write_bytes, data))
 
     @property
     def _beside(self) -> dict[str, bytes]:
@@ -309,9 +310,13 @@ class Tokenizer:
         files["tokenizer_config.json"] = to_json(config)
         if "tokenizer.json" in files:
             described = read_object(files["tokenizer.json"], f"{self._source}: tokenizer.json beside it")
-            first = byte_bpe.begin_with(self.model.piece_of(self.bos_id), self.bos_id) if add_bos else None
-            files["tokenizer.json"] = to_json(described | {"post_processor": first})
+            files["tokenizer.json"] = to_json(self._beginning(described, add_bos))
         return Tokenizer(self.model.data, "the new vocabulary", files)
+
+    def _beginning(self, described: dict, add_bos: bool) -> dict:
+        """A tokenizer.json whose texts begin with bos, or with nothing."""
+        first = byte_bpe.begin_with(self.model.piece_of(self.bos_id), self.bos_id) if add_bos else None
+        return described | {"post_processor": first}
 
     def with_chat_template_of(self, other: "Tokenizer") -> "Tokenizer":
         """A copy whose files have `other`'s chat template and its rule about bos."""
@@ -332,7 +337,8 @@ class Tokenizer:
         files = {"tokenizer_config.json": to_json(config)}
         spec = self.model.proto.trainer_spec
         if spec.model_type == spec.BPE:
-            files["tokenizer.json"] = to_json(self.model.tokenizers_file())
+            described = self.model.tokenizers_file()
+            files["tokenizer.json"] = to_json(self._beginning(described, config["add_bos_token"]))
         return files
 
 
@@ -422,6 +428,10 @@ class StreamDecoder:
         new = text[len(self._shown) :]
         self._shown = text
         return new
+
+
+def _write_bytes(data: bytes, file: Path) -> None:
+    file.write_bytes(data)
 
 
 def _load_json(folder: Path) -> JsonTokenizer:

@@ -5,7 +5,6 @@ What is learned, and how, is in the scripts: data, model, optimizer, forward, lo
 
 import contextlib
 import dataclasses
-import json
 import math
 import os
 import time
@@ -19,6 +18,7 @@ import torch
 from minillm.base import files, waiting
 from minillm.base.device import autocast, peak_flops, pick_dtype
 from minillm.base.errors import UserError
+from minillm.base.json_door import read_json
 from minillm.base.options import write_toml
 from minillm.base.process import RunLock, StopSignals
 from minillm.checkpoint import huggingface, run_folder, train_state
@@ -107,7 +107,9 @@ class Run:
         source_step = ranks.max(0 if self.source is None else run_folder.step_of(self.source))
         if source_step:
             self.source = self.folder / run_folder.step_name(source_step)
-            self.saved = train_state.read_state(self.source)
+            self.saved |= train_state.read_state(self.source)
+            if self.saved["step"] != source_step:
+                raise UserError(f"{self.source}: its training state is of step {self.saved['step']}; bring back a copy")
             self._take_recorded_threads()
             for line in self._compare_with_saved():
                 self.say(line)
@@ -178,7 +180,7 @@ class Run:
         if self.ranks.main:
             if self.source is None:  # a new run: do not use what an earlier one may have left
                 files.write_json_atomically(file, measure())
-            value = json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
+            value = read_json(file) if file.exists() else None
         self.ranks.barrier()
         return value
 
@@ -189,7 +191,7 @@ class Run:
         """
         if self.source is not None:
             train_state.restore_optimizers(self.source, state.optimizers, dict(state.model.named_parameters()))
-            if state.scaler.is_enabled() and self.saved["scaler"]:  # empty if it was saved without --dtype float16
+            if state.scaler.is_enabled() and self.saved.get("scaler"):  # empty if it was saved without --dtype float16
                 state.scaler.load_state_dict(self.saved["scaler"])
         self._check_disk(state)
         self.watchdog.tick(self.start_step)  # everything is loaded: from here on steps must come in time

@@ -188,7 +188,8 @@ def test_transformers_gives_equal_ids(ours, foreign, tmp_path, model_type):
         if model_type:
             (folder / "config.json").write_text(json.dumps({"model_type": model_type}))
         theirs = AutoTokenizer.from_pretrained(folder)
-        assert theirs(texts)["input_ids"] == tokenizer.encode_many(texts)
+        assert theirs(texts)["input_ids"] == [tokenizer.prompt_ids(text) for text in texts]
+        assert theirs(texts, add_special_tokens=False)["input_ids"] == tokenizer.encode_many(texts)
         assert {name: getattr(theirs, name) for name in tokenizer.special_ids} == tokenizer.special_ids
         for template in ("auto", *(name for name in JINJA if name != "chat" or tokenizer.roles)):
             tokenizer.save(folder, template=template)
