@@ -30,7 +30,7 @@ KERNEL_USERS = {"minillm/model/ops.py", "minillm/model/quant.py"}
 # What it held when it was last weighed, plus a tenth.
 BUDGET = {
     "kernels": 71_900,
-    "base": 8_000,
+    "base": 9_300,
     "model": 12_900,
     "tokenizer": 14_000,
     "datasets": 12_900,
@@ -41,7 +41,7 @@ BUDGET = {
     "generation": 4_000,
     "evaluation": 2_450,
     "training": 11_900,
-    "commands": 11_850,
+    "commands": 12_200,
     "scripts": 4_400,
 }
 MOST_FILES = 12  # of one folder, besides its __init__.py
