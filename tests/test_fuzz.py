@@ -253,7 +253,7 @@ def in_a_child(read, folder: Path) -> str:
             with log.open("wb") as file:
                 os.dup2(file.fileno(), 1)
                 os.dup2(file.fileno(), 2)
-            sys.stdin = open("said.txt")  # noqa: SIM115
+            sys.stdin = Path("said.txt").open()  # noqa: SIM115
             sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115 - pytest's own may hold text already
             sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115
             signal.signal(signal.SIGALRM, signal.SIG_DFL)

@@ -120,8 +120,9 @@ def _read_texts(config: Config, tokenizer: Tokenizer, path: Path) -> TokenBins |
     if not (path.is_dir() and (path / "meta.json").is_file()):
         return read_text(path, tokenizer, split=config.split, field=config.field)
     bins = TokenBins(path, "val")
-    if bins.meta["tokenizer_sha256"] != tokenizer.sha256:
+    if bins.meta.get("tokenizer_sha256") != tokenizer.sha256:
         raise UserError(f"--data {path}: prepared with another tokenizer than the model's; evaluate the text itself")
+    bins.check_tokenizer(tokenizer)
     if bins.start_id != tokenizer.start_id:
         wrap = "eos" if tokenizer.start_id == tokenizer.eos_id else "bos_eos"
         raise UserError(

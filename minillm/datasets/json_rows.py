@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from minillm.base.errors import UserError
+from minillm.base.json_door import file_size
 
 LARGEST_ARRAY = 1 << 30  # bytes of a JSON array, unpacked: it is read as a whole and takes 2 to 5 times this in memory
 READ_AT_ONCE = 1 << 20  # bytes
@@ -35,6 +36,7 @@ def open_rows(path: Path) -> BinaryIO:
     Raises UserError for a file that is broken, or an array larger than LARGEST_ARRAY.
     """
     with naming_file(path):
+        file_size(path)  # is it a file at all
         file = path.open("rb")
         stream = unpacked(file)
         is_array = opens_array(stream)

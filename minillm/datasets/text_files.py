@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 from minillm.base.errors import UserError
+from minillm.base.json_door import file_size
 from minillm.datasets.json_rows import (
     array_items,
     decoded,
@@ -83,6 +84,7 @@ def records(path: Path, *, boundary: str, field: str) -> Iterator[Record]:
         if path.suffix == ".parquet":
             yield from _parquet(path, field)
             return
+        file_size(path)  # is it a file at all
         with path.open("rb") as file:
             stream = unpacked(file, path.suffix == ".gz")
             if path.name.removesuffix(".gz").endswith(".txt"):
