@@ -17,6 +17,7 @@ import numpy as np
 
 from minillm.base.errors import UserError
 from minillm.base.files import write_file
+from minillm.base.json_door import read_file
 from minillm.tokenizer import byte_bpe, chat_template, folder_files
 from minillm.tokenizer.chat_template import JINJA, ROLES
 from minillm.tokenizer.folder_files import read_object, to_json
@@ -72,11 +73,9 @@ class Tokenizer:
                 return _load_json(folder)
             _refuse_folder(folder)
         try:
-            model_bytes = file.read_bytes()
-        except OSError as error:
-            raise UserError(
-                f"{file}: cannot read the tokenizer ({error.strerror}); give a .model file or its folder"
-            ) from None
+            model_bytes = read_file(file, folder_files.MOST_BYTES)
+        except UserError as problem:
+            raise UserError(f"cannot read the tokenizer ({problem}); give a .model file or its folder") from None
         companions = folder_files.read_companions(file.parent) if file.name == "tokenizer.model" else {}
         return cls(model_bytes, str(file), companions)
 

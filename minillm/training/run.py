@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import json
 import math
+import os
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -15,7 +16,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from minillm.base.device import autocast, busy_cores, peak_flops, pick_dtype
+from minillm.base import waiting
+from minillm.base.device import autocast, peak_flops, pick_dtype
 from minillm.base.errors import UserError
 from minillm.base.json_door import read_json
 from minillm.base.options import write_toml
@@ -31,7 +33,7 @@ from minillm.training import kernel_check, plot, saving, starting_model
 from minillm.training.config import TrainingConfig
 from minillm.training.out_folder import OutFolder
 from minillm.training.progress import Progress, duration
-from minillm.training.schedule import Schedule, lr_at, set_lr
+from minillm.training.schedule import Schedule, lr_at, rate_change, saved_schedule, set_lr
 from minillm.training.step import TrainState, seed_step
 from minillm.tuning.options import TuningConfig
 
@@ -99,7 +101,11 @@ class Run:
         self.stop_signal = 0
 
         # the checkpoint to go on from: rank 0 finds and verifies it, the others take the same
-        self._check_ranks_agree()
+        if not ranks.agree(fingerprints):
+            raise UserError(
+                "the processes have opened different data or models: were they changed or prepared again meanwhile, or "
+                "do machines hold different copies? Start once more with the same files everywhere"
+            )
         self.source: Path | None = None
         self.saved: dict = {"step": 0, "time_s": 0.0}
         if ranks.main:
@@ -111,6 +117,7 @@ class Run:
             self.saved |= train_state.read_state(self.source)
             if self.saved["step"] != source_step:
                 raise UserError(f"{self.source}: its training state is of step {self.saved['step']}; bring back a copy")
+            self._take_recorded_threads()
             for line in self._compare_with_saved():
                 self.say(line)
         self.start_step: int = self.saved["step"]
@@ -129,15 +136,6 @@ class Run:
         self.progress = Progress(training_config.steps, self.start_step, ranks.main)
         self.watchdog = Watchdog(ranks.rank, ranks.world, training_config.timeout_s)
 
-    def _check_ranks_agree(self) -> None:
-        """Raise `UserError` on all ranks if some have opened other data than others, or another model."""
-        number = int(train_state.fingerprint(self.fingerprints), 16) >> 1  # so that it is below 2⁶³
-        if self.ranks.max(number) != -self.ranks.max(-number):
-            raise UserError(
-                "the processes have opened different data or models: were they changed or prepared again meanwhile, or "
-                "do machines hold different copies? Start once more with the same files everywhere"
-            )
-
     def _find_source(self) -> Path | None:
         """The newest whole checkpoint in the folder; None for a new run."""
         if self.training_config.resume == "none" and run_folder.step_folders(self.folder):
@@ -147,9 +145,26 @@ class Run:
             )
         return run_folder.newest_checkpoint(self.folder, log=self.say)
 
+    def _take_recorded_threads(self) -> None:
+        """Compute on as many threads as the checkpoint's run, since results depend on them in their last bits.
+
+        The user's OMP_NUM_THREADS comes first. torchrun sets it as well, so another number of ranks takes its own.
+        """
+        usual, recorded = torch.get_num_threads(), self.saved.get("threads", 0)
+        same_ranks = self.saved.get("world") == self.ranks.world
+        if self.device.type == "cpu" and same_ranks and "OMP_NUM_THREADS" not in os.environ and 0 < recorded < usual:
+            torch.set_num_threads(recorded)
+            self.say(f"threads: {recorded} of {usual}, as in the checkpoint; OMP_NUM_THREADS={usual} would take all")
+
     def _compare_with_saved(self) -> list[str]:
-        allowed = self.training_config.allow_data_change
-        return train_state.compare_fingerprints(self.saved, self._describe(0), allowed, self.source, FREE)
+        """What differs from the checkpoint's run, in lines."""
+        training_config = self.training_config
+        allowed = training_config.allow_data_change
+        lines = train_state.compare_fingerprints(self.saved, self._describe(0), allowed, self.source, FREE)
+        if self.saved["step"] < training_config.steps and training_config.lr is not None:
+            before = saved_schedule(self.saved.get("config", {}), training_config)
+            lines.append(rate_change(before, Schedule.of(training_config), self.saved["step"]))
+        return [line for line in lines if line]
 
     # ---- before the loop
 
@@ -183,8 +198,6 @@ class Run:
             train_state.restore_optimizers(self.source, state.optimizers, dict(state.model.named_parameters()))
             if state.scaler.is_enabled() and self.saved.get("scaler"):  # empty if it was saved without --dtype float16
                 state.scaler.load_state_dict(self.saved["scaler"])
-        if self.device.type == "cpu" and (busy := busy_cores()):
-            self.say(busy)
         if self.out:
             saving.check(state.model, self.folder, self.training_config, self.tokenizer, self._describe(0))
         self.watchdog.tick(self.start_step)  # everything is loaded: from here on steps must come in time
@@ -202,6 +215,10 @@ class Run:
         Before each the learning rate and the seed of its dropout are set. After each the checkpoint is saved if it is
         due, and if a signal has asked any rank to stop, it is saved and no other step follows: see `status`.
         """
+        with waiting.chosen(self.say) if self.device.type == "cpu" else contextlib.nullcontext():
+            yield from self._steps(state)
+
+    def _steps(self, state: TrainState) -> Iterator[int]:
         schedule = Schedule.of(self.training_config)
         for step in range(self.start_step + 1, self.training_config.steps + 1):
             self.step, self.step_begun = step, time.monotonic()
@@ -248,7 +265,10 @@ class Run:
         now = time.monotonic()
         self._count_bad_steps(state)
         speed = n_tokens / (now - self.step_begun)
-        mfu = None if self.peak is None else speed * self.flops / (self.peak * self.ranks.world)
+        mfu = None
+        if self.peak is not None:  # measured or listed too low if a run does more
+            self.peak = max(self.peak, speed * self.flops / self.ranks.world)
+            mfu = speed * self.flops / (self.peak * self.ranks.world)
         row = {"step": self.step, "loss": state.loss, "lr": self.lr, "grad_norm": state.grad_norm}
         row |= {"tokens_per_s": speed, "mfu": mfu, "time_s": self.seconds()}
         self.record(**row)
@@ -274,15 +294,8 @@ class Run:
         if self.bad_steps >= self.training_config.max_bad_steps:
             raise UserError(
                 f"step {self.step}: {self.bad_steps} steps in a row were not finite; lower --lr, raise --warmup_steps "
-                f"or choose --dtype float32, and {self._earlier_start()}"
+                f"or choose --dtype float32, and {run_folder.earlier_start(self.folder)}"
             )
-
-    def _earlier_start(self) -> str:
-        """Where a run that went wrong can begin once more."""
-        checkpoints = run_folder.step_folders(self.folder)
-        if not checkpoints:
-            return "begin again"
-        return f"go on from a checkpoint before that: copy {checkpoints[0]} into another --out"
 
     def record(self, step: int, **values: float | None) -> None:
         """Append a row to metrics.jsonl (and TensorBoard)."""
@@ -303,7 +316,7 @@ class Run:
         if not torch.stack([torch.isfinite(p).all() for p in state.model.parameters()]).all():
             raise UserError(
                 f"step {self.step}: weights are not finite any more, so they are not saved; lower --lr, and "
-                f"{self._earlier_start()}"
+                f"{run_folder.earlier_start(self.folder)}"
             )
         if self.ranks.main:
             train_state.save(
@@ -328,6 +341,8 @@ class Run:
             "threads": torch.get_num_threads(),
             "world": self.ranks.world,
             "torch": torch.__version__,
+            "device": self.device.type,
+            "precision": str(self.dtype).removeprefix("torch."),
             **self.facts,
         }
 

@@ -1,4 +1,4 @@
-"""What a run puts into a checkpoint's folder, and the check before the first step that nothing will keep it from that."""
+"""What a run puts into a checkpoint's folder, and the check before the first step that it will be able to."""
 
 import json
 from pathlib import Path
@@ -37,8 +37,7 @@ def _write_beside(folder: Path, training_config: TrainingConfig, tokenizer: Toke
 def check(
     model: torch.nn.Module, run: Path, training_config: TrainingConfig, tokenizer: Tokenizer | None, described: dict
 ) -> None:
-    """Refuse what a save would fail by: a damaged file beside the tokenizer, a value that cannot be written, a disk that
-    cannot hold the checkpoints (weights and two moments in fp32 for each trained parameter).
+    """Refuse what a save would fail by: a damaged file beside the tokenizer, a value without JSON, a full disk.
 
     described: what a checkpoint will record of the run. Raises `UserError`.
     """
@@ -50,6 +49,7 @@ def check(
         adapter = active_adapter(model)
         json.dumps(peft_format.describe(adapter) if adapter else huggingface.to_hf(model.config))
 
+    # the disk holds the checkpoints that are kept at once: weights and two moments in fp32 for each trained parameter
     weights = 4 * starting_model.n_trained(model)
     already_there = len(run_folder.step_folders(run))
     copies = max(1, (training_config.keep_last or 1) + 1 - already_there)
