@@ -37,7 +37,7 @@ def run(config: Config) -> None:
         ids,
         config.max_new_tokens,
         sampling=part(config, Sampling),
-        stop_ids=[tokenizer.eos_id],
+        stop_ids=tokenizer.end_ids,
         stop_strings=list(config.stop),
     )
     end = print_stream(stream, [])

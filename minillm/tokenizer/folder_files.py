@@ -6,10 +6,16 @@ They come from anywhere, so each value is checked where it is read; what is wron
 import json
 from pathlib import Path
 
+from minillm.base.contents import is_of_kind
 from minillm.base.errors import UserError
 
+LARGEST_ID = 1 << 24  # no vocabulary is as large, so that a damaged file cannot name any number
+
 # What transformers reads beside the model file; a folder made elsewhere keeps its own when it is loaded and saved.
+MODEL_CONFIG = "config.json"  # the model's, of which only the ids that end a text are read here
+GENERATION_CONFIG = "generation_config.json"
 COMPANIONS = (
+    GENERATION_CONFIG,
     "tokenizer_config.json",
     "tokenizer.json",
     "special_tokens_map.json",
@@ -19,9 +25,27 @@ COMPANIONS = (
 
 
 def read_companions(folder: Path) -> dict[str, bytes]:
-    """Contents of those of these files that a folder holds, by name."""
-    paths = [folder / name for name in COMPANIONS]
+    """Contents of those of these files that a folder holds, and of its config.json, by name."""
+    paths = [folder / name for name in (*COMPANIONS, MODEL_CONFIG)]
     return {path.name: path.read_bytes() for path in paths if path.is_file()}
+
+
+def end_ids(files: dict[str, bytes], source: str) -> set[int]:
+    """The ids that config.json and generation_config.json say a text ends with: eos_token_id, an id or a list of them.
+
+    Raises `UserError` if one is no id.
+    """
+    ids: set[int] = set()
+    for name in (MODEL_CONFIG, GENERATION_CONFIG):
+        if name not in files:
+            continue
+        named = read_object(files[name], f"{source}: {name} beside it").get("eos_token_id")
+        listed = named if isinstance(named, list) else [] if named is None else [named]
+        wrong = [i for i in listed if not is_of_kind(i, int) or not 0 <= i < LARGEST_ID]
+        if wrong:
+            raise UserError(f"{source}: {name} beside it: damaged, eos_token_id holds {wrong[0]!r:.80}, which is no id")
+        ids.update(listed)
+    return ids
 
 
 def read_object(data: bytes, source: str) -> dict:
@@ -80,16 +104,3 @@ def chat_template(files: dict[str, bytes], config: dict) -> str | None:
     if template is not None and not isinstance(template, str):
         raise UserError(f"tokenizer_config.json: damaged, chat_template is no text but {template!r:.80}")
     return template or None
-
-
-def added_pieces(files: dict[str, bytes], config: dict) -> dict[str, int]:
-    """Pieces that the folder's settings add to the vocabulary, with their ids."""
-    pieces = {}
-    if "added_tokens.json" in files:
-        pieces |= read_object(files["added_tokens.json"], "added_tokens.json beside the tokenizer")
-    decoder = config.get("added_tokens_decoder", {})
-    entries = decoder.items() if isinstance(decoder, dict) else ()
-    for number, entry in entries:
-        if isinstance(entry, dict) and str(number).isdecimal():
-            pieces[entry.get("content")] = int(number)
-    return {piece: i for piece, i in pieces.items() if isinstance(piece, str) and isinstance(i, int)}

@@ -20,16 +20,18 @@ class SentencePieceModel:
     """The pieces of a model file, and encoding with them.
 
     proto: the parsed file. processor: SentencePiece's processor; no_prefix: another one, for a text that does not begin
-    a sequence. dummy_prefix: whether a space is put before each text. control: id of each control piece, which text is
-    never encoded as. table: the bytes that each id stands for. unfaithful: why the bytes of a text's ids are not the
-    bytes of the text, or None if they are.
+    a sequence. dummy_prefix: whether a space is put before each text; spares_a_space: not before one that begins with a
+    space, as transformers' class for Llama has it. control: id of each control piece, which text is never encoded as.
+    table: the bytes that each id stands for. rewrites: how it changes texts first, or None. unfaithful: why the bytes
+    of a text's ids are not the bytes of the text, or None if they are.
 
     Raises UserError if the file is not such a model, or damaged.
     """
 
-    def __init__(self, data: bytes, source: str):
+    def __init__(self, data: bytes, source: str, spares_a_space: bool = False):
         self.data = data
-        self.proto = _parse(data, source)
+        self.spares_a_space = spares_a_space
+        self.proto = parse(data, source)
         self.vocab_size = len(self.proto.pieces)
         try:
             self.processor = sentencepiece.SentencePieceProcessor(model_proto=data)
@@ -44,7 +46,10 @@ class SentencePieceModel:
             self.no_prefix = sentencepiece.SentencePieceProcessor(model_proto=bare.SerializeToString())
         self.control = {p.piece: i for i, p in enumerate(self.proto.pieces) if p.type == p.CONTROL}
         self.table = [_piece_bytes(piece) for piece in self.proto.pieces]
-        self.unfaithful = _reason_against(self.proto)
+        self.rewrites = _rewriting(self.proto)
+        self.unfaithful = self.rewrites
+        if not self.rewrites and not self.proto.trainer_spec.byte_fallback:
+            self.unfaithful = "characters without a piece are lost"
         byte_ids = {self.table[i]: i for i, p in enumerate(self.proto.pieces) if p.type == p.BYTE}
         unknown = self.processor.unk_id()
         # SentencePiece takes the character ▁ for a space; only its bytes can stand for it.
@@ -55,7 +60,9 @@ class SentencePieceModel:
     def encode_many(self, texts: list[str], threads: int = 1) -> list[list[int]]:
         """Ids of each text; `threads` of SentencePiece's own share the work."""
         # Long texts and those with ▁ are encoded one by one; empty texts keep their places.
-        odd = [i for i, text in enumerate(texts) if len(text) > LONG_TEXT or SPACE_MARK in text]
+        odd = [
+            i for i, text in enumerate(texts) if len(text) > LONG_TEXT or SPACE_MARK in text or self._is_spared(text)
+        ]
         plain = list(texts)
         for i in odd:
             plain[i] = ""
@@ -65,8 +72,12 @@ class SentencePieceModel:
         else:
             rows = self.processor.encode(plain, num_threads=threads)
         for i in odd:
-            rows[i] = self._encode_odd(texts[i], self.processor, threads)
+            first = self.no_prefix if self._is_spared(texts[i]) else self.processor
+            rows[i] = self._encode_odd(texts[i], first, threads)
         return rows
+
+    def _is_spared(self, text: str) -> bool:
+        return self.spares_a_space and text.startswith(" ")
 
     def encode_continuation(self, text: str) -> list[int]:
         """Ids of a text that does not begin a sequence: no dummy space is put before it."""
@@ -129,6 +140,16 @@ class SentencePieceModel:
         """The text of a piece as the file writes it."""
         return self.proto.pieces[i].piece
 
+    @cached_property
+    def user_defined(self) -> dict[str, int]:
+        """Id of each piece that is cut out of a text before anything else."""
+        return {p.piece: i for i, p in enumerate(self.proto.pieces) if p.type == p.USER_DEFINED}
+
+    def id_of(self, piece: str) -> int | None:
+        """The id of the piece with this text; None if there is none."""
+        i = self.processor.piece_to_id(piece)
+        return i if self.proto.pieces[i].piece == piece else None
+
     def _added_tokens(self) -> list[dict]:
         flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
         return [
@@ -174,7 +195,15 @@ class SentencePieceModel:
         }
 
 
-def _parse(model_bytes: bytes, source: str) -> proto.ModelProto:
+def with_dummy_prefix(data: bytes, dummy_prefix: bool) -> bytes:
+    """A model file that puts a space before each text, or does not."""
+    model = proto.ModelProto.FromString(data)
+    model.normalizer_spec.add_dummy_prefix = dummy_prefix
+    return model.SerializeToString()
+
+
+def parse(model_bytes: bytes, source: str) -> proto.ModelProto:
+    """What a model file holds. Raises `UserError` if it is no such file, or damaged."""
     remedy = "it is no SentencePiece model, or damaged: copy or train it again"
     try:
         model = proto.ModelProto.FromString(model_bytes)
@@ -186,15 +215,13 @@ def _parse(model_bytes: bytes, source: str) -> proto.ModelProto:
     return model
 
 
-def _reason_against(model: proto.ModelProto) -> str | None:
-    """Why bytes of ids are not bytes of text, in words for people; None if they are."""
+def _rewriting(model: proto.ModelProto) -> str | None:
+    """How a model changes texts before it cuts them, in words for people; None if it does not."""
     rules = model.normalizer_spec
     if rules.precompiled_charsmap:
         return f"its normalizer ({rules.name}) changes texts"
     if rules.remove_extra_whitespaces:
         return "its normalizer removes spaces"
-    if not model.trainer_spec.byte_fallback:
-        return "characters without a piece are lost"
     return None
 
 

@@ -8,6 +8,7 @@ text. Our ids: unk 0, bos 1, eos 2, pad 3, the chat roles 4–6, the 256 bytes, 
 
 import codecs
 import hashlib
+import itertools
 import re
 from collections.abc import Iterable
 from functools import cached_property
@@ -16,44 +17,69 @@ from pathlib import Path
 import numpy as np
 
 from minillm.base.errors import UserError
-from minillm.tokenizer import byte_bpe, chat_template, folder_files
+from minillm.tokenizer import added_tokens, around_text, byte_bpe, chat_template, folder_files
 from minillm.tokenizer.chat_template import JINJA, ROLES
 from minillm.tokenizer.folder_files import read_object, to_json
-from minillm.tokenizer.sentencepiece_model import SentencePieceModel
+from minillm.tokenizer.sentencepiece_model import SentencePieceModel, with_dummy_prefix
 from minillm.tokenizer.tokenizers_model import TokenizersModel
 
 
 class Tokenizer:
     """A vocabulary with its special ids and the files beside it; this class: one of SentencePiece's.
 
-    vocab_size, bos_id, eos_id, pad_id: int (a model without pad or bos uses eos for it).
+    vocab_size, bos_id, eos_id, pad_id: int (a model without pad or bos uses eos for it). Tokens that the folder adds
+    to its vocabulary are pieces like all others. begins_with_bos: whether transformers puts bos before each text.
     model: the SentencePieceModel; pieces: the model of either kind. control: id of each control piece, which no text is
     encoded as.
     data: the model file. sha256: its hex digest, by which token bins and checkpoints identify their tokenizer.
     """
 
     def __init__(self, model_bytes: bytes, source: str, companions: dict[str, bytes] | None = None):
-        self.model = SentencePieceModel(model_bytes, source)
-        self._own_file = {"tokenizer.model": model_bytes}
+        self.model, self._space, self._whole = _pieces_of(model_bytes, companions or {}, source)
+        self._own_file = {"tokenizer.model": self.model.data}
         self._hold(self.model, source, companions or {})
         processor = self.model.processor
-        self.eos_id = processor.eos_id()
-        if self.eos_id < 0:
-            raise UserError(
-                f"{source}: the model has no end-of-text piece; choose another, or train one (--train_tokenizer)"
-            )
-        self.bos_id = processor.bos_id() if processor.bos_id() >= 0 else self.eos_id
-        self.pad_id = processor.pad_id() if processor.pad_id() >= 0 else self.eos_id
+        self._name_special({"bos": processor.bos_id(), "eos": processor.eos_id(), "pad": processor.pad_id()})
 
     def _hold(self, pieces: SentencePieceModel | TokenizersModel, source: str, companions: dict[str, bytes]) -> None:
         """Take over what both kinds of vocabularies have in common."""
         self.pieces = pieces
         self._source = source
-        self._companions = companions
+        self._companions = {name: data for name, data in companions.items() if name in folder_files.COMPANIONS}
+        self._files = companions  # with the model's config.json
         self.data = pieces.data
         self.sha256 = hashlib.sha256(pieces.data).hexdigest()
         self.vocab_size = pieces.vocab_size
         self.control = pieces.control
+
+    def _name_special(self, of_model: dict[str, int]) -> None:
+        """Set bos_id, eos_id and pad_id to what the folder names, else to what the model does (negative: none), and see
+        what texts begin with. Raises UserError where a text has no end.
+        """
+        named = folder_files.special_pieces(self._companions, self._source)
+        ids: dict[str, int | None] = {}
+        for role in ("bos", "eos", "pad"):
+            if (piece := named.get(f"{role}_token")) is not None:
+                ids[role] = self.pieces.id_of(piece)
+            else:
+                ids[role] = of_model[role] if of_model.get(role, -1) >= 0 else None
+        if ids["eos"] is None:
+            piece = named.get("eos_token")
+            what = f"its end-of-text piece {piece!r:.80} is no piece of it" if piece else "no end-of-text piece"
+            raise UserError(f"{self._source}: {what} (eos_token); choose another tokenizer, or train one")
+        self.eos_id = ids["eos"]
+        self.pad_id = self.eos_id if ids["pad"] is None else ids["pad"]
+        self.bos_id = self.eos_id if ids["bos"] is None else ids["bos"]
+
+        config = read_object(
+            self._companions.get("tokenizer_config.json", b"{}"), f"{self._source}: tokenizer_config.json beside it"
+        )
+        first = around_text.first_id(self._files, config, ids["bos"], self._source)
+        self.begins_with_bos = first is not None
+        if self.begins_with_bos:
+            self.bos_id = first
+            if first not in self.control.values():
+                raise UserError(f"{self._source}: it puts the id {first} before each text, which is no control piece")
 
     @classmethod
     def load(cls, path: str | Path) -> "Tokenizer":
@@ -86,47 +112,66 @@ class Tokenizer:
     def encode_many(self, texts: list[str], *, threads: int = 1) -> list[list[int]]:
         """Token ids of each text; `threads` share the work (see the models of the two kinds)."""
         try:
-            return self.pieces.encode_many(texts, threads)
+            return self._encode_many(texts, threads)
         except (RuntimeError, TypeError, UnicodeEncodeError):
             for text in texts:
                 _refuse_surrogates(text)
             raise
+
+    def _encode_many(self, texts: list[str], threads: int) -> list[list[int]]:
+        if not self._whole:
+            return self.model.encode_many(texts, threads)
+        # Added tokens that are text are cut out before anything else; empty texts keep the places of such texts.
+        pattern = either_of(self._whole)
+        cut = {i: pattern.split(text) for i, text in enumerate(texts) if pattern.search(text)}
+        rows = self.model.encode_many(["" if i in cut else text for i, text in enumerate(texts)], threads)
+        for i, parts in cut.items():
+            rows[i] = self._encode_parts(parts, self._whole)
+        return rows
+
+    def _encode_parts(self, parts: list[str], ids_of: dict[str, int]) -> list[int]:
+        """Ids of a text in parts: text, added token, text, … ids_of: of the added tokens."""
+        ids: list[int] = []
+        for number, part in enumerate(parts):
+            if number % 2:
+                ids.append(ids_of[part])
+                continue
+            # some tokens take the spaces beside them with them
+            if number and parts[number - 1] in self._eats_spaces["rstrip"]:
+                part = part.lstrip()
+            if number + 1 < len(parts) and parts[number + 1] in self._eats_spaces["lstrip"]:
+                part = part.rstrip()
+            if part and (number == 0 or self._space.each_part):
+                ids += self.model.encode_many([part])[0]
+            elif part:
+                ids += self.model.encode_continuation(part)
+        return ids
+
+    def prompt_ids(self, text: str) -> list[int]:
+        """Token ids of a text that is to be continued: bos if the folder's texts begin with it, as transformers'
+        `tokenizer(text)` gives them.
+        """
+        return [self.bos_id, *self.encode(text)] if self.begins_with_bos else self.encode(text)
 
     def encode_rendered(self, text: str, mark: str) -> list[int]:
         """Ids of a filled-in chat template, in which control pieces count, as in transformers.
 
         mark: a character that breaks up what looks like a control piece and came from a message; it is taken out here.
         """
-        ids: list[int] = []
-        for number, part in enumerate(self.control_pattern.split(text)):
-            if part in self.control:
-                ids.append(self.control[part])
-                continue
-            part = part.replace(mark, "")
-            if not part:
-                continue
-            if number == 0 or self._every_part_has_a_prefix:
-                ids += self.encode(part)
-            else:
-                ids += self.model.encode_continuation(part)
-        return ids
+        pieces = self.control | self._whole
+        parts = either_of(pieces).split(text)
+        return self._encode_parts([part if part in pieces else part.replace(mark, "") for part in parts], pieces)
 
     @cached_property
     def control_pattern(self) -> re.Pattern:
-        """Matches any control piece, the longest where one begins with another; `split` keeps what it matched."""
-        longest_first = sorted(self.control, key=len, reverse=True)
-        either = "|".join(re.escape(piece) for piece in longest_first)
-        return re.compile(f"({either})" if either else "((?!))")  # the latter matches nothing
+        """Matches any control piece; `split` keeps what it matched."""
+        return either_of(self.control)
 
     @cached_property
-    def _every_part_has_a_prefix(self) -> bool:
-        """Whether transformers puts the dummy space after each control piece too, and not at the front alone."""
-        if str(self.config.get("tokenizer_class")).startswith("Llama"):
-            return bool(self.config.get("legacy", False))
-        if "tokenizer.json" in self._beside:
-            normalizer = read_object(self._beside["tokenizer.json"], f"{self._source}: tokenizer.json beside it")
-            return "'Prepend'" in str(normalizer.get("normalizer"))
-        return bool(self.config.get("legacy", True))
+    def _eats_spaces(self) -> dict[str, set[str]]:
+        """The control pieces that take the spaces on their left ("lstrip") or right ("rstrip") with them."""
+        tokens = added_tokens.named(self._companions, self._source).values()
+        return {side: {token.text for token in tokens if getattr(token, side)} for side in ("lstrip", "rstrip")}
 
     # ---------------------------------------------------------------- conversations
 
@@ -147,7 +192,7 @@ class Tokenizer:
         return chat_template.encode(self, messages, template, add_generation_prompt)
 
     def stop_ids(self, template: str = "auto") -> list[int]:
-        """Ids at which an answer ends: eos, and what the template writes after an answer."""
+        """Ids at which an answer ends: `end_ids`, and what the template writes after an answer."""
         return chat_template.stop_ids(self, template)
 
     def resolve_template(self, template: str) -> str:
@@ -160,9 +205,9 @@ class Tokenizer:
         return {role: self.control[piece] for role, piece in ROLES.items() if piece in self.control}
 
     @cached_property
-    def added_pieces(self) -> dict[str, int]:
-        """Pieces that the folder's settings name, with their ids; some may lie beyond the vocabulary."""
-        return folder_files.added_pieces(self._companions, self.config)
+    def end_ids(self) -> list[int]:
+        """Ids at which any text ends: eos, and what config.json and generation_config.json name beside it."""
+        return [self.eos_id, *sorted(folder_files.end_ids(self._files, self._source) - {self.eos_id})]
 
     @cached_property
     def special_pieces(self) -> dict[str, str]:
@@ -178,6 +223,8 @@ class Tokenizer:
     def decode(self, ids: Iterable[int]) -> str:
         """The text of `ids`, control pieces left out; bytes that are not UTF-8 become U+FFFD.
 
+        An id beyond the vocabulary, which a model with more rows may draw, is shown as `<id 777>`.
+
         For a model that puts a dummy space before each text (Llama's), one leading space is removed, as in
         SentencePiece, so that `decode(encode(text)) == text`. StreamDecoder keeps that space. A model that
         normalizes its text (T5's) gives back the normalized text.
@@ -188,14 +235,8 @@ class Tokenizer:
         return data.decode("utf-8", errors="replace")
 
     def _bytes_of(self, ids: Iterable[int]) -> list[bytes]:
-        return [self.pieces.table[i] for i in self._checked(ids)]
-
-    def _checked(self, ids: Iterable[int]) -> list[int]:
-        ids = [int(i) for i in ids]
-        if ids and not 0 <= min(ids) <= max(ids) < self.vocab_size:
-            wrong = min(ids) if min(ids) < 0 else max(ids)
-            raise UserError(f"token id {wrong}: this tokenizer has ids 0 to {self.vocab_size - 1}")
-        return ids
+        table = self.pieces.table
+        return [table[i] if i < self.vocab_size else beyond(i).encode() for i in _checked(ids)]
 
     @property
     def id_dtype(self) -> np.dtype:
@@ -203,9 +244,10 @@ class Tokenizer:
         return np.dtype("<u2" if self.vocab_size <= 1 << 16 else "<u4")
 
     @property
-    def special_ids(self) -> dict[str, int]:
-        """bos_token_id, eos_token_id and pad_token_id, as config.json records them."""
-        return {"bos_token_id": self.bos_id, "eos_token_id": self.eos_id, "pad_token_id": self.pad_id}
+    def special_ids(self) -> dict[str, int | list[int]]:
+        """bos_token_id, eos_token_id (a list if there are several) and pad_token_id, as config.json records them."""
+        ends = self.end_ids if len(self.end_ids) > 1 else self.eos_id
+        return {"bos_token_id": self.bos_id, "eos_token_id": ends, "pad_token_id": self.pad_id}
 
     def byte_lengths(self) -> np.ndarray:
         """Number of UTF-8 bytes that each id stands for: (vocab_size,) int64, 0 for control pieces.
@@ -230,6 +272,9 @@ class Tokenizer:
         if name in JINJA:
             files["tokenizer_config.json"] = to_json(self.config | {"chat_template": JINJA[name]})
             files.pop("chat_template.jinja", None)
+        generation = folder_files.GENERATION_CONFIG
+        if len(self.end_ids) > 1 and folder_files.end_ids(self._companions, self._source) != set(self.end_ids):
+            files[generation] = to_json(self.generation_config | {"eos_token_id": self.end_ids})
         if "tokenizer.model" not in files:  # an old one of the other kind would be loaded instead
             (folder / "tokenizer.model").unlink(missing_ok=True)
         for file_name, data in files.items():
@@ -238,7 +283,8 @@ class Tokenizer:
     @property
     def _beside(self) -> dict[str, bytes]:
         """The files beside the vocabulary, as `save` writes them."""
-        return self._companions or self._own_companions
+        is_described = self._companions.keys() - {folder_files.GENERATION_CONFIG}
+        return self._companions if is_described else self._own_companions | self._companions
 
     @cached_property
     def config(self) -> dict:
@@ -249,9 +295,14 @@ class Tokenizer:
 
     @property
     def start_id(self) -> int:
-        """The id before a text's first token: bos if the model was trained so, else eos, which ends the text before."""
-        llama = str(self.config.get("tokenizer_class")).startswith("Llama")  # this class adds bos unless told not to
-        return self.bos_id if self.config.get("add_bos_token", llama) else self.eos_id
+        """The id before a text's first token: bos if its texts begin so, else eos, which ends the text before."""
+        return self.bos_id if self.begins_with_bos else self.eos_id
+
+    @property
+    def generation_config(self) -> dict:
+        """What generation_config.json says; empty if there is none."""
+        name = folder_files.GENERATION_CONFIG
+        return read_object(self._companions.get(name, b"{}"), f"{self._source}: {name} beside it")
 
     @cached_property
     def chat_template(self) -> str | None:
@@ -260,7 +311,7 @@ class Tokenizer:
 
     def with_settings(self, *, add_bos: bool, chat_template: str | None = None) -> "Tokenizer":
         """A copy whose files say whether bos comes before each text, and name another chat template if one is given."""
-        files = dict(self._beside)
+        files = self._files | self._beside
         config = self.config | {"add_bos_token": add_bos}
         if chat_template:
             config["chat_template"] = chat_template
@@ -271,16 +322,21 @@ class Tokenizer:
             files["tokenizer.json"] = to_json(described | {"post_processor": first})
         return Tokenizer(self.model.data, "the new vocabulary", files)
 
-    def with_chat_template_of(self, other: "Tokenizer") -> "Tokenizer":
-        """A copy whose files have `other`'s chat template and its rule about bos."""
+    def with_settings_of(self, other: "Tokenizer") -> "Tokenizer":
+        """A copy whose files have `other`'s chat template, special pieces, ends of texts, and rule about bos."""
         config = read_object(self._own_companions["tokenizer_config.json"], "the new vocabulary")
+        config |= {name: piece for name, piece in other.special_pieces.items() if self.model.id_of(piece) is not None}
+        files = dict(self._own_companions)
         if "chat_template" in other.config:
             config["chat_template"] = other.config["chat_template"]
-        config["add_bos_token"] = other.start_id != other.eos_id
-        files = self._own_companions | {"tokenizer_config.json": to_json(config)}
         if "chat_template.jinja" in other._companions:
             files["chat_template.jinja"] = other._companions["chat_template.jinja"]
-        return Tokenizer(self.model.data, "the new vocabulary", files)
+        files["tokenizer_config.json"] = to_json(config)
+        ends = [self.model.id_of(other.model.piece_of(i)) for i in other.end_ids if i < other.vocab_size]
+        if len(ends) > 1 or other.generation_config:
+            moved = {name: i for name, i in self.special_ids.items() if name in other.generation_config}
+            files[folder_files.GENERATION_CONFIG] = to_json(other.generation_config | moved | {"eos_token_id": ends})
+        return Tokenizer(self.model.data, "the new vocabulary", files).with_settings(add_bos=other.begins_with_bos)
 
     @cached_property
     def _own_companions(self) -> dict[str, bytes]:
@@ -303,13 +359,22 @@ class JsonTokenizer(Tokenizer):
 
     def __init__(self, companions: dict[str, bytes], source: str):
         self._own_file = {}
-        self._hold(TokenizersModel(companions["tokenizer.json"], source), source, companions)
-        ids = self.pieces.ids
-        if self.special_pieces.get("eos_token") not in ids:
-            raise UserError(f"{source}: the tokenizer_config.json beside it names no end-of-text piece (eos_token)")
-        self.eos_id = ids[self.special_pieces["eos_token"]]
-        self.bos_id = ids.get(self.special_pieces.get("bos_token"), self.eos_id)
-        self.pad_id = ids.get(self.special_pieces.get("pad_token"), self.eos_id)
+        data = companions["tokenizer.json"]
+        config = read_object(
+            companions.get("tokenizer_config.json", b"{}"), f"{source}: tokenizer_config.json beside it"
+        )
+        rules = None
+        if around_text.is_llama(companions, config):
+            rules = around_text.llama_rules(around_text.space_before(companions, config, False, source))
+        pieces = TokenizersModel(data, source, rules)
+        extended = added_tokens.into_tokenizer_json(data, companions, pieces.ids, pieces.vocab_size, source)
+        if extended != data:
+            pieces = TokenizersModel(extended, source, rules)
+        self._hold(pieces, source, companions | {"tokenizer.json": extended})
+        self._name_special({})
+
+    def _encode_many(self, texts: list[str], threads: int) -> list[list[int]]:
+        return self.pieces.encode_many(texts, threads)
 
     @cached_property
     def special_pieces(self) -> dict[str, str]:
@@ -327,8 +392,8 @@ class JsonTokenizer(Tokenizer):
 
     def with_settings(self, *, add_bos: bool, chat_template: str | None = None) -> "Tokenizer":
         """Refused: the settings are part of tokenizer.json, which is this tokenizer's identity."""
-        own, wrap = ("eos", "eos") if add_bos else ("bos", "bos_eos")
-        raise UserError(f"{self._source}: a tokenizer.json stays as it is; its texts begin after {own}: --wrap {wrap}")
+        own, wrap = ("without bos", "eos") if add_bos else ("with bos", "bos_eos")
+        raise UserError(f"{self._source}: a tokenizer.json stays as it is, and its texts begin {own}: --wrap {wrap}")
 
     def encode_rendered(self, text: str, mark: str) -> list[int]:
         """Ids of a filled-in chat template (see `Tokenizer.encode_rendered`)."""
@@ -343,9 +408,13 @@ class JsonTokenizer(Tokenizer):
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of `ids`, control pieces left out (see `Tokenizer.decode`)."""
-        if self.pieces.table is None:
-            return self.pieces.decode(self._checked(ids))
-        return super().decode(ids)
+        if self.pieces.table is not None:
+            return super().decode(ids)
+        text = ""
+        for is_known, group in itertools.groupby(_checked(ids), lambda i: i < self.vocab_size):
+            some = list(group)
+            text += self.pieces.decode(some) if is_known else "".join(map(beyond, some))
+        return text
 
 
 class StreamDecoder:
@@ -380,6 +449,52 @@ class StreamDecoder:
         new = text[len(self._shown) :]
         self._shown = text
         return new
+
+
+def either_of(pieces: Iterable[str]) -> re.Pattern:
+    """Matches any of these, the longest where one begins with another; `split` keeps what it matched."""
+    either = "|".join(re.escape(piece) for piece in sorted(pieces, key=len, reverse=True))
+    return re.compile(f"({either})" if either else "((?!))")  # the latter matches nothing
+
+
+def _pieces_of(
+    model_bytes: bytes, files: dict[str, bytes], source: str
+) -> tuple[SentencePieceModel, around_text.Space, dict[str, int]]:
+    """The model of a folder with all that its files add, its rule about spaces, and its added tokens that are text.
+
+    Raises UserError where transformers would encode texts by other rules than the model's.
+    """
+    data = added_tokens.into_sentencepiece(model_bytes, files, source)
+    model = SentencePieceModel(data, source)
+    config = read_object(files.get("tokenizer_config.json", b"{}"), f"{source}: tokenizer_config.json beside it")
+    space = around_text.space_before(files, config, model.dummy_prefix, source)
+    if around_text.is_llama(files, config) and model.rewrites:
+        raise UserError(
+            f"{source}: {model.rewrites}, which the class LlamaTokenizer in its tokenizer_config.json does not do in "
+            "transformers; set tokenizer_class there to PreTrainedTokenizerFast"
+        )
+    if space.before != model.dummy_prefix:
+        data = with_dummy_prefix(data, space.before)
+    if space.before != model.dummy_prefix or space.spared:
+        model = SentencePieceModel(data, source, spares_a_space=space.spared)
+    whole = {}
+    for token in added_tokens.named(files, source).values():
+        if (piece := added_tokens.spelt(token)) in model.user_defined:
+            whole[token.text] = model.user_defined[piece]
+    return model, space, whole
+
+
+def beyond(i: int) -> str:
+    """How an id beyond the vocabulary is shown."""
+    return f"<id {i}>"
+
+
+def _checked(ids: Iterable[int]) -> list[int]:
+    """These ids as a list of int. Raises `UserError` for a negative one."""
+    ids = [int(i) for i in ids]
+    if ids and min(ids) < 0:
+        raise UserError(f"token id {min(ids)}: below 0")
+    return ids
 
 
 def _load_json(folder: Path) -> JsonTokenizer:
