@@ -106,8 +106,6 @@ def prepare(
         }
         groups = [*grouped(sources[:n_train], tokenizer), *grouped(sources[n_train:], tokenizer)]
         return _make(bin_folder, groups, tokenizer, about, workers or _cores())
-    except BrokenPipeError:  # of what is printed
-        raise
     except OSError as error:
         raise UserError(f"{error.filename or out}: {error.strerror}; fix that and run the same command again") from None
     finally:

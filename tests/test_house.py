@@ -30,10 +30,10 @@ KERNEL_USERS = {"minillm/model/ops.py", "minillm/model/quant.py"}
 # What it held when it was last weighed, plus a tenth.
 BUDGET = {
     "kernels": 71_900,
-    "base": 6_300,
+    "base": 7_400,
     "model": 12_900,
-    "tokenizer": 14_000,
-    "datasets": 11_000,
+    "tokenizer": 16_900,
+    "datasets": 12_200,
     "distributed": 2_100,
     "checkpoint": 14_750,
     "data": 17_850,

@@ -11,3 +11,7 @@ class UserError(Exception):
 
 class UnsupportedError(UserError):
     """A valid input of a kind that is not supported here; a caller that can do without it may catch this."""
+
+
+class MissingError(UserError):
+    """A file that is not there; a caller for which it need not be there may catch this."""

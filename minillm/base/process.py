@@ -1,5 +1,6 @@
 """A process and its end: signals that never interrupt a save, a lock with one owner, one line for an error."""
 
+import contextlib
 import io
 import os
 import re
@@ -11,6 +12,7 @@ from pathlib import Path
 
 from minillm.base import files
 from minillm.base.errors import UserError
+from minillm.base.printing import VisibleOutput, one_line
 
 try:
     import fcntl
@@ -86,39 +88,63 @@ class StopSignals:
 
 
 def run_script(main: Callable[[], int | None]) -> int:
-    """Run a script's main and return its exit status.
+    """Run a script's main and return its exit status. What it prints is visible (`base/printing.py`).
 
     130 after Ctrl-C; 141 if the reader of the output has closed it; 2 and one line on stderr for a `UserError`, a file
-    without permission, or when memory runs out.
+    without permission, output that cannot be written, or when memory runs out.
     """
+    _open_missing_streams()
     if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
         sys.stdout.reconfigure(errors="replace")  # a terminal that is not UTF-8 shows "?" for what it does not have
+    output = VisibleOutput(sys.stdout)
+    with contextlib.redirect_stdout(output):
+        status, line = _run(main, output)
+        with contextlib.suppress(OSError):
+            output.flush()  # here, where a full disk or a closed pipe is handled
+
+    # output that takes no more: its rest is dropped, which Python would write once more at its end
+    if output.lost:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), output.fileno())
+        if isinstance(output.lost, BrokenPipeError):  # `| head` has read enough
+            status = status or 128 + 13  # as if SIGPIPE had ended it
+        elif not line:
+            status = status or 2
+            line = f"standard output: {output.lost.strerror}; make room there, or send the output elsewhere"
+    if line:
+        rank = os.environ.get("RANK", "0")
+        prefix = "error" if rank == "0" else f"error: rank {rank}"
+        with contextlib.suppress(OSError):  # nobody reads it
+            print(f"{prefix}: {one_line(line)}", file=sys.stderr, flush=True)
+    return status
+
+
+def _open_missing_streams() -> None:
+    """Open standard streams that were closed, to nothing: else the next file would get the number of one of them, and
+    with it what is printed."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):  # in the order of their numbers
+        if getattr(sys, name) is None:
+            setattr(sys, name, Path(os.devnull).open(mode))  # noqa: SIM115  (as long as the process)
+
+
+def _run(main: Callable[[], int | None], output: VisibleOutput) -> tuple[int, str]:
+    """main's exit status, and the line of a mistake or fault that a user can fix."""
     try:
-        status = main() or 0
-        print(end="", flush=True)  # flush here, where a closed pipe is handled
-        return status
+        return main() or 0, ""
     except KeyboardInterrupt:
-        return 130
-    except BrokenPipeError:
-        try:
-            print(flush=True)
-        except BrokenPipeError:  # the pipe is stdout's: `| head` has read enough
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes it once more at its end
-            return 128 + 13  # as if SIGPIPE had ended it
-        raise
-    # mistakes and faults that a user can fix become one line
+        return 130, ""
     except UserError as problem:
-        line = str(problem)
+        was_output = output.lost is not None and problem.__context__ is output.lost  # raised for a print that failed
+        return (0, "") if was_output else (2, str(problem))
     except PermissionError as problem:
-        line = f"{problem.filename}: {problem.strerror or problem}; fix its permissions (chmod)"
+        return 2, f"{problem.filename}: {problem.strerror or problem}; fix its permissions (chmod)"
+    except OSError as problem:
+        if problem is not output.lost:
+            raise
+        return 0, ""
     except (MemoryError, RuntimeError) as problem:
         if not _is_out_of_memory(problem):
             raise
-        line = _out_of_memory_line(str(problem))
-    rank = os.environ.get("RANK", "0")
-    prefix = "error" if rank == "0" else f"error: rank {rank}"
-    print(f"{prefix}: {line}", file=sys.stderr, flush=True)
-    return 2
+        return 2, _out_of_memory_line(str(problem))
 
 
 def _is_out_of_memory(problem: MemoryError | RuntimeError) -> bool:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from minillm.base.options import option, part
 from minillm.commands.model_options import (
     ModelOptions,
+    OutputOptions,
     TemplateOptions,
     load_model,
     print_stream,
@@ -27,7 +28,7 @@ REASONS = {"length": "--max_new_tokens reached", "context": "the context is full
 
 
 @dataclass(frozen=True)
-class Config(ModelOptions, TemplateOptions, Sampling):
+class Config(ModelOptions, TemplateOptions, Sampling, OutputOptions):
     system: str | None = option(
         None,
         "what the model is told before the first question",
@@ -107,7 +108,7 @@ def _answer(config: Config, loaded: Loaded, messages: list[dict], opening: int) 
     )
     pieces: list[str] = []
     with contextlib.suppress(KeyboardInterrupt):  # Ctrl-C cuts an answer short
-        end = print_stream(stream, pieces)
+        end = print_stream(stream, pieces, config.raw)
         if end.reason != "stop":
             print(f" … ({REASONS[end.reason]})", end="")
     print()

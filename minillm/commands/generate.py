@@ -4,14 +4,14 @@ import sys
 from dataclasses import dataclass
 
 from minillm.base.options import option, part
-from minillm.commands.model_options import ModelOptions, load_model, print_stream, tell
+from minillm.commands.model_options import ModelOptions, OutputOptions, load_model, print_stream, tell
 from minillm.generation import completion
 from minillm.generation.sampling import Sampling
 from minillm.tuning.virtual_tokens import context_of
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(ModelOptions, Sampling):
+class Config(ModelOptions, Sampling, OutputOptions):
     prompt: str = option(
         help="the text to continue; -: standard input less a last newline", may_be_blank=True, group="text"
     )
@@ -30,17 +30,16 @@ def run(config: Config) -> None:
         sys.stdin.reconfigure(errors="surrogateescape")  # so that the tokenizer reports what is not UTF-8
         prompt = sys.stdin.read().removesuffix("\n")  # `echo` ends in a newline
     model, tokenizer, _ = load_model(config)
-    ids = [tokenizer.start_id, *tokenizer.encode(prompt)]
     stream = completion.stream(
         model,
         tokenizer,
-        ids,
+        tokenizer.prompt_ids(prompt),
         config.max_new_tokens,
         sampling=part(config, Sampling),
         stop_ids=tokenizer.end_ids,
         stop_strings=list(config.stop),
     )
-    end = print_stream(stream, [])
+    end = print_stream(stream, [], config.raw)
     print()
     if end.reason == "context":
         tell(f"(stopped: the model's context of {context_of(model)} tokens is full)")

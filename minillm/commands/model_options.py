@@ -9,6 +9,7 @@ import torch
 
 from minillm.base.device import DTYPES
 from minillm.base.options import Options, option
+from minillm.base.printing import print_text, visible
 from minillm.checkpoint import train_state
 from minillm.distributed.ranks import Ranks
 from minillm.generation import load
@@ -39,6 +40,17 @@ class TemplateOptions(Options):
     )
 
 
+@dataclass(frozen=True)
+class OutputOptions(Options):
+    """How a model's text is printed."""
+
+    raw: bool = option(
+        False,
+        "send control characters to a terminal as they are; without it they are shown (\\x1b), since it obeys them",
+        group="output",
+    )
+
+
 def load_model(config: ModelOptions) -> load.Loaded:
     """The model of --model, or the newest checkpoint, once the kernels have been checked on its device."""
     folder = load.find_model(config.model, log=tell)
@@ -51,7 +63,7 @@ def _check_kernels(device: torch.device, base_bits: int | None) -> None:
 
 def tell(line: str) -> None:
     """Print a line beside the output proper."""
-    print(line, file=sys.stderr)
+    print(visible(line), file=sys.stderr)
 
 
 def trained_with(folder: Path) -> dict:
@@ -66,12 +78,15 @@ def template_of(config: TemplateOptions, folder: Path) -> str:
     return trained_with(folder).get("config", {}).get("template", "auto")
 
 
-def print_stream(stream: Iterator[str], pieces: list[str]):
-    """Print a stream's pieces as they come, and append them to `pieces`; returns what the stream returns."""
+def print_stream(stream: Iterator[str], pieces: list[str], raw: bool = False):
+    """Print a stream's pieces as they come, and append them to `pieces`; returns what the stream returns.
+
+    raw: print control characters as they are, to a terminal as well.
+    """
     while True:
         try:
             piece = next(stream)
         except StopIteration as end:
             return end.value
         pieces.append(piece)
-        print(piece, end="", flush=True)
+        print_text(piece, raw)

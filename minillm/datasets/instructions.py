@@ -1,16 +1,14 @@
 """Instructions and conversations (JSONL or a JSON array) become X, Y and a loss mask.
 
-Step by step: a row of a file becomes messages (messages.py), messages become token ids and, for each id,
-whether it is to be learned (`encode_messages`), what is too long is cut (`fit`, `truncate`), and these samples
-become X, Y and mask (`collate`). `InstructionRows` does this for whole files and packs several samples
-into a row of a batch.
+Step by step: a row of a file becomes messages (messages.py), messages become token ids and, for each id, whether it is
+to be learned, cut if they are too long (fitting.py), and these samples become X, Y and mask (`collate`).
+`InstructionRows` does this for whole files and packs several samples into a row of a batch.
 """
 
 import hashlib
 import math
 import os
 import zlib
-from bisect import bisect_left
 from collections import Counter
 from pathlib import Path
 
@@ -20,92 +18,14 @@ from tqdm import tqdm
 
 from minillm.base.errors import UserError
 from minillm.datasets.batch import Batch
+from minillm.datasets.fitting import ANSWER, PROMPT, TURNS, fit
 from minillm.datasets.json_rows import numbered_lines, open_rows, parse_line
-from minillm.datasets.messages import conversations, is_learned
+from minillm.datasets.messages import conversations
 from minillm.datasets.packing import fill_ratio, pack, shuffled
 
 KEPT_TOKENS = 1 << 25  # data up to this size stays in memory as ids, 5 bytes each (160 MiB)
-
-
-# ---- Messages become token ids, no longer than a row.
-
-
-def encode_messages(messages: list[dict], tokenizer, template: str = "auto") -> tuple[np.ndarray, np.ndarray]:
-    """ids (n,) int32 and learn (n,) bool, up to the last token that is learned; both empty if none is.
-
-    Learned are the tokens of the answers for which `is_learned` is true, and the piece that ends each.
-    """
-    ids, learn = tokenizer.encode_chat(messages, template=template)
-    ids = np.array(ids, dtype=np.int32)
-    learn = np.array(learn, dtype=bool)
-
-    # Each answer is a run of learned tokens, with some of a prompt before it: number the runs 0, 1, …
-    begins_answer = learn & ~np.r_[False, learn[:-1]]
-    answer_number = np.cumsum(begins_answer) - 1  # (n,); -1 before the first answer
-    answer_is_learned = [is_learned(message) for message in messages if message["role"] == "assistant"]
-    learn &= np.array([*answer_is_learned, False])[answer_number]
-    return _without_tail(ids, learn)
-
-
-def _without_tail(ids: np.ndarray, learn: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Both without what follows the last learned token."""
-    if not learn.any():
-        return ids[:0], learn[:0]
-    end = len(learn) - int(np.argmax(learn[::-1]))
-    return ids[:end], learn[:end]
-
-
-def truncate(ids: np.ndarray, learn: np.ndarray, seq_len: int) -> tuple[np.ndarray, np.ndarray]:
-    """Cuts one sample to seq_len + 1 tokens, of which X and Y take seq_len each.
-
-    The prompt (all before the first learned token) is cut first: from its middle, since it begins with the
-    task and ends with the question and the separator, and to no less than a quarter of the row. If that is
-    not enough, the end of the answer is cut, with its eos, and no other eos is put there: a model must not
-    learn to stop where the text did not.
-    """
-    limit = seq_len + 1
-    if len(ids) <= limit:
-        return ids, learn
-    n_prompt = int(np.argmax(learn))
-    n_answer = len(ids) - n_prompt
-    room = max(limit - n_answer, limit // 4, 1)  # for the prompt
-    n_prompt_kept = min(n_prompt, room)
-    n_answer_kept = limit - n_prompt_kept
-    n_head = n_prompt_kept // 2
-    n_tail = n_prompt_kept - n_head
-    kept = np.r_[0:n_head, n_prompt - n_tail : n_prompt + n_answer_kept]
-    return _without_tail(ids[kept], learn[kept])
-
-
-def fit(messages: list[dict], tokenizer, seq_len: int, template: str = "auto") -> tuple[np.ndarray, np.ndarray, bool]:
-    """ids and learn of at most seq_len + 1 tokens (see `encode_messages`), and whether something was cut.
-
-    A conversation that is too long loses its earliest turns, as few as will do, and keeps its system
-    message; if its last learned turn alone is too long, that turn is truncated.
-    """
-    ids, learn = encode_messages(messages, tokenizer, template)
-    if len(ids) <= seq_len + 1:
-        return ids, learn, False
-
-    # A turn begins with a question that follows something else. The last one holds an answer that is learned.
-    n_system = next(i for i, message in enumerate(messages) if message["role"] != "system")
-    last_learned = max(i for i, message in enumerate(messages) if is_learned(message))
-    turns = []
-    for i in range(n_system, last_learned):
-        follows_question = i > n_system and messages[i - 1]["role"] == "user"
-        if messages[i]["role"] == "user" and not follows_question:
-            turns.append(i)
-    turns = turns or [n_system]
-
-    def from_turn(turn: int) -> tuple[np.ndarray, np.ndarray]:
-        return encode_messages(messages[:n_system] + messages[turn:], tokenizer, template)
-
-    def fits(turn: int) -> bool:
-        return len(from_turn(turn)[0]) <= seq_len + 1
-
-    # The earliest turn from which on it fits, found by halving; or the last turn, whether it fits or not.
-    earliest = turns[bisect_left(turns, True, hi=len(turns) - 1, key=fits)]
-    return *truncate(*from_turn(earliest), seq_len), True
+KEYS_NAMED = 8  # of those that were not used, the most frequent
+NO_ROOM = "no room for an answer"
 
 
 # ---- Samples become X, Y and mask.
@@ -227,21 +147,30 @@ class InstructionRows:
         return math.ceil(epochs * self.rows_per_epoch)
 
     def summary(self) -> str:
-        """One line (two if most are cut): rows read, samples kept, dropped and cut, tokens, how full rows are."""
+        """One line: rows read, samples kept, dropped and cut, tokens, how full rows are, keys that were not used.
+
+        A second line if most samples are cut.
+        """
         counts = self.counts
         n_kept = len(self.index)
         n_tokens = int(self.index["length"].sum())
-        dropped = [f"{counts[why]:,} dropped ({why})" for why in ("empty answer", "no answer") if counts[why]]
+        dropped = [f"{counts[why]:,} dropped ({why})" for why in ("empty answer", "no answer", NO_ROOM) if counts[why]]
         if counts["bad rows"]:
             dropped.append(f"{counts['bad rows']:,} bad rows skipped")
+        cut = f"{counts['cut']:,} cut to fit"
+        if counts["cut"]:
+            cut += f" ({', '.join(f'in {counts[part]:,} {part}' for part in (TURNS, PROMPT, ANSWER) if counts[part])})"
         line = (
             f"{counts['rows']:,} rows, {counts['examples']:,} examples: {n_kept:,} kept, "
-            f"{', '.join(dropped) or '0 dropped'}, {counts['cut']:,} cut to fit"
-            f"; {n_tokens:,} tokens, {counts['learned']:,} of them learned"
+            f"{', '.join(dropped) or '0 dropped'}, {cut}; {n_tokens:,} tokens, {counts['learned']:,} of them learned"
         )
         if n_kept and self.packing:
             full = fill_ratio(self._widths(), self.rows_per_epoch, self.seq_len)
             line += f"; packed into {self.rows_per_epoch:,} rows of {self.seq_len}, {full:.1%} full"
+        if self.not_used:
+            named = [f"{key} ({n_rows:,} rows)" for key, n_rows in self.not_used.most_common(KEYS_NAMED)]
+            more = len(self.not_used) - len(named)
+            line += f"; keys not used: {', '.join(named)}" + (f" and {more:,} more" if more else "")
         if 2 * counts["cut"] > n_kept:
             line += f"\nmost examples were cut: a longer --seq_len than {self.seq_len} would learn more of them"
         return line
@@ -278,14 +207,15 @@ class InstructionRows:
         ids, learn, _ = self._fit(messages)
         return ids, learn
 
-    def _fit(self, messages: list[dict]) -> tuple[np.ndarray, np.ndarray, bool]:
+    def _fit(self, messages: list[dict]) -> tuple[np.ndarray, np.ndarray, list[str]]:
         return fit(messages, self.tokenizer, self.seq_len, self.template)
 
     # ---- The first pass.
 
     def _scan(self) -> None:
-        """Reads every row; sets index, ids and learn (empty above KEPT_TOKENS), counts, fingerprint."""
+        """Reads every row; sets index, ids and learn (empty above KEPT_TOKENS), counts, not_used, fingerprint."""
         self.counts = Counter()
+        self.not_used = Counter()  # key that holds text → rows
         index = bytearray()  # PLACE of each sample
         ids = bytearray()  # int32
         learn = bytearray()  # bool
@@ -315,8 +245,9 @@ class InstructionRows:
 
     def _samples_of(self, line: bytes, file_number: int, line_number: int) -> list[tuple[int, tuple]]:
         """(number of the conversation, (ids, learn)) of each sample in a line that has something to learn; counts."""
+        not_used: set[str] = set()
         try:
-            talks = conversations(parse_line(line))
+            talks = conversations(parse_line(line), not_used)
             fitted = [self._fit(messages) for messages in talks]
         except UserError as reason:
             if self.on_bad_line == "error":
@@ -325,15 +256,17 @@ class InstructionRows:
             self.counts["bad rows"] += 1
             return []
         self.counts["rows"] += 1
+        self.not_used.update(sorted(not_used))
         self.counts["examples"] += len(talks)
         samples = []
-        for number, (messages, (ids, learn, was_cut)) in enumerate(zip(talks, fitted, strict=True)):
+        for number, (messages, (ids, learn, cut)) in enumerate(zip(talks, fitted, strict=True)):
             n_questions = sum(message["role"] == "user" for message in messages)
             self.counts["turns"] = max(self.counts["turns"], n_questions)
             if not len(ids):
-                self.counts[_why_nothing_is_learned(messages)] += 1
+                self.counts[NO_ROOM if cut else _why_nothing_is_learned(messages)] += 1
                 continue
-            self.counts["cut"] += was_cut
+            self.counts["cut"] += bool(cut)
+            self.counts.update(cut)
             self.counts["learned"] += int(learn.sum())
             samples.append((number, (ids, learn)))
         return samples

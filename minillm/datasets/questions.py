@@ -5,7 +5,7 @@ from pathlib import Path
 from minillm.base.errors import UserError
 from minillm.datasets import json_rows
 from minillm.datasets.checks import CHECKS
-from minillm.datasets.messages import conversations
+from minillm.datasets.messages import conversations, is_learned
 
 
 def read_questions(path: str | Path, limit: int | None = None) -> list[dict]:
@@ -34,6 +34,8 @@ def _questions_in(row: dict) -> list[dict]:
     for messages in conversations(row):
         if len(messages) < 2 or messages[-1]["role"] != "assistant":
             raise UserError("does not end with an assistant's answer after a question")
+        if messages[-1]["content"].strip() and not is_learned(messages[-1]):
+            raise UserError("its answer is marked as not to be learned, so it is not the right one")
         if row.get("check", "exact") not in list(CHECKS):  # a list, since the value may have no hash
             raise UserError(f"check {row['check']!r}: choose one of {', '.join(CHECKS)}")
         questions.append({**row, "messages": messages})

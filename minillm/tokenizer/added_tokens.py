@@ -11,8 +11,10 @@ from sentencepiece import sentencepiece_model_pb2 as proto
 
 from minillm.base.contents import Contents
 from minillm.base.errors import UserError
+from minillm.tokenizer import around_text
 from minillm.tokenizer.folder_files import read_object, special_pieces, to_json
-from minillm.tokenizer.sentencepiece_model import SPACE_MARK, parse
+from minillm.tokenizer.sentencepiece_model import SPACE_MARK, SentencePieceModel, parse, with_dummy_prefix
+from minillm.tokenizer.tokenizers_model import TokenizersModel
 
 MOST = 1 << 16  # added tokens: a damaged file must not name any number of ids
 SPECIAL_LISTS = ("additional_special_tokens", "extra_special_tokens")  # in tokenizer_config.json
@@ -110,21 +112,50 @@ def into_sentencepiece(model_bytes: bytes, files: dict[str, bytes], source: str)
     return model.SerializeToString()
 
 
-def into_tokenizer_json(data: bytes, files: dict[str, bytes], ids: dict[str, int], n_pieces: int, source: str) -> bytes:
-    """A tokenizer.json with the tokens that only the files beside it add; the same bytes if there are none.
+def open_model(model_bytes: bytes, files: dict[str, bytes], source: str) -> SentencePieceModel:
+    """The SentencePiece model of a folder, with all that its files add and the rules that transformers encodes by.
 
-    ids, n_pieces: of the vocabulary as the file has it.
+    files: as `read_companions` gives them. Raises `UserError` where these rules are none of a SentencePiece model.
     """
-    more = beyond(named(files, source), ids, n_pieces, source)
+    data = into_sentencepiece(model_bytes, files, source)
+    model = SentencePieceModel(data, source)
+    config = read_object(files.get("tokenizer_config.json", b"{}"), f"{source}: tokenizer_config.json beside it")
+    space = around_text.space_before(files, config, model.dummy_prefix, source)
+    if around_text.is_llama(files, config) and model.rewrites:
+        raise UserError(
+            f"{source}: {model.rewrites}, which the class LlamaTokenizer in its tokenizer_config.json does not do in "
+            "transformers; set tokenizer_class there to PreTrainedTokenizerFast"
+        )
+    if space.before != model.dummy_prefix:
+        model = SentencePieceModel(with_dummy_prefix(data, space.before), source)
+    model.space = space
+    for token in named(files, source).values():
+        if (piece := spelt(token)) in model.user_defined:
+            model.whole[token.text] = model.user_defined[piece]
+        for side, texts in model.eats_spaces.items():
+            if getattr(token, side):
+                texts.add(token.text)
+    return model
+
+
+def open_json(files: dict[str, bytes], source: str) -> TokenizersModel:
+    """The tokenizer.json of a folder, with the tokens that only the files beside it add; see `open_model`."""
+    config = read_object(files.get("tokenizer_config.json", b"{}"), f"{source}: tokenizer_config.json beside it")
+    rules = None
+    if around_text.is_llama(files, config):
+        rules = around_text.llama_rules(around_text.space_before(files, config, False, source))
+    pieces = TokenizersModel(files["tokenizer.json"], source, rules)
+    more = beyond(named(files, source), pieces.ids, pieces.vocab_size, source)
     if not more:
-        return data
-    described = read_object(data, source)
+        return pieces
     entries = [
         {"id": i, "content": token.text, "single_word": False, "normalized": False}
         | {name: getattr(token, name) for name in ("special", "lstrip", "rstrip")}
-        for i, token in enumerate(more, n_pieces)
+        for i, token in enumerate(more, pieces.vocab_size)
     ]
-    return to_json(described | {"added_tokens": [*(described.get("added_tokens") or []), *entries]})
+    described = read_object(pieces.data, source)
+    described["added_tokens"] = [*(described.get("added_tokens") or []), *entries]
+    return TokenizersModel(to_json(described), source, rules)
 
 
 def _type(token: Added) -> int:

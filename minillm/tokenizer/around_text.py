@@ -5,12 +5,10 @@ does, which counts as false where it is missing (so in transformers 5.24). What 
 refused by name, since a text would begin or end otherwise here than there.
 """
 
-from dataclasses import dataclass
-
 from minillm.base.contents import Contents
 from minillm.base.errors import UserError
 from minillm.tokenizer.folder_files import read_object
-from minillm.tokenizer.sentencepiece_model import SPACE_MARK
+from minillm.tokenizer.sentencepiece_model import SPACE_MARK, Space
 from minillm.tokenizer.tokenizers_model import steps
 
 # Classes of transformers with rules of their own around a text, whatever the files say; all are for models of other
@@ -24,17 +22,6 @@ OTHER_RULES = {
 }
 WITHOUT_BOS = "GPTNeoXTokenizer"  # this class reads no post_processor
 BOS_UNLESS_TOLD = "CodeLlamaTokenizer"  # the only one whose add_bos_token counts as true where it is missing
-
-
-@dataclass(frozen=True)
-class Space:
-    """Whether a space is put before a text (Llama's dummy prefix); before each part of it that follows an added token;
-    and whether a text that begins with a space is spared it.
-    """
-
-    before: bool
-    each_part: bool
-    spared: bool
 
 
 def first_id(files: dict[str, bytes], config: dict, bos_id: int | None, source: str) -> int | None:

@@ -104,3 +104,22 @@ def chat_template(files: dict[str, bytes], config: dict) -> str | None:
     if template is not None and not isinstance(template, str):
         raise UserError(f"tokenizer_config.json: damaged, chat_template is no text but {template!r:.80}")
     return template or None
+
+
+def refuse(folder: Path) -> None:
+    """Raise `UserError` for a folder without a tokenizer that is read."""
+    other = [name for name in ("vocab.json", "tekken.json") if (folder / name).exists()]
+    if other:
+        raise UserError(
+            f"{folder}: its tokenizer is a {other[0]}, but only tokenizer.model (SentencePiece) and tokenizer.json "
+            f"are read; {elsewhere(folder)}"
+        )
+    raise UserError(f"{folder}: holds no tokenizer.model; copy the one there that its model was trained with")
+
+
+def elsewhere(folder: Path) -> str:
+    """What can be done with a folder whose tokenizer is not read, in words."""
+    return (
+        "such a model can only be pretrained on, with ids made elsewhere: train_pretrain.py "
+        f"--init_from {folder} --data FILE.bin --data_dtype uint32 --data_vocab_size N"
+    )

@@ -4,7 +4,9 @@ Nothing of a text is lost here: the character ▁, which SentencePiece takes for
 text is encoded in stretches, so that memory stays small, with the same ids as in one piece.
 """
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from functools import cached_property
 
 import sentencepiece
@@ -16,29 +18,44 @@ SPACE_MARK = "▁"  # U+2581: how SentencePiece writes a space inside a piece
 LONG_TEXT = 1 << 15  # characters; longer texts are encoded in stretches of this size
 
 
+@dataclass(frozen=True)
+class Space:
+    """Whether a space is put before a text (Llama's dummy prefix); before each part of it that follows an added token;
+    and whether a text that begins with a space is spared it.
+    """
+
+    before: bool
+    each_part: bool
+    spared: bool
+
+
 class SentencePieceModel:
     """The pieces of a model file, and encoding with them.
 
     proto: the parsed file. processor: SentencePiece's processor; no_prefix: another one, for a text that does not begin
-    a sequence. dummy_prefix: whether a space is put before each text; spares_a_space: not before one that begins with a
-    space, as transformers' class for Llama has it. control: id of each control piece, which text is never encoded as.
-    table: the bytes that each id stands for. rewrites: how it changes texts first, or None. unfaithful: why the bytes
-    of a text's ids are not the bytes of the text, or None if they are.
+    a sequence. dummy_prefix: whether a space is put before each text; space: the rule in full. control: id of each
+    control piece, which text is never encoded as. table: the bytes that each id stands for. rewrites: how it changes
+    texts first, or None. unfaithful: why the bytes of a text's ids are not the bytes of the text, or None if they are.
+
+    A folder's settings may add to the rules (`added_tokens.open_model`): whole, the tokens that are cut out of a text
+    before anything else, with their ids; eats_spaces, the tokens that take the spaces on their left or right with them.
 
     Raises UserError if the file is not such a model, or damaged.
     """
 
-    def __init__(self, data: bytes, source: str, spares_a_space: bool = False):
+    def __init__(self, data: bytes, source: str):
         self.data = data
-        self.spares_a_space = spares_a_space
         self.proto = parse(data, source)
         self.vocab_size = len(self.proto.pieces)
         try:
             self.processor = sentencepiece.SentencePieceProcessor(model_proto=data)
         except RuntimeError as error:  # two pieces alike, or an empty one
             raise UserError(f"{source}: SentencePiece refuses the model ({error}); train or merge it again") from None
+        self.whole: dict[str, int] = {}
+        self.eats_spaces: dict[str, set[str]] = {"lstrip": set(), "rstrip": set()}
         # A second processor for what does not begin a text, where the model puts a space before each text.
         self.dummy_prefix = self.proto.normalizer_spec.add_dummy_prefix
+        self.space = Space(self.dummy_prefix, each_part=True, spared=False)
         self.no_prefix = self.processor
         if self.dummy_prefix:
             bare = proto.ModelProto.FromString(data)
@@ -59,6 +76,36 @@ class SentencePieceModel:
 
     def encode_many(self, texts: list[str], threads: int = 1) -> list[list[int]]:
         """Ids of each text; `threads` of SentencePiece's own share the work."""
+        if not self.whole:
+            return self._encode_unbroken(texts, threads)
+        # Texts that hold a token to be cut out are encoded one by one; empty texts keep their places.
+        pattern = either_of(self.whole)
+        parts = {i: pattern.split(text) for i, text in enumerate(texts) if pattern.search(text)}
+        rows = self._encode_unbroken(["" if i in parts else text for i, text in enumerate(texts)], threads)
+        for i in parts:
+            rows[i] = self.encode_parts(parts[i], self.whole)
+        return rows
+
+    def encode_parts(self, parts: list[str], ids_of: dict[str, int]) -> list[int]:
+        """Ids of a text in parts: text, token, text, … ids_of: of the tokens."""
+        ids: list[int] = []
+        for number, part in enumerate(parts):
+            if number % 2:
+                ids.append(ids_of[part])
+                continue
+            # some tokens take the spaces beside them with them
+            if number and parts[number - 1] in self.eats_spaces["rstrip"]:
+                part = part.lstrip()
+            if number + 1 < len(parts) and parts[number + 1] in self.eats_spaces["lstrip"]:
+                part = part.rstrip()
+            if part and (number == 0 or self.space.each_part):
+                ids += self._encode_unbroken([part], 1)[0]
+            elif part:
+                ids += self._encode_odd(part, self.no_prefix, threads=1)
+        return ids
+
+    def _encode_unbroken(self, texts: list[str], threads: int) -> list[list[int]]:
+        """As `encode_many`, no token being cut out first."""
         # Long texts and those with ▁ are encoded one by one; empty texts keep their places.
         odd = [
             i for i, text in enumerate(texts) if len(text) > LONG_TEXT or SPACE_MARK in text or self._is_spared(text)
@@ -77,11 +124,7 @@ class SentencePieceModel:
         return rows
 
     def _is_spared(self, text: str) -> bool:
-        return self.spares_a_space and text.startswith(" ")
-
-    def encode_continuation(self, text: str) -> list[int]:
-        """Ids of a text that does not begin a sequence: no dummy space is put before it."""
-        return self._encode_odd(text, self.no_prefix, threads=1)
+        return self.space.spared and text.startswith(" ")
 
     def _encode_odd(self, text: str, first: sentencepiece.SentencePieceProcessor, threads: int) -> list[int]:
         """Encode a text that is long or contains ▁, stretch by stretch, with the same ids as in one piece.
@@ -193,6 +236,12 @@ class SentencePieceModel:
                 "merges": [[left, right] for *_, left, right in merges],
             },
         }
+
+
+def either_of(pieces: Iterable[str]) -> re.Pattern:
+    """Matches any of these, the longest where one begins with another; `split` keeps what it matched."""
+    either = "|".join(re.escape(piece) for piece in sorted(pieces, key=len, reverse=True))
+    return re.compile(f"({either})" if either else "((?!))")  # the latter matches nothing
 
 
 def with_dummy_prefix(data: bytes, dummy_prefix: bool) -> bytes:

@@ -20,8 +20,10 @@ from minillm.base.errors import UserError
 from minillm.tokenizer import added_tokens, around_text, byte_bpe, chat_template, folder_files
 from minillm.tokenizer.chat_template import JINJA, ROLES
 from minillm.tokenizer.folder_files import read_object, to_json
-from minillm.tokenizer.sentencepiece_model import SentencePieceModel, with_dummy_prefix
+from minillm.tokenizer.sentencepiece_model import SentencePieceModel, either_of
 from minillm.tokenizer.tokenizers_model import TokenizersModel
+
+AFTER_EOS = "documents_begin_after_eos"  # our key in tokenizer_config.json: see `Tokenizer.begins_after_eos`
 
 
 class Tokenizer:
@@ -35,7 +37,7 @@ class Tokenizer:
     """
 
     def __init__(self, model_bytes: bytes, source: str, companions: dict[str, bytes] | None = None):
-        self.model, self._space, self._whole = _pieces_of(model_bytes, companions or {}, source)
+        self.model = added_tokens.open_model(model_bytes, companions or {}, source)
         self._own_file = {"tokenizer.model": self.model.data}
         self._hold(self.model, source, companions or {})
         processor = self.model.processor
@@ -93,7 +95,7 @@ class Tokenizer:
         if folder.is_dir() and not file.exists():
             if (folder / "tokenizer.json").exists():
                 return _load_json(folder)
-            _refuse_folder(folder)
+            folder_files.refuse(folder)
         try:
             model_bytes = file.read_bytes()
         except OSError as error:
@@ -112,66 +114,25 @@ class Tokenizer:
     def encode_many(self, texts: list[str], *, threads: int = 1) -> list[list[int]]:
         """Token ids of each text; `threads` share the work (see the models of the two kinds)."""
         try:
-            return self._encode_many(texts, threads)
+            return self.pieces.encode_many(texts, threads)
         except (RuntimeError, TypeError, UnicodeEncodeError):
             for text in texts:
                 _refuse_surrogates(text)
             raise
-
-    def _encode_many(self, texts: list[str], threads: int) -> list[list[int]]:
-        if not self._whole:
-            return self.model.encode_many(texts, threads)
-        # Added tokens that are text are cut out before anything else; empty texts keep the places of such texts.
-        pattern = either_of(self._whole)
-        cut = {i: pattern.split(text) for i, text in enumerate(texts) if pattern.search(text)}
-        rows = self.model.encode_many(["" if i in cut else text for i, text in enumerate(texts)], threads)
-        for i, parts in cut.items():
-            rows[i] = self._encode_parts(parts, self._whole)
-        return rows
-
-    def _encode_parts(self, parts: list[str], ids_of: dict[str, int]) -> list[int]:
-        """Ids of a text in parts: text, added token, text, … ids_of: of the added tokens."""
-        ids: list[int] = []
-        for number, part in enumerate(parts):
-            if number % 2:
-                ids.append(ids_of[part])
-                continue
-            # some tokens take the spaces beside them with them
-            if number and parts[number - 1] in self._eats_spaces["rstrip"]:
-                part = part.lstrip()
-            if number + 1 < len(parts) and parts[number + 1] in self._eats_spaces["lstrip"]:
-                part = part.rstrip()
-            if part and (number == 0 or self._space.each_part):
-                ids += self.model.encode_many([part])[0]
-            elif part:
-                ids += self.model.encode_continuation(part)
-        return ids
-
-    def prompt_ids(self, text: str) -> list[int]:
-        """Token ids of a text that is to be continued: bos if the folder's texts begin with it, as transformers'
-        `tokenizer(text)` gives them.
-        """
-        return [self.bos_id, *self.encode(text)] if self.begins_with_bos else self.encode(text)
 
     def encode_rendered(self, text: str, mark: str) -> list[int]:
         """Ids of a filled-in chat template, in which control pieces count, as in transformers.
 
         mark: a character that breaks up what looks like a control piece and came from a message; it is taken out here.
         """
-        pieces = self.control | self._whole
+        pieces = self.control | self.model.whole
         parts = either_of(pieces).split(text)
-        return self._encode_parts([part if part in pieces else part.replace(mark, "") for part in parts], pieces)
+        return self.model.encode_parts([part if part in pieces else part.replace(mark, "") for part in parts], pieces)
 
     @cached_property
     def control_pattern(self) -> re.Pattern:
         """Matches any control piece; `split` keeps what it matched."""
         return either_of(self.control)
-
-    @cached_property
-    def _eats_spaces(self) -> dict[str, set[str]]:
-        """The control pieces that take the spaces on their left ("lstrip") or right ("rstrip") with them."""
-        tokens = added_tokens.named(self._companions, self._source).values()
-        return {side: {token.text for token in tokens if getattr(token, side)} for side in ("lstrip", "rstrip")}
 
     # ---------------------------------------------------------------- conversations
 
@@ -293,10 +254,40 @@ class Tokenizer:
             self._beside.get("tokenizer_config.json", b"{}"), f"{self._source}: tokenizer_config.json beside it"
         )
 
+    @cached_property
+    def begins_after_eos(self) -> bool:
+        """Whether the model was trained here on documents without bos (`--wrap eos`), which begin after eos.
+
+        tokenizer_config.json says so. Before it had a key for this, the one of every such folder was `_earlier_config`.
+        """
+        is_earlier = "tokenizer.model" in self._own_file and "tokenizer_config.json" in self._companions
+        if AFTER_EOS in self.config or not is_earlier:
+            return self.config.get(AFTER_EOS) is True
+        written = {name: value for name, value in self.config.items() if name != "chat_template"}
+        return written == self._earlier_config
+
+    @cached_property
+    def _earlier_config(self) -> dict:
+        """What tokenizer_config.json said, but for the chat template, when this project wrote documents without bos."""
+        config = read_object(self._own_companions["tokenizer_config.json"], "the vocabulary's own settings")
+        del config["chat_template"]
+        return config | {"add_bos_token": False}
+
     @property
     def start_id(self) -> int:
-        """The id before a text's first token: bos if its texts begin so, else eos, which ends the text before."""
+        """The id before a document's first token: bos if texts begin with it, else eos, which ends the text before."""
         return self.bos_id if self.begins_with_bos else self.eos_id
+
+    def prompt_ids(self, text: str) -> list[int]:
+        """Token ids of a text to be continued: those of transformers' `tokenizer(text)`.
+
+        Where documents begin after eos (`begins_after_eos`), that eos comes first; transformers puts none there.
+        An empty text gives the id that a new text begins after.
+        """
+        ids = self.encode(text)
+        if self.begins_with_bos or self.begins_after_eos or not ids:
+            return [self.start_id, *ids]
+        return ids
 
     @property
     def generation_config(self) -> dict:
@@ -309,10 +300,13 @@ class Tokenizer:
         """The Jinja template that transformers uses, if there is one."""
         return folder_files.chat_template(self._beside, self.config)
 
-    def with_settings(self, *, add_bos: bool, chat_template: str | None = None) -> "Tokenizer":
-        """A copy whose files say whether bos comes before each text, and name another chat template if one is given."""
+    def with_settings(self, *, add_bos: bool, after_eos: bool = False, chat_template: str | None = None) -> "Tokenizer":
+        """A copy whose files say how texts begin, and name another chat template if one is given.
+
+        add_bos: with bos, also for transformers. after_eos: see `begins_after_eos`.
+        """
         files = self._files | self._beside
-        config = self.config | {"add_bos_token": add_bos}
+        config = self.config | {"add_bos_token": add_bos, AFTER_EOS: after_eos}
         if chat_template:
             config["chat_template"] = chat_template
         files["tokenizer_config.json"] = to_json(config)
@@ -336,7 +330,8 @@ class Tokenizer:
         if len(ends) > 1 or other.generation_config:
             moved = {name: i for name, i in self.special_ids.items() if name in other.generation_config}
             files[folder_files.GENERATION_CONFIG] = to_json(other.generation_config | moved | {"eos_token_id": ends})
-        return Tokenizer(self.model.data, "the new vocabulary", files).with_settings(add_bos=other.begins_with_bos)
+        copy = Tokenizer(self.model.data, "the new vocabulary", files)
+        return copy.with_settings(add_bos=other.begins_with_bos, after_eos=other.begins_after_eos)
 
     @cached_property
     def _own_companions(self) -> dict[str, bytes]:
@@ -359,22 +354,9 @@ class JsonTokenizer(Tokenizer):
 
     def __init__(self, companions: dict[str, bytes], source: str):
         self._own_file = {}
-        data = companions["tokenizer.json"]
-        config = read_object(
-            companions.get("tokenizer_config.json", b"{}"), f"{source}: tokenizer_config.json beside it"
-        )
-        rules = None
-        if around_text.is_llama(companions, config):
-            rules = around_text.llama_rules(around_text.space_before(companions, config, False, source))
-        pieces = TokenizersModel(data, source, rules)
-        extended = added_tokens.into_tokenizer_json(data, companions, pieces.ids, pieces.vocab_size, source)
-        if extended != data:
-            pieces = TokenizersModel(extended, source, rules)
-        self._hold(pieces, source, companions | {"tokenizer.json": extended})
+        pieces = added_tokens.open_json(companions, source)
+        self._hold(pieces, source, companions | {"tokenizer.json": pieces.data})
         self._name_special({})
-
-    def _encode_many(self, texts: list[str], threads: int) -> list[list[int]]:
-        return self.pieces.encode_many(texts, threads)
 
     @cached_property
     def special_pieces(self) -> dict[str, str]:
@@ -390,7 +372,7 @@ class JsonTokenizer(Tokenizer):
         """The vocabulary as GGUF describes it; raises UnsupportedError if it is of another kind than byte-level BPE."""
         return byte_bpe.read(read_object(self.data, self._source), self._source)
 
-    def with_settings(self, *, add_bos: bool, chat_template: str | None = None) -> "Tokenizer":
+    def with_settings(self, *, add_bos: bool, after_eos: bool = False, chat_template: str | None = None) -> "Tokenizer":
         """Refused: the settings are part of tokenizer.json, which is this tokenizer's identity."""
         own, wrap = ("without bos", "eos") if add_bos else ("with bos", "bos_eos")
         raise UserError(f"{self._source}: a tokenizer.json stays as it is, and its texts begin {own}: --wrap {wrap}")
@@ -451,39 +433,6 @@ class StreamDecoder:
         return new
 
 
-def either_of(pieces: Iterable[str]) -> re.Pattern:
-    """Matches any of these, the longest where one begins with another; `split` keeps what it matched."""
-    either = "|".join(re.escape(piece) for piece in sorted(pieces, key=len, reverse=True))
-    return re.compile(f"({either})" if either else "((?!))")  # the latter matches nothing
-
-
-def _pieces_of(
-    model_bytes: bytes, files: dict[str, bytes], source: str
-) -> tuple[SentencePieceModel, around_text.Space, dict[str, int]]:
-    """The model of a folder with all that its files add, its rule about spaces, and its added tokens that are text.
-
-    Raises UserError where transformers would encode texts by other rules than the model's.
-    """
-    data = added_tokens.into_sentencepiece(model_bytes, files, source)
-    model = SentencePieceModel(data, source)
-    config = read_object(files.get("tokenizer_config.json", b"{}"), f"{source}: tokenizer_config.json beside it")
-    space = around_text.space_before(files, config, model.dummy_prefix, source)
-    if around_text.is_llama(files, config) and model.rewrites:
-        raise UserError(
-            f"{source}: {model.rewrites}, which the class LlamaTokenizer in its tokenizer_config.json does not do in "
-            "transformers; set tokenizer_class there to PreTrainedTokenizerFast"
-        )
-    if space.before != model.dummy_prefix:
-        data = with_dummy_prefix(data, space.before)
-    if space.before != model.dummy_prefix or space.spared:
-        model = SentencePieceModel(data, source, spares_a_space=space.spared)
-    whole = {}
-    for token in added_tokens.named(files, source).values():
-        if (piece := added_tokens.spelt(token)) in model.user_defined:
-            whole[token.text] = model.user_defined[piece]
-    return model, space, whole
-
-
 def beyond(i: int) -> str:
     """How an id beyond the vocabulary is shown."""
     return f"<id {i}>"
@@ -501,24 +450,7 @@ def _load_json(folder: Path) -> JsonTokenizer:
     try:
         return JsonTokenizer(folder_files.read_companions(folder), f"{folder}/tokenizer.json")
     except UserError as problem:
-        raise type(problem)(f"{problem}; {_elsewhere(folder)}") from None
-
-
-def _refuse_folder(folder: Path) -> None:
-    other = [name for name in ("vocab.json", "tekken.json") if (folder / name).exists()]
-    if other:
-        raise UserError(
-            f"{folder}: its tokenizer is a {other[0]}, but only tokenizer.model (SentencePiece) and tokenizer.json "
-            f"are read; {_elsewhere(folder)}"
-        )
-    raise UserError(f"{folder}: holds no tokenizer.model; copy the one there that its model was trained with")
-
-
-def _elsewhere(folder: Path) -> str:
-    return (
-        "such a model can only be pretrained on, with ids made elsewhere: train_pretrain.py "
-        f"--init_from {folder} --data FILE.bin --data_dtype uint32 --data_vocab_size N"
-    )
+        raise type(problem)(f"{problem}; {folder_files.elsewhere(folder)}") from None
 
 
 def _refuse_surrogates(text: str) -> None:

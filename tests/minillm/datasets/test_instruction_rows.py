@@ -33,8 +33,11 @@ from tests.minillm.datasets.test_instructions import Numbers, pair, talk, write_
         (b'{"instruction": ["1"], "output": "2"}', "'instruction' is a list, not a text"),
         (b'{"messages": "1"}', "'messages' is not a list of JSON objects"),
         (b'{"messages": [{"role": "user"}]}', "'content' is missing"),
-        (b'{"messages": [{"role": "tool", "content": "1"}]}', "role 'tool' is none of system, user"),
-        (b'{"messages": [{"role": "assistant", "content": "1", "learn": "no"}]}', "is true or false, not ['no']"),
+        (b'{"messages": [{"role": "tool", "content": "1"}]}', "role 'tool' is none of system, developer, user"),
+        (
+            b'{"messages": [{"role": "assistant", "content": "1", "learn": "no"}]}',
+            "'learn' is 'no'; what is learned is said by true",
+        ),
         (b'{"instruction": "1", "instances": [3]}', "'instances' is not a list"),
         (b'{"prompt": "1", "response": "2", "history": ["1"]}', "'history' is a list of [question, answer]"),
         (b'{"prompt": "1", "response": "2", "history": 3}', "'history' is a list of [question, answer]"),
@@ -51,6 +54,22 @@ def test_a_bad_row_is_named_or_counted(tmp_path, line, reason):
     data = InstructionRows(path, Numbers(), 16, on_bad_line="skip")
     assert data.counts["bad rows"] == 1
     assert "2 rows, 2 examples: 2 kept, 1 bad rows skipped" in data.summary()
+
+
+def test_the_summary_names_what_was_cut_and_what_was_not_used(tmp_path):
+    rows = [
+        pair("1 " * 30, "2"),
+        pair("1", "2 " * 30),
+        {"messages": talk("1 " * 9, "2", "3", "4 " * 5), "context": "c"},
+        pair("1", "2", context="", note="n", source="s"),
+        pair("1", "2", note="n"),
+    ]
+    data = InstructionRows(write_jsonl(tmp_path / "rows.jsonl", rows), Numbers(), 16)
+    cut = "3 cut to fit (in 1 earlier turns, in 1 the prompt, in 1 the answer's end)"
+    assert f"5 kept, 0 dropped, {cut}; " in data.summary()
+    assert data.summary().splitlines()[0].endswith("; keys not used: note (2 rows), context (1 rows), source (1 rows)")
+    data = InstructionRows(write_jsonl(tmp_path / "rows.jsonl", [rows[0], pair("", "2")]), Numbers(), 3)
+    assert "1 dropped (no room for an answer)" in data.summary()
 
 
 ROWS = [pair(f"{i} 9", f"{i + 1} " * (i % 5 + 1)) for i in range(20, 60)]

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from minillm.base.errors import UserError
 from minillm.datasets import instructions
-from minillm.datasets.instructions import InstructionRows, collate, encode_messages, fit, truncate
+from minillm.datasets.fitting import ANSWER, PROMPT, TURNS, encode_messages, fit
+from minillm.datasets.instructions import InstructionRows, collate
 
 PAD, BOS, EOS, SYSTEM, USER, ASSISTANT = 0, 8, 16, 101, 102, 103
 
@@ -30,6 +31,9 @@ class Numbers:
             content += [EOS] * answer
             ids += opener + content
             learn += [False] * len(opener) + [answer] * len(content)
+        if add_generation_prompt:
+            ids = [*ids, BOS if template == "simple" else ASSISTANT]
+            learn = [*learn, False]
         return ids, learn
 
 
@@ -128,9 +132,9 @@ def test_a_turn_can_be_left_out_of_the_loss():
 
 
 def test_an_empty_answer_teaches_nothing():
-    assert example(talk("1 2", " \n"), 20) == ([], [], False)
+    assert example(talk("1 2", " \n"), 20) == ([], [], [])
     assert example(talk("1", "", "4", "5"), 20)[1] == [0, 0, 0, 0, 0, 0, 0, 0, 1, 1]
-    assert example(talk("1"), 20) == ([], [], False)
+    assert example(talk("1"), 20) == ([], [], [])
 
 
 # ---- what is too long
@@ -138,22 +142,22 @@ def test_an_empty_answer_teaches_nothing():
 
 def test_exact_fit_is_not_cut():
     whole = [BOS, USER, 1, 2, ASSISTANT, 4, 5, 6, EOS]
-    assert example(talk("1 2", "4 5 6"), 8) == (whole, [0] * 5 + [1] * 4, False)
-    assert example(talk("1 2", "4 5 6"), 7) == (whole[:2] + whole[3:], [0] * 4 + [1] * 4, True)
+    assert example(talk("1 2", "4 5 6"), 8) == (whole, [0] * 5 + [1] * 4, [])
+    assert example(talk("1 2", "4 5 6"), 7) == (whole[:2] + whole[3:], [0] * 4 + [1] * 4, [PROMPT])
 
 
 def test_a_long_prompt_is_shortened_from_its_middle():
     ids, learn, cut = example(talk("1 2 3 4 5 6 7", "9"), 7, "simple")
-    assert ids == [1, 2, 3, 6, 7, BOS, 9, EOS]
+    assert ids == [1, 2, 5, 6, 7, BOS, 9, EOS]
     assert learn == [0, 0, 0, 0, 0, 0, 1, 1]
-    assert cut
+    assert cut == [PROMPT]
 
 
 def test_a_long_answer_loses_its_end_and_gets_no_eos():
     ids, learn, cut = example(talk("1 2", "20 21 22 23 24 25 26 27 28 29 30"), 11, "simple")
     assert ids == [1, 2, BOS, 20, 21, 22, 23, 24, 25, 26, 27, 28]
     assert learn == [0] * 3 + [1] * 9
-    assert cut
+    assert cut == [ANSWER]
 
 
 def test_a_long_prompt_keeps_a_quarter_before_a_long_answer():
@@ -167,10 +171,24 @@ def test_a_long_conversation_loses_its_earliest_turns():
     head, last = [BOS, SYSTEM, 7], [USER, 5, ASSISTANT, 6, EOS]
     assert example(messages, 17)[0] == [*head, USER, 1, ASSISTANT, 2, EOS, USER, 3, ASSISTANT, 4, EOS, *last]
     assert example(messages, 16)[0] == [*head, USER, 3, ASSISTANT, 4, EOS, *last]
-    assert example(messages, 12)[::2] == ([*head, USER, 3, ASSISTANT, 4, EOS, *last], True)
+    assert example(messages, 12)[::2] == ([*head, USER, 3, ASSISTANT, 4, EOS, *last], [TURNS])
     assert example(messages, 11)[0] == head + last
-    assert example(messages, 6)[0] == [BOS, SYSTEM, *last]
+    assert example(messages, 7)[0] == head + last
+    assert example(messages, 6)[::2] == ([*head, USER, 5, ASSISTANT, 6], [TURNS, ANSWER])
+    assert example(messages, 5) == ([], [], [TURNS, ANSWER])  # six positions, all of them prompt
     assert example(messages[1:] + talk("9"), 6)[0] == [BOS, *last]  # what follows the last answer costs nothing
+
+
+def test_the_longest_message_of_a_prompt_is_shortened_and_each_keeps_its_role():
+    messages = talk("1 2 3 4 5 6 7 9", "10", system="20 21")
+    ids, learn, cut = example(messages, 11)
+    assert ids == [BOS, SYSTEM, 20, 21, USER, 1, 2, 7, 9, ASSISTANT, 10, EOS]
+    assert learn == [0] * 10 + [1, 1] and cut == [PROMPT]
+    ids, learn, cut = example(talk("1 2 3 4 5 6 7 9", "10", system="20 21 22 23 24 25 26 27"), 11)
+    assert ids == [BOS, SYSTEM, 20, 26, 27, USER, 1, 7, 9, ASSISTANT, 10, EOS]
+    both = [{"role": "user", "content": "1 2 3 4 5 6"}, {"role": "user", "content": "7 8 9"}, talk("", "10")[1]]
+    ids, learn, cut = example(both, 9)
+    assert ids == [BOS, USER, 1, 6, USER, 7, 9, ASSISTANT, 10, EOS]
 
 
 MESSAGES = st.lists(
@@ -191,13 +209,25 @@ def test_what_is_cut_still_fits_and_still_teaches(messages, seq_len, template):
     ids, learn, cut = fit(messages, Numbers(), seq_len, template)
     whole, learned = encode_messages(messages, Numbers(), template)
     answers = [m for m in messages if m["role"] == "assistant" and m["learn"] and m["content"]]
-    assert bool(len(ids)) == bool(answers)
-    assert cut == (len(whole) > seq_len + 1)
-    if answers:
-        assert len(ids) <= seq_len + 1
-        assert learn[-1]
-        assert not learn[0]
-        pairs = iter(zip(whole.tolist(), learned.tolist(), strict=True))
-        assert all(token in pairs for token in zip(ids.tolist(), learn.tolist(), strict=True))  # a subsequence
-    again = truncate(ids, learn, seq_len)
-    assert np.array_equal(again[0], ids)
+    assert bool(cut) == bool(answers and len(whole) > seq_len + 1)
+    if not answers:
+        assert not len(ids)
+    if not len(ids):
+        assert not answers or cut
+        return
+    assert len(ids) <= seq_len + 1
+    assert learn[-1]
+    assert not learn[0]
+    pairs = iter(zip(whole.tolist(), learned.tolist(), strict=True))
+    assert all(token in pairs for token in zip(ids.tolist(), learn.tolist(), strict=True))  # a subsequence
+
+    # Every message that is left begins with its role, up to the place where the row ends.
+    if template == "chat":
+        first = next(i for i, message in enumerate(messages) if message in answers)
+        roles = {"system": SYSTEM, "user": USER, "assistant": ASSISTANT}
+        kept = [roles[message["role"]] for message in messages]
+        found = [token for token in ids.tolist() if token in roles.values()]
+        assert any(kept[i : i + len(found)] == found or not found for i in range(len(kept))) or TURNS in cut
+        n_prompt = int(np.argmax(learn))
+        n_roles = sum(token in roles.values() for token in ids[:n_prompt].tolist())
+        assert n_roles == first + 1 or TURNS in cut

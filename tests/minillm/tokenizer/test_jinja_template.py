@@ -8,7 +8,8 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer
 
 from minillm.base.errors import UserError
-from minillm.datasets.instructions import InstructionRows, encode_messages
+from minillm.datasets.fitting import PROMPT, encode_messages, fit, shorten
+from minillm.datasets.instructions import InstructionRows
 from minillm.tokenizer import jinja_template
 from minillm.tokenizer.chat_template import JINJA, WRITERS
 from minillm.tokenizer.tokenizer import Tokenizer
@@ -217,6 +218,26 @@ def test_rows_of_instructions_learn_by_the_folders_template(level, tmp_path):
     batch = InstructionRows(tmp_path / "rows.jsonl", tokenizer, 200, packing=False).batch([0, 1])
     shown = {tokenizer.decode(y[mask].tolist()) for y, mask in zip(batch.y, batch.mask, strict=True)}
     assert shown == {"the dog- on\n- 12 mats", "the mat. 你好"}
+
+
+@pytest.mark.parametrize("name", [*TEMPLATES, "chat"])
+def test_cutting_to_fit_takes_words_and_no_piece_of_the_template(level, tmp_path, name):
+    """What is cut is what transformers writes of a conversation with shorter texts, roles and ends in their places."""
+    words = [f"word{i}" for i in range(60)]
+    long = [{"role": "system", "content": " ".join(words)}, {"role": "user", "content": "猫 ".join(words)}]
+    long.append({"role": "assistant", "content": "done"})
+    tokenizer = train_tokenizer(CORPUS, 365, tmp_path) if name == "chat" else with_template(level, TEMPLATES[name])
+    folder = tmp_path if name == "chat" else level
+    for seq_len in range(60, 400, 20):
+        ids, learn, cut = fit(long, tokenizer, seq_len)
+        assert cut == [PROMPT] and seq_len - 12 < len(ids) <= seq_len + 1
+        n_answer = int(learn.sum())
+        shorter = shorten(long, tokenizer, seq_len + 1, n_answer, "auto")
+        assert [message["role"] for message in shorter] == ["system", "user", "assistant"]
+        for message, whole in zip(shorter, long, strict=True):
+            assert message["content"][:5] == whole["content"][:5] and message["content"][-6:] == whole["content"][-6:]
+        assert ids.tolist() == theirs_of(folder, shorter)[: len(ids)]
+        assert learned_texts(tokenizer, ids.tolist(), learn.tolist())[0].lstrip("\n ").startswith("done")
 
 
 def test_a_token_over_the_border_is_not_learned(level):

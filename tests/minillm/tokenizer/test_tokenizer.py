@@ -142,7 +142,36 @@ def test_what_a_text_begins_after_is_kept_in_the_folder(ours, foreign, tmp_path,
         again = Tokenizer.load(tmp_path / name)
         assert again.start_id == (tokenizer.bos_id if wanted else tokenizer.eos_id) and again.sha256 == tokenizer.sha256
         ids = AutoTokenizer.from_pretrained(tmp_path / name).encode("a b")
-        assert ids == [tokenizer.bos_id] * wanted + tokenizer.encode("a b")
+        assert ids == again.prompt_ids("a b") == [tokenizer.bos_id] * wanted + tokenizer.encode("a b")
+        assert again.prompt_ids("") == [again.start_id]
+
+
+def test_folders_written_before_documents_began_with_bos_are_prompted_after_eos(ours, tmp_path):
+    """Settings as they were written then, apart from the special pieces: such a model has only seen texts after eos."""
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    pieces = ["<unk>", "<s>", "</s>", "<pad>", "<|system|>", "<|user|>", "<|assistant|>"]
+    written = {
+        "tokenizer_class": "LlamaTokenizer",
+        "add_bos_token": False,
+        "add_eos_token": False,
+        "add_prefix_space": False,
+        "legacy": False,
+        "clean_up_tokenization_spaces": False,
+        **{f"{name}_token": pieces[i] for name, i in {"bos": 1, "eos": 2, "pad": 3, "unk": 0}.items()},
+        "added_tokens_decoder": {str(i): {"content": p, "special": True, **flags} for i, p in enumerate(pieces)},
+        "chat_template": JINJA["simple"],
+    }
+    ours.save(tmp_path)
+
+    def prompt(**changes) -> list[int]:
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(written | changes))
+        return Tokenizer.load(tmp_path).prompt_ids("a b")
+
+    assert prompt() == [ours.eos_id, *ours.encode("a b")]
+    assert prompt(add_bos_token=True) == [ours.bos_id, *ours.encode("a b")]
+    # another's folder, which says nothing of eos
+    assert prompt(model_max_length=100) == prompt(documents_begin_after_eos=False) == ours.encode("a b")
+    assert prompt(model_max_length=100, documents_begin_after_eos=True) == [ours.eos_id, *ours.encode("a b")]
 
 
 @pytest.mark.parametrize("model_type", [None, "llama", "qwen3", "mistral"])
