@@ -110,7 +110,16 @@ def main() -> int:
         run.say_finished()
         distributed.stop()
         return 0
+
+    # a run that began before bos was left out of the loss goes on as it began
+    windows.bos_is_target = run.saved.get("bos_is_target", run.start_step > 0)
+    run.facts["bos_is_target"] = windows.bos_is_target
     run.say(summary(training_config))
+    if tokenizer is not None and tokenizer.begins_after_eos and run.source is None:
+        run.say(
+            f"{first.path}: documents begin after eos, which other tools put before no prompt; prepared again with "
+            "--wrap bos_eos (the bundled corpus: once its folder is deleted) they begin with bos"
+        )
     if validation.no_bytes:
         run.say(f"no bits per byte: {validation.no_bytes}")
 
@@ -219,21 +228,24 @@ def train(training_config: Config, run: Run, model: Transformer, windows: TokenW
     parallel_model = parallelize(model, run.ranks, training_config.compile)
 
     # the size of the run
-    n_targets = training_config.batch_size * training_config.seq_len  # of a step, over all ranks
-    n_tokens = training_config.steps * n_targets
+    n_tokens = training_config.batch_size * training_config.seq_len  # of a step, over all ranks
     run.say(f"{starting_model.describe_parameters(model)}, {run.flops / 1e6:.1f} MFLOP a token")
     run.say(ops.describe(run.device))
-    run.say(f"{windows.n_windows:,} windows of {training_config.seq_len} tokens; {n_tokens:,} tokens to train on")
+    n_all = training_config.steps * n_tokens
+    run.say(f"{windows.n_windows:,} windows of {training_config.seq_len} tokens; {n_all:,} tokens to train on")
 
     for step in run.steps(state):  # sets the learning rate; after the step saves what is due, stops at a signal
-        for positions, last in marked_last(run.micro_batches(step)):
-            batch = windows.batch(positions).to(run.device)
+        batches = [windows.batch(positions) for positions in run.micro_batches(step)]
+        # all tokens but the bos that documents begin with; of all ranks, before the first backward pass
+        (n_targets,) = run.ranks.sum(sum(batch.n_targets() for batch in batches))
+        for batch, last in marked_last(batches):
+            batch = batch.to(run.device)
             with gradients_synced(parallel_model, last):
                 with run.autocast():
                     loss = parallel_model(batch.x, batch.y, mask=batch.mask, documents=batch.documents)  # sum of nats
                 state.backward(loss, n_targets)  # of the mean over all targets, of all micro-batches and ranks
         state.update(training_config.grad_clip)  # clips, then steps, unless loss or gradient is not finite
-        run.log_step(state, n_tokens=n_targets)
+        run.log_step(state, n_tokens)
         if run.due(step, training_config.eval_every):
             scores = validation.scores(model, run.ranks, run.autocast())
             run.report(step, scores)
@@ -263,7 +275,7 @@ def sample(model: Transformer, tokenizer: Tokenizer) -> str:
     model.eval()
     length = min(100, model.config.max_seq_len - 1)
     sampling = Sampling(temperature=0.8, top_p=0.95)
-    (completion,) = generate(model, [[tokenizer.start_id]], length, sampling=sampling, stop_ids=tokenizer.end_ids)
+    (completion,) = generate(model, [tokenizer.prompt_ids("")], length, sampling=sampling, stop_ids=tokenizer.end_ids)
     return tokenizer.decode(completion.tokens)
 
 

@@ -5,32 +5,41 @@ tokens depend on is hashed into its key, and bins whose key is still asked for a
 
     data/mine/
       train-00000.bin  val-00000.bin …       numbered in the order of the input
+      val-00000.sizes …                      UTF-8 bytes of the text of each document, uint32, for bits per byte
       meta.json                              comes last: without it the folder is not finished
       unfinished/                            only while the folder is being prepared:
-        <key>.train.bin  <key>.val.bin         bins that have no number yet
+        <key>.train.bin  <key>.val.bin  …      bins that have no number yet
         <key>.json                             their record, written after them: without it they are not whole
         meta.json                              only while bins are being renamed: the number of each key
 
 Preparing means: name the bins by their keys (`take_apart`), make those that are missing (`BinWriter`), number them all
-(`put_together`). Each of these can be killed at any moment and done again.
+(`put_together`). Each of these can be killed at any moment and done again. A bin is never written over: a run that has
+it open goes on reading the old file.
 """
 
 import contextlib
 import json
 import os
-import shutil
+import re
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import BinaryIO
 
-from data.sources import Group, checksum, tokenizer_key
+import numpy as np
+
+from data.sources import Group, check_unchanged, checksum, tokenizer_key
 from minillm.base import files
 from minillm.base.errors import UserError
 from minillm.tokenizer.tokenizer import Tokenizer
 
 SPLITS = ("train", "val")
+BIN, SIZES = ".bin", ".sizes"
+FILES = {"train": (BIN,), "val": (BIN, SIZES)}  # of one group
+SHA256 = {BIN: "sha256", SIZES: "sizes_sha256"}  # in a record, whose bins may be of a version that wrote no sizes
 FIRST_BAD = 5  # bad lines quoted of each file, and of all
+NUMBERED = re.compile(r"(train|val)-\d{5}\.(bin|sizes)")
+BY_KEY = re.compile(r"[0-9a-f]{32}-\d+\.(json|(train|val)\.(bin|sizes))")  # names in unfinished/
 
 
 def read_json(file: Path) -> dict:
@@ -50,9 +59,10 @@ class BinWriter:
 
     def __init__(self, folder: Path, group: Group, tokenizer: Tokenizer):
         self.folder = folder
+        self.sources = group.sources
         self.key = group.key
         self.token_bytes = tokenizer.id_dtype.itemsize
-        self.open_files: dict[str, BinaryIO] = {}  # split → its bin, from the first token on
+        self.open_files: dict[tuple[str, str], BinaryIO] = {}  # (split, kind) → its file, from the first token on
         self.record = {
             "key": group.key,
             "tokenizer": tokenizer_key(tokenizer),
@@ -66,19 +76,21 @@ class BinWriter:
         for split in SPLITS:
             self.record[split] = {"tokens": 0, "documents": 0, "bytes": 0, "sha256": ""}
 
-    def add(self, split: str, data: bytes, n_documents: int, n_bytes: int) -> None:
-        """Append the tokens `data` of whole documents, which are n_bytes of UTF-8 text."""
+    def add(self, split: str, data: bytes, sizes: np.ndarray) -> None:
+        """Append the tokens `data` of whole documents; sizes: UTF-8 bytes of the text of each, (n,) int."""
         if not data:
             return
-        path = bin_path(self.folder, self.key, split)
-        with _naming_full_disk(path, len(data)):
-            if split not in self.open_files:
-                self.open_files[split] = path.open("wb")
-            self.open_files[split].write(data)
+        contents = {BIN: data, SIZES: sizes.astype("<u4").tobytes()}
+        for kind in FILES[split]:
+            path = bin_path(self.folder, self.key, split, kind)
+            with _naming_full_disk(path, len(contents[kind])):
+                if (split, kind) not in self.open_files:
+                    self.open_files[split, kind] = files.create(path)
+                self.open_files[split, kind].write(contents[kind])
         counts = self.record[split]
         counts["tokens"] += len(data) // self.token_bytes
-        counts["documents"] += n_documents
-        counts["bytes"] += n_bytes
+        counts["documents"] += len(sizes)
+        counts["bytes"] += int(sizes.sum())
 
     def note_left_out(self, source_number: int, bad: list[str], n_empty: int) -> None:
         """bad: what is wrong with each bad line of this source."""
@@ -88,14 +100,18 @@ class BinWriter:
         self.record["empty_documents"] += n_empty
 
     def finish(self) -> dict:
-        """Put the bins on the disk, then their record, which is returned."""
-        for split, file in self.open_files.items():
-            path = bin_path(self.folder, self.key, split)
-            with _naming_full_disk(path, self.record[split]["tokens"] * self.token_bytes):
+        """Put the bins on the disk, then their record, which is returned.
+
+        Raises `UserError` if a source is not the file any more whose hash the record holds.
+        """
+        check_unchanged(self.sources)
+        for (split, kind), file in self.open_files.items():
+            path = bin_path(self.folder, self.key, split, kind)
+            with _naming_full_disk(path, file.tell()):
                 file.flush()
                 os.fsync(file.fileno())
                 file.close()
-            self.record[split]["sha256"] = files.sha256(path)
+            self.record[split][SHA256[kind]] = files.sha256(path)
         self.open_files = {}
         files.write_json_atomically(self.folder / f"{self.key}.json", self.record)
         return self.record
@@ -107,9 +123,9 @@ class BinWriter:
                 file.close()
 
 
-def bin_path(folder: Path, key: str, split: str) -> Path:
-    """Where a bin is while it has no number."""
-    return folder / f"{key}.{split}.bin"
+def bin_path(folder: Path, key: str, split: str, kind: str = BIN) -> Path:
+    """Where a bin, or another kind of its files, is while it has no number."""
+    return folder / f"{key}.{split}{kind}"
 
 
 @contextlib.contextmanager
@@ -130,54 +146,70 @@ class BinFolder:
     """The folder `out`, finished or not."""
 
     def __init__(self, out: Path):
-        """Raises UserError if `out` has bins that were made elsewhere."""
+        """Raises UserError if `out` has bins or a model that were made elsewhere."""
         self.out = out
         self.unfinished = out / "unfinished"
-        meta = read_json(out / "meta.json")
-        bins = self._numbered_bins()
+        files.refuse_link(self.unfinished)
+        meta_file = out / "meta.json"
         is_earlier_version = (out / "parts.json").exists()
-        if bins and not ("bins" in meta or self.unfinished.exists() or is_earlier_version):
+        self.is_ours = "bins" in read_json(meta_file) or self.unfinished.exists() or is_earlier_version
+        if self.is_ours:
+            return
+        bins = self._numbered_bins()
+        if bins:
             raise UserError(
                 f"{bins[0]}: no meta.json tells what it was made from; choose another --out or delete {out}"
             )
+        for file in (meta_file, out / "config.json"):
+            if file.exists():
+                raise UserError(f"{file}: was not written by a preparation; choose another --out")
 
-    def finished_records(self, groups: list[Group]) -> list[dict] | None:
+    def refuse_other_tokenizer(self, sha256: str) -> None:
+        """Raises UserError for a tokenizer in the folder that is not this one and that no preparation put there."""
+        there = [self.out / name for name in ("tokenizer.model", "tokenizer.json") if (self.out / name).exists()]
+        if there and not self.is_ours and files.sha256(there[0]) != sha256:
+            raise UserError(f"{there[0]}: another tokenizer, which would be overwritten; choose another --out")
+
+    def finished_records(self, groups: list[Group], token_bytes: int) -> list[dict] | None:
         """The record of each group if the folder is finished, and of just these groups; else None."""
         records = _records_in(self.out / "meta.json")
         if [record["key"] for record in records] != [group.key for group in groups]:
             return None
 
-        def numbered(record: dict, split: str) -> Path:
-            return self.out / record[split]["name"]
+        def numbered(record: dict, split: str, kind: str) -> Path:
+            return (self.out / record[split]["name"]).with_suffix(kind)
 
-        return records if all(_check_bins(records, numbered)) else None
+        return records if all(_check_bins(records, numbered, token_bytes)) else None
 
     def take_apart(self) -> None:
         """Name all bins by their keys. From now on the folder is not finished, and its bins are known to be ours."""
-        self.unfinished.mkdir(parents=True, exist_ok=True)
+        files.own_folder(self.unfinished)
+        self.is_ours = True
         numbers = self.unfinished / "meta.json"
         if (self.out / "meta.json").exists():
             (self.out / "meta.json").replace(numbers)
         if numbers.exists() and not _records_in(numbers):
             print(f"{self.out}: meta.json is damaged or of an earlier version, so everything is tokenized again")
         for record in _records_in(numbers):
-            for split in SPLITS:
-                name = record[split]["name"]
-                if name and (self.out / name).exists():
-                    (self.out / name).replace(bin_path(self.unfinished, record["key"], split))
+            for split, kind, name in _files_of(record):
+                if (self.out / name).exists():
+                    (self.out / name).replace(bin_path(self.unfinished, record["key"], split, kind))
             files.write_json_atomically(self.unfinished / f"{record['key']}.json", record)
         for path in (*self._numbered_bins(), self.out / "parts.json", numbers):  # parts.json: of an earlier version
             path.unlink(missing_ok=True)
 
-    def whole_records(self, groups: list[Group]) -> dict[str, dict]:
+    def whole_records(self, groups: list[Group], token_bytes: int) -> dict[str, dict]:
         """Key → record of those groups whose bins are there and whole, once the folder is taken apart."""
-        records = [read_json(self.unfinished / f"{group.key}.json") for group in groups]
-        records = [record for record in records if record]
+        records = []
+        for group in groups:
+            record = read_json(self.unfinished / f"{group.key}.json")
+            if record.get("key") == group.key:
+                records.append(record)
 
-        def named_by_key(record: dict, split: str) -> Path:
-            return bin_path(self.unfinished, record["key"], split)
+        def named_by_key(record: dict, split: str, kind: str) -> Path:
+            return bin_path(self.unfinished, record["key"], split, kind)
 
-        checks = _check_bins(records, named_by_key)
+        checks = _check_bins(records, named_by_key, token_bytes)
         return {record["key"]: record for record, is_whole in zip(records, checks, strict=True) if is_whole}
 
     def has_record(self, group: Group) -> bool:
@@ -197,39 +229,69 @@ class BinFolder:
         """Number the bins as `meta` (of `meta_of`) says; then meta.json marks the folder as finished."""
         files.write_json_atomically(self.unfinished / "meta.json", meta)
         for record in meta["bins"]:
-            for split in SPLITS:
-                if record[split]["name"]:
-                    bin_path(self.unfinished, record["key"], split).replace(self.out / record[split]["name"])
+            for split, kind, name in _files_of(record):
+                bin_path(self.unfinished, record["key"], split, kind).replace(self.out / name)
         files.sync(self.out)
         (self.unfinished / "meta.json").replace(self.out / "meta.json")
         files.sync(self.out)
         self.clean()
 
     def clean(self) -> None:
-        """Delete what is left over: bins that are no longer asked for."""
-        shutil.rmtree(self.unfinished, ignore_errors=True)
+        """Delete what is left over: bins that are no longer asked for. What else lies there is not ours."""
+        for path in self.unfinished.glob("*"):
+            if BY_KEY.fullmatch(path.name) or files.SCRATCH.fullmatch(path.name):
+                files.discard(path)
+        with contextlib.suppress(OSError):
+            self.unfinished.rmdir()
 
     def _numbered_bins(self) -> list[Path]:
-        return [path for split in SPLITS for path in sorted(self.out.glob(f"{split}-*.bin"))]
+        return sorted(path for path in self.out.iterdir() if NUMBERED.fullmatch(path.name))
+
+
+def _files_of(record: dict) -> Iterator[tuple[str, str, str]]:
+    """(split, kind, name) of each numbered file of a record."""
+    for split in SPLITS:
+        for kind in FILES[split]:
+            if record[split]["name"] and record[split].get(SHA256[kind]):
+                yield split, kind, str(Path(record[split]["name"]).with_suffix(kind))
 
 
 def _records_in(meta_file: Path) -> list[dict]:
-    """The records of all bins; none if meta.json is missing, damaged or of an earlier version."""
+    """The records of all bins; none if meta.json is missing, damaged or of an earlier version.
+
+    The names in them are of the forms above, since files are renamed by them: a folder may come from elsewhere.
+    """
     meta = read_json(meta_file)
     records = meta.get("bins", [])
-    return records if meta.get("bins_sha256") == checksum(records) else []
+    if meta.get("bins_sha256") != checksum(records):
+        return []
+    with contextlib.suppress(KeyError, TypeError):
+        keys_fit = all(BY_KEY.fullmatch(f"{record['key']}.json") for record in records)
+        names = [record[split]["name"] for record in records for split in SPLITS]
+        if keys_fit and all(name is None or (NUMBERED.fullmatch(name) and name.endswith(BIN)) for name in names):
+            return records
+    return []
 
 
-def _check_bins(records: list[dict], path_of: Callable[[dict, str], Path]) -> list[bool]:
-    """Whether the bins of each record are as they were written."""
+def _check_bins(records: list[dict], path_of: Callable[[dict, str, str], Path], token_bytes: int) -> list[bool]:
+    """Whether the files of each record are as they were written, and bins hold as many tokens as it says.
+
+    path_of: of a record, a split and a kind.
+    """
 
     def is_whole(record: dict) -> bool:
         try:
-            return all(
-                files.sha256(path_of(record, split)) == record[split]["sha256"]
-                for split in SPLITS
-                if record[split]["tokens"]
-            )
+            for split in SPLITS:
+                counts = record[split]
+                if not counts["tokens"]:
+                    continue  # it has no bin
+                if path_of(record, split, BIN).stat().st_size != counts["tokens"] * token_bytes:
+                    return False
+                for kind in FILES[split]:
+                    is_kept = kind == BIN or SHA256[kind] in counts
+                    if is_kept and files.sha256(path_of(record, split, kind)) != counts[SHA256[kind]]:
+                        return False
+            return True
         except (OSError, KeyError, TypeError):  # a bin is missing, or the record damaged
             return False
 
@@ -253,7 +315,8 @@ def meta_of(groups: list[Group], records: list[dict], tokenizer: Tokenizer, abou
             name = f"{split}-{len(numbered[split]):05d}.bin" if counts["tokens"] else None
             bins[-1][split] = counts | {"name": name}
             if name:
-                numbered[split].append({"name": name, "tokens": counts["tokens"], "documents": counts["documents"]})
+                file = {"name": name, "tokens": counts["tokens"], "documents": counts["documents"]}
+                numbered[split].append(file | ({"sizes": True} if SHA256[SIZES] in counts else {}))
     first_bad = [
         f"{source['file']}, {bad}" for record in bins for source in record["sources"] for bad in source["first_bad"]
     ]

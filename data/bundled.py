@@ -20,18 +20,23 @@ import sys
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
+from data.bin_writer import NUMBERED, read_json
+from data.bin_writer import SPLITS as SPLITS_OF_TEXT
 from data.prepare import prepare
 from data.world.questions import SPLITS, tasks
 from data.world.texts import documents
 from data.world.words import WORDS_ZH
 from minillm.base.command_line import parse
 from minillm.base.errors import UserError
+from minillm.base.files import refuse_link, write_file, write_json_atomically
 from minillm.base.options import Options, option
 from minillm.base.process import RunLock, run_script
+from minillm.datasets.token_bins import TokenBins
 from minillm.tokenizer.train import train_tokenizer
 
 FOLDER = "data/bundled"  # where the training scripts look for it
@@ -42,6 +47,7 @@ SIZES = {
     "sft_heldout": 840,  # 120 of each family
     "vocab_size": 2048,
 }
+FILES = ("meta.json", "world.json", "val_bits.npy", "sft_train.jsonl", "sft_heldout.jsonl")
 SEEDS = {"train": 1, "val": 2}  # of the documents; the instructions are those of seed 0
 GENERATOR = Path(__file__).parent / "world"  # the source of the texts and of the questions
 
@@ -63,9 +69,13 @@ def fingerprint() -> str:
 
 def write_lines(path: Path, rows: Iterable[dict]) -> None:
     """Write rows as JSON Lines."""
-    with path.open("w", encoding="utf-8", newline="\n") as file:
-        for row in rows:
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+    def write(scratch: Path) -> None:
+        with scratch.open("w", encoding="utf-8", newline="\n") as file:
+            for row in rows:
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+    write_file(path, write)
 
 
 def write_documents(path: Path, seed: int, *, count: int | None = None, size: int | None = None) -> list[float]:
@@ -101,12 +111,13 @@ def different(rows: Iterable[dict], count: int) -> Iterator[dict]:
 def build(folder: str | Path = FOLDER) -> None:
     """Write the bundled corpus into `folder`, unless it is there already, and print what is being done.
 
-    Raises `UserError` if there are other files: an older corpus is deleted, and they would be too.
+    Raises `UserError` if there are only other files.
     """
     folder = Path(folder)
     if finished(folder):
         return
     text = folder / "text"
+    refuse_link(text)
     if folder.is_dir() and any(folder.iterdir()) and not (text / "lock").exists():
         raise UserError(f"{folder}: holds files that are no bundled corpus; empty it, or give another folder by --out")
 
@@ -117,19 +128,19 @@ def build(folder: str | Path = FOLDER) -> None:
         started = time.monotonic()
         print(f"{folder}: writing the bundled corpus", flush=True)
 
-        # An older corpus goes, and first of all the file that says that it is whole.
-        (folder / "meta.json").unlink(missing_ok=True)
-        for path in list(folder.glob("*.*")):
-            path.unlink()
+        # An older corpus goes, and first of all the file that says that it is whole. Other files stay.
+        bins = [path.name for path in folder.iterdir() if NUMBERED.fullmatch(path.name)]
+        for name in (*FILES, "tokenizer.model", "tokenizer.json", *bins):
+            (folder / name).unlink(missing_ok=True)
 
         # Texts with their bits, then questions.
         train_bits = write_documents(text / "train.jsonl", SEEDS["train"], size=SIZES["train_bytes"])
         val_bits = write_documents(text / "val.jsonl", SEEDS["val"], count=SIZES["val_documents"])
-        np.save(folder / "val_bits.npy", np.array(val_bits))
+        write_file(folder / "val_bits.npy", partial(_save_array, np.array(val_bits)))
         for split in SPLITS:
             rows = different(tasks(0, split), SIZES[f"sft_{split}"])
             write_lines(folder / f"sft_{split}.jsonl", rows)
-        (folder / "world.json").write_text(json.dumps({"fingerprint": fingerprint()}) + "\n")
+        write_json_atomically(folder / "world.json", {"fingerprint": fingerprint()})
         seconds = time.monotonic() - started
         print(f"{folder}: {len(train_bits):,} documents, {len(val_bits):,} for validation, in {seconds:.1f} s")
 
@@ -138,6 +149,11 @@ def build(folder: str | Path = FOLDER) -> None:
         prepare([text / "train.jsonl"], folder, val_inputs=[text / "val.jsonl"], tokenizer=text)
     finally:
         lock.release()
+
+
+def _save_array(values: np.ndarray, path: Path) -> None:
+    with path.open("wb") as file:  # given a name, numpy would add .npy to it
+        np.save(file, values)
 
 
 def learn_tokenizer(folder: Path) -> None:
@@ -165,12 +181,15 @@ def texts_by_words(folder: Path) -> Iterator[str]:
 
 
 def finished(folder: Path) -> bool:
-    """Whether `folder` holds the complete corpus of this version of the generator."""
-    try:
-        made_by = json.loads((folder / "world.json").read_text())["fingerprint"]
-    except (OSError, ValueError, KeyError):
+    """Whether `folder` holds the complete corpus of this version of the generator, its bins as training takes them."""
+    if read_json(folder / "world.json").get("fingerprint") != fingerprint():
         return False
-    return made_by == fingerprint() and (folder / "meta.json").exists()
+    try:
+        for split in SPLITS_OF_TEXT:
+            TokenBins(folder, split)
+    except UserError:
+        return False
+    return all((folder / name).is_file() for name in FILES)
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,9 @@
     python data/prepare.py --input big.jsonl --tokenizer data/novels --out data/big
     python train_pretrain.py --data data/novels
 
-The folder `--out` gets train-00000.bin, val-00000.bin, … (each document's tokens, then eos), the tokenizer, and
-meta.json, which is written last: without it the folder is unfinished, and the same command goes on where it stopped.
+The folder `--out` gets train-00000.bin, val-00000.bin, … (each document's tokens between bos and eos), the tokenizer,
+and meta.json, which is written last: without it the folder is unfinished, and the same command goes on where it
+stopped.
 
 Each input file has bins of its own; files of less than 16 MiB share them with their neighbours. Run the command again
 after changing some files, options or the tokenizer: bins that this does not concern are kept, the others are made
@@ -17,7 +18,7 @@ import os
 import random
 import sys
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from data.bin_writer import SPLITS, BinFolder, meta_of, read_json
@@ -27,6 +28,7 @@ from data.sources import (
     Group,
     Options,
     Source,
+    check_unchanged,
     checksum,
     grouped,
     read_sources,
@@ -85,11 +87,14 @@ def prepare(
             raise UserError(f"--out {out}: lies inside the input {folder} and would be read again; choose another")
     n_train = len(find_files(inputs))
     files = find_files(inputs + val_inputs)
-    if tokenizer is not None:
-        tokenizer = _with_wrap(Tokenizer.load(run_folder.tokenizer_folder(tokenizer)), options.wrap, tokenizer)
+    given = None if tokenizer is None else Tokenizer.load(run_folder.tokenizer_folder(tokenizer))
+    options = replace(options, wrap=options.wrap or _usual_wrap(out, given))
+    if given is not None:
+        tokenizer = _with_wrap(given, options.wrap, tokenizer)
 
     lock = RunLock(out)
     try:
+        run_folder.clean_stale(out)
         bin_folder = BinFolder(out)
         sources = read_sources(files, options, n_train if val_inputs else None)
         learnt_from = ""  # a tokenizer that is given was learnt elsewhere
@@ -115,7 +120,7 @@ def prepare(
 def _make(folder: BinFolder, groups: list[Group], tokenizer: Tokenizer, about: dict, workers: int) -> dict:
     """Make what is missing of the bins of these groups; returns meta.json."""
     # Nothing has changed, except perhaps the names of files or what happens to bad lines.
-    records = folder.finished_records(groups)
+    records = folder.finished_records(groups, tokenizer.id_dtype.itemsize)
     if records is not None and _holds(folder.out, tokenizer.sha256):
         print(f"{folder.out}: already prepared from the same input, nothing to do")
         _refuse_bad_lines(records, about["options"])
@@ -126,9 +131,10 @@ def _make(folder: BinFolder, groups: list[Group], tokenizer: Tokenizer, about: d
         return meta
 
     # Keep what is there of the bins, make the others, number them all.
+    folder.refuse_other_tokenizer(tokenizer.sha256)
     folder.take_apart()
     tokenizer.save(folder.out)
-    whole = folder.whole_records(groups)
+    whole = folder.whole_records(groups, tokenizer.id_dtype.itemsize)
     missing = [group for group in groups if group.key not in whole]
     _explain(folder, groups, missing, tokenizer)
     _refuse_bad_lines(whole.values(), about["options"])
@@ -205,6 +211,18 @@ def _check_splits(out: Path, meta: dict) -> None:
 # ---- the tokenizer
 
 
+def _usual_wrap(out: Path, tokenizer: Tokenizer | None) -> str:
+    """How documents are wrapped if --wrap is not given: as they were in `out`, else as the tokenizer's model knows.
+
+    tokenizer: the one that is given; None: it will be learnt, and documents begin with bos.
+    """
+    before = read_json(out / "meta.json")
+    if before and (tokenizer is None or before.get("tokenizer_sha256") == tokenizer.sha256):
+        return before.get("wrap", "eos")
+    begins_with_bos = tokenizer is None or tokenizer.start_id != tokenizer.eos_id
+    return "bos_eos" if begins_with_bos else "eos"
+
+
 def _with_wrap(tokenizer: Tokenizer, wrap: str, name: str | Path) -> Tokenizer:
     """The tokenizer, set to begin texts as `wrap` says. name: where it is from."""
     if wrap == "bos_eos" and tokenizer.bos_id == tokenizer.eos_id:
@@ -214,7 +232,7 @@ def _with_wrap(tokenizer: Tokenizer, wrap: str, name: str | Path) -> Tokenizer:
     start_id = tokenizer.bos_id if wrap == "bos_eos" else tokenizer.eos_id
     if tokenizer.start_id == start_id:
         return tokenizer
-    return tokenizer.with_settings(add_bos=wrap == "bos_eos")
+    return tokenizer.with_settings(add_bos=wrap == "bos_eos", after_eos=wrap == "eos")
 
 
 def _learn(folder: BinFolder, size: int, sources: list[Source], learnt_from: str) -> Tokenizer:
@@ -224,9 +242,12 @@ def _learn(folder: BinFolder, size: int, sources: list[Source], learnt_from: str
     if meta.get("learnt_from") == learnt_from and _holds(out, meta["tokenizer_sha256"]):
         return Tokenizer.load(out)
     print(f"{out}: learning a tokenizer of {size:,} pieces", flush=True)
+    folder.refuse_other_tokenizer("")
     folder.take_apart()  # a meta.json would not fit the new tokenizer
     how = {"sample_bytes": TOKENIZER_SAMPLE, "option": "--train_tokenizer"}
-    return train.train_tokenizer(_sample(sources), size, out, **how)
+    tokenizer = train.train_tokenizer(_sample(sources), size, out, **how)
+    check_unchanged(sources)
+    return tokenizer
 
 
 def _holds(out: Path, tokenizer_sha256: str) -> bool:
@@ -298,7 +319,13 @@ class Config(BaseOptions):
         at_least=train.SMALLEST,
         group="tokenizer",
     )
-    wrap: str = option(Options.wrap, "documents end in eos, or also begin with bos (bos_eos)", WRAPS, group="tokenizer")
+    wrap: str | None = option(
+        None,
+        "documents end in eos, or also begin with bos (bos_eos); none: as --out was prepared before, else as the model "
+        "of --tokenizer knows texts, else bos_eos",
+        WRAPS,
+        group="tokenizer",
+    )
     val_input: tuple[str, ...] = option((), "files of the validation split, in place of a share", group="validation")
     val_fraction: float = option(
         Options.val_fraction, "share of documents for validation", at_least=0, below=1, group="validation"

@@ -33,21 +33,21 @@ class Options:
     boundary: "blank", "lines" or "file": where a document of a .txt ends. field: where JSON or parquet has the text.
     on_bad_line: "error", or "skip" to leave out and count documents that cannot be read. val_fraction: each document
     whose hash falls below it is for validation, so that copies of a document never fall on both sides. wrap: "eos" ends
-    each document in eos; "bos_eos" also begins it with bos, as Llama and Mistral know texts.
+    each document in eos; "bos_eos" also begins it with bos, as other tools begin a text; None: `prepare` decides.
     """
 
     boundary: str = "blank"
     field: str = "text"
     on_bad_line: str = "error"
     val_fraction: float = 0.01
-    wrap: str = "eos"
+    wrap: str | None = None
 
     def check(self) -> None:
         """Raises UserError for a value that is not possible."""
         for option, value, choices in (
             ("--split", self.boundary, BOUNDARIES),
             ("--on_bad_line", self.on_bad_line, ON_BAD_LINE),
-            ("--wrap", self.wrap, WRAPS),
+            ("--wrap", self.wrap or WRAPS[0], WRAPS),
         ):
             if value not in choices:
                 raise UserError(f"{option} {value}: choose one of {', '.join(choices)}")
@@ -91,6 +91,13 @@ def read_sources(files: list[Path], options: Options, n_train: int | None) -> li
     sizes = [file.stat().st_size for file in files]
     with ThreadPoolExecutor() as pool:  # hashing runs outside Python's lock
         return list(map(Source, files, sizes, pool.map(sha256, files), each_options))
+
+
+def check_unchanged(sources: Iterable[Source]) -> None:
+    """Raises UserError for a file that is not what it was when it was hashed: nobody knows what of it was read."""
+    for source in sources:
+        if source.path.stat().st_size != source.size or sha256(source.path) != source.sha256:
+            raise UserError(f"{source.path}: was changed while it was read; run the same command again")
 
 
 def tokenizer_key(tokenizer: Tokenizer) -> str:

@@ -32,8 +32,7 @@ class SplitTokens(NamedTuple):
     """Some documents of one split."""
 
     data: bytes  # their tokens, as in a bin
-    n_documents: int
-    n_bytes: int  # UTF-8 bytes of their text
+    sizes: np.ndarray  # (n documents,) int64: UTF-8 bytes of the text of each
 
 
 class EncodedPiece(NamedTuple):
@@ -54,7 +53,7 @@ def encode_piece(documents: list[Record], tokenizer: Tokenizer, options: Options
     # Decode and check each document.
     texts: list[str] = []
     split_of: list[str] = []
-    n_bytes = dict.fromkeys(SPLITS, 0)
+    sizes: dict[str, list[int]] = {split: [] for split in SPLITS}
     bad: list[str] = []
     n_empty = 0
     for record in documents:
@@ -71,7 +70,7 @@ def encode_piece(documents: list[Record], tokenizer: Tokenizer, options: Options
         split = "val" if is_val(data, options) else "train"
         texts.append(text)
         split_of.append(split)
-        n_bytes[split] += len(data)
+        sizes[split].append(len(data))
 
     # Tokenize all of them at once, then put each split's end to end.
     begin = [tokenizer.bos_id] if options.wrap == "bos_eos" else []
@@ -79,7 +78,7 @@ def encode_piece(documents: list[Record], tokenizer: Tokenizer, options: Options
     for split, ids in zip(split_of, tokenizer.encode_many(texts, threads=threads), strict=True):
         document = np.array([*begin, *ids, tokenizer.eos_id], tokenizer.id_dtype)
         encoded[split].append(document.tobytes())
-    splits = {split: SplitTokens(b"".join(encoded[split]), len(encoded[split]), n_bytes[split]) for split in SPLITS}
+    splits = {split: SplitTokens(b"".join(encoded[split]), np.array(sizes[split], dtype=np.int64)) for split in SPLITS}
     return EncodedPiece(splits, bad, n_empty)
 
 

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from minillm.base import files
 from minillm.base.errors import UserError
 from minillm.base.options import declared
 from minillm.datasets.token_bins import TokenBins
@@ -111,7 +112,8 @@ def test_dropout_is_not_the_same_every_step(folder):
         seed_step(0, masks_of, rank=0)
         batches = [windows.batch(np.arange(row, row + 2)) for row in range(8 * (step - 1), 8 * step, 2)]
         with torch.no_grad():
-            return sum(float(model(batch.x, batch.y)) for batch in batches) / (8 * 32)
+            nats = sum(float(model(batch.x, batch.y, mask=batch.mask)) for batch in batches)
+        return nats / sum(batch.n_targets() for batch in batches)
 
     trained = launch.losses(folder / "dropout")
     assert trained == pytest.approx({step: loss(step, step) for step in (1, 2, 3)}, abs=1e-6)
@@ -133,11 +135,40 @@ def test_the_first_step_is_the_mean_over_the_global_batch(folder, straight):
     model.init_weights(seed=0)
     windows = TokenWindows([(TokenBins(folder / "data", "train"), 1.0)], 32, seed=0)
     batch = windows.batch(np.arange(8))
-    loss = torch.nn.functional.cross_entropy(model(batch.x).flatten(0, 1), batch.y.flatten())
+    targets = batch.y.flatten()
+    is_bos = targets == 1
+    assert 0 < is_bos.sum() < 20  # given at the beginning of each document, so no target
+    loss = torch.nn.functional.cross_entropy(model(batch.x).flatten(0, 1)[~is_bos], targets[~is_bos])
     loss.backward()
     norm = torch.stack([p.grad.norm() for p in model.parameters()]).norm()
     assert straight[1] == pytest.approx(loss.item(), abs=1e-5)
     assert launch.norms(folder / "constant")[1] == pytest.approx(norm.item(), rel=1e-4)
+
+
+def test_a_run_that_began_with_bos_as_a_target_goes_on_so(folder):
+    """Its checkpoints do not say whether bos is one; at a learning rate of zero the losses do."""
+    more = "--lr 0 --schedule constant --steps"
+    train(folder, "earlier", f"{more} 1")
+    step = folder / "earlier" / "step-00000001"
+    shutil.copytree(step, folder / "copy", ignore=shutil.ignore_patterns("manifest.json"))
+    state_file = folder / "copy" / "resume" / "train_state.json"
+    state = json.loads(state_file.read_text())
+    assert state.pop("bos_is_target") is False
+    state_file.write_text(json.dumps(state))
+    files.write_folder(step, lambda scratch: shutil.copytree(folder / "copy", scratch, dirs_exist_ok=True))
+
+    config = ModelConfig(vocab_size=400, dim=32, n_layers=2, n_heads=2, n_kv_heads=1, ffn_dim=64, max_seq_len=512)
+    model = Transformer(config)
+    model.init_weights(seed=0)
+    windows = TokenWindows([(TokenBins(folder / "data", "train"), 1.0)], 32, seed=0)
+    for number in (2, 3):  # from that checkpoint, and from one that says it
+        train(folder, "earlier", f"{more} {number}")
+        batch = windows.batch(np.arange(8 * (number - 1), 8 * number))
+        with torch.no_grad():
+            mean_of_all = float(model(batch.x, batch.y)) / batch.y.numel()
+            mean_without = float(model(batch.x, batch.y, mask=batch.mask)) / batch.n_targets()
+        assert launch.losses(folder / "earlier")[number] == pytest.approx(mean_of_all, abs=1e-5)
+        assert abs(mean_of_all - mean_without) > 1e-4
 
 
 def test_going_on_with_another_number_of_ranks(folder, straight):

@@ -3,12 +3,11 @@
 import argparse
 import dataclasses
 import difflib
-import tomllib
 import typing
 from collections.abc import Collection
-from pathlib import Path
 
 from minillm.base.errors import UserError
+from minillm.base.json_door import read_toml
 from minillm.base.options import Option, convert, declared, is_list, spelled, value_type
 
 PLACEHOLDER = {int: "N", float: "X", str: "TEXT", bool: "true|false"}  # of a value in --help
@@ -130,10 +129,9 @@ def _help(its: Option, default) -> str:
 def _read_toml(path: str, options: Collection[str], program: str) -> dict:
     """The values in a TOML file, by name; raises `UserError` for a name that is no option of the program."""
     try:
-        values = tomllib.loads(Path(path).read_text(encoding="utf-8-sig"))  # Windows may put a BOM first
-    except (OSError, ValueError) as problem:
-        reason = getattr(problem, "strerror", None) or f"no TOML: {problem}"
-        raise UserError(f"--config {path}: {reason}; give a file of lines NAME = VALUE") from None
+        values = read_toml(path)
+    except UserError as problem:
+        raise UserError(f"--config {problem}; give a file of lines NAME = VALUE") from None
     for name, value in values.items():
         if name in options:
             continue

@@ -24,6 +24,7 @@ WORDS = {
     list[dict]: "a list of objects",
     dict[str, str]: "an object of names and texts",
     dict[str, int]: "an object of names and whole numbers",
+    dict[str, float]: "an object of names and numbers",
     dict[str, dict]: "an object of names and objects",
 }
 

@@ -1,5 +1,9 @@
 """The errors that a user can cause and fix: one line each, without a traceback."""
 
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
 
 class UserError(Exception):
     """A mistake or fault that a user can cause and fix.
@@ -15,3 +19,12 @@ class UnsupportedError(UserError):
 
 class MissingError(UserError):
     """A file that is not there; a caller for which it need not be there may catch this."""
+
+
+@contextlib.contextmanager
+def naming(source: str | Path) -> Iterator[None]:
+    """A context whose `UserError`s name the file that the wrong values are from, in front."""
+    try:
+        yield
+    except UserError as problem:
+        raise type(problem)(f"{source}: {problem}") from None

@@ -1,7 +1,10 @@
 """Files and folders that are whole or absent, however the process that writes them ends.
 
-Everything is written to `<name>.tmp-<pid>` first and gets its name by one rename, after its bytes have reached the
-disk. A folder gets a manifest.json with the size and SHA-256 of each file, by which it can be verified.
+Everything is written to a scratch name first and gets its own by one rename, after its bytes have reached the disk. A
+folder gets a manifest.json with the size and SHA-256 of each file, by which it can be verified.
+
+A folder may come from elsewhere, or be shared. So nothing is written through a link that lies in it: a new file is
+always made new (`O_EXCL`) under a name that nobody can foresee, and one that is written on is no link (`O_NOFOLLOW`).
 """
 
 import contextlib
@@ -9,12 +12,17 @@ import errno
 import hashlib
 import json
 import os
+import re
+import secrets
 import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import BinaryIO
 
+from minillm.base.contents import Contents
 from minillm.base.errors import UserError
+from minillm.base.json_door import read_object
 
 try:
     import resource
@@ -22,7 +30,13 @@ except ImportError:  # Windows
     resource = None
 
 MANIFEST = "manifest.json"
+SCRATCH = re.compile(r"(?P<name>.+)\.tmp-(?P<pid>\d+)-[0-9a-f]{8}")  # a name of `scratch_name`
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # no space left, or a quota or size limit reached
+
+
+def scratch_name(path: Path) -> Path:
+    """A name beside `path` that nobody can foresee; the process in it tells whether it is still being written."""
+    return path.with_name(f"{path.name}.tmp-{os.getpid()}-{secrets.token_hex(4)}")
 
 
 @contextlib.contextmanager
@@ -31,7 +45,7 @@ def writing(path: Path) -> Iterator[Path]:
 
     Whatever goes wrong, nothing is left of it in the end, and an OSError becomes a `UserError`.
     """
-    scratch = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    scratch = scratch_name(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield scratch
@@ -60,9 +74,44 @@ def writing(path: Path) -> Iterator[Path]:
 
 
 def discard(path: Path) -> None:
-    """Delete a file or folder, if it is there and can be deleted."""
+    """Delete a file, link or folder, if it is there and can be deleted."""
     with contextlib.suppress(OSError):
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+
+
+def create(path: Path) -> BinaryIO:
+    """A new file, open for writing. One that had the name stays whole for those who read it: it only loses the name."""
+    path.unlink(missing_ok=True)
+    return path.open("xb")
+
+
+def open_own(path: Path) -> BinaryIO:
+    """A run's own file, open for reading and appending, made if it is missing. Unbuffered.
+
+    Raises `UserError` for a link, by which another file would be changed, and for what is no file (a pipe, a folder).
+    """
+    with writing(path):
+        refuse_link(path)
+        flags = os.O_RDWR | os.O_CREAT | os.O_APPEND
+        for name in ("O_NOFOLLOW", "O_NONBLOCK", "O_BINARY"):  # each exists on some systems
+            flags |= getattr(os, name, 0)
+        return open(os.open(path, flags, 0o666), "a+b", buffering=0)  # noqa: PTH123  (a handle is no path)
+
+
+def refuse_link(path: Path) -> None:
+    """Raise `UserError` if the name belongs to a link, or to something that is neither file nor folder."""
+    if path.is_symlink():
+        raise UserError(f"{path}: is a link, through which nothing is written; delete it or choose another --out")
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise UserError(f"{path}: is neither a file nor a folder, so it is left alone; choose another --out")
+
+
+def own_folder(path: Path) -> Path:
+    """The folder, made if it is missing. Raises `UserError` for a link, which would lead elsewhere."""
+    with writing(path):
+        refuse_link(path)
+        path.mkdir(exist_ok=True)
+    return path
 
 
 def sync(path: Path) -> None:
@@ -102,12 +151,15 @@ def write_json_atomically(path: str | Path, value) -> None:
 
 
 def write_file(path: str | Path, write: Callable[[Path], None]) -> None:
-    """Make the file `path` appear whole or not at all; write(scratch) writes it to another name at first.
+    """Make the file `path` appear whole or not at all; write(scratch) writes it at first to another, empty file.
 
-    Raises `UserError` naming the path.
+    A link of this name gives way to the file; what it led to stays as it is. Raises `UserError` naming the path.
     """
     path = Path(path)
     with writing(path) as scratch:
+        if not path.is_symlink():
+            refuse_link(path)  # /dev/null
+        scratch.open("xb").close()
         write(scratch)
         sync(scratch)
         scratch.replace(path)
@@ -123,7 +175,6 @@ def write_folder(path: str | Path, fill: Callable[[Path], None]) -> None:
     """
     path = Path(path)
     with writing(path) as scratch:
-        discard(scratch)
         scratch.mkdir()
         fill(scratch)
 
@@ -173,12 +224,13 @@ def verify_folder(path: str | Path) -> list[str]:
 
     # what the manifest says
     try:
-        files = json.loads((path / MANIFEST).read_text(encoding="utf-8"))["files"]
-        expected = {name: (entry["size"], entry["sha256"]) for name, entry in files.items()}
-    except PermissionError:
-        raise
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as problem:
-        return [f"{MANIFEST} cannot be read ({type(problem).__name__}: {problem})"]
+        files = read_object(path / MANIFEST).need("files", dict[str, dict])
+        entries = {name: Contents(entry, f"{path / MANIFEST}: {name:.80}") for name, entry in files.items()}
+        expected = {
+            name: (entry.need("size", int, at_least=0), entry.need("sha256", str)) for name, entry in entries.items()
+        }
+    except UserError as problem:
+        return [f"{MANIFEST} cannot be read ({problem})"]
 
     # which files are missing, and which were added
     present = _files(path)
@@ -233,7 +285,7 @@ def check_writable(path: str | Path, bytes_needed: int, largest_file: int = 0) -
     Raises `UserError` if the folder cannot be written, has too little space or allows no file so large.
     """
     with writing(Path(path) / "probe") as probe:
-        probe.write_bytes(b"x")
+        probe.open("xb").close()
         free = shutil.disk_usage(path).free
     if free < bytes_needed:
         raise UserError(

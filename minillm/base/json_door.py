@@ -7,7 +7,9 @@ copying, printing and comparing it are safe. Every fault is one line that names 
 
 import json
 import math
+import os
 import re
+import reprlib
 import stat
 import tomllib
 from pathlib import Path
@@ -27,38 +29,66 @@ SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")  # half a character: only pairs of
 # ---- files
 
 
-def read_file(path: str | Path, most_bytes: int = MOST_BYTES) -> bytes:
-    """What a regular file of at most `most_bytes` holds; a pipe or device is neither waited for nor read.
+def file_size(path: str | Path) -> int:
+    """Bytes of a regular file; a pipe or device is neither waited for nor read.
 
-    Raises `MissingError` if there is nothing, PermissionError if it may not be read, `UserError` for all else.
+    Raises `MissingError` if there is nothing, PermissionError if one may not look, `UserError` for all else.
     """
     path = Path(path)
     try:
         status = path.stat()
-        if not stat.S_ISREG(status.st_mode):
-            raise UserError(f"{path}: not a file but {_kind_of(status.st_mode)}; put the file itself there")
-        if status.st_size > most_bytes:
-            raise UserError(
-                f"{path}: {status.st_size:,} bytes, more than such a file has (at most {most_bytes:,}); "
-                "is it the right file?"
-            )
-        with path.open("rb") as stream:
-            return stream.read(most_bytes)
     except (FileNotFoundError, NotADirectoryError):
         if path.is_symlink():
             raise UserError(f"{path}: a link to {path.readlink()}, where there is no file; copy it there") from None
         raise MissingError(f"{path}: no such file") from None
     except PermissionError:
         raise
-    except (OSError, ValueError) as problem:  # ValueError: a NUL in the path
-        reason = getattr(problem, "strerror", None) or problem
-        raise UserError(f"{path}: cannot be read ({reason}); get a whole copy") from None
+    except (OSError, ValueError) as problem:  # links in a circle, or a NUL in the path
+        raise UserError(f"{path}: cannot be read ({_reason(problem)})") from None
+    if not stat.S_ISREG(status.st_mode):
+        raise UserError(f"{path}: not a file but {_kind_of(status.st_mode)}; put the file itself there")
+    return status.st_size
+
+
+def read_file(path: str | Path, most_bytes: int = MOST_BYTES) -> bytes:
+    """What a regular file of at most `most_bytes` holds. Raises as `file_size` does, and `UserError` for more."""
+    size = file_size(path)
+    if size > most_bytes:
+        raise UserError(
+            f"{path}: {size:,} bytes, more than such a file has (at most {most_bytes:,}); is it the right file?"
+        )
+    try:
+        with Path(path).open("rb") as stream:
+            return stream.read(most_bytes)
+    except PermissionError:
+        raise
+    except OSError as problem:  # a bad sector
+        raise UserError(f"{path}: cannot be read ({_reason(problem)}); get a whole copy") from None
+
+
+def _reason(problem: OSError | ValueError) -> str:
+    return getattr(problem, "strerror", None) or str(problem)
 
 
 def _kind_of(mode: int) -> str:
     """What something with this mode is, if it is no regular file."""
     kinds = {stat.S_ISDIR: "a folder", stat.S_ISFIFO: "a pipe", stat.S_ISSOCK: "a socket"}
     return next((words for is_kind, words in kinds.items() if is_kind(mode)), "a device")
+
+
+def path_inside(folder: Path, name: str, source: str | Path) -> Path:
+    """Where the file is that another file, `source`, names as one of its own folder.
+
+    Raises `UserError` for a name with a folder in it, and for a link that leads out of the folder. (A download of the
+    Hugging Face hub is made of links; theirs lead from snapshots/<revision> to blobs, which is allowed.)
+    """
+    path, home = folder / name, Path(os.path.realpath(folder))
+    target = Path(os.path.realpath(path)) if "\0" not in name else home.parent
+    blobs = home.parents[1] / "blobs" if home.parent.name == "snapshots" else home
+    is_plain = name not in ("", ".", "..") and not set(name) & set("/\\:\0")
+    if not is_plain or not any(target.is_relative_to(place) for place in (home, blobs)):
+        raise UserError(f"{source}: {reprlib.repr(name)}: not a file of this folder; refused")
+    return path
 
 
 # ---- JSON and TOML
@@ -154,5 +184,5 @@ def read_toml(path: str | Path) -> dict:
     except RecursionError:
         raise UserError(f"{path}: no TOML of options: nested deeper than {DEEPEST} levels") from None
     except ValueError as problem:  # of bytes that are not UTF-8, too
-        raise UserError(f"{path}: no TOML: {problem!s:.200}; give a file of lines NAME = VALUE") from None
+        raise UserError(f"{path}: no TOML: {problem!s:.200}") from None
     return values

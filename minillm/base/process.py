@@ -19,6 +19,8 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
+HOLDER = re.compile(r"process \d+ on ")  # how the line in a lock begins
+HOLDER_BYTES = 200  # it is no longer
 
 # ---- one owner, orderly ends
 
@@ -28,26 +30,26 @@ class RunLock:
 
     def __init__(self, run: str | Path):
         """Raises `UserError` naming the holder if another process trains in `run`."""
-        path = Path(run) / "lock"
-        with files.writing(path):
-            self.file = path.open("a+", encoding="utf-8")
+        self.file = files.open_own(Path(run) / "lock")
+        self.file.seek(0)
+        holder = self.file.read(HOLDER_BYTES).decode(errors="replace").strip()
+        if holder and not HOLDER.match(holder):
+            raise UserError(f"{run}: its file lock was not written by a run; delete it or choose another --out")
         if fcntl is None:
             print(f"{run}: cannot be locked on this system; start no second run with the same --out")
             return
         try:
             fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            self.file.seek(0)
-            holder = self.file.read().strip() or "another process"
             self.file.close()
+            holder = holder or "another process"
             raise UserError(f"--out {run}: in use by {holder}; end that run or choose another --out") from None
         except OSError as problem:  # some network disks
             print(f"{run}: cannot be locked ({problem.strerror}); start no second run with the same --out")
             return
         os.register_at_fork(after_in_child=self.file.close)  # a child that outlives us must not keep the lock
         self.file.truncate(0)
-        self.file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        self.file.flush()
+        self.file.write(f"process {os.getpid()} on {socket.gethostname()}\n".encode())
 
     def release(self) -> None:
         """Unlock before the process ends."""

@@ -1,18 +1,22 @@
 """config.json of a model folder, in Hugging Face's format: read, and each value checked for its kind."""
 
-import json
 import types
 import typing
 from pathlib import Path
 
 from minillm.base.contents import WORDS, Contents
-from minillm.base.errors import UserError
+from minillm.base.errors import MissingError, UserError
+from minillm.base.json_door import read_object
 from minillm.model.config import ModelConfig
 
 REQUIRED = ("vocab_size", "dim", "n_layers", "n_heads", "ffn_dim")  # what no architecture has a default for
 KINDS = {
     "model_type": str,
     "hidden_act": str,
+    "attention_bias": bool,
+    "mlp_bias": bool,
+    "use_sliding_window": bool,
+    "partial_rotary_factor": float,
     "sliding_window": int,
     "rope_theta": float,
     "rope_parameters": dict,  # transformers 5
@@ -37,17 +41,14 @@ def read_config(folder: str | Path) -> dict:
     """A model folder's config.json. Raises `UserError` if there is none or it is no object in JSON."""
     path = Path(folder) / "config.json"
     try:
-        written = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+        return read_object(path).values
+    except MissingError:
         if (Path(folder) / "adapter_config.json").exists():
             raise UserError(
                 f"{folder}: an adapter, and no model; merge it into its base first: "
                 f"python -m minillm merge --model BASE --adapter {folder} --out DIR"
             ) from None
         raise UserError(f"{folder}: no config.json there, so it is no model folder") from None
-    except (ValueError, RecursionError) as problem:
-        raise UserError(f"{path}: not valid JSON ({problem})") from None
-    return Contents(written, str(path)).values
 
 
 def check_kinds(written: dict, source: str, shared: dict[str, str]) -> None:
@@ -70,7 +71,10 @@ def check_kinds(written: dict, source: str, shared: dict[str, str]) -> None:
 
 
 def _check_rope(contents: Contents) -> None:
-    """Raise `UserError` naming a wrong value of how positions are rotated, or a scaling without a factor."""
+    """Raise `UserError` naming a wrong or unknown value of how positions are rotated, or a scaling without factor."""
+    unknown = [name for name in contents.values if name not in ROPE_KINDS]
+    if unknown:
+        raise UserError(f"{contents.source}: the rope options {', '.join(sorted(unknown)):.200} are not supported")
     for key, kind in ROPE_KINDS.items():
         contents.get(key, kind)
     if "rope_theta" in contents.values:  # null is no frequency

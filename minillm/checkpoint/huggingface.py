@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from minillm.base.contents import Contents
-from minillm.base.errors import UserError
+from minillm.base.errors import UserError, naming
 from minillm.checkpoint import tensor_files
 from minillm.checkpoint.config_json import check_kinds, read_config
 from minillm.model import quant
-from minillm.model.config import ROPE_SCALINGS, ModelConfig, RopeScaling
+from minillm.model.config import ModelConfig, RopeScaling
 from minillm.model.size import empty_model
 from minillm.model.transformer import Transformer
 
@@ -161,15 +161,15 @@ def _from_json(value):
 # ---- reading config.json
 
 
-def from_hf(written: dict, source: str = "config.json") -> ModelConfig:
+def from_hf(written: dict) -> ModelConfig:
     """A `ModelConfig` from a config.json, old style or new. Raises `UserError` for options that we do not compute."""
     kind = written.get("model_type")
     if kind not in ARCHITECTURES:
-        raise UserError(f"{source}: model_type {kind!r} is not supported; choose one of {', '.join(ARCHITECTURES)}")
+        raise UserError(f"model_type {kind!r} is not supported; choose one of {', '.join(ARCHITECTURES)}")
     missing = [SHARED[k] for k in ("vocab_size", "dim", "n_layers", "n_heads", "ffn_dim") if SHARED[k] not in written]
     if missing:
-        raise UserError(f"{source}: lacks {', '.join(missing)}")
-    _refuse_unsupported(written, source)
+        raise UserError(f"lacks {', '.join(missing)}")
+    _refuse_unsupported(written)
 
     # what every architecture has; transformers leaves out what has its own default
     defaults = {"norm_eps": 1e-6, "tie_embeddings": False, "max_seq_len": 2048, "n_kv_heads": None, "head_dim": None}
@@ -177,16 +177,16 @@ def from_hf(written: dict, source: str = "config.json") -> ModelConfig:
     values = {**defaults, **{name: value for name, value in given.items() if value is not None}}
     rope = _rope(written)
     values["rope_theta"] = float(rope.get("rope_theta", 1e4))
-    values["rope_scaling"] = _read_scaling(rope, values["max_seq_len"], source)
+    values["rope_scaling"] = _read_scaling(rope, values["max_seq_len"])
 
     # what makes the architecture this one
     if kind == OWN:
-        return _read_own(written, values, source)
+        return _read_own(written, values)
     special = COMPUTES[kind] | ({"window": written.get("sliding_window")} if kind == "mistral" else {})
     return ModelConfig(**values, **special)
 
 
-def _refuse_unsupported(written: dict, source: str) -> None:
+def _refuse_unsupported(written: dict) -> None:
     """Raise `UserError` naming the options of other architectures that we do not compute."""
     kind = written["model_type"]
     unsupported = {
@@ -201,17 +201,17 @@ def _refuse_unsupported(written: dict, source: str) -> None:
         expected = {**_defaults(), **COMPUTES[kind]}
         wrong += [name for name in _special_names() if name in written and written[name] != expected[name]]
     if wrong:
-        raise UserError(f"{source}: {', '.join(wrong)} as set there is not supported")
+        raise UserError(f"{', '.join(wrong)} as set there is not supported")
 
 
-def _read_own(written: dict, values: dict, source: str) -> ModelConfig:
+def _read_own(written: dict, values: dict) -> ModelConfig:
     """The config of a model of our own architecture. Raises `UserError` for a key that means nothing here."""
     special = {name: _from_json(written[name]) for name in _special_names() if name in written}
     config = ModelConfig(**values, **special)
     unknown = [key for key in written if key not in {*to_hf(config), *special, *SPECIAL_IDS}]
     if unknown:
         raise UserError(
-            f"{source}: {', '.join(unknown)}: this minillm has no such option; load the model with the version, or the "
+            f"{', '.join(unknown)}: this minillm has no such option; load the model with the version, or the "
             "changed code, that wrote it"
         )
     return config
@@ -220,25 +220,21 @@ def _read_own(written: dict, values: dict, source: str) -> ModelConfig:
 def _rope(written: dict) -> dict:
     """A config's rotary options, from the style of transformers 5 or 4."""
     old = {key: written[key] for key in ("rope_theta", "partial_rotary_factor") if written.get(key) is not None}
-    return old | (written.get("rope_parameters") or written.get("rope_scaling") or {})
+    return old | (written.get("rope_scaling") or written.get("rope_parameters") or {})  # as transformers prefers them
 
 
-def _read_scaling(rope: dict, max_seq_len: int, source: str) -> RopeScaling | None:
+def _read_scaling(rope: dict, max_seq_len: int) -> RopeScaling | None:
+    """How positions are stretched; None for "default", whose values are checked all the same."""
     kind = rope.get("rope_type") or rope.get("type") or "default"
-    if kind == "default":
-        return None
-    if kind not in ROPE_SCALINGS:
-        raise UserError(f"{source}: rope type {kind!r} is not supported; choose default, linear, yarn or llama3")
-    unknown = set(rope) & {"mscale", "mscale_all_dim", "truncate"}
-    if unknown:
-        raise UserError(f"{source}: the rope options {', '.join(sorted(unknown))} are not supported")
+    given = {name: value for name, value in rope.items() if value is not None}
     optional = ("low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow", "attention_factor")
-    return RopeScaling(
-        kind,
-        float(rope["factor"]),
-        int(rope.get("original_max_position_embeddings") or max_seq_len),
-        **{name: rope[name] for name in optional if rope.get(name) is not None},
+    scaling = RopeScaling(
+        "linear" if kind == "default" else kind,
+        float(given.get("factor", 1)),  # where it is needed, `check_kinds` has seen it
+        given.get("original_max_position_embeddings", max_seq_len),
+        **{name: given[name] for name in optional if name in given},
     )
+    return None if kind == "default" else scaling
 
 
 def export_name(name: str) -> str:
@@ -341,7 +337,8 @@ def load_config(folder: str | Path) -> ModelConfig:
     written = read_config(folder)
     if Contents(written, source).get("model_type", str) in ARCHITECTURES:  # others are refused by name
         check_kinds(written, source, SHARED)
-    return from_hf(written, source)
+    with naming(source):
+        return from_hf(written)
 
 
 def _find_weights(folder: str | Path, config: ModelConfig) -> dict[str, tensor_files.Place]:
@@ -352,6 +349,9 @@ def _find_weights(folder: str | Path, config: ModelConfig) -> dict[str, tensor_f
     places = {key: place for key, place in places.items() if key not in tied | tables}
     if config.n_layers > len(places):  # listing what is missing would take long
         raise UserError(f"{folder}: {config.n_layers:,} layers, as config.json says, in {len(places):,} tensors")
+    whole = [f"{key} ({place.dtype})" for key, place in places.items() if not place.dtype.is_floating_point]
+    if whole:
+        raise UserError(f"{folder}: holds whole numbers where weights belong: {', '.join(whole)}; get a whole copy")
     source = f"{folder}: read as its config.json says"
     tensor_files.match_tensors(shapes_of(config), {key: place.shape for key, place in places.items()}, source)
     return places

@@ -5,7 +5,6 @@ was encoded as, since these are what the model has read so far in its place.
 """
 
 import dataclasses
-import json
 import math
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from torch import Tensor
 from minillm.base import files
 from minillm.base.contents import Contents
 from minillm.base.errors import UserError
+from minillm.base.json_door import read_json
 from minillm.checkpoint import huggingface, run_folder
 from minillm.model.transformer import Transformer
 from minillm.tokenizer.sentencepiece_model import SPACE_MARK
@@ -39,15 +39,9 @@ class IdMap:
 def read_id_map(path: str | Path) -> IdMap:
     """id_map.json as `python -m minillm vocab merge` and `prune` write it. Raises `UserError` if it is damaged."""
     try:
-        written = json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as problem:
-        raise UserError(
-            f"--id_map {path}: cannot be read ({problem.strerror}); vocab merge and prune write it"
-        ) from None
-    except (ValueError, RecursionError) as problem:
-        raise UserError(
-            f"--id_map {path}: no id map ({problem}); give the one that vocab merge or prune wrote"
-        ) from None
+        written = read_json(path)
+    except UserError as problem:
+        raise UserError(f"--id_map {problem}; it is no id map that vocab merge or prune wrote") from None
     contents = Contents(written, f"--id_map {path}: no id map that vocab merge or prune wrote")
     new_of_old = contents.need("new_id_of_old", list[int])
     kept = [new_id for new_id in new_of_old if new_id >= 0]

@@ -3,7 +3,7 @@
 out/<run>/step-00000060/   a checkpoint, whole or absent (see base/files.py)
 out/<run>/metrics.jsonl    one row a logged step
 out/<run>/lock             held while a run trains here
-*.tmp-<pid>, *.old         what a killed process left in the middle of writing; never loaded
+*.tmp-<pid>-…, *.old       what a killed process left in the middle of writing; never loaded
 *.left-<time>              damaged checkpoints after the one that training went on from; yours to delete
 
 There is no "latest" pointer: the newest folder whose manifest verifies is the latest.
@@ -94,13 +94,15 @@ def tokenizer_folder(path: str | Path) -> Path:
 def clean_stale(run: str | Path) -> None:
     """Tidy what a killed process left: call it while holding the run's lock."""
     for aside in Path(run).glob("step-*.old"):
+        if not STEP.fullmatch(aside.stem):
+            continue  # not ours
         if aside.with_suffix("").exists():
-            shutil.rmtree(aside, ignore_errors=True)
+            files.discard(aside)
         else:
             aside.rename(aside.with_suffix(""))
     for scratch in Path(run).glob("*.tmp-*"):
-        pid = scratch.name.rpartition(".tmp-")[2]
-        if pid.isdecimal() and not _alive(int(pid)):
+        match = files.SCRATCH.fullmatch(scratch.name)
+        if match and not _alive(int(match["pid"])):
             files.discard(scratch)
 
 
@@ -140,7 +142,7 @@ def prune(run: str | Path, keep_last: int, log: Callable[[str], None] = print) -
         return
     for folder in folders[:-keep_last]:
         try:
-            doomed = folder.rename(f"{folder}.tmp-{os.getpid()}")  # half deleted, it must not look like a checkpoint
+            doomed = folder.rename(files.scratch_name(folder))  # half deleted, it must not look like a checkpoint
             shutil.rmtree(doomed)
         except OSError as problem:  # a checkpoint too many is no reason to end a run
             log(f"{folder}: could not be deleted ({problem})")

@@ -6,8 +6,6 @@ unexpected, of another shape or broken is listed, and nothing is loaded in part.
 
 import json
 import math
-import re
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +15,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from minillm.base.contents import Contents
-from minillm.base.errors import UserError
+from minillm.base.errors import MissingError, UserError
+from minillm.base.json_door import file_size, parse_json, path_inside, read_json
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -85,6 +84,11 @@ def load_tensors(path: str | Path) -> dict[str, Tensor]:
     return {name: place.read() for name, place in _read_header(Path(path)).items()}
 
 
+def shapes_in(path: str | Path) -> dict[str, tuple[int, ...]]:
+    """The shape of each tensor of one safetensors file. Raises `UserError` as `load_tensors` does."""
+    return {name: place.shape for name, place in _read_header(Path(path)).items()}
+
+
 def find_weights(folder: str | Path) -> dict[str, Place]:
     """Where each tensor of a model folder is stored, in one file or in indexed shards; all headers are checked.
 
@@ -105,7 +109,9 @@ def find_weights(folder: str | Path) -> dict[str, Place]:
         names = set(in_shard)
         problems += [f"{name} is missing from {shard}" for name in sorted(promised - names)]
         problems += [f"{name} in {shard} is not in the index" for name in sorted(names - promised)]
-        problems += [f"{name} is in {places[name].file.name} and in {shard}" for name in sorted(names & set(places))]
+        problems += [
+            f"{name} is in {places[name].file.name} and in {shard}" for name in sorted(names) if name in places
+        ]
         places |= in_shard
     if problems:
         raise UserError(f"{folder}: its weights cannot be used: {'; '.join(problems)}")
@@ -123,48 +129,37 @@ def _read_single(folder: Path) -> dict[str, Place]:
 def _read_index(folder: Path) -> dict[str, set[str]]:
     """The tensors that the index promises, by shard."""
     path = folder / INDEX
-    try:
-        index = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_no_duplicates)
-    except (OSError, ValueError, RecursionError) as problem:
-        raise UserError(f"{path}: not an index of weights ({problem})") from None
-    weight_map = Contents(index, f"{path}: not an index of weights").need("weight_map", dict)
-    outside = [shard for shard in weight_map.values() if not re.fullmatch(r"[^/\\:]+\.safetensors", str(shard))]
-    if outside:
-        names = ", ".join(sorted({repr(shard) for shard in outside}))
-        raise UserError(f"{path}: {names}: not a safetensors file of this folder; refused")
+    index = Contents(read_json(path), f"{path}: not an index of weights")
+    weight_map = index.need("weight_map", dict[str, str])
     shards: dict[str, set[str]] = {shard: set() for shard in sorted(set(weight_map.values()))}
+    for shard in shards:
+        if path_inside(folder, shard, path).suffix != ".safetensors":
+            raise UserError(f"{path}: {shard:.80}: not a safetensors file of this folder; refused")
     for name, shard in weight_map.items():
         shards[shard].add(name)
     return shards
 
 
-def _no_duplicates(pairs: list[tuple]) -> dict:
-    """A JSON object. Raises `ValueError` if a name is there twice, of which JSON would keep the last."""
-    counts = Counter(name for name, _ in pairs)
-    repeated = sorted(name for name, n in counts.items() if n > 1)
-    if repeated:
-        raise ValueError(f"holds twice: {', '.join(repeated)}")
-    return dict(pairs)
-
-
 def _read_header(path: Path) -> dict[str, Place]:
     """Where each tensor of a file is stored, after safetensors has checked that header and file size agree."""
     try:
+        file_size(path)  # is it a file at all
         with path.open("rb") as stream:
             start = stream.read(8)
             refuse_pickle(path, start)
             with safe_open(path, framework="pt"):
                 pass
-            header = json.loads(stream.read(int.from_bytes(start, "little")), object_pairs_hook=_no_duplicates)
+            written = stream.read(int.from_bytes(start, "little"))
             begin = stream.tell()
-    except FileNotFoundError:
+    except MissingError:
         pickles = sorted(file.name for file in path.parent.glob("*.bin")) if path.parent.is_dir() else []
         hint = f" (there is {pickles[0]}, a pickle: convert it to safetensors)" if pickles else ""
         raise UserError(f"{path}: no such file{hint}") from None
     except PermissionError:
         raise
     except (SafetensorError, OSError, ValueError) as problem:
-        raise UserError(f"{path}: truncated or no safetensors file ({problem}); get a whole copy") from None
+        raise UserError(f"{path}: truncated or no safetensors file ({problem!s:.300}); get a whole copy") from None
+    header = parse_json(written, f"{path}: its header")
     header.pop("__metadata__", None)
     unknown = sorted({entry["dtype"] for entry in header.values()} - set(DTYPES))
     if unknown:
@@ -247,9 +242,11 @@ def write_tensors(
 
 
 def check_finite(name: str, tensor: Tensor, source: str | Path) -> None:
-    """Raise `UserError` naming the tensor if it holds NaN or infinity."""
+    """Raise `UserError` naming the tensor if it holds NaN or infinity, or whole numbers."""
     if not tensor.is_floating_point():
-        return
+        raise UserError(
+            f"{source}: {name} holds whole numbers ({tensor.dtype}), not those of a model; get a whole copy"
+        )
     n_finite = 0
     for piece in tensor.reshape(-1).split(PIECE):  # no second tensor of this size
         if piece.element_size() == 1:  # torch has no isfinite for float8

@@ -21,12 +21,24 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from minillm.base import files
-from minillm.base.errors import UserError
+from minillm.base.contents import Contents
+from minillm.base.errors import MissingError, UserError
+from minillm.base.json_door import read_object
 from minillm.checkpoint import run_folder
-from minillm.checkpoint.tensor_files import load_tensors, match_tensors
+from minillm.checkpoint.tensor_files import check_finite, load_tensors, match_tensors
 
 STATE = "resume/train_state.json"
 OPTIMIZER = "resume/optimizer.safetensors"
+KINDS = {  # of what a state may hold besides its step
+    "time_s": float,
+    "optimizer": dict[str, dict],
+    "scaler": dict[str, float],
+    "fingerprints": dict[str, str],
+    "config": dict,
+    "threads": int,
+    "world": int,
+    "torch": str,
+}
 FIXED = {"tokenizer", "architecture", "base model", "tuning"}  # fingerprints that no run may change
 MACHINE = {"threads": "threads", "world": "ranks", "torch": "torch version"}  # what rounding depends on: its name
 
@@ -108,17 +120,24 @@ def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
 
 
 def read_state(folder: str | Path) -> dict:
-    """A checkpoint's train_state.json. Raises `UserError` if the folder holds only a model."""
-    path = Path(folder) / STATE
+    """A checkpoint's train_state.json, each value of its kind. Raises `UserError` if the folder holds only a model."""
     try:
-        state = json.loads(path.read_text(encoding="utf-8"))
-        if state["format"] != 1:
-            raise UserError(f"{path}: format {state['format']}, but this version reads 1; resume with a newer minillm")
-    except (FileNotFoundError, NotADirectoryError):
+        state = read_object(Path(folder) / STATE)
+    except MissingError:
         raise UserError(f"{folder}: no {STATE} there, so it is no checkpoint; start from it by --init_from") from None
-    except (ValueError, KeyError, TypeError) as problem:
-        raise UserError(f"{path}: not a training state ({type(problem).__name__}: {problem})") from None
-    return state
+    version = state.need("format", int)
+    if version != 1:
+        raise UserError(f"{state.source}: format {version}, but this version reads 1; resume with a newer minillm")
+    state.need("step", int, at_least=0)
+    for name, kind in KINDS.items():
+        state.get(name, kind)
+    for name in ("init_from", "template"):  # what others read of the options
+        state.part("config").get(name, str)
+    for name, entry in state.get("optimizer", dict[str, dict], {}).items():
+        described = Contents(entry, f"{state.source}: optimizer: {name:.80}")
+        described.need("kind", str)
+        described.need("keys", list[str])
+    return {name: value for name, value in state.values.items() if value is not None}
 
 
 def restore_optimizers(
@@ -128,7 +147,7 @@ def restore_optimizers(
 
     Raises `UserError` listing all that is missing, unexpected or of another shape, before anything is changed.
     """
-    described = read_state(folder)["optimizer"]
+    described = read_state(folder).get("optimizer", {})
     tensors = load_tensors(Path(folder) / OPTIMIZER)
     names = {parameter: name for name, parameter in named_parameters.items()}
 
@@ -151,6 +170,8 @@ def restore_optimizers(
         raise UserError(f"{folder}: its optimizer is of another set-up: {'; '.join(problems)}; choose another --out")
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
     match_tensors(expected_shapes, shapes, f"{folder}/{OPTIMIZER}")
+    for name, tensor in tensors.items():
+        check_finite(name, tensor, f"{folder}/{OPTIMIZER}")
 
     for optimizer in optimizers:
         state_dict = optimizer.state_dict()

@@ -84,6 +84,12 @@ def _evaluate_texts(config: Config, loaded: Loaded, path: Path) -> None:
             raise UserError(
                 f"--data {path}: prepared with another tokenizer than the model's; evaluate the text itself"
             )
+        if texts.start_id != tokenizer.start_id:
+            wrap = "eos" if tokenizer.start_id == tokenizer.eos_id else "bos_eos"
+            raise UserError(
+                f"--data {path}: its documents begin otherwise than the model's; prepare it with --wrap {wrap}, or "
+                "evaluate the text itself"
+            )
     else:
         texts = read_text(path, tokenizer, split=config.split, field=config.field)
 

@@ -40,6 +40,8 @@ class TokenBins:
         else:
             _check_raw(self.path, dtype, vocab_size)
         self._open_files(split, np.dtype(dtype).newbyteorder("<"))
+        if self.meta and read_meta(self.path) != self.meta:
+            raise UserError(f"{self.path}: was prepared again while it was opened; start once more")
 
         self.vocab_size: int = vocab_size
         self.eos_id: int | None = self.meta.get("eos_id")
@@ -48,8 +50,9 @@ class TokenBins:
 
         self.begins = [0, *accumulate(len(tokens) for tokens in self.arrays)]  # of each file, in tokens of the split
         self.n_tokens = self.begins[-1]
-        n_documents = sum(file["documents"] for file in self.meta.get("files", {}).get(split, []))
-        self.mean_document = self.n_tokens / n_documents if n_documents else 0.0  # tokens; 0: not known
+        self.n_documents = sum(file["documents"] for file in self.meta.get("files", {}).get(split, []))
+        self.mean_document = self.n_tokens / self.n_documents if self.n_documents else 0.0  # tokens; 0: not known
+        self.document_bytes = self._read_sizes(split)
         if self.n_tokens <= SCANNED_TOKENS:
             for number, tokens in enumerate(self.arrays):
                 self._check_ids(tokens, number, 0)
@@ -67,6 +70,25 @@ class TokenBins:
             raise UserError(f"{self.path}: holds no {split} split; prepare it again with one")
         self.arrays = [_open(self.path / file["name"], file["tokens"], dtype) for file in files]
         self.names = [str(self.path / file["name"]) for file in files]
+
+    def _read_sizes(self, split: str) -> np.ndarray | None:
+        """UTF-8 bytes of the text of each document of the split, (n documents,) int64; None if they were not written.
+
+        Raises UserError if they do not add up to what meta.json says.
+        """
+        files = self.meta.get("files", {}).get(split, [])
+        if not files or not all(file.get("sizes") for file in files):
+            return None
+        sizes = []
+        for file in files:
+            path = (self.path / file["name"]).with_suffix(".sizes")
+            sizes.append(_open(path, file["documents"], np.dtype("<u4")).astype(np.int64))
+        total = self.meta["bytes"][split]
+        if sum(int(each.sum()) for each in sizes) != total:
+            raise UserError(
+                f"{self.path}: the .sizes of {split} do not add up to its {total:,} bytes; prepare it again"
+            )
+        return np.concatenate(sizes)
 
     def streams(self) -> list[Stream]:
         """What windows run over: all files as one since format 2, where a file is cut between documents; before, each.
@@ -125,7 +147,7 @@ def _check_raw(path: Path, dtype: str | None, vocab_size: int | None) -> None:
 
 
 def _open(file: Path, n_tokens: int | None, dtype: np.dtype) -> np.ndarray:
-    """The tokens of one file, mapped into memory. n_tokens: how many meta.json says there are."""
+    """The numbers of one file, mapped into memory. n_tokens: how many meta.json says there are."""
     if not file.exists():
         raise UserError(f"{file}: missing, though meta.json lists it; prepare the data again")
     size = file.stat().st_size

@@ -45,7 +45,8 @@ def permute(index: np.ndarray, n: int, key: int) -> np.ndarray:
 
 
 class TokenWindows:
-    """The pretraining set: windows of seq_len + 1 tokens, overlapping by one, so that every token is a target once.
+    """The pretraining set: windows of seq_len + 1 tokens, overlapping by one, so that every token is a target once,
+    except bos, which is always given (see `is_target`).
 
     (The last window of a stream is moved back to end with it, so a few targets there occur twice per epoch.)
     """
@@ -59,6 +60,7 @@ class TokenWindows:
         self.seq_len = seq_len
         self.seed = seed
         self.documents = documents
+        self.bos_is_target = False
         for bins, streams in zip(self.sources, self.streams, strict=True):
             for stream in streams:
                 n_tokens = stream.end - stream.begin
@@ -127,9 +129,9 @@ class TokenWindows:
         rows = np.empty((len(positions), self.seq_len + 1), dtype=np.int64)  # (B, T + 1)
         for row, source, window in zip(rows, *self.locate(np.asarray(positions)), strict=True):
             row[:] = self._window(int(source), int(window))
-        start_id = self.sources[0].start_id
-        documents = documents_in(rows[:, :-1], start_id) if self.documents else None  # (B, T)
-        return shifted(rows, documents=documents)
+        documents = documents_in(rows[:, :-1], self.sources[0].start_id) if self.documents else None  # (B, T)
+        mask = None if self.bos_is_target else is_target(rows, self.sources[0])  # (B, T)
+        return shifted(rows, mask, documents)
 
     def _window(self, source: int, window: int) -> np.ndarray:
         """The tokens of one window of a source, (T + 1,)."""
@@ -138,6 +140,16 @@ class TokenWindows:
         begin = stream.begin + (window - int(self.edges[source][number])) * self.seq_len
         last_begin = stream.end - (self.seq_len + 1)
         return self.sources[source].read(min(begin, last_begin), self.seq_len + 1)
+
+
+def is_target(rows: np.ndarray, bins: TokenBins) -> np.ndarray | None:
+    """Which targets of rows (B, T + 1) are to be predicted: (B, T) bool, False for the bos that documents begin with.
+
+    A bos is always given, so it carries no information. None: documents begin without, and every target counts.
+    """
+    if bins.start_id == bins.eos_id:
+        return None
+    return rows[:, 1:] != bins.start_id
 
 
 class ValidationPart(NamedTuple):
@@ -156,19 +168,24 @@ class ValidationPart(NamedTuple):
 
 
 def validation_part(bins: TokenBins, seq_len: int, max_tokens: int) -> ValidationPart:
-    """The first whole documents of up to `max_tokens` tokens, over all files, every token a target exactly once.
+    """The first whole documents of up to `max_tokens` targets, over all files, every token a target exactly once.
 
     An eos is put before the first document, as there is one before every other. Where documents begin with bos, none
-    is needed, and bos is not a target, since it carries no information. If no eos is known, or the first document alone
-    is longer, the part is simply the first tokens. Raises `UserError` for a part without a target.
+    is needed, and bos is no target (`is_target`), so that either way the same documents are taken. If no eos is known,
+    or the first document alone is longer, the part is simply the first tokens. Raises `UserError` for a part without a
+    target.
     """
     # The first tokens of all files, end to end.
+    begins_with_bos = bins.start_id != bins.eos_id
     pieces = []
-    room = max_tokens
+    room = 2 * max_tokens if begins_with_bos else max_tokens  # a document has an eos too
     for tokens in bins.arrays:
         pieces.append(tokens[:room])
         room -= len(pieces[-1])
     tokens = np.concatenate(pieces).astype(np.int64)
+    if begins_with_bos:
+        n_targets = np.cumsum(tokens != bins.start_id)
+        tokens = tokens[n_targets <= max_tokens]
 
     # Up to the end of the last whole document, and with what comes before the first.
     n_documents = 0
@@ -177,7 +194,7 @@ def validation_part(bins: TokenBins, seq_len: int, max_tokens: int) -> Validatio
         if len(ends):
             tokens = tokens[: ends[-1] + 1]
             n_documents = len(ends)
-        if bins.start_id == bins.eos_id:
+        if not begins_with_bos:
             tokens = np.concatenate([[bins.eos_id], tokens])
     if len(tokens) < 2:
         needed = "raise --eval_tokens (of eval, --max_tokens)"
@@ -190,8 +207,8 @@ def validation_part(bins: TokenBins, seq_len: int, max_tokens: int) -> Validatio
     rows = np.lib.stride_tricks.sliding_window_view(padded, seq_len + 1)[::seq_len].copy()  # (n_rows, T + 1)
     target_numbers = np.arange(1, n_rows * seq_len + 1).reshape(n_rows, seq_len)  # in `tokens`
     mask = target_numbers < len(tokens)  # (n_rows, T)
-    if bins.start_id != bins.eos_id:
-        mask &= rows[:, 1:] != bins.start_id
+    if begins_with_bos:
+        mask &= is_target(rows, bins)
     return ValidationPart(rows, mask, n_documents)
 
 

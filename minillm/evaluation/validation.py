@@ -37,6 +37,7 @@ class TextTokens(NamedTuple):
     eos_id: int
     start_id: int
     path: Path
+    document_bytes: np.ndarray  # (n documents,) int64: UTF-8 bytes of the text of each
 
 
 def read_text(path: Path, tokenizer: Tokenizer, *, split: str = "blank", field: str = "text") -> TextTokens:
@@ -49,15 +50,14 @@ def read_text(path: Path, tokenizer: Tokenizer, *, split: str = "blank", field: 
         documents += [text for text, _ in text_files.texts_of(file, boundary=split, field=field) if text]
     if not documents:
         raise UserError(f"{path}: holds no text")
+    n_bytes = np.array([len(text.encode()) for text in documents], dtype=np.int64)
     start_id = tokenizer.start_id
     eos_id = tokenizer.eos_id
+    begin = [start_id] if start_id != eos_id else []
     ids: list[int] = []
     for tokens in tokenizer.encode_many(documents):
-        if start_id != eos_id:
-            ids.append(start_id)
-        ids += tokens
-        ids.append(eos_id)
-    return TextTokens([np.array(ids, dtype=np.int64)], eos_id, start_id, Path(path))
+        ids += [*begin, *tokens, eos_id]
+    return TextTokens([np.array(ids, dtype=np.int64)], eos_id, start_id, Path(path), n_bytes)
 
 
 # ---- the loss on some batches
@@ -109,22 +109,36 @@ class Validation:
         if tokenizer is None:
             return
 
-        # the bytes of the text
-        targets = self.part.rows[:, 1:][self.part.mask]  # (all targets,)
-        try:
-            n_bytes = tokenizer.byte_lengths()[targets]  # of each target
-        except UserError as reason:
-            self.no_bytes = str(reason)
+        # the bytes of the texts, as written down when they were tokenized
+        n_documents = self.part.n_documents
+        n_bytes = self._sizes(bins, tokenizer)  # (n documents,), or (1,) of a part of one
+        if n_bytes is None:
             return
         self.n_bytes = int(n_bytes.sum())
 
         # the floor, if the generator of the documents left their information
-        bits_file = Path(bins.path) / "val_bits.npy"
-        if self.part.n_documents > 1 and bits_file.is_file():
-            bits = np.load(bits_file, allow_pickle=False)[: self.part.n_documents]  # (n documents,)
-            ends = np.flatnonzero(targets == bins.eos_id)  # (n documents,)
-            bytes_of_documents = np.diff(np.cumsum(n_bytes)[ends], prepend=0)
-            self.floor, self.floor_error = information(bits, bytes_of_documents)
+        bits = read_bits(bins) if isinstance(bins, TokenBins) else None
+        if bits is not None and n_documents > 1:
+            self.floor, self.floor_error = information(bits[:n_documents], n_bytes)
+
+    def _sizes(self, bins: TokenBins, tokenizer: Tokenizer) -> np.ndarray | None:
+        """Bytes of each document, (n,) int64, or (1,) of what is read of the first; None, and `no_bytes`, if not known.
+
+        Where they were not written down (bins of an earlier version, a document that is cut), they are those of the
+        pieces: just as many, unless the tokenizer changes or loses text.
+        """
+        if self.part.n_documents and bins.document_bytes is not None:
+            return bins.document_bytes[: self.part.n_documents]
+        targets = self.part.rows[:, 1:][self.part.mask]  # (all targets,)
+        try:
+            n_bytes = tokenizer.byte_lengths()[targets]
+        except UserError as reason:
+            self.no_bytes = str(reason)
+            return None
+        if not self.part.n_documents:
+            return n_bytes.sum(keepdims=True)
+        ends = np.flatnonzero(targets == bins.eos_id)  # (n documents,)
+        return np.diff(np.cumsum(n_bytes)[ends], prepend=0)
 
     def scores(self, model: Transformer, ranks: Ranks, autocast) -> dict[str, float]:
         """val_loss (nats a token) and, where bytes and floor are known, val_bpb, floor_bpb and its standard error.
@@ -142,6 +156,25 @@ class Validation:
             scores["floor_bpb"] = self.floor
             scores["floor_error"] = self.floor_error
         return scores
+
+
+def read_bits(bins: TokenBins) -> np.ndarray | None:
+    """The information of each validation document in bits, (n,) float64; None if the folder has no `val_bits.npy`.
+
+    Raises UserError if the file is not one finite number from 0 up for each document.
+    """
+    path = Path(bins.path) / "val_bits.npy"
+    if not path.is_file():
+        return None
+    remedy = "make the data again; without the file no floor is shown"
+    try:
+        bits = np.array(np.load(path, mmap_mode="r", allow_pickle=False))  # mapped: its header may name any size
+    except Exception as problem:  # numpy's reader raises many kinds for a damaged header
+        raise UserError(f"{path}: damaged ({problem!s:.100}); {remedy}") from None
+    is_one_each = bits.shape == (bins.n_documents,) and bits.dtype == np.float64
+    if not (is_one_each and np.isfinite(bits).all() and (bits >= 0).all()):
+        raise UserError(f"{path}: not {bins.n_documents:,} numbers from 0 up, one a validation document; {remedy}")
+    return bits
 
 
 def information(bits: np.ndarray, n_bytes: np.ndarray) -> tuple[float, float]:

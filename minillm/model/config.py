@@ -7,6 +7,9 @@ from minillm.base.errors import UserError
 from minillm.base.options import option, out_of_range
 
 ROPE_SCALINGS = ("linear", "yarn", "llama3")
+LARGEST = 1 << 24  # of a size: larger than any model has; the product of two is still a valid size for torch
+LARGEST_CONTEXT = 1 << 21  # tokens; the rotary tables of so many take 1 GB at 64 numbers a position
+LARGEST_RATIO = 1 << 20  # of two lengths or frequencies
 
 
 @dataclass(frozen=True)
@@ -18,17 +21,32 @@ class RopeScaling:
     factor: new length / `original_max_seq_len`.
     """
 
-    type: str
-    factor: float
-    original_max_seq_len: int
-    low_freq_factor: float = 1.0  # llama3: wavelengths over original/low are divided by factor
-    high_freq_factor: float = 4.0  # llama3: wavelengths under original/high are kept
-    beta_fast: float = 32.0  # yarn: dimensions turning more often than this are kept
-    beta_slow: float = 1.0  # yarn: dimensions turning less often than this are interpolated
-    attention_factor: float | None = None  # yarn: multiplies cos and sin; None = 0.1 ln(factor) + 1
+    type: str = option(help="which rule", choices=ROPE_SCALINGS)
+    factor: float = option(help="new length / original_max_seq_len", at_least=1, at_most=LARGEST_RATIO)
+    original_max_seq_len: int = option(help="context in tokens before", at_least=1, at_most=LARGEST_CONTEXT)
+    low_freq_factor: float = option(
+        1.0, "llama3: wavelengths over original/low are divided by factor", above=0, at_most=LARGEST_RATIO
+    )
+    high_freq_factor: float = option(
+        4.0, "llama3: wavelengths under original/high are kept", above=0, at_most=LARGEST_RATIO
+    )
+    beta_fast: float = option(
+        32.0, "yarn: dimensions turning more often than this are kept", above=0, at_most=LARGEST_RATIO
+    )
+    beta_slow: float = option(
+        1.0, "yarn: dimensions turning less often than this are interpolated", above=0, at_most=LARGEST_RATIO
+    )
+    attention_factor: float | None = option(
+        None, "yarn: multiplies cos and sin; None: 0.1 ln(factor) + 1", above=0, at_most=1000
+    )
 
-
-LARGEST = 1 << 24  # larger than any model has; the product of two is still a valid size for torch
+    def __post_init__(self):
+        problems = out_of_range(self, "{name} is {value}")
+        for low, high in (("low_freq_factor", "high_freq_factor"), ("beta_slow", "beta_fast")):
+            if not problems and getattr(self, low) >= getattr(self, high):
+                problems.append(f"{low} is {getattr(self, low)}: must be below {high}, {getattr(self, high)}")
+        if problems:
+            raise UserError("rope scaling: " + "; ".join(problems))
 
 
 @dataclass(frozen=True)
@@ -53,14 +71,14 @@ class ModelConfig:
         1024,
         "longest context in tokens; with rotary positions also extends a model given by --init_from",
         at_least=1,
-        at_most=LARGEST,
+        at_most=LARGEST_CONTEXT,
     )
     positions: str = option(
         "rope", "rope, or learned: one trained vector a position, added to the embedding", ("rope", "learned")
     )
-    rope_theta: float = option(10_000.0, "base of the rotary frequencies", above=0)
+    rope_theta: float = option(10_000.0, "base of the rotary frequencies", above=1, at_most=1e15)
     rope_scaling: RopeScaling | None = None
-    norm_eps: float = option(1e-5, "added to the mean square in RMSNorm", above=0)
+    norm_eps: float = option(1e-5, "added to the mean square in RMSNorm", above=0, at_most=1)
     tie_embeddings: bool = option(True, "output layer shares the embedding's weights")
     qk_norm: bool = option(False, "norm queries and keys per head")
     qkv_bias: bool = option(False, "biases on query, key and value projections")
@@ -87,8 +105,6 @@ class ModelConfig:
             problems.append(f"n_heads {self.n_heads} is no multiple of n_kv_heads {self.n_kv_heads}")
         if self.positions == "rope" and self.head_dim % 2:
             problems.append(f"head_dim is {self.head_dim}: rotary positions need an even size")
-        if self.rope_scaling and self.rope_scaling.type not in ROPE_SCALINGS:
-            problems.append(f"rope scaling {self.rope_scaling.type!r}: choose linear, yarn or llama3")
         if problems:
             raise UserError("model: " + "; ".join(problems))
 

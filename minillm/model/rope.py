@@ -5,7 +5,10 @@ import math
 import torch
 from torch import Tensor
 
+from minillm.base.errors import UserError
 from minillm.model.config import ModelConfig
+
+POSITIONS_AT_ONCE = 1 << 16
 
 
 def rotary_tables(config: ModelConfig, device) -> tuple[Tensor, Tensor]:
@@ -25,10 +28,17 @@ def rotary_tables(config: ModelConfig, device) -> tuple[Tensor, Tensor]:
     elif scaling is not None:
         frequency = frequency * _yarn_blend(config)
         magnitude = scaling.attention_factor or 0.1 * math.log(scaling.factor) + 1.0
-    angle = torch.arange(config.max_seq_len, dtype=torch.float64)[:, None] * frequency  # (T_max, D/2), radians
-    cos = angle.cos() * magnitude
-    sin = angle.sin() * magnitude
-    return cos.float().to(device), sin.float().to(device)
+    cos = torch.empty(config.max_seq_len, len(frequency))  # (T_max, D/2)
+    sin = torch.empty_like(cos)
+    for begin in range(0, config.max_seq_len, POSITIONS_AT_ONCE):  # fp64 takes twice the memory of the tables
+        piece = slice(begin, begin + POSITIONS_AT_ONCE)
+        positions = torch.arange(begin, begin + len(cos[piece]), dtype=torch.float64)  # (T',)
+        angle = positions[:, None] * frequency  # (T', D/2), radians
+        cos[piece] = angle.cos() * magnitude
+        sin[piece] = angle.sin() * magnitude
+    if not frequency.is_meta and not (frequency * magnitude).isfinite().all():
+        raise UserError(f"the rotary frequencies of {scaling or config.rope_theta} are not finite; check its values")
+    return cos.to(device), sin.to(device)
 
 
 def _yarn_blend(config: ModelConfig) -> Tensor:
@@ -44,5 +54,7 @@ def _yarn_blend(config: ModelConfig) -> Tensor:
     low = max(math.floor(dimension_of(scaling.beta_fast)), 0)
     high = min(math.ceil(dimension_of(scaling.beta_slow)), config.head_dim - 1)
     pair = torch.arange(config.head_dim // 2, dtype=torch.float64)  # (D/2,)
+    if high < low:  # programs differ in which pairs are then stretched
+        raise UserError(f"{scaling}: every pair of dimensions turns less than beta_slow; check its values")
     stretched = ((pair - low) / max(high - low, 0.001)).clamp(0, 1)  # (D/2,), 0 to 1
     return stretched / scaling.factor + (1 - stretched)

@@ -170,7 +170,7 @@ class SentencePieceModel:
         return {
             # Transformers' own Llama class adds no dummy prefix before a text that starts with a space.
             "tokenizer_class": "PreTrainedTokenizerFast" if self.dummy_prefix else "LlamaTokenizer",
-            "add_bos_token": False,
+            "add_bos_token": self.processor.bos_id() >= 0,  # every document begins with it, if there is one
             "add_eos_token": False,
             "add_prefix_space": self.dummy_prefix,
             "legacy": False,

@@ -11,12 +11,13 @@ import hashlib
 import itertools
 import re
 from collections.abc import Iterable
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
 
 from minillm.base.errors import UserError
+from minillm.base.files import write_file
 from minillm.tokenizer import added_tokens, around_text, byte_bpe, chat_template, folder_files
 from minillm.tokenizer.chat_template import JINJA, ROLES
 from minillm.tokenizer.folder_files import read_object, to_json
@@ -73,10 +74,11 @@ class Tokenizer:
         self.pad_id = self.eos_id if ids["pad"] is None else ids["pad"]
         self.bos_id = self.eos_id if ids["bos"] is None else ids["bos"]
 
-        config = read_object(
-            self._companions.get("tokenizer_config.json", b"{}"), f"{self._source}: tokenizer_config.json beside it"
-        )
-        first = around_text.first_id(self._files, config, ids["bos"], self._source)
+        first = ids["bos"]  # of a new vocabulary, beside which there are no files yet
+        if self._companions:
+            where = f"{self._source}: tokenizer_config.json beside it"
+            config = read_object(self._companions.get("tokenizer_config.json", b"{}"), where)
+            first = around_text.first_id(self._files, config, ids["bos"], self._source)
         self.begins_with_bos = first is not None
         if self.begins_with_bos:
             self.bos_id = first
@@ -102,7 +104,9 @@ class Tokenizer:
             raise UserError(
                 f"{file}: cannot read the tokenizer ({error.strerror}); give a .model file or its folder"
             ) from None
-        companions = folder_files.read_companions(file.parent) if file.name == "tokenizer.model" else {}
+        companions = {}
+        if file.name == "tokenizer.model":  # without settings beside it, it is what transformers then makes of it
+            companions = {"tokenizer_config.json": b"{}"} | folder_files.read_companions(file.parent)
         return cls(model_bytes, str(file), companions)
 
     # ---------------------------------------------------------------- text → ids
@@ -215,8 +219,11 @@ class Tokenizer:
 
         Raises UserError if the bytes of a text's ids are not those of the text, so that no sum of them is right.
         """
-        if self.pieces.unfaithful:
-            raise UserError(f"{self._source}: its ids stand for no fixed number of bytes ({self.pieces.unfaithful})")
+        reason = self.pieces.unfaithful
+        if self.pieces.dummy_prefix and not reason:
+            reason = "it puts a space before a text"
+        if reason:
+            raise UserError(f"{self._source}: its ids stand for no fixed number of bytes ({reason})")
         return np.array([len(piece) for piece in self.pieces.table], dtype=np.int64)
 
     # ---------------------------------------------------------------- files
@@ -233,13 +240,12 @@ class Tokenizer:
         if name in JINJA:
             files["tokenizer_config.json"] = to_json(self.config | {"chat_template": JINJA[name]})
             files.pop("chat_template.jinja", None)
-        generation = folder_files.GENERATION_CONFIG
         if len(self.end_ids) > 1 and folder_files.end_ids(self._companions, self._source) != set(self.end_ids):
-            files[generation] = to_json(self.generation_config | {"eos_token_id": self.end_ids})
+            files[folder_files.GENERATION_CONFIG] = to_json(self.generation_config | {"eos_token_id": self.end_ids})
         if "tokenizer.model" not in files:  # an old one of the other kind would be loaded instead
             (folder / "tokenizer.model").unlink(missing_ok=True)
-        for file_name, data in files.items():
-            (folder / file_name).write_bytes(data)
+        for file_name, data in files.items():  # never through a link that lies in the folder
+            write_file(folder / file_name, partial(_write_bytes, data))
 
     @property
     def _beside(self) -> dict[str, bytes]:
@@ -270,7 +276,7 @@ class Tokenizer:
     def _earlier_config(self) -> dict:
         """What tokenizer_config.json said, but for the chat template, when this project wrote documents without bos."""
         config = read_object(self._own_companions["tokenizer_config.json"], "the vocabulary's own settings")
-        del config["chat_template"]
+        del config["chat_template"], config[AFTER_EOS]
         return config | {"add_bos_token": False}
 
     @property
@@ -312,9 +318,13 @@ class Tokenizer:
         files["tokenizer_config.json"] = to_json(config)
         if "tokenizer.json" in files:
             described = read_object(files["tokenizer.json"], f"{self._source}: tokenizer.json beside it")
-            first = byte_bpe.begin_with(self.model.piece_of(self.bos_id), self.bos_id) if add_bos else None
-            files["tokenizer.json"] = to_json(described | {"post_processor": first})
+            files["tokenizer.json"] = to_json(self._beginning(described, add_bos))
         return Tokenizer(self.model.data, "the new vocabulary", files)
+
+    def _beginning(self, described: dict, add_bos: bool) -> dict:
+        """A tokenizer.json whose texts begin with bos, or with nothing."""
+        first = byte_bpe.begin_with(self.model.piece_of(self.bos_id), self.bos_id) if add_bos else None
+        return described | {"post_processor": first}
 
     def with_settings_of(self, other: "Tokenizer") -> "Tokenizer":
         """A copy whose files have `other`'s chat template, special pieces, ends of texts, and rule about bos."""
@@ -337,11 +347,12 @@ class Tokenizer:
     def _own_companions(self) -> dict[str, bytes]:
         """The files that transformers needs; no `tokenizer.json` for a model that is not BPE, such as T5's."""
         config = self.model.transformers_config({"bos": self.bos_id, "eos": self.eos_id, "pad": self.pad_id})
-        config["chat_template"] = JINJA[chat_template.usual(self)]
+        config |= {AFTER_EOS: False, "chat_template": JINJA[chat_template.usual(self)]}
         files = {"tokenizer_config.json": to_json(config)}
         spec = self.model.proto.trainer_spec
         if spec.model_type == spec.BPE:
-            files["tokenizer.json"] = to_json(self.model.tokenizers_file())
+            described = self.model.tokenizers_file()
+            files["tokenizer.json"] = to_json(self._beginning(described, config["add_bos_token"]))
         return files
 
 
@@ -444,6 +455,10 @@ def _checked(ids: Iterable[int]) -> list[int]:
     if ids and min(ids) < 0:
         raise UserError(f"token id {min(ids)}: below 0")
     return ids
+
+
+def _write_bytes(data: bytes, file: Path) -> None:
+    file.write_bytes(data)
 
 
 def _load_json(folder: Path) -> JsonTokenizer:

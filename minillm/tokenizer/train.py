@@ -12,6 +12,7 @@ from pathlib import Path
 import sentencepiece
 
 from minillm.base.errors import UserError
+from minillm.base.files import write_file
 from minillm.tokenizer.chat_template import ROLES
 from minillm.tokenizer.sentencepiece_model import SPACE_MARK
 from minillm.tokenizer.tokenizer import Tokenizer
@@ -128,7 +129,7 @@ def write_readable(tokenizer: Tokenizer, folder: Path) -> None:
         f"{i}\t{piece.piece.translate(ESCAPED)}\t{piece.score:g}\n"
         for i, piece in enumerate(tokenizer.model.proto.pieces)
     ]
-    (folder / "tokenizer.vocab").write_text("".join(rows), encoding="utf-8", newline="\n")
+    write_file(folder / "tokenizer.vocab", lambda scratch: scratch.write_bytes("".join(rows).encode()))
 
 
 def _learn(lines: list[str], size: int, kind: Kind) -> tuple[bytes | None, int]:

@@ -16,13 +16,14 @@ class MetricsLog:
     def __init__(self, path: str | Path, resume_step: int | None = None):
         """Keep the rows up to `resume_step` (None or 0: a new run, no rows); drop later ones and a torn last line."""
         self.path = Path(path)
-        with files.writing(self.path) as scratch:
-            if self.path.exists():
-                with self.path.open("rb") as old, scratch.open("wb") as kept:
-                    kept.writelines(line for line in old if resume_step and _step_in(line) <= resume_step)
-                files.sync(scratch)
-                scratch.replace(self.path)
-            self.file = self.path.open("ab", buffering=0)
+        files.refuse_link(self.path)
+        if self.path.exists():
+            files.write_file(self.path, lambda scratch: self._copy_rows(scratch, resume_step or 0))
+        self.file = files.open_own(self.path)
+
+    def _copy_rows(self, target: Path, last_step: int) -> None:
+        with self.path.open("rb") as rows, target.open("wb") as kept:
+            kept.writelines(line for line in rows if last_step and _step_in(line) <= last_step)
 
     def write(self, row: dict) -> None:
         """Append a row; values that are not finite become null, since JSON has no NaN."""
@@ -55,7 +56,7 @@ class TensorBoard:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
             raise UserError('--tensorboard needs its package: pip install -e ".[tensorboard]"') from None
-        self.writer = SummaryWriter(str(folder), purge_step=resume_step + 1)
+        self.writer = SummaryWriter(str(files.own_folder(Path(folder))), purge_step=resume_step + 1)
 
     def write(self, row: dict) -> None:
         """Each value of a row except its step as a scalar at that step."""

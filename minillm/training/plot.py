@@ -2,10 +2,12 @@
 
 import json
 import warnings
+from functools import partial
 from itertools import accumulate, cycle
 from pathlib import Path
 from typing import NamedTuple
 
+from minillm.base import files
 from minillm.base.errors import UserError
 
 # Colours that stay apart for colour-blind readers (Okabe & Ito 2008)
@@ -139,12 +141,9 @@ def draw(runs: list[str | Path], out: str | Path) -> Path:
 
     out = Path(out)
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Glyph")  # a name in letters that no font here has: boxes
-            figure.savefig(out, dpi=150, format="png")
-    except OSError as problem:
-        raise UserError(f"{out}: cannot be written ({problem.strerror or problem})") from None
+            files.write_file(out, partial(figure.savefig, dpi=150, format="png"))
     finally:
         pyplot.close(figure)
     return out

@@ -4,7 +4,6 @@ What is learned, and how, is in the scripts: data, model, optimizer, forward, lo
 """
 
 import dataclasses
-import json
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -17,6 +16,7 @@ import torch
 from minillm.base import files
 from minillm.base.device import autocast, busy_cores, peak_flops, pick_dtype
 from minillm.base.errors import UserError
+from minillm.base.json_door import read_json
 from minillm.base.options import write_toml
 from minillm.base.process import RunLock, StopSignals
 from minillm.checkpoint import huggingface, run_folder, train_state
@@ -105,7 +105,9 @@ class Run:
         source_step = ranks.max(0 if self.source is None else run_folder.step_of(self.source))
         if source_step:
             self.source = self.folder / run_folder.step_name(source_step)
-            self.saved = train_state.read_state(self.source)
+            self.saved |= train_state.read_state(self.source)
+            if self.saved["step"] != source_step:
+                raise UserError(f"{self.source}: its training state is of step {self.saved['step']}; bring back a copy")
             for line in self._compare_with_saved():
                 self.say(line)
         self.start_step: int = self.saved["step"]
@@ -158,7 +160,7 @@ class Run:
         if self.ranks.main:
             if self.source is None:  # a new run: do not use what an earlier one may have left
                 files.write_json_atomically(file, measure())
-            value = json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
+            value = read_json(file) if file.exists() else None
         self.ranks.barrier()
         return value
 
@@ -169,7 +171,7 @@ class Run:
         """
         if self.source is not None:
             train_state.restore_optimizers(self.source, state.optimizers, dict(state.model.named_parameters()))
-            if state.scaler.is_enabled() and self.saved["scaler"]:  # empty if it was saved without --dtype float16
+            if state.scaler.is_enabled() and self.saved.get("scaler"):  # empty if it was saved without --dtype float16
                 state.scaler.load_state_dict(self.saved["scaler"])
         if self.device.type == "cpu" and (busy := busy_cores()):
             self.say(busy)

@@ -32,7 +32,7 @@ def find_init(training_config) -> Path | None:
     has_own_weights = training_config.tune == "full" and run_folder.step_folders(training_config.out)
     if has_own_weights and init_is_gone(training_config):
         own = run_folder.resolve_checkpoint(training_config.out, log=lambda line: None)  # `Run` reports the broken ones
-        started_from = train_state.read_state(own)["config"]["init_from"]
+        started_from = train_state.read_state(own).get("config", {}).get("init_from")
         if started_from == training_config.init_from:
             return own
     return run_folder.resolve_checkpoint(training_config.init_from)

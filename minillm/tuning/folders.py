@@ -12,6 +12,7 @@ import torch
 
 from minillm.base import files
 from minillm.base.errors import UserError
+from minillm.base.json_door import read_json
 from minillm.checkpoint import huggingface, run_folder, tensor_files
 from minillm.model.transformer import Transformer
 from minillm.tokenizer.tokenizer import Tokenizer
@@ -111,9 +112,10 @@ def merge_folder(model: str | Path, adapter: str | Path, out: str | Path) -> str
     files.refuse_existing(out)
     if not is_adapter(adapter):
         raise UserError(f"--adapter {adapter}: no {CONFIG} there, so it is no adapter")
+    tensor_files.shapes_in(adapter / WEIGHTS)  # are they there at all
     digest = {"adapter_sha256": files.sha256(adapter / WEIGHTS)}
     before = base / MERGED
-    if before.exists() and json.loads(before.read_text(encoding="utf-8")) == digest:
+    if before.exists() and read_json(before) == digest:
         raise UserError(f"--model {base}: has this adapter merged in already; a second time would apply it twice")
     merged, _ = load_adapted(adapter, str(base))
     changed = len(active_adapter(merged).parts)

@@ -10,16 +10,18 @@ PEFT refuses. Formats of PEFT 0.21.
 """
 
 import json
-import operator
 import os
-import re
+import subprocess
+import sys
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from minillm.base.errors import UserError
+from minillm.base.contents import Contents
+from minillm.base.errors import UserError, naming
+from minillm.base.json_door import read_object
 from minillm.checkpoint import huggingface, run_folder, tensor_files
 from minillm.model.transformer import Transformer
 from minillm.tuning.adapter import Adapter, attach, remove_adapter
@@ -37,6 +39,21 @@ READ = {"target_modules", "modules_to_save", "feedforward_modules", "r", "lora_a
 READ |= {"use_dora", "ensure_weight_tying", "init_lora_weights"}
 HARMLESS = {"auto_mapping", "base_model_name_or_path", "inference_mode", "megatron_core", "peft_type", "peft_version"}
 HARMLESS |= {"qalora_group_size", "revision", "task_type", "init_ia3_weights"}
+KINDS = {  # of the values that are read, where one is given
+    "base_model_name_or_path": str,
+    "lora_dropout": float,
+    "use_rslora": bool,
+    "use_dora": bool,
+    "ensure_weight_tying": bool,
+    "modules_to_save": list[str],
+    "feedforward_modules": list[str],
+    "train_layers": str,
+}
+SIZES = {"LORA": "r", "MINILLM_ADAPTER": "bottleneck_dim", **dict.fromkeys(VIRTUAL_TYPES, "num_virtual_tokens")}
+MATCHING = """import json, re, sys
+pattern, names = json.load(sys.stdin)
+print(json.dumps([name for name in names if re.fullmatch(pattern, name)]))"""
+MATCHING_S = 10  # seconds that a regular expression may take: "(.+)+Z" would take years
 
 
 # ---- writing
@@ -106,15 +123,16 @@ def save_adapter(adapter: Adapter, folder: Path) -> None:
 
 
 def read_config(folder: Path) -> tuple[dict, dict]:
-    """adapter_config.json, and what minillm_base.json says of the base."""
-    try:
-        written = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        if not isinstance(written, dict) or not isinstance(written.get("peft_type"), str):
-            raise ValueError("no peft_type in it")
-        base = json.loads((folder / BASE).read_text(encoding="utf-8")) if (folder / BASE).exists() else {}
-        return written, {name: base.get(name) for name in ("folder", "sha256", "bits")}
-    except (OSError, ValueError, AttributeError) as problem:
-        raise UserError(f"{folder / CONFIG}: not the config of an adapter ({problem})") from None
+    """adapter_config.json, and what minillm_base.json says of the base; each value is of its kind."""
+    written = read_object(folder / CONFIG)
+    for name, kind in KINDS.items():
+        written.get(name, kind)
+    written.get("lora_alpha", float, above=0)
+    if size := SIZES.get(written.need("peft_type", str)):
+        written.need(size, int, at_least=1)
+    recorded = read_object(folder / BASE) if (folder / BASE).exists() else Contents({}, str(folder / BASE))
+    kinds = {"folder": str, "sha256": str, "bits": int}
+    return written.values, {name: recorded.get(name, kind) for name, kind in kinds.items()}
 
 
 def to_options(written: dict, model: Transformer, source: str) -> TuningConfig:
@@ -155,10 +173,8 @@ def to_options(written: dict, model: Transformer, source: str) -> TuningConfig:
 
 def _tuning_config(source: str, **values) -> TuningConfig:
     """These options; a `UserError` for one out of range names the file that it is from."""
-    try:
+    with naming(source):
         return TuningConfig(**values)
-    except UserError as problem:
-        raise UserError(f"{source}: {problem}") from None
 
 
 def _unsupported(written: dict, targets: list[str]) -> list[str]:
@@ -191,13 +207,38 @@ def _targets_of(wanted: list[str] | str | None, model: Transformer, source: str)
         return [path for path in linears if path != "lm_head"]
     targets = []
     if isinstance(wanted, str):
-        candidates = [*linears, "embed_tokens"]
-        targets = [path for path in candidates if re.fullmatch(wanted, huggingface.export_name(path))]
+        names = {huggingface.export_name(path): path for path in [*linears, "embed_tokens"]}
+        targets = [names[name] for name in _matched_in_time(wanted, list(names), source)]
     elif wanted:
-        targets = matching_targets(model, ",".join(wanted))
+        contents = Contents({"target_modules": wanted}, source)
+        targets = matching_targets(model, ",".join(contents.need("target_modules", list[str])))
     if not targets:
         raise UserError(f"{source}: no target_modules of this model in it")
     return targets
+
+
+def _matched_in_time(pattern: str, names: list[str], source: str) -> list[str]:
+    """The names that a regular expression matches as a whole.
+
+    It is matched in a process of its own, which can be ended: some expressions take years. Raises `UserError` for one
+    that takes long or is none.
+    """
+    try:
+        matching = subprocess.run(
+            [sys.executable, "-I", "-c", MATCHING],
+            input=json.dumps([pattern, names]),
+            capture_output=True,
+            text=True,
+            timeout=MATCHING_S,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        reason = f"takes more than {MATCHING_S} s to match"
+    else:
+        if matching.returncode == 0:
+            return json.loads(matching.stdout)
+        reason = "is no regular expression"
+    raise UserError(f"{source}: target_modules {pattern[:80]!r} {reason}; write a list of names") from None
 
 
 def load_adapter(model: Transformer, folder: str | Path, name: str = "default", sha256: str | None = None) -> Adapter:
@@ -213,20 +254,25 @@ def load_adapter(model: Transformer, folder: str | Path, name: str = "default", 
             f"{folder}: made for another base ({written.get('base_model_name_or_path')}), not this model; "
             "give that one by --base, or for merging by --model"
         )
-    try:
-        options = to_options(written, model, str(folder / CONFIG))
-        options = _tuning_config(str(folder / BASE), **vars(options) | {"base_bits": recorded["bits"]})
-        for size in (options.lora_rank, options.n_virtual, options.bottleneck_dim):
-            operator.index(size)  # raises TypeError for one that is missing or no whole number
-    except (TypeError, AttributeError, re.error) as problem:
-        raise UserError(f"{folder / CONFIG}: a value of the wrong kind in it ({problem})") from None
-    adapter = attach(model, options, name=name)
+    options = to_options(written, model, str(folder / CONFIG))
+    options = _tuning_config(str(folder / BASE), **vars(options) | {"base_bits": recorded["bits"]})
+    _check_size(written, folder)
+    with naming(folder):
+        adapter = attach(model, options, name=name)
     try:
         read_tensors(adapter, folder)
     except UserError:
         remove_adapter(model, name)
         raise
     return adapter
+
+
+def _check_size(written: dict, folder: Path) -> None:
+    """Raise `UserError` for a rank or the like that is above every size in the file, before memory is taken for it."""
+    name = SIZES.get(written["peft_type"])
+    largest = max((size for shape in tensor_files.shapes_in(folder / WEIGHTS).values() for size in shape), default=0)
+    if name and written[name] > largest:
+        raise UserError(f"{folder / CONFIG}: {name} is {written[name]:,}, but {WEIGHTS} has no size above {largest:,}")
 
 
 @torch.no_grad()
@@ -240,15 +286,23 @@ def read_tensors(adapter: Adapter, folder: str | Path) -> None:
     if adapter.options.tune in VIRTUAL:
         virtual, kept = adapter.parts["virtual"], Path(folder) / ENCODER
         if virtual.encoder == "none" or not kept.exists():
+            for key, tensor in got.items():
+                tensor_files.check_finite(key, tensor, path)
             return virtual.load_peft(got)
-        return virtual.load_state_dict(tensor_files.load_tensors(kept))
+        return _copy_tensors(dict(virtual.named_parameters()), tensor_files.load_tensors(kept), kept)
     _check_copies_of_base(adapter, got, path)
     got = {name: tensor for name, tensor in got.items() if ".base_layer." not in name}
     wanted = {PREFIX + huggingface.export_name(name): p for name, p in adapter.parameters().items()}
-    tensor_files.match_tensors({n: p.shape for n, p in wanted.items()}, {n: t.shape for n, t in got.items()}, path)
-    for name, parameter in wanted.items():
-        tensor_files.check_finite(name, got[name], path)
-        parameter.copy_(got[name])
+    _copy_tensors(wanted, got, path)
+
+
+def _copy_tensors(parameters: dict[str, Tensor], stored: dict[str, Tensor], source: Path) -> None:
+    """Give parameters their values in a file. Raises `UserError` listing all that does not fit."""
+    shapes = ({name: tensor.shape for name, tensor in tensors.items()} for tensors in (parameters, stored))
+    tensor_files.match_tensors(*shapes, source)
+    for name, parameter in parameters.items():
+        tensor_files.check_finite(name, stored[name], source)
+        parameter.copy_(stored[name])
 
 
 def _check_copies_of_base(adapter: Adapter, got: dict[str, Tensor], source: Path) -> None:

@@ -1,15 +1,19 @@
 """Preparing again: only what changed is tokenized, damage is found, and the result is that of a fresh folder."""
 
+import contextlib
 import json
 import shutil
 from pathlib import Path
 
 import pytest
 
-from data import bin_writer, sources, tokenize_files
+from data import prepare as prepare_module
+from data import sources, tokenize_files
 from data.prepare import prepare
+from data.sources import checksum
 from minillm.base import files as files_module
 from minillm.base.errors import UserError
+from minillm.datasets.token_bins import TokenBins
 from minillm.tokenizer.tokenizer import Tokenizer
 from minillm.tokenizer.train import train_tokenizer
 
@@ -68,7 +72,7 @@ def seen(monkeypatch) -> Seen:
 
 def contents(out: Path) -> dict:
     """All that training reads of a folder, and what is remembered."""
-    bins = {path.name: path.read_bytes() for path in out.glob("*.bin")}
+    bins = {path.name: path.read_bytes() for kind in ("bin", "sizes") for path in out.glob(f"*.{kind}")}
     return bins | {"meta.json": json.loads((out / "meta.json").read_text())}
 
 
@@ -110,6 +114,25 @@ def test_new_gone_moved_and_touched_files(texts, tok, out, seen, capsys):
     assert contents(out) == fresh(texts, tok)
 
 
+def test_bins_of_a_version_without_sizes_are_kept(texts, tok, out, seen):
+    meta = json.loads((out / "meta.json").read_text())
+    for files in meta["files"].values():
+        for file in files:
+            file.pop("sizes", None)
+    for record in meta["bins"]:
+        record["val"].pop("sizes_sha256", None)
+    meta["bins_sha256"] = sources.checksum(meta["bins"])
+    (out / "meta.json").write_text(json.dumps(meta))
+    for path in out.glob("*.sizes"):
+        path.unlink()
+    before = contents(out)
+    prepare([texts], out, tokenizer=tok, **OPTIONS)
+    assert not seen.take() and contents(out) == before
+    write(texts / "z.jsonl", ["File z, new"] * 30)
+    prepare([texts], out, tokenizer=tok, **OPTIONS)
+    assert seen.take() == {"z"} and TokenBins(out, "val").document_bytes is None
+
+
 def test_a_file_added_leaves_the_other_bins_as_they_are(texts, tok, out, seen):
     write(texts / "z.jsonl", ["File z, new"] * 30)
     before = {path: path.stat().st_ino for path in out.glob("*.bin")}
@@ -119,9 +142,9 @@ def test_a_file_added_leaves_the_other_bins_as_they_are(texts, tok, out, seen):
 
 
 @pytest.mark.parametrize(("place", "done_again"), [(0.0, 1), (0.45, 1), (0.999, 1)])
-@pytest.mark.parametrize("kind", ["train", "val"])
+@pytest.mark.parametrize("kind", ["train-*.bin", "val-*.bin", "val-*.sizes"])
 def test_a_flipped_byte_is_found(texts, tok, out, seen, capsys, kind, place, done_again):
-    before, files = contents(out), sorted(out.glob(f"{kind}-*.bin"))
+    before, files = contents(out), sorted(out.glob(kind))
     damaged = files[int(place * len(files))]
     data = bytearray(damaged.read_bytes())
     data[int(place * len(data))] ^= 4
@@ -246,9 +269,8 @@ def test_killed_anywhere_while_redoing_it_goes_on(texts, tok, out, monkeypatch, 
 
         return call
 
-    for owner, names in ((Path, ("replace", "unlink", "mkdir")), (bin_writer.shutil, ("rmtree",))):
-        for name in names:
-            monkeypatch.setattr(owner, name, dying(getattr(owner, name)))
+    for name in ("replace", "unlink", "mkdir", "rmdir"):
+        monkeypatch.setattr(Path, name, dying(getattr(Path, name)))
     for n in range(1, 1000):
         left[0] = 0  # a live process again
         shutil.rmtree(out)
@@ -278,3 +300,136 @@ def test_two_groups_of_the_same_texts(texts, tok, tmp_path, seen):
     (texts / "9.jsonl").unlink()
     prepare([texts], tmp_path / "out", tokenizer=tok, **OPTIONS)
     assert seen.take() == set() and contents(tmp_path / "out") == fresh(texts, tok)
+
+
+# ---- a run that reads meanwhile, a text that is edited meanwhile
+
+
+def test_a_bin_that_is_open_is_never_written_over(texts, tok, out):
+    """A run reads through a memory map: written over, its tokens would change; cut, the system would end it."""
+    file = out / "train-00001.bin"
+    data = file.read_bytes()
+    file.write_bytes(data[:20] + data[22:24] + data[22:])  # damaged, so it is made again under the same name
+    reader = TokenBins(out, "train")
+    before = [tokens.copy() for tokens in reader.arrays]
+    prepare([texts], out, tokenizer=tok, **OPTIONS)
+    assert file.read_bytes() == data
+    assert all((now == then).all() for now, then in zip(reader.arrays, before, strict=True))
+
+
+def test_a_folder_prepared_again_while_it_is_opened_is_refused(texts, tok, out, monkeypatch):
+    opened = TokenBins._open_files
+
+    def open_files(self, *rest):
+        opened(self, *rest)
+        write(texts / "4.jsonl", ["File 4, changed: apple " * 3] * 9)
+        prepare([texts], out, tokenizer=tok, **OPTIONS)
+
+    monkeypatch.setattr(TokenBins, "_open_files", open_files)
+    with pytest.raises(UserError, match="was prepared again while it was opened"):
+        TokenBins(out, "train")
+
+
+@pytest.mark.parametrize("edit", ["longer", "as long", "gone"])
+@pytest.mark.parametrize("moment", ["tokenized", "learnt from"])
+def test_a_text_that_is_edited_while_it_is_read_is_noticed(texts, tok, tmp_path, monkeypatch, edit, moment):
+    """Its hash, by which a later preparation keeps the tokens, would be that of a text that nobody read."""
+    file, out = texts / "4.jsonl", tmp_path / "out"
+    before = file.read_text(encoding="utf-8")
+    changed = {"longer": before + before, "as long": before.replace("document 3", "document 4")}
+
+    def edit_once():
+        if edit == "gone":
+            file.unlink(missing_ok=True)
+        else:
+            file.write_text(changed[edit], encoding="utf-8")
+
+    module, name = (tokenize_files, "encode_piece") if moment == "tokenized" else (prepare_module.train, "_learn")
+    reading = getattr(module, name)
+
+    def edited(*arguments, **options):
+        edit_once()
+        return reading(*arguments, **options)
+
+    how = {"tokenizer": tok} if moment == "tokenized" else {"train_tokenizer": 375}
+    with monkeypatch.context() as meanwhile:
+        meanwhile.setattr(module, name, edited)
+        with pytest.raises(UserError, match=r"4\.jsonl: .*(was changed while it was read|No such file)"):
+            prepare([texts], out, **how, **OPTIONS)
+    assert not (out / "meta.json").exists()
+    prepare([texts], out, **how, **OPTIONS)
+    expected = tmp_path / "expected"
+    prepare([texts], expected, **how, **OPTIONS)
+    assert contents(out) == contents(expected)
+
+
+# ---- folders from elsewhere
+
+
+@pytest.mark.parametrize(
+    "name", ["lock", "meta.json", "tokenizer.model", "tokenizer.json", "unfinished", "train-00000.bin"]
+)
+@pytest.mark.parametrize("has_target", [True, False])
+def test_nothing_is_written_through_a_link_in_the_folder(texts, tok, out, tmp_path, name, has_target):
+    outside = tmp_path / "outside"
+    is_folder = name == "unfinished"
+    if has_target:
+        outside.mkdir() if is_folder else outside.write_text("mine")
+    if not is_folder:
+        (out / name).unlink()
+    (out / name).symlink_to(outside)
+    write(texts / "4.jsonl", ["File 4, changed: apple " * 3] * 9)
+    with contextlib.suppress(UserError):
+        prepare([texts], out, tokenizer=tok, **OPTIONS)
+    if is_folder and has_target:
+        assert list(outside.iterdir()) == []
+    else:
+        assert outside.exists() == has_target and (not has_target or outside.read_text() == "mine")
+
+
+@pytest.mark.parametrize("where", ["name", "key"])
+def test_names_in_meta_json_lead_nowhere_else(texts, tok, out, tmp_path, where):
+    outside = tmp_path / "outside"
+    outside.write_text("mine")
+    meta = json.loads((out / "meta.json").read_text())
+    if where == "name":
+        meta["bins"][1]["train"]["name"] = "../outside"
+    else:
+        meta["bins"][1]["key"] = "../../outside"
+    meta["bins_sha256"] = checksum(meta["bins"])
+    (out / "meta.json").write_text(json.dumps(meta))
+    prepare([texts], out, tokenizer=tok, **OPTIONS)
+    assert outside.read_text() == "mine" and not (tmp_path / "outside.json").exists()
+    assert contents(out)["meta.json"]["bins"] == fresh(texts, tok)["meta.json"]["bins"]
+
+
+def test_what_a_preparation_did_not_write_stays(texts, tok, out):
+    mine = [out / name for name in ("train-mine.bin", "val-00000.bin.bak", "unfinished/draft.txt", "notes.tmp-1")]
+    (out / "unfinished").mkdir()
+    for path in mine:
+        path.write_text("mine")
+    write(texts / "4.jsonl", ["File 4, changed: apple " * 3] * 9)
+    prepare([texts], out, tokenizer=tok, **OPTIONS)
+    assert all(path.read_text() == "mine" for path in mine)
+
+
+@pytest.mark.parametrize("name", ["meta.json", "config.json", "tokenizer.model"])
+def test_a_folder_of_something_else_is_left_alone(texts, tok, tmp_path, name):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / name).write_text("{}")
+    for how in ({"tokenizer": tok}, {"train_tokenizer": 375}):
+        with pytest.raises(UserError, match=rf"{name}: .* choose another --out"):
+            prepare([texts], out, **how, **OPTIONS)
+    assert (out / name).read_text() == "{}"
+
+
+def test_a_record_that_says_another_length_is_not_believed(texts, tok, out, seen):
+    """Training would refuse such a bin, and each further preparation would call it finished."""
+    expected = contents(out)
+    meta = json.loads((out / "meta.json").read_text())
+    meta["bins"][1]["train"]["tokens"] += 1
+    meta["bins_sha256"] = checksum(meta["bins"])
+    (out / "meta.json").write_text(json.dumps(meta))
+    prepare([texts], out, tokenizer=tok, **OPTIONS)
+    assert contents(out) == expected and TokenBins(out, "train")

@@ -132,3 +132,26 @@ def test_a_folder_of_other_files_is_left_alone(tmp_path):
     with pytest.raises(UserError, match="no bundled corpus"):
         bundled.build(tmp_path)
     assert [file.name for file in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_an_older_corpus_goes_and_all_else_stays(small, tmp_path):
+    bundled.build(tmp_path / "bundled")
+    mine = [tmp_path / "bundled" / name for name in ("notes.txt", "train-mine.bin", "text/draft.md")]
+    for path in mine:
+        path.write_text("mine")
+    (tmp_path / "bundled" / "world.json").unlink()
+    bundled.build(tmp_path / "bundled")
+    assert bundled.finished(tmp_path / "bundled") and all(path.read_text() == "mine" for path in mine)
+
+
+@pytest.mark.parametrize("name", ["train-00000.bin", "val-00000.bin", "sft_train.jsonl"])
+def test_a_corpus_that_training_would_refuse_is_written_again(small, tmp_path, name):
+    folder = tmp_path / "bundled"
+    bundled.build(folder)
+    before = (folder / name).read_bytes()
+    if name.endswith(".bin"):
+        (folder / name).write_bytes(before + b"\0\0")
+    else:
+        (folder / name).unlink()
+    bundled.build(folder)
+    assert (folder / name).read_bytes() == before

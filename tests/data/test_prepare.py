@@ -56,9 +56,9 @@ def test_meta_and_bins_by_hand(tok, tok_path, tmp_path):
     )
     assert documents(tmp_path / "out") == TEXTS
     assert documents(tmp_path / "out", "val") == ["v2", "v1"]
-    ids = [i for text in TEXTS for i in [*tok.encode(text), tok.eos_id]]
+    ids = [i for text in TEXTS for i in [tok.bos_id, *tok.encode(text), tok.eos_id]]
     assert np.fromfile(tmp_path / "out" / "train-00000.bin", dtype="<u2").tolist() == ids
-    assert meta == json.loads((tmp_path / "out" / "meta.json").read_text())
+    assert meta["wrap"] == "bos_eos" and meta == json.loads((tmp_path / "out" / "meta.json").read_text())
     assert meta["format"] == 2 and meta["dtype"] == "uint16" and meta["vocab_size"] == 380
     assert meta["tokenizer_sha256"] == tok.sha256 == Tokenizer.load(tmp_path / "out").sha256
     assert (meta["bos_id"], meta["eos_id"], meta["pad_id"]) == (1, 2, 3)
@@ -196,17 +196,33 @@ def test_a_run_gives_the_tokenizer_of_its_newest_checkpoint(tok, tmp_path):
     assert meta["tokenizer_sha256"] == tok.sha256
 
 
-def test_documents_begin_with_bos_if_asked(tok, tok_path, tmp_path, capsys):
+def test_documents_begin_with_bos_unless_they_never_did(tok, tok_path, tmp_path, capsys):
     file = write_lines(tmp_path / "a.jsonl", TEXTS)
-    meta = prepare([file], tmp_path / "out", tokenizer=tok_path, val_fraction=0, wrap="bos_eos")
-    ids = [i for text in TEXTS for i in [tok.bos_id, *tok.encode(text), tok.eos_id]]
-    assert np.fromfile(tmp_path / "out" / "train-00000.bin", dtype="<u2").tolist() == ids
-    assert meta["wrap"] == "bos_eos" and meta["files"]["train"][0]["documents"] == len(TEXTS)
-    assert Tokenizer.load(tmp_path / "out").start_id == tok.bos_id
-    again = prepare([file], tmp_path / "out", tokenizer=tmp_path / "out", val_fraction=0)
+    without = [i for text in TEXTS for i in [*tok.encode(text), tok.eos_id]]
+
+    def ids(out) -> list[int]:
+        return np.fromfile(out / "train-00000.bin", dtype="<u2").tolist()
+
+    # asked for: as every folder was before bos became the default
+    out = tmp_path / "out"
+    meta = prepare([file], out, tokenizer=tok_path, val_fraction=0, wrap="eos")
     assert "its model knows texts that begin with bos" in capsys.readouterr().out
-    assert again["wrap"] == "eos" and Tokenizer.load(tmp_path / "out").start_id == tok.eos_id
-    assert documents(tmp_path / "out") == TEXTS
+    assert meta["wrap"] == "eos" and ids(out) == without and documents(out) == TEXTS
+    assert Tokenizer.load(out).prompt_ids("a") == [tok.eos_id, *tok.encode("a")]
+
+    # not asked for: as the folder was prepared, or as the tokenizer's model knows texts
+    more = write_lines(tmp_path / "b.jsonl", ["more"])
+    assert prepare([file, more], out, tokenizer=tok_path, val_fraction=0)["wrap"] == "eos"
+    assert ids(out) == [*without, *tok.encode("more"), tok.eos_id]
+    assert prepare([file], tmp_path / "its", tokenizer=out, val_fraction=0)["wrap"] == "eos"
+    assert ids(tmp_path / "its") == without
+    again = prepare([file], out, tokenizer=out, val_fraction=0, wrap="bos_eos")
+    assert again["wrap"] == "bos_eos" and Tokenizer.load(out).prompt_ids("a") == [tok.bos_id, *tok.encode("a")]
+    learn = {"train_tokenizer": 380, "val_fraction": 0}
+    texts = write_lines(tmp_path / "c.jsonl", many(100))
+    for wrap in ("eos", "bos_eos"):
+        assert prepare([texts], tmp_path / wrap, wrap=wrap, **learn)["wrap"] == wrap
+        assert prepare([texts, file], tmp_path / wrap, **learn)["wrap"] == wrap
 
 
 def test_a_byte_level_tokenizer_in_place_of_another_kind(tok_path, tmp_path, monkeypatch):

@@ -54,8 +54,9 @@ def home(tmp_path_factory) -> Home:
     (home / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     bins = home / "bins"
     tokenizer.save(bins)
-    ids = np.array([t for text in TEXTS for t in (*tokenizer.encode(text), 2)], dtype=np.uint16)
-    meta = {"format": 1, "dtype": "uint16", "vocab_size": 400, "tokenizer_sha256": tokenizer.sha256, "eos_id": 2}
+    ids = np.array([t for text in TEXTS for t in (1, *tokenizer.encode(text), 2)], dtype=np.uint16)
+    meta = {"format": 1, "dtype": "uint16", "vocab_size": 400, "tokenizer_sha256": tokenizer.sha256}
+    meta |= {"bos_id": 1, "eos_id": 2, "wrap": "bos_eos"}
     meta["files"] = {"train": [], "val": [{"name": "val-00000.bin", "tokens": len(ids), "documents": 3}]}
     ids.tofile(bins / "val-00000.bin")
     np.save(bins / "val_bits.npy", np.array([80.0, 90.0, 100.0]))

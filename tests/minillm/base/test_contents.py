@@ -20,6 +20,7 @@ VALUES = {
     list[dict]: [{"a": 1}, {}],
     dict[str, str]: {"a": "x"},
     dict[str, int]: {"a": 1},
+    dict[str, float]: {"a": 0.5},
     dict[str, dict]: {"a": {}},
 }
 
@@ -29,7 +30,11 @@ def fits(value_of, kind) -> bool:
     general = {list: "list[", dict: "dict["}
     if kind in general and str(value_of).startswith(general[kind]):
         return True
-    return value_of == kind or (kind, value_of) in [(float, int), (list[float], list[int])]
+    return value_of == kind or (kind, value_of) in [
+        (float, int),
+        (list[float], list[int]),
+        (dict[str, float], dict[str, int]),
+    ]
 
 
 @pytest.mark.parametrize("kind", WORDS, ids=str)

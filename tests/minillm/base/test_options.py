@@ -47,7 +47,7 @@ def test_values_by_type():
         (["--name", ""], "--name '': expected text"),
         (["--steps"], "expected one argument"),
         (["stray"], "stray"),
-        (["--config", "/nonexistent.toml"], "--config /nonexistent.toml: No such file or directory; give a file of"),
+        (["--config", "/nonexistent.toml"], "--config /nonexistent.toml: no such file; give a file of"),
     ],
 )
 def test_bad_command_lines_say_what_is_wrong(argv, said):

@@ -19,7 +19,7 @@ from tests.minillm.checkpoint.test_gguf import BASE, stored
 @pytest.mark.parametrize("dummy_prefix", [True, False])
 def test_a_vocabulary_goes_both_ways(dummy_prefix, tmp_path):
     text = ["The cat sat on the mat, 2024 times.\n  床前明月光，疑是地上霜。"] * 20
-    tokenizer = train_tokenizer(text, 420, tmp_path / "vocabulary")
+    tokenizer = train_tokenizer(text, 420, tmp_path / "vocabulary").with_settings(add_bos=False)
     pieces = [(p.piece, p.score, gguf_tokenizer.TYPES[p.type]) for p in tokenizer.model.proto.pieces]
     if dummy_prefix:
         made = from_pieces(pieces, {"bos": 1, "eos": 2}, dummy_prefix=True, source="made")

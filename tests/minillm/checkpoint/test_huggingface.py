@@ -19,6 +19,7 @@ from minillm.checkpoint.huggingface import (
     write_folder,
 )
 from minillm.model.config import ModelConfig, RopeScaling
+from minillm.model.rope import rotary_tables
 from minillm.model.transformer import Transformer
 from tests.minillm.model_options import OPTIONS, build, tokens_of
 
@@ -248,12 +249,12 @@ def test_an_option_that_asks_for_no_other_parameters_is_taken(tmp_path):
         (dict(tie_word_embeddings="no"), "damaged: tie_word_embeddings is 'no', not true or false"),
         (dict(model_type=["llama"]), "damaged: model_type is"),
         (dict(model_type="gemma", hidden_size=[64, 64]), "model_type 'gemma' is not supported"),
-        (dict(rms_norm_eps=10**400), "damaged: rms_norm_eps is 10+"),
+        (dict(rms_norm_eps=10**400), "a whole number of 401 digits"),
         (dict(model_type="minillm", softcap="high"), "damaged: softcap is 'high', not a number"),
         (dict(rope_parameters={"rope_type": "yarn", "factor": 2, "beta_fast": "x"}), "damaged: beta_fast is 'x'"),
         (dict(num_hidden_layers=10**7), "10,000,000 layers, as config.json says"),
         (dict(num_hidden_layers=0), "n_layers is 0"),
-        (dict(hidden_size=2**62), "dim is 4611686018427387904: must be 1 to 16,777,216"),
+        (dict(hidden_size=2**62), "hidden_size is 4611686018427387904: must be at most"),
         (dict(hidden_size=2**24, num_attention_heads=2**24, head_dim=2**24), "larger than any memory"),
     ],
 )
@@ -277,3 +278,77 @@ def test_shards_are_no_larger_than_asked_and_transformers_reads_them(tmp_path):
     assert len(sizes) > 2 and max(sizes) < 50_000 + 4_000  # and the header
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "shards", attn_implementation="eager")
     compare(load_model(tmp_path / "shards"), theirs)
+
+
+# ---- how positions are rotated
+
+ROPE = {
+    "default": {},
+    "linear": {"factor": 2.0},
+    "yarn": {"factor": 4.0, "original_max_position_embeddings": 32},
+    "llama3": {
+        "factor": 8.0,
+        "original_max_position_embeddings": 64,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+    },
+}
+ROPE_NAMES = ["rope_theta", "factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"]
+ROPE_NAMES += ["beta_fast", "beta_slow", "attention_factor"]
+MEANINGLESS = [float("nan"), float("inf"), -float("inf"), -1, -0.5, 0, 1e300, 2**62, True, False, "2", [2.0], {"a": 1}]
+UNUSUAL = [0.25, 1, 1.5, 2, 3, 20, 40, 100, 1000]
+
+
+def read_rope(folder, kind: str, changes: dict) -> ModelConfig:
+    """The model config of a folder with these values of its rotary positions."""
+    written = json.loads(json.dumps(to_hf(BASE)))
+    del written["rope_theta"], written["rope_parameters"]
+    written["rope_scaling"] = {"rope_type": kind, "rope_theta": 1e4, **ROPE[kind], **changes}
+    (folder / "config.json").write_text(json.dumps(written))
+    return load_config(folder)
+
+
+@pytest.mark.parametrize("name", ROPE_NAMES)
+@pytest.mark.parametrize("kind", ROPE)
+def test_no_value_that_makes_no_sense_comes_in(kind, name, tmp_path):
+    for value in MEANINGLESS:
+        with pytest.raises(UserError, match=r"config\.json: ") as caught:
+            config = read_rope(tmp_path, kind, {name: value})
+            pytest.fail(f"{value!r} was read as {config.rope_scaling}")
+        assert "\n" not in str(caught.value) and len(str(caught.value)) < 400
+
+
+@pytest.mark.parametrize("name", ROPE_NAMES)
+@pytest.mark.parametrize("kind", ROPE)
+def test_every_value_that_comes_in_gives_the_tables_of_transformers(kind, name, tmp_path):
+    n_accepted = 0
+    for value in UNUSUAL:
+        try:
+            config = read_rope(tmp_path, kind, {name: value})
+            ours = rotary_tables(config, "cpu")
+        except UserError:
+            continue
+        n_accepted += 1
+        theirs = transformers.AutoConfig.from_pretrained(tmp_path)
+        rotary = transformers.models.llama.modeling_llama.LlamaRotaryEmbedding(theirs)
+        positions = torch.arange(BASE.max_seq_len)
+        cos, sin = rotary(torch.zeros(1), positions[None])  # (1, T, D): each half the same
+        half = config.head_dim // 2
+        torch.testing.assert_close(ours[0], cos[0, :, :half], atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(ours[1], sin[0, :, :half], atol=1e-4, rtol=1e-4)
+    assert n_accepted >= 2
+
+
+def test_an_unknown_option_of_the_positions_is_refused_by_name(tmp_path):
+    with pytest.raises(UserError, match="the rope options long_factor, mscale are not supported"):
+        read_rope(tmp_path, "yarn", {"mscale": 1.0, "long_factor": [1.0]})
+    with pytest.raises(UserError, match="longrope"):
+        read_rope(tmp_path, "linear", {"rope_type": "longrope"})
+
+
+def test_rope_scaling_counts_more_than_rope_parameters_as_in_transformers(tmp_path):
+    written = to_hf(BASE) | {"rope_scaling": {"type": "linear", "factor": 3.0}}
+    (tmp_path / "config.json").write_text(json.dumps(written))
+    theirs = transformers.AutoConfig.from_pretrained(tmp_path).rope_parameters
+    config = load_config(tmp_path)
+    assert (config.rope_scaling.type, config.rope_scaling.factor) == (theirs["rope_type"], theirs["factor"])

@@ -120,7 +120,7 @@ def test_the_command_and_its_faults(vocabularies, tmp_path, monkeypatch, capsys)
         (dict(tokenizer=home / "zh"), "not the one that"),
         (dict(id_map=home / "pruned" / "id_map.json"), "not the one that"),
         (dict(id_map=home / "merged" / "tokenizer.vocab"), "no id map"),
-        (dict(id_map=home / "none.json"), "cannot be read.*; vocab merge and prune write it"),
+        (dict(id_map=home / "none.json"), "no such file; it is no id map that vocab merge"),
         (dict(model=adapter), "an adapter, and no model; merge it into its base first"),
         (dict(pad_to_multiple=0), "--pad_to_multiple 0"),
     ):

@@ -93,13 +93,15 @@ def test_resolve_takes_a_run_a_checkpoint_or_a_foreign_folder(saved, tmp_path_fa
 def test_stale_folders_go_but_not_those_of_the_living_or_of_others(saved):
     child = subprocess.Popen(["sleep", "0"])
     child.wait()
-    living = saved / f"step-00000050.tmp-{os.getppid()}"
-    for path in (saved / f"step-00000040.tmp-{child.pid}", living, saved / "mine.tmp-backup"):
+    living = saved / f"step-00000050.tmp-{os.getppid()}-01234567"
+    others = [saved / name for name in ("mine.tmp-backup", f"notes.tmp-{child.pid}", "step-mine.old")]
+    for path in (saved / f"step-00000040.tmp-{child.pid}-01234567", living, *others):
         path.mkdir()
         (path / "file").write_text("x")
     assert run_folder.newest_checkpoint(saved) == saved / "step-00000030"
     run_folder.clean_stale(saved)
-    assert {path.name for path in saved.iterdir() if ".tmp-" in path.name} == {living.name, "mine.tmp-backup"}
+    left = {path for path in saved.iterdir() if not run_folder.STEP.fullmatch(path.name)}
+    assert left == {living, *others}
 
 
 def test_later_checkpoints_are_kept_out_of_the_way(saved):

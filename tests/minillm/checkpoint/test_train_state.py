@@ -249,7 +249,7 @@ def test_a_folder_without_training_state_says_what_to_do(tmp_path):
     (tmp_path / "resume").mkdir()
     for text in ("{", "[]", "{}"):
         (tmp_path / "resume" / "train_state.json").write_text(text)
-        assert "train_state.json: not a training state" in refused(lambda: train_state.read_state(tmp_path))
+        assert "train_state.json: damaged" in refused(lambda: train_state.read_state(tmp_path))
     (tmp_path / "resume" / "train_state.json").write_text('{"format": 2}')
     assert "format 2" in refused(lambda: train_state.read_state(tmp_path))
 

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[3]
 
 
 def continuation(home, text, n, **sampling):
-    ids = [home.tokenizer.eos_id, *home.tokenizer.encode(text)]
+    ids = [home.tokenizer.bos_id, *home.tokenizer.encode(text)]
     sampling = Sampling(**sampling)
     return completion.generate(home.model, [ids], n, sampling=sampling, stop_ids=[home.tokenizer.eos_id])[0].tokens
 

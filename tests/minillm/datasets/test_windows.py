@@ -201,6 +201,7 @@ def test_documents_that_begin_with_bos(tmp_path):
     batch = windows(folder, len(stream) - 1, documents=True).batch(np.array([0]))
     assert batch.x[0].tolist() == stream[:-1].tolist() and batch.y[0].tolist() == stream[1:].tolist()
     assert batch.documents[0].tolist() == [1] * 4 + [2] * 3 + [3] * 6 + [4] * 4
+    assert batch.mask[0].tolist() == [token != BOS for token in stream[1:]]  # bos is given, so nothing to predict
     for document, ids in zip(range(1, 5), WRAPPED, strict=True):
         seen = batch.x[0][batch.documents[0] == document].tolist()
         assert seen == ids[: len(seen)]  # begins with its bos, sees nothing of another
@@ -212,7 +213,13 @@ def test_documents_that_begin_with_bos(tmp_path):
 def test_validation_of_documents_that_begin_with_bos(tmp_path):
     """The same targets as of documents without: bos is none."""
     folder = write_bins(tmp_path / "d", {"val": [np.concatenate(WRAPPED)], "train": []}, wrap="bos_eos", bos_id=BOS)
-    part = validation_part(TokenBins(folder, "val"), seq_len=4, max_tokens=14)
+    plain = [ids[1:] for ids in WRAPPED]
+    without = write_bins(tmp_path / "without", {"val": [np.concatenate(plain)], "train": []})
+    for n_tokens in range(3, 16):
+        parts = [validation_part(TokenBins(path, "val"), 4, n_tokens) for path in (folder, without)]
+        assert len({part.n_documents for part in parts}) == 1, n_tokens
+        assert len({tuple(part.rows[:, 1:][part.mask]) for part in parts}) == 1, n_tokens
+    part = validation_part(TokenBins(folder, "val"), seq_len=4, max_tokens=12)
     targets = part.rows[:, 1:][part.mask]
     assert part.n_documents == 3 and part.rows[0, 0] == BOS
     assert targets.tolist() == [10, 11, EOS, 12, EOS, 13, 14, 15, 16, EOS]

@@ -8,14 +8,17 @@ import numpy as np
 import pytest
 import torch
 
+from data.prepare import prepare
+from minillm.base.errors import UserError
 from minillm.datasets.batch import shifted
 from minillm.datasets.token_bins import TokenBins
 from minillm.distributed.ranks import Ranks
-from minillm.evaluation.validation import ROWS, Validation, answer_loss
+from minillm.evaluation.validation import ROWS, Validation, answer_loss, read_text
 from minillm.model.config import ModelConfig
 from minillm.model.transformer import Transformer
 from minillm.tokenizer.tokenizer import Tokenizer
 from minillm.tokenizer.train import train_tokenizer
+from tests.minillm.tokenizer.test_tokenizer import train_foreign, train_llama
 
 DOCUMENTS = ["the cat sat", "a dog", "on the log the cat sat", "the end"]
 BITS = [5.0, 2.5, 8.0, 1.0]
@@ -81,17 +84,107 @@ def test_ranks_share_out_the_batches_and_together_score_as_one(tmp_path, kind):
         assert parts.sum(0) == pytest.approx(whole, rel=1e-5)
 
 
-def test_without_bytes_of_ids_no_bits_per_byte_are_given_and_the_reason_is(tmp_path):
-    """A vocabulary that changes texts: the bytes of its pieces are not those of the text."""
-    from minillm.evaluation.validation import read_text
-    from tests.minillm.tokenizer.test_tokenizer import train_foreign
-
-    (tmp_path / "a.txt").write_text("Ana ran.\n\nthe  man sat")
-    changing = train_foreign("unigram", vocab_size=90)
-    validation = Validation(read_text(tmp_path / "a.txt", changing), changing, 8, 1 << 20)
-    assert validation.n_bytes is None and validation.floor is None
-    assert "stand for no fixed number of bytes (its normalizer (nmt_nfkc) changes texts)" in validation.no_bytes
-    model = Transformer(ModelConfig(vocab_size=90, dim=16, n_layers=1, n_heads=2, max_seq_len=32))
+def scores_of(validation: Validation, vocab_size: int) -> dict[str, float]:
+    model = Transformer(ModelConfig(vocab_size=vocab_size, dim=16, n_layers=1, n_heads=2, max_seq_len=32))
     model.init_weights(0)
-    scores = validation.scores(model, Ranks(0, 1, torch.device("cpu")), contextlib.nullcontext())
-    assert set(scores) == {"val_loss"}
+    return validation.scores(model, Ranks(0, 1, torch.device("cpu")), contextlib.nullcontext())
+
+
+TEXTS = ["Ana ran.", "the  man sat", "ＡＢ①  ﬁne\n\tthe 猫 sat", "on the mat 🙂 "]
+KINDS = {
+    "ours": lambda: None,
+    "normalizing, without bytes": lambda: train_foreign("unigram", vocab_size=90),
+    "dummy prefix": train_llama,
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_bytes_are_those_of_the_texts_whatever_the_tokenizer_does_to_them(tokenizer, tmp_path, kind):
+    """The same number for each tokenizer, so that bits per byte compare: from a file, and from bins of some parts."""
+    own = KINDS[kind]() or tokenizer
+    n_bytes = [len(text.encode()) for text in TEXTS]
+    rows = "".join(json.dumps({"text": text}) + "\n" for text in TEXTS)
+    (tmp_path / "a.jsonl").write_text(rows)
+    (tmp_path / "b.jsonl").write_text(rows)
+    validation = Validation(read_text(tmp_path / "a.jsonl", own), own, 8, 1 << 20)
+    assert validation.n_bytes == sum(n_bytes)
+    scores = scores_of(validation, own.vocab_size)
+    nats = scores["val_loss"] * validation.part.mask.sum()
+    assert scores["val_bpb"] == pytest.approx(nats / np.log(2) / sum(n_bytes))
+
+    own.save(tmp_path / "tok")
+    inputs = dict(tokenizer=tmp_path / "tok", val_inputs=[tmp_path / "b.jsonl"])
+    meta = prepare([tmp_path / "a.jsonl"], tmp_path / "bins", **inputs)
+    bins = TokenBins(tmp_path / "bins", "val")
+    assert meta["bytes"] == {"train": sum(n_bytes), "val": sum(n_bytes)}
+    assert bins.document_bytes.tolist() == n_bytes
+    ends = np.flatnonzero(bins.arrays[0] == bins.eos_id) + 1
+    n_bos = int(bins.start_id != bins.eos_id)
+    for n in (1, 2, 4):
+        part = Validation(bins, own, 8, int(ends[n - 1]) - n * n_bos)
+        assert part.part.n_documents == n and part.n_bytes == sum(n_bytes[:n])
+
+
+def test_where_the_bytes_were_not_written_down_they_are_not_guessed(tokenizer, tmp_path):
+    """Bins of an earlier version, and a part of a document, have the bytes of their pieces, if these are the text's."""
+    for kind, make in KINDS.items():
+        own = make() or tokenizer
+        ids = [i for text in DOCUMENTS for i in (*own.encode(text), own.eos_id)]
+        np.array(ids, "<u2").tofile(tmp_path / "val-00000.bin")
+        files = {"train": [], "val": [{"name": "val-00000.bin", "tokens": len(ids), "documents": 4}]}
+        meta = {"dtype": "uint16", "vocab_size": own.vocab_size, "eos_id": own.eos_id, "files": files}
+        (tmp_path / "meta.json").write_text(json.dumps(meta))
+        bins = TokenBins(tmp_path, "val")
+        for max_tokens in (len(ids), 3):
+            validation = Validation(bins, own, 6, max_tokens)
+            if kind == "ours":
+                n_cut = len(own.decode(ids[:3]))
+                assert validation.n_bytes == (sum(map(len, DOCUMENTS)) if max_tokens > 3 else n_cut)
+                continue
+            assert validation.n_bytes is None
+            assert "stand for no fixed number of bytes" in validation.no_bytes
+            assert set(scores_of(validation, own.vocab_size)) == {"val_loss"}
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (np.array(BITS[:3]), "not 4 numbers from 0 up"),
+        (np.array([*BITS, 1.0]), "not 4 numbers"),
+        (np.array([BITS]), "not 4 numbers"),
+        (np.array([1.0, np.nan, 2.0, 3.0]), "not 4 numbers"),
+        (np.array([1.0, -1.0, 2.0, 3.0]), "not 4 numbers"),
+        (np.array(BITS, dtype=np.float32), "not 4 numbers"),
+        (np.array(["a", "b", "c", "d"]), "not 4 numbers"),
+        (np.array([{}, 1, 2, 3], dtype=object), "damaged"),
+        (b"", "damaged"),
+        (b"\x93NUMPY\x01\x00", "damaged"),
+        (b"\x93NUMPY\x01\x00v\x00{'descr': '<f8', 'fortran_order': False, 'shape': (9999999999999,), }", "damaged"),
+    ],
+)
+def test_a_damaged_floor_is_named(tokenizer, tmp_path, content, reason):
+    ids = [i for text in DOCUMENTS for i in (*tokenizer.encode(text), tokenizer.eos_id)]
+    np.array(ids, "<u2").tofile(tmp_path / "val-00000.bin")
+    files = {"train": [], "val": [{"name": "val-00000.bin", "tokens": len(ids), "documents": 4}]}
+    meta = {"dtype": "uint16", "vocab_size": 365, "eos_id": 2, "files": files}
+    (tmp_path / "meta.json").write_text(json.dumps(meta))
+    path = tmp_path / "val_bits.npy"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        np.save(path, content, allow_pickle=True)
+    with pytest.raises(UserError, match=reason) as error:
+        Validation(TokenBins(tmp_path, "val"), tokenizer, 6, 1 << 20)
+    assert str(path) in str(error.value)
+
+
+def test_sizes_that_are_damaged_are_named(tokenizer, tmp_path):
+    (tmp_path / "a.txt").write_text("\n\n".join(TEXTS))
+    tokenizer.save(tmp_path / "tok")
+    prepare([tmp_path / "a.txt"], tmp_path / "bins", tokenizer=tmp_path / "tok", val_fraction=0.5)
+    path = tmp_path / "bins" / "val-00000.sizes"
+    sizes = np.fromfile(path, "<u4")
+    for damaged in (sizes[:-1], sizes + 1):
+        damaged.tofile(path)
+        with pytest.raises(UserError, match=r"prepare (it )?again"):
+            TokenBins(tmp_path / "bins", "val")

@@ -166,8 +166,8 @@ def test_a_vocabulary_from_pieces_cuts_as_the_one_they_are_from(base):
 
 
 def test_bos_before_each_text_and_a_chat_template_are_for_other_programs(base, tmp_path):
-    assert base.start_id == base.eos_id
-    made = base.with_settings(add_bos=True, chat_template="{{ messages }}")
+    assert base.start_id == base.bos_id
+    made = base.with_settings(add_bos=False).with_settings(add_bos=True, chat_template="{{ messages }}")
     made.save(tmp_path)
     loaded = Tokenizer.load(tmp_path)
     assert loaded.start_id == loaded.bos_id and loaded.chat_template == "{{ messages }}"

@@ -161,17 +161,18 @@ def test_folders_written_before_documents_began_with_bos_are_prompted_after_eos(
         "added_tokens_decoder": {str(i): {"content": p, "special": True, **flags} for i, p in enumerate(pieces)},
         "chat_template": JINJA["simple"],
     }
-    ours.save(tmp_path)
+    ours.with_settings(add_bos=False).save(tmp_path)  # its tokenizer.json puts nothing before a text
 
     def prompt(**changes) -> list[int]:
         (tmp_path / "tokenizer_config.json").write_text(json.dumps(written | changes))
         return Tokenizer.load(tmp_path).prompt_ids("a b")
 
     assert prompt() == [ours.eos_id, *ours.encode("a b")]
-    assert prompt(add_bos_token=True) == [ours.bos_id, *ours.encode("a b")]
     # another's folder, which says nothing of eos
     assert prompt(model_max_length=100) == prompt(documents_begin_after_eos=False) == ours.encode("a b")
     assert prompt(model_max_length=100, documents_begin_after_eos=True) == [ours.eos_id, *ours.encode("a b")]
+    ours.with_settings(add_bos=True).save(tmp_path)
+    assert prompt(add_bos_token=True) == [ours.bos_id, *ours.encode("a b")]
 
 
 @pytest.mark.parametrize("model_type", [None, "llama", "qwen3", "mistral"])
@@ -192,7 +193,8 @@ def test_transformers_gives_equal_ids(ours, foreign, tmp_path, model_type):
         if model_type:
             (folder / "config.json").write_text(json.dumps({"model_type": model_type}))
         theirs = AutoTokenizer.from_pretrained(folder)
-        assert theirs(texts)["input_ids"] == tokenizer.encode_many(texts)
+        assert theirs(texts)["input_ids"] == [tokenizer.prompt_ids(text) for text in texts]
+        assert theirs(texts, add_special_tokens=False)["input_ids"] == tokenizer.encode_many(texts)
         assert {name: getattr(theirs, name) for name in tokenizer.special_ids} == tokenizer.special_ids
         for template in ("auto", *(name for name in JINJA if name != "chat" or tokenizer.roles)):
             tokenizer.save(folder, template=template)

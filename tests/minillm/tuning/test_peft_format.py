@@ -179,21 +179,27 @@ KEY = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
         (dict(tensors=lambda t: t.update({KEY: torch.full((2, 16), torch.nan)})), ["not finite"]),
         (dict(tensors=lambda t: t.update(more=torch.zeros(1))), ["more is not expected"]),
         (dict(peft_type="VERA"), ["'VERA' is not supported"]),
-        (dict(peft_type=None), ["not the config of an adapter"]),
+        (dict(peft_type=None), ["peft_type is missing"]),
         (dict(rank_pattern={"q_proj": 4}, lora_bias=True), ["lora_bias, rank_pattern", "not supported"]),
         (dict(init_lora_weights="pissa"), ["init_lora_weights"]),
         (dict(bias="all"), ["bias as set there"]),
         (dict(target_modules=["q_projj"]), ["q_projj", "did you mean q_proj?"]),
         (dict(target_modules=None), ["no target_modules"]),
-        (dict(target_modules=5), ["wrong kind"]),
-        (dict(target_modules="(q_proj"), ["wrong kind"]),
+        (dict(target_modules=5), ["target_modules is 5, not a list of texts"]),
+        (dict(target_modules="(q_proj"), ["'(q_proj' is no regular expression"]),
         (dict(target_modules=".*x_proj"), ["no target_modules"]),
-        (dict(r=0), ["--lora_rank 0: must be at least 1"]),
-        (dict(r="2"), ["wrong kind"]),
-        (dict(r=None), ["wrong kind"]),
-        (dict(r=2.5), ["wrong kind"]),
-        (dict(lora_alpha=[]), ["wrong kind"]),
-        (dict(peft_type="PROMPT_TUNING"), ["wrong kind"]),  # without its num_virtual_tokens
+        (dict(r=0), ["r is 0: must be at least 1"]),
+        (dict(r=20_000_000), ["r is 20,000,000, but adapter_model.safetensors has no size above"]),
+        (dict(r=True), ["r is True, not a whole number"]),
+        (dict(r="2"), ["r is '2', not a whole number"]),
+        (dict(r=None), ["r is missing"]),
+        (dict(r=2.5), ["r is 2.5, not a whole number"]),
+        (dict(lora_alpha=[]), ["lora_alpha is [], not a number"]),
+        (dict(use_rslora="no"), ["use_rslora is 'no', not true or false"]),
+        (dict(modules_to_save="lm_head"), ["modules_to_save is 'lm_head', not a list of texts"]),
+        (dict(base_model_name_or_path=["x"]), ["base_model_name_or_path is"]),
+        (dict(peft_type="PROMPT_TUNING"), ["num_virtual_tokens is missing"]),
+        (dict(tensors=lambda t: t.update({KEY: torch.ones(2, 16, dtype=torch.int64)})), ["holds whole numbers"]),
     ],
 )
 def test_an_adapter_that_does_not_fit_is_refused_and_the_model_left_as_it_was(adapter, tmp_path, how, words):
@@ -204,3 +210,9 @@ def test_an_adapter_that_does_not_fit_is_refused_and_the_model_left_as_it_was(ad
     assert all(word in str(problem.value) for word in words), problem.value
     assert torch.equal(model(tiny.IDS), before) and active_adapter(model) is None
     peft_format.load_adapter(model, adapter / "lora")
+
+
+def test_a_regular_expression_that_never_ends_is_refused_in_time(adapter, tmp_path, monkeypatch):
+    monkeypatch.setattr(peft_format, "MATCHING_S", 1)
+    with pytest.raises(UserError, match=r"target_modules '\(\.\+\)\+Z' takes more than 1 s to match; write a list"):
+        peft_format.load_adapter(tiny.base(), changed(adapter, tmp_path, target_modules="(.+)+Z"))

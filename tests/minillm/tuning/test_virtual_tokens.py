@@ -301,6 +301,6 @@ def test_an_adapter_of_another_base_is_refused(kind, tmp_path):
     ):
         load_adapter(other, tmp_path)
     assert other.virtual is None
-    save_file({"extra": torch.zeros(1)}, tmp_path / "adapter_model.safetensors")
+    save_file({"extra": torch.zeros(4)}, tmp_path / "adapter_model.safetensors")
     with pytest.raises(UserError, match="extra"):
         load_adapter(build(), tmp_path)
