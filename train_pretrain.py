@@ -44,7 +44,7 @@ from minillm.tuning import options
 
 SHAPE = "shape of the model (what is not given is the preset's, or that of --init_from)"  # heading in --help
 # --dim, --n_layers and so on: ModelConfig's own fields, so that a field added there is an option here
-ShapeOptions = optional_copy(config.ModelConfig, group=SHAPE, leave_out=("vocab_size", "dropout"))
+ShapeOptions = optional_copy(config.ModelConfig, group=SHAPE, leave_out=("vocab_size", "dropout", "trained_seq_len"))
 
 
 @dataclass(frozen=True)
@@ -175,8 +175,11 @@ def shape(training_config: Config, vocab_size: int, init: Path | None) -> config
     # the shape itself, and whether data and rows fit it
     if base is None:
         overrides.setdefault("max_seq_len", max(context, training_config.seq_len))
+        overrides["trained_seq_len"] = training_config.seq_len
         model_config = config.preset(training_config.preset, vocab_size=vocab_size, **overrides)
     else:
+        if base.trained_seq_len:
+            overrides["trained_seq_len"] = max(base.trained_seq_len, training_config.seq_len)
         model_config = dataclasses.replace(base, **overrides)
         huggingface.check_parameters(model_config, init)
         starting_model.check_tokenizer(init, training_config.data)

@@ -30,18 +30,18 @@ KERNEL_USERS = {"minillm/model/ops.py", "minillm/model/quant.py"}
 # What it held when it was last weighed, plus a tenth.
 BUDGET = {
     "kernels": 71_900,
-    "base": 8_000,
+    "base": 9_300,
     "model": 12_900,
-    "tokenizer": 17_000,
-    "datasets": 12_200,
+    "tokenizer": 17_400,
+    "datasets": 12_900,
     "distributed": 2_100,
     "checkpoint": 14_750,
     "data": 17_850,
     "tuning": 11_300,
     "generation": 4_000,
-    "evaluation": 2_100,
+    "evaluation": 2_450,
     "training": 11_900,
-    "commands": 11_850,
+    "commands": 12_200,
     "scripts": 4_400,
 }
 MOST_FILES = 12  # of one folder, besides its __init__.py

@@ -5,6 +5,7 @@ import ctypes
 import os
 import re
 import time
+from pathlib import Path
 
 import torch
 
@@ -39,7 +40,8 @@ GPU_PEAKS = (
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
     """Peak floating-point operations a second of a device, or None where it is not known.
 
-    A GPU's comes from the table above; a CPU's is measured: the best of a few 1024³ products in `dtype`.
+    A GPU's comes from the table above. A CPU's is measured on one thread and taken times the cores that torch's threads
+    have. What is measured is the time that the thread ran, so that other programs do not count.
     """
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
@@ -49,17 +51,38 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
         return None
     if device.type != "cpu":
         return None
+    n_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        best = max(_speed_of_a_core(dtype) for _ in range(3))
+    finally:
+        torch.set_num_threads(n_threads)
+    return best * min(n_threads, n_cores())
+
+
+def _speed_of_a_core(dtype: torch.dtype, at_least_s: float = 0.1) -> float:
+    """Floating-point operations a second of one thread, in 1024³ products that take at least so much of its time."""
     n = 1024
     a = torch.randn(n, n).to(dtype)
     b = torch.randn(n, n).to(dtype)
     out = a @ b
-    best = 0.0
-    for _ in range(5):
-        begin = time.perf_counter()
+    n_products, begin = 0, time.process_time()
+    while time.process_time() - begin < at_least_s:
         torch.mm(a, b, out=out)
-        seconds = time.perf_counter() - begin
-        best = max(best, 2 * n**3 / seconds)
-    return best
+        n_products += 1
+    return n_products * 2 * n**3 / (time.process_time() - begin)
+
+
+def n_cores() -> int:
+    """The cores that this process may use; two hardware threads that share one are one core."""
+    if not hasattr(os, "sched_getaffinity"):
+        return os.cpu_count() or 1
+    usable = os.sched_getaffinity(0)
+    shared = Path("/sys/devices/system/cpu")
+    try:
+        return len({(shared / f"cpu{number}/topology/thread_siblings_list").read_text() for number in usable})
+    except OSError:
+        return len(usable)
 
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -101,22 +124,6 @@ def pick_device(name: str) -> torch.device:
         reason = str(problem).splitlines()[0]
         raise UserError(f"--device {name}: cannot be used here ({reason}); try auto or cpu") from None
     return device
-
-
-def busy_cores() -> str:
-    """Advice if other programs keep this machine's cores busy, since torch's threads wait for one another. Else "".
-
-    The load is that of the last minute, in which a run before this one may have kept as many cores busy as this will.
-    """
-    n_cores = os.cpu_count() or 1
-    n_threads = torch.get_num_threads()
-    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
-    if n_threads == 1 or load < n_cores + n_threads:
-        return ""
-    return (
-        f"the cores were busy in the last minute (load {load:.1f} on {n_cores}): if steps are slow, set "
-        "OMP_NUM_THREADS to the number of cores that other programs leave free"
-    )
 
 
 def keep_freed_memory() -> None:

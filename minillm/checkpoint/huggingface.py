@@ -43,6 +43,7 @@ SHARED = {
     "max_seq_len": "max_position_embeddings",
     "norm_eps": "rms_norm_eps",
     "tie_embeddings": "tie_word_embeddings",
+    "trained_seq_len": "trained_seq_len",  # others ignore and keep it
 }
 ROPE = ("rope_theta", "rope_scaling")  # every architecture has them, under `rope_parameters`
 NOT_STORED = ("dropout",)  # an option of training: it does not change what a trained model computes
@@ -94,10 +95,13 @@ def to_hf(config: ModelConfig, special_ids: dict[str, int] | None = None, dtype:
     """The contents of config.json. special_ids: bos_token_id and the like, copied as they are."""
     kind = model_type(config)
     rope = _rope_parameters(config)
+    shared = {theirs: getattr(config, ours) for ours, theirs in SHARED.items()}
+    if config.trained_seq_len is None:  # not known
+        del shared["trained_seq_len"]
     written = {
         "architectures": [ARCHITECTURES[kind]],
         "model_type": kind,
-        **{theirs: getattr(config, ours) for ours, theirs in SHARED.items()},
+        **shared,
         "hidden_act": "silu",
         "initializer_range": 0.02,
         "use_cache": True,

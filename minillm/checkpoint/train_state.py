@@ -38,9 +38,17 @@ KINDS = {  # of what a state may hold besides its step
     "threads": int,
     "world": int,
     "torch": str,
+    "device": str,
+    "precision": str,
 }
 FIXED = {"tokenizer", "architecture", "base model", "tuning"}  # fingerprints that no run may change
-MACHINE = {"threads": "threads", "world": "ranks", "torch": "torch version"}  # what rounding depends on: its name
+MACHINE = {  # what rounding depends on: its name
+    "threads": "threads",
+    "world": "ranks",
+    "torch": "torch version",
+    "device": "device",
+    "precision": "matrix products",
+}
 
 
 def fingerprint(*parts) -> str:
@@ -192,8 +200,8 @@ def compare_fingerprints(
 ) -> list[str]:
     """What changed between a saved state, that of the folder `source`, and the present one, as lines to print.
 
-    Both hold "fingerprints" {name: value} and may hold "config" {option: value}, "threads", "world", "torch". Raises
-    `UserError` naming the remedy when a fingerprint differs; with allow_data_change only those of
+    Both hold "fingerprints" {name: value} and may hold "config" {option: value} and the names of
+    `MACHINE`. Raises `UserError` naming the remedy when a fingerprint differs; with allow_data_change only those of
     tokenizer, model and its tuning must agree. free: options that no fingerprint depends on, so that a refusal does not
     mention them.
     """
@@ -211,12 +219,25 @@ def compare_fingerprints(
             f"{source} was made with another {what}{options}: choose another --out, or give what it was made with{flag}"
         )
     lines = [f"{name}: changed since the checkpoint, as --allow_data_change allows" for name in differing]
+    if differing:
+        lines.append(_changed_order(saved, now, other_data="data" in differing))
     lines += changed.values()
     for key, name in MACHINE.items():
         if key in saved and key in now and saved[key] != now[key]:
             change = f"{name}: {saved[key]} in the checkpoint, {now[key]} now"
             lines.append(f"{change}; results agree to rounding, not bit for bit")
     return lines
+
+
+def _changed_order(saved: dict, now: dict, other_data: bool) -> str:
+    """What --allow_data_change does to the order of the data; other_data: whether it is no longer the same text."""
+    before, after = saved.get("config", {}), now.get("config", {})
+    same_order = all(before.get(name) == after.get(name) for name in ("seed", "seq_len", "packing"))
+    if other_data or not same_order or not isinstance(before.get("batch_size"), int):
+        return "data: another order begins; some of what was read comes again, and some may never come"
+    read, following = (saved["step"] * config["batch_size"] for config in (before, after))
+    between = f"{abs(following - read):,} are {'left out' if following > read else 'read again'}"
+    return f"data: {read:,} samples were read, and the next is number {following + 1:,}: {between}"
 
 
 def _changed_options(before: dict, after: dict) -> dict[str, str]:

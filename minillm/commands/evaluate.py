@@ -13,9 +13,13 @@ from minillm.datasets.text_files import BOUNDARIES
 from minillm.datasets.token_bins import TokenBins
 from minillm.distributed.ranks import Ranks
 from minillm.evaluation import answers
-from minillm.evaluation.validation import Validation, read_text
+from minillm.evaluation.rolling import text_batches
+from minillm.evaluation.validation import TextTokens, Validation, read_text, token_loss
 from minillm.generation.load import Loaded
+from minillm.tokenizer.tokenizer import Tokenizer
 from minillm.tuning.virtual_tokens import context_of
+
+UNKNOWN_LENGTH = 1024  # tokens of a window, at most, for a model that does not say at which length it was trained
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,32 +81,22 @@ def _evaluate_texts(config: Config, loaded: Loaded, path: Path) -> None:
         raise UserError(f"--limit {config.limit}: counts questions, and {path} holds texts; say --max_tokens")
     model, tokenizer, folder = loaded
 
-    # the texts: a folder of token bins, or a file to tokenize
-    if path.is_dir() and (path / "meta.json").is_file():
-        texts = TokenBins(path, "val")
-        if texts.meta["tokenizer_sha256"] != tokenizer.sha256:
-            raise UserError(
-                f"--data {path}: prepared with another tokenizer than the model's; evaluate the text itself"
-            )
-        if texts.start_id != tokenizer.start_id:
-            wrap = "eos" if tokenizer.start_id == tokenizer.eos_id else "bos_eos"
-            raise UserError(
-                f"--data {path}: its documents begin otherwise than the model's; prepare it with --wrap {wrap}, or "
-                "evaluate the text itself"
-            )
-    else:
-        texts = read_text(path, tokenizer, split=config.split, field=config.field)
+    texts = _read_texts(config, tokenizer, path)
 
     # windows as in training: as long, and each document on its own unless trained otherwise
     options = trained_with(folder).get("config", {})
-    seq_len = config.seq_len or min(options.get("seq_len", 1024), context_of(model))
-    if seq_len > context_of(model):
-        raise UserError(f"--seq_len {seq_len}: must be 1 to the model's context, {context_of(model)}")
+    context = context_of(model)
+    trained_at = model.config.trained_seq_len or options.get("seq_len")
+    seq_len = config.seq_len or min(trained_at or UNKNOWN_LENGTH, context)
+    if seq_len > context:
+        raise UserError(f"--seq_len {seq_len}: must be 1 to the model's context, {context}")
     documents_alone = options.get("document_attention", True)
     validation = Validation(texts, tokenizer, seq_len, config.max_tokens or 1 << 20, documents_alone)
     ranks = Ranks(0, 1, next(model.parameters()).device)
     scores = validation.scores(model, ranks, contextlib.nullcontext())
 
+    is_as_trained = ", as it was trained" if seq_len == trained_at else ""
+    print(f"  windows         {seq_len:,} tokens{is_as_trained}; the context is {context:,} (--seq_len)")
     n_targets = int(validation.part.mask.sum())
     perplexity = math.exp(min(scores["val_loss"], 700))
     print(f"  documents       {validation.part.n_documents:,} ({n_targets:,} tokens)")
@@ -114,3 +108,24 @@ def _evaluate_texts(config: Config, loaded: Loaded, path: Path) -> None:
         print(f"  bits per byte   not known: {validation.no_bytes}")
     if "floor_bpb" in scores:
         print(f"  floor           {scores['floor_bpb']:.4f} ± {scores['floor_error']:.4f} (of these very documents)")
+    if isinstance(texts, TextTokens):
+        batches = text_batches(validation.part, texts.start_id, texts.eos_id, seq_len)
+        nats, _ = token_loss(model, batches, ranks.device)
+        bits = f", {nats / math.log(2) / validation.n_bytes:.4f} bits per byte" if validation.n_bytes else ""
+        print(f"  text alone      {nats:.4f} nats{bits}: each text by itself, without its end")
+
+
+def _read_texts(config: Config, tokenizer: Tokenizer, path: Path) -> TokenBins | TextTokens:
+    """The validation split of a folder of token bins, or the texts of a file, tokenized."""
+    if not (path.is_dir() and (path / "meta.json").is_file()):
+        return read_text(path, tokenizer, split=config.split, field=config.field)
+    bins = TokenBins(path, "val")
+    if bins.meta["tokenizer_sha256"] != tokenizer.sha256:
+        raise UserError(f"--data {path}: prepared with another tokenizer than the model's; evaluate the text itself")
+    if bins.start_id != tokenizer.start_id:
+        wrap = "eos" if tokenizer.start_id == tokenizer.eos_id else "bos_eos"
+        raise UserError(
+            f"--data {path}: its documents begin otherwise than the model's; prepare it with --wrap {wrap}, or "
+            "evaluate the text itself"
+        )
+    return bins

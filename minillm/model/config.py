@@ -86,6 +86,9 @@ class ModelConfig:
         None, "sliding attention window: a token sees itself and window - 1 before it", at_least=1, at_most=LARGEST
     )
     softcap: float | None = option(None, "logits become softcap * tanh(logits / softcap)", above=0)
+    trained_seq_len: int | None = option(  # set by pretraining
+        None, "tokens of a window in pretraining, often fewer than max_seq_len", at_least=1, at_most=LARGEST
+    )
     dropout: float = option(0.0, "dropout on embeddings and both residual branches", at_least=0, below=1)
 
     def __post_init__(self):

@@ -4,10 +4,14 @@ They come from anywhere, so each value is checked where it is read; what is wron
 """
 
 import json
+import os
 from pathlib import Path
 
-from minillm.base.contents import is_of_kind
+from minillm.base.contents import Contents, is_of_kind
 from minillm.base.errors import UserError
+from minillm.base.json_door import parse_json, read_file
+
+MOST_BYTES = 1 << 27  # of one file; the largest tokenizer.json in use has 33 MB
 
 LARGEST_ID = 1 << 24  # no vocabulary is as large, so that a damaged file cannot name any number
 
@@ -25,9 +29,12 @@ COMPANIONS = (
 
 
 def read_companions(folder: Path) -> dict[str, bytes]:
-    """Contents of those of these files that a folder holds, and of its config.json, by name."""
+    """Contents of those of these files that a folder holds, and of its config.json, by name.
+
+    Raises `UserError` for what is no file.
+    """
     paths = [folder / name for name in (*COMPANIONS, MODEL_CONFIG)]
-    return {path.name: path.read_bytes() for path in paths if path.is_file()}
+    return {path.name: read_file(path, MOST_BYTES) for path in paths if os.path.lexists(path)}
 
 
 def end_ids(files: dict[str, bytes], source: str) -> set[int]:
@@ -50,13 +57,7 @@ def end_ids(files: dict[str, bytes], source: str) -> set[int]:
 
 def read_object(data: bytes, source: str) -> dict:
     """The JSON object in a file. Raises `UserError` naming `source` if it holds something else."""
-    try:
-        value = json.loads(data)
-    except (ValueError, RecursionError) as problem:
-        raise UserError(f"{source}: damaged, it is no JSON ({problem}); copy it again") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{source}: damaged, or of another kind (it holds no JSON object); copy it again")
-    return value
+    return Contents(parse_json(data, source), source).values
 
 
 def to_json(value: dict) -> bytes:
@@ -96,7 +97,8 @@ def chat_template(files: dict[str, bytes], config: dict) -> str | None:
         return files["chat_template.jinja"].decode(errors="replace")
     template = config.get("chat_template")
     if isinstance(template, list):
-        named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
+        entries = [entry for entry in template if isinstance(entry, dict) and isinstance(entry.get("name"), str)]
+        named = {entry["name"]: entry.get("template") for entry in entries}
         if "default" not in named:
             names = ", ".join(map(str, named))
             raise UserError(f"tokenizer_config.json: of its chat templates ({names:.200}) none is named default")

@@ -4,6 +4,7 @@ Nothing of a text is lost here: the character ▁, which SentencePiece takes for
 text is encoded in stretches, so that memory stays small, with the same ids as in one piece.
 """
 
+import math
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -261,7 +262,21 @@ def parse(model_bytes: bytes, source: str) -> proto.ModelProto:
     # Protobuf reads a file cut between two fields without complaint; the specs come after the pieces.
     if not model.pieces or not model.HasField("trainer_spec") or not model.HasField("normalizer_spec"):
         raise UserError(f"{source} ({len(model_bytes):,} bytes): cut short; {remedy}")
+    for number, piece in enumerate(model.pieces):
+        _check_piece(piece, f"{source}: piece {number}")
     return model
+
+
+def _check_piece(piece, source: str) -> None:
+    """Raises `UserError` for a piece that no training writes, and that SentencePiece reads all the same."""
+    try:
+        text = piece.piece
+    except UnicodeDecodeError:
+        raise UserError(f"{source} is not UTF-8; the model is damaged: copy or train it again") from None
+    if not math.isfinite(piece.score):
+        raise UserError(f"{source} {text[:40]!r} has the score {piece.score}; the model is damaged: copy it again")
+    if piece.type == piece.BYTE and not re.fullmatch("<0x[0-9A-Fa-f]{2}>", text):
+        raise UserError(f"{source} {text[:40]!r} is no byte; the model is damaged: copy or train it again")
 
 
 def _rewriting(model: proto.ModelProto) -> str | None:

@@ -18,6 +18,7 @@ import numpy as np
 
 from minillm.base.errors import UserError
 from minillm.base.files import write_file
+from minillm.base.json_door import read_file
 from minillm.tokenizer import added_tokens, around_text, byte_bpe, chat_template, folder_files
 from minillm.tokenizer.chat_template import JINJA, ROLES
 from minillm.tokenizer.folder_files import read_object, to_json
@@ -99,11 +100,9 @@ class Tokenizer:
                 return _load_json(folder)
             folder_files.refuse(folder)
         try:
-            model_bytes = file.read_bytes()
-        except OSError as error:
-            raise UserError(
-                f"{file}: cannot read the tokenizer ({error.strerror}); give a .model file or its folder"
-            ) from None
+            model_bytes = read_file(file, folder_files.MOST_BYTES)
+        except UserError as problem:
+            raise UserError(f"cannot read the tokenizer ({problem}); give a .model file or its folder") from None
         companions = {}
         if file.name == "tokenizer.model":  # without settings beside it, it is what transformers then makes of it
             companions = {"tokenizer_config.json": b"{}"} | folder_files.read_companions(file.parent)

@@ -9,12 +9,14 @@ import re
 import secrets
 from functools import cached_property
 
+from minillm.base.contents import Contents
 from minillm.base.errors import UnsupportedError, UserError
 from minillm.tokenizer.byte_bpe import byte_characters
 from minillm.tokenizer.folder_files import LARGEST_ID, read_object
 from minillm.tokenizer.sentencepiece_model import SPACE_MARK
 
 KINDS = ("BPE", "Unigram", "WordLevel", "WordPiece")
+SMALLEST_LIMIT = 1 << 17  # no file is so small that an id up to here is refused; above, an id needs a byte of the file
 
 # Steps that lose nothing of a text: the bytes of its ids are then the bytes of the text.
 FAITHFUL_NORMALIZERS = {"NFC", "Prepend", "Replace"}
@@ -38,6 +40,7 @@ class TokenizersModel:
         self.data = data
         file = read_object(data, source)
         _check_model(file.get("model"), source)
+        _check_ids(Contents(file, source), min(LARGEST_ID, max(SMALLEST_LIMIT, len(data))))
         self._source = source
         self._text = json.dumps(file | rules) if rules else data.decode(errors="replace")
         self.library = _build(self._text, source)
@@ -46,8 +49,6 @@ class TokenizersModel:
         added = described.get("added_tokens") or []
         self.ids: dict[str, int] = self.library.get_vocab(with_added_tokens=True)
         self.vocab_size = max(self.ids.values(), default=0) + 1
-        if self.vocab_size > LARGEST_ID:
-            raise UserError(f"{source}: damaged, the id {self.vocab_size - 1} is above the limit {LARGEST_ID - 1}")
         for token in file.get("added_tokens") or []:
             if self.ids.get(token["content"]) != token["id"]:
                 raise UserError(f"{source}: damaged, {token['content']!r:.80} has another id than {token['id']}")
@@ -148,6 +149,27 @@ def _check_model(model: object, source: str) -> None:
             right = pair.split(" ")[-1] if isinstance(pair, str) else pair[-1] if pair else ""
             if not str(right).startswith(prefix):
                 raise UserError(f"{source}: damaged, the merge {pair!r:.80} lacks the prefix {prefix[:20]!r}")
+
+
+def _check_ids(file: Contents, limit: int) -> None:
+    """Raises `UserError` for ids and pieces of the wrong kind, ids from `limit` on, or one that two pieces have."""
+    model = file.part("model")
+    seen: dict[int, str] = {}
+    if isinstance(model.values.get("vocab"), dict):
+        for piece, i in model.need("vocab", dict[str, int]).items():
+            _check_id(file.source, piece, i, limit)
+            if seen.setdefault(i, piece) != piece:
+                raise UserError(f"{file.source}: damaged, {seen[i][:40]!r} and {piece[:40]!r} both have the id {i}")
+    for token in file.parts("added_tokens"):
+        piece, i = token.need("content", str), token.need("id", int)
+        _check_id(token.source, piece, i, limit)
+        if seen.setdefault(i, piece) != piece:
+            raise UserError(f"{token.source}: damaged, {seen[i][:40]!r} and {piece[:40]!r} both have the id {i}")
+
+
+def _check_id(source: str, piece: str, i: int, limit: int) -> None:
+    if not 0 <= i < limit:
+        raise UserError(f"{source}: damaged, {piece[:40]!r} has the id {i}: ids of such a file are 0 to {limit - 1:,}")
 
 
 def _build(text: str, source: str):

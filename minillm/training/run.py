@@ -3,8 +3,10 @@
 What is learned, and how, is in the scripts: data, model, optimizer, forward, loss, backward, clip, step, evaluation.
 """
 
+import contextlib
 import dataclasses
 import math
+import os
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -13,8 +15,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from minillm.base import files
-from minillm.base.device import autocast, busy_cores, peak_flops, pick_dtype
+from minillm.base import files, waiting
+from minillm.base.device import autocast, peak_flops, pick_dtype
 from minillm.base.errors import UserError
 from minillm.base.json_door import read_json
 from minillm.base.options import write_toml
@@ -29,7 +31,7 @@ from minillm.training import kernel_check, plot, starting_model
 from minillm.training.config import TrainingConfig
 from minillm.training.metrics import MetricsLog, TensorBoard
 from minillm.training.progress import Progress, duration
-from minillm.training.schedule import Schedule, lr_at, set_lr
+from minillm.training.schedule import Schedule, lr_at, rate_change, saved_schedule, set_lr
 from minillm.training.step import TrainState, seed_step
 from minillm.tuning import peft_format
 from minillm.tuning.adapter import active_adapter
@@ -108,6 +110,7 @@ class Run:
             self.saved |= train_state.read_state(self.source)
             if self.saved["step"] != source_step:
                 raise UserError(f"{self.source}: its training state is of step {self.saved['step']}; bring back a copy")
+            self._take_recorded_threads()
             for line in self._compare_with_saved():
                 self.say(line)
         self.start_step: int = self.saved["step"]
@@ -138,9 +141,26 @@ class Run:
             )
         return run_folder.newest_checkpoint(self.folder, log=self.say)
 
+    def _take_recorded_threads(self) -> None:
+        """Compute on as many threads as the checkpoint's run, since results depend on them in their last bits.
+
+        The user's OMP_NUM_THREADS comes first. torchrun sets it as well, so another number of ranks takes its own.
+        """
+        usual, recorded = torch.get_num_threads(), self.saved.get("threads", 0)
+        same_ranks = self.saved.get("world") == self.ranks.world
+        if self.device.type == "cpu" and same_ranks and "OMP_NUM_THREADS" not in os.environ and 0 < recorded < usual:
+            torch.set_num_threads(recorded)
+            self.say(f"threads: {recorded} of {usual}, as in the checkpoint; OMP_NUM_THREADS={usual} would take all")
+
     def _compare_with_saved(self) -> list[str]:
-        allowed = self.training_config.allow_data_change
-        return train_state.compare_fingerprints(self.saved, self._describe(0), allowed, self.source, FREE)
+        """What differs from the checkpoint's run, in lines."""
+        training_config = self.training_config
+        allowed = training_config.allow_data_change
+        lines = train_state.compare_fingerprints(self.saved, self._describe(0), allowed, self.source, FREE)
+        if self.saved["step"] < training_config.steps and training_config.lr is not None:
+            before = saved_schedule(self.saved.get("config", {}), training_config)
+            lines.append(rate_change(before, Schedule.of(training_config), self.saved["step"]))
+        return [line for line in lines if line]
 
     # ---- before the loop
 
@@ -173,8 +193,6 @@ class Run:
             train_state.restore_optimizers(self.source, state.optimizers, dict(state.model.named_parameters()))
             if state.scaler.is_enabled() and self.saved.get("scaler"):  # empty if it was saved without --dtype float16
                 state.scaler.load_state_dict(self.saved["scaler"])
-        if self.device.type == "cpu" and (busy := busy_cores()):
-            self.say(busy)
         self._check_disk(state)
         self.watchdog.tick(self.start_step)  # everything is loaded: from here on steps must come in time
         self.begun = time.monotonic()
@@ -199,6 +217,10 @@ class Run:
         Before each the learning rate and the seed of its dropout are set. After each the checkpoint is saved if it is
         due, and if a signal has asked any rank to stop, it is saved and no other step follows: see `status`.
         """
+        with waiting.chosen(self.say) if self.device.type == "cpu" else contextlib.nullcontext():
+            yield from self._steps(state)
+
+    def _steps(self, state: TrainState) -> Iterator[int]:
         schedule = Schedule.of(self.training_config)
         for step in range(self.start_step + 1, self.training_config.steps + 1):
             self.step, self.step_begun = step, time.monotonic()
@@ -237,7 +259,10 @@ class Run:
         now = time.monotonic()
         self._count_bad_steps(state)
         speed = n_tokens / (now - self.step_begun)
-        mfu = None if self.peak is None else speed * self.flops / (self.peak * self.ranks.world)
+        mfu = None
+        if self.peak is not None:  # measured or listed too low if a run does more
+            self.peak = max(self.peak, speed * self.flops / self.ranks.world)
+            mfu = speed * self.flops / (self.peak * self.ranks.world)
         row = {"step": self.step, "loss": state.loss, "lr": self.lr, "grad_norm": state.grad_norm}
         row |= {"tokens_per_s": speed, "mfu": mfu, "time_s": self.seconds()}
         self.record(**row)
@@ -328,6 +353,8 @@ class Run:
             "threads": torch.get_num_threads(),
             "world": self.ranks.world,
             "torch": torch.__version__,
+            "device": self.device.type,
+            "precision": str(self.dtype).removeprefix("torch."),
             **self.facts,
         }
 

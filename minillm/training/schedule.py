@@ -1,11 +1,16 @@
 """The learning rate of each step: a pure function of its number, so that a resumed run needs no state for it."""
 
 import math
+import typing
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import torch
 
+from minillm.base.options import convert, declared
 from minillm.training.config import TrainingConfig
+
+OPTIONS = ("lr", "steps", "warmup_steps", "schedule", "min_lr_ratio", "decay_share")  # what a schedule is made of
 
 
 @dataclass(frozen=True)
@@ -20,7 +25,7 @@ class Schedule:
     decay: float  # wsd: the share of all steps in which it falls
 
     @classmethod
-    def of(cls, training_config: TrainingConfig) -> "Schedule":
+    def of(cls, training_config: TrainingConfig | SimpleNamespace) -> "Schedule":
         """What the options of a run say; warm-up that is not given takes 20 steps, but at most a tenth of all."""
         steps, warmup = training_config.steps, training_config.warmup_steps
         return cls(
@@ -50,6 +55,35 @@ def lr_at(step: int, schedule: Schedule) -> float:
         return lr * (min_ratio + (1 - min_ratio) * min(1.0, left))
     done = (step - warmup) / max(1, steps - warmup)
     return lr * (min_ratio + (1 - min_ratio) * 0.5 * (1 + math.cos(math.pi * min(1.0, done))))
+
+
+def saved_schedule(saved: dict, training_config: TrainingConfig) -> Schedule:
+    """The schedule of a checkpoint's options; those that it does not hold are as in `training_config`.
+
+    Raises `UserError` for a value that the option cannot have.
+    """
+    rules, hints = declared(training_config), typing.get_type_hints(type(training_config))
+    values = {name: getattr(training_config, name) for name in OPTIONS}
+    for name in OPTIONS:
+        if saved.get(name) is not None:
+            values[name] = convert(name, rules[name], hints[name], saved[name])
+    return Schedule.of(SimpleNamespace(**values))
+
+
+def rate_change(before: Schedule, after: Schedule, step: int) -> str:
+    """A line on the learning rate after `step` steps if it will not go on as it was planned; else "".
+
+    before, after: the schedule of the steps taken, and that of the steps to come.
+    """
+    upcoming = sorted({step, max(step, after.warmup - 1), after.steps - 1})  # from 0: the next, the peak, the last
+    if all(lr_at(s, before) == lr_at(s, after) for s in upcoming):
+        return ""
+    last, following = lr_at(step - 1, before), lr_at(step, after)
+    listed = ", then ".join(f"{lr_at(s, after):.2e} in step {s + 1:,}" for s in upcoming)
+    line = f"learning rate: {last:.2e} in step {step:,}, now {listed}"
+    if following > 1.05 * last and step >= after.warmup:
+        line += f"; a rise {following / last:.1f} fold: to stay at the last rate, --schedule constant --lr {last:.3g}"
+    return line
 
 
 def set_lr(optimizers: list[torch.optim.Optimizer], lr: float) -> None:

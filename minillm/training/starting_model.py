@@ -80,7 +80,7 @@ def choose_optimizer(training_config, dim: int, share: float = 1.0):
 
 def fingerprints(training_config, model_config: ModelConfig, init: Path | None) -> dict[str, str]:
     """What must not change of the model while a run goes on: its architecture and, with --tune, base and method."""
-    architecture = train_state.fingerprint(huggingface.to_hf(model_config))
+    architecture = train_state.fingerprint(huggingface.to_hf(dataclasses.replace(model_config, trained_seq_len=None)))
     return {"architecture": architecture, **folders.fingerprints(training_config, init)}
 
 

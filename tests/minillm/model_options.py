@@ -26,7 +26,7 @@ OPTIONS = {
     "eps": dict(norm_eps=0.1),
 }
 SIZES = {"vocab_size", "dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "ffn_dim", "max_seq_len"}
-TRAINING_ONLY = {"dropout"}
+TRAINING_ONLY = {"dropout", "trained_seq_len"}
 
 
 def build(seed: int = 1, **change) -> Transformer:

@@ -1,4 +1,4 @@
-"""Benchmarks against the usual tools, both sides in one process: `python -m minillm bench train|generate|tune|data`.
+"""Benchmarks, both sides in one process: `python -m minillm bench train|generate|tune|data|busy`.
 
 Each first checks that both sides compute the same, then times them in turns and prints medians with the versions and
 threads they were measured with.

@@ -254,6 +254,23 @@ def test_a_folder_without_training_state_says_what_to_do(tmp_path):
     assert "format 2" in refused(lambda: train_state.read_state(tmp_path))
 
 
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"batch_size": 320}, "data: 700 samples were read, and the next is number 2,241: 1,540 are left out"),
+        ({"batch_size": 50}, "data: 700 samples were read, and the next is number 351: 350 are read again"),
+        ({"batch_size": 50, "seed": 1}, "data: another order begins; some of what was read comes again"),
+        ({"seq_len": 64}, "data: another order begins"),
+    ],
+)
+def test_what_an_allowed_change_does_to_the_data_is_said(changes, words):
+    config = {"batch_size": 100, "seed": 0, "seq_len": 128}
+    saved = {"step": 7, "fingerprints": {"order": "a"}, "config": config}
+    now = {"fingerprints": {"order": "b"}, "config": config | changes}
+    lines = train_state.compare_fingerprints(saved, now, allow_data_change=True)
+    assert any(line.startswith(words) for line in lines)
+
+
 def test_fingerprints(tmp_path):
     marks = {"tokenizer": "a", "data": "b", "order": "c", "architecture": "d"}
     config = {"lr": 0.1, "betas": (0.9, 0.95), "resume": "auto", "steps": 10, "seed": 0, "lora_rank": 8}
@@ -271,7 +288,8 @@ def test_fingerprints(tmp_path):
         and "--allow_data_change" in text
         and "--out" in text
     )
-    assert len(compare(True, data="x", order="y")) == 2
+    lines = compare(True, data="x", order="y")
+    assert len(lines) == 3 and "another order begins" in lines[2]
     for name in ("tokenizer", "architecture"):
         text = refused(lambda name=name: compare(True, **{name: "x"}))
         assert name in text and "--allow_data_change" not in text

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from minillm.base.errors import UserError
-from minillm.commands.bench import data, generate, train, tune
+from minillm.commands.bench import busy, data, generate, train, tune
 from minillm.generation import completion
 from minillm.model import config
 from minillm.tuning import peft_format
@@ -102,3 +102,26 @@ def test_reading_is_counted_in_tokens(capsys, monkeypatch):
     assert first.startswith("5,000 tokens of uint16, batches of 2000 × 10") and second.startswith(
         "  2 million tokens/s"
     )
+
+
+def test_a_run_stands_beside_its_neighbours(capsys):
+    busy.run(busy.Config(rows=2, seq_len=8, neighbours=(1,), seconds=0.01, repeats=1))
+    _, _, head, *rows = capsys.readouterr().out.splitlines()
+    assert all(name in head for name in busy.SIDES)
+    assert [row.split()[0] for row in rows] == ["0", "1"]
+    assert all(row.count(" tok/s (") == 2 for row in rows) and "(100%)" in rows[0]
+
+
+@pytest.mark.parametrize(
+    ("n_threads", "n_neighbours", "n_cores", "share"),
+    [(2, 0, 2, 1.0), (2, 1, 2, 2 / 3), (2, 8, 2, 1 / 5), (1, 1, 2, 1.0), (4, 4, 16, 1.0), (16, 16, 16, 0.5)],
+)
+def test_the_fair_share(n_threads, n_neighbours, n_cores, share):
+    assert busy.fair_share(n_threads, n_neighbours, n_cores) == pytest.approx(share)
+
+
+def test_neighbours_end_with_the_benchmark():
+    with pytest.raises(KeyboardInterrupt), busy.busy_neighbours(2) as processes:
+        assert [process.poll() for process in processes] == [None, None]
+        raise KeyboardInterrupt
+    assert all(process.poll() is not None for process in processes)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from minillm.base import device
 from minillm.base.errors import UserError
 from minillm.distributed import ranks, watchdog
-from minillm.distributed.ranks import Ranks, micro_batch, os, start
+from minillm.distributed.ranks import Ranks, micro_batch, start
 from minillm.distributed.watchdog import Watchdog
 
 CPU = torch.device("cpu")
@@ -56,18 +56,6 @@ def test_a_micro_batch_not_asked_for_is_a_rank_s_share_up_to_32(batch, world, mi
 def test_a_device_that_is_not_there_is_refused(name):
     with pytest.raises(UserError, match=f"--device {name}: .*try auto or cpu"):
         device.pick_device(name)
-
-
-def test_a_machine_that_others_keep_busy_is_told_of_the_remedy(monkeypatch):
-    monkeypatch.setattr(os, "cpu_count", lambda: 2)
-    monkeypatch.setattr(os, "getloadavg", lambda: (load, 0.0, 0.0))
-    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-    load, threads = 4.6, 2
-    assert "load 4.6 on 2" in device.busy_cores() and "OMP_NUM_THREADS" in device.busy_cores()
-    load = 3.9  # a run of two threads has ended just now
-    assert device.busy_cores() == ""
-    load, threads = 4.6, 1
-    assert device.busy_cores() == ""
 
 
 def test_devices():

@@ -4,6 +4,7 @@ import sys
 import pytest
 import torch
 
+from minillm.base import device
 from minillm.base.device import peak_flops
 from minillm.training.progress import Progress, duration, time
 
@@ -102,3 +103,16 @@ def test_the_peak_of_a_gpu_is_its_own(monkeypatch, name, dtype, teraflops):
 def test_the_peak_of_a_cpu_is_measured():
     assert 1e8 < peak_flops(torch.device("cpu"), torch.float32) < 1e14
     assert peak_flops(torch.device("mps"), torch.float32) is None
+
+
+def test_the_peak_of_a_cpu_is_that_of_all_its_threads_in_time_of_their_own(monkeypatch):
+    """Other programs take time, but none of the thread's own."""
+    threads = []
+    monkeypatch.setattr(device, "n_cores", lambda: 3)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)  # two of them share a core
+    monkeypatch.setattr(torch, "set_num_threads", threads.append)
+    own_time = iter([0.0, 0.0, 0.05, 0.2, 0.2] * 3)  # two products in 0.2 s
+    monkeypatch.setattr(device.time, "process_time", lambda: next(own_time))
+    monkeypatch.setattr(device.time, "perf_counter", None)
+    assert peak_flops(torch.device("cpu"), torch.float32) == pytest.approx(3 * 2 * 2 * 1024**3 / 0.2)
+    assert threads == [1, 4]

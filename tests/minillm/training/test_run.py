@@ -146,6 +146,95 @@ def test_rows_of_metrics(new_run, state, tmp_path, monkeypatch):
     assert 0 <= row["time_s"] < 60
 
 
+def test_no_run_uses_more_than_its_machine_has(new_run, state, tmp_path, monkeypatch):
+    """A peak that other programs spoiled is below what the run reaches."""
+    now = [100.0]
+    monkeypatch.setattr(run.time, "monotonic", lambda: now[0])
+    one = new_run(lr=0.1)
+    one.flops, one.peak = 1000, 75e3
+    for step, took in ((1, 2.0), (2, 1.0), (3, 4.0)):
+        one.step, one.step_begun = step, now[0]
+        now[0] += took
+        one.log_step(state, n_tokens=100)
+    rows = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["mfu"] for row in rows] == pytest.approx([50 / 75, 1.0, 0.25])
+
+
+@pytest.fixture
+def seven_threads():
+    """torch computes on seven threads; in the end on as many as before."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(7)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(
+    ("recorded", "changes", "environment", "taken", "words"),
+    [
+        (3, {}, {}, 3, "threads: 3 of 7, as in the checkpoint; OMP_NUM_THREADS=7 would take all"),
+        (7, {}, {}, 7, ""),
+        (9, {}, {}, 7, "threads: 9 in the checkpoint, 7 now; results agree to rounding, not bit for bit"),
+        (3, {}, {"OMP_NUM_THREADS": "7"}, 7, "threads: 3 in the checkpoint, 7 now; results agree"),
+        (3, {"world": 2}, {}, 7, "threads: 3 in the checkpoint, 7 now; results agree"),
+        (-1, {}, {}, 7, "threads: -1 in the checkpoint, 7 now"),
+    ],
+)
+def test_a_run_goes_on_with_the_threads_it_began_with(
+    new_run, state, seven_threads, monkeypatch, capsys, recorded, changes, environment, taken, words
+):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    one = new_run()
+    one.step = 5
+    save_state(one, state, threads=recorded, **changes)
+    capsys.readouterr()
+    one.lock.release()
+    new_run()
+    assert torch.get_num_threads() == taken
+    told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("threads")]
+    assert words in "\n".join(told) and bool(told) == bool(words)
+
+
+def save_state(one: run.Run, state: TrainState, **changes) -> None:
+    """A checkpoint of the run's step, its state changed in these values."""
+    describe = one._describe
+    one._describe = lambda step: describe(step) | changes
+    one.save(state)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"device": "cuda"}, "device: cuda in the checkpoint, cpu now; results agree to rounding"),
+        ({"precision": "bfloat16"}, "matrix products: bfloat16 in the checkpoint, float32 now; results agree"),
+    ],
+)
+def test_what_auto_stands_for_is_compared_and_not_the_word(new_run, state, capsys, changes, words):
+    one = new_run()
+    one.step = 5
+    save_state(one, state, **changes)
+    one.lock.release()
+    new_run()
+    assert words in capsys.readouterr().out
+
+
+def test_a_lengthened_run_says_what_its_rate_will_do(new_run, state, capsys):
+    one = new_run(lr=0.1)
+    one.step = 10
+    one.save(state)
+    one.lock.release()
+    new_run(lr=0.1).lock.release()
+    assert "learning rate" not in capsys.readouterr().out
+    one = new_run(lr=0.1, steps=20)
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("learning rate")]
+    assert line.startswith("learning rate: 1.27e-02 in step 10, now 6.28e-02 in step 11, then 1.07e-02 in step 20; a ")
+    # that is what it does
+    (first, *_, last) = [one.lr for _ in one.steps(state)]
+    assert f"{first:.2e}" == "6.28e-02" and f"{last:.2e}" == "1.07e-02"
+
+
 def test_the_time_left_is_that_of_steps_after_the_first(new_run, state, monkeypatch):
     now, shown = [100.0], []
     monkeypatch.setattr(run.time, "monotonic", lambda: now[0])

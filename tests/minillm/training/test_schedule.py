@@ -2,8 +2,9 @@ import dataclasses
 
 import pytest
 
+from minillm.base.errors import UserError
 from minillm.training.config import TrainingConfig
-from minillm.training.schedule import Schedule, lr_at
+from minillm.training.schedule import Schedule, lr_at, rate_change, saved_schedule
 
 SCHEDULE = Schedule(lr=1.0, steps=100, warmup=10, shape="cosine", min_ratio=0.1, decay=0.2)
 
@@ -33,3 +34,53 @@ def test_options_have_all_that_the_learning_rate_needs():
     assert lr_at(100, schedule) == pytest.approx(0.05)
     usual = [Schedule.of(TrainingConfig(lr=0.5, steps=steps)).warmup for steps in (5, 20, 200, 2000)]
     assert usual == [0, 2, 20, 20]
+
+
+@pytest.mark.parametrize(
+    ("shape", "step", "changes", "words"),
+    [
+        # finished, then lengthened: by hand, cos(π 90/190) = 0.0826 and so 0.1 + 0.9 · 0.5413
+        (
+            "cosine",
+            100,
+            {"steps": 200},
+            "learning rate: 1.00e-01 in step 100, now 5.87e-01 in step 101, then 1.00e-01 in step 200; a rise 5.9 "
+            "fold: to stay at the last rate, --schedule constant --lr 0.1",
+        ),
+        (
+            "wsd",
+            100,
+            {"steps": 200},
+            "learning rate: 1.45e-01 in step 100, now 1.00e+00 in step 101, then 1.23e-01 in step 200; a rise 6.9 "
+            "fold: to stay at the last rate, --schedule constant --lr 0.145",
+        ),
+        # lengthened before it falls, shortened, another peak: said, but nothing rises
+        ("wsd", 50, {"steps": 200}, "1.00e+00 in step 50, now 1.00e+00 in step 51, then 1.23e-01 in step 200"),
+        ("cosine", 55, {"steps": 60}, "now 1.22e-01 in step 56, then 1.01e-01 in step 60"),
+        ("constant", 50, {"lr": 0.5}, "learning rate: 1.00e+00 in step 50, now 5.00e-01 in step 51, then 5.00e-01"),
+        ("constant", 50, {"shape": "cosine"}, "1.00e+00 in step 50, now 6.28e-01 in step 51"),
+        # in the warm-up a rise is what is planned
+        ("constant", 5, {"lr": 2.0}, "5.00e-01 in step 5, now 1.20e+00 in step 6, then 2.00e+00 in step 10, then"),
+        # nothing changes in the steps to come
+        ("constant", 50, {"steps": 200}, ""),
+        ("cosine", 50, {}, ""),
+        ("wsd", 50, {"warmup": 20}, ""),
+    ],
+)
+def test_a_changed_schedule_is_said_with_what_the_rate_will_do(shape, step, changes, words):
+    before = dataclasses.replace(SCHEDULE, shape=shape)
+    line = rate_change(before, dataclasses.replace(before, **changes), step)
+    assert line.endswith(words) or words in line
+    assert bool(line) == bool(words)
+    assert ("a rise" in line) == ("a rise" in words)
+
+
+def test_the_schedule_of_a_checkpoint_is_read_from_its_options():
+    now = TrainingConfig(lr=0.5, steps=200, warmup_steps=None)
+    saved = {"lr": 0.25, "steps": 100, "warmup_steps": None, "schedule": "wsd", "unknown": [1]}
+    before = saved_schedule(saved, now)
+    assert before == Schedule.of(dataclasses.replace(now, lr=0.25, steps=100, schedule="wsd"))
+    assert saved_schedule({}, now) == Schedule.of(now)
+    for damaged in ({"steps": "many"}, {"lr": [1]}, {"lr": float("nan")}, {"schedule": 3}, {"decay_share": 7}):
+        with pytest.raises(UserError, match=f"--{next(iter(damaged))} "):
+            saved_schedule(damaged, now)

@@ -1,0 +1,203 @@
+"""How the threads of a CPU wait for one another: awake while the cores are free, asleep while others want them too.
+
+torch cuts an op into parts, one for each thread of its *team*, and goes on when the last part is done; a small model's
+step has hundreds of such meetings. A thread can wait in two ways:
+
+- awake: it looks again and again (spinning), goes on within a microsecond, and keeps its core busy meanwhile.
+- asleep: the system gives the core to others, and wakes the thread later, which takes some ten microseconds.
+
+On a free machine awake is faster by a fifth. Where other programs want the cores it is ruinous: the one that waits
+holds the very core that the awaited one needs, until the system takes it away some milliseconds later, meeting after
+meeting. So neither is right for all of a run, and the choice is made while it goes on.
+
+The team of torch's Linux wheels is GNU OpenMP's (libgomp). A thread waits awake for 300,000 looks, about 3 ms, then
+asleep; in a process with more OpenMP threads than cores it sleeps after 1,000 looks already
+(gcc.gnu.org/onlinedocs/libgomp/GOMP_005fSPINCOUNT.html). The threads are counted at each wait. So one more team, which
+does nothing, sends the others to sleep at their next meeting, and when it ends they wait awake again. Results depend on
+the number of threads alone: how they wait changes no bit.
+
+A thread that is woken still has to get a core. Where several want one, Linux lets each have it for turns of about 3 ms,
+and a thread that has had its share waits as long for its next turn, all of its team with it. So threads that sleep also
+ask for turns of 0.1 ms: the same share, in pieces of about the length of an op. Linux before 6.12 ignores that.
+
+Whether others want our cores is in /proc/self/task/*/schedstat: for how long each of our threads has run, and for how
+long it could have run but had no core.
+"""
+
+import contextlib
+import ctypes
+import os
+import platform
+import struct
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+
+TASKS = Path("/proc/self/task")
+LOOK_S = 0.5  # seconds between two looks at the cores
+TRY_S = 0.1  # seconds of the first look
+CROWDED = 0.1  # share of their time that our threads are kept from a core, from which on they sleep
+FREE = 0.02  # and below which no other program is there
+TURN_NS = 100_000  # nanoseconds of a core that a thread asks for at once, while threads sleep
+QUIET_LOOKS = 20  # that find the cores free, one after another, before threads wait awake again
+
+
+@contextlib.contextmanager
+def chosen(say: Callable[[str], None]) -> Iterator[None]:
+    """Context in which torch's threads wait as suits the machine at the time.
+
+    say: prints a line. It is told the number of threads and how they wait, later the first change in each direction;
+    where the way of waiting cannot be chosen, the number of threads alone.
+    """
+    n_threads = torch.get_num_threads()
+    openmp = gnu_openmp(n_threads)
+    threads = f"{n_threads} CPU thread{'s' if n_threads > 1 else ''}"
+    if openmp is None:
+        say(threads)
+        yield
+        return
+
+    # the first look: meetings that do nothing else, to see whether the threads get their cores
+    waiting = Waiting(openmp, n_threads)
+    before, end = read_times(), time.perf_counter() + TRY_S
+    while time.perf_counter() < end:
+        waiting.meet(n_threads)
+    waiting.look(share_without_core(before, read_times()))
+    say(f"{threads}, which {waiting.words}")
+
+    # the others: now and then, from a thread of their own, however long a step takes
+    over = threading.Event()
+    watcher = threading.Thread(target=waiting.watch, args=(over, say), daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        over.set()
+        watcher.join()
+        waiting.wake()
+
+
+class Waiting:
+    """How torch's team waits at present, and the choice of it."""
+
+    def __init__(self, openmp: ctypes.CDLL, n_threads: int):
+        """openmp: the library of the team. n_threads: of the team."""
+        self.openmp = openmp
+        # as many idle threads as make all of them one more than the cores; the first is the one that keeps them
+        self.n_idle = openmp.omp_get_num_procs() - n_threads + 2
+        self.end_idle_team: threading.Event | None = None  # None: there is no such team, threads wait awake
+        self.n_quiet = 0  # looks in a row that found the cores free
+
+    @property
+    def words(self) -> str:
+        """What the threads do, to be printed."""
+        if self.end_idle_team is None:
+            return "wait for one another awake: no other program needs their cores"
+        return "wait for one another asleep: other programs need their cores too"
+
+    def look(self, share: float) -> None:
+        """Choose by the share of their time that our threads were kept from a core."""
+        self.n_quiet = self.n_quiet + 1 if share < FREE else 0
+        if share > CROWDED:
+            self.sleep()
+        elif self.n_quiet >= QUIET_LOOKS:
+            self.wake()
+
+    def watch(self, over: threading.Event, say: Callable[[str], None]) -> None:
+        """Look until `over` is set; say of each way of waiting the first change to it."""
+        seen, now, said = read_times(), self.words, set()
+        while not over.wait(LOOK_S):
+            before, seen = seen, read_times()
+            self.look(share_without_core(before, seen))
+            if self.words not in (now, *said):
+                say(f"the threads now {self.words}")
+                said.add(self.words)
+            now = self.words
+
+    def meet(self, n_threads: int) -> None:
+        """Let so many threads of the calling thread's team meet once. It is made if it does not exist, and stays."""
+        nothing_to_do = self.openmp.omp_get_num_threads  # any function of the library will do
+        self.openmp.GOMP_parallel(nothing_to_do, None, n_threads, 0)
+
+    def sleep(self) -> None:
+        """From the next meeting on, threads wait asleep."""
+        if self.end_idle_team is not None:
+            return
+        made, end = threading.Event(), threading.Event()
+
+        def keep_idle_team() -> None:
+            self.meet(self.n_idle)
+            made.set()
+            end.wait()  # a team lives as long as the thread that has made it
+
+        threading.Thread(target=keep_idle_team, daemon=True).start()
+        made.wait()
+        self.end_idle_team = end
+        ask_for_turns(TURN_NS)
+
+    def wake(self) -> None:
+        """From the next meeting on, threads wait awake."""
+        if self.end_idle_team is not None:
+            self.end_idle_team.set()
+            self.end_idle_team = None
+            ask_for_turns(0)
+
+
+def gnu_openmp(n_threads: int) -> ctypes.CDLL | None:
+    """The library behind torch's team if it waits as told above; else None.
+
+    None, too, where there is no choice (one thread, more threads than cores), where the user has made it, or where the
+    system does not tell how its threads fare.
+    """
+    if sys.platform != "linux" or n_threads == 1 or not Path("/proc/self/schedstat").exists():
+        return None
+    if {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():
+        return None
+    library = ctypes.CDLL(None)  # what is loaded for all, in the order in which torch finds it
+    is_gnu = hasattr(library, "GOMP_parallel") and not hasattr(library, "kmp_set_blocktime")  # Intel's and LLVM's
+    if not is_gnu or "ATen parallel backend: OpenMP" not in torch.__config__.parallel_info():
+        return None
+    return library if n_threads <= library.omp_get_num_procs() else None
+
+
+def read_times() -> dict[str, tuple[int, int]]:
+    """Of each thread of this process: nanoseconds that it has run, and that it could have run but had no core."""
+    times = {}
+    for task in TASKS.iterdir():
+        with contextlib.suppress(OSError):  # it has ended since
+            run, kept_waiting, _ = (task / "schedstat").read_text().split()
+            times[task.name] = int(run), int(kept_waiting)
+    return times
+
+
+def share_without_core(before: dict[str, tuple[int, int]], after: dict[str, tuple[int, int]]) -> float:
+    """Share of the time between two readings in which threads that could have run had no core; 0 if none wanted to."""
+    run = kept_waiting = 0
+    for task, (run_after, kept_waiting_after) in after.items():
+        run_before, kept_waiting_before = before.get(task, (0, 0))
+        run += run_after - run_before
+        kept_waiting += kept_waiting_after - kept_waiting_before
+    return kept_waiting / max(1, run + kept_waiting)
+
+
+SCHED_SETATTR = {"x86_64": 314, "aarch64": 274}  # the number of the system call, for which glibc got a name late
+
+
+def ask_for_turns(ns: int) -> None:
+    """Ask for turns of so many nanoseconds for each thread of this process; 0: of the usual length.
+
+    See sched_setattr(2). Priorities stay; where the system refuses or does not know it, nothing happens.
+    """
+    number = SCHED_SETATTR.get(platform.machine())
+    for task in TASKS.iterdir() if number else ():
+        thread = int(task.name)
+        with contextlib.suppress(OSError):  # it has ended since
+            if os.sched_getscheduler(thread) == os.SCHED_OTHER:
+                nice = os.getpriority(os.PRIO_PROCESS, thread)
+                # its size, then policy, flags, nice, priority, runtime, deadline, period
+                attributes = struct.pack("IIQiIQQQ", 48, os.SCHED_OTHER, 0, nice, 0, ns, 0, 0)
+                ctypes.CDLL(None).syscall(number, thread, attributes, 0)

@@ -1,0 +1,205 @@
+"""No times here: what is chosen from readings of the cores, and that torch's threads then sleep or stay awake."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from minillm.base import waiting
+
+ROOT = Path(__file__).parents[3]
+
+
+class FakeOpenMP:
+    """Counts the meetings of teams by their number of threads."""
+
+    def __init__(self, n_cores: int):
+        self.n_cores, self.teams = n_cores, []
+        self.omp_get_num_threads = None
+
+    def omp_get_num_procs(self) -> int:
+        return self.n_cores
+
+    def GOMP_parallel(self, function, data, n_threads: int, flags: int) -> None:
+        self.teams.append(n_threads)
+
+
+def sleeping(one: waiting.Waiting, shares: list[float]) -> list[bool]:
+    """Whether threads sleep after each look."""
+    asleep = []
+    for share in shares:
+        one.look(share)
+        asleep.append("asleep" in one.words)
+    return asleep
+
+
+def test_threads_sleep_from_the_first_look_that_finds_the_cores_crowded():
+    one = waiting.Waiting(FakeOpenMP(2), 2)
+    assert sleeping(one, [0.0, 0.05, waiting.CROWDED, 0.11, 0.5]) == [False, False, False, True, True]
+    one.wake()
+
+
+def test_threads_wake_only_after_many_quiet_looks_in_a_row():
+    one = waiting.Waiting(FakeOpenMP(2), 2)
+    quiet = [0.0] * (waiting.QUIET_LOOKS - 1)
+    assert all(sleeping(one, [0.5, *quiet, 0.05, *quiet]))  # 0.05: something was there
+    assert sleeping(one, [0.0, 0.0]) == [False, False]
+
+
+@pytest.mark.parametrize(("n_cores", "n_threads"), [(2, 2), (8, 2), (8, 8), (64, 3)])
+def test_the_idle_team_makes_one_thread_more_than_there_are_cores(n_cores, n_threads):
+    openmp = FakeOpenMP(n_cores)
+    one = waiting.Waiting(openmp, n_threads)
+    one.sleep()
+    one.sleep()  # asleep already: no second one
+    (idle_team,) = openmp.teams
+    assert n_threads + idle_team - 1 == n_cores + 1  # libgomp counts the thread that makes a further team only once
+    one.wake()
+
+
+def test_the_share_without_a_core_is_of_the_time_between_two_readings():
+    before = {"1": (100, 50), "2": (10, 0), "ended": (7, 7)}
+    after = {"1": (160, 70), "2": (20, 0), "new": (20, 10)}
+    assert waiting.share_without_core(before, after) == pytest.approx(30 / (60 + 10 + 20 + 30))
+    assert waiting.share_without_core(after, after) == 0
+
+
+def test_each_change_is_said_once(monkeypatch):
+    one = waiting.Waiting(FakeOpenMP(2), 2)
+    monkeypatch.setattr(waiting, "QUIET_LOOKS", 1)
+    shares = iter([0.0, 0.5, 0.5, 0.0, 0.5, 0.0])
+    monkeypatch.setattr(waiting, "read_times", dict)
+    monkeypatch.setattr(waiting, "share_without_core", lambda before, after: next(shares))
+
+    class SixLooks:
+        left = 6
+
+        def wait(self, seconds: float) -> bool:
+            self.left -= 1
+            return self.left < 0
+
+    said = []
+    one.watch(SixLooks(), said.append)
+    assert [line.split(":")[0] for line in said] == [
+        "the threads now wait for one another asleep",
+        "the threads now wait for one another awake",
+    ]
+
+
+TURNS = """
+import ctypes, os, platform, struct, threading
+from minillm.base import waiting
+
+SCHED_GETATTR = {"x86_64": 315, "aarch64": 275}
+
+def nice_and_turn(thread):
+    room = ctypes.create_string_buffer(48)
+    ctypes.CDLL(None).syscall(SCHED_GETATTR[platform.machine()], thread, room, 48, 0)
+    _, policy, _, nice, _, runtime, _, _ = struct.unpack("IIQiIQQQ", room.raw)
+    return policy, nice, runtime
+
+os.nice(3)
+end = threading.Event()
+other = threading.Thread(target=end.wait)
+other.start()
+threads = (os.getpid(), other.native_id)
+before = [nice_and_turn(thread) for thread in threads]
+waiting.ask_for_turns(200_000)
+asked = [nice_and_turn(thread) for thread in threads]
+waiting.ask_for_turns(0)
+assert [nice_and_turn(thread) for thread in threads] == before
+end.set()
+print(before, asked)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux")
+def test_all_threads_ask_for_short_turns_and_keep_their_priority():
+    command = [sys.executable, "-c", TURNS]
+    told = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert told.returncode == 0, told.stderr
+    (policy, nice, usual), *_ = before = eval(told.stdout.partition("] ")[0] + "]")
+    asked = eval(told.stdout.partition("] ")[2])
+    assert before == [(policy, nice, usual)] * 2
+    turn = 200_000 if usual else 0  # Linux before 6.12 has no turns
+    assert asked == [(policy, nice, turn)] * 2 and nice >= 3
+
+
+@pytest.mark.parametrize(
+    ("platform", "n_threads", "environment"),
+    [
+        ("darwin", 2, {}),
+        ("win32", 2, {}),
+        ("linux", 1, {}),
+        ("linux", 10_000, {}),  # more than cores: they sleep anyway
+        ("linux", 2, {"OMP_WAIT_POLICY": "PASSIVE"}),
+        ("linux", 2, {"GOMP_SPINCOUNT": "10000"}),
+    ],
+)
+def test_where_nothing_can_be_chosen_nothing_is_said_of_it(monkeypatch, platform, n_threads, environment):
+    monkeypatch.setattr(sys, "platform", platform)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: n_threads)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    said = []
+    with waiting.chosen(said.append):
+        pass
+    assert said == [f"{n_threads} CPU thread{'s' * (n_threads > 1)}"]
+
+
+MEETINGS = """
+import re, time, torch
+from pathlib import Path
+from minillm.base import waiting
+
+torch.set_num_threads(2)
+numbers = torch.linspace(0, 1, 1 << 18)
+
+def switches():
+    found = re.findall
+    return sum(
+        int(found(r"^voluntary_ctxt_switches:\\s+(\\d+)", (task / "status").read_text(), re.M)[0])
+        for task in Path("/proc/self/task").iterdir()
+    )
+
+def meet():
+    before = switches()
+    total = 0.0
+    for _ in range(200):
+        total += float(numbers.exp().sum())
+        end = time.perf_counter() + 3e-4  # the other thread waits meanwhile
+        while time.perf_counter() < end:
+            pass
+    return switches() - before, total
+
+openmp = waiting.gnu_openmp(2)
+if openmp is None:
+    print("no choice here")
+else:
+    meet()
+    one = waiting.Waiting(openmp, 2)
+    results = []
+    for change in (one.wake, one.sleep, one.wake):
+        change()
+        time.sleep(0.2)  # a team that is given up ends in its own time
+        results.append(meet())
+    (awake, a), (asleep, b), (awake_again, c) = results
+    assert a == b == c, "how threads wait must not change what they compute"
+    print(awake, asleep, awake_again)
+"""
+
+
+def test_an_idle_team_sends_torchs_threads_to_sleep_and_changes_no_bit():
+    """Counted by the system: a thread that falls asleep gives up its core of its own accord."""
+    environment = {name: value for name, value in os.environ.items() if "OMP" not in name}
+    command = [sys.executable, "-c", MEETINGS]
+    told = subprocess.run(command, capture_output=True, text=True, env=environment | {"PYTHONPATH": str(ROOT)})
+    assert told.returncode == 0, told.stderr
+    if not re.fullmatch(r"\d+ \d+ \d+\n", told.stdout):
+        pytest.skip(told.stdout)
+    awake, asleep, awake_again = map(int, told.stdout.split())
+    assert asleep > 150 and awake < asleep / 2 and awake_again < asleep / 2
