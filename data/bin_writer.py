@@ -18,7 +18,6 @@ it open goes on reading the old file.
 """
 
 import contextlib
-import json
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -29,8 +28,10 @@ from typing import BinaryIO
 import numpy as np
 
 from data.sources import Group, check_unchanged, checksum, tokenizer_key
-from minillm.base import files
+from minillm.base import files, json_door
+from minillm.base.contents import Contents
 from minillm.base.errors import UserError
+from minillm.datasets.token_bins import MOST_META_BYTES
 from minillm.tokenizer.tokenizer import Tokenizer
 
 SPLITS = ("train", "val")
@@ -45,10 +46,37 @@ BY_KEY = re.compile(r"[0-9a-f]{32}-\d+\.(json|(train|val)\.(bin|sizes))")  # nam
 def read_json(file: Path) -> dict:
     """The JSON object in a file; {} if it cannot be read."""
     try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return json_door.read_object(file, MOST_META_BYTES).values
+    except UserError:
         return {}
-    return value if isinstance(value, dict) else {}
+
+
+def read_record(values: dict) -> dict:
+    """The record of a group's bins, {} unless every value is of its kind: they are then made again.
+
+    The names in it are of the forms above, since files are renamed by them: a folder may come from elsewhere.
+    """
+    record = Contents(values, "record")
+    try:
+        record.need("tokenizer", str)
+        is_ours = BY_KEY.fullmatch(f"{record.need('key', str)}.json") is not None
+        for name in ("bad_lines", "empty_documents"):
+            record.need(name, int, at_least=0)
+        for source in record.parts("sources"):
+            source.need("file", str)
+            source.need("sha256", str)
+            source.need("first_bad", list[str])
+        for split in SPLITS:
+            counts = record.part(split)
+            for name in ("tokens", "documents", "bytes"):
+                counts.need(name, int, at_least=0)
+            for name in SHA256.values():
+                counts.get(name, str)
+            name = counts.get("name", str, f"{split}-00000{BIN}")  # null if it has no tokens
+            is_ours &= NUMBERED.fullmatch(name) is not None and name.endswith(BIN)
+    except UserError:
+        return {}
+    return values if is_ours else {}
 
 
 # ---- The bins of one group.
@@ -200,11 +228,8 @@ class BinFolder:
 
     def whole_records(self, groups: list[Group], token_bytes: int) -> dict[str, dict]:
         """Key → record of those groups whose bins are there and whole, once the folder is taken apart."""
-        records = []
-        for group in groups:
-            record = read_json(self.unfinished / f"{group.key}.json")
-            if record.get("key") == group.key:
-                records.append(record)
+        records = [read_record(read_json(self.unfinished / f"{group.key}.json")) for group in groups]
+        records = [record for record, group in zip(records, groups, strict=True) if record.get("key") == group.key]
 
         def named_by_key(record: dict, split: str, kind: str) -> Path:
             return bin_path(self.unfinished, record["key"], split, kind)
@@ -220,7 +245,7 @@ class BinFolder:
         """File → what its tokens were made from in earlier preparations, once the folder is taken apart."""
         sources = {}
         for path in sorted(self.unfinished.glob("*-*.json")):
-            record = read_json(path)
+            record = read_record(read_json(path))
             for source in record.get("sources", []):
                 sources[source["file"]] = source | {"tokenizer": record["tokenizer"]}
         return sources
@@ -257,20 +282,13 @@ def _files_of(record: dict) -> Iterator[tuple[str, str, str]]:
 
 
 def _records_in(meta_file: Path) -> list[dict]:
-    """The records of all bins; none if meta.json is missing, damaged or of an earlier version.
-
-    The names in them are of the forms above, since files are renamed by them: a folder may come from elsewhere.
-    """
+    """The records of all bins; none if meta.json is missing, damaged or of an earlier version."""
     meta = read_json(meta_file)
-    records = meta.get("bins", [])
-    if meta.get("bins_sha256") != checksum(records):
+    records = meta.get("bins")
+    if not isinstance(records, list) or meta.get("bins_sha256") != checksum(records):
         return []
-    with contextlib.suppress(KeyError, TypeError):
-        keys_fit = all(BY_KEY.fullmatch(f"{record['key']}.json") for record in records)
-        names = [record[split]["name"] for record in records for split in SPLITS]
-        if keys_fit and all(name is None or (NUMBERED.fullmatch(name) and name.endswith(BIN)) for name in names):
-            return records
-    return []
+    are_whole = all(isinstance(record, dict) and read_record(record) for record in records)
+    return records if are_whole else []
 
 
 def _check_bins(records: list[dict], path_of: Callable[[dict, str, str], Path], token_bytes: int) -> list[bool]:

@@ -218,7 +218,7 @@ def _usual_wrap(out: Path, tokenizer: Tokenizer | None) -> str:
     """
     before = read_json(out / "meta.json")
     if before and (tokenizer is None or before.get("tokenizer_sha256") == tokenizer.sha256):
-        return before.get("wrap", "eos")
+        return "bos_eos" if before.get("wrap") == "bos_eos" else "eos"
     begins_with_bos = tokenizer is None or tokenizer.start_id != tokenizer.eos_id
     return "bos_eos" if begins_with_bos else "eos"
 
@@ -239,7 +239,7 @@ def _learn(folder: BinFolder, size: int, sources: list[Source], learnt_from: str
     """A tokenizer of the training documents; the one in the folder if it is just that."""
     out = folder.out
     meta = read_json(out / "meta.json")
-    if meta.get("learnt_from") == learnt_from and _holds(out, meta["tokenizer_sha256"]):
+    if meta.get("learnt_from") == learnt_from and _holds(out, meta.get("tokenizer_sha256")):
         return Tokenizer.load(out)
     print(f"{out}: learning a tokenizer of {size:,} pieces", flush=True)
     folder.refuse_other_tokenizer("")
@@ -250,7 +250,7 @@ def _learn(folder: BinFolder, size: int, sources: list[Source], learnt_from: str
     return tokenizer
 
 
-def _holds(out: Path, tokenizer_sha256: str) -> bool:
+def _holds(out: Path, tokenizer_sha256: str | None) -> bool:
     files = [out / name for name in ("tokenizer.model", "tokenizer.json")]  # SentencePiece's, a byte-level BPE's
     return any(file.is_file() and sha256(file) == tokenizer_sha256 for file in files)
 

@@ -199,8 +199,9 @@ class Trial:
 def keep(path: Path, machine: str, tuned: dict[str, dict | None]) -> None:
     """Merge tuned settings into the file, whole or not at all; None removes earlier ones."""
     try:
-        of_all_machines = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        read = json.loads(path.read_text(encoding="utf-8"))
+        of_all_machines = {name: tuned for name, tuned in read.items() if isinstance(tuned, dict)}
+    except (OSError, ValueError, AttributeError, RecursionError):  # there is none, or it is damaged
         of_all_machines = {}
     merged = of_all_machines.get(machine, {}) | tuned
     of_all_machines[machine] = {name: settings for name, settings in merged.items() if settings}

@@ -161,9 +161,10 @@ def machine(device: torch.device) -> str:
 @functools.cache
 def _tuned(device: torch.device) -> dict[str, dict]:
     try:
-        return json.loads(tuned_file().read_text(encoding="utf-8")).get(machine(device), {})
-    except (OSError, ValueError):
+        tuned = json.loads(tuned_file().read_text(encoding="utf-8"))[machine(device)]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):  # there is none, or it is damaged
         return {}
+    return tuned if isinstance(tuned, dict) and all(isinstance(value, dict) for value in tuned.values()) else {}
 
 
 def settings(op: str, key: tuple, device: torch.device, default: dict) -> dict:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from minillm.base.errors import UserError
+from minillm.base.json_door import file_size
 from minillm.checkpoint import tensor_files
 
 MAGIC = b"GGUF"
@@ -76,6 +77,8 @@ class GGUFTensor:
 def read_header(path: Path) -> tuple[dict, dict[str, GGUFTensor]]:
     """Metadata, and where the tensors are, by name. Raises `UserError` for what is not possible or not supported."""
     gguf = package(str(path))
+    if not file_size(path):
+        raise UserError(f"{path}: no GGUF file: it is empty")
     try:
         reader = _open_bounded(gguf, path)
         metadata = {name: _value(gguf, field) for name, field in reader.fields.items()}

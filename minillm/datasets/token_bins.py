@@ -1,7 +1,6 @@
 """Token bins: raw files of ids with a meta.json, opened through a memory map and checked."""
 
 import hashlib
-import json
 from bisect import bisect_right
 from itertools import accumulate
 from pathlib import Path
@@ -9,10 +8,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-from minillm.base.errors import UserError
+from minillm.base.contents import Contents
+from minillm.base.errors import MissingError, UserError
+from minillm.base.json_door import file_size, path_inside, read_object
 
 SCANNED_TOKENS = 1 << 28  # bins up to this size are checked for bad ids when opened, larger ones as they are read
 NEWEST_FORMAT = 2
+MOST_META_BYTES = 1 << 26  # of meta.json, which has some hundred bytes for each group of input files
 SAMPLES = 1024  # evenly spaced tokens that go into a raw .bin's fingerprint: each may be a page to read
 
 
@@ -83,11 +85,9 @@ class TokenBins:
         for file in files:
             path = (self.path / file["name"]).with_suffix(".sizes")
             sizes.append(_open(path, file["documents"], np.dtype("<u4")).astype(np.int64))
-        total = self.meta["bytes"][split]
+        total = self.meta.get("bytes", {}).get(split)
         if sum(int(each.sum()) for each in sizes) != total:
-            raise UserError(
-                f"{self.path}: the .sizes of {split} do not add up to its {total:,} bytes; prepare it again"
-            )
+            raise UserError(f"{self.path}: the .sizes of {split} do not add up to its {total} bytes; prepare it again")
         return np.concatenate(sizes)
 
     def streams(self) -> list[Stream]:
@@ -148,9 +148,10 @@ def _check_raw(path: Path, dtype: str | None, vocab_size: int | None) -> None:
 
 def _open(file: Path, n_tokens: int | None, dtype: np.dtype) -> np.ndarray:
     """The numbers of one file, mapped into memory. n_tokens: how many meta.json says there are."""
-    if not file.exists():
-        raise UserError(f"{file}: missing, though meta.json lists it; prepare the data again")
-    size = file.stat().st_size
+    try:
+        size = file_size(file)
+    except MissingError:
+        raise UserError(f"{file}: missing, though meta.json lists it; prepare the data again") from None
     if n_tokens is not None and size != n_tokens * dtype.itemsize:
         raise UserError(
             f"{file}: {size} bytes, but meta.json says {n_tokens} tokens of {dtype.itemsize} bytes; prepare again"
@@ -161,18 +162,40 @@ def _open(file: Path, n_tokens: int | None, dtype: np.dtype) -> np.ndarray:
 
 
 def read_meta(folder: Path) -> dict:
-    """A data folder's meta.json, checked for the keys that reading the bins needs. Raises UserError."""
+    """A data folder's meta.json, in which all that reading the bins needs is of its kind. Raises UserError."""
     path = folder / "meta.json"
     try:
-        meta = json.loads(path.read_text(encoding="utf-8"))
-        meta["dtype"], meta["vocab_size"], meta["files"]["train"]
-    except FileNotFoundError:
+        meta = read_object(path, MOST_META_BYTES)
+    except MissingError:
         raise _no_meta_error(folder) from None
-    except (ValueError, KeyError, TypeError) as problem:
-        raise UserError(f"{path}: cannot be read ({problem!r}); prepare the data again") from None
-    if meta.get("format", 1) > NEWEST_FORMAT:
-        raise UserError(f"{path}: format {meta['format']} is newer than this minillm; update it")
-    return meta
+    if meta.get("format", int, 1) > NEWEST_FORMAT:
+        raise UserError(f"{path}: format {meta.values['format']} is newer than this minillm; update it")
+
+    # what the tokens are
+    meta.need("dtype", str, choices=("uint16", "uint32"))
+    vocab_size = meta.need("vocab_size", int, at_least=1)
+    for name in ("tokenizer_sha256", "wrap"):
+        meta.get(name, str)
+    for name in ("bos_id", "eos_id", "pad_id"):
+        meta.get(name, int, at_least=0, at_most=vocab_size - 1)
+    if meta.get("wrap", str) == "bos_eos":
+        meta.need("bos_id", int)
+
+    # where they are
+    meta.need("files", dict)
+    n_bytes = meta.part("bytes")
+    for split in ("train", "val"):
+        n_bytes.get(split, int, at_least=0)
+        for file in meta.part("files").parts(split):
+            _check_file(file, folder)
+    return {name: value for name, value in meta.values.items() if value is not None}
+
+
+def _check_file(file: Contents, folder: Path) -> None:
+    """Raise UserError for a wrong value of what meta.json says of a bin, or one that is not in the folder."""
+    path_inside(folder, file.need("name", str), file.source)
+    file.need("tokens", int, at_least=0)
+    file.need("documents", int, at_least=0)
 
 
 def _no_meta_error(folder: Path) -> UserError:

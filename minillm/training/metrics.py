@@ -7,7 +7,9 @@ import os
 from pathlib import Path
 
 from minillm.base import files
+from minillm.base.contents import Contents
 from minillm.base.errors import UserError
+from minillm.base.json_door import parse_json
 
 
 class MetricsLog:
@@ -42,8 +44,8 @@ def _step_in(line: bytes) -> float:
     if not line.endswith(b"\n"):
         return math.inf
     try:
-        return float(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
+        return Contents(parse_json(line, "row"), "row").need("step", float)
+    except UserError:
         return math.inf
 
 

@@ -1,6 +1,5 @@
 """Curves of one or several runs, from their metrics.jsonl to one PNG: `python -m minillm plot RUN… --out FILE`."""
 
-import json
 import warnings
 from functools import partial
 from itertools import accumulate, cycle
@@ -8,7 +7,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from minillm.base import files
-from minillm.base.errors import UserError
+from minillm.base.contents import Contents
+from minillm.base.errors import MissingError, UserError
+from minillm.base.json_door import parse_json, read_file
 
 # Colours that stay apart for colour-blind readers (Okabe & Ito 2008)
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -19,6 +20,8 @@ PANELS = {
     "val_bpb": "validation (bits per byte)",
     "val_loss": "validation (nats a token)",  # of runs that know no bits per byte
 }
+LARGEST = 1e30  # of a number that is drawn
+MOST_BYTES = 1 << 28  # of a metrics.jsonl: about a million rows
 RAW_POINTS = 100  # runs with more logged steps than this are shown smoothed over a hundredth of them
 
 
@@ -26,10 +29,12 @@ def read_metrics(run: str | Path) -> list[dict]:
     """Rows of a run's metrics.jsonl; `run` is its folder or the file. A torn last line is left out."""
     path = Path(run)
     path = path / "metrics.jsonl" if path.is_dir() else path
-    if not path.is_file():
-        raise UserError(f"{path}: no such file; give the folder of a run (out/pretrain) that has begun training")
+    try:
+        data = read_file(path, MOST_BYTES)
+    except MissingError as problem:
+        raise UserError(f"{problem}; give the folder of a run (out/pretrain) that has begun training") from None
     rows = []
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    lines = data.decode(errors="replace").splitlines()
     for number, line in enumerate(lines, 1):
         row = _row(line)
         if row is not None:
@@ -42,13 +47,15 @@ def read_metrics(run: str | Path) -> list[dict]:
 
 
 def _row(line: str) -> dict | None:
-    """A row that names its step; None for anything else."""
+    """A row that names its step; None for anything else, or if what is drawn of it is no number."""
     try:
-        row = json.loads(line)
-        row["step"]
-    except (ValueError, KeyError, TypeError):
+        row = Contents(parse_json(line.encode(), "row"), "row")
+        row.need("step", float, at_least=0)
+        for name in (*PANELS, "time_s", "floor_bpb", "floor_error"):
+            row.get(name, float, at_least=-LARGEST, at_most=LARGEST)
+    except UserError:
         return None
-    return row
+    return row.values
 
 
 class Series(NamedTuple):

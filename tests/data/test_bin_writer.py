@@ -202,7 +202,7 @@ def test_options_that_concern_some_files_alone(texts, tok, out, seen):
     for options, done_again in (
         ({"boundary": "lines"}, {"7"}),  # the .txt
         ({"boundary": "lines", "on_bad_line": "skip"}, set()),  # there was none
-        ({"wrap": "bos_eos"}, set("0123456789")),
+        ({"wrap": "eos"}, set("0123456789")),
     ):
         prepare([texts], out, tokenizer=tok, **{**OPTIONS, **options})
         assert seen.take() == done_again

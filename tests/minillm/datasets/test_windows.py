@@ -271,7 +271,7 @@ def damaged(tmp_path, how):
         ("cut", "198 bytes, but meta.json says 100 tokens"),
         ("bad id", "token 77 is 1000"),
         ("no meta", "never finished"),
-        ("torn meta", "cannot be read"),
+        ("torn meta", "damaged: not valid JSON"),
         ("no split", "no train split"),
     ],
 )

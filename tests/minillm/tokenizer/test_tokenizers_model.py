@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from minillm.base.errors import UserError
 from minillm.tokenizer.tokenizer import JsonTokenizer, StreamDecoder, Tokenizer
+from minillm.tokenizer.tokenizers_model import TokenizersModel
 from tests.minillm.tokenizer.test_byte_bpe import TEXTS
 from tests.minillm.tokenizer.test_tokenizer import CORPUS
 
@@ -134,8 +135,12 @@ def test_decoding_gives_what_transformers_gives(kind):
         if name.startswith("llama"):
             assert ours.decode(ids) == text
     assert ours.decode([]) == ""
-    with pytest.raises(UserError, match=f"token id {ours.vocab_size}: this tokenizer has ids 0 to"):
-        ours.decode([ours.vocab_size])
+    ids = ours.encode("the mat")
+    beyond = f"<id {ours.vocab_size}>"
+    first, _, last = ours.decode([*ids, ours.vocab_size, *ids]).partition(beyond)
+    assert first == last.strip() == ours.decode(ids)
+    stream = StreamDecoder(ours)
+    assert beyond in "".join([stream.push(i) for i in (ours.vocab_size, *ids)])
 
 
 def test_no_text_forges_a_control_piece(kind):
@@ -240,3 +245,40 @@ def test_without_the_library_the_extra_is_named(kind, monkeypatch):
     monkeypatch.setitem(sys.modules, "tokenizers", None)
     with pytest.raises(UserError, match=r'tokenizer.json: reading it needs .* pip install -e "\.\[hf\]"'):
         Tokenizer.load(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda file: file["model"]["vocab"].update(a="1"), "vocab is .*, not an object of names and whole numbers"),
+        (lambda file: file["model"]["vocab"].update(a=True), "not an object of names and whole numbers"),
+        (
+            lambda file: file["model"]["vocab"].update(a=2**63 - 1),
+            "'a' has the id 9223372036854775807: ids",
+        ),
+        (lambda file: file["model"]["vocab"].update(a=10**9), "'a' has the id 1000000000"),
+        (lambda file: file["model"]["vocab"].update(a=-1), "'a' has the id -1"),
+        (lambda file: file["model"]["vocab"].update(a=file["model"]["vocab"]["b"]), "both have the id"),
+        (lambda file: file["added_tokens"].append("x"), "added_tokens is .*, not a list of objects"),
+        (
+            lambda file: file["added_tokens"][0].update(id="0"),
+            r"added_tokens\[0\].* id is .0., not a whole",
+        ),
+        (
+            lambda file: file["added_tokens"][0].update(id=2**62),
+            r"added_tokens\[0\].* id is 4611686018427387904",
+        ),
+        (lambda file: file["added_tokens"][0].update(content=["x"]), r"content is \['x'\], not a text"),
+        (lambda file: file.update(model=[]), "it holds no model"),
+    ],
+    ids=range(11),
+)
+def test_ids_of_the_wrong_kind_or_beyond_any_table_are_refused_at_once(change, words):
+    vocab = {"<s>": 0, "a": 1, "b": 2}
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    added = {"id": 0, "content": "<s>", "special": True, **flags}
+    file = {"model": {"type": "WordLevel", "vocab": vocab, "unk_token": "<s>"}, "added_tokens": [added]}
+    assert TokenizersModel(json.dumps(file).encode(), "tokenizer.json").ids == vocab
+    change(file)
+    with pytest.raises(UserError, match=words):
+        TokenizersModel(json.dumps(file).encode(), "tokenizer.json")
