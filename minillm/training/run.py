@@ -198,6 +198,8 @@ class Run:
             train_state.restore_optimizers(self.source, state.optimizers, dict(state.model.named_parameters()))
             if state.scaler.is_enabled() and self.saved.get("scaler"):  # empty if it was saved without --dtype float16
                 state.scaler.load_state_dict(self.saved["scaler"])
+        if self.device.type == "cpu":
+            waiting.tell(self.say)
         if self.out:
             saving.check(state.model, self.folder, self.training_config, self.tokenizer, self._describe(0))
         self.watchdog.tick(self.start_step)  # everything is loaded: from here on steps must come in time
@@ -215,10 +217,6 @@ class Run:
         Before each the learning rate and the seed of its dropout are set. After each the checkpoint is saved if it is
         due, and if a signal has asked any rank to stop, it is saved and no other step follows: see `status`.
         """
-        with waiting.chosen(self.say) if self.device.type == "cpu" else contextlib.nullcontext():
-            yield from self._steps(state)
-
-    def _steps(self, state: TrainState) -> Iterator[int]:
         schedule = Schedule.of(self.training_config)
         for step in range(self.start_step + 1, self.training_config.steps + 1):
             self.step, self.step_begun = step, time.monotonic()

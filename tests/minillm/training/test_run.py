@@ -231,7 +231,7 @@ def test_a_lengthened_run_says_what_its_rate_will_do(new_run, state, capsys):
     assert "learning rate" not in capsys.readouterr().out
     one = new_run(lr=0.1, steps=20)
     (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("learning rate")]
-    assert line.startswith("learning rate: 1.27e-02 in step 10, now 6.28e-02 in step 11, then 1.07e-02 in step 20; a ")
+    assert line.startswith("learning rate: 1.27e-02 in step 10, now 6.28e-02 in step 11, then 1.07e-02 in step 20: 4")
     # that is what it does
     (first, *_, last) = [one.lr for _ in one.steps(state)]
     assert f"{first:.2e}" == "6.28e-02" and f"{last:.2e}" == "1.07e-02"
