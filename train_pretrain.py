@@ -280,7 +280,7 @@ def sample(model: Transformer, tokenizer: Tokenizer) -> str:
     model.eval()
     length = min(100, model.config.max_seq_len - 1)
     sampling = Sampling(temperature=0.8, top_p=0.95)
-    (completion,) = generate(model, [tokenizer.prompt_ids("")], length, sampling=sampling, stop_ids=[tokenizer.eos_id])
+    (completion,) = generate(model, [tokenizer.prompt_ids("")], length, sampling=sampling, stop_ids=tokenizer.end_ids)
     return tokenizer.decode(completion.tokens)
 
 

@@ -182,7 +182,7 @@ def _described(tokenizer: Tokenizer, n_rows: int) -> dict:
             described["scores"].append(0.0)
     for role in ("bos", "eos", "pad"):
         described[f"{ROLES[role]}_token_id"] = getattr(tokenizer, f"{role}_id")
-    described["add_bos_token"] = tokenizer.start_id == tokenizer.bos_id != tokenizer.eos_id
+    described["add_bos_token"] = tokenizer.begins_with_bos
     metadata = {f"tokenizer.ggml.{name}": value for name, value in described.items()}
     if tokenizer.chat_template:
         metadata["tokenizer.chat_template"] = tokenizer.chat_template

@@ -36,7 +36,7 @@ def run(config: Config) -> None:
         tokenizer.prompt_ids(prompt),
         config.max_new_tokens,
         sampling=part(config, Sampling),
-        stop_ids=[tokenizer.eos_id],
+        stop_ids=tokenizer.end_ids,
         stop_strings=list(config.stop),
     )
     end = print_stream(stream, [], config.raw)

@@ -51,9 +51,9 @@ def stop_ids(tokenizer, template: str) -> list[int]:
     """What `Tokenizer.stop_ids` gives."""
     name = resolve(tokenizer, template)
     if name in WRITERS:
-        return [tokenizer.eos_id]
+        return tokenizer.end_ids
     end = jinja_template.end_of_answer(tokenizer, _jinja(tokenizer, name))
-    return sorted({tokenizer.eos_id, end} - {None})
+    return sorted({*tokenizer.end_ids, end} - {None})
 
 
 def resolve(tokenizer, template: str) -> str:
@@ -83,17 +83,8 @@ def usual(tokenizer) -> str:
 
 
 def _jinja(tokenizer, name: str) -> str:
-    """The text of a template by its resolved name. Raises `UserError` if its pieces are not in the vocabulary."""
-    if name in JINJA:
-        return JINJA[name]
-    text = tokenizer.chat_template
-    for piece, i in tokenizer.added_pieces.items():
-        if i >= tokenizer.vocab_size and piece in text:
-            raise UserError(
-                f"the folder's chat template writes {piece!r}, which is added beside its tokenizer and not read; "
-                "choose --template simple"
-            )
-    return text
+    """The text of a template by its resolved name."""
+    return JINJA.get(name) or tokenizer.chat_template
 
 
 # ---------------------------------------------------------------- our templates in token ids

@@ -147,7 +147,7 @@ def _with_pieces(base: Tokenizer, pieces: Iterable[str], scores: Iterable[float]
 def _finish(model: proto.ModelProto, base: Tokenizer) -> Tokenizer:
     model.trainer_spec.vocab_size = len(model.pieces)
     tokenizer = Tokenizer(model.SerializeToString(), "the new vocabulary")
-    return tokenizer.with_chat_template_of(base)
+    return tokenizer.with_settings_of(base)
 
 
 def prune(base: Tokenizer, texts: Iterable[str], keep: Iterable[str] = ()) -> tuple[Tokenizer, list[int]]:
@@ -161,6 +161,7 @@ def prune(base: Tokenizer, texts: Iterable[str], keep: Iterable[str] = ()) -> tu
 
     # Ids that the texts use; many models put a space before each text, so lines are encoded alone as well.
     used = {i for i, piece in enumerate(pieces) if piece.type != piece.NORMAL}
+    used.update(i for i in base.end_ids if i < base.vocab_size)
     if SPACE_MARK in ids:
         used.add(ids[SPACE_MARK])  # a space is never bytes
     for text in texts:

@@ -7,14 +7,19 @@ import json
 import os
 from pathlib import Path
 
-from minillm.base.contents import Contents
+from minillm.base.contents import Contents, is_of_kind
 from minillm.base.errors import UserError
 from minillm.base.json_door import parse_json, read_file
 
 MOST_BYTES = 1 << 27  # of one file; the largest tokenizer.json in use has 33 MB
 
+LARGEST_ID = 1 << 24  # no vocabulary is as large, so that a damaged file cannot name any number
+
 # What transformers reads beside the model file; a folder made elsewhere keeps its own when it is loaded and saved.
+MODEL_CONFIG = "config.json"  # the model's, of which only the ids that end a text are read here
+GENERATION_CONFIG = "generation_config.json"
 COMPANIONS = (
+    GENERATION_CONFIG,
     "tokenizer_config.json",
     "tokenizer.json",
     "special_tokens_map.json",
@@ -24,9 +29,30 @@ COMPANIONS = (
 
 
 def read_companions(folder: Path) -> dict[str, bytes]:
-    """Contents of those of these files that a folder holds, by name. Raises `UserError` for what is no file."""
-    paths = [folder / name for name in COMPANIONS]
+    """Contents of those of these files that a folder holds, and of its config.json, by name.
+
+    Raises `UserError` for what is no file.
+    """
+    paths = [folder / name for name in (*COMPANIONS, MODEL_CONFIG)]
     return {path.name: read_file(path, MOST_BYTES) for path in paths if os.path.lexists(path)}
+
+
+def end_ids(files: dict[str, bytes], source: str) -> set[int]:
+    """The ids that config.json and generation_config.json say a text ends with: eos_token_id, an id or a list of them.
+
+    Raises `UserError` if one is no id.
+    """
+    ids: set[int] = set()
+    for name in (MODEL_CONFIG, GENERATION_CONFIG):
+        if name not in files:
+            continue
+        named = read_object(files[name], f"{source}: {name} beside it").get("eos_token_id")
+        listed = named if isinstance(named, list) else [] if named is None else [named]
+        wrong = [i for i in listed if not is_of_kind(i, int) or not 0 <= i < LARGEST_ID]
+        if wrong:
+            raise UserError(f"{source}: {name} beside it: damaged, eos_token_id holds {wrong[0]!r:.80}, which is no id")
+        ids.update(listed)
+    return ids
 
 
 def read_object(data: bytes, source: str) -> dict:
@@ -82,14 +108,20 @@ def chat_template(files: dict[str, bytes], config: dict) -> str | None:
     return template or None
 
 
-def added_pieces(files: dict[str, bytes], config: dict) -> dict[str, int]:
-    """Pieces that the folder's settings add to the vocabulary, with their ids."""
-    pieces = {}
-    if "added_tokens.json" in files:
-        pieces |= read_object(files["added_tokens.json"], "added_tokens.json beside the tokenizer")
-    decoder = config.get("added_tokens_decoder", {})
-    entries = decoder.items() if isinstance(decoder, dict) else ()
-    for number, entry in entries:
-        if isinstance(entry, dict) and str(number).isdecimal():
-            pieces[entry.get("content")] = int(number)
-    return {piece: i for piece, i in pieces.items() if isinstance(piece, str) and isinstance(i, int)}
+def refuse(folder: Path) -> None:
+    """Raise `UserError` for a folder without a tokenizer that is read."""
+    other = [name for name in ("vocab.json", "tekken.json") if (folder / name).exists()]
+    if other:
+        raise UserError(
+            f"{folder}: its tokenizer is a {other[0]}, but only tokenizer.model (SentencePiece) and tokenizer.json "
+            f"are read; {elsewhere(folder)}"
+        )
+    raise UserError(f"{folder}: holds no tokenizer.model; copy the one there that its model was trained with")
+
+
+def elsewhere(folder: Path) -> str:
+    """What can be done with a folder whose tokenizer is not read, in words."""
+    return (
+        "such a model can only be pretrained on, with ids made elsewhere: train_pretrain.py "
+        f"--init_from {folder} --data FILE.bin --data_dtype uint32 --data_vocab_size N"
+    )

@@ -6,7 +6,8 @@ text is encoded in stretches, so that memory stays small, with the same ids as i
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from functools import cached_property
 
 import sentencepiece
@@ -18,27 +19,44 @@ SPACE_MARK = "▁"  # U+2581: how SentencePiece writes a space inside a piece
 LONG_TEXT = 1 << 15  # characters; longer texts are encoded in stretches of this size
 
 
+@dataclass(frozen=True)
+class Space:
+    """Whether a space is put before a text (Llama's dummy prefix); before each part of it that follows an added token;
+    and whether a text that begins with a space is spared it.
+    """
+
+    before: bool
+    each_part: bool
+    spared: bool
+
+
 class SentencePieceModel:
     """The pieces of a model file, and encoding with them.
 
     proto: the parsed file. processor: SentencePiece's processor; no_prefix: another one, for a text that does not begin
-    a sequence. dummy_prefix: whether a space is put before each text. control: id of each control piece, which text is
-    never encoded as. table: the bytes that each id stands for. unfaithful: why the bytes of a text's ids are not the
-    bytes of the text, or None if they are.
+    a sequence. dummy_prefix: whether a space is put before each text; space: the rule in full. control: id of each
+    control piece, which text is never encoded as. table: the bytes that each id stands for. rewrites: how it changes
+    texts first, or None. unfaithful: why the bytes of a text's ids are not the bytes of the text, or None if they are.
+
+    A folder's settings may add to the rules (`added_tokens.open_model`): whole, the tokens that are cut out of a text
+    before anything else, with their ids; eats_spaces, the tokens that take the spaces on their left or right with them.
 
     Raises UserError if the file is not such a model, or damaged.
     """
 
     def __init__(self, data: bytes, source: str):
         self.data = data
-        self.proto = _parse(data, source)
+        self.proto = parse(data, source)
         self.vocab_size = len(self.proto.pieces)
         try:
             self.processor = sentencepiece.SentencePieceProcessor(model_proto=data)
         except RuntimeError as error:  # two pieces alike, or an empty one
             raise UserError(f"{source}: SentencePiece refuses the model ({error}); train or merge it again") from None
+        self.whole: dict[str, int] = {}
+        self.eats_spaces: dict[str, set[str]] = {"lstrip": set(), "rstrip": set()}
         # A second processor for what does not begin a text, where the model puts a space before each text.
         self.dummy_prefix = self.proto.normalizer_spec.add_dummy_prefix
+        self.space = Space(self.dummy_prefix, each_part=True, spared=False)
         self.no_prefix = self.processor
         if self.dummy_prefix:
             bare = proto.ModelProto.FromString(data)
@@ -46,7 +64,10 @@ class SentencePieceModel:
             self.no_prefix = sentencepiece.SentencePieceProcessor(model_proto=bare.SerializeToString())
         self.control = {p.piece: i for i, p in enumerate(self.proto.pieces) if p.type == p.CONTROL}
         self.table = [_piece_bytes(piece) for piece in self.proto.pieces]
-        self.unfaithful = _reason_against(self.proto)
+        self.rewrites = _rewriting(self.proto)
+        self.unfaithful = self.rewrites
+        if not self.rewrites and not self.proto.trainer_spec.byte_fallback:
+            self.unfaithful = "characters without a piece are lost"
         byte_ids = {self.table[i]: i for i, p in enumerate(self.proto.pieces) if p.type == p.BYTE}
         unknown = self.processor.unk_id()
         # SentencePiece takes the character ▁ for a space; only its bytes can stand for it.
@@ -56,8 +77,40 @@ class SentencePieceModel:
 
     def encode_many(self, texts: list[str], threads: int = 1) -> list[list[int]]:
         """Ids of each text; `threads` of SentencePiece's own share the work."""
+        if not self.whole:
+            return self._encode_unbroken(texts, threads)
+        # Texts that hold a token to be cut out are encoded one by one; empty texts keep their places.
+        pattern = either_of(self.whole)
+        parts = {i: pattern.split(text) for i, text in enumerate(texts) if pattern.search(text)}
+        rows = self._encode_unbroken(["" if i in parts else text for i, text in enumerate(texts)], threads)
+        for i in parts:
+            rows[i] = self.encode_parts(parts[i], self.whole)
+        return rows
+
+    def encode_parts(self, parts: list[str], ids_of: dict[str, int]) -> list[int]:
+        """Ids of a text in parts: text, token, text, … ids_of: of the tokens."""
+        ids: list[int] = []
+        for number, part in enumerate(parts):
+            if number % 2:
+                ids.append(ids_of[part])
+                continue
+            # some tokens take the spaces beside them with them
+            if number and parts[number - 1] in self.eats_spaces["rstrip"]:
+                part = part.lstrip()
+            if number + 1 < len(parts) and parts[number + 1] in self.eats_spaces["lstrip"]:
+                part = part.rstrip()
+            if part and (number == 0 or self.space.each_part):
+                ids += self._encode_unbroken([part], 1)[0]
+            elif part:
+                ids += self._encode_odd(part, self.no_prefix, threads=1)
+        return ids
+
+    def _encode_unbroken(self, texts: list[str], threads: int) -> list[list[int]]:
+        """As `encode_many`, no token being cut out first."""
         # Long texts and those with ▁ are encoded one by one; empty texts keep their places.
-        odd = [i for i, text in enumerate(texts) if len(text) > LONG_TEXT or SPACE_MARK in text]
+        odd = [
+            i for i, text in enumerate(texts) if len(text) > LONG_TEXT or SPACE_MARK in text or self._is_spared(text)
+        ]
         plain = list(texts)
         for i in odd:
             plain[i] = ""
@@ -67,12 +120,12 @@ class SentencePieceModel:
         else:
             rows = self.processor.encode(plain, num_threads=threads)
         for i in odd:
-            rows[i] = self._encode_odd(texts[i], self.processor, threads)
+            first = self.no_prefix if self._is_spared(texts[i]) else self.processor
+            rows[i] = self._encode_odd(texts[i], first, threads)
         return rows
 
-    def encode_continuation(self, text: str) -> list[int]:
-        """Ids of a text that does not begin a sequence: no dummy space is put before it."""
-        return self._encode_odd(text, self.no_prefix, threads=1)
+    def _is_spared(self, text: str) -> bool:
+        return self.space.spared and text.startswith(" ")
 
     def _encode_odd(self, text: str, first: sentencepiece.SentencePieceProcessor, threads: int) -> list[int]:
         """Encode a text that is long or contains ▁, stretch by stretch, with the same ids as in one piece.
@@ -131,6 +184,16 @@ class SentencePieceModel:
         """The text of a piece as the file writes it."""
         return self.proto.pieces[i].piece
 
+    @cached_property
+    def user_defined(self) -> dict[str, int]:
+        """Id of each piece that is cut out of a text before anything else."""
+        return {p.piece: i for i, p in enumerate(self.proto.pieces) if p.type == p.USER_DEFINED}
+
+    def id_of(self, piece: str) -> int | None:
+        """The id of the piece with this text; None if there is none."""
+        i = self.processor.piece_to_id(piece)
+        return i if self.proto.pieces[i].piece == piece else None
+
     def _added_tokens(self) -> list[dict]:
         flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
         return [
@@ -176,7 +239,21 @@ class SentencePieceModel:
         }
 
 
-def _parse(model_bytes: bytes, source: str) -> proto.ModelProto:
+def either_of(pieces: Iterable[str]) -> re.Pattern:
+    """Matches any of these, the longest where one begins with another; `split` keeps what it matched."""
+    either = "|".join(re.escape(piece) for piece in sorted(pieces, key=len, reverse=True))
+    return re.compile(f"({either})" if either else "((?!))")  # the latter matches nothing
+
+
+def with_dummy_prefix(data: bytes, dummy_prefix: bool) -> bytes:
+    """A model file that puts a space before each text, or does not."""
+    model = proto.ModelProto.FromString(data)
+    model.normalizer_spec.add_dummy_prefix = dummy_prefix
+    return model.SerializeToString()
+
+
+def parse(model_bytes: bytes, source: str) -> proto.ModelProto:
+    """What a model file holds. Raises `UserError` if it is no such file, or damaged."""
     remedy = "it is no SentencePiece model, or damaged: copy or train it again"
     try:
         model = proto.ModelProto.FromString(model_bytes)
@@ -202,15 +279,13 @@ def _check_piece(piece, source: str) -> None:
         raise UserError(f"{source} {text[:40]!r} is no byte; the model is damaged: copy or train it again")
 
 
-def _reason_against(model: proto.ModelProto) -> str | None:
-    """Why bytes of ids are not bytes of text, in words for people; None if they are."""
+def _rewriting(model: proto.ModelProto) -> str | None:
+    """How a model changes texts before it cuts them, in words for people; None if it does not."""
     rules = model.normalizer_spec
     if rules.precompiled_charsmap:
         return f"its normalizer ({rules.name}) changes texts"
     if rules.remove_extra_whitespaces:
         return "its normalizer removes spaces"
-    if not model.trainer_spec.byte_fallback:
-        return "characters without a piece are lost"
     return None
 
 

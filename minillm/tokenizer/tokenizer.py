@@ -8,6 +8,7 @@ text. Our ids: unk 0, bos 1, eos 2, pad 3, the chat roles 4–6, the 256 bytes, 
 
 import codecs
 import hashlib
+import itertools
 import re
 from collections.abc import Iterable
 from functools import cached_property, partial
@@ -18,10 +19,10 @@ import numpy as np
 from minillm.base.errors import UserError
 from minillm.base.files import write_file
 from minillm.base.json_door import read_file
-from minillm.tokenizer import byte_bpe, chat_template, folder_files
+from minillm.tokenizer import added_tokens, around_text, byte_bpe, chat_template, folder_files
 from minillm.tokenizer.chat_template import JINJA, ROLES
 from minillm.tokenizer.folder_files import read_object, to_json
-from minillm.tokenizer.sentencepiece_model import SentencePieceModel
+from minillm.tokenizer.sentencepiece_model import SentencePieceModel, either_of
 from minillm.tokenizer.tokenizers_model import TokenizersModel
 
 AFTER_EOS = "documents_begin_after_eos"  # our key in tokenizer_config.json: see `Tokenizer.begins_after_eos`
@@ -30,34 +31,60 @@ AFTER_EOS = "documents_begin_after_eos"  # our key in tokenizer_config.json: see
 class Tokenizer:
     """A vocabulary with its special ids and the files beside it; this class: one of SentencePiece's.
 
-    vocab_size, bos_id, eos_id, pad_id: int (a model without pad or bos uses eos for it).
+    vocab_size, bos_id, eos_id, pad_id: int (a model without pad or bos uses eos for it). Tokens that the folder adds
+    to its vocabulary are pieces like all others. begins_with_bos: whether transformers puts bos before each text.
     model: the SentencePieceModel; pieces: the model of either kind. control: id of each control piece, which no text is
     encoded as.
     data: the model file. sha256: its hex digest, by which token bins and checkpoints identify their tokenizer.
     """
 
     def __init__(self, model_bytes: bytes, source: str, companions: dict[str, bytes] | None = None):
-        self.model = SentencePieceModel(model_bytes, source)
-        self._own_file = {"tokenizer.model": model_bytes}
+        self.model = added_tokens.open_model(model_bytes, companions or {}, source)
+        self._own_file = {"tokenizer.model": self.model.data}
         self._hold(self.model, source, companions or {})
         processor = self.model.processor
-        self.eos_id = processor.eos_id()
-        if self.eos_id < 0:
-            raise UserError(
-                f"{source}: the model has no end-of-text piece; choose another, or train one (--train_tokenizer)"
-            )
-        self.bos_id = processor.bos_id() if processor.bos_id() >= 0 else self.eos_id
-        self.pad_id = processor.pad_id() if processor.pad_id() >= 0 else self.eos_id
+        self._name_special({"bos": processor.bos_id(), "eos": processor.eos_id(), "pad": processor.pad_id()})
 
     def _hold(self, pieces: SentencePieceModel | TokenizersModel, source: str, companions: dict[str, bytes]) -> None:
         """Take over what both kinds of vocabularies have in common."""
         self.pieces = pieces
         self._source = source
-        self._companions = companions
+        self._companions = {name: data for name, data in companions.items() if name in folder_files.COMPANIONS}
+        self._files = companions  # with the model's config.json
         self.data = pieces.data
         self.sha256 = hashlib.sha256(pieces.data).hexdigest()
         self.vocab_size = pieces.vocab_size
         self.control = pieces.control
+
+    def _name_special(self, of_model: dict[str, int]) -> None:
+        """Set bos_id, eos_id and pad_id to what the folder names, else to what the model does (negative: none), and see
+        what texts begin with. Raises UserError where a text has no end.
+        """
+        named = folder_files.special_pieces(self._companions, self._source)
+        ids: dict[str, int | None] = {}
+        for role in ("bos", "eos", "pad"):
+            if (piece := named.get(f"{role}_token")) is not None:
+                ids[role] = self.pieces.id_of(piece)
+            else:
+                ids[role] = of_model[role] if of_model.get(role, -1) >= 0 else None
+        if ids["eos"] is None:
+            piece = named.get("eos_token")
+            what = f"its end-of-text piece {piece!r:.80} is no piece of it" if piece else "no end-of-text piece"
+            raise UserError(f"{self._source}: {what} (eos_token); choose another tokenizer, or train one")
+        self.eos_id = ids["eos"]
+        self.pad_id = self.eos_id if ids["pad"] is None else ids["pad"]
+        self.bos_id = self.eos_id if ids["bos"] is None else ids["bos"]
+
+        first = ids["bos"]  # of a new vocabulary, beside which there are no files yet
+        if self._companions:
+            where = f"{self._source}: tokenizer_config.json beside it"
+            config = read_object(self._companions.get("tokenizer_config.json", b"{}"), where)
+            first = around_text.first_id(self._files, config, ids["bos"], self._source)
+        self.begins_with_bos = first is not None
+        if self.begins_with_bos:
+            self.bos_id = first
+            if first not in self.control.values():
+                raise UserError(f"{self._source}: it puts the id {first} before each text, which is no control piece")
 
     @classmethod
     def load(cls, path: str | Path) -> "Tokenizer":
@@ -71,12 +98,14 @@ class Tokenizer:
         if folder.is_dir() and not file.exists():
             if (folder / "tokenizer.json").exists():
                 return _load_json(folder)
-            _refuse_folder(folder)
+            folder_files.refuse(folder)
         try:
             model_bytes = read_file(file, folder_files.MOST_BYTES)
         except UserError as problem:
             raise UserError(f"cannot read the tokenizer ({problem}); give a .model file or its folder") from None
-        companions = folder_files.read_companions(file.parent) if file.name == "tokenizer.model" else {}
+        companions = {}
+        if file.name == "tokenizer.model":  # without settings beside it, it is what transformers then makes of it
+            companions = {"tokenizer_config.json": b"{}"} | folder_files.read_companions(file.parent)
         return cls(model_bytes, str(file), companions)
 
     # ---------------------------------------------------------------- text → ids
@@ -99,36 +128,14 @@ class Tokenizer:
 
         mark: a character that breaks up what looks like a control piece and came from a message; it is taken out here.
         """
-        ids: list[int] = []
-        for number, part in enumerate(self.control_pattern.split(text)):
-            if part in self.control:
-                ids.append(self.control[part])
-                continue
-            part = part.replace(mark, "")
-            if not part:
-                continue
-            if number == 0 or self._every_part_has_a_prefix:
-                ids += self.encode(part)
-            else:
-                ids += self.model.encode_continuation(part)
-        return ids
+        pieces = self.control | self.model.whole
+        parts = either_of(pieces).split(text)
+        return self.model.encode_parts([part if part in pieces else part.replace(mark, "") for part in parts], pieces)
 
     @cached_property
     def control_pattern(self) -> re.Pattern:
-        """Matches any control piece, the longest where one begins with another; `split` keeps what it matched."""
-        longest_first = sorted(self.control, key=len, reverse=True)
-        either = "|".join(re.escape(piece) for piece in longest_first)
-        return re.compile(f"({either})" if either else "((?!))")  # the latter matches nothing
-
-    @cached_property
-    def _every_part_has_a_prefix(self) -> bool:
-        """Whether transformers puts the dummy space after each control piece too, and not at the front alone."""
-        if str(self.config.get("tokenizer_class")).startswith("Llama"):
-            return bool(self.config.get("legacy", False))
-        if "tokenizer.json" in self._beside:
-            normalizer = read_object(self._beside["tokenizer.json"], f"{self._source}: tokenizer.json beside it")
-            return "'Prepend'" in str(normalizer.get("normalizer"))
-        return bool(self.config.get("legacy", True))
+        """Matches any control piece; `split` keeps what it matched."""
+        return either_of(self.control)
 
     # ---------------------------------------------------------------- conversations
 
@@ -149,7 +156,7 @@ class Tokenizer:
         return chat_template.encode(self, messages, template, add_generation_prompt)
 
     def stop_ids(self, template: str = "auto") -> list[int]:
-        """Ids at which an answer ends: eos, and what the template writes after an answer."""
+        """Ids at which an answer ends: `end_ids`, and what the template writes after an answer."""
         return chat_template.stop_ids(self, template)
 
     def resolve_template(self, template: str) -> str:
@@ -162,9 +169,9 @@ class Tokenizer:
         return {role: self.control[piece] for role, piece in ROLES.items() if piece in self.control}
 
     @cached_property
-    def added_pieces(self) -> dict[str, int]:
-        """Pieces that the folder's settings name, with their ids; some may lie beyond the vocabulary."""
-        return folder_files.added_pieces(self._companions, self.config)
+    def end_ids(self) -> list[int]:
+        """Ids at which any text ends: eos, and what config.json and generation_config.json name beside it."""
+        return [self.eos_id, *sorted(folder_files.end_ids(self._files, self._source) - {self.eos_id})]
 
     @cached_property
     def special_pieces(self) -> dict[str, str]:
@@ -180,6 +187,8 @@ class Tokenizer:
     def decode(self, ids: Iterable[int]) -> str:
         """The text of `ids`, control pieces left out; bytes that are not UTF-8 become U+FFFD.
 
+        An id beyond the vocabulary, which a model with more rows may draw, is shown as `<id 777>`.
+
         For a model that puts a dummy space before each text (Llama's), one leading space is removed, as in
         SentencePiece, so that `decode(encode(text)) == text`. StreamDecoder keeps that space. A model that
         normalizes its text (T5's) gives back the normalized text.
@@ -190,14 +199,8 @@ class Tokenizer:
         return data.decode("utf-8", errors="replace")
 
     def _bytes_of(self, ids: Iterable[int]) -> list[bytes]:
-        return [self.pieces.table[i] for i in self._checked(ids)]
-
-    def _checked(self, ids: Iterable[int]) -> list[int]:
-        ids = [int(i) for i in ids]
-        if ids and not 0 <= min(ids) <= max(ids) < self.vocab_size:
-            wrong = min(ids) if min(ids) < 0 else max(ids)
-            raise UserError(f"token id {wrong}: this tokenizer has ids 0 to {self.vocab_size - 1}")
-        return ids
+        table = self.pieces.table
+        return [table[i] if i < self.vocab_size else beyond(i).encode() for i in _checked(ids)]
 
     @property
     def id_dtype(self) -> np.dtype:
@@ -205,9 +208,10 @@ class Tokenizer:
         return np.dtype("<u2" if self.vocab_size <= 1 << 16 else "<u4")
 
     @property
-    def special_ids(self) -> dict[str, int]:
-        """bos_token_id, eos_token_id and pad_token_id, as config.json records them."""
-        return {"bos_token_id": self.bos_id, "eos_token_id": self.eos_id, "pad_token_id": self.pad_id}
+    def special_ids(self) -> dict[str, int | list[int]]:
+        """bos_token_id, eos_token_id (a list if there are several) and pad_token_id, as config.json records them."""
+        ends = self.end_ids if len(self.end_ids) > 1 else self.eos_id
+        return {"bos_token_id": self.bos_id, "eos_token_id": ends, "pad_token_id": self.pad_id}
 
     def byte_lengths(self) -> np.ndarray:
         """Number of UTF-8 bytes that each id stands for: (vocab_size,) int64, 0 for control pieces.
@@ -235,6 +239,8 @@ class Tokenizer:
         if name in JINJA:
             files["tokenizer_config.json"] = to_json(self.config | {"chat_template": JINJA[name]})
             files.pop("chat_template.jinja", None)
+        if len(self.end_ids) > 1 and folder_files.end_ids(self._companions, self._source) != set(self.end_ids):
+            files[folder_files.GENERATION_CONFIG] = to_json(self.generation_config | {"eos_token_id": self.end_ids})
         if "tokenizer.model" not in files:  # an old one of the other kind would be loaded instead
             (folder / "tokenizer.model").unlink(missing_ok=True)
         for file_name, data in files.items():  # never through a link that lies in the folder
@@ -243,7 +249,8 @@ class Tokenizer:
     @property
     def _beside(self) -> dict[str, bytes]:
         """The files beside the vocabulary, as `save` writes them."""
-        return self._companions or self._own_companions
+        is_described = self._companions.keys() - {folder_files.GENERATION_CONFIG}
+        return self._companions if is_described else self._own_companions | self._companions
 
     @cached_property
     def config(self) -> dict:
@@ -253,18 +260,13 @@ class Tokenizer:
         )
 
     @cached_property
-    def begins_with_bos(self) -> bool:
-        """Whether transformers' `tokenizer(text)` puts bos before a text, as the model's documents have it."""
-        llama = str(self.config.get("tokenizer_class")).startswith("Llama")  # this class adds bos unless told not to
-        return bool(self.config.get("add_bos_token", llama))
-
-    @cached_property
     def begins_after_eos(self) -> bool:
         """Whether the model was trained here on documents without bos (`--wrap eos`), which begin after eos.
 
         tokenizer_config.json says so. Before it had a key for this, the one of every such folder was `_earlier_config`.
         """
-        if AFTER_EOS in self.config or "tokenizer.model" not in self._own_file:
+        is_earlier = "tokenizer.model" in self._own_file and "tokenizer_config.json" in self._companions
+        if AFTER_EOS in self.config or not is_earlier:
             return self.config.get(AFTER_EOS) is True
         written = {name: value for name, value in self.config.items() if name != "chat_template"}
         return written == self._earlier_config
@@ -273,7 +275,7 @@ class Tokenizer:
     def _earlier_config(self) -> dict:
         """What tokenizer_config.json said, but for the chat template, when this project wrote documents without bos."""
         config = read_object(self._own_companions["tokenizer_config.json"], "the vocabulary's own settings")
-        del config["chat_template"]
+        del config["chat_template"], config[AFTER_EOS]
         return config | {"add_bos_token": False}
 
     @property
@@ -292,6 +294,12 @@ class Tokenizer:
             return [self.start_id, *ids]
         return ids
 
+    @property
+    def generation_config(self) -> dict:
+        """What generation_config.json says; empty if there is none."""
+        name = folder_files.GENERATION_CONFIG
+        return read_object(self._companions.get(name, b"{}"), f"{self._source}: {name} beside it")
+
     @cached_property
     def chat_template(self) -> str | None:
         """The Jinja template that transformers uses, if there is one."""
@@ -302,7 +310,7 @@ class Tokenizer:
 
         add_bos: with bos, also for transformers. after_eos: see `begins_after_eos`.
         """
-        files = dict(self._beside)
+        files = self._files | self._beside
         config = self.config | {"add_bos_token": add_bos, AFTER_EOS: after_eos}
         if chat_template:
             config["chat_template"] = chat_template
@@ -317,22 +325,28 @@ class Tokenizer:
         first = byte_bpe.begin_with(self.model.piece_of(self.bos_id), self.bos_id) if add_bos else None
         return described | {"post_processor": first}
 
-    def with_chat_template_of(self, other: "Tokenizer") -> "Tokenizer":
-        """A copy whose files have `other`'s chat template and its rule about bos."""
+    def with_settings_of(self, other: "Tokenizer") -> "Tokenizer":
+        """A copy whose files have `other`'s chat template, special pieces, ends of texts, and rule about bos."""
         config = read_object(self._own_companions["tokenizer_config.json"], "the new vocabulary")
+        config |= {name: piece for name, piece in other.special_pieces.items() if self.model.id_of(piece) is not None}
+        files = dict(self._own_companions)
         if "chat_template" in other.config:
             config["chat_template"] = other.config["chat_template"]
-        config |= {"add_bos_token": other.begins_with_bos, AFTER_EOS: other.begins_after_eos}
-        files = self._own_companions | {"tokenizer_config.json": to_json(config)}
         if "chat_template.jinja" in other._companions:
             files["chat_template.jinja"] = other._companions["chat_template.jinja"]
-        return Tokenizer(self.model.data, "the new vocabulary", files)
+        files["tokenizer_config.json"] = to_json(config)
+        ends = [self.model.id_of(other.model.piece_of(i)) for i in other.end_ids if i < other.vocab_size]
+        if len(ends) > 1 or other.generation_config:
+            moved = {name: i for name, i in self.special_ids.items() if name in other.generation_config}
+            files[folder_files.GENERATION_CONFIG] = to_json(other.generation_config | moved | {"eos_token_id": ends})
+        copy = Tokenizer(self.model.data, "the new vocabulary", files)
+        return copy.with_settings(add_bos=other.begins_with_bos, after_eos=other.begins_after_eos)
 
     @cached_property
     def _own_companions(self) -> dict[str, bytes]:
         """The files that transformers needs; no `tokenizer.json` for a model that is not BPE, such as T5's."""
         config = self.model.transformers_config({"bos": self.bos_id, "eos": self.eos_id, "pad": self.pad_id})
-        config["chat_template"] = JINJA[chat_template.usual(self)]
+        config |= {AFTER_EOS: False, "chat_template": JINJA[chat_template.usual(self)]}
         files = {"tokenizer_config.json": to_json(config)}
         spec = self.model.proto.trainer_spec
         if spec.model_type == spec.BPE:
@@ -350,13 +364,9 @@ class JsonTokenizer(Tokenizer):
 
     def __init__(self, companions: dict[str, bytes], source: str):
         self._own_file = {}
-        self._hold(TokenizersModel(companions["tokenizer.json"], source), source, companions)
-        ids = self.pieces.ids
-        if self.special_pieces.get("eos_token") not in ids:
-            raise UserError(f"{source}: the tokenizer_config.json beside it names no end-of-text piece (eos_token)")
-        self.eos_id = ids[self.special_pieces["eos_token"]]
-        self.bos_id = ids.get(self.special_pieces.get("bos_token"), self.eos_id)
-        self.pad_id = ids.get(self.special_pieces.get("pad_token"), self.eos_id)
+        pieces = added_tokens.open_json(companions, source)
+        self._hold(pieces, source, companions | {"tokenizer.json": pieces.data})
+        self._name_special({})
 
     @cached_property
     def special_pieces(self) -> dict[str, str]:
@@ -374,8 +384,8 @@ class JsonTokenizer(Tokenizer):
 
     def with_settings(self, *, add_bos: bool, after_eos: bool = False, chat_template: str | None = None) -> "Tokenizer":
         """Refused: the settings are part of tokenizer.json, which is this tokenizer's identity."""
-        own, wrap = ("eos", "eos") if add_bos else ("bos", "bos_eos")
-        raise UserError(f"{self._source}: a tokenizer.json stays as it is; its texts begin after {own}: --wrap {wrap}")
+        own, wrap = ("without bos", "eos") if add_bos else ("with bos", "bos_eos")
+        raise UserError(f"{self._source}: a tokenizer.json stays as it is, and its texts begin {own}: --wrap {wrap}")
 
     def encode_rendered(self, text: str, mark: str) -> list[int]:
         """Ids of a filled-in chat template (see `Tokenizer.encode_rendered`)."""
@@ -390,9 +400,13 @@ class JsonTokenizer(Tokenizer):
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of `ids`, control pieces left out (see `Tokenizer.decode`)."""
-        if self.pieces.table is None:
-            return self.pieces.decode(self._checked(ids))
-        return super().decode(ids)
+        if self.pieces.table is not None:
+            return super().decode(ids)
+        text = ""
+        for is_known, group in itertools.groupby(_checked(ids), lambda i: i < self.vocab_size):
+            some = list(group)
+            text += self.pieces.decode(some) if is_known else "".join(map(beyond, some))
+        return text
 
 
 class StreamDecoder:
@@ -429,6 +443,19 @@ class StreamDecoder:
         return new
 
 
+def beyond(i: int) -> str:
+    """How an id beyond the vocabulary is shown."""
+    return f"<id {i}>"
+
+
+def _checked(ids: Iterable[int]) -> list[int]:
+    """These ids as a list of int. Raises `UserError` for a negative one."""
+    ids = [int(i) for i in ids]
+    if ids and min(ids) < 0:
+        raise UserError(f"token id {min(ids)}: below 0")
+    return ids
+
+
 def _write_bytes(data: bytes, file: Path) -> None:
     file.write_bytes(data)
 
@@ -437,24 +464,7 @@ def _load_json(folder: Path) -> JsonTokenizer:
     try:
         return JsonTokenizer(folder_files.read_companions(folder), f"{folder}/tokenizer.json")
     except UserError as problem:
-        raise type(problem)(f"{problem}; {_elsewhere(folder)}") from None
-
-
-def _refuse_folder(folder: Path) -> None:
-    other = [name for name in ("vocab.json", "tekken.json") if (folder / name).exists()]
-    if other:
-        raise UserError(
-            f"{folder}: its tokenizer is a {other[0]}, but only tokenizer.model (SentencePiece) and tokenizer.json "
-            f"are read; {_elsewhere(folder)}"
-        )
-    raise UserError(f"{folder}: holds no tokenizer.model; copy the one there that its model was trained with")
-
-
-def _elsewhere(folder: Path) -> str:
-    return (
-        "such a model can only be pretrained on, with ids made elsewhere: train_pretrain.py "
-        f"--init_from {folder} --data FILE.bin --data_dtype uint32 --data_vocab_size N"
-    )
+        raise type(problem)(f"{problem}; {folder_files.elsewhere(folder)}") from None
 
 
 def _refuse_surrogates(text: str) -> None:

@@ -12,11 +12,10 @@ from functools import cached_property
 from minillm.base.contents import Contents
 from minillm.base.errors import UnsupportedError, UserError
 from minillm.tokenizer.byte_bpe import byte_characters
-from minillm.tokenizer.folder_files import read_object
+from minillm.tokenizer.folder_files import LARGEST_ID, read_object
 from minillm.tokenizer.sentencepiece_model import SPACE_MARK
 
 KINDS = ("BPE", "Unigram", "WordLevel", "WordPiece")
-LARGEST_ID = 1 << 24  # a table is as long as the largest id, so a damaged file must not name any number
 SMALLEST_LIMIT = 1 << 17  # no file is so small that an id up to here is refused; above, an id needs a byte of the file
 
 # Steps that lose nothing of a text: the bytes of its ids are then the bytes of the text.
@@ -27,6 +26,8 @@ FAITHFUL_PRE_TOKENIZERS = {"ByteLevel", "Digits", "Metaspace", "Punctuation", "S
 class TokenizersModel:
     """The pieces of a tokenizer.json, and encoding with them.
 
+    data: the file. rules: parts of it that transformers replaces, such as its pre_tokenizer.
+
     library: its tokenizer, to which a control piece is text. ids: piece → id, added pieces included. control: id of
     each control piece, which no text is encoded as. table: the bytes that each id shows; None if that depends on its
     neighbours. dummy_prefix: whether one space at the front of a decoded text was put there by the tokenizer.
@@ -35,13 +36,14 @@ class TokenizersModel:
     Raises `UserError` if the library is missing, or if it cannot read the file.
     """
 
-    def __init__(self, data: bytes, source: str):
+    def __init__(self, data: bytes, source: str, rules: dict | None = None):
         self.data = data
         file = read_object(data, source)
         _check_model(file.get("model"), source)
         _check_ids(Contents(file, source), min(LARGEST_ID, max(SMALLEST_LIMIT, len(data))))
         self._source = source
-        self.library = _build(data.decode(errors="replace"), source)
+        self._text = json.dumps(file | rules) if rules else data.decode(errors="replace")
+        self.library = _build(self._text, source)
         self.library.encode_special_tokens = True  # as the text they are
         described = json.loads(self.library.to_str())  # as the library understood the file
         added = described.get("added_tokens") or []
@@ -58,6 +60,10 @@ class TokenizersModel:
         self.dummy_prefix = _strips_a_space(described)
         self.table = self._bytes_of_ids(described)
         self.unfaithful = _reason_against(described, self.table)
+
+    def id_of(self, piece: str) -> int | None:
+        """The id of the piece with this text; None if there is none."""
+        return self.ids.get(piece)
 
     # ---------------------------------------------------------------- text → ids
 
@@ -77,7 +83,7 @@ class TokenizersModel:
     @cached_property
     def _seeing_control(self):
         """A second tokenizer of the library, which takes the text of a control piece for the piece."""
-        return _build(self.data.decode(errors="replace"), self._source)
+        return _build(self._text, self._source)
 
     @cached_property
     def parts_are_independent(self) -> bool:
@@ -92,7 +98,7 @@ class TokenizersModel:
         return self.library.decode(ids, skip_special_tokens=True)
 
     def _bytes_of_ids(self, described: dict) -> list[bytes] | None:
-        decoders = _steps(described.get("decoder"), "decoders")
+        decoders = steps(described.get("decoder"), "decoders")
         if not decoders or not all(_is_side_by_side(decoder) for decoder in decoders):
             return None
         kinds = {decoder["type"] for decoder in decoders}
@@ -218,17 +224,17 @@ def _without_control(described: dict, control: dict[str, int], source: str):
     return library
 
 
-def _steps(step: dict | None, name: str) -> list[dict]:
+def steps(step: dict | None, name: str) -> list[dict]:
     """The steps of a normalizer, pre-tokenizer or decoder, which may be a sequence of others under `name`."""
     if step is None:
         return []
     if step["type"] != "Sequence":
         return [step]
-    return [inner for other in step[name] for inner in _steps(other, name)]
+    return [inner for other in step[name] for inner in steps(other, name)]
 
 
 def _strips_a_space(described: dict) -> bool:
-    for decoder in _steps(described.get("decoder"), "decoders"):
+    for decoder in steps(described.get("decoder"), "decoders"):
         if decoder["type"] == "Strip" and decoder["content"] == " " and decoder["start"]:
             return True
         if decoder["type"] == "Metaspace" and decoder.get("prepend_scheme", "always") != "never":
@@ -239,17 +245,17 @@ def _strips_a_space(described: dict) -> bool:
 def _reason_against(described: dict, table: list[bytes] | None) -> str | None:
     """Why bytes of ids are not bytes of text, in words for people; None if they are."""
     if table is None:
-        decoders = [decoder["type"] for decoder in _steps(described.get("decoder"), "decoders")]
+        decoders = [decoder["type"] for decoder in steps(described.get("decoder"), "decoders")]
         return f"its decoder ({', '.join(decoders) or 'none'}) puts pieces together by rules of its own"
-    for step in _steps(described.get("normalizer"), "normalizers"):
+    for step in steps(described.get("normalizer"), "normalizers"):
         to_mark = step.get("pattern") == {"String": " "} and step.get("content") == SPACE_MARK
         if step["type"] not in FAITHFUL_NORMALIZERS or (step["type"] == "Replace" and not to_mark):
             return f"its normalizer ({step['type']}) changes texts"
-    for step in _steps(described.get("pre_tokenizer"), "pretokenizers"):
+    for step in steps(described.get("pre_tokenizer"), "pretokenizers"):
         if step["type"] not in FAITHFUL_PRE_TOKENIZERS or step.get("behavior") == "Removed":
             return f"its pre-tokenizer ({step['type']}) leaves something out"
     model = described["model"]
-    byte_level = any(step["type"] == "ByteLevel" for step in _steps(described.get("decoder"), "decoders"))
+    byte_level = any(step["type"] == "ByteLevel" for step in steps(described.get("decoder"), "decoders"))
     if not byte_level and not model.get("byte_fallback"):
         return "characters without a piece are lost"
     return None

@@ -338,14 +338,6 @@ def test_functions_that_templates_use(level):
     assert tokenizer.encode_chat(messages, add_generation_prompt=True)[0] == theirs_of(level, messages, True)
 
 
-def test_an_added_piece_that_is_not_read_is_named(tmp_path):
-    """A SentencePiece model to which a folder adds ChatML's pieces."""
-    sentencepiece_folder(tmp_path)
-    (tmp_path / "added_tokens.json").write_text('{"<|im_start|>": 420, "<|im_end|>": 421}')
-    with pytest.raises(UserError, match=r"chat template writes '<\|im_start\|>', which is added beside"):
-        with_template(tmp_path, CHATML).encode_chat(CHATS[0])
-
-
 @pytest.mark.parametrize("name", WRITERS)
 def test_our_templates_filled_in_give_what_is_written_in_ids(name, tmp_path):
     ours = train_tokenizer(CORPUS * 20, 480, tmp_path)

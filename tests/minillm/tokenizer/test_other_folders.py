@@ -1,0 +1,274 @@
+"""Folders of other tools: how their texts begin and end, and which tokens they add, as transformers has it."""
+
+import json
+import random
+import shutil
+
+import pytest
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
+from transformers import AutoTokenizer
+
+from minillm.base.errors import UserError
+from minillm.tokenizer.tokenizer import StreamDecoder, Tokenizer
+from tests.minillm.tokenizer.test_tokenizer import CORPUS, train_foreign, train_llama
+
+PIECES = [*"an bT", "the ", "  ", "\n", "\t", "é", "中", "你好，", "42", "<x>", " <x> ", "the <x>", "<y>"]
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+CHAT = [{"role": "user", "content": " the cat "}, {"role": "assistant", "content": "ran <x> "}]
+
+
+def texts() -> list[str]:
+    draw = random.Random(5)
+    some = ["".join(draw.choices(PIECES, k=draw.randrange(14))) for _ in range(300)]
+    return ["", " ", "a", " the", "  the", "<x>an", *some, *CORPUS]
+
+
+def token(i: int, text: str, special: bool = False, **flags) -> dict:
+    usual = {"lstrip": False, "rstrip": False, "single_word": False, "normalized": False}
+    return {str(i): {"content": text, "special": special} | usual | flags}
+
+
+def without_prefix():
+    plain = dict(byte_fallback=True, normalization_rule_name="identity", remove_extra_whitespaces=False)
+    return train_foreign("bpe", vocab_size=420, add_dummy_prefix=False, **plain)
+
+
+LLAMA = {"tokenizer_class": "LlamaTokenizer"}
+FAST = {"tokenizer_class": "PreTrainedTokenizerFast"}
+ENDS = token(420, "<|im_end|>", True) | token(421, "<|im_start|>", True)
+ADDED = LLAMA | {"added_tokens_decoder": ENDS | token(422, "<x>") | token(423, "<y>", rstrip=True)}
+BOTH = (train_llama, without_prefix)
+INFILLING = ("▁<PRE>", "▁<MID>", "▁<SUF>", "▁<EOT>", "<FILL_ME>")
+CODE = {k: v for i, text in enumerate(INFILLING, 420) for k, v in token(i, text, True).items()}
+SETTINGS = {
+    "nothing said": None,
+    "a class and no more": LLAMA,
+    "bos": LLAMA | {"add_bos_token": True},
+    "no bos": LLAMA | {"add_bos_token": False},
+    "bos, and none that is called so": LLAMA | {"add_bos_token": True, "bos_token": None},
+    "another piece is bos": LLAMA | {"add_bos_token": True, "bos_token": "</s>"},
+    "no space in front": LLAMA | {"add_prefix_space": False},
+    "a space in front of each part": ADDED | {"legacy": True},
+    "the fast class": FAST | {"add_bos_token": True},
+    "the fast class, new rules": FAST | {"legacy": False},
+    "a class that does not exist": {"tokenizer_class": "SomeTokenizer", "add_bos_token": True},
+    "code's class": {"tokenizer_class": "CodeLlamaTokenizerFast", "added_tokens_decoder": CODE},
+    "added tokens": ADDED | {"eos_token": "<|im_end|>", "add_bos_token": True},
+    "added tokens, the fast class": FAST | {"added_tokens_decoder": ADDED["added_tokens_decoder"]},
+    "a learnt piece is an added token": LLAMA | {"added_tokens_decoder": token(300, "")},
+}
+
+
+def agree(folder, added: bool = True) -> Tokenizer:
+    """The tokenizer of a folder, once it has given the ids that transformers gives."""
+    ours, theirs = Tokenizer.load(folder), AutoTokenizer.from_pretrained(folder)
+    for text in texts():
+        ids = theirs(text)["input_ids"]
+        assert ours.prompt_ids(text) == ids or not text, text
+        if text and not text.startswith(" "):
+            shown = theirs.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+            assert ours.decode(ids) == shown
+    assert (ours.eos_id, ours.vocab_size) == (theirs.eos_token_id, len(theirs))
+    assert ours.begins_with_bos == (theirs("a")["input_ids"][:1] == [theirs.bos_token_id])
+    return ours
+
+
+@pytest.mark.parametrize("model_type", ["llama", "mistral"])
+@pytest.mark.parametrize("maker", BOTH)
+@pytest.mark.parametrize("kind", SETTINGS)
+def test_a_sentencepiece_folder_gives_the_ids_of_transformers(kind, maker, model_type, tmp_path):
+    made = maker()
+    config = SETTINGS[kind]
+    if kind == "a learnt piece is an added token":
+        config = LLAMA | {"added_tokens_decoder": token(400, made.model.piece_of(400))}
+    (tmp_path / "tokenizer.model").write_bytes(made.data)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
+    if config is not None:
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    ours = agree(tmp_path)
+
+    # saved by us, and saved again by transformers, which writes a tokenizer.json alone
+    ours.save(tmp_path / "ours")
+    shutil.copy(tmp_path / "config.json", tmp_path / "ours")
+    assert agree(tmp_path / "ours").sha256 == ours.sha256
+    AutoTokenizer.from_pretrained(tmp_path / "ours").save_pretrained(tmp_path / "theirs")
+    shutil.copy(tmp_path / "config.json", tmp_path / "theirs")
+    assert not (tmp_path / "theirs" / "tokenizer.model").exists()
+    agree(tmp_path / "theirs")
+    shutil.copy(tmp_path / "ours" / "tokenizer.model", tmp_path / "theirs")  # both, as most folders have
+    agree(tmp_path / "theirs")
+
+
+BOS, EOS = "<|begin|>", "<|end|>"
+
+
+def template(*parts: str) -> dict:
+    """A post_processor that puts these pieces where they stand; "A" is the text."""
+    single = [{"Sequence" if part == "A" else "SpecialToken": {"id": part, "type_id": 0}} for part in parts]
+    ids = {BOS: 0, EOS: 1}
+    special = {part: {"id": part, "ids": [ids[part]], "tokens": [part]} for part in parts if part in ids}
+    return {"type": "TemplateProcessing", "single": single, "pair": [*single, *single], "special_tokens": special}
+
+
+BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+ROBERTA = {"type": "RobertaProcessing", "sep": [EOS, 1], "cls": [BOS, 0], "trim_offsets": True}
+PROCESSORS = {
+    "none": (None, False),
+    "offsets": (BYTE_LEVEL, False),
+    "bos": (template(BOS, "A"), True),
+    "bos in a sequence": ({"type": "Sequence", "processors": [BYTE_LEVEL, template(BOS, "A")]}, True),
+    "eos in front": (template(EOS, "A"), True),
+}
+REFUSED = {
+    "eos behind": template(BOS, "A", EOS),
+    "Roberta's": ROBERTA | {"add_prefix_space": False},
+    "two in front": template(BOS, EOS, "A"),
+    "no text": template(BOS),
+    "an unknown kind": {"type": "Something"},
+}
+
+
+def json_folder(folder, processor: dict | None, **settings) -> None:
+    """A byte-level vocabulary whose bos and eos are the ids 0 and 1."""
+    library = tokenizers.Tokenizer(models.BPE())
+    library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    library.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    kinds = dict(vocab_size=300, special_tokens=[BOS, EOS], initial_alphabet=alphabet, show_progress=False)
+    library.train_from_iterator(CORPUS, trainers.BpeTrainer(**kinds))
+    described = json.loads(library.to_str()) | {"post_processor": processor}
+    (folder / "tokenizer.json").write_text(json.dumps(described))
+    (folder / "config.json").write_text('{"model_type": "llama"}')
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": BOS, "eos_token": EOS} | settings
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize(
+    "class_name", ["PreTrainedTokenizerFast", "LlamaTokenizerFast", "GPT2Tokenizer", "GPTNeoXTokenizer"]
+)
+@pytest.mark.parametrize("add_bos", [None, True, False])
+@pytest.mark.parametrize("kind", PROCESSORS)
+def test_the_post_processor_says_how_a_text_begins(kind, add_bos, class_name, tmp_path):
+    processor, begins = PROCESSORS[kind]
+    settings = {} if add_bos is None else {"add_bos_token": add_bos}
+    json_folder(tmp_path, processor, tokenizer_class=class_name, **settings)
+    ours, theirs = Tokenizer.load(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    for text in texts():
+        assert ours.prompt_ids(text) == theirs(text)["input_ids"] or not text, text
+    assert ours.begins_with_bos == (begins and class_name != "GPTNeoXTokenizer")
+    assert ours.start_id == (theirs("a")["input_ids"][0] if ours.begins_with_bos else ours.eos_id)
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_what_else_stands_around_a_text_is_refused_by_name(kind, tmp_path):
+    json_folder(tmp_path, REFUSED[kind])
+    with pytest.raises(
+        UserError,
+        match=r"tokenizer\.json: .*(puts more around each text than bos|post_processor|damaged, or of a kind)",
+    ):
+        Tokenizer.load(tmp_path)
+
+
+def test_an_end_or_rules_around_a_text_that_no_file_states_are_refused(tmp_path):
+    json_folder(tmp_path, None, tokenizer_class="T5TokenizerFast")
+    with pytest.raises(UserError, match="tokenizer_class T5Tokenizer puts tokens around each text"):
+        Tokenizer.load(tmp_path)
+    (tmp_path / "tokenizer.json").unlink()
+    (tmp_path / "tokenizer.model").write_bytes(train_llama().data)
+    for wrong, words in (({"add_eos_token": True}, "add_eos_token"), ({"add_bos_token": "yes"}, "not true or false")):
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(LLAMA | wrong))
+        with pytest.raises(UserError, match=words):
+            Tokenizer.load(tmp_path)
+    lossy = train_foreign("bpe", vocab_size=150)
+    (tmp_path / "tokenizer.model").write_bytes(lossy.data)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(LLAMA))
+    with pytest.raises(UserError, match=r"changes texts, which the class LlamaTokenizer .* does not do"):
+        Tokenizer.load(tmp_path)
+
+
+def test_added_tokens_are_pieces_that_no_user_can_forge(tmp_path):
+    (tmp_path / "tokenizer.model").write_bytes(train_llama().data)
+    settings = ADDED | {"eos_token": "<|im_end|>", "chat_template": CHATML}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    ours, theirs = Tokenizer.load(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    assert (ours.eos_id, ours.vocab_size, ours.stop_ids()) == (420, 424, [420])
+    assert ours.control["<|im_start|>"] == 421 and not {420, 421} & set(ours.encode("<|im_start|>a<|im_end|>"))
+    for prompt in (True, False):
+        ids, learn = ours.encode_chat(CHAT, add_generation_prompt=prompt)
+        assert ids == theirs.apply_chat_template(CHAT, add_generation_prompt=prompt)["input_ids"]
+    assert ours.decode([i for i, learned in zip(ids, learn, strict=True) if learned]).strip() == "ran <x>"
+    stream = StreamDecoder(ours)
+    assert [stream.push(i) for i in (420, 422, 424)] == ["", "<x>", "<id 424>"]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "words"),
+    [
+        (token(425, "<x>"), r"its 1 added tokens \(the last is 425\) do not follow the vocabulary's 420 pieces"),
+        (token(10, "<x>"), r"added token '<x>' with the id 10, but it is no piece of it"),
+        (token(420, "</s>", True), r"added token '</s>' with the id 420, but it has the id 2 in it"),
+        (token(420, "<x>", single_word=True), "'<x>' counts as a single word only"),
+        ({"420": {"content": 7}}, "content is 7, not a text"),
+        ({"-1": {"content": "<x>"}}, "'-1' in added_tokens_decoder is no id"),
+    ],
+)
+def test_added_tokens_that_transformers_would_number_otherwise_are_refused(tokens, words, tmp_path):
+    (tmp_path / "tokenizer.model").write_bytes(train_llama().data)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(LLAMA | {"added_tokens_decoder": tokens}))
+    with pytest.raises(UserError, match=words):
+        Tokenizer.load(tmp_path)
+
+
+def test_tokens_of_the_older_file_and_those_beside_a_tokenizer_json_are_added(tmp_path):
+    (tmp_path / "tokenizer.model").write_bytes(train_llama().data)
+    (tmp_path / "added_tokens.json").write_text('{"<|im_end|>": 420, "<x>": 421}')
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(LLAMA | {"eos_token": "<|im_end|>"}))
+    assert agree(tmp_path).control["<|im_end|>"] == 420
+    (tmp_path / "json").mkdir()
+    json_folder(tmp_path / "json", template(BOS, "A"), eos_token="<|im_end|>")
+    settings = json.loads((tmp_path / "json" / "tokenizer_config.json").read_text())
+    settings["added_tokens_decoder"] = token(300, "<|im_end|>", True) | token(301, "<x>")
+    (tmp_path / "json" / "tokenizer_config.json").write_text(json.dumps(settings))
+    ours = agree(tmp_path / "json")
+    ours.save(tmp_path / "again")
+    assert (
+        ours.eos_id == 300
+        and agree(tmp_path / "again").sha256 == ours.sha256 == Tokenizer.load(tmp_path / "again").sha256
+    )
+
+
+ENDS_NAMED = {
+    "nowhere": ({}, None, [1]),
+    "in a list": ({"eos_token_id": [1, 5]}, None, [1, 5]),
+    "in both files": ({"eos_token_id": 7}, {"eos_token_id": [5, 1], "temperature": 0.6}, [1, 5, 7]),
+    "in the second": ({"eos_token_id": None}, {"eos_token_id": 9, "top_p": 0.9}, [1, 9]),
+}
+
+
+@pytest.mark.parametrize("where", ENDS_NAMED)
+def test_a_text_ends_at_every_id_that_the_folder_names_and_so_it_is_saved(where, tmp_path):
+    model_config, generation, ends = ENDS_NAMED[where]
+    json_folder(tmp_path, None)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"} | model_config))
+    if generation:
+        (tmp_path / "generation_config.json").write_text(json.dumps(generation))
+    ours = Tokenizer.load(tmp_path)
+    assert ours.end_ids == ours.stop_ids() == ends
+    assert ours.special_ids["eos_token_id"] == (ends if len(ends) > 1 else 1)
+    ours.save(tmp_path / "again")  # such as a folder of token bins, which has no config.json
+    assert Tokenizer.load(tmp_path / "again").end_ids == ends
+    if len(ends) > 1:
+        written = json.loads((tmp_path / "again" / "generation_config.json").read_text())
+        assert written == (generation or {}) | {"eos_token_id": ends}
+
+
+@pytest.mark.parametrize("wrong", ["two", [1, True], -1, 1.0, 1 << 40, {}])
+def test_an_end_that_is_no_id_is_named(wrong, tmp_path):
+    json_folder(tmp_path, None)
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": wrong}))
+    with pytest.raises(UserError, match=r"generation_config\.json beside it: damaged, eos_token_id holds .* no id"):
+        _ = Tokenizer.load(tmp_path).end_ids
