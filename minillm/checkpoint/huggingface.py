@@ -7,8 +7,10 @@ loaders refuse it rather than compute something wrong.
 
 import dataclasses
 import json
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -336,13 +338,33 @@ def write_folder(
 
 
 def load_config(folder: str | Path) -> ModelConfig:
-    """The `ModelConfig` of a model folder."""
+    """The `ModelConfig` of a model folder: its config.json's, but untied if the weights have a head of their own."""
     source = f"{folder}/config.json"
     written = read_config(folder)
     if Contents(written, source).get("model_type", str) in ARCHITECTURES:  # others are refused by name
         check_kinds(written, source, SHARED)
     with naming(source):
-        return from_hf(written)
+        config = from_hf(written)
+    if config.tie_embeddings and _has_own_head(folder):
+        return dataclasses.replace(config, tie_embeddings=False)
+    return config
+
+
+def _has_own_head(folder: str | Path) -> bool:
+    """Whether a folder's weights hold a head that is not the embedding; a line says so, once in a process."""
+    if not any((Path(folder) / name).exists() for name in (tensor_files.SINGLE, tensor_files.INDEX)):
+        return False
+    places = tensor_files.find_weights(folder)
+    head, embedding = places.get("lm_head.weight"), places.get("model.embed_tokens.weight")
+    if head is None or embedding is None or tensor_files.are_equal(head, embedding):
+        return False
+    _say_untied(str(folder))
+    return True
+
+
+@cache
+def _say_untied(folder: str) -> None:
+    print(f"{folder}: tied in its config.json, but its head is not its embedding: loaded untied", file=sys.stderr)
 
 
 def _find_weights(folder: str | Path, config: ModelConfig) -> dict[str, tensor_files.Place]:

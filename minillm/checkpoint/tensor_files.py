@@ -70,6 +70,14 @@ class Place:
         return out
 
 
+def are_equal(one: Place, other: Place) -> bool:
+    """Whether two stored tensors hold the same numbers."""
+    if one.shape != other.shape:
+        return False
+    dtype = one.dtype if one.dtype == other.dtype else torch.float32
+    return torch.equal(one.read(dtype), other.read(dtype))
+
+
 def refuse_pickle(path: Path, start: bytes) -> None:
     """Raise `UserError` if a file that begins with `start` is a pickle, or a zip of pickles.
 
