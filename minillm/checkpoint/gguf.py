@@ -115,6 +115,8 @@ def open_file(path: str | Path) -> tuple[StoredModel, dict]:
 
     special_ids = gguf_tokenizer.special_ids(contents)
     ids = {f"{role}_token_id": i for role, i in special_ids.items() if role != "unk"}
+    if len(ends := gguf_tokenizer.end_ids(contents)) > 1:
+        ids["eos_token_id"] = ends
     return StoredModel(config, tensors[EMBEDDING].dtype, read, ids), metadata
 
 

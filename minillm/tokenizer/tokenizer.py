@@ -305,16 +305,27 @@ class Tokenizer:
         """The Jinja template that transformers uses, if there is one."""
         return folder_files.chat_template(self._beside, self.config)
 
-    def with_settings(self, *, add_bos: bool, after_eos: bool = False, chat_template: str | None = None) -> "Tokenizer":
-        """A copy whose files say how texts begin, and name another chat template if one is given.
+    def with_settings(
+        self,
+        *,
+        add_bos: bool,
+        after_eos: bool = False,
+        chat_template: str | None = None,
+        named: dict[str, str] | None = None,
+        ends: list[int] | None = None,
+    ) -> "Tokenizer":
+        """A copy whose files say how texts begin and end, and name another chat template if one is given.
 
-        add_bos: with bos, also for transformers. after_eos: see `begins_after_eos`.
+        add_bos: with bos, also for transformers. after_eos: see `begins_after_eos`. named: pieces such as eos_token.
+        ends: the ids that end a text.
         """
         files = self._files | self._beside
-        config = self.config | {"add_bos_token": add_bos, AFTER_EOS: after_eos}
+        config = self.config | {"add_bos_token": add_bos, AFTER_EOS: after_eos} | (named or {})
         if chat_template:
             config["chat_template"] = chat_template
         files["tokenizer_config.json"] = to_json(config)
+        if ends and len(ends) > 1:
+            files[folder_files.GENERATION_CONFIG] = to_json(self.generation_config | {"eos_token_id": ends})
         if "tokenizer.json" in files:
             described = read_object(files["tokenizer.json"], f"{self._source}: tokenizer.json beside it")
             files["tokenizer.json"] = to_json(self._beginning(described, add_bos))
@@ -382,7 +393,7 @@ class JsonTokenizer(Tokenizer):
         """The vocabulary as GGUF describes it; raises UnsupportedError if it is of another kind than byte-level BPE."""
         return byte_bpe.read(read_object(self.data, self._source), self._source)
 
-    def with_settings(self, *, add_bos: bool, after_eos: bool = False, chat_template: str | None = None) -> "Tokenizer":
+    def with_settings(self, *, add_bos: bool, **_) -> "Tokenizer":
         """Refused: the settings are part of tokenizer.json, which is this tokenizer's identity."""
         own, wrap = ("without bos", "eos") if add_bos else ("with bos", "bos_eos")
         raise UserError(f"{self._source}: a tokenizer.json stays as it is, and its texts begin {own}: --wrap {wrap}")
