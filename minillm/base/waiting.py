@@ -26,13 +26,14 @@ long it could have run but had no core.
 
 import contextlib
 import ctypes
+import functools
 import os
 import platform
 import struct
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -41,56 +42,34 @@ TASKS = Path("/proc/self/task")
 LOOK_S = 0.5  # seconds between two looks at the cores
 TRY_S = 0.1  # seconds of the first look
 CROWDED = 0.1  # share of their time that our threads are kept from a core, from which on they sleep
-FREE = 0.02  # and below which no other program is there
+FREE = 0.04  # and below which no other program is there
 TURN_NS = 100_000  # nanoseconds of a core that a thread asks for at once, while threads sleep
 QUIET_LOOKS = 20  # that find the cores free, one after another, before threads wait awake again
 
 
-@contextlib.contextmanager
-def chosen(say: Callable[[str], None]) -> Iterator[None]:
-    """Context in which torch's threads wait as suits the machine at the time.
-
-    say: prints a line. It is told the number of threads and how they wait, later the first change in each direction;
-    where the way of waiting cannot be chosen, the number of threads alone.
-    """
-    n_threads = torch.get_num_threads()
-    openmp = gnu_openmp(n_threads)
-    threads = f"{n_threads} CPU thread{'s' if n_threads > 1 else ''}"
-    if openmp is None:
-        say(threads)
-        yield
-        return
-
-    # the first look: meetings that do nothing else, to see whether the threads get their cores
-    waiting = Waiting(openmp, n_threads)
-    before, end = read_times(), time.perf_counter() + TRY_S
-    while time.perf_counter() < end:
-        waiting.meet(n_threads)
-    waiting.look(share_without_core(before, read_times()))
-    say(f"{threads}, which {waiting.words}")
-
-    # the others: now and then, from a thread of their own, however long a step takes
-    over = threading.Event()
-    watcher = threading.Thread(target=waiting.watch, args=(over, say), daemon=True)
-    watcher.start()
-    try:
-        yield
-    finally:
-        over.set()
-        watcher.join()
-        waiting.wake()
-
-
 class Waiting:
-    """How torch's team waits at present, and the choice of it."""
+    """How the threads of torch's teams wait at present, and the choice of it."""
 
-    def __init__(self, openmp: ctypes.CDLL, n_threads: int):
-        """openmp: the library of the team. n_threads: of the team."""
+    def __init__(self, openmp: ctypes.CDLL):
+        """openmp: the library of the teams (`gnu_openmp`)."""
         self.openmp = openmp
-        # as many idle threads as make all of them one more than the cores; the first is the one that keeps them
-        self.n_idle = openmp.omp_get_num_procs() - n_threads + 2
+        self.say: Callable[[str], None] = lambda line: None  # is told of the first change in each direction
+        self.said: set[str] = set()
+        self.choosing = threading.Lock()
         self.end_idle_team: threading.Event | None = None  # None: there is no such team, threads wait awake
         self.n_quiet = 0  # looks in a row that found the cores free
+        self.over = threading.Event()
+        self.watcher = threading.Thread(target=self._watch, daemon=True)
+
+    def start(self) -> None:
+        """Look at the cores from now on, from a thread of its own, however long a step takes."""
+        self.watcher.start()
+
+    def stop(self) -> None:
+        """Look no more; threads wait awake again."""
+        self.over.set()
+        self.watcher.join()
+        self.wake()
 
     @property
     def words(self) -> str:
@@ -99,24 +78,31 @@ class Waiting:
             return "wait for one another awake: no other program needs their cores"
         return "wait for one another asleep: other programs need their cores too"
 
+    def try_out(self) -> None:
+        """A first look: torch's team meets again and again, to see whether its threads get their cores."""
+        before, end = read_times(), time.perf_counter() + TRY_S
+        while time.perf_counter() < end:
+            self.meet(torch.get_num_threads())
+        self.look(share_without_core(before, read_times()))
+
     def look(self, share: float) -> None:
         """Choose by the share of their time that our threads were kept from a core."""
-        self.n_quiet = self.n_quiet + 1 if share < FREE else 0
-        if share > CROWDED:
-            self.sleep()
-        elif self.n_quiet >= QUIET_LOOKS:
-            self.wake()
+        with self.choosing:
+            self.n_quiet = self.n_quiet + 1 if share < FREE else 0
+            if share > CROWDED:
+                self.sleep()
+            elif self.n_quiet >= QUIET_LOOKS:
+                self.wake()
 
-    def watch(self, over: threading.Event, say: Callable[[str], None]) -> None:
-        """Look until `over` is set; say of each way of waiting the first change to it."""
-        seen, now, said = read_times(), self.words, set()
-        while not over.wait(LOOK_S):
+    def _watch(self) -> None:
+        seen = read_times()
+        while not self.over.wait(LOOK_S):
             before, seen = seen, read_times()
+            words = self.words
             self.look(share_without_core(before, seen))
-            if self.words not in (now, *said):
-                say(f"the threads now {self.words}")
-                said.add(self.words)
-            now = self.words
+            if self.words != words and self.words not in self.said:
+                self.said.add(self.words)
+                self.say(f"the threads now {self.words}")
 
     def meet(self, n_threads: int) -> None:
         """Let so many threads of the calling thread's team meet once. It is made if it does not exist, and stays."""
@@ -130,7 +116,7 @@ class Waiting:
         made, end = threading.Event(), threading.Event()
 
         def keep_idle_team() -> None:
-            self.meet(self.n_idle)
+            self.meet(self.openmp.omp_get_num_procs() + 1)  # with torch's team surely more threads than cores
             made.set()
             end.wait()  # a team lives as long as the thread that has made it
 
@@ -145,6 +131,33 @@ class Waiting:
             self.end_idle_team.set()
             self.end_idle_team = None
             ask_for_turns(0)
+
+
+@functools.cache
+def of_this_process() -> Waiting | None:
+    """The choice for this process; None where there is none to make. It begins with the first call and never ends."""
+    openmp = gnu_openmp(torch.get_num_threads())
+    if openmp is None:
+        return None
+    waiting = Waiting(openmp)
+    waiting.start()
+    return waiting
+
+
+def tell(say: Callable[[str], None]) -> None:
+    """Say how many threads compute and how they wait, and from now on how that changes.
+
+    say: prints a line. Where the way of waiting cannot be chosen, it is told the number of threads alone.
+    """
+    n_threads = torch.get_num_threads()
+    threads = f"{n_threads} CPU thread{'s' if n_threads > 1 else ''}"
+    waiting = of_this_process()
+    if waiting is None or n_threads == 1:
+        say(threads)
+        return
+    waiting.try_out()
+    waiting.say, waiting.said = say, {waiting.words}
+    say(f"{threads}, which {waiting.words}")
 
 
 def gnu_openmp(n_threads: int) -> ctypes.CDLL | None:

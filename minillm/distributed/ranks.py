@@ -5,6 +5,7 @@ torchrun --nproc_per_node 4 train_pretrain.py             four GPUs (or CPU proc
 torchrun --nnodes 2 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint HOST:29500 train_pretrain.py
 """
 
+import hashlib
 import os
 from dataclasses import dataclass
 from datetime import timedelta
@@ -13,6 +14,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from minillm.base import waiting
 from minillm.base.device import keep_freed_memory, pick_device
 from minillm.base.errors import UserError
 from minillm.distributed.watchdog import explain_lost_ranks
@@ -51,6 +53,11 @@ class Ranks:
         dist.all_reduce(largest, op=dist.ReduceOp.MAX)
         return int(largest)
 
+    def agree(self, value: object) -> bool:
+        """Whether all ranks have the same value, of any kind whose `repr` tells it apart."""
+        number = int.from_bytes(hashlib.sha256(repr(value).encode()).digest()[:7])
+        return self.max(number) == -self.max(-number)
+
     def barrier(self) -> None:
         """Wait until every rank is here."""
         if self.world > 1:
@@ -86,6 +93,7 @@ def start(device: str = "auto", timeout_s: float = 600.0) -> Ranks:
         torch.set_float32_matmul_precision("high")  # TF32 for what stays in fp32
     elif chosen.type == "cpu":
         keep_freed_memory()
+        waiting.of_this_process()
 
     if world > 1:
         explain_lost_ranks(rank, world)

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 
+from minillm.base import waiting
 from minillm.base.device import DTYPES, pick_device
 from minillm.base.errors import UserError
 from minillm.checkpoint import huggingface, run_folder
@@ -55,6 +56,8 @@ def load(
 
     # where it computes, in which dtype, by which kernels
     torch_device = pick_device(device)
+    if torch_device.type == "cpu":
+        waiting.of_this_process()
     base_bits = None
     if is_adapter:
         _, facts = peft_format.read_config(folder)

@@ -82,7 +82,7 @@ def rate_change(before: Schedule, after: Schedule, step: int) -> str:
     listed = ", then ".join(f"{lr_at(s, after):.2e} in step {s + 1:,}" for s in upcoming)
     line = f"learning rate: {last:.2e} in step {step:,}, now {listed}"
     if following > 1.05 * last and step >= after.warmup:
-        line += f"; a rise {following / last:.1f} fold: to stay at the last rate, --schedule constant --lr {last:.3g}"
+        line += f": {following / last:.1f} times the last, which --schedule constant --lr {last:.3g} would keep"
     return line
 
 

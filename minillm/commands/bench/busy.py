@@ -16,9 +16,10 @@ from dataclasses import dataclass
 import torch
 
 from minillm.base import waiting
+from minillm.base.device import keep_freed_memory
 from minillm.base.options import Options, option
 from minillm.commands.bench.measure import machine, vocab_size_of
-from minillm.distributed.ranks import start
+from minillm.distributed.ranks import Ranks
 from minillm.model import config as shapes
 from minillm.model.size import n_parameters
 from minillm.model.transformer import Transformer
@@ -41,12 +42,22 @@ class Config(Options):
 
 
 @contextlib.contextmanager
-def as_torch_does(say: Callable[[str], None]) -> Iterator[None]:
-    """Context in which nothing is chosen."""
-    yield
+def as_minillm_does() -> Iterator[None]:
+    """Context in which a run's way of waiting is chosen all the time."""
+    openmp = waiting.gnu_openmp(torch.get_num_threads())
+    if openmp is None:  # there is no choice
+        yield
+        return
+    chosen = waiting.Waiting(openmp)
+    chosen.start()
+    chosen.try_out()
+    try:
+        yield
+    finally:
+        chosen.stop()
 
 
-SIDES = {"as torch": as_torch_does, "as minillm": waiting.chosen}
+SIDES = {"as torch": contextlib.nullcontext, "as minillm": as_minillm_does}
 
 
 @contextlib.contextmanager
@@ -63,7 +74,8 @@ def busy_neighbours(count: int) -> Iterator[list[subprocess.Popen]]:
 
 def training_step(config: Config) -> Callable[[], None]:
     """A step of the usual training, of a new model on random tokens."""
-    ranks = start("cpu")  # as the scripts do it
+    ranks = Ranks(0, 1, torch.device("cpu"))
+    keep_freed_memory()  # as the scripts do
     vocab_size = vocab_size_of(config.preset)
     model = Transformer(shapes.preset(config.preset, vocab_size=vocab_size, max_seq_len=config.seq_len))
     model.init_weights()
@@ -120,7 +132,7 @@ def steps_per_second(step: Callable[[], None], config: Config) -> dict[str, floa
     measured: dict[str, list[float]] = {name: [] for name in SIDES}
     for _ in range(config.repeats):
         for name, side in SIDES.items():
-            with side(lambda line: None):
+            with side():
                 n_steps, begin = 0, time.perf_counter()
                 while time.perf_counter() - begin < config.seconds:
                     step()

@@ -14,6 +14,14 @@ from minillm.base import waiting
 ROOT = Path(__file__).parents[3]
 
 
+@pytest.fixture(autouse=True)
+def anew():
+    """No test finds the choice that another has begun."""
+    waiting.of_this_process.cache_clear()
+    yield
+    waiting.of_this_process.cache_clear()
+
+
 class FakeOpenMP:
     """Counts the meetings of teams by their number of threads."""
 
@@ -38,26 +46,24 @@ def sleeping(one: waiting.Waiting, shares: list[float]) -> list[bool]:
 
 
 def test_threads_sleep_from_the_first_look_that_finds_the_cores_crowded():
-    one = waiting.Waiting(FakeOpenMP(2), 2)
+    one = waiting.Waiting(FakeOpenMP(2))
     assert sleeping(one, [0.0, 0.05, waiting.CROWDED, 0.11, 0.5]) == [False, False, False, True, True]
     one.wake()
 
 
 def test_threads_wake_only_after_many_quiet_looks_in_a_row():
-    one = waiting.Waiting(FakeOpenMP(2), 2)
+    one = waiting.Waiting(FakeOpenMP(2))
     quiet = [0.0] * (waiting.QUIET_LOOKS - 1)
     assert all(sleeping(one, [0.5, *quiet, 0.05, *quiet]))  # 0.05: something was there
     assert sleeping(one, [0.0, 0.0]) == [False, False]
 
 
-@pytest.mark.parametrize(("n_cores", "n_threads"), [(2, 2), (8, 2), (8, 8), (64, 3)])
-def test_the_idle_team_makes_one_thread_more_than_there_are_cores(n_cores, n_threads):
-    openmp = FakeOpenMP(n_cores)
-    one = waiting.Waiting(openmp, n_threads)
+def test_the_idle_team_alone_has_more_threads_than_there_are_cores():
+    openmp = FakeOpenMP(8)
+    one = waiting.Waiting(openmp)
     one.sleep()
     one.sleep()  # asleep already: no second one
-    (idle_team,) = openmp.teams
-    assert n_threads + idle_team - 1 == n_cores + 1  # libgomp counts the thread that makes a further team only once
+    assert openmp.teams == [9]
     one.wake()
 
 
@@ -68,8 +74,25 @@ def test_the_share_without_a_core_is_of_the_time_between_two_readings():
     assert waiting.share_without_core(after, after) == 0
 
 
+def test_a_run_is_told_how_its_threads_wait(monkeypatch):
+    openmp = FakeOpenMP(2)
+    shares = iter([0.5, 0.5])
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    monkeypatch.setattr(waiting, "gnu_openmp", lambda n_threads: openmp)
+    monkeypatch.setattr(waiting, "LOOK_S", 1e6)
+    monkeypatch.setattr(waiting, "TRY_S", 1e-3)
+    monkeypatch.setattr(waiting, "read_times", dict)
+    monkeypatch.setattr(waiting, "share_without_core", lambda before, after: next(shares))
+    said = []
+    for _ in range(2):  # a second run of this process
+        waiting.tell(said.append)
+    assert said == ["2 CPU threads, which wait for one another asleep: other programs need their cores too"] * 2
+    assert openmp.teams.count(3) == 1 and openmp.teams.count(2) > 0
+    waiting.of_this_process().stop()
+
+
 def test_each_change_is_said_once(monkeypatch):
-    one = waiting.Waiting(FakeOpenMP(2), 2)
+    one = waiting.Waiting(FakeOpenMP(2))
     monkeypatch.setattr(waiting, "QUIET_LOOKS", 1)
     shares = iter([0.0, 0.5, 0.5, 0.0, 0.5, 0.0])
     monkeypatch.setattr(waiting, "read_times", dict)
@@ -83,7 +106,8 @@ def test_each_change_is_said_once(monkeypatch):
             return self.left < 0
 
     said = []
-    one.watch(SixLooks(), said.append)
+    one.over, one.say = SixLooks(), said.append
+    one._watch()
     assert [line.split(":")[0] for line in said] == [
         "the threads now wait for one another asleep",
         "the threads now wait for one another awake",
@@ -146,8 +170,7 @@ def test_where_nothing_can_be_chosen_nothing_is_said_of_it(monkeypatch, platform
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     said = []
-    with waiting.chosen(said.append):
-        pass
+    waiting.tell(said.append)
     assert said == [f"{n_threads} CPU thread{'s' * (n_threads > 1)}"]
 
 
@@ -181,7 +204,7 @@ if openmp is None:
     print("no choice here")
 else:
     meet()
-    one = waiting.Waiting(openmp, 2)
+    one = waiting.Waiting(openmp)
     results = []
     for change in (one.wake, one.sleep, one.wake):
         change()
