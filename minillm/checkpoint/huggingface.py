@@ -7,10 +7,8 @@ loaders refuse it rather than compute something wrong.
 
 import dataclasses
 import json
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
 
 import torch
@@ -345,26 +343,9 @@ def load_config(folder: str | Path) -> ModelConfig:
         check_kinds(written, source, SHARED)
     with naming(source):
         config = from_hf(written)
-    if config.tie_embeddings and _has_own_head(folder):
+    if config.tie_embeddings and tensor_files.has_own_head(folder):
         return dataclasses.replace(config, tie_embeddings=False)
     return config
-
-
-def _has_own_head(folder: str | Path) -> bool:
-    """Whether a folder's weights hold a head that is not the embedding; a line says so, once in a process."""
-    if not any((Path(folder) / name).exists() for name in (tensor_files.SINGLE, tensor_files.INDEX)):
-        return False
-    places = tensor_files.find_weights(folder)
-    head, embedding = places.get("lm_head.weight"), places.get("model.embed_tokens.weight")
-    if head is None or embedding is None or tensor_files.are_equal(head, embedding):
-        return False
-    _say_untied(str(folder))
-    return True
-
-
-@cache
-def _say_untied(folder: str) -> None:
-    print(f"{folder}: tied in its config.json, but its head is not its embedding: loaded untied", file=sys.stderr)
 
 
 def _find_weights(folder: str | Path, config: ModelConfig) -> dict[str, tensor_files.Place]:

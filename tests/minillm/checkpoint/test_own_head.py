@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from minillm.checkpoint import gguf, huggingface
+from minillm.checkpoint import gguf, huggingface, tensor_files
 from minillm.model.config import ModelConfig
 from minillm.model.transformer import Transformer
 from minillm.tuning import folders
@@ -32,7 +32,7 @@ def folder(request, tmp_path):
 
 def test_a_head_of_its_own_counts_more_than_the_config(folder, tmp_path, capsys):
     kind, path, head = folder
-    huggingface._say_untied.cache_clear()
+    tensor_files._say_untied.cache_clear()
     model = huggingface.load_model(path)
     untied = kind == "another"
     assert model.config.tie_embeddings == (not untied)
