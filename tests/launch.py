@@ -99,7 +99,8 @@ def start(script: str, arguments: str | list[str], output: Path, ranks: int = 1,
     """Start train_<script>.py with these arguments on so many ranks; their output goes to <output>-<rank>.txt.
 
     how: `hidden`, packages that shall seem not to be installed (by default matplotlib: a run then draws no curve,
-    which takes longer than its training); `limit`, the largest file in bytes.
+    which takes longer than its training); `limit`, the largest file in bytes; `stdout`, a file or pipe of its own;
+    `closed`, numbers of standard streams that are closed at the start.
     """
     arguments = arguments.split() if isinstance(arguments, str) else arguments
     port = str(free_port())
@@ -167,12 +168,27 @@ def server():
     return context
 
 
-def _run(script, arguments: list[str], output: str, env: dict[str, str], hidden=("matplotlib",), limit=None) -> None:
+def _run(
+    script,
+    arguments: list[str],
+    output: str,
+    env: dict[str, str],
+    hidden=("matplotlib",),
+    limit=None,
+    stdout=None,
+    closed=(),
+) -> None:
     import torch
 
     file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     for number in (1, 2):
         os.dup2(file, number)
+    os.close(file)
+    if stdout:
+        os.dup2(os.open(stdout, os.O_WRONLY), 1)
+    for number in closed:
+        os.close(number)
+        setattr(sys, ("stdin", "stdout", "stderr")[number], None)
     os.environ.update(env)
     sys.modules.update(dict.fromkeys(hidden))
     torch.set_num_threads(1)

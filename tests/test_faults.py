@@ -1,3 +1,4 @@
+import os
 import random
 import shutil
 import signal
@@ -8,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from minillm.base import files
 from tests import launch
 
 OPTIONS = f"{launch.SMALL} --micro_batch_size 2"
@@ -68,7 +70,7 @@ def test_killed_at_ten_random_moments_ends_as_if_never_killed(folder):
     assert not list(killed.glob("*.tmp-*")) and not list(killed.glob("*.old"))
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)])
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_signal_leaves_one_whole_checkpoint_and_the_same_command_goes_on(folder, number, status, ranks):
     out = f"signal-{status}-{ranks}"
@@ -125,6 +127,88 @@ def test_a_rank_that_hangs_ends_the_others_in_time_and_is_named(folder, victim):
     assert f"error: rank {1 - victim}: no step finished for 3 s after step " in text
     silent = "rank 1 gives no sign (last finished step" if victim else "(rank 0, without torchrun) gives no sign"
     assert silent in text and "Traceback" not in text
+
+
+# ---- output that is lost, a folder that is lost
+
+
+@pytest.mark.parametrize("how", ["a full disk", "a reader that has gone"])
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_run_whose_output_is_lost_saves_before_it_ends(folder, how, ranks):
+    out = f"lost-output-{how.replace(' ', '-')}-{ranks}"
+    more = "--steps 100000 --schedule constant"
+    if how == "a full disk":
+        stdout = Path("/dev/full")
+    else:
+        stdout = folder / f"{out}.pipe"
+        os.mkfifo(stdout)
+    (folder / out).mkdir()
+    processes = launch.start("pretrain", options(folder, out, more), folder / "log" / out, ranks, stdout=str(stdout))
+    if how == "a reader that has gone":
+        with stdout.open() as reader:
+            while "step 1/" not in reader.readline():
+                pass
+    assert [process.wait() for process in processes] == [141] * ranks, processes[0].text
+    text = processes[0].text
+    assert "Traceback" not in text and "Exception ignored" not in text
+    if how == "a full disk":
+        assert text.count("\n") == 1 and "error: standard output: No space left on device" in text
+    (step,) = launch.steps(folder / out)
+    assert list(launch.losses(folder / out)) == list(range(1, step + 1))
+    launch.finish("pretrain", options(folder, out, f"--steps {step + 2} --schedule constant"), folder / "log" / out)
+    assert list(launch.losses(folder / out)) == list(range(1, step + 3))
+
+
+@pytest.mark.parametrize("closed", [(0,), (1,), (2,), (0, 1, 2)])
+def test_closed_streams_change_nothing(folder, closed):
+    """The files that are opened first would get their numbers: a checkpoint could hold the words about a signal."""
+    out = "closed-" + "".join(map(str, closed))
+    (process,) = launch.start(
+        "pretrain", options(folder, out, "--steps 6 --save_every 3"), folder / "log" / out, closed=closed
+    )
+    assert process.wait() == 0, process.text
+    assert launch.tensors(folder / out, 6) == launch.tensors(folder / "run", 6)
+    assert launch.losses(folder / out) == launch.losses(folder / "run")
+    assert files.verify_folder(folder / out / "step-00000006") == []
+
+
+@pytest.mark.parametrize("how", ["deleted", "moved", "without its lock"])
+def test_a_folder_that_is_lost_during_a_run_is_made_again(folder, how):
+    out = "vanished-" + how.split()[0]
+    run = folder / out
+    more = "--steps 100000 --schedule constant"
+    (process,) = launch.start("pretrain", options(folder, out, more), folder / "log" / out)
+    process.wait_for("step 1/")
+    if how == "deleted":
+        run.rename(folder / f"{out}-doomed")  # at once, since the run may make it again while it is being deleted
+        shutil.rmtree(folder / f"{out}-doomed")
+    elif how == "moved":
+        run.rename(folder / f"{out}-elsewhere")
+    else:
+        (run / "lock").unlink()
+    process.wait_for(f"{run}: was deleted or moved, so it is made again")
+    assert f"in use by process {process.pid}" in refused(folder, out, more)
+    process.kill(signal.SIGTERM)
+    assert process.wait() == 143
+    steps = launch.steps(run)
+    assert len(steps) == 2  # one of then, one of the end
+    assert list(launch.losses(run)) == list(range(1, steps[-1] + 1))
+    assert (run / "options.toml").exists()
+    launch.finish("pretrain", options(folder, out, f"--steps {steps[-1] + 2}"), folder / "log" / f"{out}-on")
+
+
+def test_what_a_save_would_fail_by_is_said_before_the_first_step(folder):
+    shutil.copytree(folder / "data", folder / "damaged-tokenizer")
+    (folder / "damaged-tokenizer" / "tokenizer_config.json").write_text('{"chat_template"')
+    line = refused(folder, "unsaved", f"--steps 3 --data {folder}/damaged-tokenizer")
+    assert "tokenizer_config.json" in line
+    assert not (folder / "unsaved" / "metrics.jsonl").exists() or launch.rows(folder / "unsaved") == []
+
+
+def test_a_curve_that_cannot_be_drawn_ends_no_run(folder):
+    out = "r$x^$"
+    text = launch.finish("pretrain", options(folder, out, "--steps 2"), folder / "log" / "dollars", hidden=())
+    assert f"curve {folder}/{out}/curve.png" in text and (folder / out / "curve.png").stat().st_size
 
 
 # ---- what is not finite

@@ -40,7 +40,7 @@ BUDGET = {
     "tuning": 11_300,
     "generation": 4_000,
     "evaluation": 2_450,
-    "training": 11_900,
+    "training": 12_800,
     "commands": 12_200,
     "scripts": 4_400,
 }

@@ -98,6 +98,16 @@ def open_own(path: Path) -> BinaryIO:
         return open(os.open(path, flags, 0o666), "a+b", buffering=0)  # noqa: PTH123  (a handle is no path)
 
 
+def is_lost(path: Path, file: BinaryIO) -> bool:
+    """Whether an open file has lost its name: it was deleted or moved, or another has the name now."""
+    try:
+        return not os.path.samestat(path.stat(), os.fstat(file.fileno()))
+    except (FileNotFoundError, NotADirectoryError):
+        return True
+    except OSError:  # a network disk that does not answer now
+        return False
+
+
 def refuse_link(path: Path) -> None:
     """Raise `UserError` if the name belongs to a link, or to something that is neither file nor folder."""
     if path.is_symlink():

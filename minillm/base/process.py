@@ -21,6 +21,9 @@ except ImportError:  # Windows
 
 HOLDER = re.compile(r"process \d+ on ")  # how the line in a lock begins
 HOLDER_BYTES = 200  # it is no longer
+MEMORY_REMEDY = "close other programs, or give a smaller model or input"
+
+_memory_remedy = MEMORY_REMEDY
 
 # ---- one owner, orderly ends
 
@@ -30,7 +33,8 @@ class RunLock:
 
     def __init__(self, run: str | Path):
         """Raises `UserError` naming the holder if another process trains in `run`."""
-        self.file = files.open_own(Path(run) / "lock")
+        self.path = Path(run) / "lock"
+        self.file = files.open_own(self.path)
         self.file.seek(0)
         holder = self.file.read(HOLDER_BYTES).decode(errors="replace").strip()
         if holder and not HOLDER.match(holder):
@@ -57,30 +61,34 @@ class RunLock:
 
 
 class StopSignals:
-    """Turns SIGTERM and Ctrl-C into a request that training obeys between two steps (`Run.steps`).
+    """Turns SIGTERM, Ctrl-C and a closed terminal into a request that training obeys between two steps (`Run.steps`).
 
     After the step, `Run.steps` sees `requested` (signal number, 0 for none), saves one checkpoint and stops; the script
-    exits with 128 + that number: 130 after Ctrl-C, 143 after SIGTERM. A second signal changes nothing; a third Ctrl-C
-    ends the process at once. torchrun passes SIGTERM on to every rank and kills them after 30 s; if that interrupts a
-    save, the checkpoint before it stays the newest.
+    exits with 128 + that number: 130 after Ctrl-C, 143 after SIGTERM, 129 after SIGHUP (not under nohup). A second
+    signal changes nothing; a third Ctrl-C ends the process at once. torchrun passes SIGTERM on to every rank and kills
+    them after 30 s; if that interrupts a save, the checkpoint before it stays the newest.
     """
 
     def __init__(self):
         self.requested = 0
         self.interrupts = 0  # how often Ctrl-C came
-        self.old_handlers = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+        numbers = [signal.SIGTERM, signal.SIGINT]
+        if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+            numbers.append(signal.SIGHUP)
+        self.old_handlers = {number: signal.signal(number, self._note) for number in numbers}
         if hasattr(os, "register_at_fork"):  # a worker process must end when a signal tells it to
             os.register_at_fork(after_in_child=self.restore)
 
     def _note(self, number: int, frame) -> None:
-        """The handler of both signals."""
+        """The handler of them all."""
         nth = self.interrupts + (number == signal.SIGINT)
         self.interrupts = nth  # at once: the next signal may come before the end of this function
         if nth == 2:
             signal.signal(signal.SIGINT, signal.SIG_DFL)  # the system handles the next, even inside a long call
         if os.environ.get("RANK", "0") == "0":
             effect = "once more ends at once, unsaved" if nth == 2 else "finishing this step, then saving"
-            os.write(2, f"\n{signal.Signals(number).name}: {effect}\n".encode())  # print is not safe in a handler
+            with contextlib.suppress(OSError):  # nobody reads it
+                os.write(2, f"\n{signal.Signals(number).name}: {effect}\n".encode())  # print is not safe in a handler
         self.requested = self.requested or int(number)
 
     def restore(self) -> None:
@@ -156,12 +164,14 @@ def _is_out_of_memory(problem: MemoryError | RuntimeError) -> bool:
     return re.search("out of memory|can't allocate memory", str(problem)) is not None
 
 
+def advise_on_memory(remedy: str = "") -> None:
+    """What the line of a lack of memory advises from now on; "": what helps in general."""
+    global _memory_remedy
+    _memory_remedy = remedy or MEMORY_REMEDY
+
+
 def _out_of_memory_line(message: str) -> str:
     """One line with the size that could not be allocated, if the message has it, and the remedies."""
-    line = "out of memory"
     size = re.search(r"allocate [\d.,]+ \w+", message)
-    if size:
-        line += f" (could not {size[0]})"
-    return (
-        f"{line}: to train, halve --micro_batch_size, set --checkpoint_activations true, or choose a smaller --preset"
-    )
+    could_not = f" (could not {size[0]})" if size else ""
+    return f"out of memory{could_not}: {_memory_remedy}"

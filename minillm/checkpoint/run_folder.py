@@ -60,6 +60,14 @@ def newest_checkpoint(run: str | Path, log: Callable[[str], None] = print) -> Pa
     return None
 
 
+def earlier_start(run: str | Path) -> str:
+    """Where a run that went wrong can begin once more, in words."""
+    checkpoints = step_folders(run)
+    if not checkpoints:
+        return "begin again"
+    return f"go on from a checkpoint before that: copy {checkpoints[0]} into another --out"
+
+
 def resolve_checkpoint(path: str | Path, log: Callable[[str], None] = print) -> Path:
     """The model folder that `path` means: itself, or a run's newest checkpoint.
 

@@ -5,6 +5,7 @@ torchrun --nproc_per_node 4 train_pretrain.py             four GPUs (or CPU proc
 torchrun --nnodes 2 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint HOST:29500 train_pretrain.py
 """
 
+import hashlib
 import os
 from dataclasses import dataclass
 from datetime import timedelta
@@ -51,6 +52,11 @@ class Ranks:
         largest = torch.tensor(number, device=self.device)
         dist.all_reduce(largest, op=dist.ReduceOp.MAX)
         return int(largest)
+
+    def agree(self, value: object) -> bool:
+        """Whether all ranks have the same value, of any kind whose `repr` tells it apart."""
+        number = int.from_bytes(hashlib.sha256(repr(value).encode()).digest()[:7])
+        return self.max(number) == -self.max(-number)
 
     def barrier(self) -> None:
         """Wait until every rank is here."""

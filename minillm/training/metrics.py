@@ -38,6 +38,11 @@ class MetricsLog:
             if self.file.write(line) < len(line):  # the disk is full
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
+    def rows(self) -> bytes:
+        """All rows, also of a file that has been deleted meanwhile."""
+        self.file.seek(0)
+        return self.file.read()
+
 
 def _step_in(line: bytes) -> float:
     """The step of a row; infinity for a line that is not a whole row."""

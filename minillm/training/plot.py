@@ -10,6 +10,7 @@ from minillm.base import files
 from minillm.base.contents import Contents
 from minillm.base.errors import MissingError, UserError
 from minillm.base.json_door import parse_json, read_file
+from minillm.base.printing import visible
 
 # Colours that stay apart for colour-blind readers (Okabe & Ito 2008)
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -111,7 +112,7 @@ def draw(runs: list[str | Path], out: str | Path) -> Path:
     # the runs by label, and of each panel that any run has values for, the column of each run
     metrics = {_label(run): read_metrics(run) for run in runs}
     if len(metrics) < len(runs):  # two folders of one name
-        metrics = {str(run): read_metrics(run) for run in runs}
+        metrics = {_plain(str(run)): read_metrics(run) for run in runs}
     columns = {panel: {label: series(rows, panel) for label, rows in metrics.items()} for panel in PANELS}
     panels = [panel for panel in PANELS if panel == "loss" or any(column.steps for column in columns[panel].values())]
     floors = _floors(metrics)
@@ -167,7 +168,13 @@ def _unit(metrics: dict[str, list[dict]]) -> tuple[str, int]:
 
 def _label(run: str | Path) -> str:
     path = Path(run)
-    return path.parent.name if path.is_file() else path.resolve().name
+    return _plain(path.parent.name if path.is_file() else path.resolve().name)
+
+
+def _plain(name: str) -> str:
+    """A name as matplotlib shows it letter by letter: $ would begin a formula, _ would keep it out of the legend."""
+    name = visible(name).replace("$", r"\$")
+    return f" {name}" if name.startswith("_") else name
 
 
 def _line(axis, x: list, values: list, colour: str, label: str, *, points: bool) -> None:

@@ -3,7 +3,9 @@
 What is learned, and how, is in the scripts: data, model, optimizer, forward, loss, backward, clip, step, evaluation.
 """
 
+import contextlib
 import dataclasses
+import json
 import math
 import os
 import time
@@ -14,28 +16,29 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from minillm.base import files, waiting
+from minillm.base import waiting
 from minillm.base.device import autocast, peak_flops, pick_dtype
 from minillm.base.errors import UserError
 from minillm.base.json_door import read_json
 from minillm.base.options import write_toml
-from minillm.base.process import RunLock, StopSignals
-from minillm.checkpoint import huggingface, run_folder, train_state
+from minillm.base.printing import clipped
+from minillm.base.process import StopSignals, advise_on_memory
+from minillm.checkpoint import run_folder, train_state
 from minillm.distributed import ranks as distributed
 from minillm.distributed.ranks import Ranks
 from minillm.distributed.watchdog import Watchdog
 from minillm.model import ops
 from minillm.tokenizer.tokenizer import Tokenizer
-from minillm.training import kernel_check, plot, starting_model
+from minillm.training import kernel_check, plot, saving, starting_model
 from minillm.training.config import TrainingConfig
-from minillm.training.metrics import MetricsLog, TensorBoard
+from minillm.training.out_folder import OutFolder
 from minillm.training.progress import Progress, duration
 from minillm.training.schedule import Schedule, lr_at, rate_change, saved_schedule, set_lr
 from minillm.training.step import TrainState, seed_step
-from minillm.tuning import peft_format
-from minillm.tuning.adapter import active_adapter
 from minillm.tuning.options import TuningConfig
 
+FOLDER_LOST = 1000  # larger than the number of any signal
+SIGPIPE = 13  # also where the system has no such signal
 BOUND = {"data", "init_from", "batch_size", "seq_len", "seed"}  # options that go into a fingerprint
 FREE = {f.name for f in dataclasses.fields(TrainingConfig)} - BOUND | {"epochs", "eval_data", "eval_rows"}
 
@@ -93,11 +96,16 @@ class Run:
                 f"--out {self.folder}: is a checkpoint itself; give the folder of a run, which holds checkpoints by "
                 "names like step-00000060"
             )
-        self.lock = RunLock(self.folder) if ranks.main else None
+        self.out = OutFolder(self.folder) if ranks.main else None
         self.signals = StopSignals()
         self.stop_signal = 0
 
         # the checkpoint to go on from: rank 0 finds and verifies it, the others take the same
+        if not ranks.agree(fingerprints):
+            raise UserError(
+                "the processes have opened different data or models: were they changed or prepared again meanwhile, or "
+                "do machines hold different copies? Start once more with the same files everywhere"
+            )
         self.source: Path | None = None
         self.saved: dict = {"step": 0, "time_s": 0.0}
         if ranks.main:
@@ -120,14 +128,11 @@ class Run:
         self.begun = self.step_begun = time.monotonic()  # again when all is loaded (`start`)
         self.first_ended: float | None = None  # the first step compiles and warms up, so it says little of the others
         self.flops, self.peak = 0, None
-        self.logs = []
-        if ranks.main:
+        if self.out:
             run_folder.set_aside_later(self.folder, self.start_step, log=self.say)
-            self.logs = [MetricsLog(self.folder / "metrics.jsonl", self.start_step)]
+            self.out.open_logs(self.start_step, training_config.tensorboard)
             if not self.finished:
-                files.write_file(self.folder / "options.toml", partial(write_toml, training_config))
-        if ranks.main and training_config.tensorboard:
-            self.logs.append(TensorBoard(self.folder / "tensorboard", self.start_step))
+                self.out.write("options.toml", partial(write_toml, training_config))
         self.progress = Progress(training_config.steps, self.start_step, ranks.main)
         self.watchdog = Watchdog(ranks.rank, ranks.world, training_config.timeout_s)
 
@@ -176,9 +181,10 @@ class Run:
     def once(self, name: str, measure: Callable[[], object]):
         """The result of `measure()` on rank 0 at the start of the run; a resumed run reads it from its folder."""
         file, value = self.folder / name, None
-        if self.ranks.main:
+        if self.out:
             if self.source is None:  # a new run: do not use what an earlier one may have left
-                files.write_json_atomically(file, measure())
+                text = json.dumps(measure(), indent=2, ensure_ascii=False) + "\n"
+                self.out.write(name, lambda scratch: scratch.write_text(text, encoding="utf-8"))
             value = read_json(file) if file.exists() else None
         self.ranks.barrier()
         return value
@@ -186,7 +192,7 @@ class Run:
     def start(self, state: TrainState) -> TrainState:
         """Give `state` what the checkpoint holds (its model has been loaded before), and start clock and watchdog.
 
-        Raises `UserError` if the disk cannot hold the checkpoints.
+        Raises `UserError` for what a save would fail by.
         """
         if self.source is not None:
             train_state.restore_optimizers(self.source, state.optimizers, dict(state.model.named_parameters()))
@@ -194,21 +200,14 @@ class Run:
                 state.scaler.load_state_dict(self.saved["scaler"])
         if self.device.type == "cpu":
             waiting.tell(self.say)
-        self._check_disk(state)
+        if self.out:
+            saving.check(state.model, self.folder, self.training_config, self.tokenizer, self._describe(0))
         self.watchdog.tick(self.start_step)  # everything is loaded: from here on steps must come in time
+        advise_on_memory(saving.memory_remedy(self.training_config))
         self.begun = time.monotonic()
         self.flops = starting_model.flops_per_token(state.model, self.training_config.seq_len)
         self.peak = peak_flops(self.device, self.dtype)
         return state
-
-    def _check_disk(self, state: TrainState) -> None:
-        """Refuse, before the first step, a disk that cannot hold the checkpoints: weights and two moments in fp32 for
-        each trained parameter."""
-        if self.ranks.main:
-            weights = 4 * starting_model.n_trained(state.model)
-            already_there = len(run_folder.step_folders(self.folder))
-            copies = max(1, (self.training_config.keep_last or 1) + 1 - already_there)
-            files.check_writable(self.folder, copies * 3 * weights, largest_file=2 * weights)
 
     # ---- the loop
 
@@ -227,13 +226,21 @@ class Run:
 
             yield step
 
-            self.stop_signal = self.ranks.max(self.signals.requested)
-            if self.stop_signal or self.due(step, self.training_config.save_every):
+            # what any rank asks for: a signal's number, and FOLDER_LOST if the folder had to be made again
+            asked = self.ranks.max(self.signals.requested + (FOLDER_LOST if self._folder_was_lost(step) else 0))
+            self.stop_signal = asked % FOLDER_LOST
+            if asked or self.due(step, self.training_config.save_every):
                 self.save(state)
             if self.stop_signal:
                 self.say(f"stopped by signal {self.stop_signal} after step {step}; the same command goes on from there")
                 return
         self.close()
+
+    def _folder_was_lost(self, step: int) -> bool:
+        if self.out is None or not self.out.make_again_if_lost(step):
+            return False
+        self.say(f"{self.folder}: was deleted or moved, so it is made again, with the metrics and a checkpoint of now")
+        return True
 
     def micro_batches(self, step: int) -> list[np.ndarray]:
         """Data positions of this rank's micro-batches in a step."""
@@ -269,7 +276,8 @@ class Run:
             self.first_ended = now
         if done > 1:
             left_s = (now - self.first_ended) / (done - 1) * (self.training_config.steps - self.step)
-        self.progress.show(self.step, row, left_s)
+        with self._printing():
+            self.progress.show(self.step, row, left_s)
         self.watchdog.tick(self.step)
 
     def _count_bad_steps(self, state: TrainState) -> None:
@@ -284,19 +292,12 @@ class Run:
         if self.bad_steps >= self.training_config.max_bad_steps:
             raise UserError(
                 f"step {self.step}: {self.bad_steps} steps in a row were not finite; lower --lr, raise --warmup_steps "
-                f"or choose --dtype float32, and {self._earlier_start()}"
+                f"or choose --dtype float32, and {run_folder.earlier_start(self.folder)}"
             )
-
-    def _earlier_start(self) -> str:
-        """Where a run that went wrong can begin once more."""
-        checkpoints = run_folder.step_folders(self.folder)
-        if not checkpoints:
-            return "begin again"
-        return f"go on from a checkpoint before that: copy {checkpoints[0]} into another --out"
 
     def record(self, step: int, **values: float | None) -> None:
         """Append a row to metrics.jsonl (and TensorBoard)."""
-        for log in self.logs:
+        for log in self.out.logs if self.out else ():
             log.write({"step": step, **values})
 
     def report(self, step: int, scores: dict[str, float], of: str = "") -> None:
@@ -313,13 +314,13 @@ class Run:
         if not torch.stack([torch.isfinite(p).all() for p in state.model.parameters()]).all():
             raise UserError(
                 f"step {self.step}: weights are not finite any more, so they are not saved; lower --lr, and "
-                f"{self._earlier_start()}"
+                f"{run_folder.earlier_start(self.folder)}"
             )
         if self.ranks.main:
             train_state.save(
                 self.folder,
                 self.step,
-                write_model=lambda folder: self._write_model(state.model, folder),
+                write_model=lambda to: saving.write_model(state.model, to, self.training_config, self.tokenizer),
                 state=self._describe(self.step) | {"scaler": state.scaler.state_dict()},
                 optimizers=state.optimizers,
                 named_parameters=dict(state.model.named_parameters()),
@@ -327,18 +328,6 @@ class Run:
             if not self.bad_steps:
                 run_folder.prune(self.folder, self.training_config.keep_last)
         self.ranks.barrier()
-
-    def _write_model(self, model: torch.nn.Module, folder: Path) -> None:
-        """Weights or the adapter alone; the tokenizer with the prompt format of this training; the run's options."""
-        write_toml(self.training_config, folder / "resume" / "options.toml")
-        adapter = active_adapter(model)
-        if adapter:
-            peft_format.save_adapter(adapter, folder)
-        else:
-            ids = self.tokenizer.special_ids if self.tokenizer else None
-            huggingface.save_model(model, folder, special_ids=ids)
-        if self.tokenizer is not None:
-            self.tokenizer.save(folder, template=getattr(self.training_config, "template", None))
 
     def _describe(self, step: int) -> dict:
         """What a checkpoint records of the run."""
@@ -360,6 +349,7 @@ class Run:
     def close(self) -> None:
         """The loop has ended: close the bar, stop clock and watchdog, and let Ctrl-C end what follows at once."""
         self.took = self.seconds()
+        advise_on_memory()
         self.progress.close()
         self.watchdog.pause()
         self.signals.restore()
@@ -371,7 +361,7 @@ class Run:
 
     def say_result(self) -> None:
         """The last lines of a run: how long it took, where things are, what to do next."""
-        checkpoint = run_folder.step_folders(self.folder)[-1]
+        checkpoint = self.folder / run_folder.step_name(self.step)
         self.say(f"trained for {duration(self.took)}; checkpoint {checkpoint}; {self.draw()}")
         self.say(f"next: {self.next_command}")
 
@@ -383,15 +373,26 @@ class Run:
             return f"curve {plot.draw([self.folder], self.folder / 'curve.png')}"
         except UserError as problem:  # matplotlib is optional: without it the run has still succeeded
             return f"no curve: {problem}"
+        except Exception as problem:  # so it has if matplotlib fails, in a way that only it knows
+            return f"no curve: {type(problem).__name__}: {clipped(str(problem))}"
 
     # ---- at any time
 
     def say(self, text: str) -> None:
         """Print on rank 0, without tearing the bar."""
-        if self.progress is not None:
-            self.progress.say(text)
-        elif self.ranks.main:
-            print(text, flush=True)
+        with self._printing():
+            if self.progress is not None:
+                self.progress.say(text)
+            elif self.ranks.main:
+                print(text, flush=True)
+
+    @contextlib.contextmanager
+    def _printing(self) -> Iterator[None]:
+        """Output on a full disk, or that nobody reads, asks the run to stop as a signal does: it saves first."""
+        try:
+            yield
+        except OSError:
+            self.signals.requested = self.signals.requested or SIGPIPE
 
     def seconds(self) -> float:
         """Training time so far, over restarts."""

@@ -134,7 +134,7 @@ def test_killed_at_ten_random_moments_of_a_loop_that_saves(tmp_path):
                 run_folder.prune(tmp_path, 2)
                 step += 1
         os.close(writer)
-        assert len(os.read(reader, 4)) == 4
+        assert len(os.read(reader, 4)) == len(os.read(reader, 4)) == 4  # one that was there again, and the next
         time.sleep(rng.uniform(0, 0.1))
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
@@ -146,7 +146,7 @@ def test_killed_at_ten_random_moments_of_a_loop_that_saves(tmp_path):
             assert files.verify_folder(folder) == []
             assert content(folder) == f"{run_folder.step_of(folder):4}" * 200
         assert run_folder.step_of(run_folder.newest_checkpoint(tmp_path)) >= acknowledged
-    assert acknowledged > 10
+    assert acknowledged >= 10
 
 
 def test_an_error_while_filling_leaves_nothing(saved):

@@ -188,7 +188,7 @@ def stop(tmp_path, moment: str, numbers: list[int], slow: float = 0.3) -> tuple[
     for number in numbers:
         process.send_signal(number)
         time.sleep(0.05)
-    _, errors = process.communicate(timeout=30)
+    _, errors = process.communicate(timeout=120)
     return process.returncode, errors
 
 
@@ -207,9 +207,8 @@ def test_signals_end_with_one_whole_checkpoint_more(tmp_path, moment, numbers, s
 
 def test_a_third_ctrl_c_ends_at_once(tmp_path):
     files.write_folder(tmp_path / run_folder.step_name(1), fill_with("1"))
-    begin = time.monotonic()
-    returned, errors = stop(tmp_path, "saving", [signal.SIGINT] * 3, slow=25.0)
-    assert returned == -signal.SIGINT and time.monotonic() - begin < 20 and "ends at once" in errors
+    returned, errors = stop(tmp_path, "saving", [signal.SIGINT] * 3, slow=1000.0)
+    assert returned == -signal.SIGINT and "ends at once" in errors
     assert run_folder.newest_checkpoint(tmp_path) == tmp_path / run_folder.step_name(1)
     run_folder.clean_stale(tmp_path)
     assert len(list(tmp_path.iterdir())) == 1
@@ -248,7 +247,7 @@ def test_a_user_error_is_one_line_and_status_two(capsys):
     [
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has"), "2.00 GiB"),
         (None, "18014398509481984 bytes"),
-        (MemoryError(), "out of memory: to train, halve --micro_batch_size"),
+        (MemoryError(), "out of memory: close other programs"),
     ],
 )
 def test_a_lack_of_memory_is_one_line_with_a_remedy(capsys, problem, words):
@@ -259,7 +258,7 @@ def test_a_lack_of_memory_is_one_line_with_a_remedy(capsys, problem, words):
 
     assert run_script(fail) == 2
     line = capsys.readouterr().err
-    assert words in line and "smaller --preset" in line and line.count("\n") == 1
+    assert words in line and "smaller model or input" in line and line.count("\n") == 1
     with pytest.raises(RuntimeError, match="another"):
         run_script(lambda: (_ for _ in ()).throw(RuntimeError("another")))
 

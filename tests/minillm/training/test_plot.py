@@ -5,6 +5,7 @@ import warnings
 import pytest
 
 from minillm.base.errors import UserError
+from minillm.base.printing import visible
 from minillm.training import plot
 
 
@@ -65,6 +66,15 @@ def test_a_name_in_letters_that_no_font_has_is_no_warning(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert plot.draw([run(tmp_path / "\U00012000", rows())], tmp_path / "a.png").exists()
+
+
+@pytest.mark.parametrize("name", ["r$x^$", "_hidden", "a\x1b[2J", "$"])
+def test_any_name_of_a_run_is_shown_as_it_is(tmp_path, monkeypatch, name):
+    """$ begins a formula, an underscore at the start keeps a name out of the legend."""
+    figures = drawn(monkeypatch)
+    plot.draw([run(tmp_path / name, rows())], tmp_path / "curve.png")
+    (shown,) = {text.get_text() for text in figures[0].axes[0].get_legend().get_texts()}
+    assert shown.replace("\\$", "$").strip() == visible(name)
 
 
 def test_without_bytes_or_validation_less_is_drawn(tmp_path, monkeypatch):

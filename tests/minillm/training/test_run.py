@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import math
+import shutil
 import typing
 from pathlib import Path
 
@@ -11,12 +12,13 @@ from torch import nn
 from minillm.base.device import autocast, pick_dtype
 from minillm.base.errors import UserError
 from minillm.base.options import declared, value_type
+from minillm.base.process import RunLock, run_script
 from minillm.checkpoint import train_state
 from minillm.distributed.ranks import Ranks
 from minillm.model.config import ModelConfig
 from minillm.model.size import n_parameters
 from minillm.model.transformer import Transformer
-from minillm.training import run
+from minillm.training import out_folder, run
 from minillm.training.config import TrainingConfig
 from minillm.training.step import TrainState
 from train_pretrain import Config as Pretrain
@@ -38,7 +40,7 @@ def new_run(tmp_path, monkeypatch):
     for one in made:
         one.close()
         one.signals.restore()
-        one.lock.release()
+        one.out.lock.release()
 
 
 def new_state(model: nn.Module, loss: float = 2.0, grad_norm: float = 1.0) -> TrainState:
@@ -190,7 +192,7 @@ def test_a_run_goes_on_with_the_threads_it_began_with(
     one.step = 5
     save_state(one, state, threads=recorded, **changes)
     capsys.readouterr()
-    one.lock.release()
+    one.out.lock.release()
     new_run()
     assert torch.get_num_threads() == taken
     told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("threads")]
@@ -215,7 +217,7 @@ def test_what_auto_stands_for_is_compared_and_not_the_word(new_run, state, capsy
     one = new_run()
     one.step = 5
     save_state(one, state, **changes)
-    one.lock.release()
+    one.out.lock.release()
     new_run()
     assert words in capsys.readouterr().out
 
@@ -224,8 +226,8 @@ def test_a_lengthened_run_says_what_its_rate_will_do(new_run, state, capsys):
     one = new_run(lr=0.1)
     one.step = 10
     one.save(state)
-    one.lock.release()
-    new_run(lr=0.1).lock.release()
+    one.out.lock.release()
+    new_run(lr=0.1).out.lock.release()
     assert "learning rate" not in capsys.readouterr().out
     one = new_run(lr=0.1, steps=20)
     (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("learning rate")]
@@ -281,3 +283,55 @@ def test_a_measurement_is_taken_once_and_read_by_a_run_that_goes_on(new_run):
     one.source = one.folder / "step-00000001"
     assert one.once("before.json", lambda: 1 / 0) == {"a": [1, 2]}
     assert one.once("never.json", lambda: 1 / 0) is None
+
+
+def test_a_failing_curve_is_no_failing_run(new_run, monkeypatch):
+    monkeypatch.setattr(run.plot, "draw", lambda *_: 1 / 0)
+    assert new_run().draw() == "no curve: ZeroDivisionError: division by zero"
+
+
+def test_ranks_that_opened_other_data_are_refused(tmp_path):
+    class Others(Ranks):
+        def max(self, number: int) -> int:
+            return max(number, 12345)
+
+    with pytest.raises(UserError, match="the processes have opened different data"):
+        run.Run(TrainingConfig(out=str(tmp_path / "out")), Others(1, 2, CPU), {"data": "d"})
+
+
+def test_the_place_of_a_lost_folder_may_be_taken(tmp_path):
+    folder = out_folder.OutFolder(tmp_path / "out")
+    folder.open_logs(0, tensorboard=False)
+    folder.metrics.write({"step": 1, "loss": 2.0})
+    assert not folder.make_again_if_lost(1)
+    shutil.rmtree(tmp_path / "out")
+    another = RunLock(tmp_path / "out")
+    with pytest.raises(UserError, match="in use by process"):
+        folder.make_again_if_lost(1)
+    another.release()
+
+    folder = out_folder.OutFolder(tmp_path / "out")
+    folder.open_logs(0, tensorboard=False)
+    shutil.rmtree(tmp_path / "out")
+    (tmp_path / "out" / "step-00000007").mkdir(parents=True)  # of a run that has ended meanwhile
+    with pytest.raises(UserError, match="another run lies there now"):
+        folder.make_again_if_lost(1)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"micro_batch_size": 8}, "to train, halve --micro_batch_size (8), set --checkpoint_activations true, lower"),
+        ({"micro_batch_size": 1, "checkpoint_activations": True}, "to train, lower --seq_len, or choose a smaller"),
+    ],
+)
+def test_a_lack_of_memory_names_what_helps(new_run, state, capsys, monkeypatch, options, words):
+    def fail():
+        raise MemoryError
+
+    one = new_run(**options)
+    monkeypatch.setattr(run.starting_model, "flops_per_token", lambda *_: 0)
+    one.start(state)
+    assert run_script(fail) == 2 and f"error: out of memory: {words}" in capsys.readouterr().err
+    one.close()
+    assert run_script(fail) == 2 and "micro_batch_size" not in capsys.readouterr().err
