@@ -130,7 +130,7 @@ def pick_device(name: str) -> torch.device:
 def keep_to_quota() -> None:
     """Let torch compute on no more threads than the container may use cores, unless OMP_NUM_THREADS says how many.
 
-    torch starts one for each core of the machine, and a container's quota (docker's cpus) takes the cores from all of
+    torch starts one for each core of the machine, and a container's quota takes the cores from all of
     them for the rest of each tenth of a second in which they have used it up.
     """
     quota = cpu_quota()
