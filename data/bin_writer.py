@@ -310,7 +310,7 @@ def _check_bins(records: list[dict], path_of: Callable[[dict, str, str], Path], 
                     if is_kept and files.sha256(path_of(record, split, kind)) != counts[SHA256[kind]]:
                         return False
             return True
-        except (OSError, KeyError, TypeError):  # a bin is missing, or the record damaged
+        except (OSError, UserError, KeyError, TypeError):  # a bin is missing, or the record damaged
             return False
 
     with ThreadPoolExecutor() as pool:  # hashing runs outside Python's lock

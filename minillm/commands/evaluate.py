@@ -134,8 +134,9 @@ def _read_texts(config: Config, tokenizer: Tokenizer, path: Path) -> TokenBins |
         how = {name: getattr(config, name) for name in ("split", "field", "encoding", "allow_lossy")}
         return read_text(path, tokenizer, **how)
     bins = TokenBins(path, "val")
-    if bins.meta["tokenizer_sha256"] != tokenizer.sha256:
+    if bins.meta.get("tokenizer_sha256") != tokenizer.sha256:
         raise UserError(f"--data {path}: prepared with another tokenizer than the model's; evaluate the text itself")
+    bins.check_tokenizer(tokenizer)
     if bins.start_id != tokenizer.start_id:
         wrap = "eos" if tokenizer.start_id == tokenizer.eos_id else "bos_eos"
         raise UserError(

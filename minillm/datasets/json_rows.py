@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from minillm.base.errors import UserError
+from minillm.base.json_door import file_size
 from minillm.datasets import encodings, tables
 
 LARGEST_ARRAY = 1 << 30  # bytes of a JSON array, unpacked: it is read as a whole and takes 2 to 5 times this in memory
@@ -62,6 +63,7 @@ def open_rows(path: Path, encoding: str = encodings.UTF_8) -> BinaryIO:
     Raises UserError for a file that is broken, or an array larger than LARGEST_ARRAY.
     """
     with naming_file(path):
+        file_size(path)  # is it a file at all
         file = path.open("rb")
         is_parquet = file.peek(4).startswith(tables.PARQUET)
         stream = file if is_parquet else unpacked(file, encoding=encoding)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 from minillm.base.errors import UserError
+from minillm.base.json_door import file_size
 from minillm.base.printing import visible
 from minillm.datasets import encodings, tables
 from minillm.datasets.json_rows import (
@@ -132,6 +133,7 @@ def records(path: Path, *, boundary: str, field: str, encoding: str = encodings.
         if ending(path) == ".parquet":
             yield from _parquet(path, field)
             return
+        file_size(path)  # is it a file at all
         with path.open("rb") as file:
             stream = unpacked(file, ending(path).endswith(".gz"), encoding)
             if is_txt(path):
