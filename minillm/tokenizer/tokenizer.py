@@ -34,7 +34,7 @@ class Tokenizer:
     vocab_size, bos_id, eos_id, pad_id: int (a model without pad or bos uses eos for it). Tokens that the folder adds
     to its vocabulary are pieces like all others. begins_with_bos: whether transformers puts bos before each text.
     model: the SentencePieceModel; pieces: the model of either kind. control: id of each control piece, which no text is
-    encoded as.
+    encoded as. files: the folder's, by name.
     data: the model file. sha256: its hex digest, by which token bins and checkpoints identify their tokenizer.
     """
 
@@ -50,7 +50,7 @@ class Tokenizer:
         self.pieces = pieces
         self._source = source
         self._companions = {name: data for name, data in companions.items() if name in folder_files.COMPANIONS}
-        self._files = companions  # with the model's config.json
+        self.files = companions  # with the model's config.json
         self._settings = read_object(
             companions.get("tokenizer_config.json", b"{}"), f"{source}: tokenizer_config.json beside it"
         )
@@ -80,7 +80,7 @@ class Tokenizer:
 
         first = ids["bos"]  # of a new vocabulary, beside which there are no files yet
         if self._companions:
-            first = around_text.first_id(self._files, self._settings, ids["bos"], self._source)
+            first = around_text.first_id(self.files, self._settings, ids["bos"], self._source)
         self.begins_with_bos = first is not None
         if self.begins_with_bos:
             self.bos_id = first
@@ -172,7 +172,7 @@ class Tokenizer:
     @cached_property
     def end_ids(self) -> list[int]:
         """Ids at which any text ends: eos, and what config.json and generation_config.json name beside it."""
-        return [self.eos_id, *sorted(folder_files.end_ids(self._files, self._source) - {self.eos_id})]
+        return [self.eos_id, *sorted(folder_files.end_ids(self.files, self._source) - {self.eos_id})]
 
     @cached_property
     def special_pieces(self) -> dict[str, str]:
@@ -327,7 +327,7 @@ class Tokenizer:
         add_bos: with bos, also for transformers. after_eos: see `begins_after_eos`. named: pieces such as eos_token.
         ends: the ids that end a text.
         """
-        files = self._files | self._beside
+        files = self.files | self._beside
         config = self.config | {"add_bos_token": add_bos, AFTER_EOS: after_eos} | (named or {})
         if chat_template:
             config["chat_template"] = chat_template

@@ -10,6 +10,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer
 
 from minillm.base.errors import UserError
+from minillm.tokenizer import edit
 from minillm.tokenizer.tokenizer import StreamDecoder, Tokenizer
 from tests.minillm.tokenizer.test_tokenizer import CORPUS, train_foreign, train_llama
 
@@ -319,3 +320,26 @@ def test_the_chat_template_that_is_written_gives_transformers_the_ids_that_were_
             assert ids == theirs.apply_chat_template(messages, add_generation_prompt=prompt)["input_ids"]
             if len(messages) > 1 and not prompt:
                 assert any(learn) and ids[max(i for i, learned in enumerate(learn) if learned)] in again.stop_ids()
+
+
+@pytest.mark.parametrize("kind", ["added tokens", "added tokens, the fast class", "the fast class, new rules"])
+def test_a_changed_vocabulary_keeps_added_tokens_ends_and_rules(kind, tmp_path):
+    (tmp_path / "tokenizer.model").write_bytes(train_llama().data)
+    settings = SETTINGS[kind] | {"chat_template": CHATML, "add_bos_token": True}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    ends = {"eos_token_id": [Tokenizer.load(tmp_path).eos_id, 2], "bos_token_id": 1, "temperature": 0.5}
+    (tmp_path / "generation_config.json").write_text(json.dumps(ends))
+    base = Tokenizer.load(tmp_path)
+    more = train_foreign("bpe", vocab_size=500, byte_fallback=True, normalization_rule_name="identity")
+    merged = edit.merge(base, more)
+    some = ["Ana and Nana", " a banana", "<x>Ana <x>"]
+    pruned, new_ids = edit.prune(base, some)
+    assert merged.added and min(new_ids) < 0
+    for name, changed, id_of in (("merged", merged.tokenizer, merged.id_map), ("pruned", pruned, new_ids)):
+        changed.save(tmp_path / name)
+        again = agree(tmp_path / name) if name == "merged" else Tokenizer.load(tmp_path / name)
+        assert again.end_ids == [id_of[i] for i in base.end_ids] and again.begins_with_bos
+        assert again.control == {piece: id_of[i] for piece, i in base.control.items()}
+        assert again.chat_template == CHATML and again.generation_config["temperature"] == 0.5
+        for text in some:
+            assert again.prompt_ids(text) == [id_of[i] for i in base.prompt_ids(text)]
