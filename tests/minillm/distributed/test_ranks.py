@@ -1,3 +1,5 @@
+import math
+import os
 import threading
 import time
 
@@ -56,6 +58,53 @@ def test_a_micro_batch_not_asked_for_is_a_rank_s_share_up_to_32(batch, world, mi
 def test_a_device_that_is_not_there_is_refused(name):
     with pytest.raises(UserError, match=f"--device {name}: .*try auto or cpu"):
         device.pick_device(name)
+
+
+@pytest.mark.parametrize(
+    ("group", "limits", "cores"),
+    [
+        ("0::/\n", {"": "200000 100000"}, 2.0),  # in a container
+        ("0::/\n", {"": "max 100000"}, math.inf),
+        ("0::/\n", {}, math.inf),  # the root of a machine has no such file
+        ("0::/a/b\n", {"a": "150000 100000", "a/b": "max 100000"}, 1.5),
+        ("0::/a/b\n", {"a": "800000 100000", "a/b": "50000 100000"}, 0.5),
+        ("12:cpu:/a\n", {"a": "50000 100000"}, math.inf),  # version 1
+        (None, {"": "50000 100000"}, math.inf),  # no Linux
+        ("0::/\n", {"": "many"}, math.inf),
+    ],
+)
+def test_the_quota_of_a_container(tmp_path, group, limits, cores):
+    (tmp_path / "proc/self").mkdir(parents=True)
+    if group is not None:
+        (tmp_path / "proc/self/cgroup").write_text(group)
+    for name, limit in limits.items():
+        folder = tmp_path / "sys/fs/cgroup" / name
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "cpu.max").write_text(f"{limit}\n")
+    assert device.cpu_quota(tmp_path) == cores
+
+
+@pytest.mark.parametrize(
+    ("quota", "environment", "taken"),
+    [
+        (math.inf, {}, []),
+        (8.0, {}, []),
+        (2.0, {}, [2]),
+        (1.5, {}, [2]),
+        (0.2, {}, [1]),
+        (2.0, {"OMP_NUM_THREADS": "8"}, []),
+    ],
+)
+def test_a_container_gets_as_many_threads_as_its_quota_has_cores(monkeypatch, quota, environment, taken):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    set_to = []
+    monkeypatch.setattr(device, "cpu_quota", lambda: quota)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
+    monkeypatch.setattr(torch, "set_num_threads", set_to.append)
+    device.keep_to_quota()
+    assert set_to == taken
 
 
 def test_devices():
@@ -172,3 +221,20 @@ def test_only_the_loss_of_a_rank_is_explained(watched, monkeypatch):
     assert shown == [bug]
     assert ended[0].startswith("rank 1: rank 0 has failed or ended after step 41 (Connection closed by peer);")
     assert "(socket timeout)" in ended[1]
+
+
+def test_a_rank_ends_even_if_nobody_reads_why():
+    """An error while writing would end the thread alone, and the rank would wait for ever."""
+    pid = os.fork()
+    if pid == 0:
+        os.close(2)
+        watchdog._end("rank 1 is gone")
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 3
+
+
+def test_ranks_that_hold_different_things_are_found(monkeypatch):
+    one = Ranks(0, 1, torch.device("cpu"))
+    assert one.agree({"data": "d"})
+    monkeypatch.setattr(Ranks, "max", lambda self, number: max(number, 0))  # the other rank has another number
+    assert not one.agree({"data": "d"})
