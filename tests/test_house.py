@@ -32,7 +32,7 @@ BUDGET = {
     "kernels": 71_900,
     "base": 9_300,
     "model": 12_900,
-    "tokenizer": 17_400,
+    "tokenizer": 17_900,
     "datasets": 14_600,
     "distributed": 2_100,
     "checkpoint": 14_750,
