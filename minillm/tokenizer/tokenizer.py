@@ -126,8 +126,7 @@ class Tokenizer:
 
     def encode_array(self, text: str, *, threads: int = 1) -> np.ndarray:
         """Token ids of one text, (n,) of `id_dtype`: what `encode` gives, in little memory for a long text."""
-        _refuse_surrogates(text)
-        return self.model.encode_array(text, self.id_dtype, threads)
+        return self.pieces.encode_array(text, self.id_dtype, threads)
 
     def encode_rendered(self, text: str, mark: str) -> list[int]:
         """Ids of a filled-in chat template, in which control pieces count, as in transformers.
@@ -379,10 +378,6 @@ class JsonTokenizer(Tokenizer):
     def special_pieces(self) -> dict[str, str]:
         """The text of bos_token, eos_token, pad_token and unk_token, as far as the folder names them."""
         return folder_files.special_pieces(self._companions, self._source)
-
-    def encode_array(self, text: str, *, threads: int = 1) -> np.ndarray:
-        """Token ids of one text, (n,) of `id_dtype`; the library has them all in its own form first."""
-        return np.array(self.encode(text), self.id_dtype)
 
     @property
     def model(self):
