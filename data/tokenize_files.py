@@ -80,7 +80,7 @@ def encode_piece(documents: list[Record], tokenizer: Tokenizer, options: Options
     rows = tokenizer.encode_many([text if len(text) <= LONG_TEXT else "" for text in texts], threads=threads)
     for split, text, ids in zip(split_of, texts, rows, strict=True):
         if len(text) > LONG_TEXT:  # by itself, as an array
-            ids = tokenizer.encode_array(text, threads=threads)
+            ids = tokenizer.pieces.encode_array(text, tokenizer.id_dtype, threads)
         ids = np.asarray(ids, tokenizer.id_dtype)
         encoded[split] += [begin, ids.tobytes(), end]
     splits = {split: SplitTokens(b"".join(encoded[split]), np.array(sizes[split], dtype=np.int64)) for split in SPLITS}

@@ -124,10 +124,6 @@ class Tokenizer:
                 _refuse_surrogates(text)
             raise
 
-    def encode_array(self, text: str, *, threads: int = 1) -> np.ndarray:
-        """Token ids of one text, (n,) of `id_dtype`: what `encode` gives, in little memory for a long text."""
-        return self.pieces.encode_array(text, self.id_dtype, threads)
-
     def encode_rendered(self, text: str, mark: str) -> list[int]:
         """Ids of a filled-in chat template, in which control pieces count, as in transformers.
 

@@ -47,9 +47,9 @@ def test_a_long_text_takes_a_few_bytes_a_token(tok, monkeypatch):
     """A list of Python's numbers would take some forty bytes for each."""
     monkeypatch.setattr(sentencepiece_model, "STRETCHES", 1)
     text = "apple 你好 " * 100_000
-    tok.encode_array(text)  # what is made once
+    tok.pieces.encode_array(text, tok.id_dtype)  # what is made once
     tracemalloc.start()
-    ids = tok.encode_array(text)
+    ids = tok.pieces.encode_array(text, tok.id_dtype)
     _, most = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert ids.dtype == np.uint16 and len(ids) > 200_000
