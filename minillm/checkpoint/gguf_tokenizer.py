@@ -8,7 +8,7 @@ from minillm.base.contents import Contents
 from minillm.base.errors import UnsupportedError, UserError
 from minillm.tokenizer import byte_bpe
 from minillm.tokenizer.edit import from_pieces
-from minillm.tokenizer.tokenizer import JsonTokenizer, Tokenizer
+from minillm.tokenizer.tokenizer import AFTER_EOS, JsonTokenizer, Tokenizer
 
 KINDS = ("llama", "gpt2")  # SentencePiece's BPE and byte-level BPE
 ROLES = {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown"}  # our name → GGUF's
@@ -72,7 +72,8 @@ def _read_sentencepiece(
     rebuilt = from_pieces(scored, ids, dummy_prefix=prefix, source=contents.source)
     tokenizer = _exported_file(contents, rebuilt, lambda data: Tokenizer(data, contents.source))
     template = contents.get("tokenizer.chat_template", str)
-    return tokenizer.with_settings(add_bos=begins_with_bos, chat_template=template)
+    after_eos = contents.get(f"minillm.{AFTER_EOS}", bool, False)
+    return tokenizer.with_settings(add_bos=begins_with_bos, after_eos=after_eos, chat_template=template)
 
 
 def _read_byte_level(
@@ -184,6 +185,8 @@ def _described(tokenizer: Tokenizer, n_rows: int) -> dict:
         described[f"{ROLES[role]}_token_id"] = getattr(tokenizer, f"{role}_id")
     described["add_bos_token"] = tokenizer.begins_with_bos
     metadata = {f"tokenizer.ggml.{name}": value for name, value in described.items()}
+    if tokenizer.begins_after_eos:  # GGUF has no key for it
+        metadata[f"minillm.{AFTER_EOS}"] = True
     if tokenizer.chat_template:
         metadata["tokenizer.chat_template"] = tokenizer.chat_template
     return metadata
