@@ -87,6 +87,8 @@ def main() -> int:
     windows = TokenWindows(bins, seq_len, seed=training_config.seed, documents=documents)
     first = bins[0][0]
     tokenizer = Tokenizer.load(first.path) if first.meta else None
+    if tokenizer is not None:
+        first.check_tokenizer(tokenizer)
     held_out = TokenBins(first.path, "val", **foreign)
     validation = Validation(held_out, tokenizer, seq_len, training_config.eval_tokens, documents)
 

@@ -5,8 +5,8 @@
     torchrun --nproc_per_node 8 train_sft.py --data my.jsonl --init_from TinyLlama-1.1B --batch_size 64
     python train_sft.py --tune lora --out out/sft-lora         few new parameters over a frozen model
 
-Data: .jsonl or .json rows of instruction/input/output, messages, or conversations. Only answers (and the end of an
-answer) are learned. Run the same command again to go on where it stopped.
+Data: .jsonl, .json, .parquet or .csv rows of instruction/input/output, messages, or conversations. Only answers (and
+the end of an answer) are learned. Run the same command again to go on where it stopped.
 """
 
 import dataclasses
@@ -32,6 +32,7 @@ from minillm.model import ops
 from minillm.model.memory import check_memory
 from minillm.model.transformer import Transformer
 from minillm.tokenizer.chat_template import TEMPLATES
+from minillm.tokenizer.measure import check_round_trip
 from minillm.tokenizer.tokenizer import Tokenizer
 from minillm.training import starting_model
 from minillm.training.config import TrainingConfig, summary
@@ -44,7 +45,11 @@ from minillm.tuning.adapter import merged
 
 @dataclass(frozen=True)
 class Config(options.TuningConfig, TrainingConfig):
-    data: str = option(f"{bundled.FOLDER}/sft_train.jsonl", "instruction file(s), separated by commas", group="run")
+    data: str = option(
+        f"{bundled.FOLDER}/sft_train.jsonl",
+        "instruction file(s), separated by commas: .jsonl .json (.gz) .parquet .csv",
+        group="run",
+    )
     out: str = option("out/sft", "the run's folder: checkpoints, metrics.jsonl, curve.png", group="run")
     init_from: str = option("out/pretrain", "model folder or run to start from", group="run")
     steps: int | None = option(
@@ -73,6 +78,10 @@ class Config(options.TuningConfig, TrainingConfig):
         None,
         "several examples in a row, attention kept inside each; none: yes, but not with virtual tokens",
         group="instructions",
+    )
+    encoding: str = option("utf-8", "of the files: gb18030, big5, utf-16 …", group="instructions")
+    allow_lossy: bool = option(
+        False, "take a tokenizer that loses more than 0.1 % of the characters of the texts", group="instructions"
     )
     on_bad_line: str = option(
         "error", "what to do with a line that cannot be read", ("error", "skip"), group="instructions"
@@ -119,7 +128,7 @@ def main() -> int:
     if not held_out and is_bundled:
         held_out = f"{bundled.FOLDER}/sft_heldout.jsonl"
     held_out_rows = read_rows(training_config, [held_out], tokenizer) if held_out else None
-    questions = read_questions(held_out, training_config.eval_rows) if held_out else []
+    questions = read_questions(held_out, training_config.eval_rows, training_config.encoding) if held_out else []
 
     # the run: its folder, and the checkpoint to go on from
     order = (training_config.batch_size, seq_len, training_config.seed, training_config.packing)
@@ -172,7 +181,7 @@ def choose_packing(training_config: Config) -> Config:
 
 def read_rows(training_config: Config, paths: list[str], tokenizer: Tokenizer) -> InstructionRows:
     """Instruction files as rows of a batch."""
-    return InstructionRows(
+    rows = InstructionRows(
         paths,
         tokenizer,
         training_config.seq_len - training_config.virtual_positions,
@@ -180,7 +189,10 @@ def read_rows(training_config: Config, paths: list[str], tokenizer: Tokenizer) -
         template=training_config.template,
         packing=training_config.packing,
         on_bad_line=training_config.on_bad_line,
+        encoding=training_config.encoding,
     )
+    check_round_trip(tokenizer, rows.first_texts, ", ".join(paths), training_config.allow_lossy)
+    return rows
 
 
 def last_row(training_config: Config, rows: InstructionRows) -> int:

@@ -95,7 +95,7 @@ class BinWriter:
             "key": group.key,
             "tokenizer": tokenizer_key(tokenizer),
             "sources": [
-                {"file": str(s.path), "sha256": s.sha256, "options": s.options.of(s.path), "first_bad": []}
+                {"file": s.name, "sha256": s.sha256, "options": s.options.of(s.path), "first_bad": []}
                 for s in group.sources
             ],
             "bad_lines": 0,
@@ -310,7 +310,7 @@ def _check_bins(records: list[dict], path_of: Callable[[dict, str, str], Path], 
                     if is_kept and files.sha256(path_of(record, split, kind)) != counts[SHA256[kind]]:
                         return False
             return True
-        except (OSError, KeyError, TypeError):  # a bin is missing, or the record damaged
+        except (OSError, UserError, KeyError, TypeError):  # a bin is missing, or the record damaged
             return False
 
     with ThreadPoolExecutor() as pool:  # hashing runs outside Python's lock
@@ -325,7 +325,7 @@ def meta_of(groups: list[Group], records: list[dict], tokenizer: Tokenizer, abou
     bins = []
     numbered = {split: [] for split in SPLITS}
     for group, record in zip(groups, records, strict=True):
-        paths = [str(source.path) for source in group.sources]  # they may have been moved
+        paths = [source.name for source in group.sources]  # they may have been moved
         sources = [old | {"file": path} for old, path in zip(record["sources"], paths, strict=True)]
         bins.append(record | {"sources": sources})
         for split in SPLITS:

@@ -14,11 +14,13 @@ again, as are damaged ones. The result is the same as in a new folder. (--train_
 they change, all tokens may change. To keep the tokenizer, give --tokenizer the folder itself.)
 """
 
+import contextlib
 import os
 import random
 import sys
+from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from data.bin_writer import SPLITS, BinFolder, meta_of, read_json
@@ -40,12 +42,15 @@ from minillm.base.errors import UserError
 from minillm.base.files import sha256, write_json_atomically
 from minillm.base.options import Options as BaseOptions
 from minillm.base.options import option
+from minillm.base.printing import visible
 from minillm.base.process import RunLock, run_script
 from minillm.checkpoint import run_folder
-from minillm.datasets.text_files import BOUNDARIES, find_files, records, text_of
+from minillm.datasets.text_files import BOUNDARIES, find_files, say_left_out, text_of
 from minillm.tokenizer import train
+from minillm.tokenizer.measure import TRIED, check_round_trip
 from minillm.tokenizer.tokenizer import Tokenizer
 
+ROUND_TRIP = 1 << 20  # characters that are encoded and decoded first, to see whether the tokenizer loses some
 TOKENIZER_SAMPLE = 16 << 20  # bytes of text that a tokenizer is learnt from
 FILES_NAMED = 5  # at most so many files are named per reason
 
@@ -66,7 +71,7 @@ def prepare(
     tokenizer: path of an existing one; train_tokenizer: size of one to be learnt from the training documents.
     val_inputs: files of the validation split, kept in their order; without them val_fraction decides.
     workers: processes, all cores by default; the result does not depend on it.
-    options: boundary, field, on_bad_line, val_fraction, wrap: see `Options`.
+    options: boundary, field, encoding, allow_lossy, on_bad_line, val_fraction, wrap: see `Options`.
 
     Only what has changed since an earlier preparation in `out` is done again, and a line says why.
 
@@ -85,8 +90,10 @@ def prepare(
     for folder in map(Path, inputs + val_inputs):
         if folder.is_dir() and out.resolve().is_relative_to(folder.resolve()):
             raise UserError(f"--out {out}: lies inside the input {folder} and would be read again; choose another")
+    left_out = Counter()
     n_train = len(find_files(inputs))
-    files = find_files(inputs + val_inputs)
+    files = find_files(inputs + val_inputs, left_out)
+    say_left_out(left_out)
     given = None if tokenizer is None else Tokenizer.load(run_folder.tokenizer_folder(tokenizer))
     options = replace(options, wrap=options.wrap or _usual_wrap(out, given))
     if given is not None:
@@ -106,9 +113,9 @@ def prepare(
             tokenizer = _with_wrap(tokenizer, options.wrap)
         about = {
             "wrap": options.wrap,
-            "options": asdict(options),
-            "source": [str(path) for path in inputs],
-            "val_source": [str(path) for path in val_inputs],
+            "options": options.recorded(),
+            "source": [visible(str(path)) for path in inputs],
+            "val_source": [visible(str(path)) for path in val_inputs],
             "learnt_from": learnt_from,
         }
         groups = [*grouped(sources[:n_train], tokenizer), *grouped(sources[n_train:], tokenizer)]
@@ -131,6 +138,10 @@ def _make(folder: BinFolder, groups: list[Group], tokenizer: Tokenizer, about: d
             write_json_atomically(folder.out / "meta.json", meta)
         folder.clean()
         return meta
+
+    sources = [source for group in groups for source in group.sources]
+    allow_lossy = any(source.options.allow_lossy for source in sources)
+    check_round_trip(tokenizer, _first_texts(sources), "the texts", allow_lossy)
 
     # Keep what is there of the bins, make the others, number them all.
     folder.refuse_other_tokenizer(tokenizer.sha256)
@@ -155,11 +166,11 @@ def _explain(folder: BinFolder, groups: list[Group], missing: list[Group], token
     files_of: dict[str, list[str]] = {}  # reason → files
     for group in missing:
         for source in group.sources:
-            reason = _reason(source, earlier.get(str(source.path)), tokenizer)
+            reason = _reason(source, earlier.get(source.name), tokenizer)
             if not reason:
                 reason = "damaged or lost" if folder.has_record(group) else "in one bin with a file that changed"
-            files_of.setdefault(reason, []).append(str(source.path))
-    files = [str(source.path) for group in groups for source in group.sources]
+            files_of.setdefault(reason, []).append(source.name)
+    files = [source.name for group in groups for source in group.sources]
     gone = sorted(earlier.keys() - set(files))
     if gone:
         files_of["no longer an input"] = gone
@@ -262,7 +273,7 @@ def _sample(sources: list[Source]) -> Iterator[str]:
     draw = random.Random(0).random
     for source in sources:
         options = source.options
-        for record in records(source.path, boundary=options.boundary, field=options.field):
+        for record in source.records():
             if rate < 1 and draw() > rate:
                 continue
             try:
@@ -271,6 +282,23 @@ def _sample(sources: list[Source]) -> Iterator[str]:
                 continue  # reported when it is tokenized
             if not is_val(text.encode(), options):
                 yield text
+
+
+def _first_texts(sources: list[Source]) -> Iterator[str]:
+    """The first documents of each file, TRIED characters or a little more, until ROUND_TRIP of all."""
+    size = 0
+    for source in sources:
+        of_source = 0
+        for record in source.records():
+            with contextlib.suppress(UserError):  # reported when it is tokenized
+                text = text_of(record.kind, record.raw, source.options.field)[:TRIED]
+                of_source += len(text)
+                yield text
+            if of_source >= TRIED:
+                break
+        size += of_source
+        if size >= ROUND_TRIP:
+            return
 
 
 def _cores() -> int:
@@ -291,7 +319,7 @@ def report(meta: dict) -> None:
     if meta["bad_lines"] or meta["empty_documents"]:
         print(f"left out: {meta['bad_lines']:,} bad lines, {meta['empty_documents']:,} empty documents")
         for message in meta["first_bad"]:
-            print(f"  {message}")
+            print(visible(f"  {message}"))
 
 
 @dataclass(frozen=True)
@@ -305,6 +333,7 @@ class Config(BaseOptions):
         group="texts",
     )
     field: str = option(Options.field, "key or column that holds the text", group="texts")
+    encoding: str = option(Options.encoding, "of .txt and JSON: gb18030, big5, utf-16 …", group="texts")
     on_bad_line: str = option(
         Options.on_bad_line, "stop at a bad line, or skip and count it", ON_BAD_LINE, group="texts"
     )
@@ -326,6 +355,9 @@ class Config(BaseOptions):
         WRAPS,
         group="tokenizer",
     )
+    allow_lossy: bool = option(
+        False, "take a tokenizer that loses more than 0.1 % of the characters of a text", group="tokenizer"
+    )
     val_input: tuple[str, ...] = option((), "files of the validation split, in place of a share", group="validation")
     val_fraction: float = option(
         Options.val_fraction, "share of documents for validation", at_least=0, below=1, group="validation"
@@ -345,6 +377,8 @@ def main() -> None:
         boundary=config.split,
         field=config.field,
         on_bad_line=config.on_bad_line,
+        encoding=config.encoding,
+        allow_lossy=config.allow_lossy,
         val_fraction=config.val_fraction,
         wrap=config.wrap,
     )

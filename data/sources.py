@@ -3,15 +3,17 @@
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
 from minillm.base.errors import UserError
 from minillm.base.files import sha256
-from minillm.datasets.text_files import BOUNDARIES
+from minillm.base.printing import visible
+from minillm.datasets import encodings
+from minillm.datasets.text_files import BOUNDARIES, Record, ending, is_txt, records
 from minillm.tokenizer.tokenizer import Tokenizer
 
 ON_BAD_LINE = ("error", "skip")
@@ -31,6 +33,7 @@ class Options:
     """What determines the tokens, besides the files and the tokenizer; workers need it too.
 
     boundary: "blank", "lines" or "file": where a document of a .txt ends. field: where JSON or parquet has the text.
+    encoding: of .txt and JSON. allow_lossy: whether the tokenizer may lose more than MOST_LOST of a text.
     on_bad_line: "error", or "skip" to leave out and count documents that cannot be read. val_fraction: each document
     whose hash falls below it is for validation, so that copies of a document never fall on both sides. wrap: "eos" ends
     each document in eos; "bos_eos" also begins it with bos, as other tools begin a text; None: `prepare` decides.
@@ -40,10 +43,18 @@ class Options:
     field: str = "text"
     on_bad_line: str = "error"
     val_fraction: float = 0.01
+    encoding: str = encodings.UTF_8
+    allow_lossy: bool = False
     wrap: str | None = None
+
+    def recorded(self) -> dict:
+        """What meta.json says of them: in bins of UTF-8 just what it said before there were other encodings."""
+        left_out = {"allow_lossy"} | ({"encoding"} if encodings.is_utf_8(self.encoding) else set())
+        return {name: value for name, value in asdict(self).items() if name not in left_out}
 
     def check(self) -> None:
         """Raises UserError for a value that is not possible."""
+        encodings.check_encoding(self.encoding)
         for option, value, choices in (
             ("--split", self.boundary, BOUNDARIES),
             ("--on_bad_line", self.on_bad_line, ON_BAD_LINE),
@@ -56,8 +67,9 @@ class Options:
 
     def of(self, path: Path) -> str:
         """Those options that determine which tokens this file gives."""
-        is_txt = path.name.removesuffix(".gz").endswith(".txt")
-        documents = f"split {self.boundary}" if is_txt else f"field {self.field}"
+        documents = f"split {self.boundary}" if is_txt(path) else f"field {self.field}"
+        if not (encodings.is_utf_8(self.encoding) or ending(path) == ".parquet"):
+            documents += f", encoding {self.encoding}"
         return f"{documents}, val_fraction {self.val_fraction}, wrap {self.wrap}"
 
 
@@ -70,9 +82,19 @@ class Source(NamedTuple):
     options: Options  # of a file that is train or validation as a whole, val_fraction is 0 or 1
 
     @property
+    def name(self) -> str:
+        """The path as it is written down and shown; it may hold any bytes."""
+        return visible(str(self.path))
+
+    def records(self) -> Iterator[Record]:
+        """Every document of the file."""
+        options = self.options
+        return records(self.path, boundary=options.boundary, field=options.field, encoding=options.encoding)
+
+    @property
     def text_size(self) -> int:
         """About how many bytes of text the file holds."""
-        return self.size * (GZIP_RATIO if self.path.suffix in (".gz", ".parquet") else 1)
+        return self.size * (GZIP_RATIO if ending(self.path).endswith((".gz", ".parquet")) else 1)
 
 
 class Group(NamedTuple):

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from data.bin_writer import SPLITS, BinFolder, BinWriter
 from data.sources import Group, Options, Source
 from minillm.base.errors import UserError
-from minillm.datasets.text_files import Record, records, text_of
+from minillm.datasets.text_files import Record, text_of
 from minillm.tokenizer.tokenizer import Tokenizer
 
 PIECE_BYTES = 1 << 20  # raw bytes of documents that one worker gets at a time (one document may be more)
@@ -120,7 +120,7 @@ def tokenize(groups: list[Group], folder: BinFolder, tokenizer: Tokenizer, worke
     try:
         for piece, encoded in _encoded(groups, tokenizer, pool, workers):
             if encoded.bad and piece.source.options.on_bad_line == "error":
-                raise bad_line_error(str(piece.source.path), encoded.bad[0])
+                raise bad_line_error(piece.source.name, encoded.bad[0])
             if writer is None:
                 writer = BinWriter(folder.unfinished, piece.group, tokenizer)
             writer.note_left_out(piece.source_number, encoded.bad, encoded.n_empty)
@@ -155,7 +155,7 @@ def _pieces(groups: list[Group]) -> Iterator[Piece]:
             documents: list[Record] = []
             size = 0
             n_read = 0
-            for record in records(source.path, boundary=source.options.boundary, field=source.options.field):
+            for record in source.records():
                 documents.append(record)
                 size += len(record.raw) if isinstance(record.raw, bytes | str) else 100
                 if size >= PIECE_BYTES:

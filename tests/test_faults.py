@@ -211,6 +211,26 @@ def test_a_curve_that_cannot_be_drawn_ends_no_run(folder):
     assert f"curve {folder}/{out}/curve.png" in text and (folder / out / "curve.png").stat().st_size
 
 
+@pytest.mark.parametrize("to", ["a file", "nothing"])
+def test_no_link_in_a_run_leads_out_of_it(folder, to):
+    """Whatever a run writes into its folder may be a link there: it is refused by name, or gives way to the file."""
+    names = sorted({path.name for path in (folder / "run").iterdir()} | {"curve.png", "tensorboard"})
+    assert {"lock", "metrics.jsonl", "options.toml", "step-00000006"} <= set(names)
+    for name in names:
+        run, outside = folder / f"linked-{to.split()[-1]}-{name}", folder / "outside"
+        outside.unlink(missing_ok=True)
+        if to == "a file":
+            outside.write_text("mine")
+        run.mkdir()
+        (run / name).symlink_to(outside)
+        more = "--steps 6 --save_every 3 --tensorboard" if name == "tensorboard" else "--steps 6 --save_every 3"
+        how = {"hidden": ()} if name == "curve.png" else {}
+        (process,) = launch.start("pretrain", options(folder, run.name, more), folder / "log" / run.name, **how)
+        status = process.wait()
+        assert status == 0 or (status == 2 and f"error: {run}/{name}" in process.text), process.text
+        assert (outside.read_text() == "mine") if to == "a file" else not outside.exists(), name
+
+
 # ---- what is not finite
 
 

@@ -33,7 +33,7 @@ BUDGET = {
     "base": 9_300,
     "model": 12_900,
     "tokenizer": 17_400,
-    "datasets": 12_900,
+    "datasets": 14_600,
     "distributed": 2_100,
     "checkpoint": 14_750,
     "data": 17_850,

@@ -22,7 +22,7 @@ from typing import BinaryIO
 
 from minillm.base.contents import Contents
 from minillm.base.errors import UserError
-from minillm.base.json_door import read_object
+from minillm.base.json_door import file_size, read_object
 
 try:
     import resource
@@ -144,7 +144,8 @@ def _files(folder: Path) -> dict[str, Path]:
 
 
 def sha256(file: Path) -> str:
-    """Hex digest of a file's bytes."""
+    """Hex digest of a file's bytes. Raises `UserError` for what is no file, such as a pipe."""
+    file_size(file)
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
@@ -260,8 +261,8 @@ def verify_folder(path: str | Path) -> list[str]:
                 return f"{name} differs from its checksum"
         except PermissionError:
             raise
-        except OSError as problem:  # a bad sector
-            return f"{name} cannot be read ({problem.strerror})"
+        except (OSError, UserError) as problem:  # a bad sector, or another process has changed the folder
+            return f"{name} cannot be read ({getattr(problem, 'strerror', None) or problem})"
         return None
 
     with ThreadPoolExecutor() as pool:

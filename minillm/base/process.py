@@ -1,6 +1,7 @@
 """A process and its end: signals that never interrupt a save, a lock with one owner, one line for an error."""
 
 import contextlib
+import faulthandler
 import io
 import os
 import re
@@ -104,6 +105,8 @@ def run_script(main: Callable[[], int | None]) -> int:
     without permission, output that cannot be written, or when memory runs out.
     """
     _open_missing_streams()
+    if not faulthandler.is_enabled():
+        faulthandler.enable()  # a file that is cut while it is mapped ends the process: this says where
     if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
         sys.stdout.reconfigure(errors="replace")  # a terminal that is not UTF-8 shows "?" for what it does not have
     output = VisibleOutput(sys.stdout)

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from minillm.base.errors import UnsupportedError, UserError
+from minillm.base.json_door import file_size
 from minillm.checkpoint import gguf, gguf_file, gguf_tokenizer, huggingface, run_folder, tensor_files
 from minillm.checkpoint.huggingface import StoredModel
 from minillm.tokenizer.tokenizer import Tokenizer
@@ -38,6 +39,7 @@ def open_model(path: str, tokenizer_path: str | None = None) -> tuple[StoredMode
 
 def _open_file(path: Path) -> tuple[StoredModel, dict]:
     """The model of a GGUF file, and its metadata."""
+    file_size(path)  # is it a file at all
     with path.open("rb") as stream:
         start = stream.read(4)
     if start == gguf_file.MAGIC:

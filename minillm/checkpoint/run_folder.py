@@ -18,6 +18,7 @@ from pathlib import Path
 
 from minillm.base import files
 from minillm.base.errors import UserError
+from minillm.base.printing import LONGEST_LINE, clipped
 
 STEP = re.compile(r"step-(\d+)")  # the name of a checkpoint's folder
 
@@ -52,7 +53,7 @@ def newest_checkpoint(run: str | Path, log: Callable[[str], None] = print) -> Pa
         problems = files.verify_folder(folder)
         if not problems:
             return folder
-        log(f"{folder} is damaged and passed over: {'; '.join(problems)}")
+        log(f"{folder} is damaged and passed over: {clipped('; '.join(problems), LONGEST_LINE)}")
     if folders:
         raise UserError(
             f"{run}: none of its {len(folders)} checkpoints is whole; bring back a copy, or choose another --out"

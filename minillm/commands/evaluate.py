@@ -8,6 +8,7 @@ from pathlib import Path
 from minillm.base.errors import UnsupportedError, UserError
 from minillm.base.options import option
 from minillm.commands.model_options import ModelOptions, TemplateOptions, load_model, template_of, trained_with
+from minillm.datasets import encodings
 from minillm.datasets.questions import read_questions
 from minillm.datasets.text_files import BOUNDARIES
 from minillm.datasets.token_bins import TokenBins
@@ -16,25 +17,34 @@ from minillm.evaluation import answers
 from minillm.evaluation.rolling import text_batches
 from minillm.evaluation.validation import TextTokens, Validation, read_text, token_loss
 from minillm.generation.load import Loaded
+from minillm.tokenizer.measure import check_round_trip
 from minillm.tokenizer.tokenizer import Tokenizer
 from minillm.tuning.virtual_tokens import context_of
 
 UNKNOWN_LENGTH = 1024  # tokens of a window, at most, for a model that does not say at which length it was trained
+QUESTION_FILES = (".jsonl", ".json", ".parquet", ".csv", ".tsv")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config(ModelOptions, TemplateOptions):
     data: str = option(
-        help="folder of bins, text (.txt .jsonl .json .parquet) or questions (.jsonl .json)", group="data"
+        help="folder of bins, text (.txt .jsonl .json .parquet) or questions (.jsonl .json .csv …)", group="data"
     )
     split: str = option("blank", "where texts in a .txt end", BOUNDARIES, group="texts")
     field: str = option("text", "the key that holds a text in .jsonl, .json or .parquet", group="texts")
+    encoding: str = option("utf-8", "of .txt and JSON: gb18030, big5, utf-16 …", group="data")
+    allow_lossy: bool = option(
+        False, "take a tokenizer that loses more than 0.1 % of the characters of the texts", group="data"
+    )
     seq_len: int | None = option(None, "tokens of a window; none: as the model was trained", at_least=1, group="texts")
     max_tokens: int | None = option(
         None, "evaluate the first documents up to this many tokens; none: 2^20", at_least=1, group="texts"
     )
     limit: int | None = option(None, "ask only this many questions, the first", at_least=1, group="questions")
     max_new_tokens: int = option(answers.LONGEST_ANSWER, "longest answer in tokens", at_least=1, group="questions")
+
+    def problems(self) -> list[str]:
+        return [*super().problems(), *encodings.problems(self.encoding)]
 
 
 def run(config: Config) -> None:
@@ -43,18 +53,18 @@ def run(config: Config) -> None:
         raise UserError(f"--data {path}: no such file or folder")
     loaded = load_model(config)
     print(f"{loaded.folder} on {path}")
-    if _is_questions(path):
+    if _is_questions(path, config.encoding):
         _evaluate_answers(config, loaded, path)
     else:
         _evaluate_texts(config, loaded, path)
 
 
-def _is_questions(path: Path) -> bool:
+def _is_questions(path: Path, encoding: str) -> bool:
     """Whether a file holds conversations rather than texts, by its first row."""
-    if path.is_dir() or not path.name.removesuffix(".gz").endswith((".jsonl", ".json")):
+    if path.is_dir() or not path.name.lower().removesuffix(".gz").endswith(QUESTION_FILES):
         return False
     try:
-        return bool(read_questions(path, 1))
+        return bool(read_questions(path, 1, encoding))
     except UnsupportedError:  # a row without the keys of a conversation
         return False
 
@@ -65,10 +75,13 @@ def _evaluate_answers(config: Config, loaded: Loaded, path: Path) -> None:
         value = getattr(config, name)
         if value is not None:
             raise UserError(f"--{name} {value}: is about texts, and {path} holds questions; say --limit")
+    questions = read_questions(path, config.limit, config.encoding)
+    texts = [message["content"] for question in questions for message in question["messages"]]
+    check_round_trip(loaded.tokenizer, texts, str(path), config.allow_lossy)
     scores = answers.exact_match(
         loaded.model,
         loaded.tokenizer,
-        read_questions(path, config.limit),
+        questions,
         template=template_of(config, loaded.folder),
         max_new_tokens=config.max_new_tokens,
     )
@@ -118,10 +131,12 @@ def _evaluate_texts(config: Config, loaded: Loaded, path: Path) -> None:
 def _read_texts(config: Config, tokenizer: Tokenizer, path: Path) -> TokenBins | TextTokens:
     """The validation split of a folder of token bins, or the texts of a file, tokenized."""
     if not (path.is_dir() and (path / "meta.json").is_file()):
-        return read_text(path, tokenizer, split=config.split, field=config.field)
+        how = {name: getattr(config, name) for name in ("split", "field", "encoding", "allow_lossy")}
+        return read_text(path, tokenizer, **how)
     bins = TokenBins(path, "val")
-    if bins.meta["tokenizer_sha256"] != tokenizer.sha256:
+    if bins.meta.get("tokenizer_sha256") != tokenizer.sha256:
         raise UserError(f"--data {path}: prepared with another tokenizer than the model's; evaluate the text itself")
+    bins.check_tokenizer(tokenizer)
     if bins.start_id != tokenizer.start_id:
         wrap = "eos" if tokenizer.start_id == tokenizer.eos_id else "bos_eos"
         raise UserError(

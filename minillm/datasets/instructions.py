@@ -19,11 +19,12 @@ from tqdm import tqdm
 from minillm.base.errors import UserError
 from minillm.datasets.batch import Batch
 from minillm.datasets.fitting import ANSWER, PROMPT, TURNS, fit
-from minillm.datasets.json_rows import numbered_lines, open_rows, parse_line
+from minillm.datasets.json_rows import Reading, numbered_lines, open_rows, parse_line
 from minillm.datasets.messages import conversations
 from minillm.datasets.packing import fill_ratio, pack, shuffled
 
 KEPT_TOKENS = 1 << 25  # data up to this size stays in memory as ids, 5 bytes each (160 MiB)
+FIRST_TEXTS = 1 << 16  # characters
 KEYS_NAMED = 8  # of those that were not used, the most frequent
 NO_ROOM = "no room for an answer"
 
@@ -94,14 +95,13 @@ class InstructionRows:
         seed: int = 0,
         template: str = "auto",
         packing: bool = True,
-        on_bad_line: str = "error",
+        **reading,
     ):
-        """paths: .jsonl or .json files, also .gz. seq_len: the positions of a row. template: auto, chat or
-        simple (Tokenizer.encode_chat). packing: several samples a row. on_bad_line: error, or skip and count.
+        """paths: files as `open_rows` reads them. seq_len: the positions of a row. template: auto, chat or simple
+        (Tokenizer.encode_chat). packing: several samples a row. reading: on_bad_line and encoding, see `Reading`.
         Raises UserError.
         """
-        if on_bad_line not in ("error", "skip"):
-            raise UserError(f"on_bad_line is {on_bad_line!r}; choose error or skip")
+        self.reading = Reading(**reading)
         if seq_len < 1:
             raise UserError(f"--seq_len {seq_len}: a row needs at least 1 position; raise it")
         tokenizer.encode_chat([{"role": "user", "content": ""}], template=template)  # raises if the template is unknown
@@ -111,9 +111,9 @@ class InstructionRows:
         self.seed = seed
         self.template = template
         self.packing = packing
-        self.on_bad_line = on_bad_line
 
-        self.files = [open_rows(path) for path in self.paths]
+        self.files = [open_rows(path, self.reading.encoding) for path in self.paths]
+        self.first_texts: list[str] = []  # of each file, about FIRST_TEXTS characters
         self._scan()
         if not len(self.index):
             raise UserError(f"{', '.join(map(str, self.paths))}: nothing left to learn from ({self.summary()})")
@@ -226,6 +226,7 @@ class InstructionRows:
         )
         for file_number, file in enumerate(self.files):
             file.seek(0)
+            self.n_wanted = FIRST_TEXTS  # characters of this file, for `first_texts`
             for line_number, offset, line in numbered_lines(file):
                 digest.update(line)
                 bar.update(len(line))
@@ -250,7 +251,7 @@ class InstructionRows:
             talks = conversations(parse_line(line), not_used)
             fitted = [self._fit(messages) for messages in talks]
         except UserError as reason:
-            if self.on_bad_line == "error":
+            if self.reading.on_bad_line == "error":
                 path = self.paths[file_number]
                 raise UserError(f"{path}, row {line_number}: {reason}; fix it, or give --on_bad_line skip") from None
             self.counts["bad rows"] += 1
@@ -258,6 +259,9 @@ class InstructionRows:
         self.counts["rows"] += 1
         self.not_used.update(sorted(not_used))
         self.counts["examples"] += len(talks)
+        for message in (message for messages in talks for message in messages if self.n_wanted > 0):
+            self.first_texts.append(message["content"])
+            self.n_wanted -= len(message["content"])
         samples = []
         for number, (messages, (ids, learn, cut)) in enumerate(zip(talks, fitted, strict=True)):
             n_questions = sum(message["role"] == "user" for message in messages)

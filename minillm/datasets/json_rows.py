@@ -1,4 +1,6 @@
-"""Rows of JSON: JSONL or a JSON array, gzipped or not, whatever the file's name; each can be read again by its offset.
+"""Rows of objects: JSONL or a JSON array, gzipped or not, parquet or csv; each can be read again by its offset.
+
+What a file is, its first bytes say, whatever its name; a .csv (or .tsv) has no such bytes, so its name does.
 
 A fault in one row is a UserError with the reason alone: the caller, who knows the place, reports or skips it. A file
 that is broken is a UserError that names the file.
@@ -14,34 +16,70 @@ import tempfile
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
 from minillm.base.errors import UserError
+from minillm.base.json_door import file_size
+from minillm.datasets import encodings, tables
 
 LARGEST_ARRAY = 1 << 30  # bytes of a JSON array, unpacked: it is read as a whole and takes 2 to 5 times this in memory
 READ_AT_ONCE = 1 << 20  # bytes
 UNPACKED_AT_ONCE = 1 << 16  # bytes that gzip unpacks at a time
 BOM, GZIP = codecs.BOM_UTF8, b"\x1f\x8b"
+OTHER_KINDS = {  # the first bytes of files that are not read
+    b"\x28\xb5\x2f\xfd": "packed by zstd; unpack it: zstd -d",
+    b"BZh": "packed by bzip2; unpack it: bunzip2",
+    b"\xfd7zXZ": "packed by xz; unpack it: unxz",
+    b"PK\x03\x04": "a zip or an office file; take out the texts, or save it as .csv",
+    b"ARROW1": "an Arrow file; save it as .parquet",
+    b"\xff\xff\xff\xff": "an Arrow stream; save it as .parquet",
+    b"%PDF-": "a PDF; take out the text",
+    b"SQLite format 3": "an SQLite database; save a table as .csv",
+}
 SPACE = re.compile(r"\s*")
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How rows are read. on_bad_line: "error", or "skip" and count. encoding: of the files."""
+
+    on_bad_line: str = "error"
+    encoding: str = encodings.UTF_8
+
+    def __post_init__(self):
+        encodings.check_encoding(self.encoding)
+        if self.on_bad_line not in ("error", "skip"):
+            raise UserError(f"on_bad_line is {self.on_bad_line!r}; choose error or skip")
 
 
 # ---- Rows.
 
 
-def open_rows(path: Path) -> BinaryIO:
-    """The file as seekable JSONL: itself, or for a .gz or a JSON array an unnamed temporary copy, one item per line.
+def open_rows(path: Path, encoding: str = encodings.UTF_8) -> BinaryIO:
+    """The file as seekable JSONL: itself, or for all but plain JSONL an unnamed temporary copy, one item per line.
 
     Raises UserError for a file that is broken, or an array larger than LARGEST_ARRAY.
     """
     with naming_file(path):
+        file_size(path)  # is it a file at all
         file = path.open("rb")
-        stream = unpacked(file)
-        is_array = opens_array(stream)
-        if stream is file and not is_array:
+        is_parquet = file.peek(4).startswith(tables.PARQUET)
+        stream = file if is_parquet else unpacked(file, encoding=encoding)
+        separator = tables.SEPARATORS.get(Path(path.name.lower().removesuffix(".gz")).suffix)
+        if is_parquet:
+            rows = (row for row, _ in tables.parquet_rows(path))
+        elif separator:
+            rows = tables.csv_rows(stream, separator)
+        elif opens_array(stream):
+            rows = (value for _, value in array_items(stream))
+        elif stream is file:
             file.seek(0)
             return file
-        lines = (json.dumps(value).encode() + b"\n" for _, value in array_items(stream)) if is_array else stream
+        else:
+            rows = None
+        lines = stream if rows is None else (json.dumps(row, default=str).encode() + b"\n" for row in rows)
         with file:
             copy = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the rows are read
             copy.writelines(lines)
@@ -92,11 +130,22 @@ def naming_file(path: Path) -> Iterator[None]:
         raise UserError(f"{path}: {error}") from None
 
 
-def unpacked(file: BinaryIO, named_gz: bool = False) -> BinaryIO:
-    """The contents of an open file, without a BOM; unpacked if it is gzip, or named .gz."""
+def unpacked(file: BinaryIO, named_gz: bool = False, encoding: str = encodings.UTF_8) -> BinaryIO:
+    """The text in an open file as UTF-8, without a BOM; unpacked if it is gzip, or named .gz.
+
+    Raises ValueError for a file of another kind, or in another encoding.
+    """
     stream = file
     if named_gz or file.peek(2)[:2] == GZIP:
         stream = io.BufferedReader(gzip.GzipFile(fileobj=file), UNPACKED_AT_ONCE)
+    head = stream.peek()
+    for magic, kind in OTHER_KINDS.items():
+        if head.startswith(magic):
+            raise ValueError(kind)
+    if encodings.is_utf_8(encoding):
+        encodings.refuse_other_encoding(head)
+    else:
+        stream = encodings.recoded(stream, encoding)
     if stream.peek(3)[:3] == BOM:
         stream.read(3)
     return stream
@@ -111,7 +160,9 @@ def decoded(raw: bytes) -> str:
         n_lines = before.count("\n")
         column = len(before) - before.rfind("\n")
         further = f"{n_lines} lines further on, " if n_lines else ""
-        raise UserError(f"not UTF-8 (byte 0x{raw[error.start]:02X}, {further}column {column})") from None
+        name = encodings.guess(raw[error.start :][:READ_AT_ONCE])
+        hint = f"; it seems to be {name}: --encoding {name}" if name else ""
+        raise UserError(f"not UTF-8 (byte 0x{raw[error.start]:02X}, {further}column {column}){hint}") from None
 
 
 def opens_array(stream: BinaryIO) -> bool:

@@ -1,21 +1,22 @@
-"""Questions with their answers, from rows of instructions."""
+"""Questions with their answers, from rows of instructions, and the rules by which an answer counts as right."""
 
+import re
+import unicodedata
 from pathlib import Path
 
 from minillm.base.errors import UserError
-from minillm.datasets import json_rows
-from minillm.datasets.checks import CHECKS
+from minillm.datasets import encodings, json_rows
 from minillm.datasets.messages import conversations, is_learned
 
 
-def read_questions(path: str | Path, limit: int | None = None) -> list[dict]:
+def read_questions(path: str | Path, limit: int | None = None, encoding: str = encodings.UTF_8) -> list[dict]:
     """Rows of an instruction file, each with an added key "messages", of which the last is the answer.
 
-    path: .jsonl or .json, also .gz. limit: at most this many rows, the first. Raises UserError with the row's number,
-    and UnsupportedError for a row without a conversation.
+    path: as `open_rows` reads. limit: at most this many rows, the first. Raises UserError with the row's number, and
+    UnsupportedError for a row without a conversation.
     """
     questions: list[dict] = []
-    with json_rows.open_rows(Path(path)) as file:
+    with json_rows.open_rows(Path(path), encoding) as file:
         for number, _, line in json_rows.numbered_lines(file):
             try:
                 questions += _questions_in(json_rows.parse_line(line))
@@ -40,3 +41,42 @@ def _questions_in(row: dict) -> list[dict]:
             raise UserError(f"check {row['check']!r}: choose one of {', '.join(CHECKS)}")
         questions.append({**row, "messages": messages})
     return questions
+
+
+# ---- Whether an answer is right.
+
+FINAL = ".。!！?？;；,，、"  # punctuation at the end of an answer does not count
+NUMBER = re.compile(r"-?\d+(?:,\d{3})*(?:\.\d+)?")
+BETWEEN_WORDS = re.compile(r"[\s,，、;；.。:：]+|和")
+
+
+def _plain(text: str) -> str:
+    """The text with single spaces and no final punctuation."""
+    return " ".join(text.split()).rstrip(FINAL + " ")
+
+
+def _last_number(text: str) -> float | None:
+    """The last number in a text; None if there is none."""
+    text = unicodedata.normalize("NFKC", text).replace("−", "-")
+    numbers = NUMBER.findall(text)
+    return float(numbers[-1].replace(",", "")) if numbers else None
+
+
+def _words(text: str) -> set[str]:
+    """The items listed in a text: what is between spaces and punctuation, without "and"."""
+    text = unicodedata.normalize("NFKC", text).casefold()
+    return set(BETWEEN_WORDS.split(text)) - {"", "and"}
+
+
+CHECKS = {"exact": _plain, "number": _last_number, "words": _words}  # name → what is compared
+
+
+def is_right(row: dict, answer: str) -> bool:
+    """Whether `answer` equals the row's last message, compared by the rule in "check".
+
+    exact: the same text up to spaces and final punctuation; number: the same last number; words: the same set.
+    """
+    compared = CHECKS[row.get("check", "exact")]
+    expected = compared(row["messages"][-1]["content"])
+    given = compared(answer)
+    return given is not None and expected == given

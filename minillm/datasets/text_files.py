@@ -6,12 +6,16 @@ in one document is a UserError with the reason alone: the caller, who knows the 
 is broken is a UserError that names the file.
 """
 
+import os
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 from minillm.base.errors import UserError
+from minillm.base.json_door import file_size
+from minillm.base.printing import visible
+from minillm.datasets import encodings, tables
 from minillm.datasets.json_rows import (
     array_items,
     decoded,
@@ -31,18 +35,19 @@ LONGEST_TEXT = 64 << 20  # bytes; a longer document of a .txt is ended after the
 # ---- Files.
 
 
-def find_files(inputs: Iterable[str | Path]) -> list[Path]:
+def find_files(inputs: Iterable[str | Path], left_out: Counter[str] | None = None) -> list[Path]:
     """The files to read: each file named, and every file of a known kind in each folder named, sorted.
 
+    left_out: counts the files in the folders that are not read, by ending (see `say_left_out`).
     Raises UserError for a path that does not exist, a kind not known, a folder without any, a file given twice.
     """
     files: list[Path] = []
     for path in map(Path, inputs):
         if path.is_dir():
-            files += _files_in(path)
+            files += _files_in(path, Counter() if left_out is None else left_out)
         elif not path.exists():
             raise UserError(f"{path}: no such file or folder")
-        elif not path.name.endswith(SUFFIXES):
+        elif not ending(path):
             raise UserError(f"{path}: not a known kind of file ({KNOWN}); convert or rename it")
         else:
             files.append(path)
@@ -52,12 +57,56 @@ def find_files(inputs: Iterable[str | Path]) -> list[Path]:
     return files
 
 
-def _files_in(folder: Path) -> list[Path]:
-    """Every file of a known kind under a folder, sorted; nothing hidden, nor in a hidden folder."""
-    known = [path for path in sorted(folder.rglob("*")) if path.name.endswith(SUFFIXES) and path.is_file()]
-    if not known:
-        raise UserError(f"{folder}: the folder holds no file of a known kind ({KNOWN})")
-    return [path for path in known if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
+def ending(path: Path) -> str:
+    """Which of SUFFIXES a file's name ends with, in any case; "" if none."""
+    return next((suffix for suffix in SUFFIXES if path.name.lower().endswith(suffix)), "")
+
+
+def is_txt(path: Path) -> bool:
+    """Whether a file is plain text, packed or not."""
+    return ending(path).startswith(".txt")
+
+
+def say_left_out(left_out: Counter[str]) -> None:
+    """Print in one line how many files in the folders are not read."""
+    if left_out:
+        kinds = ", ".join(f"{kind} {count:,}" for kind, count in left_out.most_common())
+        print(visible(f"{left_out.total():,} left out of the folders: {kinds}; read are {KNOWN}"))
+
+
+def _files_in(folder: Path, left_out: Counter[str]) -> list[Path]:
+    """Every file of a known kind under a folder, sorted, through links too; nothing hidden, nor in a hidden folder."""
+
+    def refuse(problem: OSError) -> None:
+        raise UserError(f"{problem.filename}: cannot be read ({problem.strerror}); fix it or give another")
+
+    files: list[Path] = []
+    visited = {os.path.realpath(folder)}  # folders by their own place, so that links in a circle end
+    for place, folders, names in os.walk(folder, followlinks=True, onerror=refuse):
+        for name in sorted(folders):
+            own_place = os.path.realpath(Path(place, name))
+            if name.startswith("."):
+                left_out["hidden folders"] += 1
+            elif own_place in visited:
+                left_out["folders linked again"] += 1
+            else:
+                visited.add(own_place)
+                continue
+            folders.remove(name)
+        folders.sort()
+        for path in (Path(place, name) for name in names):
+            if path.name.startswith("."):
+                left_out["hidden files"] += 1
+            elif not path.is_file():
+                left_out["links to nothing, pipes and the like"] += 1
+            elif ending(path):
+                files.append(path)
+            else:
+                left_out[path.suffix.lower() or "without an ending"] += 1
+    if not files:
+        found = ", ".join(f"{kind} {count:,}" for kind, count in left_out.most_common())
+        raise UserError(f"{folder}: the folder holds no file of a known kind ({KNOWN}){found and f', but {found}'}")
+    return sorted(files)
 
 
 # ---- Documents.
@@ -72,20 +121,22 @@ class Record(NamedTuple):
     position: int  # bytes of the file read so far
 
 
-def records(path: Path, *, boundary: str, field: str) -> Iterator[Record]:
+def records(path: Path, *, boundary: str, field: str, encoding: str = encodings.UTF_8) -> Iterator[Record]:
     """Every document of one file.
 
     boundary: where documents of a .txt end: "lines" (each line is one), "blank" (at blank lines), "file" (only after
         LONGEST_TEXT, so that memory stays bounded).
     field: the key or column that holds the text, elsewhere.
+    encoding: of the text; parquet has its own.
     """
     with naming_file(path):
-        if path.suffix == ".parquet":
+        if ending(path) == ".parquet":
             yield from _parquet(path, field)
             return
+        file_size(path)  # is it a file at all
         with path.open("rb") as file:
-            stream = unpacked(file, path.suffix == ".gz")
-            if path.name.removesuffix(".gz").endswith(".txt"):
+            stream = unpacked(file, ending(path).endswith(".gz"), encoding)
+            if is_txt(path):
                 documents = _texts(stream, boundary)
             elif opens_array(stream):
                 documents = ((number, "value", _field(value, field)) for number, value in array_items(stream))
@@ -114,9 +165,9 @@ def text_of(kind: str, raw, field: str) -> str:
     return text
 
 
-def texts_of(path: Path, *, boundary: str, field: str) -> Iterator[tuple[str, int]]:
+def texts_of(path: Path, *, boundary: str, field: str, encoding: str = encodings.UTF_8) -> Iterator[tuple[str, int]]:
     """(text, bytes of the file read so far) of each document of a file. Raises UserError naming file and record."""
-    for record in records(path, boundary=boundary, field=field):
+    for record in records(path, boundary=boundary, field=field, encoding=encoding):
         try:
             text = text_of(record.kind, record.raw, field)
         except UserError as problem:
@@ -178,22 +229,9 @@ def _joined(lines: list[bytes], boundary: str) -> bytes:
 
 
 def _parquet(path: Path, field: str) -> Iterator[Record]:
-    try:
-        from pyarrow import ArrowException, parquet
-    except ImportError:
-        raise UserError(f'{path}: reading parquet needs pyarrow; pip install -e ".[parquet]"') from None
     size = path.stat().st_size
-    number = 0
-    try:
-        file = parquet.ParquetFile(path)
-        columns = file.schema_arrow.names
-        if field not in columns:
-            raise ValueError(f"column {field!r} is missing (its columns: {', '.join(columns)}; choose with --field)")
-        for batch in file.iter_batches(batch_size=256, columns=[field]):
-            for value in batch.column(0).to_pylist():
-                number += 1
-                if not isinstance(value, str):
-                    value = UserError(f"column {field!r} holds {_type(value)}, not a string")
-                yield Record(number, "value", value, size * number // file.metadata.num_rows)
-    except ArrowException as error:
-        raise ValueError(f"not a whole parquet file ({str(error).splitlines()[0]})") from None
+    for number, (row, share) in enumerate(tables.parquet_rows(path, field), 1):
+        value = row[field]
+        if not isinstance(value, str):
+            value = UserError(f"column {field!r} holds {_type(value)}, not a string")
+        yield Record(number, "value", value, int(size * share))

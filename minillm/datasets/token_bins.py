@@ -90,6 +90,18 @@ class TokenBins:
             raise UserError(f"{self.path}: the .sizes of {split} do not add up to its {total} bytes; prepare it again")
         return np.concatenate(sizes)
 
+    def check_tokenizer(self, tokenizer) -> None:
+        """Raise UserError unless meta.json says that the bins were made by this tokenizer, with as many ids as it has:
+        a model with a row for each would read an id beyond them.
+        """
+        if self.meta.get("tokenizer_sha256") != tokenizer.sha256:
+            raise UserError(f"{self.path}: prepared with another tokenizer; prepare it again")
+        if self.vocab_size != tokenizer.vocab_size:
+            raise UserError(
+                f"{self.path}: meta.json says {self.vocab_size:,} ids, its tokenizer has {tokenizer.vocab_size:,}; "
+                "prepare it again"
+            )
+
     def streams(self) -> list[Stream]:
         """What windows run over: all files as one since format 2, where a file is cut between documents; before, each.
 

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 import torch
 
-from minillm.datasets.checks import is_right
+from minillm.datasets.questions import is_right
 from minillm.generation.completion import generate
 from minillm.generation.sampling import GREEDY
 from minillm.model.transformer import Transformer

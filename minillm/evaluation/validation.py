@@ -8,6 +8,7 @@ average.
 """
 
 import math
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
@@ -24,10 +25,12 @@ from minillm.datasets.token_bins import TokenBins
 from minillm.datasets.windows import validation_part
 from minillm.distributed.ranks import Ranks
 from minillm.model.transformer import Transformer
+from minillm.tokenizer.measure import check_round_trip
 from minillm.tokenizer.tokenizer import Tokenizer
 from minillm.tuning.virtual_tokens import virtual_tokens
 
 ROWS = 16  # rows per batch
+FIRST_DOCUMENTS = 100  # that are encoded and decoded first, to see whether the tokenizer loses some of a text
 
 
 class TextTokens(NamedTuple):
@@ -40,16 +43,29 @@ class TextTokens(NamedTuple):
     document_bytes: np.ndarray  # (n documents,) int64: UTF-8 bytes of the text of each
 
 
-def read_text(path: Path, tokenizer: Tokenizer, *, split: str = "blank", field: str = "text") -> TextTokens:
+def read_text(
+    path: Path,
+    tokenizer: Tokenizer,
+    *,
+    split: str = "blank",
+    field: str = "text",
+    encoding: str = "utf-8",
+    allow_lossy: bool = False,
+) -> TextTokens:
     """Tokenize the documents of a .txt, .jsonl, .json or .parquet file (also .gz) as `data/prepare.py` would.
 
     split: where documents of a .txt end: "blank" lines, every one of its "lines", or with the "file".
+    allow_lossy: see `check_round_trip`.
     """
     documents = []
-    for file in text_files.find_files([path]):
-        documents += [text for text, _ in text_files.texts_of(file, boundary=split, field=field) if text]
+    left_out: Counter[str] = Counter()
+    for file in text_files.find_files([path], left_out):
+        texts = text_files.texts_of(file, boundary=split, field=field, encoding=encoding)
+        documents += [text for text, _ in texts if text]
+    text_files.say_left_out(left_out)
     if not documents:
         raise UserError(f"{path}: holds no text")
+    check_round_trip(tokenizer, documents[:FIRST_DOCUMENTS], str(path), allow_lossy)
     n_bytes = np.array([len(text.encode()) for text in documents], dtype=np.int64)
     start_id = tokenizer.start_id
     eos_id = tokenizer.eos_id

@@ -4,6 +4,8 @@ import unicodedata
 from collections import Counter
 from collections.abc import Iterable
 
+from minillm.base.errors import UserError
+from minillm.base.printing import visible
 from minillm.tokenizer.edit import is_reachable
 from minillm.tokenizer.sentencepiece_model import SPACE_MARK
 from minillm.tokenizer.tokenizer import Tokenizer
@@ -12,6 +14,35 @@ SCRIPTS = {
     *("latin", "greek", "cyrillic", "armenian", "georgian", "hebrew", "arabic"),
     *("devanagari", "tamil", "thai", "cjk", "hiragana", "katakana", "hangul"),
 }
+
+
+MOST_LOST = 0.001  # share of the characters of a text; a rare character that is lost is said and no more
+TRIED = 1 << 16  # characters of a text, and of a file
+
+
+def check_round_trip(tokenizer: Tokenizer, texts: Iterable[str], where: str, allow_lossy: bool) -> None:
+    """Encode and decode the beginnings of some texts, and print what share of their characters is lost, if any is.
+
+    Lost are a character without a piece where there are no bytes, one that a normalizer turns into another, spaces and
+    line ends that are taken together. where: the texts, as the line names them.
+    Raises UserError above MOST_LOST, unless `allow_lossy`.
+    """
+    lost: Counter[str] = Counter()
+    n_characters = 0
+    for text in texts:
+        text = text[:TRIED]
+        n_characters += len(text)
+        given_back = tokenizer.decode(tokenizer.encode(text))
+        if given_back != text:
+            lost += Counter(text) - Counter(given_back)
+    if not lost:
+        return
+    share = lost.total() / n_characters
+    most = ", ".join(f"{character!r} {count:,} times" for character, count in lost.most_common(4))
+    line = f"{where}: the tokenizer loses {share:.2%} of their first {n_characters:,} characters ({most})"
+    if share > MOST_LOST and not allow_lossy:
+        raise UserError(f"{line}; choose another that has byte pieces, or go on without them by --allow_lossy true")
+    print(visible(line))
 
 
 def unreachable(tokenizer: Tokenizer, pieces: Iterable[str]) -> list[str]:

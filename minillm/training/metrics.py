@@ -9,7 +9,7 @@ from pathlib import Path
 from minillm.base import files
 from minillm.base.contents import Contents
 from minillm.base.errors import UserError
-from minillm.base.json_door import parse_json
+from minillm.base.json_door import file_size, parse_json
 
 
 class MetricsLog:
@@ -19,7 +19,7 @@ class MetricsLog:
         """Keep the rows up to `resume_step` (None or 0: a new run, no rows); drop later ones and a torn last line."""
         self.path = Path(path)
         files.refuse_link(self.path)
-        if self.path.exists():
+        if self.path.exists() and file_size(self.path):
             files.write_file(self.path, lambda scratch: self._copy_rows(scratch, resume_step or 0))
         self.file = files.open_own(self.path)
 

@@ -130,7 +130,7 @@ def read_config(folder: Path) -> tuple[dict, dict]:
     written.get("lora_alpha", float, above=0)
     if size := SIZES.get(written.need("peft_type", str)):
         written.need(size, int, at_least=1)
-    recorded = read_object(folder / BASE) if (folder / BASE).exists() else Contents({}, str(folder / BASE))
+    recorded = read_object(folder / BASE) if os.path.lexists(folder / BASE) else Contents({}, str(folder / BASE))
     kinds = {"folder": str, "sha256": str, "bits": int}
     return written.values, {name: recorded.get(name, kind) for name, kind in kinds.items()}
 

@@ -110,6 +110,74 @@ def test_a_folder_is_read_in_order_of_names(tok_path, tmp_path):
     assert documents(tmp_path / "out") == ["a.txt", "b.txt", "sub/c.txt"]
 
 
+def test_folders_are_read_through_links_in_any_case_and_what_is_left_out_is_counted(tok_path, tmp_path, capsys):
+    folder, elsewhere = tmp_path / "in", tmp_path / "elsewhere"
+    for place in (folder / "sub", folder / ".git", elsewhere):
+        place.mkdir(parents=True)
+    for name in ("a.txt", "B.TXT", "c.Txt", "d.md", "e.jsonl.zst", "f.csv", "g.CSV", "README", ".h.txt", ".git/i.txt"):
+        (folder / name).write_text(name)
+    (elsewhere / "z.txt").write_text("z.txt")
+    (folder / "linked").symlink_to(elsewhere)
+    (folder / "sub" / "above").symlink_to(folder)  # a circle
+    (folder / "sub" / "again").symlink_to(elsewhere)
+    (folder / "gone.txt").symlink_to(tmp_path / "nothing")
+    (folder / "h.Jsonl.GZ").write_bytes(gzip.compress(b'{"text": "h"}'))
+    prepare([folder], tmp_path / "out", tokenizer=tok_path, val_fraction=0)
+    assert documents(tmp_path / "out") == ["B.TXT", "a.txt", "c.Txt", "h", "z.txt"]
+    (said,) = (line for line in capsys.readouterr().out.splitlines() if "left out of the folders" in line)
+    counts = {".csv": 2, ".md": 1, ".zst": 1, "without an ending": 1, "hidden files": 1, "hidden folders": 1}
+    counts |= {"folders linked again": 2, "links to nothing, pipes and the like": 1}
+    assert all(f"{kind} {count}" in said for kind, count in counts.items())
+    assert said.startswith(f"{sum(counts.values())} left out of the folders: ")
+    for name in (folder / "B.TXT", folder / "h.Jsonl.GZ"):
+        prepare([name], tmp_path / "one", tokenizer=tok_path, val_fraction=0)
+
+
+def test_a_folder_of_other_kinds_says_what_it_holds(tok_path, tmp_path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.md").write_text("a")
+    with pytest.raises(UserError, match=r"holds no file of a known kind .*, but \.md 1"):
+        prepare([tmp_path / "in"], tmp_path / "out", tokenizer=tok_path)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names of files are text there")
+def test_a_file_name_may_be_any_bytes(tok_path, tmp_path, capsys):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    path = folder / os.fsdecode("庙.txt".encode("gbk"))  # no UTF-8
+    path.write_bytes(b"one\n\ntwo")
+    for _ in range(2):
+        meta = prepare([folder], tmp_path / "out", tokenizer=tok_path, val_fraction=0)
+    assert documents(tmp_path / "out") == ["one", "two"]
+    assert meta["bins"][0]["sources"][0]["file"] == rf"{folder}/\xc3\xed.txt"
+    path.write_bytes(b"one\n\ntwo\n\nthree")
+    prepare([folder], tmp_path / "out", tokenizer=tok_path, val_fraction=0)
+    said = capsys.readouterr().out
+    assert "text changed: " in said and r"\xc3\xed.txt" in said
+    path.write_bytes(b"one\n\ntwo\xff")
+    with pytest.raises(UserError, match="not UTF-8"):
+        prepare([folder], tmp_path / "out", tokenizer=tok_path, val_fraction=0)
+
+
+def test_another_encoding_gives_the_same_tokens_and_is_part_of_what_determines_them(tok_path, tmp_path):
+    text = "山上有一座庙。\n\n庙里有个老和尚，他在讲故事。\n"
+    for name, encoding in (("a.txt", "utf-8"), ("b.txt", "gbk"), ("c.txt", "utf-16")):
+        (tmp_path / name).write_text(text, encoding=encoding)
+        meta = prepare([tmp_path / name], tmp_path / name[0], tokenizer=tok_path, val_fraction=0, encoding=encoding)
+        assert documents(tmp_path / name[0]) == text.strip().split("\n\n")
+        assert meta["bytes"]["train"] == len(text.strip().encode()) - 2
+    assert (
+        "encoding" not in prepare([tmp_path / "a.txt"], tmp_path / "a", tokenizer=tok_path, val_fraction=0)["options"]
+    )
+    assert meta["options"]["encoding"] == "utf-16"
+    with pytest.raises(
+        UserError, match=r"b\.txt: not UTF-8 but, as it seems, GB18030 \(or GBK\); read it by --encoding"
+    ):
+        prepare([tmp_path / "b.txt"], tmp_path / "b", tokenizer=tok_path, val_fraction=0)
+    with pytest.raises(UserError, match="--encoding gbkk: no known encoding"):
+        prepare([tmp_path / "b.txt"], tmp_path / "b", tokenizer=tok_path, encoding="gbkk")
+
+
 BAD = {
     "not UTF-8": (b'{"text": "\xff"}', "not UTF-8 (byte 0xFF, column 11)"),
     "not JSON": (b'{"text": ', "not JSON (Expecting value, column 9); a file is one object a line, or one array"),

@@ -1,5 +1,6 @@
 """What the commands around vocabularies share: reading texts and tokenizers, and what they print."""
 
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
@@ -7,7 +8,8 @@ from tqdm import tqdm
 
 from minillm.base.options import Options, option
 from minillm.checkpoint import run_folder
-from minillm.datasets.text_files import BOUNDARIES, find_files, texts_of
+from minillm.datasets import encodings
+from minillm.datasets.text_files import BOUNDARIES, find_files, say_left_out, texts_of
 from minillm.tokenizer import measure
 from minillm.tokenizer.tokenizer import Tokenizer
 
@@ -20,6 +22,10 @@ class TextOptions(Options):
 
     field: str = option("text", "the key that holds a text in .jsonl, .json or .parquet", group="texts")
     split: str = option("blank", "where texts end in a .txt", BOUNDARIES, group="texts")
+    encoding: str = option("utf-8", "of .txt and JSON: gb18030, big5, utf-16 …", group="texts")
+
+    def problems(self) -> list[str]:
+        return encodings.problems(self.encoding)
 
 
 def load_tokenizer(path: str) -> Tokenizer:
@@ -29,12 +35,15 @@ def load_tokenizer(path: str) -> Tokenizer:
 
 def read_texts(paths: Iterable[str], options: TextOptions, what: str) -> Iterator[str]:
     """All documents of the files, with a progress bar by bytes. Raises `UserError` naming file and place."""
-    files = find_files(list(paths))
+    left_out: Counter[str] = Counter()
+    files = find_files(list(paths), left_out)
+    say_left_out(left_out)
     n_bytes = sum(file.stat().st_size for file in files)
     with tqdm(total=n_bytes, unit="B", unit_scale=True, desc=what, leave=False, disable=None) as bar:
         n_before = 0  # bytes of the files before this one
         for file in files:
-            for text, position in texts_of(file, boundary=options.split, field=options.field):
+            how = {"boundary": options.split, "field": options.field, "encoding": options.encoding}
+            for text, position in texts_of(file, **how):
                 bar.update(n_before + position - bar.n)
                 yield text
             n_before += file.stat().st_size

@@ -260,3 +260,81 @@ def test_a_file_appears_whole_or_not_at_all(tmp_path):
     with pytest.raises(ValueError):
         files.write_file(tmp_path / "new" / "one", fail)
     assert [p.name for p in (tmp_path / "new").iterdir()] == ["one"] and (tmp_path / "new/one").read_text() == "whole"
+
+
+# ---- folders from elsewhere, folders that are shared
+
+
+@pytest.fixture
+def outside(tmp_path) -> Path:
+    """A file that a link may lead to; after the test it is as it was."""
+    file = tmp_path / "outside"
+    file.write_text("mine")
+    yield file
+    assert file.read_text() == "mine"
+
+
+def test_a_file_takes_the_place_of_a_link_and_not_of_what_it_leads_to(tmp_path, outside):
+    for name, target in (("to a file", outside), ("dangling", tmp_path / "nowhere"), ("loop", tmp_path / "loop")):
+        (tmp_path / name).symlink_to(target)
+        files.write_json_atomically(tmp_path / name, {"ours": 1})
+        assert json.loads((tmp_path / name).read_text()) == {"ours": 1} and not (tmp_path / name).is_symlink()
+    assert not (tmp_path / "nowhere").exists()
+
+
+def test_nobody_can_foresee_where_a_file_is_written(tmp_path, outside, monkeypatch):
+    """In a shared folder another user may have put links under names that a scratch file could have."""
+    for name in ("a.tmp-", f"a.tmp-{os.getpid()}"):
+        (tmp_path / name).symlink_to(outside)
+    assert files.scratch_name(tmp_path / "a") != files.scratch_name(tmp_path / "a")
+    files.write_json_atomically(tmp_path / "a", 1)
+
+    monkeypatch.setattr(files.secrets, "token_hex", lambda n: "01234567")  # and if somebody could
+    guessed = files.scratch_name(tmp_path / "a")
+    for write in (
+        lambda: files.write_json_atomically(tmp_path / "a", 2),
+        lambda: files.write_folder(tmp_path / "a", fill_with("x")),
+    ):
+        guessed.symlink_to(outside)
+        with pytest.raises(UserError, match="exists"):
+            write()
+        guessed.unlink(missing_ok=True)
+
+
+@pytest.mark.parametrize("kind", ["link", "dangling link", "pipe", "folder"])
+@pytest.mark.parametrize("opened", [RunLock, metrics.MetricsLog], ids=["lock", "metrics.jsonl"])
+def test_a_run_writes_on_its_own_files_alone(tmp_path, outside, kind, opened):
+    path = tmp_path / "run" / ("lock" if opened is RunLock else "metrics.jsonl")
+    path.parent.mkdir()
+    if kind == "pipe":
+        os.mkfifo(path)  # waits for a reader, or fills one
+    elif kind == "folder":
+        path.mkdir()
+    else:
+        path.symlink_to(outside if kind == "link" else tmp_path / "nowhere")
+    with pytest.raises(UserError, match=path.name):
+        opened(path.parent if opened is RunLock else path)
+    assert not (tmp_path / "nowhere").exists()
+
+
+def test_a_lock_of_something_else_is_left_alone(tmp_path):
+    (tmp_path / "lock").write_text("my notes about locks")
+    with pytest.raises(UserError, match="was not written by a run"):
+        RunLock(tmp_path)
+    assert (tmp_path / "lock").read_text() == "my notes about locks"
+
+
+def test_what_is_no_file_is_not_replaced(tmp_path):
+    """A curve drawn by root to /dev/null would take its place."""
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UserError, match="neither a file nor a folder"):
+        files.write_json_atomically(tmp_path / "pipe", 1)
+    assert (tmp_path / "pipe").is_fifo()
+
+
+def test_discarding_a_link_leaves_what_it_leads_to(tmp_path, outside):
+    (tmp_path / "folder").mkdir()
+    for target in (outside, tmp_path / "folder"):
+        (tmp_path / "link").symlink_to(target)
+        files.discard(tmp_path / "link")
+        assert target.exists() and not (tmp_path / "link").is_symlink()

@@ -7,8 +7,7 @@ import pytest
 import torch
 
 from minillm.base.errors import UserError
-from minillm.datasets.checks import is_right
-from minillm.datasets.questions import read_questions
+from minillm.datasets.questions import is_right, read_questions
 from minillm.distributed.ranks import Ranks
 from minillm.evaluation import answers
 from minillm.evaluation.validation import Validation, read_text

@@ -106,14 +106,14 @@ def test_bytes_are_those_of_the_texts_whatever_the_tokenizer_does_to_them(tokeni
     rows = "".join(json.dumps({"text": text}) + "\n" for text in TEXTS)
     (tmp_path / "a.jsonl").write_text(rows)
     (tmp_path / "b.jsonl").write_text(rows)
-    validation = Validation(read_text(tmp_path / "a.jsonl", own), own, 8, 1 << 20)
+    validation = Validation(read_text(tmp_path / "a.jsonl", own, allow_lossy=True), own, 8, 1 << 20)
     assert validation.n_bytes == sum(n_bytes)
     scores = scores_of(validation, own.vocab_size)
     nats = scores["val_loss"] * validation.part.mask.sum()
     assert scores["val_bpb"] == pytest.approx(nats / np.log(2) / sum(n_bytes))
 
     own.save(tmp_path / "tok")
-    inputs = dict(tokenizer=tmp_path / "tok", val_inputs=[tmp_path / "b.jsonl"])
+    inputs = dict(tokenizer=tmp_path / "tok", val_inputs=[tmp_path / "b.jsonl"], allow_lossy=True)
     meta = prepare([tmp_path / "a.jsonl"], tmp_path / "bins", **inputs)
     bins = TokenBins(tmp_path / "bins", "val")
     assert meta["bytes"] == {"train": sum(n_bytes), "val": sum(n_bytes)}

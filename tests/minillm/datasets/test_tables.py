@@ -1,0 +1,95 @@
+"""Instructions in tables, and files of other kinds, which are named."""
+
+import csv
+import gzip
+import json
+
+import numpy as np
+import pyarrow
+import pytest
+import torch
+from pyarrow import parquet
+
+from minillm.base.errors import UserError
+from minillm.datasets.instructions import InstructionRows
+from minillm.datasets.questions import read_questions
+from tests.minillm.datasets.test_instructions import Numbers, write_jsonl
+
+ROWS = [{"instruction": f"{i} 7", "context": "5 6" * (i % 2), "response": "8 9"} for i in range(9)]
+TALKS = [{"messages": [{"role": "user", "content": "1"}, {"role": "assistant", "content": "2"}], "tools": None}]
+
+
+def write_csv(path, rows, **form):
+    with path.open("w", newline="", encoding=form.pop("encoding", "utf-8")) as file:
+        writer = csv.DictWriter(file, list(rows[0]), **form)
+        writer.writeheader()
+        writer.writerows(rows)
+    return path
+
+
+def same_batches(ours: InstructionRows, theirs: InstructionRows) -> None:
+    assert ours.summary() == theirs.summary()
+    positions = np.arange(theirs.rows_per_epoch)
+    for a, b in zip(ours.batch(positions), theirs.batch(positions), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("rows", [ROWS, TALKS], ids=["pairs", "messages"])
+def test_parquet_gives_the_batches_of_the_same_rows_in_jsonl(tmp_path, rows):
+    expected = InstructionRows(write_jsonl(tmp_path / "rows.jsonl", rows), Numbers(), 32)
+    for name in ("rows.parquet", "named otherwise"):
+        parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / name)
+        same_batches(InstructionRows(tmp_path / name, Numbers(), 32), expected)
+    assert len(read_questions(tmp_path / "rows.parquet")) == len(rows)
+
+
+@pytest.mark.parametrize("form", ["csv", "CSV", "tsv", "csv.gz", "excel", "gbk"])
+def test_csv_gives_the_batches_of_the_same_rows_in_jsonl(tmp_path, form):
+    rows = [*ROWS, {"instruction": '1 2\n3 "4', "context": "", "response": "8"}]
+    rows[-1]["instruction"] = "1 2\n3"
+    expected = InstructionRows(write_jsonl(tmp_path / "rows.jsonl", rows), Numbers(), 32)
+    path = tmp_path / f"rows.{form if '.' in form or form in ('CSV', 'tsv') else 'csv'}"
+    separator = "\t" if form == "tsv" else ","
+    write_csv(path, rows, delimiter=separator, encoding="utf-8-sig" if form == "excel" else "utf-8")
+    if form == "csv.gz":
+        path.write_bytes(gzip.compress(path.read_bytes()))
+    same_batches(InstructionRows(path, Numbers(), 32, encoding="gbk" if form == "gbk" else "utf-8"), expected)
+
+
+def test_what_pandas_writes_for_an_empty_field_is_missing(tmp_path):
+    rows = [{"instruction": "1", "input": None, "output": "2"}, {"instruction": "1", "input": "3", "output": "2"}]
+    expected = InstructionRows(write_jsonl(tmp_path / "rows.jsonl", rows), Numbers(), 32)
+    (tmp_path / "rows.json").write_text(json.dumps(rows).replace("null", "NaN"))
+    same_batches(InstructionRows(tmp_path / "rows.json", Numbers(), 32), expected)
+    write_csv(tmp_path / "rows.csv", rows)
+    same_batches(InstructionRows(tmp_path / "rows.csv", Numbers(), 32), expected)
+
+
+def test_a_label_in_a_csv_is_read_by_its_text(tmp_path):
+    rows = [{"prompt": "1", "completion": "2", "label": label} for label in ("True", "False")]
+    with pytest.raises(UserError, match="row 2: 'label' is 'False': a bad answer"):
+        InstructionRows(write_csv(tmp_path / "rows.csv", rows), Numbers(), 32)
+    assert InstructionRows(tmp_path / "rows.csv", Numbers(), 32, on_bad_line="skip").counts["learned"] == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "reason"),
+    [
+        ("a.csv", b"instruction,output\n1,2,3\n", "row 1 has more fields than the 2 names in the first line"),
+        ("a.csv", b"text\nabc\n", "row 1: its keys are text; known are messages"),
+        ("a.csv", b'instruction,output\n1,"2', "after line 1 comes no row of a .csv (unexpected end of data)"),
+        ("a.csv", b"", "nothing left to learn from (0 rows"),
+        ("a.parquet", b"PAR1 cut", "not a whole parquet file"),
+        ("a.jsonl", b"\x28\xb5\x2f\xfd....", "packed by zstd; unpack it: zstd -d"),
+        ("a.jsonl", b"BZh91AY", "packed by bzip2"),
+        ("a.json", b"\xfd7zXZ\x00", "packed by xz"),
+        ("a.xlsx", b"PK\x03\x04....", "a zip or an office file; take out the texts, or save it as .csv"),
+        ("a.arrow", b"ARROW1\x00\x00", "an Arrow file; save it as .parquet"),
+        ("a.jsonl", b"SQLite format 3\x00", "an SQLite database"),
+    ],
+)
+def test_what_cannot_be_read_is_refused_in_words_that_fit_it(tmp_path, name, data, reason):
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(UserError) as error:
+        InstructionRows(tmp_path / name, Numbers(), 16)
+    assert reason in str(error.value) and str(error.value).startswith(str(tmp_path / name))
