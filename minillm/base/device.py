@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import math
 import os
 import re
 import time
@@ -124,6 +125,33 @@ def pick_device(name: str) -> torch.device:
         reason = str(problem).splitlines()[0]
         raise UserError(f"--device {name}: cannot be used here ({reason}); try auto or cpu") from None
     return device
+
+
+def keep_to_quota() -> None:
+    """Let torch compute on no more threads than the container may use cores, unless OMP_NUM_THREADS says how many.
+
+    torch starts one for each core of the machine, and a container's quota takes the cores from all of
+    them for the rest of each tenth of a second in which they have used it up.
+    """
+    quota = cpu_quota()
+    if "OMP_NUM_THREADS" not in os.environ and quota < torch.get_num_threads():
+        torch.set_num_threads(max(1, math.ceil(quota)))
+
+
+def cpu_quota(system: Path = Path("/")) -> float:
+    """How many cores this process may use at once on average, by its control groups (Linux, version 2), or infinity."""
+    try:
+        lines = (system / "proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return math.inf
+    groups = system / "sys/fs/cgroup"
+    quota = math.inf
+    for group in (line.removeprefix("0::/") for line in lines if line.startswith("0::/")):
+        for folder in (groups / group, *(groups / group).parents):  # a group is within the limits of those above it
+            with contextlib.suppress(OSError, ValueError):  # no limit: "max 100000"
+                used, period = map(int, (folder / "cpu.max").read_text().split())  # microseconds
+                quota = min(quota, used / period)
+    return quota
 
 
 def keep_freed_memory() -> None:

@@ -20,8 +20,8 @@ A thread that is woken still has to get a core. Where several want one, Linux le
 and a thread that has had its share waits as long for its next turn, all of its team with it. So threads that sleep also
 ask for turns of 0.1 ms: the same share, in pieces of about the length of an op. Linux before 6.12 ignores that.
 
-Whether others want our cores is in /proc/self/task/*/schedstat: for how long each of our threads has run, and for how
-long it could have run but had no core.
+Whether others want our cores is in /proc/self/task/*/schedstat: for how long each of our threads could have run but had
+no core. A single thread that is kept from its core holds up the whole team, so their times are added.
 """
 
 import contextlib
@@ -35,14 +35,15 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 TASKS = Path("/proc/self/task")
 LOOK_S = 0.5  # seconds between two looks at the cores
 TRY_S = 0.1  # seconds of the first look
-CROWDED = 0.1  # share of their time that our threads are kept from a core, from which on they sleep
-FREE = 0.04  # and below which no other program is there
+CROWDED = 0.2  # share of the time that some thread of ours is kept from a core, from which on they sleep
+FREE = 0.08  # and below which no other program is there
 TURN_NS = 100_000  # nanoseconds of a core that a thread asks for at once, while threads sleep
 QUIET_LOOKS = 20  # that find the cores free, one after another, before threads wait awake again
 
@@ -80,13 +81,13 @@ class Waiting:
 
     def try_out(self) -> None:
         """A first look: torch's team meets again and again, to see whether its threads get their cores."""
-        before, end = read_times(), time.perf_counter() + TRY_S
-        while time.perf_counter() < end:
+        before = Reading.now()
+        while time.perf_counter() < before.at_s + TRY_S:
             self.meet(torch.get_num_threads())
-        self.look(share_without_core(before, read_times()))
+        self.look(Reading.now().share_kept(before))
 
     def look(self, share: float) -> None:
-        """Choose by the share of their time that our threads were kept from a core."""
+        """Choose by the share of the time that our threads were kept from a core; above 1: several at once."""
         with self.choosing:
             self.n_quiet = self.n_quiet + 1 if share < FREE else 0
             if share > CROWDED:
@@ -95,11 +96,11 @@ class Waiting:
                 self.wake()
 
     def _watch(self) -> None:
-        seen = read_times()
+        seen = Reading.now()
         while not self.over.wait(LOOK_S):
-            before, seen = seen, read_times()
+            before, seen = seen, Reading.now()
             words = self.words
-            self.look(share_without_core(before, seen))
+            self.look(seen.share_kept(before))
             if self.words != words and self.words not in self.said:
                 self.said.add(self.words)
                 self.say(f"the threads now {self.words}")
@@ -177,24 +178,25 @@ def gnu_openmp(n_threads: int) -> ctypes.CDLL | None:
     return library if n_threads <= library.omp_get_num_procs() else None
 
 
-def read_times() -> dict[str, tuple[int, int]]:
-    """Of each thread of this process: nanoseconds that it has run, and that it could have run but had no core."""
-    times = {}
-    for task in TASKS.iterdir():
-        with contextlib.suppress(OSError):  # it has ended since
-            run, kept_waiting, _ = (task / "schedstat").read_text().split()
-            times[task.name] = int(run), int(kept_waiting)
-    return times
+class Reading(NamedTuple):
+    """How long each thread of this process has been kept from a core so far."""
 
+    at_s: float  # when it was read
+    kept_ns: dict[str, int]  # thread → how long it could have run but had no core
 
-def share_without_core(before: dict[str, tuple[int, int]], after: dict[str, tuple[int, int]]) -> float:
-    """Share of the time between two readings in which threads that could have run had no core; 0 if none wanted to."""
-    run = kept_waiting = 0
-    for task, (run_after, kept_waiting_after) in after.items():
-        run_before, kept_waiting_before = before.get(task, (0, 0))
-        run += run_after - run_before
-        kept_waiting += kept_waiting_after - kept_waiting_before
-    return kept_waiting / max(1, run + kept_waiting)
+    @classmethod
+    def now(cls) -> "Reading":
+        kept_ns = {}
+        for task in TASKS.iterdir():
+            with contextlib.suppress(OSError):  # it has ended since
+                _, kept, _ = (task / "schedstat").read_text().split()  # ran, was kept, how many times
+                kept_ns[task.name] = int(kept)
+        return cls(time.perf_counter(), kept_ns)
+
+    def share_kept(self, before: "Reading") -> float:
+        """How long threads were kept from a core since the reading before, all added, as a share of that time."""
+        kept_ns = sum(kept - before.kept_ns.get(task, 0) for task, kept in self.kept_ns.items())
+        return kept_ns / 1e9 / (self.at_s - before.at_s)
 
 
 SCHED_SETATTR = {"x86_64": 314, "aarch64": 274}  # the number of the system call, for which glibc got a name late

@@ -101,7 +101,8 @@ def open_file(path: str | Path) -> tuple[StoredModel, dict]:
     config = _read_config(contents, tensors)
     expected = shapes_of(config)
     keys = {gguf_name(key): key for key in expected}
-    by_key = {keys.get(name, name): tensor for name, tensor in tensors.items() if name != FACTORS}
+    ignored = {FACTORS, HEAD} if config.tie_embeddings else {FACTORS}
+    by_key = {keys.get(name, name): tensor for name, tensor in tensors.items() if name not in ignored}
     tensor_files.match_tensors(expected, {key: tensor.shape for key, tensor in by_key.items()}, path)
     is_interleaved = contents.need("general.architecture", str) == "llama"
 
@@ -114,6 +115,8 @@ def open_file(path: str | Path) -> tuple[StoredModel, dict]:
 
     special_ids = gguf_tokenizer.special_ids(contents)
     ids = {f"{role}_token_id": i for role, i in special_ids.items() if role != "unk"}
+    if len(ends := gguf_tokenizer.end_ids(contents)) > 1:
+        ids["eos_token_id"] = ends
     return StoredModel(config, tensors[EMBEDDING].dtype, read, ids), metadata
 
 
@@ -162,13 +165,23 @@ def _read_config(contents: Contents, tensors: dict[str, GGUFTensor]) -> ModelCon
         **values,
         **ARCHITECTURES[kind],
         vocab_size=tensors[EMBEDDING].shape[0],
-        tie_embeddings=HEAD not in tensors,
+        tie_embeddings=_is_tied(tensors),
         rope_scaling=_read_scaling(contents, kind),
     )
     if FACTORS in tensors:
         length = contents.get(f"{kind}.rope.scaling.original_context_length", int, LLAMA3_LENGTH)
         return _with_llama3_scaling(config, length, tensors[FACTORS], path)
     return config
+
+
+def _is_tied(tensors: dict[str, GGUFTensor]) -> bool:
+    """Whether the head is the embedding: it is not in the file, or the same numbers again."""
+    if HEAD not in tensors:
+        return True
+    head, embedding = tensors[HEAD], tensors[EMBEDDING]
+    if (head.kind, head.shape) != (embedding.kind, embedding.shape):
+        return False
+    return torch.equal(head.read(head.dtype), embedding.read(embedding.dtype))
 
 
 def _read_scaling(contents: Contents, kind: str) -> RopeScaling | None:

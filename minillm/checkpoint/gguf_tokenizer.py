@@ -1,16 +1,18 @@
 """Tokenizers in the metadata of a GGUF file: pieces, scores or merges, and special ids ↔ ours."""
 
 import base64
-import json
 from collections.abc import Callable
 
 from minillm.base.contents import Contents
 from minillm.base.errors import UnsupportedError, UserError
 from minillm.tokenizer import byte_bpe
 from minillm.tokenizer.edit import from_pieces
+from minillm.tokenizer.folder_files import GENERATION_CONFIG, to_json
 from minillm.tokenizer.tokenizer import AFTER_EOS, JsonTokenizer, Tokenizer
 
 KINDS = ("llama", "gpt2")  # SentencePiece's BPE and byte-level BPE
+BOS_IN_FRONT = {"llama-bpe"}  # the names in byte_bpe.SPLITS with which llama.cpp puts bos in front unless told not to
+MORE_ENDS = ("eot", "eom")  # where llama.cpp ends a text besides eos: the end of a turn, of a message
 ROLES = {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown"}  # our name → GGUF's
 TYPES = {1: "NORMAL", 2: "UNKNOWN", 3: "CONTROL", 4: "USER_DEFINED", 5: "UNUSED", 6: "BYTE"}  # of pieces
 NUMBER_OF_TYPE = {name: number for number, name in TYPES.items()}
@@ -41,10 +43,32 @@ def read(metadata: dict, source: str) -> Tokenizer:
     for role, i in ids.items():
         if not 0 <= i < len(pieces):
             raise UserError(f"{contents.source}: damaged: its {role} is {i}, but it has {len(pieces):,} pieces")
-    begins_with_bos = contents.get("tokenizer.ggml.add_bos_token", bool, kind == "llama") and "bos" in ids
+    if contents.get("tokenizer.ggml.add_eos_token", bool, False):
+        raise UnsupportedError(f"{source}: its tokenizer puts eos behind each text, which is not supported")
+    split = None if kind == "llama" else _split_rules(contents)
+    usual = kind == "llama" or split in BOS_IN_FRONT
+    begins_with_bos = contents.get("tokenizer.ggml.add_bos_token", bool, usual) and "bos" in ids
     if kind == "gpt2":
-        return _read_byte_level(contents, pieces, ids, begins_with_bos)
+        return _read_byte_level(contents, pieces, ids, begins_with_bos, split)
     return _read_sentencepiece(contents, pieces, ids, begins_with_bos)
+
+
+def _split_rules(contents: Contents) -> str:
+    """The name of the rules that cut a text before its bytes are merged. Raises `UnsupportedError` if it is unknown."""
+    split = contents.get("tokenizer.ggml.pre", str)
+    if split not in byte_bpe.SPLITS:
+        rules = f"cuts text by the rules {split!r}" if split else "does not say by which rules it cuts text"
+        raise UnsupportedError(
+            f"{contents.source} {rules} (tokenizer.ggml.pre); known are {', '.join(byte_bpe.SPLITS)}; "
+            "give the model's own tokenizer by --tokenizer"
+        )
+    return split
+
+
+def end_ids(contents: Contents) -> list[int]:
+    """The ids at which a text ends, eos first. Raises `UserError` for what is no id."""
+    ids = [contents.get(f"tokenizer.ggml.{name}_token_id", int, at_least=0) for name in ("eos", *MORE_ENDS)]
+    return list(dict.fromkeys(i for i in ids if i is not None))
 
 
 def _read_pieces(contents: Contents) -> list[tuple[str, str]]:
@@ -70,19 +94,25 @@ def _read_sentencepiece(
     scored = [(text, score, kind) for (text, kind), score in zip(pieces, scores, strict=False)]  # padding has scores
     prefix = contents.get("tokenizer.ggml.add_space_prefix", bool, True)
     rebuilt = from_pieces(scored, ids, dummy_prefix=prefix, source=contents.source)
-    tokenizer = _exported_file(contents, rebuilt, lambda data: Tokenizer(data, contents.source))
     template = contents.get("tokenizer.chat_template", str)
     after_eos = contents.get(f"minillm.{AFTER_EOS}", bool, False)
-    return tokenizer.with_settings(add_bos=begins_with_bos, after_eos=after_eos, chat_template=template)
+    named = {f"{role}_token": pieces[i][0] for role, i in ids.items()}
+
+    def settled(tokenizer: Tokenizer) -> Tokenizer:
+        return tokenizer.with_settings(
+            add_bos=begins_with_bos,
+            after_eos=after_eos,
+            chat_template=template,
+            named=named,
+            ends=end_ids(contents),
+        )
+
+    return _exported_file(contents, settled(rebuilt), lambda data: settled(Tokenizer(data, contents.source)))
 
 
 def _read_byte_level(
-    contents: Contents, pieces: list[tuple[str, str]], ids: dict[str, int], begins_with_bos: bool
+    contents: Contents, pieces: list[tuple[str, str]], ids: dict[str, int], begins_with_bos: bool, split: str
 ) -> Tokenizer:
-    split = contents.get("tokenizer.ggml.pre", str, "gpt-2")
-    if split not in byte_bpe.SPLITS:
-        known = ", ".join(byte_bpe.SPLITS)
-        raise UnsupportedError(f"{contents.source} cuts text by the rules {split!r}; known are {known}")
     merges = [tuple(merge.split(" ", 1)) for merge in contents.need("tokenizer.ggml.merges", list[str])]
     if any(len(pair) != 2 for pair in merges):
         raise UserError(f"{contents.source}: damaged: one of its merges is not two pieces with a space between them")
@@ -112,8 +142,10 @@ def _read_byte_level(
     first_piece = config["bos_token"] if begins_with_bos else None
     files = {
         "tokenizer.json": byte_bpe.write(bpe, control, first_piece),
-        "tokenizer_config.json": json.dumps(config, indent=1, ensure_ascii=False).encode(),
+        "tokenizer_config.json": to_json(config),
     }
+    if len(ends := end_ids(contents)) > 1:
+        files[GENERATION_CONFIG] = to_json({"eos_token_id": ends})
     rebuilt = JsonTokenizer(files, contents.source)
     return _exported_file(
         contents, rebuilt, lambda data: JsonTokenizer(files | {"tokenizer.json": data}, contents.source)
@@ -167,6 +199,11 @@ def describe(tokenizer: Tokenizer, n_rows: int) -> dict:
         spec = tokenizer.model.proto.trainer_spec
         if spec.model_type != spec.BPE:
             raise UserError("--format gguf: only BPE vocabularies have a place there; this one is of another kind")
+    if len(tokenizer.end_ids) > 1 + len(MORE_ENDS):
+        raise UserError(
+            f"--format gguf: texts end at the ids {tokenizer.end_ids}, and {1 + len(MORE_ENDS)} have a place there; "
+            "choose hf"
+        )
     return _described(tokenizer, n_rows)
 
 
@@ -183,6 +220,8 @@ def _described(tokenizer: Tokenizer, n_rows: int) -> dict:
             described["scores"].append(0.0)
     for role in ("bos", "eos", "pad"):
         described[f"{ROLES[role]}_token_id"] = getattr(tokenizer, f"{role}_id")
+    for name, i in zip(MORE_ENDS, tokenizer.end_ids[1:], strict=False):
+        described[f"{name}_token_id"] = i
     described["add_bos_token"] = tokenizer.begins_with_bos
     metadata = {f"tokenizer.ggml.{name}": value for name, value in described.items()}
     if tokenizer.begins_after_eos:  # GGUF has no key for it

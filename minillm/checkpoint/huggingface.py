@@ -336,13 +336,16 @@ def write_folder(
 
 
 def load_config(folder: str | Path) -> ModelConfig:
-    """The `ModelConfig` of a model folder."""
+    """The `ModelConfig` of a model folder: its config.json's, but untied if the weights have a head of their own."""
     source = f"{folder}/config.json"
     written = read_config(folder)
     if Contents(written, source).get("model_type", str) in ARCHITECTURES:  # others are refused by name
         check_kinds(written, source, SHARED)
     with naming(source):
-        return from_hf(written)
+        config = from_hf(written)
+    if config.tie_embeddings and tensor_files.has_own_head(folder):
+        return dataclasses.replace(config, tie_embeddings=False)
+    return config
 
 
 def _find_weights(folder: str | Path, config: ModelConfig) -> dict[str, tensor_files.Place]:

@@ -6,8 +6,10 @@ unexpected, of another shape or broken is listed, and nothing is loaded in part.
 
 import json
 import math
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -20,6 +22,7 @@ from minillm.base.json_door import file_size, parse_json, path_inside, read_json
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 DTYPES = {  # safetensors' name → torch's
     "F64": torch.float64,
     "F32": torch.float32,
@@ -68,6 +71,31 @@ class Place:
                 if needs_conversion:
                     piece.copy_(stored)
         return out
+
+
+def are_equal(one: Place, other: Place) -> bool:
+    """Whether two stored tensors hold the same numbers."""
+    if one.shape != other.shape:
+        return False
+    dtype = one.dtype if one.dtype == other.dtype else torch.float32
+    return torch.equal(one.read(dtype), other.read(dtype))
+
+
+def has_own_head(folder: str | Path) -> bool:
+    """Whether a folder's weights hold a head that is not the embedding; a line says so, once in a process."""
+    if not any((Path(folder) / name).exists() for name in (SINGLE, INDEX)):
+        return False
+    places = find_weights(folder)
+    head, embedding = places.get(HEAD), places.get(EMBEDDING)
+    if head is None or embedding is None or are_equal(head, embedding):
+        return False
+    _say_untied(str(folder))
+    return True
+
+
+@cache
+def _say_untied(folder: str) -> None:
+    print(f"{folder}: tied in its config.json, but its head is not its embedding: loaded untied", file=sys.stderr)
 
 
 def refuse_pickle(path: Path, start: bytes) -> None:

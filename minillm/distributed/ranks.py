@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from minillm.base import waiting
-from minillm.base.device import keep_freed_memory, pick_device
+from minillm.base.device import keep_freed_memory, keep_to_quota, pick_device
 from minillm.base.errors import UserError
 from minillm.distributed.watchdog import explain_lost_ranks
 
@@ -93,6 +93,7 @@ def start(device: str = "auto", timeout_s: float = 600.0) -> Ranks:
         torch.set_float32_matmul_precision("high")  # TF32 for what stays in fp32
     elif chosen.type == "cpu":
         keep_freed_memory()
+        keep_to_quota()
         waiting.of_this_process()
 
     if world > 1:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 
 from minillm.base import waiting
-from minillm.base.device import DTYPES, pick_device
+from minillm.base.device import DTYPES, keep_to_quota, pick_device
 from minillm.base.errors import UserError
 from minillm.checkpoint import huggingface, run_folder
 from minillm.model.transformer import Transformer
@@ -57,6 +57,7 @@ def load(
     # where it computes, in which dtype, by which kernels
     torch_device = pick_device(device)
     if torch_device.type == "cpu":
+        keep_to_quota()
         waiting.of_this_process()
     base_bits = None
     if is_adapter:

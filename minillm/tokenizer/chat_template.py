@@ -41,7 +41,7 @@ def encode(tokenizer, messages: list[dict], template: str, add_generation_prompt
         if not isinstance(message.get("content"), str):
             raise UserError(f"message content of role {message['role']}: a string is needed")
     name = resolve(tokenizer, template)
-    if name in WRITERS:
+    if name in WRITERS and tokenizer.parts_are_independent:
         sequence = WRITERS[name](tokenizer, messages, add_generation_prompt)
         return sequence.ids, sequence.learn
     return jinja_template.encode(tokenizer, messages, _jinja(tokenizer, name), add_generation_prompt)
@@ -71,8 +71,8 @@ def resolve(tokenizer, template: str) -> str:
     own = tokenizer.chat_template
     if own is None:
         return usual(tokenizer)
-    for name, text in JINJA.items():
-        if own == text and (name != "chat" or has_roles):
+    for name in JINJA:
+        if own in (JINJA[name], text_of(tokenizer, name)) and (name != "chat" or has_roles):
             return name
     return f"own {hashlib.sha256(own.encode()).hexdigest()[:16]}"
 
@@ -82,9 +82,19 @@ def usual(tokenizer) -> str:
     return "chat" if len(tokenizer.roles) == len(ROLES) else "simple"
 
 
+def text_of(tokenizer, name: str) -> str:
+    """One of JINJA in the terms of a folder: transformers knows no bos_token where the folder names none."""
+    piece = tokenizer.special_pieces.get("bos_token")
+    if piece is not None and tokenizer.pieces.id_of(piece) == tokenizer.bos_id:
+        return JINJA[name]
+    if tokenizer.bos_id == tokenizer.eos_id:
+        return JINJA[name].replace("bos_token", "eos_token")
+    return JINJA[name].replace("bos_token", repr(tokenizer.pieces.piece_of(tokenizer.bos_id)))
+
+
 def _jinja(tokenizer, name: str) -> str:
     """The text of a template by its resolved name."""
-    return JINJA.get(name) or tokenizer.chat_template
+    return text_of(tokenizer, name) if name in JINJA else tokenizer.chat_template
 
 
 # ---------------------------------------------------------------- our templates in token ids

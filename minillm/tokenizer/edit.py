@@ -15,6 +15,7 @@ from sentencepiece import sentencepiece_model_pb2 as proto
 
 from minillm.base import files
 from minillm.base.errors import UserError
+from minillm.tokenizer.folder_files import GENERATION_CONFIG, read_object, to_json
 from minillm.tokenizer.sentencepiece_model import SPACE_MARK
 from minillm.tokenizer.tokenizer import Tokenizer
 from minillm.tokenizer.train import write_readable
@@ -147,7 +148,31 @@ def _with_pieces(base: Tokenizer, pieces: Iterable[str], scores: Iterable[float]
 def _finish(model: proto.ModelProto, base: Tokenizer) -> Tokenizer:
     model.trainer_spec.vocab_size = len(model.pieces)
     tokenizer = Tokenizer(model.SerializeToString(), "the new vocabulary")
-    return tokenizer.with_settings_of(base)
+    return _with_settings_of(tokenizer, base)
+
+
+def _with_settings_of(tokenizer: Tokenizer, other: Tokenizer) -> Tokenizer:
+    """A copy whose files have `other`'s chat template, special pieces, ends of texts, and rule about bos."""
+    files = dict(tokenizer.own_companions)
+    if other.files and "tokenizer.json" not in other.files:  # whose rules would count more than the folder's
+        files.pop("tokenizer.json", None)
+    ends = [tokenizer.model.id_of(other.model.piece_of(i)) for i in other.end_ids if i < other.vocab_size]
+    if other.generation_config:
+        moved = {name: i for name, i in tokenizer.special_ids.items() if name in other.generation_config}
+        files[GENERATION_CONFIG] = to_json(other.generation_config | moved | {"eos_token_id": ends})
+    # the settings of the other, but for the ids of added tokens
+    ours = read_object(files["tokenizer_config.json"], "the new vocabulary")["added_tokens_decoder"]
+    theirs = {entry["content"]: entry for entry in other.config.get("added_tokens_decoder", {}).values()}
+    decoder = {i: theirs.get(entry["content"], entry) for i, entry in ours.items()}
+    files["tokenizer_config.json"] = to_json(other.config | {"added_tokens_decoder": decoder})
+    named = {name: piece for name, piece in other.special_pieces.items() if tokenizer.model.id_of(piece) is not None}
+    return Tokenizer(tokenizer.model.data, "the new vocabulary", files).with_settings(
+        add_bos=other.begins_with_bos,
+        after_eos=other.begins_after_eos,
+        chat_template=other.chat_template,
+        named=named,
+        ends=ends,
+    )
 
 
 def prune(base: Tokenizer, texts: Iterable[str], keep: Iterable[str] = ()) -> tuple[Tokenizer, list[int]]:

@@ -189,6 +189,12 @@ class SentencePieceModel:
         """Id of each piece that is cut out of a text before anything else."""
         return {p.piece: i for i, p in enumerate(self.proto.pieces) if p.type == p.USER_DEFINED}
 
+    @property
+    def parts_are_independent(self) -> bool:
+        """Whether each part of a text beside a control piece is encoded as it is alone."""
+        spaces = not self.space.before or (self.space.each_part and not self.space.spared)
+        return spaces and not any(self.eats_spaces.values())
+
     def id_of(self, piece: str) -> int | None:
         """The id of the piece with this text; None if there is none."""
         i = self.processor.piece_to_id(piece)

@@ -34,7 +34,7 @@ class Tokenizer:
     vocab_size, bos_id, eos_id, pad_id: int (a model without pad or bos uses eos for it). Tokens that the folder adds
     to its vocabulary are pieces like all others. begins_with_bos: whether transformers puts bos before each text.
     model: the SentencePieceModel; pieces: the model of either kind. control: id of each control piece, which no text is
-    encoded as.
+    encoded as. files: the folder's, by name.
     data: the model file. sha256: its hex digest, by which token bins and checkpoints identify their tokenizer.
     """
 
@@ -50,7 +50,10 @@ class Tokenizer:
         self.pieces = pieces
         self._source = source
         self._companions = {name: data for name, data in companions.items() if name in folder_files.COMPANIONS}
-        self._files = companions  # with the model's config.json
+        self.files = companions  # with the model's config.json
+        self._settings = read_object(
+            companions.get("tokenizer_config.json", b"{}"), f"{source}: tokenizer_config.json beside it"
+        )
         self.data = pieces.data
         self.sha256 = hashlib.sha256(pieces.data).hexdigest()
         self.vocab_size = pieces.vocab_size
@@ -77,9 +80,7 @@ class Tokenizer:
 
         first = ids["bos"]  # of a new vocabulary, beside which there are no files yet
         if self._companions:
-            where = f"{self._source}: tokenizer_config.json beside it"
-            config = read_object(self._companions.get("tokenizer_config.json", b"{}"), where)
-            first = around_text.first_id(self._files, config, ids["bos"], self._source)
+            first = around_text.first_id(self.files, self._settings, ids["bos"], self._source)
         self.begins_with_bos = first is not None
         if self.begins_with_bos:
             self.bos_id = first
@@ -171,16 +172,22 @@ class Tokenizer:
     @cached_property
     def end_ids(self) -> list[int]:
         """Ids at which any text ends: eos, and what config.json and generation_config.json name beside it."""
-        return [self.eos_id, *sorted(folder_files.end_ids(self._files, self._source) - {self.eos_id})]
+        return [self.eos_id, *sorted(folder_files.end_ids(self.files, self._source) - {self.eos_id})]
 
     @cached_property
     def special_pieces(self) -> dict[str, str]:
         """The text of bos_token, eos_token, pad_token and unk_token, by which a chat template writes them."""
-        named = folder_files.special_pieces(self._beside, self._source)
-        processor = self.model.processor
-        ids = {"bos_token": processor.bos_id(), "eos_token": processor.eos_id(), "unk_token": processor.unk_id()}
-        of_model = {name: self.model.piece_of(i) for name, i in ids.items() if i >= 0}
-        return of_model | named
+        model = self.model.processor
+        ids = {"bos": model.bos_id(), "eos": model.eos_id(), "unk": model.unk_id(), "pad": model.pad_id()}
+        of_model = {f"{role}_token": self.model.piece_of(i) for role, i in ids.items() if i >= 0}
+        said = {name for name in of_model if name in self._settings}  # perhaps that there is none
+        named = folder_files.special_pieces(self._companions, self._source)
+        return {name: piece for name, piece in of_model.items() if name not in said} | named
+
+    @property
+    def parts_are_independent(self) -> bool:
+        """Whether text beside a control piece is encoded as it is alone, so that templates can be written in ids."""
+        return self.pieces.parts_are_independent
 
     # ---------------------------------------------------------------- ids → text
 
@@ -237,7 +244,8 @@ class Tokenizer:
         files = self._own_file | self._beside
         name = self.resolve_template(template) if template else None
         if name in JINJA:
-            files["tokenizer_config.json"] = to_json(self.config | {"chat_template": JINJA[name]})
+            template_text = chat_template.text_of(self, name)
+            files["tokenizer_config.json"] = to_json(self.config | {"chat_template": template_text})
             files.pop("chat_template.jinja", None)
         if len(self.end_ids) > 1 and folder_files.end_ids(self._companions, self._source) != set(self.end_ids):
             files[folder_files.GENERATION_CONFIG] = to_json(self.generation_config | {"eos_token_id": self.end_ids})
@@ -250,7 +258,7 @@ class Tokenizer:
     def _beside(self) -> dict[str, bytes]:
         """The files beside the vocabulary, as `save` writes them."""
         is_described = self._companions.keys() - {folder_files.GENERATION_CONFIG}
-        return self._companions if is_described else self._own_companions | self._companions
+        return self._companions if is_described else self.own_companions | self._companions
 
     @cached_property
     def config(self) -> dict:
@@ -274,7 +282,7 @@ class Tokenizer:
     @cached_property
     def _earlier_config(self) -> dict:
         """What tokenizer_config.json said, but for the chat template, when this project wrote documents without bos."""
-        config = read_object(self._own_companions["tokenizer_config.json"], "the vocabulary's own settings")
+        config = read_object(self.own_companions["tokenizer_config.json"], "the vocabulary's own settings")
         del config["chat_template"], config[AFTER_EOS]
         return config | {"add_bos_token": False}
 
@@ -305,16 +313,27 @@ class Tokenizer:
         """The Jinja template that transformers uses, if there is one."""
         return folder_files.chat_template(self._beside, self.config)
 
-    def with_settings(self, *, add_bos: bool, after_eos: bool = False, chat_template: str | None = None) -> "Tokenizer":
-        """A copy whose files say how texts begin, and name another chat template if one is given.
+    def with_settings(
+        self,
+        *,
+        add_bos: bool,
+        after_eos: bool = False,
+        chat_template: str | None = None,
+        named: dict[str, str] | None = None,
+        ends: list[int] | None = None,
+    ) -> "Tokenizer":
+        """A copy whose files say how texts begin and end, and name another chat template if one is given.
 
-        add_bos: with bos, also for transformers. after_eos: see `begins_after_eos`.
+        add_bos: with bos, also for transformers. after_eos: see `begins_after_eos`. named: pieces such as eos_token.
+        ends: the ids that end a text.
         """
-        files = self._files | self._beside
-        config = self.config | {"add_bos_token": add_bos, AFTER_EOS: after_eos}
+        files = self.files | self._beside
+        config = self.config | {"add_bos_token": add_bos, AFTER_EOS: after_eos} | (named or {})
         if chat_template:
             config["chat_template"] = chat_template
         files["tokenizer_config.json"] = to_json(config)
+        if ends and len(ends) > 1:
+            files[folder_files.GENERATION_CONFIG] = to_json(self.generation_config | {"eos_token_id": ends})
         if "tokenizer.json" in files:
             described = read_object(files["tokenizer.json"], f"{self._source}: tokenizer.json beside it")
             files["tokenizer.json"] = to_json(self._beginning(described, add_bos))
@@ -325,28 +344,11 @@ class Tokenizer:
         first = byte_bpe.begin_with(self.model.piece_of(self.bos_id), self.bos_id) if add_bos else None
         return described | {"post_processor": first}
 
-    def with_settings_of(self, other: "Tokenizer") -> "Tokenizer":
-        """A copy whose files have `other`'s chat template, special pieces, ends of texts, and rule about bos."""
-        config = read_object(self._own_companions["tokenizer_config.json"], "the new vocabulary")
-        config |= {name: piece for name, piece in other.special_pieces.items() if self.model.id_of(piece) is not None}
-        files = dict(self._own_companions)
-        if "chat_template" in other.config:
-            config["chat_template"] = other.config["chat_template"]
-        if "chat_template.jinja" in other._companions:
-            files["chat_template.jinja"] = other._companions["chat_template.jinja"]
-        files["tokenizer_config.json"] = to_json(config)
-        ends = [self.model.id_of(other.model.piece_of(i)) for i in other.end_ids if i < other.vocab_size]
-        if len(ends) > 1 or other.generation_config:
-            moved = {name: i for name, i in self.special_ids.items() if name in other.generation_config}
-            files[folder_files.GENERATION_CONFIG] = to_json(other.generation_config | moved | {"eos_token_id": ends})
-        copy = Tokenizer(self.model.data, "the new vocabulary", files)
-        return copy.with_settings(add_bos=other.begins_with_bos, after_eos=other.begins_after_eos)
-
     @cached_property
-    def _own_companions(self) -> dict[str, bytes]:
+    def own_companions(self) -> dict[str, bytes]:
         """The files that transformers needs; no `tokenizer.json` for a model that is not BPE, such as T5's."""
         config = self.model.transformers_config({"bos": self.bos_id, "eos": self.eos_id, "pad": self.pad_id})
-        config |= {AFTER_EOS: False, "chat_template": JINJA[chat_template.usual(self)]}
+        config |= {AFTER_EOS: False, "chat_template": chat_template.text_of(self, chat_template.usual(self))}
         files = {"tokenizer_config.json": to_json(config)}
         spec = self.model.proto.trainer_spec
         if spec.model_type == spec.BPE:
@@ -382,7 +384,7 @@ class JsonTokenizer(Tokenizer):
         """The vocabulary as GGUF describes it; raises UnsupportedError if it is of another kind than byte-level BPE."""
         return byte_bpe.read(read_object(self.data, self._source), self._source)
 
-    def with_settings(self, *, add_bos: bool, after_eos: bool = False, chat_template: str | None = None) -> "Tokenizer":
+    def with_settings(self, *, add_bos: bool, **_) -> "Tokenizer":
         """Refused: the settings are part of tokenizer.json, which is this tokenizer's identity."""
         own, wrap = ("without bos", "eos") if add_bos else ("with bos", "bos_eos")
         raise UserError(f"{self._source}: a tokenizer.json stays as it is, and its texts begin {own}: --wrap {wrap}")

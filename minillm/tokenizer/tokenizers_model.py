@@ -65,6 +65,10 @@ class TokenizersModel:
         """The id of the piece with this text; None if there is none."""
         return self.ids.get(piece)
 
+    def piece_of(self, i: int) -> str:
+        """The text of the piece with this id."""
+        return next(piece for piece, number in self.ids.items() if number == i)
+
     # ---------------------------------------------------------------- text → ids
 
     def encode_many(self, texts: list[str], threads: int = 1) -> list[list[int]]:

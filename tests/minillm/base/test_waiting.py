@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -47,14 +48,14 @@ def sleeping(one: waiting.Waiting, shares: list[float]) -> list[bool]:
 
 def test_threads_sleep_from_the_first_look_that_finds_the_cores_crowded():
     one = waiting.Waiting(FakeOpenMP(2))
-    assert sleeping(one, [0.0, 0.05, waiting.CROWDED, 0.11, 0.5]) == [False, False, False, True, True]
+    assert sleeping(one, [0.0, 0.1, waiting.CROWDED, 0.21, 0.5]) == [False, False, False, True, True]
     one.wake()
 
 
 def test_threads_wake_only_after_many_quiet_looks_in_a_row():
     one = waiting.Waiting(FakeOpenMP(2))
     quiet = [0.0] * (waiting.QUIET_LOOKS - 1)
-    assert all(sleeping(one, [0.5, *quiet, 0.05, *quiet]))  # 0.05: something was there
+    assert all(sleeping(one, [0.5, *quiet, 0.1, *quiet]))  # 0.1: something was there
     assert sleeping(one, [0.0, 0.0]) == [False, False]
 
 
@@ -67,11 +68,18 @@ def test_the_idle_team_alone_has_more_threads_than_there_are_cores():
     one.wake()
 
 
-def test_the_share_without_a_core_is_of_the_time_between_two_readings():
-    before = {"1": (100, 50), "2": (10, 0), "ended": (7, 7)}
-    after = {"1": (160, 70), "2": (20, 0), "new": (20, 10)}
-    assert waiting.share_without_core(before, after) == pytest.approx(30 / (60 + 10 + 20 + 30))
-    assert waiting.share_without_core(after, after) == 0
+def test_the_share_kept_from_a_core_is_of_the_time_between_two_readings():
+    """One of sixteen threads that has no core for half of the time holds up all of them."""
+    others = {str(task): 5_000_000_000 for task in range(15)}
+    before = waiting.Reading(10.0, others | {"last": 1_000_000_000, "ended": 7})
+    after = waiting.Reading(12.0, others | {"last": 2_000_000_000, "new": 300_000_000})
+    assert after.share_kept(before) == pytest.approx((1.0 + 0.3) / 2)
+
+
+@pytest.mark.skipif(not Path("/proc/self/schedstat").exists(), reason="the system does not tell")
+def test_a_reading_is_of_all_threads():
+    reading = waiting.Reading.now()
+    assert str(os.getpid()) in reading.kept_ns and all(kept >= 0 for kept in reading.kept_ns.values())
 
 
 def test_a_run_is_told_how_its_threads_wait(monkeypatch):
@@ -81,8 +89,8 @@ def test_a_run_is_told_how_its_threads_wait(monkeypatch):
     monkeypatch.setattr(waiting, "gnu_openmp", lambda n_threads: openmp)
     monkeypatch.setattr(waiting, "LOOK_S", 1e6)
     monkeypatch.setattr(waiting, "TRY_S", 1e-3)
-    monkeypatch.setattr(waiting, "read_times", dict)
-    monkeypatch.setattr(waiting, "share_without_core", lambda before, after: next(shares))
+    monkeypatch.setattr(waiting.Reading, "share_kept", lambda after, before: next(shares))
+    monkeypatch.setattr(waiting.Reading, "now", lambda: waiting.Reading(time.perf_counter(), {}))
     said = []
     for _ in range(2):  # a second run of this process
         waiting.tell(said.append)
@@ -95,8 +103,8 @@ def test_each_change_is_said_once(monkeypatch):
     one = waiting.Waiting(FakeOpenMP(2))
     monkeypatch.setattr(waiting, "QUIET_LOOKS", 1)
     shares = iter([0.0, 0.5, 0.5, 0.0, 0.5, 0.0])
-    monkeypatch.setattr(waiting, "read_times", dict)
-    monkeypatch.setattr(waiting, "share_without_core", lambda before, after: next(shares))
+    monkeypatch.setattr(waiting.Reading, "share_kept", lambda after, before: next(shares))
+    monkeypatch.setattr(waiting.Reading, "now", lambda: waiting.Reading(time.perf_counter(), {}))
 
     class SixLooks:
         left = 6

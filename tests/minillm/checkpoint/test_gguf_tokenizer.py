@@ -101,7 +101,7 @@ def test_rules_that_a_name_does_not_say_are_refused(rule, tmp_path):
         ({"tokenizer.ggml.eos_token_id": 99999}, "its tokenizer: damaged: its eos is 99999"),
         ({"tokenizer.ggml.eos_token_id": "last"}, "its tokenizer: damaged: tokenizer.ggml.eos_token_id is 'last'"),
         (
-            {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.merges": ["ab"]},
+            {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "gpt-2", "tokenizer.ggml.merges": ["ab"]},
             "damaged: one of its merges",
         ),
         (
@@ -120,3 +120,49 @@ def test_a_tokenizer_we_do_not_have_is_refused(change, words):
     }
     with pytest.raises(UserError, match=words):
         gguf_tokenizer.read(metadata | change, "m.gguf")
+
+
+@pytest.mark.parametrize("split", ["gpt-2", "smollm", "qwen2", "llama-bpe"])
+def test_bos_where_the_file_does_not_say_is_as_llama_cpp_has_it(split, tmp_path):
+    """src/llama-vocab.cpp: add_bos is true for SentencePiece's kind and for the rules of Llama 3, else false."""
+    from tests.minillm.tokenizer.test_byte_bpe import train
+
+    train(split).save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<|im_end|>", "bos_token": "<|im_start|>"}')
+    tokenizer = Tokenizer.load(tmp_path)
+    metadata = gguf_tokenizer.describe(tokenizer, tokenizer.vocab_size)
+    assert metadata.pop("tokenizer.ggml.add_bos_token") is tokenizer.begins_with_bos is False
+    read = gguf_tokenizer.read(metadata, "m.gguf")
+    assert read.begins_with_bos == (split == "llama-bpe")
+    assert read.prompt_ids("a b") == [read.bos_id] * read.begins_with_bos + tokenizer.encode("a b")
+    assert gguf_tokenizer.read(metadata | {"tokenizer.ggml.add_bos_token": True}, "m.gguf").begins_with_bos
+    for name, value, words in (
+        ("pre", None, r"m\.gguf: its tokenizer does not say by which rules it cuts text .*--tokenizer"),
+        ("pre", "tekken", "by the rules 'tekken'"),
+        ("add_eos_token", True, "puts eos behind each text"),
+    ):
+        with pytest.raises(UserError, match=words):
+            gguf_tokenizer.read(metadata | {f"tokenizer.ggml.{name}": value}, "m.gguf")
+
+
+def test_added_tokens_and_all_ends_of_texts_go_both_ways(tmp_path):
+    from tests.minillm.tokenizer.test_other_folders import ADDED, CHATML
+    from tests.minillm.tokenizer.test_tokenizer import train_llama
+
+    (tmp_path / "tokenizer.model").write_bytes(train_llama().data)
+    settings = ADDED | {"eos_token": "<|im_end|>", "chat_template": CHATML, "add_bos_token": True}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [420, 2]}')
+    tokenizer = Tokenizer.load(tmp_path)
+    write_file(stored(dataclasses.replace(BASE, vocab_size=430)), tokenizer, tmp_path / "m.gguf", torch.float32)
+    model, metadata = open_file(tmp_path / "m.gguf")
+    assert metadata["tokenizer.ggml.tokens"][420:424] == ["<|im_end|>", "<|im_start|>", "<x>", "<y>"]
+    assert metadata["tokenizer.ggml.token_type"][420:424] == [3, 3, 4, 4]
+    again = gguf_tokenizer.read(metadata, "m.gguf")
+    assert again.sha256 == tokenizer.sha256 and again.begins_with_bos
+    assert again.end_ids == tokenizer.end_ids == model.special_ids["eos_token_id"] == [420, 2]
+    assert again.encode("the <x>") == tokenizer.encode("the <x>") and again.control == tokenizer.control
+    many = {"eos_token_id": [420, 2, 1, 421]}
+    (tmp_path / "generation_config.json").write_text(json.dumps(many))
+    with pytest.raises(UserError, match=r"texts end at the ids \[420, 1, 2, 421\], and 3 have a place"):
+        gguf_tokenizer.describe(Tokenizer.load(tmp_path), 430)

@@ -1,3 +1,4 @@
+import math
 import threading
 import time
 
@@ -56,6 +57,53 @@ def test_a_micro_batch_not_asked_for_is_a_rank_s_share_up_to_32(batch, world, mi
 def test_a_device_that_is_not_there_is_refused(name):
     with pytest.raises(UserError, match=f"--device {name}: .*try auto or cpu"):
         device.pick_device(name)
+
+
+@pytest.mark.parametrize(
+    ("group", "limits", "cores"),
+    [
+        ("0::/\n", {"": "200000 100000"}, 2.0),  # in a container
+        ("0::/\n", {"": "max 100000"}, math.inf),
+        ("0::/\n", {}, math.inf),  # the root of a machine has no such file
+        ("0::/a/b\n", {"a": "150000 100000", "a/b": "max 100000"}, 1.5),
+        ("0::/a/b\n", {"a": "800000 100000", "a/b": "50000 100000"}, 0.5),
+        ("12:cpu:/a\n", {"a": "50000 100000"}, math.inf),  # version 1
+        (None, {"": "50000 100000"}, math.inf),  # no Linux
+        ("0::/\n", {"": "many"}, math.inf),
+    ],
+)
+def test_the_quota_of_a_container(tmp_path, group, limits, cores):
+    (tmp_path / "proc/self").mkdir(parents=True)
+    if group is not None:
+        (tmp_path / "proc/self/cgroup").write_text(group)
+    for name, limit in limits.items():
+        folder = tmp_path / "sys/fs/cgroup" / name
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "cpu.max").write_text(f"{limit}\n")
+    assert device.cpu_quota(tmp_path) == cores
+
+
+@pytest.mark.parametrize(
+    ("quota", "environment", "taken"),
+    [
+        (math.inf, {}, []),
+        (8.0, {}, []),
+        (2.0, {}, [2]),
+        (1.5, {}, [2]),
+        (0.2, {}, [1]),
+        (2.0, {"OMP_NUM_THREADS": "8"}, []),
+    ],
+)
+def test_a_container_gets_as_many_threads_as_its_quota_has_cores(monkeypatch, quota, environment, taken):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    set_to = []
+    monkeypatch.setattr(device, "cpu_quota", lambda: quota)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
+    monkeypatch.setattr(torch, "set_num_threads", set_to.append)
+    device.keep_to_quota()
+    assert set_to == taken
 
 
 def test_devices():

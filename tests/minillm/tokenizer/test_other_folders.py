@@ -10,6 +10,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer
 
 from minillm.base.errors import UserError
+from minillm.tokenizer import edit
 from minillm.tokenizer.tokenizer import StreamDecoder, Tokenizer
 from tests.minillm.tokenizer.test_tokenizer import CORPUS, train_foreign, train_llama
 
@@ -272,3 +273,73 @@ def test_an_end_that_is_no_id_is_named(wrong, tmp_path):
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": wrong}))
     with pytest.raises(UserError, match=r"generation_config\.json beside it: damaged, eos_token_id holds .* no id"):
         _ = Tokenizer.load(tmp_path).end_ids
+
+
+def no_bos(folder) -> None:
+    json_folder(folder, None, bos_token=None, add_bos_token=False)
+
+
+def llama_without_template(folder) -> None:
+    (folder / "tokenizer.model").write_bytes(train_llama().data)
+    (folder / "tokenizer_config.json").write_text(json.dumps(LLAMA | {"add_bos_token": True}))
+
+
+def llama_with_chatml(folder) -> None:
+    (folder / "tokenizer.model").write_bytes(train_llama().data)
+    (folder / "tokenizer_config.json").write_text(json.dumps(ADDED | {"chat_template": CHATML, "add_bos_token": True}))
+
+
+def another_bos(folder) -> None:
+    """bos is put in front and called nothing."""
+    json_folder(folder, template(BOS, "A"), bos_token=None)
+
+
+FOLDERS = {
+    "bos in the post-processor": lambda folder: json_folder(folder, template(BOS, "A")),
+    "no bos": no_bos,
+    "a bos without a name": another_bos,
+    "a bare model": lambda folder: (folder / "tokenizer.model").write_bytes(train_llama().data),
+    "Llama's class": llama_without_template,
+    "a template of its own": llama_with_chatml,
+}
+
+
+@pytest.mark.parametrize("kind", FOLDERS)
+def test_the_chat_template_that_is_written_gives_transformers_the_ids_that_were_trained(kind, tmp_path):
+    FOLDERS[kind](tmp_path)
+    ours = Tokenizer.load(tmp_path)
+    ours.save(tmp_path / "trained", template="auto")  # as train_sft.py does
+    again = Tokenizer.load(tmp_path / "trained")
+    assert again.resolve_template("auto") == ours.resolve_template("auto")
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "trained")
+    chats = [CHAT, [*CHAT, *CHAT], [{"role": "system", "content": "Be kind."}, *CHAT], CHAT[:1]]
+    for messages in chats:
+        for prompt in (False, True):
+            ids, learn = again.encode_chat(messages, add_generation_prompt=prompt)
+            assert ids == ours.encode_chat(messages, add_generation_prompt=prompt)[0]
+            assert ids == theirs.apply_chat_template(messages, add_generation_prompt=prompt)["input_ids"]
+            if len(messages) > 1 and not prompt:
+                assert any(learn) and ids[max(i for i, learned in enumerate(learn) if learned)] in again.stop_ids()
+
+
+@pytest.mark.parametrize("kind", ["added tokens", "added tokens, the fast class", "the fast class, new rules"])
+def test_a_changed_vocabulary_keeps_added_tokens_ends_and_rules(kind, tmp_path):
+    (tmp_path / "tokenizer.model").write_bytes(train_llama().data)
+    settings = SETTINGS[kind] | {"chat_template": CHATML, "add_bos_token": True}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    ends = {"eos_token_id": [Tokenizer.load(tmp_path).eos_id, 2], "bos_token_id": 1, "temperature": 0.5}
+    (tmp_path / "generation_config.json").write_text(json.dumps(ends))
+    base = Tokenizer.load(tmp_path)
+    more = train_foreign("bpe", vocab_size=500, byte_fallback=True, normalization_rule_name="identity")
+    merged = edit.merge(base, more)
+    some = ["Ana and Nana", " a banana", "<x>Ana <x>"]
+    pruned, new_ids = edit.prune(base, some)
+    assert merged.added and min(new_ids) < 0
+    for name, changed, id_of in (("merged", merged.tokenizer, merged.id_map), ("pruned", pruned, new_ids)):
+        changed.save(tmp_path / name)
+        again = agree(tmp_path / name) if name == "merged" else Tokenizer.load(tmp_path / name)
+        assert again.end_ids == [id_of[i] for i in base.end_ids] and again.begins_with_bos
+        assert again.control == {piece: id_of[i] for piece, i in base.control.items()}
+        assert again.chat_template == CHATML and again.generation_config["temperature"] == 0.5
+        for text in some:
+            assert again.prompt_ids(text) == [id_of[i] for i in base.prompt_ids(text)]
