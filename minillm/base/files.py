@@ -100,6 +100,8 @@ def open_own(path: Path) -> BinaryIO:
 
 def is_lost(path: Path, file: BinaryIO) -> bool:
     """Whether an open file has lost its name: it was deleted or moved, or another has the name now."""
+    if os.name == "nt":
+        return False  # Windows keeps the name of a file that is open
     try:
         return not os.path.samestat(path.stat(), os.fstat(file.fileno()))
     except (FileNotFoundError, NotADirectoryError):

@@ -146,7 +146,7 @@ def test_killed_at_ten_random_moments_of_a_loop_that_saves(tmp_path):
             assert files.verify_folder(folder) == []
             assert content(folder) == f"{run_folder.step_of(folder):4}" * 200
         assert run_folder.step_of(run_folder.newest_checkpoint(tmp_path)) >= acknowledged
-    assert acknowledged >= 10
+    assert run_folder.step_of(run_folder.newest_checkpoint(tmp_path)) >= 10  # each process came at least one further
 
 
 def test_an_error_while_filling_leaves_nothing(saved):
