@@ -47,7 +47,7 @@ from minillm.base.process import RunLock, run_script
 from minillm.checkpoint import run_folder
 from minillm.datasets.text_files import BOUNDARIES, find_files, say_left_out, text_of
 from minillm.tokenizer import train
-from minillm.tokenizer.measure import TRIED, check_round_trip
+from minillm.tokenizer.measure import TRIED, check_round_trip, control_texts
 from minillm.tokenizer.tokenizer import Tokenizer
 
 ROUND_TRIP = 1 << 20  # characters that are encoded and decoded first, to see whether the tokenizer loses some
@@ -142,6 +142,8 @@ def _make(folder: BinFolder, groups: list[Group], tokenizer: Tokenizer, about: d
     sources = [source for group in groups for source in group.sources]
     allow_lossy = any(source.options.allow_lossy for source in sources)
     check_round_trip(tokenizer, _first_texts(sources), "the texts", allow_lossy)
+    if found := control_texts(tokenizer, _first_texts(sources)):
+        print(f"the first documents hold the text of control pieces, encoded as letters like any other text: {found}")
 
     # Keep what is there of the bins, make the others, number them all.
     folder.refuse_other_tokenizer(tokenizer.sha256)

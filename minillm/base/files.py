@@ -247,6 +247,10 @@ def verify_folder(path: str | Path) -> list[str]:
 
     # which files are missing, and which were added
     present = _files(path)
+    for name in expected:
+        if name not in present:
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+                next((path / name).parent.iterdir(), None)  # PermissionError: what may not be listed is not missing
     problems = [f"{name} is missing" for name in expected if name not in present]
     for name in present:
         if name not in expected and name.endswith((".safetensors", ".safetensors.index.json")):
