@@ -47,7 +47,7 @@ from minillm.base.process import RunLock, run_script
 from minillm.checkpoint import run_folder
 from minillm.datasets.text_files import BOUNDARIES, find_files, say_left_out, text_of
 from minillm.tokenizer import train
-from minillm.tokenizer.measure import TRIED, check_round_trip
+from minillm.tokenizer.measure import TRIED, check_round_trip, control_texts
 from minillm.tokenizer.tokenizer import Tokenizer
 
 ROUND_TRIP = 1 << 20  # characters that are encoded and decoded first, to see whether the tokenizer loses some
@@ -97,7 +97,9 @@ def prepare(
     given = None if tokenizer is None else Tokenizer.load(run_folder.tokenizer_folder(tokenizer))
     options = replace(options, wrap=options.wrap or _usual_wrap(out, given))
     if given is not None:
-        tokenizer = _with_wrap(given, options.wrap, tokenizer)
+        if options.wrap == "eos" and given.start_id != given.eos_id:
+            print(f"{tokenizer}: its model knows texts that begin with bos; to go on like that, give --wrap bos_eos")
+        tokenizer = _with_wrap(given, options.wrap)
 
     lock = RunLock(out)
     try:
@@ -108,7 +110,7 @@ def prepare(
         if tokenizer is None:
             learnt_from = checksum([train_tokenizer, [(s.sha256, s.options.of(s.path)) for s in sources[:n_train]]])
             tokenizer = _learn(bin_folder, train_tokenizer, sources[:n_train], learnt_from)
-            tokenizer = _with_wrap(tokenizer, options.wrap, out)
+            tokenizer = _with_wrap(tokenizer, options.wrap)
         about = {
             "wrap": options.wrap,
             "options": options.recorded(),
@@ -140,6 +142,8 @@ def _make(folder: BinFolder, groups: list[Group], tokenizer: Tokenizer, about: d
     sources = [source for group in groups for source in group.sources]
     allow_lossy = any(source.options.allow_lossy for source in sources)
     check_round_trip(tokenizer, _first_texts(sources), "the texts", allow_lossy)
+    if found := control_texts(tokenizer, _first_texts(sources)):
+        print(f"the first documents hold the text of control pieces, encoded as letters like any other text: {found}")
 
     # Keep what is there of the bins, make the others, number them all.
     folder.refuse_other_tokenizer(tokenizer.sha256)
@@ -234,12 +238,10 @@ def _usual_wrap(out: Path, tokenizer: Tokenizer | None) -> str:
     return "bos_eos" if begins_with_bos else "eos"
 
 
-def _with_wrap(tokenizer: Tokenizer, wrap: str, name: str | Path) -> Tokenizer:
-    """The tokenizer, set to begin texts as `wrap` says. name: where it is from."""
+def _with_wrap(tokenizer: Tokenizer, wrap: str) -> Tokenizer:
+    """The tokenizer, set to begin texts as `wrap` says."""
     if wrap == "bos_eos" and tokenizer.bos_id == tokenizer.eos_id:
         raise UserError("--wrap bos_eos: the tokenizer has no bos piece; choose --wrap eos")
-    if wrap == "eos" and tokenizer.start_id != tokenizer.eos_id:
-        print(f"{name}: its model knows texts that begin with bos; to go on like that, give --wrap bos_eos")
     start_id = tokenizer.bos_id if wrap == "bos_eos" else tokenizer.eos_id
     if tokenizer.start_id == start_id:
         return tokenizer

@@ -300,7 +300,7 @@ def test_what_is_whole_is_read(home, tmp_path, name):
 
 
 def test_damaged_files_are_loaded_or_refused_in_one_line(home, tmp_path):
-    outcomes = run_cases(home, tmp_path, range(4 * len(READERS)))
+    outcomes = run_cases(home, tmp_path, range(2 * len(READERS)))
     assert {name for name, _ in outcomes} == set(READERS)
 
 

@@ -100,6 +100,8 @@ def open_own(path: Path) -> BinaryIO:
 
 def is_lost(path: Path, file: BinaryIO) -> bool:
     """Whether an open file has lost its name: it was deleted or moved, or another has the name now."""
+    if os.name == "nt":
+        return False  # Windows keeps the name of a file that is open
     try:
         return not os.path.samestat(path.stat(), os.fstat(file.fileno()))
     except (FileNotFoundError, NotADirectoryError):
@@ -245,6 +247,10 @@ def verify_folder(path: str | Path) -> list[str]:
 
     # which files are missing, and which were added
     present = _files(path)
+    for name in expected:
+        if name not in present:
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+                next((path / name).parent.iterdir(), None)  # PermissionError: what may not be listed is not missing
     problems = [f"{name} is missing" for name in expected if name not in present]
     for name in present:
         if name not in expected and name.endswith((".safetensors", ".safetensors.index.json")):

@@ -8,7 +8,7 @@ from minillm.base.errors import UnsupportedError, UserError
 from minillm.tokenizer import byte_bpe
 from minillm.tokenizer.edit import from_pieces
 from minillm.tokenizer.folder_files import GENERATION_CONFIG, to_json
-from minillm.tokenizer.tokenizer import JsonTokenizer, Tokenizer
+from minillm.tokenizer.tokenizer import AFTER_EOS, JsonTokenizer, Tokenizer
 
 KINDS = ("llama", "gpt2")  # SentencePiece's BPE and byte-level BPE
 BOS_IN_FRONT = {"llama-bpe"}  # the names in byte_bpe.SPLITS with which llama.cpp puts bos in front unless told not to
@@ -95,11 +95,16 @@ def _read_sentencepiece(
     prefix = contents.get("tokenizer.ggml.add_space_prefix", bool, True)
     rebuilt = from_pieces(scored, ids, dummy_prefix=prefix, source=contents.source)
     template = contents.get("tokenizer.chat_template", str)
+    after_eos = contents.get(f"minillm.{AFTER_EOS}", bool, False)
     named = {f"{role}_token": pieces[i][0] for role, i in ids.items()}
 
     def settled(tokenizer: Tokenizer) -> Tokenizer:
         return tokenizer.with_settings(
-            add_bos=begins_with_bos, chat_template=template, named=named, ends=end_ids(contents)
+            add_bos=begins_with_bos,
+            after_eos=after_eos,
+            chat_template=template,
+            named=named,
+            ends=end_ids(contents),
         )
 
     return _exported_file(contents, settled(rebuilt), lambda data: settled(Tokenizer(data, contents.source)))
@@ -219,6 +224,8 @@ def _described(tokenizer: Tokenizer, n_rows: int) -> dict:
         described[f"{name}_token_id"] = i
     described["add_bos_token"] = tokenizer.begins_with_bos
     metadata = {f"tokenizer.ggml.{name}": value for name, value in described.items()}
+    if tokenizer.begins_after_eos:  # GGUF has no key for it
+        metadata[f"minillm.{AFTER_EOS}"] = True
     if tokenizer.chat_template:
         metadata["tokenizer.chat_template"] = tokenizer.chat_template
     return metadata

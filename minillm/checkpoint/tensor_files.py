@@ -39,6 +39,7 @@ DTYPES = {  # safetensors' name → torch's
 }
 PICKLES = (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")  # their first bytes
 PIECE = 1 << 18  # numbers read at once
+MOST_PROBLEMS = 50  # after which no other shard is looked for
 
 
 # ---- reading tensors
@@ -129,6 +130,9 @@ def find_weights(folder: str | Path) -> dict[str, Place]:
     places: dict[str, Place] = {}
     problems = []
     for shard, promised in _read_index(folder).items():
+        if len(problems) > MOST_PROBLEMS:
+            problems.append("…")
+            break
         try:
             in_shard = _read_header(folder / shard)
         except UserError as problem:

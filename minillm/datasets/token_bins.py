@@ -42,8 +42,6 @@ class TokenBins:
         else:
             _check_raw(self.path, dtype, vocab_size)
         self._open_files(split, np.dtype(dtype).newbyteorder("<"))
-        if self.meta and read_meta(self.path) != self.meta:
-            raise UserError(f"{self.path}: was prepared again while it was opened; start once more")
 
         self.vocab_size: int = vocab_size
         self.eos_id: int | None = self.meta.get("eos_id")
@@ -55,6 +53,8 @@ class TokenBins:
         self.n_documents = sum(file["documents"] for file in self.meta.get("files", {}).get(split, []))
         self.mean_document = self.n_tokens / self.n_documents if self.n_documents else 0.0  # tokens; 0: not known
         self.document_bytes = self._read_sizes(split)
+        if self.meta and read_meta(self.path) != self.meta:
+            raise UserError(f"{self.path}: was prepared again while it was opened; start once more")
         if self.n_tokens <= SCANNED_TOKENS:
             for number, tokens in enumerate(self.arrays):
                 self._check_ids(tokens, number, 0)

@@ -111,5 +111,6 @@ def _answers(store: dist.Store, what: str, world: int, wait_s: float = 0.0) -> d
 
 def _end(problem: str) -> None:
     """End this process at once: a thread that waits for another rank cannot be interrupted."""
-    os.write(2, f"error: {problem}\n".encode())  # torch's exception hook has replaced sys.stderr by a buffer
+    with contextlib.suppress(OSError):  # nobody reads it: all the more it must end
+        os.write(2, f"error: {problem}\n".encode())  # torch's exception hook has replaced sys.stderr by a buffer
     os._exit(3)

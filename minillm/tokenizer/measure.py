@@ -20,6 +20,17 @@ MOST_LOST = 0.001  # share of the characters of a text; a rare character that is
 TRIED = 1 << 16  # characters of a text, and of a file
 
 
+def control_texts(tokenizer: Tokenizer, texts: Iterable[str]) -> str:
+    """How often the text of control pieces (`<|im_end|>`) stands in some texts, of which none becomes the piece.
+
+    In words for people; empty if there is none.
+    """
+    counts: Counter[str] = Counter()
+    for text in texts:
+        counts.update(tokenizer.control_pattern.findall(text))
+    return ", ".join(f"{visible(piece)} {count:,}" for piece, count in counts.most_common(5))
+
+
 def check_round_trip(tokenizer: Tokenizer, texts: Iterable[str], where: str, allow_lossy: bool) -> None:
     """Encode and decode the beginnings of some texts, and print what share of their characters is lost, if any is.
 

@@ -160,7 +160,7 @@ def _learn(lines: list[str], size: int, kind: Kind) -> tuple[bytes | None, int]:
     except RuntimeError as error:
         limit = re.search(r"value <= (\d+)", str(error))
         if not limit:
-            raise
+            raise UserError(f"SentencePiece learns nothing from this text ({error!s:.200}); give more") from None
         return None, int(limit[1])
     return model.getvalue(), size
 

@@ -15,6 +15,7 @@ from minillm.base.errors import UserError
 from minillm.base.json_door import read_json
 from minillm.checkpoint import huggingface, run_folder, tensor_files
 from minillm.model.transformer import Transformer
+from minillm.tokenizer import folder_files
 from minillm.tokenizer.tokenizer import Tokenizer
 from minillm.tuning.adapter import active_adapter, merge
 from minillm.tuning.options import TuningConfig
@@ -99,8 +100,14 @@ def load_adapted(
 
 def tokenizer_of(adapter: Path, base: Path) -> Tokenizer:
     """The tokenizer beside an adapter, which records the prompt format of its training; else the base's."""
-    own = any((adapter / name).exists() for name in ("tokenizer.model", "tokenizer.json"))
-    return Tokenizer.load(adapter if own else base)
+    if not any((adapter / name).exists() for name in ("tokenizer.model", "tokenizer.json")):
+        return Tokenizer.load(base)
+    tokenizer = Tokenizer.load(adapter)
+    of_base = folder_files.read_companions(base)
+    for name in (folder_files.MODEL_CONFIG, folder_files.GENERATION_CONFIG):  # where the base's texts end
+        if name in of_base:
+            tokenizer.files.setdefault(name, of_base[name])
+    return tokenizer
 
 
 def merge_folder(model: str | Path, adapter: str | Path, out: str | Path) -> str:

@@ -360,3 +360,11 @@ def test_options_that_mean_nothing(tok_path, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="lies inside the input"):
         prepare([tmp_path], tmp_path / "out", tokenizer=tok_path)
     assert not (tmp_path / "out").exists()
+
+
+def test_texts_of_control_pieces_are_counted_before_they_become_letters(tok, tmp_path, capsys):
+    piece = "<|user|>"
+    (tmp_path / "t.txt").write_text(f"{piece}hello\n{piece}good day </s>\nmore\n" * 20)
+    tok.save(tmp_path / "tok")
+    prepare([tmp_path / "t.txt"], tmp_path / "out", tokenizer=tmp_path / "tok", boundary="lines", val_fraction=0)
+    assert f"encoded as letters like any other text: {piece} 40, </s> 20" in capsys.readouterr().out

@@ -19,7 +19,7 @@ from tests.minillm.checkpoint.test_gguf import BASE, stored
 @pytest.mark.parametrize("dummy_prefix", [True, False])
 def test_a_vocabulary_goes_both_ways(dummy_prefix, tmp_path):
     text = ["The cat sat on the mat, 2024 times.\n  床前明月光，疑是地上霜。"] * 20
-    tokenizer = train_tokenizer(text, 420, tmp_path / "vocabulary").with_settings(add_bos=False)
+    tokenizer = train_tokenizer(text, 420, tmp_path / "vocabulary").with_settings(add_bos=False, after_eos=True)
     pieces = [(p.piece, p.score, gguf_tokenizer.TYPES[p.type]) for p in tokenizer.model.proto.pieces]
     if dummy_prefix:
         made = from_pieces(pieces, {"bos": 1, "eos": 2}, dummy_prefix=True, source="made")
@@ -31,6 +31,7 @@ def test_a_vocabulary_goes_both_ways(dummy_prefix, tmp_path):
     again = gguf_tokenizer.read(metadata, "m.gguf")
     assert again.sha256 == tokenizer.sha256  # by which its token bins know it
     assert [(p.piece, p.score, gguf_tokenizer.TYPES[p.type]) for p in again.model.proto.pieces] == pieces
+    assert again.begins_after_eos is not dummy_prefix
     assert (again.bos_id, again.eos_id, again.pad_id, again.start_id) == (
         1,
         2,

@@ -101,6 +101,12 @@ def test_all_that_is_wrong_with_shards_is_listed_before_anything_is_read(tmp_pat
         assert part in text
 
 
+def test_of_ten_thousand_missing_shards_the_first_are_named(tmp_path):
+    shards(tmp_path, {f"t{i}": f"{i:05}.safetensors" for i in range(10_000)})
+    text = refused(lambda: read_weights(tmp_path))
+    assert "00000.safetensors: no such file" in text and text.endswith("…") and len(text) < 20_000
+
+
 @pytest.mark.parametrize(
     "place",
     ["../secret.safetensors", "/etc/secret.safetensors", "a/../../secret.safetensors", "..", "", "x.bin"],

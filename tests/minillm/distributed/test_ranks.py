@@ -1,4 +1,5 @@
 import math
+import os
 import threading
 import time
 
@@ -220,3 +221,20 @@ def test_only_the_loss_of_a_rank_is_explained(watched, monkeypatch):
     assert shown == [bug]
     assert ended[0].startswith("rank 1: rank 0 has failed or ended after step 41 (Connection closed by peer);")
     assert "(socket timeout)" in ended[1]
+
+
+def test_a_rank_ends_even_if_nobody_reads_why():
+    """An error while writing would end the thread alone, and the rank would wait for ever."""
+    pid = os.fork()
+    if pid == 0:
+        os.close(2)
+        watchdog._end("rank 1 is gone")
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 3
+
+
+def test_ranks_that_hold_different_things_are_found(monkeypatch):
+    one = Ranks(0, 1, torch.device("cpu"))
+    assert one.agree({"data": "d"})
+    monkeypatch.setattr(Ranks, "max", lambda self, number: max(number, 0))  # the other rank has another number
+    assert not one.agree({"data": "d"})

@@ -272,3 +272,14 @@ def test_floating_point_operations():
         abs(starting_model.flops_per_token(whole, 0) - full) <= 2 * 16 * 5
     )  # but for the norms, which multiply nothing
     assert json.loads(json.dumps(folders.fingerprints(TuningConfig(), None))) == {}
+
+
+def test_an_adapters_answers_end_where_its_bases_do(tmp_path):
+    from tests.minillm.tokenizer.test_other_folders import json_folder
+
+    for name in ("adapter", "base"):
+        (tmp_path / name).mkdir()
+        json_folder(tmp_path / name, None)
+    (tmp_path / "adapter" / "config.json").unlink()
+    (tmp_path / "base" / "generation_config.json").write_text('{"eos_token_id": [1, 7]}')
+    assert folders.tokenizer_of(tmp_path / "adapter", tmp_path / "base").end_ids == [1, 7]
