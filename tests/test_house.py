@@ -30,7 +30,7 @@ KERNEL_USERS = {"minillm/model/ops.py", "minillm/model/quant.py"}
 # What it held when it was last weighed, plus a tenth.
 BUDGET = {
     "kernels": 71_900,
-    "base": 9_300,
+    "base": 9_700,
     "model": 12_900,
     "tokenizer": 17_400,
     "datasets": 14_600,
