@@ -22,6 +22,7 @@ from minillm.datasets.text_files import Record, text_of
 from minillm.tokenizer.tokenizer import Tokenizer
 
 PIECE_BYTES = 1 << 20  # raw bytes of documents that one worker gets at a time (one document may be more)
+LONG_TEXT = 1 << 20  # characters; a list of its ids would take much memory
 POOL_FROM = 64 << 20  # bytes of input; below, starting processes takes longer than the work
 
 
@@ -73,11 +74,15 @@ def encode_piece(documents: list[Record], tokenizer: Tokenizer, options: Options
         sizes[split].append(len(data))
 
     # Tokenize all of them at once, then put each split's end to end.
-    begin = [tokenizer.bos_id] if options.wrap == "bos_eos" else []
+    begin, end = (np.array([i], tokenizer.id_dtype).tobytes() for i in (tokenizer.bos_id, tokenizer.eos_id))
+    begin = begin if options.wrap == "bos_eos" else b""
     encoded: dict[str, list[bytes]] = {split: [] for split in SPLITS}
-    for split, ids in zip(split_of, tokenizer.encode_many(texts, threads=threads), strict=True):
-        document = np.array([*begin, *ids, tokenizer.eos_id], tokenizer.id_dtype)
-        encoded[split].append(document.tobytes())
+    rows = tokenizer.encode_many([text if len(text) <= LONG_TEXT else "" for text in texts], threads=threads)
+    for split, text, ids in zip(split_of, texts, rows, strict=True):
+        if len(text) > LONG_TEXT:  # by itself, as an array
+            ids = tokenizer.pieces.encode_array(text, tokenizer.id_dtype, threads)
+        ids = np.asarray(ids, tokenizer.id_dtype)
+        encoded[split] += [begin, ids.tobytes(), end]
     splits = {split: SplitTokens(b"".join(encoded[split]), np.array(sizes[split], dtype=np.int64)) for split in SPLITS}
     return EncodedPiece(splits, bad, n_empty)
 

@@ -30,9 +30,9 @@ KERNEL_USERS = {"minillm/model/ops.py", "minillm/model/quant.py"}
 # What it held when it was last weighed, plus a tenth.
 BUDGET = {
     "kernels": 71_900,
-    "base": 9_300,
+    "base": 9_900,
     "model": 12_900,
-    "tokenizer": 17_400,
+    "tokenizer": 17_900,
     "datasets": 14_600,
     "distributed": 2_100,
     "checkpoint": 14_750,

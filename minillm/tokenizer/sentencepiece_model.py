@@ -9,13 +9,16 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
 
+import numpy as np
 import sentencepiece
 from sentencepiece import sentencepiece_model_pb2 as proto
 
 from minillm.base.errors import UserError
 
 SPACE_MARK = "▁"  # U+2581: how SentencePiece writes a space inside a piece
+STRETCHES = 64  # that are encoded at a time
 LONG_TEXT = 1 << 15  # characters; longer texts are encoded in stretches of this size
 
 
@@ -127,22 +130,30 @@ class SentencePieceModel:
     def _is_spared(self, text: str) -> bool:
         return self.space.spared and text.startswith(" ")
 
+    def encode_array(self, text: str, dtype: np.dtype, threads: int = 1) -> np.ndarray:
+        """Ids of one text, (n,). Of a long text a list of Python's numbers would take ten times the memory."""
+        if self.whole and either_of(self.whole).search(text):
+            return np.array(self.encode_many([text])[0], dtype)
+        first = self.no_prefix if self._is_spared(text) else self.processor
+        return np.concatenate([np.array(row, dtype) for row in self._rows_of(text, first, threads)])
+
     def _encode_odd(self, text: str, first: sentencepiece.SentencePieceProcessor, threads: int) -> list[int]:
-        """Encode a text that is long or contains ▁, stretch by stretch, with the same ids as in one piece.
+        """Encode a text that is long or contains ▁ (see `_rows_of`)."""
+        return [i for row in self._rows_of(text, first, threads) for i in row]
+
+    def _rows_of(self, text: str, first: sentencepiece.SentencePieceProcessor, threads: int) -> Iterator[list[int]]:
+        """The ids of a text stretch by stretch, the same as in one piece; only so many stretches are in memory.
 
         first: the processor for the first stretch, which may put a space before it.
         """
-        ids: list[int] = []
         for number, between in enumerate(text.split(SPACE_MARK)):
-            stretches = list(self._stretches(between))
+            stretches = self._stretches(between)
             if number == 0:
-                ids += first.encode(stretches.pop(0))
+                yield first.encode(next(stretches))
             else:
-                ids += self._mark_ids
-            if stretches:
-                for row in self.no_prefix.encode(stretches, num_threads=threads):
-                    ids += row
-        return ids
+                yield self._mark_ids
+            while some := list(islice(stretches, STRETCHES)):
+                yield from self.no_prefix.encode(some, num_threads=threads)
 
     def _stretches(self, text: str) -> Iterator[str]:
         """Cut a text where no piece can span the cut; in LONG_TEXT characters without such a place, anywhere."""

@@ -9,6 +9,8 @@ import re
 import secrets
 from functools import cached_property
 
+import numpy as np
+
 from minillm.base.contents import Contents
 from minillm.base.errors import UnsupportedError, UserError
 from minillm.tokenizer.byte_bpe import byte_characters
@@ -79,6 +81,10 @@ class TokenizersModel:
             raise  # a lone surrogate, which the caller names
         except Exception as problem:  # a character without a piece, and no piece for that
             raise UserError(f"{self._source}: it cannot encode this text ({problem}); choose another") from None
+
+    def encode_array(self, text: str, dtype: np.dtype, threads: int = 1) -> np.ndarray:
+        """Ids of one text, (n,); the library has them all in its own form first."""
+        return np.array(self.encode_many([text], threads)[0], dtype)
 
     def encode_rendered(self, text: str) -> list[int]:
         """Ids of a text in which control pieces count, such as a filled-in chat template."""

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ import pytest
 from data import sources, tokenize_files
 from data.prepare import prepare
 from minillm.base.errors import UserError
+from minillm.tokenizer import sentencepiece_model
 from tests.data.test_prepare import bins, documents, many, write_lines
 
 ROOT = Path(__file__).parents[2]
@@ -29,6 +31,29 @@ def test_same_bins_whatever_the_number_of_workers(tok_path, tmp_path, monkeypatc
     assert bins(tmp_path / "two") == bins(tmp_path / "few")
     assert 2 < len(bins(tmp_path / "few")) < 10  # some files in one bin, some not
     assert bins(tmp_path / "one") == bins(tmp_path / "two")
+
+
+@pytest.mark.parametrize("wrap", ["eos", "bos_eos"])
+def test_long_documents_give_the_same_tokens(tok_path, tmp_path, monkeypatch, wrap):
+    """They are encoded by themselves: the bins are those of a limit that no document reaches."""
+    file = write_lines(tmp_path / "a.jsonl", [*many(30), "▁ 你好 ▁", " apple " * 20_000])
+    prepare([file], tmp_path / "usual", tokenizer=tok_path, val_fraction=0.3, wrap=wrap)
+    monkeypatch.setattr(tokenize_files, "LONG_TEXT", 20)
+    prepare([file], tmp_path / "long", tokenizer=tok_path, val_fraction=0.3, wrap=wrap)
+    assert bins(tmp_path / "long") == bins(tmp_path / "usual")
+
+
+def test_a_long_text_takes_a_few_bytes_a_token(tok, monkeypatch):
+    """A list of Python's numbers would take some forty bytes for each."""
+    monkeypatch.setattr(sentencepiece_model, "STRETCHES", 1)
+    text = "apple 你好 " * 100_000
+    tok.pieces.encode_array(text, tok.id_dtype)  # what is made once
+    tracemalloc.start()
+    ids = tok.pieces.encode_array(text, tok.id_dtype)
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert ids.dtype == np.uint16 and len(ids) > 200_000
+    assert most < 12 * len(ids)
 
 
 def test_split_by_hash(tok_path, tmp_path):

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import resource
 import signal
 import time
@@ -302,3 +303,27 @@ def test_fingerprints(tmp_path):
     assert compare(config={**config, "lr": 0.2, "resume": "x"}) == ["--lr: 0.1 in the checkpoint, 0.2 now"]
     lines = train_state.compare_fingerprints(saved, {"fingerprints": marks, "threads": 4, "world": 2})
     assert len(lines) == 2 and "threads: 2 in the checkpoint, 4 now" in lines[0] and "ranks" in lines[1]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (dict(step=-1), "step is -1: must be at least 0"),
+        (dict(step=True), "step is True, not a whole number"),
+        (dict(step=2.0), "step is 2.0, not a whole number"),
+        (dict(format=9), "format 9, but this version reads 1"),
+        (dict(optimizer=[]), r"optimizer is \[\], not an object of names and objects"),
+        (dict(optimizer={"w": {"kind": 3, "keys": []}}), "optimizer: w: damaged: kind is 3, not a text"),
+        (dict(config={"init_from": ["x"]}), r"config: damaged: init_from is \['x'\], not a text"),
+        (dict(fingerprints={"data": 1}), "not an object of names and texts"),
+        (dict(time_s="1"), "time_s is '1', not a number"),
+    ],
+    ids=range(9),
+)
+def test_each_value_of_the_state_is_of_its_kind(tmp_path, change, words):
+    (tmp_path / "resume").mkdir()
+    state = {"format": 1, "step": 2, "config": None, "optimizer": {"w": {"kind": "AdamW", "keys": ["step"]}}}
+    (tmp_path / "resume" / "train_state.json").write_text(json.dumps(state))
+    assert train_state.read_state(tmp_path)["step"] == 2 and "config" not in train_state.read_state(tmp_path)
+    (tmp_path / "resume" / "train_state.json").write_text(json.dumps(state | change))
+    assert re.search(words, refused(lambda: train_state.read_state(tmp_path)))

@@ -302,3 +302,30 @@ def test_text_in_place_of_token_bins_is_sent_to_prepare(tmp_path, name):
         (tmp_path / name).write_text("text")
     with pytest.raises(UserError, match=rf"prepare\.py --input .*{name}"):
         TokenBins(tmp_path / name, "train")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (dict(dtype="float64"), "dtype is 'float64': choose one of uint16, uint32"),
+        (dict(vocab_size=True), "vocab_size is True, not a whole number"),
+        (dict(vocab_size=8.0), "vocab_size is 8.0, not a whole number"),
+        (dict(files=[]), r"files is \[\], not an object"),
+        (dict(files={"train": {}}), r"train is \{\}, not a list of objects"),
+        (
+            dict(files={"train": [{"name": "../x.bin", "tokens": 1, "documents": 1}]}),
+            "not a file of this folder; refused",
+        ),
+        (dict(files={"train": [{"name": "x.bin", "tokens": -1, "documents": 1}]}), "tokens is -1: must be at least 0"),
+        (dict(files={"train": [{"name": "x.bin", "tokens": 1}]}), "documents is missing"),
+        (dict(eos_id=10**9), "eos_id is 1000000000: must be 0 to"),
+        (dict(format="2"), "format is '2', not a whole number"),
+    ],
+    ids=range(10),
+)
+def test_each_value_of_meta_json_is_of_its_kind_and_range(tmp_path, change, words):
+    folder = write_bins(tmp_path / "data", {"train": [range(100)]})
+    meta = json.loads((folder / "meta.json").read_text())
+    (folder / "meta.json").write_text(json.dumps(meta | change))
+    with pytest.raises(UserError, match=words):
+        TokenBins(folder, "train")

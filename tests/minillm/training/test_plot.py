@@ -124,3 +124,25 @@ def test_what_cannot_be_drawn_is_said(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(UserError, match=r"\[plot\]"):
         plot.draw([good], tmp_path / "a.png")
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        '{"step": "1", "loss": 2}',
+        '{"step": true, "loss": 2}',
+        '{"step": 1, "loss": "2"}',
+        '{"step": 1, "loss": [2]}',
+        '{"step": 1, "loss": 2, "time_s": {}}',
+        '{"step": 1, "val_bpb": 1e300}',
+        '{"step": 1, "val_bpb": 1, "floor_bpb": NaN}',
+        '{"step": -1}',
+        "[1]",
+        "[" * 50_000,
+    ],
+    ids=range(10),
+)
+def test_a_row_whose_numbers_are_none_is_named_by_its_line(tmp_path, row):
+    (tmp_path / "metrics.jsonl").write_text(f'{{"step": 1, "loss": 3}}\n{row}\n{{"step": 2, "loss": 2}}\n')
+    with pytest.raises(UserError, match=r"metrics\.jsonl, line 2: not a row of metrics"):
+        plot.read_metrics(tmp_path)
