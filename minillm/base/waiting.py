@@ -81,6 +81,8 @@ class Waiting:
 
     def try_out(self) -> None:
         """A first look: torch's team meets again and again, to see whether its threads get their cores."""
+        with self.choosing:
+            self.wake()  # the number of threads may have changed since they were sent to sleep
         before = Reading.now()
         while time.perf_counter() < before.at_s + TRY_S:
             self.meet(torch.get_num_threads())
@@ -115,9 +117,11 @@ class Waiting:
         if self.end_idle_team is not None:
             return
         made, end = threading.Event(), threading.Event()
+        # with torch's team one thread more than cores; the one that makes a further team is not counted again
+        n_idle = max(2, self.openmp.omp_get_num_procs() - torch.get_num_threads() + 2)
 
         def keep_idle_team() -> None:
-            self.meet(self.openmp.omp_get_num_procs() + 1)  # with torch's team surely more threads than cores
+            self.meet(n_idle)
             made.set()
             end.wait()  # a team lives as long as the thread that has made it
 

@@ -129,6 +129,7 @@ def test_two_stages_of_pretraining_and_a_plain_model_in_the_end(folder, command)
     base = folder / "base"
     for stage, more in enumerate(stages, 1):
         run = folder / f"stage-{stage}"
+        more += " --document_attention true"  # as a merged folder, which does not say how it was trained, is scored
         text = pretrain(folder, run.name, f"--init_from {base} {more} --steps 8 --lr 1e-2 --compile false")
         assert "a sample:" in text
         losses = launch.losses(run)
