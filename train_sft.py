@@ -101,6 +101,7 @@ def main() -> int:
     init = starting_model.find_init(training_config)
     model_config = dataclasses.replace(huggingface.load_config(init), dropout=training_config.dropout)
     tokenizer = Tokenizer.load(init)
+    huggingface.check_vocabulary(model_config, tokenizer, init)
     check_memory(training_config, model_config, ranks.device)
     training_config = starting_model.choose_optimizer(training_config, model_config.dim, share=1 / 4)
     seq_len = training_config.seq_len

@@ -11,8 +11,11 @@ import pytest
 
 import train_sft
 from minillm.base.errors import UserError
+from minillm.checkpoint.huggingface import save_model
 from minillm.datasets.instructions import InstructionRows
 from minillm.distributed.watchdog import Watchdog
+from minillm.model.config import ModelConfig
+from minillm.model.transformer import Transformer
 from minillm.tokenizer.chat_template import JINJA
 from minillm.tokenizer.tokenizer import Tokenizer
 from tests import launch
@@ -210,11 +213,15 @@ def test_a_signal_leaves_one_whole_checkpoint(folder):
         ("--epochs 0", ["--epochs 0"]),
         ("--template none", ["--template none"]),
         ("--batch_size 7", ["--batch_size 7", "a multiple of 2"]),
+        ("--init_from {folder}/narrow", ["narrow: its tokenizer has", "more than the model's 50"]),
     ],
 )
 def test_what_cannot_be_is_refused_in_one_line(folder, more, words):
     lines = (folder / "train.jsonl").read_text().splitlines()
     (folder / "broken.jsonl").write_text(lines[0] + "\n{not json\n")
+    narrow = Transformer(ModelConfig(vocab_size=50, dim=16, n_layers=1, n_heads=2, max_seq_len=64))
+    Tokenizer.load(folder / "data").save(folder / "narrow")
+    save_model(narrow, folder / "narrow")
     text = train(folder, "refused", "--steps 2 " + more.format(folder=folder), status=2)
     (line,) = (line for line in text.splitlines() if line.startswith("error: "))
     assert text.endswith(line + "\n") and "Traceback" not in text

@@ -348,6 +348,15 @@ def load_config(folder: str | Path) -> ModelConfig:
     return config
 
 
+def check_vocabulary(config: ModelConfig, tokenizer, folder: str | Path) -> None:
+    """Raise `UserError` if the folder's tokenizer has ids that the model's embedding has no rows for."""
+    if tokenizer.vocab_size > config.vocab_size:
+        raise UserError(
+            f"{folder}: its tokenizer has {tokenizer.vocab_size} ids, more than the model's {config.vocab_size}; copy "
+            "the one there that the model was trained with, or give the model more rows (python -m minillm resize)"
+        )
+
+
 def _find_weights(folder: str | Path, config: ModelConfig) -> dict[str, tensor_files.Place]:
     """Where each tensor is stored, by key. Raises `UserError` listing everything that does not fit the config."""
     places = tensor_files.find_weights(folder)

@@ -48,8 +48,9 @@ def conversations(row: dict, unused: set[str] | None = None) -> list[list[dict]]
     """The conversations in one row of a file, each a list of {"role", "content"} and maybe "learn": False.
 
     Known are lists of messages (LISTS: role/content or from/value); a question and an answer under any of the names in
-    QUESTIONS and ANSWERS; and such pairs nested in `instances`, each of them a conversation. A text in SYSTEMS and,
-    before a pair, earlier turns in `history` ([[question, answer], …]) come first. null and NaN count as missing.
+    QUESTIONS and ANSWERS, both texts or both lists of messages, of which the latter alone are learned; and such pairs
+    nested in `instances`, each of them a conversation. A text in SYSTEMS and, before a pair of texts, earlier turns in
+    `history` ([[question, answer], …]) come first. null and NaN count as missing.
 
     unused: gets the names of keys that hold text and were not read.
     Raises UserError with the reason if something in the row is wrong, UnsupportedError if it has none of these forms.
@@ -80,8 +81,13 @@ def _conversation(row: dict, unused: set[str]) -> list[dict]:
     else:
         question, answer = _pair_of(row)
         below = [key for key in BELOW_QUESTION if key != question]
-        messages = [*_history(row), *_pair(row, question, answer, below)]
         read = {question, answer, *below, "history", "instances"}
+        if isinstance(row[question], list) and isinstance(row[answer], list):  # the prompt and completion of TRL
+            given = [_unlearned(_message(message, question, unused)) for message in _objects(row, question)]
+            messages = [*given, *(_message(message, answer, unused) for message in _objects(row, answer))]
+            read -= {*below, "history"}
+        else:
+            messages = [*_history(row), *_pair(row, question, answer, below)]
     read |= {system, *READ_ELSEWHERE}
 
     _refuse_not_read(row, read)

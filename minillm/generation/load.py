@@ -75,9 +75,6 @@ def load(
     else:
         model = huggingface.load_model(folder, device=torch_device, dtype=torch_dtype)
         tokenizer = Tokenizer.load(folder)
-    if tokenizer.vocab_size > model.config.vocab_size:
-        raise UserError(
-            f"{folder}: its tokenizer has {tokenizer.vocab_size} ids, more than the model's {model.config.vocab_size}"
-        )
+    huggingface.check_vocabulary(model.config, tokenizer, folder)
     model.eval()
     return Loaded(model, tokenizer, folder)

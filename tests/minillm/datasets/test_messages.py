@@ -45,6 +45,10 @@ def talk(*contents, system=None) -> list[dict]:
             {"messages": [{"role": "assistant", "content": "a", "weight": 0}, *talk("b")]},
             [[{"role": "assistant", "content": "a", "learn": False}, *talk("b")]],
         ),
+        (
+            {"prompt": talk("a", "b", "c", system="s"), "completion": [{"role": "assistant", "content": "d"}]},
+            [[*talk("a", system="s"), {"role": "assistant", "content": "b", "learn": False}, *talk("c", "d")]],
+        ),
     ],
 )
 def test_known_forms_of_rows(row, expected):
