@@ -34,6 +34,7 @@ from minillm.generation.sampling import Sampling
 from minillm.model import config, ops
 from minillm.model.memory import check_memory
 from minillm.model.transformer import Transformer
+from minillm.tokenizer.sentencepiece_model import SentencePieceModel
 from minillm.tokenizer.tokenizer import Tokenizer
 from minillm.training import starting_model
 from minillm.training.config import TrainingConfig, summary
@@ -117,11 +118,9 @@ def main() -> int:
     windows.bos_is_target = run.saved.get("bos_is_target", run.start_step > 0)
     run.facts["bos_is_target"] = windows.bos_is_target
     run.say(summary(training_config))
-    if tokenizer is not None and tokenizer.begins_after_eos and run.source is None:
-        run.say(
-            f"{first.path}: documents begin after eos, which other tools put before no prompt; prepared again with "
-            "--wrap bos_eos (the bundled corpus: once its folder is deleted) they begin with bos"
-        )
+    if tokenizer is not None and run.source is None:
+        for note in notes(tokenizer, model_config, first.path):
+            run.say(note)
     if validation.no_bytes:
         run.say(f"no bits per byte: {validation.no_bytes}")
 
@@ -192,6 +191,22 @@ def shape(training_config: Config, vocab_size: int, init: Path | None) -> config
         )
     check_row_fits(training_config, model_config, init)
     return model_config
+
+
+def notes(tokenizer: Tokenizer, model_config: config.ModelConfig, data: Path) -> list[str]:
+    """Where other tools would read the texts of this run otherwise, a line each."""
+    lines = []
+    if tokenizer.begins_after_eos:
+        lines.append(
+            f"{data}: documents begin after eos, which other tools put before no prompt; prepared again with "
+            "--wrap bos_eos (the bundled corpus: once its folder is deleted) they begin with bos"
+        )
+    if huggingface.model_type(model_config) == "qwen2" and isinstance(tokenizer.pieces, SentencePieceModel):
+        lines.append(
+            "--qkv_bias true: the checkpoints are Qwen2's for others, and transformers' AutoTokenizer cuts texts as "
+            "Qwen2 does, whatever the folder says; load the tokenizer by PreTrainedTokenizerFast"
+        )
+    return lines
 
 
 def check_shape_options(training_config: Config, shape_options: list[str], init: Path | None) -> None:

@@ -20,10 +20,11 @@ from minillm.datasets.token_bins import TokenBins
 from minillm.datasets.windows import TokenWindows
 from minillm.model.config import ModelConfig
 from minillm.model.transformer import Transformer
+from minillm.tokenizer.tokenizer import Tokenizer
 from minillm.training import starting_model
 from minillm.training.step import seed_step
 from tests import launch
-from train_pretrain import Config
+from train_pretrain import Config, notes
 
 OPTIONS = f"{launch.SMALL} --micro_batch_size 2"
 
@@ -282,6 +283,17 @@ def test_a_model_whose_tokenizer_is_not_read_goes_on_with_ids_alone(folder, stra
     more += f" --data {ids} --data_dtype uint16 --data_vocab_size 400"
     launch.finish("pretrain", more, folder / "log" / "unread")
     assert launch.losses(folder / "unread")[1] < straight[1] - 0.5
+
+
+def test_what_other_tools_would_read_otherwise_is_said(folder):
+    tokenizer = Tokenizer.load(folder / "data")
+    after_eos = tokenizer.with_settings(add_bos=False, after_eos=True)
+    shape = dict(vocab_size=tokenizer.vocab_size, dim=16, n_layers=1, n_heads=2)
+    assert notes(tokenizer, ModelConfig(**shape), folder) == []
+    (line,) = notes(after_eos, ModelConfig(**shape), folder)
+    assert "--wrap bos_eos" in line
+    (line,) = notes(tokenizer, ModelConfig(**shape, qkv_bias=True), folder)
+    assert "PreTrainedTokenizerFast" in line
 
 
 def test_mixtures_documents_and_raw_bins(folder):
