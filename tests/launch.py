@@ -189,6 +189,7 @@ def _run(
     for number in closed:
         os.close(number)
         setattr(sys, ("stdin", "stdout", "stderr")[number], None)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it is ignored
     os.environ.update(env)
     sys.modules.update(dict.fromkeys(hidden))
     torch.set_num_threads(1)

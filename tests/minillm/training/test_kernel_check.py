@@ -196,7 +196,7 @@ def test_training_on_a_quantized_base_asks_about_it(script, bits, monkeypatch):
 @pytest.mark.parametrize("bits", [None, 8, 4])
 def test_an_adapter_on_a_quantized_base_asks_about_it(bits, monkeypatch, tmp_path):
     monkeypatch.setattr(kernel_check, "check_kernels", ask)
-    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 2}')
     (tmp_path / "minillm_base.json").write_text(json.dumps({"bits": bits}))
     with pytest.raises(Asked, match=str(bits)):
         load_model(ModelOptions(model=str(tmp_path), device="cpu"))

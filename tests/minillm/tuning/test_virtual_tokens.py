@@ -4,6 +4,7 @@ import dataclasses
 import json
 from itertools import pairwise
 
+import numpy as np
 import peft
 import pytest
 import torch
@@ -228,7 +229,7 @@ def test_compiles_in_one_piece(kind, encoder, checkpointed):
 def test_a_text_is_scored_as_its_documents(kind):
     model, texts = tuned(kind), [text(n, seed=n) % 49 + 1 for n in (5, 2, 9)]  # 0 is the eos
     stream = torch.cat([torch.cat((t, torch.tensor([0]))) for t in texts])
-    scores = Validation(Tokens([stream.numpy()], 0, 0, ""), None, 40, 100, documents=True)
+    scores = Validation(Tokens([stream.numpy()], 0, 0, "", np.array([5, 2, 9])), None, 40, 100, documents=True)
     got = scores.scores(model, Ranks(0, 1, torch.device("cpu")), torch.no_grad())["val_loss"]
     alone = [loss(model, torch.cat((torch.tensor([0]), t, torch.tensor([0])))[None]) * (len(t) + 1) for t in texts]
     torch.testing.assert_close(torch.tensor(got), sum(alone) / len(stream), atol=1e-5, rtol=0)
