@@ -313,7 +313,9 @@ def test_damaged_files_are_loaded_or_refused_in_one_line(home, tmp_path):
 
 
 @pytest.mark.slow
-def test_ten_thousand_damaged_files(home, tmp_path):
-    outcomes = run_cases(home, tmp_path, range(10_000))
+def test_thousands_of_damaged_files(home, tmp_path, request):
+    """Ten thousand of them with `-m slow`, a thousand with all other tests."""
+    count = 10_000 if request.config.option.markexpr == "slow" else 1_000
+    outcomes = run_cases(home, tmp_path, range(count))
     for name in READERS:  # the table of docs/checkpoint.md
         print(f"| {name} | {outcomes[name, 'loaded']:,} | {outcomes[name, 'refused']:,} |")

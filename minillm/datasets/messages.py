@@ -30,7 +30,8 @@ LEARNED_IF = {
     **dict.fromkeys(("learn", "train", "trainable", "training", "loss", "loss_weight", "loss_scale", "weight"), True),
     **dict.fromkeys(("masked", "is_masked", "no_loss", "ignore", "ignore_loss"), False),
 }
-GOOD_IF = ("label", "kto_tag")  # false: a bad answer, as KTO (Ethayarajh et al. 2024) learns to avoid it
+# false: a bad answer, as KTO (Ethayarajh et al. 2024) learns to avoid it
+GOOD_IF = ("label", "kto_tag", "desirable", "is_desirable", "correct", "is_correct", "accepted", "preferred")
 SWITCH = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}  # by text, as in a .csv
 
 # Words in the name of a key, for what is refused if it is there.

@@ -94,6 +94,7 @@ PAIR = {"instruction": "a", "output": "b"}
         ({**PAIR, "label": False}, "'label' is False: a bad answer (KTO)"),
         ({"messages": talk("a", "b"), "label": 0.0}, "'label' is 0.0: a bad answer (KTO)"),
         ({**PAIR, "kto_tag": "false"}, "'kto_tag' is 'false': a bad answer (KTO)"),
+        ({**PAIR, "is_correct": False}, "'is_correct' is False: a bad answer (KTO)"),
         ({"messages": [{**SAID, "label": False}]}, "'label' is False: a bad answer (KTO)"),
         ({"messages": [{**SAID, "weight": 0.5}]}, "'weight' is 0.5; what is learned is said by true or false"),
         ({"messages": [{**SAID, "loss_mask": 0}]}, "'loss_mask' is 0; what is learned"),
