@@ -107,6 +107,8 @@ def _evaluate_texts(config: Config, loaded: Loaded, path: Path) -> None:
     validation = Validation(texts, tokenizer, seq_len, config.max_tokens or 1 << 20, documents_alone)
     ranks = Ranks(0, 1, next(model.parameters()).device)
     scores = validation.scores(model, ranks, contextlib.nullcontext())
+    if not math.isfinite(scores["val_loss"]):
+        raise UserError(f"{folder}: its loss is {scores['val_loss']}: its weights are damaged or its dtype too narrow")
 
     is_as_trained = ", as it was trained" if seq_len == trained_at else ""
     print(f"  windows         {seq_len:,} tokens{is_as_trained}; the context is {context:,} (--seq_len)")

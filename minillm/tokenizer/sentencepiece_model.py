@@ -289,6 +289,8 @@ def _check_piece(piece, source: str) -> None:
     try:
         text = piece.piece
     except UnicodeDecodeError:
+        text = b""
+    if isinstance(text, bytes):  # protobuf raises for some, and gives others as they are
         raise UserError(f"{source} is not UTF-8; the model is damaged: copy or train it again") from None
     if not math.isfinite(piece.score):
         raise UserError(f"{source} {text[:40]!r} has the score {piece.score}; the model is damaged: copy it again")

@@ -1,5 +1,10 @@
+import copy
+
 import numpy as np
 import pytest
+import torch
+
+from minillm.checkpoint import huggingface
 
 
 def numbers(out: str, *names: str) -> list[float]:
@@ -23,3 +28,14 @@ def test_eval_counts_answers(call):
     assert status == 0
     assert [line.split()[0] for line in out.splitlines()[2:]] == ["a", "b", "total"]
     assert "(0/3)" in out.splitlines()[-1]
+
+
+def test_a_loss_that_is_no_number_is_refused(home, call, tmp_path):
+    """Each weight is finite, and their products are not."""
+    model = copy.deepcopy(home.model)
+    with torch.no_grad():
+        model.norm.weight.fill_(3e38)
+    home.tokenizer.save(tmp_path)
+    huggingface.save_model(model, tmp_path)
+    status, _, said = call("eval", "--model", str(tmp_path), "--data", "text.txt")
+    assert status == 2 and "its loss is" in said.splitlines()[-1] and "weights are damaged" in said

@@ -35,3 +35,14 @@ def test_damaged_files(ours):
     for cut in (*range(0, len(data), 61), *range(len(data) - 250, len(data))):
         with pytest.raises(UserError, match="copy or train it again"):
             SentencePieceModel(data[:cut], "cut.model")
+
+
+def test_pieces_of_invalid_bytes_are_refused(ours):
+    """Each piece of several bytes in turn with its last byte broken: how protobuf shows such a text differs."""
+    data = ours.model.data
+    pieces = [piece.piece.encode() for piece in ours.model.proto.pieces]
+    places = [data.index(piece) + len(piece) - 1 for piece in pieces if len(piece) > 1]
+    for place in places:
+        damaged = data[:place] + b"\xff" + data[place + 1 :]
+        with pytest.raises(UserError, match="damaged: copy or train it again"):
+            SentencePieceModel(damaged, "damaged.model")
