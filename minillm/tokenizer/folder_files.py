@@ -3,6 +3,8 @@
 They come from anywhere, so each value is checked where it is read; what is wrong is a `UserError` that names the file.
 """
 
+import contextlib
+import functools
 import json
 import os
 from pathlib import Path
@@ -12,7 +14,7 @@ from minillm.base.errors import UserError
 from minillm.base.json_door import parse_json, read_file
 
 MOST_BYTES = 1 << 27  # of one file; the largest tokenizer.json in use has 33 MB
-
+LARGE = 1 << 16  # bytes from which on a file is parsed once
 LARGEST_ID = 1 << 24  # no vocabulary is as large, so that a damaged file cannot name any number
 
 # What transformers reads beside the model file; a folder made elsewhere keeps its own when it is loaded and saved.
@@ -56,8 +58,20 @@ def end_ids(files: dict[str, bytes], source: str) -> set[int]:
 
 
 def read_object(data: bytes, source: str) -> dict:
-    """The JSON object in a file. Raises `UserError` naming `source` if it holds something else."""
+    """The JSON object in a file. Raises `UserError` naming `source` if it holds something else.
+
+    A large one, a tokenizer.json, is asked for several times while a folder is loaded, and parsed once. Names may be
+    set in what is returned, but not what lies deeper.
+    """
+    if len(data) >= LARGE:
+        with contextlib.suppress(UserError):  # said below, with its source
+            return dict(_large_object(data))
     return Contents(parse_json(data, source), source).values
+
+
+@functools.lru_cache(maxsize=1)
+def _large_object(data: bytes) -> dict:
+    return Contents(parse_json(data, ""), "").values
 
 
 def to_json(value: dict) -> bytes:
