@@ -33,7 +33,7 @@ BUDGET = {
     "base": 9_600,
     "model": 12_900,
     "tokenizer": 17_900,
-    "datasets": 14_600,
+    "datasets": 21_500,
     "distributed": 2_100,
     "checkpoint": 14_750,
     "data": 17_850,
