@@ -1,1 +1,1 @@
-"""What comes after instructions: a model that learns what is wanted, from preferences (DPO) or rewards (PPO, GRPO)."""
+"""Alignment: learning what is wanted from preferences (reward model, DPO) and from rewards (PPO, GRPO)."""
