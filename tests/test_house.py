@@ -41,7 +41,7 @@ BUDGET = {
     "tuning": 11_300,
     "generation": 4_000,
     "evaluation": 2_750,
-    "training": 12_800,
+    "training": 13_800,
     "alignment": 12_000,
     "commands": 12_200,
     "scripts": 14_000,
