@@ -40,7 +40,7 @@ BUDGET = {
     "data": 17_850,
     "tuning": 11_300,
     "generation": 4_000,
-    "evaluation": 2_750,
+    "evaluation": 4_500,
     "training": 13_800,
     "alignment": 12_000,
     "commands": 12_200,
