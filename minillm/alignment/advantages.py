@@ -3,7 +3,7 @@
 A policy gradient needs a baseline, and a group of answers to one prompt brings its own, where PPO learns a value model:
 
     grpo         A_i = (r_i − mean) / (std + 1e-4)      std of the group, unbiased        Shao et al. 2024, equation 3
-    dr_grpo      A_i = r_i − mean                       a std would weigh easy and hard prompts more      Liu et al. 2025
+    dr_grpo      A_i = r_i − mean                       a std would weigh easy and hard prompts more      Liu 2025
     rloo         A_i = r_i − mean of the others                                               Ahmadian et al. 2024
     reinforce    A_t = what is still to come, whitened over all tokens of the batch                     Hu et al. 2025
 

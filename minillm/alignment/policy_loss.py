@@ -5,14 +5,14 @@ Answers y ~ π_old have advantages A. With the ratio ρ_t = π(y_t) / π_old(y_t
     ℓ_t = −min(ρ_t A, clip(ρ_t, 1 − ε_low, 1 + ε_high) A)                          Schulman et al. 2017, equation 7
 
     name      what is different                                    sum of ℓ divided by
-    grpo                                                           tokens of the answer, then answers   Shao et al. 2024
+    grpo                                                           tokens of the answer, then answers   Shao 2024
     bnpo                                                           tokens of the micro-batch
-    dapo      ε_high > ε_low                                       all tokens of the step               Yu et al. 2025
-    dr_grpo   A without std                                        answers × max_new_tokens             Liu et al. 2025
+    dapo      ε_high > ε_low                                       all tokens of the step               Yu 2025
+    dr_grpo   A without std                                        answers × max_new_tokens             Liu 2025
     cispo     ℓ_t = −min(ρ_t, ε_high) A log π, the cap no gradient all tokens of the step               MiniMax 2025
-    gspo      one ρ an answer, the mean of its log ρ_t             as grpo                              Zheng et al. 2025
+    gspo      one ρ an answer, the mean of its log ρ_t             as grpo                              Zheng 2025
     rloo      one ρ an answer, the sum of its log ρ_t              answers                              Ahmadian 2024
-    reinforce A_t of tokens                                        all tokens of the step               Hu et al. 2025
+    reinforce A_t of tokens                                        all tokens of the step               Hu 2025
 
 "All tokens of the step" are those of every micro-batch on every rank, so that all losses but bnpo have the same
 gradient however the step is cut up. On the first update after sampling ρ is 1 and the loss says little: for A of mean 0
