@@ -124,7 +124,7 @@ def written_out(kind: str, new: torch.Tensor, low: float, high: float) -> torch.
         if kind == "rloo":
             logs = [sum(logs)] * n
         if kind == "cispo":
-            ls = [-min(math.exp(float(x)), high) * a * new[row, t] for t, x in enumerate(logs)]
+            ls = [-min(math.exp(float(x.detach())), high) * a * new[row, t] for t, x in enumerate(logs)]
         else:
             ls = [-torch.min(x.exp() * a, x.exp().clamp(1 - low, 1 + high) * a) for x in logs]
         answers.append((sum(ls), n))
