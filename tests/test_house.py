@@ -31,10 +31,10 @@ KERNEL_USERS = {"minillm/model/ops.py", "minillm/model/quant.py"}
 # What it held when it was last weighed, plus a tenth.
 BUDGET = {
     "kernels": 71_900,
-    "base": 9_600,
+    "base": 10_000,
     "model": 12_900,
     "tokenizer": 17_900,
-    "datasets": 14_600,
+    "datasets": 21_500,
     "distributed": 2_100,
     "checkpoint": 14_750,
     "data": 30_000,
