@@ -35,7 +35,7 @@ BUDGET = {
     "tokenizer": 17_900,
     "datasets": 14_600,
     "distributed": 2_100,
-    "checkpoint": 14_750,
+    "checkpoint": 15_200,  # reward models' folders
     "data": 17_850,
     "tuning": 11_300,
     "generation": 4_000,
