@@ -10,7 +10,6 @@ the end of an answer) are learned. Run the same command again to go on where it 
 """
 
 import dataclasses
-import math
 import shlex
 import sys
 from dataclasses import dataclass
@@ -20,7 +19,6 @@ from minillm.base.command_line import parse
 from minillm.base.errors import UserError
 from minillm.base.options import option
 from minillm.base.process import run_script
-from minillm.checkpoint import huggingface
 from minillm.checkpoint.train_state import fingerprint
 from minillm.datasets.instructions import InstructionRows
 from minillm.datasets.questions import read_questions
@@ -29,13 +27,12 @@ from minillm.distributed.parallelize import gradients_synced, marked_last, paral
 from minillm.evaluation import answers
 from minillm.evaluation.validation import answer_loss
 from minillm.model import ops
-from minillm.model.memory import check_memory
 from minillm.model.transformer import Transformer
 from minillm.tokenizer.chat_template import TEMPLATES
 from minillm.tokenizer.measure import check_round_trip
 from minillm.tokenizer.tokenizer import Tokenizer
 from minillm.training import starting_model
-from minillm.training.config import TrainingConfig, summary
+from minillm.training.config import TrainingConfig, listed_files, summary, with_steps
 from minillm.training.optim import build_optimizers
 from minillm.training.run import Run, begin
 from minillm.training.step import TrainState
@@ -98,31 +95,18 @@ def main() -> int:
     training_config, ranks, finish_kernel_check = begin(choose_packing(parse(Config, __doc__)))
 
     # the model to start from, and its tokenizer
-    init = starting_model.find_init(training_config)
-    model_config = dataclasses.replace(huggingface.load_config(init), dropout=training_config.dropout)
-    tokenizer = Tokenizer.load(init)
-    huggingface.check_vocabulary(model_config, tokenizer, init)
-    check_memory(training_config, model_config, ranks.device)
-    training_config = starting_model.choose_optimizer(training_config, model_config.dim, share=1 / 4)
-    seq_len = training_config.seq_len
-    if seq_len > model_config.max_seq_len:
-        raise UserError(f"--seq_len {seq_len}: the model's longest context is {model_config.max_seq_len}")
+    training_config, (init, model_config, tokenizer) = starting_model.find_start(
+        training_config, ranks.device, share=1 / 4
+    )
 
     # data: rows of instructions, packed, with a mask on the targets that are learned
     is_bundled = training_config.data == Config.data
     if is_bundled and ranks.main:
         bundled.build()
     ranks.barrier()  # the others wait until it is written
-    paths = [path.strip() for path in training_config.data.split(",") if path.strip()]
-    if not paths:
-        raise UserError(
-            f"--data {training_config.data}: names no file; give .jsonl or .json files, separated by commas"
-        )
-    rows = read_rows(training_config, paths, tokenizer)
+    rows = read_rows(training_config, listed_files(training_config.data), tokenizer)
     length_option = "epochs" if training_config.steps is None else "steps"
-    end = last_row(training_config, rows)
-    steps = math.ceil(end / training_config.batch_size)  # the last batch may be short
-    training_config = dataclasses.replace(training_config, steps=steps)
+    training_config, end = with_steps(training_config, rows.total_rows(training_config.epochs))
 
     # held-out questions: their answers' loss while training, and how many are answered exactly before and after
     held_out = training_config.eval_data
@@ -132,7 +116,7 @@ def main() -> int:
     questions = read_questions(held_out, training_config.eval_rows, training_config.encoding) if held_out else []
 
     # the run: its folder, and the checkpoint to go on from
-    order = (training_config.batch_size, seq_len, training_config.seed, training_config.packing)
+    order = (training_config.batch_size, training_config.seq_len, training_config.seed, training_config.packing)
     fingerprints = {
         "data": fingerprint(rows.fingerprint, tokenizer.resolve_template(training_config.template)),
         "batch size, sequence length or seed": fingerprint(*order),
@@ -196,18 +180,6 @@ def read_rows(training_config: Config, paths: list[str], tokenizer: Tokenizer) -
     return rows
 
 
-def last_row(training_config: Config, rows: InstructionRows) -> int:
-    """How many rows the run reads: those of --epochs, or of --steps whole batches.
-
-    If --steps is the number that follows from --epochs, as in a run's options.toml, the last batch is short as well.
-    """
-    end = rows.total_rows(training_config.epochs)
-    steps_of_epochs = math.ceil(end / training_config.batch_size)
-    if training_config.steps in (None, steps_of_epochs):
-        return end
-    return training_config.steps * training_config.batch_size
-
-
 def next_command(out: str) -> str:
     """The command to try after this run."""
     if out == Config.out:
@@ -258,13 +230,8 @@ def conclude(run: Run, before: dict, after: dict) -> None:
         n_right, n_questions = answers.total(after)
         run.record(run.training_config.steps, exact_match=n_right / n_questions)
         run.say(f"exact answers to {n_questions} held-out questions, before → after:")
-        before = answers.with_total(before)
-        for family, (n_right, n_questions) in answers.with_total(after).items():
-            share_before = "not asked"
-            if family in before:
-                n_right_before, n_questions_before = before[family]
-                share_before = f"{n_right_before / n_questions_before:6.1%}"
-            run.say(f"  {family:<16} {share_before} → {n_right / n_questions:6.1%}   ({n_right}/{n_questions})")
+        for line in answers.before_and_after(before, after):
+            run.say(line)
     run.say_result()
 
 

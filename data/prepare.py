@@ -45,7 +45,7 @@ from minillm.base.options import option
 from minillm.base.printing import visible
 from minillm.base.process import RunLock, run_script
 from minillm.checkpoint import run_folder
-from minillm.datasets.text_files import BOUNDARIES, find_files, say_left_out, text_of
+from minillm.datasets.files.text_files import BOUNDARIES, find_files, say_left_out, text_of
 from minillm.tokenizer import train
 from minillm.tokenizer.measure import TRIED, check_round_trip, control_texts
 from minillm.tokenizer.tokenizer import Tokenizer

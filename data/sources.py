@@ -12,8 +12,8 @@ from typing import NamedTuple
 from minillm.base.errors import UserError
 from minillm.base.files import sha256
 from minillm.base.printing import visible
-from minillm.datasets import encodings
-from minillm.datasets.text_files import BOUNDARIES, Record, ending, is_txt, records
+from minillm.datasets.files import encodings
+from minillm.datasets.files.text_files import BOUNDARIES, Record, ending, is_txt, records
 from minillm.tokenizer.tokenizer import Tokenizer
 
 ON_BAD_LINE = ("error", "skip")

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from data.bin_writer import SPLITS, BinFolder, BinWriter
 from data.sources import Group, Options, Source
 from minillm.base.errors import UserError
-from minillm.datasets.text_files import Record, text_of
+from minillm.datasets.files.text_files import Record, text_of
 from minillm.tokenizer.tokenizer import Tokenizer
 
 PIECE_BYTES = 1 << 20  # raw bytes of documents that one worker gets at a time (one document may be more)

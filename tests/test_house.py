@@ -20,6 +20,7 @@ FLOORS = [
     {"tuning"},
     {"generation"},
     {"evaluation", "training"},
+    {"alignment"},
     {"commands"},
     {"scripts"},
 ]
@@ -30,19 +31,20 @@ KERNEL_USERS = {"minillm/model/ops.py", "minillm/model/quant.py"}
 # What it held when it was last weighed, plus a tenth.
 BUDGET = {
     "kernels": 71_900,
-    "base": 9_600,
+    "base": 10_000,
     "model": 12_900,
     "tokenizer": 17_900,
-    "datasets": 14_600,
+    "datasets": 21_500,
     "distributed": 2_100,
     "checkpoint": 15_200,  # reward models' folders
     "data": 17_850,
     "tuning": 11_300,
     "generation": 4_000,
-    "evaluation": 2_450,
-    "training": 12_800,
+    "evaluation": 2_750,
+    "training": 13_800,
+    "alignment": 12_000,
     "commands": 12_200,
-    "scripts": 4_400,
+    "scripts": 14_000,
 }
 MOST_FILES = 12  # of one folder, besides its __init__.py
 MOST_LINES = {"file": 300, "function": 60}

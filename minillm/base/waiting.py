@@ -22,13 +22,20 @@ ask for turns of 0.1 ms: the same share, in pieces of about the length of an op.
 
 Whether others want our cores is in /proc/self/task/*/schedstat: for how long each of our threads could have run but had
 no core. A single thread that is kept from its core holds up the whole team, so their times are added.
+
+A team that gets half of its cores is better off with one half whole than with all of them half of the time: its threads
+then meet on a core that is theirs, and the system gives the other cores to the others. So a team that fills all its
+cores, and gets less than two thirds of their time, moves together onto a part of them. It spreads again once the cores
+that it left have been idle.
 """
 
 import contextlib
 import ctypes
 import functools
+import math
 import os
 import platform
+import random
 import struct
 import sys
 import threading
@@ -40,12 +47,14 @@ from typing import NamedTuple
 import torch
 
 TASKS = Path("/proc/self/task")
+CORES = Path("/proc/stat")  # what each core has done so far
 LOOK_S = 0.5  # seconds between two looks at the cores
 TRY_S = 0.1  # seconds of the first look
 CROWDED = 0.2  # share of the time that some thread of ours is kept from a core, from which on they sleep
 FREE = 0.08  # and below which no other program is there
 TURN_NS = 100_000  # nanoseconds of a core that a thread asks for at once, while threads sleep
 QUIET_LOOKS = 20  # that find the cores free, one after another, before threads wait awake again
+IDLE = 0.5  # share of the time that a core which the team has left does nothing, from which on it is free
 
 
 class Waiting:
@@ -58,6 +67,8 @@ class Waiting:
         self.said: set[str] = set()
         self.choosing = threading.Lock()
         self.end_idle_team: threading.Event | None = None  # None: there is no such team, threads wait awake
+        self.all_cores: set[int] = set()  # of a team that has moved together; empty: it is on all its cores
+        self.left_cores: set[int] = set()  # those it has left to others
         self.n_quiet = 0  # looks in a row that found the cores free
         self.over = threading.Event()
         self.watcher = threading.Thread(target=self._watch, daemon=True)
@@ -77,7 +88,9 @@ class Waiting:
         """What the threads do, to be printed."""
         if self.end_idle_team is None:
             return "wait for one another awake: no other program needs their cores"
-        return "wait for one another asleep: other programs need their cores too"
+        asleep = "wait for one another asleep: other programs need their cores too"
+        n_cores = len(self.all_cores) - len(self.left_cores)
+        return f"{asleep}, so they share {n_cores} of {len(self.all_cores)}" if self.left_cores else asleep
 
     def try_out(self) -> None:
         """A first look: torch's team meets again and again, to see whether its threads get their cores."""
@@ -86,23 +99,26 @@ class Waiting:
         before = Reading.now()
         while time.perf_counter() < before.at_s + TRY_S:
             self.meet(torch.get_num_threads())
-        self.look(Reading.now().share_kept(before))
+        self.look(before, Reading.now())
 
-    def look(self, share: float) -> None:
-        """Choose by the share of the time that our threads were kept from a core; above 1: several at once."""
+    def look(self, before: "Reading", now: "Reading") -> None:
+        """Choose by what has happened between two readings."""
+        share = now.share_kept(before)
         with self.choosing:
-            self.n_quiet = self.n_quiet + 1 if share < FREE else 0
-            if share > CROWDED:
-                self.sleep()
-            elif self.n_quiet >= QUIET_LOOKS:
+            is_quiet = now.share_idle(before, self.left_cores) > IDLE if self.left_cores else share < FREE
+            self.n_quiet = self.n_quiet + 1 if is_quiet else 0
+            if self.n_quiet >= QUIET_LOOKS:
                 self.wake()
+            elif share > CROWDED:
+                self.sleep()
+                self.move_together(share)
 
     def _watch(self) -> None:
         seen = Reading.now()
         while not self.over.wait(LOOK_S):
             before, seen = seen, Reading.now()
             words = self.words
-            self.look(seen.share_kept(before))
+            self.look(before, seen)
             if self.words != words and self.words not in self.said:
                 self.said.add(self.words)
                 self.say(f"the threads now {self.words}")
@@ -116,6 +132,7 @@ class Waiting:
         """From the next meeting on, threads wait asleep."""
         if self.end_idle_team is not None:
             return
+        self.n_quiet = 0
         made, end = threading.Event(), threading.Event()
         # with torch's team one thread more than cores; the one that makes a further team is not counted again
         n_idle = max(2, self.openmp.omp_get_num_procs() - torch.get_num_threads() + 2)
@@ -136,6 +153,29 @@ class Waiting:
             self.end_idle_team.set()
             self.end_idle_team = None
             ask_for_turns(0)
+        if self.left_cores:
+            run_on(self.all_cores)
+            self.all_cores, self.left_cores = set(), set()
+
+    def move_together(self, share_kept: float) -> None:
+        """Let the team share as many of its cores as its time on all of them amounts to.
+
+        share_kept: for how long its t threads were kept from a core, all added, as a share of that time. If each wanted
+        one all the time, they had that of t - share_kept cores.
+        """
+        n_threads = torch.get_num_threads()
+        cores = os.sched_getaffinity(0)
+        if self.left_cores or len(cores) != n_threads:  # with cores besides, each thread may find a free one
+            return
+        n_had = max(1.0, n_threads - share_kept)
+        threads_a_core = int(n_threads / n_had + 0.5)
+        n_taken = math.ceil(n_threads / threads_a_core)
+        if n_taken == n_threads:
+            return
+        # by chance: two runs that see each other should not take the same
+        taken = set(random.SystemRandom().sample(sorted(cores), n_taken))
+        self.all_cores, self.left_cores = cores, cores - taken
+        run_on(taken)
 
 
 @functools.cache
@@ -183,10 +223,11 @@ def gnu_openmp(n_threads: int) -> ctypes.CDLL | None:
 
 
 class Reading(NamedTuple):
-    """How long each thread of this process has been kept from a core so far."""
+    """What the threads of this process, and the cores, have come to so far."""
 
     at_s: float  # when it was read
     kept_ns: dict[str, int]  # thread → how long it could have run but had no core
+    idle_s: dict[int, float]  # core → how long it has done nothing
 
     @classmethod
     def now(cls) -> "Reading":
@@ -195,12 +236,35 @@ class Reading(NamedTuple):
             with contextlib.suppress(OSError):  # it has ended since
                 _, kept, _ = (task / "schedstat").read_text().split()  # ran, was kept, how many times
                 kept_ns[task.name] = int(kept)
-        return cls(time.perf_counter(), kept_ns)
+        return cls(time.perf_counter(), kept_ns, idle_seconds())
 
     def share_kept(self, before: "Reading") -> float:
         """How long threads were kept from a core since the reading before, all added, as a share of that time."""
         kept_ns = sum(kept - before.kept_ns.get(task, 0) for task, kept in self.kept_ns.items())
         return kept_ns / 1e9 / (self.at_s - before.at_s)
+
+    def share_idle(self, before: "Reading", cores: set[int]) -> float:
+        """How long these cores did nothing since the reading before, on average, as a share of that time."""
+        idle_s = sum(self.idle_s.get(core, 0.0) - before.idle_s.get(core, 0.0) for core in cores)
+        return idle_s / len(cores) / (self.at_s - before.at_s)
+
+
+def idle_seconds() -> dict[int, float]:
+    """How long each core has done nothing since the system started; see proc_stat(5)."""
+    seconds = {}
+    for line in CORES.read_text().splitlines():
+        name, *ticks = line.split()
+        if name.startswith("cpu") and name != "cpu":  # "cpu" alone: all together
+            idle, waited_for_disks = ticks[3:5]
+            seconds[int(name[3:])] = (int(idle) + int(waited_for_disks)) / os.sysconf("SC_CLK_TCK")
+    return seconds
+
+
+def run_on(cores: set[int]) -> None:
+    """Let each thread of this process run on these cores alone."""
+    for task in TASKS.iterdir():
+        with contextlib.suppress(OSError):  # it has ended since
+            os.sched_setaffinity(int(task.name), cores)
 
 
 SCHED_SETATTR = {"x86_64": 314, "aarch64": 274}  # the number of the system call, for which glibc got a name late

@@ -5,6 +5,7 @@ step-00000060/
     tokenizer.model …                  its tokenizer
     resume/optimizer.safetensors       what only resuming needs; in a folder of its own, since some loaders
     resume/train_state.json            read every *.safetensors beside the model
+    resume/value.safetensors           a model trained beside it, if there is one: PPO's value model
     resume/options.toml                the run's options, as --config reads them
     manifest.json                      size and SHA-256 of each file (see base/files.py)
 """
@@ -33,6 +34,8 @@ KINDS = {  # of what a state may hold besides its step
     "time_s": float,
     "optimizer": dict[str, dict],
     "scaler": dict[str, float],
+    "scalers": dict[str, dict],  # of models beside it
+    "beta": float,  # of PPO, if it follows a target
     "fingerprints": dict[str, str],
     "config": dict,
     "threads": int,
@@ -68,11 +71,13 @@ def save(
     state: dict,
     optimizers: list[torch.optim.Optimizer],
     named_parameters: dict[str, Tensor],
+    beside: dict[str, dict[str, Tensor]] | None = None,
 ) -> Path:
     """Write the checkpoint of `step` into a run's folder, whole or not at all; returns its path.
 
-    write_model(folder): writes config.json, weights and tokenizer. state: values for JSON. Raises `UserError` if the
-    disk is full or read-only; earlier checkpoints are untouched.
+    write_model(folder): writes config.json, weights and tokenizer. state: values for JSON. beside: name → tensors of a
+    model that is trained along with it. Raises `UserError` if the disk is full or read-only; earlier checkpoints are
+    untouched.
     """
     path = Path(folder) / run_folder.step_name(step)
     tensors, described = flatten_optimizers(optimizers, named_parameters)
@@ -82,6 +87,8 @@ def save(
         try:
             write_model(scratch)
             save_file(tensors, scratch / OPTIMIZER)
+            for name, weights in (beside or {}).items():
+                save_file(_plain_tensors(weights), scratch / "resume" / f"{name}.safetensors")
         except SafetensorError as problem:
             raise _as_os_error(problem) from None
         written = {**state, "format": 1, "step": step, "optimizer": described}
@@ -89,6 +96,10 @@ def save(
 
     files.write_folder(path, fill)
     return path
+
+
+def _plain_tensors(named: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().contiguous() for name, tensor in named.items()}
 
 
 def _as_os_error(problem: SafetensorError) -> Exception:
@@ -189,6 +200,22 @@ def restore_optimizers(
             if keys := described[name]["keys"]:  # none if it has not taken a step
                 state_dict["state"][number] = {key: tensors[f"{name}/{key}"] for key in keys}
         optimizer.load_state_dict(state_dict)  # torch knows which tensor belongs on which device
+
+
+@torch.no_grad()
+def restore_beside(folder: str | Path, beside: dict[str, dict[str, Tensor]]) -> None:
+    """Load what a checkpoint holds of the models that are trained beside the one it is of, bit for bit.
+
+    beside: as it is saved. Raises `UserError` for a file that is missing, or tensors that are not those.
+    """
+    for name, weights in beside.items():
+        path = Path(folder) / "resume" / f"{name}.safetensors"
+        tensors = load_tensors(path)
+        shapes = {key: tensor.shape for key, tensor in tensors.items()}
+        match_tensors({key: tensor.shape for key, tensor in weights.items()}, shapes, str(path))
+        for key, tensor in tensors.items():
+            check_finite(key, tensor, str(path))
+            weights[key].copy_(tensor)
 
 
 def compare_fingerprints(

@@ -8,9 +8,9 @@ from pathlib import Path
 from minillm.base.errors import UnsupportedError, UserError
 from minillm.base.options import option
 from minillm.commands.model_options import ModelOptions, TemplateOptions, load_model, template_of, trained_with
-from minillm.datasets import encodings
+from minillm.datasets.files import encodings
+from minillm.datasets.files.text_files import BOUNDARIES
 from minillm.datasets.questions import read_questions
-from minillm.datasets.text_files import BOUNDARIES
 from minillm.datasets.token_bins import TokenBins
 from minillm.distributed.ranks import Ranks
 from minillm.evaluation import answers

@@ -18,8 +18,8 @@ from tqdm import tqdm
 
 from minillm.base.errors import UserError
 from minillm.datasets.batch import Batch
+from minillm.datasets.files.json_rows import Reading, numbered_lines, open_rows, parse_line
 from minillm.datasets.fitting import ANSWER, PROMPT, TURNS, fit
-from minillm.datasets.json_rows import Reading, numbered_lines, open_rows, parse_line
 from minillm.datasets.messages import conversations
 from minillm.datasets.packing import fill_ratio, pack, shuffled
 

@@ -5,7 +5,7 @@ import unicodedata
 from pathlib import Path
 
 from minillm.base.errors import UserError
-from minillm.datasets import encodings, json_rows
+from minillm.datasets.files import encodings, json_rows
 from minillm.datasets.messages import conversations, is_learned
 
 

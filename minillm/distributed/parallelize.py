@@ -1,7 +1,7 @@
 """Parallelism, applied to a finished single-device model from outside, in one function."""
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import nn
@@ -45,8 +45,8 @@ class Replica(nn.Module):
         return sum(p.sum() for p in self.model.parameters() if p.requires_grad)
 
 
-def compiled(model: nn.Module) -> nn.Module:
-    """torch.compile(model), whose first call compiles.
+def compiled(model: nn.Module | Callable) -> nn.Module | Callable:
+    """torch.compile(model), or of one of its methods, whose first call compiles.
 
     torch 2.11 formats a debug message for each custom op with everything its inputs were computed from, recursively:
     the time doubles with every layer. So the message is shortened; later versions format it only when it is read.

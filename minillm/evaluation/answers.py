@@ -101,3 +101,16 @@ def table(scores: dict[str, tuple[int, int]]) -> str:
         share = n_right / n_questions if n_questions else 0
         lines.append(f"  {family:<{width}}  {share:6.1%}  ({n_right}/{n_questions})")
     return "\n".join(lines)
+
+
+def before_and_after(before: dict[str, tuple[int, int]], after: dict[str, tuple[int, int]]) -> list[str]:
+    """Exact-match scores before and after training, a line a family, their sum last."""
+    before = with_total(before)
+    lines = []
+    for family, (n_right, n_questions) in with_total(after).items():
+        share_before = "not asked"
+        if family in before:
+            n_right_before, n_questions_before = before[family]
+            share_before = f"{n_right_before / n_questions_before:6.1%}"
+        lines.append(f"  {family:<16} {share_before} → {n_right / n_questions:6.1%}   ({n_right}/{n_questions})")
+    return lines

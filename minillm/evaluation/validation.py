@@ -18,8 +18,8 @@ import torch
 from torch import nn
 
 from minillm.base.errors import UserError
-from minillm.datasets import text_files
 from minillm.datasets.batch import Batch
+from minillm.datasets.files import text_files
 from minillm.datasets.instructions import InstructionRows
 from minillm.datasets.token_bins import TokenBins
 from minillm.datasets.windows import validation_part

@@ -90,7 +90,20 @@ def pick(logits: Tensor, sampling: Sampling, uniform: Tensor | None, history: Te
     return token.squeeze(-1)
 
 
-def random_numbers(seed: int, rows: Sequence[int], n: int, device) -> Tensor:
+def draw(logits: Tensor, temperature: float, uniform: Tensor) -> tuple[Tensor, Tensor]:
+    """A token for each row from the whole distribution at `temperature`, (B,) int64, and its log-probability, fp32.
+
+    logits: (B, V). temperature: above 0. uniform: (B,) float64, as in `pick`, from which it differs in its speed: there
+    is one softmax, in fp32, and only its sum is in fp64.
+    """
+    log_p = torch.log_softmax(logits.float() / temperature, dim=-1)  # (B, V)
+    cumulated = log_p.exp().cumsum(-1, dtype=torch.float64)  # (B, V)
+    threshold = uniform[:, None] * cumulated[:, -1:]  # (B, 1)
+    column = torch.searchsorted(cumulated, threshold, right=True)  # (B, 1)
+    return column[:, 0], log_p.gather(-1, column)[:, 0]
+
+
+def random_numbers(seed: int | tuple[int, ...], rows: Sequence[int], n: int, device) -> Tensor:
     """(len(rows), n) float64 in [0, 1): number t of row r is a function of (seed, r, t) alone.
 
     They are multiples of 2⁻²⁴, so that one of them times a sum in float64 stays below the sum.

@@ -109,10 +109,21 @@ class KVCache:
         self.host_lengths[:] = lengths
         self.lengths.copy_(torch.from_numpy(self.host_lengths))
 
-    def free(self, row: int) -> None:
-        """Forget a row's text, so that another can take its place."""
+    def free(self, row: int | np.ndarray) -> None:
+        """Forget a row's text, or those of several rows, so that others can take their places."""
         self.host_lengths[row] = 0
-        self.lengths[row] = 0
+        self.lengths.copy_(torch.from_numpy(self.host_lengths))
+
+    def copy_rows(self, rows: np.ndarray, source: "KVCache", source_rows: np.ndarray) -> None:
+        """Let these rows, (n,), hold the texts that rows `source_rows`, (n,), of another cache hold."""
+        self.host_lengths[rows] = source.host_lengths[source_rows]
+        self.lengths.copy_(torch.from_numpy(self.host_lengths))
+        longest = int(source.host_lengths[source_rows].max())
+        to = torch.from_numpy(rows).to(self.lengths.device)
+        from_ = torch.from_numpy(source_rows).to(self.lengths.device)
+        for ours, theirs in ((self.keys, source.keys), (self.values, source.values)):
+            for layer, tensor in enumerate(ours):  # (B, T_max, K, D)
+                tensor[to, :longest] = theirs[layer][from_, :longest]
 
     def rows(self, begin: int, end: int) -> "KVCache":
         """Rows `begin` to `end` as another cache over the same memory: what it stores, these rows hold."""

@@ -1,8 +1,11 @@
 """The options that all training scripts have, and what makes sense of their values."""
 
+import dataclasses
+import math
 import textwrap
 from dataclasses import dataclass
 
+from minillm.base.errors import UserError
 from minillm.base.options import Options, differences, option
 from minillm.training.optim import OPTIMIZERS
 
@@ -113,6 +116,26 @@ class TrainingConfig(Options):
         group="validation and checkpoints",
     )
     tensorboard: bool = option(False, "also write TensorBoard events", group="validation and checkpoints")
+
+
+def listed_files(data: str) -> list[str]:
+    """The files that --data names, separated by commas. Raises `UserError` if there is none."""
+    paths = [path.strip() for path in data.split(",") if path.strip()]
+    if not paths:
+        raise UserError(f"--data {data}: names no file; give .jsonl or .json files, separated by commas")
+    return paths
+
+
+def with_steps(training_config, n_of_epochs: int):
+    """(the options with --steps filled in, how many samples the run reads): those of --epochs, or of whole batches.
+
+    n_of_epochs: how many samples --epochs are. If --steps is the number that follows from --epochs, as in a run's
+    options.toml, the last batch is short as well.
+    """
+    steps_of_epochs = math.ceil(n_of_epochs / training_config.batch_size)
+    if training_config.steps in (None, steps_of_epochs):
+        return dataclasses.replace(training_config, steps=steps_of_epochs), n_of_epochs
+    return training_config, training_config.steps * training_config.batch_size
 
 
 def summary(cfg: TrainingConfig) -> str:

@@ -195,13 +195,16 @@ class Run:
         Raises `UserError` for what a save would fail by.
         """
         if self.source is not None:
-            train_state.restore_optimizers(self.source, state.optimizers, dict(state.model.named_parameters()))
+            train_state.restore_beside(self.source, state.trained_beside())
+            train_state.restore_optimizers(self.source, state.all_optimizers(), state.all_parameters())
             if state.scaler.is_enabled() and self.saved.get("scaler"):  # empty if it was saved without --dtype float16
                 state.scaler.load_state_dict(self.saved["scaler"])
+                for name, other in state.beside.items():
+                    other.scaler.load_state_dict(self.saved.get("scalers", {})[name])
         if self.device.type == "cpu":
             waiting.tell(self.say)
         if self.out:
-            saving.check(state.model, self.folder, self.training_config, self.tokenizer, self._describe(0))
+            saving.check(state, self.folder, self.training_config, self.tokenizer, self._describe(0))
         self.watchdog.tick(self.start_step)  # everything is loaded: from here on steps must come in time
         advise_on_memory(saving.memory_remedy(self.training_config))
         self.begun = time.monotonic()
@@ -281,7 +284,7 @@ class Run:
         self.watchdog.tick(self.step)
 
     def _count_bad_steps(self, state: TrainState) -> None:
-        if state.applied:
+        if all(each.applied for each in (state, *state.beside.values())):
             self.bad_steps = 0
             return
         self.bad_steps += 1
@@ -311,7 +314,7 @@ class Run:
 
         Raises `UserError` on every rank if weights are not finite, since no later step could repair them.
         """
-        if not torch.stack([torch.isfinite(p).all() for p in state.model.parameters()]).all():
+        if not torch.stack([torch.isfinite(p).all() for p in state.all_parameters().values()]).all():
             raise UserError(
                 f"step {self.step}: weights are not finite any more, so they are not saved; lower --lr, and "
                 f"{run_folder.earlier_start(self.folder)}"
@@ -321,9 +324,10 @@ class Run:
                 self.folder,
                 self.step,
                 write_model=lambda to: saving.write_model(state.model, to, self.training_config, self.tokenizer),
-                state=self._describe(self.step) | {"scaler": state.scaler.state_dict()},
-                optimizers=state.optimizers,
-                named_parameters=dict(state.model.named_parameters()),
+                state=self._describe(self.step) | _scales(state),
+                optimizers=state.all_optimizers(),
+                named_parameters=state.all_parameters(),
+                beside=state.trained_beside(),
             )
             if not self.bad_steps:
                 run_folder.prune(self.folder, self.training_config.keep_last)
@@ -397,3 +401,9 @@ class Run:
     def seconds(self) -> float:
         """Training time so far, over restarts."""
         return self.saved["time_s"] + time.monotonic() - self.begun
+
+
+def _scales(state: TrainState) -> dict[str, dict]:
+    """What a checkpoint records of the loss scales of float16; empty without."""
+    others = {name: other.scaler.state_dict() for name, other in state.beside.items()}
+    return {"scaler": state.scaler.state_dict()} | ({"scalers": others} if others else {})

@@ -11,6 +11,7 @@ from minillm.checkpoint import huggingface, run_folder
 from minillm.tokenizer.tokenizer import Tokenizer
 from minillm.training import starting_model
 from minillm.training.config import TrainingConfig
+from minillm.training.step import TrainState
 from minillm.tuning import peft_format
 from minillm.tuning.adapter import active_adapter
 
@@ -35,7 +36,7 @@ def _write_beside(folder: Path, training_config: TrainingConfig, tokenizer: Toke
 
 
 def check(
-    model: torch.nn.Module, run: Path, training_config: TrainingConfig, tokenizer: Tokenizer | None, described: dict
+    state: TrainState, run: Path, training_config: TrainingConfig, tokenizer: Tokenizer | None, described: dict
 ) -> None:
     """Refuse what a save would fail by: a damaged file beside the tokenizer, a value without JSON, a full disk.
 
@@ -46,11 +47,12 @@ def check(
         (probe / "resume").mkdir(parents=True)
         _write_beside(probe, training_config, tokenizer)
         json.dumps(described)
-        adapter = active_adapter(model)
-        json.dumps(peft_format.describe(adapter) if adapter else huggingface.to_hf(model.config))
+        adapter = active_adapter(state.model)
+        json.dumps(peft_format.describe(adapter) if adapter else huggingface.to_hf(state.model.config))
 
     # the disk holds the checkpoints that are kept at once: weights and two moments in fp32 for each trained parameter
-    weights = 4 * starting_model.n_trained(model)
+    models = [state.model, *(other.model for other in state.beside.values())]
+    weights = 4 * sum(starting_model.n_trained(model) for model in models)
     already_there = len(run_folder.step_folders(run))
     copies = max(1, (training_config.keep_last or 1) + 1 - already_there)
     files.check_writable(run, copies * 3 * weights, largest_file=2 * weights)

@@ -2,6 +2,7 @@
 
 import dataclasses
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -10,6 +11,7 @@ from minillm.checkpoint import huggingface, run_folder, train_state
 from minillm.datasets.token_bins import parse_mixture
 from minillm.model import size
 from minillm.model.config import ModelConfig
+from minillm.model.memory import check_memory
 from minillm.model.transformer import Transformer
 from minillm.tokenizer.tokenizer import Tokenizer
 from minillm.training.optim import default_lr
@@ -20,6 +22,33 @@ from minillm.tuning.peft_format import read_tensors
 from minillm.tuning.target_modules import check_rank
 
 # ---- before the run: which model, and how it is trained
+
+
+class Start(NamedTuple):
+    """What a run that trains an existing model begins with."""
+
+    init: Path  # the model's folder
+    model_config: ModelConfig
+    tokenizer: Tokenizer
+
+
+def find_start(training_config, device: torch.device, share: float):
+    """(the options with optimizer, learning rate and weight decay filled in, the `Start`) of a run from --init_from.
+
+    share: of pretraining's learning rate, see `choose_optimizer`. Raises `UserError` if model and tokenizer do not
+    belong together, if the machine cannot hold what is trained, or if --seq_len is beyond the model's context.
+    """
+    init = find_init(training_config)
+    model_config = dataclasses.replace(huggingface.load_config(init), dropout=training_config.dropout)
+    tokenizer = Tokenizer.load(init)
+    huggingface.check_vocabulary(model_config, tokenizer, init)
+    check_memory(training_config, model_config, device)
+    training_config = choose_optimizer(training_config, model_config.dim, share)
+    if training_config.seq_len > model_config.max_seq_len:
+        raise UserError(
+            f"--seq_len {training_config.seq_len}: the model's longest context is {model_config.max_seq_len}"
+        )
+    return training_config, Start(init, model_config, tokenizer)
 
 
 def find_init(training_config) -> Path | None:

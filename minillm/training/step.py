@@ -17,10 +17,22 @@ class TrainState:
     that step.
     """
 
-    def __init__(self, model: nn.Module, optimizers: list[torch.optim.Optimizer], ranks: Ranks, dtype: torch.dtype):
-        """dtype: of the matrix products. With float16 the loss is scaled, since small gradients would become zero."""
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizers: list[torch.optim.Optimizer],
+        ranks: Ranks,
+        dtype: torch.dtype,
+        beside: "dict[str, TrainState] | None" = None,
+    ):
+        """dtype: of the matrix products. With float16 the loss is scaled, since small gradients would become zero.
+
+        beside: name → state of a model that is trained along with this one and of use to training alone, as the value
+        model of PPO. Each takes its own `backward` and `update`; a checkpoint keeps them under resume/.
+        """
         self.model = model
         self.optimizers = optimizers
+        self.beside = beside or {}
         self.ranks = ranks
         self.scaler = torch.amp.GradScaler(ranks.device.type, enabled=dtype == torch.float16)
         # of the step under way
@@ -30,6 +42,24 @@ class TrainState:
         self.loss = math.nan
         self.grad_norm = math.nan
         self.applied = False
+
+    def all_optimizers(self) -> list[torch.optim.Optimizer]:
+        """Its own, and those of the models beside it."""
+        return [*self.optimizers, *(optimizer for other in self.beside.values() for optimizer in other.optimizers)]
+
+    def all_parameters(self) -> dict[str, nn.Parameter]:
+        """Name → parameter, of the model and, each name behind "value." or the like, of those beside it."""
+        named = dict(self.model.named_parameters())
+        for name, other in self.beside.items():
+            named |= {f"{name}.{path}": parameter for path, parameter in other.model.named_parameters()}
+        return named
+
+    def trained_beside(self) -> dict[str, dict[str, nn.Parameter]]:
+        """Name of each model beside this one → what is trained of it, by name."""
+        return {
+            name: {path: p for path, p in other.model.named_parameters() if p.requires_grad}
+            for name, other in self.beside.items()
+        }
 
     def backward(self, loss: Tensor, n_targets: float) -> None:
         """Add a micro-batch's share to the gradient of the mean loss over all targets of the step.

@@ -8,8 +8,8 @@ from tqdm import tqdm
 
 from minillm.base.options import Options, option
 from minillm.checkpoint import run_folder
-from minillm.datasets import encodings
-from minillm.datasets.text_files import BOUNDARIES, find_files, say_left_out, texts_of
+from minillm.datasets.files import encodings
+from minillm.datasets.files.text_files import BOUNDARIES, find_files, say_left_out, texts_of
 from minillm.tokenizer import measure
 from minillm.tokenizer.tokenizer import Tokenizer
 

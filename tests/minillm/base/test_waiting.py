@@ -23,6 +23,15 @@ def anew():
     waiting.of_this_process.cache_clear()
 
 
+@pytest.fixture
+def cores(monkeypatch):
+    """A process that has as many cores as the fake team has threads; gives what `run_on` was asked for."""
+    asked = []
+    monkeypatch.setattr(waiting, "run_on", lambda cores: asked.append(set(cores)))
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(torch.get_num_threads())), raising=False)
+    return asked
+
+
 class FakeOpenMP:
     """Counts the meetings of teams by their number of threads."""
 
@@ -37,21 +46,71 @@ class FakeOpenMP:
         self.teams.append(n_threads)
 
 
+def readings(share_kept: float, shares_idle: dict[int, float] | None = None) -> tuple:
+    """Two readings, a second apart, between which a thread was kept from its core, and cores were idle."""
+    shares_idle = shares_idle or {}
+    before = waiting.Reading(10.0, {"1": 5}, dict.fromkeys(shares_idle, 3.0))
+    idle_s = {core: 3.0 + share for core, share in shares_idle.items()}
+    return before, waiting.Reading(11.0, {"1": 5 + round(share_kept * 1e9)}, idle_s)
+
+
 def sleeping(one: waiting.Waiting, shares: list[float]) -> list[bool]:
     """Whether threads sleep after each look."""
     asleep = []
     for share in shares:
-        one.look(share)
+        one.look(*readings(share))
         asleep.append("asleep" in one.words)
     return asleep
 
 
+@pytest.mark.usefixtures("cores")
 def test_threads_sleep_from_the_first_look_that_finds_the_cores_crowded():
     one = waiting.Waiting(FakeOpenMP(2))
     assert sleeping(one, [0.0, 0.1, waiting.CROWDED, 0.21, 0.5]) == [False, False, False, True, True]
     one.wake()
 
 
+@pytest.mark.parametrize(
+    ("n_threads", "share_kept", "n_taken"),
+    # n programs beside t threads on t cores keep them, while all want one, from t · n / (t + n) cores
+    [(2, 2 / 3, 1), (2, 1.0, 1), (2, 4 / 3, 1), (2, 0.25, 2), (8, 8 / 9, 8), (8, 4.0, 4), (8, 6.0, 2), (64, 0.98, 64)],
+)
+def test_a_team_shares_as_many_cores_as_it_had_the_time_of(monkeypatch, cores, n_threads, share_kept, n_taken):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: n_threads)
+    one = waiting.Waiting(FakeOpenMP(n_threads))
+    one.look(*readings(share_kept))
+    if n_taken == n_threads:
+        assert cores == [] and "share" not in one.words
+    else:
+        assert [len(taken) for taken in cores] == [n_taken] and one.left_cores.isdisjoint(cores[0])
+        assert one.words.endswith(f"so they share {n_taken} of {n_threads}")
+    one.wake()
+
+
+def test_a_team_spreads_again_when_the_cores_that_it_left_are_idle(monkeypatch, cores):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    monkeypatch.setattr(waiting, "QUIET_LOOKS", 2)
+    one = waiting.Waiting(FakeOpenMP(2))
+    one.look(*readings(1.0))
+    (left,) = one.left_cores
+
+    # its two threads keep each other from their core, which says nothing of others; the core that they left does
+    for idle, is_together in [(0.1, True), (0.9, True), (0.4, True), (0.9, True), (0.9, False)]:
+        one.look(*readings(0.7, {left: idle, 1 - left: 0.0}))
+        assert bool(one.left_cores) == is_together
+    assert cores == [{1 - left}, {0, 1}]
+
+
+def test_a_team_with_more_cores_than_threads_does_not_move(monkeypatch, cores):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 1, 2}, raising=False)
+    one = waiting.Waiting(FakeOpenMP(3))
+    one.look(*readings(1.5))
+    assert "asleep" in one.words and cores == []
+    one.wake()
+
+
+@pytest.mark.usefixtures("cores")
 def test_threads_wake_only_after_many_quiet_looks_in_a_row():
     one = waiting.Waiting(FakeOpenMP(2))
     quiet = [0.0] * (waiting.QUIET_LOOKS - 1)
@@ -74,8 +133,8 @@ def test_the_idle_team_makes_more_threads_than_there_are_cores(monkeypatch, n_co
 def test_the_share_kept_from_a_core_is_of_the_time_between_two_readings():
     """One of sixteen threads that has no core for half of the time holds up all of them."""
     others = {str(task): 5_000_000_000 for task in range(15)}
-    before = waiting.Reading(10.0, others | {"last": 1_000_000_000, "ended": 7})
-    after = waiting.Reading(12.0, others | {"last": 2_000_000_000, "new": 300_000_000})
+    before = waiting.Reading(10.0, others | {"last": 1_000_000_000, "ended": 7}, {})
+    after = waiting.Reading(12.0, others | {"last": 2_000_000_000, "new": 300_000_000}, {})
     assert after.share_kept(before) == pytest.approx((1.0 + 0.3) / 2)
 
 
@@ -83,8 +142,10 @@ def test_the_share_kept_from_a_core_is_of_the_time_between_two_readings():
 def test_a_reading_is_of_all_threads():
     reading = waiting.Reading.now()
     assert str(os.getpid()) in reading.kept_ns and all(kept >= 0 for kept in reading.kept_ns.values())
+    assert os.sched_getaffinity(0) <= set(reading.idle_s) and all(idle_s >= 0 for idle_s in reading.idle_s.values())
 
 
+@pytest.mark.usefixtures("cores")
 def test_a_run_is_told_how_its_threads_wait(monkeypatch):
     openmp = FakeOpenMP(2)
     shares = iter([0.5, 0.5])
@@ -93,7 +154,7 @@ def test_a_run_is_told_how_its_threads_wait(monkeypatch):
     monkeypatch.setattr(waiting, "LOOK_S", 1e6)
     monkeypatch.setattr(waiting, "TRY_S", 1e-3)
     monkeypatch.setattr(waiting.Reading, "share_kept", lambda after, before: next(shares))
-    monkeypatch.setattr(waiting.Reading, "now", lambda: waiting.Reading(time.perf_counter(), {}))
+    monkeypatch.setattr(waiting.Reading, "now", lambda: waiting.Reading(time.perf_counter(), {}, {}))
     said = []
     for _ in range(2):  # a second run of this process
         waiting.tell(said.append)
@@ -102,12 +163,13 @@ def test_a_run_is_told_how_its_threads_wait(monkeypatch):
     waiting.of_this_process().stop()
 
 
+@pytest.mark.usefixtures("cores")
 def test_each_change_is_said_once(monkeypatch):
     one = waiting.Waiting(FakeOpenMP(2))
     monkeypatch.setattr(waiting, "QUIET_LOOKS", 1)
     shares = iter([0.0, 0.5, 0.5, 0.0, 0.5, 0.0])
     monkeypatch.setattr(waiting.Reading, "share_kept", lambda after, before: next(shares))
-    monkeypatch.setattr(waiting.Reading, "now", lambda: waiting.Reading(time.perf_counter(), {}))
+    monkeypatch.setattr(waiting.Reading, "now", lambda: waiting.Reading(time.perf_counter(), {}, {}))
 
     class SixLooks:
         left = 6

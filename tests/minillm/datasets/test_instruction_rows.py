@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from minillm.base.errors import UserError
-from minillm.datasets import instructions, json_rows
+from minillm.datasets import instructions
+from minillm.datasets.files import json_rows
 from minillm.datasets.instructions import InstructionRows
 from minillm.model.config import ModelConfig
 from minillm.model.transformer import Transformer

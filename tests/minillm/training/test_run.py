@@ -335,3 +335,76 @@ def test_a_lack_of_memory_names_what_helps(new_run, state, capsys, monkeypatch, 
     assert run_script(fail) == 2 and f"error: out of memory: {words}" in capsys.readouterr().err
     one.close()
     assert run_script(fail) == 2 and "micro_batch_size" not in capsys.readouterr().err
+
+
+def trained_pair(seed: int) -> TrainState:
+    """The state of a layer with another layer trained beside it, both with optimizers."""
+    torch.manual_seed(seed)
+    states = []
+    for _ in range(2):
+        layer = Transformer(ModelConfig(vocab_size=50, dim=8, n_layers=1, n_heads=2, max_seq_len=8))
+        layer.init_weights(seed)
+        optimizers = [torch.optim.AdamW(layer.parameters(), lr=1e-2)]
+        states.append(TrainState(layer, optimizers, Ranks(0, 1, CPU), torch.float32))
+    states[0].beside["value"] = states[1]
+    return states[0]
+
+
+def one_step(state: TrainState, step: int) -> None:
+    tokens = torch.arange(step, step + 8).view(1, 8)
+    for each in (state, state.beside["value"]):
+        each.backward(each.model(tokens, tokens + 1), 8)
+        each.update(1.0)
+
+
+def test_a_model_trained_beside_another_is_kept_with_its_optimizer(new_run, tmp_path):
+    straight = trained_pair(0)
+    with_run = trained_pair(0)
+    first = new_run()
+    first.start(with_run)
+    for step in (1, 2):
+        one_step(with_run, step)
+        one_step(straight, step)
+    first.step = 2
+    first.save(with_run)
+    first.close()
+    first.out.lock.release()
+
+    # another process goes on
+    second = new_run()
+    resumed = trained_pair(1)
+    assert second.start_step == 2
+    weights = tmp_path / "out/step-00000002/model.safetensors"
+    resumed.model.load_state_dict(with_run.model.state_dict())  # as `make_model` does
+    assert weights.exists()
+    second.start(resumed)
+    one_step(straight, 3)
+    one_step(resumed, 3)
+    for name, parameter in straight.all_parameters().items():
+        assert torch.equal(parameter, resumed.all_parameters()[name]), name
+
+
+def test_a_model_beside_another_that_is_damaged_is_refused(new_run, tmp_path):
+    state = trained_pair(0)
+    first = new_run()
+    first.start(state)
+    one_step(state, 1)
+    first.step = 1
+    first.save(state)
+    state.beside["value"].model = nn.Linear(2, 2)
+    first.source = tmp_path / "out/step-00000001"
+    with pytest.raises(UserError, match=r"value\.safetensors"):
+        first.start(state)
+    state.beside["value"].model.weight.data.fill_(math.nan)
+    with pytest.raises(UserError, match="not finite"):
+        first.save(state)
+
+
+def test_a_step_counts_as_bad_if_a_model_beside_took_none(new_run):
+    state = trained_pair(0)
+    bad = new_run(max_bad_steps=1)
+    bad.start(state)
+    one_step(state, 1)
+    state.beside["value"].applied = False
+    with pytest.raises(UserError, match="1 steps in a row"):
+        bad.log_step(state, 8)

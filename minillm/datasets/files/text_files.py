@@ -15,8 +15,8 @@ from typing import BinaryIO, NamedTuple
 from minillm.base.errors import UserError
 from minillm.base.json_door import file_size
 from minillm.base.printing import visible
-from minillm.datasets import encodings, tables
-from minillm.datasets.json_rows import (
+from minillm.datasets.files import encodings, tables
+from minillm.datasets.files.json_rows import (
     array_items,
     decoded,
     naming_file,

@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minillm.base.errors import UserError
-from minillm.datasets import json_rows
-from minillm.datasets.json_rows import numbered_lines, open_rows, parse_line
-from minillm.datasets.text_files import find_files, records, text_of
+from minillm.datasets.files import json_rows
+from minillm.datasets.files.json_rows import numbered_lines, open_rows, parse_line
+from minillm.datasets.files.text_files import find_files, records, text_of
 
 
 def values_of(path) -> list:

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from minillm.base.errors import UserError
-from minillm.datasets.encodings import check_encoding, guess
+from minillm.datasets.files.encodings import check_encoding, guess
+from minillm.datasets.files.text_files import texts_of
 from minillm.datasets.instructions import InstructionRows
 from minillm.datasets.questions import read_questions
-from minillm.datasets.text_files import texts_of
 
 SIMPLIFIED = "第1章 山上有一座庙。\n\n第2章 庙里有个老和尚，他在给小和尚讲故事。\n"
 TRADITIONAL = "第1章 山上有一座廟。\n\n第2章 廟裡有個老和尚，他在給小和尚講故事。\n"

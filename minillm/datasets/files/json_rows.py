@@ -22,7 +22,7 @@ from typing import BinaryIO
 
 from minillm.base.errors import UserError
 from minillm.base.json_door import file_size
-from minillm.datasets import encodings, tables
+from minillm.datasets.files import encodings, tables
 
 LARGEST_ARRAY = 1 << 30  # bytes of a JSON array, unpacked: it is read as a whole and takes 2 to 5 times this in memory
 READ_AT_ONCE = 1 << 20  # bytes

@@ -1,0 +1,38 @@
+"""The best that any policy can reach, known before training.
+
+With a reward r and a price β of the distance to a reference policy, the objective J(π) = E_π[r] − β KL(π ‖ π_ref) has a
+maximum in closed form, at π*(y) ∝ π_ref(y) e^{r(y)/β}:
+
+    J* = β log E_ref[e^{r/β}]                                   (Rafailov et al. 2023, arXiv:2305.18290, appendix A.1)
+
+Here all are of one prompt, a policy's distribution being that of whole answers at the sampler's temperature.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def right_wrong_optimum(log_p: Tensor, beta: float) -> Tensor:
+    """J* of a reward that is 1 for right answers and 0 for others, exact: β log(1 + p (e^{1/β} − 1)), in fp64.
+
+    log_p: log of the reference's probability p of a right answer, which for a single one is a sum over its tokens.
+    """
+    log_p = log_p.double()
+    log_wrong = torch.log(-torch.expm1(log_p.clamp_max(-1e-300)))  # log(1 − p)
+    return beta * torch.logaddexp(log_wrong, log_p + 1 / beta)
+
+
+def estimated_optimum(rewards: Tensor, beta: float) -> Tensor:
+    """J* of each prompt from G answers of the reference, (P,) fp64: β log mean e^{r/β}.
+
+    rewards: (P, G). The logarithm of a mean is below the mean's on average, so the estimate is too low, the more the
+    fewer answers and the smaller β: it cannot exceed the best reward that was seen. It rises to J* with G.
+    """
+    return beta * (torch.logsumexp(rewards.double() / beta, 1) - math.log(rewards.shape[1]))
+
+
+def objective(reward: float, kl: float, beta: float) -> float:
+    """J = E[r] − β KL. kl: nats an answer, the sum over its tokens."""
+    return reward - beta * kl

@@ -1,0 +1,54 @@
+"""The options that all scripts of alignment have, beside those of training and tuning."""
+
+from dataclasses import dataclass
+
+from data import bundled
+from minillm.base.options import option
+from minillm.tokenizer.chat_template import TEMPLATES
+from minillm.training.config import TrainingConfig
+from minillm.tuning.options import TuningConfig
+
+
+@dataclass(frozen=True)
+class AlignmentConfig(TuningConfig, TrainingConfig):
+    """What train_reward.py, train_dpo.py, train_ppo.py and train_grpo.py share; each adds its own, such as beta."""
+
+    init_from: str = option("out/sft", "model folder or run to start from", group="run")
+    seq_len: int = option(256, "most tokens of a prompt and its answer", at_least=1, group="length and batch")
+    template: str = option(
+        "auto",
+        "prompt format; auto: the model folder's own, else chat if there are role pieces",
+        TEMPLATES,
+        group="data",
+    )
+    encoding: str = option("utf-8", "of the files: gb18030, big5, utf-16 …", group="data")
+    on_bad_line: str = option("error", "what to do with a line that cannot be read", ("error", "skip"), group="data")
+    allow_lossy: bool = option(
+        False, "take a tokenizer that loses more than 0.1 % of the characters of the texts", group="data"
+    )
+    eval_data: str | None = option(
+        None,
+        "held-out instructions to answer before and after; none: the bundled ones, if bundled data is used",
+        group="data",
+    )
+    eval_rows: int = option(800, "how many of them to answer", at_least=1, group="data")
+
+    @property
+    def room(self) -> int:
+        """Tokens of text that a row holds: --seq_len without the virtual tokens that stand before it."""
+        return self.seq_len - self.virtual_positions
+
+    @property
+    def held_out(self) -> str | None:
+        """The file of held-out instructions, if there is one."""
+        is_bundled = self.data.startswith(f"{bundled.FOLDER}/")
+        return self.eval_data or (f"{bundled.FOLDER}/sft_heldout.jsonl" if is_bundled else None)
+
+    def problems(self) -> list[str]:
+        problems = super().problems()
+        if self.room < 1:
+            problems.append(
+                f"--seq_len {self.seq_len}: a row needs at least 1 position beside the virtual tokens of --n_virtual "
+                f"{self.n_virtual}; raise it"
+            )
+        return problems
