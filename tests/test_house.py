@@ -36,9 +36,9 @@ BUDGET = {
     "tokenizer": 17_900,
     "datasets": 21_500,
     "distributed": 2_100,
-    "checkpoint": 15_200,  # reward models' folders
-    "data": 17_850,
-    "tuning": 11_300,
+    "checkpoint": 15_300,  # reward models' folders
+    "data": 30_000,
+    "tuning": 11_600,
     "generation": 4_000,
     "evaluation": 2_750,
     "training": 13_800,
@@ -46,7 +46,7 @@ BUDGET = {
     "commands": 12_200,
     "scripts": 14_000,
 }
-MOST_FILES = 12  # of one folder, besides its __init__.py
+MOST_FILES = 14  # of one folder, besides its __init__.py
 MOST_LINES = {"file": 300, "function": 60}
 MOST_PARAMETERS = 7  # besides self; not of kernels and ops, whose parameters are those of the formula
 
