@@ -43,6 +43,11 @@ class Adapter:
         """Whether it can be merged and should be: merging a quantized base would give up the memory it saves."""
         return self.options.mergeable and not self.options.base_bits
 
+    @property
+    def leaves_base(self) -> bool:
+        """Whether the base is as it was once the adapter is off: none of its own modules is trained in full."""
+        return not any(part is self.base[path] for path, part in self.parts.items())
+
     def parameters(self) -> dict[str, Tensor]:
         """What is trained, by its name in the model; a parameter that two parts share comes under both names."""
         return {
@@ -161,6 +166,23 @@ def merged(model: Transformer) -> Iterator[None]:
         yield
     finally:
         unmerge(model)
+
+
+@contextlib.contextmanager
+def switched_off(model: Transformer) -> Iterator[None]:
+    """Context in which the model computes with its base alone; the adapter that was active is so again afterwards."""
+    adapter = active_adapter(model)
+    if adapter is None:
+        yield
+        return
+    was_merged = adapter.merged
+    set_adapter(model, None)
+    try:
+        yield
+    finally:
+        set_adapter(model, _name_of(model, adapter))
+        if was_merged:
+            merge(model)
 
 
 def _name_of(model: Transformer, adapter: Adapter) -> str:
