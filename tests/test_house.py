@@ -36,9 +36,9 @@ BUDGET = {
     "tokenizer": 17_900,
     "datasets": 21_500,
     "distributed": 2_100,
-    "checkpoint": 14_750,
+    "checkpoint": 15_300,  # reward models' folders
     "data": 30_000,
-    "tuning": 11_300,
+    "tuning": 11_600,
     "generation": 4_000,
     "evaluation": 4_500,
     "training": 13_800,

@@ -215,7 +215,13 @@ def _mark_tying(model: Transformer) -> None:
 
 
 def _build(model: Transformer, options: TuningConfig, seed: int, keep_base: bool) -> dict[str, nn.Module]:
-    """The parts of a new adapter, by place."""
+    """The parts of a new adapter, by place; with a score head that is trained in full, whatever the method."""
+    head = ["score"] if model.config.score_head else []
+    return _parts_of_method(model, options, seed, keep_base) | _trained_in_full(model, head, keep_base, tied=False)
+
+
+def _parts_of_method(model: Transformer, options: TuningConfig, seed: int, keep_base: bool) -> dict[str, nn.Module]:
+    """What the method itself adds or trains, by place."""
     tune = options.tune
     if tune in VIRTUAL:
         encoder = None if options.encoder == "auto" else options.encoder
