@@ -4,9 +4,10 @@
     python data/bundled.py --out FOLDER             the same elsewhere
 
 A folder holds text/{train,val}.jsonl ({"text", "bits"}), the token bins with their tokenizer (`data/prepare.py`),
-val_bits.npy (float64, one a validation document: its exact information in bits, the floor of validation loss), and
-sft_train.jsonl and sft_heldout.jsonl (`data/world/questions.py`). world.json tells which version of the generator has
-written them; another version writes them anew.
+val_bits.npy (float64, one a validation document: its exact information in bits, the floor of validation loss),
+sft_train.jsonl and sft_heldout.jsonl (`data/world/instructions.py`), and requests_train.jsonl and
+requests_heldout.jsonl (`data/world/requests.py`). world.json tells which version of the generator has written them;
+another version writes them anew.
 
 Read next: data/world/texts.py, where the texts come from; data/prepare.py, what turns text into token bins.
 """
@@ -28,7 +29,8 @@ import numpy as np
 from data.bin_writer import NUMBERED, read_json
 from data.bin_writer import SPLITS as SPLITS_OF_TEXT
 from data.prepare import prepare
-from data.world.questions import SPLITS, tasks
+from data.world.instructions import SPLITS, instructions
+from data.world.requests import requests
 from data.world.texts import documents
 from data.world.words import WORDS_ZH
 from minillm.base.command_line import parse
@@ -43,13 +45,21 @@ FOLDER = "data/bundled"  # where the training scripts look for it
 SIZES = {
     "train_bytes": 10_000_000,
     "val_documents": 2_000,
-    "sft_train": 40_000,
-    "sft_heldout": 840,  # 120 of each family
+    "sft_train": 47_000,
+    "sft_heldout": 960,  # 120 of each family
+    "requests_train": 8_000,
+    "requests_heldout": 600,
     "vocab_size": 2048,
 }
-FILES = ("meta.json", "world.json", "val_bits.npy", "sft_train.jsonl", "sft_heldout.jsonl")
-SEEDS = {"train": 1, "val": 2}  # of the documents; the instructions are those of seed 0
-GENERATOR = Path(__file__).parent / "world"  # the source of the texts and of the questions
+ROWS = {"sft": instructions, "requests": requests}  # file → the endless rows of a seed and a split
+FILES = (
+    "meta.json",
+    "world.json",
+    "val_bits.npy",
+    *(f"{name}_{split}.jsonl" for name in ROWS for split in SPLITS),
+)
+SEEDS = {"train": 1, "val": 2}  # of the documents; all other rows are those of seed 0
+GENERATOR = Path(__file__).parent / "world"  # the source of the texts and of the rows
 
 
 def fingerprint() -> str:
@@ -99,13 +109,22 @@ def different(rows: Iterable[dict], count: int) -> Iterator[dict]:
     """The first `count` rows whose questions differ."""
     seen = set()
     for row in rows:
-        question = (row["instruction"], row["input"])
+        question = tuple(texts_of(row)[:-1])  # all but the answer
         if question in seen:
             continue
         seen.add(question)
         yield row
         if len(seen) == count:
             return
+
+
+def texts_of(row: dict) -> list[str]:
+    """The texts of a row in their order: the last one is its answer ("": it has none)."""
+    if "messages" in row:
+        return [message["content"] for message in row["messages"]]
+    if "prompt" in row:
+        return [row["prompt"], ""]
+    return [row["instruction"], row["input"], row["output"]]
 
 
 def build(folder: str | Path = FOLDER) -> None:
@@ -133,13 +152,14 @@ def build(folder: str | Path = FOLDER) -> None:
         for name in (*FILES, "tokenizer.model", "tokenizer.json", *bins):
             (folder / name).unlink(missing_ok=True)
 
-        # Texts with their bits, then questions.
+        # Texts with their bits, then instructions and requests.
         train_bits = write_documents(text / "train.jsonl", SEEDS["train"], size=SIZES["train_bytes"])
         val_bits = write_documents(text / "val.jsonl", SEEDS["val"], count=SIZES["val_documents"])
         write_file(folder / "val_bits.npy", partial(_save_array, np.array(val_bits)))
-        for split in SPLITS:
-            rows = different(tasks(0, split), SIZES[f"sft_{split}"])
-            write_lines(folder / f"sft_{split}.jsonl", rows)
+        for name, rows_of in ROWS.items():
+            for split in SPLITS:
+                file = f"{name}_{split}"
+                write_lines(folder / f"{file}.jsonl", different(rows_of(0, split), SIZES[file]))
         write_json_atomically(folder / "world.json", {"fingerprint": fingerprint()})
         seconds = time.monotonic() - started
         print(f"{folder}: {len(train_bits):,} documents, {len(val_bits):,} for validation, in {seconds:.1f} s")
@@ -168,15 +188,11 @@ def learn_tokenizer(folder: Path) -> None:
 def texts_by_words(folder: Path) -> Iterator[str]:
     """Every text and every question, with each Chinese word on a line of its own."""
     any_word = re.compile("|".join(re.escape(word) for word in WORDS_ZH))
-    sources = {
-        folder / "text" / "train.jsonl": ["text"],
-        folder / "sft_train.jsonl": ["instruction", "input", "output"],
-    }
-    for path, keys in sources.items():
+    for path in (folder / "text" / "train.jsonl", folder / "sft_train.jsonl"):
         with path.open(encoding="utf-8") as lines:
             for line in lines:
                 row = json.loads(line)
-                text = "\n".join(row[key] for key in keys)
+                text = row["text"] if "text" in row else "\n".join(texts_of(row))
                 yield any_word.sub(r"\n\g<0>\n", text)
 
 

@@ -31,14 +31,14 @@ KERNEL_USERS = {"minillm/model/ops.py", "minillm/model/quant.py"}
 # What it held when it was last weighed, plus a tenth.
 BUDGET = {
     "kernels": 71_900,
-    "base": 10_800,
+    "base": 10_000,
     "model": 12_900,
     "tokenizer": 17_900,
-    "datasets": 14_600,
+    "datasets": 21_500,
     "distributed": 2_100,
-    "checkpoint": 14_750,
-    "data": 17_850,
-    "tuning": 11_300,
+    "checkpoint": 15_300,  # reward models' folders
+    "data": 30_000,
+    "tuning": 11_600,
     "generation": 4_000,
     "evaluation": 2_750,
     "training": 13_800,
@@ -46,7 +46,7 @@ BUDGET = {
     "commands": 12_200,
     "scripts": 14_000,
 }
-MOST_FILES = 12  # of one folder, besides its __init__.py
+MOST_FILES = 14  # of one folder, besides its __init__.py
 MOST_LINES = {"file": 300, "function": 60}
 MOST_PARAMETERS = 7  # besides self; not of kernels and ops, whose parameters are those of the formula
 

@@ -10,7 +10,11 @@ Read the files in this order:
     translations.py     sentences and words with their translations
     arithmetic.py       sums, comparisons and word problems
     texts.py            the corpus: all of these, each with its probability
-    questions.py        instructions with checkable answers about the same world
+    questions.py        questions with checkable answers about the same world
+    requests.py         requests for a story, with what is wished of it
+    instructions.py     questions, requests and follow-up questions as rows
+    scene.py            what holds at each point of a story
+    reader.py           reads a story, and says which wishes it meets: the true reward
 
-data/bundled.py writes texts and questions into a folder.
+data/bundled.py writes texts and rows into a folder.
 """

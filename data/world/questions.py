@@ -1,19 +1,16 @@
-"""Instructions with checkable answers, asked about the bundled world in Chinese and English.
+"""Questions with checkable answers, asked about the bundled world in Chinese and English.
 
-Rows are {"instruction", "input", "output", "family", "lang", "check"}; `check` says how an answer is compared:
-"exact", or "number" (the last number in it). The held-out split differs in content, never in kind: facts never
-asked in training, pairs of numbers that are operands nowhere else, and people among things and places that they
-meet nowhere else, in the texts or in the training rows.
+A held-out question differs in content, never in kind: facts never asked in training, pairs of numbers
+that are operands nowhere else, and people among things and places that they meet nowhere else, in the texts or in the
+training rows.
 
 Each family of questions is a function of a draw and a language. It tells a piece of text as the corpus does (a story,
 a sentence to translate, a sum), and asks about what has been decided.
 
-Read next: data/bundled.py, which writes texts and questions into a folder.
+Read next: requests.py, what has many right answers; instructions.py, how questions become rows.
 """
 
-import itertools
-import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from data.world.arithmetic import MINUS, PLUS, TIMES, problem
@@ -35,7 +32,6 @@ from data.world.stories import story_count, story_give, story_where
 from data.world.translations import translated
 from data.world.words import COLOURS, EN, GROUPS, HELD_PAIRS, PEOPLE, THINGS, TOWNS, ZH, Person, Town
 
-SPLITS = ("train", "heldout")
 LIST_COMMA = ("、", ", ")  # between the parts of a list
 
 
@@ -371,7 +367,7 @@ def ask_compare(draw: Draw, lang: int) -> Question:
     return Question(render(lang, task, slots), "", LIST_COMMA[lang].join(map(str, in_order)))
 
 
-# ---- rows ----------------------------------------------------------------------------------------------------------
+# ---- all families --------------------------------------------------------------------------------------------------
 
 ASK = {
     "story": ask_story,
@@ -382,37 +378,3 @@ ASK = {
     "count": ask_count,
     "compare": ask_compare,
 }
-FAMILIES = tuple(ASK)
-TRAIN_SHARES = Table(
-    (0.3, "story"),
-    (0.3, "translate"),
-    (0.22, "arithmetic"),
-    (0.06, "facts"),
-    (0.05, "rewrite"),
-    (0.03, "count"),
-    (0.04, "compare"),
-)
-
-
-def tasks(seed: int, split: str) -> Iterator[dict[str, str]]:
-    """The endless instructions of a seed: `split` "train", or "heldout" with every family equally often.
-
-    Row i depends on (seed, split, i) alone. A row may come again: whoever writes a file leaves out repetitions.
-    """
-    held_out = split == "heldout"
-    rng = random.Random()
-    draw = Draw(rng, held_out)
-    for i in itertools.count():
-        rng.seed(((2 * seed + held_out) << 40) + i)
-        draw.begin()
-        family = FAMILIES[i % len(FAMILIES)] if held_out else draw.choose(TRAIN_SHARES)
-        lang = draw.pick((ZH, EN))
-        question = ASK[family](draw, lang)
-        yield {
-            "instruction": question.instruction,
-            "input": question.context,
-            "output": question.answer,
-            "family": family,
-            "lang": ("zh", "en")[lang],
-            "check": question.check,
-        }

@@ -11,6 +11,7 @@ well can know the last sentence almost in full.
 Read next: facts.py, translations.py and arithmetic.py, the texts that are no stories, in any order.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -77,13 +78,14 @@ def begin_sentence(draw: Draw, lang: int, who: Person, last: Person | None) -> P
     return draw.pick((who, pronoun))
 
 
-def restate(draw: Draw, lang: int, states: list[State]) -> None:
-    """End a story by telling one of the things that it has decided."""
+def restate(draw: Draw, lang: int, states: list[State]) -> State:
+    """End a story by telling one of the things that it has decided; returns which."""
     draw.say(GAP[lang])
     ending = draw.choose(ENDINGS)
     draw.say(ending[lang])
     state = draw.pick(states)
     tell(draw, lang, STATES[state.kind], state.slots)
+    return state
 
 
 # ---- where is it? --------------------------------------------------------------------------------------------------
@@ -116,8 +118,11 @@ class Scene:
     thing_place: Word | None  # None while somebody holds the thing
 
 
-def story_where(draw: Draw, lang: int) -> list[State]:
-    """Two people go about, and a thing is carried along; returns where all are in the end."""
+def story_where(draw: Draw, lang: int, moves: Sequence[int] = (2, 3, 4)) -> list[State]:
+    """Two people go about, and a thing is carried along; returns where all are in the end.
+
+    moves: how often somebody may do something
+    """
     opening(draw, lang)
 
     # Somebody is in a place, perhaps with the thing; then somebody else is in a place.
@@ -143,7 +148,7 @@ def story_where(draw: Draw, lang: int) -> list[State]:
     place_of = {first.index: first_slots["place"], second.index: second_slots["place"]}
     scene = Scene(place_of, thing_slots["something"].thing, holder, thing_place)
     last = None
-    for _ in range(draw.pick((2, 3, 4))):
+    for _ in range(draw.pick(moves)):
         who = draw.pick((first, second))
         subject = begin_sentence(draw, lang, who, last)
         move(draw, lang, scene, who, subject)

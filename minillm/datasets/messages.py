@@ -8,6 +8,7 @@ holds text is noted as not used.
 import math
 import re
 from collections.abc import Iterable
+from functools import lru_cache
 
 from minillm.base.errors import UnsupportedError, UserError
 
@@ -59,7 +60,7 @@ def conversations(row: dict, unused: set[str] | None = None) -> list[list[dict]]
     if not isinstance(row, dict):
         raise UserError(f"a row is a JSON object, not {KINDS.get(type(row), 'null')}")
     parts = [row]
-    if "instances" in row and not _list_of(row):
+    if "instances" in row and not list_of(row):
         parts = [{**row, **instance} for instance in _objects(row, "instances")]
     return [_conversation(part, set() if unused is None else unused) for part in parts]
 
@@ -74,8 +75,8 @@ def is_learned(message: dict) -> bool:
 
 def _conversation(row: dict, unused: set[str]) -> list[dict]:
     """The one conversation in a row without `instances`."""
-    system = _first(row, SYSTEMS)
-    list_name = _list_of(row)
+    system = first_of(row, SYSTEMS)
+    list_name = list_of(row)
     if list_name:
         messages = [_message(message, list_name, unused) for message in _objects(row, list_name)]
         read = {list_name}
@@ -84,7 +85,7 @@ def _conversation(row: dict, unused: set[str]) -> list[dict]:
         below = [key for key in BELOW_QUESTION if key != question]
         read = {question, answer, *below, "history", "instances"}
         if isinstance(row[question], list) and isinstance(row[answer], list):  # the prompt and completion of TRL
-            given = [_unlearned(_message(message, question, unused)) for message in _objects(row, question)]
+            given = [unlearned(_message(message, question, unused)) for message in _objects(row, question)]
             messages = [*given, *(_message(message, answer, unused) for message in _objects(row, answer))]
             read -= {*below, "history"}
         else:
@@ -94,19 +95,19 @@ def _conversation(row: dict, unused: set[str]) -> list[dict]:
     _refuse_not_read(row, read)
     unused |= _not_used(row, read)
     if not all(_marks(row, any_kind=False).values()):
-        messages = [_unlearned(message) for message in messages]
+        messages = [unlearned(message) for message in messages]
     opening = _text(row, system, "") if system else ""
     return [{"role": SYSTEM, "content": opening}, *messages] if opening else messages
 
 
-def _list_of(row: dict) -> str | None:
+def list_of(row: dict) -> str | None:
     """The key of the list of messages, if there is one."""
-    return next((key for key in LISTS if not _is_missing(row.get(key))), None)
+    return next((key for key in LISTS if not is_missing(row.get(key))), None)
 
 
 def _pair_of(row: dict) -> tuple[str, str]:
     """The keys of question and answer. Raises UnsupportedError if a row has none."""
-    question, answer = _first(row, QUESTIONS), _first(row, ANSWERS)
+    question, answer = first_of(row, QUESTIONS), first_of(row, ANSWERS)
     if question is None or answer is None:
         _refuse_not_read(row, set(), words=("chosen", "rejected"))
         raise UnsupportedError(
@@ -125,7 +126,7 @@ def _pair(row: dict, question: str, answer: str, below: list[str]) -> list[dict]
 
 def _history(row: dict) -> list[dict]:
     """The earlier turns, from a list of [question, answer]."""
-    history = [] if _is_missing(row.get("history")) else row["history"]
+    history = [] if is_missing(row.get("history")) else row["history"]
     if not isinstance(history, list) or not all(isinstance(turn, list) and len(turn) == 2 for turn in history):
         raise UserError("'history' is a list of [question, answer] pairs")
     turns = [{"question": question, "answer": answer} for question, answer in history]
@@ -147,10 +148,10 @@ def _message(message: dict, list_name: str, unused: set[str]) -> dict:
         )
     unused |= {f"{list_name}.{key}" for key in _not_used(message, read)}
     ours = {"role": role, "content": _content(message, content_key)}
-    return ours if all(marks.values()) else _unlearned(ours)
+    return ours if all(marks.values()) else unlearned(ours)
 
 
-def _unlearned(message: dict) -> dict:
+def unlearned(message: dict) -> dict:
     return message | {"learn": False} if message["role"] == ASSISTANT else message
 
 
@@ -179,7 +180,7 @@ def _marks(values: dict, any_kind: bool) -> dict[str, bool]:
     marks = {}
     for key, value in values.items():
         is_about_learning = bool(ABOUT_LEARNING & _words(key)) or key in LEARNED_IF or key in GOOD_IF
-        if _is_missing(value) or not is_about_learning:
+        if is_missing(value) or not is_about_learning:
             continue
         switch = SWITCH.get(str(value).lower())
         if key in LEARNED_IF and switch is not None:
@@ -197,21 +198,22 @@ def _refuse_not_read(values: dict, read: set[str], words: Iterable[str] = NOT_RE
     """Raises UserError for a key that is not read and would change an answer."""
     for key, value in values.items():
         named = [NOT_READ[word] for word in words if word in _words(key)]
-        if named and key not in read and (_holds_text(value) or value is True):
+        if named and key not in read and (holds_text(value) or value is True):
             raise UserError(f"{key!r} is not read ({named[0]}); put it into the text, or take the key or the row out")
 
 
 def _not_used(values: dict, read: set[str]) -> set[str]:
     """Keys that hold text and were not read."""
-    return {key for key, value in values.items() if key not in read and _holds_text(value)}
+    return {key for key, value in values.items() if key not in read and holds_text(value)}
 
 
-def _words(key: str) -> set[str]:
+@lru_cache(maxsize=1024)  # a file's rows have the same keys
+def _words(key: str) -> frozenset[str]:
     """The words of a key: `reasoning_content`, `reasoningContent` → reasoning, content."""
-    return set(re.findall("[a-z]+", re.sub("([a-z])([A-Z])", r"\1 \2", key).lower()))
+    return frozenset(re.findall("[a-z]+", re.sub("([a-z])([A-Z])", r"\1 \2", key).lower()))
 
 
-def _holds_text(value) -> bool:
+def holds_text(value) -> bool:
     """Whether there is text in a value, at any depth. An empty list that is written as a text is none."""
     left = [value]
     while left:
@@ -226,24 +228,24 @@ def _holds_text(value) -> bool:
 # ---- Values.
 
 
-def _is_missing(value) -> bool:
+def is_missing(value) -> bool:
     """null, or NaN, which pandas writes for an empty field."""
     return value is None or (isinstance(value, float) and math.isnan(value))
 
 
-def _first(row: dict, names: tuple[str, ...]) -> str | None:
+def first_of(row: dict, names: tuple[str, ...]) -> str | None:
     """The first of these keys that has a value; else the first that is there; else None."""
     there = [name for name in names if name in row]
-    return next((name for name in there if not _is_missing(row[name])), there[0] if there else None)
+    return next((name for name in there if not is_missing(row[name])), there[0] if there else None)
 
 
 def _text(row: dict, key: str, default: str | None = None) -> str:
     """The text under a key; `default`, if there is one, where it is missing, null or NaN."""
     value = row.get(key, default)
-    if _is_missing(value) and default is not None:
+    if is_missing(value) and default is not None:
         return default
     if not isinstance(value, str):
-        kind = "empty (null or NaN)" if _is_missing(value) else KINDS.get(type(value))
+        kind = "empty (null or NaN)" if is_missing(value) else KINDS.get(type(value))
         raise UserError(f"{key!r} is {kind}, not a text" if key in row else f"{key!r} is missing")
     return value
 

@@ -15,6 +15,7 @@ from minillm.tokenizer.tokenizer import Tokenizer
 @pytest.fixture
 def small(monkeypatch):
     sizes = {"train_bytes": 150_000, "val_documents": 40, "sft_train": 300, "sft_heldout": 70, "vocab_size": 700}
+    sizes |= {"requests_train": 30, "requests_heldout": 20}
     monkeypatch.setattr(bundled, "SIZES", sizes)
 
 
@@ -43,7 +44,9 @@ def test_build(small, tmp_path, capsys):
 
     train, held_out = lines(folder / "sft_train.jsonl"), lines(folder / "sft_heldout.jsonl")
     assert (len(train), len(held_out)) == (300, 70)
-    assert len({(row["instruction"], row["input"]) for row in train + held_out}) == 370
+    questions = {tuple(bundled.texts_of(row)[:-1]) for row in train + held_out}
+    assert len(questions) == 370
+    assert len(lines(folder / "requests_train.jsonl")) == 30 and len(lines(folder / "requests_heldout.jsonl")) == 20
 
     capsys.readouterr()
     before = (folder / "meta.json").stat().st_mtime_ns

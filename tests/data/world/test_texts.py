@@ -10,7 +10,7 @@ from operator import add, mul, sub
 
 import pytest
 
-from data.world import arithmetic, questions, stories, texts, translations
+from data.world import arithmetic, instructions, questions, stories, texts, translations
 from data.world.draw import Draw, Table
 from data.world.texts import KINDS, document, documents
 from data.world.words import EN, HELD_PAIRS, LEXICON, ZH
@@ -91,7 +91,7 @@ def test_a_text_has_one_derivation_and_its_bits():
 
 
 def test_probabilities_sum_to_one():
-    modules = (arithmetic, questions, stories, texts, translations)
+    modules = (arithmetic, instructions, questions, stories, texts, translations)
     tables = [value for module in modules for value in vars(module).values() if isinstance(value, Table)]
     assert KINDS in tables and len(tables) == 8
     for table in tables:

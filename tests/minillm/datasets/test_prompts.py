@@ -1,0 +1,122 @@
+"""Files of prompts, whatever their form, and what of them a reward function gets."""
+
+import json
+
+import numpy as np
+import pytest
+
+from minillm.base.errors import UserError
+from minillm.datasets.prompts import PromptRows, prompt_of
+from tests.minillm.datasets.test_instructions import ASSISTANT, BOS, SYSTEM, USER, Numbers, talk, write_jsonl
+
+
+@pytest.mark.parametrize(
+    ("row", "question", "answer", "check"),
+    [
+        ({"prompt": "1", "answer": "2"}, "1", "2", "exact"),
+        ({"prompt": "1", "answer": 2, "check": "number"}, "1", "2", "number"),
+        ({"prompt": "1", "answer": "2", "check": "words"}, "1", "2", "words"),
+        ({"prompt": "1"}, "1", None, "exact"),
+        ({"instruction": "1", "input": "3", "output": "2"}, "1\n3", "2", "exact"),
+        ({"instruction": "1", "input": "", "output": "2"}, "1", "2", "exact"),
+        ({"messages": talk("1")}, "1", None, "exact"),
+        ({"messages": talk("1"), "answer": "2"}, "1", "2", "exact"),
+        ({"messages": talk("1", "2")}, "1", "2", "exact"),
+        ({"messages": talk("0", "9", "1")}, "1", None, "exact"),
+        ({"conversations": [{"from": "human", "value": "1"}, {"from": "gpt", "value": "2"}]}, "1", "2", "exact"),
+        ({"question": "1", "answer": "3 + 4 = <<3+4=7>>7.\n#### 1,072"}, "1", "1,072", "number"),
+        ({"question": "1", "answer": "so #### a cat"}, "1", "a cat", "exact"),
+        (
+            {
+                "data_source": "openai/gsm8k",
+                "prompt": talk("1"),
+                "ability": "math",
+                "reward_model": {"style": "rule", "ground_truth": "72"},
+                "extra_info": {"answer": "long", "index": 3},
+            },
+            "1",
+            "72",
+            "number",
+        ),
+        ({"prompt": "1", "chosen": "2", "rejected": "3"}, "1", "2", "exact"),
+        ({"prompt": talk("1"), "completion": [{"role": "assistant", "content": "2"}]}, "1", "2", "exact"),
+        ({"prompt": "1", "answer": None}, "1", None, "exact"),
+        ({"prompt": "1", "answer": float("nan"), "system": "8"}, "1", None, "exact"),
+    ],
+)
+def test_each_form_gives_prompt_answer_and_check(row, question, answer, check):
+    messages, columns = prompt_of(row)
+    assert messages[-1] == {"role": "user", "content": question}
+    assert columns.get("answer") == answer and columns["check"] == check
+    for key in ("extra_info", "data_source", "rejected", "messages"):
+        assert columns.get(key) == row.get(key)
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        (3, "a row is a JSON object, not a number"),
+        ({}, "its keys are none; a prompt is under one of messages"),
+        ({"answer": "1"}, "its keys are answer; a prompt is under"),
+        ({"prompt": None, "answer": "1"}, "its keys are answer"),
+        ({"prompt": " "}, "its prompt is empty"),
+        ({"prompt": 3}, "'prompt' is a number, not a text"),
+        ({"prompt": []}, "its prompt is empty"),
+        ({"messages": talk("1", "2")[1:]}, "its prompt is empty"),
+        ({"messages": [{"role": "tool", "content": "1"}]}, "role 'tool' is none of"),
+        ({"prompt": "1", "answer": ["a", "b"]}, "'answer' is a list, not a right answer"),
+        ({"prompt": "1", "reward_model": {"ground_truth": {"a": 1}}}, "'reward_model.ground_truth' is an object"),
+        ({"prompt": "1", "tools": ["search"]}, "'tools' is not read"),
+    ],
+)
+def test_a_bad_row_is_named_or_counted(tmp_path, row, reason):
+    with pytest.raises(UserError) as error:
+        prompt_of(row)
+    assert reason in str(error.value)
+    path = write_jsonl(tmp_path / "rows.jsonl", [{"prompt": "1"}, row, {"prompt": "2"}])
+    with pytest.raises(UserError) as error:
+        PromptRows(path, Numbers(), 16)
+    assert f"{path}, row 2: " in str(error.value) and reason in str(error.value)
+    rows = PromptRows(path, Numbers(), 16, on_bad_line="skip")
+    assert rows.rows_per_epoch == 2 and "1 bad rows skipped" in rows.summary()
+
+
+def test_ids_end_with_what_opens_an_answer(tmp_path):
+    rows = [{"messages": talk("1", "2", "3", system="7"), "wishes": {"people": ["4"]}}]
+    [prompt] = PromptRows(write_jsonl(tmp_path / "rows.jsonl", rows), Numbers(), 16).rows(np.array([0]))
+    assert prompt.ids == [BOS, SYSTEM, 7, USER, 1, ASSISTANT, 2, 16, USER, 3, ASSISTANT]
+    assert (prompt.number, prompt.text) == (0, "3")
+    assert prompt.row["wishes"] == {"people": ["4"]} and "answer" not in prompt.row
+
+
+def test_each_epoch_has_every_prompt_once_in_an_order_of_its_own(tmp_path):
+    path = write_jsonl(tmp_path / "rows.jsonl", [{"prompt": f"{i}", "n": i} for i in range(50)])
+    data, again, other = (PromptRows(path, Numbers(), 16, seed=seed) for seed in (1, 1, 2))
+    epochs = [[prompt.row["n"] for prompt in data.rows(np.arange(50) + 50 * e)] for e in range(2)]
+    assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(50)) and epochs[0] != epochs[1]
+    assert [p.row["n"] for p in again.rows(np.arange(60, 90))] == epochs[1][10:40]  # a pure function of the position
+    assert [p.row["n"] for p in other.rows(np.arange(50))] != epochs[0]
+    assert all(p.number == p.row["n"] and p.text == str(p.number) for p in data.rows(np.arange(50)))
+    assert [p.number for p in data.rows(np.arange(4), end=2)] == epochs[0][:2]
+    assert data.total_rows(1.5) == 75 and data.fingerprint == again.fingerprint
+
+
+def test_a_prompt_that_leaves_no_room_is_dropped_and_counted(tmp_path):
+    rows = [{"prompt": "1 " * n} for n in (1, 5, 6, 9)]  # 3 more tokens each
+    path = write_jsonl(tmp_path / "rows.jsonl", rows)
+    data = PromptRows(path, Numbers(), 12, room=4)
+    assert data.rows_per_epoch == 2
+    expected = "4 rows: 2 prompts kept, 2 dropped (no room for an answer of 4 tokens); 12 tokens, the longest has 8; 0"
+    assert data.summary() == expected + " with a right answer"
+    with pytest.raises(UserError, match=r"holds no prompt that can be asked .* 4 dropped"):
+        PromptRows(path, Numbers(), 12, room=9)
+    with pytest.raises(UserError, match="--seq_len 4: an answer needs 4 positions"):
+        PromptRows(path, Numbers(), 4, room=4)
+
+
+def test_a_file_that_changes_is_noticed(tmp_path):
+    path = write_jsonl(tmp_path / "rows.jsonl", [{"prompt": "1"}])
+    data = PromptRows(path, Numbers(), 16)
+    path.write_text(json.dumps({"prompt": "2"}) + "\n")
+    with pytest.raises(UserError, match="has changed at byte 0"):
+        data.rows(np.array([0]))
