@@ -40,7 +40,7 @@ BUDGET = {
     "data": 30_000,
     "tuning": 11_600,
     "generation": 4_000,
-    "evaluation": 2_750,
+    "evaluation": 4_500,
     "training": 13_800,
     "alignment": 12_000,
     "commands": 12_200,
