@@ -12,6 +12,9 @@ from minillm.model.config import ModelConfig
 REQUIRED = ("vocab_size", "dim", "n_layers", "n_heads", "ffn_dim")  # what no architecture has a default for
 KINDS = {
     "model_type": str,
+    "architectures": list[str],
+    "id2label": dict,
+    "num_labels": int,
     "hidden_act": str,
     "attention_bias": bool,
     "mlp_bias": bool,

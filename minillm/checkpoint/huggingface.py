@@ -16,10 +16,10 @@ from torch import Tensor
 
 from minillm.base.contents import Contents
 from minillm.base.errors import UserError, naming
-from minillm.checkpoint import tensor_files
+from minillm.checkpoint import rope_json, score_head, tensor_files
 from minillm.checkpoint.config_json import check_kinds, read_config
 from minillm.model import quant
-from minillm.model.config import ModelConfig, RopeScaling
+from minillm.model.config import ModelConfig
 from minillm.model.size import empty_model
 from minillm.model.transformer import Transformer
 
@@ -47,6 +47,7 @@ SHARED = {
 }
 ROPE = ("rope_theta", "rope_scaling")  # every architecture has them, under `rope_parameters`
 NOT_STORED = ("dropout",)  # an option of training: it does not change what a trained model computes
+HEAD = ("score_head",)  # every architecture has it, under a name of its own (score_head.py)
 
 # What each architecture computes, apart from the options above: the only value of an option, or ANY. An option that is
 # not named here, since it is newer, must have its default: what models computed before there was that option.
@@ -64,7 +65,7 @@ SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 def _special_names() -> list[str]:
     """The options that not every architecture has: all fields of `ModelConfig` that are not shared, old and new."""
-    common = {*SHARED, *ROPE, *NOT_STORED}
+    common = {*SHARED, *ROPE, *NOT_STORED, *HEAD}
     return [f.name for f in dataclasses.fields(ModelConfig) if f.name not in common]
 
 
@@ -94,7 +95,7 @@ def model_type(config: ModelConfig) -> str:
 def to_hf(config: ModelConfig, special_ids: dict[str, int] | None = None, dtype: str = "float32") -> dict:
     """The contents of config.json. special_ids: bos_token_id and the like, copied as they are."""
     kind = model_type(config)
-    rope = _rope_parameters(config)
+    rope = rope_json.rope_parameters(config)
     shared = {theirs: getattr(config, ours) for ours, theirs in SHARED.items()}
     if config.trained_seq_len is None:  # not known
         del shared["trained_seq_len"]
@@ -122,26 +123,7 @@ def to_hf(config: ModelConfig, special_ids: dict[str, int] | None = None, dtype:
         written |= {"use_sliding_window": False, "sliding_window": None}
     if kind == OWN:
         written |= _own_values(config)
-    return written
-
-
-def _rope_parameters(config: ModelConfig) -> dict:
-    """How positions are rotated, in transformers' terms. Each type has its own fields only: it warns of others."""
-    rope = {"rope_theta": config.rope_theta, "rope_type": "default"}
-    scaling = config.rope_scaling
-    if scaling is None:
-        return rope
-    rope |= {"rope_type": scaling.type, "factor": scaling.factor}
-    names = {
-        "linear": (),
-        "yarn": ("beta_fast", "beta_slow", "attention_factor"),
-        "llama3": ("low_freq_factor", "high_freq_factor"),
-    }
-    values = {name: getattr(scaling, name) for name in names[scaling.type]}
-    rope |= {name: value for name, value in values.items() if value is not None}
-    if scaling.type != "linear":
-        rope["original_max_position_embeddings"] = scaling.original_max_seq_len
-    return rope
+    return score_head.with_one_label(written) if config.score_head else written
 
 
 def _own_values(config: ModelConfig) -> dict:
@@ -179,9 +161,10 @@ def from_hf(written: dict) -> ModelConfig:
     defaults = {"norm_eps": 1e-6, "tie_embeddings": False, "max_seq_len": 2048, "n_kv_heads": None, "head_dim": None}
     given = {ours: written[theirs] for ours, theirs in SHARED.items() if theirs in written}
     values = {**defaults, **{name: value for name, value in given.items() if value is not None}}
-    rope = _rope(written)
+    rope = rope_json.rope_values(written)
+    values["score_head"] = score_head.is_classifier(written)
     values["rope_theta"] = float(rope.get("rope_theta", 1e4))
-    values["rope_scaling"] = _read_scaling(rope, values["max_seq_len"])
+    values["rope_scaling"] = rope_json.read_scaling(rope, values["max_seq_len"])
 
     # what makes the architecture this one
     if kind == OWN:
@@ -197,7 +180,7 @@ def _refuse_unsupported(written: dict) -> None:
         "attention_bias": kind in ("llama", "mistral", "qwen3") and written.get("attention_bias"),
         "mlp_bias": written.get("mlp_bias"),
         "use_sliding_window": kind != "mistral" and written.get("use_sliding_window"),
-        "partial_rotary_factor": _rope(written).get("partial_rotary_factor", 1.0) != 1.0,
+        "partial_rotary_factor": rope_json.rope_values(written).get("partial_rotary_factor", 1.0) != 1.0,
         "hidden_act": written.get("hidden_act", "silu") not in ("silu", "swish"),
     }
     wrong = [name for name, is_set in unsupported.items() if is_set]
@@ -221,29 +204,9 @@ def _read_own(written: dict, values: dict) -> ModelConfig:
     return config
 
 
-def _rope(written: dict) -> dict:
-    """A config's rotary options, from the style of transformers 5 or 4."""
-    old = {key: written[key] for key in ("rope_theta", "partial_rotary_factor") if written.get(key) is not None}
-    return old | (written.get("rope_scaling") or written.get("rope_parameters") or {})  # as transformers prefers them
-
-
-def _read_scaling(rope: dict, max_seq_len: int) -> RopeScaling | None:
-    """How positions are stretched; None for "default", whose values are checked all the same."""
-    kind = rope.get("rope_type") or rope.get("type") or "default"
-    given = {name: value for name, value in rope.items() if value is not None}
-    optional = ("low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow", "attention_factor")
-    scaling = RopeScaling(
-        "linear" if kind == "default" else kind,
-        float(given.get("factor", 1)),  # where it is needed, `check_kinds` has seen it
-        given.get("original_max_position_embeddings", max_seq_len),
-        **{name: given[name] for name in optional if name in given},
-    )
-    return None if kind == "default" else scaling
-
-
 def export_name(name: str) -> str:
     """The key of our parameter `name` in a Hugging Face file."""
-    return name if name.startswith("lm_head.") else "model." + name
+    return name if name.startswith(("lm_head.", "score.")) else "model." + name
 
 
 def shapes_of(config: ModelConfig) -> dict[str, torch.Size]:
@@ -259,7 +222,7 @@ def check_parameters(config: ModelConfig, folder: str | Path) -> None:
 
     What changes no parameter, such as dropout, a window or a longer context with rotary positions, may differ.
     """
-    stored = load_config(folder)
+    stored = load_config(folder, config.score_head)
     shapes, wanted = shapes_of(stored), shapes_of(config)
     if wanted == shapes:
         return
@@ -335,14 +298,18 @@ def write_folder(
     (folder / "config.json").write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
 
 
-def load_config(folder: str | Path) -> ModelConfig:
-    """The `ModelConfig` of a model folder: its config.json's, but untied if the weights have a head of their own."""
+def load_config(folder: str | Path, with_score_head: bool | None = False) -> ModelConfig:
+    """The `ModelConfig` of a model folder: its config.json's, but untied if the weights have a head of their own.
+
+    with_score_head: False: raise `UserError` for a reward or value model, True: for any other, None: take either.
+    """
     source = f"{folder}/config.json"
     written = read_config(folder)
     if Contents(written, source).get("model_type", str) in ARCHITECTURES:  # others are refused by name
         check_kinds(written, source, SHARED)
     with naming(source):
         config = from_hf(written)
+    score_head.check_head(config.score_head, with_score_head, folder, written)
     if config.tie_embeddings and tensor_files.has_own_head(folder):
         return dataclasses.replace(config, tie_embeddings=False)
     return config

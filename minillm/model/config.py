@@ -90,8 +90,12 @@ class ModelConfig:
         None, "tokens of a window in pretraining, often fewer than max_seq_len", at_least=1, at_most=LARGEST
     )
     dropout: float = option(0.0, "dropout on embeddings and both residual branches", at_least=0, below=1)
+    score_head: bool = False  # one score a position in place of logits: a reward or value model
 
     def __post_init__(self):
+        if self.score_head:  # there is no head that could share the embedding's weight
+            object.__setattr__(self, "tie_embeddings", False)
+
         # sizes that were left to be derived
         derived = {
             "n_kv_heads": self.n_heads,

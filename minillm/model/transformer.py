@@ -2,9 +2,12 @@
 
     tokens (B, T) → embedding (B, T, C) → L × [x += attention(norm(x)); x += mlp(norm(x))] → norm → logits (B, T, V)
 
+A reward or value model ends in scores (B, T) instead: one number a position, by a head of its own (`score_head`).
+
 Modules have the names of Hugging Face's Llama, so that a state dict can be saved as a checkpoint directly.
 """
 
+import dataclasses
 import math
 from typing import NamedTuple
 
@@ -142,7 +145,10 @@ class Transformer(nn.Module):
         self.dropout = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
-        self.lm_head = nn.Linear(config.dim, config.vocab_size, bias=False)
+        if config.score_head:
+            self.score = nn.Linear(config.dim, 1, bias=False)
+        else:
+            self.lm_head = nn.Linear(config.dim, config.vocab_size, bias=False)
         self.checkpoint_activations = False  # True: recompute each layer in the backward pass, to save memory
         self.tie()
         self.build_rotation()
@@ -158,6 +164,15 @@ class Transformer(nn.Module):
             cos, sin = rotary_tables(self.config, self.embed_tokens.weight.device)
             self.register_buffer("cos", cos, persistent=False)
             self.register_buffer("sin", sin, persistent=False)
+
+    @torch.no_grad()
+    def give_score_head(self, seed: int) -> None:
+        """Put a new score head in the place of the language model's, drawn from N(0, 0.02²) by the seed alone."""
+        weight = torch.randn(1, self.config.dim, generator=torch.Generator().manual_seed(seed)) * 0.02
+        del self.lm_head
+        self.score = nn.Linear(self.config.dim, 1, bias=False, device="meta")
+        self.score.weight = nn.Parameter(weight.to(self.norm.weight))  # where the model is, in its dtype
+        self.config = dataclasses.replace(self.config, score_head=True)
 
     @torch.no_grad()
     def init_weights(self, seed: int = 0) -> None:
@@ -205,13 +220,17 @@ class Transformer(nn.Module):
         documents: Tensor | None = None,
         cache: KVCache | None = None,
     ) -> Tensor:
-        """Logits (B, T, V), or, with targets, the summed loss in nats.
+        """Logits (B, T, V), or, with targets, the summed loss in nats; of a model with a score head its `scores`.
 
         tokens, targets: (B, T) int64. mask: (B, T) bool, True where a target counts (None: everywhere).
         documents: (B, T) int32, non-decreasing along a row; attention and positions stay inside a document.
         cache: keys and values of the tokens before each row; it grows by these T tokens.
         """
         hidden = self.hidden(tokens, documents=documents, cache=cache)
+        if self.config.score_head:
+            if targets is not None:
+                raise ValueError("a model with a score head predicts no tokens: give it no targets")
+            return self.scores(hidden)
         if targets is None:
             return self.logits(hidden)
         flat_mask = None if mask is None else mask.flatten()  # (B·T,)
@@ -275,6 +294,11 @@ class Transformer(nn.Module):
         logits = ops.linear(hidden, self.lm_head)
         cap = self.config.softcap
         return logits if cap is None else cap * torch.tanh(logits / cap)
+
+    def scores(self, hidden: Tensor) -> Tensor:
+        """The score (B, T) at every position from `hidden` (B, T, C), in fp32: in bf16 close scores would be equal."""
+        with torch.autocast(hidden.device.type, enabled=False):
+            return (hidden.float() @ self.score.weight.float().T).squeeze(-1)  # (B, T, C) · (C, 1)
 
 
 def positions_within(documents: Tensor) -> Tensor:

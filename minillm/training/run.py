@@ -258,8 +258,10 @@ class Run:
         """True every so many steps (0: never) and at the last."""
         return step == self.training_config.steps or (every > 0 and step % every == 0)
 
-    def log_step(self, state: TrainState, n_tokens: float) -> None:
+    def log_step(self, state: TrainState, n_tokens: float, **values: float | None) -> None:
         """Log the step that `state` has taken, move the bar, tell the watchdog. n_tokens: computed by all ranks.
+
+        values: what else the step's row of metrics.jsonl holds.
 
         Raises `UserError` after --max_bad_steps steps in a row that were not applied; the last checkpoint is kept.
         """
@@ -271,7 +273,7 @@ class Run:
             self.peak = max(self.peak, speed * self.flops / self.ranks.world)
             mfu = speed * self.flops / (self.peak * self.ranks.world)
         row = {"step": self.step, "loss": state.loss, "lr": self.lr, "grad_norm": state.grad_norm}
-        row |= {"tokens_per_s": speed, "mfu": mfu, "time_s": self.seconds()}
+        row |= {"tokens_per_s": speed, "mfu": mfu, "time_s": self.seconds(), **values}
         self.record(**row)
 
         done, left_s = self.step - self.start_step, None

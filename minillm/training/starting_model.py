@@ -127,12 +127,24 @@ def make_model(
     if training_config.tune != "full":
         model = _adapted(training_config, model_config, init, source, device)
     elif source or init:
-        model = huggingface.load_model(source or init, config=model_config, device=device, dtype=torch.float32)
+        model = _load(source or init, model_config, training_config.seed, device=device, dtype=torch.float32)
     else:
         model = Transformer(model_config)
         model.init_weights(training_config.seed)
         model = model.to(device)
     model.checkpoint_activations = training_config.checkpoint_activations
+    return model
+
+
+def _load(folder: Path, model_config: ModelConfig, seed: int, **how) -> Transformer:
+    """The model of a folder; a score head that it does not have yet is a new one, drawn by the seed."""
+    if not model_config.score_head:
+        return huggingface.load_model(folder, config=model_config, **how)
+    stored = huggingface.load_config(folder, with_score_head=None)
+    wanted = dataclasses.replace(model_config, score_head=stored.score_head, tie_embeddings=stored.tie_embeddings)
+    model = huggingface.load_model(folder, config=wanted, **how)
+    if not stored.score_head:
+        model.give_score_head(seed)
     return model
 
 
@@ -142,7 +154,7 @@ def _adapted(
     """The model of `init`, frozen, with an adapter: see `make_model`."""
     bits = training_config.base_bits
     dtype = None if bits else torch.float32  # weights that are then quantized need not become fp32 first
-    model = huggingface.load_model(init, config=model_config, device=device, dtype=dtype, base_bits=bits)
+    model = _load(init, model_config, training_config.seed, device=device, dtype=dtype, base_bits=bits)
     if training_config.tune in ("lora", "dora"):
         check_rank(training_config, model)
     adapter = attach(model, training_config, training_config.seed, keep_base=False)

@@ -43,6 +43,11 @@ class Adapter:
         """Whether it can be merged and should be: merging a quantized base would give up the memory it saves."""
         return self.options.mergeable and not self.options.base_bits
 
+    @property
+    def leaves_base(self) -> bool:
+        """Whether the base is as it was once the adapter is off: none of its own modules is trained in full."""
+        return not any(part is self.base[path] for path, part in self.parts.items())
+
     def parameters(self) -> dict[str, Tensor]:
         """What is trained, by its name in the model; a parameter that two parts share comes under both names."""
         return {
@@ -163,6 +168,23 @@ def merged(model: Transformer) -> Iterator[None]:
         unmerge(model)
 
 
+@contextlib.contextmanager
+def switched_off(model: Transformer) -> Iterator[None]:
+    """Context in which the model computes with its base alone; the adapter that was active is so again afterwards."""
+    adapter = active_adapter(model)
+    if adapter is None:
+        yield
+        return
+    was_merged = adapter.merged
+    set_adapter(model, None)
+    try:
+        yield
+    finally:
+        set_adapter(model, _name_of(model, adapter))
+        if was_merged:
+            merge(model)
+
+
 def _name_of(model: Transformer, adapter: Adapter) -> str:
     return next(name for name, other in model.adapters.items() if other is adapter)
 
@@ -193,7 +215,13 @@ def _mark_tying(model: Transformer) -> None:
 
 
 def _build(model: Transformer, options: TuningConfig, seed: int, keep_base: bool) -> dict[str, nn.Module]:
-    """The parts of a new adapter, by place."""
+    """The parts of a new adapter, by place; with a score head that is trained in full, whatever the method."""
+    head = ["score"] if model.config.score_head else []
+    return _parts_of_method(model, options, seed, keep_base) | _trained_in_full(model, head, keep_base, tied=False)
+
+
+def _parts_of_method(model: Transformer, options: TuningConfig, seed: int, keep_base: bool) -> dict[str, nn.Module]:
+    """What the method itself adds or trains, by place."""
     tune = options.tune
     if tune in VIRTUAL:
         encoder = None if options.encoder == "auto" else options.encoder

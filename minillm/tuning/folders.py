@@ -14,12 +14,13 @@ from minillm.base import files
 from minillm.base.errors import UserError
 from minillm.base.json_door import read_json
 from minillm.checkpoint import huggingface, run_folder, tensor_files
+from minillm.checkpoint.score_head import check_head
 from minillm.model.transformer import Transformer
 from minillm.tokenizer import folder_files
 from minillm.tokenizer.tokenizer import Tokenizer
 from minillm.tuning.adapter import active_adapter, merge
 from minillm.tuning.options import TuningConfig
-from minillm.tuning.peft_format import CONFIG, WEIGHTS, load_adapter, read_config
+from minillm.tuning.peft_format import CONFIG, WEIGHTS, is_of_reward_model, load_adapter, read_config
 
 MERGED = "merged_adapter.json"  # in a merged model's folder: which adapter is in it
 SAMPLES = 256  # numbers of each tensor that go into the fingerprint
@@ -31,7 +32,7 @@ def base_sha256(folder: str | Path) -> str:
     So it reads little, and is the same for any split into shards and for a copy in bf16. It distinguishes models that
     were trained differently, but does not notice every single changed number.
     """
-    config = huggingface.load_config(folder)
+    config = huggingface.load_config(folder, with_score_head=None)
     digest = hashlib.sha256(json.dumps(huggingface.to_hf(config), sort_keys=True).encode())
     for name, place in sorted(tensor_files.find_weights(folder).items()):
         second_copy = name == "lm_head.weight" and config.tie_embeddings
@@ -77,16 +78,24 @@ def load_adapted(
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
     merged: bool = False,
+    with_score_head: bool | None = False,
 ) -> tuple[Transformer, Path]:
     """The base model of an adapter's folder with the adapter active, and the base's folder.
+
+    with_score_head: as `huggingface.load_config` takes it, of base and adapter together.
 
     base: its folder, if it is not where the adapter says. dtype: convert floating weights to it at the end. merged:
     merge the adapter if that is worth it.
     """
     folder = Path(folder)
     written, recorded = read_config(folder)
+    is_reward_model = is_of_reward_model(written)
+    check_head(is_reward_model, with_score_head, folder, {"architectures": [f"{written['peft_type']} adapter"]})
     base_folder = find_base(folder, base, recorded, written)
-    model = huggingface.load_model(base_folder, device=device, base_bits=recorded["bits"])
+    config = huggingface.load_config(base_folder, with_score_head=None if is_reward_model else False)
+    model = huggingface.load_model(base_folder, device=device, base_bits=recorded["bits"], config=config)
+    if is_reward_model and not config.score_head:
+        model.give_score_head(seed=0)  # its values come with the adapter
     sha256 = base_sha256(base_folder)
     adapter = load_adapter(model, folder, sha256=sha256)
     adapter.base_folder = base_folder.absolute()
@@ -124,7 +133,7 @@ def merge_folder(model: str | Path, adapter: str | Path, out: str | Path) -> str
     before = base / MERGED
     if before.exists() and read_json(before) == digest:
         raise UserError(f"--model {base}: has this adapter merged in already; a second time would apply it twice")
-    merged, _ = load_adapted(adapter, str(base))
+    merged, _ = load_adapted(adapter, str(base), with_score_head=None)
     changed = len(active_adapter(merged).parts)
     merge(merged, keep=False)
     tokenizer = tokenizer_of(adapter, base)

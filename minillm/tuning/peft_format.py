@@ -32,6 +32,8 @@ from minillm.tuning.virtual_tokens import PEFT_TYPES
 CONFIG, WEIGHTS, BASE = "adapter_config.json", "adapter_model.safetensors", "minillm_base.json"
 ENCODER = "resume/virtual.safetensors"
 PREFIX = "base_model.model."
+SCORE, SCORE_TASK = "score", "SEQ_CLS"  # the head of a reward or value model, and PEFT's name for such a model
+BESIDE_VIRTUAL = "base_model.score.weight"  # PEFT's key of that head beside virtual tokens
 OWN = {"freeze": ("train_layers",), "adapter": ("bottleneck_dim",)}  # unknown to PEFT: options under our names
 VIRTUAL_TYPES = {theirs: kind for kind, theirs in PEFT_TYPES.items()}
 # Fields of a LoRA or IA3 config: those that are read here, and those that have no effect, whatever their value
@@ -46,6 +48,7 @@ KINDS = {  # of the values that are read, where one is given
     "use_dora": bool,
     "ensure_weight_tying": bool,
     "modules_to_save": list[str],
+    "task_type": str,
     "feedforward_modules": list[str],
     "train_layers": str,
 }
@@ -66,15 +69,18 @@ def describe(adapter: Adapter) -> dict:
     shared = {
         "base_model_name_or_path": None if adapter.base_folder is None else str(adapter.base_folder),
         "inference_mode": True,
-        "task_type": "CAUSAL_LM",
+        "task_type": SCORE_TASK if SCORE in adapter.parts else "CAUSAL_LM",
     }
+    in_full = split_names(options.modules_to_save) if options.modules_to_save else []
+    if SCORE in adapter.parts and SCORE not in in_full:
+        in_full.append(SCORE)
     if tune in VIRTUAL:
-        return {**adapter.parts["virtual"].peft_config(), **shared}
+        return {**adapter.parts["virtual"].peft_config(), **shared, "modules_to_save": in_full or None}
     if tune in OWN:
         own = {name: getattr(options, name) for name in OWN[tune]}
         return {"peft_type": f"MINILLM_{tune.upper()}", **own, **shared}
     shared["target_modules"] = split_names(options.target_modules)
-    shared["modules_to_save"] = split_names(options.modules_to_save) if options.modules_to_save else None
+    shared["modules_to_save"] = in_full or None
     if tune == "ia3":
         inputs = [name for name in shared["target_modules"] if name.endswith("down_proj")]
         return {"peft_type": "IA3", "feedforward_modules": inputs, **shared}
@@ -97,10 +103,20 @@ def _shares_weight(adapter: Adapter) -> bool:
     return len({id(parameter) for parameter in parameters}) < len(parameters)
 
 
+def is_of_reward_model(written: dict) -> bool:
+    """Whether an adapter_config.json is that of a model with a score head, which is in the adapter."""
+    return written.get("task_type") == SCORE_TASK
+
+
+def _score_tensors(adapter: Adapter) -> dict[str, Tensor]:
+    """The score head beside virtual tokens, under PEFT's key; {} for a language model."""
+    return {BESIDE_VIRTUAL: adapter.parts[SCORE].weight.detach().clone()} if SCORE in adapter.parts else {}
+
+
 def save_adapter(adapter: Adapter, folder: Path) -> None:
     """Write the files into an existing folder."""
     if adapter.options.tune in VIRTUAL:
-        tensors = adapter.parts["virtual"].peft_tensors()
+        tensors = adapter.parts["virtual"].peft_tensors() | _score_tensors(adapter)
         in_a_checkpoint = (folder / ENCODER).parent.exists()
         if in_a_checkpoint:  # to go on training: PEFT's file has only the encoder's output
             save_file(dict(adapter.parts["virtual"].state_dict()), folder / ENCODER)
@@ -155,7 +171,10 @@ def to_options(written: dict, model: Transformer, source: str) -> TuningConfig:
     if written.get("ensure_weight_tying") and model.config.tie_embeddings and "embed_tokens" in targets:
         # PEFT then adapts the head by the same matrices, transposed
         targets = list(dict.fromkeys([*targets, "lm_head"]))
-    saved = ",".join(written.get("modules_to_save") or ()) or None
+    in_full = written.get("modules_to_save") or ()
+    if is_of_reward_model(written):  # its head is trained in full anyway; PEFT lists other names of heads, too
+        in_full = [name for name in in_full if name not in (SCORE, "classifier")]
+    saved = ",".join(in_full) or None
     shared = {"target_modules": ",".join(targets), "modules_to_save": saved}
     if kind == "IA3":
         return _tuning_config(source, tune="ia3", **shared)
@@ -204,7 +223,7 @@ def _targets_of(wanted: list[str] | str | None, model: Transformer, source: str)
     """Paths of what PEFT's target_modules mean: ends of paths, "all-linear", or a regular expression."""
     linears = linear_paths(model)
     if wanted == "all-linear":
-        return [path for path in linears if path != "lm_head"]
+        return [path for path in linears if path not in ("lm_head", SCORE)]
     targets = []
     if isinstance(wanted, str):
         names = {huggingface.export_name(path): path for path in [*linears, "embed_tokens"]}
@@ -285,6 +304,9 @@ def read_tensors(adapter: Adapter, folder: str | Path) -> None:
     got = tensor_files.load_tensors(path)
     if adapter.options.tune in VIRTUAL:
         virtual, kept = adapter.parts["virtual"], Path(folder) / ENCODER
+        if SCORE in adapter.parts:
+            stored = {key: got.pop(key) for key in (BESIDE_VIRTUAL,) if key in got}
+            _copy_tensors({BESIDE_VIRTUAL: adapter.parts[SCORE].weight}, stored, path)
         if virtual.encoder == "none" or not kept.exists():
             for key, tensor in got.items():
                 tensor_files.check_finite(key, tensor, path)

@@ -80,6 +80,7 @@ def matching_targets(model: Transformer, text: str, source: str = "--target_modu
 
     modules = dict(base_modules(model))
     known = [path for path, module in modules.items() if isinstance(module, LINEAR) or path == "embed_tokens"]
+    known = [path for path in known if path != "score"]  # which is trained in full
     for name in split_names(text):
         others = [path for path in modules if path and name and matches(path, name.removeprefix("model."))]
         if others and not set(others) & set(known):
@@ -142,7 +143,7 @@ def _layers_of(model: Transformer, item: str, text: str) -> set[str]:
     if item == "embed":
         return {path for path, module in model.named_modules() if isinstance(module, nn.Embedding)}
     if item == "head":
-        return {"lm_head"}
+        return {"score" if model.config.score_head else "lm_head"}
     if item == "norms":
         return {path for path, module in model.named_modules() if isinstance(module, NORM)}
     raise UserError(
