@@ -85,7 +85,12 @@ def test_the_loss_begins_at_log_2(folder, tune):
 
 
 def test_thirty_two_pairs_are_learned(folder):
-    train(folder, "few", "--steps 40 --batch_size 32 --micro_batch_size 32 --sft_weight 0 --lr 2e-2", data="few")
+    train(
+        folder,
+        "few",
+        "--steps 40 --batch_size 32 --micro_batch_size 32 --sft_weight 0 --lr 1e-2 --beta 0.3",
+        data="few",
+    )
     last = [row for row in launch.rows(folder / "few") if "loss" in row][-1]
     assert last["accuracy"] == 1.0
     assert last["loss"] < 0.5
