@@ -76,7 +76,12 @@ def is_right(row: dict, answer: str) -> bool:
 
     exact: the same text up to spaces and final punctuation; number: the same last number; words: the same set.
     """
-    compared = CHECKS[row.get("check", "exact")]
-    expected = compared(row["messages"][-1]["content"])
+    return agrees(row.get("check", "exact"), row["messages"][-1]["content"], answer)
+
+
+def agrees(check: str, right_answer: str, answer: str) -> bool:
+    """Whether an answer equals the right one by the rule `check`, a name in CHECKS."""
+    compared = CHECKS[check]
+    expected = compared(right_answer)
     given = compared(answer)
     return given is not None and expected == given
