@@ -22,11 +22,11 @@ from torch import Tensor
 
 from data import bundled
 from minillm.alignment import reference as reference_policy
-from minillm.alignment.held_out import HeldOut
 from minillm.alignment.log_probs import Policy
 from minillm.alignment.options import AlignmentConfig
-from minillm.alignment.preference_loss import DIVERGENCES, LOSSES, SORTS_THE_STEP, losses_knowing
-from minillm.alignment.preference_step import (
+from minillm.alignment.preferences.held_out import HeldOut
+from minillm.alignment.preferences.losses import DIVERGENCES, LOSSES, SORTS_THE_STEP, losses_knowing
+from minillm.alignment.preferences.step import (
     Measured,
     Objective,
     Totals,

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from minillm.alignment.log_probs import answer_log_probs
-from minillm.alignment.preference_loss import Loss, LossOptions, Pairs, kto, kto_reference_point
+from minillm.alignment.preferences.losses import Loss, LossOptions, Pairs, kto, kto_reference_point
 from minillm.alignment.reference import Reference
 from minillm.datasets.batch import Batch
 from minillm.datasets.instructions import collate
