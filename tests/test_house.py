@@ -42,7 +42,7 @@ BUDGET = {
     "generation": 4_000,
     "evaluation": 4_500,
     "training": 13_800,
-    "alignment": 12_000,
+    "alignment": 18_000,
     "commands": 12_200,
     "scripts": 14_000,
 }
