@@ -42,7 +42,7 @@ BUDGET = {
     "generation": 4_000,
     "evaluation": 4_500,
     "training": 13_800,
-    "alignment": 12_000,
+    "alignment": 14_500,
     "commands": 13_200,  # pairs judged by a reward model, the best of n
     "scripts": 14_000,
 }
