@@ -42,8 +42,8 @@ BUDGET = {
     "generation": 4_000,
     "evaluation": 4_500,
     "training": 13_800,
-    "alignment": 14_500,
-    "commands": 13_200,  # pairs judged by a reward model, the best of n
+    "alignment": 14_000,
+    "commands": 13_800,  # pairs judged by a reward model, the best of n
     "scripts": 14_000,
 }
 MOST_FILES = 15  # of one folder, besides its __init__.py

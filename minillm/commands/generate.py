@@ -7,9 +7,9 @@ highest reward is printed.
 import sys
 from dataclasses import dataclass
 
-from minillm.alignment.best_of import Asking, best_of, load_judge
 from minillm.base.options import option, part
 from minillm.base.printing import print_text
+from minillm.commands.best_of import Asking, best_of, load_judge
 from minillm.commands.model_options import (
     ModelOptions,
     OutputOptions,
