@@ -42,7 +42,7 @@ BUDGET = {
     "generation": 4_000,
     "evaluation": 4_500,
     "training": 13_800,
-    "alignment": 14_000,
+    "alignment": 18_000,
     "commands": 13_800,  # pairs judged by a reward model, the best of n
     "scripts": 14_000,
 }
