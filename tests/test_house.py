@@ -43,7 +43,7 @@ BUDGET = {
     "evaluation": 4_500,
     "training": 13_800,
     "alignment": 18_000,
-    "commands": 12_200,
+    "commands": 13_800,  # pairs judged by a reward model, the best of n
     "scripts": 14_000,
 }
 MOST_FILES = 15  # of one folder, besides its __init__.py
