@@ -5,27 +5,20 @@ to be learned, cut if they are too long (fitting.py), and these samples become X
 `InstructionRows` does this for whole files and packs several samples into a row of a batch.
 """
 
-import hashlib
 import math
-import os
-import zlib
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from minillm.base.errors import UserError
 from minillm.datasets.batch import Batch
-from minillm.datasets.files.json_rows import Reading, numbered_lines, open_rows, parse_line
+from minillm.datasets.files.row_files import PLACE, RowFiles
 from minillm.datasets.fitting import ANSWER, PROMPT, TURNS, fit
 from minillm.datasets.messages import conversations
 from minillm.datasets.packing import fill_ratio, pack, shuffled
 
 KEPT_TOKENS = 1 << 25  # data up to this size stays in memory as ids, 5 bytes each (160 MiB)
-FIRST_TEXTS = 1 << 16  # characters
-KEYS_NAMED = 8  # of those that were not used, the most frequent
 NO_ROOM = "no room for an answer"
 
 
@@ -65,13 +58,10 @@ def collate(rows: list[list[tuple[np.ndarray, np.ndarray]]], width: int, pad_id:
 
 # ---- The data set.
 
-PLACE = np.dtype(  # of a sample, in an index of all samples
+SAMPLE = np.dtype(  # a sample in the index of all samples: the place of its row, and
     [
-        ("file", np.int32),  # its number
-        ("offset", np.int64),  # of the line in the file, in bytes
-        ("size", np.int64),  # of the line, in bytes
-        ("crc32", np.uint32),  # of the line
-        ("conversation", np.int32),  # its number in the line
+        *PLACE.descr,
+        ("conversation", np.int32),  # its number in the row
         ("length", np.int32),  # tokens
     ]
 )
@@ -101,22 +91,22 @@ class InstructionRows:
         (Tokenizer.encode_chat). packing: several samples a row. reading: on_bad_line and encoding, see `Reading`.
         Raises UserError.
         """
-        self.reading = Reading(**reading)
         if seq_len < 1:
             raise UserError(f"--seq_len {seq_len}: a row needs at least 1 position; raise it")
         tokenizer.encode_chat([{"role": "user", "content": ""}], template=template)  # raises if the template is unknown
-        self.paths = [Path(paths)] if isinstance(paths, str | Path) else [Path(path) for path in paths]
         self.tokenizer = tokenizer
         self.seq_len = seq_len
         self.seed = seed
         self.template = template
         self.packing = packing
 
-        self.files = [open_rows(path, self.reading.encoding) for path in self.paths]
-        self.first_texts: list[str] = []  # of each file, about FIRST_TEXTS characters
+        self.files = RowFiles(paths, **reading)
+        self.paths = self.files.paths
+        self.counts = self.files.counts
+        self.first_texts = self.files.first_texts
         self._scan()
         if not len(self.index):
-            raise UserError(f"{', '.join(map(str, self.paths))}: nothing left to learn from ({self.summary()})")
+            raise UserError(f"{self.files.names}: nothing left to learn from ({self.summary()})")
         lengths = self.index["length"].astype(np.int64)
         self.begins = np.cumsum(lengths) - lengths  # of each sample in ids and learn
         self.epochs: dict[int, list[np.ndarray]] = {}  # the rows of the last two epochs asked for
@@ -167,10 +157,7 @@ class InstructionRows:
         if n_kept and self.packing:
             full = fill_ratio(self._widths(), self.rows_per_epoch, self.seq_len)
             line += f"; packed into {self.rows_per_epoch:,} rows of {self.seq_len}, {full:.1%} full"
-        if self.not_used:
-            named = [f"{key} ({n_rows:,} rows)" for key, n_rows in self.not_used.most_common(KEYS_NAMED)]
-            more = len(self.not_used) - len(named)
-            line += f"; keys not used: {', '.join(named)}" + (f" and {more:,} more" if more else "")
+        line += self.files.keys_not_used()
         if 2 * counts["cut"] > n_kept:
             line += f"\nmost examples were cut: a longer --seq_len than {self.seq_len} would learn more of them"
         return line
@@ -198,12 +185,7 @@ class InstructionRows:
             begin = self.begins[number]
             end = begin + place["length"]
             return self.ids[begin:end], self.learn[begin:end]
-        path, file = self.paths[place["file"]], self.files[place["file"]]
-        file.seek(place["offset"])
-        line = file.read(place["size"])
-        if zlib.crc32(line) != place["crc32"]:
-            raise UserError(f"{path} has changed at byte {place['offset']} since it was first read; start again")
-        messages = conversations(parse_line(line))[place["conversation"]]
+        messages = conversations(self.files.row_at(place))[place["conversation"]]
         ids, learn, _ = self._fit(messages)
         return ids, learn
 
@@ -213,56 +195,28 @@ class InstructionRows:
     # ---- The first pass.
 
     def _scan(self) -> None:
-        """Reads every row; sets index, ids and learn (empty above KEPT_TOKENS), counts, not_used, fingerprint."""
-        self.counts = Counter()
-        self.not_used = Counter()  # key that holds text → rows
-        index = bytearray()  # PLACE of each sample
-        ids = bytearray()  # int32
-        learn = bytearray()  # bool
-        digest = hashlib.sha256()
-        size = sum(file.seek(0, os.SEEK_END) for file in self.files)
-        bar = tqdm(
-            total=size, desc="reading instructions", unit="B", unit_scale=True, delay=2, leave=False, disable=None
-        )
-        for file_number, file in enumerate(self.files):
-            file.seek(0)
-            self.n_wanted = FIRST_TEXTS  # characters of this file, for `first_texts`
-            for line_number, offset, line in numbered_lines(file):
-                digest.update(line)
-                bar.update(len(line))
-                place = (file_number, offset, len(line), zlib.crc32(line))
-                for number, (sample_ids, sample_learn) in self._samples_of(line, file_number, line_number):
-                    index += np.array((*place, number, len(sample_ids)), dtype=PLACE).tobytes()
-                    if len(learn) <= KEPT_TOKENS:
-                        ids += sample_ids.tobytes()
-                        learn += sample_learn.tobytes()
-        bar.close()
-        if len(learn) > KEPT_TOKENS:
-            ids, learn = b"", b""
-        self.index = np.frombuffer(index, dtype=PLACE)
-        self.ids = np.frombuffer(ids, dtype=np.int32)
-        self.learn = np.frombuffer(learn, dtype=bool)
-        self.fingerprint = digest.hexdigest()
+        """Reads every row; sets index, ids and learn (empty above KEPT_TOKENS), fingerprint."""
+        self.index = bytearray()  # SAMPLE of each sample
+        self.ids = bytearray()  # int32
+        self.learn = bytearray()  # bool
+        self.files.scan(self._read, "instructions")
+        if len(self.learn) > KEPT_TOKENS:
+            self.ids, self.learn = b"", b""
+        self.index = np.frombuffer(self.index, dtype=SAMPLE)
+        self.ids = np.frombuffer(self.ids, dtype=np.int32)
+        self.learn = np.frombuffer(self.learn, dtype=bool)
+        self.fingerprint = self.files.fingerprint
 
-    def _samples_of(self, line: bytes, file_number: int, line_number: int) -> list[tuple[int, tuple]]:
-        """(number of the conversation, (ids, learn)) of each sample in a line that has something to learn; counts."""
+    def _read(self, row: object, place: tuple) -> None:
+        """Keeps the samples of one row that have something to learn; counts."""
         not_used: set[str] = set()
-        try:
-            talks = conversations(parse_line(line), not_used)
-            fitted = [self._fit(messages) for messages in talks]
-        except UserError as reason:
-            if self.reading.on_bad_line == "error":
-                path = self.paths[file_number]
-                raise UserError(f"{path}, row {line_number}: {reason}; fix it, or give --on_bad_line skip") from None
-            self.counts["bad rows"] += 1
-            return []
-        self.counts["rows"] += 1
-        self.not_used.update(sorted(not_used))
+        talks = conversations(row, not_used)
+        fitted = [self._fit(messages) for messages in talks]
+
+        # nothing is kept before this line, so that a bad row leaves no trace
+        self.files.not_used.update(sorted(not_used))
         self.counts["examples"] += len(talks)
-        for message in (message for messages in talks for message in messages if self.n_wanted > 0):
-            self.first_texts.append(message["content"])
-            self.n_wanted -= len(message["content"])
-        samples = []
+        self.files.keep_texts([message["content"] for messages in talks for message in messages])
         for number, (messages, (ids, learn, cut)) in enumerate(zip(talks, fitted, strict=True)):
             n_questions = sum(message["role"] == "user" for message in messages)
             self.counts["turns"] = max(self.counts["turns"], n_questions)
@@ -272,8 +226,10 @@ class InstructionRows:
             self.counts["cut"] += bool(cut)
             self.counts.update(cut)
             self.counts["learned"] += int(learn.sum())
-            samples.append((number, (ids, learn)))
-        return samples
+            self.index += np.array((*place, number, len(ids)), dtype=SAMPLE).tobytes()
+            if len(self.learn) <= KEPT_TOKENS:
+                self.ids += ids.tobytes()
+                self.learn += learn.tobytes()
 
 
 def _why_nothing_is_learned(messages: list[dict]) -> str:

@@ -12,7 +12,6 @@ import hashlib
 import json
 import math
 from array import array
-from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,7 +27,6 @@ from minillm.datasets.instructions import collate
 from minillm.datasets.packing import shuffled
 from minillm.datasets.preference_forms import Preference, preference
 
-KEYS_NAMED = 8  # of those that were not used, the most frequent
 MOST_NOISE = 0.5  # beyond it most labels would be wrong
 DROPPED = ("equal answers", "duplicates", "empty answers", "too long", "prompts differ", "equal scores")
 NOISE = 0x6E6F697365  # key of the draws of label noise, apart from those of the order
@@ -212,17 +210,12 @@ class PreferenceRows:
                 line += f"; {n_margins:,} with a margin"
         if self.label_noise:
             line += f"; {self.n_swapped:,} labels swapped (--label_noise {self.label_noise:g})"
-        if self.not_used:
-            named = [f"{key} ({n_rows:,} rows)" for key, n_rows in self.not_used.most_common(KEYS_NAMED)]
-            more = len(self.not_used) - len(named)
-            line += f"; keys not used: {', '.join(named)}" + (f" and {more:,} more" if more else "")
-        return line
+        return line + self.files.keys_not_used()
 
     # ---- The first pass.
 
     def _scan(self) -> None:
-        """Reads every row; sets the arrays below, `kinds`, `not_used`, and the fingerprints."""
-        self.not_used = Counter()  # key that holds text → rows
+        """Reads every row; sets the arrays below, `kinds`, and the fingerprints."""
         self.seen: set[bytes] = set()  # digests of pairs
         self.kind_codes: dict[str, int] = {}
         self.ids = array("i")  # of all answers, each with its prompt
@@ -257,7 +250,7 @@ class PreferenceRows:
         encoded = [encode_messages(talk, self.tokenizer, self.template) for talk in found.talks]
 
         # nothing is kept before this line, so that a bad row leaves no trace
-        self.not_used.update(sorted(unused))
+        self.files.not_used.update(sorted(unused))
         self.counts["equal scores"] += found.n_ties
         self.counts["turns"] = max(
             self.counts["turns"], *(sum(message["role"] == "user" for message in talk) for talk in found.talks)

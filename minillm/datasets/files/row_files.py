@@ -14,6 +14,7 @@ from minillm.base.errors import UserError
 from minillm.datasets.files.json_rows import Reading, numbered_lines, open_rows, parse_line
 
 FIRST_TEXTS = 1 << 16  # characters
+KEYS_NAMED = 8  # of those that were not used, the most frequent
 PLACE = np.dtype(  # of a row
     [
         ("file", np.int32),  # its number
@@ -26,7 +27,8 @@ PLACE = np.dtype(  # of a row
 
 class RowFiles:
     """Files of rows. counts: "rows" read and "bad rows" skipped; first_texts: of each file, about FIRST_TEXTS
-    characters of what `keep_texts` was given; fingerprint: SHA-256 of all lines. The three are there after `scan`.
+    characters of what `keep_texts` was given; not_used: key that holds text and was not read → rows; fingerprint:
+    SHA-256 of all lines. They are there after `scan`.
     """
 
     def __init__(self, paths: str | Path | list[str | Path], **reading):
@@ -35,6 +37,7 @@ class RowFiles:
         self.paths = [Path(paths)] if isinstance(paths, str | Path) else [Path(path) for path in paths]
         self.files = [open_rows(path, self.reading.encoding) for path in self.paths]
         self.counts = Counter()
+        self.not_used = Counter()
         self.first_texts: list[str] = []
 
     @property
@@ -76,6 +79,14 @@ class RowFiles:
             if self.n_wanted > 0:
                 self.first_texts.append(text)
                 self.n_wanted -= len(text)
+
+    def keys_not_used(self) -> str:
+        """The end of a summary: the most frequent keys in `not_used`; empty if there is none."""
+        if not self.not_used:
+            return ""
+        named = [f"{key} ({n_rows:,} rows)" for key, n_rows in self.not_used.most_common(KEYS_NAMED)]
+        more = len(self.not_used) - len(named)
+        return f"; keys not used: {', '.join(named)}" + (f" and {more:,} more" if more else "")
 
     def row_at(self, place: np.void) -> object:
         """A row again. Raises UserError if its line is not what it was."""

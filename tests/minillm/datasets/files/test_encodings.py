@@ -88,7 +88,7 @@ def test_instructions_and_questions_in_another_encoding(tmp_path):
         with pytest.raises(UserError, match=r"rows\.jsonl: not UTF-8 but, as it seems, GB18030"):
             read()
     rows = InstructionRows(path, Numbers(), 16, encoding="gbk")
-    assert rows.counts["learned"] == 2 and rows.not_used == {"note": 1}
+    assert rows.counts["learned"] == 2 and rows.files.not_used == {"note": 1}
     assert read_questions(path, encoding="gbk")[0]["note"] == row["note"]
     with pytest.raises(UserError, match="--encoding gbkk: no known encoding"):
         InstructionRows(path, Numbers(), 16, encoding="gbkk")
