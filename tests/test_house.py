@@ -51,7 +51,7 @@ MOST_LINES = {"file": 300, "function": 60}
 MOST_PARAMETERS = 7  # besides self; not of kernels and ops, whose parameters are those of the formula
 
 OPTIONAL = {"matplotlib", "tensorboard", "pyarrow", "transformers", "peft", "gguf", "liger_kernel", "flash_attn"}
-OPTIONAL |= {"bitsandbytes", "tokenizers", "jinja2"}
+OPTIONAL |= {"bitsandbytes", "tokenizers", "jinja2", "trl", "datasets"}
 SOURCES = sorted(
     [
         *(path for folder in ("minillm", "kernels", "data/world") for path in (ROOT / folder).rglob("*.py")),

@@ -83,7 +83,7 @@ def over_same_weights(model: Transformer) -> Transformer:
 
 
 def share_equal_weights(model: Transformer, base: Transformer) -> int:
-    """Let a frozen model use a base's own tensors wherever it holds equal ones; returns how many bytes that frees.
+    """Let a frozen model use a base's own frozen tensors where it holds equal ones; returns how many bytes that frees.
 
     So a reward model that is an adapter over the policy's base costs its adapter alone. Both keep their adapters.
     """
@@ -92,8 +92,9 @@ def share_equal_weights(model: Transformer, base: Transformer) -> int:
         tensors = dict(base.named_parameters())
         for name, parameter in model.named_parameters():
             own = tensors.get(name)
-            is_equal = own is not None and own.dtype == parameter.dtype and torch.equal(own.data, parameter.data)
-            if is_equal and own.data_ptr() != parameter.data_ptr():
+            if own is None or own.requires_grad or own.dtype != parameter.dtype:
+                continue
+            if own.data_ptr() != parameter.data_ptr() and torch.equal(own.data, parameter.data):
                 freed += parameter.nbytes
                 parameter.data = own.data
     return freed

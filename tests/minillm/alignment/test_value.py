@@ -156,3 +156,9 @@ def test_a_reward_model_over_the_same_base_costs_its_adapter_alone():
     assert torch.equal(reward_model(tokens), before)
     assert share_equal_weights(reward_model, policy) == 0
     assert share_equal_weights(other, policy) < n_layers / 10  # only norms are equal
+
+
+def test_a_reward_model_never_shares_what_is_trained():
+    policy, reward_model = small_model(), small_model()
+    reward_model.requires_grad_(False)
+    assert share_equal_weights(reward_model, policy) == 0
