@@ -5,9 +5,9 @@
 
 A folder holds text/{train,val}.jsonl ({"text", "bits"}), the token bins with their tokenizer (`data/prepare.py`),
 val_bits.npy (float64, one a validation document: its exact information in bits, the floor of validation loss),
-sft_train.jsonl and sft_heldout.jsonl (`data/world/instructions.py`), and requests_train.jsonl and
-requests_heldout.jsonl (`data/world/requests.py`). world.json tells which version of the generator has written them;
-another version writes them anew.
+sft_{train,heldout}.jsonl (`data/world/instructions.py`), requests_{train,heldout}.jsonl (`data/world/requests.py`), and
+preferences_{train,heldout}.jsonl (`data/world/preferences.py`). world.json tells which version of the generator has
+written them; another version writes them anew.
 
 Read next: data/world/texts.py, where the texts come from; data/prepare.py, what turns text into token bins.
 """
@@ -30,6 +30,7 @@ from data.bin_writer import NUMBERED, read_json
 from data.bin_writer import SPLITS as SPLITS_OF_TEXT
 from data.prepare import prepare
 from data.world.instructions import SPLITS, instructions
+from data.world.preferences import preferences
 from data.world.requests import requests
 from data.world.texts import documents
 from data.world.words import WORDS_ZH
@@ -49,9 +50,15 @@ SIZES = {
     "sft_heldout": 960,  # 120 of each family
     "requests_train": 8_000,
     "requests_heldout": 600,
+    "preferences_train": 20_000,
+    "preferences_heldout": 2_000,
     "vocab_size": 2048,
 }
-ROWS = {"sft": instructions, "requests": requests}  # file → the endless rows of a seed and a split
+ROWS = {
+    "sft": instructions,
+    "requests": requests,
+    "preferences": preferences,
+}  # file → the endless rows of a seed and a split
 FILES = (
     "meta.json",
     "world.json",
@@ -152,7 +159,7 @@ def build(folder: str | Path = FOLDER) -> None:
         for name in (*FILES, "tokenizer.model", "tokenizer.json", *bins):
             (folder / name).unlink(missing_ok=True)
 
-        # Texts with their bits, then instructions and requests.
+        # Texts with their bits, then instructions, requests and preferences.
         train_bits = write_documents(text / "train.jsonl", SEEDS["train"], size=SIZES["train_bytes"])
         val_bits = write_documents(text / "val.jsonl", SEEDS["val"], count=SIZES["val_documents"])
         write_file(folder / "val_bits.npy", partial(_save_array, np.array(val_bits)))

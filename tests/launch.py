@@ -162,7 +162,9 @@ def free_port() -> int:
 def server():
     """Gives processes forked from one that has imported the scripts, single-threaded."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["train_pretrain", "train_sft", "torch._dynamo"])  # which optimizers import
+    context.set_forkserver_preload(
+        ["train_pretrain", "train_sft", "train_reward", "train_grpo", "torch._dynamo"]
+    )  # which optimizers import
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys([str(ROOT), os.environ.get("PYTHONPATH", str(ROOT))]))
     return context

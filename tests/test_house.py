@@ -46,7 +46,7 @@ BUDGET = {
     "commands": 12_200,
     "scripts": 14_000,
 }
-MOST_FILES = 14  # of one folder, besides its __init__.py
+MOST_FILES = 15  # of one folder, besides its __init__.py
 MOST_LINES = {"file": 300, "function": 60}
 MOST_PARAMETERS = 7  # besides self; not of kernels and ops, whose parameters are those of the formula
 

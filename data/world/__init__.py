@@ -15,6 +15,8 @@ Read the files in this order:
     instructions.py     questions, requests and follow-up questions as rows
     scene.py            what holds at each point of a story
     reader.py           reads a story, and says which wishes it meets: the true reward
+    swaps.py            a word for another of its kind
+    preferences.py      pairs of a right and a wrong answer
 
 data/bundled.py writes texts and rows into a folder.
 """

@@ -321,14 +321,19 @@ def score(wishes: dict, text: str) -> float:
 
 
 def reward(prompts: list[str], answers: list[str], rows: list[dict]) -> list[float]:
-    """The true reward of each answer, in [0, 1]: by the row's "wishes", or 1 if it equals "answer" under "check"."""
+    """The true reward of each answer, in [0, 1]: by the row's "wishes", else 1 if it is right.
+
+    Right is what equals the row's "answer", or "chosen", by the rule in "check" (exact, if there is none).
+    Raises UserError if a row has none of them.
+    """
     return [reward_of(answer, row) for answer, row in zip(answers, rows, strict=True)]
 
 
 def reward_of(answer: str, row: dict) -> float:
     if "wishes" in row:
         return score(row["wishes"], answer)
-    if "answer" not in row:
-        raise UserError(f"a row with the keys {', '.join(row)}: the bundled world's reward needs wishes, or answer")
-    right = {"check": row.get("check", "exact"), "messages": [{"role": "assistant", "content": row["answer"]}]}
+    expected = row.get("answer", row.get("chosen"))
+    if expected is None:
+        raise UserError(f"a row with the keys {', '.join(row)}: the bundled world's reward needs wishes or an answer")
+    right = {"check": row.get("check", "exact"), "messages": [{"role": "assistant", "content": expected}]}
     return float(is_right(right, answer))

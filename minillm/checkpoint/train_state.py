@@ -35,6 +35,7 @@ KINDS = {  # of what a state may hold besides its step
     "optimizer": dict[str, dict],
     "scaler": dict[str, float],
     "scalers": dict[str, dict],  # of models beside it
+    "score_scale": dict[str, float],  # of a reward model
     "beta": float,  # of PPO, if it follows a target
     "fingerprints": dict[str, str],
     "config": dict,

@@ -11,7 +11,6 @@ answers is read as two rows of instructions that differ in their last message.
     {prompt, completion, label}             one answer, and whether it is wanted (KTO, Ethayarajh et al. 2024)
 """
 
-import math
 import re
 from typing import NamedTuple
 
@@ -36,6 +35,7 @@ from minillm.datasets.messages import (
 PAIR = ("chosen", "rejected")
 ANSWER_LISTS = ("responses", "completions", "answers", "output")  # keys of a list of texts, best first
 NOT_READ = ("rank", "ranks", "ranking", "rankings")  # an order of its own: refused
+LARGEST = 1e30  # of scores and margins, which become fp32
 TURN = re.compile(r"(?:^|\n\n)(Human|Assistant):")  # in a text of hh-rlhf (Bai et al. 2022)
 HH_ROLES = {"Human": USER, "Assistant": ASSISTANT}
 
@@ -194,7 +194,8 @@ def _check_prompt(prompt: object, whole: list[dict]) -> None:
         given = [message.get("content", message.get("value")) for message in prompt if isinstance(message, dict)]
         is_there = given == said[: len(given)]
     else:
-        is_there = prompt is None or prompt in said or TURN.match(prompt.lstrip()) is not None
+        is_turns = isinstance(prompt, str) and TURN.match(prompt.lstrip())
+        is_there = prompt is None or prompt in said or is_turns
     if not is_there:
         raise UserError("its prompt is not in the conversation of its answer; take out one of the two")
 
@@ -235,7 +236,7 @@ def _all_texts(values: list) -> bool:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, int | float) and not isinstance(value, bool) and -LARGEST <= value <= LARGEST
 
 
 def _kind(value: object) -> str:

@@ -32,14 +32,16 @@ class Start(NamedTuple):
     tokenizer: Tokenizer
 
 
-def find_start(training_config, device: torch.device, share: float):
+def find_start(training_config, device: torch.device, share: float, score_head: bool = False):
     """(the options with optimizer, learning rate and weight decay filled in, the `Start`) of a run from --init_from.
 
-    share: of pretraining's learning rate, see `choose_optimizer`. Raises `UserError` if model and tokenizer do not
-    belong together, if the machine cannot hold what is trained, or if --seq_len is beyond the model's context.
+    share: of pretraining's learning rate, see `choose_optimizer`. score_head: whether a reward model is trained, from a
+    language model or from another reward model, which is refused without. Raises `UserError` if model and tokenizer do
+    not belong together, if the machine cannot hold what is trained, or if --seq_len is beyond the model's context.
     """
     init = find_init(training_config)
-    model_config = dataclasses.replace(huggingface.load_config(init), dropout=training_config.dropout)
+    stored = huggingface.load_config(init, with_score_head=None if score_head else False)
+    model_config = dataclasses.replace(stored, dropout=training_config.dropout, score_head=score_head)
     tokenizer = Tokenizer.load(init)
     huggingface.check_vocabulary(model_config, tokenizer, init)
     check_memory(training_config, model_config, device)

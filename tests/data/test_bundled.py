@@ -15,7 +15,7 @@ from minillm.tokenizer.tokenizer import Tokenizer
 @pytest.fixture
 def small(monkeypatch):
     sizes = {"train_bytes": 150_000, "val_documents": 40, "sft_train": 300, "sft_heldout": 70, "vocab_size": 700}
-    sizes |= {"requests_train": 30, "requests_heldout": 20}
+    sizes |= {"requests_train": 30, "requests_heldout": 20, "preferences_train": 40, "preferences_heldout": 10}
     monkeypatch.setattr(bundled, "SIZES", sizes)
 
 
@@ -46,7 +46,9 @@ def test_build(small, tmp_path, capsys):
     assert (len(train), len(held_out)) == (300, 70)
     questions = {tuple(bundled.texts_of(row)[:-1]) for row in train + held_out}
     assert len(questions) == 370
-    assert len(lines(folder / "requests_train.jsonl")) == 30 and len(lines(folder / "requests_heldout.jsonl")) == 20
+    for name in ("requests", "preferences"):
+        prompts = [row["prompt"] for split in ("train", "heldout") for row in lines(folder / f"{name}_{split}.jsonl")]
+        assert len(set(prompts)) == len(prompts) == 50
 
     capsys.readouterr()
     before = (folder / "meta.json").stat().st_mtime_ns

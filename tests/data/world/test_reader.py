@@ -143,7 +143,9 @@ def test_the_reward_of_rows():
         {"answer": "In the park.", "check": "exact"},
         {"answer": "7", "check": "number"},
         {"answer": "7", "check": "number"},
+        {"chosen": "In the park.", "rejected": "In the garden."},
     ]
-    assert reward([""] * 4, [STORY, "In the park", "It is 7.", "8"], rows) == [1.0, 1.0, 1.0, 0.0]
-    with pytest.raises(UserError, match=r"keys prompt.*needs wishes, or answer"):
+    answers = [STORY, "In the park", "It is 7.", "8", "In the garden."]
+    assert reward([""] * 5, answers, rows) == [1.0, 1.0, 1.0, 0.0, 0.0]
+    with pytest.raises(UserError, match=r"keys prompt.*needs wishes or an answer"):
         reward([""], [""], [{"prompt": ""}])

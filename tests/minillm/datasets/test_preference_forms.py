@@ -1,9 +1,12 @@
 """Each form in which preferences are written down, read into conversations and pairs of them."""
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from minillm.base.errors import UserError
 from minillm.datasets.preference_forms import preference
+from minillm.datasets.prompts import prompt_of
 from tests.minillm.datasets.test_instructions import talk
 
 
@@ -141,6 +144,8 @@ def test_two_conversations_with_other_prompts_are_read_and_not_compared_here():
         ({"prompt": "p", "responses": ["a", "b"], "scores": [1]}, "'scores' is no list of 2 numbers"),
         ({"prompt": "p", "responses": ["a", "b"], "scores": [1, "2"]}, "'scores' is no list of 2 numbers"),
         ({"prompt": "p", "responses": ["a", "b"], "scores": [1, float("nan")]}, "'scores' is no list of 2 numbers"),
+        ({"prompt": "p", "responses": ["a", "b"], "scores": [1, 10**400]}, "'scores' is no list of 2 numbers"),
+        ({"prompt": 3, "chosen": talk("p", "w"), "rejected": "l"}, "its prompt is not in the conversation"),
         ({"prompt": "p", "responses": ["a", "b"], "ranking": [1, 0]}, "'ranking' is not read in preferences"),
         ({"prompt": "p", "responses": ["a", "b"], "margin": 1}, "'margin' belongs to a pair"),
         ({"prompt": "p", "completion": "w", "label": 2}, "'label' is 2; a label is true or false"),
@@ -155,3 +160,39 @@ def test_what_is_wrong_is_said(row, reason):
     with pytest.raises(UserError) as error:
         preference(row)
     assert reason in str(error.value)
+
+
+# ---- rows of any kind
+
+MESSAGE_KEYS = ("role", "content", "from", "value", "learn")
+ROW_KEYS = (
+    *("prompt", "instruction", "input", "history", "system", "messages", "conversations", "instances", "chosen"),
+    *("rejected", "margin", "kind", "output", "completion", "responses", "scores", "label", "answer", "reward_model"),
+)
+TEXTS = st.sampled_from(["", " ", "1", "2", "user", "assistant", "\n\nHuman: 1\n\nAssistant: 2", "Human:", "#### 7"])
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers(-2, 3) | st.floats() | TEXTS,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(MESSAGE_KEYS), inner, max_size=3),
+    max_leaves=5,
+)
+MESSAGES = st.lists(
+    st.fixed_dictionaries({"role": st.sampled_from(["user", "assistant", "system", 3]), "content": TEXTS}), max_size=3
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.dictionaries(st.sampled_from(ROW_KEYS), VALUES | TEXTS | MESSAGES, max_size=5) | VALUES)
+def test_any_row_is_read_or_refused_with_a_reason(row):
+    for read in (preference, prompt_of):
+        try:
+            found = read(row)
+        except UserError as problem:
+            assert str(problem) and "\n" not in str(problem)
+            continue
+        if read is prompt_of:
+            messages, columns = found
+            assert messages[-1]["role"] != "assistant" and isinstance(columns.get("answer", ""), str)
+            continue
+        assert all(talk[-1]["role"] == "assistant" for talk in found.talks)
+        assert all(i != j and i < len(found.talks) > j and m >= 0 for i, j, m in found.pairs)
+        assert (found.label is None) == (len(found.talks) > 1)

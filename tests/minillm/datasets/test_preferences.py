@@ -9,6 +9,8 @@ import torch
 
 from minillm.base.errors import UserError
 from minillm.datasets.preferences import PreferenceRows, unpaired
+from minillm.datasets.prompts import PromptRows
+from minillm.tokenizer.train import train_tokenizer
 from tests.minillm.datasets.test_instructions import ASSISTANT, BOS, EOS, PAD, SYSTEM, USER, Numbers, talk, write_jsonl
 
 
@@ -184,7 +186,7 @@ def test_a_bad_row_is_named_or_counted(read):
 # ---- label noise, order, fingerprints
 
 
-MANY = [pair(f"{i // 90 + 1} {i % 90 + 10}", "1", "2", kind="ab"[i % 2]) for i in range(1000)]
+MANY = [pair(f"{i // 90 + 1} {i % 90 + 10}", "1", "2", kind="ab"[i % 2]) for i in range(500)]
 
 
 def chosen_texts(data: PreferenceRows, positions) -> list[int]:
@@ -196,13 +198,13 @@ def chosen_texts(data: PreferenceRows, positions) -> list[int]:
 
 def test_label_noise_swaps_a_share_by_seed_and_number(read):
     data, again, other = (read(MANY, label_noise=0.1, seed=seed) for seed in (5, 5, 6))
-    positions = np.arange(1000)
+    positions = np.arange(500)
     swapped = [text == 2 for text in chosen_texts(data, positions)]
-    assert sum(swapped) == data.n_swapped and abs(data.n_swapped - 100) < 30  # 3 σ
+    assert sum(swapped) == data.n_swapped and abs(data.n_swapped - 50) < 20  # 3 σ
     assert f"{data.n_swapped} labels swapped (--label_noise 0.1)" in data.summary()
     by_number = dict(zip((data.batch(positions).number[::2] // 2).tolist(), swapped, strict=True))
-    epoch_2 = again.batch(positions + 1000)
-    swapped_2 = [text == 2 for text in chosen_texts(again, positions + 1000)]
+    epoch_2 = again.batch(positions + 500)
+    swapped_2 = [text == 2 for text in chosen_texts(again, positions + 500)]
     assert by_number == dict(zip((epoch_2.number[::2] // 2).tolist(), swapped_2, strict=True))
     assert other.n_swapped != data.n_swapped or chosen_texts(other, positions) != chosen_texts(data, positions)
     assert data.fingerprint == again.fingerprint != read(MANY, seed=5).fingerprint
@@ -250,3 +252,42 @@ def test_the_same_from_json_and_csv(read, tmp_path):
 def test_limits(read):
     with pytest.raises(UserError, match="--seq_len 0: a row needs at least 1 position"):
         read(MANY[:1], seq_len=0)
+
+
+# ---- with a tokenizer of text
+
+TALES = [f"Who has the {thing}? Tom has the {thing}. 谁有{thing}？" for thing in ("ball", "cat", "apple")]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    return train_tokenizer(TALES * 30, 400, tmp_path_factory.mktemp("tokenizer"))
+
+
+@pytest.mark.parametrize("template", ["chat", "simple"])
+def test_prompt_and_answer_are_encoded_apart(tmp_path, tokenizer, template):
+    rows = [pair("Who has the", " ball", " balls, Tom"), {"prompt": "Wh", "chosen": "o", "rejected": "om"}]
+    path = write_jsonl(tmp_path / "rows.jsonl", rows)
+    data = PreferenceRows(path, tokenizer, 64, template=template)
+    prompts = PromptRows(path, tokenizer, 64, template=template)
+    asked = {prompt.number: prompt.ids for prompt in prompts.rows(np.arange(2))}
+    answers = data.batch(in_file_order(data))
+    x, y, mask, _ = answers.batch
+    for row, number in enumerate(answers.number.tolist()):
+        first = int(mask[row].int().argmax())
+        text = rows[number // 2][("chosen", "rejected")[number % 2]]
+        assert x[row, : first + 1].tolist() == asked[number // 2]  # what the model is asked with, whatever the answer
+        assert y[row, mask[row]].tolist() == [*tokenizer.encode(text), tokenizer.eos_id]
+
+
+def test_any_template_of_a_folder_ends_both_answers_alike(tmp_path, tokenizer):
+    pytest.importorskip("jinja2")
+    text = (
+        "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] | trim }}{{ eos_token }}{% endfor %}"
+        "{% if add_generation_prompt %}[assistant]{% endif %}"
+    )
+    own = tokenizer.with_settings(add_bos=True, chat_template=text)
+    path = write_jsonl(tmp_path / "rows.jsonl", [pair("Who has the ball?", "Tom", "Tom has the cat.")])
+    y, mask = PreferenceRows(path, own, 64).batch([0]).batch[1:3]
+    assert [y[row][mask[row]][-1].item() for row in (0, 1)] == [own.eos_id] * 2
+    assert [own.decode(y[row][mask[row]].tolist()) for row in (0, 1)] == ["Tom", "Tom has the cat."]

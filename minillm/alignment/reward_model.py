@@ -1,0 +1,85 @@
+"""Reward models: one number for a conversation, read at its last token.
+
+    tokens of prompt and answer → states after the last norm → score at the last token, by its number (r)
+
+That place is counted from the length of the text. To look for the last token that is not padding, as other programs
+do, reads the token before the end of every text where padding and end are the same id.
+"""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from minillm.base.errors import UserError
+from minillm.checkpoint import huggingface, run_folder, train_state
+from minillm.datasets.batch import Batch
+from minillm.model.transformer import Transformer
+from minillm.tokenizer.tokenizer import Tokenizer
+from minillm.tuning import folders
+
+
+def load_reward_model(
+    folder: str | Path,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = torch.float32,
+    tokenizer: Tokenizer | None = None,
+) -> Transformer:
+    """The reward model of a run, a model folder or an adapter (folded into its base), frozen, in evaluation mode.
+
+    dtype: of the weights; None: as they are stored. tokenizer: whose ids it will be given. Raises `UserError` for a
+    language model, and for a reward model with another tokenizer.
+    """
+    folder = run_folder.resolve_checkpoint(folder)
+    if folders.is_adapter(folder):
+        model, base = folders.load_adapted(folder, device=device, dtype=dtype, merged=True, with_score_head=True)
+        own_tokenizer = folders.tokenizer_of(folder, base)
+    else:
+        config = huggingface.load_config(folder, with_score_head=True)
+        model = huggingface.load_model(folder, device=device, dtype=dtype, config=config)
+        own_tokenizer = Tokenizer.load(folder)
+    if tokenizer is not None and own_tokenizer.sha256 != tokenizer.sha256:
+        raise UserError(
+            f"{folder}: the reward model has another tokenizer than the model whose answers it is to judge; train one "
+            "from that model"
+        )
+    huggingface.check_vocabulary(model.config, own_tokenizer, folder)
+    return model.eval().requires_grad_(False)
+
+
+def is_reward_model(folder: Path) -> bool:
+    """Whether a model folder or an adapter's folder is a reward model's."""
+    if folders.is_adapter(folder):
+        return folders.is_of_reward_model(folders.read_config(folder)[0])
+    return huggingface.load_config(folder, with_score_head=None).score_head
+
+
+def score_scale(folder: str | Path) -> tuple[float, float] | None:
+    """Mean and standard deviation of the scores on its training data; None for a folder that does not record them.
+
+    The mean is that of the answers that were preferred, so (r − mean) / std is 0 for the usual good answer, whatever
+    constant training, which sees differences alone, has left in r (Ouyang et al. 2022, arXiv:2203.02155, section 3.5).
+    """
+    folder = run_folder.resolve_checkpoint(folder)
+    if not (folder / "resume").is_dir():
+        return None
+    scale = train_state.read_state(folder).get("score_scale")
+    return None if scale is None else (scale["mean"], scale["std"])
+
+
+def text_lengths(batch: Batch) -> Tensor:
+    """Tokens of each row's text, up to the last token that its mask learns: (B,) int64."""
+    places = torch.arange(batch.y.shape[1], device=batch.y.device)  # (T,)
+    last = (places * batch.mask).amax(dim=1)  # (B,), in y; y[t] is token t + 1
+    return last + 2
+
+
+def last_scores(model: nn.Module, batch: Batch, lengths: Tensor) -> Tensor:
+    """The score of each row's text at its last token, (B,) fp32.
+
+    model: one with a score head, or what `parallelize` makes of it. batch: a text a row, padded on the right. lengths:
+    (B,) int64, tokens of each text, the last of which is a target of the batch (`text_lengths`).
+    """
+    tokens = torch.cat((batch.x[:, :1], batch.y), dim=1)  # (B, T + 1); a text's last token is in y alone
+    scores = model(tokens)  # (B, T + 1)
+    return scores.gather(1, lengths[:, None] - 1).squeeze(1)

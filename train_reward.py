@@ -1,0 +1,258 @@
+"""Train a reward model: a score for each answer, higher for the one that was preferred.
+
+    python train_reward.py                                     newest checkpoint of out/sft, bundled preferences
+    python train_reward.py --data pairs.jsonl --init_from out/mine-sft --out out/mine-reward
+    python train_reward.py --tune lora --out out/reward-lora   few new parameters and the head over a frozen model
+    python train_reward.py --label_noise 0.1                   a tenth of the labels wrong: the best loss is then known
+
+Data: rows of prompt, chosen, rejected and the other forms of docs/preferences.md. The model starts from a language
+model, whose head gives way to one number a text; it is read at the last token. Run the same command again to go on
+where it stopped.
+"""
+
+import shlex
+import sys
+from dataclasses import dataclass
+
+import numpy as np
+
+from data import bundled
+from minillm.alignment.options import AlignmentConfig
+from minillm.alignment.pair_scores import measures, noise_floor, pair_loss, score_pairs, summary_lines
+from minillm.alignment.reward_model import last_scores, text_lengths
+from minillm.base.command_line import parse
+from minillm.base.errors import UserError
+from minillm.base.options import option
+from minillm.base.process import run_script
+from minillm.checkpoint.train_state import fingerprint
+from minillm.datasets.preferences import PreferenceRows
+from minillm.distributed import ranks as distributed
+from minillm.distributed.parallelize import gradients_synced, marked_last, parallelize
+from minillm.model import ops
+from minillm.model.transformer import Transformer
+from minillm.tokenizer.measure import check_round_trip
+from minillm.tokenizer.tokenizer import Tokenizer
+from minillm.training import starting_model
+from minillm.training.config import listed_files, summary, with_steps
+from minillm.training.optim import build_optimizers
+from minillm.training.run import Run, begin
+from minillm.training.step import TrainState
+
+SCALED_ON = 1000  # prompts of the training data by whose answers the scale of the scores is measured
+
+
+@dataclass(frozen=True)
+class Config(AlignmentConfig):
+    data: str = option(
+        f"{bundled.FOLDER}/preferences_train.jsonl",
+        "preference file(s), separated by commas: .jsonl .json (.gz) .parquet .csv",
+        group="run",
+    )
+    out: str = option("out/reward", "the run's folder: checkpoints, metrics.jsonl, curve.png", group="run")
+    steps: int | None = option(
+        None, "optimizer steps; none: as many as --epochs need", at_least=1, group="length and batch"
+    )
+    epochs: float = option(
+        1.0, "passes over the data, if --steps is not given", at_least=0.001, at_most=1e6, group="length and batch"
+    )
+    batch_size: int = option(
+        16,
+        "prompts per optimizer step, over all ranks, each with all its answers",
+        at_least=1,
+        group="length and batch",
+    )
+    lr: float | None = option(
+        None,
+        "peak learning rate; none: a quarter of what pretraining takes, or what suits the adapter",
+        at_least=0,
+        group="optimizer",
+    )
+    center: float = option(
+        0.01, "weight of (r_chosen + r_rejected)², which keeps the scores around 0", at_least=0, group="reward"
+    )
+    label_noise: float = option(
+        0.0,
+        "probability with which chosen and rejected change places, held-out ones too",
+        at_least=0,
+        at_most=0.5,
+        group="reward",
+    )
+    eval_data: str | None = option(
+        None, "held-out preferences; none: the bundled ones, if bundled data is used", group="data"
+    )
+    eval_rows: int = option(2000, "of how many held-out prompts to score the answers", at_least=1, group="data")
+
+    @property
+    def held_out(self) -> str | None:
+        is_bundled = self.data == Config.data
+        return self.eval_data or (f"{bundled.FOLDER}/preferences_heldout.jsonl" if is_bundled else None)
+
+
+def main() -> int:
+    training_config, ranks, finish_kernel_check = begin(parse(Config, __doc__))
+
+    # the model to start from, with a score head in place of its own, and its tokenizer
+    training_config, (init, model_config, tokenizer) = starting_model.find_start(
+        training_config, ranks.device, share=1 / 4, score_head=True
+    )
+
+    # data: answers to the same prompts, and which of two is better
+    if training_config.data == Config.data and ranks.main:
+        bundled.build()
+    ranks.barrier()  # the others wait until it is written
+    rows = read_pairs(training_config, training_config.data, tokenizer)
+    held_out_rows = None
+    if training_config.held_out:
+        held_out_rows = read_pairs(training_config, training_config.held_out, tokenizer)
+    length_option = "epochs" if training_config.steps is None else "steps"
+    training_config, end = with_steps(training_config, rows.total_rows(training_config.epochs))
+
+    # the run: its folder, and the checkpoint to go on from
+    order = (training_config.batch_size, training_config.seq_len, training_config.seed)
+    fingerprints = {
+        "data": fingerprint(rows.fingerprint, tokenizer.resolve_template(training_config.template)),
+        "batch size, sequence length or seed": fingerprint(*order),
+        "tokenizer": tokenizer.sha256,
+        **starting_model.fingerprints(training_config, model_config, init),
+    }
+    what_next = next_command(training_config)
+    run = Run(training_config, ranks, fingerprints, tokenizer=tokenizer, next_command=what_next)
+    if run.finished:
+        run.say_finished(length_option)
+        distributed.stop()
+        return 0
+    run.say(f"{summary(training_config)}\n{rows.summary()}")
+
+    # the model: resumed, or started from another
+    finish_kernel_check()
+    model = starting_model.make_model(training_config, model_config, init, run.source, ranks.device)
+    run.say(f"weights from {run.source or init}")
+
+    status = train(training_config, run, model, rows, end, held_out_rows)
+    if status == 0 and ranks.main:
+        conclude(training_config, run, model, held_out_rows)
+    distributed.stop()
+    return status
+
+
+def read_pairs(training_config: Config, data: str, tokenizer: Tokenizer) -> PreferenceRows:
+    """Preference files as pairs of answers, of which a row with its last token holds at most --seq_len tokens."""
+    paths = listed_files(data)
+    rows = PreferenceRows(
+        paths,
+        tokenizer,
+        training_config.room - 1,
+        seed=training_config.seed,
+        template=training_config.template,
+        label_noise=training_config.label_noise,
+        on_bad_line=training_config.on_bad_line,
+        encoding=training_config.encoding,
+    )
+    if rows.has_labels:
+        raise UserError(
+            f"{data}: holds single answers with labels; a reward model compares answers to one prompt: give pairs, or "
+            "learn from labels by train_dpo.py --loss kto"
+        )
+    check_round_trip(tokenizer, rows.first_texts, ", ".join(paths), training_config.allow_lossy)
+    return rows
+
+
+def next_command(training_config: Config) -> str:
+    """The command to try after this run."""
+    if training_config.out == Config.out:
+        return "python train_ppo.py"
+    return f"python train_ppo.py --reward_model {shlex.quote(training_config.out)}"
+
+
+def train(
+    training_config: Config,
+    run: Run,
+    model: Transformer,
+    rows: PreferenceRows,
+    end: int,
+    held_out_rows: PreferenceRows | None,
+) -> int:
+    """Train to the last step, or to a signal; returns the script's exit status. end: how many samples the run has."""
+    # the optimizers, their state if the run goes on, and the model on all ranks
+    optimizers = build_optimizers(
+        model, training_config.optimizer, lr=training_config.lr, weight_decay=training_config.weight_decay
+    )
+    state = run.start(TrainState(model, optimizers, run.ranks, run.dtype))
+    parallel_model = parallelize(model, run.ranks, training_config.compile)
+    run.say(f"{starting_model.describe_parameters(model)}; {training_config.steps} steps; {ops.describe(run.device)}")
+
+    for step in run.steps(state):  # sets the learning rate; after the step saves what is due, stops at a signal
+        run.facts.pop("score_scale", None)  # of an earlier step
+        batches = [rows.batch(positions, end) for positions in run.micro_batches(step)]
+        # the pairs of a prompt weigh 1 together, so the mean is over prompts: count those of all ranks
+        n_prompts, n_pairs, n_tokens = run.ranks.sum(
+            sum(float(answers.weight.sum()) for answers in batches),
+            sum(len(answers.chosen) for answers in batches),
+            sum(answers.batch.x.numel() for answers in batches),
+        )
+        n_right = total_difference = 0.0
+        for answers, last in marked_last(batches):
+            answers = answers.to(run.device)
+            with gradients_synced(parallel_model, last):
+                with run.autocast():
+                    # one number an answer, read at its last token
+                    scores = last_scores(parallel_model, answers.batch, text_lengths(answers.batch))  # (N,)
+                    # −log of the probability that the chosen one wins
+                    loss = pair_loss(scores, answers, training_config.center)
+                state.backward(loss, round(n_prompts))
+            difference = (scores[answers.chosen] - scores[answers.rejected]).detach()  # (P,)
+            n_right += float((difference > 0).sum())
+            total_difference += float(difference.sum())
+        state.update(training_config.grad_clip)  # clips, then steps, unless loss or gradient is not finite
+        n_right, total_difference = run.ranks.sum(n_right, total_difference)
+        run.log_step(state, n_tokens, accuracy=n_right / n_pairs, difference=total_difference / n_pairs)
+
+        if held_out_rows and run.due(step, training_config.eval_every):
+            run.report(step, shared_measures(training_config, run, model, held_out_rows), of="held-out pairs")
+        if run.ranks.main and run.due(step, training_config.save_every):
+            run.facts["score_scale"] = score_scale(run, model, rows)
+    return run.status
+
+
+def shared_measures(
+    training_config: Config, run: Run, model: Transformer, held_out_rows: PreferenceRows
+) -> dict[str, float]:
+    """Accuracy and NLL on held-out pairs, which the ranks divide among them, with the NLL's floor under label noise."""
+    positions = held_out_positions(training_config, held_out_rows)[run.ranks.rank :: run.ranks.world]
+    sums = [0.0, 0.0, 0.0]
+    if len(positions):
+        pairs = score_pairs(model, held_out_rows, positions, run.autocast())
+        found, n_pairs = measures(pairs), len(pairs.chosen)
+        sums = [found["heldout_accuracy"] * n_pairs, found["heldout_nll"] * n_pairs, n_pairs]
+    accuracy, nll, n_pairs = run.ranks.sum(*sums)
+    scores = {"heldout_accuracy": accuracy / n_pairs, "heldout_nll": nll / n_pairs}
+    if training_config.label_noise:
+        scores["floor_nll"] = noise_floor(training_config.label_noise)
+    return scores
+
+
+def held_out_positions(training_config: Config, held_out_rows: PreferenceRows) -> np.ndarray:
+    """The data positions of the first --eval_rows held-out prompts, (n,) int64."""
+    return np.arange(min(held_out_rows.rows_per_epoch, training_config.eval_rows))
+
+
+def score_scale(run: Run, model: Transformer, rows: PreferenceRows) -> dict[str, float]:
+    """Mean score of chosen answers of the training data, and the standard deviation of all: see `reward_model`."""
+    positions = np.arange(min(rows.rows_per_epoch, SCALED_ON))
+    pairs = score_pairs(model, rows, positions, run.autocast())
+    return {"mean": float(pairs.chosen.mean()), "std": float(pairs.scores.std())}
+
+
+def conclude(training_config: Config, run: Run, model: Transformer, held_out_rows: PreferenceRows | None) -> None:
+    """Print how well held-out pairs are told apart, by kind of fault."""
+    if held_out_rows:
+        pairs = score_pairs(model, held_out_rows, held_out_positions(training_config, held_out_rows), run.autocast())
+        run.record(run.training_config.steps, **measures(pairs))
+        run.say(f"held-out pairs in which the chosen answer has the higher score ({training_config.held_out}):")
+        for line in summary_lines(pairs, training_config.label_noise):
+            run.say(line)
+    run.say_result()
+
+
+if __name__ == "__main__":
+    sys.exit(run_script(main))
