@@ -9,8 +9,8 @@ from minillm.alignment.policy_loss import clipped_loss
 from minillm.alignment.token_rewards import (
     AdaptiveKL,
     advantages,
-    lowered_if_cut,
     kl_per_token,
+    lowered_if_cut,
     moments_of,
     token_rewards,
     whitened,
