@@ -15,8 +15,8 @@ the answer to after instruction tuning; half of them are story requests.
     cut_short        ends too early
 
 In 12 of 25 rows the wrong answer is to have more characters than the right one, in the others fewer. (A few have as
-many, where no fault of the kind has another length, and these would else have fewer.) So whoever takes the longer answer
-is right in half of the rows.
+many, where no fault of the kind has another length, and these would else have fewer.) So whoever takes the longer
+answer is right in half of the rows.
 
 Read next: data/bundled.py, which writes them.
 """
