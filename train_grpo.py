@@ -71,8 +71,8 @@ class Config(GroupConfig):
     )
     batch_size: int = option(16, "prompts of a rollout, over all ranks", at_least=1, group="length and batch")
     micro_batch_size: int | None = option(
-        None,
-        "prompts whose answers go through one forward pass of a rank; none: its share, at most 32",
+        2,
+        "prompts whose answers go through one forward pass: few suit a CPU's caches; none: a rank's share, at most 32",
         at_least=1,
         group="length and batch",
     )

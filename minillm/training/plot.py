@@ -20,7 +20,9 @@ PANELS = {
     "loss": "training loss (nats a token)",
     "val_bpb": "validation (bits per byte)",
     "val_loss": "validation (nats a token)",  # of runs that know no bits per byte
+    "objective": "reward less β KL",  # of runs that learn from rewards
 }
+POINTS = ("val_bpb", "val_loss")  # measured now and then: each value is marked
 LARGEST = 1e30  # of a number that is drawn
 MOST_BYTES = 1 << 28  # of a metrics.jsonl: about a million rows
 RAW_POINTS = 100  # runs with more logged steps than this are shown smoothed over a hundredth of them
@@ -52,7 +54,7 @@ def _row(line: str) -> dict | None:
     try:
         row = Contents(parse_json(line.encode(), "row"), "row")
         row.need("step", float, at_least=0)
-        for name in (*PANELS, "time_s", "floor_bpb", "floor_error"):
+        for name in (*PANELS, "time_s", "floor_bpb", "floor_error", "optimum"):
             row.get(name, float, at_least=-LARGEST, at_most=LARGEST)
     except UserError:
         return None
@@ -97,7 +99,8 @@ def draw(runs: list[str | Path], out: str | Path) -> Path:
     """Draw training loss and validation score of each run against steps and against time, into `out` (.png).
 
     The validation score is in bits per byte, with the corpus's floor, where the run has them; else in nats a token, in
-    a panel of its own. Raises UserError without matplotlib, for a run without metrics, or if `out` cannot be written.
+    a panel of its own. Runs that learn from rewards have a panel of their objective, with its optimum. Raises UserError
+    without matplotlib, for a run without metrics, or if `out` cannot be written.
     """
     try:
         import matplotlib
@@ -116,6 +119,7 @@ def draw(runs: list[str | Path], out: str | Path) -> Path:
     columns = {panel: {label: series(rows, panel) for label, rows in metrics.items()} for panel in PANELS}
     panels = [panel for panel in PANELS if panel == "loss" or any(column.steps for column in columns[panel].values())]
     floors = _floors(metrics)
+    optima = _optima(metrics)
     unit, seconds = _unit(metrics)
 
     # a row of two axes for each panel: by steps, by time
@@ -131,19 +135,21 @@ def draw(runs: list[str | Path], out: str | Path) -> Path:
     for (by_steps, by_time), panel in zip(axes, panels, strict=True):
         for colour, (label, column) in zip(cycle(COLOURS), columns[panel].items(), strict=False):
             times = [time / seconds for time in column.seconds]
-            _line(by_steps, column.steps, column.values, colour, label, points=panel != "loss")
-            _line(by_time, times, column.values, colour, label, points=panel != "loss")
+            _line(by_steps, column.steps, column.values, colour, label, points=panel in POINTS)
+            _line(by_time, times, column.values, colour, label, points=panel in POINTS)
         for axis in (by_steps, by_time):
             if panel == "val_bpb":
                 _draw_floors(axis, floors)
+            elif panel == "objective":
+                _draw_optima(axis, optima)
             _dress(axis)
         by_steps.set_ylabel(PANELS[panel])
         values = [value for column in columns[panel].values() for value in column.values]
-        if panel == "val_bpb":
-            values += floors
+        values += {"val_bpb": floors, "objective": optima.values()}.get(panel, ())
         _limit(by_steps, sorted(values), share=0.98 if panel == "loss" else 1.0)
         if by_steps.get_legend_handles_labels()[0]:
-            by_steps.legend(frameon=False, loc="upper right")
+            rises = panel == "objective"
+            by_steps.legend(frameon=False, loc="lower right" if rises else "upper right")
     axes[-1][0].set_xlabel("steps")
     axes[-1][1].set_xlabel(f"training time ({unit})")
 
@@ -214,6 +220,23 @@ def _draw_floors(axis, floors: dict[float, tuple[float, str]]) -> None:
         label = f"floor {floor:.3f}" + (f" of {whose}" if whose else "")
         axis.axhline(floor, color=FLOOR, linestyle="--", linewidth=1.2, label=label)
         axis.axhspan(floor - error, floor + error, color=FLOOR, alpha=0.2, linewidth=0)
+
+
+def _optima(metrics: dict[str, list[dict]]) -> dict[str, float]:
+    """Of each run that learns from rewards, the last estimate of the most that any policy has of its objective."""
+    optima = {}
+    for label, rows in metrics.items():
+        values = series(rows, "optimum").values
+        if values:
+            optima[label] = values[-1]
+    return optima
+
+
+def _draw_optima(axis, optima: dict[str, float]) -> None:
+    """A dashed line at the optimum of each run."""
+    for label, value in optima.items():
+        whose = "" if len(optima) == 1 else f" of {label}"
+        axis.axhline(value, color=FLOOR, linestyle="--", linewidth=1.2, label=f"optimum {value:.3f}{whose}")
 
 
 def _limit(axis, ordered: list[float], share: float) -> None:
