@@ -339,7 +339,7 @@ def conclude(run: Run, before: dict, after: dict) -> None:
         if name in before and name in after:
             row |= {f"{name}_before": before[name], f"{name}_after": after[name]}
     if "optimum" in before and "objective" in after:
-        row |= {"objective_before": before["objective"], "objective_after": after["objective"]}
+        row |= {"objective_before": before["objective"], "objective": after["objective"]}
         row |= {"optimum": max(before["optimum"], after["optimum"])}  # both are too low, if anything
     run.record(run.training_config.steps, **row)
     if "heldout_before" in row:

@@ -108,7 +108,8 @@ def main() -> int:
     # what answers are worth: as a model has learned it, and in truth
     reward_model = None
     if training_config.reward_model is not None:
-        reward_model = load_reward_model(training_config.reward_model, ranks.device, tokenizer=tokenizer)
+        folder, apart = training_config.reward_model, training_config.tune != "full"
+        reward_model = load_reward_model(folder, ranks.device, tokenizer=tokenizer, merged=not apart)
     true_reward = None
     if training_config.true_reward is not None:
         true_reward = Rewards(training_config.true_reward, tokenizer, training_config.reward_time_s)
