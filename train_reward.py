@@ -61,6 +61,12 @@ class Config(AlignmentConfig):
         at_least=1,
         group="length and batch",
     )
+    micro_batch_size: int | None = option(
+        4,
+        "prompts per forward pass and rank, those of like length together; none: a rank's share, at most 32",
+        at_least=1,
+        group="length and batch",
+    )
     lr: float | None = option(
         None,
         "peak learning rate; none: a quarter of what pretraining takes, or what suits the adapter",
@@ -183,7 +189,7 @@ def train(
 
     for step in run.steps(state):  # sets the learning rate; after the step saves what is due, stops at a signal
         run.facts.pop("score_scale", None)  # of an earlier step
-        batches = [rows.batch(positions, end) for positions in run.micro_batches(step)]
+        batches = [rows.batch(positions, end) for positions in by_length(run.micro_batches(step), rows)]
         # the pairs of a prompt weigh 1 together, so the mean is over prompts: count those of all ranks
         n_prompts, n_pairs, n_tokens = run.ranks.sum(
             sum(float(answers.weight.sum()) for answers in batches),
@@ -212,6 +218,16 @@ def train(
         if run.ranks.main and run.due(step, training_config.save_every):
             run.facts["score_scale"] = score_scale(run, model, rows)
     return run.status
+
+
+def by_length(micro_batches: list[np.ndarray], rows: PreferenceRows) -> list[np.ndarray]:
+    """A step's data positions with those of like length in one micro-batch, so that rows need less padding.
+
+    The mean over the step, and so its gradient, does not depend on how it is cut.
+    """
+    positions = np.concatenate(micro_batches)
+    order = np.argsort(rows.longest(positions), kind="stable")
+    return np.split(positions[order], len(micro_batches))
 
 
 def shared_measures(

@@ -12,7 +12,7 @@ import transformers
 
 import train_reward
 from minillm.alignment.pair_scores import noise_floor, score_pairs
-from minillm.alignment.reward_model import load_reward_model, score_scale
+from minillm.alignment.reward_model import load_reward_model, score_scale, text_lengths
 from minillm.checkpoint import run_folder
 from minillm.datasets.preferences import PreferenceRows
 from minillm.tokenizer.tokenizer import Tokenizer
@@ -117,6 +117,18 @@ def test_few_parameters_and_the_head_come_back_as_a_reward_model(tune, folder):
     assert (pairs.chosen > pairs.rejected).mean() == pytest.approx(accuracy, abs=1e-9)
     again = train(folder, out, f"--tune {tune} --steps 22 --lr 1e-2")  # goes on from there
     assert "22 steps" in again and len(launch.losses(folder / out)) == 22
+
+
+def test_prompts_of_like_length_share_a_micro_batch(folder):
+    rows = PreferenceRows(folder / "train.jsonl", Tokenizer.load(folder / "data"), 63)
+    positions = np.arange(40, 56)
+    parts = train_reward.by_length(np.split(positions, 4), rows)
+    assert sorted(np.concatenate(parts)) == positions.tolist() and [len(part) for part in parts] == [4] * 4
+    longest = [rows.longest(part) for part in parts]
+    assert (np.diff(np.concatenate(longest)) >= 0).all()
+    for part, length in zip(parts, longest, strict=True):
+        answers = rows.batch(part)
+        assert text_lengths(answers.batch).max() == length.max()
 
 
 def test_a_reward_model_is_trained_further_with_the_head_that_it_has(folder):

@@ -24,18 +24,19 @@ import itertools
 import random
 import re
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import NamedTuple
 
 from data.world.draw import Draw, Table
 from data.world.facts import FACTS
 from data.world.instructions import prompt_of
-from data.world.phrases import GAP, render
+from data.world.phrases import GAP, render, split_sentences
 from data.world.questions import ASK, ASKED_FACTS, FACT_QUESTIONS
 from data.world.reader import UNREADABLE, read_story, reward_of
-from data.world.requests import LANGUAGES, request, split_sentences
+from data.world.requests import request, story_carry
 from data.world.stories import restate, story_count, story_give, story_where
 from data.world.swaps import another_value, other_word_of, units
-from data.world.words import ACTORS, EN, PEOPLE, THINGS, TOWNS, ZH, Person, Thing, Town
+from data.world.words import ACTORS, EN, LANGUAGES, PEOPLE, THINGS, TOWNS, ZH, Person, Thing, Town
 
 TRIES = 8  # at a fault of the wished length, before another prompt is drawn
 
@@ -184,7 +185,14 @@ class Retelling(Draw):
         return [left.pop(0)]
 
 
-STORY_OF = {"item": story_where, "person": story_where, "holder": story_give, "count": story_count}
+def story_like(wishes: dict) -> Callable:
+    """The kind of story that is wished."""
+    kind = wishes["ending"]["kind"]
+    if kind in ("holder", "count"):
+        return story_give if kind == "holder" else story_count
+    return story_carry if len(wishes["people"]) == 1 else partial(story_where, moves=(1, 2))
+
+
 PERSON = {person.en: person for person in PEOPLE}
 THING = {thing.en: thing for thing in THINGS}
 FOODS, ITEMS = ([thing for thing in THINGS if thing.food == food] for food in (True, False))
@@ -203,12 +211,12 @@ def retold(draw: Draw, right: Case, recast: bool = False) -> str:
         exchanged = people if of_kind is ACTORS else things
         newcomer = draw.pick([one for one in of_kind if one not in exchanged])
         exchanged[draw.pick(range(len(exchanged)))] = newcomer
-    moves = {"moves": (1, 2, 3)} if STORY_OF[wishes["ending"]["kind"]] is story_where else {}
+    tell_story = story_like(wishes)
     retelling = Retelling(draw.rng, people, things)
     while True:
         retelling.begin()
         try:
-            states = STORY_OF[wishes["ending"]["kind"]](retelling, right.lang, **moves)
+            states = tell_story(retelling, right.lang)
         except Unfit:
             continue
         restate(retelling, right.lang, states)
