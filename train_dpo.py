@@ -73,7 +73,7 @@ class Config(AlignmentConfig):
         None, "optimizer steps; none: as many as --epochs need", at_least=1, group="length and batch"
     )
     epochs: float = option(
-        1.0, "passes over the data, if --steps is not given", at_least=0.001, at_most=1e6, group="length and batch"
+        0.25, "passes over the data, if --steps is not given", at_least=0.001, at_most=1e6, group="length and batch"
     )
     batch_size: int = option(16, "prompts per optimizer step, over all ranks", at_least=1, group="length and batch")
     optimizer: str | None = option("adamw", "adamw, or muon for matrices", ("adamw", "muon"), group="optimizer")

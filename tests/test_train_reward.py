@@ -16,6 +16,7 @@ from minillm.alignment.reward_model import load_reward_model, score_scale, text_
 from minillm.checkpoint import run_folder
 from minillm.datasets.preferences import PreferenceRows
 from minillm.tokenizer.tokenizer import Tokenizer
+from minillm.tuning import folders
 from tests import launch
 
 OPTIONS = "--seq_len 64 --batch_size 8 --micro_batch_size 2 --warmup_steps 2 --device cpu --dtype float32"
@@ -115,6 +116,10 @@ def test_few_parameters_and_the_head_come_back_as_a_reward_model(tune, folder):
     accuracy = launch.rows(folder / out)[-1]["heldout_accuracy"]
     pairs = score_pairs(load_reward_model(step), rows)
     assert (pairs.chosen > pairs.rejected).mean() == pytest.approx(accuracy, abs=1e-9)
+    if out == "lora":
+        folders.merge_folder(folder / "base", step, folder / "merged")
+        merged = score_pairs(load_reward_model(folder / "merged"), rows)
+        assert merged.scores == pytest.approx(pairs.scores, abs=1e-5)
     again = train(folder, out, f"--tune {tune} --steps 22 --lr 1e-2")  # goes on from there
     assert "22 steps" in again and len(launch.losses(folder / out)) == 22
 
