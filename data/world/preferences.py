@@ -14,8 +14,9 @@ the answer to after instruction tuning; half of them are story requests.
     rambling         goes on after the right answer
     cut_short        ends too early
 
-In even rows the wrong answer has more characters than the right one, in odd rows fewer (a few have as many, where no
-fault of the kind has another length): whoever takes the longer answer is right in half of the rows.
+In 12 of 25 rows the wrong answer is to have more characters than the right one, in the others fewer. (A few have as
+many, where no fault of the kind has another length, and these would else have fewer.) So whoever takes the longer
+answer is right in half of the rows.
 
 Read next: data/bundled.py, which writes them.
 """
@@ -38,6 +39,7 @@ from data.world.stories import restate, story_count, story_give, story_where
 from data.world.swaps import another_value, other_word_of, units
 from data.world.words import ACTORS, EN, LANGUAGES, PEOPLE, THINGS, TOWNS, ZH, Person, Thing, Town
 
+LONGER = range(1, 25, 2)  # of 25 rows, those whose wrong answer has more characters; fewer are found less often
 TRIES = 8  # at a fault of the wished length, before another prompt is drawn
 
 
@@ -250,7 +252,7 @@ def preferences(seed: int, split: str) -> Iterator[dict]:
     for i in itertools.count():
         rng.seed(f"preference {seed} {split} {i}")
         draw.begin()
-        yield pair(draw, longer=i % 2 == 0)
+        yield pair(draw, longer=i % 25 in LONGER)
 
 
 def pair(draw: Draw, longer: bool) -> dict:
