@@ -51,7 +51,7 @@ from minillm.tokenizer.measure import check_round_trip
 from minillm.tokenizer.tokenizer import Tokenizer
 from minillm.training import starting_model
 from minillm.training.config import listed_files, summary
-from minillm.training.optim import build_optimizers
+from minillm.training.optim import OPTIMIZERS, build_optimizers
 from minillm.training.run import Run, begin
 from minillm.training.step import TrainState
 from minillm.tuning.adapter import merged
@@ -76,6 +76,10 @@ class Config(GroupConfig):
         at_least=1,
         group="length and batch",
     )
+    optimizer: str | None = option("adamw", "adamw, or muon for the matrices", tuple(OPTIMIZERS), group="optimizer")
+    lr: float | None = option(
+        None, "peak learning rate; none: a 50th of what pretraining takes", at_least=0, group="optimizer"
+    )
     weight_decay: float | None = option(0.0, "weight decay, on matrices only", at_least=0, group="optimizer")
     eval_every: int = option(
         0,
@@ -98,7 +102,7 @@ def main() -> int:
     training_config, ranks, finish_kernel_check = begin(parse(Config, __doc__))
 
     # the model to start from, its tokenizer, and the reward
-    training_config, start = starting_model.find_start(training_config, ranks.device, share=1 / 64)
+    training_config, start = starting_model.find_start(training_config, ranks.device, share=1 / 50)
     tokenizer = start.tokenizer
     if training_config.data == Config.data and ranks.main:
         bundled.build()
