@@ -281,7 +281,7 @@ def train(
         facts = measured.means(run.ranks.sum)
         run.log_step(state, n_tokens, **facts)
         if objective.loss.has_reference and "rewards_chosen" in facts:
-            held_out.warn_of_fall(run, facts["rewards_chosen"] / objective.options.beta)
+            held_out.follow(run, facts["rewards_chosen"] / objective.options.beta)
         held_out.watch(run, model, step, before)
     return run.status
 

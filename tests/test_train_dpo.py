@@ -173,15 +173,42 @@ def test_bad_options_are_refused_by_name(folder, more, data, message):
     assert message in train(folder, "bad", more, data, status=2)
 
 
+def test_a_reward_model_is_no_policy(folder):
+    reward = shutil.copytree(folder / "base" / "step-00000020", folder / "reward")
+    shutil.rmtree(reward / "resume")
+    (reward / "manifest.json").unlink()
+    config = json.loads((reward / "config.json").read_text())
+    config |= {"architectures": ["LlamaForSequenceClassification"], "id2label": {"0": "LABEL_0"}}
+    (reward / "config.json").write_text(json.dumps(config))
+    text = train(folder, "from-reward", f"--init_from {reward}", status=2)
+    assert "is a reward model" in text
+
+
+def test_an_adapter_alone_is_no_policy(folder):
+    train(folder, "adapter", "--tune lora --steps 1")
+    text = train(folder, "from-adapter", f"--init_from {folder}/adapter", status=2)
+    assert "merge it into its base first" in text
+
+
+def test_recomputed_layers_give_the_same_steps(folder):
+    train(folder, "plain", "--steps 2")
+    train(folder, "recomputed", "--steps 2 --checkpoint_activations true")
+    assert_same_steps(folder / "recomputed", folder / "plain")
+
+
 def test_one_kind_of_label_alone_is_refused(folder):
     rows = [{"prompt": f"say {word}", "completion": word, "label": True} for word in launch.WORDS]
     (folder / "good.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert "needs both kinds" in train(folder, "one-kind", "--loss kto", "good", status=2)
 
 
-def test_every_loss_trains_a_step(folder):
+def test_every_loss_has_its_numbers():
     for loss in train_dpo.LOSSES:
         config = train_dpo.Config(loss=loss)
         assert config.objective.options.beta > 0
+    assert train_dpo.Config(loss="simpo").objective.options.beta == 2
+    assert train_dpo.Config(loss="simpo", beta=3.0).objective.options.beta == 3
+    assert train_dpo.Config(loss="cdpo").objective.options.label_smoothing == 0.1
+    assert train_dpo.Config(sft_weight=0.5).objective.sft_weight == 0.5
     with pytest.raises(UserError, match="means nothing with --loss cdpo"):
         train_dpo.Config(loss="cdpo", gamma=1.0)

@@ -24,6 +24,7 @@ N_REQUESTS = 400  # requests that are answered at temperature 1
 LONGEST_STORY = 128  # tokens
 ALL_WISHES = 1 - 1e-6  # the reward of an answer that fulfils all of them
 FALL = 1.0  # nats by which the chosen answers may become less likely before it is said
+NEWEST = 0.1  # share of the newest step in that mean
 
 
 class HeldOut:
@@ -32,6 +33,7 @@ class HeldOut:
     def __init__(self, training_config: AlignmentConfig, tokenizer: Tokenizer, pairs: PreferenceRows | None):
         """pairs: None where there are none; they may be single answers with labels."""
         self.training_config, self.tokenizer, self.pairs = training_config, tokenizer, pairs
+        self.u_chosen: float | None = None  # of training pairs, a running mean over about 1 / NEWEST steps
         self.warned = False
         questions = training_config.held_out
         self.questions = []
@@ -156,9 +158,15 @@ class HeldOut:
             return
         scores = {name: float(value) for name, value in self.pair_scores(sums, np.array(before["sums"])).items()}
         run.report(step, scores, of="held-out pairs")
-        self.warn_of_fall(run, scores["val_u_chosen"])
+        self._warn_of_fall(run, scores["val_u_chosen"])
 
-    def warn_of_fall(self, run: Run, u_chosen: float) -> None:
+    def follow(self, run: Run, u_chosen: float) -> None:
+        """Take note of a step's mean u_w in nats, and warn if it stays low."""
+        before = u_chosen if self.u_chosen is None else self.u_chosen
+        self.u_chosen = (1 - NEWEST) * before + NEWEST * u_chosen
+        self._warn_of_fall(run, self.u_chosen)
+
+    def _warn_of_fall(self, run: Run, u_chosen: float) -> None:
         """Say once that the chosen answers become less likely, too. u_chosen: nats, on average."""
         if not self.warned and not math.isnan(u_chosen) and u_chosen < -FALL:
             self.warned = True
