@@ -38,7 +38,8 @@ from minillm.training.optim import build_optimizers
 from minillm.training.run import Run, begin
 from minillm.training.step import TrainState
 
-SCALED_ON = 1000  # prompts of the training data by whose answers the scale of the scores is measured
+SCALED_ON = 250  # prompts of the training data by whose answers the scale of the scores is measured
+WHILE_TRAINING = 400  # held-out prompts, at most, that are looked at between steps
 
 
 @dataclass(frozen=True)
@@ -233,8 +234,9 @@ def by_length(micro_batches: list[np.ndarray], rows: PreferenceRows) -> list[np.
 def shared_measures(
     training_config: Config, run: Run, model: Transformer, held_out_rows: PreferenceRows
 ) -> dict[str, float]:
-    """Accuracy and NLL on held-out pairs, which the ranks divide among them, with the NLL's floor under label noise."""
-    positions = held_out_positions(training_config, held_out_rows)[run.ranks.rank :: run.ranks.world]
+    """Accuracy and NLL on the first held-out pairs, which the ranks share; under label noise the NLL's floor."""
+    positions = held_out_positions(training_config, held_out_rows)[:WHILE_TRAINING]
+    positions = positions[run.ranks.rank :: run.ranks.world]
     sums = [0.0, 0.0, 0.0]
     if len(positions):
         pairs = score_pairs(model, held_out_rows, positions, run.autocast())
