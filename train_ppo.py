@@ -27,7 +27,7 @@ from minillm.alignment.log_probs import Policy, answer_log_probs
 from minillm.alignment.optimum import objective
 from minillm.alignment.ppo.measures import Alarm, Tools, held_out_reward, measure_reference, scale_reward
 from minillm.alignment.ppo.options import REQUESTS, PpoConfig
-from minillm.alignment.ppo.roles import LearnedReward, Roles, cast_roles
+from minillm.alignment.ppo.roles import LearnedReward, Roles, cast_roles, reward_fingerprint
 from minillm.alignment.ppo.updates import ClippedLoss, Experience, Seen, minibatches
 from minillm.alignment.reward_model import load_reward_model
 from minillm.alignment.rewards import Rewards
@@ -122,6 +122,7 @@ def main() -> int:
         "tokenizer": tokenizer.sha256,
         **starting_model.fingerprints(training_config, start.model_config, start.init),
         **reference.fingerprints(training_config, start),
+        "reward": reward_fingerprint(training_config),
     }
     what_next = f"python -m minillm chat --model {shlex.quote(training_config.out)}"
     turns = prompts.counts["turns"]
@@ -192,7 +193,9 @@ def train(training_config: Config, run: Run, roles: Roles, tools: Tools, optimum
     policy = parallelize(Policy(roles.policy, training_config.compile), run.ranks, False)
     value = parallelize(roles.value, run.ranks, training_config.compile)
     learners = Learners(state, value_state, policy, value)
-    beta = run.saved.get("beta", training_config.beta)
+    beta = training_config.beta  # which, without a target, is what the option says now
+    if training_config.target_kl is not None:
+        beta = run.saved.get("beta", beta)
     controller = token_rewards.AdaptiveKL(beta, training_config.target_kl, training_config.kl_horizon)
     alarm = Alarm(training_config, run)
     run.say(f"{training_config.steps} steps; {ops.describe(run.device)}")

@@ -46,12 +46,12 @@ def folder(tmp_path_factory) -> Path:
     return here
 
 
-def write_reward_model(base: Path, folder: Path) -> None:
+def write_reward_model(base: Path, folder: Path, seed: int = 1) -> None:
     """The base with a score head that likes some tokens more than others."""
     source = run_folder.resolve_checkpoint(base)
     model = huggingface.load_model(source)
     model.give_score_head(0)
-    torch.nn.init.normal_(model.score.weight, generator=torch.Generator().manual_seed(1))
+    torch.nn.init.normal_(model.score.weight, generator=torch.Generator().manual_seed(seed))
     tokenizer = Tokenizer.load(source)
     folder.mkdir()
     huggingface.save_model(model, folder, special_ids=tokenizer.special_ids)
@@ -160,6 +160,13 @@ def test_what_goes_astray_is_said(folder):
 def test_what_cannot_be_is_refused(folder, more, message):
     said = train(folder, f"refused-{random.random()}", f"--steps 2 {more.format(folder=folder)}", status=2)
     assert message in said and "Traceback" not in said
+
+
+def test_a_run_goes_on_with_its_own_reward_alone(folder, tmp_path):
+    train(folder, "own-reward", "--steps 1")
+    write_reward_model(folder / "base", tmp_path / "reward", seed=2)
+    said = train(folder, "own-reward", f"--steps 2 --reward_model {tmp_path}/reward", status=2)
+    assert "was made with another reward" in said and "--reward_model" in said
 
 
 def test_a_reward_model_with_another_tokenizer_is_refused(folder, tmp_path):
