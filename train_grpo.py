@@ -51,7 +51,7 @@ from minillm.tokenizer.measure import check_round_trip
 from minillm.tokenizer.tokenizer import Tokenizer
 from minillm.training import starting_model
 from minillm.training.config import listed_files, summary
-from minillm.training.optim import build_optimizers
+from minillm.training.optim import OPTIMIZERS, build_optimizers
 from minillm.training.run import Run, begin
 from minillm.training.step import TrainState
 from minillm.tuning.adapter import merged
@@ -71,10 +71,14 @@ class Config(GroupConfig):
     )
     batch_size: int = option(16, "prompts of a rollout, over all ranks", at_least=1, group="length and batch")
     micro_batch_size: int | None = option(
-        None,
-        "prompts whose answers go through one forward pass of a rank; none: its share, at most 32",
+        2,
+        "prompts whose answers go through one forward pass: few suit a CPU's caches; none: a rank's share, at most 32",
         at_least=1,
         group="length and batch",
+    )
+    optimizer: str | None = option("adamw", "adamw, or muon for the matrices", tuple(OPTIMIZERS), group="optimizer")
+    lr: float | None = option(
+        None, "peak learning rate; none: a 50th of what pretraining takes", at_least=0, group="optimizer"
     )
     weight_decay: float | None = option(0.0, "weight decay, on matrices only", at_least=0, group="optimizer")
     eval_every: int = option(
@@ -98,12 +102,12 @@ def main() -> int:
     training_config, ranks, finish_kernel_check = begin(parse(Config, __doc__))
 
     # the model to start from, its tokenizer, and the reward
-    training_config, start = starting_model.find_start(training_config, ranks.device, share=1 / 64)
+    training_config, start = starting_model.find_start(training_config, ranks.device, share=1 / 50)
     tokenizer = start.tokenizer
     if training_config.data == Config.data and ranks.main:
         bundled.build()
     ranks.barrier()  # the others wait until it is written
-    rewards = Rewards(training_config.reward, tokenizer, training_config.reward_time_s)
+    rewards = Rewards(training_config.reward, tokenizer, training_config.reward_time_s, ranks.device)
 
     # prompts to learn from, held-out prompts, and held-out questions of all kinds
     prompts = read_prompts(training_config, listed_files(training_config.data), tokenizer)
@@ -339,7 +343,7 @@ def conclude(run: Run, before: dict, after: dict) -> None:
         if name in before and name in after:
             row |= {f"{name}_before": before[name], f"{name}_after": after[name]}
     if "optimum" in before and "objective" in after:
-        row |= {"objective_before": before["objective"], "objective_after": after["objective"]}
+        row |= {"objective_before": before["objective"], "objective": after["objective"]}
         row |= {"optimum": max(before["optimum"], after["optimum"])}  # both are too low, if anything
     run.record(run.training_config.steps, **row)
     if "heldout_before" in row:

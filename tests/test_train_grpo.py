@@ -70,7 +70,7 @@ def test_rewards_rise_and_what_is_logged(folder):
     assert abs(column(run, "kl")[0]) < 1e-3  # before the first step the policy is the reference
     last = launch.rows(run)[-1]
     assert last["heldout_after"] > last["heldout_before"]
-    assert last["objective_before"] < last["objective_after"] <= last["optimum"]
+    assert last["objective_before"] < last["objective"] <= last["optimum"]
     assert "held-out prompts" in said and "the most that any policy has" in said and "next: python -m" in said
     assert load_model(run / "step-00000040").config.vocab_size == 400
 

@@ -22,8 +22,12 @@ PANELS = {
     "val_loss": "validation (nats a token)",  # of runs that know no bits per byte
     "heldout_nll": "held-out pairs (nats a pair)",
     "heldout_accuracy": "held-out pairs (share right)",
+    "objective": "reward less β KL",  # of runs that learn from rewards
 }
-FLOORS = {"val_bpb": "floor_bpb", "heldout_nll": "floor_nll"}  # panel → what no model can be below, if it is known
+EVERY_STEP = ("loss", "objective")  # panels whose values are too many to be marked
+RISING = ("heldout_accuracy", "objective")
+# panel → what no model can be below, or above where the panel is rising, if it is known
+FLOORS = {"val_bpb": "floor_bpb", "heldout_nll": "floor_nll", "objective": "optimum"}
 LARGEST = 1e30  # of a number that is drawn
 MOST_BYTES = 1 << 28  # of a metrics.jsonl: about a million rows
 RAW_POINTS = 100  # runs with more logged steps than this are shown smoothed over a hundredth of them
@@ -100,8 +104,9 @@ def draw(runs: list[str | Path], out: str | Path) -> Path:
     """Draw training loss and validation score of each run against steps and against time, into `out` (.png).
 
     The validation score is in bits per byte, with the corpus's floor, where the run has them; else in nats a token, in
-    a panel of its own. So are the scores of held-out pairs, with the floor of noisy labels. Raises UserError without
-    matplotlib, for a run without metrics, or if `out` cannot be written.
+    a panel of its own. So are the scores of held-out pairs, with the floor of noisy labels, and the objective of runs
+    that learn from rewards, with its optimum. Raises UserError without matplotlib, for a run without metrics, or if
+    `out` cannot be written.
     """
     try:
         import matplotlib
@@ -135,17 +140,17 @@ def draw(runs: list[str | Path], out: str | Path) -> Path:
     for (by_steps, by_time), panel in zip(axes, panels, strict=True):
         for colour, (label, column) in zip(cycle(COLOURS), columns[panel].items(), strict=False):
             times = [time / seconds for time in column.seconds]
-            _line(by_steps, column.steps, column.values, colour, label, points=panel != "loss")
-            _line(by_time, times, column.values, colour, label, points=panel != "loss")
+            _line(by_steps, column.steps, column.values, colour, label, points=panel not in EVERY_STEP)
+            _line(by_time, times, column.values, colour, label, points=panel not in EVERY_STEP)
         for axis in (by_steps, by_time):
-            _draw_floors(axis, floors.get(panel, {}))
+            _draw_floors(axis, floors.get(panel, {}), "optimum" if panel in RISING else "floor")
             _dress(axis)
         by_steps.set_ylabel(PANELS[panel])
         values = [value for column in columns[panel].values() for value in column.values]
         values += floors.get(panel, {})
         _limit(by_steps, sorted(values), share=0.98 if panel == "loss" else 1.0)
         if by_steps.get_legend_handles_labels()[0]:
-            by_steps.legend(frameon=False, loc="upper right")
+            by_steps.legend(frameon=False, loc="lower right" if panel in RISING else "upper right")
     axes[-1][0].set_xlabel("steps")
     axes[-1][1].set_xlabel(f"training time ({unit})")
 
@@ -213,10 +218,10 @@ def _floors(metrics: dict[str, list[dict]], panel: str, name: str) -> dict[float
     return floors
 
 
-def _draw_floors(axis, floors: dict[float, tuple[float, str]]) -> None:
-    """A dashed line at each floor (one, if the runs share a corpus), with its standard error."""
+def _draw_floors(axis, floors: dict[float, tuple[float, str]], name: str) -> None:
+    """A dashed line at each floor (one, if the runs share a corpus), with its standard error, called `name`."""
     for floor, (error, whose) in floors.items():
-        label = f"floor {floor:.3f}" + (f" of {whose}" if whose else "")
+        label = f"{name} {floor:.3f}" + (f" of {whose}" if whose else "")
         axis.axhline(floor, color=FLOOR, linestyle="--", linewidth=1.2, label=label)
         axis.axhspan(floor - error, floor + error, color=FLOOR, alpha=0.2, linewidth=0)
 
