@@ -300,17 +300,20 @@ class Idle:
     def __init__(self, most: int):
         self.most = most
         self.in_a_row = 0
+        self.told = False
 
     def count(self, run: Run, n: float) -> None:
         """n: what a rollout had to learn from, on all ranks."""
         self.in_a_row = 0 if n else self.in_a_row + 1
-        if self.in_a_row == 1:
+        if self.in_a_row and not self.told:
+            self.told = True
             run.say(f"step {run.step}: the answers to each prompt all have the same reward: nothing to learn")
         if self.in_a_row >= self.most:
             raise UserError(
                 f"step {run.step}: {self.most} rollouts in a row with nothing to learn, since all answers to a prompt "
-                "have the same reward: take prompts that the model answers right sometimes, a reward with more steps, "
-                "a higher --temperature or a larger --group_size"
+                "have the same reward: if it is the best there is, the run is done, so lower --steps; else take "
+                "prompts that the model answers right sometimes, a reward with more steps, a higher --temperature or a "
+                "larger --group_size"
             )
 
 
