@@ -38,7 +38,8 @@ from minillm.training.optim import build_optimizers
 from minillm.training.run import Run, begin
 from minillm.training.step import TrainState
 
-SCALED_ON = 1000  # prompts of the training data by whose answers the scale of the scores is measured
+SCALED_ON = 250  # prompts of the training data by whose answers the scale of the scores is measured
+WHILE_TRAINING = 400  # held-out prompts, at most, that are looked at between steps
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,12 @@ class Config(AlignmentConfig):
     batch_size: int = option(
         16,
         "prompts per optimizer step, over all ranks, each with all its answers",
+        at_least=1,
+        group="length and batch",
+    )
+    micro_batch_size: int | None = option(
+        4,
+        "prompts per forward pass and rank, those of like length together; none: a rank's share, at most 32",
         at_least=1,
         group="length and batch",
     )
@@ -183,7 +190,7 @@ def train(
 
     for step in run.steps(state):  # sets the learning rate; after the step saves what is due, stops at a signal
         run.facts.pop("score_scale", None)  # of an earlier step
-        batches = [rows.batch(positions, end) for positions in run.micro_batches(step)]
+        batches = [rows.batch(positions, end) for positions in by_length(run.micro_batches(step), rows)]
         # the pairs of a prompt weigh 1 together, so the mean is over prompts: count those of all ranks
         n_prompts, n_pairs, n_tokens = run.ranks.sum(
             sum(float(answers.weight.sum()) for answers in batches),
@@ -214,11 +221,22 @@ def train(
     return run.status
 
 
+def by_length(micro_batches: list[np.ndarray], rows: PreferenceRows) -> list[np.ndarray]:
+    """A step's data positions with those of like length in one micro-batch, so that rows need less padding.
+
+    The mean over the step, and so its gradient, does not depend on how it is cut.
+    """
+    positions = np.concatenate(micro_batches)
+    order = np.argsort(rows.longest(positions), kind="stable")
+    return np.split(positions[order], len(micro_batches))
+
+
 def shared_measures(
     training_config: Config, run: Run, model: Transformer, held_out_rows: PreferenceRows
 ) -> dict[str, float]:
-    """Accuracy and NLL on held-out pairs, which the ranks divide among them, with the NLL's floor under label noise."""
-    positions = held_out_positions(training_config, held_out_rows)[run.ranks.rank :: run.ranks.world]
+    """Accuracy and NLL on the first held-out pairs, which the ranks share; under label noise the NLL's floor."""
+    positions = held_out_positions(training_config, held_out_rows)[:WHILE_TRAINING]
+    positions = positions[run.ranks.rank :: run.ranks.world]
     sums = [0.0, 0.0, 0.0]
     if len(positions):
         pairs = score_pairs(model, held_out_rows, positions, run.autocast())

@@ -46,7 +46,7 @@ FOLDER = "data/bundled"  # where the training scripts look for it
 SIZES = {
     "train_bytes": 10_000_000,
     "val_documents": 2_000,
-    "sft_train": 47_000,
+    "sft_train": 50_000,
     "sft_heldout": 960,  # 120 of each family
     "requests_train": 8_000,
     "requests_heldout": 600,

@@ -35,6 +35,7 @@ COMMANDS = {
     "bench generate": "minillm.commands.bench.generate",
     "bench tune": "minillm.commands.bench.tune",
     "bench data": "minillm.commands.bench.data",
+    "bench align": "minillm.commands.bench.align",
     "bench busy": "minillm.commands.bench.busy",
 }
 

@@ -162,9 +162,8 @@ def free_port() -> int:
 def server():
     """Gives processes forked from one that has imported the scripts, single-threaded."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(
-        ["train_pretrain", "train_sft", "train_reward", "torch._dynamo"]
-    )  # which optimizers import
+    scripts = ["train_pretrain", "train_sft", "train_reward", "train_dpo", "train_grpo", "train_ppo"]
+    context.set_forkserver_preload([*scripts, "torch._dynamo"])  # which optimizers import
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys([str(ROOT), os.environ.get("PYTHONPATH", str(ROOT))]))
     return context

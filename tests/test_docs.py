@@ -5,6 +5,7 @@ import math
 import re
 import shlex
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -19,9 +20,9 @@ from minillm.base import command_line
 from minillm.base.options import declared
 from tests import launch
 from train_pretrain import Config as Pretrain
-from train_sft import Config as Sft
 
 ROOT = Path(__file__).parents[1]
+SCRIPTS = {path.name: importlib.import_module(path.stem).Config for path in ROOT.glob("train_*.py")}
 BLOCK = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
 TORCHRUN = {"nproc_per_node", "nnodes", "rdzv_backend", "rdzv_endpoint", "max_restarts"}
 every_page = pytest.mark.parametrize("path", [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")], ids=lambda path: path.name)
@@ -76,10 +77,7 @@ def test_steps_can_be_shared_out_among_the_processes_of_torchrun(path, monkeypat
 def test_commands_and_options_are_known(path, monkeypatch):
     monkeypatch.setattr(prepare, "prepare", lambda *_, **options: None)
     monkeypatch.setattr(prepare, "report", lambda meta: None)
-    parse = {
-        "train_pretrain.py": lambda: command_line.parse(Pretrain, ""),
-        "train_sft.py": lambda: command_line.parse(Sft, ""),
-    }
+    parse = {name: partial(command_line.parse, config, "") for name, config in SCRIPTS.items()}
     parse |= {"data/prepare.py": prepare.main, "minillm": lambda: __main__.parse_command(sys.argv[1:])}
     parse |= {"kernels.bench": suite.build_parser().parse_args, "kernels.tune": tune.build_parser().parse_args}
     parse["kernels.prove"] = prove.build_parser().parse_args
@@ -90,7 +88,9 @@ def test_commands_and_options_are_known(path, monkeypatch):
     modules = (suite, tune, prove)
     sources = "".join(Path(module.__file__).read_text(encoding="utf-8") for module in modules)
     configs = [importlib.import_module(module).Config for module in __main__.COMMANDS.values()]
-    known = {name for config in (Pretrain, Sft, prepare.Config, bundled.Config, *configs) for name in declared(config)}
+    known = {
+        name for config in (*SCRIPTS.values(), prepare.Config, bundled.Config, *configs) for name in declared(config)
+    }
     known |= {*re.findall(r'"--(\w+)"', sources), *TORCHRUN, "config", "help", "name"}
     assert set(re.findall(r"(?<![\w-])--(\w+)", Page(path).text)) <= known
 

@@ -32,6 +32,8 @@ from minillm.checkpoint import huggingface, train_state
 from minillm.checkpoint.any_format import open_model
 from minillm.checkpoint.gguf import write_file
 from minillm.datasets.instructions import InstructionRows
+from minillm.datasets.preferences import PreferenceRows
+from minillm.datasets.prompts import PromptRows
 from minillm.datasets.token_bins import TokenBins
 from minillm.evaluation.validation import read_bits
 from minillm.generation.completion import generate
@@ -73,6 +75,12 @@ def home(tmp_path_factory) -> Path:
     (home / "said.txt").write_text("hat\n")  # to `chat`
     (home / "texts.txt").write_text("\n\n".join(texts), encoding="utf-8")
     rows = [{"instruction": text, "input": "", "output": "a hat"} for text in texts[:8]]
+    pairs = [{"prompt": "Who?", "chosen": "Tom", "rejected": rejected, "margin": 0.5} for rejected in ("Ann", "Tim")]
+    pairs += [{"prompt": "Who?", "responses": ["Tom", "Ann"], "scores": [2, 1.5]}]
+    pairs += [
+        {"chosen": f"\n\nHuman: Who?\n\nAssistant: {name}", "rejected": "Human: Who?\n\nAssistant: I"} for name in "AB"
+    ]
+    (home / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
     (home / "rows.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
     # tokenizers of both kinds, and models of both forms with them
@@ -219,6 +227,11 @@ READERS = {  # what is run → files of which one is damaged
     "resume": (resume, [f"{STEP}/resume/train_state.json", f"{STEP}/resume/optimizer.safetensors"]),
     "--config": (lambda: parse(TrainingConfig, "", ["--config", "options.toml"]), ["options.toml"]),
     "rows": (lambda: InstructionRows("rows.jsonl", Tokenizer.load("pieces"), 64).batch(range(2)), ["rows.jsonl"]),
+    "preferences": (
+        lambda: PreferenceRows("pairs.jsonl", Tokenizer.load("pieces"), 64).batch(range(2)),
+        ["pairs.jsonl"],
+    ),
+    "prompts": (lambda: PromptRows("rows.jsonl", Tokenizer.load("pieces"), 96).rows(range(2)), ["rows.jsonl"]),
 }
 
 

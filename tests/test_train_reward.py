@@ -12,10 +12,11 @@ import transformers
 
 import train_reward
 from minillm.alignment.pair_scores import noise_floor, score_pairs
-from minillm.alignment.reward_model import load_reward_model, score_scale
+from minillm.alignment.reward_model import load_reward_model, score_scale, text_lengths
 from minillm.checkpoint import run_folder
 from minillm.datasets.preferences import PreferenceRows
 from minillm.tokenizer.tokenizer import Tokenizer
+from minillm.tuning import folders
 from tests import launch
 
 OPTIONS = "--seq_len 64 --batch_size 8 --micro_batch_size 2 --warmup_steps 2 --device cpu --dtype float32"
@@ -69,7 +70,8 @@ def test_held_out_pairs_are_learned_and_transformers_reads_the_scores(folder):
     step = run_folder.newest_checkpoint(folder / "learned")
     theirs = transformers.AutoModelForSequenceClassification.from_pretrained(step).eval()
     rows = PreferenceRows(folder / "held_out.jsonl", Tokenizer.load(step), 63)
-    answers = rows.batch(np.arange(8))
+    by_length = np.argsort(rows.longest(np.arange(8)), kind="stable")  # the order in which they are scored
+    answers = rows.batch(by_length)
     ours = score_pairs(load_reward_model(step), rows, np.arange(8)).scores
     for number, score in zip(answers.number.tolist(), ours, strict=True):
         ids = torch.from_numpy(rows.ids[rows.begin[number] : rows.begin[number + 1]]).long()[None]
@@ -115,8 +117,24 @@ def test_few_parameters_and_the_head_come_back_as_a_reward_model(tune, folder):
     accuracy = launch.rows(folder / out)[-1]["heldout_accuracy"]
     pairs = score_pairs(load_reward_model(step), rows)
     assert (pairs.chosen > pairs.rejected).mean() == pytest.approx(accuracy, abs=1e-9)
+    if out == "lora":
+        folders.merge_folder(folder / "base", step, folder / "merged")
+        merged = score_pairs(load_reward_model(folder / "merged"), rows)
+        assert merged.scores == pytest.approx(pairs.scores, abs=1e-5)
     again = train(folder, out, f"--tune {tune} --steps 22 --lr 1e-2")  # goes on from there
     assert "22 steps" in again and len(launch.losses(folder / out)) == 22
+
+
+def test_prompts_of_like_length_share_a_micro_batch(folder):
+    rows = PreferenceRows(folder / "train.jsonl", Tokenizer.load(folder / "data"), 63)
+    positions = np.arange(40, 56)
+    parts = train_reward.by_length(np.split(positions, 4), rows)
+    assert sorted(np.concatenate(parts)) == positions.tolist() and [len(part) for part in parts] == [4] * 4
+    longest = [rows.longest(part) for part in parts]
+    assert (np.diff(np.concatenate(longest)) >= 0).all()
+    for part, length in zip(parts, longest, strict=True):
+        answers = rows.batch(part)
+        assert text_lengths(answers.batch).max() == length.max()
 
 
 def test_a_reward_model_is_trained_further_with_the_head_that_it_has(folder):

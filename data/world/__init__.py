@@ -11,10 +11,10 @@ Read the files in this order:
     arithmetic.py       sums, comparisons and word problems
     texts.py            the corpus: all of these, each with its probability
     questions.py        questions with checkable answers about the same world
-    requests.py         requests for a story, with what is wished of it
-    instructions.py     questions, requests and follow-up questions as rows
     scene.py            what holds at each point of a story
     reader.py           reads a story, and says which wishes it meets: the true reward
+    requests.py         requests for a story, with what is wished of it
+    instructions.py     questions, requests and follow-up questions as rows
     swaps.py            a word for another of its kind
     preferences.py      pairs of a right and a wrong answer
 

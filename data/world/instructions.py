@@ -38,10 +38,10 @@ from data.world.questions import (
     Question,
     ask_how_many,
 )
-from data.world.requests import LANGUAGES, request
+from data.world.requests import request
 from data.world.stories import story_count, story_give, story_where
 from data.world.translations import translated
-from data.world.words import COLOURS, EN, ZH, Person
+from data.world.words import COLOURS, EN, LANGUAGES, ZH, Person
 
 SPLITS = ("train", "heldout")
 
@@ -169,15 +169,15 @@ FOLLOW = (follow_translation, follow_story, follow_sum, follow_fact)
 FAMILIES = (*ASK, "follow_up", "request")
 HELD_OUT_FAMILIES = (*ASK, "follow_up")
 TRAIN_SHARES = Table(
-    (0.255, "story"),
-    (0.255, "translate"),
-    (0.187, "arithmetic"),
-    (0.051, "facts"),
-    (0.0425, "rewrite"),
-    (0.0255, "count"),
-    (0.034, "compare"),
-    (0.055, "follow_up"),
-    (0.095, "request"),
+    (0.237, "story"),
+    (0.237, "translate"),
+    (0.1738, "arithmetic"),
+    (0.0474, "facts"),
+    (0.0395, "rewrite"),
+    (0.0237, "count"),
+    (0.0316, "compare"),
+    (0.04, "follow_up"),
+    (0.17, "request"),
 )
 
 

@@ -85,6 +85,11 @@ def render(lang: int, wording: Phrase, slots: Slots) -> str:
     return text
 
 
+def split_sentences(text: str) -> list[str]:
+    """The sentences of a text in either language, with their full stops; a last one may lack it."""
+    return [sentence for sentence in re.split(r"(?<=。)|(?<=\.) ", text.strip()) if sentence]
+
+
 # ---- what slots hold -----------------------------------------------------------------------------------------------
 
 

@@ -14,8 +14,9 @@ the answer to after instruction tuning; half of them are story requests.
     rambling         goes on after the right answer
     cut_short        ends too early
 
-In even rows the wrong answer has more characters than the right one, in odd rows fewer (a few have as many, where no
-fault of the kind has another length): whoever takes the longer answer is right in half of the rows.
+In 12 of 25 rows the wrong answer is to have more characters than the right one, in the others fewer. (A few have as
+many, where no fault of the kind has another length, and these would else have fewer.) So whoever takes the longer
+answer is right in half of the rows.
 
 Read next: data/bundled.py, which writes them.
 """
@@ -24,19 +25,21 @@ import itertools
 import random
 import re
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import NamedTuple
 
 from data.world.draw import Draw, Table
 from data.world.facts import FACTS
 from data.world.instructions import prompt_of
-from data.world.phrases import GAP, render
+from data.world.phrases import GAP, render, split_sentences
 from data.world.questions import ASK, ASKED_FACTS, FACT_QUESTIONS
 from data.world.reader import UNREADABLE, read_story, reward_of
-from data.world.requests import LANGUAGES, request, split_sentences
+from data.world.requests import request, story_carry
 from data.world.stories import restate, story_count, story_give, story_where
 from data.world.swaps import another_value, other_word_of, units
-from data.world.words import ACTORS, EN, PEOPLE, THINGS, TOWNS, ZH, Person, Thing, Town
+from data.world.words import ACTORS, EN, LANGUAGES, PEOPLE, THINGS, TOWNS, ZH, Person, Thing, Town
 
+LONGER = range(1, 25, 2)  # of 25 rows, those whose wrong answer has more characters; fewer are found less often
 TRIES = 8  # at a fault of the wished length, before another prompt is drawn
 
 
@@ -184,7 +187,14 @@ class Retelling(Draw):
         return [left.pop(0)]
 
 
-STORY_OF = {"item": story_where, "person": story_where, "holder": story_give, "count": story_count}
+def story_like(wishes: dict) -> Callable:
+    """The kind of story that is wished."""
+    kind = wishes["ending"]["kind"]
+    if kind in ("holder", "count"):
+        return story_give if kind == "holder" else story_count
+    return story_carry if len(wishes["people"]) == 1 else partial(story_where, moves=(1, 2))
+
+
 PERSON = {person.en: person for person in PEOPLE}
 THING = {thing.en: thing for thing in THINGS}
 FOODS, ITEMS = ([thing for thing in THINGS if thing.food == food] for food in (True, False))
@@ -203,12 +213,12 @@ def retold(draw: Draw, right: Case, recast: bool = False) -> str:
         exchanged = people if of_kind is ACTORS else things
         newcomer = draw.pick([one for one in of_kind if one not in exchanged])
         exchanged[draw.pick(range(len(exchanged)))] = newcomer
-    moves = {"moves": (1, 2, 3)} if STORY_OF[wishes["ending"]["kind"]] is story_where else {}
+    tell_story = story_like(wishes)
     retelling = Retelling(draw.rng, people, things)
     while True:
         retelling.begin()
         try:
-            states = STORY_OF[wishes["ending"]["kind"]](retelling, right.lang, **moves)
+            states = tell_story(retelling, right.lang)
         except Unfit:
             continue
         restate(retelling, right.lang, states)
@@ -242,7 +252,7 @@ def preferences(seed: int, split: str) -> Iterator[dict]:
     for i in itertools.count():
         rng.seed(f"preference {seed} {split} {i}")
         draw.begin()
-        yield pair(draw, longer=i % 2 == 0)
+        yield pair(draw, longer=i % 25 in LONGER)
 
 
 def pair(draw: Draw, longer: bool) -> dict:

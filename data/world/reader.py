@@ -13,7 +13,7 @@ the first factor, so does a language that was not asked for, and an empty answer
     examine(wishes, story).unmet                  # ["sentence 3: Peter takes the ball, which he does not have", …]
     reward(prompts, answers, rows)                # one number each; a row has "wishes", or "answer" and "check"
 
-Read next: preferences.py, where damaged answers are told from sound ones.
+Read next: requests.py, how stories are asked for.
 """
 
 import re
@@ -30,11 +30,11 @@ from data.world.phrases import (
     colour_adjective,
     digits,
     render,
+    split_sentences,
 )
-from data.world.requests import LANGUAGES, named, split_sentences
 from data.world.scene import ACTS, INTRODUCTIONS, Contradiction, Scene, check
-from data.world.stories import CONNECTORS, ENDINGS, IT_WAS, ON_DAY, STATES, State
-from data.world.words import COLOURS, DAYS, EN, HOURS, PEOPLE, PLACES, THINGS, WEATHERS, ZH, Person, Thing
+from data.world.stories import CONNECTORS, ENDINGS, IT_WAS, ON_DAY, STATES, State, named
+from data.world.words import COLOURS, DAYS, EN, HOURS, LANGUAGES, PEOPLE, PLACES, THINGS, WEATHERS, ZH, Person, Thing
 from minillm.base.errors import UserError
 from minillm.datasets.questions import is_right
 

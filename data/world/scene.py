@@ -9,8 +9,7 @@ Read next: reader.py, which turns sentences into calls of these.
 
 from data.world import stories
 from data.world.phrases import Amount, Pair
-from data.world.requests import named
-from data.world.stories import State
+from data.world.stories import State, named
 from data.world.words import EN, Person, Thing, Word
 
 

@@ -27,6 +27,17 @@ class State(NamedTuple):
     slots: Slots
 
 
+def named(state: State) -> dict[str, str | int]:
+    """A state as JSON: its kind, and the English names of what it is about."""
+    names: dict[str, str | int] = {"kind": state.kind}
+    for slot, value in state.slots.items():
+        if slot == "amount":
+            names |= {"thing": value.thing.en, "number": value.number}
+        else:
+            names[slot] = value.en
+    return names
+
+
 # ---- how stories begin and end, and what is between their sentences ------------------------------------------------
 
 IT_WAS = phrase("那是一个{weather}的{hour}。 | It was a {weather} {hour}.")

@@ -12,6 +12,7 @@ import re
 from typing import NamedTuple
 
 ZH, EN = 0, 1  # the languages: where a word has its Chinese and where its English
+LANGUAGES = ("zh", "en")  # as rows name them
 WORLD_SEED = 2718  # of the facts
 GROUPS = 10  # a person and a thing (or place) of the same group meet in held-out rows only: see `Draw` in draw.py
 NO_GROUP = -1  # a word that may be said beside every other

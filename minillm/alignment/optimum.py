@@ -24,13 +24,21 @@ def right_wrong_optimum(log_p: Tensor, beta: float) -> Tensor:
     return beta * torch.logaddexp(log_wrong, log_p + 1 / beta)
 
 
-def estimated_optimum(rewards: Tensor, beta: float) -> Tensor:
-    """J* of each prompt from G answers of the reference, (P,) fp64: β log mean e^{r/β}.
+def estimated_optimum(rewards: Tensor, beta: float, kl: Tensor | None = None) -> Tensor:
+    """J* of each prompt from G sampled answers, (P,) fp64: β log mean e^{r/β} of the reference's.
 
     rewards: (P, G). The logarithm of a mean is below the mean's on average, so the estimate is too low, the more the
-    fewer answers and the smaller β: it cannot exceed the best reward that was seen. It rises to J* with G.
+    fewer answers and the smaller β: it does not know of good answers that the reference rarely gives. A policy that was
+    trained finds those. kl: (P, G), log π − log π_ref of each answer, if they are a policy's; then it is
+
+        β log mean e^{r/β − kl}      by importance sampling: E_ref[f] = E_π[f π_ref / π]
+
+    too low on average as well, exact where π is π*, and by Jensen's inequality never below E[r] − β KL of the samples.
     """
-    return beta * (torch.logsumexp(rewards.double() / beta, 1) - math.log(rewards.shape[1]))
+    exponents = rewards.double() / beta
+    if kl is not None:
+        exponents = exponents - kl.double()
+    return beta * (torch.logsumexp(exponents, 1) - math.log(rewards.shape[1]))
 
 
 def objective(reward: float, kl: float, beta: float) -> float:

@@ -55,12 +55,16 @@ def score_pairs(
     positions: np.ndarray | None = None,
     autocast: contextlib.AbstractContextManager | None = None,
 ) -> PairScores:
-    """The scores of the samples at these data positions, by default one epoch. autocast: the context to compute in."""
+    """The scores of the samples at these data positions, by default one epoch, the shortest first.
+
+    autocast: the context to compute in.
+    """
     device = next(model.parameters()).device
     was_training = model.training
     model.eval()
     if positions is None:
         positions = np.arange(rows.rows_per_epoch)
+    positions = positions[np.argsort(rows.longest(positions), kind="stable")]  # less padding
     found = []
     with autocast or contextlib.nullcontext():
         for begin in range(0, len(positions), SAMPLES):

@@ -59,19 +59,39 @@ class Experience(NamedTuple):
     reference: Tensor | None = None
     old: Tensor | None = None
 
-    def rows(self, part: slice | Tensor) -> "Experience":
+    def rows(self, which: slice | Tensor) -> "Experience":
         """Some of the rows."""
-        batch = Batch(*(None if tensor is None else tensor[part] for tensor in self.batch))
-        return Experience(batch, *(None if tensor is None else tensor[part] for tensor in self[1:]))
+        batch = Batch(*(None if tensor is None else tensor[which] for tensor in self.batch))
+        return Experience(batch, *(None if tensor is None else tensor[which] for tensor in self[1:]))
+
+    def split(self, n_rows: int) -> "list[Experience]":
+        """Parts of at most so many rows, those of like length together, each as wide as its longest row."""
+        columns = torch.arange(1, self.batch.mask.shape[1] + 1, device=self.batch.mask.device)  # (T,)
+        ends = (self.batch.mask * columns).amax(1)  # (N,), one past the last token of each
+        order = ends.argsort(stable=True)
+        parts = [self.rows(order[begin : begin + n_rows]) for begin in range(0, len(order), n_rows)]
+        return [part._narrowed(int((part.batch.mask * columns).max())) for part in parts]
+
+    def _narrowed(self, length: int) -> "Experience":
+        """Without the columns from `length` on; at least one stays."""
+
+        def narrow(tensor: Tensor | None) -> Tensor | None:
+            return tensor if tensor is None or tensor.dim() == 1 else tensor[:, : max(1, length)]
+
+        return Experience(Batch(*map(narrow, self.batch)), *map(narrow, self[1:]))
+
+    def silent(self) -> "Experience":
+        """The first row with nothing in it that is learned: it has a gradient, which is zero."""
+        row = self.rows(slice(1))
+        return row._replace(batch=row.batch._replace(mask=torch.zeros_like(row.batch.mask)))
 
 
 class Seen(NamedTuple):
-    """What a loss has seen in passing: sums over a micro-batch, which add up over micro-batches and ranks."""
+    """What a loss has seen in passing: numbers of tokens, which add up over micro-batches and ranks."""
 
     n_tokens: float
-    clipped_low: float  # tokens whose ρ is below 1 − ε_low with A < 0, so that they have no gradient
+    clipped_low: float  # whose ρ is below 1 − ε_low with A < 0, so that they have no gradient
     clipped_high: float  # above 1 + ε_high with A > 0
-    largest_ratio: float  # max |ρ − 1|; does not add up
 
 
 @dataclass(frozen=True)
@@ -174,8 +194,23 @@ class PolicyLoss:
         high = (ratio > 1 + self.clip_high) & (advantages > 0) & mask
         if self.kind == "cispo":
             low, high = torch.zeros_like(mask), (ratio > self.clip_high) & mask
-        largest = (torch.where(mask, ratio - 1, 0.0)).abs().max()
-        return Seen(float(mask.sum()), float(low.sum()), float(high.sum()), float(largest))
+        return Seen(float(mask.sum()), float(low.sum()), float(high.sum()))
+
+
+class Watched:
+    """A loss of some rows, to be called once with their log-probabilities, that notes what it sees."""
+
+    def __init__(self, loss: PolicyLoss, experience: Experience):
+        self.loss = loss
+        self.experience = experience
+        self.seen = Seen(0.0, 0.0, 0.0)
+
+    def __call__(self, log_probs: Tensor) -> Tensor:
+        self.seen = self.loss.seen(log_probs, self.experience)
+        loss = self.loss(log_probs, self.experience)
+        if self.experience.old is None:  # the first pass over these rows: later ones are compared with it
+            self.experience = self.experience._replace(old=log_probs.detach())
+        return loss
 
 
 def clipped_loss(

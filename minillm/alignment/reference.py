@@ -101,7 +101,8 @@ def precomputed_sums(run: Run, rows, n_samples: int, reference: Callable[[], Ref
     if run.ranks.max(sums is None):
         begun = time.monotonic()
         sums = _compute(run, rows, n_samples, reference())
-        run.say(f"{rows.n_answers:,} answers by the reference policy: {time.monotonic() - begun:.1f} s, kept in {path}")
+        took = time.monotonic() - begun
+        run.say(f"answers to {n_samples:,} prompts by the reference policy: {took:.1f} s, kept in {path}")
         if run.ranks.main:
             write_file(path, lambda scratch: _write(scratch, sums))
         run.ranks.barrier()

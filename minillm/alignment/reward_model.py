@@ -22,29 +22,44 @@ from minillm.tuning import folders
 def load_reward_model(
     folder: str | Path,
     device: torch.device | str = "cpu",
-    dtype: torch.dtype | None = torch.float32,
+    *,
     tokenizer: Tokenizer | None = None,
+    merged: bool = True,
 ) -> Transformer:
-    """The reward model of a run, a model folder or an adapter (folded into its base), frozen, in evaluation mode.
+    """The reward model of a run, a model folder or an adapter, in fp32, frozen, in evaluation mode.
 
-    dtype: of the weights; None: as they are stored. tokenizer: whose ids it will be given. Raises `UserError` for a
-    language model, and for a reward model with another tokenizer.
+    tokenizer: whose ids it will be given. merged: an adapter is folded into its base; else its base stays as it is, so
+    that another model over the same base can share it. Raises `UserError` for a language model, and for a reward model
+    with another tokenizer.
     """
     folder = run_folder.resolve_checkpoint(folder)
-    if folders.is_adapter(folder):
-        model, base = folders.load_adapted(folder, device=device, dtype=dtype, merged=True, with_score_head=True)
-        own_tokenizer = folders.tokenizer_of(folder, base)
-    else:
-        config = huggingface.load_config(folder, with_score_head=True)
-        model = huggingface.load_model(folder, device=device, dtype=dtype, config=config)
-        own_tokenizer = Tokenizer.load(folder)
+    model, own_tokenizer = open_reward_model(folder, None, device, torch.float32, merged)
     if tokenizer is not None and own_tokenizer.sha256 != tokenizer.sha256:
         raise UserError(
             f"{folder}: the reward model has another tokenizer than the model whose answers it is to judge; train one "
             "from that model"
         )
-    huggingface.check_vocabulary(model.config, own_tokenizer, folder)
-    return model.eval().requires_grad_(False)
+    return model
+
+
+def open_reward_model(
+    folder: Path, base: str | None, device: torch.device | str, dtype: torch.dtype | None, merged: bool = True
+) -> tuple[Transformer, Tokenizer]:
+    """The reward model of a folder, frozen, and its tokenizer; an adapter is folded into its base if `merged`.
+
+    base: an adapter's, if it is not where the adapter says. dtype: of the weights; None: as they are stored. Raises
+    `UserError` for a language model.
+    """
+    if folders.is_adapter(folder):
+        how = dict(device=device, dtype=dtype, merged=merged, with_score_head=True)
+        model, base_folder = folders.load_adapted(folder, base, **how)
+        tokenizer = folders.tokenizer_of(folder, base_folder)
+    else:
+        config = huggingface.load_config(folder, with_score_head=True)
+        model = huggingface.load_model(folder, device=device, dtype=dtype, config=config)
+        tokenizer = Tokenizer.load(folder)
+    huggingface.check_vocabulary(model.config, tokenizer, folder)
+    return model.eval().requires_grad_(False), tokenizer
 
 
 def is_reward_model(folder: Path) -> bool:

@@ -97,7 +97,7 @@ def moments_of(values: Tensor, mask: Tensor) -> Tensor:
     return torch.stack([chosen.new_tensor(len(chosen)), chosen.sum(), chosen.square().sum()])
 
 
-def judged(scores: Tensor, ended: Tensor, missing_eos: str = "subtract", penalty: float = 1.0) -> Tensor:
+def lowered_if_cut(scores: Tensor, ended: Tensor, missing_eos: str = "subtract", penalty: float = 1.0) -> Tensor:
     """Scores (N,) in which an answer that never ended is worth less. ended: (N,) bool, whether it ends in an eos.
 
     missing_eos: "subtract" the penalty (trl), or "replace" the score by −penalty, whatever was said (Stiennon et al.

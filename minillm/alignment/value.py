@@ -1,37 +1,48 @@
 """The value model: what reward a policy's unfinished answer can still expect.
 
-A trunk, whose states after the last norm know the tokens so far, and a head, a number for each state. V_t is read at
-the input x_t, so it knows the prompt and the answer before token y_t, not y_t itself.
+It is a model with a score head: V_t is the score at the input x_t, so it knows the prompt and the answer before token
+y_t, not y_t itself. It is of use to training alone.
 """
 
 import copy
+import dataclasses
+import math
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from minillm.alignment.reference import is_base
 from minillm.model.transformer import Transformer
-from minillm.tuning.adapter import active_adapter, set_adapter
+from minillm.tuning.adapter import attach, switched_off
+from minillm.tuning.options import TuningConfig
 
 
-class ValueModel(nn.Module):
-    """tokens (N, T) → values (N, T) fp32, one of the state after each token."""
+def make_value_model(options: TuningConfig, policy: Transformer, source: Transformer | None, seed: int) -> Transformer:
+    """The value model beside a policy: tokens (N, T) → values (N, T) fp32, which are 0 until it is trained.
 
-    def __init__(self, trunk: Transformer):
-        """trunk: trained in full or by an adapter, whatever its own head. The head here is new: see `start_at_zero`."""
-        super().__init__()
-        self.trunk = trunk
-        self.head = nn.Linear(trunk.config.dim, 1, bias=True).to(trunk.norm.weight.device)
-        self.start_at_zero()
+    Where the policy is an adapter over a base that it leaves as it was, this is another adapter over the same base.
+    Else it is a model of its own, trained in full: a copy of `source`, the reward model, which knows what is judged
+    (Ouyang et al. 2022, appendix C.4); None: of the policy.
+    """
+    if is_base(policy):
+        model = over_same_weights(policy)
+        model.give_score_head(seed)
+        attach(model, dataclasses.replace(options, modules_to_save=None, ensure_weight_tying=None), seed)
+    else:
+        with switched_off(policy):
+            model = copy.deepcopy(source or policy)
+        if not model.config.score_head:
+            model.give_score_head(seed)
+        model.float().requires_grad_(True)
+    model.checkpoint_activations = policy.checkpoint_activations
+    start_at_zero(model)
+    return model.train()
 
-    @torch.no_grad()
-    def start_at_zero(self) -> None:
-        """V = 0 everywhere, so that the first advantages are the rewards themselves (Huang et al. 2023, "N+")."""
-        self.head.weight.zero_()
-        self.head.bias.zero_()
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        hidden = self.trunk.hidden(tokens)  # (N, T, C)
-        return self.head(hidden.to(self.head.weight.dtype)).squeeze(-1).float()  # (N, T, 1) → (N, T)
+@torch.no_grad()
+def start_at_zero(model: Transformer) -> None:
+    """V = 0 everywhere, so that the first advantages are the rewards themselves (Huang et al. 2022, "37 details")."""
+    model.score.weight.zero_()
 
 
 def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, clip: float) -> tuple[Tensor, Tensor]:
@@ -52,22 +63,38 @@ def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> float:
     """1 − Var(R − V) / Var(R) over the mask: 1 for perfect values, 0 for none better than the mean, NaN for equal R."""
     returns, errors = returns[mask].double(), (returns - values)[mask].double()
     spread = float(returns.var(unbiased=False)) if len(returns) else 0.0
-    return 1 - float(errors.var(unbiased=False)) / spread if spread > 0 else float("nan")
+    return 1 - float(errors.var(unbiased=False)) / spread if spread > 0 else math.nan
+
+
+# ---- several models in the memory of one
 
 
 def over_same_weights(model: Transformer) -> Transformer:
     """Another model over the very same frozen weights, without an adapter: it takes one of its own by `attach`.
 
-    So policy, value and reward model stand side by side in the memory of one base, none switches another's adapter off,
-    and what shares a weight shares its quantization too. `model` keeps its adapter.
+    So policy and value model stand side by side over one base, quantized or not, and none has to switch the other's
+    adapter off. `model` keeps its adapter.
     """
-    adapter = active_adapter(model)
-    adapters = vars(model).get("adapters", {})
-    name = next((name for name, other in adapters.items() if other is adapter), None)
-    set_adapter(model, None)
-    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-    shared[id(adapters)] = {}
-    try:
+    with switched_off(model):
+        shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+        adapters = vars(model).get("adapters", {})
+        shared[id(adapters)] = {}
         return copy.deepcopy(model, shared)
-    finally:
-        set_adapter(model, name)
+
+
+def share_equal_weights(model: Transformer, base: Transformer) -> int:
+    """Let a frozen model use a base's own frozen tensors where it holds equal ones; returns how many bytes that frees.
+
+    So a reward model that is an adapter over the policy's base costs its adapter alone. Both keep their adapters.
+    """
+    freed = 0
+    with switched_off(model), switched_off(base):
+        tensors = dict(base.named_parameters())
+        for name, parameter in model.named_parameters():
+            own = tensors.get(name)
+            if own is None or own.requires_grad or own.dtype != parameter.dtype:
+                continue
+            if own.data_ptr() != parameter.data_ptr() and torch.equal(own.data, parameter.data):
+                freed += parameter.nbytes
+                parameter.data = own.data
+    return freed

@@ -5,17 +5,32 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
+from data import bundled
+from minillm.alignment.pair_scores import score_pairs, summary_lines
+from minillm.alignment.reward_model import is_reward_model
 from minillm.base.errors import UnsupportedError, UserError
 from minillm.base.options import option
-from minillm.commands.model_options import ModelOptions, TemplateOptions, load_model, template_of, trained_with
+from minillm.commands.model_options import (
+    ModelOptions,
+    TemplateOptions,
+    load_model,
+    load_reward_model,
+    tell,
+    template_of,
+    trained_with,
+)
 from minillm.datasets.files import encodings
 from minillm.datasets.files.text_files import BOUNDARIES
+from minillm.datasets.preferences import PreferenceRows
 from minillm.datasets.questions import read_questions
 from minillm.datasets.token_bins import TokenBins
 from minillm.distributed.ranks import Ranks
 from minillm.evaluation import answers
 from minillm.evaluation.rolling import text_batches
 from minillm.evaluation.validation import TextTokens, Validation, read_text, token_loss
+from minillm.generation import load
 from minillm.generation.load import Loaded
 from minillm.tokenizer.measure import check_round_trip
 from minillm.tokenizer.tokenizer import Tokenizer
@@ -27,8 +42,11 @@ QUESTION_FILES = (".jsonl", ".json", ".parquet", ".csv", ".tsv")
 
 @dataclass(frozen=True, kw_only=True)
 class Config(ModelOptions, TemplateOptions):
-    data: str = option(
-        help="folder of bins, text (.txt .jsonl .json .parquet) or questions (.jsonl .json .csv …)", group="data"
+    data: str | None = option(
+        None,
+        "folder of bins, text (.txt .jsonl .json .parquet), questions (.jsonl .json .csv …) or, for a reward model, "
+        "preferences; none: a reward model's, the bundled ones",
+        group="data",
     )
     split: str = option("blank", "where texts in a .txt end", BOUNDARIES, group="texts")
     field: str = option("text", "the key that holds a text in .jsonl, .json or .parquet", group="texts")
@@ -40,7 +58,9 @@ class Config(ModelOptions, TemplateOptions):
     max_tokens: int | None = option(
         None, "evaluate the first documents up to this many tokens; none: 2^20", at_least=1, group="texts"
     )
-    limit: int | None = option(None, "ask only this many questions, the first", at_least=1, group="questions")
+    limit: int | None = option(
+        None, "ask only this many questions, the first; of preferences: prompts", at_least=1, group="questions"
+    )
     max_new_tokens: int = option(answers.LONGEST_ANSWER, "longest answer in tokens", at_least=1, group="questions")
 
     def problems(self) -> list[str]:
@@ -48,9 +68,15 @@ class Config(ModelOptions, TemplateOptions):
 
 
 def run(config: Config) -> None:
+    if config.data is not None and not Path(config.data).exists():
+        raise UserError(f"--data {config.data}: no such file or folder")
+    folder = load.find_model(config.model, log=tell)
+    if is_reward_model(folder):
+        _evaluate_pairs(config, load_reward_model(config, folder))
+        return
+    if config.data is None:
+        raise UserError("--data is needed: a folder of token bins, texts or questions; see --help")
     path = Path(config.data)
-    if not path.exists():
-        raise UserError(f"--data {path}: no such file or folder")
     loaded = load_model(config)
     print(f"{loaded.folder} on {path}")
     if _is_questions(path, config.encoding):
@@ -86,6 +112,35 @@ def _evaluate_answers(config: Config, loaded: Loaded, path: Path) -> None:
         max_new_tokens=config.max_new_tokens,
     )
     print(f"exact match, greedy answers:\n{answers.table(scores)}")
+
+
+def _evaluate_pairs(config: Config, loaded: Loaded) -> None:
+    """Print the share of pairs whose chosen answer has the higher score, by kind of fault, and what goes with it."""
+    model, tokenizer, folder = loaded
+    for name in ("max_tokens", "seq_len"):
+        value = getattr(config, name)
+        if value is not None:
+            raise UserError(f"--{name} {value}: is about texts, and {folder} is a reward model; say --limit")
+    data = config.data
+    if data is None:
+        bundled.build()
+        data = f"{bundled.FOLDER}/preferences_heldout.jsonl"
+    print(f"{folder} on {data}")
+    rows = PreferenceRows(
+        [data],
+        tokenizer,
+        context_of(model) - 1,
+        template=template_of(config, folder),
+        encoding=config.encoding,
+    )
+    if rows.has_labels:
+        raise UserError(f"--data {data}: holds single answers with labels; a reward model is judged by pairs")
+    check_round_trip(tokenizer, rows.first_texts, data, config.allow_lossy)
+    print(rows.summary())
+    n_rows = min(rows.rows_per_epoch, config.limit or rows.rows_per_epoch)
+    print("pairs in which the chosen answer has the higher score:")
+    for line in summary_lines(score_pairs(model, rows, np.arange(n_rows))):
+        print(line)
 
 
 def _evaluate_texts(config: Config, loaded: Loaded, path: Path) -> None:

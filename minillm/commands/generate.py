@@ -1,27 +1,60 @@
-"""Continue a text; prints the continuation alone, as it comes."""
+"""Continue a text; prints the continuation alone, as it comes.
+
+With --best_of N --reward DIR the text is a question to a model that was taught to answer: of N answers the one with the
+highest reward is printed.
+"""
 
 import sys
 from dataclasses import dataclass
 
 from minillm.base.options import option, part
-from minillm.commands.model_options import ModelOptions, OutputOptions, load_model, print_stream, tell
+from minillm.base.printing import print_text
+from minillm.commands.best_of import Asking, best_of, load_judge
+from minillm.commands.model_options import (
+    ModelOptions,
+    OutputOptions,
+    TemplateOptions,
+    load_model,
+    print_stream,
+    tell,
+    template_of,
+)
 from minillm.generation import completion
+from minillm.generation.load import Loaded
 from minillm.generation.sampling import Sampling
 from minillm.tuning.virtual_tokens import context_of
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(ModelOptions, Sampling, OutputOptions):
+class Config(ModelOptions, TemplateOptions, Sampling, OutputOptions):
     prompt: str = option(
         help="the text to continue; -: standard input less a last newline", may_be_blank=True, group="text"
     )
     stop: tuple[str, ...] = option((), "end before any of these texts", may_be_blank=True, group="text")
     max_new_tokens: int = option(200, "at most this many new tokens", at_least=1, group="text")
 
+    best_of: int | None = option(
+        None, "ask the text as a question so many times; print the answer with the highest --reward", at_least=1
+    )
+    reward: str | None = option(
+        None, "what judges the answers: a reward model's folder, or a function as of train_grpo.py --reward"
+    )
+
     def problems(self) -> list[str]:
+        problems = []
         if "" in self.stop:
-            return ["--stop '': every text begins with it, so none would be printed; give a text, or leave it out"]
-        return []
+            problems.append(
+                "--stop '': every text begins with it, so none would be printed; give a text, or leave it out"
+            )
+        if (self.best_of is None) != (self.reward is None):
+            problems.append("--best_of and --reward: each needs the other; give both, or neither")
+        elif self.best_of is None and self.template != "auto":
+            problems.append(f"--template {self.template}: is for --best_of; without it the text is continued as it is")
+        elif self.best_of is not None and self.temperature == 0:
+            problems.append("--temperature 0: all answers would be the same; give --best_of a temperature above 0")
+        elif self.best_of is not None and self.stop:
+            problems.append("--stop: is for a text that is continued; an answer to be judged ends by itself")
+        return problems
 
 
 def run(config: Config) -> None:
@@ -29,7 +62,11 @@ def run(config: Config) -> None:
     if prompt == "-":
         sys.stdin.reconfigure(errors="surrogateescape")  # so that the tokenizer reports what is not UTF-8
         prompt = sys.stdin.read().removesuffix("\n")  # `echo` ends in a newline
-    model, tokenizer, _ = load_model(config)
+    loaded = load_model(config)
+    if config.best_of is not None:
+        _print_best(config, loaded, prompt)
+        return
+    model, tokenizer, _ = loaded
     stream = completion.stream(
         model,
         tokenizer,
@@ -43,3 +80,20 @@ def run(config: Config) -> None:
     print()
     if end.reason == "context":
         tell(f"(stopped: the model's context of {context_of(model)} tokens is full)")
+
+
+def _print_best(config: Config, loaded: Loaded, question: str) -> None:
+    """Print the answer with the highest reward, and beside it the rewards of all."""
+    model, tokenizer, folder = loaded
+    judge = load_judge(config.reward, tokenizer, model.norm.weight.device)
+    asking = Asking(template_of(config, folder), config.max_new_tokens, part(config, Sampling))
+    found = best_of(config.best_of, question, model, tokenizer, judge, asking)
+    print_text(found[0].text, config.raw)
+    print()
+    rewards = [candidate.reward for candidate in found]
+    mean = sum(rewards) / len(rewards)
+    tell(
+        f"(reward {rewards[0]:.3f}, the highest of {len(rewards)}; their mean {mean:.3f}, the lowest {rewards[-1]:.3f})"
+    )
+    if found[0].reason != "stop":
+        tell(f"(stopped by its length: {found[0].reason})")

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import torch
 
-from minillm.base.device import DTYPES
+from minillm.alignment.reward_model import open_reward_model
+from minillm.base.device import DTYPES, pick_device
 from minillm.base.options import Options, option
 from minillm.base.printing import print_text, visible
 from minillm.checkpoint import train_state
@@ -55,6 +56,13 @@ def load_model(config: ModelOptions) -> load.Loaded:
     """The model of --model, or the newest checkpoint, once the kernels have been checked on its device."""
     folder = load.find_model(config.model, log=tell)
     return load.load(folder, base=config.base, device=config.device, dtype=config.dtype, check_kernels=_check_kernels)
+
+
+def load_reward_model(config: ModelOptions, folder: Path) -> load.Loaded:
+    """The reward model of a folder, once the kernels have been checked on its device."""
+    device = pick_device(config.device)
+    _check_kernels(device, None)
+    return load.Loaded(*open_reward_model(folder, config.base, device, DTYPES[config.dtype or "float32"]), folder)
 
 
 def _check_kernels(device: torch.device, base_bits: int | None) -> None:

@@ -170,6 +170,12 @@ class PreferenceRows:
             [self.kinds[code] for code in self.kind[of_each].tolist()],
         )
 
+    def longest(self, positions: np.ndarray) -> np.ndarray:
+        """Tokens of the longest conversation of the sample at each of these data positions: (B,) int64."""
+        lengths = np.diff(self.begin)  # of each answer with its prompt
+        samples = [self._sample_at(p) for p in np.asarray(positions).tolist()]
+        return np.array([lengths[self.first_answer[s] : self.first_answer[s + 1]].max() for s in samples], np.int64)
+
     def _rows(self, numbers: list[int]) -> Batch:
         """Answers as rows of a batch; without any, one row of padding."""
         rows = []

@@ -32,6 +32,7 @@ from minillm.datasets.messages import (
     list_of,
 )
 from minillm.datasets.packing import shuffled
+from minillm.datasets.preference_forms import PAIR, preference
 from minillm.datasets.questions import NUMBER
 
 IN_PROMPT = (*LISTS, *QUESTIONS, *BELOW_QUESTION, *SYSTEMS, "history", "tools", "images", "videos", "audios")
@@ -152,20 +153,7 @@ def prompt_of(row: object) -> tuple[list[dict], dict]:
         raise UserError(f"a row is a JSON object, not {KINDS.get(type(row), 'null')}")
     columns = {key: value for key, value in row.items() if not is_missing(value)}
     in_prompt = {key: columns[key] for key in IN_PROMPT if key in columns}
-    list_name, question = list_of(in_prompt), first_of(in_prompt, QUESTIONS)
-    if list_name is None and question is None:
-        raise UnsupportedError(
-            f"its keys are {', '.join(columns)[:200] or 'none'}; a prompt is under one of "
-            f"{', '.join((*LISTS, *QUESTIONS))}"
-        )
-
-    # read it as an instruction, with an empty answer where there is none
-    if list_name is None:
-        in_prompt["output"] = [] if isinstance(in_prompt[question], list) else ""
-    messages = conversations(in_prompt)[0]
-    reference = None
-    if messages and messages[-1]["role"] == ASSISTANT:
-        reference = messages.pop()["content"]
+    messages, reference = _messages(in_prompt, columns)
     if not messages or messages[-1]["role"] == ASSISTANT or not messages[-1]["content"].strip():
         raise UserError("its prompt is empty, or does not end with a question")
 
@@ -175,6 +163,27 @@ def prompt_of(row: object) -> tuple[list[dict], dict]:
         columns["answer"] = answer
     columns["check"] = columns.get("check", check)
     return messages, columns
+
+
+def _messages(in_prompt: dict, columns: dict) -> tuple[list[dict], str | None]:
+    """The messages of a prompt, and the answer that follows them, if one does. in_prompt: the columns IN_PROMPT."""
+    list_name, question = list_of(in_prompt), first_of(in_prompt, QUESTIONS)
+    if list_name is None and question is None:
+        if not set(PAIR) <= set(columns):
+            raise UnsupportedError(
+                f"its keys are {', '.join(columns)[:200] or 'none'}; a prompt is under one of "
+                f"{', '.join((*LISTS, *QUESTIONS))}"
+            )
+        *messages, chosen = preference(columns).talks[0]  # the prompt is in the answers
+        return messages, chosen["content"]
+
+    # read it as an instruction, with an empty answer where there is none
+    if list_name is None:
+        in_prompt = in_prompt | {"output": [] if isinstance(in_prompt[question], list) else ""}
+    messages = conversations(in_prompt)[0]
+    if messages and messages[-1]["role"] == ASSISTANT:
+        return messages[:-1], messages[-1]["content"]
+    return messages, None
 
 
 def _answer(columns: dict, reference: str | None) -> tuple[str | None, str]:
@@ -191,7 +200,7 @@ def _answer(columns: dict, reference: str | None) -> tuple[str | None, str]:
             return answer, _check_of(answer)
         return answer, "exact"
     if isinstance(columns.get("chosen"), str):
-        return columns["chosen"], "exact"
+        return (reference if reference else columns["chosen"]), "exact"
     return reference or None, "exact"
 
 

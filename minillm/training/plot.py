@@ -20,7 +20,14 @@ PANELS = {
     "loss": "training loss (nats a token)",
     "val_bpb": "validation (bits per byte)",
     "val_loss": "validation (nats a token)",  # of runs that know no bits per byte
+    "heldout_nll": "held-out pairs (nats a pair)",
+    "heldout_accuracy": "held-out pairs (share right)",
+    "objective": "reward less β KL",  # of runs that learn from rewards
 }
+EVERY_STEP = ("loss", "objective")  # panels whose values are too many to be marked
+RISING = ("heldout_accuracy", "objective")
+# panel → what no model can be below, or above where the panel is rising, if it is known
+FLOORS = {"val_bpb": "floor_bpb", "heldout_nll": "floor_nll", "objective": "optimum"}
 LARGEST = 1e30  # of a number that is drawn
 MOST_BYTES = 1 << 28  # of a metrics.jsonl: about a million rows
 RAW_POINTS = 100  # runs with more logged steps than this are shown smoothed over a hundredth of them
@@ -52,7 +59,7 @@ def _row(line: str) -> dict | None:
     try:
         row = Contents(parse_json(line.encode(), "row"), "row")
         row.need("step", float, at_least=0)
-        for name in (*PANELS, "time_s", "floor_bpb", "floor_error"):
+        for name in (*PANELS, *FLOORS.values(), "time_s", "floor_error"):
             row.get(name, float, at_least=-LARGEST, at_most=LARGEST)
     except UserError:
         return None
@@ -97,7 +104,9 @@ def draw(runs: list[str | Path], out: str | Path) -> Path:
     """Draw training loss and validation score of each run against steps and against time, into `out` (.png).
 
     The validation score is in bits per byte, with the corpus's floor, where the run has them; else in nats a token, in
-    a panel of its own. Raises UserError without matplotlib, for a run without metrics, or if `out` cannot be written.
+    a panel of its own. So are the scores of held-out pairs, with the floor of noisy labels, and the objective of runs
+    that learn from rewards, with its optimum. Raises UserError without matplotlib, for a run without metrics, or if
+    `out` cannot be written.
     """
     try:
         import matplotlib
@@ -115,7 +124,7 @@ def draw(runs: list[str | Path], out: str | Path) -> Path:
         metrics = {_plain(str(run)): read_metrics(run) for run in runs}
     columns = {panel: {label: series(rows, panel) for label, rows in metrics.items()} for panel in PANELS}
     panels = [panel for panel in PANELS if panel == "loss" or any(column.steps for column in columns[panel].values())]
-    floors = _floors(metrics)
+    floors = {panel: _floors(metrics, panel, floor) for panel, floor in FLOORS.items()}
     unit, seconds = _unit(metrics)
 
     # a row of two axes for each panel: by steps, by time
@@ -131,19 +140,17 @@ def draw(runs: list[str | Path], out: str | Path) -> Path:
     for (by_steps, by_time), panel in zip(axes, panels, strict=True):
         for colour, (label, column) in zip(cycle(COLOURS), columns[panel].items(), strict=False):
             times = [time / seconds for time in column.seconds]
-            _line(by_steps, column.steps, column.values, colour, label, points=panel != "loss")
-            _line(by_time, times, column.values, colour, label, points=panel != "loss")
+            _line(by_steps, column.steps, column.values, colour, label, points=panel not in EVERY_STEP)
+            _line(by_time, times, column.values, colour, label, points=panel not in EVERY_STEP)
         for axis in (by_steps, by_time):
-            if panel == "val_bpb":
-                _draw_floors(axis, floors)
+            _draw_floors(axis, floors.get(panel, {}), "optimum" if panel in RISING else "floor")
             _dress(axis)
         by_steps.set_ylabel(PANELS[panel])
         values = [value for column in columns[panel].values() for value in column.values]
-        if panel == "val_bpb":
-            values += floors
+        values += floors.get(panel, {})
         _limit(by_steps, sorted(values), share=0.98 if panel == "loss" else 1.0)
         if by_steps.get_legend_handles_labels()[0]:
-            by_steps.legend(frameon=False, loc="upper right")
+            by_steps.legend(frameon=False, loc="lower right" if panel in RISING else "upper right")
     axes[-1][0].set_xlabel("steps")
     axes[-1][1].set_xlabel(f"training time ({unit})")
 
@@ -190,28 +197,31 @@ def _line(axis, x: list, values: list, colour: str, label: str, *, points: bool)
         axis.plot(x, smoothed(values, len(values) // RAW_POINTS + 1), color=colour, label=label, linewidth=1.6)
 
 
-def _floors(metrics: dict[str, list[dict]]) -> dict[float, tuple[float, str]]:
-    """Floor in bits per byte → its standard error, and the runs that it belongs to, "" if to all of them."""
+def _floors(metrics: dict[str, list[dict]], panel: str, name: str) -> dict[float, tuple[float, str]]:
+    """A panel's floor → its standard error, and the runs that it belongs to, "" if to all of them.
+
+    name: of the floor in the rows that have the panel's score.
+    """
     last_scores = {}  # label → the last row with a score
     for label, rows in metrics.items():
         for row in rows:
-            if "val_bpb" in row:
+            if panel in row and (name in row or label not in last_scores):
                 last_scores[label] = row
     floors = {}
     for row in last_scores.values():
-        floor = row.get("floor_bpb")
+        floor = row.get(name)
         if not floor:
             continue
-        labels = [label for label, other in last_scores.items() if other.get("floor_bpb") == floor]
+        labels = [label for label, other in last_scores.items() if other.get(name) == floor]
         whose = "" if len(labels) == len(last_scores) else ", ".join(labels)
         floors[floor] = (row.get("floor_error") or 0.0, whose)
     return floors
 
 
-def _draw_floors(axis, floors: dict[float, tuple[float, str]]) -> None:
-    """A dashed line at each floor (one, if the runs share a corpus), with its standard error."""
+def _draw_floors(axis, floors: dict[float, tuple[float, str]], name: str) -> None:
+    """A dashed line at each floor (one, if the runs share a corpus), with its standard error, called `name`."""
     for floor, (error, whose) in floors.items():
-        label = f"floor {floor:.3f}" + (f" of {whose}" if whose else "")
+        label = f"{name} {floor:.3f}" + (f" of {whose}" if whose else "")
         axis.axhline(floor, color=FLOOR, linestyle="--", linewidth=1.2, label=label)
         axis.axhspan(floor - error, floor + error, color=FLOOR, alpha=0.2, linewidth=0)
 

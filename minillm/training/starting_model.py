@@ -32,12 +32,15 @@ class Start(NamedTuple):
     tokenizer: Tokenizer
 
 
-def find_start(training_config, device: torch.device, share: float, score_head: bool = False):
+def find_start(
+    training_config, device: torch.device, share: float, adapter_share: float = 1.0, score_head: bool = False
+):
     """(the options with optimizer, learning rate and weight decay filled in, the `Start`) of a run from --init_from.
 
-    share: of pretraining's learning rate, see `choose_optimizer`. score_head: whether a reward model is trained, from a
-    language model or from another reward model, which is refused without. Raises `UserError` if model and tokenizer do
-    not belong together, if the machine cannot hold what is trained, or if --seq_len is beyond the model's context.
+    share, adapter_share: of the learning rates that are known, see `choose_optimizer`. score_head: whether a reward
+    model is trained, from a language model or from another reward model, which is refused without. Raises `UserError`
+    if model and tokenizer do not belong together, if the machine cannot hold what is trained, or if --seq_len is beyond
+    the model's context.
     """
     init = find_init(training_config)
     stored = huggingface.load_config(init, with_score_head=None if score_head else False)
@@ -45,7 +48,7 @@ def find_start(training_config, device: torch.device, share: float, score_head: 
     tokenizer = Tokenizer.load(init)
     huggingface.check_vocabulary(model_config, tokenizer, init)
     check_memory(training_config, model_config, device)
-    training_config = choose_optimizer(training_config, model_config.dim, share)
+    training_config = choose_optimizer(training_config, model_config.dim, share, adapter_share)
     if training_config.seq_len > model_config.max_seq_len:
         raise UserError(
             f"--seq_len {training_config.seq_len}: the model's longest context is {model_config.max_seq_len}"
@@ -86,11 +89,12 @@ def check_tokenizer(model: Path, data: str) -> None:
         )
 
 
-def choose_optimizer(training_config, dim: int, share: float = 1.0):
+def choose_optimizer(training_config, dim: int, share: float = 1.0, adapter_share: float = 1.0):
     """A script's options with optimizer, peak learning rate and weight decay filled in where they are None.
 
-    Existing weights are trained as in pretraining, at `share` of its rate. New parameters are trained by AdamW: Muon
-    makes all directions of an update equally large, which has no meaning for a matrix that is one factor of a product.
+    Existing weights are trained as in pretraining, at `share` of its rate; an adapter at `adapter_share` of its own for
+    instructions. New parameters are trained by AdamW: Muon makes all directions of an update equally large, which has
+    no meaning for a matrix that is one factor of a product.
     Weight decay pulls towards zero, where LoRA and adapters equal the base; IA3 does so at one, virtual tokens nowhere.
     """
     tune = training_config.tune
@@ -101,9 +105,7 @@ def choose_optimizer(training_config, dim: int, share: float = 1.0):
     if kind is None:
         kind = "muon" if existing_weights else "adamw"
     if lr is None:
-        lr = default_lr(kind, tune, dim)
-        if existing_weights:
-            lr *= share
+        lr = default_lr(kind, tune, dim) * (share if existing_weights else adapter_share)
     if decay is None:
         decay = 0.0 if tune in ("ia3", *VIRTUAL) else 0.1
     return dataclasses.replace(training_config, optimizer=kind, lr=lr, weight_decay=decay)

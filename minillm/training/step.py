@@ -91,6 +91,11 @@ class TrainState:
         self.loss_sum.zero_()
         return self.grad_norm
 
+    def skip(self) -> None:
+        """A step on which there is nothing to learn: the weights, and the optimizers' moments, stay as they are."""
+        self.loss = self.grad_norm = 0.0
+        self.applied = True
+
     def _check_all_have_gradients(self) -> None:
         """One behaviour on any number of ranks: several would wait for the gradient, one would go on without."""
         idle = [name for name, p in self.model.named_parameters() if p.requires_grad and p.grad is None]

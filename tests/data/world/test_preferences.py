@@ -8,11 +8,10 @@ from collections import Counter
 import pytest
 
 from data.world.facts import FACTS
-from data.world.phrases import render
+from data.world.phrases import render, split_sentences
 from data.world.preferences import preferences
 from data.world.questions import ASKED_FACTS
 from data.world.reader import examine, reward
-from data.world.requests import split_sentences
 from data.world.words import EN, ZH
 from tests.data.world.reader import groups, language, words
 

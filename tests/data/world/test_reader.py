@@ -5,10 +5,11 @@ import random
 import pytest
 
 from data.world.draw import Draw
+from data.world.phrases import split_sentences
 from data.world.reader import examine, reward, score
-from data.world.requests import LANGUAGES, named, request, split_sentences
-from data.world.stories import restate, story_count, story_give, story_where
-from data.world.words import EN, ZH
+from data.world.requests import request
+from data.world.stories import named, restate, story_count, story_give, story_where
+from data.world.words import EN, LANGUAGES, ZH
 from minillm.base.errors import UserError
 
 

@@ -43,7 +43,7 @@ def test_wishes_are_what_the_story_says(split):
         asked_for = [{word[1] for word in found} for found in words(prompt)]
         # of a text in Chinese the reader's patterns find single words, of an English one too: all are named
         assert asked_for[0] >= people and asked_for[1] >= things
-    assert 30 < other_language < 110
+    assert 20 < other_language < 70
 
 
 def test_the_end_is_so():

@@ -33,6 +33,24 @@ def test_no_policy_is_worth_more_and_one_is_worth_it(beta):
     assert float(estimated_optimum(sampled, beta)) == pytest.approx(float(best), abs=1e-12)
 
 
+def test_a_policys_answers_find_what_the_reference_rarely_says():
+    generator = torch.Generator().manual_seed(0)
+    beta, p_right = 0.05, 1e-5
+    exact = float(right_wrong_optimum(torch.tensor(math.log(p_right)), beta))
+    assert exact > 0.4
+    assert float(estimated_optimum((torch.rand(20, 64, generator=generator) < p_right).double(), beta).mean()) < 0.1
+    right = torch.rand(20, 64, generator=generator) < 0.6  # of a policy that is right in 6 of 10 answers
+    kl = torch.where(right, math.log(0.6 / p_right), math.log(0.4 / (1 - p_right)))
+    estimate = estimated_optimum(right.double(), beta, kl)
+    assert float(estimate.mean()) == pytest.approx(exact, abs=0.02)
+    assert (estimate >= (right.double() - beta * kl).mean(1)).all()
+    optimal = p_right * torch.tensor([math.exp(1 / beta), 1 / p_right - 1])  # π* itself: exact from any answer
+    kl = torch.log(optimal / optimal.sum() / torch.tensor([p_right, 1 - p_right]))
+    assert estimated_optimum(torch.tensor([[1.0], [0.0]]), beta, kl[:, None]).tolist() == pytest.approx(
+        [exact] * 2, abs=1e-6
+    )
+
+
 def test_right_and_wrong_is_the_same_formula():
     for p in (1e-9, 0.2, 0.999):
         for beta in (0.02, 0.1, 1.0):

@@ -14,10 +14,11 @@ from minillm.alignment.advantages import group_advantages
 from minillm.alignment.log_probs import loss_through_log_probs
 from minillm.alignment.policy_loss import Experience, PolicyLoss, clipped_loss
 from minillm.alignment.rollouts import RolloutConfig, roll_out
-from minillm.alignment.value import ValueModel, value_loss
+from minillm.alignment.value import make_value_model, value_loss
 from minillm.datasets.batch import Batch
 from minillm.model.config import ModelConfig
 from minillm.model.transformer import Transformer
+from minillm.tuning.options import TuningConfig
 
 PROMPTS = [[1, 2, 3], [4, 5, 6], [7, 0, 2], [3, 3, 5]]
 N_ANSWERS = 8  # the vocabulary: an answer is one token
@@ -119,8 +120,7 @@ def drawn(model: Transformer, number: int, group_size: int):
 
 
 def train_by_ppo(model: Transformer, rewards: Tensor, reference: Tensor, beta: float, n_steps: int, lr: float) -> None:
-    value = ValueModel(new_model(1))
-    value.trunk.lm_head.requires_grad_(False)
+    value = make_value_model(TuningConfig(), new_model(1), None, seed=0)
     optimizer, schedule = adamw(model, lr, 2 * n_steps)
     value_optimizer, value_schedule = adamw(value, 3 * lr, 2 * n_steps)
     for number in range(n_steps):

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from minillm.alignment.policy_loss import CLIPS, Experience, PolicyLoss, clipped_loss
+from minillm.alignment.policy_loss import CLIPS, Experience, PolicyLoss, Watched, clipped_loss
 from minillm.datasets.batch import Batch
 
 MASK = torch.tensor([[1, 1, 1, 0], [1, 1, 0, 0], [1, 1, 1, 1], [1, 0, 0, 0]]).bool()
@@ -162,8 +162,31 @@ def test_a_batch_in_parts_has_the_same_gradient(kind, n_rows):
 def test_the_clip_shares_are_those_of_trl():
     seen = policy_loss("dapo").seen(NEW, experience())
     assert (seen.n_tokens, seen.clipped_low, seen.clipped_high) == (10, 3, 2)
-    assert seen.largest_ratio == pytest.approx(math.exp(0.5) - 1)
-    assert policy_loss("dapo").seen(NEW, experience(None)).largest_ratio == 0
+    assert policy_loss("dapo").seen(NEW, experience(None))[1:] == (0, 0)
+
+
+def test_the_first_pass_is_noted_as_the_old_policy():
+    watched = Watched(policy_loss("dapo"), experience(None))
+    leaf = OLD.clone().requires_grad_()
+    watched(leaf)
+    assert watched.seen == (10, 0, 0)
+    assert torch.equal(watched.experience.old, OLD) and not watched.experience.old.requires_grad
+    again = Watched(policy_loss("dapo"), watched.experience)
+    assert float(again(NEW)) / 10 == pytest.approx(-0.1433626656, abs=1e-6)
+    assert again.seen == (10, 3, 2) and torch.equal(again.experience.old, OLD)
+
+
+@pytest.mark.parametrize("kind", list(CLIPS))
+def test_parts_of_like_length_have_the_loss_of_the_whole(kind):
+    loss = policy_loss(kind, beta=0.04)
+    whole = loss(NEW, experience())
+    parts = experience().split(1)
+    assert [part.batch.mask.shape[1] for part in parts] == [1, 2, 3, 4]
+    new = [NEW[row : row + 1, :width] for row, width in ((3, 1), (1, 2), (0, 3), (2, 4))]
+    apart = sum(loss(log_probs, part) for log_probs, part in zip(new, parts, strict=True))
+    assert kind == "bnpo" or float(apart) == pytest.approx(float(whole), abs=1e-12)
+    silent = experience().silent()
+    assert float(loss(NEW[:1], silent)) == 0 and len(silent.advantages) == 1
 
 
 def test_ppo_takes_the_same_clipped_loss():

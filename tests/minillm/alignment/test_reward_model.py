@@ -4,10 +4,14 @@ import pytest
 import torch
 
 from minillm.alignment.reward_model import is_reward_model, last_scores, load_reward_model, score_scale, text_lengths
+from minillm.alignment.value import share_equal_weights
 from minillm.base.errors import UserError
 from minillm.checkpoint import huggingface
 from minillm.datasets.batch import Batch
 from minillm.tokenizer.train import train_tokenizer
+from minillm.tuning import folders, peft_format
+from minillm.tuning.adapter import attach
+from minillm.tuning.options import TuningConfig
 from tests.minillm.model_options import build
 
 
@@ -76,3 +80,24 @@ def test_what_is_no_reward_model_for_these_answers_is_refused(tokenizers, tmp_pa
     reward_model = save(tmp_path / "reward", tokenizers[0], score_head=True)
     with pytest.raises(UserError, match="another tokenizer than the model whose answers it is to judge"):
         load_reward_model(reward_model, tokenizer=tokenizers[1])
+
+
+def test_an_adapter_that_is_not_merged_shares_its_base_with_a_policy(tokenizers, tmp_path):
+    base = save(tmp_path / "base", tokenizers[0])
+    reward_model = huggingface.load_model(base)
+    reward_model.give_score_head(seed=3)
+    adapter = attach(reward_model, TuningConfig("lora"))
+    adapter.base_folder, adapter.base_sha256 = base, folders.base_sha256(base)
+    torch.nn.init.normal_(reward_model.layers[0].mlp.up_proj.lora_B.weight)
+    (tmp_path / "adapter").mkdir()
+    peft_format.save_adapter(adapter, tmp_path / "adapter")
+
+    policy = huggingface.load_model(base)
+    attach(policy, TuningConfig("lora"))
+    apart = load_reward_model(tmp_path / "adapter", tokenizer=tokenizers[0], merged=False)
+    n_bytes = sum(p.nbytes for p in huggingface.load_model(base).parameters())
+    head = 0 if policy.config.tie_embeddings else policy.lm_head.weight.nbytes
+    assert share_equal_weights(apart, policy) == n_bytes - head
+    merged = load_reward_model(tmp_path / "adapter", tokenizer=tokenizers[0])
+    tokens = torch.tensor(TEXTS[2])[None]
+    torch.testing.assert_close(apart(tokens), merged(tokens), atol=1e-5, rtol=1e-5)

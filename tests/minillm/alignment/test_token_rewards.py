@@ -9,8 +9,8 @@ from minillm.alignment.policy_loss import clipped_loss
 from minillm.alignment.token_rewards import (
     AdaptiveKL,
     advantages,
-    judged,
     kl_per_token,
+    lowered_if_cut,
     moments_of,
     token_rewards,
     whitened,
@@ -136,10 +136,10 @@ def test_one_token_alone_has_no_advantage():
 
 def test_an_answer_that_never_ended_is_worth_less():
     scores, ended = torch.tensor([0.5, 0.5]), torch.tensor([True, False])
-    assert judged(scores, ended, "subtract", 2.0).tolist() == [0.5, -1.5]
-    assert judged(scores, ended, "replace", 1.0).tolist() == [0.5, -1.0]
+    assert lowered_if_cut(scores, ended, "subtract", 2.0).tolist() == [0.5, -1.5]
+    assert lowered_if_cut(scores, ended, "replace", 1.0).tolist() == [0.5, -1.0]
     with pytest.raises(ValueError, match="subtract or replace"):
-        judged(scores, ended, "forget")
+        lowered_if_cut(scores, ended, "forget")
 
 
 def test_the_strength_of_the_kl_follows_its_target():

@@ -5,11 +5,11 @@ import math
 import pytest
 import torch
 
-from minillm.alignment.value import ValueModel, explained_variance, over_same_weights, value_loss
+from minillm.alignment.value import explained_variance, make_value_model, share_equal_weights, value_loss
 from minillm.model.config import ModelConfig
 from minillm.model.transformer import Transformer
-from minillm.tuning.adapter import attach, set_adapter
-from minillm.tuning.options import TuningConfig
+from minillm.tuning.adapter import attach, switched_off
+from minillm.tuning.options import VIRTUAL, TuningConfig
 
 MASK = torch.tensor([[True, True, True, True], [True, True, False, False]])
 OLD = torch.tensor([[0.1, 0.2, 0.3, 0.4], [0.5, 0.25, 0, 0]], dtype=torch.float64)
@@ -17,10 +17,10 @@ CHANGE = torch.tensor([[0.5, -0.1, 0.3, -0.4], [0.1, -0.3, 7, 7]], dtype=torch.f
 RETURNS = torch.tensor([[0.849796875, 0.9103125, 0.96875, 1.025], [-0.9125, -1, 9, 9]], dtype=torch.float64)
 
 
-def small_model() -> Transformer:
-    config = ModelConfig(vocab_size=19, dim=16, n_layers=2, n_heads=2, n_kv_heads=1, ffn_dim=32, max_seq_len=16)
-    model = Transformer(config)
-    model.init_weights(0)
+def small_model(seed: int = 0, **options) -> Transformer:
+    shape = dict(vocab_size=19, dim=16, n_layers=2, n_heads=2, n_kv_heads=1, ffn_dim=32, max_seq_len=16)
+    model = Transformer(ModelConfig(**shape | options))
+    model.init_weights(seed)
     return model
 
 
@@ -56,19 +56,23 @@ def test_explained_variance():
     assert math.isnan(explained_variance(RETURNS, torch.ones_like(RETURNS), MASK))
 
 
+def new_value_model() -> Transformer:
+    return make_value_model(TuningConfig(), small_model(), None, seed=0)
+
+
 def test_values_start_at_zero_and_the_head_gets_a_gradient():
-    model = ValueModel(small_model())
+    model = new_value_model()
     tokens = torch.arange(12).view(2, 6)
     values = model(tokens)
     assert values.shape == (2, 6) and values.dtype == torch.float32
     assert torch.equal(values, torch.zeros(2, 6))
     (values - 1).square().sum().backward()
-    assert model.head.weight.grad.abs().sum() > 0
+    assert model.score.weight.grad.abs().sum() > 0
 
 
 def test_a_value_knows_the_tokens_so_far_and_no_later_one():
-    model = ValueModel(small_model())
-    torch.nn.init.normal_(model.head.weight)
+    model = new_value_model()
+    torch.nn.init.normal_(model.score.weight)
     tokens = torch.arange(6).view(1, 6)
     changed = tokens.clone()
     changed[0, 4] = 17
@@ -78,43 +82,83 @@ def test_a_value_knows_the_tokens_so_far_and_no_later_one():
 
 
 def test_values_learn_a_constant():
-    model = ValueModel(small_model())
+    model = new_value_model()
     tokens = torch.randint(0, 19, (8, 6), generator=torch.Generator().manual_seed(0))
     mask = torch.ones_like(tokens, dtype=torch.bool)
     returns = torch.full(tokens.shape, 0.7)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0)
+    falling = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.01, 100)
     for _ in range(100):
         loss, _ = value_loss(model(tokens), model(tokens).detach(), returns, mask, clip=0.2)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+        falling.step()
     assert (model(tokens) - 0.7).abs().max() < 1e-2
 
 
+def test_a_value_model_of_its_own_begins_as_the_reward_model():
+    policy, reward_model = small_model(), small_model(seed=5)
+    reward_model.give_score_head(0)
+    value = make_value_model(TuningConfig(), policy, reward_model, seed=0)
+    assert torch.equal(value.layers[0].mlp.up_proj.weight, reward_model.layers[0].mlp.up_proj.weight)
+    assert value.layers[0].mlp.up_proj.weight is not reward_model.layers[0].mlp.up_proj.weight
+    assert all(parameter.requires_grad for parameter in value.parameters())
+    assert reward_model.score.weight.abs().sum() > 0  # only the copy's is zero
+
+
+METHODS = ("lora", "dora", "ia3", "adapter", "prefix", "prompt", "ptuning")
+
+
 @pytest.mark.parametrize("tied", [False, True])
-def test_models_over_the_same_weights_have_adapters_of_their_own(tied):
-    model = small_model()
-    if tied:
-        model.config = ModelConfig(**{**vars(model.config), "tie_embeddings": True})
-        model.tie()
+@pytest.mark.parametrize("tune", METHODS)
+def test_policy_and_value_model_are_adapters_over_one_base(tune, tied):
+    model = small_model(tie_embeddings=tied)
     tokens = torch.arange(12).view(2, 6)
     base_logits = model(tokens)
-    attach(model, TuningConfig(tune="lora", lora_rank=2), seed=0)
-    other = over_same_weights(model)
+    options = TuningConfig(tune, **({"n_virtual": 3} if tune in VIRTUAL else {}))
+    attach(model, options, seed=0)
+    value = make_value_model(options, model, None, seed=1)
 
-    # one set of weights, and without an adapter the other is the base
-    own = {p.data_ptr() for p in model.parameters() if not p.requires_grad}
-    assert {p.data_ptr() for p in other.parameters()} == own
-    assert torch.equal(other(tokens), base_logits)
+    # all that is not trained is one set of weights
+    of_policy = {p.data_ptr() for p in model.parameters() if not p.requires_grad}
+    of_value = {p.data_ptr() for p in value.parameters() if not p.requires_grad}
+    assert of_value <= of_policy
+    trained = [p for p in value.parameters() if p.requires_grad]
+    assert not {p.data_ptr() for p in trained} & {p.data_ptr() for p in model.parameters()}
+    assert torch.equal(value(tokens), torch.zeros(2, 6))
 
-    # training one changes neither the other nor the base
-    attach(other, TuningConfig(tune="lora", lora_rank=2), seed=1)
-    before = model(tokens)
+    # every trained number gets a gradient, and changing it changes neither the policy nor the reference
+    torch.nn.init.normal_(value.score.weight)
+    value(tokens).sum().backward()
+    assert all(parameter.grad is not None for parameter in trained)
+    before, values = model(tokens), value(tokens)
     with torch.no_grad():
-        for parameter in other.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.1)
-    assert not torch.allclose(other(tokens), base_logits)
+        for parameter in trained:
+            parameter.add_(0.1)
+    assert not torch.allclose(value(tokens), values)
     assert torch.equal(model(tokens), before)
-    set_adapter(other, None)
-    assert torch.equal(other(tokens), base_logits)
+    with switched_off(model):
+        assert torch.equal(model(tokens), base_logits)
+
+
+def test_a_reward_model_over_the_same_base_costs_its_adapter_alone():
+    policy, reward_model, other = small_model(), small_model(), small_model(seed=1)
+    options = TuningConfig(tune="lora", lora_rank=2)
+    attach(policy, options, seed=0)
+    n_layers = sum(p.nbytes for p in reward_model.layers.parameters())
+    reward_model.give_score_head(0)
+    attach(reward_model, options, seed=3)
+    tokens = torch.arange(12).view(2, 6)
+    before = reward_model(tokens)
+    freed = share_equal_weights(reward_model, policy)
+    assert freed == n_layers + reward_model.embed_tokens.weight.nbytes + reward_model.norm.weight.nbytes
+    assert torch.equal(reward_model(tokens), before)
+    assert share_equal_weights(reward_model, policy) == 0
+    assert share_equal_weights(other, policy) < n_layers / 10  # only norms are equal
+
+
+def test_a_reward_model_never_shares_what_is_trained():
+    policy, reward_model = small_model(), small_model()
+    reward_model.requires_grad_(False)
+    assert share_equal_weights(reward_model, policy) == 0

@@ -1,10 +1,12 @@
 """No times here: that both sides are what they ought to be, and that the table is complete."""
 
+import sys
+
 import pytest
 import torch
 
 from minillm.base.errors import UserError
-from minillm.commands.bench import busy, data, generate, train, tune
+from minillm.commands.bench import align, busy, data, generate, train, tune
 from minillm.generation import completion
 from minillm.model import config
 from minillm.tuning import peft_format
@@ -125,3 +127,17 @@ def test_neighbours_end_with_the_benchmark():
         assert [process.poll() for process in processes] == [None, None]
         raise KeyboardInterrupt
     assert all(process.poll() is not None for process in processes)
+
+
+def test_alignment_without_trl_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "trl", None)
+    with pytest.raises(UserError, match=r"needs trl: pip install -e \"\.\[align\]\""):
+        align.run(align.Config())
+
+
+def test_alignment_beside_trl(capsys, monkeypatch):
+    pytest.importorskip("trl")
+    monkeypatch.setattr(align, "ENDING", 10)
+    align.run(align.Config(prompts=2, group_size=2, prompt_len=5, max_new_tokens=6))
+    printed = capsys.readouterr().out
+    assert printed.count("tok/s") == 4 and printed.count("x as fast") == 2

@@ -45,6 +45,19 @@ def test_a_run_is_drawn_against_steps_and_time(tmp_path, monkeypatch):
     assert "bits per byte" in score.get_ylabel()
 
 
+def test_an_objective_is_drawn_towards_its_optimum(tmp_path, monkeypatch):
+    figures = drawn(monkeypatch)
+    learned = [{"step": i, "objective": 0.1 * i, "optimum": 0.8} for i in range(1, 6)]
+    plot.draw(
+        [run(tmp_path / "grpo", [*rows(5)[:-1], *learned, {"step": 5, "objective": 0.6, "optimum": 0.9}])],
+        tmp_path / "a.png",
+    )
+    _, _, reward, _ = figures[0].axes
+    assert reward.lines[0].get_ydata().tolist() == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.5, 0.6])
+    assert reward.lines[1].get_ydata() == [0.9, 0.9] and reward.lines[1].get_label() == "optimum 0.900"
+    assert reward.get_ylim()[1] > 0.9 and "KL" in reward.get_ylabel()
+
+
 def test_several_runs_share_a_floor_and_keep_apart(tmp_path, monkeypatch):
     figures = drawn(monkeypatch)
     runs = [run(tmp_path / "x" / "pretrain", rows()), run(tmp_path / "y" / "pretrain", rows(200, start=9))]
@@ -146,3 +159,13 @@ def test_a_row_whose_numbers_are_none_is_named_by_its_line(tmp_path, row):
     (tmp_path / "metrics.jsonl").write_text(f'{{"step": 1, "loss": 3}}\n{row}\n{{"step": 2, "loss": 2}}\n')
     with pytest.raises(UserError, match=r"metrics\.jsonl, line 2: not a row of metrics"):
         plot.read_metrics(tmp_path)
+
+
+def test_held_out_pairs_are_drawn_with_the_floor_of_noisy_labels(tmp_path, monkeypatch):
+    figures = drawn(monkeypatch)
+    scores = [{"step": 30, "heldout_accuracy": 0.8, "heldout_nll": 0.4, "floor_nll": 0.325}]
+    last = {"step": 30, "heldout_accuracy": 0.8, "heldout_nll": 0.4, "ece": 0.02}  # the same without its floor
+    plot.draw([run(tmp_path / "reward", [*rows()[:-1], *scores, last])], tmp_path / "reward.png")
+    nll, accuracy = figures[0].axes[2], figures[0].axes[4]
+    assert nll.lines[-1].get_label() == "floor 0.325" and nll.get_ylim()[0] < 0.325
+    assert "pairs" in nll.get_ylabel() and accuracy.lines[0].get_ydata().tolist() == [0.8, 0.8]

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch.nn.functional import logsigmoid, softplus
 
-from minillm.alignment import preference_loss
-from minillm.alignment.preference_loss import LOSSES, LossOptions, Pairs, kto, kto_reference_point, log_odds
+from minillm.alignment.preferences import losses
+from minillm.alignment.preferences.losses import LOSSES, LossOptions, Pairs, kto, kto_reference_point, log_odds
 
 # two pairs: log-probabilities of the tokens by policy and reference
 POLICY_CHOSEN = ([-0.5, -1, -0.25], [-1, -0.5])
@@ -210,6 +210,6 @@ def test_the_reference_point_of_kto_is_not_below_zero_and_has_no_gradient():
 
 
 def test_losses_say_what_they_know():
-    assert preference_loss.losses_knowing("gamma") == ("simpo",)
-    assert "sigmoid" not in preference_loss.losses_knowing("label_smoothing")
+    assert losses.losses_knowing("gamma") == ("simpo",)
+    assert "sigmoid" not in losses.losses_knowing("label_smoothing")
     assert logsigmoid(torch.zeros(())).item() == pytest.approx(-math.log(2))

@@ -1,0 +1,112 @@
+"""Answers of the policy, what they are worth, and how far they are from the reference."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from minillm.alignment.optimum import estimated_optimum
+from minillm.alignment.policy_loss import Experience
+from minillm.alignment.reference import Reference
+from minillm.alignment.rewards import Rewards
+from minillm.alignment.rollouts import RolloutConfig, Rollouts, roll_out
+from minillm.datasets.batch import Batch
+from minillm.datasets.prompts import Prompt
+from minillm.model.transformer import Transformer
+from minillm.tuning.adapter import merged
+
+BEST = 1 - 1e-6  # a reward from here on counts as all that was wanted
+
+
+class Judged(NamedTuple):
+    """N answers to P prompts, group by group.
+
+    rewards: (N,) fp32. reference: (N, T) fp32, the tokens' log-probabilities under the reference; kl: (N, T) fp32,
+    log π − log π_ref of each token, whose sum over an answer has the KL as its mean. Without a reference both are None.
+    """
+
+    rolled: Rollouts
+    rewards: Tensor
+    reference: Tensor | None
+    kl: Tensor | None
+
+    def experience(self, advantages: Tensor, batch: Batch | None = None) -> Experience:
+        """The answers with their advantages, to be learned from; batch: with another mask than the rollout's."""
+        return Experience(batch or self.rolled.batch, advantages, self.rolled.log_probs, self.reference)
+
+    def lengths(self) -> Tensor:
+        """Tokens of each answer, its end included: (N,) int64."""
+        return self.rolled.batch.mask.sum(1)
+
+    def sums(self) -> dict[str, float]:
+        """What `means` is computed from; adds up over ranks."""
+        log_probs = self.rolled.log_probs
+        return {
+            "answers": float(len(self.rewards)),
+            "tokens": float(self.lengths().sum()),
+            "reward": float(self.rewards.sum()),
+            "best": float((self.rewards >= BEST).sum()),
+            "kl": 0.0 if self.kl is None else float(self.kl.sum()),
+            "surprise": -float(log_probs.sum()),
+            "cut": float((~self.rolled.ended).sum()),
+        }
+
+
+def means(sums: dict[str, float]) -> dict[str, float]:
+    """The columns of a metrics row: reward, share of best rewards, KL an answer, entropy a token, length, share cut.
+
+    The mean of −log π over sampled tokens has the entropy as its expectation, so no further pass is needed for it.
+    """
+    n = sums["answers"]
+    return {
+        "reward": sums["reward"] / n,
+        "best_share": sums["best"] / n,
+        "kl": sums["kl"] / n,
+        "entropy": sums["surprise"] / max(1.0, sums["tokens"]),
+        "length": sums["tokens"] / n,
+        "cut_share": sums["cut"] / n,
+    }
+
+
+class Judge:
+    """Lets a policy answer prompts, and judges the answers."""
+
+    def __init__(
+        self,
+        model: Transformer,
+        rewards: Rewards,
+        reference: Reference | None,
+        rollout: RolloutConfig,
+        rows_at_once: int,
+        autocast: Callable[[], AbstractContextManager],
+    ):
+        """rows_at_once: answers a forward pass of the reference. autocast(): the context in which it computes."""
+        self.model = model
+        self.rewards = rewards
+        self.reference = reference
+        self.rollout = rollout
+        self.rows_at_once = rows_at_once
+        self.autocast = autocast
+
+    def answers(self, prompts: list[Prompt], numbers: list[int], step: int, rollout: RolloutConfig | None = None):
+        """A group of answers to each prompt, as `Judged`. numbers, step: of `roll_out`; rollout: another than usual."""
+        rollout = rollout or self.rollout
+        with merged(self.model):
+            rolled = roll_out(self.model, [prompt.ids for prompt in prompts], numbers, step, rollout)
+        rewards = self.rewards(rolled, prompts).to(rolled.log_probs.device)
+        if self.reference is None:
+            return Judged(rolled, rewards, None, None)
+        with self.autocast():
+            parts = rolled.batch.split(self.rows_at_once)
+            reference = torch.cat([self.reference.log_probs(part, rollout.temperature) for part in parts])
+        kl = (rolled.log_probs - reference).masked_fill(~rolled.batch.mask, 0.0)
+        return Judged(rolled, rewards, reference, kl)
+
+
+def optimum_of(judged: Judged, group_size: int, beta: float) -> float:
+    """J* of the prompts, on average, estimated from these answers: see `estimated_optimum`."""
+    rewards = judged.rewards.view(-1, group_size)  # (P, G)
+    kl = None if judged.kl is None else judged.kl.sum(1).view(-1, group_size)
+    return float(estimated_optimum(rewards, beta, kl).mean())

@@ -1,0 +1,89 @@
+"""What a PPO run measures besides its steps: held-out answers, those of the reference, and whether it goes astray."""
+
+import dataclasses
+from typing import NamedTuple
+
+import numpy as np
+
+from minillm.alignment import judging
+from minillm.alignment.judging import Judge
+from minillm.alignment.ppo.options import PpoConfig
+from minillm.alignment.rewards import Rewards
+from minillm.datasets.prompts import PromptRows
+from minillm.training.run import Run
+
+MANY_CUT = 0.5  # share of answers that never ended from which on it is said
+
+
+class Tools(NamedTuple):
+    """What a run trains with besides its models."""
+
+    prompts: PromptRows
+    held_out: PromptRows | None
+    judge: Judge  # by the reward that is learned from
+    true_reward: Rewards | None  # which is recorded beside it
+
+
+def held_out_reward(training_config: PpoConfig, tools: Tools) -> dict[str, float]:
+    """One answer to each held-out prompt, at --temperature: its mean reward, true and learned, and the share that is
+    all that was wanted.
+    """
+    if tools.held_out is None:
+        return {}
+    positions = np.arange(min(training_config.eval_prompt_rows, tools.held_out.rows_per_epoch))
+    prompts = tools.held_out.rows(positions)
+    one_each = dataclasses.replace(tools.judge.rollout, group_size=1)
+    judged = tools.judge.answers(prompts, positions.tolist(), 0, one_each)
+    row = judging.means(judged.sums())
+    found = {"heldout_learned": row["reward"], "heldout_kl": row["kl"], "heldout_cut": row["cut_share"]}
+    if tools.true_reward is not None:
+        true = tools.true_reward(judged.rolled, prompts)
+        found |= {"heldout": float(true.mean()), "heldout_best": float((true >= judging.BEST).float().mean())}
+    return found
+
+
+def measure_reference(training_config: PpoConfig, tools: Tools) -> dict[str, float]:
+    """Of answers by the reference, which the policy still is: the reward's mean and spread, and J* after scaling."""
+    n = min(training_config.reference_prompts, tools.prompts.rows_per_epoch)
+    many = dataclasses.replace(tools.judge.rollout, group_size=training_config.reference_answers)
+    judged = tools.judge.answers(tools.prompts.rows(np.arange(n)), list(range(n)), 0, many)
+    rewards = judged.rewards
+    found = {"reward_mean": 0.0, "reward_std": 1.0}
+    if training_config.normalize_reward and tools.judge.rewards is not tools.true_reward:
+        found = {"reward_mean": float(rewards.mean()), "reward_std": max(float(rewards.std()), 1e-6)}
+    if training_config.beta:
+        scaled = judged._replace(rewards=(rewards - found["reward_mean"]) / found["reward_std"])
+        found["optimum"] = judging.optimum_of(scaled, training_config.reference_answers, training_config.beta)
+    return found
+
+
+def scale_reward(run: Run, tools: Tools, before: dict) -> None:
+    """Let the learned reward have the scale that rank 0 has measured."""
+    mean, std = run.ranks.sum(before.get("reward_mean", 0.0), before.get("reward_std", 0.0))
+    if tools.judge.rewards is not tools.true_reward:
+        tools.judge.rewards.mean, tools.judge.rewards.std = mean, std
+        run.say(f"learned reward of the reference's answers: mean {mean:.3f}, spread {std:.3f}; scaled to 0 and 1")
+
+
+class Alarm:
+    """Says when a run goes astray: once, and again when it has become twice as bad."""
+
+    def __init__(self, training_config: PpoConfig, run: Run):
+        self.training_config = training_config
+        self.run = run
+        self.kl_limit = training_config.kl_warning
+        self.cut_limit = MANY_CUT
+
+    def look_at(self, step: int, row: dict[str, float]) -> None:
+        if row["kl"] > self.kl_limit:
+            self.kl_limit = 2 * row["kl"]
+            self.run.say(
+                f"step {step}: KL {row['kl']:.0f} nats an answer: the policy has left its reference; raise --beta, set "
+                "a --target_kl, or lower --lr"
+            )
+        if row["cut_share"] >= self.cut_limit:
+            self.cut_limit = 2 * row["cut_share"]
+            self.run.say(
+                f"step {step}: {row['cut_share']:.0%} of the answers did not end within --max_new_tokens "
+                f"{self.training_config.max_new_tokens}; raise it, or --missing_eos_penalty"
+            )

@@ -1,0 +1,117 @@
+"""The options of proximal policy optimisation, and what follows from them."""
+
+from dataclasses import dataclass
+
+from data import bundled
+from minillm.alignment.options import AlignmentConfig
+from minillm.alignment.rollouts import RolloutConfig
+from minillm.base.options import option
+from minillm.tokenizer.tokenizer import Tokenizer
+
+REQUESTS = f"{bundled.FOLDER}/requests_train.jsonl"
+TRUE_REWARD = "data/world/reader.py:reward"  # of the bundled requests
+
+
+@dataclass(frozen=True)
+class PpoConfig(AlignmentConfig):
+    """What train_ppo.py takes besides data, folder, batch and optimizer."""
+
+    # what an answer is worth
+    reward_model: str | None = option(
+        "out/reward", "folder of train_reward.py; none: learn from --reward itself", group="reward"
+    )
+    reward: str | None = option(
+        None,
+        "the true reward, recorded beside the learned one: a check's name or FILE.py:FUNCTION; none: the world's for "
+        "the bundled requests",
+        group="reward",
+    )
+    reward_time_s: float = option(60.0, "most seconds of one call of --reward", above=0, group="reward")
+    normalize_reward: bool = option(
+        True, "learned rewards are scaled to mean 0 and spread 1 on answers of the reference", group="reward"
+    )
+    missing_eos: str = option(
+        "subtract",
+        "an answer cut at --max_new_tokens: subtract --missing_eos_penalty, or replace its reward by minus that",
+        ("subtract", "replace"),
+        group="reward",
+    )
+    missing_eos_penalty: float = option(1.0, "see --missing_eos", at_least=0, group="reward")
+
+    # how answers are drawn
+    group_size: int = option(4, "answers to each prompt", at_least=1, group="rollouts")
+    temperature: float = option(1.0, "at which answers are drawn and learned", above=0, group="rollouts")
+    max_new_tokens: int = option(128, "most tokens of an answer, its end included", at_least=1, group="rollouts")
+
+    # PPO
+    beta: float = option(0.05, "price of a nat of KL from the reference, in units of reward", at_least=0, group="PPO")
+    target_kl: float | None = option(
+        None, "nats an answer that --beta is steered to; none: it stays as it is", above=0, group="PPO"
+    )
+    kl_horizon: int = option(10_000, "answers in which --beta can change by a fifth", at_least=1, group="PPO")
+    kl_warning: float = option(50.0, "nats an answer from which on a run says that it drifts", above=0, group="PPO")
+    gamma: float = option(1.0, "discount of later rewards", at_least=0, at_most=1, group="PPO")
+    lam: float = option(0.95, "λ: how far advantages trust rewards over values", at_least=0, at_most=1, group="PPO")
+    clip: float = option(0.2, "how far a token's probability may move, as a share", above=0, below=1, group="PPO")
+    value_clip: float = option(0.2, "how far a value may move", above=0, group="PPO")
+    value_lr: float | None = option(
+        None, "peak learning rate of the value model; none: 3 times --lr", at_least=0, group="PPO"
+    )
+    updates: int = option(2, "passes over a rollout", at_least=1, group="PPO")
+    minibatches: int = option(2, "updates of a pass, each on as large a part of it", at_least=1, group="PPO")
+    stop_at_kl: float | None = option(
+        0.05, "no more passes once ½ mean (log ratio)² exceeds this; none: never", above=0, group="PPO"
+    )
+
+    # what is measured
+    eval_prompts: str | None = option(
+        None, "held-out prompts, judged before and after; none: the bundled ones, if bundled data is used", group="data"
+    )
+    eval_prompt_rows: int = option(256, "how many of them", at_least=1, group="data")
+    reference_prompts: int = option(
+        32,
+        "training prompts whose answers give the reward's scale and the best possible objective",
+        at_least=1,
+        group="data",
+    )
+    reference_answers: int = option(32, "answers of the reference to each of them", at_least=2, group="data")
+
+    def problems(self) -> list[str]:
+        problems = super().problems()
+        if self.batch_size % self.minibatches:
+            problems.append(f"--minibatches {self.minibatches}: --batch_size {self.batch_size} is no multiple of it")
+        if self.dropout or self.lora_dropout:
+            name = "dropout" if self.dropout else "lora_dropout"
+            problems.append(f"--{name}: must be 0, since probabilities of two passes are compared")
+        if self.reward_model is None and self.true_reward is None:
+            problems.append("--reward_model none: give a --reward to learn from, such as number or FILE.py:FUNCTION")
+        if self.max_new_tokens >= self.room:
+            problems.append(
+                f"--max_new_tokens {self.max_new_tokens}: leaves no room for a prompt in --seq_len {self.seq_len}"
+            )
+        return problems
+
+    @property
+    def true_reward(self) -> str | None:
+        return TRUE_REWARD if self.reward is None and self.data == REQUESTS else self.reward
+
+    @property
+    def held_out_prompts(self) -> str | None:
+        if self.eval_prompts is None and self.data == REQUESTS:
+            return f"{bundled.FOLDER}/requests_heldout.jsonl"
+        return self.eval_prompts
+
+    @property
+    def rows_at_once(self) -> int:
+        """Answers of a forward pass: those to --micro_batch_size prompts."""
+        return self.micro_batch_size * self.group_size
+
+    def rollout(self, tokenizer: Tokenizer) -> RolloutConfig:
+        return RolloutConfig(
+            group_size=self.group_size,
+            max_new_tokens=self.max_new_tokens,
+            temperature=self.temperature,
+            stop_ids=tuple(tokenizer.stop_ids(self.template)),
+            pad_id=tokenizer.pad_id,
+            seed=self.seed,
+        )

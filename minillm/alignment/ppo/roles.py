@@ -1,0 +1,75 @@
+"""The four models of PPO, in as little memory as they can share."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from minillm.alignment import reference
+from minillm.alignment.ppo.options import PpoConfig
+from minillm.alignment.reference import Reference
+from minillm.alignment.reward_model import last_scores, text_lengths
+from minillm.alignment.rollouts import Rollouts
+from minillm.alignment.value import make_value_model, share_equal_weights
+from minillm.base import files
+from minillm.checkpoint import run_folder
+from minillm.checkpoint.train_state import fingerprint
+from minillm.datasets.prompts import Prompt
+from minillm.model.transformer import Transformer
+from minillm.training import starting_model
+from minillm.tuning import folders, peft_format
+
+
+class Roles(NamedTuple):
+    """The four models of PPO."""
+
+    policy: Transformer  # is trained and kept
+    reference: Reference  # the policy as it was, from which it should not stray
+    reward: Transformer | None  # judges whole answers, frozen; None: a function does
+    value: Transformer  # what an unfinished answer can still expect; of use to training alone
+
+    def describe(self) -> str:
+        """Their size in a phrase."""
+        models = {"policy": self.policy, "value": self.value, "reward": self.reward, "reference": self.reference.frozen}
+        models = {name: model for name, model in models.items() if model is not None}
+        tensors = {p.data_ptr(): p for model in models.values() for p in [*model.parameters(), *model.buffers()]}
+        trained = sum(p.numel() for p in tensors.values() if p.requires_grad)
+        size = sum(tensor.nbytes for tensor in tensors.values()) / 2**20
+        return f"{', '.join(models)}: {size:.1f} MiB of weights, {trained:,} parameters trained"
+
+
+def cast_roles(
+    training_config: PpoConfig, start: starting_model.Start, policy: Transformer, reward_model: Transformer | None
+) -> Roles:
+    """The policy and the three models beside it, in as little memory as they can share."""
+    near = reference.make_reference(training_config, start, policy)
+    if reward_model is not None:
+        share_equal_weights(reward_model, policy)  # of an adapter over the policy's base the adapter alone remains
+    value = make_value_model(training_config, policy, reward_model, training_config.seed)
+    return Roles(policy, near, reward_model, value)
+
+
+def reward_fingerprint(training_config: PpoConfig) -> str:
+    """What must not change of the reward while a run goes on."""
+    if training_config.reward_model is None:
+        return fingerprint(training_config.true_reward)
+    folder = run_folder.resolve_checkpoint(training_config.reward_model)
+    if folders.is_adapter(folder):
+        return files.sha256(folder / peft_format.WEIGHTS)
+    return folders.base_sha256(folder)
+
+
+class LearnedReward:
+    """The reward model as a judge of answers, its scores shifted and scaled: (r − mean) / std."""
+
+    def __init__(self, model: Transformer, rows_at_once: int):
+        self.model = model
+        self.rows_at_once = rows_at_once
+        self.mean, self.std = 0.0, 1.0
+
+    @torch.no_grad()
+    def __call__(self, rolled: Rollouts, prompts: list[Prompt]) -> Tensor:
+        """The reward of each answer, (N,) fp32, read at its last token: of the ids that were drawn, not of a text."""
+        parts = rolled.batch.split(self.rows_at_once)
+        scores = torch.cat([last_scores(self.model, part, text_lengths(part)) for part in parts])
+        return (scores - self.mean) / self.std

@@ -1,0 +1,176 @@
+"""What a policy can do with texts that it has never been trained on: before, while and after it is trained."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from data import bundled
+from data.world.reader import reward
+from minillm.alignment.log_probs import answer_log_probs
+from minillm.alignment.options import AlignmentConfig
+from minillm.alignment.rollouts import RolloutConfig, roll_out
+from minillm.datasets.preferences import PreferenceRows
+from minillm.datasets.prompts import PromptRows
+from minillm.datasets.questions import read_questions
+from minillm.evaluation import answers
+from minillm.model.transformer import Transformer
+from minillm.tokenizer.tokenizer import Tokenizer
+from minillm.training.run import Run
+from minillm.tuning.adapter import merged
+
+N_REQUESTS = 400  # requests that are answered at temperature 1
+LONGEST_STORY = 128  # tokens
+ALL_WISHES = 1 - 1e-6  # the reward of an answer that fulfils all of them
+FALL = 1.0  # nats by which the chosen answers may become less likely before it is said
+NEWEST = 0.1  # share of the newest step in that mean
+
+
+class HeldOut:
+    """Held-out preferences, instructions and, of the bundled world, requests whose fulfilment is checked."""
+
+    def __init__(self, training_config: AlignmentConfig, tokenizer: Tokenizer, pairs: PreferenceRows | None):
+        """pairs: None where there are none; they may be single answers with labels."""
+        self.training_config, self.tokenizer, self.pairs = training_config, tokenizer, pairs
+        self.u_chosen: float | None = None  # of training pairs, a running mean over about 1 / NEWEST steps
+        self.warned = False
+        questions = training_config.held_out
+        self.questions = []
+        if questions:
+            self.questions = read_questions(questions, training_config.eval_rows, training_config.encoding)
+        requests = Path(bundled.FOLDER) / "requests_heldout.jsonl"
+        self.requests = []
+        if training_config.data.startswith(f"{bundled.FOLDER}/") and requests.exists():
+            room = {"room": min(LONGEST_STORY, training_config.room - 1)}
+            rows = PromptRows(requests, tokenizer, training_config.room, template=training_config.template, **room)
+            self.requests = rows.rows(np.arange(min(N_REQUESTS, rows.rows_per_epoch)))
+
+    # ---- before and after
+
+    @torch.no_grad()
+    def examine(self, model: Transformer, run: Run) -> dict:
+        """All that can be said of a model, as values for JSON; one process does it.
+
+        "exact": family → (exact greedy answers, questions). "requests": (fulfilled at temperature 1, requests).
+        "sums": s of each answer of the held-out preferences.
+        """
+        found = {"exact": {}, "requests": [0, 0], "sums": []}
+        template = self.training_config.template
+        with merged(model):
+            if self.questions:
+                found["exact"] = answers.exact_match(model, self.tokenizer, self.questions, template=template)
+            if self.requests:
+                found["requests"] = [self._fulfilled(model), len(self.requests)]
+        if self.pairs is not None:
+            found["sums"] = self._sums(model, run, 0, 1).tolist()
+        return found
+
+    def _fulfilled(self, model: Transformer) -> int:
+        """How many requests the model fulfils in every wish, answering each once at temperature 1."""
+        rollout = RolloutConfig(
+            group_size=1,
+            max_new_tokens=LONGEST_STORY,
+            temperature=1.0,
+            stop_ids=tuple(self.tokenizer.stop_ids(self.training_config.template)),
+            pad_id=self.tokenizer.pad_id,
+            seed=self.training_config.seed,
+        )
+        prompts = [prompt.ids for prompt in self.requests]
+        rolled = roll_out(model, prompts, [prompt.number for prompt in self.requests], 0, rollout)
+        texts = [self.tokenizer.decode(tokens) for tokens in rolled.answers]
+        rewards = reward([prompt.text for prompt in self.requests], texts, [prompt.row for prompt in self.requests])
+        return sum(value >= ALL_WISHES for value in rewards)
+
+    def _sums(self, model: Transformer, run: Run, rank: int, world: int) -> np.ndarray:
+        """s of the answers that are this rank's share, (n answers,) fp64, zeros elsewhere."""
+        sums = np.zeros(self.pairs.n_answers)
+        size = run.training_config.micro_batch_size
+        for begin in range(rank * size, self.pairs.rows_per_epoch, world * size):
+            batch = self.pairs.batch(np.arange(begin, min(begin + size, self.pairs.rows_per_epoch)))
+            with run.autocast():
+                log_probs = answer_log_probs(model, batch.batch.to(run.device))  # (N, T)
+            sums[batch.number] = log_probs.sum(1).cpu().numpy()
+        return sums
+
+    def conclude(self, run: Run, before: dict, after: dict) -> None:
+        """Print what changed, and record it."""
+        facts = {}
+        if after["exact"]:
+            n_right, n_questions = answers.total(after["exact"])
+            facts["exact_match"] = n_right / n_questions
+            run.say(f"exact answers to {n_questions} held-out questions, before → after:")
+            for line in answers.before_and_after(before["exact"], after["exact"]):
+                run.say(line)
+        if after["sums"]:
+            self._conclude_pairs(run, np.array(before["sums"]), np.array(after["sums"]))
+        if after["requests"][1]:
+            (met_before, _), (met, n) = before["requests"], after["requests"]
+            facts |= {"heldout_before": met_before / n, "heldout_after": met / n}
+            run.say(f"held-out requests fulfilled at temperature 1: {met_before / n:.1%} → {met / n:.1%}   ({met}/{n})")
+        if facts:
+            run.record(run.training_config.steps, **facts)
+
+    def _conclude_pairs(self, run: Run, before: np.ndarray, after: np.ndarray) -> None:
+        """How many held-out pairs are right by log-probability, by kind of fault, and how far these have moved."""
+        pairs = self.pairs
+        if not pairs.has_labels:
+            scores_before, scores = (self._right_by_kind(sums) for sums in (before, after))
+            run.say("held-out pairs whose chosen answer is likelier, before → after:")
+            for line in answers.before_and_after(scores_before, scores):
+                run.say(line)
+        scores = self.pair_scores(after, before)
+        run.say("held-out pairs, beside the model before: " + ", ".join(f"{k} {v:.4f}" for k, v in scores.items()))
+
+    def _right_by_kind(self, sums: np.ndarray) -> dict[str, tuple[int, int]]:
+        """kind of fault → (pairs with s_w > s_l, pairs)."""
+        right = sums[self.pairs.better] > sums[self.pairs.worse]
+        scores = {}
+        for code, kind in enumerate(self.pairs.kinds):
+            of_kind = self.pairs.kind == code
+            if of_kind.any():
+                scores[kind or "all"] = int(right[of_kind].sum()), int(of_kind.sum())
+        return scores
+
+    # ---- meanwhile
+
+    def pair_scores(self, sums: np.ndarray, before: np.ndarray) -> dict[str, float]:
+        """val_accuracy (u_w > u_l, the model before being the reference), val_plain_accuracy (s_w > s_l), and how much
+        likelier chosen and rejected answers have become, in nats.
+        """
+        u = sums - before
+        if self.pairs.has_labels:
+            return {"val_u_chosen": u[self.pairs.label].mean(), "val_u_rejected": u[~self.pairs.label].mean()}
+        better, worse = self.pairs.better, self.pairs.worse
+        return {
+            "val_accuracy": (u[better] > u[worse]).mean(),
+            "val_plain_accuracy": (sums[better] > sums[worse]).mean(),
+            "val_u_chosen": u[better].mean(),
+            "val_u_rejected": u[worse].mean(),
+        }
+
+    def watch(self, run: Run, model: Transformer, step: int, before: dict | None) -> None:
+        """Report on held-out pairs when it is due; the ranks share the work. before: of `examine`, on the main rank."""
+        if self.pairs is None or not run.due(step, run.training_config.eval_every):
+            return
+        sums = np.array(run.ranks.sum(*self._sums(model, run, run.ranks.rank, run.ranks.world).tolist()))
+        if before is None:
+            return
+        scores = {name: float(value) for name, value in self.pair_scores(sums, np.array(before["sums"])).items()}
+        run.report(step, scores, of="held-out pairs")
+        self._warn_of_fall(run, scores["val_u_chosen"])
+
+    def follow(self, run: Run, u_chosen: float) -> None:
+        """Take note of a step's mean u_w in nats, and warn if it stays low."""
+        before = u_chosen if self.u_chosen is None else self.u_chosen
+        self.u_chosen = (1 - NEWEST) * before + NEWEST * u_chosen
+        self._warn_of_fall(run, self.u_chosen)
+
+    def _warn_of_fall(self, run: Run, u_chosen: float) -> None:
+        """Say once that the chosen answers become less likely, too. u_chosen: nats, on average."""
+        if not self.warned and not math.isnan(u_chosen) and u_chosen < -FALL:
+            self.warned = True
+            run.say(
+                f"step {run.step}: the chosen answers have become less likely by {-u_chosen:.1f} nats on average; "
+                "answers to other questions suffer first: raise --sft_weight, or lower --lr or --epochs"
+            )

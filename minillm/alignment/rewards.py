@@ -1,0 +1,67 @@
+"""The reward of answers that were sampled: functions of texts, learned reward models, or weighted sums of both.
+
+--reward data/world/reader.py:reward             a function (evaluation/checks.py)
+--reward out/reward                              a reward model: the folder of a run or of a model
+--reward "0.5*out/reward,0.5*number"             both
+"""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from minillm.alignment.reward_model import last_scores, load_reward_model, score_scale, text_lengths
+from minillm.alignment.rollouts import Rollouts
+from minillm.datasets.prompts import Prompt
+from minillm.evaluation.checks import TIME_LIMIT_S, load_term, split_terms, weighted_sum
+from minillm.model.transformer import Transformer
+from minillm.tokenizer.tokenizer import Tokenizer
+
+ROWS_AT_ONCE = 64  # answers that a reward model reads at a time
+
+
+class Rewards:
+    """What --reward means, ready to judge answers."""
+
+    def __init__(
+        self,
+        spec: str,
+        tokenizer: Tokenizer,
+        time_limit_s: float = TIME_LIMIT_S,
+        device: torch.device | str = "cpu",
+    ):
+        """tokenizer: the policy's, whose ids a reward model must share. Raises `UserError` for what means no reward."""
+        self.tokenizer = tokenizer
+        self.models: list[tuple[float, LearnedReward]] = []
+        functions = []
+        for weight, term in split_terms(spec):
+            if Path(term).is_dir():
+                self.models.append((weight, LearnedReward(term, tokenizer, device)))
+            else:
+                functions.append((weight, load_term(term, time_limit_s)))
+        self.function = weighted_sum(functions)
+
+    def __call__(self, rolled: Rollouts, prompts: list[Prompt]) -> Tensor:
+        """The reward of each answer, (N,) fp32 on the CPU. prompts: those that were answered."""
+        of_answer = [prompts[index] for index in rolled.prompt.tolist()]
+        texts = [self.tokenizer.decode(answer) for answer in rolled.answers]
+        rewards = self.function([prompt.text for prompt in of_answer], texts, [prompt.row for prompt in of_answer])
+        total = torch.tensor(rewards, dtype=torch.float32)  # (N,)
+        for weight, model in self.models:
+            total += weight * model.scores(rolled)
+        return total
+
+
+class LearnedReward:
+    """A reward model's scores, less the mean and over the standard deviation that its training recorded, if it did."""
+
+    def __init__(self, folder: str, tokenizer: Tokenizer, device: torch.device | str):
+        self.model: Transformer = load_reward_model(folder, device, tokenizer=tokenizer)
+        self.mean, self.std = score_scale(folder) or (0.0, 1.0)
+
+    @torch.no_grad()
+    def scores(self, rolled: Rollouts) -> Tensor:
+        """The score of each answer at its last token, (N,) fp32 on the CPU."""
+        parts = rolled.batch.split(ROWS_AT_ONCE)
+        scores = torch.cat([last_scores(self.model, part, text_lengths(part)) for part in parts])  # (N,)
+        return ((scores - self.mean) / self.std).cpu()

@@ -1,0 +1,149 @@
+"""train_grpo.py as a process: what it learns, what it writes, how it goes on, and what it refuses."""
+
+import json
+import random
+import signal
+from pathlib import Path
+
+import pytest
+
+from minillm.checkpoint.huggingface import load_model
+from tests import launch
+from tests.test_train_sft import write_instructions
+
+OPTIONS = "--seq_len 64 --max_new_tokens 8 --batch_size 4 --group_size 4 --lr 1e-2 --warmup_steps 0 --optimizer adamw "
+OPTIONS += "--optimum_prompts 3 --optimum_answers 8 --eval_prompt_rows 8 --device cpu --dtype float32"
+
+# a reward that a nearly random model can find
+REWARDS = """
+def vowels(prompts, answers, rows):
+    assert len(prompts) == len(answers) == len(rows) and rows[0]["family"]
+    return [min(1.0, answer.count('e') / 8) for answer in answers]
+
+def equal(prompts, answers, rows):
+    return [0.5] * len(answers)
+
+def broken(prompts, answers, rows):
+    return [float("nan")] * len(answers)
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A folder with a model of a few steps in base/, prompts, held-out prompts and reward functions."""
+    here = tmp_path_factory.mktemp("grpo")
+    launch.write_corpus(here / "data")
+    base = f"--data {here}/data --out {here}/base {launch.SMALL} --micro_batch_size 8 --steps 4 --max_seq_len 128"
+    launch.finish("pretrain", base, here / "log" / "base")
+    for name, seed in (("train", 0), ("held_out", 1)):
+        write_instructions(here / f"{name}_sft.jsonl", 40, seed)
+        with (here / f"{name}.jsonl").open("w") as file:
+            for line in (here / f"{name}_sft.jsonl").read_text().splitlines():
+                row = json.loads(line)
+                file.write(
+                    json.dumps({"prompt": row["input"], "answer": row["output"], "family": row["family"]}) + "\n"
+                )
+    (here / "rewards.py").write_text(REWARDS)
+    return here
+
+
+def options(folder: Path, out: str, more: str = "") -> str:
+    data = f"--data {folder}/train.jsonl --eval_prompts {folder}/held_out.jsonl --reward {folder}/rewards.py:vowels"
+    return f"{data} --init_from {folder}/base --out {folder}/{out} {OPTIONS} {more}"
+
+
+def train(folder: Path, out: str, more: str = "", **how) -> str:
+    return launch.finish("grpo", options(folder, out, more), folder / "log" / out, **how)
+
+
+def column(run: Path, name: str) -> list[float]:
+    return [row[name] for row in launch.rows(run) if row.get(name) is not None]
+
+
+def test_rewards_rise_and_what_is_logged(folder):
+    said = train(folder, "learns", "--steps 40 --beta 0.01 --batch_size 8 --group_size 8")
+    run = folder / "learns"
+    reward = column(run, "reward")
+    assert len(reward) == 40 and sum(reward[-5:]) > 1.5 * sum(reward[:5])
+    for name in ("kl", "objective", "optimum", "entropy", "length", "clip_share", "zero_std_share", "cut_share"):
+        assert len([row for row in launch.rows(run) if "reward" in row and name in row]) == 40, name
+    assert abs(column(run, "kl")[0]) < 1e-3  # before the first step the policy is the reference
+    last = launch.rows(run)[-1]
+    assert last["heldout_after"] > last["heldout_before"]
+    assert last["objective_before"] < last["objective"] <= last["optimum"]
+    assert "held-out prompts" in said and "the most that any policy has" in said and "next: python -m" in said
+    assert load_model(run / "step-00000040").config.vocab_size == 400
+
+
+@pytest.mark.parametrize("more", ["", "--tune lora --loss dapo --beta 0", "--updates 2 --loss grpo --kl k3"])
+def test_stopped_and_resumed_is_bit_for_bit_the_run_never_stopped(folder, more):
+    more += " --steps 8"
+    straight, broken = folder / f"straight-{len(more)}", folder / f"broken-{len(more)}"
+    train(folder, straight.name, more)
+    (process,) = launch.start("grpo", options(folder, broken.name, f"{more} --save_every 4"), folder / "broken")
+    process.wait_for_checkpoint(broken, 4)
+    process.kill(signal.SIGKILL)
+    process.wait()
+    train(folder, broken.name, more)
+    step = "step-00000008"
+    files = sorted(path.relative_to(straight / step) for path in (straight / step).rglob("*.safetensors"))
+    assert len(files) >= 2
+    for name in files:
+        assert (broken / step / name).read_bytes() == (straight / step / name).read_bytes(), name
+    assert launch.losses(broken) == launch.losses(straight) and column(broken, "reward") == column(straight, "reward")
+
+
+@pytest.mark.parametrize("more", ["", "--loss grpo --resample 2", "--loss reinforce --micro_batch_size 1 --tune lora"])
+def test_two_ranks_take_the_same_steps_as_one(folder, more):
+    runs = [folder / f"ranks-{len(more)}-{ranks}" for ranks in (1, 2)]
+    for ranks, run in enumerate(runs, start=1):
+        train(folder, run.name, f"--steps 4 {more}", ranks=ranks)
+    for name in ("reward", "kl", "length", "zero_std_share", "grad_norm", "loss"):
+        one, two = (column(run, name) for run in runs)
+        assert two == pytest.approx(one, abs=2e-5, rel=1e-3), name
+
+
+def test_micro_batches_do_not_change_a_step(folder):
+    for size in (1, 2, 4):
+        train(folder, f"micro-{size}", f"--steps 3 --micro_batch_size {size} --loss grpo")
+    norms = [column(folder / f"micro-{size}", "grad_norm") for size in (1, 2, 4)]
+    assert norms[1] == pytest.approx(norms[0], rel=1e-4) and norms[2] == pytest.approx(norms[0], rel=1e-4)
+
+
+def test_later_passes_over_a_rollout_have_a_ratio_that_is_clipped(folder):
+    train(folder, "passes", "--steps 3 --updates 4 --lr 1e-2 --clip_low 0.01 --clip_high 0.01")
+    assert max(column(folder / "passes", "clip_share")) > 0.1
+    train(folder, "one-pass", "--steps 3 --lr 1e-2 --clip_low 0.01 --clip_high 0.01")
+    assert column(folder / "one-pass", "clip_share") == [0, 0, 0]
+
+
+def test_groups_without_spread_are_dropped_and_end_the_run_with_advice(folder):
+    more = f"--reward {folder}/rewards.py:equal --beta 0 --no_spread_steps 3 --steps 9"
+    said = train(folder, "equal", more, status=2)
+    assert "step 1: the answers to each prompt all have the same reward: nothing to learn" in said
+    assert "step 3: 3 rollouts in a row" in said and "--group_size" in said
+    assert column(folder / "equal", "zero_std_share") == [1, 1, 1]
+    assert column(folder / "equal", "grad_norm") == [0, 0, 0]
+
+
+@pytest.mark.parametrize(
+    "more, message",
+    [
+        ("--reward {folder}/rewards.py:broken", "nan"),
+        ("--reward {folder}/rewards.py:absent", "no such function"),
+        ("--max_new_tokens 64", "leaves no room for a prompt"),
+        ("--group_size 1", "at least 2"),
+        ("--temperature 0", "above 0"),
+        ("--overlong penalty --overlong_cushion 9", "overlong_cushion 9"),
+        ("--overlong_cushion 9", "overlong"),
+        ("--kl k4", "k3_ratio"),
+    ],
+)
+def test_what_cannot_be_is_refused(folder, more, message):
+    said = train(folder, f"refused-{random.random()}", f"--steps 2 {more.format(folder=folder)}", status=2)
+    assert message in said and "Traceback" not in said
+
+
+def test_all_answers_cut_and_masked_teach_nothing(folder):
+    said = train(folder, "cut", "--steps 3 --max_new_tokens 2 --overlong mask --no_spread_steps 9 --loss dapo --beta 0")
+    assert "step-00000003" in said

@@ -1,0 +1,331 @@
+"""Let a model prefer what people prefer: direct preference optimization (DPO) and its family.
+
+    python train_dpo.py                                        newest checkpoint of out/sft, bundled preferences
+    python train_dpo.py --data pairs.jsonl --init_from out/my-sft --out out/my-dpo --beta 0.3
+    python train_dpo.py --loss simpo --out out/simpo           without a reference policy
+    python train_dpo.py --loss kto --data labels.jsonl         single answers, each good or bad
+    torchrun --nproc_per_node 8 train_dpo.py --data pairs.jsonl --init_from Qwen2.5-0.5B-Instruct --batch_size 64
+
+Data: rows of prompt, chosen and rejected, as texts or messages; ranked answers, scores and hh-rlhf's conversations too
+(docs/dpo.md). Each loss compares how likely the policy makes both answers, most of them beside how likely the model it
+started from, the reference, makes them. Run the same command again to go on where it stopped.
+"""
+
+import dataclasses
+import shlex
+import sys
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data import bundled
+from minillm.alignment import reference as reference_policy
+from minillm.alignment.log_probs import Policy
+from minillm.alignment.options import AlignmentConfig
+from minillm.alignment.preferences.held_out import HeldOut
+from minillm.alignment.preferences.losses import DIVERGENCES, LOSSES, SORTS_THE_STEP, losses_knowing
+from minillm.alignment.preferences.step import (
+    Measured,
+    Objective,
+    Totals,
+    counts,
+    loss_of,
+    summed_u_of_mismatched,
+    z_of,
+)
+from minillm.alignment.reference import Reference
+from minillm.base.command_line import parse
+from minillm.base.errors import UserError
+from minillm.base.options import option
+from minillm.base.process import run_script
+from minillm.checkpoint.train_state import fingerprint
+from minillm.datasets.preferences import Answers, PreferenceRows, unpaired
+from minillm.distributed import ranks as distributed
+from minillm.distributed.parallelize import gradients_synced, marked_last, parallelize
+from minillm.distributed.ranks import Ranks
+from minillm.model import ops
+from minillm.model.transformer import Transformer
+from minillm.tokenizer.measure import check_round_trip
+from minillm.tokenizer.tokenizer import Tokenizer
+from minillm.training import starting_model
+from minillm.training.config import listed_files, summary, with_steps
+from minillm.training.optim import build_optimizers
+from minillm.training.run import Run, begin
+from minillm.training.step import TrainState
+
+
+def _loss_option(name: str, default, help: str, **rules):
+    """An option that only some losses know."""
+    return option(default, help, only_with=("loss", losses_knowing(name)), group="preferences", **rules)
+
+
+@dataclass(frozen=True)
+class Config(AlignmentConfig):
+    data: str = option(
+        f"{bundled.FOLDER}/preferences_train.jsonl",
+        "preference file(s), separated by commas: .jsonl .json (.gz) .parquet .csv",
+        group="run",
+    )
+    out: str = option("out/dpo", "the run's folder: checkpoints, metrics.jsonl, curve.png", group="run")
+    steps: int | None = option(
+        None, "optimizer steps; none: as many as --epochs need", at_least=1, group="length and batch"
+    )
+    epochs: float = option(
+        0.25, "passes over the data, if --steps is not given", at_least=0.001, at_most=1e6, group="length and batch"
+    )
+    batch_size: int = option(16, "prompts per optimizer step, over all ranks", at_least=1, group="length and batch")
+    optimizer: str | None = option("adamw", "adamw, or muon for matrices", ("adamw", "muon"), group="optimizer")
+    lr: float | None = option(
+        None,
+        "peak learning rate; none: 1/40 of what pretraining takes, or 1/10 of what suits the adapter",
+        at_least=0,
+        group="optimizer",
+    )
+    weight_decay: float | None = option(0.0, "weight decay, on matrices only", at_least=0, group="optimizer")
+    eval_every: int = option(
+        100, "steps between looks at held-out pairs; 0: only at the end", at_least=0, group="validation and checkpoints"
+    )
+    label_noise: float = option(
+        0.0, "share of pairs whose answers change places, to see what noise does", at_least=0, at_most=0.5, group="data"
+    )
+    eval_pairs: str | None = option(
+        None, "held-out preferences to look at; none: the bundled ones, if bundled data is used", group="data"
+    )
+
+    # the loss
+    loss: str = option("sigmoid", "what is minimized (docs/dpo.md)", tuple(LOSSES), group="preferences")
+    beta: float | None = _loss_option(
+        "beta",
+        None,
+        "how closely the policy keeps to the reference; orpo: weight of the odds; none: 0.1, simpo 2",
+        above=0,
+    )
+    sft_weight: float | None = option(
+        None, "weight of the chosen answers' loss; none: 1, but 0 for simpo and kto", at_least=0, group="preferences"
+    )
+    label_smoothing: float | None = _loss_option(
+        "label_smoothing",
+        None,
+        "share of pairs whose labels are thought wrong; none: 0.1, exo_pair 0.001, cpo 0",
+        at_least=0,
+        below=0.5,
+    )
+    gamma: float | None = _loss_option("gamma", None, "margin that the chosen answer must have; none: 1", at_least=0)
+    tau: float | None = _loss_option("tau", None, "temperature of the mixture; none: 0.05", above=0)
+    divergence: str | None = _loss_option(
+        "divergence", None, "what keeps the policy near the reference; none: reverse_kl", choices=DIVERGENCES
+    )
+    good_weight: float = _loss_option("good_weight", 1.0, "weight of good answers", at_least=0)
+    bad_weight: float = _loss_option("bad_weight", 1.0, "weight of bad answers", at_least=0)
+
+    def problems(self) -> list[str]:
+        problems = super().problems()
+        if self.loss == "exo_pair" and self.label_smoothing == 0:
+            problems.append("--label_smoothing 0: exo_pair compares with smoothed labels; give a number above 0")
+        if self.loss == "sft" and self.sft_weight == 0:
+            problems.append("--sft_weight 0: with --loss sft nothing would be learned")
+        if self.loss == "kto" and self.batch_size < 2:
+            problems.append("--batch_size 1: kto compares with answers to other prompts of a step; give at least 2")
+        return problems
+
+    @property
+    def objective(self) -> Objective:
+        """The loss with its numbers: the given ones, else those of its authors."""
+        loss = LOSSES[self.loss]
+        names = [name for name in loss.knows if name not in ("good_weight", "bad_weight")]
+        given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        sft_weight = loss.sft_weight if self.sft_weight is None else self.sft_weight
+        options = dataclasses.replace(loss.defaults, **given)
+        return Objective(loss, options, sft_weight, (self.good_weight, self.bad_weight))
+
+
+def main() -> int:
+    training_config, ranks, finish_kernel_check = begin(parse(Config, __doc__))
+    check_cut(training_config, ranks)
+
+    # the model to start from, and its tokenizer
+    training_config, start = starting_model.find_start(
+        training_config, ranks.device, share=1 / 40, adapter_share=1 / 10
+    )
+
+    # data: answers to prompts, and which is better
+    is_bundled = training_config.data == Config.data
+    if is_bundled and ranks.main:
+        bundled.build()
+    ranks.barrier()  # the others wait until it is written
+    rows = read_rows(training_config, listed_files(training_config.data), start.tokenizer)
+    check_kind(training_config, rows)
+    length_option = "epochs" if training_config.steps is None else "steps"
+    training_config, end = with_steps(training_config, rows.total_rows(training_config.epochs))
+    held_out = HeldOut(training_config, start.tokenizer, held_out_pairs(training_config, start.tokenizer))
+
+    # the run: its folder, and the checkpoint to go on from
+    template = start.tokenizer.resolve_template(training_config.template)
+    order = (training_config.batch_size, training_config.seq_len, training_config.seed)
+    fingerprints = {
+        "data": fingerprint(rows.fingerprint, template),
+        "batch size, sequence length or seed": fingerprint(*order),
+        "loss": fingerprint(training_config.loss, training_config.objective[1:]),
+        "tokenizer": start.tokenizer.sha256,
+        **starting_model.fingerprints(training_config, start.model_config, start.init),
+        **reference_policy.fingerprints(training_config, start),
+    }
+    command = next_command(training_config.out)
+    turns = rows.counts["turns"]  # so that `chat` knows how many were trained
+    run = Run(training_config, ranks, fingerprints, tokenizer=start.tokenizer, next_command=command, turns=turns)
+    if run.finished:
+        run.say_finished(length_option)
+        distributed.stop()
+        return 0
+    run.say(f"{summary(training_config)}\n{rows.summary()}")
+
+    # the model: resumed, or started from another; what it can do now; training; what it can do then
+    finish_kernel_check()
+    model = starting_model.make_model(training_config, start.model_config, start.init, run.source, ranks.device)
+    run.say(f"weights from {run.source or start.init}")
+    before = run.once("before.json", lambda: held_out.examine(model, run))
+    reference = Sums(run, model, start, rows, end)
+    status = train(run, model, rows, end, reference, held_out, before)
+    if status == 0 and ranks.main:
+        held_out.conclude(run, before, held_out.examine(model, run))
+        run.say_result()
+    distributed.stop()
+    return status
+
+
+def check_cut(training_config: Config, ranks: Ranks) -> None:
+    """Raise `UserError` for a loss that sorts all pairs of a step, if the step is cut."""
+    if training_config.loss in SORTS_THE_STEP and training_config.batch_size != training_config.micro_batch_size:
+        raise UserError(
+            f"--loss {training_config.loss}: sorts all pairs of a step, so they must be in one forward pass; give "
+            f"--micro_batch_size {training_config.batch_size}, on one process (there are {ranks.world})"
+        )
+
+
+def check_kind(training_config: Config, rows: PreferenceRows) -> None:
+    """Raise `UserError` for labels where the loss needs pairs. Pairs are also labels: see `unpaired`."""
+    if rows.has_labels and training_config.objective.of_pairs:
+        raise UserError(
+            f"--loss {training_config.loss}: compares two answers to one prompt, and {training_config.data} holds "
+            "single answers with a label; choose --loss kto"
+        )
+
+
+def read_rows(training_config: Config, paths: list[str], tokenizer: Tokenizer, noise: bool = True) -> PreferenceRows:
+    """Preference files as batches."""
+    rows = PreferenceRows(
+        paths,
+        tokenizer,
+        training_config.room,
+        seed=training_config.seed,
+        template=training_config.template,
+        label_noise=training_config.label_noise if noise else 0.0,
+        on_bad_line=training_config.on_bad_line,
+        encoding=training_config.encoding,
+    )
+    check_round_trip(tokenizer, rows.first_texts, ", ".join(paths), training_config.allow_lossy)
+    return rows
+
+
+def held_out_pairs(training_config: Config, tokenizer: Tokenizer) -> PreferenceRows | None:
+    """The preferences of --eval_pairs; None without."""
+    path = training_config.eval_pairs
+    if path is None and training_config.data == Config.data:
+        path = f"{bundled.FOLDER}/preferences_heldout.jsonl"
+    return None if path is None else read_rows(training_config, listed_files(path), tokenizer, noise=False)
+
+
+def next_command(out: str) -> str:
+    """The command to try after this run."""
+    return f"python -m minillm chat --model {shlex.quote(out)}"
+
+
+def train(
+    run: Run, model: Transformer, rows: PreferenceRows, end: int, reference: "Sums", held_out: HeldOut, before: dict
+) -> int:
+    """Train to the last step, or to a signal; returns the script's exit status.
+
+    end: how many samples the run has. reference: s_r of their answers. before: what `held_out` found at the start.
+    """
+    training_config, objective = run.training_config, run.training_config.objective
+
+    # the optimizers, their state if the run goes on, and the policy on all ranks
+    optimizers = build_optimizers(
+        model, training_config.optimizer, lr=training_config.lr, weight_decay=training_config.weight_decay
+    )
+    state = run.start(TrainState(model, optimizers, run.ranks, run.dtype))
+    policy = parallelize(Policy(model, training_config.compile), run.ranks, compile=False)
+    run.say(f"{starting_model.describe_parameters(model)}; {training_config.steps} steps; {ops.describe(run.device)}")
+
+    for step in run.steps(state):  # sets the learning rate; after the step saves what is due, stops at a signal
+        batches = [rows.batch(positions, end) for positions in run.micro_batches(step)]
+        if not objective.of_pairs:
+            batches = [unpaired(answers) for answers in batches]
+
+        # what the step's means are over, and KTO's reference point, of all micro-batches and ranks
+        n_losses, n_chosen_tokens, n_tokens = run.ranks.sum(*counts(batches, objective.of_pairs))
+        totals = Totals(n_losses, n_chosen_tokens)
+        z = reference.point_of_kto(step)
+        measured = Measured(objective.options.beta)
+        for answers, last in marked_last(batches):
+            answers = answers.to(run.device)
+            loss_function = loss_of(objective, answers, reference.of(answers), totals, z, measured)
+            with gradients_synced(policy, last):
+                with run.autocast():
+                    loss = policy(answers.batch, loss_function)  # summed over pairs
+                state.backward(loss, totals.n_losses)  # of the mean over all pairs, of all micro-batches and ranks
+        state.update(training_config.grad_clip)  # clips, then steps, unless loss or gradient is not finite
+
+        facts = measured.means(run.ranks.sum)
+        run.log_step(state, n_tokens, **facts)
+        if objective.loss.has_reference and "rewards_chosen" in facts:
+            held_out.follow(run, facts["rewards_chosen"] / objective.options.beta)
+        held_out.watch(run, model, step, before)
+    return run.status
+
+
+class Sums:
+    """s_r of the answers of a run, from the file that is written once, and the reference itself where it is needed."""
+
+    def __init__(self, run: Run, model: Transformer, start: starting_model.Start, rows: PreferenceRows, end: int):
+        self.run, self.rows, self.end, self.model = run, rows, end, model
+        self.loss_name = run.training_config.loss
+        self.sums: Tensor | None = None  # (n answers,)
+        self.reference: Reference | None = None
+        if not run.training_config.objective.loss.has_reference:
+            return
+
+        def make() -> Reference:
+            self.reference = reference_policy.make_reference(run.training_config, start, model)
+            return self.reference
+
+        facts = run.fingerprints.get("reference")
+        self.sums = torch.from_numpy(reference_policy.precomputed_sums(run, rows, end, make, facts)).to(run.device)
+        if self.loss_name != "kto":
+            self.reference = None  # its memory is free again
+        elif self.reference is None:
+            make()
+
+    def of(self, answers: Answers) -> Tensor:
+        """(N,) fp32; zeros for a loss without a reference."""
+        if self.sums is None:
+            return torch.zeros(len(answers.number), device=self.run.device)
+        is_real = answers.number.ge(0)  # else a row of padding
+        return torch.where(is_real, self.sums[answers.number.clamp(min=0)], 0.0)
+
+    def point_of_kto(self, step: int) -> Tensor:
+        """z of a step, (), over all its micro-batches and ranks; 0 for other losses."""
+        if self.loss_name != "kto":
+            return torch.zeros((), device=self.run.device)
+        size = self.run.training_config.batch_size
+        positions = np.concatenate(self.run.micro_batches(step))
+        step_positions = range((step - 1) * size, min(step * size, self.end))
+        with self.run.autocast():
+            found = summed_u_of_mismatched(self.model, self.reference, self.rows, positions, step_positions)
+        return z_of(*self.run.ranks.sum(*found), self.run.device)
+
+
+if __name__ == "__main__":
+    sys.exit(run_script(main))

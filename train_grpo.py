@@ -1,0 +1,368 @@
+"""Teach a model by rewards: it answers each prompt several times, and learns from which answers were better.
+
+    python train_grpo.py                                   newest checkpoint of out/sft, the bundled world's requests
+    python train_grpo.py --data sums.jsonl --reward number --out out/sums
+    python train_grpo.py --data mine.jsonl --reward "0.8*mine.py:reward,0.2*length:300" --loss dapo --out out/mine
+    torchrun --nproc_per_node 8 train_grpo.py --data gsm8k.jsonl --reward number --init_from Qwen2.5-0.5B-Instruct
+
+Data: rows with a prompt and whatever the reward needs to know of it (an answer, wishes …). A step draws a group of
+answers to each of --batch_size prompts, judges them, and moves the policy towards those that beat their group. Run the
+same command again to go on where it stopped.
+"""
+
+import dataclasses
+import shlex
+import sys
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from data import bundled
+from minillm.alignment import judging, reference
+from minillm.alignment.advantages import (
+    OF_TOKENS,
+    SCALED,
+    group_advantages,
+    has_spread,
+    overlong_penalty,
+    token_advantages,
+)
+from minillm.alignment.group_options import GroupConfig
+from minillm.alignment.judging import Judge, Judged
+from minillm.alignment.log_probs import Policy
+from minillm.alignment.optimum import objective
+from minillm.alignment.policy_loss import Experience, PolicyLoss, Seen, Watched
+from minillm.alignment.rewards import Rewards
+from minillm.base.command_line import parse
+from minillm.base.errors import UserError
+from minillm.base.options import option
+from minillm.base.process import run_script
+from minillm.checkpoint.train_state import fingerprint
+from minillm.datasets.prompts import PromptRows
+from minillm.datasets.questions import read_questions
+from minillm.distributed import ranks as distributed
+from minillm.distributed.parallelize import gradients_synced, marked_last, parallelize
+from minillm.evaluation import answers
+from minillm.model import ops
+from minillm.model.transformer import Transformer
+from minillm.tokenizer.measure import check_round_trip
+from minillm.tokenizer.tokenizer import Tokenizer
+from minillm.training import starting_model
+from minillm.training.config import listed_files, summary
+from minillm.training.optim import OPTIMIZERS, build_optimizers
+from minillm.training.run import Run, begin
+from minillm.training.step import TrainState
+from minillm.tuning.adapter import merged
+
+SAY_EVERY = 10  # rollouts
+FAR = 50.0  # nats an answer
+
+
+@dataclass(frozen=True)
+class Config(GroupConfig):
+    data: str = option(
+        f"{bundled.FOLDER}/requests_train.jsonl", "prompt file(s), separated by commas: .jsonl .json .csv", group="run"
+    )
+    out: str = option("out/grpo", "the run's folder: checkpoints, metrics.jsonl, curve.png", group="run")
+    steps: int = option(
+        150, "rollouts of the whole run, each followed by --updates", at_least=1, group="length and batch"
+    )
+    batch_size: int = option(16, "prompts of a rollout, over all ranks", at_least=1, group="length and batch")
+    micro_batch_size: int | None = option(
+        2,
+        "prompts whose answers go through one forward pass: few suit a CPU's caches; none: a rank's share, at most 32",
+        at_least=1,
+        group="length and batch",
+    )
+    optimizer: str | None = option("adamw", "adamw, or muon for the matrices", tuple(OPTIMIZERS), group="optimizer")
+    lr: float | None = option(
+        None, "peak learning rate; none: a 50th of what pretraining takes", at_least=0, group="optimizer"
+    )
+    weight_decay: float | None = option(0.0, "weight decay, on matrices only", at_least=0, group="optimizer")
+    eval_every: int = option(
+        0,
+        "rollouts between measurements on held-out prompts; 0: only at the ends",
+        at_least=0,
+        group="validation and checkpoints",
+    )
+    save_every: int = option(
+        50, "rollouts between checkpoints; the last is always saved", at_least=0, group="validation and checkpoints"
+    )
+
+    @property
+    def held_out_prompts(self) -> str | None:
+        if self.eval_prompts is None and self.data == Config.data:
+            return f"{bundled.FOLDER}/requests_heldout.jsonl"
+        return self.eval_prompts
+
+
+def main() -> int:
+    training_config, ranks, finish_kernel_check = begin(parse(Config, __doc__))
+
+    # the model to start from, its tokenizer, and the reward
+    training_config, start = starting_model.find_start(training_config, ranks.device, share=1 / 50)
+    tokenizer = start.tokenizer
+    if training_config.data == Config.data and ranks.main:
+        bundled.build()
+    ranks.barrier()  # the others wait until it is written
+    rewards = Rewards(training_config.reward, tokenizer, training_config.reward_time_s, ranks.device)
+
+    # prompts to learn from, held-out prompts, and held-out questions of all kinds
+    prompts = read_prompts(training_config, listed_files(training_config.data), tokenizer)
+    held_out = training_config.held_out_prompts
+    held_out_prompts = read_prompts(training_config, [held_out], tokenizer) if held_out else None
+    questions = []
+    if training_config.held_out:
+        questions = read_questions(training_config.held_out, training_config.eval_rows, training_config.encoding)
+
+    # the run: its folder, and the checkpoint to go on from
+    order = (training_config.batch_size, training_config.seq_len, training_config.seed, training_config.group_size)
+    fingerprints = {
+        "data": fingerprint(prompts.fingerprint, tokenizer.resolve_template(training_config.template)),
+        "batch size, sequence length or seed": fingerprint(*order),
+        "tokenizer": tokenizer.sha256,
+        **starting_model.fingerprints(training_config, start.model_config, start.init),
+        **(reference.fingerprints(training_config, start) if training_config.beta else {}),
+    }
+    what_next = f"python -m minillm chat --model {shlex.quote(training_config.out)}"
+    turns = prompts.counts["turns"]
+    run = Run(training_config, ranks, fingerprints, tokenizer=tokenizer, next_command=what_next, turns=turns)
+    if run.finished:
+        run.say_finished()
+        distributed.stop()
+        return 0
+    run.say(f"{summary(training_config)}\n{prompts.summary()}")
+
+    # the model: resumed, or started from another; and the one that it stays near
+    finish_kernel_check()
+    model = starting_model.make_model(training_config, start.model_config, start.init, run.source, ranks.device)
+    run.say(f"weights from {run.source or start.init}")
+    near = reference.make_reference(training_config, start, model) if training_config.beta else None
+    rows_at_once = training_config.micro_batch_size * training_config.group_size
+    judge = Judge(model, rewards, near, training_config.rollout(tokenizer), rows_at_once, run.autocast)
+    tools = Tools(prompts, held_out_prompts, training_config.eval_prompt_rows, judge, training_config.policy_loss())
+
+    # measure, train, measure again
+    def measure() -> dict:
+        with merged(model):
+            exact = answers.exact_match(model, tokenizer, questions, template=training_config.template)
+        return {"exact": exact, **held_out_reward(tools), **distance_to_optimum(training_config, tools)}
+
+    before = run.once("before.json", measure)
+    status = train(training_config, run, model, tools, before or {})
+    if status == 0 and ranks.main:
+        conclude(run, before or {}, measure())
+    distributed.stop()
+    return status
+
+
+class Tools(NamedTuple):
+    """What a run trains with besides its model."""
+
+    prompts: PromptRows
+    held_out: PromptRows | None
+    n_held_out: int
+    judge: Judge
+    loss: PolicyLoss
+
+
+def read_prompts(training_config: Config, paths: list[str], tokenizer: Tokenizer) -> PromptRows:
+    """Prompt files, with room for an answer after each prompt."""
+    rows = PromptRows(
+        paths,
+        tokenizer,
+        training_config.room,
+        seed=training_config.seed,
+        template=training_config.template,
+        room=training_config.max_new_tokens,
+        on_bad_line=training_config.on_bad_line,
+        encoding=training_config.encoding,
+    )
+    check_round_trip(tokenizer, rows.first_texts, ", ".join(paths), training_config.allow_lossy)
+    return rows
+
+
+def train(training_config: Config, run: Run, model: Transformer, tools: Tools, before: dict) -> int:
+    """Train to the last step, or to a signal; returns the script's exit status."""
+    optimizers = build_optimizers(
+        model, training_config.optimizer, lr=training_config.lr, weight_decay=training_config.weight_decay
+    )
+    state = run.start(TrainState(model, optimizers, run.ranks, run.dtype))
+    policy = parallelize(Policy(model, training_config.compile), run.ranks, compile=False)
+    run.say(f"{starting_model.describe_parameters(model)}; {training_config.steps} steps; {ops.describe(run.device)}")
+    rows_at_once = training_config.micro_batch_size * training_config.group_size
+    idle = Idle(training_config.no_spread_steps)
+
+    for step in run.steps(state):  # sets the learning rate; after the step saves what is due, stops at a signal
+        # answers to this step's prompts, judged; of use are groups in which some answers are better than others
+        positions = np.concatenate(run.micro_batches(step))
+        judged = ask(tools, positions, step)
+        rows, is_useful = experience(training_config, run, judged)
+        parts = rows.split(rows_at_once)
+        for _ in range(training_config.resample):  # other prompts in place of those that are not
+            positions = positions[~is_useful] + training_config.steps * training_config.batch_size
+            if not len(positions):
+                break
+            rows, is_useful = experience(training_config, run, ask(tools, positions, step))
+            parts += rows.split(rows_at_once)
+
+        # learn from them: the first pass over them notes log π_old, with which later ones have a ratio
+        n = run.ranks.sum(sum(tools.loss.count(part.batch.mask) for part in parts))[0]  # answers or tokens
+        parts = parts or [judged.experience(judged.rewards).silent()]  # on a rank without any: the others go on
+        seen = []
+        for _ in range(training_config.updates if n else 0):
+            watched = [Watched(tools.loss, part) for part in parts]
+            for rows, last in marked_last(watched):
+                with gradients_synced(policy, last), run.autocast():
+                    loss = policy(rows.experience.batch, rows, training_config.temperature)
+                state.backward(loss, n)  # of the mean over all of the step, of all micro-batches and ranks
+            state.update(training_config.grad_clip)
+            parts = [rows.experience for rows in watched]
+            seen += [rows.seen for rows in watched]
+        if not n:
+            state.skip()
+        tell(training_config, run, state, judged, seen, before)
+        idle.count(run, n)
+        if tools.held_out and training_config.eval_every and run.due(step, training_config.eval_every):
+            run.report(step, held_out_reward(tools), of="held-out prompts")
+    return run.status
+
+
+def experience(training_config: Config, run: Run, judged: Judged) -> tuple[Experience, np.ndarray]:
+    """What there is to learn from answers, by their advantages, and which groups are of use, (P,) bool.
+
+    The others, in which no answer is better than another, are left out.
+    """
+    group_size = training_config.group_size
+    batch = judged.rolled.batch
+    rewards = judged.rewards  # (N,)
+
+    # answers that were cut: they may cost something, or not be learned from
+    if training_config.overlong == "penalty":
+        most, cushion = training_config.max_new_tokens, training_config.overlong_cushion
+        rewards = rewards + overlong_penalty(judged.lengths(), most, cushion)
+    if training_config.overlong == "mask":
+        batch = batch._replace(mask=batch.mask & judged.rolled.ended[:, None])
+    groups = rewards.view(-1, group_size)  # (P, G)
+
+    # each token has an advantage of its own
+    if training_config.loss in OF_TOKENS:
+        if training_config.loss == "reinforce_baseline":
+            rewards = (groups - groups.mean(1, keepdim=True)).flatten()
+        kl = torch.zeros_like(judged.rolled.log_probs) if judged.kl is None else judged.kl
+        price = training_config.beta if training_config.kl_place == "reward" else 0.0
+        advantages = token_advantages(rewards, kl, batch.mask, price, run.ranks)  # (N, T)
+        return judged.experience(advantages, batch), np.ones(len(groups), dtype=bool)
+
+    # or each answer, among its group
+    priced = groups
+    if training_config.kl_place == "reward" and judged.kl is not None:
+        priced = (rewards - training_config.beta * judged.kl.sum(1)).view(-1, group_size)
+    advantages = group_advantages(priced, training_config.loss, scale_by=groups)  # (P, G)
+    useful = has_spread(groups if training_config.loss in SCALED else priced)  # (P,)
+    rows = useful.repeat_interleave(group_size)  # (N,)
+    return judged.experience(advantages.flatten(), batch).rows(rows), useful.cpu().numpy()
+
+
+def ask(tools: Tools, positions: np.ndarray, step: int) -> Judged:
+    """The policy's answers to the prompts at these data positions, judged."""
+    return tools.judge.answers(tools.prompts.rows(positions), positions.tolist(), step)
+
+
+def tell(training_config: Config, run: Run, state: TrainState, judged: Judged, seen: list[Seen], before: dict) -> None:
+    """Log a step: how good the answers were, how far from the reference, and what the clip held back."""
+    groups = judged.rewards.view(-1, training_config.group_size)
+    sums = judged.sums() | {"groups": len(groups), "no_spread": float((~has_spread(groups)).sum())}
+    sums |= {"seen": sum(s.n_tokens for s in seen), "clipped": sum(s.clipped_low + s.clipped_high for s in seen)}
+    sums |= {"read": judged.rolled.batch.x.numel()}
+    sums = dict(zip(sums, run.ranks.sum(*sums.values()), strict=True))
+    run.log_step(state, sums["read"])
+
+    row = judging.means(sums)
+    row["objective"] = objective(row["reward"], row["kl"], training_config.beta)
+    row["optimum"] = before.get("optimum")
+    row["clip_share"] = sums["clipped"] / max(1.0, sums["seen"])
+    row["zero_std_share"] = sums["no_spread"] / sums["groups"]
+    run.record(run.step, **row)
+    if run.due(run.step, SAY_EVERY) or run.step == 1:
+        shown = ("reward", "best_share", "kl", "entropy", "length", "zero_std_share", "cut_share")
+        run.say(f"step {run.step}: " + ", ".join(f"{name} {row[name]:.3f}" for name in shown))
+    if row["kl"] > FAR:
+        far = f"KL {row['kl']:.0f} nats an answer: the policy has left its reference"
+        run.say(f"step {run.step}: {far}; lower --lr, or raise --beta")
+
+
+class Idle:
+    """Counts the rollouts in a row that had nothing to learn from, and ends the run after too many."""
+
+    def __init__(self, most: int):
+        self.most = most
+        self.in_a_row = 0
+        self.told = False
+
+    def count(self, run: Run, n: float) -> None:
+        """n: what a rollout had to learn from, on all ranks."""
+        self.in_a_row = 0 if n else self.in_a_row + 1
+        if self.in_a_row and not self.told:
+            self.told = True
+            run.say(f"step {run.step}: the answers to each prompt all have the same reward: nothing to learn")
+        if self.in_a_row >= self.most:
+            raise UserError(
+                f"step {run.step}: {self.most} rollouts in a row with nothing to learn, since all answers to a prompt "
+                "have the same reward: if it is the best there is, the run is done, so lower --steps; else take "
+                "prompts that the model answers right sometimes, a reward with more steps, a higher --temperature or a "
+                "larger --group_size"
+            )
+
+
+def held_out_reward(tools: Tools) -> dict[str, float]:
+    """Mean reward of one answer to each held-out prompt, at --temperature, and the share that is all right."""
+    if tools.held_out is None:
+        return {}
+    positions = np.arange(min(tools.n_held_out, tools.held_out.rows_per_epoch))
+    one_each = dataclasses.replace(tools.judge.rollout, group_size=1)
+    row = judging.means(tools.judge.answers(tools.held_out.rows(positions), positions.tolist(), 0, one_each).sums())
+    return {"heldout": row["reward"], "heldout_best": row["best_share"]}
+
+
+def distance_to_optimum(training_config: Config, tools: Tools) -> dict[str, float]:
+    """E[r] − β KL on the first training prompts, and an estimate of J*, the most that any policy has there."""
+    n = min(training_config.optimum_prompts, tools.prompts.rows_per_epoch)
+    if not n or not training_config.beta:
+        return {}
+    many = dataclasses.replace(tools.judge.rollout, group_size=training_config.optimum_answers)
+    judged = tools.judge.answers(tools.prompts.rows(np.arange(n)), list(range(n)), 0, many)
+    row = judging.means(judged.sums())
+    best = judging.optimum_of(judged, training_config.optimum_answers, training_config.beta)
+    return {"objective": objective(row["reward"], row["kl"], training_config.beta), "optimum": best}
+
+
+def conclude(run: Run, before: dict, after: dict) -> None:
+    """Print the result: held-out reward, distance to the optimum and exact answers, before and after."""
+    row = {}
+    for name in ("heldout", "heldout_best"):
+        if name in before and name in after:
+            row |= {f"{name}_before": before[name], f"{name}_after": after[name]}
+    if "optimum" in before and "objective" in after:
+        row |= {"objective_before": before["objective"], "objective": after["objective"]}
+        row |= {"optimum": max(before["optimum"], after["optimum"])}  # both are too low, if anything
+    run.record(run.training_config.steps, **row)
+    if "heldout_before" in row:
+        run.say("held-out prompts, one answer each at --temperature, before → after:")
+        run.say(f"  reward           {before['heldout']:.3f} → {after['heldout']:.3f}")
+        run.say(f"  all as wanted    {before['heldout_best']:6.1%} → {after['heldout_best']:6.1%}")
+    if "optimum" in row:
+        share = after["objective"] / row["optimum"]
+        run.say(f"E[r] − β KL on training prompts, of which {row['optimum']:.3f} is the most that any policy has:")
+        run.say(f"  {before['objective']:.3f} → {after['objective']:.3f}   ({share:.1%} of it)")
+    if after["exact"]:
+        run.say(f"exact answers to {answers.total(after['exact'])[1]} held-out questions, before → after:")
+        for line in answers.before_and_after(before["exact"], after["exact"]):
+            run.say(line)
+    run.say_result()
+
+
+if __name__ == "__main__":
+    sys.exit(run_script(main))

@@ -1,0 +1,357 @@
+"""Let a model learn from rewards by proximal policy optimisation (PPO): policy, reference, reward and value model.
+
+    python train_ppo.py                                    newest checkpoint of out/sft, reward model of out/reward
+    python train_ppo.py --tune lora --out out/ppo-lora     all four over one base, in the memory of one model
+    python train_ppo.py --reward_model none --out out/ppo-true      learn from the world's true reward instead
+    torchrun --nproc_per_node 8 train_ppo.py --data my.jsonl --init_from out/my-sft --reward_model out/my-reward
+
+Data: rows with a prompt, and what a reward function may need to know of it. Each step samples answers, has them judged,
+and moves the policy towards those that turned out better than the value model expected. See docs/ppo.md. Run the same
+command again to go on where it stopped.
+"""
+
+import dataclasses
+import math
+import shlex
+import sys
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from data import bundled
+from minillm.alignment import judging, reference, token_rewards
+from minillm.alignment.judging import Judge, Judged
+from minillm.alignment.log_probs import Policy, answer_log_probs
+from minillm.alignment.optimum import objective
+from minillm.alignment.ppo.measures import Alarm, Tools, held_out_reward, measure_reference, scale_reward
+from minillm.alignment.ppo.options import REQUESTS, PpoConfig
+from minillm.alignment.ppo.roles import LearnedReward, Roles, cast_roles, reward_fingerprint
+from minillm.alignment.ppo.updates import ClippedLoss, Experience, Seen, minibatches
+from minillm.alignment.reward_model import load_reward_model
+from minillm.alignment.rewards import Rewards
+from minillm.alignment.value import value_loss
+from minillm.base.command_line import parse
+from minillm.base.options import option
+from minillm.base.process import run_script
+from minillm.checkpoint.train_state import fingerprint
+from minillm.datasets.prompts import Prompt, PromptRows
+from minillm.datasets.questions import read_questions
+from minillm.distributed import ranks as distributed
+from minillm.distributed.parallelize import gradients_synced, marked_last, parallelize
+from minillm.evaluation import answers
+from minillm.model import ops
+from minillm.model.transformer import Transformer
+from minillm.tokenizer.measure import check_round_trip
+from minillm.tokenizer.tokenizer import Tokenizer
+from minillm.training import starting_model
+from minillm.training.config import listed_files, summary
+from minillm.training.optim import build_optimizers
+from minillm.training.run import Run, begin
+from minillm.training.schedule import set_lr
+from minillm.training.step import TrainState
+from minillm.tuning.adapter import merged
+
+ADAM_EPS = 1e-5  # as in the code of Schulman et al. 2017 (Huang et al. 2022, "37 details", number 3)
+SAY_EVERY = 10  # steps
+
+
+@dataclass(frozen=True)
+class Config(PpoConfig):
+    data: str = option(
+        REQUESTS,
+        "prompt file(s), separated by commas: .jsonl .json .csv",
+        group="run",
+    )
+    out: str = option("out/ppo", "the run's folder: checkpoints, metrics.jsonl, curve.png", group="run")
+    steps: int = option(120, "rollouts of --batch_size prompts each", at_least=1, group="length and batch")
+    batch_size: int = option(16, "prompts of a rollout, over all ranks", at_least=1, group="length and batch")
+    lr: float | None = option(
+        None,
+        "peak learning rate of the policy; none: 1/40 of what pretraining takes, 1/10 of what suits the adapter",
+        at_least=0,
+        group="optimizer",
+    )
+    optimizer: str | None = option("adamw", "adamw, or muon for matrices", ("adamw", "muon"), group="optimizer")
+    schedule: str = option("wsd", "shape of the learning rate", ("cosine", "wsd", "constant"), group="optimizer")
+    decay_share: float = option(1.0, "share of all steps in which wsd decays", at_least=0, at_most=1, group="optimizer")
+    weight_decay: float | None = option(0.0, "weight decay, on matrices only", at_least=0, group="optimizer")
+    eval_every: int = option(
+        0,
+        "steps between held-out requests answered; 0: only at the end",
+        at_least=0,
+        group="validation and checkpoints",
+    )
+
+
+def main() -> int:
+    training_config, ranks, finish_kernel_check = begin(parse(Config, __doc__))
+
+    # the model to start from, and its tokenizer
+    given_lr = training_config.lr
+    training_config, start = starting_model.find_start(training_config, ranks.device, share=1 / 40)
+    training_config = with_rates(training_config, given_lr)
+    tokenizer = start.tokenizer
+    if training_config.data == Config.data and ranks.main:
+        bundled.build()
+    ranks.barrier()  # the others wait until it is written
+
+    # prompts to learn from, held-out prompts, and held-out questions of all kinds
+    prompts = read_prompts(training_config, listed_files(training_config.data), tokenizer)
+    held_out = training_config.held_out_prompts
+    held_out_prompts = read_prompts(training_config, [held_out], tokenizer) if held_out else None
+    questions = []
+    if training_config.held_out:
+        questions = read_questions(training_config.held_out, training_config.eval_rows, training_config.encoding)
+
+    # what answers are worth: as a model has learned it, and in truth
+    reward_model = None
+    if training_config.reward_model is not None:
+        folder, apart = training_config.reward_model, training_config.tune != "full"
+        reward_model = load_reward_model(folder, ranks.device, tokenizer=tokenizer, merged=not apart)
+    true_reward = None
+    if training_config.true_reward is not None:
+        true_reward = Rewards(training_config.true_reward, tokenizer, training_config.reward_time_s)
+
+    # the run: its folder, and the checkpoint to go on from
+    order = (training_config.batch_size, training_config.seq_len, training_config.seed, training_config.group_size)
+    fingerprints = {
+        "data": fingerprint(prompts.fingerprint, tokenizer.resolve_template(training_config.template)),
+        "batch size, sequence length or seed": fingerprint(*order),
+        "tokenizer": tokenizer.sha256,
+        **starting_model.fingerprints(training_config, start.model_config, start.init),
+        **reference.fingerprints(training_config, start),
+        "reward": reward_fingerprint(training_config),
+    }
+    what_next = f"python -m minillm chat --model {shlex.quote(training_config.out)}"
+    turns = prompts.counts["turns"]
+    run = Run(training_config, ranks, fingerprints, tokenizer=tokenizer, next_command=what_next, turns=turns)
+    if run.finished:
+        run.say_finished()
+        distributed.stop()
+        return 0
+    run.say(f"{summary(training_config)}\n{prompts.summary()}")
+
+    # the four models, and those who judge the policy's answers
+    finish_kernel_check()
+    policy = starting_model.make_model(training_config, start.model_config, start.init, run.source, ranks.device)
+    roles = cast_roles(training_config, start, policy, reward_model)
+    run.say(f"weights from {run.source or start.init}; {roles.describe()}")
+    reward = true_reward if reward_model is None else LearnedReward(reward_model, training_config.rows_at_once)
+    drawing = training_config.rollout(tokenizer)
+    judge = Judge(policy, reward, roles.reference, drawing, training_config.rows_at_once, run.autocast)
+    tools = Tools(prompts, held_out_prompts, judge, true_reward)
+
+    # measure, train, measure again
+    def measure() -> dict:
+        with merged(policy):
+            exact = answers.exact_match(policy, tokenizer, questions, template=training_config.template)
+        return {"exact": exact, **held_out_reward(training_config, tools)}
+
+    before = run.once("before.json", lambda: {**measure(), **measure_reference(training_config, tools)}) or {}
+    scale_reward(run, tools, before)
+    status = train(training_config, run, roles, tools, before.get("optimum"))
+    if status == 0 and ranks.main:
+        conclude(run, before, measure())
+    distributed.stop()
+    return status
+
+
+def with_rates(training_config: Config, given_lr: float | None) -> Config:
+    """The options with both learning rates filled in. given_lr: --lr as it was given."""
+    lr = training_config.lr
+    if given_lr is None and training_config.tune not in ("full", "freeze"):
+        lr /= 10
+    value_lr = 3 * lr if training_config.value_lr is None else training_config.value_lr
+    return dataclasses.replace(training_config, lr=lr, value_lr=value_lr)
+
+
+def read_prompts(training_config: Config, paths: list[str], tokenizer: Tokenizer) -> PromptRows:
+    """Prompt files, with room for an answer after each prompt."""
+    rows = PromptRows(
+        paths,
+        tokenizer,
+        training_config.room,
+        seed=training_config.seed,
+        template=training_config.template,
+        room=training_config.max_new_tokens,
+        on_bad_line=training_config.on_bad_line,
+        encoding=training_config.encoding,
+    )
+    check_round_trip(tokenizer, rows.first_texts, ", ".join(paths), training_config.allow_lossy)
+    return rows
+
+
+def train(training_config: Config, run: Run, roles: Roles, tools: Tools, optimum: float | None) -> int:
+    """Train to the last step, or to a signal; returns the script's exit status."""
+    # optimizers of policy and value model, their state if the run goes on, and both models on all ranks
+    value_optimizers = optimizers_of(training_config, roles.value, training_config.value_lr)
+    value_state = TrainState(roles.value, value_optimizers, run.ranks, run.dtype)
+    optimizers = optimizers_of(training_config, roles.policy, training_config.lr)
+    state = run.start(TrainState(roles.policy, optimizers, run.ranks, run.dtype, {"value": value_state}))
+    policy = parallelize(Policy(roles.policy, training_config.compile), run.ranks, False)
+    value = parallelize(roles.value, run.ranks, training_config.compile)
+    learners = Learners(state, value_state, policy, value)
+    beta = training_config.beta  # which, without a target, is what the option says now
+    if training_config.target_kl is not None:
+        beta = run.saved.get("beta", beta)
+    controller = token_rewards.AdaptiveKL(beta, training_config.target_kl, training_config.kl_horizon)
+    alarm = Alarm(training_config, run)
+    run.say(f"{training_config.steps} steps; {ops.describe(run.device)}")
+
+    for step in run.steps(state):  # sets the learning rate; after the step saves what is due, stops at a signal
+        set_lr(value_state.optimizers, training_config.value_lr * run.lr / max(training_config.lr, 1e-30))
+
+        # 1. and 2. the policy answers, at the temperature of its losses and from the whole vocabulary, and is judged
+        positions = np.concatenate(run.micro_batches(step))
+        prompts = tools.prompts.rows(positions)
+        judged = tools.judge.answers(prompts, positions.tolist(), step)
+
+        # 3. and 4. from a reward an answer, and its distance from the reference, to an advantage a token
+        experience = look_back(training_config, run, roles, judged, controller.beta)
+
+        # 5. some passes over them, as long as the policy stays near the one that gave the answers
+        seen = Seen()
+        for last_of_pass, rows in minibatches(training_config, run.ranks, step):
+            improve(training_config, run, learners, experience.rows(rows), seen)
+            if last_of_pass and seen.moved > (training_config.stop_at_kl or math.inf):
+                break
+
+        # 6. the price of the distance follows its target
+        row = tell(run, state, judged, tools, prompts, seen)
+        row |= {"objective": objective(row["reward"], row["kl"], controller.beta), "beta": controller.beta}
+        row |= {"optimum": optimum, "explained_variance": experience.explained_variance()}
+        run.record(step, **row)
+        run.facts["beta"] = controller.update(row["kl"], training_config.batch_size * training_config.group_size)
+        alarm.look_at(step, row)
+        if tools.held_out and training_config.eval_every and run.due(step, training_config.eval_every):
+            run.report(step, held_out_reward(training_config, tools), of="held-out prompts")
+    return run.status
+
+
+class Learners(NamedTuple):
+    """Policy and value model in training: their states, and what to call in a loss."""
+
+    policy_state: TrainState
+    value_state: TrainState
+    policy: torch.nn.Module
+    value: torch.nn.Module
+
+
+def optimizers_of(training_config: Config, model: Transformer, lr: float) -> list[torch.optim.Optimizer]:
+    """The optimizers of policy or value model, with a larger ε than elsewhere in AdamW."""
+    decay = training_config.weight_decay
+    optimizers = build_optimizers(model, training_config.optimizer, lr=lr, weight_decay=decay)
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            if "eps" in group:
+                group["eps"] = ADAM_EPS
+    return optimizers
+
+
+def look_back(training_config: Config, run: Run, roles: Roles, judged: Judged, beta: float) -> Experience:
+    """What answers teach: by the models as they were when these were drawn, and by their rewards."""
+    batch = judged.rolled.batch
+    mask = batch.mask
+
+    # log π_old and V_old. The sampler has the first, but in less than fp32 the trainer's pass rounds otherwise
+    log_probs, kl, values = judged.rolled.log_probs, judged.kl, []
+    with torch.no_grad(), run.autocast():
+        for part in batch.split(training_config.rows_at_once):
+            values.append(roles.value(part.x))
+        if run.dtype != torch.float32:
+            parts = batch.split(training_config.rows_at_once)
+            temperature = training_config.temperature
+            log_probs = torch.cat([answer_log_probs(roles.policy, part, temperature=temperature) for part in parts])
+            kl = token_rewards.kl_per_token(log_probs, judged.reference, mask)
+    values = torch.cat(values)  # (N, T)
+
+    # ρ_t = −β k_t, and r at the last token, of which an answer that never ended has less
+    missing, penalty = training_config.missing_eos, training_config.missing_eos_penalty
+    rewards = token_rewards.lowered_if_cut(judged.rewards, judged.rolled.ended, missing, penalty)
+    rewards_of_tokens = token_rewards.token_rewards(rewards, kl, mask, beta)
+
+    # A_t by generalised advantage estimation, and R_t = A_t + V_t, which the value model learns
+    gamma, lam = training_config.gamma, training_config.lam
+    advantages = token_rewards.advantages(rewards_of_tokens, values, mask, gamma, lam)
+    returns = advantages + values
+
+    # A whitened over all tokens of all ranks, so that the size of a step does not depend on the scale of the reward
+    moments = torch.tensor(run.ranks.sum(*token_rewards.moments_of(advantages, mask).tolist()), dtype=torch.float64)
+    advantages = token_rewards.whitened(advantages, mask, moments)
+    return Experience(batch, log_probs, values, advantages, returns)
+
+
+def improve(training_config: Config, run: Run, learners: Learners, experience: Experience, seen: Seen) -> None:
+    """One update of policy and value model, by the mean over the tokens of all ranks' rows."""
+    (n_tokens,) = run.ranks.sum(float(experience.batch.mask.sum()))
+    for rows, last in marked_last(torch.arange(len(experience.returns)).split(training_config.rows_at_once)):
+        part = experience.rows(rows.to(run.device))
+        mask = part.batch.mask
+
+        # the policy: log π again, and by it the clipped loss
+        with gradients_synced(learners.policy, last):
+            with run.autocast():
+                loss_of = ClippedLoss(part, training_config.clip, seen)
+                loss = learners.policy(part.batch, loss_of, training_config.temperature)
+            learners.policy_state.backward(loss, n_tokens)
+
+        # the value model: V again, near what it was; no weight c_v, since it has its own optimizer and clipping
+        with gradients_synced(learners.value, last):
+            with run.autocast():
+                values = learners.value(part.batch.x)  # (n, T)
+            loss, n_clipped = value_loss(values, part.values, part.returns, mask, training_config.value_clip)
+            learners.value_state.backward(loss, n_tokens)
+        seen.note(value_loss=loss.detach(), value_clipped=n_clipped)
+
+    learners.policy_state.update(training_config.grad_clip)
+    learners.value_state.update(training_config.grad_clip)
+    seen.end_update(run.ranks, n_tokens)
+
+
+def tell(
+    run: Run, state: TrainState, judged: Judged, tools: Tools, prompts: list[Prompt], seen: Seen
+) -> dict[str, float]:
+    """Log the step; returns what to record of it: means over the answers of all ranks."""
+    sums = judged.sums() | {"read": judged.rolled.batch.x.numel()}
+    if tools.true_reward is not None:
+        is_learned = tools.judge.rewards is not tools.true_reward
+        true = tools.true_reward(judged.rolled, prompts) if is_learned else judged.rewards
+        sums["true_reward"] = float(true.sum())
+    sums = dict(zip(sums, run.ranks.sum(*sums.values()), strict=True))
+    run.log_step(state, sums["read"])
+    row = judging.means(sums) | seen.shares()
+    if "true_reward" in sums:
+        row["true_reward"] = sums["true_reward"] / sums["answers"]
+    if run.due(run.step, SAY_EVERY) or run.step == 1:
+        shown = ("reward", "true_reward", "kl", "entropy", "length", "cut_share", "clip_share")
+        run.say(f"step {run.step}: " + ", ".join(f"{name} {row[name]:.3f}" for name in shown if name in row))
+    return row
+
+
+def conclude(run: Run, before: dict, after: dict) -> None:
+    """Print the result: held-out rewards and exact answers, before and after."""
+    names = {"heldout_best": "all as wanted", "heldout": "true reward", "heldout_learned": "reward learned from"}
+    row = {
+        f"{name}_{when}": scores[name]
+        for name in names
+        for when, scores in (("before", before), ("after", after))
+        if name in scores
+    }
+    run.record(run.training_config.steps, **row)
+    if "heldout_learned" in after:
+        run.say("held-out prompts, one answer each at --temperature, before → after:")
+        for name, words in names.items():
+            if name in after and name in before:
+                run.say(f"  {words:<20} {before[name]:.3f} → {after[name]:.3f}")
+        run.say(f"  KL an answer         {after['heldout_kl']:.2f} nats")
+    if after["exact"]:
+        run.say(f"exact answers to {answers.total(after['exact'])[1]} held-out questions, before → after:")
+        for line in answers.before_and_after(before["exact"], after["exact"]):
+            run.say(line)
+    run.say_result()
+
+
+if __name__ == "__main__":
+    sys.exit(run_script(main))
