@@ -90,6 +90,14 @@ def test_rewards_rise_and_what_is_logged(folder):
     )  # eval and chat take it as it lies: the policy is what lies on top
 
 
+def test_a_policy_that_does_not_change_has_the_same_reward_after_as_before(folder):
+    """Both on the scale of the reference's answers, which is measured in between."""
+    train(folder, "still", "--steps 1 --lr 0")
+    last = launch.rows(folder / "still")[-1]
+    for name in ("heldout", "heldout_learned"):
+        assert last[f"{name}_after"] == pytest.approx(last[f"{name}_before"], abs=1e-5), name
+
+
 def test_a_learned_reward_rises_and_the_true_one_is_recorded_beside_it(folder):
     said = train(folder, "learned", "--steps 20 --beta 0.01 --batch_size 8 --group_size 8")
     reward, true = column(folder / "learned", "reward"), column(folder / "learned", "true_reward")

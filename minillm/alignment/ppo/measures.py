@@ -58,10 +58,12 @@ def measure_reference(training_config: PpoConfig, tools: Tools) -> dict[str, flo
 
 
 def scale_reward(run: Run, tools: Tools, before: dict) -> None:
-    """Let the learned reward have the scale that rank 0 has measured."""
+    """Let the learned reward have the scale that rank 0 has measured, and what was measured before it as well."""
     mean, std = run.ranks.sum(before.get("reward_mean", 0.0), before.get("reward_std", 0.0))
     if tools.judge.rewards is not tools.true_reward:
         tools.judge.rewards.mean, tools.judge.rewards.std = mean, std
+        if "heldout_learned" in before:
+            before["heldout_learned"] = (before["heldout_learned"] - mean) / std
         run.say(f"learned reward of the reference's answers: mean {mean:.3f}, spread {std:.3f}; scaled to 0 and 1")
 
 
