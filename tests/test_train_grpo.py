@@ -117,13 +117,15 @@ def test_later_passes_over_a_rollout_have_a_ratio_that_is_clipped(folder):
     assert column(folder / "one-pass", "clip_share") == [0, 0, 0]
 
 
-def test_groups_without_spread_are_dropped_and_end_the_run_with_advice(folder):
-    more = f"--reward {folder}/rewards.py:equal --beta 0 --no_spread_steps 3 --steps 9"
-    said = train(folder, "equal", more, status=2)
+@pytest.mark.parametrize("more", ["--beta 0", "", "--loss reinforce_baseline"])
+def test_groups_without_spread_are_dropped_and_end_the_run_with_advice(folder, more):
+    run = folder / f"equal-{len(more)}"
+    more += f" --reward {folder}/rewards.py:equal --no_spread_steps 3 --steps 9"
+    said = train(folder, run.name, more, status=2)
     assert "step 1: the answers to each prompt all have the same reward: nothing to learn" in said
     assert "step 3: 3 rollouts in a row" in said and "--group_size" in said
-    assert column(folder / "equal", "zero_std_share") == [1, 1, 1]
-    assert column(folder / "equal", "grad_norm") == [0, 0, 0]
+    assert column(run, "zero_std_share") == [1, 1, 1]
+    assert ("--beta 0" in more) == (column(run, "grad_norm") == [0, 0, 0])  # the price of the distance stays
 
 
 @pytest.mark.parametrize(
@@ -137,6 +139,9 @@ def test_groups_without_spread_are_dropped_and_end_the_run_with_advice(folder):
         ("--overlong penalty --overlong_cushion 9", "overlong_cushion 9"),
         ("--overlong_cushion 9", "overlong"),
         ("--kl k4", "k3_ratio"),
+        ("--dropout 0.1", "--dropout: must be 0"),
+        ("--tune lora --lora_dropout 0.1", "--lora_dropout: must be 0"),
+        ("--loss reinforce --resample 1", "--resample 1"),
     ],
 )
 def test_what_cannot_be_is_refused(folder, more, message):
