@@ -25,7 +25,7 @@ from minillm.alignment import judging, reference, token_rewards
 from minillm.alignment.judging import Judge, Judged
 from minillm.alignment.log_probs import Policy, answer_log_probs
 from minillm.alignment.optimum import objective
-from minillm.alignment.ppo.measures import Alarm, Tools, held_out_reward, measure_reference, scale_reward
+from minillm.alignment.ppo.measures import Alarm, Tools, held_out_reward, measure_reference, scale_reward, use_scale
 from minillm.alignment.ppo.options import REQUESTS, PpoConfig
 from minillm.alignment.ppo.roles import LearnedReward, Roles, cast_roles, reward_fingerprint
 from minillm.alignment.ppo.updates import ClippedLoss, Experience, Seen, minibatches
@@ -149,7 +149,12 @@ def main() -> int:
             exact = answers.exact_match(policy, tokenizer, questions, template=training_config.template)
         return {"exact": exact, **held_out_reward(training_config, tools)}
 
-    before = run.once("before.json", lambda: {**measure(), **measure_reference(training_config, tools)}) or {}
+    def measure_first() -> dict:
+        found = measure_reference(training_config, tools)
+        use_scale(tools, found["reward_mean"], found["reward_std"])  # of rewards before training, too
+        return {**measure(), **found}
+
+    before = run.once("before.json", measure_first) or {}
     scale_reward(run, tools, before)
     status = train(training_config, run, roles, tools, before.get("optimum"))
     if status == 0 and ranks.main:
