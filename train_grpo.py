@@ -125,6 +125,7 @@ def main() -> int:
         "tokenizer": tokenizer.sha256,
         **starting_model.fingerprints(training_config, start.model_config, start.init),
         **(reference.fingerprints(training_config, start) if training_config.beta else {}),
+        "reward": rewards.fingerprint,
     }
     what_next = f"python -m minillm chat --model {shlex.quote(training_config.out)}"
     turns = prompts.counts["turns"]
@@ -287,13 +288,15 @@ def tell(training_config: Config, run: Run, state: TrainState, judged: Judged, s
     row = judging.means(sums)
     row["objective"] = objective(row["reward"], row["kl"], training_config.beta)
     row["optimum"] = before.get("optimum")
+    if judged.kl is None:  # without a reference nothing is known of it
+        del row["kl"]
     row["clip_share"] = sums["clipped"] / max(1.0, sums["seen"])
     row["zero_std_share"] = sums["no_spread"] / sums["groups"]
     run.record(run.step, **row)
     if run.due(run.step, SAY_EVERY) or run.step == 1:
         shown = ("reward", "best_share", "kl", "entropy", "length", "zero_std_share", "cut_share")
-        run.say(f"step {run.step}: " + ", ".join(f"{name} {row[name]:.3f}" for name in shown))
-    if row["kl"] > FAR:
+        run.say(f"step {run.step}: " + ", ".join(f"{name} {row[name]:.3f}" for name in shown if name in row))
+    if row.get("kl", 0.0) > FAR:
         far = f"KL {row['kl']:.0f} nats an answer: the policy has left its reference"
         run.say(f"step {run.step}: {far}; lower --lr, or raise --beta")
 

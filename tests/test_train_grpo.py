@@ -103,6 +103,17 @@ def test_two_ranks_take_the_same_steps_as_one(folder, more):
         assert two == pytest.approx(one, abs=2e-5, rel=1e-3), name
 
 
+def test_a_run_goes_on_with_its_own_reward_alone(folder):
+    train(folder, "own-reward", "--steps 1")
+    said = train(folder, "own-reward", f"--steps 2 --reward {folder}/rewards.py:equal", status=2)
+    assert "was made with another reward" in said
+
+
+def test_without_a_reference_no_distance_is_claimed(folder):
+    train(folder, "no-reference", "--steps 1 --beta 0")
+    assert not column(folder / "no-reference", "kl") and column(folder / "no-reference", "reward")
+
+
 def test_micro_batches_do_not_change_a_step(folder):
     for size in (1, 2, 4):
         train(folder, f"micro-{size}", f"--steps 3 --micro_batch_size {size} --loss grpo")

@@ -11,12 +11,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from minillm.base import files
 from minillm.base.errors import UserError
 from minillm.checkpoint import huggingface, run_folder, train_state
 from minillm.datasets.batch import Batch
 from minillm.model.transformer import Transformer
 from minillm.tokenizer.tokenizer import Tokenizer
-from minillm.tuning import folders
+from minillm.tuning import folders, peft_format
 
 
 def load_reward_model(
@@ -80,6 +81,14 @@ def score_scale(folder: str | Path) -> tuple[float, float] | None:
         return None
     scale = train_state.read_state(folder).get("score_scale")
     return None if scale is None else (scale["mean"], scale["std"])
+
+
+def weights_fingerprint(folder: str | Path) -> str:
+    """Of a reward model's weights, or of its adapter's: by it a run knows whether its reward is still the same."""
+    folder = run_folder.resolve_checkpoint(folder)
+    if folders.is_adapter(folder):
+        return files.sha256(folder / peft_format.WEIGHTS)
+    return folders.base_sha256(folder)
 
 
 def text_lengths(batch: Batch) -> Tensor:
