@@ -107,7 +107,8 @@ def main() -> int:
     if training_config.data == Config.data and ranks.main:
         bundled.build()
     ranks.barrier()  # the others wait until it is written
-    rewards = Rewards(training_config.reward, tokenizer, training_config.reward_time_s, ranks.device)
+    judged_by = (training_config.reward_time_s, ranks.device, training_config.template)
+    rewards = Rewards(training_config.reward, tokenizer, *judged_by)
 
     # prompts to learn from, held-out prompts, and held-out questions of all kinds
     prompts = read_prompts(training_config, listed_files(training_config.data), tokenizer)

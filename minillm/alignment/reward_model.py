@@ -25,13 +25,14 @@ def load_reward_model(
     device: torch.device | str = "cpu",
     *,
     tokenizer: Tokenizer | None = None,
+    template: str = "auto",
     merged: bool = True,
 ) -> Transformer:
     """The reward model of a run, a model folder or an adapter, in fp32, frozen, in evaluation mode.
 
-    tokenizer: whose ids it will be given. merged: an adapter is folded into its base; else its base stays as it is, so
-    that another model over the same base can share it. Raises `UserError` for a language model, and for a reward model
-    with another tokenizer.
+    tokenizer: whose ids it will be given, in the prompt format `template`. merged: an adapter is folded into its base;
+    else its base stays as it is, so that another model over the same base can share it. Raises `UserError` for a
+    language model, and for a reward model with another tokenizer or prompt format.
     """
     folder = run_folder.resolve_checkpoint(folder)
     model, own_tokenizer = open_reward_model(folder, None, device, torch.float32, merged)
@@ -40,7 +41,18 @@ def load_reward_model(
             f"{folder}: the reward model has another tokenizer than the model whose answers it is to judge; train one "
             "from that model"
         )
+    if tokenizer is not None and not _write_alike(tokenizer, template, own_tokenizer):
+        raise UserError(
+            f"{folder}: the reward model reads another prompt format ({own_tokenizer.resolve_template('auto')}) than "
+            f"the model answers in ({tokenizer.resolve_template(template)}); give the same --template to both"
+        )
     return model
+
+
+def _write_alike(tokenizer: Tokenizer, template: str, other: Tokenizer) -> bool:
+    """Whether a conversation has the same ids in a prompt format and in another folder's own."""
+    talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    return tokenizer.encode_chat(talk, template=template)[0] == other.encode_chat(talk)[0]
 
 
 def open_reward_model(

@@ -36,14 +36,17 @@ class Rewards:
         tokenizer: Tokenizer,
         time_limit_s: float = TIME_LIMIT_S,
         device: torch.device | str = "cpu",
+        template: str = "auto",
     ):
-        """tokenizer: the policy's, whose ids a reward model must share. Raises `UserError` for what means no reward."""
+        """tokenizer, template: the policy's, which a reward model must share. Raises `UserError` for what means no
+        reward.
+        """
         self.tokenizer = tokenizer
         self.models: list[tuple[float, LearnedReward]] = []
         functions, weights = [], []
         for weight, term in split_terms(spec):
             if Path(term).is_dir():
-                self.models.append((weight, LearnedReward(term, tokenizer, device)))
+                self.models.append((weight, LearnedReward(term, tokenizer, device, template)))
                 weights.append(weights_fingerprint(term))
             else:
                 functions.append((weight, load_term(term, time_limit_s)))
@@ -64,8 +67,8 @@ class Rewards:
 class LearnedReward:
     """A reward model's scores, less the mean and over the standard deviation that its training recorded, if it did."""
 
-    def __init__(self, folder: str, tokenizer: Tokenizer, device: torch.device | str):
-        self.model: Transformer = load_reward_model(folder, device, tokenizer=tokenizer)
+    def __init__(self, folder: str, tokenizer: Tokenizer, device: torch.device | str, template: str):
+        self.model: Transformer = load_reward_model(folder, device, tokenizer=tokenizer, template=template)
         self.mean, self.std = score_scale(folder) or (0.0, 1.0)
 
     @torch.no_grad()

@@ -1,6 +1,7 @@
 """What a PPO run measures besides its steps: held-out answers, those of the reference, and whether it goes astray."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -56,6 +57,13 @@ def measure_reference(training_config: PpoConfig, tools: Tools) -> dict[str, flo
         scaled = judged._replace(rewards=(rewards - found["reward_mean"]) / found["reward_std"])
         found["optimum"] = judging.optimum_of(scaled, training_config.reference_answers, training_config.beta)
     return found
+
+
+def measure_first(training_config: PpoConfig, tools: Tools, measure: Callable[[], dict]) -> dict:
+    """What the reference's answers are worth, and then, in the scale that follows from it, what `measure` finds."""
+    found = measure_reference(training_config, tools)
+    use_scale(tools, found["reward_mean"], found["reward_std"])
+    return {**measure(), **found}
 
 
 def scale_reward(run: Run, tools: Tools, before: dict) -> None:
