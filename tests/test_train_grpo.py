@@ -153,6 +153,8 @@ def test_groups_without_spread_are_dropped_and_end_the_run_with_advice(folder, m
         ("--dropout 0.1", "--dropout: must be 0"),
         ("--tune lora --lora_dropout 0.1", "--lora_dropout: must be 0"),
         ("--loss reinforce --resample 1", "--resample 1"),
+        ("--loss cispo --two_sided 3", "--loss cispo has no such bound"),
+        ("--two_sided 1.1", "must be above 1 + ε, which is 1.2"),
     ],
 )
 def test_what_cannot_be_is_refused(folder, more, message):
