@@ -107,7 +107,8 @@ def main() -> int:
     if training_config.data == Config.data and ranks.main:
         bundled.build()
     ranks.barrier()  # the others wait until it is written
-    rewards = Rewards(training_config.reward, tokenizer, training_config.reward_time_s, ranks.device)
+    judged_by = (training_config.reward_time_s, ranks.device, training_config.template)
+    rewards = Rewards(training_config.reward, tokenizer, *judged_by)
 
     # prompts to learn from, held-out prompts, and held-out questions of all kinds
     prompts = read_prompts(training_config, listed_files(training_config.data), tokenizer)
@@ -125,6 +126,7 @@ def main() -> int:
         "tokenizer": tokenizer.sha256,
         **starting_model.fingerprints(training_config, start.model_config, start.init),
         **(reference.fingerprints(training_config, start) if training_config.beta else {}),
+        "reward": rewards.fingerprint,
     }
     what_next = f"python -m minillm chat --model {shlex.quote(training_config.out)}"
     turns = prompts.counts["turns"]
@@ -200,16 +202,17 @@ def train(training_config: Config, run: Run, model: Transformer, tools: Tools, b
         positions = np.concatenate(run.micro_batches(step))
         judged = ask(tools, positions, step)
         rows, is_useful = experience(training_config, run, judged)
-        parts = rows.split(rows_at_once)
+        parts, n_useful = rows.split(rows_at_once), is_useful.sum()
         for _ in range(training_config.resample):  # other prompts in place of those that are not
             positions = positions[~is_useful] + training_config.steps * training_config.batch_size
             if not len(positions):
                 break
             rows, is_useful = experience(training_config, run, ask(tools, positions, step))
-            parts += rows.split(rows_at_once)
+            parts, n_useful = parts + rows.split(rows_at_once), n_useful + is_useful.sum()
 
         # learn from them: the first pass over them notes log π_old, with which later ones have a ratio
-        n = run.ranks.sum(sum(tools.loss.count(part.batch.mask) for part in parts))[0]  # answers or tokens
+        n = sum(tools.loss.count(part.batch.mask) for part in parts)  # answers or tokens
+        n, n_useful = run.ranks.sum(n, n_useful)
         parts = parts or [judged.experience(judged.rewards).silent()]  # on a rank without any: the others go on
         seen = []
         for _ in range(training_config.updates if n else 0):
@@ -224,16 +227,17 @@ def train(training_config: Config, run: Run, model: Transformer, tools: Tools, b
         if not n:
             state.skip()
         tell(training_config, run, state, judged, seen, before)
-        idle.count(run, n)
+        idle.count(run, n_useful if n else 0)
         if tools.held_out and training_config.eval_every and run.due(step, training_config.eval_every):
             run.report(step, held_out_reward(tools), of="held-out prompts")
     return run.status
 
 
 def experience(training_config: Config, run: Run, judged: Judged) -> tuple[Experience, np.ndarray]:
-    """What there is to learn from answers, by their advantages, and which groups are of use, (P,) bool.
+    """What there is to learn from answers, by their advantages, and in which groups some are better, (P,) bool.
 
-    The others, in which no answer is better than another, are left out.
+    Groups whose answers all have one advantage are left out. Where the price of the distance is part of the reward that
+    is hardly any: then a group in which no answer is better still moves the policy towards the reference.
     """
     group_size = training_config.group_size
     batch = judged.rolled.batch
@@ -254,16 +258,18 @@ def experience(training_config: Config, run: Run, judged: Judged) -> tuple[Exper
         kl = torch.zeros_like(judged.rolled.log_probs) if judged.kl is None else judged.kl
         price = training_config.beta if training_config.kl_place == "reward" else 0.0
         advantages = token_advantages(rewards, kl, batch.mask, price, run.ranks)  # (N, T)
-        return judged.experience(advantages, batch), np.ones(len(groups), dtype=bool)
+        baseline_of_batch = training_config.loss == "reinforce"  # then answers to other prompts are compared, too
+        is_useful = has_spread(groups.view(1, -1)).expand(len(groups)) if baseline_of_batch else has_spread(groups)
+        return judged.experience(advantages, batch), is_useful.cpu().numpy()
 
     # or each answer, among its group
     priced = groups
     if training_config.kl_place == "reward" and judged.kl is not None:
         priced = (rewards - training_config.beta * judged.kl.sum(1)).view(-1, group_size)
     advantages = group_advantages(priced, training_config.loss, scale_by=groups)  # (P, G)
-    useful = has_spread(groups if training_config.loss in SCALED else priced)  # (P,)
-    rows = useful.repeat_interleave(group_size)  # (N,)
-    return judged.experience(advantages.flatten(), batch).rows(rows), useful.cpu().numpy()
+    learned = has_spread(groups if training_config.loss in SCALED else priced)  # (P,)
+    rows = learned.repeat_interleave(group_size)  # (N,)
+    return judged.experience(advantages.flatten(), batch).rows(rows), has_spread(groups).cpu().numpy()
 
 
 def ask(tools: Tools, positions: np.ndarray, step: int) -> Judged:
@@ -283,28 +289,30 @@ def tell(training_config: Config, run: Run, state: TrainState, judged: Judged, s
     row = judging.means(sums)
     row["objective"] = objective(row["reward"], row["kl"], training_config.beta)
     row["optimum"] = before.get("optimum")
+    if judged.kl is None:  # without a reference nothing is known of it
+        del row["kl"]
     row["clip_share"] = sums["clipped"] / max(1.0, sums["seen"])
     row["zero_std_share"] = sums["no_spread"] / sums["groups"]
     run.record(run.step, **row)
     if run.due(run.step, SAY_EVERY) or run.step == 1:
         shown = ("reward", "best_share", "kl", "entropy", "length", "zero_std_share", "cut_share")
-        run.say(f"step {run.step}: " + ", ".join(f"{name} {row[name]:.3f}" for name in shown))
-    if row["kl"] > FAR:
+        run.say(f"step {run.step}: " + ", ".join(f"{name} {row[name]:.3f}" for name in shown if name in row))
+    if row.get("kl", 0.0) > FAR:
         far = f"KL {row['kl']:.0f} nats an answer: the policy has left its reference"
         run.say(f"step {run.step}: {far}; lower --lr, or raise --beta")
 
 
 class Idle:
-    """Counts the rollouts in a row that had nothing to learn from, and ends the run after too many."""
+    """Counts the rollouts in a row in which no answer was better than another, and ends the run after too many."""
 
     def __init__(self, most: int):
         self.most = most
         self.in_a_row = 0
         self.told = False
 
-    def count(self, run: Run, n: float) -> None:
-        """n: what a rollout had to learn from, on all ranks."""
-        self.in_a_row = 0 if n else self.in_a_row + 1
+    def count(self, run: Run, n_groups: float) -> None:
+        """n_groups: in how many groups of a rollout some answers were better than others, on all ranks."""
+        self.in_a_row = 0 if n_groups else self.in_a_row + 1
         if self.in_a_row and not self.told:
             self.told = True
             run.say(f"step {run.step}: the answers to each prompt all have the same reward: nothing to learn")

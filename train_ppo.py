@@ -25,7 +25,7 @@ from minillm.alignment import judging, reference, token_rewards
 from minillm.alignment.judging import Judge, Judged
 from minillm.alignment.log_probs import Policy, answer_log_probs
 from minillm.alignment.optimum import objective
-from minillm.alignment.ppo.measures import Alarm, Tools, held_out_reward, measure_reference, scale_reward
+from minillm.alignment.ppo.measures import Alarm, Tools, held_out_reward, measure_first, scale_reward
 from minillm.alignment.ppo.options import REQUESTS, PpoConfig
 from minillm.alignment.ppo.roles import LearnedReward, Roles, cast_roles, reward_fingerprint
 from minillm.alignment.ppo.updates import ClippedLoss, Experience, Seen, minibatches
@@ -108,11 +108,12 @@ def main() -> int:
     # what answers are worth: as a model has learned it, and in truth
     reward_model = None
     if training_config.reward_model is not None:
-        folder, apart = training_config.reward_model, training_config.tune != "full"
-        reward_model = load_reward_model(folder, ranks.device, tokenizer=tokenizer, merged=not apart)
+        how = dict(tokenizer=tokenizer, template=training_config.template, merged=training_config.tune == "full")
+        reward_model = load_reward_model(training_config.reward_model, ranks.device, **how)
     true_reward = None
     if training_config.true_reward is not None:
-        true_reward = Rewards(training_config.true_reward, tokenizer, training_config.reward_time_s)
+        judged_by = (training_config.reward_time_s, ranks.device, training_config.template)
+        true_reward = Rewards(training_config.true_reward, tokenizer, *judged_by)
 
     # the run: its folder, and the checkpoint to go on from
     order = (training_config.batch_size, training_config.seq_len, training_config.seed, training_config.group_size)
@@ -149,7 +150,7 @@ def main() -> int:
             exact = answers.exact_match(policy, tokenizer, questions, template=training_config.template)
         return {"exact": exact, **held_out_reward(training_config, tools)}
 
-    before = run.once("before.json", lambda: {**measure(), **measure_reference(training_config, tools)}) or {}
+    before = run.once("before.json", lambda: measure_first(training_config, tools, measure)) or {}
     scale_reward(run, tools, before)
     status = train(training_config, run, roles, tools, before.get("optimum"))
     if status == 0 and ranks.main:

@@ -103,6 +103,17 @@ def test_two_ranks_take_the_same_steps_as_one(folder, more):
         assert two == pytest.approx(one, abs=2e-5, rel=1e-3), name
 
 
+def test_a_run_goes_on_with_its_own_reward_alone(folder):
+    train(folder, "own-reward", "--steps 1")
+    said = train(folder, "own-reward", f"--steps 2 --reward {folder}/rewards.py:equal", status=2)
+    assert "was made with another reward" in said
+
+
+def test_without_a_reference_no_distance_is_claimed(folder):
+    train(folder, "no-reference", "--steps 1 --beta 0")
+    assert not column(folder / "no-reference", "kl") and column(folder / "no-reference", "reward")
+
+
 def test_micro_batches_do_not_change_a_step(folder):
     for size in (1, 2, 4):
         train(folder, f"micro-{size}", f"--steps 3 --micro_batch_size {size} --loss grpo")
@@ -117,13 +128,15 @@ def test_later_passes_over_a_rollout_have_a_ratio_that_is_clipped(folder):
     assert column(folder / "one-pass", "clip_share") == [0, 0, 0]
 
 
-def test_groups_without_spread_are_dropped_and_end_the_run_with_advice(folder):
-    more = f"--reward {folder}/rewards.py:equal --beta 0 --no_spread_steps 3 --steps 9"
-    said = train(folder, "equal", more, status=2)
+@pytest.mark.parametrize("more", ["--beta 0", "", "--loss reinforce_baseline"])
+def test_groups_without_spread_are_dropped_and_end_the_run_with_advice(folder, more):
+    run = folder / f"equal-{len(more)}"
+    more += f" --reward {folder}/rewards.py:equal --no_spread_steps 3 --steps 9"
+    said = train(folder, run.name, more, status=2)
     assert "step 1: the answers to each prompt all have the same reward: nothing to learn" in said
     assert "step 3: 3 rollouts in a row" in said and "--group_size" in said
-    assert column(folder / "equal", "zero_std_share") == [1, 1, 1]
-    assert column(folder / "equal", "grad_norm") == [0, 0, 0]
+    assert column(run, "zero_std_share") == [1, 1, 1]
+    assert ("--beta 0" in more) == (column(run, "grad_norm") == [0, 0, 0])  # the price of the distance stays
 
 
 @pytest.mark.parametrize(
@@ -137,6 +150,11 @@ def test_groups_without_spread_are_dropped_and_end_the_run_with_advice(folder):
         ("--overlong penalty --overlong_cushion 9", "overlong_cushion 9"),
         ("--overlong_cushion 9", "overlong"),
         ("--kl k4", "k3_ratio"),
+        ("--dropout 0.1", "--dropout: must be 0"),
+        ("--tune lora --lora_dropout 0.1", "--lora_dropout: must be 0"),
+        ("--loss reinforce --resample 1", "--resample 1"),
+        ("--loss cispo --two_sided 3", "--loss cispo has no such bound"),
+        ("--two_sided 1.1", "must be above 1 + ε, which is 1.2"),
     ],
 )
 def test_what_cannot_be_is_refused(folder, more, message):

@@ -106,6 +106,24 @@ def test_a_learned_reward_rises_and_the_true_one_is_recorded_beside_it(folder):
     assert len(true) == 20 and all(0 <= value <= 1 for value in true)
 
 
+def test_learned_rewards_before_and_after_have_one_scale(folder):
+    train(folder, "unchanged", "--steps 1 --lr 0")
+    last = launch.rows(folder / "unchanged")[-1]
+    assert last["heldout_learned_after"] == last["heldout_learned_before"] != 0
+
+
+def test_a_run_whose_scale_of_rewards_is_gone_is_refused(folder):
+    train(folder, "no-scale", "--steps 1")
+    (folder / "no-scale" / "before.json").unlink()
+    assert "before.json: is gone" in train(folder, "no-scale", "--steps 2", status=2)
+
+
+def test_every_rank_has_all_minibatches(folder):
+    more = "--steps 1 --batch_size 6 --minibatches 2"
+    train(folder, "six", more)
+    assert "no multiple of it times 2 ranks" in train(folder, "six-on-two", more, ranks=2, status=2)
+
+
 @pytest.mark.parametrize("more", ["", "--tune lora --target_kl 0.5", "--reward_model none --updates 3 --tune ia3"])
 def test_stopped_and_resumed_is_bit_for_bit_the_run_never_stopped(folder, more):
     more += " --steps 6"

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from minillm.alignment.advantages import SCALED
+from minillm.alignment.advantages import OF_TOKENS, SCALED
 from minillm.alignment.options import AlignmentConfig
 from minillm.alignment.policy_loss import CLIPS, CORRECTIONS, KL_TERMS, PolicyLoss
 from minillm.alignment.rollouts import RolloutConfig
@@ -86,6 +86,17 @@ class GroupConfig(AlignmentConfig):
             problems.append(
                 f"--max_new_tokens {self.max_new_tokens}: leaves no room for a prompt in --seq_len {self.seq_len}"
             )
+        if self.resample and self.loss in OF_TOKENS:
+            problems.append(f"--resample {self.resample}: --loss {self.loss} learns from all answers of a rollout")
+        for name in ("clip_low", "two_sided") if self.loss == "cispo" else ():
+            if getattr(self, name) is not None:
+                problems.append(f"--{name}: --loss cispo has no such bound; its cap is --clip_high")
+        loss = self.policy_loss()
+        if loss.kind != "cispo" and loss.two_sided is not None and loss.two_sided <= 1 + loss.clip_high:
+            problems.append(f"--two_sided {loss.two_sided}: must be above 1 + ε, which is {1 + loss.clip_high:g}")
+        if self.dropout or self.lora_dropout:
+            name = "dropout" if self.dropout else "lora_dropout"
+            problems.append(f"--{name}: must be 0, since answers are drawn without and probabilities compared")
         return problems
 
     @property

@@ -11,12 +11,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from minillm.base import files
 from minillm.base.errors import UserError
 from minillm.checkpoint import huggingface, run_folder, train_state
 from minillm.datasets.batch import Batch
 from minillm.model.transformer import Transformer
 from minillm.tokenizer.tokenizer import Tokenizer
-from minillm.tuning import folders
+from minillm.tuning import folders, peft_format
 
 
 def load_reward_model(
@@ -24,13 +25,14 @@ def load_reward_model(
     device: torch.device | str = "cpu",
     *,
     tokenizer: Tokenizer | None = None,
+    template: str = "auto",
     merged: bool = True,
 ) -> Transformer:
     """The reward model of a run, a model folder or an adapter, in fp32, frozen, in evaluation mode.
 
-    tokenizer: whose ids it will be given. merged: an adapter is folded into its base; else its base stays as it is, so
-    that another model over the same base can share it. Raises `UserError` for a language model, and for a reward model
-    with another tokenizer.
+    tokenizer: whose ids it will be given, in the prompt format `template`. merged: an adapter is folded into its base;
+    else its base stays as it is, so that another model over the same base can share it. Raises `UserError` for a
+    language model, and for a reward model with another tokenizer or prompt format.
     """
     folder = run_folder.resolve_checkpoint(folder)
     model, own_tokenizer = open_reward_model(folder, None, device, torch.float32, merged)
@@ -39,7 +41,18 @@ def load_reward_model(
             f"{folder}: the reward model has another tokenizer than the model whose answers it is to judge; train one "
             "from that model"
         )
+    if tokenizer is not None and not _write_alike(tokenizer, template, own_tokenizer):
+        raise UserError(
+            f"{folder}: the reward model reads another prompt format ({own_tokenizer.resolve_template('auto')}) than "
+            f"the model answers in ({tokenizer.resolve_template(template)}); give the same --template to both"
+        )
     return model
+
+
+def _write_alike(tokenizer: Tokenizer, template: str, other: Tokenizer) -> bool:
+    """Whether a conversation has the same ids in a prompt format and in another folder's own."""
+    talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    return tokenizer.encode_chat(talk, template=template)[0] == other.encode_chat(talk)[0]
 
 
 def open_reward_model(
@@ -80,6 +93,14 @@ def score_scale(folder: str | Path) -> tuple[float, float] | None:
         return None
     scale = train_state.read_state(folder).get("score_scale")
     return None if scale is None else (scale["mean"], scale["std"])
+
+
+def weights_fingerprint(folder: str | Path) -> str:
+    """Of a reward model's weights, or of its adapter's: by it a run knows whether its reward is still the same."""
+    folder = run_folder.resolve_checkpoint(folder)
+    if folders.is_adapter(folder):
+        return files.sha256(folder / peft_format.WEIGHTS)
+    return folders.base_sha256(folder)
 
 
 def text_lengths(batch: Batch) -> Tensor:

@@ -10,8 +10,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from minillm.alignment.reward_model import last_scores, load_reward_model, score_scale, text_lengths
+from minillm.alignment.reward_model import (
+    last_scores,
+    load_reward_model,
+    score_scale,
+    text_lengths,
+    weights_fingerprint,
+)
 from minillm.alignment.rollouts import Rollouts
+from minillm.checkpoint.train_state import fingerprint
 from minillm.datasets.prompts import Prompt
 from minillm.evaluation.checks import TIME_LIMIT_S, load_term, split_terms, weighted_sum
 from minillm.model.transformer import Transformer
@@ -29,17 +36,22 @@ class Rewards:
         tokenizer: Tokenizer,
         time_limit_s: float = TIME_LIMIT_S,
         device: torch.device | str = "cpu",
+        template: str = "auto",
     ):
-        """tokenizer: the policy's, whose ids a reward model must share. Raises `UserError` for what means no reward."""
+        """tokenizer, template: the policy's, which a reward model must share. Raises `UserError` for what means no
+        reward.
+        """
         self.tokenizer = tokenizer
         self.models: list[tuple[float, LearnedReward]] = []
-        functions = []
+        functions, weights = [], []
         for weight, term in split_terms(spec):
             if Path(term).is_dir():
-                self.models.append((weight, LearnedReward(term, tokenizer, device)))
+                self.models.append((weight, LearnedReward(term, tokenizer, device, template)))
+                weights.append(weights_fingerprint(term))
             else:
                 functions.append((weight, load_term(term, time_limit_s)))
         self.function = weighted_sum(functions)
+        self.fingerprint = fingerprint(spec, weights)  # which does not know what stands in a user's file
 
     def __call__(self, rolled: Rollouts, prompts: list[Prompt]) -> Tensor:
         """The reward of each answer, (N,) fp32 on the CPU. prompts: those that were answered."""
@@ -55,8 +67,8 @@ class Rewards:
 class LearnedReward:
     """A reward model's scores, less the mean and over the standard deviation that its training recorded, if it did."""
 
-    def __init__(self, folder: str, tokenizer: Tokenizer, device: torch.device | str):
-        self.model: Transformer = load_reward_model(folder, device, tokenizer=tokenizer)
+    def __init__(self, folder: str, tokenizer: Tokenizer, device: torch.device | str, template: str):
+        self.model: Transformer = load_reward_model(folder, device, tokenizer=tokenizer, template=template)
         self.mean, self.std = score_scale(folder) or (0.0, 1.0)
 
     @torch.no_grad()

@@ -130,5 +130,5 @@ class AdaptiveKL:
         """Take note of a step's mean KL; returns the β of the next."""
         if self.target is not None:
             error = min(max(kl / self.target - 1, -self.MOST), self.MOST)
-            self.beta *= 1 + error * n_answers / self.horizon
+            self.beta *= 1 + error * min(1.0, n_answers / self.horizon)  # never below 0, whatever the horizon
         return self.beta

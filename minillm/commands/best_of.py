@@ -31,15 +31,16 @@ class Candidate(NamedTuple):
 Judge = Callable[[str, list[str], list[list[int]]], list[float]]  # question, answers, ids of both → rewards
 
 
-def load_judge(reward: str, tokenizer: Tokenizer, device: torch.device) -> Judge:
+def load_judge(reward: str, tokenizer: Tokenizer, device: torch.device, template: str = "auto") -> Judge:
     """What --reward means: the folder of a reward model, or a function as `load_reward` takes it.
 
-    Raises `UserError` for a folder that holds no reward model, or one with another tokenizer than the language model.
+    Raises `UserError` for a folder that holds no reward model, or one with another tokenizer or prompt format than
+    the language model.
     """
     if not Path(reward).is_dir():
         function = load_reward(reward)
         return lambda question, texts, ids: function([question] * len(texts), texts, [{} for _ in texts])
-    model = load_reward_model(reward, device, tokenizer=tokenizer)
+    model = load_reward_model(reward, device, tokenizer=tokenizer, template=template)
     return lambda question, texts, ids: _scores(model, ids, tokenizer.pad_id).tolist()
 
 

@@ -85,8 +85,9 @@ def run(config: Config) -> None:
 def _print_best(config: Config, loaded: Loaded, question: str) -> None:
     """Print the answer with the highest reward, and beside it the rewards of all."""
     model, tokenizer, folder = loaded
-    judge = load_judge(config.reward, tokenizer, model.norm.weight.device)
-    asking = Asking(template_of(config, folder), config.max_new_tokens, part(config, Sampling))
+    template = template_of(config, folder)
+    judge = load_judge(config.reward, tokenizer, model.norm.weight.device, template)
+    asking = Asking(template, config.max_new_tokens, part(config, Sampling))
     found = best_of(config.best_of, question, model, tokenizer, judge, asking)
     print_text(found[0].text, config.raw)
     print()

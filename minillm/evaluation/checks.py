@@ -33,6 +33,7 @@ from minillm.datasets.questions import CHECKS, agrees
 
 RewardFunction = Callable[[list[str], list[str], list[dict]], list[float]]
 TIME_LIMIT_S = 60.0  # of one call
+LARGEST = 1e15  # of a reward, whose square must be finite in fp32
 NAMES = (*CHECKS, "check", "format", "length")
 WEIGHT = re.compile(r"\s*(-?(?:\d+\.?\d*|\.\d+))\s*\*\s*(.*)", re.DOTALL)
 # A comma between terms, not one inside a regular expression: after it comes a weight, a name, or a file of Python.
@@ -159,6 +160,7 @@ def _users(path: Path, function_name: str, time_limit_s: float) -> RewardFunctio
         sys.path.append(folder)  # the last place: a file there hides no other module
     module_spec = importlib.util.spec_from_file_location(f"reward_of_{path.stem}", path)
     module = importlib.util.module_from_spec(module_spec)
+    sys.modules[module_spec.name] = module  # where its dataclasses look for the types that they name
     try:
         with time_limit(time_limit_s):
             module_spec.loader.exec_module(module)
@@ -198,7 +200,7 @@ def _checked(function: RewardFunction, term: str, time_limit_s: float) -> Reward
 
 
 def _numbers(values: object, prompts: list[str], answers: list[str], source: str) -> list[float]:
-    """What a function returned as a list of finite numbers, one for each answer."""
+    """What a function returned as a list of numbers up to `LARGEST` in size, one for each answer."""
     if hasattr(values, "tolist"):  # of numpy or torch
         values = values.tolist()
     if not isinstance(values, list | tuple):
@@ -211,9 +213,10 @@ def _numbers(values: object, prompts: list[str], answers: list[str], source: str
             number = math.nan if isinstance(value, str | bytes) else float(value)
         except (TypeError, ValueError, OverflowError, RuntimeError):
             number = math.nan
-        if not math.isfinite(number):
+        if not abs(number) <= LARGEST:  # NaN, too
+            why = f"beyond {LARGEST:g}" if math.isfinite(number) else "not a finite number"
             raise UserError(
-                f"{source}: {_row_name(i, prompts)}: the value is {value!r:.40}, not a finite number, for the answer "
+                f"{source}: {_row_name(i, prompts)}: the value is {value!r:.40}, {why}, for the answer "
                 f"{answers[i]!r:.60}"
             )
         numbers.append(number)

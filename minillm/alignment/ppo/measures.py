@@ -1,6 +1,7 @@
 """What a PPO run measures besides its steps: held-out answers, those of the reference, and whether it goes astray."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -9,6 +10,7 @@ from minillm.alignment import judging
 from minillm.alignment.judging import Judge
 from minillm.alignment.ppo.options import PpoConfig
 from minillm.alignment.rewards import Rewards
+from minillm.base.errors import UserError
 from minillm.datasets.prompts import PromptRows
 from minillm.training.run import Run
 
@@ -57,14 +59,30 @@ def measure_reference(training_config: PpoConfig, tools: Tools) -> dict[str, flo
     return found
 
 
+def measure_first(training_config: PpoConfig, tools: Tools, measure: Callable[[], dict]) -> dict:
+    """What the reference's answers are worth, and then, in the scale that follows from it, what `measure` finds."""
+    found = measure_reference(training_config, tools)
+    use_scale(tools, found["reward_mean"], found["reward_std"])
+    return {**measure(), **found}
+
+
 def scale_reward(run: Run, tools: Tools, before: dict) -> None:
-    """Let the learned reward have the scale that rank 0 has measured, and what was measured before it as well."""
+    """Let the learned reward have the scale that rank 0 has measured."""
     mean, std = run.ranks.sum(before.get("reward_mean", 0.0), before.get("reward_std", 0.0))
+    if not std:
+        raise UserError(
+            f"{run.folder}/before.json: is gone, and with it the scale of the rewards that the run began with; bring "
+            "it back, or begin anew in another folder"
+        )
+    use_scale(tools, mean, std)
+    if run.training_config.normalize_reward and tools.judge.rewards is not tools.true_reward:
+        run.say(f"learned reward of the reference's answers: mean {mean:.3f}, spread {std:.3f}; scaled to 0 and 1")
+
+
+def use_scale(tools: Tools, mean: float, std: float) -> None:
+    """Let the learned reward, if there is one, be (r − mean) / std from here on."""
     if tools.judge.rewards is not tools.true_reward:
         tools.judge.rewards.mean, tools.judge.rewards.std = mean, std
-        if "heldout_learned" in before:
-            before["heldout_learned"] = (before["heldout_learned"] - mean) / std
-        run.say(f"learned reward of the reference's answers: mean {mean:.3f}, spread {std:.3f}; scaled to 0 and 1")
 
 
 class Alarm:

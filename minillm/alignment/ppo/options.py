@@ -6,6 +6,7 @@ from data import bundled
 from minillm.alignment.options import AlignmentConfig
 from minillm.alignment.rollouts import RolloutConfig
 from minillm.base.options import option
+from minillm.distributed.ranks import world_size
 from minillm.tokenizer.tokenizer import Tokenizer
 
 REQUESTS = f"{bundled.FOLDER}/requests_train.jsonl"
@@ -78,8 +79,12 @@ class PpoConfig(AlignmentConfig):
 
     def problems(self) -> list[str]:
         problems = super().problems()
-        if self.batch_size % self.minibatches:
-            problems.append(f"--minibatches {self.minibatches}: --batch_size {self.batch_size} is no multiple of it")
+        world = world_size()
+        if self.batch_size % (self.minibatches * world):
+            times = f" times {world} ranks" if world > 1 else ""
+            problems.append(
+                f"--minibatches {self.minibatches}: --batch_size {self.batch_size} is no multiple of it{times}"
+            )
         if self.dropout or self.lora_dropout:
             name = "dropout" if self.dropout else "lora_dropout"
             problems.append(f"--{name}: must be 0, since probabilities of two passes are compared")

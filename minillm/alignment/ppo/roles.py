@@ -8,16 +8,13 @@ from torch import Tensor
 from minillm.alignment import reference
 from minillm.alignment.ppo.options import PpoConfig
 from minillm.alignment.reference import Reference
-from minillm.alignment.reward_model import last_scores, text_lengths
+from minillm.alignment.reward_model import last_scores, text_lengths, weights_fingerprint
 from minillm.alignment.rollouts import Rollouts
 from minillm.alignment.value import make_value_model, share_equal_weights
-from minillm.base import files
-from minillm.checkpoint import run_folder
 from minillm.checkpoint.train_state import fingerprint
 from minillm.datasets.prompts import Prompt
 from minillm.model.transformer import Transformer
 from minillm.training import starting_model
-from minillm.tuning import folders, peft_format
 
 
 class Roles(NamedTuple):
@@ -53,10 +50,7 @@ def reward_fingerprint(training_config: PpoConfig) -> str:
     """What must not change of the reward while a run goes on."""
     if training_config.reward_model is None:
         return fingerprint(training_config.true_reward)
-    folder = run_folder.resolve_checkpoint(training_config.reward_model)
-    if folders.is_adapter(folder):
-        return files.sha256(folder / peft_format.WEIGHTS)
-    return folders.base_sha256(folder)
+    return weights_fingerprint(training_config.reward_model)
 
 
 class LearnedReward:

@@ -80,6 +80,10 @@ def test_what_is_no_reward_model_for_these_answers_is_refused(tokenizers, tmp_pa
     reward_model = save(tmp_path / "reward", tokenizers[0], score_head=True)
     with pytest.raises(UserError, match="another tokenizer than the model whose answers it is to judge"):
         load_reward_model(reward_model, tokenizer=tokenizers[1])
+    with pytest.raises(UserError, match=r"another prompt format .* --template"):
+        load_reward_model(reward_model, tokenizer=tokenizers[0], template="simple")
+    tokenizers[0].save(reward_model, template="simple")
+    load_reward_model(reward_model, tokenizer=tokenizers[0], template="simple")
 
 
 def test_an_adapter_that_is_not_merged_shares_its_base_with_a_policy(tokenizers, tmp_path):

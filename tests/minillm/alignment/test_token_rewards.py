@@ -149,6 +149,11 @@ def test_the_strength_of_the_kl_follows_its_target():
     close(found[2:], [0.19999475712, 0.200848068084], 1e-10)
 
 
+def test_the_strength_stays_positive_with_a_horizon_shorter_than_a_step():
+    controller = AdaptiveKL(0.2, target=6, horizon=10)
+    assert controller.update(0, 64) == pytest.approx(0.16) and controller.update(60, 64) == pytest.approx(0.192)
+
+
 def test_without_a_target_the_strength_stays():
     assert AdaptiveKL(0.2, target=None).update(1000, 256) == 0.2
 

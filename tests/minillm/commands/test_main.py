@@ -55,7 +55,7 @@ def test_plot_writes_beside_the_run(home, call):
         (["vocab", "trian"], "did you mean vocab train?"),
         (["bench", "generate", "--rows", "8"], "--rows: no such option"),
         (["plot"], "RUNS"),
-        (["eval"], "--data is needed: folder of bins, text"),
+        (["eval"], "--data is needed: a folder of token bins, texts or questions"),
     ],
 )
 def test_a_user_s_mistake_is_one_line_and_status_2(call, arguments, message):

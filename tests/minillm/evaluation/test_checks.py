@@ -101,6 +101,11 @@ def test_a_function_of_the_user_gets_all_it_needs(own, tmp_path):
     assert values(f"0.5*{spec},length:9", ["ab"], n=0) == [0.5 * 4 + 1]
 
 
+def test_its_file_may_have_dataclasses(own):
+    kept = "from dataclasses import dataclass\n@dataclass\nclass Kept:\n    n: 'int' = 2"
+    assert values(own("return [Kept().n] * 2", before=kept), ["a", "b"]) == [2, 2]
+
+
 @pytest.mark.parametrize("made", ["[0.5, True]", "(0.5, 1)", "numpy.array([0.5, 1])", "torch.tensor([0.5, 1])"])
 def test_values_may_be_of_several_types(own, made):
     assert values(own(f"return {made}", before="import numpy, torch"), ["a", "b"]) == [0.5, 1.0]
@@ -121,6 +126,7 @@ def test_values_may_be_of_several_types(own, made):
         ("return ['1', 1]", "row 1 of 2 ('q'): the value is '1', not a finite number"),
         ("return [1, None]", "row 2 of 2 ('q'): the value is None"),
         ("return [1, [2]]", "row 2 of 2 ('q'): the value is [2]"),
+        ("return [1, -1e300]", "row 2 of 2 ('q'): the value is -1e+300, beyond 1e+15"),
         ("return [1, 10 ** 400]", "row 2 of 2 ('q'): the value is 1000"),
     ],
 )
