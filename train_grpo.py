@@ -29,6 +29,7 @@ from minillm.alignment.advantages import (
     overlong_penalty,
     token_advantages,
 )
+from minillm.alignment.alarms import Idle, distance_alarm
 from minillm.alignment.group_options import GroupConfig
 from minillm.alignment.judging import Judge, Judged
 from minillm.alignment.log_probs import Policy
@@ -36,7 +37,6 @@ from minillm.alignment.optimum import objective
 from minillm.alignment.policy_loss import Experience, PolicyLoss, Seen, Watched
 from minillm.alignment.rewards import Rewards
 from minillm.base.command_line import parse
-from minillm.base.errors import UserError
 from minillm.base.options import option
 from minillm.base.process import run_script
 from minillm.checkpoint.train_state import fingerprint
@@ -195,7 +195,8 @@ def train(training_config: Config, run: Run, model: Transformer, tools: Tools, b
     policy = parallelize(Policy(model, training_config.compile), run.ranks, compile=False)
     run.say(f"{starting_model.describe_parameters(model)}; {training_config.steps} steps; {ops.describe(run.device)}")
     rows_at_once = training_config.micro_batch_size * training_config.group_size
-    idle = Idle(training_config.no_spread_steps)
+    idle = Idle(run, training_config.no_spread_steps)
+    drift = distance_alarm(run, FAR, "lower --lr, or raise --beta")
 
     for step in run.steps(state):  # sets the learning rate; after the step saves what is due, stops at a signal
         # answers to this step's prompts, judged; of use are groups in which some answers are better than others
@@ -226,8 +227,10 @@ def train(training_config: Config, run: Run, model: Transformer, tools: Tools, b
             seen += [rows.seen for rows in watched]
         if not n:
             state.skip()
-        tell(training_config, run, state, judged, seen, before)
-        idle.count(run, n_useful if n else 0)
+        row = tell(training_config, run, state, judged, seen, before)
+        drift.look_at(row.get("kl", 0.0))
+        is_cut = training_config.overlong == "mask" and row["cut_share"] == 1
+        idle.count(n_useful if n else 0, Idle.CUT if is_cut or n_useful else Idle.EQUAL)
         if tools.held_out and training_config.eval_every and run.due(step, training_config.eval_every):
             run.report(step, held_out_reward(tools), of="held-out prompts")
     return run.status
@@ -277,8 +280,10 @@ def ask(tools: Tools, positions: np.ndarray, step: int) -> Judged:
     return tools.judge.answers(tools.prompts.rows(positions), positions.tolist(), step)
 
 
-def tell(training_config: Config, run: Run, state: TrainState, judged: Judged, seen: list[Seen], before: dict) -> None:
-    """Log a step: how good the answers were, how far from the reference, and what the clip held back."""
+def tell(
+    training_config: Config, run: Run, state: TrainState, judged: Judged, seen: list[Seen], before: dict
+) -> dict[str, float]:
+    """Log a step: how good the answers were, how far from the reference, what the clip held back. Returns its row."""
     groups = judged.rewards.view(-1, training_config.group_size)
     sums = judged.sums() | {"groups": len(groups), "no_spread": float((~has_spread(groups)).sum())}
     sums |= {"seen": sum(s.n_tokens for s in seen), "clipped": sum(s.clipped_low + s.clipped_high for s in seen)}
@@ -297,32 +302,7 @@ def tell(training_config: Config, run: Run, state: TrainState, judged: Judged, s
     if run.due(run.step, SAY_EVERY) or run.step == 1:
         shown = ("reward", "best_share", "kl", "entropy", "length", "zero_std_share", "cut_share")
         run.say(f"step {run.step}: " + ", ".join(f"{name} {row[name]:.3f}" for name in shown if name in row))
-    if row.get("kl", 0.0) > FAR:
-        far = f"KL {row['kl']:.0f} nats an answer: the policy has left its reference"
-        run.say(f"step {run.step}: {far}; lower --lr, or raise --beta")
-
-
-class Idle:
-    """Counts the rollouts in a row in which no answer was better than another, and ends the run after too many."""
-
-    def __init__(self, most: int):
-        self.most = most
-        self.in_a_row = 0
-        self.told = False
-
-    def count(self, run: Run, n_groups: float) -> None:
-        """n_groups: in how many groups of a rollout some answers were better than others, on all ranks."""
-        self.in_a_row = 0 if n_groups else self.in_a_row + 1
-        if self.in_a_row and not self.told:
-            self.told = True
-            run.say(f"step {run.step}: the answers to each prompt all have the same reward: nothing to learn")
-        if self.in_a_row >= self.most:
-            raise UserError(
-                f"step {run.step}: {self.most} rollouts in a row with nothing to learn, since all answers to a prompt "
-                "have the same reward: if it is the best there is, the run is done, so lower --steps; else take "
-                "prompts that the model answers right sometimes, a reward with more steps, a higher --temperature or a "
-                "larger --group_size"
-            )
+    return row
 
 
 def held_out_reward(tools: Tools) -> dict[str, float]:

@@ -25,7 +25,7 @@ from minillm.alignment import judging, reference, token_rewards
 from minillm.alignment.judging import Judge, Judged
 from minillm.alignment.log_probs import Policy, answer_log_probs
 from minillm.alignment.optimum import objective
-from minillm.alignment.ppo.measures import Alarm, Tools, held_out_reward, measure_first, scale_reward
+from minillm.alignment.ppo.measures import Tools, alarms, held_out_reward, measure_first, scale_reward
 from minillm.alignment.ppo.options import REQUESTS, PpoConfig
 from minillm.alignment.ppo.roles import LearnedReward, Roles, cast_roles, reward_fingerprint
 from minillm.alignment.ppo.updates import ClippedLoss, Experience, Seen, minibatches
@@ -198,7 +198,7 @@ def train(training_config: Config, run: Run, roles: Roles, tools: Tools, optimum
     if training_config.target_kl is not None:
         beta = run.saved.get("beta", beta)
     controller = token_rewards.AdaptiveKL(beta, training_config.target_kl, training_config.kl_horizon)
-    alarm = Alarm(training_config, run)
+    drift, cuts = alarms(training_config, run)
     run.say(f"{training_config.steps} steps; {ops.describe(run.device)}")
 
     for step in run.steps(state):  # sets the learning rate; after the step saves what is due, stops at a signal
@@ -225,7 +225,8 @@ def train(training_config: Config, run: Run, roles: Roles, tools: Tools, optimum
         row |= {"optimum": optimum, "explained_variance": experience.explained_variance()}
         run.record(step, **row)
         run.facts["beta"] = controller.update(row["kl"], training_config.batch_size * training_config.group_size)
-        alarm.look_at(step, row)
+        drift.look_at(row["kl"])
+        cuts.look_at(row["cut_share"])
         if tools.held_out and training_config.eval_every and run.due(step, training_config.eval_every):
             run.report(step, held_out_reward(training_config, tools), of="held-out prompts")
     return run.status

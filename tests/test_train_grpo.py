@@ -165,3 +165,22 @@ def test_what_cannot_be_is_refused(folder, more, message):
 def test_all_answers_cut_and_masked_teach_nothing(folder):
     said = train(folder, "cut", "--steps 3 --max_new_tokens 2 --overlong mask --no_spread_steps 9 --loss dapo --beta 0")
     assert "step-00000003" in said
+    # none has ended: that is said, and not that their rewards are equal
+    assert "all answers were cut at --max_new_tokens" in said and "have the same reward" not in said
+
+
+def test_a_policy_that_leaves_its_reference_is_told_so_once_until_it_is_twice_as_far(folder):
+    said = train(folder, "leaves", "--steps 12 --lr 0.3 --beta 0.0001 --max_new_tokens 32")
+    far = [kl for kl in column(folder / "leaves", "kl") if kl > 50]
+    n_told, limit = 0, 50
+    for kl in far:
+        if kl > limit:
+            n_told, limit = n_told + 1, 2 * kl
+    assert len(far) > n_told and said.count("the policy has left its reference") == n_told > 0
+
+
+def test_a_resumed_run_counts_on_the_rollouts_with_nothing_to_learn(folder):
+    more = f"--reward {folder}/rewards.py:equal --no_spread_steps 3"
+    train(folder, "counts-on", f"{more} --steps 2")
+    said = train(folder, "counts-on", f"{more} --steps 9", status=2)
+    assert "step 3: 3 rollouts in a row" in said and "step 3: the answers" not in said

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from minillm.alignment import judging
+from minillm.alignment.alarms import Alarm, distance_alarm
 from minillm.alignment.judging import Judge
 from minillm.alignment.ppo.options import PpoConfig
 from minillm.alignment.rewards import Rewards
@@ -85,25 +86,9 @@ def use_scale(tools: Tools, mean: float, std: float) -> None:
         tools.judge.rewards.mean, tools.judge.rewards.std = mean, std
 
 
-class Alarm:
-    """Says when a run goes astray: once, and again when it has become twice as bad."""
-
-    def __init__(self, training_config: PpoConfig, run: Run):
-        self.training_config = training_config
-        self.run = run
-        self.kl_limit = training_config.kl_warning
-        self.cut_limit = MANY_CUT
-
-    def look_at(self, step: int, row: dict[str, float]) -> None:
-        if row["kl"] > self.kl_limit:
-            self.kl_limit = 2 * row["kl"]
-            self.run.say(
-                f"step {step}: KL {row['kl']:.0f} nats an answer: the policy has left its reference; raise --beta, set "
-                "a --target_kl, or lower --lr"
-            )
-        if row["cut_share"] >= self.cut_limit:
-            self.cut_limit = 2 * row["cut_share"]
-            self.run.say(
-                f"step {step}: {row['cut_share']:.0%} of the answers did not end within --max_new_tokens "
-                f"{self.training_config.max_new_tokens}; raise it, or --missing_eos_penalty"
-            )
+def alarms(training_config: PpoConfig, run: Run) -> tuple[Alarm, Alarm]:
+    """What says that a run goes astray: of its KL, and of the share of answers that were cut."""
+    remedy = "raise --beta, set a --target_kl, or lower --lr"
+    cut = f"did not end within --max_new_tokens {training_config.max_new_tokens}; raise it, or --missing_eos_penalty"
+    drift = distance_alarm(run, training_config.kl_warning, remedy)
+    return drift, Alarm(run, MANY_CUT, f"{{value:.0%}} of the answers {cut}")
