@@ -286,14 +286,20 @@ class Run:
         self.watchdog.tick(self.step)
 
     def _count_bad_steps(self, state: TrainState) -> None:
-        if all(each.applied for each in (state, *state.beside.values())):
+        """A step is bad if any of its updates, of this model or of one beside it, was not applied."""
+        bad = {}
+        for name, each in {"": state, **state.beside}.items():
+            if each.refused is not None or not each.applied:
+                bad[name] = each.refused or (each.loss, each.grad_norm)
+            each.refused = None
+        if not bad:
             self.bad_steps = 0
             return
         self.bad_steps += 1
-        self.say(
-            f"step {self.step}: loss {state.loss}, gradient norm {state.grad_norm}: not applied "
-            f"({self.bad_steps} in a row)"
-        )
+        for name, (loss, grad_norm) in bad.items():
+            of = f"{name} model's " if name else ""
+            what = f"{of}loss {loss}, gradient norm {grad_norm}: not applied"
+            self.say(f"step {self.step}: {what} ({self.bad_steps} in a row)")
         if self.bad_steps >= self.training_config.max_bad_steps:
             raise UserError(
                 f"step {self.step}: {self.bad_steps} steps in a row were not finite; lower --lr, raise --warmup_steps "

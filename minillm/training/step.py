@@ -13,8 +13,8 @@ from minillm.distributed.ranks import Ranks
 class TrainState:
     """What training changes and a checkpoint keeps: a model, its optimizers and, in float16, the scale of the loss.
 
-    A step is one `backward` for each micro-batch, then one `update`. After it `loss`, `grad_norm` and `applied` tell of
-    that step.
+    A step is one `backward` for each micro-batch, then one `update`, or several such updates. After it `loss`,
+    `grad_norm` and `applied` tell of the last one, and `refused` of one that was not applied.
     """
 
     def __init__(
@@ -42,6 +42,7 @@ class TrainState:
         self.loss = math.nan
         self.grad_norm = math.nan
         self.applied = False
+        self.refused: tuple[float, float] | None = None  # loss and norm of an update of it that was not applied
 
     def all_optimizers(self) -> list[torch.optim.Optimizer]:
         """Its own, and those of the models beside it."""
@@ -86,6 +87,8 @@ class TrainState:
         if self.applied:
             for optimizer in self.optimizers:
                 self.scaler.step(optimizer)
+        else:
+            self.refused = self.loss, self.grad_norm
         self.scaler.update()
         self.model.zero_grad(set_to_none=True)
         self.loss_sum.zero_()

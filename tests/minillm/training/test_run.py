@@ -408,3 +408,22 @@ def test_a_step_counts_as_bad_if_a_model_beside_took_none(new_run):
     state.beside["value"].applied = False
     with pytest.raises(UserError, match="1 steps in a row"):
         bad.log_step(state, 8)
+
+
+@pytest.mark.parametrize("name", ["policy", "value"])
+def test_a_step_counts_as_bad_if_any_of_its_updates_was_not_applied(new_run, capsys, name):
+    state = trained_pair(0)
+    bad = new_run(max_bad_steps=2)
+    bad.start(state)
+    bad.step = 1
+    one_step(state, 1)
+    sick = {"policy": state, **state.beside}[name]
+    sick.backward(sum(p.sum() for p in sick.model.parameters()) * math.nan, 1)
+    sick.update(1.0)
+    one_step(state, 2)  # a later update that is finite does not hide it
+    bad.log_step(state, 8)
+    of = "" if name == "policy" else "value model's "
+    assert bad.bad_steps == 1 and f"step 1: {of}loss nan, gradient norm nan: not applied" in capsys.readouterr().out
+    one_step(state, 3)
+    bad.log_step(state, 8)
+    assert bad.bad_steps == 0
