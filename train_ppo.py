@@ -23,7 +23,7 @@ import torch
 from data import bundled
 from minillm.alignment import judging, reference, token_rewards
 from minillm.alignment.judging import Judge, Judged
-from minillm.alignment.log_probs import Policy, answer_log_probs
+from minillm.alignment.log_probs import Policy
 from minillm.alignment.optimum import objective
 from minillm.alignment.ppo.measures import Tools, alarms, held_out_reward, measure_first, scale_reward
 from minillm.alignment.ppo.options import REQUESTS, PpoConfig
@@ -257,16 +257,11 @@ def look_back(training_config: Config, run: Run, roles: Roles, judged: Judged, b
     batch = judged.rolled.batch
     mask = batch.mask
 
-    # log π_old and V_old. The sampler has the first, but in less than fp32 the trainer's pass rounds otherwise
-    log_probs, kl, values = judged.rolled.log_probs, judged.kl, []
+    # log π_old, by a pass as in training, and V_old
+    log_probs, kl, values = judged.log_probs, judged.kl, []
     with torch.no_grad(), run.autocast():
         for part in batch.split(training_config.rows_at_once):
             values.append(roles.value(part.x))
-        if run.dtype != torch.float32:
-            parts = batch.split(training_config.rows_at_once)
-            temperature = training_config.temperature
-            log_probs = torch.cat([answer_log_probs(roles.policy, part, temperature=temperature) for part in parts])
-            kl = token_rewards.kl_per_token(log_probs, judged.reference, mask)
     values = torch.cat(values)  # (N, T)
 
     # ρ_t = −β k_t, and r at the last token, of which an answer that never ended has less

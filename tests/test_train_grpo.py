@@ -184,3 +184,10 @@ def test_a_resumed_run_counts_on_the_rollouts_with_nothing_to_learn(folder):
     train(folder, "counts-on", f"{more} --steps 2")
     said = train(folder, "counts-on", f"{more} --steps 9", status=2)
     assert "step 3: 3 rollouts in a row" in said and "step 3: the answers" not in said
+
+
+@pytest.mark.parametrize("more", ["", "--tune lora"])
+def test_in_half_precision_the_policy_begins_at_its_reference(folder, more):
+    """Both round alike, though the sampler does not round."""
+    train(folder, f"bf16{len(more)}", f"--dtype bfloat16 --steps 2 --lr 0 {more}")
+    assert column(folder / f"bf16{len(more)}", "kl") == pytest.approx([0, 0], abs=1e-6)

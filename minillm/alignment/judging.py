@@ -7,11 +7,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from minillm.alignment.log_probs import answer_log_probs
 from minillm.alignment.optimum import estimated_optimum
 from minillm.alignment.policy_loss import Experience
 from minillm.alignment.reference import Reference
 from minillm.alignment.rewards import Rewards
 from minillm.alignment.rollouts import RolloutConfig, Rollouts, roll_out
+from minillm.alignment.token_rewards import kl_per_token
 from minillm.datasets.batch import Batch
 from minillm.datasets.prompts import Prompt
 from minillm.model.transformer import Transformer
@@ -23,12 +25,14 @@ BEST = 1 - 1e-6  # a reward from here on counts as all that was wanted
 class Judged(NamedTuple):
     """N answers to P prompts, group by group.
 
-    rewards: (N,) fp32. reference: (N, T) fp32, the tokens' log-probabilities under the reference; kl: (N, T) fp32,
-    log π − log π_ref of each token, whose sum over an answer has the KL as its mean. Without a reference both are None.
+    rewards: (N,) fp32. log_probs, reference: (N, T) fp32, the tokens' log-probabilities under the policy and under the
+    reference, by one and the same kind of pass; kl: (N, T) fp32, log π − log π_ref of each token, whose sum over an
+    answer has the KL as its mean. Without a reference the last two are None, and the first are the sampler's.
     """
 
     rolled: Rollouts
     rewards: Tensor
+    log_probs: Tensor
     reference: Tensor | None
     kl: Tensor | None
 
@@ -82,7 +86,7 @@ class Judge:
         rows_at_once: int,
         autocast: Callable[[], AbstractContextManager],
     ):
-        """rows_at_once: answers a forward pass of the reference. autocast(): the context in which it computes."""
+        """rows_at_once: answers a forward pass. autocast(): the context in which training and the reference compute."""
         self.model = model
         self.rewards = rewards
         self.reference = reference
@@ -97,12 +101,17 @@ class Judge:
             rolled = roll_out(self.model, [prompt.ids for prompt in prompts], numbers, step, rollout)
         rewards = self.rewards(rolled, prompts).to(rolled.log_probs.device)
         if self.reference is None:
-            return Judged(rolled, rewards, None, None)
+            return Judged(rolled, rewards, rolled.log_probs, None, None)
+        log_probs, temperature = rolled.log_probs, rollout.temperature
+        parts = rolled.batch.split(self.rows_at_once)
         with self.autocast():
-            parts = rolled.batch.split(self.rows_at_once)
-            reference = torch.cat([self.reference.log_probs(part, rollout.temperature) for part in parts])
-        kl = (rolled.log_probs - reference).masked_fill(~rolled.batch.mask, 0.0)
-        return Judged(rolled, rewards, reference, kl)
+            reference = torch.cat([self.reference.log_probs(part, temperature) for part in parts])
+            # the sampler's are in fp32: where training rounds, policy and reference have to round alike
+            if torch.is_autocast_enabled(reference.device.type):
+                passes = [answer_log_probs(self.model, part, temperature=temperature) for part in parts]
+                log_probs = torch.cat(passes)
+        kl = kl_per_token(log_probs, reference, rolled.batch.mask)
+        return Judged(rolled, rewards, log_probs, reference, kl)
 
 
 def optimum_of(judged: Judged, group_size: int, beta: float) -> float:
