@@ -135,7 +135,7 @@ def main() -> int:
         run.say_finished()
         distributed.stop()
         return 0
-    run.say(f"{summary(training_config)}\n{prompts.summary()}")
+    run.say("\n".join([summary(training_config), prompts.summary(), *rewards.remarks()]))
 
     # the model: resumed, or started from another; and the one that it stays near
     finish_kernel_check()

@@ -185,11 +185,11 @@ def train(
         model, training_config.optimizer, lr=training_config.lr, weight_decay=training_config.weight_decay
     )
     state = run.start(TrainState(model, optimizers, run.ranks, run.dtype))
+    run.facts["score_scale"] = lambda: score_scale(run, model, rows)  # of the model that is saved
     parallel_model = parallelize(model, run.ranks, training_config.compile)
     run.say(f"{starting_model.describe_parameters(model)}; {training_config.steps} steps; {ops.describe(run.device)}")
 
     for step in run.steps(state):  # sets the learning rate; after the step saves what is due, stops at a signal
-        run.facts.pop("score_scale", None)  # of an earlier step
         batches = [rows.batch(positions, end) for positions in by_length(run.micro_batches(step), rows)]
         # the pairs of a prompt weigh 1 together, so the mean is over prompts: count those of all ranks
         n_prompts, n_pairs, n_tokens = run.ranks.sum(
@@ -216,8 +216,6 @@ def train(
 
         if held_out_rows and run.due(step, training_config.eval_every):
             run.report(step, shared_measures(training_config, run, model, held_out_rows), of="held-out pairs")
-        if run.ranks.main and run.due(step, training_config.save_every):
-            run.facts["score_scale"] = score_scale(run, model, rows)
     return run.status
 
 

@@ -96,6 +96,14 @@ def test_stopped_and_resumed_is_bit_for_bit_the_run_never_stopped(folder):
     assert launch.losses(folder / "broken") == launch.losses(folder / "straight")
 
 
+def test_a_checkpoint_saved_by_a_signal_has_the_scale_of_its_scores(folder):
+    (process,) = launch.start("reward", options(folder, "signal", "--steps 900 --save_every 0"), folder / "log" / "sig")
+    process.wait_for("900 steps")
+    process.kill(signal.SIGTERM)
+    assert process.wait() == 128 + signal.SIGTERM
+    assert score_scale(folder / "signal")[1] > 0
+
+
 def test_one_batch_in_any_micro_batches_and_ranks_has_one_gradient(folder):
     ways = {"one": "--micro_batch_size 8", "two": "--micro_batch_size 4", "four": "--micro_batch_size 2"}
     for name, more in ways.items():

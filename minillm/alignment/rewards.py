@@ -53,6 +53,14 @@ class Rewards:
         self.function = weighted_sum(functions)
         self.fingerprint = fingerprint(spec, weights)  # which does not know what stands in a user's file
 
+    def remarks(self) -> list[str]:
+        """What a user should know of it, in lines."""
+        return [
+            f"{model.folder}: records no scale of its scores, so they are the reward as they are"
+            for _, model in self.models
+            if not model.has_scale
+        ]
+
     def __call__(self, rolled: Rollouts, prompts: list[Prompt]) -> Tensor:
         """The reward of each answer, (N,) fp32 on the CPU. prompts: those that were answered."""
         of_answer = [prompts[index] for index in rolled.prompt.tolist()]
@@ -69,7 +77,9 @@ class LearnedReward:
 
     def __init__(self, folder: str, tokenizer: Tokenizer, device: torch.device | str, template: str):
         self.model: Transformer = load_reward_model(folder, device, tokenizer=tokenizer, template=template)
-        self.mean, self.std = score_scale(folder) or (0.0, 1.0)
+        scale = score_scale(folder)
+        self.folder, self.has_scale = folder, scale is not None
+        self.mean, self.std = scale or (0.0, 1.0)
 
     @torch.no_grad()
     def scores(self, rolled: Rollouts) -> Tensor:

@@ -80,9 +80,9 @@ class Run:
         """Take the folder and find the checkpoint to go on from, if any.
 
         fingerprints: of tokenizer, data, its order and architecture. tokenizer: is saved with the model. next_command:
-        what to try after this run. facts: what else to record in checkpoints. Raises `UserError` if another run has
-        locked the folder, if its checkpoint has other fingerprints, if there are any despite `--resume none`, or if
-        --out is a step folder itself.
+        what to try after this run. facts: what else to record in checkpoints; a function is asked when one is saved.
+        Raises `UserError` if another run has locked the folder, if its checkpoint has other fingerprints, if there are
+        any despite `--resume none`, or if --out is a step folder itself.
         """
         self.training_config = training_config
         self.ranks, self.device = ranks, ranks.device
@@ -332,7 +332,7 @@ class Run:
                 self.folder,
                 self.step,
                 write_model=lambda to: saving.write_model(state.model, to, self.training_config, self.tokenizer),
-                state=self._describe(self.step) | _scales(state),
+                state=self._describe(self.step) | self._found_by_functions() | _scales(state),
                 optimizers=state.all_optimizers(),
                 named_parameters=state.all_parameters(),
                 beside=state.trained_beside(),
@@ -353,8 +353,11 @@ class Run:
             "torch": torch.__version__,
             "device": self.device.type,
             "precision": str(self.dtype).removeprefix("torch."),
-            **self.facts,
+            **{name: fact for name, fact in self.facts.items() if not callable(fact)},
         }
+
+    def _found_by_functions(self) -> dict:
+        return {name: fact() for name, fact in self.facts.items() if callable(fact)}
 
     # ---- after the loop
 

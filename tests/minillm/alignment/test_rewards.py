@@ -61,7 +61,9 @@ def test_a_folder_is_a_reward_model_read_at_the_last_token(tokenizers, reward_fo
         scores = last_scores(model, answers.batch, text_lengths(answers.batch))
     alone = Rewards(str(reward_folder), tokenizers[0])(answers, prompts)
     torch.testing.assert_close(alone, scores)
-    both = Rewards(f"2*{reward_folder},0.5*exact", tokenizers[0])(answers, prompts)
+    rewards = Rewards(f"2*{reward_folder},0.5*exact", tokenizers[0])
+    assert rewards.remarks() == [f"{reward_folder}: records no scale of its scores, so they are the reward as they are"]
+    both = rewards(answers, prompts)
     torch.testing.assert_close(both, 2 * scores + torch.tensor([0.5, 0, 0.5, 0]))
 
 
