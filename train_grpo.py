@@ -327,27 +327,32 @@ def distance_to_optimum(training_config: Config, tools: Tools) -> dict[str, floa
     return {"objective": objective(row["reward"], row["kl"], training_config.beta), "optimum": best}
 
 
+def shown(scores: dict, name: str, form: str) -> str:
+    """A score, as a text; "not measured" where there is none."""
+    return format(scores[name], form) if name in scores else "not measured"
+
+
 def conclude(run: Run, before: dict, after: dict) -> None:
-    """Print the result: held-out reward, distance to the optimum and exact answers, before and after."""
-    row = {}
-    for name in ("heldout", "heldout_best"):
-        if name in before and name in after:
-            row |= {f"{name}_before": before[name], f"{name}_after": after[name]}
-    if "optimum" in before and "objective" in after:
-        row |= {"objective_before": before["objective"], "objective": after["objective"]}
-        row |= {"optimum": max(before["optimum"], after["optimum"])}  # both are too low, if anything
+    """Print the result: held-out reward, distance to the optimum and exact answers, before and after.
+
+    before: {} if what was measured when the run began is lost.
+    """
+    row = {f"{name}_before": before[name] for name in ("heldout", "heldout_best", "objective") if name in before}
+    row |= {f"{name}_after": after[name] for name in ("heldout", "heldout_best") if name in after}
+    if "objective" in after:  # both estimates of the optimum are too low, if anything
+        row |= {"objective": after["objective"], "optimum": max(before.get("optimum", 0.0), after["optimum"])}
     run.record(run.training_config.steps, **row)
-    if "heldout_before" in row:
+    if "heldout" in after:
         run.say("held-out prompts, one answer each at --temperature, before → after:")
-        run.say(f"  reward           {before['heldout']:.3f} → {after['heldout']:.3f}")
-        run.say(f"  all as wanted    {before['heldout_best']:6.1%} → {after['heldout_best']:6.1%}")
+        run.say(f"  reward           {shown(before, 'heldout', '.3f')} → {after['heldout']:.3f}")
+        run.say(f"  all as wanted    {shown(before, 'heldout_best', '6.1%')} → {after['heldout_best']:6.1%}")
     if "optimum" in row:
-        share = after["objective"] / row["optimum"]
+        share = after["objective"] / max(row["optimum"], 1e-9)
         run.say(f"E[r] − β KL on training prompts, of which {row['optimum']:.3f} is the most that any policy has:")
-        run.say(f"  {before['objective']:.3f} → {after['objective']:.3f}   ({share:.1%} of it)")
+        run.say(f"  {shown(before, 'objective', '.3f')} → {after['objective']:.3f}   ({share:.1%} of it)")
     if after["exact"]:
         run.say(f"exact answers to {answers.total(after['exact'])[1]} held-out questions, before → after:")
-        for line in answers.before_and_after(before["exact"], after["exact"]):
+        for line in answers.before_and_after(before.get("exact", {}), after["exact"]):
             run.say(line)
     run.say_result()
 

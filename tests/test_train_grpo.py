@@ -191,3 +191,12 @@ def test_in_half_precision_the_policy_begins_at_its_reference(folder, more):
     """Both round alike, though the sampler does not round."""
     train(folder, f"bf16{len(more)}", f"--dtype bfloat16 --steps 2 --lr 0 {more}")
     assert column(folder / f"bf16{len(more)}", "kl") == pytest.approx([0, 0], abs=1e-6)
+
+
+def test_a_run_ends_well_whose_first_measurement_is_lost(folder):
+    train(folder, "lost", "--steps 1")
+    (folder / "lost" / "before.json").unlink()
+    said = train(folder, "lost", "--steps 2")
+    assert "reward           not measured → " in said and "  not measured → " in said and "next: " in said
+    last = launch.rows(folder / "lost")[-1]
+    assert "heldout_after" in last and "heldout_before" not in last and last["objective"] <= last["optimum"]
