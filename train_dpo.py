@@ -128,6 +128,9 @@ class Config(AlignmentConfig):
             problems.append("--sft_weight 0: with --loss sft nothing would be learned")
         if self.loss == "kto" and self.batch_size < 2:
             problems.append("--batch_size 1: kto compares with answers to other prompts of a step; give at least 2")
+        if LOSSES[self.loss].has_reference and (self.dropout or self.lora_dropout):
+            name = "dropout" if self.dropout else "lora_dropout"
+            problems.append(f"--{name}: must be 0 with --loss {self.loss}, whose reference has none to compare with")
         return problems
 
     @property
@@ -185,7 +188,7 @@ def main() -> int:
     finish_kernel_check()
     model = starting_model.make_model(training_config, start.model_config, start.init, run.source, ranks.device)
     run.say(f"weights from {run.source or start.init}")
-    before = run.once("before.json", lambda: held_out.examine(model, run))
+    before = held_out.recall(run, run.once("before.json", lambda: held_out.examine(model, run)))
     reference = Sums(run, model, start, rows, end)
     status = train(run, model, rows, end, reference, held_out, before)
     if status == 0 and ranks.main:

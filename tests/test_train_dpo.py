@@ -63,7 +63,7 @@ def assert_same_steps(one: Path, other: Path) -> None:
 
 
 def test_a_run_from_start_to_end(folder):
-    more = f"--eval_pairs {folder}/held_out.jsonl --eval_every 5 --save_every 5"
+    more = f"--epochs 1 --eval_pairs {folder}/held_out.jsonl --eval_every 5 --save_every 5"
     text = train(folder, "whole", more)
     rows = launch.rows(folder / "whole")
     first = rows[0]
@@ -141,6 +141,33 @@ def test_a_damaged_file_of_the_reference_is_made_again(folder):
     assert file.read_bytes() == right
 
 
+def test_a_run_goes_on_by_the_numbers_of_its_reference_when_that_is_gone(folder):
+    base = shutil.copytree(folder / "base", folder / "passing")
+    more = f"--init_from {base} --steps 4 --save_every 1 --keep_last 0"
+    train(folder, "orphan", more)
+    whole = launch.losses(folder / "orphan")
+    shutil.rmtree(base)
+    for step in (2, 3):  # step 3 is written without it, and notes it all the same
+        for later in range(step + 1, 5):
+            shutil.rmtree(folder / "orphan" / f"step-{later:08d}")
+        assert "by the reference policy" not in train(folder, "orphan", more)
+        assert launch.losses(folder / "orphan") == whole
+    for file in (folder / "orphan").glob("reference-*.npy"):
+        file.unlink()
+    shutil.rmtree(folder / "orphan" / "step-00000004")
+    assert "is gone, and it is the reference" in train(folder, "orphan", more, status=2)
+
+
+def test_a_resumed_run_may_look_at_other_pairs_or_have_lost_what_it_began_with(folder):
+    train(folder, "other-pairs", f"--steps 2 --eval_pairs {folder}/held_out.jsonl --eval_every 1")
+    more = f"--eval_pairs {folder}/few.jsonl --eval_every 1 --steps"
+    said = train(folder, "other-pairs", f"{more} 3")
+    assert "--eval_pairs: these were not looked at when the run began" in said and "not asked → " in said
+    assert launch.rows(folder / "other-pairs")[-1].keys() >= {"val_plain_accuracy"}
+    (folder / "other-pairs" / "before.json").unlink()
+    assert "not asked → " in train(folder, "other-pairs", f"{more} 4")
+
+
 def test_another_reference_or_loss_is_refused_on_resuming(folder):
     train(folder, "refuse", "--steps 2 --save_every 1 --keep_last 0")
     shutil.rmtree(folder / "refuse" / "step-00000002")
@@ -158,6 +185,8 @@ def test_a_fall_of_the_chosen_answers_is_said(folder):
     ("more", "data", "message"),
     [
         ("--loss simpo --label_smoothing 0.1", "train", "--label_smoothing 0.1: means nothing with --loss simpo"),
+        ("--dropout 0.1", "train", "--dropout: must be 0 with --loss sigmoid"),
+        ("--tune lora --lora_dropout 0.1 --loss kto", "labels", "--lora_dropout: must be 0 with --loss kto"),
         ("--gamma 1", "train", "--gamma 1.0: means nothing with --loss sigmoid"),
         ("--loss sft --beta 0.1", "train", "--beta 0.1: means nothing with --loss sft"),
         ("--loss exo_pair --label_smoothing 0", "train", "give a number above 0"),

@@ -19,7 +19,7 @@ from minillm.alignment.log_probs import answer_log_probs
 from minillm.base.errors import UserError
 from minillm.base.files import write_file
 from minillm.checkpoint import huggingface
-from minillm.checkpoint.train_state import fingerprint
+from minillm.checkpoint.train_state import fingerprint, read_state
 from minillm.datasets.batch import Batch
 from minillm.model.transformer import Transformer
 from minillm.training import starting_model
@@ -75,8 +75,8 @@ def make_reference(training_config, start: starting_model.Start, model: Transfor
 
 def fingerprints(training_config, start: starting_model.Start) -> dict[str, str]:
     """What must not change of the reference while a run goes on."""
-    if starting_model.init_is_gone(training_config):
-        return {}  # `make_reference` says so where it is needed
+    if starting_model.init_is_gone(training_config):  # what the run's own checkpoint has noted of it
+        return {"reference": read_state(start.init).get("fingerprints", {}).get("reference")}
     return {"reference": folders.base_sha256(start.init)}
 
 

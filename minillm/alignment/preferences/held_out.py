@@ -53,9 +53,9 @@ class HeldOut:
         """All that can be said of a model, as values for JSON; one process does it.
 
         "exact": family → (exact greedy answers, questions). "requests": (fulfilled at temperature 1, requests).
-        "sums": s of each answer of the held-out preferences.
+        "sums": s of each answer of the held-out preferences; "pairs": their fingerprint.
         """
-        found = {"exact": {}, "requests": [0, 0], "sums": []}
+        found = {"exact": {}, "requests": [0, 0], "sums": [], "pairs": None}
         template = self.training_config.template
         with merged(model):
             if self.questions:
@@ -64,7 +64,16 @@ class HeldOut:
                 found["requests"] = [self._fulfilled(model), len(self.requests)]
         if self.pairs is not None:
             found["sums"] = self._sums(model, run, 0, 1).tolist()
+            found["pairs"] = self.pairs.answers_fingerprint
         return found
+
+    def recall(self, run: Run, before: dict | None) -> dict:
+        """What `examine` found when the run began, less what is of other pairs than now; {} if that is lost."""
+        before = before or {}
+        if self.pairs is None or before.get("pairs") == self.pairs.answers_fingerprint:
+            return before
+        run.say("--eval_pairs: these were not looked at when the run began, so how they have moved is not known")
+        return {name: value for name, value in before.items() if name != "sums"}
 
     def _fulfilled(self, model: Transformer) -> int:
         """How many requests the model fulfils in every wish, answering each once at temperature 1."""
@@ -94,33 +103,39 @@ class HeldOut:
         return sums
 
     def conclude(self, run: Run, before: dict, after: dict) -> None:
-        """Print what changed, and record it."""
+        """Print what changed, and record it. before: of `recall`; after: of `examine`."""
         facts = {}
         if after["exact"]:
             n_right, n_questions = answers.total(after["exact"])
             facts["exact_match"] = n_right / n_questions
             run.say(f"exact answers to {n_questions} held-out questions, before → after:")
-            for line in answers.before_and_after(before["exact"], after["exact"]):
+            for line in answers.before_and_after(before.get("exact", {}), after["exact"]):
                 run.say(line)
         if after["sums"]:
-            self._conclude_pairs(run, np.array(before["sums"]), np.array(after["sums"]))
-        if after["requests"][1]:
-            (met_before, _), (met, n) = before["requests"], after["requests"]
-            facts |= {"heldout_before": met_before / n, "heldout_after": met / n}
-            run.say(f"held-out requests fulfilled at temperature 1: {met_before / n:.1%} → {met / n:.1%}   ({met}/{n})")
+            known = np.array(before["sums"]) if "sums" in before else None
+            self._conclude_pairs(run, known, np.array(after["sums"]))
+        met, n = after["requests"]
+        if n:
+            share_before = "not measured"
+            if before.get("requests", [0, 0])[1]:
+                facts["heldout_before"] = before["requests"][0] / before["requests"][1]
+                share_before = f"{facts['heldout_before']:.1%}"
+            facts["heldout_after"] = met / n
+            run.say(f"held-out requests fulfilled at temperature 1: {share_before} → {met / n:.1%}   ({met}/{n})")
         if facts:
             run.record(run.training_config.steps, **facts)
 
-    def _conclude_pairs(self, run: Run, before: np.ndarray, after: np.ndarray) -> None:
+    def _conclude_pairs(self, run: Run, before: np.ndarray | None, after: np.ndarray) -> None:
         """How many held-out pairs are right by log-probability, by kind of fault, and how far these have moved."""
         pairs = self.pairs
         if not pairs.has_labels:
-            scores_before, scores = (self._right_by_kind(sums) for sums in (before, after))
+            scores_before = {} if before is None else self._right_by_kind(before)
             run.say("held-out pairs whose chosen answer is likelier, before → after:")
-            for line in answers.before_and_after(scores_before, scores):
+            for line in answers.before_and_after(scores_before, self._right_by_kind(after)):
                 run.say(line)
-        scores = self.pair_scores(after, before)
-        run.say("held-out pairs, beside the model before: " + ", ".join(f"{k} {v:.4f}" for k, v in scores.items()))
+        if before is not None:
+            scores = self.pair_scores(after, before)
+            run.say("held-out pairs, beside the model before: " + ", ".join(f"{k} {v:.4f}" for k, v in scores.items()))
 
     def _right_by_kind(self, sums: np.ndarray) -> dict[str, tuple[int, int]]:
         """kind of fault → (pairs with s_w > s_l, pairs)."""
@@ -134,10 +149,14 @@ class HeldOut:
 
     # ---- meanwhile
 
-    def pair_scores(self, sums: np.ndarray, before: np.ndarray) -> dict[str, float]:
+    def pair_scores(self, sums: np.ndarray, before: np.ndarray | None) -> dict[str, float]:
         """val_accuracy (u_w > u_l, the model before being the reference), val_plain_accuracy (s_w > s_l), and how much
-        likelier chosen and rejected answers have become, in nats.
+        likelier chosen and rejected answers have become, in nats. before: None where the model before is not known,
+        and then nothing is compared with it.
         """
+        if before is None:
+            is_right = sums[self.pairs.better] > sums[self.pairs.worse]
+            return {} if self.pairs.has_labels else {"val_plain_accuracy": is_right.mean()}
         u = sums - before
         if self.pairs.has_labels:
             return {"val_u_chosen": u[self.pairs.label].mean(), "val_u_rejected": u[~self.pairs.label].mean()}
@@ -149,16 +168,17 @@ class HeldOut:
             "val_u_rejected": u[worse].mean(),
         }
 
-    def watch(self, run: Run, model: Transformer, step: int, before: dict | None) -> None:
-        """Report on held-out pairs when it is due; the ranks share the work. before: of `examine`, on the main rank."""
+    def watch(self, run: Run, model: Transformer, step: int, before: dict) -> None:
+        """Report on held-out pairs when it is due; the ranks share the work. before: of `recall`, on the main rank."""
         if self.pairs is None or not run.due(step, run.training_config.eval_every):
             return
         sums = np.array(run.ranks.sum(*self._sums(model, run, run.ranks.rank, run.ranks.world).tolist()))
-        if before is None:
+        if not run.ranks.main:
             return
-        scores = {name: float(value) for name, value in self.pair_scores(sums, np.array(before["sums"])).items()}
+        known = np.array(before["sums"]) if "sums" in before else None
+        scores = {name: float(value) for name, value in self.pair_scores(sums, known).items()}
         run.report(step, scores, of="held-out pairs")
-        self._warn_of_fall(run, scores["val_u_chosen"])
+        self._warn_of_fall(run, scores.get("val_u_chosen", math.nan))
 
     def follow(self, run: Run, u_chosen: float) -> None:
         """Take note of a step's mean u_w in nats, and warn if it stays low."""
