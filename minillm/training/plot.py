@@ -17,20 +17,24 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 FLOOR = "#777777"
 CHINESE_FONTS = ("Noto Sans CJK SC", "Source Han Sans SC", "WenQuanYi Micro Hei", "PingFang SC", "SimHei")
 PANELS = {
-    "loss": "training loss (nats a token)",
+    "loss": "training loss",
     "val_bpb": "validation (bits per byte)",
     "val_loss": "validation (nats a token)",  # of runs that know no bits per byte
     "heldout_nll": "held-out pairs (nats a pair)",
     "heldout_accuracy": "held-out pairs (share right)",
+    "val_accuracy": "held-out pairs (share better than before)",
     "objective": "reward less β KL",  # of runs that learn from rewards
+    "true_reward": "true reward",  # beside a learned one
 }
-EVERY_STEP = ("loss", "objective")  # panels whose values are too many to be marked
-RISING = ("heldout_accuracy", "objective")
+IN_NATS = {"val_bpb", "val_loss"}  # of runs whose training loss is in nats a token
+EVERY_STEP = ("loss", "objective", "true_reward")  # panels whose values are too many to be marked
+RISING = ("heldout_accuracy", "val_accuracy", "objective", "true_reward")
+NOISY = ("objective", "true_reward")  # each step has prompts of its own
 # panel → what no model can be below, or above where the panel is rising, if it is known
 FLOORS = {"val_bpb": "floor_bpb", "heldout_nll": "floor_nll", "objective": "optimum"}
 LARGEST = 1e30  # of a number that is drawn
 MOST_BYTES = 1 << 28  # of a metrics.jsonl: about a million rows
-RAW_POINTS = 100  # runs with more logged steps than this are shown smoothed over a hundredth of them
+RAW_POINTS = 100  # runs with more logged steps than this are shown smoothed over a hundredth of them, or a tenth
 
 
 def read_metrics(run: str | Path) -> list[dict]:
@@ -77,13 +81,16 @@ class Series(NamedTuple):
 def series(rows: list[dict], name: str) -> Series:
     """The rows that have `name`; a row without a time gets that of the row before.
 
-    val_loss is left out of rows that have bits per byte.
+    val_loss is left out of rows that have bits per byte. Of several rows of one step the last counts.
     """
     column, last_time = Series([], [], []), 0.0
     for row in rows:
         last_time = row.get("time_s") or last_time
         has_better = name == "val_loss" and "val_bpb" in row
         if row.get(name) is not None and not has_better:
+            if column.steps and column.steps[-1] == row["step"]:
+                for values in column:
+                    values.pop()
             column.steps.append(row["step"])
             column.seconds.append(last_time)
             column.values.append(row[name])
@@ -123,7 +130,9 @@ def draw(runs: list[str | Path], out: str | Path) -> Path:
     if len(metrics) < len(runs):  # two folders of one name
         metrics = {_plain(str(run)): read_metrics(run) for run in runs}
     columns = {panel: {label: series(rows, panel) for label, rows in metrics.items()} for panel in PANELS}
-    panels = [panel for panel in PANELS if panel == "loss" or any(column.steps for column in columns[panel].values())]
+    panels = [panel for panel in PANELS if any(column.steps for column in columns[panel].values())]
+    if all(column.steps for column in columns["objective"].values()):  # the loss of fresh answers is near 0 anyway
+        panels = [panel for panel in panels if panel != "loss"]
     floors = {panel: _floors(metrics, panel, floor) for panel, floor in FLOORS.items()}
     unit, seconds = _unit(metrics)
 
@@ -140,12 +149,14 @@ def draw(runs: list[str | Path], out: str | Path) -> Path:
     for (by_steps, by_time), panel in zip(axes, panels, strict=True):
         for colour, (label, column) in zip(cycle(COLOURS), columns[panel].items(), strict=False):
             times = [time / seconds for time in column.seconds]
-            _line(by_steps, column.steps, column.values, colour, label, points=panel not in EVERY_STEP)
-            _line(by_time, times, column.values, colour, label, points=panel not in EVERY_STEP)
+            width = len(column.values) // (10 if panel in NOISY else RAW_POINTS) + 1  # of what is averaged
+            width = 0 if panel not in EVERY_STEP else width
+            _line(by_steps, column.steps, column.values, colour, label, width)
+            _line(by_time, times, column.values, colour, label, width)
         for axis in (by_steps, by_time):
             _draw_floors(axis, floors.get(panel, {}), "optimum" if panel in RISING else "floor")
             _dress(axis)
-        by_steps.set_ylabel(PANELS[panel])
+        by_steps.set_ylabel(PANELS[panel] + (" (nats a token)" if panel == "loss" and IN_NATS & {*panels} else ""))
         values = [value for column in columns[panel].values() for value in column.values]
         values += floors.get(panel, {})
         _limit(by_steps, sorted(values), share=0.98 if panel == "loss" else 1.0)
@@ -184,17 +195,17 @@ def _plain(name: str) -> str:
     return f" {name}" if name.startswith("_") else name
 
 
-def _line(axis, x: list, values: list, colour: str, label: str, *, points: bool) -> None:
-    """A run's curve; points: mark each value."""
+def _line(axis, x: list, values: list, colour: str, label: str, width: int) -> None:
+    """A run's curve; width: how many values are averaged, 0: each is marked."""
     if not values:
         return
-    if points:
+    if width == 0:
         axis.plot(x, values, color=colour, label=label, linewidth=1.6, marker="o", markersize=3.5)
-    elif len(values) <= RAW_POINTS:
+    elif width == 1:
         axis.plot(x, values, color=colour, label=label, linewidth=1.6)
     else:  # each step faintly, their running mean clearly
         axis.plot(x, values, color=colour, alpha=0.22, linewidth=0.7)
-        axis.plot(x, smoothed(values, len(values) // RAW_POINTS + 1), color=colour, label=label, linewidth=1.6)
+        axis.plot(x, smoothed(values, width), color=colour, label=label, linewidth=1.6)
 
 
 def _floors(metrics: dict[str, list[dict]], panel: str, name: str) -> dict[float, tuple[float, str]]:

@@ -42,7 +42,15 @@ def test_a_run_is_drawn_against_steps_and_time(tmp_path, monkeypatch):
     assert score_by_time.lines[0].get_xydata().tolist() == [[60, 2.0]]  # the time of the step it belongs to
     assert score.lines[1].get_ydata() == [1.2, 1.2] and score.lines[1].get_label() == "floor 1.200"
     assert score.get_ylim()[0] < 1.2  # the floor is in sight
-    assert "bits per byte" in score.get_ylabel()
+    assert "bits per byte" in score.get_ylabel() and "nats a token" in loss.get_ylabel()
+
+
+def test_a_loss_that_is_not_of_tokens_has_no_unit(tmp_path, monkeypatch):
+    figures = drawn(monkeypatch)
+    pairs = [{"step": 30, "val_accuracy": 0.7}, {"step": 30, "val_accuracy": 0.9}]
+    plot.draw([run(tmp_path / "dpo", [*rows()[:-1], *pairs])], tmp_path / "dpo.png")
+    loss, _, accuracy, _ = figures[0].axes
+    assert loss.get_ylabel() == "training loss" and accuracy.lines[0].get_xydata().tolist() == [[30, 0.9]]
 
 
 def test_an_objective_is_drawn_towards_its_optimum(tmp_path, monkeypatch):
@@ -52,8 +60,8 @@ def test_an_objective_is_drawn_towards_its_optimum(tmp_path, monkeypatch):
         [run(tmp_path / "grpo", [*rows(5)[:-1], *learned, {"step": 5, "objective": 0.6, "optimum": 0.9}])],
         tmp_path / "a.png",
     )
-    _, _, reward, _ = figures[0].axes
-    assert reward.lines[0].get_ydata().tolist() == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.5, 0.6])
+    reward, _ = figures[0].axes  # and no loss, which says nothing of such a run
+    assert reward.lines[0].get_ydata().tolist() == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.6])  # the last of a step
     assert reward.lines[1].get_ydata() == [0.9, 0.9] and reward.lines[1].get_label() == "optimum 0.900"
     assert reward.get_ylim()[1] > 0.9 and "KL" in reward.get_ylabel()
 
@@ -168,4 +176,4 @@ def test_held_out_pairs_are_drawn_with_the_floor_of_noisy_labels(tmp_path, monke
     plot.draw([run(tmp_path / "reward", [*rows()[:-1], *scores, last])], tmp_path / "reward.png")
     nll, accuracy = figures[0].axes[2], figures[0].axes[4]
     assert nll.lines[-1].get_label() == "floor 0.325" and nll.get_ylim()[0] < 0.325
-    assert "pairs" in nll.get_ylabel() and accuracy.lines[0].get_ydata().tolist() == [0.8, 0.8]
+    assert "pairs" in nll.get_ylabel() and accuracy.lines[0].get_ydata().tolist() == [0.8]
