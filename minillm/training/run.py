@@ -286,20 +286,10 @@ class Run:
         self.watchdog.tick(self.step)
 
     def _count_bad_steps(self, state: TrainState) -> None:
-        """A step is bad if any of its updates, of this model or of one beside it, was not applied."""
-        bad = {}
-        for name, each in {"": state, **state.beside}.items():
-            if each.refused is not None or not each.applied:
-                bad[name] = each.refused or (each.loss, each.grad_norm)
-            each.refused = None
-        if not bad:
-            self.bad_steps = 0
-            return
-        self.bad_steps += 1
-        for name, (loss, grad_norm) in bad.items():
-            of = f"{name} model's " if name else ""
-            what = f"{of}loss {loss}, gradient norm {grad_norm}: not applied"
-            self.say(f"step {self.step}: {what} ({self.bad_steps} in a row)")
+        refused = state.take_refused()
+        self.bad_steps = self.bad_steps + 1 if refused else 0
+        for what in refused:
+            self.say(f"step {self.step}: {what}: not applied ({self.bad_steps} in a row)")
         if self.bad_steps >= self.training_config.max_bad_steps:
             raise UserError(
                 f"step {self.step}: {self.bad_steps} steps in a row were not finite; lower --lr, raise --warmup_steps "
@@ -328,11 +318,12 @@ class Run:
                 f"{run_folder.earlier_start(self.folder)}"
             )
         if self.ranks.main:
+            found = {name: fact() for name, fact in self.facts.items() if callable(fact)}
             train_state.save(
                 self.folder,
                 self.step,
                 write_model=lambda to: saving.write_model(state.model, to, self.training_config, self.tokenizer),
-                state=self._describe(self.step) | self._found_by_functions() | _scales(state),
+                state=self._describe(self.step) | found | _scales(state),
                 optimizers=state.all_optimizers(),
                 named_parameters=state.all_parameters(),
                 beside=state.trained_beside(),
@@ -355,9 +346,6 @@ class Run:
             "precision": str(self.dtype).removeprefix("torch."),
             **{name: fact for name, fact in self.facts.items() if not callable(fact)},
         }
-
-    def _found_by_functions(self) -> dict:
-        return {name: fact() for name, fact in self.facts.items() if callable(fact)}
 
     # ---- after the loop
 

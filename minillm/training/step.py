@@ -94,6 +94,19 @@ class TrainState:
         self.loss_sum.zero_()
         return self.grad_norm
 
+    def take_refused(self) -> list[str]:
+        """Loss and norm of an update of the step that was not applied, and of one of each model beside; forgets them.
+
+        A later update that was applied does not make up for it.
+        """
+        found = []
+        for name, each in {"": self, **self.beside}.items():
+            if each.refused is not None or not each.applied:
+                loss, grad_norm = each.refused or (each.loss, each.grad_norm)
+                found.append(f"{name}{' model: ' if name else ''}loss {loss}, gradient norm {grad_norm}")
+            each.refused = None
+        return found
+
     def skip(self) -> None:
         """A step on which there is nothing to learn: the weights, and the optimizers' moments, stay as they are."""
         self.loss = self.grad_norm = 0.0

@@ -422,7 +422,7 @@ def test_a_step_counts_as_bad_if_any_of_its_updates_was_not_applied(new_run, cap
     sick.update(1.0)
     one_step(state, 2)  # a later update that is finite does not hide it
     bad.log_step(state, 8)
-    of = "" if name == "policy" else "value model's "
+    of = "" if name == "policy" else "value model: "
     assert bad.bad_steps == 1 and f"step 1: {of}loss nan, gradient norm nan: not applied" in capsys.readouterr().out
     one_step(state, 3)
     bad.log_step(state, 8)
