@@ -107,7 +107,7 @@ def main() -> int:
     if training_config.data == Config.data and ranks.main:
         bundled.build()
     ranks.barrier()  # the others wait until it is written
-    judged_by = (training_config.reward_time_s, ranks.device, training_config.template)
+    judged_by = (training_config.reward_time_s, ranks.device, training_config.template, training_config.room)
     rewards = Rewards(training_config.reward, tokenizer, *judged_by)
 
     # prompts to learn from, held-out prompts, and held-out questions of all kinds

@@ -108,11 +108,12 @@ def main() -> int:
     # what answers are worth: as a model has learned it, and in truth
     reward_model = None
     if training_config.reward_model is not None:
-        how = dict(tokenizer=tokenizer, template=training_config.template, merged=training_config.tune == "full")
+        how = dict(template=training_config.template, merged=training_config.tune == "full")
+        how |= dict(tokenizer=tokenizer, longest=training_config.room)
         reward_model = load_reward_model(training_config.reward_model, ranks.device, **how)
     true_reward = None
     if training_config.true_reward is not None:
-        judged_by = (training_config.reward_time_s, ranks.device, training_config.template)
+        judged_by = (training_config.reward_time_s, ranks.device, training_config.template, training_config.room)
         true_reward = Rewards(training_config.true_reward, tokenizer, *judged_by)
 
     # the run: its folder, and the checkpoint to go on from

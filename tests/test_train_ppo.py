@@ -202,3 +202,12 @@ def test_a_reward_model_with_another_tokenizer_is_refused(folder, tmp_path):
     write_reward_model(tmp_path / "base", tmp_path / "reward")
     said = train(folder, "foreign", f"--steps 2 --reward_model {tmp_path}/reward", status=2)
     assert "has another tokenizer" in said
+
+
+def test_a_reward_model_that_cannot_read_the_longest_answers_is_refused(folder, tmp_path):
+    write_reward_model(folder / "base", tmp_path / "reward")
+    config = json.loads((tmp_path / "reward" / "config.json").read_text())
+    config["max_position_embeddings"] = 40
+    (tmp_path / "reward" / "config.json").write_text(json.dumps(config))
+    said = train(folder, "short-context", f"--steps 2 --reward_model {tmp_path}/reward", status=2)
+    assert "reward: the reward model reads at most 40 tokens, and a prompt with its answer may have 64" in said

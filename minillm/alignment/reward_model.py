@@ -18,6 +18,7 @@ from minillm.datasets.batch import Batch
 from minillm.model.transformer import Transformer
 from minillm.tokenizer.tokenizer import Tokenizer
 from minillm.tuning import folders, peft_format
+from minillm.tuning.virtual_tokens import context_of
 
 
 def load_reward_model(
@@ -27,12 +28,14 @@ def load_reward_model(
     tokenizer: Tokenizer | None = None,
     template: str = "auto",
     merged: bool = True,
+    longest: int = 0,
 ) -> Transformer:
     """The reward model of a run, a model folder or an adapter, in fp32, frozen, in evaluation mode.
 
     tokenizer: whose ids it will be given, in the prompt format `template`. merged: an adapter is folded into its base;
-    else its base stays as it is, so that another model over the same base can share it. Raises `UserError` for a
-    language model, and for a reward model with another tokenizer or prompt format.
+    else its base stays as it is, so that another model over the same base can share it. longest: tokens of a prompt and
+    its answer that it will be given. Raises `UserError` for a language model, and for a reward model with another
+    tokenizer or prompt format, or a shorter context.
     """
     folder = run_folder.resolve_checkpoint(folder)
     model, own_tokenizer = open_reward_model(folder, None, device, torch.float32, merged)
@@ -45,6 +48,11 @@ def load_reward_model(
         raise UserError(
             f"{folder}: the reward model reads another prompt format ({own_tokenizer.resolve_template('auto')}) than "
             f"the model answers in ({tokenizer.resolve_template(template)}); give the same --template to both"
+        )
+    if longest > context_of(model):
+        raise UserError(
+            f"{folder}: the reward model reads at most {context_of(model)} tokens, and a prompt with its answer may "
+            f"have {longest}; lower --seq_len"
         )
     return model
 

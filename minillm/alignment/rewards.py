@@ -37,16 +37,18 @@ class Rewards:
         time_limit_s: float = TIME_LIMIT_S,
         device: torch.device | str = "cpu",
         template: str = "auto",
+        longest: int = 0,
     ):
-        """tokenizer, template: the policy's, which a reward model must share. Raises `UserError` for what means no
-        reward.
+        """tokenizer, template: the policy's, which a reward model must share. longest: tokens of a prompt and its
+        answer, which it must be able to read. Raises `UserError` for what means no reward.
         """
+        how = dict(device=device, tokenizer=tokenizer, template=template, longest=longest)
         self.tokenizer = tokenizer
         self.models: list[tuple[float, LearnedReward]] = []
         functions, weights = [], []
         for weight, term in split_terms(spec):
             if Path(term).is_dir():
-                self.models.append((weight, LearnedReward(term, tokenizer, device, template)))
+                self.models.append((weight, LearnedReward(term, load_reward_model(term, **how))))
                 weights.append(weights_fingerprint(term))
             else:
                 functions.append((weight, load_term(term, time_limit_s)))
@@ -75,8 +77,8 @@ class Rewards:
 class LearnedReward:
     """A reward model's scores, less the mean and over the standard deviation that its training recorded, if it did."""
 
-    def __init__(self, folder: str, tokenizer: Tokenizer, device: torch.device | str, template: str):
-        self.model: Transformer = load_reward_model(folder, device, tokenizer=tokenizer, template=template)
+    def __init__(self, folder: str, model: Transformer):
+        self.model = model
         scale = score_scale(folder)
         self.folder, self.has_scale = folder, scale is not None
         self.mean, self.std = scale or (0.0, 1.0)

@@ -14,7 +14,7 @@ from torch import Tensor
 from minillm.alignment.reward_model import load_reward_model
 from minillm.base.errors import UserError
 from minillm.evaluation.checks import load_reward
-from minillm.generation.completion import Completion, generate
+from minillm.generation.completion import Completion, cut, generate
 from minillm.generation.sampling import Sampling
 from minillm.model.transformer import Transformer
 from minillm.tokenizer.tokenizer import Tokenizer
@@ -62,11 +62,12 @@ def _scores(model: Transformer, texts: list[list[int]], pad_id: int) -> Tensor:
 
 
 class Asking(NamedTuple):
-    """How a question is put to a model: its prompt format, and the longest answer in tokens."""
+    """How a question is put to a model: its prompt format, the longest answer in tokens, and texts that end one."""
 
     template: str
     max_new_tokens: int
     sampling: Sampling
+    stop: tuple[str, ...] = ()
 
 
 def best_of(
@@ -81,10 +82,17 @@ def best_of(
         asking.max_new_tokens,
         sampling=asking.sampling,
         stop_ids=tokenizer.stop_ids(asking.template),
+        stop_strings=asking.stop,
+        tokenizer=tokenizer,
     )
-    texts = [tokenizer.decode(completion.tokens) for completion in completions]
     end = _end_of_answer(tokenizer, messages, asking.template)
-    ids = [[*prompt, *completion.tokens, *_end(completion, end)] for completion in completions]
+    texts, ids = [], []
+    for completion in completions:
+        whole = tokenizer.decode(completion.tokens)
+        text = cut(whole, asking.stop)
+        tokens = completion.tokens if text == whole else tokenizer.encode(text)  # of what is judged, and printed
+        texts.append(text)
+        ids.append([*prompt, *tokens, *_end(completion, end)])
     rewards = judge(question, texts, ids)
     found = [Candidate(*each) for each in zip(texts, (c.reason for c in completions), rewards, strict=True)]
     return sorted(found, key=lambda candidate: -candidate.reward)

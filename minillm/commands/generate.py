@@ -52,8 +52,6 @@ class Config(ModelOptions, TemplateOptions, Sampling, OutputOptions):
             problems.append(f"--template {self.template}: is for --best_of; without it the text is continued as it is")
         elif self.best_of is not None and self.temperature == 0:
             problems.append("--temperature 0: all answers would be the same; give --best_of a temperature above 0")
-        elif self.best_of is not None and self.stop:
-            problems.append("--stop: is for a text that is continued; an answer to be judged ends by itself")
         return problems
 
 
@@ -87,7 +85,7 @@ def _print_best(config: Config, loaded: Loaded, question: str) -> None:
     model, tokenizer, folder = loaded
     template = template_of(config, folder)
     judge = load_judge(config.reward, tokenizer, model.norm.weight.device, template)
-    asking = Asking(template, config.max_new_tokens, part(config, Sampling))
+    asking = Asking(template, config.max_new_tokens, part(config, Sampling), config.stop)
     found = best_of(config.best_of, question, model, tokenizer, judge, asking)
     print_text(found[0].text, config.raw)
     print()

@@ -70,6 +70,8 @@ def test_a_folder_is_a_reward_model_read_at_the_last_token(tokenizers, reward_fo
 def test_what_is_no_reward_is_refused(tokenizers, reward_folder, tmp_path):
     with pytest.raises(UserError, match="another tokenizer"):
         Rewards(str(reward_folder), tokenizers[1])
+    with pytest.raises(UserError, match="with its answer may have 99999"):
+        Rewards(str(reward_folder), tokenizers[0], longest=99_999)
     policy = tmp_path / "policy"
     policy.mkdir()
     huggingface.save_model(build(vocab_size=400), policy, special_ids=tokenizers[0].special_ids)

@@ -112,13 +112,27 @@ def test_a_function_may_be_the_judge(home, reward_model, call):
     assert status == 0 and len(out) >= len(one), err
 
 
+def test_answers_to_be_judged_end_before_a_stop_text(home, reward_model, call):
+    (home.path / "long.py").write_text("def long(prompts, answers, rows):\n    return [len(a) for a in answers]\n")
+    asked = ("generate", "--best_of", "4", "--reward", "long.py:long", *SAMPLED)
+    whole = call(*asked)[1].removesuffix("\n")
+    stop = whole[len(whole) // 2]
+    status, out, err = call(*asked, "--stop", stop)
+    assert status == 0 and len(out) > 1 and stop not in out.removesuffix("\n"), err
+    assert f"(reward {len(out) - 1:.3f}, the highest of 4" in err  # what is judged is what is printed
+    asked = ("generate", "--best_of", "1", "--reward", "out/reward", *SAMPLED)
+    stop = call(*asked)[1][3]
+    status, out, err = call(*asked, "--stop", stop)
+    assert status == 0 and len(out) <= 4 and "length" not in err, err
+    assert f"(reward {score_of(home, reward_model, 'Tom?', out.removesuffix(chr(10))):.3f}" in err
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
         ("--best_of 4", "--best_of and --reward: each needs the other"),
         ("--reward out/reward", "--best_of and --reward: each needs the other"),
         ("--best_of 4 --reward out/reward --temperature 0", "--temperature 0: all answers would be the same"),
-        ("--best_of 4 --reward out/reward --stop x", "--stop: is for a text that is continued"),
         ("--template simple", "--template simple: is for --best_of"),
         ("--best_of 4 --reward out/sft", "is a language model (LlamaForCausalLM) and no reward model"),
         ("--best_of 4 --reward best", "is neither one of"),
