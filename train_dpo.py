@@ -176,8 +176,8 @@ def main() -> int:
         **reference_policy.fingerprints(training_config, start),
     }
     command = next_command(training_config.out)
-    turns = rows.counts["turns"]  # so that `chat` knows how many were trained
-    run = Run(training_config, ranks, fingerprints, tokenizer=start.tokenizer, next_command=command, turns=turns)
+    turns = start.turns(rows.counts["turns"])  # so that `chat` knows how many it may show
+    run = Run(training_config, ranks, fingerprints, tokenizer=start.tokenizer, next_command=command, **turns)
     if run.finished:
         run.say_finished(length_option)
         distributed.stop()

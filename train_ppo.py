@@ -127,8 +127,8 @@ def main() -> int:
         "reward": reward_fingerprint(training_config),
     }
     what_next = f"python -m minillm chat --model {shlex.quote(training_config.out)}"
-    turns = prompts.counts["turns"]
-    run = Run(training_config, ranks, fingerprints, tokenizer=tokenizer, next_command=what_next, turns=turns)
+    turns = start.turns(prompts.counts["turns"])  # so that `chat` knows how many it may show
+    run = Run(training_config, ranks, fingerprints, tokenizer=tokenizer, next_command=what_next, **turns)
     if run.finished:
         run.say_finished()
         distributed.stop()

@@ -40,6 +40,7 @@ KINDS = {  # of what a state may hold besides its step
     "fingerprints": dict[str, str],
     "config": dict,
     "threads": int,
+    "turns": int,
     "world": int,
     "torch": str,
     "device": str,

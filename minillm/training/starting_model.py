@@ -31,6 +31,16 @@ class Start(NamedTuple):
     model_config: ModelConfig
     tokenizer: Tokenizer
 
+    def turns(self, n_turns: int) -> dict[str, int]:
+        """What a checkpoint records of the turns that its model knows, after prompts of at most `n_turns`.
+
+        It learns from its own answers or from pairs, and forgets no conversations by that: those that it was taught
+        before count too. Nothing is recorded for a model of others, of which they are not known.
+        """
+        if not (self.init / "resume").is_dir():
+            return {}
+        return {"turns": max(n_turns, train_state.read_state(self.init).get("turns", 0))}
+
 
 def find_start(
     training_config, device: torch.device, share: float, adapter_share: float = 1.0, score_head: bool = False
