@@ -107,7 +107,7 @@ def test_the_gradient_of_the_kl_terms():
     d = torch.where(MASK, NEW - REFERENCE, 0.0)
     at_zero = experience(None, advantages=torch.zeros(4, dtype=torch.float64))
     plain = gradient(policy_loss("dapo", beta=1.0), at_zero)
-    assert torch.allclose(plain, (1 - torch.exp(-d)) / 10)  # the note's .2212 at d = .25
+    assert torch.allclose(plain, (1 - torch.exp(-d)) / 10)  # .2212 at d = .25
     by_ratio = gradient(policy_loss("dapo", beta=1.0, kl="k3_ratio"), at_zero)
     assert torch.allclose(by_ratio, d / 10)
 
@@ -190,7 +190,7 @@ def test_parts_of_like_length_have_the_loss_of_the_whole(kind):
 
 
 def test_ppo_takes_the_same_clipped_loss():
-    """The note's fixture of PPO: 0.1034084020, clip share 1/6."""
+    """PPO's loss as trl 0.11.4 computes it: 0.1034084020, clip share 1/6."""
     advantages = torch.tensor([0.70289105, 0.66510949, 0.62533942, 0.5834762, -1.36615407, -1.21066209])
     change = torch.tensor([0.5, -0.25, 0.1, -0.5, 0.25, 0.05])
     assert float(clipped_loss(change.exp(), advantages, 0.2, 0.2).mean()) == pytest.approx(0.1034084020, abs=1e-6)
