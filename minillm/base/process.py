@@ -78,7 +78,7 @@ class StopSignals:
             numbers.append(signal.SIGHUP)
         self.old_handlers = {number: signal.signal(number, self._note) for number in numbers}
         if hasattr(os, "register_at_fork"):  # a worker process must end when a signal tells it to
-            os.register_at_fork(after_in_child=self.restore)
+            os.register_at_fork(after_in_child=self._restore_in_child)
 
     def _note(self, number: int, frame) -> None:
         """The handler of them all."""
@@ -95,6 +95,13 @@ class StopSignals:
     def restore(self) -> None:
         """Give the signals back to their handlers from before."""
         for number, handler in self.old_handlers.items():
+            signal.signal(number, handler)
+
+    def _restore_in_child(self) -> None:
+        """Give the signals back to the handlers from before any run, of which this process may have had several."""
+        for number, handler in self.old_handlers.items():
+            while isinstance(getattr(handler, "__self__", None), StopSignals):
+                handler = handler.__self__.old_handlers.get(number, signal.SIG_DFL)
             signal.signal(number, handler)
 
 

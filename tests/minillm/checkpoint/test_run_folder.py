@@ -215,9 +215,10 @@ def test_a_third_ctrl_c_ends_at_once(tmp_path):
 
 
 def test_a_child_process_can_still_be_ended(tmp_path):
-    signals = StopSignals()
+    runs = [StopSignals(), StopSignals()]  # a notebook may begin a second run before it ends the first
     assert in_child(lambda: os.kill(os.getpid(), signal.SIGTERM)) == -signal.SIGTERM
-    signals.restore()
+    for signals in reversed(runs):
+        signals.restore()
 
 
 def test_signals_are_given_back(tmp_path):
