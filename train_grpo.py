@@ -34,6 +34,7 @@ from minillm.alignment.group_options import GroupConfig
 from minillm.alignment.judging import Judge, Judged
 from minillm.alignment.log_probs import Policy
 from minillm.alignment.optimum import objective
+from minillm.alignment.options import read_prompts
 from minillm.alignment.policy_loss import Experience, PolicyLoss, Seen, Watched
 from minillm.alignment.rewards import Rewards
 from minillm.base.command_line import parse
@@ -47,8 +48,6 @@ from minillm.distributed.parallelize import gradients_synced, marked_last, paral
 from minillm.evaluation import answers
 from minillm.model import ops
 from minillm.model.transformer import Transformer
-from minillm.tokenizer.measure import check_round_trip
-from minillm.tokenizer.tokenizer import Tokenizer
 from minillm.training import starting_model
 from minillm.training.config import listed_files, summary
 from minillm.training.optim import OPTIMIZERS, build_optimizers
@@ -168,22 +167,6 @@ class Tools(NamedTuple):
     n_held_out: int
     judge: Judge
     loss: PolicyLoss
-
-
-def read_prompts(training_config: Config, paths: list[str], tokenizer: Tokenizer) -> PromptRows:
-    """Prompt files, with room for an answer after each prompt."""
-    rows = PromptRows(
-        paths,
-        tokenizer,
-        training_config.room,
-        seed=training_config.seed,
-        template=training_config.template,
-        room=training_config.max_new_tokens,
-        on_bad_line=training_config.on_bad_line,
-        encoding=training_config.encoding,
-    )
-    check_round_trip(tokenizer, rows.first_texts, ", ".join(paths), training_config.allow_lossy)
-    return rows
 
 
 def train(training_config: Config, run: Run, model: Transformer, tools: Tools, before: dict) -> int:

@@ -25,6 +25,7 @@ from minillm.alignment import judging, reference, token_rewards
 from minillm.alignment.judging import Judge, Judged
 from minillm.alignment.log_probs import Policy
 from minillm.alignment.optimum import objective
+from minillm.alignment.options import read_prompts
 from minillm.alignment.ppo.measures import Tools, alarms, held_out_reward, measure_first, scale_reward
 from minillm.alignment.ppo.options import REQUESTS, PpoConfig
 from minillm.alignment.ppo.roles import LearnedReward, Roles, cast_roles, reward_fingerprint
@@ -36,15 +37,13 @@ from minillm.base.command_line import parse
 from minillm.base.options import option
 from minillm.base.process import run_script
 from minillm.checkpoint.train_state import fingerprint
-from minillm.datasets.prompts import Prompt, PromptRows
+from minillm.datasets.prompts import Prompt
 from minillm.datasets.questions import read_questions
 from minillm.distributed import ranks as distributed
 from minillm.distributed.parallelize import gradients_synced, marked_last, parallelize
 from minillm.evaluation import answers
 from minillm.model import ops
 from minillm.model.transformer import Transformer
-from minillm.tokenizer.measure import check_round_trip
-from minillm.tokenizer.tokenizer import Tokenizer
 from minillm.training import starting_model
 from minillm.training.config import listed_files, summary
 from minillm.training.optim import build_optimizers
@@ -167,22 +166,6 @@ def with_rates(training_config: Config, given_lr: float | None) -> Config:
         lr /= 10
     value_lr = 3 * lr if training_config.value_lr is None else training_config.value_lr
     return dataclasses.replace(training_config, lr=lr, value_lr=value_lr)
-
-
-def read_prompts(training_config: Config, paths: list[str], tokenizer: Tokenizer) -> PromptRows:
-    """Prompt files, with room for an answer after each prompt."""
-    rows = PromptRows(
-        paths,
-        tokenizer,
-        training_config.room,
-        seed=training_config.seed,
-        template=training_config.template,
-        room=training_config.max_new_tokens,
-        on_bad_line=training_config.on_bad_line,
-        encoding=training_config.encoding,
-    )
-    check_round_trip(tokenizer, rows.first_texts, ", ".join(paths), training_config.allow_lossy)
-    return rows
 
 
 def train(training_config: Config, run: Run, roles: Roles, tools: Tools, optimum: float | None) -> int:

@@ -4,7 +4,10 @@ from dataclasses import dataclass
 
 from data import bundled
 from minillm.base.options import option
+from minillm.datasets.prompts import PromptRows
 from minillm.tokenizer.chat_template import TEMPLATES
+from minillm.tokenizer.measure import check_round_trip
+from minillm.tokenizer.tokenizer import Tokenizer
 from minillm.training.config import TrainingConfig
 from minillm.tuning.options import TuningConfig
 
@@ -52,3 +55,19 @@ class AlignmentConfig(TuningConfig, TrainingConfig):
                 f"{self.n_virtual}; raise it"
             )
         return problems
+
+
+def read_prompts(training_config, paths: list[str], tokenizer: Tokenizer) -> PromptRows:
+    """Prompt files, with room for an answer of --max_new_tokens after each prompt."""
+    rows = PromptRows(
+        paths,
+        tokenizer,
+        training_config.room,
+        seed=training_config.seed,
+        template=training_config.template,
+        room=training_config.max_new_tokens,
+        on_bad_line=training_config.on_bad_line,
+        encoding=training_config.encoding,
+    )
+    check_round_trip(tokenizer, rows.first_texts, ", ".join(paths), training_config.allow_lossy)
+    return rows
