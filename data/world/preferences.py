@@ -25,19 +25,17 @@ import itertools
 import random
 import re
 from collections.abc import Callable, Iterator
-from functools import partial
 from typing import NamedTuple
 
 from data.world.draw import Draw, Table
-from data.world.facts import FACTS
 from data.world.instructions import prompt_of
-from data.world.phrases import GAP, render, split_sentences
-from data.world.questions import ASK, ASKED_FACTS, FACT_QUESTIONS
+from data.world.phrases import GAP, split_sentences
+from data.world.questions import ASK
 from data.world.reader import UNREADABLE, read_story, reward_of
 from data.world.requests import request, story_carry
-from data.world.stories import restate, story_count, story_give, story_where
+from data.world.stories import restate
 from data.world.swaps import another_value, other_word_of, units
-from data.world.words import ACTORS, EN, LANGUAGES, PEOPLE, THINGS, TOWNS, ZH, Person, Thing, Town
+from data.world.words import ACTORS, EN, LANGUAGES, THINGS, ZH, Person, Thing
 
 LONGER = range(1, 25, 2)  # of 25 rows, those whose wrong answer has more characters; fewer are found less often
 TRIES = 8  # at a fault of the wished length, before another prompt is drawn
@@ -58,14 +56,14 @@ class Case(NamedTuple):
 
 # ---- prompts -------------------------------------------------------------------------------------------------------
 
-FAMILIES = Table((0.5, "request"), (0.24, "translate"), (0.14, "rewrite"), (0.07, "facts"), (0.05, "story"))
+FAMILIES = Table((0.5, "request"), (0.3, "translate"), (0.2, "rewrite"))
 
 
 def case(draw: Draw, family: str) -> Case:
     """A prompt of a family. It is told twice, by the same random numbers: once in each language."""
     lang = draw.pick((ZH, EN))
     seed = draw.pick(range(1 << 32))
-    ask = {"request": case_of_request, "facts": case_of_fact}.get(family, case_of_question)
+    ask = case_of_request if family == "request" else case_of_question
     return ask(lang, lambda: Draw(random.Random(seed), draw.held_out), family)
 
 
@@ -74,25 +72,6 @@ def case_of_request(lang: int, new_draw: Callable[[], Draw], family: str) -> Cas
     other = request(new_draw(), 1 - lang)
     story_lang = LANGUAGES.index(asked.wishes["language"])
     return Case(asked.prompt, asked.story, story_lang, other.story, {"wishes": asked.wishes, "family": family})
-
-
-def case_of_fact(lang: int, new_draw: Callable[[], Draw], family: str) -> Case:
-    """A fact that is asked in training, of somebody of whom no fact is in the other split of the pairs."""
-    draw = new_draw()
-    subject, key = draw.pick(KNOWN_FACTS[draw.held_out])
-    slots = {"who": subject, "what": subject.facts[key]}
-    question = render(lang, draw.pick(FACT_QUESTIONS[key]), slots)
-    answers = [render(side, FACTS[key][0], slots) for side in (lang, 1 - lang)]
-    return Case(question, answers[0], lang, answers[1], {"check": "exact", "family": family})
-
-
-def known_facts(held_out: bool) -> list[tuple[Person | Town, str]]:
-    """Facts that are asked in training: those of every sixth person or town, or those of all others."""
-    number = {subject.en: i for i, subject in enumerate((*PEOPLE, *TOWNS))}
-    return [(subject, key) for subject, key in ASKED_FACTS[False] if (number[subject.en] % 6 == 0) == held_out]
-
-
-KNOWN_FACTS = {held_out: known_facts(held_out) for held_out in (False, True)}
 
 
 def case_of_question(lang: int, new_draw: Callable[[], Draw], family: str) -> Case:
@@ -165,64 +144,36 @@ def cut_short(draw: Draw, right: Case, longer: bool) -> str | None:
     return "".join(words[: draw.pick(range((len(words) + 2) // 3, len(words)))]).strip()
 
 
-class Unfit(Exception):
-    """A story needs more people or things than it may be about."""
-
-
 class Retelling(Draw):
-    """Tells a story of given people and things, in their order."""
+    """Tells a story of a given person and thing."""
 
-    def __init__(self, rng: random.Random, people: list[Person], things: list[Thing]):
-        self.given = (people, things)
+    def __init__(self, rng: random.Random, who: Person, thing: Thing):
         super().__init__(rng)
-
-    def begin(self) -> None:
-        super().begin()
-        self.people_left, self.things_left = (list(given) for given in self.given)
+        self.given = {"person": who, "item": thing}
 
     def _candidates(self, kind: str, met: frozenset[int]) -> list:
-        left = self.people_left if kind == "person" else self.things_left
-        if not left or (kind == "item" and left[0].food):
-            raise Unfit
-        return [left.pop(0)]
+        return [self.given[kind]] if kind in self.given else super()._candidates(kind, met)
 
 
-def story_like(wishes: dict) -> Callable:
-    """The kind of story that is wished."""
-    kind = wishes["ending"]["kind"]
-    if kind in ("holder", "count"):
-        return story_give if kind == "holder" else story_count
-    return story_carry if len(wishes["people"]) == 1 else partial(story_where, moves=(1, 2))
-
-
-PERSON = {person.en: person for person in PEOPLE}
-THING = {thing.en: thing for thing in THINGS}
-FOODS, ITEMS = ([thing for thing in THINGS if thing.food == food] for food in (True, False))
+PERSON = {person.en: person for person in ACTORS}
+ITEM = {thing.en: thing for thing in THINGS if not thing.food}
 
 
 def retold(draw: Draw, right: Case, recast: bool = False) -> str:
-    """Another story of the people and things that are wished, with its own course and end.
+    """Another story of the person and the thing that are wished, with its own course and end.
 
     recast: one of them is exchanged for another
     """
-    wishes = right.row["wishes"]
-    people = [PERSON[name] for name in wishes["people"]]
-    things = [THING[name] for name in wishes["things"]]
+    (who,), (thing,) = right.row["wishes"]["people"], right.row["wishes"]["things"]
+    cast = [PERSON[who], ITEM[thing]]
     if recast:
-        of_kind = draw.pick((ACTORS, FOODS if things[0].food else ITEMS))
-        exchanged = people if of_kind is ACTORS else things
-        newcomer = draw.pick([one for one in of_kind if one not in exchanged])
-        exchanged[draw.pick(range(len(exchanged)))] = newcomer
-    tell_story = story_like(wishes)
-    retelling = Retelling(draw.rng, people, things)
-    while True:
-        retelling.begin()
-        try:
-            states = tell_story(retelling, right.lang)
-        except Unfit:
-            continue
-        restate(retelling, right.lang, states)
-        return "".join(retelling.said)
+        i = draw.pick((0, 1))
+        others = (PERSON, ITEM)[i].values()
+        cast[i] = draw.pick([one for one in others if one is not cast[i]])
+    retelling = Retelling(draw.rng, *cast)
+    states = story_carry(retelling, right.lang)
+    restate(retelling, right.lang, states)
+    return "".join(retelling.said)
 
 
 # ---- rows ----------------------------------------------------------------------------------------------------------

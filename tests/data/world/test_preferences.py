@@ -7,12 +7,9 @@ from collections import Counter
 
 import pytest
 
-from data.world.facts import FACTS
-from data.world.phrases import render, split_sentences
+from data.world.phrases import split_sentences
 from data.world.preferences import preferences
-from data.world.questions import ASKED_FACTS
 from data.world.reader import examine, reward
-from data.world.words import EN, ZH
 from tests.data.world.reader import groups, language, words
 
 KINDS = {
@@ -52,7 +49,7 @@ def test_every_kind_and_family_has_its_part(split):
     kinds = Counter(row["kind"] for row in ROWS[split])
     assert set(kinds) == KINDS and min(kinds.values()) > 75  # a hundred among the 2,000 held out
     families = Counter(row["family"] for row in ROWS[split])
-    assert set(families) == {"request", "translate", "rewrite", "facts", "story"}
+    assert set(families) == {"request", "translate", "rewrite"}
     assert 0.45 < families["request"] / len(ROWS[split]) < 0.55
     assert {row["lang"] for row in ROWS[split]} == {"zh", "en"}
 
@@ -91,33 +88,19 @@ def test_kinds_are_what_they_say():
 def test_a_wrong_value_is_no_word_that_right_answers_never_say():
     told = set().union(*({name for name, _ in words(row["chosen"])[0]} for row in BOTH))
     for row in of("wrong_value"):
-        if row["family"] != "facts":
-            assert {name for name, _ in words(row["rejected"])[0]} <= told, row
+        assert {name for name, _ in words(row["rejected"])[0]} <= told, row
 
 
 def test_what_is_held_out():
     met = dict.fromkeys(ROWS, 0)
-    facts = {split: set() for split in ROWS}
     for split, rows in ROWS.items():
         for row in rows:
             people, things, _ = words(row["chosen"])
-            if row["family"] == "facts":
-                facts[split] |= {row["chosen"]}
-            elif row["family"] in ("request", "translate"):
+            if row["family"] in ("request", "translate"):
                 met[split] += bool(groups(people) & groups(things))
     assert met["train"] == 0 < met["heldout"]
-    assert not facts["train"] & facts["heldout"] and len(facts["heldout"]) > 40
     prompts = [{row["prompt"] for row in rows} for rows in ROWS.values()]
     assert not prompts[0] & prompts[1]
-
-
-def test_facts_are_those_that_instructions_ask_in_training():
-    asked = {
-        render(lang, FACTS[key][0], {"who": who, "what": who.facts[key]})
-        for who, key in ASKED_FACTS[False]
-        for lang in (ZH, EN)
-    }
-    assert {row["chosen"] for row in BOTH if row["family"] == "facts"} <= asked
 
 
 def test_rows_are_json():
