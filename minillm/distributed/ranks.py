@@ -6,6 +6,7 @@ torchrun --nnodes 2 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint HOST:
 """
 
 import hashlib
+import json
 import os
 from dataclasses import dataclass
 from datetime import timedelta
@@ -47,11 +48,28 @@ class Ranks:
 
     def max(self, number: int) -> int:
         """The largest number of all ranks, so that all make the same decision."""
+        (largest,) = self.maxima(number)
+        return largest
+
+    def maxima(self, *numbers: int) -> list[int]:
+        """The largest of all ranks in each place, by one exchange."""
         if self.world == 1:
-            return number
-        largest = torch.tensor(number, device=self.device)
+            return list(numbers)
+        largest = torch.tensor(numbers, device=self.device)
         dist.all_reduce(largest, op=dist.ReduceOp.MAX)
-        return int(largest)
+        return largest.tolist()
+
+    def exchange(self, value) -> list:
+        """Each rank's value, of those that JSON can hold, in the order of the ranks; the same list on every rank."""
+        if self.world == 1:
+            return [value]
+        written = json.dumps(value).encode()
+        length = self.max(len(written))
+        padded = bytearray(written.ljust(length))  # JSON may end in spaces
+        mine = torch.frombuffer(padded, dtype=torch.uint8).to(self.device)  # (length,)
+        of_all = [torch.empty_like(mine) for _ in range(self.world)]
+        dist.all_gather(of_all, mine)
+        return [json.loads(bytes(one.tolist())) for one in of_all]
 
     def agree(self, value: object) -> bool:
         """Whether all ranks have the same value, of any kind whose `repr` tells it apart."""

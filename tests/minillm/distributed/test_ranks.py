@@ -14,6 +14,7 @@ from minillm.base.errors import UserError
 from minillm.distributed import ranks, watchdog
 from minillm.distributed.ranks import Ranks, micro_batch, start
 from minillm.distributed.watchdog import Watchdog
+from tests import forked
 
 CPU = torch.device("cpu")
 
@@ -37,7 +38,19 @@ def test_micro_batches_by_hand():
 def test_one_rank_needs_no_group():
     alone = Ranks(0, 1, CPU)
     assert alone.main and alone.sum(1.5, 2) == [1.5, 2] and alone.max(15) == 15 and alone.max(0) == 0
+    assert alone.maxima(3, -1) == [3, -1] and alone.exchange({"a": [1]}) == [{"a": [1]}]
     alone.barrier()
+
+
+def _tell_one_another(ranks: Ranks) -> None:
+    told = ranks.exchange({"rank": ranks.rank, "three": "三" * ranks.rank})  # of different lengths
+    assert told == [{"rank": rank, "three": "三" * rank} for rank in range(3)]
+    assert ranks.maxima(ranks.rank, -ranks.rank, 2**60 + ranks.rank) == [2, 0, 2**60 + 2]
+    assert ranks.max(ranks.rank) == 2
+
+
+def test_ranks_tell_one_another_values_and_the_largest_numbers():
+    forked.on_ranks(3, _tell_one_another)
 
 
 @pytest.mark.parametrize(("batch", "micro", "world"), [(8, 2, 3), (6, 4, 1), (0, 1, 1), (8, 0, 1), (4, 4, 2)])
