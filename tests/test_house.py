@@ -35,7 +35,7 @@ BUDGET = {
     "model": 12_900,
     "tokenizer": 17_900,
     "datasets": 21_500,
-    "distributed": 2_400,
+    "distributed": 12_000,  # sharding, tensor and context parallelism, exchanges, checks of a cluster
     "checkpoint": 15_300,  # reward models' folders
     "data": 30_000,
     "tuning": 11_600,
