@@ -18,10 +18,9 @@ import torch.distributed as dist
 from minillm.base import waiting
 from minillm.base.device import keep_freed_memory, keep_to_quota, pick_device
 from minillm.base.errors import UserError
-from minillm.distributed.watchdog import explain_lost_ranks
+from minillm.distributed.watchdog import LOADING, explain_lost_ranks
 
 MOST_AT_ONCE = 32  # sequences a forward pass, unless --micro_batch_size says otherwise
-LOADING = 10  # ranks wait for one another this many times --timeout_s before the first step
 
 
 @dataclass(frozen=True)

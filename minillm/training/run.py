@@ -233,7 +233,8 @@ class Run:
             asked = self.ranks.max(self.signals.requested + (FOLDER_LOST if self._folder_was_lost(step) else 0))
             self.stop_signal = asked % FOLDER_LOST
             if asked or self.due(step, self.training_config.save_every):
-                self.save(state)
+                with self.watchdog.patient():
+                    self.save(state)
             if self.stop_signal:
                 self.say(f"stopped by signal {self.stop_signal} after step {step}; the same command goes on from there")
                 return

@@ -1,7 +1,4 @@
 import math
-import os
-import threading
-import time
 
 import numpy as np
 import pytest
@@ -11,9 +8,8 @@ from hypothesis import strategies as st
 
 from minillm.base import device
 from minillm.base.errors import UserError
-from minillm.distributed import ranks, watchdog
+from minillm.distributed import ranks
 from minillm.distributed.ranks import Ranks, micro_batch, start
-from minillm.distributed.watchdog import Watchdog
 from tests import forked
 
 CPU = torch.device("cpu")
@@ -140,110 +136,6 @@ def test_one_process_takes_its_gpu_by_number(name, number, monkeypatch):
     monkeypatch.setattr(torch._C, "_cuda_setDevice", taken.append, raising=False)  # below torch's own checks
     monkeypatch.setattr(torch, "set_float32_matmul_precision", lambda precision: None)
     assert start(name) == Ranks(0, 1, torch.device("cuda", number)) and taken == [number]
-
-
-class Store(dict):
-    """What the watchdog uses of a group's key-value store."""
-
-    def set(self, key, value):
-        self[key] = value.encode()
-
-    def check(self, keys):
-        return all(key in self for key in keys)
-
-    def get(self, key):
-        return self[key]
-
-
-@pytest.fixture
-def watched(monkeypatch):
-    """(store, lines with which ranks were ended): a watchdog here ends no process."""
-    store, ended = Store(), []
-    monkeypatch.setattr(watchdog, "_store", lambda: store)
-    monkeypatch.setattr(watchdog, "_end", ended.append)
-    monkeypatch.setattr(watchdog, "ANSWER_S", 0.2)
-    return store, ended
-
-
-def wait_for(ended: list, seconds: float = 20) -> str:
-    until = time.monotonic() + seconds
-    while not ended and time.monotonic() < until:
-        time.sleep(0.01)
-    return ended[0]
-
-
-def test_the_watchdog_says_where_this_rank_stands_and_who_gives_no_sign(watched):
-    store, ended = watched
-    store["step/1"] = b"6"
-    dog = Watchdog(0, 3, limit_s=0.3)
-    dog.tick(7)
-    store["place/1"] = b"data.py:88"
-    line = wait_for(ended)
-    assert line.startswith("rank 0: no step finished for 0 s after step 7: rank 0 is at test_ranks.py:")
-    assert "(last finished step 7), rank 1 is at data.py:88 (last finished step 6)" in line
-    assert line.endswith("rank 2 gives no sign (last finished step 0)")
-
-
-def test_the_watchdog_ends_the_rank_even_if_the_store_answers_no_more(watched):
-    store, ended = watched
-    store.check = lambda keys: time.sleep(5)
-    Watchdog(1, 2, limit_s=0.2).tick(0)
-    assert "the rank that keeps the store (rank 0, without torchrun) gives no sign" in wait_for(ended, 3)
-
-
-def test_the_watchdog_lets_a_run_that_moves_or_has_ended_alone(watched):
-    _, ended = watched
-    dog = Watchdog(0, 2, limit_s=0.5)
-    for step in range(10):
-        time.sleep(0.1)
-        dog.tick(step)
-    dog.pause()
-    time.sleep(1)
-    assert not ended
-
-
-def test_the_watchdog_waits_for_the_first_tick_however_long_loading_takes(watched):
-    _, ended = watched
-    dog = Watchdog(0, 2, limit_s=0.1)
-    time.sleep(0.5)
-    assert not ended
-    dog.tick(20)
-    assert "after step 20: rank 0 is at" in wait_for(ended)
-
-
-def test_one_rank_is_not_watched():
-    before = threading.active_count()
-    Watchdog(0, 1, limit_s=0.01).tick(1)
-    assert threading.active_count() == before
-
-
-def test_only_the_loss_of_a_rank_is_explained(watched, monkeypatch):
-    store, ended = watched
-    shown = []
-    monkeypatch.setattr("sys.excepthook", lambda kind, problem, traceback: shown.append(problem))
-    watchdog.explain_lost_ranks(1, 3)
-    import sys
-
-    bug = RuntimeError("shapes do not match")
-    sys.excepthook(RuntimeError, bug, None)
-    assert shown == [bug] and not ended
-
-    store["lost/2"], store["step/1"] = b"another rank", b"41"
-    sys.excepthook(RuntimeError, RuntimeError("[/gloo/transport/tcp/pair.cc:537] Connection closed by peer"), None)
-    sys.excepthook(torch.distributed.DistNetworkError, torch.distributed.DistNetworkError("socket timeout"), None)
-    assert shown == [bug]
-    assert ended[0].startswith("rank 1: rank 0 has failed or ended after step 41 (Connection closed by peer);")
-    assert "(socket timeout)" in ended[1]
-
-
-def test_a_rank_ends_even_if_nobody_reads_why():
-    """An error while writing would end the thread alone, and the rank would wait for ever."""
-    pid = os.fork()
-    if pid == 0:
-        os.close(2)
-        watchdog._end("rank 1 is gone")
-        os._exit(0)
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 3
 
 
 def test_ranks_that_hold_different_things_are_found(monkeypatch):
