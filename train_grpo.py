@@ -36,6 +36,7 @@ from minillm.alignment.log_probs import Policy
 from minillm.alignment.optimum import objective
 from minillm.alignment.options import read_prompts
 from minillm.alignment.policy_loss import Experience, PolicyLoss, Seen, Watched
+from minillm.alignment.replay import Replay
 from minillm.alignment.rewards import Rewards
 from minillm.base.command_line import parse
 from minillm.base.options import option
@@ -116,6 +117,7 @@ def main() -> int:
     questions = []
     if training_config.held_out:
         questions = read_questions(training_config.held_out, training_config.eval_rows, training_config.encoding)
+    replay = Replay(training_config, tokenizer)
 
     # the run: its folder, and the checkpoint to go on from
     order = (training_config.batch_size, training_config.seq_len, training_config.seed, training_config.group_size)
@@ -126,6 +128,7 @@ def main() -> int:
         **starting_model.fingerprints(training_config, start.model_config, start.init),
         **(reference.fingerprints(training_config, start) if training_config.beta else {}),
         "reward": rewards.fingerprint,
+        "instructions beside": fingerprint(replay.fingerprint, replay.weight, replay.n_rows),
     }
     what_next = f"python -m minillm chat --model {shlex.quote(training_config.out)}"
     turns = start.turns(prompts.counts["turns"])  # so that `chat` knows how many it may show
@@ -143,7 +146,8 @@ def main() -> int:
     near = reference.make_reference(training_config, start, model) if training_config.beta else None
     rows_at_once = training_config.micro_batch_size * training_config.group_size
     judge = Judge(model, rewards, near, training_config.rollout(tokenizer), rows_at_once, run.autocast)
-    tools = Tools(prompts, held_out_prompts, training_config.eval_prompt_rows, judge, training_config.policy_loss())
+    loss = training_config.policy_loss()
+    tools = Tools(prompts, held_out_prompts, training_config.eval_prompt_rows, judge, loss, replay)
 
     # measure, train, measure again
     def measure() -> dict:
@@ -167,6 +171,7 @@ class Tools(NamedTuple):
     n_held_out: int
     judge: Judge
     loss: PolicyLoss
+    replay: Replay
 
 
 def train(training_config: Config, run: Run, model: Transformer, tools: Tools, before: dict) -> int:
@@ -200,6 +205,7 @@ def train(training_config: Config, run: Run, model: Transformer, tools: Tools, b
         parts = parts or [judged.experience(judged.rewards).silent()]  # on a rank without any: the others go on
         seen = []
         for _ in range(training_config.updates if n else 0):
+            tools.replay.learn(run, policy, state, step, n)
             watched = [Watched(tools.loss, part) for part in parts]
             for rows, last in marked_last(watched):
                 with gradients_synced(policy, last), run.autocast():

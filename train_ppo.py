@@ -30,6 +30,7 @@ from minillm.alignment.ppo.measures import Tools, alarms, held_out_reward, measu
 from minillm.alignment.ppo.options import REQUESTS, PpoConfig
 from minillm.alignment.ppo.roles import LearnedReward, Roles, cast_roles, reward_fingerprint
 from minillm.alignment.ppo.updates import ClippedLoss, Experience, Seen, minibatches
+from minillm.alignment.replay import Replay
 from minillm.alignment.reward_model import load_reward_model
 from minillm.alignment.rewards import Rewards
 from minillm.alignment.value import value_loss
@@ -103,6 +104,7 @@ def main() -> int:
     questions = []
     if training_config.held_out:
         questions = read_questions(training_config.held_out, training_config.eval_rows, training_config.encoding)
+    replay = Replay(training_config, tokenizer)
 
     # what answers are worth: as a model has learned it, and in truth
     reward_model = None
@@ -124,6 +126,7 @@ def main() -> int:
         **starting_model.fingerprints(training_config, start.model_config, start.init),
         **reference.fingerprints(training_config, start),
         "reward": reward_fingerprint(training_config),
+        "instructions beside": fingerprint(replay.fingerprint, replay.weight, replay.n_rows),
     }
     what_next = f"python -m minillm chat --model {shlex.quote(training_config.out)}"
     turns = start.turns(prompts.counts["turns"])  # so that `chat` knows how many it may show
@@ -142,7 +145,7 @@ def main() -> int:
     reward = true_reward if reward_model is None else LearnedReward(reward_model, training_config.rows_at_once)
     drawing = training_config.rollout(tokenizer)
     judge = Judge(policy, reward, roles.reference, drawing, training_config.rows_at_once, run.autocast)
-    tools = Tools(prompts, held_out_prompts, judge, true_reward)
+    tools = Tools(prompts, held_out_prompts, judge, true_reward, replay)
 
     # measure, train, measure again
     def measure() -> dict:
@@ -199,7 +202,7 @@ def train(training_config: Config, run: Run, roles: Roles, tools: Tools, optimum
         # 5. some passes over them, as long as the policy stays near the one that gave the answers
         seen = Seen()
         for last_of_pass, rows in minibatches(training_config, run.ranks, step):
-            improve(training_config, run, learners, experience.rows(rows), seen)
+            improve(training_config, run, learners, experience.rows(rows), seen, tools.replay)
             if last_of_pass and seen.moved > (training_config.stop_at_kl or math.inf):
                 break
 
@@ -264,9 +267,12 @@ def look_back(training_config: Config, run: Run, roles: Roles, judged: Judged, b
     return Experience(batch, log_probs, values, advantages, returns)
 
 
-def improve(training_config: Config, run: Run, learners: Learners, experience: Experience, seen: Seen) -> None:
+def improve(
+    training_config: Config, run: Run, learners: Learners, experience: Experience, seen: Seen, replay: Replay
+) -> None:
     """One update of policy and value model, by the mean over the tokens of all ranks' rows."""
     (n_tokens,) = run.ranks.sum(float(experience.batch.mask.sum()))
+    replay.learn(run, learners.policy, learners.policy_state, run.step, n_tokens)
     for rows, last in marked_last(torch.arange(len(experience.returns)).split(training_config.rows_at_once)):
         part = experience.rows(rows.to(run.device))
         mask = part.batch.mask

@@ -15,11 +15,12 @@ import sys
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
 from data import bundled
 from minillm.alignment.options import AlignmentConfig
-from minillm.alignment.pair_scores import measures, noise_floor, pair_loss, score_pairs, summary_lines
-from minillm.alignment.reward_model import last_scores, text_lengths
+from minillm.alignment.pair_scores import early_pair_loss, measures, noise_floor, pair_loss, score_pairs, summary_lines
+from minillm.alignment.reward_model import all_scores, at_last, text_lengths
 from minillm.base.command_line import parse
 from minillm.base.errors import UserError
 from minillm.base.options import option
@@ -76,6 +77,13 @@ class Config(AlignmentConfig):
     )
     center: float = option(
         0.01, "weight of (r_chosen + r_rejected)², which keeps the scores around 0", at_least=0, group="reward"
+    )
+    early_share: float = option(
+        0.5,
+        "share of the loss that asks for the better score at every token from where two answers differ",
+        at_least=0,
+        at_most=1,
+        group="reward",
     )
     label_noise: float = option(
         0.0,
@@ -202,10 +210,12 @@ def train(
             answers = answers.to(run.device)
             with gradients_synced(parallel_model, last):
                 with run.autocast():
-                    # one number an answer, read at its last token
-                    scores = last_scores(parallel_model, answers.batch, text_lengths(answers.batch))  # (N,)
-                    # −log of the probability that the chosen one wins
+                    # one number a token; that of the last is the answer's
+                    scores_of_tokens = all_scores(parallel_model, answers.batch)  # (N, T + 1)
+                    scores = at_last(scores_of_tokens, text_lengths(answers.batch))  # (N,)
+                    # −log of the probability that the chosen one wins, at the last token and at those before
                     loss = pair_loss(scores, answers, training_config.center)
+                    loss = torch.lerp(loss, early_pair_loss(scores_of_tokens, answers), training_config.early_share)
                 state.backward(loss, round(n_prompts))
             difference = (scores[answers.chosen] - scores[answers.rejected]).detach()  # (P,)
             n_right += float((difference > 0).sum())

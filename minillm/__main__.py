@@ -21,6 +21,7 @@ COMMANDS = {
     "generate": "minillm.commands.generate",
     "chat": "minillm.commands.chat",
     "eval": "minillm.commands.evaluate",
+    "pairs": "minillm.commands.pairs",
     "plot": "minillm.commands.plot",
     "info": "minillm.commands.info",
     "vocab train": "minillm.commands.vocab.train",

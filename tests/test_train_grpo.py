@@ -49,7 +49,7 @@ def folder(tmp_path_factory) -> Path:
 
 def options(folder: Path, out: str, more: str = "") -> str:
     data = f"--data {folder}/train.jsonl --eval_prompts {folder}/held_out.jsonl --reward {folder}/rewards.py:vowels"
-    return f"{data} --init_from {folder}/base --out {folder}/{out} {OPTIONS} {more}"
+    return f"{data} --init_from {folder}/base --out {folder}/{out} {OPTIONS} {more.format(folder=folder)}"
 
 
 def train(folder: Path, out: str, more: str = "", **how) -> str:
@@ -75,7 +75,12 @@ def test_rewards_rise_and_what_is_logged(folder):
     assert load_model(run / "step-00000040").config.vocab_size == 400
 
 
-@pytest.mark.parametrize("more", ["", "--tune lora --loss dapo --beta 0", "--updates 2 --loss grpo --kl k3"])
+BESIDE = "--sft_weight 1 --sft_rows 3 --sft_data {folder}/train_sft.jsonl"
+
+
+@pytest.mark.parametrize(
+    "more", ["", "--tune lora --loss dapo --beta 0", "--updates 2 --loss grpo --kl k3", f"--tune lora {BESIDE}"]
+)
 def test_stopped_and_resumed_is_bit_for_bit_the_run_never_stopped(folder, more):
     more += " --steps 8"
     straight, broken = folder / f"straight-{len(more)}", folder / f"broken-{len(more)}"
@@ -93,7 +98,9 @@ def test_stopped_and_resumed_is_bit_for_bit_the_run_never_stopped(folder, more):
     assert launch.losses(broken) == launch.losses(straight) and column(broken, "reward") == column(straight, "reward")
 
 
-@pytest.mark.parametrize("more", ["", "--loss grpo --resample 2", "--loss reinforce --micro_batch_size 1 --tune lora"])
+@pytest.mark.parametrize(
+    "more", ["", "--loss grpo --resample 2", "--loss reinforce --micro_batch_size 1 --tune lora", BESIDE]
+)
 def test_two_ranks_take_the_same_steps_as_one(folder, more):
     runs = [folder / f"ranks-{len(more)}-{ranks}" for ranks in (1, 2)]
     for ranks, run in enumerate(runs, start=1):

@@ -61,7 +61,7 @@ def write_reward_model(base: Path, folder: Path, seed: int = 1) -> None:
 def options(folder: Path, out: str, more: str = "") -> str:
     data = f"--data {folder}/train.jsonl --eval_prompts {folder}/held_out.jsonl --reward {folder}/rewards.py:vowels"
     learned = "" if "--reward_model" in more else f"--reward_model {folder}/reward"
-    return f"{data} {learned} --init_from {folder}/base --out {folder}/{out} {OPTIONS} {more}"
+    return f"{data} {learned} --init_from {folder}/base --out {folder}/{out} {OPTIONS} {more.format(folder=folder)}"
 
 
 def train(folder: Path, out: str, more: str = "", **how) -> str:
@@ -124,7 +124,12 @@ def test_every_rank_has_all_minibatches(folder):
     assert "no multiple of it times 2 ranks" in train(folder, "six-on-two", more, ranks=2, status=2)
 
 
-@pytest.mark.parametrize("more", ["", "--tune lora --target_kl 0.5", "--reward_model none --updates 3 --tune ia3"])
+BESIDE = "--sft_weight 1 --sft_rows 3 --sft_data {folder}/train_sft.jsonl"
+
+
+@pytest.mark.parametrize(
+    "more", ["", "--tune lora --target_kl 0.5", "--reward_model none --updates 3 --tune ia3", f"--tune lora {BESIDE}"]
+)
 def test_stopped_and_resumed_is_bit_for_bit_the_run_never_stopped(folder, more):
     more += " --steps 6"
     straight, broken = folder / f"straight-{len(more)}", folder / f"broken-{len(more)}"
@@ -143,7 +148,7 @@ def test_stopped_and_resumed_is_bit_for_bit_the_run_never_stopped(folder, more):
         assert column(broken, name) == column(straight, name)
 
 
-@pytest.mark.parametrize("more", ["--minibatches 2", "--micro_batch_size 1 --tune lora"])
+@pytest.mark.parametrize("more", ["--minibatches 2", "--micro_batch_size 1 --tune lora", BESIDE])
 def test_two_ranks_take_the_same_steps_as_one(folder, more):
     runs = [folder / f"ranks-{len(more)}-{ranks}" for ranks in (1, 2)]
     for ranks, run in enumerate(runs, start=1):

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from minillm.alignment.advantages import OF_TOKENS, SCALED
-from minillm.alignment.options import AlignmentConfig
+from minillm.alignment.options import ReplayConfig
 from minillm.alignment.policy_loss import CLIPS, CORRECTIONS, KL_TERMS, PolicyLoss
 from minillm.alignment.rollouts import RolloutConfig
 from minillm.base.options import option
@@ -11,7 +11,7 @@ from minillm.tokenizer.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
-class GroupConfig(AlignmentConfig):
+class GroupConfig(ReplayConfig):
     """What train_grpo.py takes besides data, folder, batch and optimizer."""
 
     # the reward, and the answers that are judged

@@ -57,6 +57,32 @@ class AlignmentConfig(TuningConfig, TrainingConfig):
         return problems
 
 
+@dataclass(frozen=True)
+class ReplayConfig(AlignmentConfig):
+    """What train_ppo.py and train_grpo.py share: instructions that are learned beside the rewards (replay.py)."""
+
+    sft_weight: float = option(
+        0.0, "weight of the loss of instructions, so that they are not forgotten", at_least=0, group="loss"
+    )
+    sft_data: str | None = option(
+        None, "their file(s), as of train_sft.py; none: the bundled ones, if bundled data is used", group="data"
+    )
+    sft_rows: int = option(8, "rows of them a step, over all ranks", at_least=1, group="loss")
+
+    @property
+    def replayed_data(self) -> str | None:
+        is_bundled = self.data.startswith(f"{bundled.FOLDER}/")
+        return self.sft_data or (f"{bundled.FOLDER}/sft_train.jsonl" if is_bundled else None)
+
+    def problems(self) -> list[str]:
+        problems = super().problems()
+        if self.sft_weight and self.replayed_data is None:
+            problems.append(f"--sft_weight {self.sft_weight:g}: give the instructions by --sft_data, or 0")
+        if self.sft_data is not None and not self.sft_weight:
+            problems.append(f"--sft_data {self.sft_data}: is learned only with an --sft_weight above 0")
+        return problems
+
+
 def read_prompts(training_config, paths: list[str], tokenizer: Tokenizer) -> PromptRows:
     """Prompt files, with room for an answer of --max_new_tokens after each prompt."""
     rows = PromptRows(

@@ -33,6 +33,24 @@ def pair_loss(scores: Tensor, answers: Answers, center: float) -> Tensor:
     return (answers.weight * (nats + center * (chosen + rejected).square())).sum()
 
 
+def early_pair_loss(scores: Tensor, answers: Answers) -> Tensor:
+    """Σ over pairs of weight · mean over tokens of −log σ(r_w(t) − r_l(t)), a scalar fp32.
+
+    scores: (N, T + 1) fp32, at every token of the answers. The mean is over the tokens, counted from the beginning of
+    the prompt, from the first in which the two answers differ to the end of the shorter one: there a fault shows, or
+    soon after. A score that has to tell right from wrong at once learns where to look, while at the last token alone it
+    has to find out where in the answer it was (Cobbe et al. 2021, arXiv:2110.14168, section 4.1: verifiers that judge
+    every token).
+    """
+    tokens = answers.batch.tokens()  # (N, T + 1)
+    is_answer = F.pad(answers.batch.mask, (1, 0))  # (N, T + 1)
+    differ = (tokens[answers.chosen] != tokens[answers.rejected]).cumsum(1) > 0  # (P, T + 1), from the first on
+    compared = differ & is_answer[answers.chosen] & is_answer[answers.rejected]  # (P, T + 1)
+    nats = -F.logsigmoid(scores[answers.chosen] - scores[answers.rejected])  # (P, T + 1)
+    of_each = (nats * compared).sum(1) / compared.sum(1).clamp(min=1)  # (P,)
+    return (answers.weight * of_each).sum()
+
+
 class PairScores(NamedTuple):
     """The scores of some pairs and of their answers.
 

@@ -119,11 +119,21 @@ def text_lengths(batch: Batch) -> Tensor:
 
 
 def last_scores(model: nn.Module, batch: Batch, lengths: Tensor) -> Tensor:
-    """The score of each row's text at its last token, (B,) fp32.
+    """The score of each row's text at its last token, (B,) fp32: see `all_scores`.
 
-    model: one with a score head, or what `parallelize` makes of it. batch: a text a row, padded on the right. lengths:
-    (B,) int64, tokens of each text, the last of which is a target of the batch (`text_lengths`).
+    lengths: (B,) int64, tokens of each text, the last of which is a target of the batch (`text_lengths`).
     """
-    tokens = torch.cat((batch.x[:, :1], batch.y), dim=1)  # (B, T + 1); a text's last token is in y alone
-    scores = model(tokens)  # (B, T + 1)
+    return at_last(all_scores(model, batch), lengths)
+
+
+def all_scores(model: nn.Module, batch: Batch) -> Tensor:
+    """The score at every token of each row, (B, T + 1) fp32.
+
+    model: one with a score head, or what `parallelize` makes of it. batch: a text a row, padded on the right.
+    """
+    return model(batch.tokens())
+
+
+def at_last(scores: Tensor, lengths: Tensor) -> Tensor:
+    """The scores (B, T + 1) at the last of so many (B,) tokens: (B,)."""
     return scores.gather(1, lengths[:, None] - 1).squeeze(1)

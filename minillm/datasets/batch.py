@@ -28,6 +28,10 @@ class Batch(NamedTuple):
             *(None if tensor is None else tensor.pin_memory().to(device, non_blocking=True) for tensor in self)
         )
 
+    def tokens(self) -> Tensor:
+        """Inputs and the last target: (B, T + 1) int64. A row's last token is in y alone."""
+        return torch.cat((self.x[:, :1], self.y), dim=1)
+
     def n_targets(self) -> int:
         return self.y.numel() if self.mask is None else int(self.mask.sum())
 

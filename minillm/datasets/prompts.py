@@ -43,13 +43,14 @@ VERL = "reward_model"
 class Prompt(NamedTuple):
     """number: of the prompt in the data. ids: its tokens, with what opens an answer. text: the last question.
 
-    row: all columns, "answer" and "check" as said above.
+    row: all columns, "answer" and "check" as said above. messages: the whole prompt, as a conversation.
     """
 
     number: int
     ids: list[int]
     text: str
     row: dict
+    messages: tuple[dict, ...] = ()
 
 
 class PromptRows:
@@ -122,7 +123,7 @@ class PromptRows:
             self.order = epoch, shuffled(self.rows_per_epoch, self.seed, epoch)
         number = int(self.order[1][row])
         messages, columns = prompt_of(self.files.row_at(self.index[number]))
-        return Prompt(number, self._encode(messages), messages[-1]["content"], columns)
+        return Prompt(number, self._encode(messages), messages[-1]["content"], columns, tuple(messages))
 
     def _encode(self, messages: list[dict]) -> list[int]:
         ids, _ = self.tokenizer.encode_chat(messages, template=self.template, add_generation_prompt=True)

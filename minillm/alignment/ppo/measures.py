@@ -10,6 +10,7 @@ from minillm.alignment import judging
 from minillm.alignment.alarms import Alarm, distance_alarm
 from minillm.alignment.judging import Judge
 from minillm.alignment.ppo.options import PpoConfig
+from minillm.alignment.replay import Replay
 from minillm.alignment.rewards import Rewards
 from minillm.base.errors import UserError
 from minillm.datasets.prompts import PromptRows
@@ -25,6 +26,7 @@ class Tools(NamedTuple):
     held_out: PromptRows | None
     judge: Judge  # by the reward that is learned from
     true_reward: Rewards | None  # which is recorded beside it
+    replay: Replay  # instructions that are learned beside
 
 
 def held_out_reward(training_config: PpoConfig, tools: Tools) -> dict[str, float]:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from data import bundled
-from minillm.alignment.options import AlignmentConfig
+from minillm.alignment.options import ReplayConfig
 from minillm.alignment.rollouts import RolloutConfig
 from minillm.base.options import option
 from minillm.distributed.ranks import world_size
@@ -14,7 +14,7 @@ TRUE_REWARD = "data/world/reader.py:reward"  # of the bundled requests
 
 
 @dataclass(frozen=True)
-class PpoConfig(AlignmentConfig):
+class PpoConfig(ReplayConfig):
     """What train_ppo.py takes besides data, folder, batch and optimizer."""
 
     # what an answer is worth

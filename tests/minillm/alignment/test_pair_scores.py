@@ -10,12 +10,14 @@ from minillm.alignment.pair_scores import (
     PairScores,
     accuracy_lines,
     calibration_error,
+    early_pair_loss,
     length_correlation,
     measures,
     noise_floor,
     pair_loss,
     summary_lines,
 )
+from minillm.datasets.batch import Batch
 from minillm.datasets.preferences import Answers
 
 
@@ -146,3 +148,35 @@ def test_accuracy_is_told_by_kind_with_its_error():
 def test_length_is_told_apart_from_quality():
     assert length_correlation(scored([0.0, 1.0], [2.0, 3.0], ["", ""])) == pytest.approx(1.0)
     assert math.isnan(length_correlation(scored([1.0], [1.0], [""])))
+
+
+def early_by_hand(scores, tokens, first, length, pair) -> float:
+    """The mean over the tokens from the first difference on, in loops."""
+    chosen, rejected = pair
+    terms = []
+    seen_difference = False
+    for t in range(min(length[chosen], length[rejected])):
+        seen_difference |= tokens[chosen][t] != tokens[rejected][t]
+        if seen_difference and t >= first:
+            terms.append(math.log1p(math.exp(-(scores[chosen][t] - scores[rejected][t]))))
+    return sum(terms) / len(terms) if terms else 0.0
+
+
+def test_the_loss_of_early_tokens_begins_where_the_answers_differ():
+    # two prompt tokens, then answers of which 0 and 1 share their first token, and 3 is the beginning of 2
+    tokens = [[7, 8, 1, 2, 3, 9], [7, 8, 1, 5, 9, 0], [7, 8, 4, 4, 6, 9], [7, 8, 4, 9, 0, 0]]
+    length = [6, 5, 6, 4]
+    scores = torch.randn(4, 6, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    rows = torch.tensor(tokens)
+    place = torch.arange(1, 6)
+    mask = (place >= 2) & (place < torch.tensor(length)[:, None])  # (4, 5), of y
+    answers = pairs_of([0, 2], [1, 3], weight=[1.0, 0.5])._replace(batch=Batch(rows[:, :-1], rows[:, 1:], mask))
+    by_hand = [early_by_hand(scores.tolist(), tokens, 2, length, pair) for pair in ((0, 1), (2, 3))]
+    assert float(early_pair_loss(scores, answers)) == pytest.approx(by_hand[0] + 0.5 * by_hand[1], abs=1e-12)
+
+    # what stands before the difference, and after an answer's end, changes nothing
+    elsewhere = scores.clone()
+    elsewhere[:, :3] += 5.0
+    elsewhere[3, 4:] -= 5.0
+    elsewhere[2, 2], elsewhere[3, 2] = scores[2, 2], scores[3, 2]
+    assert float(early_pair_loss(elsewhere, answers)) == pytest.approx(float(early_pair_loss(scores, answers)))

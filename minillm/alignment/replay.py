@@ -1,0 +1,60 @@
+"""Instructions learned beside rewards, so that what a reward does not ask for is not forgotten.
+
+A policy that learns from rewards on one kind of prompt changes on all others too. Adding the loss of its instruction
+tuning to every step holds them in place (PPO-ptx: Ouyang et al. 2022, arXiv:2203.02155, equation 2):
+
+    L = L_policy + w · mean over answer tokens of −log π(y_t)
+"""
+
+import numpy as np
+from torch import nn
+
+from minillm.alignment.options import ReplayConfig
+from minillm.datasets.batch import Batch
+from minillm.datasets.instructions import InstructionRows
+from minillm.distributed.parallelize import gradients_synced
+from minillm.tokenizer.tokenizer import Tokenizer
+from minillm.training.config import listed_files
+from minillm.training.run import Run
+from minillm.training.step import TrainState
+
+
+class Replay:
+    """A few rows of instructions for each step; without --sft_weight none."""
+
+    def __init__(self, training_config: ReplayConfig, tokenizer: Tokenizer):
+        """Raises `UserError` for data that cannot be read."""
+        self.weight = training_config.sft_weight
+        self.n_rows = training_config.sft_rows
+        self.rows: InstructionRows | None = None
+        if self.weight:
+            self.rows = InstructionRows(
+                listed_files(training_config.replayed_data),
+                tokenizer,
+                training_config.room,
+                seed=training_config.seed,
+                template=training_config.template,
+                packing=not training_config.virtual_positions,  # which stand before a row once
+                on_bad_line=training_config.on_bad_line,
+                encoding=training_config.encoding,
+            )
+
+    @property
+    def fingerprint(self) -> str:
+        return self.rows.fingerprint if self.rows else "none"
+
+    def batch(self, step: int, run: Run) -> Batch:
+        """This rank's rows of a step: those of one process, dealt out."""
+        end = (step + 1) * self.n_rows
+        own = np.arange(step * self.n_rows, end)[run.ranks.rank :: run.ranks.world]
+        return self.rows.batch(own if len(own) else np.array([end]), end)  # a row beyond the end is padding
+
+    def learn(self, run: Run, policy: nn.Module, state: TrainState, step: int, n: float) -> None:
+        """Add its share to the gradient of an update whose other parts are divided by n."""
+        if self.rows is None:
+            return
+        batch = self.batch(step, run).to(run.device)
+        (n_tokens,) = run.ranks.sum(float(batch.n_targets()))
+        with gradients_synced(policy, last=False), run.autocast():
+            loss = policy(batch, lambda log_probs: -log_probs.sum())
+        state.backward(loss * (self.weight * n / n_tokens), n)

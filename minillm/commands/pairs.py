@@ -1,0 +1,129 @@
+"""Make preference pairs of a model's own answers: to each prompt the one with the highest reward, and the lowest.
+
+Preferences over what others have said teach little about one's own mistakes. So a model answers each prompt --n times,
+a reward judges, and train_dpo.py learns from the pairs: a round of online DPO (Guo et al. 2024, arXiv:2402.04792).
+
+    python -m minillm pairs --data data/bundled/requests_train.jsonl --reward data/world/reader.py:reward --out p.jsonl
+    python train_dpo.py --data p.jsonl
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from minillm.alignment.rewards import Rewards
+from minillm.alignment.rollouts import RolloutConfig, roll_out
+from minillm.base.errors import UserError
+from minillm.base.files import refuse_link, write_file
+from minillm.base.options import option
+from minillm.commands.model_options import ModelOptions, TemplateOptions, load_model, tell, template_of
+from minillm.datasets.prompts import Prompt, PromptRows
+from minillm.generation.load import Loaded
+from minillm.training.config import listed_files
+from minillm.tuning.virtual_tokens import context_of
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(ModelOptions, TemplateOptions):
+    data: str = option(help="prompt file(s), separated by commas, as of train_grpo.py", group="pairs")
+    reward: str = option(help="what judges the answers, as of train_grpo.py --reward", group="pairs")
+    out: str = option(help="the preference file to write (.jsonl)", group="pairs")
+    n: int = option(4, "answers to each prompt", at_least=2, group="pairs")
+    prompts: int | None = option(None, "how many prompts to ask; none: all", at_least=1, group="pairs")
+    temperature: float = option(1.0, "at which they are drawn", above=0, group="pairs")
+    max_new_tokens: int = option(128, "most tokens of an answer, its end included", at_least=1, group="pairs")
+    prompts_at_once: int = option(64, "prompts that are answered together", at_least=1, group="pairs")
+    seed: int = option(0, "of the answers", group="pairs")
+    encoding: str = option("utf-8", "of the files: gb18030, big5, utf-16 …", group="pairs")
+    on_bad_line: str = option("error", "what to do with a line that cannot be read", ("error", "skip"), group="pairs")
+
+
+def run(config: Config) -> None:
+    out = Path(config.out)
+    refuse_link(out)
+    loaded = load_model(config)
+    template = template_of(config, loaded.folder)
+    context = context_of(loaded.model)
+    if config.max_new_tokens >= context:
+        raise UserError(
+            f"--max_new_tokens {config.max_new_tokens}: the model's context has {context} tokens, of which a prompt "
+            f"needs some; give at most {context - 1}"
+        )
+    rows = PromptRows(
+        listed_files(config.data),
+        loaded.tokenizer,
+        context,
+        seed=config.seed,
+        template=template,
+        room=config.max_new_tokens,
+        on_bad_line=config.on_bad_line,
+        encoding=config.encoding,
+    )
+    tell(rows.summary())
+    pairs = list(own_pairs(config, loaded, template, rows))
+    n_asked = min(config.prompts or rows.rows_per_epoch, rows.rows_per_epoch)
+    if not pairs:
+        raise UserError(
+            f"{config.data}: to none of {n_asked:,} prompts two of {config.n} answers ended and had different rewards, "
+            "so none is better than another; raise --n or --max_new_tokens, or ask other prompts"
+        )
+
+    def write(scratch: Path) -> None:
+        with scratch.open("w", encoding="utf-8", newline="\n") as file:
+            for pair in pairs:
+                file.write(json.dumps(pair, ensure_ascii=False) + "\n")
+
+    write_file(out, write)
+    rest = n_asked - len(pairs)
+    tell(f"{out}: {len(pairs):,} pairs; to {rest:,} prompts all answers that ended had the same reward")
+
+
+def own_pairs(config: Config, loaded: Loaded, template: str, rows: PromptRows) -> Iterator[dict]:
+    """A preference row for each prompt to which some answers are better than others."""
+    model, tokenizer, _ = loaded
+    device = model.norm.weight.device
+    longest = context_of(model)
+    rewards = Rewards(config.reward, tokenizer, device=device, template=template, longest=longest)
+    rollout = RolloutConfig(
+        config.n,
+        config.max_new_tokens,
+        config.temperature,
+        tuple(tokenizer.stop_ids(template)),
+        tokenizer.pad_id,
+        config.seed,
+    )
+    positions = np.arange(min(config.prompts or rows.rows_per_epoch, rows.rows_per_epoch))
+    for begin in tqdm(range(0, len(positions), config.prompts_at_once), desc="answering", disable=None):
+        numbers = positions[begin : begin + config.prompts_at_once]
+        prompts = rows.rows(numbers)
+        rolled = roll_out(model, [prompt.ids for prompt in prompts], numbers.tolist(), 0, rollout)
+        values = rewards(rolled, prompts).view(-1, config.n).tolist()  # (P, n)
+        texts = [tokenizer.decode(answer) for answer in rolled.answers]
+        ended = rolled.ended.tolist()
+        for index, prompt in enumerate(prompts):
+            of_prompt = range(index * config.n, (index + 1) * config.n)
+            # an answer that was cut has no end, which would be written into a preference file
+            kept = [(value, texts[i]) for value, i in zip(values[index], of_prompt, strict=True) if ended[i]]
+            yield from pair(prompt, kept)
+
+
+def pair(prompt: Prompt, answers: list[tuple[float, str]]) -> Iterator[dict]:
+    """The best and the worst answer as a row, unless they are equally good; of equal ones the first that was drawn."""
+    said = [(reward, text) for reward, text in answers if text.strip()]
+    if not said:
+        return
+    best = max(said, key=lambda answer: answer[0])
+    worst = min(said, key=lambda answer: answer[0])
+    if best[0] > worst[0]:
+        talk = [dict(message) for message in prompt.messages]
+        yield {
+            "prompt": talk[0]["content"] if len(talk) == 1 else talk,
+            "chosen": best[1],
+            "rejected": worst[1],
+            "chosen_reward": best[0],
+            "rejected_reward": worst[0],
+        }

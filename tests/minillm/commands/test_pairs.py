@@ -1,0 +1,70 @@
+"""pairs: of a model's own answers to each prompt the best and the worst, by a reward, as a file for train_dpo.py."""
+
+import json
+
+import pytest
+
+from minillm.commands.pairs import pair
+from minillm.datasets.preferences import PreferenceRows
+from minillm.datasets.prompts import Prompt
+
+COUNT_E = """
+def count(prompts, answers, rows):
+    return [answer.count("e") * row["worth"] for answer, row in zip(answers, rows)]
+"""
+ASKED = ("pairs", "--data", "prompts.jsonl", "--reward", "judge.py:count", "--out", "own.jsonl")
+DRAWN = ("--n", "24", "--max_new_tokens", "36", "--prompts_at_once", "2")
+
+
+@pytest.fixture
+def prompts(home):
+    """Prompts, of which the last is worth nothing, so that none of its answers is better than another."""
+    talk = [{"role": "user", "content": "Tom?"}, {"role": "assistant", "content": "Yes."}]
+    talk.append({"role": "user", "content": "And Anna?"})
+    rows = [{"prompt": f"Tom {n}", "worth": 1} for n in range(3)]
+    rows += [{"messages": talk, "worth": 1}, {"prompt": "Peter", "worth": 0}]
+    (home.path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    (home.path / "judge.py").write_text(COUNT_E)
+    return rows
+
+
+def test_the_best_and_the_worst_of_the_models_own_answers(home, prompts, call):
+    status, _, err = call(*ASKED, *DRAWN)
+    assert status == 0, err
+    rows = [json.loads(line) for line in (home.path / "own.jsonl").read_text().splitlines()]
+    assert rows and f"{len(rows)} pairs" in err
+    questions = [row["prompt"] for row in prompts[:3]] + [prompts[3]["messages"]]
+    assert all(row["prompt"] in questions for row in rows)
+    for row in rows:
+        assert row["chosen"].count("e") == row["chosen_reward"] > row["rejected_reward"] == row["rejected"].count("e")
+    assert PreferenceRows(home.path / "own.jsonl", home.tokenizer, 128).n_pairs == len(rows)  # as train_dpo.py reads it
+
+
+def test_the_same_seed_gives_the_same_pairs_however_many_are_asked_at_once(home, prompts, call):
+    assert call(*ASKED, *DRAWN)[0] == 0
+    two_at_once = (home.path / "own.jsonl").read_bytes()
+    assert call(*ASKED, *DRAWN[:-1], "5")[0] == 0
+    assert (home.path / "own.jsonl").read_bytes() == two_at_once
+    assert call(*ASKED, *DRAWN, "--seed", "4")[0] == 0
+    assert (home.path / "own.jsonl").read_bytes() != two_at_once
+
+
+def test_equal_and_empty_answers_make_no_pair():
+    prompt = Prompt(0, [1], "a", {}, ({"role": "user", "content": "a"},))
+    assert list(pair(prompt, [(0.5, "x"), (0.5, "y")])) == []
+    assert list(pair(prompt, [(0.5, "x"), (0.9, " ")])) == []
+    assert list(pair(prompt, [])) == []
+    (row,) = pair(prompt, [(0.5, "x"), (0.9, "y"), (0.9, "z"), (0.1, "w")])
+    assert (row["chosen"], row["rejected"]) == ("y", "w")
+
+
+def test_answers_that_are_all_alike_are_an_error_and_write_nothing(home, prompts, call):
+    (home.path / "judge.py").write_text("def count(prompts, answers, rows):\n    return [1.0] * len(answers)\n")
+    (home.path / "own.jsonl").unlink(missing_ok=True)
+    status, _, err = call(*ASKED, *DRAWN)
+    assert status == 2 and "had different rewards" in err and not (home.path / "own.jsonl").exists()
+
+
+def test_a_context_without_room_for_a_prompt_is_said(prompts, call):
+    status, _, err = call(*ASKED, "--max_new_tokens", "64")
+    assert status == 2 and "--max_new_tokens 64: the model's context has 64 tokens" in err
