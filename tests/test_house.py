@@ -43,7 +43,7 @@ BUDGET = {
     "evaluation": 4_500,
     "training": 13_800,
     "alignment": 21_000,
-    "commands": 16_000,  # pairs judged by a reward model, the best of n; speeds beside trl's
+    "commands": 21_000,  # pairs of own answers, judged answers, speeds beside trl's, sums of a plan, checks of a cluster
     "scripts": 18_000,
 }
 MOST_FILES = 15  # of one folder, besides its __init__.py

@@ -13,7 +13,7 @@ def count(prompts, answers, rows):
     return [answer.count("e") * row["worth"] for answer, row in zip(answers, rows)]
 """
 ASKED = ("pairs", "--data", "prompts.jsonl", "--reward", "judge.py:count", "--out", "own.jsonl")
-DRAWN = ("--n", "24", "--max_new_tokens", "36", "--prompts_at_once", "2")
+DRAWN = ("--n", "64", "--max_new_tokens", "36", "--prompts_at_once", "2")
 
 
 @pytest.fixture
@@ -45,7 +45,8 @@ def test_the_same_seed_gives_the_same_pairs_however_many_are_asked_at_once(home,
     two_at_once = (home.path / "own.jsonl").read_bytes()
     assert call(*ASKED, *DRAWN[:-1], "5")[0] == 0
     assert (home.path / "own.jsonl").read_bytes() == two_at_once
-    assert call(*ASKED, *DRAWN, "--seed", "4")[0] == 0
+    status, _, err = call(*ASKED, *DRAWN, "--seed", "4")
+    assert status == 0, err
     assert (home.path / "own.jsonl").read_bytes() != two_at_once
 
 
