@@ -21,7 +21,8 @@ import torch
 
 from data import bundled
 from minillm.alignment import judging, reference
-from minillm.alignment.advantages import (
+from minillm.alignment.alarms import Idle, distance_alarm
+from minillm.alignment.grpo.advantages import (
     OF_TOKENS,
     SCALED,
     group_advantages,
@@ -29,8 +30,7 @@ from minillm.alignment.advantages import (
     overlong_penalty,
     token_advantages,
 )
-from minillm.alignment.alarms import Idle, distance_alarm
-from minillm.alignment.group_options import GroupConfig
+from minillm.alignment.grpo.options import GroupConfig
 from minillm.alignment.judging import Judge, Judged
 from minillm.alignment.log_probs import Policy
 from minillm.alignment.optimum import objective

@@ -42,9 +42,11 @@ from minillm.datasets.prompts import Prompt
 from minillm.datasets.questions import read_questions
 from minillm.distributed import ranks as distributed
 from minillm.distributed.parallelize import gradients_synced, marked_last, parallelize
+from minillm.distributed.ranks import Ranks
 from minillm.evaluation import answers
 from minillm.model import ops
 from minillm.model.transformer import Transformer
+from minillm.tokenizer.tokenizer import Tokenizer
 from minillm.training import starting_model
 from minillm.training.config import listed_files, summary
 from minillm.training.optim import build_optimizers
@@ -107,15 +109,7 @@ def main() -> int:
     replay = Replay(training_config, tokenizer)
 
     # what answers are worth: as a model has learned it, and in truth
-    reward_model = None
-    if training_config.reward_model is not None:
-        how = dict(template=training_config.template, merged=training_config.tune == "full")
-        how |= dict(tokenizer=tokenizer, longest=training_config.room)
-        reward_model = load_reward_model(training_config.reward_model, ranks.device, **how)
-    true_reward = None
-    if training_config.true_reward is not None:
-        judged_by = (training_config.reward_time_s, ranks.device, training_config.template, training_config.room)
-        true_reward = Rewards(training_config.true_reward, tokenizer, *judged_by)
+    reward_model, true_reward = read_rewards(training_config, ranks, tokenizer)
 
     # the run: its folder, and the checkpoint to go on from
     order = (training_config.batch_size, training_config.seq_len, training_config.seed, training_config.group_size)
@@ -160,6 +154,22 @@ def main() -> int:
         conclude(run, before, measure())
     distributed.stop()
     return status
+
+
+def read_rewards(
+    training_config: Config, ranks: Ranks, tokenizer: Tokenizer
+) -> tuple[Transformer | None, Rewards | None]:
+    """The reward model, and the true reward; None for what there is not."""
+    reward_model = None
+    if training_config.reward_model is not None:
+        how = dict(template=training_config.template, merged=training_config.tune == "full")
+        how |= dict(tokenizer=tokenizer, longest=training_config.room)
+        reward_model = load_reward_model(training_config.reward_model, ranks.device, **how)
+    true_reward = None
+    if training_config.true_reward is not None:
+        judged_by = (training_config.reward_time_s, ranks.device, training_config.template, training_config.room)
+        true_reward = Rewards(training_config.true_reward, tokenizer, *judged_by)
+    return reward_model, true_reward
 
 
 def with_rates(training_config: Config, given_lr: float | None) -> Config:

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from minillm.alignment.advantages import group_advantages, has_spread, overlong_penalty, token_advantages
+from minillm.alignment.grpo.advantages import group_advantages, has_spread, overlong_penalty, token_advantages
 from minillm.base.errors import UserError
 from minillm.distributed.ranks import Ranks
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minillm.alignment import token_rewards
-from minillm.alignment.advantages import group_advantages
+from minillm.alignment.grpo.advantages import group_advantages
 from minillm.alignment.log_probs import loss_through_log_probs
 from minillm.alignment.policy_loss import Experience, PolicyLoss, clipped_loss
 from minillm.alignment.rollouts import RolloutConfig, roll_out

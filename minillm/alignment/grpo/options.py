@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from minillm.alignment.advantages import OF_TOKENS, SCALED
+from minillm.alignment.grpo.advantages import OF_TOKENS, SCALED
 from minillm.alignment.options import ReplayConfig
 from minillm.alignment.policy_loss import CLIPS, CORRECTIONS, KL_TERMS, PolicyLoss
 from minillm.alignment.rollouts import RolloutConfig

@@ -1,0 +1,1 @@
+"""Learning from groups of answers: its options, and the advantages of answers over their group."""
