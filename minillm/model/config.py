@@ -133,6 +133,26 @@ PRESETS: dict[str, dict] = {
         rope_theta=5e5,
         tie_embeddings=False,
     ),
+    "70b": dict(
+        dim=8192,
+        n_layers=80,
+        n_heads=64,
+        n_kv_heads=8,
+        ffn_dim=28672,
+        max_seq_len=8192,
+        rope_theta=5e5,
+        tie_embeddings=False,
+    ),
+    "405b": dict(
+        dim=16384,
+        n_layers=126,
+        n_heads=128,
+        n_kv_heads=8,
+        ffn_dim=53248,
+        max_seq_len=8192,
+        rope_theta=5e5,
+        tie_embeddings=False,
+    ),
 }
 
 

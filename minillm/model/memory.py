@@ -5,7 +5,6 @@ weights, gradients, optimizer and the residual stream stay in fp32. Not counted:
 3 % of the base), and the CUDA context (about 0.5 GB).
 """
 
-import dataclasses
 import math
 import os
 
@@ -14,17 +13,11 @@ import torch
 from minillm.base import files
 from minillm.base.errors import UserError
 from minillm.model.config import ModelConfig
+from minillm.model.layouts import GRADIENT, WEIGHT, Work
 from minillm.model.quant import BLOCK, GROUP
-from minillm.model.size import empty_model, n_parameters
+from minillm.model.size import layer_parameters, linear_shapes, n_parameters
 
 FP32 = 4
-
-
-def linear_shapes(shape: ModelConfig) -> dict[str, tuple[int, int]]:
-    """(inputs, outputs) of the linear maps of a layer by name, as the modules themselves have them."""
-    (layer,) = empty_model(dataclasses.replace(shape, n_layers=1)).layers
-    linears = {name: module for name, module in layer.named_modules() if hasattr(module, "in_features")}
-    return {name: (linear.in_features, linear.out_features) for name, linear in linears.items()}
 
 
 def _stored(n_in: int, n_out: int, bits: int | None) -> int:
@@ -150,6 +143,49 @@ def adapter_training(
         **weights(shape, bits),
         f"adapters of rank {rank}, AdamW": FP32 * n_trained + sum(optimizer_state(n_trained).values()),
         **recomputed_activations(shape, rows, seq_len, size, bits=bits, frozen=True),
+    }
+
+
+# ---- the same on many GPUs
+
+
+def gpu_memory(shape: ModelConfig, work: Work) -> dict[str, int]:
+    """Bytes that each GPU of a layout takes at its peak, all parameters being trained, in bfloat16.
+
+    Weights, gradients and moments are divided among the GPUs that hold a copy together. A layer's weights are whole
+    only while it computes: those of two layers at a time, the second on its way, and embedding and head throughout.
+    With them comes one layer's gradient in float32 beside what is sent of it, and that of the head.
+    A single copy has what one device has: weights and gradients of its own, and what autocast converts.
+    """
+    n_state = work.layout.n_holding
+    n_trained = n_parameters(shape)
+    moments = optimizer_state(n_trained)["moments"]
+    if work.muon:  # one moment for the matrices of the layers
+        moments -= FP32 * shape.n_layers * sum(n_in * n_out for n_in, n_out in linear_shapes(shape).values())
+    state = sum(weights(shape).values()) + FP32 * n_trained + moments
+
+    if n_state == 1:
+        gathered = autocast_weights(shape, WEIGHT)
+        gradients = 0
+    else:
+        layer = layer_parameters(shape)
+        outside = n_trained - shape.n_layers * layer  # embedding, last norm, head
+        gathered = WEIGHT * (2 * layer // work.layout.tp + outside)
+        head = shape.vocab_size * shape.dim
+        gradients = (WEIGHT + GRADIENT) * layer // work.layout.tp + GRADIENT * head
+
+    # activations of this GPU's part of each row; of its weights no copies, since they come in bfloat16
+    part = work.rows, work.seq_len // (work.layout.cp * work.layout.tp), WEIGHT
+    if work.recompute:
+        items = recomputed_activations(shape, *part, bits=8 * WEIGHT, frozen=True)
+    else:
+        items = activations(shape, *part)
+        items.pop("weights in autocast")
+    return {
+        "state": state // n_state,
+        "gathered": gathered,
+        "gradients": gradients,
+        "activations": sum(items.values()),
     }
 
 

@@ -1,5 +1,6 @@
 """How large a model is, counted on its modules: what a reader adds to them is counted without another line."""
 
+import dataclasses
 import functools
 
 import torch
@@ -37,6 +38,20 @@ def _counts(config: ModelConfig) -> tuple[int, int]:
 def n_parameters(config: ModelConfig) -> int:
     """Number of trainable parameters of a whole model (a tied embedding counts once)."""
     return _counts(config)[0]
+
+
+@functools.lru_cache(maxsize=64)
+def linear_shapes(shape: ModelConfig) -> dict[str, tuple[int, int]]:
+    """(inputs, outputs) of the linear maps of a layer by name, as the modules themselves have them."""
+    (layer,) = empty_model(dataclasses.replace(shape, n_layers=1)).layers
+    linears = {name: module for name, module in layer.named_modules() if hasattr(module, "in_features")}
+    return {name: (linear.in_features, linear.out_features) for name, linear in linears.items()}
+
+
+def layer_parameters(shape: ModelConfig) -> int:
+    """Number of trainable parameters of one layer."""
+    one, two = (n_parameters(dataclasses.replace(shape, n_layers=n)) for n in (1, 2))
+    return two - one
 
 
 def flops_per_token(config: ModelConfig, seq_len: int) -> int:
