@@ -24,6 +24,7 @@ COMMANDS = {
     "pairs": "minillm.commands.pairs",
     "plot": "minillm.commands.plot",
     "info": "minillm.commands.info",
+    "plan": "minillm.commands.plan",
     "vocab train": "minillm.commands.vocab.train",
     "vocab merge": "minillm.commands.vocab.merge",
     "vocab prune": "minillm.commands.vocab.prune",

@@ -15,11 +15,28 @@ SIZES = {"float32": 4, "bfloat16": 2}  # bytes of a number
 
 
 @dataclass(frozen=True)
-class Config(Options):
+class ShapeChoice(Options):
+    """Whose sums are to be done."""
+
     preset: str | None = option(None, "a preset's shape", tuple(PRESETS))
     model: str | None = option(None, "a run or model folder's shape, in place of a preset's")
     vocab_size: int | None = option(None, "ids; none: GPT-2's 50257, small presets less", at_least=1)
     seq_len: int | None = option(None, "tokens of a sequence; none: the model's context", at_least=1)
+
+    def problems(self) -> list[str]:
+        if bool(self.preset) == bool(self.model):
+            return ["give either --preset NAME or --model DIR"]
+        return []
+
+    def shape(self) -> ModelConfig:
+        """The shape that is chosen."""
+        if self.model:
+            return huggingface.load_config(run_folder.resolve_checkpoint(self.model))
+        return preset(self.preset, vocab_size=self.vocab_size or vocab_size_of(self.preset))
+
+
+@dataclass(frozen=True)
+class Config(ShapeChoice):
     micro_batch_size: int = option(8, "sequences in one forward pass", at_least=1)
     lora_rank: int | None = option(
         None, "add the memory of training adapters of this rank on a frozen base", at_least=1
@@ -27,9 +44,7 @@ class Config(Options):
     base_bits: int | None = option(None, "of that base; none: 32", BITS)
 
     def problems(self) -> list[str]:
-        problems = []
-        if bool(self.preset) == bool(self.model):
-            problems.append("info: give either --preset NAME or --model DIR")
+        problems = super().problems()
         if self.base_bits is not None and self.lora_rank is None:
             problems.append(
                 f"--base_bits {self.base_bits}: this is the base of adapters; give their rank too (--lora_rank)"
@@ -38,7 +53,7 @@ class Config(Options):
 
 
 def run(config: Config) -> None:
-    shape = _shape(config)
+    shape = config.shape()
     seq_len = config.seq_len or shape.max_seq_len
     for name, value in dataclasses.asdict(shape).items():
         if value is not None:
@@ -58,12 +73,6 @@ def run(config: Config) -> None:
         print(f"\nLoRA, {config.micro_batch_size} × {seq_len} tokens in bfloat16 with --checkpoint_activations")
         for name, n_bytes in {**items, "all": sum(items.values())}.items():
             print(f"  {name:<30}{_bytes(n_bytes):>10}")
-
-
-def _shape(config: Config) -> ModelConfig:
-    if config.model:
-        return huggingface.load_config(run_folder.resolve_checkpoint(config.model))
-    return preset(config.preset, vocab_size=config.vocab_size or vocab_size_of(config.preset))
 
 
 def _print_training(shape: ModelConfig, rows: int, seq_len: int) -> None:

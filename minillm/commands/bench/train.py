@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from minillm.base import files
 from minillm.base.device import autocast, peak_flops, pick_dtype
 from minillm.base.errors import UserError
 from minillm.base.options import Options, option
@@ -42,6 +43,7 @@ class Config(Options):
     rows: int = option(8, "sequences of a step", at_least=1)
     seq_len: int = option(256, "tokens of a sequence", at_least=1)
     vocab_size: int | None = option(None, "entries of the vocabulary; none: the preset's usual", at_least=1)
+    json: str | None = option(None, "also write the speeds into this file, which `plan --measured` reads")
 
 
 @contextlib.contextmanager
@@ -232,6 +234,17 @@ def run(config: Config) -> None:
 
     # the table
     flops = flops_per_token(model.config, seq_len)
+    if config.json:
+        measured = {
+            "device": machine(device) if device.type == "cuda" else device.type,
+            "dtype": str(dtype).removeprefix("torch."),
+            "parameters": n_parameters(model.config),
+            "flops_per_token": flops,
+            "rows": rows,
+            "seq_len": seq_len,
+            "tokens_per_s": {name: rows * seq_len / seconds[name] for name in seconds},
+        }
+        files.write_json_atomically(config.json, measured)
     peak = peak_flops(device, dtype)
     if peak:  # measured or listed too low if a side does more
         peak = max(peak, rows * seq_len / min(seconds.values()) * flops)
