@@ -27,6 +27,7 @@ from minillm.checkpoint.train_state import fingerprint
 from minillm.datasets.token_bins import TokenBins, parse_mixture
 from minillm.datasets.windows import TokenWindows
 from minillm.distributed import ranks as distributed
+from minillm.distributed.hosts import once_a_host
 from minillm.distributed.parallelize import gradients_synced, marked_last, parallelize
 from minillm.evaluation.validation import Validation
 from minillm.generation.completion import generate
@@ -74,9 +75,8 @@ def main() -> int:
     training_config, ranks, finish_kernel_check = begin(training_config)
 
     # data: token bins, and the tokenizer beside them
-    if training_config.data == bundled.FOLDER and ranks.main:
-        bundled.build(Path(training_config.data))
-    ranks.barrier()  # the others wait until it is written
+    if training_config.data == bundled.FOLDER:
+        once_a_host(ranks, bundled.build)
     foreign = dict(dtype=training_config.data_dtype, vocab_size=training_config.data_vocab_size)  # of a raw .bin
     bins = [(TokenBins(path, "train", **foreign), weight) for path, weight in parse_mixture(training_config.data)]
     seq_len = training_config.seq_len

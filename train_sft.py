@@ -23,6 +23,7 @@ from minillm.checkpoint.train_state import fingerprint
 from minillm.datasets.instructions import InstructionRows
 from minillm.datasets.questions import read_questions
 from minillm.distributed import ranks as distributed
+from minillm.distributed.hosts import once_a_host
 from minillm.distributed.parallelize import gradients_synced, marked_last, parallelize
 from minillm.evaluation import answers
 from minillm.evaluation.validation import answer_loss
@@ -101,9 +102,8 @@ def main() -> int:
 
     # data: rows of instructions, packed, with a mask on the targets that are learned
     is_bundled = training_config.data == Config.data
-    if is_bundled and ranks.main:
-        bundled.build()
-    ranks.barrier()  # the others wait until it is written
+    if is_bundled:
+        once_a_host(ranks, bundled.build)
     rows = read_rows(training_config, listed_files(training_config.data), tokenizer)
     length_option = "epochs" if training_config.steps is None else "steps"
     training_config, end = with_steps(training_config, rows.total_rows(training_config.epochs))

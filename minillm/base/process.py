@@ -8,6 +8,7 @@ import re
 import signal
 import socket
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,6 +23,7 @@ except ImportError:  # Windows
 
 HOLDER = re.compile(r"process \d+ on ")  # how the line in a lock begins
 HOLDER_BYTES = 200  # it is no longer
+LEASE_S = 100  # seconds after which a network disk's server frees the locks of a machine that is gone (NFS: 90)
 MEMORY_REMEDY = "close other programs, or give a smaller model or input"
 
 _memory_remedy = MEMORY_REMEDY
@@ -44,17 +46,43 @@ class RunLock:
             print(f"{run}: cannot be locked on this system; start no second run with the same --out")
             return
         try:
-            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self.file.close()
-            holder = holder or "another process"
-            raise UserError(f"--out {run}: in use by {holder}; end that run or choose another --out") from None
+            is_ours = self._locked(run, holder)
         except OSError as problem:  # some network disks
             print(f"{run}: cannot be locked ({problem.strerror}); start no second run with the same --out")
             return
+        if not is_ours:
+            self.file.close()
+            holder = holder or "another process"
+            raise UserError(f"--out {run}: in use by {holder}; end that run or choose another --out")
         os.register_at_fork(after_in_child=self.file.close)  # a child that outlives us must not keep the lock
         self.file.truncate(0)
         self.file.write(f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+
+    def _locked(self, run: str | Path, holder: str) -> bool:
+        """Whether the file is locked for this process now; holder: the line in it.
+
+        The server of a network disk keeps the lock of a machine that is gone until its lease ends. So the end of a
+        lock that another machine has is waited for.
+        """
+        if self._try_lock():
+            return True
+        machine = holder.rpartition(" on ")[2]
+        if machine in ("", socket.gethostname()):
+            return False
+        print(f"{run}: locked by {holder}; waiting up to {LEASE_S} s, in case {machine} is gone", flush=True)
+        until = time.monotonic() + LEASE_S
+        while time.monotonic() < until:
+            time.sleep(LEASE_S / 100)
+            if self._try_lock():
+                return True
+        return False
+
+    def _try_lock(self) -> bool:
+        try:
+            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        return True
 
     def release(self) -> None:
         """Unlock before the process ends."""

@@ -8,6 +8,7 @@ torchrun --nnodes 2 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint HOST:
 import hashlib
 import json
 import os
+import socket
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -116,15 +117,44 @@ def start(device: str = "auto", timeout_s: float = 600.0) -> Ranks:
     if world > 1:
         explain_lost_ranks(rank, world)
         backend = "nccl" if chosen.type == "cuda" else "gloo"
+        store = _new_store(timedelta(seconds=2 * timeout_s))
+        _check_kind(store, rank, chosen.type)
+        if rank == 0 and _would_not_come_back():
+            print(
+                "torchrun: a machine that is started again cannot join this run; for that, "
+                "export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 on every machine before torchrun",
+                flush=True,
+            )
         dist.init_process_group(
             backend,
-            store=_new_store(timedelta(seconds=2 * timeout_s)),
+            store=store,
             rank=rank,
             world_size=world,
             timeout=timedelta(seconds=LOADING * timeout_s),  # during training the watchdog acts sooner
             device_id=chosen if backend == "nccl" else None,
         )
     return Ranks(rank, world, chosen)
+
+
+def _check_kind(store: dist.Store, rank: int, kind: str) -> None:
+    """Refuse a device of another kind than rank 0's: the kinds talk in different ways, and would wait for ever."""
+    if rank == 0:
+        store.set("device", f"{kind} {socket.gethostname()}")
+        return
+    kind_of_main, main_host = store.get("device").decode().split()
+    if kind != kind_of_main:
+        raise UserError(
+            f"--device auto: rank {rank} on {socket.gethostname()} would take its {kind}, but rank 0 on {main_host} "
+            f"has taken its {kind_of_main}; give --device cpu, or mend the GPUs there (nvidia-smi)"
+        )
+
+
+def _would_not_come_back() -> bool:
+    """Whether several machines share torchrun's own store over its restarts: one that comes back waits there for
+    entries of the earlier attempt, until all end (pytorch#135712)."""
+    given = os.environ
+    machines, restarts = int(given.get("GROUP_WORLD_SIZE", 1)), int(given.get("TORCHELASTIC_MAX_RESTARTS", 0))
+    return machines > 1 and restarts > 0 and given.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
 def _own_gpu(chosen: torch.device, rank: int, world: int) -> torch.device:

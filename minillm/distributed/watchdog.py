@@ -183,7 +183,8 @@ def _who_is_lost(rank: int, world: int, timed_out: bool) -> str:
 
 def _speaks(rank: int, signs: dict[int, Sign]) -> bool:
     """Whether this rank is the first of its machine that has given a sign."""
-    return rank == min(other for other, sign in signs.items() if sign.host == signs[rank].host)
+    here = [other for other, sign in signs.items() if sign.host == socket.gethostname()]
+    return rank == min(here, default=rank)
 
 
 def _store() -> dist.Store:

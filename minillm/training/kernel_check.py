@@ -13,6 +13,7 @@ import contextlib
 import hashlib
 import itertools
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -22,6 +23,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from minillm.distributed.hosts import first_on_host
 from minillm.distributed.ranks import Ranks
 from minillm.generation.completion import prefill
 from minillm.generation.recorded_step import RecordedStep
@@ -42,7 +44,7 @@ ROWS = (1, 16, 100, 300)  # multiplied by a quantized weight: smallest and large
 def check_kernels(ranks: Ranks, say: Callable[[str], None] = print, base_bits: int | None = None) -> None:
     """On all ranks: where `auto` means our kernels, check once that they are right, else select torch's ops.
 
-    say: prints a line; called on the main rank. base_bits: of the run's frozen base, if it has one.
+    say: prints a line; called on the first rank of a machine. base_bits: of the run's frozen base, if it has one.
     """
     begin(ranks, say, base_bits).settle()
 
@@ -63,20 +65,31 @@ class Check:
         self.say = say
         self.quantized = base_bits in QUANTIZED
         self.process: subprocess.Popen | None = None
-        is_automatic = ops.selected() == "auto" and ranks.device.type == "cuda"
-        self.needed = is_automatic and ops.fused(torch.empty(0, device=ranks.device))
-        if self.needed and ranks.main and not self._right_before().exists():
+        # the same on all ranks, unlike whether a machine has what the kernels need
+        self.is_automatic = ops.selected() == "auto" and ranks.device.type == "cuda"
+        self.are_there = self.is_automatic and ops.fused(torch.empty(0, device=ranks.device))
+        if self.are_there and first_on_host() and not self._right_before().exists():
             self._start()
 
     def settle(self) -> None:
-        """Wait for the answer, and on all ranks select torch's ops if the kernels are not right."""
-        if not self.needed:
+        """Wait for the answers of all machines, and on all ranks select torch's ops if any has no right kernels."""
+        if not self.is_automatic:
             return
         problem = self._problem() if self.process else ""
-        if self.ranks.max(int(bool(problem))):
+        answers = self.ranks.exchange([socket.gethostname(), self.are_there, problem])
+        if not any(are_there for _, are_there, _ in answers):
+            return  # torch's are used as it is, and `ops.describe` says why
+        for host, are_there, problem in answers:
+            if are_there and not problem:
+                continue
             ops.select("torch")
+            where = f" on {host}" if self.ranks.world > 1 else ""
+            what = f"{problem}; using torch's. Please report it."
+            if not are_there:
+                what = "cannot be used, so torch's are, on all machines; python -m minillm check_cluster says why"
             if self.ranks.main:
-                self.say(f"ops: the kernels {problem}; using torch's. Please report it.")
+                self.say(f"ops: the kernels{where} {what}")
+            return
 
     def _right_before(self) -> Path:
         """The file that exists if an earlier check found these kernels right on this GPU."""

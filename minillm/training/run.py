@@ -25,6 +25,7 @@ from minillm.base.printing import clipped
 from minillm.base.process import StopSignals, advise_on_memory
 from minillm.checkpoint import run_folder, train_state
 from minillm.distributed import ranks as distributed
+from minillm.distributed.hosts import differences
 from minillm.distributed.ranks import Ranks
 from minillm.distributed.watchdog import Watchdog
 from minillm.model import ops
@@ -103,8 +104,9 @@ class Run:
         # the checkpoint to go on from: rank 0 finds and verifies it, the others take the same
         if not ranks.agree(fingerprints):
             raise UserError(
-                "the processes have opened different data or models: were they changed or prepared again meanwhile, or "
-                "do machines hold different copies? Start once more with the same files everywhere"
+                f"the processes have opened different data or models ({'; '.join(differences(ranks, fingerprints))}): "
+                "were they changed or prepared again meanwhile, or do machines hold different copies? Start once more "
+                "with the same files everywhere"
             )
         self.source: Path | None = None
         self.saved: dict = {"step": 0, "time_s": 0.0}

@@ -6,13 +6,14 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from pathlib import Path
 
 import pytest
 import torch
 
-from minillm.base import files
+from minillm.base import files, process
 from minillm.base.errors import UserError
 from minillm.base.process import RunLock, StopSignals, run_script
 from minillm.checkpoint import run_folder
@@ -153,10 +154,23 @@ def test_a_second_run_is_refused_until_the_first_is_dead(tmp_path):
         os.killpg(holder.pid, signal.SIGKILL)
 
 
+def test_the_lock_of_another_machine_is_waited_for(tmp_path, monkeypatch, capsys):
+    """A network disk frees the lock of a machine that is gone after a while; one that is alive keeps it."""
+    monkeypatch.setattr(process, "LEASE_S", 1)
+    holder = RunLock(tmp_path)
+    (tmp_path / "lock").write_text("process 7 on another\n")
+    threading.Timer(0.3, holder.release).start()
+    lock = RunLock(tmp_path)
+    assert "locked by process 7 on another; waiting up to 1 s, in case another is gone" in capsys.readouterr().out
+    (tmp_path / "lock").write_text("process 7 on another\n")
+    assert "in use by process 7 on another; end that run" in refused(lambda: RunLock(tmp_path))
+    lock.release()
+
+
 LOOP = """
 import sys, time
 from pathlib import Path
-from minillm.base import files
+from minillm.base import files, process
 from minillm.base.process import StopSignals, run_script
 from minillm.checkpoint import run_folder
 home, slow = Path(sys.argv[1]), float(sys.argv[2])

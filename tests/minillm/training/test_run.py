@@ -290,15 +290,6 @@ def test_a_failing_curve_is_no_failing_run(new_run, monkeypatch):
     assert new_run().draw() == "no curve: ZeroDivisionError: division by zero"
 
 
-def test_ranks_that_opened_other_data_are_refused(tmp_path):
-    class Others(Ranks):
-        def max(self, number: int) -> int:
-            return max(number, 12345)
-
-    with pytest.raises(UserError, match="the processes have opened different data"):
-        run.Run(TrainingConfig(out=str(tmp_path / "out")), Others(1, 2, CPU), {"data": "d"})
-
-
 def test_the_place_of_a_lost_folder_may_be_taken(tmp_path):
     folder = out_folder.OutFolder(tmp_path / "out")
     folder.open_logs(0, tensorboard=False)
