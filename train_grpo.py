@@ -43,12 +43,13 @@ from minillm.base.options import option
 from minillm.base.process import run_script
 from minillm.checkpoint.train_state import fingerprint
 from minillm.datasets.prompts import PromptRows
-from minillm.datasets.questions import read_questions
+from minillm.datasets.questions import CHECKS, read_questions
 from minillm.distributed import ranks as distributed
 from minillm.distributed.parallelize import gradients_synced, marked_last, parallelize
 from minillm.evaluation import answers
 from minillm.model import ops
 from minillm.model.transformer import Transformer
+from minillm.tokenizer.tokenizer import Tokenizer
 from minillm.training import starting_model
 from minillm.training.config import listed_files, summary
 from minillm.training.optim import OPTIMIZERS, build_optimizers
@@ -58,6 +59,7 @@ from minillm.tuning.adapter import merged
 
 SAY_EVERY = 10  # rollouts
 FAR = 50.0  # nats an answer
+RIGHT_OR_WRONG = (*CHECKS, "check")  # rewards that are 1 for the right answer of a row, and 0 for others
 
 
 @dataclass(frozen=True)
@@ -153,7 +155,7 @@ def main() -> int:
     def measure() -> dict:
         with merged(model):
             exact = answers.exact_match(model, tokenizer, questions, template=training_config.template)
-        return {"exact": exact, **held_out_reward(tools), **distance_to_optimum(training_config, tools)}
+        return {"exact": exact, **held_out_reward(tools), **distance_to_optimum(training_config, tools, tokenizer)}
 
     before = run.once("before.json", measure)
     status = train(training_config, run, model, tools, before or {})
@@ -304,15 +306,23 @@ def held_out_reward(tools: Tools) -> dict[str, float]:
     return {"heldout": row["reward"], "heldout_best": row["best_share"]}
 
 
-def distance_to_optimum(training_config: Config, tools: Tools) -> dict[str, float]:
-    """E[r] − β KL on the first training prompts, and an estimate of J*, the most that any policy has there."""
+def distance_to_optimum(training_config: Config, tools: Tools, tokenizer: Tokenizer) -> dict[str, float]:
+    """E[r] − β KL on the first training prompts, and J*, the most that any policy has there.
+
+    J* is estimated from answers, and where the reward is whether an answer is right, by the probability of that.
+    """
     n = min(training_config.optimum_prompts, tools.prompts.rows_per_epoch)
     if not n or not training_config.beta:
         return {}
     many = dataclasses.replace(tools.judge.rollout, group_size=training_config.optimum_answers)
-    judged = tools.judge.answers(tools.prompts.rows(np.arange(n)), list(range(n)), 0, many)
+    prompts = tools.prompts.rows(np.arange(n))
+    judged = tools.judge.answers(prompts, list(range(n)), 0, many)
     row = judging.means(judged.sums())
-    best = judging.optimum_of(judged, training_config.optimum_answers, training_config.beta)
+    at_least = None
+    if training_config.reward in RIGHT_OR_WRONG:
+        template, beta = training_config.template, training_config.beta
+        at_least = judging.optimum_by_answers(tools.judge, prompts, tokenizer, template, beta)
+    best = judging.optimum_of(judged, training_config.optimum_answers, training_config.beta, at_least)
     return {"objective": objective(row["reward"], row["kl"], training_config.beta), "optimum": best}
 
 

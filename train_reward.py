@@ -71,7 +71,7 @@ class Config(AlignmentConfig):
     )
     lr: float | None = option(
         None,
-        "peak learning rate; none: a quarter of what pretraining takes, or what suits the adapter",
+        "peak learning rate; none: an eighth of what pretraining takes, or what suits the adapter",
         at_least=0,
         group="optimizer",
     )
@@ -108,7 +108,7 @@ def main() -> int:
 
     # the model to start from, with a score head in place of its own, and its tokenizer
     training_config, (init, model_config, tokenizer) = starting_model.find_start(
-        training_config, ranks.device, share=1 / 4, score_head=True
+        training_config, ranks.device, share=1 / 8, score_head=True
     )
 
     # data: answers to the same prompts, and which of two is better

@@ -1,22 +1,26 @@
 """Answers of the policy, what they are worth, and how far they are from the reference."""
 
+import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from minillm.alignment.log_probs import answer_log_probs
-from minillm.alignment.optimum import estimated_optimum
+from minillm.alignment.optimum import estimated_optimum, right_wrong_optimum
 from minillm.alignment.policy_loss import Experience
 from minillm.alignment.reference import Reference
 from minillm.alignment.rewards import Rewards
 from minillm.alignment.rollouts import RolloutConfig, Rollouts, roll_out
 from minillm.alignment.token_rewards import kl_per_token
 from minillm.datasets.batch import Batch
+from minillm.datasets.instructions import collate
 from minillm.datasets.prompts import Prompt
 from minillm.model.transformer import Transformer
+from minillm.tokenizer.tokenizer import Tokenizer
 from minillm.tuning.adapter import merged
 
 BEST = 1 - 1e-6  # a reward from here on counts as all that was wanted
@@ -94,6 +98,10 @@ class Judge:
         self.rows_at_once = rows_at_once
         self.autocast = autocast
 
+    @property
+    def device(self) -> torch.device:
+        return self.model.embed_tokens.weight.device
+
     def answers(self, prompts: list[Prompt], numbers: list[int], step: int, rollout: RolloutConfig | None = None):
         """A group of answers to each prompt, as `Judged`. numbers, step: of `roll_out`; rollout: another than usual."""
         rollout = rollout or self.rollout
@@ -114,8 +122,35 @@ class Judge:
         return Judged(rolled, rewards, log_probs, reference, kl)
 
 
-def optimum_of(judged: Judged, group_size: int, beta: float) -> float:
-    """J* of the prompts, on average, estimated from these answers: see `estimated_optimum`."""
+def optimum_of(judged: Judged, group_size: int, beta: float, at_least: Tensor | None = None) -> float:
+    """J* of the prompts, on average, estimated from these answers: see `estimated_optimum`.
+
+    at_least: (P,), what it is known to be at least.
+    """
     rewards = judged.rewards.view(-1, group_size)  # (P, G)
     kl = None if judged.kl is None else judged.kl.sum(1).view(-1, group_size)
-    return float(estimated_optimum(rewards, beta, kl).mean())
+    found = estimated_optimum(rewards, beta, kl).cpu()  # (P,)
+    return float((found if at_least is None else torch.maximum(found, at_least)).mean())
+
+
+def optimum_by_answers(judge: Judge, prompts: list[Prompt], tokenizer: Tokenizer, template: str, beta: float) -> Tensor:
+    """J* of a reward that is 1 for the right answer of each prompt's row, 0 for all others: (P,) fp64 on the CPU.
+
+    The probability of that answer, its end included, is one forward pass of the reference at the sampler's temperature.
+    A check that forgives other spellings makes J* larger. −∞ for a prompt without an answer.
+    """
+    found = torch.full((len(prompts),), -math.inf, dtype=torch.float64)
+    where = [index for index, prompt in enumerate(prompts) if "answer" in prompt.row]
+    for begin in range(0, len(where), judge.rows_at_once):
+        part = where[begin : begin + judge.rows_at_once]
+        rows = []
+        for prompt in (prompts[index] for index in part):
+            talk = [*prompt.messages, {"role": "assistant", "content": prompt.row["answer"]}]
+            ids, _ = tokenizer.encode_chat(talk, template=template)
+            rows.append([(np.array(ids), np.arange(len(ids)) >= len(prompt.ids))])
+        longest = max(len(ids) - 1 for [(ids, _)] in rows)
+        batch = collate(rows, longest, tokenizer.pad_id, documents=False)
+        with judge.autocast():
+            log_probs = judge.reference.log_probs(batch.to(judge.device), judge.rollout.temperature)  # (n, T)
+        found[part] = right_wrong_optimum(log_probs.double().sum(1).cpu(), beta)
+    return found
