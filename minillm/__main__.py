@@ -33,6 +33,7 @@ COMMANDS = {
     "import": "minillm.commands.import_model",
     "export": "minillm.commands.export_model",
     "merge": "minillm.commands.merge",
+    "check_cluster": "minillm.commands.check_cluster",
     "bench train": "minillm.commands.bench.train",
     "bench generate": "minillm.commands.bench.generate",
     "bench tune": "minillm.commands.bench.tune",

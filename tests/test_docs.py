@@ -24,7 +24,7 @@ from train_pretrain import Config as Pretrain
 ROOT = Path(__file__).parents[1]
 SCRIPTS = {path.name: importlib.import_module(path.stem).Config for path in ROOT.glob("train_*.py")}
 BLOCK = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
-TORCHRUN = {"nproc_per_node", "nnodes", "rdzv_backend", "rdzv_endpoint", "max_restarts"}
+TORCHRUN = {"nproc_per_node", "nnodes", "rdzv_backend", "rdzv_endpoint", "rdzv_conf", "local_addr", "max_restarts"}
 every_page = pytest.mark.parametrize("path", [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")], ids=lambda path: path.name)
 
 
@@ -65,7 +65,7 @@ def test_links_and_files_are_there(path):
 @every_page
 def test_steps_can_be_shared_out_among_the_processes_of_torchrun(path, monkeypatch):
     for line in "\n".join(Page(path).blocks).replace("\\\n", "").splitlines():
-        if "torchrun" in line and "…" not in line:
+        if "torchrun" in line and "train_pretrain.py" in line and "…" not in line:
             launcher, _, options = line.partition("train_pretrain.py")
             monkeypatch.setattr("sys.argv", ["train_pretrain.py", *shlex.split(options)])
             asked = command_line.parse(Pretrain, "")

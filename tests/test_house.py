@@ -43,7 +43,7 @@ BUDGET = {
     "evaluation": 4_500,
     "training": 13_800,
     "alignment": 21_000,
-    "commands": 21_000,  # judged answers, pairs of them, speeds beside trl's, a plan's sums, a cluster's checks
+    "commands": 23_500,  # judged answers, pairs of them, speeds beside trl's, a plan's sums, a cluster's checks
     "scripts": 18_000,
 }
 MOST_FILES = 15  # of one folder, besides its __init__.py
