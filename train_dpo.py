@@ -149,9 +149,7 @@ def main() -> int:
     check_cut(training_config, ranks)
 
     # the model to start from, and its tokenizer
-    training_config, start = starting_model.find_start(
-        training_config, ranks.device, share=1 / 40, adapter_share=1 / 10
-    )
+    training_config, start = starting_model.find_start(training_config, ranks, share=1 / 40, adapter_share=1 / 10)
 
     # data: answers to prompts, and which is better
     is_bundled = training_config.data == Config.data
@@ -186,7 +184,7 @@ def main() -> int:
 
     # the model: resumed, or started from another; what it can do now; training; what it can do then
     finish_kernel_check()
-    model = starting_model.make_model(training_config, start.model_config, start.init, run.source, ranks.device)
+    model = starting_model.make_model(training_config, start.model_config, start.init, run.source, ranks)
     run.say(f"weights from {run.source or start.init}")
     before = held_out.recall(run, run.once("before.json", lambda: held_out.examine(model, run)))
     reference = Sums(run, model, start, rows, end)

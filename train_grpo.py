@@ -104,7 +104,7 @@ def main() -> int:
     training_config, ranks, finish_kernel_check = begin(parse(Config, __doc__))
 
     # the model to start from, its tokenizer, and the reward
-    training_config, start = starting_model.find_start(training_config, ranks.device, share=1 / 50)
+    training_config, start = starting_model.find_start(training_config, ranks, share=1 / 50)
     tokenizer = start.tokenizer
     if training_config.data == Config.data and ranks.main:
         bundled.build()
@@ -143,7 +143,7 @@ def main() -> int:
 
     # the model: resumed, or started from another; and the one that it stays near
     finish_kernel_check()
-    model = starting_model.make_model(training_config, start.model_config, start.init, run.source, ranks.device)
+    model = starting_model.make_model(training_config, start.model_config, start.init, run.source, ranks)
     run.say(f"weights from {run.source or start.init}")
     near = reference.make_reference(training_config, start, model) if training_config.beta else None
     rows_at_once = training_config.micro_batch_size * training_config.group_size

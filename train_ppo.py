@@ -92,7 +92,7 @@ def main() -> int:
 
     # the model to start from, and its tokenizer
     given_lr = training_config.lr
-    training_config, start = starting_model.find_start(training_config, ranks.device, share=1 / 40)
+    training_config, start = starting_model.find_start(training_config, ranks, share=1 / 40)
     training_config = with_rates(training_config, given_lr)
     tokenizer = start.tokenizer
     if training_config.data == Config.data and ranks.main:
@@ -133,7 +133,7 @@ def main() -> int:
 
     # the four models, and those who judge the policy's answers
     finish_kernel_check()
-    policy = starting_model.make_model(training_config, start.model_config, start.init, run.source, ranks.device)
+    policy = starting_model.make_model(training_config, start.model_config, start.init, run.source, ranks)
     roles = cast_roles(training_config, start, policy, reward_model)
     run.say(f"weights from {run.source or start.init}; {roles.describe()}")
     reward = true_reward if reward_model is None else LearnedReward(reward_model, training_config.rows_at_once)

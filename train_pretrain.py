@@ -33,11 +33,10 @@ from minillm.evaluation.validation import Validation
 from minillm.generation.completion import generate
 from minillm.generation.sampling import Sampling
 from minillm.model import config, ops
-from minillm.model.memory import check_memory
 from minillm.model.transformer import Transformer
 from minillm.tokenizer.sentencepiece_model import SentencePieceModel
 from minillm.tokenizer.tokenizer import Tokenizer
-from minillm.training import starting_model
+from minillm.training import sharding, starting_model
 from minillm.training.config import TrainingConfig, summary
 from minillm.training.optim import build_optimizers
 from minillm.training.run import Run, begin
@@ -96,7 +95,7 @@ def main() -> int:
     # the model's shape, and what follows from it
     init = starting_model.find_init(training_config)
     model_config = shape(training_config, first.vocab_size, init)
-    check_memory(training_config, model_config, ranks.device)
+    training_config = sharding.choose_layout(training_config, model_config, ranks)
     training_config = starting_model.choose_optimizer(training_config, model_config.dim)
 
     # the run: its folder, and the checkpoint to go on from
@@ -126,7 +125,7 @@ def main() -> int:
 
     # the model: resumed, started from another, or new
     finish_kernel_check()
-    model = starting_model.make_model(training_config, model_config, init, run.source, ranks.device)
+    model = starting_model.make_model(training_config, model_config, init, run.source, ranks)
     weights = run.source or init
     if weights is not None:
         run.say(f"weights from {weights}")
@@ -270,13 +269,16 @@ def train(training_config: Config, run: Run, model: Transformer, windows: TokenW
             scores = validation.scores(model, run.ranks, run.autocast())
             run.report(step, scores)
 
-    if run.status == 0 and run.ranks.main:
+    if run.status == 0:
         conclude(run, model, scores)
     return run.status
 
 
 def conclude(run: Run, model: Transformer, scores: dict[str, float]) -> None:
-    """Print the result: validation, a sample, where things are, and what to do next."""
+    """Print the result: validation, a sample, where things are, and what to do next.
+
+    Every rank writes the sample, since each may hold a part of the model, and rank 0 prints.
+    """
     perplexity = math.exp(min(scores["val_loss"], 700))
     summary = f"validation: {scores['val_loss']:.4f} nats a token, perplexity {perplexity:.2f}"
     if "val_bpb" in scores:

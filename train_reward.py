@@ -108,7 +108,7 @@ def main() -> int:
 
     # the model to start from, with a score head in place of its own, and its tokenizer
     training_config, (init, model_config, tokenizer) = starting_model.find_start(
-        training_config, ranks.device, share=1 / 8, score_head=True
+        training_config, ranks, share=1 / 8, score_head=True
     )
 
     # data: answers to the same prompts, and which of two is better
@@ -140,7 +140,7 @@ def main() -> int:
 
     # the model: resumed, or started from another
     finish_kernel_check()
-    model = starting_model.make_model(training_config, model_config, init, run.source, ranks.device)
+    model = starting_model.make_model(training_config, model_config, init, run.source, ranks)
     run.say(f"weights from {run.source or init}")
 
     status = train(training_config, run, model, rows, end, held_out_rows)

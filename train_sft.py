@@ -96,9 +96,7 @@ def main() -> int:
     training_config, ranks, finish_kernel_check = begin(choose_packing(parse(Config, __doc__)))
 
     # the model to start from, and its tokenizer
-    training_config, (init, model_config, tokenizer) = starting_model.find_start(
-        training_config, ranks.device, share=1 / 4
-    )
+    training_config, (init, model_config, tokenizer) = starting_model.find_start(training_config, ranks, share=1 / 4)
 
     # data: rows of instructions, packed, with a mask on the targets that are learned
     is_bundled = training_config.data == Config.data
@@ -134,18 +132,20 @@ def main() -> int:
 
     # the model: resumed, or started from another
     finish_kernel_check()
-    model = starting_model.make_model(training_config, model_config, init, run.source, ranks.device)
+    model = starting_model.make_model(training_config, model_config, init, run.source, ranks)
     run.say(f"weights from {run.source or init}")
 
     # answer the held-out questions, train, answer them again
     def count_exact() -> dict[str, tuple[int, int]]:
         with merged(model):
-            return answers.exact_match(model, tokenizer, questions, template=training_config.template)
+            return answers.exact_match(model, tokenizer, questions, template=training_config.template, say=run.say)
 
     before = run.once("before.json", count_exact) if questions else None
     status = train(training_config, run, model, rows, end, held_out_rows)
-    if status == 0 and ranks.main:
-        conclude(run, before or {}, count_exact() if questions else {})
+    if status == 0:
+        after = count_exact() if questions else {}  # on every rank: each may hold a part of the model
+        if ranks.main:
+            conclude(run, before or {}, after)
     distributed.stop()
     return status
 

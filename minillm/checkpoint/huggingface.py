@@ -18,6 +18,7 @@ from minillm.base.contents import Contents
 from minillm.base.errors import UserError, naming
 from minillm.checkpoint import rope_json, score_head, tensor_files
 from minillm.checkpoint.config_json import check_kinds, read_config
+from minillm.distributed import shards
 from minillm.model import quant
 from minillm.model.config import ModelConfig
 from minillm.model.size import empty_model
@@ -354,6 +355,20 @@ def open_folder(folder: str | Path) -> StoredModel:
     special_ids = {name: written[name] for name in SPECIAL_IDS if written.get(name) is not None}
     dtype = places["model.embed_tokens.weight"].dtype
     return StoredModel(config, dtype, read, special_ids)
+
+
+def fill_model(model: Transformer, folder: str | Path) -> None:
+    """Give a model, which may be dealt out over ranks, the weights of a folder, in the model's dtype.
+
+    Raises `UserError` listing everything that does not fit.
+    """
+    check_parameters(model.config, folder)
+    places = _find_weights(folder, model.config)
+    for name, parameter in model.named_parameters():
+        key = export_name(name)
+        whole = places[key].read(parameter.dtype)
+        tensor_files.check_finite(key, whole, folder)
+        shards.fill(parameter, whole)
 
 
 def load_model(

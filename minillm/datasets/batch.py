@@ -35,6 +35,10 @@ class Batch(NamedTuple):
     def n_targets(self) -> int:
         return self.y.numel() if self.mask is None else int(self.mask.sum())
 
+    def without_targets(self) -> "Batch":
+        """The batch with no position that counts."""
+        return self._replace(mask=torch.zeros_like(self.y, dtype=torch.bool))
+
     def one_text_a_row(self) -> "Batch":
         """The batch with each document in a row of its own, as wide as the longest; rows end in padding, mask False."""
         if self.documents is None:

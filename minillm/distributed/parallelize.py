@@ -1,29 +1,85 @@
-"""Parallelism, applied to a finished single-device model from outside, in one function."""
+"""Parallelism, applied to a finished single-device model from outside.
+
+A copy on every rank: DDP adds up the gradients (`parallelize`). Less than a copy on each: `shard_model`, in place, when
+the model is made.
+"""
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
-from torch import nn
+import torch.distributed as dist
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from minillm.distributed import fsdp
+from minillm.distributed.layout import Layout
 from minillm.distributed.ranks import Ranks
 
 
+def shard_model(model: nn.Module, layout: Layout, ranks: Ranks, *, compile: bool, dtype: torch.dtype) -> None:
+    """Leave of a model on each rank what the layout gives it, in place.
+
+    The model may be on the CPU or, without values, on the meta device. dtype: of matrix products; layers are gathered
+    in bfloat16 if that is what they compute in.
+    """
+    # the layers' own arithmetic, without what surrounds a call of them
+    if compile:
+        for layer in model.layers:
+            layer.forward = _in_training(layer, compiled(layer.forward), layer.forward)
+
+    # the parameters, dealt out
+    layer_mesh, outer_mesh = meshes(layout, ranks)
+    fsdp.shard(model, layer_mesh, outer_mesh, torch.bfloat16 if dtype == torch.bfloat16 else None)
+
+
+def meshes(layout: Layout, ranks: Ranks) -> tuple:
+    """The ranks over which layers are dealt out, and those for what lies outside the layers; see `layout.py`."""
+    from torch.distributed.device_mesh import DeviceMesh
+
+    all_ranks = torch.arange(ranks.world).view(-1, layout.holders)  # (replicas, ranks of one copy)
+    names = ("replicate", "shard")
+    if len(all_ranks) == 1:
+        mesh = DeviceMesh(ranks.device.type, all_ranks[0], mesh_dim_names=names[1:])
+    else:
+        mesh = DeviceMesh(ranks.device.type, all_ranks, mesh_dim_names=names)
+    return mesh, mesh
+
+
+def _in_training(layer: nn.Module, compiled_forward: Callable, plain_forward: Callable) -> Callable:
+    """A layer's `forward` that is compiled in training alone: validation and generation have other shapes."""
+
+    @functools.wraps(plain_forward)
+    def forward(*args, **kwargs):
+        return (compiled_forward if layer.training else plain_forward)(*args, **kwargs)
+
+    return forward
+
+
 def parallelize(model: nn.Module, ranks: Ranks, compile: bool) -> nn.Module:
-    """The module to call in training: compiled if asked, then replicated over the ranks (DDP).
+    """The module to call in training: compiled if asked, then replicated over the ranks (DDP); a sharded one itself.
 
     The weights stay shared with `model`, which is still the one to save and to evaluate.
     """
+    if next(fsdp.groups(model), None) is not None:
+        return model
     parallel_model = compiled(model) if compile else model
     if ranks.world == 1:
         return parallel_model
     devices = [ranks.device.index] if ranks.device.type == "cuda" else None
     parallel_model = DistributedDataParallel(Replica(parallel_model), device_ids=devices, gradient_as_bucket_view=True)
     parallel_model.broadcast_buffers = False  # the rotary tables: equal on every rank, so not to be sent in each pass
+    parallel_model.register_comm_hook(None, _summed)
     parallel_model().backward()  # settles the order of adding: see `Replica`
     model.zero_grad(set_to_none=True)
     return parallel_model
+
+
+def _summed(group: object, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+    """DDP's exchange of a bucket of gradients: their sum, where DDP by itself would take the mean."""
+    work = dist.all_reduce(bucket.buffer(), async_op=True)
+    return work.get_future().then(lambda future: future.value()[0])
 
 
 class Replica(nn.Module):
@@ -59,7 +115,12 @@ def compiled(model: nn.Module | Callable) -> nn.Module | Callable:
 
 
 def gradients_synced(model: nn.Module, last: bool):
-    """Context of one micro-batch: gradients are added up over the ranks only in the last one of a step."""
+    """Context of one micro-batch: gradients are added up over the replicas only in the last one of a step.
+
+    Over shards they are added up in each, so that no rank ever keeps the gradient of more than its own part.
+    """
+    for group in fsdp.groups(model):
+        group.set_requires_all_reduce(last, recurse=False)
     if last or not isinstance(model, DistributedDataParallel):
         return contextlib.nullcontext()
     return model.no_sync()

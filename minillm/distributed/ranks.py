@@ -31,6 +31,17 @@ class Ranks:
     rank: int
     world: int
     device: torch.device
+    row_ranks: int = 1  # how many ranks, neighbours in number, compute on the same rows, each on some of the tokens
+
+    @property
+    def data_rank(self) -> int:
+        """The number of this rank among those with other rows than its neighbours."""
+        return self.rank // self.row_ranks
+
+    @property
+    def data_world(self) -> int:
+        """Into how many parts the rows of a batch are dealt out."""
+        return self.world // self.row_ranks
 
     @property
     def main(self) -> bool:
@@ -86,8 +97,8 @@ class Ranks:
 
         The global batch k is positions [k·B, (k+1)·B) whatever the number of ranks; each takes its own slice.
         """
-        share = batch_size // self.world
-        first = step * batch_size + self.rank * share
+        share = batch_size // self.data_world
+        first = step * batch_size + self.data_rank * share
         end = first + share
         return [np.arange(i, min(i + micro_batch_size, end)) for i in range(first, end, micro_batch_size)]
 

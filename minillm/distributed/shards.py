@@ -23,6 +23,7 @@ class Cut(NamedTuple):
     dim: int | None  # the dimension that is divided; None: each of these ranks holds all of it
     index: int  # which of the parts is here
     parts: int
+    group: object = None  # torch's process group of all ranks that hold the whole together
 
 
 def is_sharded(tensor: Tensor) -> bool:
@@ -94,9 +95,25 @@ def holders(parameter: Tensor, rank: int | None = None) -> dict[int, tuple[slice
     return found
 
 
+def group_of(parameter: Tensor):
+    """torch's process group of the ranks that `holders` names, in their order."""
+    group = cut_of(parameter).group
+    mesh = parameter.device_mesh
+    return mesh.get_group(mesh.ndim - 1) if group is None else group
+
+
 def place_of(parameter: Tensor) -> tuple[slice, ...]:
     """The rectangle of the whole tensor that this rank holds."""
     return holders(parameter)[_own_rank()]
+
+
+def counts_here(parameter: Tensor) -> bool:
+    """Whether this rank's part counts in a sum over all ranks to which each number of the whole shall add once."""
+    if not is_sharded(parameter):
+        return _own_rank() == 0
+    *replica, _ = parameter.device_mesh.get_coordinate()
+    cut = cut_of(parameter)
+    return not any(replica) and (cut.dim is not None or cut.index == 0)
 
 
 def gather_to(parameter: Tensor, owner: int, values: Tensor | None = None) -> Tensor | None:
@@ -151,8 +168,21 @@ def settle(model: nn.Module) -> None:
 
     Such a pass leaves embedding, head and last norm whole, for the next. To be called before its parameters are listed.
     """
-    if hasattr(model, "reshard"):
+    if is_sharded_model(model):
         model.reshard()
+
+
+def without_gradients(model: nn.Module):
+    """Context for passes that no backward pass follows.
+
+    A sharded model gathers its weights into tensors that training uses again, which those of inference mode are not.
+    """
+    return torch.no_grad() if is_sharded_model(model) else torch.inference_mode()
+
+
+def is_sharded_model(model: nn.Module) -> bool:
+    """Whether a model's parameters are dealt out over ranks, so that every rank must take part in every pass."""
+    return hasattr(model, "reshard")
 
 
 def _own_rank() -> int:

@@ -1,6 +1,6 @@
 """A model's answers to questions, and how many are exactly right."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 
@@ -54,18 +54,17 @@ def exact_match(
     *,
     template: str = "auto",
     max_new_tokens: int = LONGEST_ANSWER,
+    say: Callable[[str], None] = print,
 ) -> dict[str, tuple[int, int]]:
     """(right answers, questions) for each family of questions (rows of `read_questions`), answered greedily.
 
-    A question that does not fit into the model's context counts as answered wrong; a line says how many did not.
+    A question that does not fit into the model's context counts as answered wrong; `say` says how many did not.
     """
     conversations = [row["messages"][:-1] for row in questions]
     texts = answers(model, tokenizer, conversations, template=template, max_new_tokens=max_new_tokens)
     n_too_long = texts.count(None)
     if n_too_long:
-        print(
-            f"{n_too_long} of {len(texts)} questions fill the context of {context_of(model)} tokens: counted as wrong"
-        )
+        say(f"{n_too_long} of {len(texts)} questions fill the context of {context_of(model)} tokens: counted as wrong")
 
     # count by family
     scores: dict[str, tuple[int, int]] = {}

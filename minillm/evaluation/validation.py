@@ -97,9 +97,12 @@ def token_loss(model: nn.Module, batches: Iterable[Batch], device: torch.device)
 def shared_loss(model: nn.Module, batches: list[Batch], ranks: Ranks, autocast) -> tuple[float, float]:
     """`token_loss` over batches that the ranks divide among them; every rank gets the result of all.
 
-    autocast: the context to compute in.
+    All make equally many forward passes, as those of a sharded model need every rank: where a batch is lacking, one
+    without targets. autocast: the context to compute in.
     """
-    batches_of_rank = batches[ranks.rank :: ranks.world]
+    n_each = -(-len(batches) // ranks.data_world)
+    batches_of_rank = batches[ranks.data_rank :: ranks.data_world]
+    batches_of_rank += [batches[0].without_targets()] * (n_each - len(batches_of_rank))
     with autocast:
         nats, n_targets = token_loss(model, batches_of_rank, ranks.device)
     nats, n_targets = ranks.sum(nats, n_targets)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from minillm.base.errors import UserError
+from minillm.distributed.shards import without_gradients
 from minillm.generation.recorded_step import RecordedStep, next_logits
 from minillm.generation.sampling import GREEDY, Sampling, pick, random_numbers
 from minillm.model import ops
@@ -150,7 +151,7 @@ def steps(
 ) -> Iterator[list[tuple[int, int]]]:
     """Yield the new (row, token) pairs of each step, until every row has ended.
 
-    Call it under `torch.inference_mode()`, which a generator cannot cheaply enter by itself at each step.
+    Call it under `without_gradients(model)`, which a generator cannot cheaply enter by itself at each step.
     ended(row, token): called once for every new token; True ends the row. A row also ends when its context
     is full. Ended rows are dropped from the cache once they are half of it.
     """
@@ -202,7 +203,6 @@ def steps(
         model.train(was_training)
 
 
-@torch.inference_mode()
 def generate(
     model: Transformer,
     prompts: Sequence[Sequence[int]],
@@ -238,8 +238,9 @@ def generate(
         return is_stopped[row]
 
     # all steps, whose tokens `ended` collects
-    for _ in steps(model, prompts, max_new_tokens, sampling=sampling, ended=ended):
-        pass
+    with without_gradients(model):
+        for _ in steps(model, prompts, max_new_tokens, sampling=sampling, ended=ended):
+            pass
 
     # why each row ended
     completions = []

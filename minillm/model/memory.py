@@ -201,10 +201,11 @@ def generation(shape: ModelConfig, seq_len: int, size: int) -> dict[str, int]:
 # ---- the machine
 
 
-def check_memory(training_config, shape: ModelConfig, device: torch.device) -> None:
+def check_memory(training_config, shape: ModelConfig, device: torch.device, holders: int = 1) -> None:
     """Refuse a model that this machine's memory cannot hold, since the system would end the run without a message.
 
     On a CPU, and without activations: the weights alone for a frozen base, else also gradients and one moment.
+    holders: how many ranks hold one copy of it together.
     """
     if device.type != "cpu":
         return  # on a GPU torch raises an error
@@ -216,7 +217,8 @@ def check_memory(training_config, shape: ModelConfig, device: torch.device) -> N
     if trains_all:
         needed += sum(optimizer_state(n_parameters(shape), moments=1).values())
         what = "weights, gradients and optimizer"
-    needed *= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    is_whole = training_config.base_bits is not None  # a quantized base is not divided
+    needed *= int(os.environ.get("LOCAL_WORLD_SIZE", 1)) / (1 if is_whole else holders)
     present = files.memory_bytes()
     if needed <= present:
         return

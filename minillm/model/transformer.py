@@ -9,6 +9,7 @@ Modules have the names of Hugging Face's Llama, so that a state dict can be save
 
 import dataclasses
 import math
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -183,6 +184,11 @@ class Transformer(nn.Module):
         GPT-2, section 2.3); their biases start at 0. Any other parameter has the value that its module's
         `__init__` gives it: the gain of a norm is 1.
         """
+        for name, value in self.first_values(seed):
+            self.get_parameter(name).copy_(value)
+
+    def first_values(self, seed: int) -> Iterator[tuple[str, Tensor]]:
+        """Name and first value of each parameter, one after the other, on the CPU: see `init_weights`."""
         generator = torch.Generator().manual_seed(seed)  # on the CPU: every device gets the same weights
         started = set()  # parameters that have their first value
         for path, module in self.named_modules():
@@ -190,26 +196,26 @@ class Transformer(nn.Module):
                 if module.weight not in started:  # else it is tied to one that is drawn already
                     residual = path.endswith(("o_proj", "down_proj"))
                     std = 0.02 / math.sqrt(2 * self.config.n_layers) if residual else 0.02
-                    module.weight.copy_(torch.randn(module.weight.shape, generator=generator) * std)
+                    yield f"{path}.weight", torch.randn(module.weight.shape, generator=generator) * std
                 if getattr(module, "bias", None) is not None:
-                    module.bias.zero_()
+                    yield f"{path}.bias", torch.zeros(module.bias.shape)
                 started.update(module.parameters(recurse=False))
             elif isinstance(module, RMSNorm):
-                module.weight.fill_(1.0)
+                yield f"{path}.weight", torch.ones(module.weight.shape)
                 started.update(module.parameters(recurse=False))
 
         # parameters of any other module
         others = [name for name, parameter in self.named_parameters() if parameter not in started]
         if others:
-            self._start_as_built(others, seed)
+            yield from self._as_built(others, seed)
 
-    def _start_as_built(self, names: list[str], seed: int) -> None:
-        """Give these parameters the values they have in a new model: here they may be trained, or (meta) never set."""
+    def _as_built(self, names: list[str], seed: int) -> Iterator[tuple[str, Tensor]]:
+        """These parameters' values in a new model: here they may be trained, or (meta) never set."""
         with torch.random.fork_rng(devices=[]), torch.device("cpu"):
             torch.manual_seed(seed)
             new_model = type(self)(self.config)
         for name in names:
-            self.get_parameter(name).copy_(new_model.get_parameter(name))
+            yield name, new_model.get_parameter(name).detach()
 
     def forward(
         self,

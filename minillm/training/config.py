@@ -87,6 +87,16 @@ class TrainingConfig(Options):
         False, "recompute each layer in the backward pass, to save memory", group="machine"
     )
     impl: str = option("auto", "implementation of the ops", ("auto", "triton", "torch", "reference"), group="machine")
+    shard: str = option(
+        "auto",
+        "ranks that hold one copy of weights, gradients and optimizer together; auto: 1 if a rank has room for all, "
+        "else the ranks of a machine, else as many as are needed",
+        group="machine",
+    )
+    tensor_parallel: int = option(
+        1, "ranks that divide each layer's heads and channels, and the tokens of a row", at_least=1, group="machine"
+    )
+    context_parallel: int = option(1, "ranks that divide the tokens of a row", at_least=1, group="machine")
     timeout_s: float = option(
         600.0,
         "seconds without a finished step after which a hanging run is ended",

@@ -10,8 +10,11 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
+from torch.optim.adamw import adamw
 
 from minillm.base.errors import UserError
+from minillm.distributed.owners import on_owners
+from minillm.distributed.shards import cut_of, is_sharded, local, settle, whole_shape
 from minillm.model import ops
 from minillm.tuning.options import TUNING_LR
 
@@ -60,8 +63,11 @@ class Muon(torch.optim.Optimizer):
             by_shape: dict[tuple, list[Tensor]] = {}
             for p in group["params"]:
                 if p.grad is not None:
-                    by_shape.setdefault(tuple(p.shape), []).append(p)
-            for shape, params in by_shape.items():
+                    by_shape.setdefault((*whole_shape(p), cut_of(p).dim), []).append(p)
+            for (*shape, _), params in by_shape.items():
+                if is_sharded(params[0]):
+                    self._update_parts(params, group)
+                    continue
                 n_at_once = max(1, MUON_ELEMENTS // math.prod(shape))
                 for begin in range(0, len(params), n_at_once):
                     self._update(params[begin : begin + n_at_once], group)
@@ -71,11 +77,8 @@ class Muon(torch.optim.Optimizer):
         momentum = group["momentum"]
         decay = group["lr"] * group["weight_decay"]
         rate = group["lr"] * 0.2 * math.sqrt(max(params[0].shape))
-        for p in params:
-            if not self.state[p]:
-                self.state[p]["momentum_buffer"] = torch.zeros_like(p)
         grads = [p.grad for p in params]
-        buffers = [self.state[p]["momentum_buffer"] for p in params]
+        buffers = self._buffers(params)
 
         if ops.fused(params[0]):
             iteration = dict(steps=NEWTON_SCHULZ_STEPS, coefficients=NEWTON_SCHULZ)
@@ -83,12 +86,40 @@ class Muon(torch.optim.Optimizer):
             return
 
         # the same by torch's ops, each over all of these parameters
-        torch._foreach_mul_(buffers, momentum)
-        torch._foreach_add_(buffers, grads)
-        updates = torch._foreach_add(grads, buffers, alpha=momentum)  # Nesterov: look one step ahead
+        updates = _look_ahead(grads, buffers, momentum)
         updates = orthogonalize(torch.stack(updates))  # (n, rows, columns)
         torch._foreach_mul_(params, 1 - decay)
         torch._foreach_add_(params, list(updates.unbind(0)), alpha=-rate)
+
+    def _update_parts(self, params: list[Tensor], group: dict) -> None:
+        """Step sharded parameters of one shape, each rank its own parts.
+
+        All but the orthogonalization is done number by number. That needs whole matrices, each of which one rank puts
+        together: one rank's part of a matrix, orthogonalized alone, would be another step.
+        """
+        parts = [local(p) for p in params]
+        updates = _look_ahead([local(p.grad) for p in params], self._buffers(params), group["momentum"])
+        # where the iteration runs in bf16, so do its input and output travel
+        dtype = torch.bfloat16 if parts[0].is_cuda else parts[0].dtype
+        updates = [update.to(dtype) for update in updates]
+        updates = on_owners(params, updates, lambda matrix: orthogonalize(matrix[None])[0])
+        updates = [update.to(parts[0].dtype) for update in updates]
+        torch._foreach_mul_(parts, 1 - group["lr"] * group["weight_decay"])
+        torch._foreach_add_(parts, updates, alpha=-group["lr"] * 0.2 * math.sqrt(max(whole_shape(params[0]))))
+
+    def _buffers(self, params: list[Tensor]) -> list[Tensor]:
+        """The momentum of each parameter, or of what this rank holds of it."""
+        for p in params:
+            if not self.state[p]:
+                self.state[p]["momentum_buffer"] = torch.zeros_like(local(p))
+        return [self.state[p]["momentum_buffer"] for p in params]
+
+
+def _look_ahead(grads: list[Tensor], buffers: list[Tensor], momentum: float) -> list[Tensor]:
+    """Nesterov's update of each, g + βm after m ← βm + g."""
+    torch._foreach_mul_(buffers, momentum)
+    torch._foreach_add_(buffers, grads)
+    return torch._foreach_add(grads, buffers, alpha=momentum)
 
 
 class AdamW(torch.optim.AdamW):
@@ -108,20 +139,24 @@ class AdamW(torch.optim.AdamW):
             params = [p for p in group["params"] if p.grad is not None]
             if not params:
                 continue
-            if group["fused"] or not ops.fused(params[0]):
+            by_kernel = ops.fused(params[0]) and not group["fused"]
+            if not by_kernel and not is_sharded(params[0]):
                 return super().step(closure)
-            self._step_by_kernel(params, group)
+            self._step_at_once(params, group, by_kernel)
 
-    def _step_by_kernel(self, params: list[Tensor], group: dict) -> None:
-        """One launch for all parameters that have taken equally many steps."""
+    def _step_at_once(self, params: list[Tensor], group: dict, by_kernel: bool) -> None:
+        """One launch, of our kernel or of torch's, for all parameters that have taken equally many steps.
+
+        Of a sharded parameter each rank has its own part of value, gradient and moments, and steps that.
+        """
         options = {name: group[name] for name in ("lr", "betas", "eps", "weight_decay")}
         by_step: dict[int, list[Tensor]] = {}  # one entry, unless parameters joined later
         for p in params:
             state = self.state[p]
             if not state:
                 state["step"] = torch.zeros(())
-                state["exp_avg"] = torch.zeros_like(p)
-                state["exp_avg_sq"] = torch.zeros_like(p)
+                state["exp_avg"] = torch.zeros_like(local(p))
+                state["exp_avg_sq"] = torch.zeros_like(local(p))
             by_step.setdefault(int(state["step"]) + 1, []).append(p)
         for step, members in sorted(by_step.items()):
             states = [self.state[p] for p in members]
@@ -129,14 +164,24 @@ class AdamW(torch.optim.AdamW):
             counts = torch.full((len(states),), float(step)).unbind()
             for state, count in zip(states, counts, strict=True):
                 state["step"] = count
-            ops.adamw(
-                members,
-                [p.grad for p in members],
+            tensors = [
+                [local(p) for p in members],
+                [local(p.grad) for p in members],
                 [state["exp_avg"] for state in states],
                 [state["exp_avg_sq"] for state in states],
-                step=step,
-                **options,
-            )
+            ]
+            if by_kernel:
+                ops.adamw(*tensors, step=step, **options)
+            else:
+                _adamw_of_torch(*tensors, step=step, **options)
+
+
+def _adamw_of_torch(*tensors: list[Tensor], step: int, betas: tuple[float, float], **options) -> None:
+    """torch's fused step for lists of parameters, gradients and both moments; see `ops.adamw`."""
+    before = [torch.full((), step - 1.0, device=p.device) for p in tensors[0]]  # it counts by itself
+    beta1, beta2 = betas
+    how = dict(amsgrad=False, maximize=False, fused=True)
+    adamw(*tensors, [], before, beta1=beta1, beta2=beta2, **how, **options)
 
 
 # ---- which optimizer a name means, and its learning rate
@@ -180,6 +225,7 @@ def build_optimizers(model: nn.Module, kind: str, *, lr: float, weight_decay: fl
     """
     if kind not in OPTIMIZERS:
         raise UserError(f"--optimizer {kind}: choose one of {', '.join(OPTIMIZERS)}")
+    settle(model)  # questions may have been asked before
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     if not trained:
         raise UserError("nothing to train: every parameter is frozen")

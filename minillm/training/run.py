@@ -27,10 +27,11 @@ from minillm.checkpoint import run_folder, train_state
 from minillm.distributed import ranks as distributed
 from minillm.distributed.hosts import differences
 from minillm.distributed.ranks import Ranks
+from minillm.distributed.shards import local
 from minillm.distributed.watchdog import Watchdog
 from minillm.model import ops
 from minillm.tokenizer.tokenizer import Tokenizer
-from minillm.training import kernel_check, plot, saving, starting_model
+from minillm.training import kernel_check, plot, saving, sharding, starting_model
 from minillm.training.config import TrainingConfig
 from minillm.training.out_folder import OutFolder
 from minillm.training.progress import Progress, duration
@@ -56,9 +57,11 @@ def begin(training_config: TrainingConfig) -> tuple[TrainingConfig, Ranks, Calla
             f"--resume {training_config.resume}: choose auto or none; to go on from that step in another folder, copy "
             f"it there and begin with --resume auto: mkdir -p {out} && cp -r {training_config.resume} {out}/"
         )
-    world = distributed.world_size()
-    size = distributed.micro_batch(training_config.batch_size, training_config.micro_batch_size, world)
+    row_ranks = sharding.asked_layout(training_config).row_ranks
+    data_world = distributed.world_size() // row_ranks
+    size = distributed.micro_batch(training_config.batch_size, training_config.micro_batch_size, data_world)
     ranks = distributed.start(training_config.device, training_config.timeout_s)
+    ranks = dataclasses.replace(ranks, row_ranks=row_ranks)
     ops.select(training_config.impl)
     base_bits = training_config.base_bits if isinstance(training_config, TuningConfig) else None
     check = kernel_check.begin(ranks, base_bits=base_bits)
@@ -181,12 +184,16 @@ class Run:
         self.say(f"next: {self.next_command}")
 
     def once(self, name: str, measure: Callable[[], object]):
-        """The result of `measure()` on rank 0 at the start of the run; a resumed run reads it from its folder."""
+        """On rank 0 the result of `measure()` at the start of the run; a resumed run reads it from its folder.
+
+        Every rank measures, since a forward pass of a sharded model needs all of them.
+        """
         file, value = self.folder / name, None
-        if self.out:
-            if self.source is None:  # a new run: do not use what an earlier one may have left
-                text = json.dumps(measure(), indent=2, ensure_ascii=False) + "\n"
+        if self.source is None:  # a new run: do not use what an earlier one may have left
+            text = json.dumps(measure(), indent=2, ensure_ascii=False) + "\n"
+            if self.out:
                 self.out.write(name, lambda scratch: scratch.write_text(text, encoding="utf-8"))
+        if self.out:
             value = read_json(file) if file.exists() else None
         self.ranks.barrier()
         return value
@@ -315,7 +322,9 @@ class Run:
 
         Raises `UserError` on every rank if weights are not finite, since no later step could repair them.
         """
-        if not torch.stack([torch.isfinite(p).all() for p in state.all_parameters().values()]).all():
+        state.settle()
+        finite = torch.stack([torch.isfinite(local(p)).all() for p in state.all_parameters().values()])
+        if self.ranks.max(int(not finite.all())):
             raise UserError(
                 f"step {self.step}: weights are not finite any more, so they are not saved; lower --lr, and "
                 f"{run_folder.earlier_start(self.folder)}"

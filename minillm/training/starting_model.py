@@ -9,11 +9,13 @@ import torch
 from minillm.base.errors import UserError
 from minillm.checkpoint import huggingface, run_folder, train_state
 from minillm.datasets.token_bins import parse_mixture
+from minillm.distributed.ranks import Ranks
+from minillm.distributed.shards import whole_shape
 from minillm.model import size
 from minillm.model.config import ModelConfig
-from minillm.model.memory import check_memory
 from minillm.model.transformer import Transformer
 from minillm.tokenizer.tokenizer import Tokenizer
+from minillm.training import sharding
 from minillm.training.optim import default_lr
 from minillm.tuning import folders
 from minillm.tuning.adapter import active_adapter, attach
@@ -42,9 +44,7 @@ class Start(NamedTuple):
         return {"turns": max(n_turns, train_state.read_state(self.init).get("turns", 0))}
 
 
-def find_start(
-    training_config, device: torch.device, share: float, adapter_share: float = 1.0, score_head: bool = False
-):
+def find_start(training_config, ranks: Ranks, share: float, adapter_share: float = 1.0, score_head: bool = False):
     """(the options with optimizer, learning rate and weight decay filled in, the `Start`) of a run from --init_from.
 
     share, adapter_share: of the learning rates that are known, see `choose_optimizer`. score_head: whether a reward
@@ -57,7 +57,7 @@ def find_start(
     model_config = dataclasses.replace(stored, dropout=training_config.dropout, score_head=score_head)
     tokenizer = Tokenizer.load(init)
     huggingface.check_vocabulary(model_config, tokenizer, init)
-    check_memory(training_config, model_config, device)
+    training_config = sharding.choose_layout(training_config, model_config, ranks)
     training_config = choose_optimizer(training_config, model_config.dim, share, adapter_share)
     if training_config.seq_len > model_config.max_seq_len:
         raise UserError(
@@ -131,17 +131,27 @@ def fingerprints(training_config, model_config: ModelConfig, init: Path | None) 
 
 
 def make_model(
-    training_config, model_config: ModelConfig, init: Path | None, source: Path | None, device: torch.device
+    training_config, model_config: ModelConfig, init: Path | None, source: Path | None, ranks: Ranks
 ) -> Transformer:
     """The model to train, in fp32: that of the checkpoint `source`, else of `init`, else a new one drawn by the seed.
 
     With --tune it is always that of `init`, frozen and perhaps quantized, with an adapter, which is new (by the seed)
-    or comes from `source`. Raises `UserError` for a rank above that of every targeted matrix.
+    or comes from `source`. Of a model that is shared out over ranks, each gets its part. Raises `UserError` for a LoRA
+    rank above that of every targeted matrix.
     """
+    is_sharded = sharding.asked_layout(training_config).holders > 1
+    device = ranks.device
     if training_config.tune != "full":
-        model = _adapted(training_config, model_config, init, source, device)
+        # what is shared out need not be on the GPU as a whole before; a quantized base stays whole
+        on_cpu = is_sharded and training_config.base_bits is None
+        model = _adapted(training_config, model_config, init, source, torch.device("cpu") if on_cpu else device)
+        sharding.shard(training_config, model, ranks)
+    elif is_sharded and not model_config.score_head:
+        model = sharding.made_in_shards(training_config, model_config, source or init, ranks)
     elif source or init:
+        device = torch.device("cpu") if is_sharded else device
         model = _load(source or init, model_config, training_config.seed, device=device, dtype=torch.float32)
+        sharding.shard(training_config, model, ranks)
     else:
         model = Transformer(model_config)
         model.init_weights(training_config.seed)
@@ -181,7 +191,7 @@ def _adapted(
 
 def n_trained(model: Transformer) -> int:
     """How many parameters are trained."""
-    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return sum(whole_shape(p).numel() for p in model.parameters() if p.requires_grad)
 
 
 def describe_parameters(model: Transformer) -> str:

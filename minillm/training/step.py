@@ -7,7 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from minillm.base.errors import UserError
+from minillm.distributed import fsdp
 from minillm.distributed.ranks import Ranks
+from minillm.distributed.shards import is_sharded, settle
 
 
 class TrainState:
@@ -62,14 +64,18 @@ class TrainState:
             for name, other in self.beside.items()
         }
 
+    def settle(self) -> None:
+        """Let each model, if it is dealt out over ranks, hold its parts again, as they are saved."""
+        for each in (self, *self.beside.values()):
+            settle(each.model)
+
     def backward(self, loss: Tensor, n_targets: float) -> None:
         """Add a micro-batch's share to the gradient of the mean loss over all targets of the step.
 
         loss: (), summed over the targets of the micro-batch. n_targets: how many the whole step has, in all
         micro-batches of all ranks, so that the gradient does not depend on how the batch is cut.
         """
-        # DDP takes the mean over the ranks; what is wanted is the sum of their shares
-        share = loss * (self.ranks.world / n_targets)
+        share = loss * (1 / n_targets)  # the ranks' shares are added up, not averaged
         self.scaler.scale(share).backward()
         self.loss_sum += loss.detach()
         self.n_targets = n_targets
@@ -136,7 +142,10 @@ def clip(
     if scaler.is_enabled():
         for optimizer in optimizers:
             scaler.unscale_(optimizer)
-    norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+    trained = [p for p in model.parameters() if p.grad is not None]
+    if any(is_sharded(p) for p in trained):
+        return fsdp.clip(trained, limit)
+    norm = torch.nn.utils.get_total_norm([p.grad for p in trained])
     norm_before = float(norm)
     if 0 < limit < norm_before + 1e-6:  # else torch's clip_grad_norm_ would multiply all gradients by 1
         torch.nn.utils.clip_grads_with_norm_(model.parameters(), limit, norm)

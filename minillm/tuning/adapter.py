@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from minillm.base.errors import UserError
+from minillm.distributed.shards import is_sharded_model
 from minillm.model.quant import QuantLinear
 from minillm.model.transformer import Transformer
 from minillm.tuning.bottleneck import Bottleneck
@@ -156,9 +157,12 @@ def unmerge(model: Transformer) -> None:
 
 @contextlib.contextmanager
 def merged(model: Transformer) -> Iterator[None]:
-    """Context in which the active adapter, if any, is merged where that is worth it: plain layers generate faster."""
+    """Context in which the active adapter, if any, is merged where that is worth it: plain layers generate faster.
+
+    A model that is dealt out over ranks stays as it is: its layers are gathered as they were when it was shared out.
+    """
     adapter = active_adapter(model)
-    if adapter is None or not adapter.worth_merging:
+    if adapter is None or not adapter.worth_merging or is_sharded_model(model):
         yield
         return
     merge(model)

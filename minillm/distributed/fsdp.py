@@ -1,0 +1,101 @@
+"""Weights, gradients and optimizer dealt out over the ranks: FSDP2, torch's `fully_shard`.
+
+Each layer is a group: its parameters come together just before its forward pass and again before its backward pass, and
+are given up after each. Its gradients are added up over the ranks as soon as they are there, of which each rank keeps
+its own rows. What lies outside the layers (last norm, head, a tied embedding) is one group more, and an embedding that
+is not tied another.
+
+Zhao et al. 2023, "PyTorch FSDP", arXiv:2304.11277.
+"""
+
+import math
+from collections.abc import Iterator
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from minillm.distributed import shards
+
+WITHOUT_GRADIENT = ("logits", "scores", "through_layers")  # what else is called of a model, besides `forward`
+
+
+def shard(model: nn.Module, layer_mesh, outer_mesh, gather_dtype: torch.dtype | None) -> None:
+    """Deal out a model's parameters, in place; gradients become sums over all ranks of a mesh.
+
+    layer_mesh: a DeviceMesh of shards, or of replicas × shards, for the layers; outer_mesh: for all else. gather_dtype:
+    in which a layer's weights are sent and computed with (None: as they are); its gradients are added up in fp32.
+    """
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+
+    # FSDP would also convert what goes into a layer, the tables of angles among it, which must stay in fp32
+    whole = MixedPrecisionPolicy(cast_forward_inputs=False)
+    narrow = MixedPrecisionPolicy(param_dtype=gather_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    for layer in model.layers:
+        fully_shard(layer, mesh=layer_mesh, mp_policy=narrow)
+    embedding = model.embed_tokens
+    if not _shares(embedding, model):
+        fully_shard(embedding, mesh=outer_mesh, mp_policy=whole)
+    fully_shard(model, mesh=outer_mesh, mp_policy=whole)
+
+    # sums in place of means: the loss is divided by the targets of all ranks already
+    for group in groups(model):
+        group.set_gradient_divide_factor(1.0)
+        group.set_force_sum_reduction_for_comms(True)
+    register_fsdp_forward_method(model, "hidden")
+    for name in WITHOUT_GRADIENT:
+        _gather_without_gradient(model, name)
+
+
+def groups(model: nn.Module) -> Iterator[nn.Module]:
+    """The modules whose parameters are dealt out together; none of a model that is not sharded."""
+    return (module for module in model.modules() if hasattr(module, "set_requires_all_reduce"))
+
+
+def _shares(module: nn.Module, model: nn.Module) -> bool:
+    """Whether a module's parameters are also those of another: a group of its own for each would be silently wrong."""
+    own = {id(parameter) for parameter in module.parameters()}
+    inside = {id(part) for part in module.modules()}
+    others = (part for part in model.modules() if id(part) not in inside)
+    return any(id(parameter) in own for part in others for parameter in part.parameters(recurse=False))
+
+
+def _gather_without_gradient(model: nn.Module, name: str) -> None:
+    """Let a method of the model gather the weights it needs, where no gradient is computed.
+
+    With gradients it is only called inside `forward`, or after `hidden`, which leave those weights whole. It must not
+    gather by itself then: FSDP would take the gradient of its input as the sign that the weights' gradients are
+    complete, while those of a tied embedding are still to come.
+    """
+    from torch.distributed.fsdp import register_fsdp_forward_method
+
+    plain = getattr(model, name)
+    register_fsdp_forward_method(model, name)
+    gathering = getattr(model, name)
+
+    def either(*args, **kwargs):
+        return plain(*args, **kwargs) if torch.is_grad_enabled() else gathering(*args, **kwargs)
+
+    setattr(model, name, either)
+
+
+# ---- gradients
+
+
+def clip(parameters: list[Tensor], limit: float) -> float:
+    """Clip the norm of the whole gradient to `limit` (0: no clipping), and return it as it was before.
+
+    parameters: sharded ones, with gradients. Each number counts once, and the squares are added up in fp64, over the
+    ranks as well.
+    """
+    counted = [shards.local(p.grad) for p in parameters if shards.counts_here(p)]
+    counted = [grad for grad in counted if grad.numel()]
+    square = torch.zeros((), dtype=torch.float64, device=shards.local(parameters[0]).device)
+    if counted:
+        norms = torch._foreach_norm(counted, dtype=torch.float64)
+        square += torch.stack(norms).square().sum()
+    dist.all_reduce(square)
+    norm = math.sqrt(float(square))
+    if 0 < limit < norm + 1e-6:  # as for a model that is not sharded
+        torch._foreach_mul_([shards.local(p.grad) for p in parameters], limit / (norm + 1e-6))
+    return norm

@@ -1,0 +1,80 @@
+"""How a run's model is shared out over the ranks: the layout that its options ask for, and the model made so."""
+
+import dataclasses
+import os
+from pathlib import Path
+
+import torch
+
+from minillm.base import files
+from minillm.base.device import pick_dtype
+from minillm.checkpoint import huggingface
+from minillm.distributed import shards
+from minillm.distributed.layout import Layout, check_layout, choose_shard, read_shard
+from minillm.distributed.parallelize import shard_model
+from minillm.distributed.ranks import Ranks
+from minillm.model import memory
+from minillm.model.config import ModelConfig
+from minillm.model.size import empty_model, n_parameters
+from minillm.model.transformer import Transformer
+
+STATE_SHARE = 0.7  # of a GPU's memory, for weights, gradients and optimizer; the rest is for activations
+
+
+def asked_layout(training_config) -> Layout:
+    """The layout of a run's options, where --shard auto counts as 1. Raises `UserError` for a --shard that is none."""
+    shard = read_shard(training_config.shard) or 1
+    return Layout(shard, training_config.context_parallel, training_config.tensor_parallel)
+
+
+def choose_layout(training_config, model_config: ModelConfig, ranks: Ranks):
+    """The options with --shard as a number, once it is clear that the ranks can be divided so and have room.
+
+    Raises `UserError` if not, or for a combination that is not supported.
+    """
+    layout = asked_layout(training_config)
+    check_layout(layout, ranks.world)
+    if training_config.shard == "auto" and ranks.world > layout.row_ranks:
+        shard = _shard_with_room(training_config, model_config, ranks)
+        layout = dataclasses.replace(layout, shard=shard)
+    memory.check_memory(training_config, model_config, ranks.device, layout.holders)
+    return dataclasses.replace(training_config, shard=str(layout.shard))
+
+
+def _shard_with_room(training_config, model_config: ModelConfig, ranks: Ranks) -> int:
+    """What --shard auto is."""
+    if training_config.base_bits is not None:  # a quantized base stays whole on every rank
+        return 1
+    n_bytes = sum(memory.weights(model_config).values())
+    if training_config.tune == "full":
+        n_bytes += sum(memory.optimizer_state(n_parameters(model_config)).values())
+    if ranks.device.type == "cuda":
+        room = STATE_SHARE * torch.cuda.get_device_properties(ranks.device).total_memory
+    else:
+        room = files.memory_bytes() / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return choose_shard(n_bytes, int(min(room, 1 << 60)), ranks.row_ranks, ranks.world)
+
+
+def shard(training_config, model: Transformer, ranks: Ranks) -> None:
+    """Leave of a model on each rank what the run's layout gives it, in place; nothing if that is all of it."""
+    layout = asked_layout(training_config)
+    if layout.holders > 1:
+        dtype = pick_dtype(training_config.dtype, ranks.device)
+        shard_model(model, layout, ranks, compile=training_config.compile, dtype=dtype)
+
+
+def made_in_shards(training_config, model_config: ModelConfig, folder: Path | None, ranks: Ranks) -> Transformer:
+    """The model of a folder, or a new one (None) drawn by the seed, that is never whole in the memory of a rank.
+
+    Its weights have the values that they have on one rank.
+    """
+    model = empty_model(model_config)
+    shard(training_config, model, ranks)
+    model.to_empty(device=ranks.device)
+    model.build_rotation()
+    if folder is None:
+        for name, value in empty_model(model_config).first_values(training_config.seed):
+            shards.fill(model.get_parameter(name), value)
+    else:
+        huggingface.fill_model(model, folder)
+    return model
