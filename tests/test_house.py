@@ -41,7 +41,7 @@ BUDGET = {
     "tuning": 11_600,
     "generation": 4_000,
     "evaluation": 4_500,
-    "training": 13_800,
+    "training": 17_000,  # sharding
     "alignment": 21_000,
     "commands": 23_500,  # judged answers, pairs of them, speeds beside trl's, a plan's sums, a cluster's checks
     "scripts": 18_000,

@@ -27,7 +27,6 @@ from minillm.checkpoint import run_folder, train_state
 from minillm.distributed import ranks as distributed
 from minillm.distributed.hosts import differences
 from minillm.distributed.ranks import Ranks
-from minillm.distributed.shards import local
 from minillm.distributed.watchdog import Watchdog
 from minillm.model import ops
 from minillm.tokenizer.tokenizer import Tokenizer
@@ -322,9 +321,7 @@ class Run:
 
         Raises `UserError` on every rank if weights are not finite, since no later step could repair them.
         """
-        state.settle()
-        finite = torch.stack([torch.isfinite(local(p)).all() for p in state.all_parameters().values()])
-        if self.ranks.max(int(not finite.all())):
+        if not state.is_finite():
             raise UserError(
                 f"step {self.step}: weights are not finite any more, so they are not saved; lower --lr, and "
                 f"{run_folder.earlier_start(self.folder)}"
@@ -335,7 +332,7 @@ class Run:
                 self.folder,
                 self.step,
                 write_model=lambda to: saving.write_model(state.model, to, self.training_config, self.tokenizer),
-                state=self._describe(self.step) | found | _scales(state),
+                state=self._describe(self.step) | found | state.scales(),
                 optimizers=state.all_optimizers(),
                 named_parameters=state.all_parameters(),
                 beside=state.trained_beside(),
@@ -412,9 +409,3 @@ class Run:
     def seconds(self) -> float:
         """Training time so far, over restarts."""
         return self.saved["time_s"] + time.monotonic() - self.begun
-
-
-def _scales(state: TrainState) -> dict[str, dict]:
-    """What a checkpoint records of the loss scales of float16; empty without."""
-    others = {name: other.scaler.state_dict() for name, other in state.beside.items()}
-    return {"scaler": state.scaler.state_dict()} | ({"scalers": others} if others else {})

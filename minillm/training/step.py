@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from minillm.base.errors import UserError
 from minillm.distributed import fsdp
 from minillm.distributed.ranks import Ranks
-from minillm.distributed.shards import is_sharded, settle
+from minillm.distributed.shards import is_sharded, local, settle
 
 
 class TrainState:
@@ -64,10 +64,17 @@ class TrainState:
             for name, other in self.beside.items()
         }
 
-    def settle(self) -> None:
-        """Let each model, if it is dealt out over ranks, hold its parts again, as they are saved."""
+    def is_finite(self) -> bool:
+        """Whether all weights are, on all ranks. A model that is dealt out holds its parts again afterwards."""
         for each in (self, *self.beside.values()):
             settle(each.model)
+        finite = torch.stack([torch.isfinite(local(p)).all() for p in self.all_parameters().values()])
+        return self.ranks.max(int(not finite.all())) == 0
+
+    def scales(self) -> dict[str, dict]:
+        """What a checkpoint records of the loss scales of float16; empty without."""
+        others = {name: other.scaler.state_dict() for name, other in self.beside.items()}
+        return {"scaler": self.scaler.state_dict()} | ({"scalers": others} if others else {})
 
     def backward(self, loss: Tensor, n_targets: float) -> None:
         """Add a micro-batch's share to the gradient of the mean loss over all targets of the step.
