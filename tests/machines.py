@@ -122,6 +122,13 @@ class Machine:
             assert self.process.poll() is None and time.monotonic() < until, f"{text!r} not printed:\n{self.text}"
             time.sleep(0.05)
 
+    def wait_for_checkpoint(self, run: Path, seconds: float = 120) -> None:
+        """Return as soon as a checkpoint lies in the run's folder."""
+        until = time.monotonic() + seconds
+        while not launch.steps(run):
+            assert self.process.poll() is None and time.monotonic() < until, f"no checkpoint:\n{self.text}"
+            time.sleep(0.05)
+
     @property
     def text(self) -> str:
         return self.output.read_text() if self.output and self.output.exists() else ""

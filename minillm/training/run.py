@@ -213,11 +213,11 @@ class Run:
             waiting.tell(self.say)
         if self.out:
             saving.check(state, self.folder, self.training_config, self.tokenizer, self._describe(0))
-        self.watchdog.tick(self.start_step)  # everything is loaded: from here on steps must come in time
         advise_on_memory(saving.memory_remedy(self.training_config))
         self.begun = time.monotonic()
         self.flops = starting_model.flops_per_token(state.model, self.training_config.seq_len)
         self.peak = peak_flops(self.device, self.dtype)
+        self.watchdog.tick(self.start_step)  # everything is loaded: from here on steps must come in time
         return state
 
     # ---- the loop
