@@ -33,7 +33,7 @@ from minillm.alignment.ppo.updates import ClippedLoss, Experience, Seen, minibat
 from minillm.alignment.replay import Replay
 from minillm.alignment.reward_model import load_reward_model
 from minillm.alignment.rewards import Rewards
-from minillm.alignment.value import value_loss
+from minillm.alignment.value import start_in_unit, value_loss
 from minillm.base.command_line import parse
 from minillm.base.options import option
 from minillm.base.process import run_script
@@ -184,6 +184,8 @@ def with_rates(training_config: Config, given_lr: float | None) -> Config:
 def train(training_config: Config, run: Run, roles: Roles, tools: Tools, optimum: float | None) -> int:
     """Train to the last step, or to a signal; returns the script's exit status."""
     # optimizers of policy and value model, their state if the run goes on, and both models on all ranks
+    if training_config.values_are_scores:  # in the unit of the rewards; a run that goes on reads them anew
+        start_in_unit(roles.value, tools.judge.rewards.std)
     value_optimizers = optimizers_of(training_config, roles.value, training_config.value_lr)
     value_state = TrainState(roles.value, value_optimizers, run.ranks, run.dtype)
     optimizers = optimizers_of(training_config, roles.policy, training_config.lr)

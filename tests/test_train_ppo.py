@@ -99,11 +99,24 @@ def test_a_policy_that_does_not_change_has_the_same_reward_after_as_before(folde
 
 
 def test_a_learned_reward_rises_and_the_true_one_is_recorded_beside_it(folder):
-    said = train(folder, "learned", "--steps 20 --beta 0.01 --batch_size 8 --group_size 8")
+    more = "--steps 20 --beta 0.01 --batch_size 8 --group_size 8 --value_start zero"
+    said = train(folder, "learned", more)
     reward, true = column(folder / "learned", "reward"), column(folder / "learned", "true_reward")
-    assert "scaled to 0 and 1" in said and "policy, value, reward, reference" in said
+    assert "scaled to mean 0 and spread 1" in said and "policy, value, reward, reference" in said
     assert abs(reward[0]) < 0.7 and sum(reward[-5:]) > sum(reward[:5]) + 2
     assert len(true) == 20 and all(0 <= value <= 1 for value in true)
+
+
+def test_values_that_begin_as_scores_leave_the_rewards_zero_where_it_was(folder):
+    more = "--steps 2 --lr 0 --batch_size 8 --group_size 8"
+    said = train(folder, "scores", more)
+    train(folder, "zeros", f"{more} --value_start zero")
+    assert "; scaled to spread 1" in said
+    scores, zeros = (column(folder / name, "reward") for name in ("scores", "zeros"))
+    shift = scores[0] - zeros[0]  # the mean of the reference's scores, in their spread
+    assert scores[1] - zeros[1] == pytest.approx(shift, abs=1e-4) and abs(shift) > 0.1
+    losses = [column(folder / name, "value_loss")[0] for name in ("scores", "zeros")]
+    assert losses[0] != pytest.approx(losses[1], rel=0.01)
 
 
 def test_learned_rewards_before_and_after_have_one_scale(folder):
@@ -177,6 +190,7 @@ def test_what_goes_astray_is_said(folder):
     "more, message",
     [
         ("--reward_model {folder}/base", "is a language model"),
+        ("--value_start reward --tune lora", "--value_start reward: needs a --reward_model, and --tune full"),
         ("--init_from {folder}/reward", "is a reward model"),
         ("--reward_model none --reward {folder}/rewards.py:broken", "nan"),
         ("--reward {folder}/rewards.py:absent", "no such function"),

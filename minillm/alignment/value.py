@@ -17,12 +17,15 @@ from minillm.tuning.adapter import attach, switched_off
 from minillm.tuning.options import TuningConfig
 
 
-def make_value_model(options: TuningConfig, policy: Transformer, source: Transformer | None, seed: int) -> Transformer:
+def make_value_model(
+    options: TuningConfig, policy: Transformer, source: Transformer | None, seed: int, keep_head: bool = False
+) -> Transformer:
     """The value model beside a policy: tokens (N, T) → values (N, T) fp32, which are 0 until it is trained.
 
     Where the policy is an adapter over a base that it leaves as it was, this is another adapter over the same base.
     Else it is a model of its own, trained in full: a copy of `source`, the reward model, which knows what is judged
-    (Ouyang et al. 2022, appendix C.4); None: of the policy.
+    (Ouyang et al. 2022, appendix C.4); None: of the policy. keep_head: its values are the scores of that reward model,
+    which must be its source.
     """
     if is_base(policy):
         model = over_same_weights(policy)
@@ -35,7 +38,8 @@ def make_value_model(options: TuningConfig, policy: Transformer, source: Transfo
             model.give_score_head(seed)
         model.float().requires_grad_(True)
     model.checkpoint_activations = policy.checkpoint_activations
-    start_at_zero(model)
+    if not keep_head:
+        start_at_zero(model)
     return model.train()
 
 
@@ -43,6 +47,12 @@ def make_value_model(options: TuningConfig, policy: Transformer, source: Transfo
 def start_at_zero(model: Transformer) -> None:
     """V = 0 everywhere, so that the first advantages are the rewards themselves (Huang et al. 2022, "37 details")."""
     model.score.weight.zero_()
+
+
+@torch.no_grad()
+def start_in_unit(model: Transformer, std: float) -> None:
+    """Values that begin as a reward model's scores, over the spread that its rewards are divided by."""
+    model.score.weight.div_(std)
 
 
 def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, clip: float) -> tuple[Tensor, Tensor]:

@@ -55,7 +55,9 @@ def measure_reference(training_config: PpoConfig, tools: Tools) -> dict[str, flo
     rewards = judged.rewards
     found = {"reward_mean": 0.0, "reward_std": 1.0}
     if training_config.normalize_reward and tools.judge.rewards is not tools.true_reward:
-        found = {"reward_mean": float(rewards.mean()), "reward_std": max(float(rewards.std()), 1e-6)}
+        # values that begin as scores know their zero; a shift of the reward alone would be an error in all of them
+        mean = 0.0 if training_config.values_are_scores else float(rewards.mean())
+        found = {"reward_mean": mean, "reward_std": max(float(rewards.std()), 1e-6)}
     if training_config.beta:
         scaled = judged._replace(rewards=(rewards - found["reward_mean"]) / found["reward_std"])
         found["optimum"] = judging.optimum_of(scaled, training_config.reference_answers, training_config.beta)
@@ -79,7 +81,8 @@ def scale_reward(run: Run, tools: Tools, before: dict) -> None:
         )
     use_scale(tools, mean, std)
     if run.training_config.normalize_reward and tools.judge.rewards is not tools.true_reward:
-        run.say(f"learned reward of the reference's answers: mean {mean:.3f}, spread {std:.3f}; scaled to 0 and 1")
+        scaled = "spread 1" if run.training_config.values_are_scores else "mean 0 and spread 1"
+        run.say(f"learned reward of the reference's answers: spread {std:.3f}; scaled to {scaled}")
 
 
 def use_scale(tools: Tools, mean: float, std: float) -> None:

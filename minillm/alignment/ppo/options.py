@@ -29,7 +29,10 @@ class PpoConfig(ReplayConfig):
     )
     reward_time_s: float = option(60.0, "most seconds of one call of --reward", above=0, group="reward")
     normalize_reward: bool = option(
-        True, "learned rewards are scaled to mean 0 and spread 1 on answers of the reference", group="reward"
+        True,
+        "learned rewards are scaled to mean 0 and spread 1 on answers of the reference, or to spread 1 alone where "
+        "values begin as scores",
+        group="reward",
     )
     missing_eos: str = option(
         "subtract",
@@ -55,6 +58,13 @@ class PpoConfig(ReplayConfig):
     lam: float = option(0.95, "λ: how far advantages trust rewards over values", at_least=0, at_most=1, group="PPO")
     clip: float = option(0.2, "how far a token's probability may move, as a share", above=0, below=1, group="PPO")
     value_clip: float = option(0.2, "how far a value may move", above=0, group="PPO")
+    value_start: str = option(
+        "auto",
+        "the first values: zero, or the reward model's scores of unfinished answers; auto: these if there are any, and "
+        "the value model is a copy of it (--tune full)",
+        ("auto", "zero", "reward"),
+        group="PPO",
+    )
     value_lr: float | None = option(
         None, "peak learning rate of the value model; none: 3 times --lr", at_least=0, group="PPO"
     )
@@ -90,11 +100,22 @@ class PpoConfig(ReplayConfig):
             problems.append(f"--{name}: must be 0, since probabilities of two passes are compared")
         if self.reward_model is None and self.true_reward is None:
             problems.append("--reward_model none: give a --reward to learn from, such as number or FILE.py:FUNCTION")
+        if self.value_start == "reward" and not (self.reward_model and self.tune in ("full", "freeze")):
+            problems.append(
+                "--value_start reward: needs a --reward_model, and --tune full or freeze, where values have a model of "
+                "their own"
+            )
         if self.max_new_tokens >= self.room:
             problems.append(
                 f"--max_new_tokens {self.max_new_tokens}: leaves no room for a prompt in --seq_len {self.seq_len}"
             )
         return problems
+
+    @property
+    def values_are_scores(self) -> bool:
+        """Whether values begin as the reward model's scores."""
+        own_model = self.tune in ("full", "freeze")
+        return self.reward_model is not None and own_model and self.value_start != "zero"
 
     @property
     def true_reward(self) -> str | None:

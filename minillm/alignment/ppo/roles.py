@@ -42,7 +42,8 @@ def cast_roles(
     near = reference.make_reference(training_config, start, policy)
     if reward_model is not None:
         share_equal_weights(reward_model, policy)  # of an adapter over the policy's base the adapter alone remains
-    value = make_value_model(training_config, policy, reward_model, training_config.seed)
+    keep_head = training_config.values_are_scores
+    value = make_value_model(training_config, policy, reward_model, training_config.seed, keep_head)
     return Roles(policy, near, reward_model, value)
 
 

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from minillm.alignment.value import explained_variance, make_value_model, share_equal_weights, value_loss
+from minillm.alignment.value import explained_variance, make_value_model, share_equal_weights, start_in_unit, value_loss
 from minillm.model.config import ModelConfig
 from minillm.model.transformer import Transformer
 from minillm.tuning.adapter import attach, switched_off
@@ -58,6 +58,16 @@ def test_explained_variance():
 
 def new_value_model() -> Transformer:
     return make_value_model(TuningConfig(), small_model(), None, seed=0)
+
+
+def test_values_may_start_as_the_scores_of_the_reward_model_in_the_unit_of_the_rewards():
+    judge = small_model()
+    judge.give_score_head(3)
+    value = make_value_model(TuningConfig(), small_model(), judge.requires_grad_(False), seed=0, keep_head=True)
+    start_in_unit(value, 2.5)
+    tokens = torch.randint(0, value.config.vocab_size, (2, 9))
+    torch.testing.assert_close(value(tokens), judge(tokens) / 2.5, atol=1e-6, rtol=1e-5)
+    assert value.score.weight.requires_grad and not judge.score.weight.requires_grad
 
 
 def test_values_start_at_zero_and_the_head_gets_a_gradient():
