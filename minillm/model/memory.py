@@ -153,9 +153,9 @@ def gpu_memory(shape: ModelConfig, work: Work) -> dict[str, int]:
     """Bytes that each GPU of a layout takes at its peak, all parameters being trained, in bfloat16.
 
     Weights, gradients and moments are divided among the GPUs that hold a copy together. A layer's weights are whole
-    only while it computes: those of two layers at a time, the second on its way, and embedding and head throughout.
-    With them comes one layer's gradient in float32 beside what is sent of it, and that of the head.
-    A single copy has what one device has: weights and gradients of its own, and what autocast converts.
+    only while it computes: those of two layers at a time, the second on its way. The head is whole in float32 from the
+    forward to the backward pass. With them comes one layer's gradient in float32 beside what is sent of it, and that of
+    the head. A single copy has what one device has: weights and gradients of its own, and what autocast converts.
     """
     n_state = work.layout.n_holding
     n_trained = n_parameters(shape)
@@ -168,11 +168,10 @@ def gpu_memory(shape: ModelConfig, work: Work) -> dict[str, int]:
         gathered = autocast_weights(shape, WEIGHT)
         gradients = 0
     else:
-        layer = layer_parameters(shape)
-        outside = n_trained - shape.n_layers * layer  # embedding, last norm, head
-        gathered = WEIGHT * (2 * layer // work.layout.tp + outside)
-        head = shape.vocab_size * shape.dim
-        gradients = (WEIGHT + GRADIENT) * layer // work.layout.tp + GRADIENT * head
+        layer = layer_parameters(shape) // work.layout.tp
+        head = FP32 * shape.vocab_size * shape.dim
+        gathered = WEIGHT * 2 * layer + head
+        gradients = (WEIGHT + GRADIENT) * layer + head
 
     # activations of this GPU's part of each row; of its weights no copies, since they come in bfloat16
     part = work.rows, work.seq_len // (work.layout.cp * work.layout.tp), WEIGHT
