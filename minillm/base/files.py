@@ -15,6 +15,8 @@ import os
 import re
 import secrets
 import shutil
+import socket
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -31,6 +33,7 @@ except ImportError:  # Windows
 
 MANIFEST = "manifest.json"
 SCRATCH = re.compile(r"(?P<name>.+)\.tmp-(?P<pid>\d+)-[0-9a-f]{8}")  # a name of `scratch_name`
+VISIBLE_S = 60.0  # seconds after which a network disk shows everybody what one machine wrote
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # no space left, or a quota or size limit reached
 
 
@@ -50,27 +53,30 @@ def writing(path: Path) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield scratch
     except OSError as problem:
-        home = next(parent for parent in path.absolute().parents if parent.exists())
-        if home.is_file():
-            raise UserError(f"{path}: cannot be written: {home} is a file; choose another --out") from None
-        if problem.errno not in FULL:
-            raise UserError(
-                f"{path}: cannot be written: {problem.strerror or problem}; fix that or choose another --out"
-            ) from None
-
-        # no space: say how much was written, how much is free, and whether earlier checkpoints are safe
-        files = _files(scratch).values() if scratch.is_dir() else ()
-        n_bytes = sum(file.stat().st_size for file in files)
-        n_free = shutil.disk_usage(home).free
-        message = (
-            f"{path}: writing failed after {n_bytes:,} bytes: {problem.strerror} ({n_free:,} bytes free there); "
-            "free space or choose another --out"
-        )
-        if any(home.glob("step-????????")):
-            message += "; earlier checkpoints are untouched"
-        raise UserError(message) from None
+        raise UserError(why_not_written(path, scratch, problem)) from None
     finally:
         discard(scratch)
+
+
+def why_not_written(path: Path, scratch: Path, problem: OSError) -> str:
+    """What to tell of a file or folder that could not be written; scratch: what there is of it so far."""
+    home = next(parent for parent in path.absolute().parents if parent.exists())
+    if home.is_file():
+        return f"{path}: cannot be written: {home} is a file; choose another --out"
+    if problem.errno not in FULL:
+        return f"{path}: cannot be written: {problem.strerror or problem}; fix that or choose another --out"
+
+    # no space: say how much was written, how much is free, and whether earlier checkpoints are safe
+    files = _files(scratch).values() if scratch.is_dir() else ()
+    n_bytes = sum(file.stat().st_size for file in files)
+    n_free = shutil.disk_usage(home).free
+    message = (
+        f"{path}: writing failed after {n_bytes:,} bytes: {problem.strerror} ({n_free:,} bytes free there); "
+        "free space or choose another --out"
+    )
+    if any(home.glob("step-????????")):
+        message += "; earlier checkpoints are untouched"
+    return message
 
 
 def discard(path: Path) -> None:
@@ -190,26 +196,35 @@ def write_folder(path: str | Path, fill: Callable[[Path], None]) -> None:
     with writing(path) as scratch:
         scratch.mkdir()
         fill(scratch)
+        complete(scratch, path)
 
-        # the manifest, once all files have reached the disk
-        files = _files(scratch)
-        manifest_file = scratch / MANIFEST
-        manifest_file.touch()
-        for file in files.values():  # safetensors makes files that only their owner may read
-            file.chmod(manifest_file.stat().st_mode)
-        with ThreadPoolExecutor() as pool:  # hashing runs outside Python's lock: one core per file
-            list(pool.map(sync, files.values()))
-            entries = list(pool.map(_describe, files.values()))
-        manifest = {"format": 1, "files": dict(zip(files, entries, strict=True))}
-        manifest_file.write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-        sync(manifest_file)
 
-        # the folders, then the new name
-        for folder in scratch.rglob("*"):
-            if folder.is_dir():
-                sync(folder)
-        sync(scratch)
-        _put_in_place(scratch, path)
+def complete(scratch: Path, path: Path, described: dict[str, dict] | None = None) -> None:
+    """Give a folder that is filled its manifest and, once all of it has reached the disk, its name `path`.
+
+    described: entries of the manifest for files that are on the disk already; all others are read here.
+    """
+    # the manifest, once all files have reached the disk
+    described = described or {}
+    files = _files(scratch)
+    manifest_file = scratch / MANIFEST
+    manifest_file.touch()
+    for file in files.values():  # safetensors makes files that only their owner may read
+        file.chmod(manifest_file.stat().st_mode)
+    others = {name: file for name, file in files.items() if name not in described}
+    with ThreadPoolExecutor() as pool:  # hashing runs outside Python's lock: one core per file
+        list(pool.map(sync, others.values()))
+        entries = dict(zip(others, pool.map(_describe, others.values()), strict=True)) | described
+    manifest = {"format": 1, "files": {name: entries[name] for name in files}}
+    manifest_file.write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+    sync(manifest_file)
+
+    # the folders, then the new name
+    for folder in scratch.rglob("*"):
+        if folder.is_dir():
+            sync(folder)
+    sync(scratch)
+    _put_in_place(scratch, path)
 
 
 def _put_in_place(scratch: Path, path: Path) -> None:
@@ -227,11 +242,14 @@ def _put_in_place(scratch: Path, path: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def verify_folder(path: str | Path) -> list[str]:
+def verify_folder(path: str | Path, part: int = 0, parts: int | None = 1) -> list[str]:
     """What is wrong with a folder that `write_folder` wrote, a line each; empty if every file is as it was written.
 
     Files added later are allowed, except weights (*.safetensors and their index), which a loader might read. Raises
     PermissionError for a file that may not be read, since that is not damage.
+
+    part, parts: compare the bytes of one part of the files, of so many whose sizes are about equal; parts None: compare
+    sizes only.
     """
     path = Path(path)
 
@@ -257,13 +275,16 @@ def verify_folder(path: str | Path) -> list[str]:
             problems.append(f"{name} was added")
 
     # whether the others are the same bytes
+    by_size = sorted(expected, key=lambda name: (-expected[name][0], name))
+    read_here = set(by_size[part::parts]) if parts else set()
+
     def compare(name: str) -> str | None:
         size_expected, sha256_expected = expected[name]
         try:
             size = present[name].stat().st_size
             if size != size_expected:
                 return f"{name} has {size:,} bytes instead of {size_expected:,}"
-            if sha256(present[name]) != sha256_expected:
+            if name in read_here and sha256(present[name]) != sha256_expected:
                 return f"{name} differs from its checksum"
         except PermissionError:
             raise
@@ -274,6 +295,23 @@ def verify_folder(path: str | Path) -> list[str]:
     with ThreadPoolExecutor() as pool:
         results = pool.map(compare, [name for name in expected if name in present])
         return problems + [problem for problem in results if problem]
+
+
+def wait_for(path: Path, seconds: float = VISIBLE_S) -> None:
+    """Wait until a file or folder that another machine has made is to be seen here: network disks take seconds.
+
+    Raises `UserError` if it is not, which mostly means that the machines do not share the disk.
+    """
+    until = time.monotonic() + seconds
+    while not path.exists():
+        if time.monotonic() > until:
+            raise UserError(
+                f"{path}: was made by another process, and is not to be seen on {socket.gethostname()} after "
+                f"{seconds:.0f} s; --out must lie on a disk that all machines share"
+            )
+        time.sleep(0.1)
+        with contextlib.suppress(OSError):
+            next(path.parent.iterdir(), None)  # lets a client of NFS ask the server again
 
 
 def refuse_existing(out: str | Path) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from minillm.base.contents import Contents
 from minillm.base.errors import UserError, naming
-from minillm.checkpoint import rope_json, score_head, tensor_files
+from minillm.checkpoint import rope_json, score_head, tensor_files, tensor_writer
 from minillm.checkpoint.config_json import check_kinds, read_config
 from minillm.distributed import shards
 from minillm.model import quant
@@ -294,7 +294,7 @@ def write_folder(
     """
     dtype = dtype or model.dtype
     shapes = shapes_of(model.config)
-    tensor_files.write_weights(folder, shapes, dtype, lambda key: model.read(key, dtype), max_shard_size)
+    tensor_writer.write_weights(folder, shapes, dtype, lambda key: model.read(key, dtype), max_shard_size)
     written = to_hf(model.config, model.special_ids, str(dtype).removeprefix("torch."))
     (folder / "config.json").write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
 

@@ -1,15 +1,17 @@
-"""Tensors in safetensors files: one file, or indexed shards.
+"""Reading tensors from safetensors files: one file, or indexed shards.
 
 There is no pickle anywhere: reading a file cannot run code. Reading is strict: everything that is missing,
 unexpected, of another shape or broken is listed, and nothing is loaded in part.
 """
 
-import json
+import itertools
 import math
+import operator
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
+from io import FileIO
 from pathlib import Path
 
 import torch
@@ -20,8 +22,9 @@ from minillm.base.contents import Contents
 from minillm.base.errors import MissingError, UserError
 from minillm.base.json_door import file_size, parse_json, path_inside, read_json
 
-SINGLE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
+WEIGHTS = "model"  # how the names of a model's files begin
+SINGLE = f"{WEIGHTS}.safetensors"
+INDEX = f"{SINGLE}.index.json"
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 DTYPES = {  # safetensors' name → torch's
     "F64": torch.float64,
@@ -42,8 +45,6 @@ PIECE = 1 << 18  # numbers read at once
 MOST_PROBLEMS = 50  # after which no other shard is looked for
 
 
-# ---- reading tensors
-
 
 @dataclass(frozen=True)
 class Place:
@@ -54,24 +55,55 @@ class Place:
     shape: tuple[int, ...]
     dtype: torch.dtype
 
-    def read(self, dtype: torch.dtype | None = None) -> Tensor:
+    def read(self, dtype: torch.dtype | None = None, part: tuple[slice, ...] | None = None) -> Tensor:
         """The tensor in memory of its own, converted piece by piece, so that there is never a second copy of it.
+
+        part: a slice with begin and end for each dimension, to read that part alone and no other byte of the file.
 
         The file is not memory-mapped: its pages would count as memory, and a tensor would not be aligned like torch's,
         so that vectorized code may round differently and a resumed run diverge.
         """
-        out = torch.empty(self.shape, dtype=dtype or self.dtype)
-        needs_conversion = out.dtype != self.dtype
-        with self.file.open("rb") as stream:
-            stream.seek(self.offset)
-            for piece in out.view(-1).split(PIECE):
-                stored = torch.empty(piece.shape, dtype=self.dtype) if needs_conversion else piece
-                n_read = stream.readinto(stored.view(torch.uint8).numpy())
-                if n_read < stored.nbytes:
-                    raise UserError(f"{self.file}: ends before its tensors do; get a whole copy")
-                if needs_conversion:
-                    piece.copy_(stored)
+        part = part or tuple(slice(0, size) for size in self.shape)
+        out = torch.empty([each.stop - each.start for each in part], dtype=dtype or self.dtype)
+        if out.numel() == 0:
+            return out
+        firsts, length = _stretches(self.shape, part)
+        with self.file.open("rb", buffering=0) as stream:  # a buffer would read ahead
+            for first, numbers in zip(firsts, out.view(-1).split(length), strict=True):
+                stream.seek(self.offset + first * self.dtype.itemsize)
+                self._read_into(numbers, stream)
         return out
+
+    def _read_into(self, numbers: Tensor, stream: FileIO) -> None:
+        """Fill a flat tensor from where the stream stands."""
+        needs_conversion = numbers.dtype != self.dtype
+        for piece in numbers.split(PIECE):
+            stored = torch.empty(piece.shape, dtype=self.dtype) if needs_conversion else piece
+            missing = memoryview(stored.view(torch.uint8).numpy())
+            while len(missing):
+                n_read = stream.readinto(missing)
+                if not n_read:
+                    raise UserError(f"{self.file}: ends before its tensors do; get a whole copy")
+                missing = missing[n_read:]
+            if needs_conversion:
+                piece.copy_(stored)
+
+
+def _stretches(shape: tuple[int, ...], part: tuple[slice, ...]) -> tuple[Iterator[int], int]:
+    """Where in a flat tensor of this shape the numbers of a part lie that follow one another, and how many each time.
+
+    Of some rows with all columns that is one stretch, of some columns one for each row.
+    """
+    whole = [each == slice(0, size) for size, each in zip(shape, part, strict=True)]
+    cut = max((dim for dim, is_whole in enumerate(whole) if not is_whole), default=0)  # the last that is not whole
+    if not shape:
+        return iter([0]), 1
+    inner = math.prod(shape[cut + 1 :])
+    outer = itertools.product(*(range(each.start, each.stop) for each in part[:cut]))
+    strides = [math.prod(shape[dim + 1 :]) for dim in range(cut)]
+    offset = part[cut].start * inner
+    firsts = (offset + sum(map(operator.mul, index, strides)) for index in outer)
+    return firsts, (part[cut].stop - part[cut].start) * inner
 
 
 def are_equal(one: Place, other: Place) -> bool:
@@ -201,73 +233,6 @@ def _read_header(path: Path) -> dict[str, Place]:
         offset, _ = entry["data_offsets"]
         places[name] = Place(path, begin + offset, tuple(entry["shape"]), DTYPES[entry["dtype"]])
     return places
-
-
-# ---- writing tensors
-
-
-def write_weights(
-    folder: Path,
-    shapes: dict[str, torch.Size],
-    dtype: torch.dtype,
-    read: Callable[[str], Tensor],
-    max_shard_size: int | None = None,
-) -> None:
-    """Write the weights of a model folder: one file, or indexed shards of at most `max_shard_size` bytes of tensors.
-
-    read(name): the tensor of that shape. A tensor that is larger than a shard has one of its own.
-    """
-    shards = _divide(shapes, dtype, max_shard_size)
-    if len(shards) == 1:
-        write_tensors(folder / SINGLE, shapes, dtype, read)
-        return
-    weight_map: dict[str, str] = {}
-    for number, shard in enumerate(shards, 1):
-        file = f"model-{number:05}-of-{len(shards):05}.safetensors"
-        write_tensors(folder / file, shard, dtype, read)
-        weight_map |= dict.fromkeys(shard, file)
-    n_parameters = sum(shape.numel() for shape in shapes.values())
-    metadata = {"total_parameters": n_parameters, "total_size": n_parameters * dtype.itemsize}
-    text = json.dumps({"metadata": metadata, "weight_map": weight_map}, indent=2)
-    (folder / INDEX).write_text(text + "\n", encoding="utf-8")
-
-
-def _divide(
-    shapes: dict[str, torch.Size], dtype: torch.dtype, max_shard_size: int | None
-) -> list[dict[str, torch.Size]]:
-    """The tensors of each shard, in their order: a new shard begins where the next tensor has no room."""
-    if max_shard_size is None:
-        return [shapes]
-    shards: list[dict[str, torch.Size]] = [{}]
-    room = max_shard_size
-    for name, shape in shapes.items():
-        n_bytes = shape.numel() * dtype.itemsize
-        if shards[-1] and n_bytes > room:
-            shards.append({})
-            room = max_shard_size
-        shards[-1][name] = shape
-        room -= n_bytes
-    return shards
-
-
-def write_tensors(
-    path: Path, shapes: dict[str, Sequence[int]], dtype: torch.dtype, read: Callable[[str], Tensor]
-) -> None:
-    """Write a safetensors file with only one tensor at a time in memory: read(name) gives a tensor of that shape."""
-    dtype_name = next(name for name, known in DTYPES.items() if known == dtype)
-    header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for name, shape in shapes.items():
-        begin = end
-        end = begin + math.prod(shape) * dtype.itemsize
-        header[name] = {"dtype": dtype_name, "shape": list(shape), "data_offsets": [begin, end]}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8
-    with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for name in shapes:
-            tensor = read(name).to(device="cpu", dtype=dtype).contiguous().view(-1)
-            file.write(tensor.view(torch.uint8).numpy())
 
 
 # ---- checks

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from minillm.checkpoint import tensor_files
+from minillm.checkpoint import tensor_files, tensor_writer
 from tests.minillm.checkpoint.test_train_state import read_weights, refused
 
 
@@ -192,7 +192,7 @@ def test_safetensors_reads_what_is_written_tensor_by_tensor_and_we_read_it_in_pi
     given = {"b": torch.arange(24).view(2, 3, 4), "a": torch.tensor(3), "empty": torch.zeros(0, 4)}
     given = {name: tensor.to(dtype) for name, tensor in given.items()}
     shapes = {name: tensor.shape for name, tensor in given.items()}
-    tensor_files.write_tensors(tmp_path / "model.safetensors", shapes, dtype, lambda name: given[name])
+    tensor_writer.write_weights(tmp_path, shapes, dtype, lambda name: given[name])
     theirs = load_file(tmp_path / "model.safetensors")
     for name, place in tensor_files.find_weights(tmp_path).items():
         assert place.shape == given[name].shape and place.dtype == theirs[name].dtype == dtype
