@@ -35,6 +35,7 @@ from minillm.datasets.instructions import InstructionRows
 from minillm.datasets.preferences import PreferenceRows
 from minillm.datasets.prompts import PromptRows
 from minillm.datasets.token_bins import TokenBins
+from minillm.distributed.ranks import Ranks
 from minillm.evaluation.validation import read_bits
 from minillm.generation.completion import generate
 from minillm.model.transformer import Transformer
@@ -105,14 +106,14 @@ def home(tmp_path_factory) -> Path:
     prepare([home / "texts.txt"], home / "data", tokenizer=home / "pieces", val_fraction=0.2, workers=1)
     n_documents = TokenBins(home / "data", "val").n_documents
     np.save(home / "data" / "val_bits.npy", np.linspace(90, 110, n_documents))
-    train_state.save(
-        home / "run",
-        2,
-        write_model=partial(huggingface.save_model, model),
+    checkpoint = train_state.Checkpoint(
+        model=huggingface.weights_to_write(model),
+        write_beside=lambda folder: huggingface.write_config(model.config, folder, {}, torch.float32),
         state={"fingerprints": {"data": "x"}, "config": {"init_from": None}, "time_s": 1.0, "scaler": {}},
         optimizers=[stepped(model)],
         named_parameters=dict(model.named_parameters()),
     )
+    train_state.save(home / "run", 2, Ranks(0, 1, torch.device("cpu")), checkpoint).finish()
     (home / "run" / "step-00000002" / "manifest.json").unlink()  # which would find all damage by itself
     (home / "run" / "metrics.jsonl").write_text('{"step": 1, "loss": 2.5, "time_s": 0.5}\n{"step": 2, "val_bpb": 3}\n')
     (home / "options.toml").write_text('data = "data"\nsteps = 3\nlr = 0.1\n')

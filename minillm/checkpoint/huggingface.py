@@ -18,6 +18,7 @@ from minillm.base.contents import Contents
 from minillm.base.errors import UserError, naming
 from minillm.checkpoint import rope_json, score_head, tensor_files, tensor_writer
 from minillm.checkpoint.config_json import check_kinds, read_config
+from minillm.checkpoint.together import Source, ToWrite, to_write
 from minillm.distributed import shards
 from minillm.model import quant
 from minillm.model.config import ModelConfig
@@ -261,18 +262,41 @@ class StoredModel:
     special_ids: dict[str, int] = field(default_factory=dict)
 
 
+def _refuse_quantized(model: Transformer) -> None:
+    if quant.is_quantized(model):
+        raise UserError("a quantized base is not saved: save its adapter, or call quant.dequantize_base first")
+
+
 def weights_of(model: Transformer, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
     """The tensors to save, under Hugging Face's keys.
 
     Raises `UserError` for a quantized model, since other loaders do not know its format.
     """
-    if quant.is_quantized(model):
-        raise UserError("a quantized base is not saved: save its adapter, or call quant.dequantize_base first")
+    _refuse_quantized(model)
     state = {export_name(name): tensor.detach() for name, tensor in model.state_dict().items()}
     weights = {}
     for key in shapes_of(model.config):
         weights[key] = state[key].to(dtype or state[key].dtype).contiguous()
     return weights
+
+
+def weights_to_write(model: Transformer) -> list[ToWrite]:
+    """The files of a model's weights in a checkpoint, and which tensors go into them; the model may be sharded.
+
+    Raises `UserError` for a quantized model.
+    """
+    _refuse_quantized(model)
+    tensors = dict(model.named_buffers()) | dict(model.named_parameters(remove_duplicate=False))
+    named = {export_name(name): tensor for name, tensor in tensors.items()}
+    shapes = shapes_of(model.config)
+    planned = tensor_writer.plan_weights(shapes, model.embed_tokens.weight.dtype, tensor_writer.MOST_BYTES)
+    return to_write(planned, {key: Source.of(named[key]) for key in shapes})
+
+
+def write_config(config: ModelConfig, folder: Path, special_ids: dict[str, int], dtype: torch.dtype) -> None:
+    """Write config.json into an existing folder. dtype: of its weights."""
+    written = to_hf(config, special_ids, str(dtype).removeprefix("torch."))
+    (folder / "config.json").write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
 
 
 def save_model(
@@ -295,8 +319,7 @@ def write_folder(
     dtype = dtype or model.dtype
     shapes = shapes_of(model.config)
     tensor_writer.write_weights(folder, shapes, dtype, lambda key: model.read(key, dtype), max_shard_size)
-    written = to_hf(model.config, model.special_ids, str(dtype).removeprefix("torch."))
-    (folder / "config.json").write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
+    write_config(model.config, folder, model.special_ids, dtype)
 
 
 def load_config(folder: str | Path, with_score_head: bool | None = False) -> ModelConfig:
@@ -357,18 +380,19 @@ def open_folder(folder: str | Path) -> StoredModel:
     return StoredModel(config, dtype, read, special_ids)
 
 
+@torch.no_grad()
 def fill_model(model: Transformer, folder: str | Path) -> None:
     """Give a model, which may be dealt out over ranks, the weights of a folder, in the model's dtype.
 
-    Raises `UserError` listing everything that does not fit.
+    Each rank reads what it holds, and no other byte of the tensors. Raises `UserError` listing all that does not fit.
     """
     check_parameters(model.config, folder)
     places = _find_weights(folder, model.config)
     for name, parameter in model.named_parameters():
         key = export_name(name)
-        whole = places[key].read(parameter.dtype)
-        tensor_files.check_finite(key, whole, folder)
-        shards.fill(parameter, whole)
+        numbers = places[key].read(parameter.dtype, shards.place_of(parameter))
+        tensor_files.check_finite(key, numbers, folder)
+        shards.local(parameter).copy_(numbers)
 
 
 def load_model(

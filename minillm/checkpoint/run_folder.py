@@ -19,6 +19,7 @@ from pathlib import Path
 from minillm.base import files
 from minillm.base.errors import UserError
 from minillm.base.printing import LONGEST_LINE, clipped
+from minillm.distributed.ranks import Ranks
 
 STEP = re.compile(r"step-(\d+)")  # the name of a checkpoint's folder
 
@@ -42,15 +43,19 @@ def step_folders(run: str | Path) -> list[Path]:
     return sorted(folders, key=step_of)
 
 
-def newest_checkpoint(run: str | Path, log: Callable[[str], None] = print) -> Path | None:
+def newest_checkpoint(run: str | Path, log: Callable[[str], None] = print, ranks: Ranks | None = None) -> Path | None:
     """The newest checkpoint of a run that verifies; None if the run has none.
 
-    Logs what is wrong with each broken one it skips. Raises `UserError` if there are checkpoints but none is
-    whole: whether to start over in their place is for a person to decide.
+    Logs what is wrong with each broken one it skips. ranks: those who call this together, and read a part each; all
+    take the folders that rank 0 sees. Raises `UserError` if there are checkpoints but none is whole: whether to start
+    over in their place is for a person to decide.
     """
     folders = step_folders(run)
+    if ranks is not None:
+        names = ranks.exchange([folder.name for folder in folders])[0]
+        folders = [Path(run) / name for name in names]
     for folder in reversed(folders):
-        problems = files.verify_folder(folder)
+        problems = _problems_of(folder, ranks)
         if not problems:
             return folder
         log(f"{folder} is damaged and passed over: {clipped('; '.join(problems), LONGEST_LINE)}")
@@ -59,6 +64,15 @@ def newest_checkpoint(run: str | Path, log: Callable[[str], None] = print) -> Pa
             f"{run}: none of its {len(folders)} checkpoints is whole; bring back a copy, or choose another --out"
         )
     return None
+
+
+def _problems_of(folder: Path, ranks: Ranks | None) -> list[str]:
+    """What is wrong with a checkpoint, of which each rank reads a part; the same lines on every rank."""
+    if ranks is None:
+        return files.verify_folder(folder)
+    files.wait_for(folder)
+    of_ranks = ranks.exchange(files.verify_folder(folder, ranks.rank, ranks.world))
+    return list(dict.fromkeys(problem for problems in of_ranks for problem in problems))
 
 
 def earlier_start(run: str | Path) -> str:
@@ -101,7 +115,11 @@ def tokenizer_folder(path: str | Path) -> Path:
 
 
 def clean_stale(run: str | Path) -> None:
-    """Tidy what a killed process left: call it while holding the run's lock."""
+    """Tidy what a killed process left: call it while holding the run's lock.
+
+    Only the holder of the lock writes checkpoints, so one that is half written is of an attempt that has ended, on
+    whatever machine. Other files are written beside a run as well, such as its curve, by a process that may be alive.
+    """
     for aside in Path(run).glob("step-*.old"):
         if not STEP.fullmatch(aside.stem):
             continue  # not ours
@@ -111,7 +129,7 @@ def clean_stale(run: str | Path) -> None:
             aside.rename(aside.with_suffix(""))
     for scratch in Path(run).glob("*.tmp-*"):
         match = files.SCRATCH.fullmatch(scratch.name)
-        if match and not _alive(int(match["pid"])):
+        if match and (STEP.fullmatch(match["name"]) or not _alive(int(match["pid"]))):
             files.discard(scratch)
 
 
@@ -140,12 +158,15 @@ def set_aside_later(run: str | Path, step: int, log: Callable[[str], None] = pri
             log(f"going on from step {step}: the later {folder} is kept as {aside.name}")
 
 
-def prune(run: str | Path, keep_last: int, log: Callable[[str], None] = print) -> None:
-    """Delete all but the newest `keep_last` checkpoints (0: keep all), if the newest verifies."""
+def prune(run: str | Path, keep_last: int, log: Callable[[str], None] = print, was_read_back: bool = False) -> None:
+    """Delete all but the newest `keep_last` checkpoints (0: keep all), if the newest verifies.
+
+    was_read_back: it was when it was written, so that its files and their sizes are enough to see.
+    """
     folders = step_folders(run)
     if keep_last < 1 or len(folders) <= keep_last:
         return
-    problems = files.verify_folder(folders[-1])
+    problems = files.verify_folder(folders[-1], parts=None if was_read_back else 1)
     if problems:
         log(f"{folders[-1]} is damaged ({'; '.join(problems)}): the older checkpoints are kept")
         return

@@ -45,7 +45,6 @@ PIECE = 1 << 18  # numbers read at once
 MOST_PROBLEMS = 50  # after which no other shard is looked for
 
 
-
 @dataclass(frozen=True)
 class Place:
     """Where a tensor is stored: `offset` bytes into a file, contiguous, little-endian."""
@@ -148,6 +147,21 @@ def load_tensors(path: str | Path) -> dict[str, Tensor]:
 def shapes_in(path: str | Path) -> dict[str, tuple[int, ...]]:
     """The shape of each tensor of one safetensors file. Raises `UserError` as `load_tensors` does."""
     return {name: place.shape for name, place in _read_header(Path(path)).items()}
+
+
+def find_tensors(path: Path) -> dict[str, Place]:
+    """Where each tensor of "x.safetensors" is stored, or of the files "x-00001-of-00003.safetensors" … in its place.
+
+    Raises `UserError` as `load_tensors` does, and if one of several files is missing.
+    """
+    several = sorted(path.parent.glob(f"{path.stem}-[0-9]*-of-[0-9]*.safetensors"))
+    if path.exists() or not several:
+        return _read_header(path)
+    n_files = several[0].stem.rpartition("-")[2]
+    places: dict[str, Place] = {}
+    for number in range(1, int(n_files) + 1):
+        places |= _read_header(path.with_name(f"{path.stem}-{number:05}-of-{n_files}.safetensors"))
+    return places
 
 
 def find_weights(folder: str | Path) -> dict[str, Place]:

@@ -37,7 +37,7 @@ class TensorFile:
 def plan_weights(shapes: dict[str, Sequence[int]], dtype: torch.dtype, limit: int | None) -> list[TensorFile]:
     """The files of a model's weights: one, or several of at most `limit` bytes of tensors (None: one file).
 
-    A tensor that is larger than that has a file of its own. With several files the folder needs `index_of` them.
+    A tensor that is larger than that has a file of its own. Several need an index beside them (`write_index`).
     """
     tensors = {key: (shape, dtype) for key, shape in shapes.items()}
     return _plan(WEIGHTS, tensors, limit, lambda entries: json.dumps({"__metadata__": {"format": "pt"}} | entries))
@@ -105,13 +105,16 @@ def n_bytes_of(shape: Sequence[int], dtype: torch.dtype) -> int:
     return math.prod(shape) * dtype.itemsize
 
 
-def index_of(planned: list[TensorFile]) -> str:
-    """The text of model.safetensors.index.json, by which others find the weights of several files of one dtype."""
+def write_index(folder: Path, planned: list[TensorFile]) -> None:
+    """Write model.safetensors.index.json, by which others find weights, of one dtype, in several files; not for one."""
+    if len(planned) == 1:
+        return
     total_size = sum(file.n_bytes for file in planned)
     first = json.loads(planned[0].header[8:])[planned[0].keys[0]]
     metadata = {"total_parameters": total_size // DTYPES[first["dtype"]].itemsize, "total_size": total_size}
     weight_map = {key: file.name for file in planned for key in file.keys}
-    return json.dumps({"metadata": metadata, "weight_map": weight_map}, indent=2) + "\n"
+    text = json.dumps({"metadata": metadata, "weight_map": weight_map}, indent=2) + "\n"
+    (folder / INDEX).write_text(text, encoding="utf-8")
 
 
 class TensorWriter:
@@ -123,7 +126,7 @@ class TensorWriter:
         self.dtypes = [DTYPES[entry["dtype"]] for entry in _entries(planned)]
         self.n_added = 0
         self.digest = hashlib.sha256()
-        self.file = self.path.open("xb")
+        self.file = files.create(self.path)
         self._write(planned.header)
 
     def add(self, tensor: Tensor) -> None:
@@ -172,8 +175,7 @@ def write_weights(
     planned = plan_weights(shapes, dtype, limit)
     for file in planned:
         write_file(folder, file, map(read, file.keys))
-    if len(planned) > 1:
-        (folder / INDEX).write_text(index_of(planned), encoding="utf-8")
+    write_index(folder, planned)
 
 
 def check_written(path: Path, entry: dict) -> None:

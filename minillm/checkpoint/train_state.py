@@ -12,24 +12,24 @@ step-00000060/
 
 import hashlib
 import json
-import re
 from collections.abc import Callable, Collection
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
-from minillm.base import files
 from minillm.base.contents import Contents
 from minillm.base.errors import MissingError, UserError
 from minillm.base.json_door import read_object
-from minillm.checkpoint import run_folder
-from minillm.checkpoint.tensor_files import check_finite, load_tensors, match_tensors
+from minillm.checkpoint import run_folder, tensor_writer
+from minillm.checkpoint.tensor_files import Place, check_finite, find_tensors, match_tensors
+from minillm.checkpoint.together import SharedSave, Source, ToWrite, tensors_to_write
+from minillm.distributed.ranks import Ranks
+from minillm.distributed.shards import local, place_of, whole_shape
 
 STATE = "resume/train_state.json"
-OPTIMIZER = "resume/optimizer.safetensors"
+OPTIMIZER = "resume/optimizer"  # how the names of its files begin
 KINDS = {  # of what a state may hold besides its step
     "time_s": float,
     "optimizer": dict[str, dict],
@@ -65,72 +65,59 @@ def fingerprint(*parts) -> str:
 # ---- writing
 
 
-def save(
-    folder: str | Path,
-    step: int,
-    *,
-    write_model: Callable[[Path], None],
-    state: dict,
-    optimizers: list[torch.optim.Optimizer],
-    named_parameters: dict[str, Tensor],
-    beside: dict[str, dict[str, Tensor]] | None = None,
-) -> Path:
-    """Write the checkpoint of `step` into a run's folder, whole or not at all; returns its path.
+@dataclass
+class Checkpoint:
+    """What a checkpoint is to hold."""
 
-    write_model(folder): writes config.json, weights and tokenizer. state: values for JSON. beside: name → tensors of a
-    model that is trained along with it. Raises `UserError` if the disk is full or read-only; earlier checkpoints are
-    untouched.
+    model: list[ToWrite]  # the files of weights, or of an adapter
+    write_beside: Callable[[Path], None]  # writes config.json, the tokenizer and the like into the new folder
+    state: dict  # values for JSON
+    optimizers: list[torch.optim.Optimizer]
+    named_parameters: dict[str, Tensor]
+    beside: dict[str, dict[str, Tensor]] = field(
+        default_factory=dict
+    )  # name → tensors of a model trained along with it
+
+
+def save(folder: Path, step: int, ranks: Ranks, checkpoint: Checkpoint, in_background: bool = False) -> SharedSave:
+    """Begin to write the checkpoint of `step` into a run's folder, on all ranks; it is there once it is finished.
+
+    Raises `UserError` if it cannot be written; earlier checkpoints are untouched. in_background: see `SharedSave`.
     """
-    path = Path(folder) / run_folder.step_name(step)
-    tensors, described = flatten_optimizers(optimizers, named_parameters)
+    sources, described = flatten_optimizers(checkpoint.optimizers, checkpoint.named_parameters)
+    limit = tensor_writer.MOST_BYTES
+    parts = [*checkpoint.model, *tensors_to_write(OPTIMIZER, sources, limit)]
+    for name, weights in checkpoint.beside.items():
+        of_model = {key: Source.of(tensor) for key, tensor in weights.items()}
+        parts += tensors_to_write(f"resume/{name}", of_model, limit)
+    written = {**checkpoint.state, "format": 1, "step": step, "optimizer": described}
+    text = json.dumps(written, indent=1) + "\n"
 
-    def fill(scratch: Path) -> None:
-        (scratch / "resume").mkdir()
-        try:
-            write_model(scratch)
-            save_file(tensors, scratch / OPTIMIZER)
-            for name, weights in (beside or {}).items():
-                save_file(_plain_tensors(weights), scratch / "resume" / f"{name}.safetensors")
-        except SafetensorError as problem:
-            raise _as_os_error(problem) from None
-        written = {**state, "format": 1, "step": step, "optimizer": described}
-        (scratch / STATE).write_text(json.dumps(written, indent=1) + "\n", encoding="utf-8")
+    def write_rest(scratch: Path) -> None:
+        checkpoint.write_beside(scratch)
+        (scratch / STATE).write_text(text, encoding="utf-8")
 
-    files.write_folder(path, fill)
-    return path
-
-
-def _plain_tensors(named: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.detach().contiguous() for name, tensor in named.items()}
-
-
-def _as_os_error(problem: SafetensorError) -> Exception:
-    """safetensors reports a full disk as text, "… (os error 28)"; turn that back into an OSError."""
-    match = re.search(r"I/O error: (.*) \(os error (\d+)\)", str(problem))
-    if match is None:
-        return problem
-    words, number = match.groups()
-    return OSError(int(number), words)
+    return SharedSave(folder / run_folder.step_name(step), ranks, parts, write_rest, in_background)
 
 
 def flatten_optimizers(
     optimizers: list[torch.optim.Optimizer], named_parameters: dict[str, Tensor]
-) -> tuple[dict[str, Tensor], dict]:
+) -> tuple[dict[str, Source], dict]:
     """The state of one or several optimizers as flat tensors, "parameter/key", in any order of parameters.
 
     Returns the tensors and, per parameter, {"kind": the optimizer's class, "keys": names of its tensors}. Options
     (learning rate, weight decay…) are left out: a resumed run takes them from its configuration.
     """
     names = {parameter: name for name, parameter in named_parameters.items()}
-    tensors, described = {}, {}
+    sources, described = {}, {}
     for optimizer in optimizers:
         for parameter in _parameters(optimizer):
             name = names[parameter]
             state = optimizer.state.get(parameter, {})
             described[name] = {"kind": type(optimizer).__name__, "keys": sorted(state)}
             for key, value in state.items():
-                tensors[f"{name}/{key}"] = value.detach().contiguous()
-    return tensors, described
+                sources[f"{name}/{key}"] = Source.of(parameter, value)
+    return sources, described
 
 
 def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
@@ -166,16 +153,16 @@ def restore_optimizers(
 ) -> None:
     """Load a checkpoint's optimizer state, bit for bit; the optimizers' options stay as they are.
 
-    Raises `UserError` listing all that is missing, unexpected or of another shape, before anything is changed.
+    Of a sharded parameter's state each rank reads its own part alone. Raises `UserError` listing all that is missing,
+    unexpected or of another shape, before anything is changed.
     """
     described = read_state(folder).get("optimizer", {})
-    tensors = load_tensors(Path(folder) / OPTIMIZER)
+    places = find_tensors(Path(folder) / f"{OPTIMIZER}.safetensors")
+    parameters = {p: optimizer for optimizer in optimizers for p in _parameters(optimizer)}
     names = {parameter: name for name, parameter in named_parameters.items()}
 
     # is each parameter trained by the same kind of optimizer, and is all of its state there?
-    trained_now = {
-        names[p]: (type(optimizer).__name__, p.shape) for optimizer in optimizers for p in _parameters(optimizer)
-    }
+    trained_now = {names[p]: (type(optimizer).__name__, whole_shape(p)) for p, optimizer in parameters.items()}
     problems = [f"{name} is not trained any more" for name in described if name not in trained_now]
     expected_shapes = {}
     for name, (kind, shape) in trained_now.items():
@@ -184,24 +171,34 @@ def restore_optimizers(
             problems.append(f"{name} was trained by {saved['kind']}, now by {kind}")
         for key in saved["keys"]:
             # a tensor of state is as large as its parameter, or one number (AdamW's count of steps)
-            tensor = tensors.get(f"{name}/{key}")
-            is_number = tensor is not None and tensor.dim() == 0
+            place = places.get(f"{name}/{key}")
+            is_number = place is not None and place.shape == ()
             expected_shapes[f"{name}/{key}"] = () if is_number else shape
     if problems:
         raise UserError(f"{folder}: its optimizer is of another set-up: {'; '.join(problems)}; choose another --out")
-    shapes = {name: tensor.shape for name, tensor in tensors.items()}
-    match_tensors(expected_shapes, shapes, f"{folder}/{OPTIMIZER}")
-    for name, tensor in tensors.items():
-        check_finite(name, tensor, f"{folder}/{OPTIMIZER}")
+    match_tensors(
+        expected_shapes, {name: place.shape for name, place in places.items()}, f"{folder}/{OPTIMIZER}.safetensors"
+    )
 
+    # read all of it before anything changes: a part of it may be damaged
+    states = {}
+    for parameter in parameters:
+        name = names[parameter]
+        keys = described[name]["keys"]
+        states[parameter] = {key: _read_for(parameter, f"{name}/{key}", places) for key in keys}
     for optimizer in optimizers:
         state_dict = optimizer.state_dict()
-        state_dict["state"] = {}
-        for number, parameter in enumerate(_parameters(optimizer)):
-            name = names[parameter]
-            if keys := described[name]["keys"]:  # none if it has not taken a step
-                state_dict["state"][number] = {key: tensors[f"{name}/{key}"] for key in keys}
+        in_order = enumerate(_parameters(optimizer))
+        state_dict["state"] = {number: states[p] for number, p in in_order if states[p]}  # none before the first step
         optimizer.load_state_dict(state_dict)  # torch knows which tensor belongs on which device
+
+
+def _read_for(parameter: Tensor, name: str, places: dict[str, Place]) -> Tensor:
+    """A stored tensor that is sharded as the parameter is, or one number; each rank reads what it holds of it."""
+    place = places[name]
+    tensor = place.read(part=place_of(parameter) if place.shape else ())
+    check_finite(name, tensor, place.file)
+    return tensor
 
 
 @torch.no_grad()
@@ -212,12 +209,11 @@ def restore_beside(folder: str | Path, beside: dict[str, dict[str, Tensor]]) -> 
     """
     for name, weights in beside.items():
         path = Path(folder) / "resume" / f"{name}.safetensors"
-        tensors = load_tensors(path)
-        shapes = {key: tensor.shape for key, tensor in tensors.items()}
-        match_tensors({key: tensor.shape for key, tensor in weights.items()}, shapes, str(path))
-        for key, tensor in tensors.items():
-            check_finite(key, tensor, str(path))
-            weights[key].copy_(tensor)
+        places = find_tensors(path)
+        shapes = {key: place.shape for key, place in places.items()}
+        match_tensors({key: whole_shape(tensor) for key, tensor in weights.items()}, shapes, path)
+        for key, weight in weights.items():
+            local(weight).copy_(_read_for(weight, key, places))
 
 
 def compare_fingerprints(

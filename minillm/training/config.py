@@ -118,6 +118,11 @@ class TrainingConfig(Options):
         at_least=0,
         group="validation and checkpoints",
     )
+    save_in_background: bool = option(
+        False,
+        "train on while a checkpoint is written, from a copy in host memory",
+        group="validation and checkpoints",
+    )
     keep_last: int = option(2, "checkpoints to keep; 0: all", at_least=0, group="validation and checkpoints")
     max_bad_steps: int = option(
         20,

@@ -38,7 +38,6 @@ from minillm.training.schedule import Schedule, lr_at, rate_change, saved_schedu
 from minillm.training.step import TrainState, seed_step
 from minillm.tuning.options import TuningConfig
 
-FOLDER_LOST = 1000  # larger than the number of any signal
 SIGPIPE = 13  # also where the system has no such signal
 BOUND = {"data", "init_from", "batch_size", "seq_len", "seed"}  # options that go into a fingerprint
 FREE = {f.name for f in dataclasses.fields(TrainingConfig)} - BOUND | {"epochs", "eval_data", "eval_rows"}
@@ -103,21 +102,19 @@ class Run:
         self.signals = StopSignals()
         self.stop_signal = 0
 
-        # the checkpoint to go on from: rank 0 finds and verifies it, the others take the same
+        # the checkpoint to go on from: rank 0 finds it, and all verify it together
         if not ranks.agree(fingerprints):
             raise UserError(
                 f"the processes have opened different data or models ({'; '.join(differences(ranks, fingerprints))}): "
                 "were they changed or prepared again meanwhile, or do machines hold different copies? Start once more "
                 "with the same files everywhere"
             )
-        self.source: Path | None = None
         self.saved: dict = {"step": 0, "time_s": 0.0}
         if ranks.main:
             run_folder.clean_stale(self.folder)
-            self.source = self._find_source()
-        source_step = ranks.max(0 if self.source is None else run_folder.step_of(self.source))
-        if source_step:
-            self.source = self.folder / run_folder.step_name(source_step)
+        self.source = self._find_source()
+        if self.source is not None:
+            source_step = run_folder.step_of(self.source)
             self.saved |= train_state.read_state(self.source)
             if self.saved["step"] != source_step:
                 raise UserError(f"{self.source}: its training state is of step {self.saved['step']}; bring back a copy")
@@ -137,17 +134,19 @@ class Run:
             self.out.open_logs(self.start_step, training_config.tensorboard)
             if not self.finished:
                 self.out.write("options.toml", partial(write_toml, training_config))
+        self.saver = saving.Saver(ranks, training_config, tokenizer)
         self.progress = Progress(training_config.steps, self.start_step, ranks.main)
         self.watchdog = Watchdog(ranks.rank, ranks.world, training_config.timeout_s)
 
     def _find_source(self) -> Path | None:
         """The newest whole checkpoint in the folder; None for a new run."""
-        if self.training_config.resume == "none" and run_folder.step_folders(self.folder):
+        has_some = self.ranks.main and bool(run_folder.step_folders(self.folder))
+        if self.training_config.resume == "none" and self.ranks.max(has_some):
             raise UserError(
                 f"--resume none: {self.folder} already holds checkpoints; choose another --out, delete it, "
                 "or go on with --resume auto"
             )
-        return run_folder.newest_checkpoint(self.folder, log=self.say)
+        return run_folder.newest_checkpoint(self.folder, self.say, self.ranks)
 
     def _take_recorded_threads(self) -> None:
         """Compute on as many threads as the checkpoint's run, since results depend on them in their last bits.
@@ -237,12 +236,18 @@ class Run:
 
             yield step
 
-            # what any rank asks for: a signal's number, and FOLDER_LOST if the folder had to be made again
-            asked = self.ranks.max(self.signals.requested + (FOLDER_LOST if self._folder_was_lost(step) else 0))
-            self.stop_signal = asked % FOLDER_LOST
-            if asked or self.due(step, self.training_config.save_every):
-                with self.watchdog.patient():
+            # of any rank: a signal's number, whether the folder had to be made again, whether a save is under way
+            lost, writing = self._folder_was_lost(step), self.saver.is_writing
+            self.stop_signal, lost, writing = self.ranks.maxima(self.signals.requested, lost, writing)
+            with self.watchdog.patient():
+                if lost:
+                    self.saver.abandon()
+                elif not writing:
+                    self.saver.finish()
+                if self.stop_signal or lost or self.due(step, self.training_config.save_every):
                     self.save(state)
+                if self.stop_signal or step == self.training_config.steps:
+                    self.saver.finish()
             if self.stop_signal:
                 self.say(f"stopped by signal {self.stop_signal} after step {step}; the same command goes on from there")
                 return
@@ -319,27 +324,17 @@ class Run:
     def save(self, state: TrainState) -> None:
         """Write `step-N/` whole or not at all, then delete all but the newest --keep_last, unless this step went wrong.
 
-        Raises `UserError` on every rank if weights are not finite, since no later step could repair them.
+        With --save_in_background it is begun, and ends after a later step. Raises `UserError` on every rank if weights
+        are not finite, since no later step could repair them.
         """
         if not state.is_finite():
             raise UserError(
                 f"step {self.step}: weights are not finite any more, so they are not saved; lower --lr, and "
                 f"{run_folder.earlier_start(self.folder)}"
             )
-        if self.ranks.main:
-            found = {name: fact() for name, fact in self.facts.items() if callable(fact)}
-            train_state.save(
-                self.folder,
-                self.step,
-                write_model=lambda to: saving.write_model(state.model, to, self.training_config, self.tokenizer),
-                state=self._describe(self.step) | found | state.scales(),
-                optimizers=state.all_optimizers(),
-                named_parameters=state.all_parameters(),
-                beside=state.trained_beside(),
-            )
-            if not self.bad_steps:
-                run_folder.prune(self.folder, self.training_config.keep_last)
-        self.ranks.barrier()
+        found = {name: fact() for name, fact in self.facts.items() if self.ranks.main and callable(fact)}
+        described = self._describe(self.step) | found | state.scales()
+        self.saver.save(state, self.step, described, keeps_older=self.bad_steps > 0)
 
     def _describe(self, step: int) -> dict:
         """What a checkpoint records of the run."""

@@ -1,4 +1,4 @@
-"""What a run puts into a checkpoint's folder, and the check before the first step that it will be able to."""
+"""What a run puts into a checkpoint's folder, when, and the check before the first step that it will be able to."""
 
 import json
 from pathlib import Path
@@ -7,7 +7,9 @@ import torch
 
 from minillm.base import files
 from minillm.base.options import write_toml
-from minillm.checkpoint import huggingface, run_folder
+from minillm.checkpoint import huggingface, run_folder, tensor_writer, train_state
+from minillm.checkpoint.together import SharedSave
+from minillm.distributed.ranks import Ranks
 from minillm.tokenizer.tokenizer import Tokenizer
 from minillm.training import starting_model
 from minillm.training.config import TrainingConfig
@@ -16,16 +18,83 @@ from minillm.tuning import peft_format
 from minillm.tuning.adapter import active_adapter
 
 
-def write_model(
-    model: torch.nn.Module, folder: Path, training_config: TrainingConfig, tokenizer: Tokenizer | None
-) -> None:
-    """Write weights or the adapter alone, and what lies beside them, into a new folder that has a resume/ folder."""
+class Saver:
+    """Saves a run's checkpoints, one at a time: at once, or with --save_in_background while training goes on."""
+
+    def __init__(self, ranks: Ranks, training_config: TrainingConfig, tokenizer: Tokenizer | None):
+        self.ranks, self.training_config, self.tokenizer = ranks, training_config, tokenizer
+        self.folder = Path(training_config.out)
+        self.under_way: SharedSave | None = None
+        self.keeps_older = False  # when the one under way is whole
+
+    def save(self, state: TrainState, step: int, described: dict, keeps_older: bool) -> None:
+        """Begin a checkpoint of `step`, on all ranks; if it is not for the background, finish it.
+
+        described: values for JSON. keeps_older: delete no older one. Raises `UserError` as `finish` does.
+        """
+        self.finish()
+        parts, write_beside_model = _model_to_write(state.model, self.tokenizer)
+
+        def write_beside(folder: Path) -> None:
+            write_beside_model(folder)
+            _write_beside(folder, self.training_config, self.tokenizer)
+
+        self.under_way = train_state.save(
+            self.folder,
+            step,
+            self.ranks,
+            train_state.Checkpoint(
+                model=parts,
+                write_beside=write_beside,
+                state=described,
+                optimizers=state.all_optimizers(),
+                named_parameters=state.all_parameters(),
+                beside=state.trained_beside(),
+            ),
+            in_background=self.training_config.save_in_background,
+        )
+        self.keeps_older = keeps_older
+        if not self.training_config.save_in_background:
+            self.finish()
+
+    @property
+    def is_writing(self) -> bool:
+        """Whether this rank still writes in the background."""
+        return self.under_way is not None and not self.under_way.is_written
+
+    def finish(self) -> None:
+        """Wait for the checkpoint under way, if there is one, then delete all but the newest --keep_last.
+
+        All ranks call this together. Raises `UserError` on all of them if it could not be written.
+        """
+        if self.under_way is None:
+            return
+        under_way, self.under_way = self.under_way, None
+        under_way.finish()
+        if self.ranks.main and not self.keeps_older:
+            run_folder.prune(self.folder, self.training_config.keep_last, was_read_back=True)
+
+    def abandon(self) -> None:
+        """Leave nothing of the checkpoint under way: the folder around it has been deleted."""
+        if self.under_way is not None:
+            self.under_way.abandon()
+            self.under_way = None
+
+
+def _model_to_write(model: torch.nn.Module, tokenizer: Tokenizer | None):
+    """(the files of the weights, or of the adapter alone; a function that writes what belongs to them into a folder)"""
     adapter = active_adapter(model)
     if adapter:
-        peft_format.save_adapter(adapter, folder)
-    else:
-        huggingface.save_model(model, folder, special_ids=tokenizer.special_ids if tokenizer else None)
-    _write_beside(folder, training_config, tokenizer)
+        parts = peft_format.adapter_to_write(adapter, in_checkpoint=True)
+        return parts, lambda folder: peft_format.write_beside_adapter(adapter, folder)
+    parts = huggingface.weights_to_write(model)
+
+    def write_beside(folder: Path) -> None:
+        special_ids = tokenizer.special_ids if tokenizer else {}
+        tensor_writer.write_index(folder, [each.file for each in parts])
+        huggingface.write_config(model.config, folder, special_ids, model.embed_tokens.weight.dtype)
+
+    return parts, write_beside
 
 
 def _write_beside(folder: Path, training_config: TrainingConfig, tokenizer: Tokenizer | None) -> None:
@@ -53,9 +122,11 @@ def check(
     # the disk holds the checkpoints that are kept at once: weights and two moments in fp32 for each trained parameter
     models = [state.model, *(other.model for other in state.beside.values())]
     weights = 4 * sum(starting_model.n_trained(model) for model in models)
+    largest_tensor = 4 * max(p.numel() for model in models for p in model.parameters())
+    largest_file = min(2 * weights, max(tensor_writer.MOST_BYTES, largest_tensor))
     already_there = len(run_folder.step_folders(run))
     copies = max(1, (training_config.keep_last or 1) + 1 - already_there)
-    files.check_writable(run, copies * 3 * weights, largest_file=2 * weights)
+    files.check_writable(run, copies * 3 * weights, largest_file)
 
 
 def memory_remedy(training_config: TrainingConfig) -> str:

@@ -16,13 +16,14 @@ import sys
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from minillm.base.contents import Contents
 from minillm.base.errors import UserError, naming
 from minillm.base.json_door import read_object
 from minillm.checkpoint import huggingface, run_folder, tensor_files
+from minillm.checkpoint.tensor_writer import write_file
+from minillm.checkpoint.together import Source, ToWrite, tensors_to_write
 from minillm.model.transformer import Transformer
 from minillm.tuning.adapter import Adapter, attach, remove_adapter
 from minillm.tuning.options import VIRTUAL, TuningConfig
@@ -31,6 +32,7 @@ from minillm.tuning.virtual_tokens import PEFT_TYPES
 
 CONFIG, WEIGHTS, BASE = "adapter_config.json", "adapter_model.safetensors", "minillm_base.json"
 ENCODER = "resume/virtual.safetensors"
+HEADER = {"format": "pt"}  # what the header of PEFT's files says
 PREFIX = "base_model.model."
 SCORE, SCORE_TASK = "score", "SEQ_CLS"  # the head of a reward or value model, and PEFT's name for such a model
 BESIDE_VIRTUAL = "base_model.score.weight"  # PEFT's key of that head beside virtual tokens
@@ -108,24 +110,34 @@ def is_of_reward_model(written: dict) -> bool:
     return written.get("task_type") == SCORE_TASK
 
 
-def _score_tensors(adapter: Adapter) -> dict[str, Tensor]:
-    """The score head beside virtual tokens, under PEFT's key; {} for a language model."""
-    return {BESIDE_VIRTUAL: adapter.parts[SCORE].weight.detach().clone()} if SCORE in adapter.parts else {}
+def adapter_to_write(adapter: Adapter, in_checkpoint: bool) -> list[ToWrite]:
+    """The files of an adapter's tensors; in_checkpoint: with all that is needed to go on training."""
+    if adapter.options.tune not in VIRTUAL:
+        named = adapter.parameters().items()
+        return _one_file(WEIGHTS, {PREFIX + huggingface.export_name(name): parameter for name, parameter in named})
+    tensors = adapter.parts["virtual"].peft_tensors()
+    if SCORE in adapter.parts:
+        tensors[BESIDE_VIRTUAL] = adapter.parts[SCORE].weight
+    parts = _one_file(WEIGHTS, tensors)
+    if in_checkpoint:  # PEFT's file has only the encoder's output
+        parts += _one_file(ENCODER, adapter.parts["virtual"].state_dict(), metadata=None)
+    return parts
+
+
+def _one_file(name: str, tensors: dict[str, Tensor], metadata: dict | None = HEADER) -> list[ToWrite]:
+    sources = {key: Source.of(tensor) for key, tensor in tensors.items()}
+    return tensors_to_write(name.removesuffix(".safetensors"), sources, None, metadata=metadata)
 
 
 def save_adapter(adapter: Adapter, folder: Path) -> None:
-    """Write the files into an existing folder."""
-    if adapter.options.tune in VIRTUAL:
-        tensors = adapter.parts["virtual"].peft_tensors() | _score_tensors(adapter)
-        in_a_checkpoint = (folder / ENCODER).parent.exists()
-        if in_a_checkpoint:  # to go on training: PEFT's file has only the encoder's output
-            save_file(dict(adapter.parts["virtual"].state_dict()), folder / ENCODER)
-    else:
-        tensors = {
-            PREFIX + huggingface.export_name(name): parameter.detach().clone()
-            for name, parameter in adapter.parameters().items()
-        }
-    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    """Write the files into an existing folder, which is no checkpoint."""
+    for file, sources in adapter_to_write(adapter, in_checkpoint=False):
+        write_file(folder, file, [source.values for source in sources.values()])
+    write_beside_adapter(adapter, folder)
+
+
+def write_beside_adapter(adapter: Adapter, folder: Path) -> None:
+    """Write into a folder what belongs to an adapter besides its tensors."""
     written = {CONFIG: describe(adapter)}
     if adapter.base_folder is not None:
         seen_from_here = Path(os.path.relpath(adapter.base_folder, folder)).as_posix()

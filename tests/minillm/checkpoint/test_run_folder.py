@@ -91,12 +91,13 @@ def test_resolve_takes_a_run_a_checkpoint_or_a_foreign_folder(saved, tmp_path_fa
         run_folder.resolve_checkpoint(saved / "typo")
 
 
-def test_stale_folders_go_but_not_those_of_the_living_or_of_others(saved):
+def test_what_is_half_written_goes_but_not_of_the_living_or_of_others(saved):
     child = subprocess.Popen(["sleep", "0"])
     child.wait()
-    living = saved / f"step-00000050.tmp-{os.getppid()}-01234567"
+    living = saved / f"curve.png.tmp-{os.getppid()}-01234567"  # a plot is drawn without the run's lock
+    foreign = saved / f"step-00000050.tmp-{os.getppid()}-01234567"  # of an attempt on another machine
     others = [saved / name for name in ("mine.tmp-backup", f"notes.tmp-{child.pid}", "step-mine.old")]
-    for path in (saved / f"step-00000040.tmp-{child.pid}-01234567", living, *others):
+    for path in (saved / f"step-00000040.tmp-{child.pid}-01234567", foreign, living, *others):
         path.mkdir()
         (path / "file").write_text("x")
     assert run_folder.newest_checkpoint(saved) == saved / "step-00000030"

@@ -17,17 +17,15 @@ from torch import nn
 from minillm.base import files
 from minillm.base.errors import UserError
 from minillm.checkpoint import run_folder, tensor_files, train_state
+from minillm.checkpoint.together import Source, tensors_to_write
+from minillm.distributed.ranks import Ranks
 from minillm.training import optim
+
+ALONE = Ranks(0, 1, torch.device("cpu"))
 
 
 def read_weights(folder: Path) -> dict[str, torch.Tensor]:
     return {name: place.read() for name, place in tensor_files.find_weights(folder).items()}
-
-
-def write_model(model: nn.Module, folder: Path) -> None:
-    """Weights, and something in place of a tokenizer."""
-    save_file(model.state_dict(), folder / "model.safetensors")
-    (folder / "tokenizer.model").write_bytes(b"words")
 
 
 def small_model(seed: int) -> nn.Module:
@@ -62,14 +60,16 @@ def torch_muon(model):
 
 
 def save(home: Path, step: int, model: nn.Module, optimizers: list, **state) -> Path:
-    return train_state.save(
-        home,
-        step,
-        write_model=lambda folder: write_model(model, folder),
+    checkpoint = train_state.Checkpoint(
+        model=tensors_to_write("model", {name: Source.of(p) for name, p in model.named_parameters()}, limit=None),
+        write_beside=lambda folder: (folder / "tokenizer.model").write_bytes(b"words"),
         state=state,
         optimizers=optimizers,
         named_parameters=dict(model.named_parameters()),
     )
+    under_way = train_state.save(home, step, ALONE, checkpoint)
+    under_way.finish()
+    return under_way.path
 
 
 def refused(work) -> str:
@@ -101,9 +101,11 @@ def test_ten_steps_are_five_and_five_after_a_checkpoint_bit_for_bit(tmp_path, bu
     train(resumed, restored, range(5, 10))
     for (name, ours), theirs in zip(resumed.state_dict().items(), straight.state_dict().values(), strict=True):
         assert torch.equal(ours, theirs), name
-    tensors, described = train_state.flatten_optimizers(restored, names)
+    sources, described = train_state.flatten_optimizers(restored, names)
     wanted, same = train_state.flatten_optimizers(optimizers, dict(straight.named_parameters()))
-    assert described == same and tensors.keys() == wanted.keys()
+    assert described == same and sources.keys() == wanted.keys()
+    tensors = {name: source.values for name, source in sources.items()}
+    wanted = {name: source.values for name, source in wanted.items()}
     assert all(
         torch.equal(tensors[name], wanted[name]) and tensors[name].dtype == wanted[name].dtype for name in tensors
     )
@@ -181,7 +183,7 @@ def test_killed_at_ten_random_moments_of_a_loop_that_saves(tmp_path):
 
 
 @pytest.mark.parametrize("large", ["model", "optimizer"])
-def test_a_full_disk_inside_safetensors_names_the_checkpoint(tmp_path, large):
+def test_a_full_disk_names_the_checkpoint(tmp_path, large):
     model = small_model(0)
     optimizers = adamw(model)
     save(tmp_path, 1, model, optimizers)
@@ -195,10 +197,8 @@ def test_a_full_disk_inside_safetensors_names_the_checkpoint(tmp_path, large):
         if large == "model":
             text = refused(lambda: save(tmp_path, 2, big, []))
         else:
-            text = refused(lambda: train_state.save(
-                tmp_path, 2, write_model=lambda f: None, state={}, optimizers=steps,
-                named_parameters=dict(big.named_parameters()),
-            ))  # fmt: skip
+            small = train_state.Checkpoint([], lambda folder: None, {}, steps, dict(big.named_parameters()))
+            text = refused(lambda: train_state.save(tmp_path, 2, ALONE, small).finish())
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert "step-00000002" in text and "File too large" in text

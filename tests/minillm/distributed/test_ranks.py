@@ -10,7 +10,7 @@ from minillm.base import device
 from minillm.base.errors import UserError
 from minillm.distributed import ranks
 from minillm.distributed.ranks import Ranks, micro_batch, start
-from tests import forked
+from tests.forked_ranks import on_ranks
 
 CPU = torch.device("cpu")
 
@@ -38,15 +38,16 @@ def test_one_rank_needs_no_group():
     alone.barrier()
 
 
-def _tell_one_another(ranks: Ranks) -> None:
+def _tell_one_another(rank: int) -> None:
+    ranks = Ranks(rank, 3, CPU)
     told = ranks.exchange({"rank": ranks.rank, "three": "三" * ranks.rank})  # of different lengths
     assert told == [{"rank": rank, "three": "三" * rank} for rank in range(3)]
     assert ranks.maxima(ranks.rank, -ranks.rank, 2**60 + ranks.rank) == [2, 0, 2**60 + 2]
     assert ranks.max(ranks.rank) == 2
 
 
-def test_ranks_tell_one_another_values_and_the_largest_numbers():
-    forked.on_ranks(3, _tell_one_another)
+def test_ranks_tell_one_another_values_and_the_largest_numbers(tmp_path):
+    on_ranks(3, tmp_path, _tell_one_another)
 
 
 @pytest.mark.parametrize(("batch", "micro", "world"), [(8, 2, 3), (6, 4, 1), (0, 1, 1), (8, 0, 1), (4, 4, 2)])
