@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import sys
 import time
 
@@ -95,3 +96,19 @@ def test_a_save_longer_than_the_limit_on_a_step_ends_no_run(corpus, tmp_path):
     given = (arguments, launch.free_port(), str(tmp_path / "log"))
     mp.start_processes(_saves_slowly, args=given, nprocs=2, start_method="forkserver")
     assert launch.steps(tmp_path / "out") == [4] and len(launch.losses(tmp_path / "out")) == 4
+
+
+def test_the_benchmark_sees_that_a_slow_link_is_most_of_a_step(tmp_path):
+    """A step sends 8 N (R−1)/R bytes: 2.5 MB of the 627,840 parameters here, 0.4 s at 50 Mbit/s."""
+    with machines.started() as both:
+        for machine in both:
+            machine.slow_down(50)
+            words = "-m minillm bench train --device cpu --vocab_size 400 --rows 1 --seq_len 64 --shard 1"
+            machine.torchrun(words, tmp_path / machine.name)
+        assert [machine.wait() for machine in both] == [0, 0], both[0].text
+    text = both[0].text + both[1].text
+    n_parameters = int(re.search(r"tiny: ([\d,]+) parameters", text)[1].replace(",", ""))
+    speed = int(re.search(r"([\d,]+) tok/s a rank", text)[1].replace(",", ""))
+    assert 64 / speed > 0.9 * 4 * n_parameters / 6.25e6
+    shares = re.findall(r"GiB +([\d.]+)% +([\d.]+)%", text)
+    assert len(shares) == 2 and all(float(talking) > 60 and float(exposed) > 50 for talking, exposed in shares)

@@ -3,6 +3,11 @@
 A step is forward, backward, clipping and AdamW. On a CPU in fp32, beside GPT-2 of the same size; on a GPU in bf16
 autocast, each side alone on the device and each also compiled, with the share of the GPU's peak that it uses (MFU) and
 the memory it takes.
+
+Under torchrun our side alone, on all ranks: its speed, each rank's memory, and the share of time in communication
+(`on_ranks.py`).
+
+    torchrun --nproc_per_node 8 -m minillm bench train --preset 1b --rows 4 --seq_len 2048 --shard 8
 """
 
 import contextlib
@@ -17,7 +22,8 @@ from torch import Tensor, nn
 from minillm.base import files
 from minillm.base.device import autocast, peak_flops, pick_dtype
 from minillm.base.errors import UserError
-from minillm.base.options import Options, option
+from minillm.base.options import Options, option, spelled
+from minillm.commands.bench import on_ranks
 from minillm.commands.bench.measure import (
     REPEATS,
     import_transformers,
@@ -27,7 +33,7 @@ from minillm.commands.bench.measure import (
     vocab_size_of,
 )
 from minillm.distributed import parallelize
-from minillm.distributed.ranks import start
+from minillm.distributed.ranks import start, world_size
 from minillm.model import config as shapes
 from minillm.model import ops
 from minillm.model.size import flops_per_token, n_parameters
@@ -43,7 +49,14 @@ class Config(Options):
     rows: int = option(8, "sequences of a step", at_least=1)
     seq_len: int = option(256, "tokens of a sequence", at_least=1)
     vocab_size: int | None = option(None, "entries of the vocabulary; none: the preset's usual", at_least=1)
+    shard: str = option("auto", "under torchrun: ranks that hold one copy of the state together, as in training")
+    compile: bool = option(False, "under torchrun: compile the model; one process measures both")
     json: str | None = option(None, "also write the speeds into this file, which `plan --measured` reads")
+
+    def problems(self) -> list[str]:
+        if world_size() > 1 or (self.shard, self.compile) == (Config.shard, Config.compile):
+            return []
+        return [f"--shard {self.shard} --compile {spelled(self.compile)}: are for several ranks; start it by torchrun"]
 
 
 @contextlib.contextmanager
@@ -205,6 +218,10 @@ def gpt2_like(model: Transformer):
 
 
 def run(config: Config) -> None:
+    if world_size() > 1:
+        on_ranks.run(config)
+        return
+
     # a model and tokens, both random
     device = start(config.device).device  # as the scripts do it
     dtype = pick_dtype("auto", device)
