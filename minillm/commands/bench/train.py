@@ -53,11 +53,6 @@ class Config(Options):
     compile: bool = option(False, "under torchrun: compile the model; one process measures both")
     json: str | None = option(None, "also write the speeds into this file, which `plan --measured` reads")
 
-    def problems(self) -> list[str]:
-        if world_size() > 1 or (self.shard, self.compile) == (Config.shard, Config.compile):
-            return []
-        return [f"--shard {self.shard} --compile {spelled(self.compile)}: are for several ranks; start it by torchrun"]
-
 
 @contextlib.contextmanager
 def torch_ops() -> Iterator[None]:
@@ -221,6 +216,9 @@ def run(config: Config) -> None:
     if world_size() > 1:
         on_ranks.run(config)
         return
+    if (config.shard, config.compile) != (Config.shard, Config.compile):
+        given = f"--shard {config.shard} --compile {spelled(config.compile)}"
+        raise UserError(f"{given}: are for several ranks; start them by torchrun")
 
     # a model and tokens, both random
     device = start(config.device).device  # as the scripts do it
