@@ -8,8 +8,9 @@ is not tied another.
 Zhao et al. 2023, "PyTorch FSDP", arXiv:2304.11277.
 """
 
+import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.distributed as dist
@@ -17,7 +18,10 @@ from torch import Tensor, nn
 
 from minillm.distributed import shards
 
-WITHOUT_GRADIENT = ("logits", "scores", "through_layers")  # what else is called of a model, besides `forward`
+# What is called of a model, besides `forward` and `hidden`. With gradients it is called after these alone, which leave
+# the weights whole, and must not gather by itself: FSDP would take the gradient of its input as the sign that those of
+# the weights are complete, while that of a tied embedding is still to come.
+WITHOUT_GRADIENT = ("logits", "scores", "through_layers")
 
 
 def shard(model: nn.Module, layer_mesh, outer_mesh, gather_dtype: torch.dtype | None) -> None:
@@ -26,7 +30,7 @@ def shard(model: nn.Module, layer_mesh, outer_mesh, gather_dtype: torch.dtype | 
     layer_mesh: a DeviceMesh of shards, or of replicas × shards, for the layers; outer_mesh: for all else. gather_dtype:
     in which a layer's weights are sent and computed with (None: as they are); its gradients are added up in fp32.
     """
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     # FSDP would also convert what goes into a layer, the tables of angles among it, which must stay in fp32
     whole = MixedPrecisionPolicy(cast_forward_inputs=False)
@@ -42,9 +46,10 @@ def shard(model: nn.Module, layer_mesh, outer_mesh, gather_dtype: torch.dtype | 
     for group in groups(model):
         group.set_gradient_divide_factor(1.0)
         group.set_force_sum_reduction_for_comms(True)
-    register_fsdp_forward_method(model, "hidden")
+    passes = _Passes(model)
+    passes.gather_in(model, "hidden", with_gradient=True)
     for name in WITHOUT_GRADIENT:
-        _gather_without_gradient(model, name)
+        passes.gather_in(model, name, with_gradient=False)
 
 
 def groups(model: nn.Module) -> Iterator[nn.Module]:
@@ -60,23 +65,43 @@ def _shares(module: nn.Module, model: nn.Module) -> bool:
     return any(id(parameter) in own for part in others for parameter in part.parameters(recurse=False))
 
 
-def _gather_without_gradient(model: nn.Module, name: str) -> None:
-    """Let a method of the model gather the weights it needs, where no gradient is computed.
+class _Passes:
+    """Lets methods of a model that others call gather weights as `forward` does, unless it is `forward` that calls.
 
-    With gradients it is only called inside `forward`, or after `hidden`, which leave those weights whole. It must not
-    gather by itself then: FSDP would take the gradient of its input as the sign that the weights' gradients are
-    complete, while those of a tied embedding are still to come.
+    In a pass within a pass FSDP would give the weights up when the inner one ends, while the outer still needs them.
     """
-    from torch.distributed.fsdp import register_fsdp_forward_method
 
-    plain = getattr(model, name)
-    register_fsdp_forward_method(model, name)
-    gathering = getattr(model, name)
+    def __init__(self, model: nn.Module):
+        self.under_way = False
+        model.forward = self._within(model.forward)
 
-    def either(*args, **kwargs):
-        return plain(*args, **kwargs) if torch.is_grad_enabled() else gathering(*args, **kwargs)
+    def gather_in(self, model: nn.Module, name: str, *, with_gradient: bool) -> None:
+        """Let a method gather what it needs. with_gradient: whether it may be called by itself for training, too."""
+        from torch.distributed.fsdp import register_fsdp_forward_method
 
-    setattr(model, name, either)
+        plain = getattr(model, name)
+        register_fsdp_forward_method(model, name)
+        gathering = self._within(getattr(model, name))
+
+        @functools.wraps(plain)
+        def method(*args, **kwargs):
+            is_inner = self.under_way or (torch.is_grad_enabled() and not with_gradient)
+            return (plain if is_inner else gathering)(*args, **kwargs)
+
+        setattr(model, name, method)
+
+    def _within(self, method: Callable) -> Callable:
+        """A method during which a pass is under way."""
+
+        @functools.wraps(method)
+        def noted(*args, **kwargs):
+            self.under_way = True
+            try:
+                return method(*args, **kwargs)
+            finally:
+                self.under_way = False
+
+        return noted
 
 
 # ---- gradients

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from minillm.base.errors import UserError
+from minillm.distributed.lockstep import Lockstep
 from minillm.distributed.shards import without_gradients
 from minillm.generation.recorded_step import RecordedStep, next_logits
 from minillm.generation.sampling import GREEDY, Sampling, pick, random_numbers
@@ -162,8 +163,10 @@ def steps(
     max_len = max(len(prompt) + limit for prompt, limit in zip(prompts, limits, strict=True))
     was_training = model.training
     model.eval()
+    lockstep = Lockstep(model)
     try:
         # read the prompts
+        lockstep.before_pass()
         cache, logits = prefill(model, prompts, max_len)
         drawing = _Drawing(sampling, prompts, n_steps, logits)
         runs_ahead = is_recorded(cache)  # a GPU computes the next step while the CPU looks at this one
@@ -177,6 +180,7 @@ def steps(
             host_copy = _HostCopy(tokens)
             is_early = runs_ahead and number + 1 < n_steps and cache.longest < cache.max_len
             if is_early:
+                lockstep.before_pass()
                 logits = step(tokens)
 
             # hand the tokens out, and see which rows end with them
@@ -198,8 +202,13 @@ def steps(
                 tokens = tokens[alive_rows]
                 logits = logits[alive_rows]
             if not is_early:
+                lockstep.before_pass()
                 logits = step(tokens)
+    except Exception:
+        lockstep.is_needed = False  # the others notice the loss of this rank
+        raise
     finally:
+        lockstep.end()
         model.train(was_training)
 
 

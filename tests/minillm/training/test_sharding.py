@@ -3,6 +3,7 @@
 Weights are not compared: where a gradient is nearly 0, AdamW turns its rounding into a full step.
 """
 
+import contextlib
 import dataclasses
 from types import SimpleNamespace
 
@@ -12,6 +13,9 @@ import torch
 from minillm.datasets.batch import Batch
 from minillm.distributed.parallelize import gradients_synced, marked_last, parallelize
 from minillm.distributed.ranks import Ranks
+from minillm.evaluation.validation import shared_loss
+from minillm.generation.completion import generate
+from minillm.generation.sampling import GREEDY
 from minillm.model.config import ModelConfig
 from minillm.training import sharding, starting_model
 from minillm.training.optim import build_optimizers
@@ -22,7 +26,7 @@ CPU = torch.device("cpu")
 SHAPE = ModelConfig(
     vocab_size=515, dim=64, n_layers=3, n_heads=4, n_kv_heads=2, ffn_dim=96, max_seq_len=64, qk_norm=True
 )
-ROWS, LENGTH, STEPS = 12, 24, 4
+ROWS, LENGTH, STEPS = 12, 24, 3
 
 
 def options(**changed) -> SimpleNamespace:
@@ -51,10 +55,13 @@ def learn(rank: int, world: int, shape: ModelConfig, asked: SimpleNamespace, kin
     layout = sharding.asked_layout(asked)
     ranks = Ranks(rank, world, CPU, layout.row_ranks)
     model = starting_model.make_model(asked, shape, None, None, ranks)
+    # each rank continues other prompts, to other lengths
+    prompts = [[1, 5 + number, 9] for number in range(12)][ranks.data_rank :: ranks.data_world]
+    written = generate(model, prompts, 3 + 2 * ranks.data_rank, sampling=GREEDY)
+    found = {"losses": [], "norms": [], "held_out": []}
     optimizers = build_optimizers(model, kind, lr=3e-3, weight_decay=0.1)
     parallel_model = parallelize(model, ranks, asked.compile)
     state = TrainState(model, optimizers, ranks, getattr(torch, asked.dtype))
-    found = {"losses": [], "norms": []}
     for step in range(STEPS):
         micro = ranks.micro_batches(step, ROWS, ROWS // ranks.data_world // 2 or 1)
         batches = [batch_of(positions, step) for positions in micro]
@@ -66,6 +73,10 @@ def learn(rank: int, world: int, shape: ModelConfig, asked: SimpleNamespace, kin
                 state.backward(loss, n_targets)
         found["norms"].append(state.update(0.9))
         found["losses"].append(state.loss)
+        held_out = [batch_of([position], step=99) for position in range(5)]
+        found["held_out"].append(shared_loss(model, held_out, ranks, contextlib.nullcontext())[0])
+    of_ranks = ranks.exchange([completion.tokens[:3] for completion in written])
+    found["texts"] = sorted(text for texts in of_ranks for text in texts)
     return found
 
 
@@ -74,6 +85,8 @@ def check(found: list[dict], alone: dict) -> None:
         assert of_rank == found[0]  # what a rank decides by
     assert found[0]["losses"] == pytest.approx(alone["losses"], abs=2e-6)
     assert found[0]["norms"] == pytest.approx(alone["norms"], rel=3e-6)
+    assert found[0]["held_out"] == pytest.approx(alone["held_out"], rel=3e-5)
+    assert found[0]["texts"] == alone["texts"]
     assert len(set(alone["losses"])) == STEPS and all(norm > 0.9 for norm in alone["norms"])  # clipped
 
 
@@ -93,6 +106,7 @@ def check_each(folder, world: int, cases: list[tuple]) -> None:
 UNTIED = dataclasses.replace(SHAPE, tie_embeddings=False, qkv_bias=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("world", "shard"), [(2, 2), (3, 3), (4, 2), (2, 1)])
 def test_shards_learn_as_one_rank(tmp_path, world, shard):
     asked = options(shard=str(shard))

@@ -1,0 +1,37 @@
+"""Equally many forward passes on all ranks, where each generates texts of its own, which end at different times."""
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from minillm.distributed.shards import is_sharded_model
+
+
+class Lockstep:
+    """Counts a rank in before each of its passes; one that has finished makes empty passes until all have.
+
+    A sharded model gathers its weights from all ranks in every pass, so a rank that made none would stop the others.
+    For any other model this does nothing.
+    """
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+        self.is_needed = is_sharded_model(model)
+        self.device = model.norm.weight.device
+
+    def before_pass(self) -> None:
+        """This rank is about to make a pass of its own."""
+        if self.is_needed:
+            self._others_go_on(1)
+
+    def end(self) -> None:
+        """This rank has made its last pass."""
+        token = torch.zeros(1, 1, dtype=torch.int64, device=self.device)
+        while self.is_needed and self._others_go_on(0):
+            self.model.logits(self.model.hidden(token))
+
+    def _others_go_on(self, passes: int) -> bool:
+        """Whether any rank makes a pass now; passes: how many this one does."""
+        total = torch.tensor(passes, device=self.device)
+        dist.all_reduce(total)
+        return bool(total)
