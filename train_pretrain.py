@@ -254,7 +254,7 @@ def train(training_config: Config, run: Run, model: Transformer, windows: TokenW
     run.say(f"{windows.n_windows:,} windows of {training_config.seq_len} tokens; {n_all:,} tokens to train on")
 
     for step in run.steps(state):  # sets the learning rate; after the step saves what is due, stops at a signal
-        batches = [windows.batch(positions) for positions in run.micro_batches(step)]
+        batches = [windows.batch(positions).part(*run.ranks.place_in_row) for positions in run.micro_batches(step)]
         # all tokens but the bos that documents begin with; of all ranks, before the first backward pass
         (n_targets,) = run.ranks.sum(sum(batch.n_targets() for batch in batches))
         for batch, last in marked_last(batches):

@@ -205,7 +205,7 @@ def train(
     run.say(f"{starting_model.describe_parameters(model)}; {training_config.steps} steps; {ops.describe(run.device)}")
 
     for step in run.steps(state):  # sets the learning rate; after the step saves what is due, stops at a signal
-        batches = [rows.batch(positions, end) for positions in run.micro_batches(step)]
+        batches = [rows.batch(positions, end).part(*run.ranks.place_in_row) for positions in run.micro_batches(step)]
         # how many targets a step has differs: count those of all ranks before the first backward pass
         n_targets, n_tokens = run.ranks.sum(
             sum(batch.n_targets() for batch in batches), sum(batch.x.numel() for batch in batches)

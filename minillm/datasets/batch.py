@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -34,6 +35,24 @@ class Batch(NamedTuple):
 
     def n_targets(self) -> int:
         return self.y.numel() if self.mask is None else int(self.mask.sum())
+
+    def part(self, index: int, parts: int) -> "Batch":
+        """Part `index` of the tokens of each row, of equal parts; `documents` stay those of the whole row.
+
+        Rows are padded to a multiple of `parts` tokens, by a document of its own without targets.
+        """
+        if parts == 1:
+            return self
+        x, y, mask, documents = self
+        n_missing = -x.shape[1] % parts
+        if n_missing:
+            mask = torch.ones_like(y, dtype=torch.bool) if mask is None else mask
+            x, y, mask = (F.pad(tensor, (0, n_missing)) for tensor in (x, y, mask))
+        if n_missing and documents is not None:
+            padding = documents[:, -1:] + 1  # (B, 1)
+            documents = torch.cat((documents, padding.expand(-1, n_missing)), 1)
+        x, y, mask = (None if tensor is None else tensor.chunk(parts, 1)[index] for tensor in (x, y, mask))
+        return Batch(x, y, mask, documents)
 
     def without_targets(self) -> "Batch":
         """The batch with no position that counts."""

@@ -113,6 +113,7 @@ def clip(parameters: list[Tensor], limit: float) -> float:
     parameters: sharded ones, with gradients. Each number counts once, and the squares are added up in fp64, over the
     ranks as well.
     """
+    _add_up_over_peers(parameters)
     counted = [shards.local(p.grad) for p in parameters if shards.counts_here(p)]
     counted = [grad for grad in counted if grad.numel()]
     square = torch.zeros((), dtype=torch.float64, device=shards.local(parameters[0]).device)
@@ -124,3 +125,17 @@ def clip(parameters: list[Tensor], limit: float) -> float:
     if 0 < limit < norm + 1e-6:  # as for a model that is not sharded
         torch._foreach_mul_([shards.local(p.grad) for p in parameters], limit / (norm + 1e-6))
     return norm
+
+
+def _add_up_over_peers(parameters: list[Tensor]) -> None:
+    """Complete the gradients of what tensor parallelism leaves whole in a layer: norms, which saw a part of the tokens
+    or heads. All are exchanged as one tensor, once a step.
+    """
+    grads = [shards.local(p.grad) for p in parameters if shards.cut_of(p).parts > 1 and shards.cut_of(p).dim is None]
+    peers = next((shards.cut_of(p).peers for p in parameters if shards.cut_of(p).peers is not None), None)
+    if peers is None or not grads:
+        return
+    together = torch.cat([grad.flatten() for grad in grads])
+    dist.all_reduce(together, group=peers)
+    for grad, total in zip(grads, together.split([grad.numel() for grad in grads]), strict=True):
+        grad.copy_(total.view_as(grad))

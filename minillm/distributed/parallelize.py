@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from minillm.distributed import fsdp
+from minillm.distributed import fsdp, rows, shards
 from minillm.distributed.layout import Layout
 from minillm.distributed.ranks import Ranks
 
@@ -21,9 +21,19 @@ from minillm.distributed.ranks import Ranks
 def shard_model(model: nn.Module, layout: Layout, ranks: Ranks, *, compile: bool, dtype: torch.dtype) -> None:
     """Leave of a model on each rank what the layout gives it, in place.
 
-    The model may be on the CPU or, without values, on the meta device. dtype: of matrix products; layers are gathered
-    in bfloat16 if that is what they compute in.
+    The model may be on the CPU or on the meta device; then it gets memory, but no values, nor its tables of angles.
+    dtype: of matrix products; layers are gathered in bfloat16 if that is what they compute in.
     """
+    # the tokens of a row, and with tensor parallelism the layers' matrices
+    parts = None
+    cut = {}
+    if layout.row_ranks > 1:
+        rows.check_shape(layout, model.config)
+        parts = rows.RowParts(layout, ranks.rank, ranks.world)
+        rows.share_rows(model, parts)
+    if layout.tensor > 1:
+        cut = rows.slice_weights(model, parts)
+
     # the layers' own arithmetic, without what surrounds a call of them
     if compile:
         for layer in model.layers:
@@ -32,19 +42,30 @@ def shard_model(model: nn.Module, layout: Layout, ranks: Ranks, *, compile: bool
     # the parameters, dealt out
     layer_mesh, outer_mesh = meshes(layout, ranks)
     fsdp.shard(model, layer_mesh, outer_mesh, torch.bfloat16 if dtype == torch.bfloat16 else None)
+    if model.norm.weight.is_meta:
+        model.to_empty(device=ranks.device)
+    if layout.tensor > 1:  # only now: with the memory come new parameters
+        group = outer_mesh.get_group(outer_mesh.ndim - 1)
+        for name, parameter in model.layers.named_parameters(prefix="layers"):
+            how = cut.get(name), parts.tensor_index, layout.tensor, group, parts.tensor_group
+            shards.mark_cut(parameter, shards.Cut(*how))
 
 
 def meshes(layout: Layout, ranks: Ranks) -> tuple:
     """The ranks over which layers are dealt out, and those for what lies outside the layers; see `layout.py`."""
     from torch.distributed.device_mesh import DeviceMesh
 
+    kind = ranks.device.type
     all_ranks = torch.arange(ranks.world).view(-1, layout.holders)  # (replicas, ranks of one copy)
-    names = ("replicate", "shard")
-    if len(all_ranks) == 1:
-        mesh = DeviceMesh(ranks.device.type, all_ranks[0], mesh_dim_names=names[1:])
-    else:
-        mesh = DeviceMesh(ranks.device.type, all_ranks, mesh_dim_names=names)
-    return mesh, mesh
+    names = ("replicate", "shard") if len(all_ranks) > 1 else ("shard",)
+    outer = DeviceMesh(kind, all_ranks.squeeze(0), mesh_dim_names=names)
+    if layout.tensor == 1:
+        return outer, outer
+
+    # a layer's parts differ from one rank of tensor parallelism to the next: each has a mesh of its own
+    by_part = all_ranks.view(len(all_ranks), -1, layout.tensor).permute(2, 0, 1)  # (tensor, replicas, the others)
+    by_part = by_part if len(all_ranks) > 1 else by_part.squeeze(1)
+    return DeviceMesh(kind, by_part, mesh_dim_names=("tensor", *names))[names], outer
 
 
 def _in_training(layer: nn.Module, compiled_forward: Callable, plain_forward: Callable) -> Callable:

@@ -44,6 +44,11 @@ class Ranks:
         return self.world // self.row_ranks
 
     @property
+    def place_in_row(self) -> tuple[int, int]:
+        """Which part of the tokens of a row this rank computes on, of how many: see `Batch.part`."""
+        return self.rank % self.row_ranks, self.row_ranks
+
+    @property
     def main(self) -> bool:
         """True on the one rank that prints and writes."""
         return self.rank == 0

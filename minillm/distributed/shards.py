@@ -24,6 +24,7 @@ class Cut(NamedTuple):
     index: int  # which of the parts is here
     parts: int
     group: object = None  # torch's process group of all ranks that hold the whole together
+    peers: object = None  # and of those that tensor parallelism has divided it among
 
 
 def is_sharded(tensor: Tensor) -> bool:

@@ -70,7 +70,7 @@ def prefill(model: Transformer, prompts: Sequence[Sequence[int]], max_len: int) 
     # an empty cache, which the virtual tokens are the first to enter
     virtual = virtual_tokens(model)
     n_virtual = 0 if virtual is None else virtual.n
-    cache = KVCache(model.config, n_prompts, n_virtual + max_len, device=device, dtype=dtype)
+    cache = KVCache(model.cache_config, n_prompts, n_virtual + max_len, device=device, dtype=dtype)
     if virtual is not None:
         virtual.fill(model, cache)
 

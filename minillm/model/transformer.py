@@ -26,9 +26,10 @@ from minillm.model.rope import rotary_tables
 class Placement(NamedTuple):
     """The places of a forward pass's tokens: what every layer has to know of them besides their states."""
 
-    rotation: tuple[Tensor, ...] | None  # the angles of their positions; None: learned positions, in the states already
+    rotation: tuple[Tensor, ...] | None  # the angles of their positions, by which queries and keys are turned
     spans: Tensor | None  # (B, T, 2), first and one past the last token of each token's document; None: one text a row
     cache: KVCache | None  # keys and values of the tokens before them; None: there are none
+    positions: slice | Tensor | None = None  # in place of angles: of learned vectors, which are added to the states
 
 
 class RMSNorm(nn.Module):
@@ -67,7 +68,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, placement: Placement) -> Tensor:
         batch, length, _ = x.shape
-        rotation, spans, cache = placement
+        rotation, spans, cache, _ = placement
         q, k, v = ops.linears(x, self.q_proj, self.k_proj, self.v_proj)
         q = q.view(batch, length, self.config.n_heads, self.config.head_dim)  # (B, T, H, D)
         k = k.view(batch, length, self.config.n_kv_heads, self.config.head_dim)  # (B, T, K, D)
@@ -88,9 +89,12 @@ class Attention(nn.Module):
             k, v = cache.update(self.layer, k, v)  # (B, Tk, K, D)
             ends = cache.ends
 
-        # (B, T, H, D)
-        out = ops.attention(q, k, v, causal=True, window=self.config.window, spans=spans, ends=ends)
+        out = self.attend(q, k, v, spans, ends)  # (B, T, H, D)
         return ops.linears(out.reshape(batch, length, -1), self.o_proj)[0]  # (B, T, H·D) → (B, T, C)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, spans: Tensor | None, ends: Tensor | None) -> Tensor:
+        """`ops.attention`, causal: the queries are those of the last T of the Tk keys."""
+        return ops.attention(q, k, v, causal=True, window=self.config.window, spans=spans, ends=ends)
 
 
 class MLP(nn.Module):
@@ -150,6 +154,7 @@ class Transformer(nn.Module):
             self.score = nn.Linear(config.dim, 1, bias=False)
         else:
             self.lm_head = nn.Linear(config.dim, config.vocab_size, bias=False)
+        self.cache_config = config  # of the layers whose keys and values a cache holds
         self.checkpoint_activations = False  # True: recompute each layer in the backward pass, to save memory
         self.tie()
         self.build_rotation()
@@ -251,16 +256,9 @@ class Transformer(nn.Module):
     def through_layers(self, x: Tensor, *, documents: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
         """`hidden` of embeddings x (B, T, C) in place of tokens."""
         length = x.shape[1]
-        positions = self._positions(length, documents, cache)  # (B, T), or (T,) if all rows have the same
-
-        # the tokens' places: in the states, or as angles by which each layer turns queries and keys
-        rotation = None
-        if self.config.positions == "learned":
-            x = x + self.embed_positions.weight[positions]  # (B, T, C) + (B, T, C) or (T, C)
-        else:
-            rotation = ops.rotation(self.cos[positions], self.sin[positions], x.dtype)
-        spans = None if documents is None else ops.document_spans(documents)
-        placement = Placement(rotation, spans, cache)
+        placement = self.placement(length, documents, cache, x.dtype)
+        if placement.positions is not None:
+            x = x + self.embed_positions.weight[placement.positions]  # (B, T, C) + (B, T, C) or (T, C)
 
         # through the layers, each of which leaves its last addition to the next norm
         x = self.dropout(x)
@@ -275,6 +273,15 @@ class Transformer(nn.Module):
         if cache is not None:
             cache.advance(length)
         return self.norm.after_adding(x, delta)[1]
+
+    def placement(self, length: int, documents: Tensor | None, cache: KVCache | None, dtype: torch.dtype) -> Placement:
+        """The places of T tokens a row. dtype: of the states."""
+        positions = self._positions(length, documents, cache)  # (B, T), or (T,) if all rows have the same
+        spans = None if documents is None else ops.document_spans(documents)
+        if self.config.positions == "learned":
+            return Placement(None, spans, cache, positions)
+        rotation = ops.rotation(self.cos[positions], self.sin[positions], dtype)
+        return Placement(rotation, spans, cache)
 
     def _positions(self, length: int, documents: Tensor | None, cache: KVCache | None) -> slice | Tensor:
         """Position of each of T tokens in its text: (B, T) int64, or a slice where all rows have the same.

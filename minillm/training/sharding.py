@@ -8,6 +8,7 @@ import torch
 
 from minillm.base import files
 from minillm.base.device import pick_dtype
+from minillm.base.errors import UserError
 from minillm.checkpoint import huggingface
 from minillm.distributed import shards
 from minillm.distributed.layout import Layout, check_layout, choose_shard, read_shard
@@ -17,6 +18,7 @@ from minillm.model import memory
 from minillm.model.config import ModelConfig
 from minillm.model.size import empty_model, n_parameters
 from minillm.model.transformer import Transformer
+from minillm.tuning.options import VIRTUAL
 
 STATE_SHARE = 0.7  # of a GPU's memory, for weights, gradients and optimizer; the rest is for activations
 
@@ -34,11 +36,35 @@ def choose_layout(training_config, model_config: ModelConfig, ranks: Ranks):
     """
     layout = asked_layout(training_config)
     check_layout(layout, ranks.world)
+    _refuse_unsupported(training_config, layout)
     if training_config.shard == "auto" and ranks.world > layout.row_ranks:
         shard = _shard_with_room(training_config, model_config, ranks)
         layout = dataclasses.replace(layout, shard=shard)
     memory.check_memory(training_config, model_config, ranks.device, layout.holders)
     return dataclasses.replace(training_config, shard=str(layout.shard))
+
+
+def _refuse_unsupported(training_config, layout: Layout) -> None:
+    """Raise `UserError` for options that do not go with rows that ranks share."""
+    tune = training_config.tune
+    reasons = {
+        "--compile true": layout.row_ranks > 1 and training_config.compile,
+        f"--tune {tune}": (layout.tensor > 1 and tune != "full") or (layout.context > 1 and tune in VIRTUAL),
+        "--dtype float16": layout.tensor > 1 and training_config.dtype == "float16",
+    }
+    for option in (option for option, is_asked in reasons.items() if is_asked):
+        how = f"--tensor_parallel {layout.tensor} --context_parallel {layout.context}"
+        raise UserError(f"{option}: is not supported with {how}; leave it out, or divide by --shard instead")
+
+
+def refuse_shared_rows(training_config) -> None:
+    """For scripts whose losses need all tokens of a row on one rank. Raises `UserError` naming what divides rows."""
+    layout = asked_layout(training_config)
+    if layout.row_ranks > 1:
+        raise UserError(
+            f"--tensor_parallel {layout.tensor} --context_parallel {layout.context}: this script needs whole rows on "
+            "each rank; choose 1 for both, and divide the model by --shard"
+        )
 
 
 def _shard_with_room(training_config, model_config: ModelConfig, ranks: Ranks) -> int:
@@ -70,7 +96,6 @@ def made_in_shards(training_config, model_config: ModelConfig, folder: Path | No
     """
     model = empty_model(model_config)
     shard(training_config, model, ranks)
-    model.to_empty(device=ranks.device)
     model.build_rotation()
     if folder is None:
         for name, value in empty_model(model_config).first_values(training_config.seed):

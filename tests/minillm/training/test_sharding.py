@@ -64,7 +64,7 @@ def learn(rank: int, world: int, shape: ModelConfig, asked: SimpleNamespace, kin
     state = TrainState(model, optimizers, ranks, getattr(torch, asked.dtype))
     for step in range(STEPS):
         micro = ranks.micro_batches(step, ROWS, ROWS // ranks.data_world // 2 or 1)
-        batches = [batch_of(positions, step) for positions in micro]
+        batches = [batch_of(positions, step).part(*ranks.place_in_row) for positions in micro]
         (n_targets,) = ranks.sum(sum(batch.n_targets() for batch in batches))
         for batch, last in marked_last(batches):
             with gradients_synced(parallel_model, last):
@@ -76,7 +76,7 @@ def learn(rank: int, world: int, shape: ModelConfig, asked: SimpleNamespace, kin
         held_out = [batch_of([position], step=99) for position in range(5)]
         found["held_out"].append(shared_loss(model, held_out, ranks, contextlib.nullcontext())[0])
     of_ranks = ranks.exchange([completion.tokens[:3] for completion in written])
-    found["texts"] = sorted(text for texts in of_ranks for text in texts)
+    found["texts"] = sorted(text for texts in of_ranks[:: ranks.row_ranks] for text in texts)
     return found
 
 
@@ -111,3 +111,21 @@ UNTIED = dataclasses.replace(SHAPE, tie_embeddings=False, qkv_bias=True)
 def test_shards_learn_as_one_rank(tmp_path, world, shard):
     asked = options(shard=str(shard))
     check_each(tmp_path, world, [(SHAPE, asked, "muon"), (SHAPE, asked, "adamw"), (UNTIED, asked, "muon")])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("world", "layout"),
+    [
+        (2, dict(tensor_parallel=2)),
+        (2, dict(context_parallel=2)),
+        (4, dict(shard="2", tensor_parallel=2)),
+        (4, dict(shard="2", context_parallel=2)),
+        (4, dict(tensor_parallel=2, context_parallel=2)),
+        (4, dict(tensor_parallel=2)),
+        (4, dict(context_parallel=2)),
+    ],
+)
+def test_shared_rows_are_learned_as_one_rank_does(tmp_path, world, layout):
+    asked = options(**layout)
+    check_each(tmp_path, world, [(SHAPE, asked, "muon"), (UNTIED, asked, "muon")])
