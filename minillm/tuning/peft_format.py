@@ -120,7 +120,7 @@ def adapter_to_write(adapter: Adapter, in_checkpoint: bool) -> list[ToWrite]:
         tensors[BESIDE_VIRTUAL] = adapter.parts[SCORE].weight
     parts = _one_file(WEIGHTS, tensors)
     if in_checkpoint:  # PEFT's file has only the encoder's output
-        parts += _one_file(ENCODER, adapter.parts["virtual"].state_dict(), metadata=None)
+        parts += _one_file(ENCODER, dict(adapter.parts["virtual"].named_parameters()), metadata=None)
     return parts
 
 

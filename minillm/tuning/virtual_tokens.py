@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from minillm.base.errors import UserError
+from minillm.distributed.shards import full, is_sharded
 from minillm.model.config import ModelConfig
 from minillm.model.kv_cache import KVCache
 from minillm.model.transformer import Transformer
@@ -158,9 +159,23 @@ class VirtualTokens(nn.Module):
         }
         return common | own[self.kind]
 
+    @torch.no_grad()
     def peft_tensors(self) -> dict[str, Tensor]:
-        """PEFT's adapter_model.safetensors: the table (n, width) only, since the encoder is not needed to use it."""
-        return {"prompt_embeddings": self.table().detach().clone()}
+        """PEFT's adapter_model.safetensors: the table (n, width) only, since the encoder is not needed to use it.
+
+        If the encoder is sharded, every rank must call this.
+        """
+        return {"prompt_embeddings": self._whole().table().clone()}
+
+    def _whole(self) -> "VirtualTokens":
+        """The same vectors and encoder, of which this rank holds everything."""
+        if not any(is_sharded(parameter) for parameter in self.parameters()):
+            return self
+        whole = VirtualTokens(self.config, self.kind, self.n, self.encoder, self.hidden)
+        whole.to(self.embedding.weight.device)
+        for ours, theirs in zip(whole.parameters(), self.parameters(), strict=True):
+            ours.copy_(full(theirs))
+        return whole
 
     def load_peft(self, tensors: dict[str, Tensor]) -> None:
         """Become the saved table, without an encoder, which is not saved. Raises `UserError` for other shapes."""

@@ -18,6 +18,9 @@ from minillm.distributed.ranks import Ranks
 from minillm.distributed.shards import Cut
 from minillm.model.config import ModelConfig
 from minillm.model.transformer import Transformer
+from minillm.tuning import peft_format
+from minillm.tuning.adapter import attach
+from minillm.tuning.options import TuningConfig
 from tests.forked_ranks import on_ranks
 
 CPU = torch.device("cpu")
@@ -279,3 +282,37 @@ def _sees_late(rank: int, home: str) -> str:
 def test_a_folder_of_another_machine_is_waited_for(name, tmp_path):
     said = _sees_late(0, str(tmp_path / name))
     assert said == "" if name == "late" else "must lie on a disk that all machines share" in said
+
+
+# ---- adapters
+
+
+ADAPTERS = {"lora": {}, "ptuning": {"n_virtual": 3, "encoder": "mlp"}, "prefix": {"n_virtual": 2}}
+
+
+def _save_adapter(rank: int, world: int, tune: str, home: str) -> dict[str, bytes]:
+    """The bytes of an adapter's tensors, as `world` ranks write them that share it out."""
+    torch.manual_seed(0)
+    model = Transformer(CONFIG)
+    model.init_weights(0)
+    adapter = attach(model, TuningConfig(tune=tune, **ADAPTERS[tune]), seed=1)
+    with torch.no_grad():
+        for parameter in adapter.parameters().values():
+            parameter.copy_(torch.randn(parameter.shape))
+    if world > 1:
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+
+        fully_shard(model, mesh=init_device_mesh("cpu", (world,)))
+    path = Path(home) / f"step-0000000{world}"
+    parts = peft_format.adapter_to_write(adapter, in_checkpoint=True)
+    SharedSave(path, Ranks(rank, world, CPU), parts, lambda folder: None).finish()
+    return {file.relative_to(path).as_posix(): file.read_bytes() for file in path.rglob("*.safetensors")}
+
+
+@pytest.mark.parametrize("tune", ADAPTERS)
+def test_an_adapter_that_is_shared_out_is_written_whole(tune, tmp_path):
+    alone = _save_adapter(0, 1, tune, str(tmp_path))
+    for found in on_ranks(3, tmp_path, _save_adapter, 3, tune, str(tmp_path)):
+        assert found == alone
+    assert len(alone) == (1 if tune == "lora" else 2)

@@ -1,0 +1,108 @@
+"""A run that saves: longer than a step may take, and in the background, beside its steps."""
+
+import dataclasses
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from minillm.base import files
+from minillm.base.errors import UserError
+from minillm.checkpoint import tensor_writer
+from minillm.distributed.ranks import Ranks
+from minillm.model.config import ModelConfig
+from minillm.model.transformer import Transformer
+from minillm.training.config import TrainingConfig
+from minillm.training.run import Run
+from minillm.training.step import TrainState
+from tests.forked_ranks import on_ranks
+
+CPU = torch.device("cpu")
+SHAPE = ModelConfig(vocab_size=50, dim=8, n_layers=1, n_heads=2, max_seq_len=8)
+
+
+def run_of(out: Path, ranks: Ranks, **options) -> tuple[Run, TrainState]:
+    cfg = dataclasses.replace(TrainingConfig(out=str(out), lr=0.1), **options)
+    model = Transformer(SHAPE)
+    model.init_weights(0)
+    run = Run(cfg, ranks, {"data": "d"})
+    return run, run.start(TrainState(model, [torch.optim.AdamW(model.parameters())], ranks, torch.float32))
+
+
+def take_steps(run: Run, state: TrainState, seen: list) -> None:
+    """The steps of a run, in which nothing is learned; seen: gets the steps that lie on the disk after each."""
+    for _ in run.steps(state):
+        state.skip()
+        run.log_step(state, n_tokens=1)
+        seen.append(sorted(int(path.name[5:]) for path in run.folder.glob("step-????????")))
+
+
+def _save_slowly(rank: int, home: str) -> list:
+    """Two ranks, of which rank 1 needs five seconds to write what it owns."""
+    tensor_writer.MOST_BYTES = 1_000
+    read_back = tensor_writer.check_written
+    if rank == 1:
+        tensor_writer.check_written = lambda *arguments: (time.sleep(2.5), read_back(*arguments))
+    run, state = run_of(Path(home), Ranks(rank, 2, CPU), steps=2, save_every=1, timeout_s=3.0)
+    seen = []
+    take_steps(run, state, seen)
+    return seen
+
+
+@pytest.mark.slow
+def test_a_save_that_takes_longer_than_a_step_may_does_not_end_the_run(tmp_path):
+    found = on_ranks(2, tmp_path / "told", _save_slowly, str(tmp_path / "out"))
+    assert found == [[[], [1]]] * 2
+    for step in (1, 2):
+        assert files.verify_folder(tmp_path / "out" / f"step-{step:08d}") == []
+
+
+@pytest.fixture
+def may_write(monkeypatch):
+    """Until this event no file reaches the disk."""
+    event, read_back = threading.Event(), tensor_writer.check_written
+    monkeypatch.setattr(tensor_writer, "check_written", lambda *arguments: (event.wait(), read_back(*arguments)))
+    return event
+
+
+def end(run: Run) -> None:
+    run.close()
+    run.out.lock.release()
+
+
+def test_steps_go_on_while_a_checkpoint_is_written_and_there_are_never_two(tmp_path, may_write):
+    run, state = run_of(tmp_path / "out", Ranks(0, 1, CPU), steps=6, save_every=3, save_in_background=True)
+    for step in run.steps(state):
+        state.skip()
+        run.log_step(state, n_tokens=1)
+        assert not list(run.folder.glob("step-????????")) and run.saver.is_writing == (step > 3)
+        if step == 6:
+            may_write.set()  # the last save waits for the first
+    assert sorted(path.name for path in run.folder.glob("step-*")) == ["step-00000003", "step-00000006"]
+    end(run)
+
+
+def test_a_checkpoint_that_cannot_be_written_in_the_background_ends_the_run(tmp_path, monkeypatch):
+    def fail(path: Path, entry: dict) -> None:
+        raise OSError(28, "No space left on device")
+
+    run, state = run_of(tmp_path / "out", Ranks(0, 1, CPU), steps=6, save_every=1, save_in_background=True)
+    monkeypatch.setattr(tensor_writer, "check_written", fail)
+    with pytest.raises(UserError, match=r"step-00000001: writing failed .*No space left"):
+        take_steps(run, state, [])
+    assert not list((tmp_path / "out").glob("step-*"))
+    end(run)
+
+
+def test_a_folder_that_is_lost_while_a_checkpoint_is_written_is_made_again(tmp_path, may_write):
+    run, state = run_of(tmp_path / "out", Ranks(0, 1, CPU), steps=4, save_every=2, save_in_background=True)
+    for step in run.steps(state):
+        if step == 3:
+            (tmp_path / "out").rename(tmp_path / "moved")
+            may_write.set()
+        state.skip()
+        run.log_step(state, n_tokens=1)
+    assert sorted(path.name for path in (tmp_path / "out").glob("step-*")) == ["step-00000003", "step-00000004"]
+    end(run)
