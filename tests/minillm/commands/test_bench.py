@@ -8,11 +8,13 @@ import torch
 import torch.distributed as dist
 
 from minillm.base.errors import UserError
-from minillm.commands.bench import align, busy, data, generate, on_ranks, train, tune
+from minillm.commands.bench import align, busy, data, generate, train, tune
+from minillm.commands.bench import on_ranks as of_ranks
+from minillm.distributed.ranks import Ranks
 from minillm.generation import completion
 from minillm.model import config
 from minillm.tuning import peft_format
-from tests import forked
+from tests.forked_ranks import on_ranks
 
 
 @pytest.fixture(autouse=True)
@@ -147,38 +149,39 @@ def test_alignment_beside_trl(capsys, monkeypatch):
 
 
 def test_time_of_communication_counts_once_and_what_computing_hides_does_not():
-    assert on_ranks.length([(0, 4), (1, 2), (3, 6), (10, 11)]) == 7
-    assert on_ranks.length([]) == 0
+    assert of_ranks.length([(0, 4), (1, 2), (3, 6), (10, 11)]) == 7
+    assert of_ranks.length([]) == 0
     talking = [(0, 10), (5, 15), (30, 31)]
-    assert on_ranks.talked_and_exposed(talking, [(2, 8), (14, 20)]) == (16, 2 + 6 + 1)
-    assert on_ranks.talked_and_exposed(talking, []) == (16, 16)
-    assert on_ranks.talked_and_exposed(talking, [(-5, 40)]) == (16, 0)
+    assert of_ranks.talked_and_exposed(talking, [(2, 8), (14, 20)]) == (16, 2 + 6 + 1)
+    assert of_ranks.talked_and_exposed(talking, []) == (16, 16)
+    assert of_ranks.talked_and_exposed(talking, [(-5, 40)]) == (16, 0)
 
 
 def test_of_many_ranks_the_extremes_are_listed():
     of_all = [[2**30, 0.5, 0.1]] * 100
     of_all[7], of_all[40], of_all[60] = [3 * 2**30, 0.5, 0.1], [2**30, 0.9, 0.1], [2**30, 0.5, 0.0]
-    lines = on_ranks.table(of_all)
+    lines = of_ranks.table(of_all)
     assert [line.split()[0] for line in lines[1:]] == ["0", "7", "40", "60"]
     assert lines[2].split() == ["7", "3.00", "GiB", "50.0%", "10.0%"]
 
 
-def _talks(ranks) -> None:
+def _talks(rank: int) -> None:
     """A step that talks for most of its time, since rank 1 comes late; and one that does not talk."""
+    ranks = Ranks(rank, 2, torch.device("cpu"))
     numbers = torch.zeros(10)
 
     def late() -> None:
         time.sleep(0.2 * ranks.rank)
         dist.all_reduce(numbers)
 
-    talking, exposed = on_ranks.communication(ranks, late)
+    talking, exposed = of_ranks.communication(ranks, late)
     if ranks.main:
         assert 0.8 < talking <= 1.01 and 0.8 < exposed <= talking + 1e-9
-    assert on_ranks.communication(ranks, lambda: torch.ones(100) @ torch.ones(100)) == (0, 0)
+    assert of_ranks.communication(ranks, lambda: torch.ones(100) @ torch.ones(100)) == (0, 0)
 
 
-def test_waiting_for_others_is_communication():
-    forked.on_ranks(2, _talks)
+def test_waiting_for_others_is_communication(tmp_path):
+    on_ranks(2, tmp_path, _talks)
 
 
 def test_options_of_ranks_are_refused_on_one(monkeypatch):

@@ -15,7 +15,8 @@ from minillm.base.errors import UserError
 from minillm.commands import check_cluster
 from minillm.commands.check_cluster import Config
 from minillm.distributed.ranks import Ranks
-from tests import forked, launch, machines
+from tests import launch, machines
+from tests.forked_ranks import on_ranks
 
 
 def on_host(ranks: Ranks, folder) -> str:
@@ -39,7 +40,8 @@ def checked(**options) -> tuple[int, str, str]:
             return 2, out.getvalue(), str(problem)
 
 
-def _equal(ranks: Ranks, folder) -> None:
+def _equal(rank: int, folder) -> None:
+    ranks = Ranks(rank, 2, torch.device("cpu"))
     on_host(ranks, folder)
     status, out, error = checked(data="data", out=str(folder / "shared"))
     assert (status, error) == (0, "") and bool(out) == ranks.main
@@ -53,7 +55,8 @@ def _equal(ranks: Ranks, folder) -> None:
     assert not list((folder / "shared").iterdir())
 
 
-def _different(ranks: Ranks, folder) -> None:
+def _different(rank: int, folder) -> None:
+    ranks = Ranks(rank, 2, torch.device("cpu"))
     name = on_host(ranks, folder)
     if name == "host2":
         check_cluster.platform.python_version = lambda: "3.10.1"
@@ -69,7 +72,8 @@ def _different(ranks: Ranks, folder) -> None:
         assert "python" not in out and "  torch     " in out  # what is the same is listed all the same
 
 
-def _wrong_sums(ranks: Ranks) -> None:
+def _wrong_sums(rank: int) -> None:
+    ranks = Ranks(rank, 2, torch.device("cpu"))
     right = dist.all_reduce
 
     def wrong(tensor, *given, **options):
@@ -95,17 +99,17 @@ def two_folders(tmp_path):
 
 
 def test_equal_machines_get_a_table(two_folders):
-    forked.on_ranks(2, _equal, two_folders)
+    on_ranks(2, two_folders / "ranks", _equal, two_folders)
 
 
 def test_machines_that_differ_are_told_apart_in_one_line(two_folders):
     file = two_folders / "host2" / "data" / "train-00000.bin"
     file.write_bytes(bytes(199_999) + b"x")  # as large as the other
-    forked.on_ranks(2, _different, two_folders)
+    on_ranks(2, two_folders / "ranks", _different, two_folders)
 
 
-def test_sums_that_are_wrong_on_one_rank_are_found():
-    forked.on_ranks(2, _wrong_sums)
+def test_sums_that_are_wrong_on_one_rank_are_found(tmp_path):
+    on_ranks(2, tmp_path, _wrong_sums)
 
 
 def test_alone_it_says_what_is_here(call):

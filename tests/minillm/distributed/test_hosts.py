@@ -12,7 +12,7 @@ from minillm.distributed.hosts import differences, differing, first_on_host, onc
 from minillm.distributed.ranks import Ranks
 from minillm.training import kernel_check, run
 from minillm.training.config import TrainingConfig
-from tests import forked
+from tests.forked_ranks import on_ranks
 
 CPU = torch.device("cpu")
 
@@ -25,8 +25,9 @@ def on_host(rank: int) -> str:
     return name
 
 
-def _builds(ranks: Ranks, folder, shared: bool) -> None:
+def _builds(rank: int, folder, shared: bool) -> None:
     """Each machine builds what it does not see; the disk is shared, or each has its own."""
+    ranks = Ranks(rank, 4, CPU)
     name = on_host(ranks.rank)
     path = folder / ("disk" if shared else name)
 
@@ -40,8 +41,8 @@ def _builds(ranks: Ranks, folder, shared: bool) -> None:
 
 @pytest.mark.parametrize("shared", [True, False])
 def test_each_machine_builds_what_it_does_not_see(shared, tmp_path):
-    forked.on_ranks(4, _builds, tmp_path, shared)
-    written = {path.name: path.read_text() for path in tmp_path.iterdir()}
+    on_ranks(4, tmp_path / "ranks", _builds, tmp_path, shared)
+    written = {path.name: path.read_text() for path in tmp_path.iterdir() if path.is_file()}
     assert written == ({"disk": "by rank 0"} if shared else {"host1": "by rank 0", "host2": "by rank 2"})
 
 
@@ -64,7 +65,8 @@ def test_facts_that_differ_are_told_with_their_machines():
     assert differing(hosts, [{"torch": "2.14.1"}] * 4) == []
 
 
-def _with_other_data(ranks: Ranks, folder) -> None:
+def _with_other_data(rank: int, folder) -> None:
+    ranks = Ranks(rank, 3, CPU)
     name = on_host(ranks.rank)
     data = "1f" if name == "host2" else "0a"
     assert differences(ranks, {"data": data, "model": "m"}) == ["data: 0a on host1, 1f on host2"]
@@ -73,11 +75,12 @@ def _with_other_data(ranks: Ranks, folder) -> None:
 
 
 def test_machines_with_different_data_do_not_train(tmp_path):
-    forked.on_ranks(3, _with_other_data, tmp_path)
+    on_ranks(3, tmp_path / "ranks", _with_other_data, tmp_path)
 
 
-def _without_kernels_on_host2(ranks: Ranks) -> None:
+def _without_kernels_on_host2(rank: int) -> None:
     """Rank 2 alone has no compiler; before, the others waited for it for ever."""
+    ranks = Ranks(rank, 3, CPU)
     name, lines = on_host(ranks.rank), []
     check = kernel_check.begin(ranks, lines.append)
     check.is_automatic, check.are_there = True, name == "host1"  # as on GPUs
@@ -87,22 +90,24 @@ def _without_kernels_on_host2(ranks: Ranks) -> None:
     assert [line.partition(";")[0] for line in lines] == ([says] if ranks.main else [])
 
 
-def test_where_one_machine_lacks_the_kernels_all_use_torchs():
-    forked.on_ranks(3, _without_kernels_on_host2)
+def test_where_one_machine_lacks_the_kernels_all_use_torchs(tmp_path):
+    on_ranks(3, tmp_path, _without_kernels_on_host2)
 
 
-def _without_kernels(ranks: Ranks) -> None:
+def _without_kernels(rank: int) -> None:
+    ranks = Ranks(rank, 2, CPU)
     check = kernel_check.begin(ranks, on_host)
     check.is_automatic = True
     check.settle()
     assert kernel_check.ops.selected() == "auto"  # which is torch's there, and `ops.describe` says why
 
 
-def test_where_no_machine_has_the_kernels_nothing_is_said():
-    forked.on_ranks(2, _without_kernels)
+def test_where_no_machine_has_the_kernels_nothing_is_said(tmp_path):
+    on_ranks(2, tmp_path, _without_kernels)
 
 
-def _wrong_on_host2(ranks: Ranks) -> None:
+def _wrong_on_host2(rank: int) -> None:
+    ranks = Ranks(rank, 3, CPU)
     name, lines = on_host(ranks.rank), []
     check = kernel_check.begin(ranks, lines.append)
     check.is_automatic = check.are_there = True
@@ -114,8 +119,8 @@ def _wrong_on_host2(ranks: Ranks) -> None:
     assert lines == ([says] if ranks.main else [])
 
 
-def test_each_machine_checks_the_kernels_on_its_own_gpu():
-    forked.on_ranks(3, _wrong_on_host2)
+def test_each_machine_checks_the_kernels_on_its_own_gpu(tmp_path):
+    on_ranks(3, tmp_path, _wrong_on_host2)
 
 
 class Store(dict):
