@@ -43,6 +43,7 @@ from minillm.base.process import run_script
 from minillm.checkpoint.train_state import fingerprint
 from minillm.datasets.preferences import Answers, PreferenceRows, unpaired
 from minillm.distributed import ranks as distributed
+from minillm.distributed.hosts import once_a_host
 from minillm.distributed.parallelize import gradients_synced, marked_last, parallelize
 from minillm.distributed.ranks import Ranks
 from minillm.model import ops
@@ -153,9 +154,8 @@ def main() -> int:
 
     # data: answers to prompts, and which is better
     is_bundled = training_config.data == Config.data
-    if is_bundled and ranks.main:
-        bundled.build()
-    ranks.barrier()  # the others wait until it is written
+    if is_bundled:
+        once_a_host(ranks, bundled.build)
     rows = read_rows(training_config, listed_files(training_config.data), start.tokenizer)
     check_kind(training_config, rows)
     length_option = "epochs" if training_config.steps is None else "steps"

@@ -45,6 +45,7 @@ from minillm.checkpoint.train_state import fingerprint
 from minillm.datasets.prompts import PromptRows
 from minillm.datasets.questions import CHECKS, read_questions
 from minillm.distributed import ranks as distributed
+from minillm.distributed.hosts import once_a_host
 from minillm.distributed.parallelize import gradients_synced, marked_last, parallelize
 from minillm.evaluation import answers
 from minillm.model import ops
@@ -106,9 +107,8 @@ def main() -> int:
     # the model to start from, its tokenizer, and the reward
     training_config, start = starting_model.find_start(training_config, ranks, share=1 / 50)
     tokenizer = start.tokenizer
-    if training_config.data == Config.data and ranks.main:
-        bundled.build()
-    ranks.barrier()  # the others wait until it is written
+    if training_config.data == Config.data:
+        once_a_host(ranks, bundled.build)
     judged_by = (training_config.reward_time_s, ranks.device, training_config.template, training_config.room)
     rewards = Rewards(training_config.reward, tokenizer, *judged_by)
 

@@ -41,6 +41,7 @@ from minillm.checkpoint.train_state import fingerprint
 from minillm.datasets.prompts import Prompt
 from minillm.datasets.questions import read_questions
 from minillm.distributed import ranks as distributed
+from minillm.distributed.hosts import once_a_host
 from minillm.distributed.parallelize import gradients_synced, marked_last, parallelize
 from minillm.distributed.ranks import Ranks
 from minillm.evaluation import answers
@@ -95,9 +96,8 @@ def main() -> int:
     training_config, start = starting_model.find_start(training_config, ranks, share=1 / 40)
     training_config = with_rates(training_config, given_lr)
     tokenizer = start.tokenizer
-    if training_config.data == Config.data and ranks.main:
-        bundled.build()
-    ranks.barrier()  # the others wait until it is written
+    if training_config.data == Config.data:
+        once_a_host(ranks, bundled.build)
 
     # prompts to learn from, held-out prompts, and held-out questions of all kinds
     prompts = read_prompts(training_config, listed_files(training_config.data), tokenizer)

@@ -82,7 +82,7 @@ def _saves_slowly(rank: int, arguments: list[str], port: int, output: str) -> No
     save = train_state.save
 
     def slow_save(*given, **options):
-        time.sleep(14)
+        time.sleep(14 if rank == 0 else 0)
         return save(*given, **options)
 
     train_state.save = slow_save
