@@ -93,7 +93,7 @@ def main() -> int:
     validation = Validation(held_out, tokenizer, seq_len, training_config.eval_tokens, documents)
 
     # the model's shape, and what follows from it
-    init = starting_model.find_init(training_config)
+    init = starting_model.find_init(training_config, ranks)
     model_config = shape(training_config, first.vocab_size, init)
     training_config = sharding.choose_layout(training_config, model_config, ranks)
     training_config = starting_model.choose_optimizer(training_config, model_config.dim)

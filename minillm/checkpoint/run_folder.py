@@ -47,8 +47,8 @@ def newest_checkpoint(run: str | Path, log: Callable[[str], None] = print, ranks
     """The newest checkpoint of a run that verifies; None if the run has none.
 
     Logs what is wrong with each broken one it skips. ranks: those who call this together, and read a part each; all
-    take the folders that rank 0 sees. Raises `UserError` if there are checkpoints but none is whole: whether to start
-    over in their place is for a person to decide.
+    take the folders that rank 0 sees, and it logs. Raises `UserError` if there are checkpoints but none is whole:
+    whether to start over in their place is for a person to decide.
     """
     folders = step_folders(run)
     if ranks is not None:
@@ -58,7 +58,8 @@ def newest_checkpoint(run: str | Path, log: Callable[[str], None] = print, ranks
         problems = _problems_of(folder, ranks)
         if not problems:
             return folder
-        log(f"{folder} is damaged and passed over: {clipped('; '.join(problems), LONGEST_LINE)}")
+        if ranks is None or ranks.main:
+            log(f"{folder} is damaged and passed over: {clipped('; '.join(problems), LONGEST_LINE)}")
     if folders:
         raise UserError(
             f"{run}: none of its {len(folders)} checkpoints is whole; bring back a copy, or choose another --out"
@@ -83,10 +84,11 @@ def earlier_start(run: str | Path) -> str:
     return f"go on from a checkpoint before that: copy {checkpoints[0]} into another --out"
 
 
-def resolve_checkpoint(path: str | Path, log: Callable[[str], None] = print) -> Path:
+def resolve_checkpoint(path: str | Path, log: Callable[[str], None] = print, ranks: Ranks | None = None) -> Path:
     """The model folder that `path` means: itself, or a run's newest checkpoint.
 
-    Raises `UserError` if there is none, or if it has a manifest and does not verify.
+    ranks: those who call this together, and read a part each. Raises `UserError` if there is none, or if it has a
+    manifest and does not verify.
     """
     path = Path(path)
     if path.is_file():
@@ -94,11 +96,11 @@ def resolve_checkpoint(path: str | Path, log: Callable[[str], None] = print) -> 
     if not path.is_dir():
         raise UserError(f"{path}: no such folder; give a run, a checkpoint or a Hugging Face model folder")
     if (path / files.MANIFEST).exists():
-        problems = files.verify_folder(path)
+        problems = _problems_of(path, ranks)
         if problems:
             raise UserError(f"{path}: damaged: {'; '.join(problems)}; give the checkpoint before it, or the run")
         return path
-    if newest := newest_checkpoint(path, log):
+    if newest := newest_checkpoint(path, log, ranks):
         return newest
     if not any((path / name).exists() for name in ("config.json", "adapter_config.json")):
         raise UserError(f"{path}: holds no checkpoint and no config.json; give a run or a model folder")

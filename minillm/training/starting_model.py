@@ -52,7 +52,7 @@ def find_start(training_config, ranks: Ranks, share: float, adapter_share: float
     if model and tokenizer do not belong together, if the machine cannot hold what is trained, or if --seq_len is beyond
     the model's context.
     """
-    init = find_init(training_config)
+    init = find_init(training_config, ranks)
     stored = huggingface.load_config(init, with_score_head=None if score_head else False)
     model_config = dataclasses.replace(stored, dropout=training_config.dropout, score_head=score_head)
     tokenizer = Tokenizer.load(init)
@@ -66,8 +66,8 @@ def find_start(training_config, ranks: Ranks, share: float, adapter_share: float
     return training_config, Start(init, model_config, tokenizer)
 
 
-def find_init(training_config) -> Path | None:
-    """The model folder of --init_from, checked; None without one.
+def find_init(training_config, ranks: Ranks | None = None) -> Path | None:
+    """The model folder of --init_from, checked by all ranks together, a part each; None without one.
 
     If it is gone, a run that started from it and trains all weights takes shape and tokenizer from its own checkpoint.
     """
@@ -75,11 +75,12 @@ def find_init(training_config) -> Path | None:
         return None
     has_own_weights = training_config.tune == "full" and run_folder.step_folders(training_config.out)
     if has_own_weights and init_is_gone(training_config):
-        own = run_folder.resolve_checkpoint(training_config.out, log=lambda line: None)  # `Run` reports the broken ones
+        # `Run` reports the broken ones
+        own = run_folder.resolve_checkpoint(training_config.out, log=lambda line: None, ranks=ranks)
         started_from = train_state.read_state(own).get("config", {}).get("init_from")
         if started_from == training_config.init_from:
             return own
-    return run_folder.resolve_checkpoint(training_config.init_from)
+    return run_folder.resolve_checkpoint(training_config.init_from, ranks=ranks)
 
 
 def init_is_gone(training_config) -> bool:

@@ -1,6 +1,7 @@
 """Files and folders under kills, full disks and damage: whole or absent."""
 
 import errno
+import hashlib
 import json
 import os
 import random
@@ -359,3 +360,32 @@ def test_discarding_a_link_leaves_what_it_leads_to(tmp_path, outside):
         (tmp_path / "link").symlink_to(target)
         files.discard(tmp_path / "link")
         assert target.exists() and not (tmp_path / "link").is_symlink()
+
+
+def test_a_folder_is_verified_in_parts_that_together_are_all_of_it(saved):
+    folder = saved / "step-00000030"
+    for path in folder.rglob("*"):
+        if path.is_file() and path.name != files.MANIFEST:
+            data = path.read_bytes()
+            path.write_bytes(bytes([data[0] ^ 1]) + data[1:])
+    all_of_it = files.verify_folder(folder)
+    in_parts = [files.verify_folder(folder, part, 3) for part in range(3)]
+    assert len(all_of_it) > 1
+    assert sorted(problem for part in in_parts for problem in part) == sorted(all_of_it)
+    assert max(map(len, in_parts)) < len(all_of_it)
+    assert files.verify_folder(folder, parts=None) == []  # sizes and names are as they were
+    (folder / "manifest.json").unlink()
+    assert files.verify_folder(folder, parts=None) != []
+
+
+def test_what_is_described_already_is_not_read_again(tmp_path, monkeypatch):
+    """A file of another rank, which has hashed it; the rest is hashed here."""
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    (scratch / "mine").write_bytes(b"mine")
+    (scratch / "theirs").write_bytes(b"theirs")
+    read, sha256 = [], files.sha256
+    monkeypatch.setattr(files, "sha256", lambda file: read.append(file.name) or sha256(file))
+    entry = {"size": 6, "sha256": hashlib.sha256(b"theirs").hexdigest()}
+    files.complete(scratch, tmp_path / "step", {"theirs": entry})
+    assert read == ["mine"] and files.verify_folder(tmp_path / "step") == [] and not scratch.exists()
