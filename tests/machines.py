@@ -19,7 +19,7 @@ import pytest
 from tests import launch
 
 NAMES = ("host1", "host2")
-BRIDGE = "minillm0"
+TAG = f"mini{os.getpid()}"  # what the system calls them begins so: two test runs do not meet
 
 
 def ip(*words: str) -> str:
@@ -35,10 +35,10 @@ def why_not() -> str:
         return "machines as network namespaces need Linux and root"
     if not shutil.which("ip") or not shutil.which("unshare"):
         return "machines as network namespaces need iproute2 and unshare"
-    probe = subprocess.run(["ip", "netns", "add", "minillm-probe"], capture_output=True, text=True)
+    probe = subprocess.run(["ip", "netns", "add", f"{TAG}-probe"], capture_output=True, text=True)
     if probe.returncode:
         return f"no network namespaces here: {probe.stderr.strip()}"
-    ip("netns", "del", "minillm-probe")
+    ip("netns", "del", f"{TAG}-probe")
     return ""
 
 
@@ -47,10 +47,10 @@ def started() -> Iterator[list["Machine"]]:
     """A context with two machines on one network; in the end nothing is left of them."""
     if reason := why_not():
         pytest.skip(reason)
-    machines = [Machine(name, f"10.77.0.{number}") for number, name in enumerate(NAMES, 1)]
+    machines = [Machine(name, number) for number, name in enumerate(NAMES, 1)]
     try:
-        ip("link", "add", BRIDGE, "type", "bridge")
-        ip("link", "set", BRIDGE, "up")
+        ip("link", "add", TAG, "type", "bridge")
+        ip("link", "set", TAG, "up")
         for machine in machines:
             machine.set_up({other.name: other.address for other in machines})
         yield machines
@@ -58,16 +58,17 @@ def started() -> Iterator[list["Machine"]]:
         for machine in machines:
             machine.tear_down()
         with contextlib.suppress(AssertionError):
-            ip("link", "del", BRIDGE)
+            ip("link", "del", TAG)
 
 
 class Machine:
     """One namespace, with a link to the bridge."""
 
-    def __init__(self, name: str, address: str):
-        self.name, self.address = name, address
-        self.namespace = f"minillm-{name}"
-        self.link = f"mini-{name}"  # its end on the bridge; the machine's own is called eth0
+    def __init__(self, name: str, number: int):
+        self.name = name
+        self.address = f"10.77.0.{number}"
+        self.namespace = f"{TAG}-{name}"
+        self.link = f"{TAG}-{number}"  # its end on the bridge, at most 15 characters; the machine's own is called eth0
         self.hosts_file = Path("/etc/netns") / self.namespace / "hosts"
         self.output: Path | None = None
 
@@ -75,7 +76,7 @@ class Machine:
         """addresses: of all machines, by name."""
         ip("netns", "add", self.namespace)
         ip("link", "add", self.link, "type", "veth", "peer", "name", "eth0", "netns", self.namespace)
-        ip("link", "set", self.link, "master", BRIDGE, "up")
+        ip("link", "set", self.link, "master", TAG, "up")
         ip("-n", self.namespace, "addr", "add", f"{self.address}/24", "dev", "eth0")
         for device in ("lo", "eth0"):
             ip("-n", self.namespace, "link", "set", device, "up")

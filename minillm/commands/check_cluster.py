@@ -70,6 +70,9 @@ def run(config: Config) -> int:
     if ranks.main:
         print("\n".join(who_is_where(hosts, devices)))
         print("\n".join(in_common(all_facts)), flush=True)
+        n_names = len(set(hosts))
+        if sum(firsts) > n_names:
+            print(f"  {sum(firsts)} machines have {n_names} name(s): no message can tell them apart (hostname NAME)")
     if facts["data"] == MISSING and not problems:
         problems.append(f"--data {config.data}: is not there, on no machine")
     watchdog.tick(1)

@@ -72,6 +72,14 @@ def _different(rank: int, folder) -> None:
         assert "python" not in out and "  torch     " in out  # what is the same is listed all the same
 
 
+def _same_names(rank: int, folder) -> None:
+    ranks = Ranks(rank, 2, torch.device("cpu"))
+    on_host(ranks, folder)
+    socket.gethostname = lambda: "node"
+    status, out, _ = checked()
+    assert status == 0 and ("2 machines have 1 name(s): no message can tell them apart" in out) == ranks.main
+
+
 def _wrong_sums(rank: int) -> None:
     ranks = Ranks(rank, 2, torch.device("cpu"))
     right = dist.all_reduce
@@ -106,6 +114,10 @@ def test_machines_that_differ_are_told_apart_in_one_line(two_folders):
     file = two_folders / "host2" / "data" / "train-00000.bin"
     file.write_bytes(bytes(199_999) + b"x")  # as large as the other
     on_ranks(2, two_folders / "ranks", _different, two_folders)
+
+
+def test_machines_of_one_name_are_told_so(two_folders):
+    on_ranks(2, two_folders / "ranks", _same_names, two_folders)
 
 
 def test_sums_that_are_wrong_on_one_rank_are_found(tmp_path):
