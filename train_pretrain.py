@@ -26,6 +26,7 @@ from minillm.checkpoint import huggingface
 from minillm.checkpoint.train_state import fingerprint
 from minillm.datasets.token_bins import TokenBins, parse_mixture
 from minillm.datasets.windows import TokenWindows
+from minillm.distributed import diloco
 from minillm.distributed import ranks as distributed
 from minillm.distributed.hosts import once_a_host
 from minillm.distributed.parallelize import gradients_synced, marked_last, parallelize
@@ -49,7 +50,7 @@ ShapeOptions = optional_copy(config.ModelConfig, group=SHAPE, leave_out=("vocab_
 
 
 @dataclass(frozen=True)
-class Config(ShapeOptions, options.TuningConfig, TrainingConfig):
+class Config(ShapeOptions, options.TuningConfig, diloco.DilocoOptions, TrainingConfig):
     data: str = option("data/bundled", "folder of token bins, or a mixture FOLDER:WEIGHT,FOLDER:WEIGHT,…", group="run")
     out: str = option("out/pretrain", "the run's folder: checkpoints, metrics.jsonl, curve.png", group="run")
     data_dtype: str | None = option(None, "dtype of a raw .bin made elsewhere", ("uint16", "uint32"), group="data")
@@ -243,8 +244,10 @@ def train(training_config: Config, run: Run, model: Transformer, windows: TokenW
     optimizers = build_optimizers(
         model, training_config.optimizer, lr=training_config.lr, weight_decay=training_config.weight_decay
     )
-    state = run.start(TrainState(model, optimizers, run.ranks, run.dtype))
-    parallel_model = parallelize(model, run.ranks, training_config.compile)
+    team = run.rounds.team  # the ranks that take a step together; with --diloco_steps each is alone
+    outer = diloco.workers(training_config, model, optimizers, run.ranks)
+    state = run.start(TrainState(model, optimizers, team, run.dtype, outer=outer))
+    parallel_model = parallelize(model, team, training_config.compile)
 
     # the size of the run
     n_tokens = training_config.batch_size * training_config.seq_len  # of a step, over all ranks
@@ -256,7 +259,7 @@ def train(training_config: Config, run: Run, model: Transformer, windows: TokenW
     for step in run.steps(state):  # sets the learning rate; after the step saves what is due, stops at a signal
         batches = [windows.batch(positions).part(*run.ranks.place_in_row) for positions in run.micro_batches(step)]
         # all tokens but the bos that documents begin with; of all ranks, before the first backward pass
-        (n_targets,) = run.ranks.sum(sum(batch.n_targets() for batch in batches))
+        (n_targets,) = team.sum(sum(batch.n_targets() for batch in batches))
         for batch, last in marked_last(batches):
             batch = batch.to(run.device)
             with gradients_synced(parallel_model, last):
@@ -264,6 +267,7 @@ def train(training_config: Config, run: Run, model: Transformer, windows: TokenW
                     loss = parallel_model(batch.x, batch.y, mask=batch.mask, documents=batch.documents)  # sum of nats
                 state.backward(loss, n_targets)  # of the mean over all targets, of all micro-batches and ranks
         state.update(training_config.grad_clip)  # clips, then steps, unless loss or gradient is not finite
+        run.exchange(state)  # with --diloco_steps, when it is due
         run.log_step(state, n_tokens)
         if run.due(step, training_config.eval_every):
             scores = validation.scores(model, run.ranks, run.autocast())

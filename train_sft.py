@@ -22,6 +22,7 @@ from minillm.base.process import run_script
 from minillm.checkpoint.train_state import fingerprint
 from minillm.datasets.instructions import InstructionRows
 from minillm.datasets.questions import read_questions
+from minillm.distributed import diloco
 from minillm.distributed import ranks as distributed
 from minillm.distributed.hosts import once_a_host
 from minillm.distributed.parallelize import gradients_synced, marked_last, parallelize
@@ -42,7 +43,7 @@ from minillm.tuning.adapter import merged
 
 
 @dataclass(frozen=True)
-class Config(options.TuningConfig, TrainingConfig):
+class Config(options.TuningConfig, diloco.DilocoOptions, TrainingConfig):
     data: str = option(
         f"{bundled.FOLDER}/sft_train.jsonl",
         "instruction file(s), separated by commas: .jsonl .json (.gz) .parquet .csv",
@@ -200,16 +201,19 @@ def train(
     optimizers = build_optimizers(
         model, training_config.optimizer, lr=training_config.lr, weight_decay=training_config.weight_decay
     )
-    state = run.start(TrainState(model, optimizers, run.ranks, run.dtype))
-    parallel_model = parallelize(model, run.ranks, training_config.compile)
+    team = run.rounds.team  # the ranks that take a step together; with --diloco_steps each is alone
+    outer = diloco.workers(training_config, model, optimizers, run.ranks)
+    state = run.start(TrainState(model, optimizers, team, run.dtype, outer=outer))
+    parallel_model = parallelize(model, team, training_config.compile)
     run.say(f"{starting_model.describe_parameters(model)}; {training_config.steps} steps; {ops.describe(run.device)}")
 
     for step in run.steps(state):  # sets the learning rate; after the step saves what is due, stops at a signal
         batches = [rows.batch(positions, end).part(*run.ranks.place_in_row) for positions in run.micro_batches(step)]
         # how many targets a step has differs: count those of all ranks before the first backward pass
-        n_targets, n_tokens = run.ranks.sum(
+        n_targets, n_tokens = team.sum(
             sum(batch.n_targets() for batch in batches), sum(batch.x.numel() for batch in batches)
         )
+        n_targets = max(1, n_targets)  # a rank that trains alone may have none in a short last batch
         for batch, last in marked_last(batches):
             batch = batch.to(run.device)
             with gradients_synced(parallel_model, last):
@@ -217,7 +221,8 @@ def train(
                     loss = parallel_model(batch.x, batch.y, mask=batch.mask, documents=batch.documents)  # sum of nats
                 state.backward(loss, n_targets)  # of the mean over all targets, of all micro-batches and ranks
         state.update(training_config.grad_clip)  # clips, then steps, unless loss or gradient is not finite
-        run.log_step(state, n_tokens)
+        run.exchange(state)  # with --diloco_steps, when it is due
+        run.log_step(state, n_tokens * run.rounds.n_teams)
         if held_out_rows and run.due(step, training_config.eval_every):
             scores = answer_loss(model, held_out_rows, training_config.eval_tokens, run.ranks, run.autocast())
             run.report(step, scores, of="held-out answers")

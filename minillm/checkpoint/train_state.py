@@ -6,6 +6,8 @@ step-00000060/
     resume/optimizer.safetensors       what only resuming needs; in a folder of its own, since some loaders
     resume/train_state.json            read every *.safetensors beside the model
     resume/value.safetensors           a model trained beside it, if there is one: PPO's value model
+    resume/outer.safetensors           of workers that train alone in between (DiLoCo): the outer momentum, and
+    resume/workers.safetensors         the optimizer state of each, stacked, in place of optimizer.safetensors
     resume/options.toml                the run's options, as --config reads them
     manifest.json                      size and SHA-256 of each file (see base/files.py)
 """

@@ -10,7 +10,7 @@ from minillm.base import files
 from minillm.base.contents import Contents
 from minillm.base.errors import MissingError, UserError
 from minillm.base.json_door import parse_json, read_file
-from minillm.base.printing import visible
+from minillm.base.printing import clipped, visible
 
 # Colours that stay apart for colour-blind readers (Okabe & Ito 2008)
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -105,6 +105,16 @@ def smoothed(values: list[float], width: int) -> list[float]:
         begin = max(0, end - width)
         means.append((sums[end] - sums[begin]) / (end - begin))
     return means
+
+
+def drawn(run: Path) -> str:
+    """Draw a run's curves into its folder; says where, or why not: that this fails does not make the run fail."""
+    try:
+        return f"curve {draw([run], run / 'curve.png')}"
+    except UserError as problem:  # matplotlib is optional
+        return f"no curve: {problem}"
+    except Exception as problem:  # or it fails, in a way that only it knows
+        return f"no curve: {type(problem).__name__}: {clipped(str(problem))}"
 
 
 def draw(runs: list[str | Path], out: str | Path) -> Path:

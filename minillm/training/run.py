@@ -21,10 +21,11 @@ from minillm.base.device import autocast, peak_flops, pick_dtype
 from minillm.base.errors import UserError
 from minillm.base.json_door import read_json
 from minillm.base.options import write_toml
-from minillm.base.printing import clipped
 from minillm.base.process import StopSignals, advise_on_memory
 from minillm.checkpoint import run_folder, train_state
+from minillm.distributed import diloco
 from minillm.distributed import ranks as distributed
+from minillm.distributed.diloco import Rounds
 from minillm.distributed.hosts import differences
 from minillm.distributed.ranks import Ranks
 from minillm.distributed.watchdog import Watchdog
@@ -92,6 +93,7 @@ class Run:
         self.fingerprints, self.facts = fingerprints, facts
         self.tokenizer, self.next_command = tokenizer, next_command
         self.folder = Path(training_config.out)
+        self.rounds = Rounds(training_config, ranks, self.dtype)
         self.progress: Progress | None = None
         if (self.folder / train_state.STATE).exists():
             raise UserError(
@@ -118,6 +120,7 @@ class Run:
             self.saved |= train_state.read_state(self.source)
             if self.saved["step"] != source_step:
                 raise UserError(f"{self.source}: its training state is of step {self.saved['step']}; bring back a copy")
+            diloco.check_resumed(training_config, self.saved, ranks.world)
             self._take_recorded_threads()
             for line in self._compare_with_saved():
                 self.say(line)
@@ -202,12 +205,7 @@ class Run:
         Raises `UserError` for what a save would fail by.
         """
         if self.source is not None:
-            train_state.restore_beside(self.source, state.trained_beside())
-            train_state.restore_optimizers(self.source, state.all_optimizers(), state.all_parameters())
-            if state.scaler.is_enabled() and self.saved.get("scaler"):  # empty if it was saved without --dtype float16
-                state.scaler.load_state_dict(self.saved["scaler"])
-                for name, other in state.beside.items():
-                    other.scaler.load_state_dict(self.saved.get("scalers", {})[name])
+            state.restore(self.source, self.saved)
         if self.device.type == "cpu":
             waiting.tell(self.say)
         if self.out:
@@ -236,6 +234,8 @@ class Run:
 
             yield step
 
+            if not self.rounds.end_at(step):
+                continue
             # of any rank: a signal's number, whether the folder had to be made again, whether a save is under way
             lost, writing = self._folder_was_lost(step), self.saver.is_writing
             self.stop_signal, lost, writing = self.ranks.maxima(self.signals.requested, lost, writing)
@@ -269,8 +269,14 @@ class Run:
         return autocast(self.device, self.dtype)
 
     def due(self, step: int, every: int) -> bool:
-        """True every so many steps (0: never) and at the last."""
-        return step == self.training_config.steps or (every > 0 and step % every == 0)
+        """True every so many steps (0: never) and at the last; where ranks train alone, at their next exchange."""
+        return self.rounds.due(step, every)
+
+    def exchange(self, state: TrainState) -> None:
+        """With --diloco_steps: the outer step, once the workers have taken so many steps alone."""
+        if state.outer is not None and self.rounds.end_at(self.step):
+            with self.watchdog.patient():  # a fast worker waits for the slow ones
+                state.outer.exchange()
 
     def log_step(self, state: TrainState, n_tokens: float, **values: float | None) -> None:
         """Log the step that `state` has taken, move the bar, tell the watchdog. n_tokens: computed by all ranks.
@@ -303,7 +309,10 @@ class Run:
         refused = state.take_refused()
         self.bad_steps = self.bad_steps + 1 if refused else 0
         for what in refused:
-            self.say(f"step {self.step}: {what}: not applied ({self.bad_steps} in a row)")
+            line = f"step {self.step}: {what}: not applied ({self.bad_steps} in a row)"
+            if self.rounds.is_unheard:
+                print(f"rank {self.ranks.rank}: {line}", flush=True)
+            self.say(line)
         if self.bad_steps >= self.training_config.max_bad_steps:
             raise UserError(
                 f"step {self.step}: {self.bad_steps} steps in a row were not finite; lower --lr, raise --warmup_steps "
@@ -374,14 +383,7 @@ class Run:
 
     def draw(self) -> str:
         """Draw the run's curves into its folder. Returns where, or why not."""
-        if not self.ranks.main:
-            return ""
-        try:
-            return f"curve {plot.draw([self.folder], self.folder / 'curve.png')}"
-        except UserError as problem:  # matplotlib is optional: without it the run has still succeeded
-            return f"no curve: {problem}"
-        except Exception as problem:  # so it has if matplotlib fails, in a way that only it knows
-            return f"no curve: {type(problem).__name__}: {clipped(str(problem))}"
+        return plot.drawn(self.folder) if self.ranks.main else ""
 
     # ---- at any time
 

@@ -122,11 +122,14 @@ def check(
     # the disk holds the checkpoints that are kept at once: weights and two moments in fp32 for each trained parameter
     models = [state.model, *(other.model for other in state.beside.values())]
     weights = 4 * sum(starting_model.n_trained(model) for model in models)
+    n_copies = 3
+    if state.outer is not None:
+        n_copies = 2 + 2 * state.outer.ranks.world  # weights, outer momentum, and two moments of each worker
     largest_tensor = 4 * max(p.numel() for model in models for p in model.parameters())
-    largest_file = min(2 * weights, max(tensor_writer.MOST_BYTES, largest_tensor))
+    largest_file = min((n_copies - 1) * weights, max(tensor_writer.MOST_BYTES, largest_tensor))
     already_there = len(run_folder.step_folders(run))
     copies = max(1, (training_config.keep_last or 1) + 1 - already_there)
-    files.check_writable(run, copies * 3 * weights, largest_file)
+    files.check_writable(run, copies * n_copies * weights, largest_file)
 
 
 def memory_remedy(training_config: TrainingConfig) -> str:

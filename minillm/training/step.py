@@ -1,13 +1,16 @@
 """One optimizer step: the state that it changes, the seed of its dropout, and the clipping of its gradient."""
 
 import math
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from minillm.base.errors import UserError
+from minillm.checkpoint import train_state
 from minillm.distributed import fsdp
+from minillm.distributed.diloco import Diloco
 from minillm.distributed.ranks import Ranks
 from minillm.distributed.shards import is_sharded, local, settle
 
@@ -26,14 +29,17 @@ class TrainState:
         ranks: Ranks,
         dtype: torch.dtype,
         beside: "dict[str, TrainState] | None" = None,
+        outer: Diloco | None = None,
     ):
         """dtype: of the matrix products. With float16 the loss is scaled, since small gradients would become zero.
 
         beside: name → state of a model that is trained along with this one and of use to training alone, as the value
-        model of PPO. Each takes its own `backward` and `update`; a checkpoint keeps them under resume/.
+        model of PPO. Each takes its own `backward` and `update`; a checkpoint keeps them under resume/. outer: what the
+        workers of DiLoCo have in common; `ranks` is then this worker alone.
         """
         self.model = model
         self.optimizers = optimizers
+        self.outer = outer
         self.beside = beside or {}
         self.ranks = ranks
         self.scaler = torch.amp.GradScaler(ranks.device.type, enabled=dtype == torch.float16)
@@ -47,7 +53,9 @@ class TrainState:
         self.refused: tuple[float, float] | None = None  # loss and norm of an update of it that was not applied
 
     def all_optimizers(self) -> list[torch.optim.Optimizer]:
-        """Its own, and those of the models beside it."""
+        """Its own, and those of the models beside it; none of a worker of DiLoCo, whose state `outer` gives."""
+        if self.outer is not None:
+            return []
         return [*self.optimizers, *(optimizer for other in self.beside.values() for optimizer in other.optimizers)]
 
     def all_parameters(self) -> dict[str, nn.Parameter]:
@@ -58,11 +66,24 @@ class TrainState:
         return named
 
     def trained_beside(self) -> dict[str, dict[str, nn.Parameter]]:
-        """Name of each model beside this one → what is trained of it, by name."""
+        """Name of each model beside this one → what is trained of it, by name; or what `outer` gives."""
+        if self.outer is not None:
+            return self.outer.tensors()
         return {
             name: {path: p for path, p in other.model.named_parameters() if p.requires_grad}
             for name, other in self.beside.items()
         }
+
+    def restore(self, checkpoint: Path, saved: dict) -> None:
+        """Take from a checkpoint what training keeps besides the model, which has been loaded; saved: its state."""
+        train_state.restore_beside(checkpoint, self.trained_beside())
+        if self.outer is not None:
+            self.outer.take_restored()
+        train_state.restore_optimizers(checkpoint, self.all_optimizers(), self.all_parameters())
+        if self.scaler.is_enabled() and saved.get("scaler"):  # empty if it was saved without --dtype float16
+            self.scaler.load_state_dict(saved["scaler"])
+            for name, other in self.beside.items():
+                other.scaler.load_state_dict(saved.get("scalers", {})[name])
 
     def is_finite(self) -> bool:
         """Whether all weights are, on all ranks. A model that is dealt out holds its parts again afterwards."""
