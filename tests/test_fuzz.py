@@ -116,6 +116,8 @@ def home(tmp_path_factory) -> Path:
     train_state.save(home / "run", 2, Ranks(0, 1, torch.device("cpu")), checkpoint).finish()
     (home / "run" / "step-00000002" / "manifest.json").unlink()  # which would find all damage by itself
     (home / "run" / "metrics.jsonl").write_text('{"step": 1, "loss": 2.5, "time_s": 0.5}\n{"step": 2, "val_bpb": 3}\n')
+    speed = {"device": "NVIDIA H100 80GB HBM3", "dtype": "bfloat16", "flops_per_token": 7_000_000}
+    (home / "speed.json").write_text(json.dumps({**speed, "tokens_per_s": {"minillm": 5e6, "minillm, compiled": 6e6}}))
     (home / "options.toml").write_text('data = "data"\nsteps = 3\nlr = 0.1\n')
     pruned, id_map = edit.prune(pieces, texts)
     edit.save(pruned, home / "pruned", pieces, id_map)
@@ -218,6 +220,7 @@ READERS = {  # what is run → files of which one is damaged
         command("resize --model model --tokenizer pruned --id_map pruned/id_map.json --out smaller"),
         ["pruned/*"],
     ),
+    "plan": (command("plan --preset tiny --gpus 2 --batch_size 64 --measured speed.json"), ["speed.json"]),
     "plot": (command("plot run --out curve.png"), ["run/metrics.jsonl"]),
     "GGUF": (partial(compute, "model.gguf"), ["model.gguf"] * 3),
     "weights": (partial(compute, "model"), MODEL[:2]),

@@ -3,7 +3,9 @@
 The formulas, their assumptions, and what published runs say to them, are in docs/plan.md.
 """
 
+import math
 import re
+import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -74,6 +76,12 @@ class Config(ShapeChoice):
         None, f"of the whole run; none: {TOKENS_PER_PARAMETER} a parameter", at_least=1, at_most=10**18, group="run"
     )
     optimizer: str = option("adamw", "muon has one moment for the layers' matrices", ("adamw", "muon"), group="run")
+    diloco_steps: int = option(
+        0,
+        "steps between two exchanges of GPUs that train alone in between; 0: gradients in each",
+        at_least=0,
+        group="run",
+    )
     top: int = option(10, "layouts to print; 0: all", at_least=0, group="run")
 
     def problems(self) -> list[str]:
@@ -108,8 +116,9 @@ class Plan(NamedTuple):
 
     @property
     def order(self) -> tuple:
-        """Less comes first: a step's time, then what is sent, then memory."""
-        return self.seconds["step"], self.overlapped + self.waited, self.n_bytes
+        """Less comes first: a step's time, then arithmetic, what is sent, and the number of forward passes."""
+        sent = self.overlapped + self.waited
+        return self.seconds["step"], self.seconds["compute"], sent, self.work.n_micro_batches
 
 
 def run(config: Config) -> None:
@@ -120,7 +129,7 @@ def run(config: Config) -> None:
     efficiency = measured_efficiency(config, gpu) if config.measured else config.efficiency or EFFICIENCY
 
     # every layout, and those of them that fit
-    step = Step(shape, seq_len, batch_size, config.optimizer == "muon")
+    step = Step(shape, seq_len, batch_size, config.optimizer == "muon", config.diloco_steps)
     plans = list(step.plans(config.gpus, gpu, efficiency))
     if not plans:
         raise UserError(
@@ -143,6 +152,7 @@ def run(config: Config) -> None:
     first = fitting[0].seconds
     parts = [f"{name} {seconds:.2f}" for name, seconds in first.items() if name != "step"]
     print(f"\nseconds of the first: {', '.join(parts)}")
+    print(f"the first begins by: {start_command(fitting[0].work, config, step)}")
 
 
 def gpu_of(config: Config) -> Gpu:
@@ -193,6 +203,7 @@ class Step(NamedTuple):
     seq_len: int
     batch_size: int  # sequences
     muon: bool
+    diloco_steps: int = 0  # then every GPU has a copy of its own
 
     @property
     def n_tokens(self) -> int:
@@ -210,7 +221,9 @@ class Step(NamedTuple):
             share = self.batch_size // (layout.replicate * layout.shard)  # sequences of a rank
             for rows in (1 << power for power in range(MOST_ROWS.bit_length())):
                 if share % rows == 0:
-                    work = Work(layout, rows, self.seq_len, self.n_tokens, muon=self.muon)
+                    work = Work(
+                        layout, rows, self.seq_len, self.n_tokens, muon=self.muon, diloco_steps=self.diloco_steps
+                    )
                     yield work
                     yield replace(work, recompute=True)
 
@@ -226,7 +239,9 @@ class Step(NamedTuple):
                 n_data = n_gpus // (tp * cp)  # ranks that read sequences of their own
                 if self.batch_size % n_data == 0:
                     for shard in divisors(n_data):
-                        yield Layout(n_data // shard, shard, cp, tp)
+                        layout = Layout(n_data // shard, shard, cp, tp)
+                        if layout.n_holding == 1 or not self.diloco_steps:
+                            yield layout
 
 
 def divisors(number: int) -> list[int]:
@@ -286,6 +301,32 @@ HEADINGS = {  # and the width of each column
     "tok/s/GPU": 11,
     "days": 9,
 }
+
+
+def start_command(work: Work, config: Config, step: Step) -> str:
+    """The command that trains so; on several hosts each also needs the address of one (--rdzv_endpoint)."""
+    layout = work.layout
+    model = f"--preset {config.preset}" if config.preset else f"--init_from {shlex.quote(config.model)}"
+    options = {
+        "seq_len": step.seq_len,
+        "batch_size": step.batch_size,
+        "micro_batch_size": work.rows,
+        "steps": math.ceil(tokens_of(config, step) / step.n_tokens),
+        "optimizer": config.optimizer,
+        "shard": layout.shard,
+        "context_parallel": layout.cp,
+        "tensor_parallel": layout.tp,
+        "checkpoint_activations": str(work.recompute).lower(),
+        "diloco_steps": work.diloco_steps,
+    }
+    usual = {"context_parallel": 1, "tensor_parallel": 1, "checkpoint_activations": "false", "diloco_steps": 0}
+    given = " ".join(f"--{name} {value}" for name, value in options.items() if usual.get(name) != value)
+    launcher = "python"
+    if layout.n_gpus > 1:
+        launcher = f"torchrun --nproc_per_node {min(layout.n_gpus, config.gpus_per_host)}"
+    if layout.n_gpus > config.gpus_per_host:
+        launcher += f" --nnodes {layout.n_gpus // config.gpus_per_host} --rdzv_backend c10d --rdzv_endpoint HOST:29500"
+    return f"{launcher} train_pretrain.py --data … {model} {given}"
 
 
 def print_plans(plans: list[Plan], config: Config, step: Step, gpu: Gpu) -> None:

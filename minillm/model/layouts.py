@@ -16,7 +16,7 @@ WEIGHT = 2  # bytes of a weight that is gathered, in bfloat16
 GRADIENT = 4  # bytes of a number of a gradient that is added up, in float32
 MUON_STEPS = 5  # of the Newton–Schulz iteration
 OVERLAPPED = ("gather", "reduce", "hops", "replicas")  # what travels while layers compute
-WAITED_FOR = ("tensor parallel", "context parallel", "muon")
+WAITED_FOR = ("tensor parallel", "context parallel", "diloco", "muon")
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,8 @@ class Work:
 
     rows: sequences in a forward pass. seq_len: tokens of each. n_tokens: of a step, over all GPUs. recompute: whether
     layers are computed again in the backward pass. reduce_once: whether sharded gradients are added up in the last
-    micro-batch alone, which would keep whole ones until then; training adds them up in each.
+    micro-batch alone, which would keep whole ones until then; training adds them up in each. diloco_steps: steps
+    between two exchanges of copies that train alone in between; 0: they add up their gradients in every step.
     """
 
     layout: Layout
@@ -73,6 +74,7 @@ class Work:
     recompute: bool = False
     muon: bool = False
     reduce_once: bool = False
+    diloco_steps: int = 0
 
     @property
     def n_micro_batches(self) -> float:
@@ -95,7 +97,8 @@ def step_seconds(shape: ModelConfig, work: Work, gpu: Gpu, efficiency: float = E
         "tensor parallel": tensor_parallel_seconds(shape, work, gpu),
         "context parallel": context_parallel_seconds(shape, work, gpu),
         **sharding_seconds(shape, work, gpu),
-        "replicas": replica_seconds(shape, work, gpu),
+        "replicas": 0.0 if work.diloco_steps else replica_seconds(shape, work, gpu),
+        "diloco": replica_seconds(shape, work, gpu) / work.diloco_steps if work.diloco_steps else 0.0,
         "muon": muon_seconds(shape, work, gpu, efficiency) if work.muon else 0.0,
     }
     overlapped = sum(parts[name] for name in OVERLAPPED)
@@ -152,7 +155,7 @@ def sharding_seconds(shape: ModelConfig, work: Work, gpu: Gpu) -> dict[str, floa
 
 
 def replica_seconds(shape: ModelConfig, work: Work, gpu: Gpu) -> float:
-    """Gradients summed over the copies of the state, once a step: a ring sends and takes in each number once.
+    """Gradients summed over the copies of the state, once: a ring sends and takes in each number once.
 
     Copies on one host first add up among themselves, so that the network carries each number once for a host.
     """

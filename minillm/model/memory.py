@@ -162,7 +162,8 @@ def gpu_memory(shape: ModelConfig, work: Work) -> dict[str, int]:
     moments = optimizer_state(n_trained)["moments"]
     if work.muon:  # one moment for the matrices of the layers
         moments -= FP32 * shape.n_layers * sum(n_in * n_out for n_in, n_out in linear_shapes(shape).values())
-    state = sum(weights(shape).values()) + FP32 * n_trained + moments
+    common = 2 * FP32 * n_trained if work.diloco_steps else 0  # weights of the last exchange, outer momentum
+    state = sum(weights(shape).values()) + FP32 * n_trained + moments + common
 
     if n_state == 1:
         gathered = autocast_weights(shape, WEIGHT)

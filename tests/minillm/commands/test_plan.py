@@ -1,15 +1,18 @@
 """The table of layouts: what is in it, in which order, and what is refused."""
 
 import json
+import math
 import re
 from pathlib import Path
 
 import pytest
 
+from minillm.base import command_line
 from minillm.commands import plan
 from minillm.commands.bench import train
 from minillm.model.config import ModelConfig, preset
 from minillm.model.layouts import Layout
+from train_pretrain import Config as Pretrain
 
 LLAMA = ("--preset", "8b", "--vocab_size", "128256")
 
@@ -74,6 +77,42 @@ def test_tensor_parallelism_divides_heads_and_stays_inside_a_host():
     odd = plan.Step(step.shape, 50, 24, muon=False)
     assert {layout.cp for layout in odd.layouts(24, per_host=4)} == {1, 2}  # 50 tokens in equal parts
     assert Layout(24, 1, 1, 1) in found and all(layout.n_gpus == 24 for layout in found)
+
+
+def test_slow_links_are_used_every_so_many_steps(call):
+    two_machines = ("--preset", "124m", "--gpus", "2", "--gpu", "4090", "--gpus_per_host", "1", "--network", "0.125")
+    more = ("--seq_len", "1024", "--batch_size", "64", "--tokens", "1e9")
+    days = {}
+    for steps in ("0", "100"):
+        status, out, _ = call("plan", *two_machines, *more, "--diloco_steps", steps)
+        assert status == 0
+        days[steps] = float(table(out)[0][-1])
+    assert layouts(out) == [(2, 1, 1, 1)]  # each trains a whole model alone
+    assert days["100"] < days["0"] / 5
+
+
+@pytest.mark.parametrize(
+    ("more", "launcher"),
+    [
+        (("--gpus", "64"), "torchrun --nproc_per_node 8 --nnodes 8"),
+        (("--gpus", "4", "--gpu", "b200", "--batch_size", "1"), "torchrun --nproc_per_node 4 train"),
+        (("--gpus", "1", "--gpu", "b200", "--memory", "400"), "python train"),
+        (("--gpus", "4", "--gpus_per_host", "2", "--memory", "400", "--diloco_steps", "50"), "--nnodes 2"),
+    ],
+)
+def test_the_command_it_tells_trains_in_the_first_layout(call, more, launcher):
+    status, out, err = call("plan", *LLAMA, *more)
+    assert status == 0, err
+    command = out.partition("the first begins by: ")[2].strip()
+    assert launcher in command
+    asked = command_line.parse(Pretrain, "", command.partition("train_pretrain.py ")[2].split())
+    replicate, shard, cp, tp = layouts(out)[0]
+    assert (int(asked.shard), asked.context_parallel, asked.tensor_parallel) == (shard, cp, tp)
+    assert asked.batch_size % (asked.micro_batch_size * replicate * shard) == 0
+    words = table(out)[0]
+    assert (str(asked.micro_batch_size), "yes" if asked.checkpoint_activations else "no") == (words[7], words[8])
+    assert asked.steps == math.ceil(20 * 8_030_261_248 / (asked.batch_size * 8192))
+    assert asked.diloco_steps == (50 if "--diloco_steps" in more else 0)
 
 
 def test_a_measured_speed_takes_the_place_of_the_assumed(call, home):

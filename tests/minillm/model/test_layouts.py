@@ -153,6 +153,18 @@ def test_muon_s_products_are_shared_out_among_owners():
     assert seconds[64] - sent / 40e9 == pytest.approx(0.026, abs=0.001)
 
 
+def test_diloco_exchanges_every_so_many_steps_and_keeps_two_copies_more():
+    shape = SHAPES["8b"]
+    alone = dataclasses.replace(H100, per_host=1)
+    work = work_of((2, 1, 1, 1), 4, 0)
+    with_diloco = dataclasses.replace(work, diloco_steps=100)
+    seconds, each_step = step_seconds(shape, with_diloco, alone), step_seconds(shape, work, alone)
+    assert seconds["diloco"] == each_step["replicas"] / 100 and seconds["replicas"] == each_step["diloco"] == 0
+    assert seconds["step"] == seconds["compute"] + seconds["diloco"]
+    more = gpu_memory(shape, with_diloco)["state"] - gpu_memory(shape, work)["state"]
+    assert more == 8 * n_parameters(shape)
+
+
 @pytest.mark.parametrize(
     ("name", "layout", "rows", "recompute", "work", "published"),
     [
