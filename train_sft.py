@@ -97,7 +97,9 @@ def main() -> int:
     training_config, ranks, finish_kernel_check = begin(choose_packing(parse(Config, __doc__)))
 
     # the model to start from, and its tokenizer
-    training_config, (init, model_config, tokenizer) = starting_model.find_start(training_config, ranks, share=1 / 4)
+    training_config, (init, model_config, tokenizer) = starting_model.find_start(
+        training_config, ranks, share=1 / 4, may_divide=True
+    )
 
     # data: rows of instructions, packed, with a mask on the targets that are learned
     is_bundled = training_config.data == Config.data

@@ -10,6 +10,7 @@ Zhao et al. 2023, "PyTorch FSDP", arXiv:2304.11277.
 
 import functools
 import math
+import warnings
 from collections.abc import Callable, Iterator
 
 import torch
@@ -31,6 +32,9 @@ def shard(model: nn.Module, layer_mesh, outer_mesh, gather_dtype: torch.dtype | 
     in which a layer's weights are sent and computed with (None: as they are); its gradients are added up in fp32.
     """
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    # FSDP warns of outputs that are views, since one changed in place would lose its hook; none is
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module")
 
     # FSDP would also convert what goes into a layer, the tables of angles among it, which must stay in fp32
     whole = MixedPrecisionPolicy(cast_forward_inputs=False)

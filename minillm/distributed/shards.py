@@ -173,6 +173,12 @@ def settle(model: nn.Module) -> None:
         model.reshard()
 
 
+def gather(model: nn.Module) -> None:
+    """Make whole, on every rank, what lies outside the layers of a sharded model, until `settle` or a backward pass."""
+    if is_sharded_model(model):
+        model.unshard()
+
+
 def without_gradients(model: nn.Module):
     """Context for passes that no backward pass follows.
 

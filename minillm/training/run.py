@@ -56,7 +56,7 @@ def begin(training_config: TrainingConfig) -> tuple[TrainingConfig, Ranks, Calla
             f"--resume {training_config.resume}: choose auto or none; to go on from that step in another folder, copy "
             f"it there and begin with --resume auto: mkdir -p {out} && cp -r {training_config.resume} {out}/"
         )
-    row_ranks = sharding.asked_layout(training_config).row_ranks
+    row_ranks = sharding.row_ranks(training_config)
     data_world = distributed.world_size() // row_ranks
     size = distributed.micro_batch(training_config.batch_size, training_config.micro_batch_size, data_world)
     ranks = distributed.start(training_config.device, training_config.timeout_s)

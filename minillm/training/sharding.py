@@ -13,7 +13,7 @@ from minillm.checkpoint import huggingface
 from minillm.distributed import shards
 from minillm.distributed.layout import Layout, check_layout, choose_shard, read_shard
 from minillm.distributed.parallelize import shard_model
-from minillm.distributed.ranks import Ranks
+from minillm.distributed.ranks import Ranks, world_size
 from minillm.model import memory
 from minillm.model.config import ModelConfig
 from minillm.model.size import empty_model, n_parameters
@@ -29,6 +29,11 @@ def asked_layout(training_config) -> Layout:
     return Layout(shard, training_config.context_parallel, training_config.tensor_parallel)
 
 
+def row_ranks(training_config) -> int:
+    """How many ranks share a row. Raises `UserError` if the ranks that torchrun has started cannot be divided so."""
+    return check_layout(asked_layout(training_config), world_size()).row_ranks
+
+
 def choose_layout(training_config, model_config: ModelConfig, ranks: Ranks):
     """The options with --shard as a number, once it is clear that the ranks can be divided so and have room.
 
@@ -36,34 +41,40 @@ def choose_layout(training_config, model_config: ModelConfig, ranks: Ranks):
     """
     layout = asked_layout(training_config)
     check_layout(layout, ranks.world)
-    _refuse_unsupported(training_config, layout)
     if training_config.shard == "auto" and ranks.world > layout.row_ranks:
         shard = _shard_with_room(training_config, model_config, ranks)
         layout = dataclasses.replace(layout, shard=shard)
+    _refuse_unsupported(training_config, layout)
     memory.check_memory(training_config, model_config, ranks.device, layout.holders)
     return dataclasses.replace(training_config, shard=str(layout.shard))
 
 
 def _refuse_unsupported(training_config, layout: Layout) -> None:
-    """Raise `UserError` for options that do not go with rows that ranks share."""
+    """Raise `UserError` for options that do not go with how the ranks are divided."""
     tune = training_config.tune
+    tensor, context = layout.tensor > 1, layout.context > 1
+    # the keys of these virtual tokens leave a layer by its cache, where FSDP does not see their gradients come back
+    computed_tokens = tune in ("prompt", "ptuning")
     reasons = {
-        "--compile true": layout.row_ranks > 1 and training_config.compile,
-        f"--tune {tune}": (layout.tensor > 1 and tune != "full") or (layout.context > 1 and tune in VIRTUAL),
-        "--dtype float16": layout.tensor > 1 and training_config.dtype == "float16",
+        "--compile true": (tensor or context) and training_config.compile,
+        f"--tune {tune}": (tensor and tune != "full")
+        or (context and tune in VIRTUAL)
+        or (layout.holders > 1 and computed_tokens),
+        "--dtype float16": tensor and training_config.dtype == "float16",
     }
     for option in (option for option, is_asked in reasons.items() if is_asked):
-        how = f"--tensor_parallel {layout.tensor} --context_parallel {layout.context}"
-        raise UserError(f"{option}: is not supported with {how}; leave it out, or divide by --shard instead")
+        how = f"--shard {layout.shard} --context_parallel {layout.context} --tensor_parallel {layout.tensor}"
+        raise UserError(f"{option}: is not supported with {how}; leave it out, or choose 1 for what divides the model")
 
 
-def refuse_shared_rows(training_config) -> None:
-    """For scripts whose losses need all tokens of a row on one rank. Raises `UserError` naming what divides rows."""
+def refuse_division(training_config) -> None:
+    """For scripts that need a whole model on each rank. Raises `UserError` naming what would divide it."""
     layout = asked_layout(training_config)
-    if layout.row_ranks > 1:
+    if layout.holders > 1:
         raise UserError(
-            f"--tensor_parallel {layout.tensor} --context_parallel {layout.context}: this script needs whole rows on "
-            "each rank; choose 1 for both, and divide the model by --shard"
+            f"--shard {layout.shard} --context_parallel {layout.context} --tensor_parallel {layout.tensor}: this "
+            "script needs a whole copy of the model on each rank; choose 1 for each, and a smaller model, --tune lora "
+            "or --base_bits 4 if memory is short"
         )
 
 

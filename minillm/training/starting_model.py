@@ -44,13 +44,21 @@ class Start(NamedTuple):
         return {"turns": max(n_turns, train_state.read_state(self.init).get("turns", 0))}
 
 
-def find_start(training_config, ranks: Ranks, share: float, adapter_share: float = 1.0, score_head: bool = False):
+def find_start(
+    training_config,
+    ranks: Ranks,
+    share: float,
+    adapter_share: float = 1.0,
+    score_head: bool = False,
+    may_divide: bool = False,
+):
     """(the options with optimizer, learning rate and weight decay filled in, the `Start`) of a run from --init_from.
 
     share, adapter_share: of the learning rates that are known, see `choose_optimizer`. score_head: whether a reward
-    model is trained, from a language model or from another reward model, which is refused without. Raises `UserError`
-    if model and tokenizer do not belong together, if the machine cannot hold what is trained, or if --seq_len is beyond
-    the model's context.
+    model is trained, from a language model or from another reward model, which is refused without.
+    may_divide: whether the script can train a model that is divided among ranks. Raises `UserError` if model and
+    tokenizer do not belong together, if the machine cannot hold what is trained, or if --seq_len is beyond the model's
+    context.
     """
     init = find_init(training_config, ranks)
     stored = huggingface.load_config(init, with_score_head=None if score_head else False)
@@ -58,6 +66,8 @@ def find_start(training_config, ranks: Ranks, share: float, adapter_share: float
     tokenizer = Tokenizer.load(init)
     huggingface.check_vocabulary(model_config, tokenizer, init)
     training_config = sharding.choose_layout(training_config, model_config, ranks)
+    if not may_divide:
+        sharding.refuse_division(training_config)
     training_config = choose_optimizer(training_config, model_config.dim, share, adapter_share)
     if training_config.seq_len > model_config.max_seq_len:
         raise UserError(

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from minillm.base.errors import UserError
-from minillm.distributed.shards import full, is_sharded
+from minillm.distributed.shards import full, gather, is_sharded
 from minillm.model.config import ModelConfig
 from minillm.model.kv_cache import KVCache
 from minillm.model.transformer import Transformer
@@ -114,6 +114,7 @@ class VirtualTokens(nn.Module):
 
     def fill(self, model: Transformer, cache: KVCache) -> None:
         """Put them into all rows of an empty cache."""
+        gather(model)
         cache.reserve(self.n)
         for layer, (k, v) in enumerate(zip(*self.keys_values(model), strict=True)):
             cache.update(layer, k, v)

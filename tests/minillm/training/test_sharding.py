@@ -5,22 +5,28 @@ Weights are not compared: where a gradient is nearly 0, AdamW turns its rounding
 
 import contextlib
 import dataclasses
-from types import SimpleNamespace
+from pathlib import Path
 
 import pytest
 import torch
 
+from minillm.base.errors import UserError
+from minillm.checkpoint import huggingface
 from minillm.datasets.batch import Batch
+from minillm.distributed.layout import Layout, choose_shard
 from minillm.distributed.parallelize import gradients_synced, marked_last, parallelize
 from minillm.distributed.ranks import Ranks
+from minillm.distributed.rows import check_shape
 from minillm.evaluation.validation import shared_loss
 from minillm.generation.completion import generate
 from minillm.generation.sampling import GREEDY
 from minillm.model.config import ModelConfig
+from minillm.model.transformer import Transformer
 from minillm.training import sharding, starting_model
 from minillm.training.optim import build_optimizers
 from minillm.training.step import TrainState
 from tests.forked_ranks import on_ranks
+from train_pretrain import Config
 
 CPU = torch.device("cpu")
 SHAPE = ModelConfig(
@@ -29,12 +35,9 @@ SHAPE = ModelConfig(
 ROWS, LENGTH, STEPS = 12, 24, 3
 
 
-def options(**changed) -> SimpleNamespace:
+def options(**changed) -> Config:
     """The options that decide how a model is made and shared out."""
-    values = dict(
-        shard="1", tensor_parallel=1, context_parallel=1, tune="full", base_bits=None, dtype="float32", compile=False
-    )
-    return SimpleNamespace(**values | dict(checkpoint_activations=False, seed=3) | changed)
+    return Config(**{"shard": "1", "dtype": "float32", "seed": 3, **changed})
 
 
 def batch_of(positions, step: int) -> Batch:
@@ -49,12 +52,13 @@ def batch_of(positions, step: int) -> Batch:
     return Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), mask, documents)
 
 
-def learn(rank: int, world: int, shape: ModelConfig, asked: SimpleNamespace, kind: str = "adamw") -> dict:
+def learn(rank: int, world: int, shape: ModelConfig, asked: Config, kind: str = "adamw") -> dict:
     """Some steps of two micro-batches each; the losses, norms and what else is compared."""
     torch.manual_seed(0)
     layout = sharding.asked_layout(asked)
     ranks = Ranks(rank, world, CPU, layout.row_ranks)
-    model = starting_model.make_model(asked, shape, None, None, ranks)
+    init = Path(asked.init_from) if asked.init_from else None
+    model = starting_model.make_model(asked, shape, init, None, ranks)
     # each rank continues other prompts, to other lengths
     prompts = [[1, 5 + number, 9] for number in range(12)][ranks.data_rank :: ranks.data_world]
     written = generate(model, prompts, 3 + 2 * ranks.data_rank, sampling=GREEDY)
@@ -65,6 +69,8 @@ def learn(rank: int, world: int, shape: ModelConfig, asked: SimpleNamespace, kin
     for step in range(STEPS):
         micro = ranks.micro_batches(step, ROWS, ROWS // ranks.data_world // 2 or 1)
         batches = [batch_of(positions, step).part(*ranks.place_in_row) for positions in micro]
+        if asked.virtual_positions:  # come before one text a row
+            batches = [batch._replace(documents=None) for batch in batches]
         (n_targets,) = ranks.sum(sum(batch.n_targets() for batch in batches))
         for batch, last in marked_last(batches):
             with gradients_synced(parallel_model, last):
@@ -74,6 +80,8 @@ def learn(rank: int, world: int, shape: ModelConfig, asked: SimpleNamespace, kin
         found["norms"].append(state.update(0.9))
         found["losses"].append(state.loss)
         held_out = [batch_of([position], step=99) for position in range(5)]
+        if asked.virtual_positions:
+            held_out = [batch._replace(documents=None) for batch in held_out]
         found["held_out"].append(shared_loss(model, held_out, ranks, contextlib.nullcontext())[0])
     of_ranks = ranks.exchange([completion.tokens[:3] for completion in written])
     found["texts"] = sorted(text for texts in of_ranks[:: ranks.row_ranks] for text in texts)
@@ -87,7 +95,7 @@ def check(found: list[dict], alone: dict) -> None:
     assert found[0]["norms"] == pytest.approx(alone["norms"], rel=3e-6)
     assert found[0]["held_out"] == pytest.approx(alone["held_out"], rel=3e-5)
     assert found[0]["texts"] == alone["texts"]
-    assert len(set(alone["losses"])) == STEPS and all(norm > 0.9 for norm in alone["norms"])  # clipped
+    assert len(set(alone["losses"])) == STEPS and min(alone["norms"]) > 0
 
 
 def learn_each(rank: int, world: int, cases: list[tuple]) -> list[dict]:
@@ -98,9 +106,10 @@ def learn_each(rank: int, world: int, cases: list[tuple]) -> list[dict]:
 def check_each(folder, world: int, cases: list[tuple]) -> None:
     """Each case (shape, options, optimizer) on so many ranks against the same on one."""
     of_ranks = on_ranks(world, folder, learn_each, world, cases)
+    alone = dict(shard="1", tensor_parallel=1, context_parallel=1)
     for case, found in zip(cases, zip(*of_ranks, strict=True), strict=True):
-        shape, _, kind = case
-        check(list(found), learn(0, 1, shape, options(), kind))
+        shape, asked, kind = case
+        check(list(found), learn(0, 1, shape, dataclasses.replace(asked, **alone), kind))
 
 
 UNTIED = dataclasses.replace(SHAPE, tie_embeddings=False, qkv_bias=True)
@@ -129,3 +138,85 @@ def test_shards_learn_as_one_rank(tmp_path, world, shard):
 def test_shared_rows_are_learned_as_one_rank_does(tmp_path, world, layout):
     asked = options(**layout)
     check_each(tmp_path, world, [(SHAPE, asked, "muon"), (UNTIED, asked, "muon")])
+
+
+TUNED = [
+    dict(tune="lora", lora_rank=2, target_modules="q_proj,embed_tokens"),
+    dict(tune="lora", lora_rank=2, base_bits=8),
+    dict(tune="lora", lora_rank=2, base_bits=4),
+    dict(tune="dora", lora_rank=2),
+    dict(tune="ia3"),
+    dict(tune="adapter", bottleneck_dim=4),
+    dict(tune="freeze", train_layers="0,embed,head"),
+    dict(tune="prefix", n_virtual=3),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tuned", TUNED, ids=lambda tuned: "-".join(map(str, tuned.values())))
+def test_few_parameters_are_learned_in_shards_as_on_one_rank(tmp_path, tuned):
+    model = Transformer(UNTIED)
+    model.init_weights(1)
+    (tmp_path / "base").mkdir()
+    huggingface.save_model(model, tmp_path / "base")
+    asked = options(shard="2", init_from=str(tmp_path / "base"), **tuned)
+    check_each(tmp_path, 2, [(UNTIED, asked, "adamw")])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("more", [dict(context_parallel=2), dict(shard="2", checkpoint_activations=True)])
+def test_an_adapter_learns_from_parts_of_rows_and_from_recomputed_layers(tmp_path, more):
+    model = Transformer(SHAPE)
+    model.init_weights(1)
+    (tmp_path / "base").mkdir()
+    huggingface.save_model(model, tmp_path / "base")
+    asked = options(init_from=str(tmp_path / "base"), tune="lora", lora_rank=2, **more)
+    check_each(tmp_path, 2, [(SHAPE, asked, "adamw"), (SHAPE, options(**more), "muon")])
+
+
+@pytest.mark.parametrize(
+    ("world", "asked", "message"),
+    [
+        (2, dict(shard="3"), "--shard 3 .* is 3 ranks to a copy of the model, but there are 2"),
+        (4, dict(shard="2", tensor_parallel=4), "is 8 ranks to a copy"),
+        (2, dict(shard="two"), "--shard two: choose auto"),
+        (2, dict(shard="0"), "--shard 0: choose auto"),
+        (2, dict(tensor_parallel=2, compile=True), "--compile true: is not supported with"),
+        (2, dict(tensor_parallel=2, dtype="float16"), "--dtype float16: is not supported"),
+        (2, dict(tensor_parallel=2, tune="lora"), "--tune lora: is not supported"),
+        (2, dict(context_parallel=2, tune="prefix"), "--tune prefix: is not supported"),
+        (2, dict(shard="2", tune="prompt"), "--tune prompt: is not supported"),
+    ],
+)
+def test_what_cannot_be_divided_so_is_refused_by_name(world, asked, message):
+    with pytest.raises(UserError, match=message):
+        sharding.choose_layout(options(**asked), SHAPE, Ranks(0, world, CPU))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(n_heads=6, n_kv_heads=2, head_dim=16), "--tensor_parallel 4: does not divide the model's n_heads 6"),
+        (dict(ffn_dim=90), "the model's ffn_dim 90"),
+        (dict(n_kv_heads=1), "the model's n_kv_heads 1"),
+        (dict(positions="learned"), "--positions learned: is not supported"),
+    ],
+)
+def test_shapes_that_ranks_cannot_divide_are_refused(change, message):
+    with pytest.raises(UserError, match=message):
+        check_shape(Layout(tensor=4), dataclasses.replace(SHAPE, **dict(n_kv_heads=4) | change))
+
+
+def test_auto_takes_the_ranks_of_a_machine_once_one_has_no_room(monkeypatch):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    chosen = [choose_shard(n_bytes, 100, 1, 16) for n_bytes in (100, 101, 400, 401, 801, 1600)]
+    assert chosen == [1, 4, 4, 8, 16, 16]
+    assert choose_shard(500, 100, 2, 16) == 4  # two ranks share each row, and a part of the state with it
+    with pytest.raises(UserError, match=r"16 rank\(s\) have 0.0 each: start at least 17 ranks"):
+        choose_shard(1601, 100, 1, 16)
+
+
+def test_a_sharded_script_is_refused_where_each_rank_needs_a_whole_model():
+    sharding.refuse_division(options())
+    with pytest.raises(UserError, match=r"--shard 2 .* needs a whole copy"):
+        sharding.refuse_division(options(shard="2"))
