@@ -19,6 +19,7 @@ from torch.profiler import ProfilerActivity, profile
 from minillm.base.device import autocast, peak_flops, pick_dtype
 from minillm.base.errors import UserError
 from minillm.commands.bench.measure import REPEATS, machine, vocab_size_of
+from minillm.datasets.batch import Batch
 from minillm.distributed import ranks as distributed
 from minillm.distributed.parallelize import parallelize
 from minillm.distributed.ranks import Ranks
@@ -49,11 +50,14 @@ def run(config) -> None:
             f"--json {config.json}: is for one process, since plan adds communication by itself; leave out torchrun"
         )
     # ranks, layout and model as the scripts make them
-    rows = config.rows * distributed.world_size()
+    row_ranks = config.tensor_parallel * config.context_parallel
+    n_rows = config.rows * max(1, distributed.world_size() // row_ranks)  # of a step
     options = RunOptions(
         device=config.device,
         shard=config.shard,
-        batch_size=rows,
+        tensor_parallel=config.tensor_parallel,
+        context_parallel=config.context_parallel,
+        batch_size=n_rows,
         micro_batch_size=config.rows,
         seq_len=config.seq_len,
         compile=config.compile,
@@ -61,7 +65,8 @@ def run(config) -> None:
     )
     options, ranks, finish_kernel_check = begin(options)
     vocab_size = config.vocab_size or vocab_size_of(config.preset)
-    shape = preset(config.preset, vocab_size=vocab_size, max_seq_len=config.seq_len)
+    longest = config.seq_len + row_ranks - 1  # `Batch.part` pads rows to equal parts
+    shape = preset(config.preset, vocab_size=vocab_size, max_seq_len=longest)
     options = sharding.choose_layout(options, shape, ranks)
     finish_kernel_check()
     model = starting_model.make_model(options, shape, None, None, ranks)
@@ -77,11 +82,12 @@ def run(config) -> None:
     # the table
     if ranks.main:
         dtype = pick_dtype("auto", ranks.device)
-        n_tokens = config.rows * config.seq_len  # of a rank
         print(f"{config.preset}: {n_parameters(shape):,} parameters, {dtype}, {machine(ranks.device)}")
-        print(f"{ranks.world} ranks, --shard {options.shard}, each {config.rows} x {config.seq_len} tokens a step")
+        names = ("shard", "tensor_parallel", "context_parallel")
+        layout = " ".join(f"--{name} {getattr(options, name)}" for name in names)
+        print(f"{ranks.world} ranks, {layout}; a step of {n_rows} x {config.seq_len} tokens")
         print(f"{ops.describe(ranks.device)}; medians of {REPEATS}")
-        speed = n_tokens / seconds
+        speed = n_rows * config.seq_len / ranks.world / seconds
         peak = peak_flops(ranks.device, dtype) if ranks.device.type == "cuda" else None
         mfu = f", MFU {speed * flops_per_token(shape, config.seq_len) / peak:.1%}" if peak else ""
         print(f"  {speed:,.0f} tok/s a rank, {speed * ranks.world:,.0f} of all{mfu}")
@@ -90,20 +96,22 @@ def run(config) -> None:
 
 
 def training_step(options: RunOptions, ranks: Ranks, model: torch.nn.Module) -> Callable[[], None]:
-    """A step on random tokens, (B, T) on each rank: forward, backward, clipping and AdamW, done when it returns."""
+    """A step on random tokens: forward, backward, clipping and AdamW, done when it returns.
+
+    Each rank has (B, T) of them, or its part of rows that it shares with others.
+    """
     dtype = pick_dtype(options.dtype, ranks.device)
     state = TrainState(model, build_optimizers(model, "adamw", lr=1e-4, weight_decay=0.1), ranks, dtype)
     parallel_model = parallelize(model, ranks, options.compile)
-    generator = torch.Generator().manual_seed(ranks.rank)
+    generator = torch.Generator().manual_seed(ranks.data_rank)
     shape = (options.micro_batch_size, options.seq_len + 1)
-    tokens = torch.randint(0, model.config.vocab_size, shape, generator=generator).to(ranks.device)
-    x = tokens[:, :-1].contiguous()
-    y = tokens[:, 1:].contiguous()
+    tokens = torch.randint(0, model.config.vocab_size, shape, generator=generator)
+    batch = Batch(tokens[:, :-1], tokens[:, 1:], None, None).part(*ranks.place_in_row).to(ranks.device)
 
     def step() -> None:
         with autocast(ranks.device, dtype):
-            loss = parallel_model(x, y)  # the sum
-        state.backward(loss, x.numel() * ranks.world)
+            loss = parallel_model(batch.x, batch.y, mask=batch.mask)  # the sum
+        state.backward(loss, batch.n_targets() * ranks.world)
         state.update(1.0)
         if ranks.device.type == "cuda":
             torch.cuda.synchronize()

@@ -50,6 +50,8 @@ class Config(Options):
     seq_len: int = option(256, "tokens of a sequence", at_least=1)
     vocab_size: int | None = option(None, "entries of the vocabulary; none: the preset's usual", at_least=1)
     shard: str = option("auto", "under torchrun: ranks that hold one copy of the state together, as in training")
+    tensor_parallel: int = option(1, "under torchrun: ranks that divide each layer and row", at_least=1)
+    context_parallel: int = option(1, "under torchrun: ranks that divide the tokens of a row", at_least=1)
     compile: bool = option(False, "under torchrun: compile the model; one process measures both")
     json: str | None = option(None, "also write the speeds into this file, which `plan --measured` reads")
 
@@ -216,9 +218,11 @@ def run(config: Config) -> None:
     if world_size() > 1:
         on_ranks.run(config)
         return
-    if (config.shard, config.compile) != (Config.shard, Config.compile):
-        given = f"--shard {config.shard} --compile {spelled(config.compile)}"
-        raise UserError(f"{given}: are for several ranks; start them by torchrun")
+    of_ranks = ("shard", "tensor_parallel", "context_parallel", "compile")
+    given = [name for name in of_ranks if getattr(config, name) != getattr(Config, name)]
+    if given:
+        options = " ".join(f"--{name} {spelled(getattr(config, name))}" for name in given)
+        raise UserError(f"{options}: for several ranks; start them by torchrun")
 
     # a model and tokens, both random
     device = start(config.device).device  # as the scripts do it

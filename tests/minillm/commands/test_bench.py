@@ -186,5 +186,5 @@ def test_waiting_for_others_is_communication(tmp_path):
 
 def test_options_of_ranks_are_refused_on_one(monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    with pytest.raises(UserError, match="--shard 2 --compile false: are for several ranks; start them by torchrun"):
-        train.run(train.Config(shard="2"))
+    with pytest.raises(UserError, match="--shard 2 --compile true: for several ranks; start them by torchrun"):
+        train.run(train.Config(shard="2", compile=True))
