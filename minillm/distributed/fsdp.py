@@ -40,6 +40,8 @@ def shard(model: nn.Module, layer_mesh, outer_mesh, gather_dtype: torch.dtype | 
     whole = MixedPrecisionPolicy(cast_forward_inputs=False)
     narrow = MixedPrecisionPolicy(param_dtype=gather_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for layer in model.layers:
+        if gather_dtype is not None:
+            layer.forward = _computing_in(gather_dtype, layer_mesh.device_type, layer.forward)
         fully_shard(layer, mesh=layer_mesh, mp_policy=narrow)
     embedding = model.embed_tokens
     if not _shares(embedding, model):
@@ -67,6 +69,17 @@ def _shares(module: nn.Module, model: nn.Module) -> bool:
     inside = {id(part) for part in module.modules()}
     others = (part for part in model.modules() if id(part) not in inside)
     return any(id(parameter) in own for part in others for parameter in part.parameters(recurse=False))
+
+
+def _computing_in(dtype: torch.dtype, device_type: str, forward: Callable) -> Callable:
+    """A layer's `forward` in the dtype of its weights, also where the caller, as generation, does not ask for it."""
+
+    @functools.wraps(forward)
+    def computing(*args, **kwargs):
+        with torch.autocast(device_type, dtype):
+            return forward(*args, **kwargs)
+
+    return computing
 
 
 class _Passes:

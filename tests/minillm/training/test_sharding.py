@@ -13,6 +13,8 @@ import torch
 from minillm.base.errors import UserError
 from minillm.checkpoint import huggingface
 from minillm.datasets.batch import Batch
+from minillm.distributed import parallelize as parallelism
+from minillm.distributed import shards
 from minillm.distributed.layout import Layout, choose_shard
 from minillm.distributed.parallelize import gradients_synced, marked_last, parallelize
 from minillm.distributed.ranks import Ranks
@@ -172,6 +174,42 @@ def test_an_adapter_learns_from_parts_of_rows_and_from_recomputed_layers(tmp_pat
     huggingface.save_model(model, tmp_path / "base")
     asked = options(init_from=str(tmp_path / "base"), tune="lora", lora_rank=2, **more)
     check_each(tmp_path, 2, [(SHAPE, asked, "adamw"), (SHAPE, options(**more), "muon")])
+
+
+def _in_other_precision(rank: int) -> dict:
+    """What two shards do in bfloat16, compiled, a second time, and in float16 when one of them overflows."""
+    asked = options(shard="2", dtype="bfloat16")
+    found = {"bfloat16": learn(rank, 2, SHAPE, asked)}
+    asked = options(shard="2")
+    found["plain"] = learn(rank, 2, SHAPE, asked, "muon")
+    found["again"] = learn(rank, 2, SHAPE, asked, "muon")
+    parallelism.compiled = lambda method: torch.compile(method, backend="aot_eager")
+    found["compiled"] = learn(rank, 2, SHAPE, dataclasses.replace(asked, compile=True), "muon")
+
+    # one step in float16 whose gradient is infinite in rank 1's part alone
+    ranks = Ranks(rank, 2, CPU)
+    model = starting_model.make_model(asked, SHAPE, None, None, ranks)
+    state = TrainState(model, build_optimizers(model, "muon", lr=1e-2, weight_decay=0.0), ranks, torch.float16)
+    batch = batch_of([rank], 0)
+    state.backward(model(batch.x, batch.y), 2 * batch.x.numel())
+    before = [shards.local(p).clone() for p in model.parameters()]
+    scale = state.scaler.get_scale()
+    if rank == 1:
+        shards.local(model.layers[0].mlp.up_proj.weight.grad)[0, 0] = torch.inf
+    state.update(1.0)
+    unchanged = all(torch.equal(old, shards.local(p)) for old, p in zip(before, model.parameters(), strict=True))
+    found["overflow"] = (state.applied, unchanged, state.scaler.get_scale() / scale)
+    return found
+
+
+@pytest.mark.slow
+def test_shards_in_other_precisions_compiled_and_once_more(tmp_path):
+    for found in on_ranks(2, tmp_path, _in_other_precision):
+        assert found["again"] == found["plain"] == found["compiled"]
+        assert found["overflow"] == (False, True, 0.5)
+        alone = learn(0, 1, SHAPE, options(dtype="bfloat16"))
+        assert found["bfloat16"]["losses"] == pytest.approx(alone["losses"], abs=2e-3)
+        assert found["bfloat16"]["norms"] == pytest.approx(alone["norms"], rel=2e-2)
 
 
 @pytest.mark.parametrize(
