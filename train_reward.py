@@ -55,7 +55,7 @@ class Config(AlignmentConfig):
         None, "optimizer steps; none: as many as --epochs need", at_least=1, group="length and batch"
     )
     epochs: float = option(
-        1.0, "passes over the data, if --steps is not given", at_least=0.001, at_most=1e6, group="length and batch"
+        2.0, "passes over the data, if --steps is not given", at_least=0.001, at_most=1e6, group="length and batch"
     )
     batch_size: int = option(
         16,

@@ -163,7 +163,7 @@ def test_groups_without_spread_are_dropped_and_end_the_run_with_advice(folder, m
         ("--loss cispo --two_sided 3", "--loss cispo has no such bound"),
         ("--two_sided 1.1", "must be above 1 + ε, which is 1.2"),
         ("--sft_weight 1", "give the instructions by --sft_data"),
-        ("--sft_data {folder}/train_sft.jsonl", "is learned only with an --sft_weight above 0"),
+        ("--sft_weight 0 --sft_data {folder}/train_sft.jsonl", "is not learned with --sft_weight 0"),
     ],
 )
 def test_what_cannot_be_is_refused(folder, more, message):

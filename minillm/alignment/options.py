@@ -1,6 +1,7 @@
 """The options that all scripts of alignment have, beside those of training and tuning."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from data import bundled
 from minillm.base.options import option
@@ -61,8 +62,14 @@ class AlignmentConfig(TuningConfig, TrainingConfig):
 class ReplayConfig(AlignmentConfig):
     """What train_ppo.py and train_grpo.py share: instructions that are learned beside the rewards (replay.py)."""
 
-    sft_weight: float = option(
-        0.0, "weight of the loss of instructions, so that they are not forgotten", at_least=0, group="loss"
+    USUAL_SFT_WEIGHT: ClassVar[float]  # it depends on the size of the policy's loss
+
+    sft_weight: float | None = option(
+        None,
+        "weight of the loss of instructions, so that they are not forgotten; none: a usual one where there are some, "
+        "else 0",
+        at_least=0,
+        group="loss",
     )
     sft_data: str | None = option(
         None, "their file(s), as of train_sft.py; none: the bundled ones, if bundled data is used", group="data"
@@ -74,12 +81,19 @@ class ReplayConfig(AlignmentConfig):
         is_bundled = self.data.startswith(f"{bundled.FOLDER}/")
         return self.sft_data or (f"{bundled.FOLDER}/sft_train.jsonl" if is_bundled else None)
 
+    @property
+    def replay_weight(self) -> float:
+        """--sft_weight, decided."""
+        if self.sft_weight is not None:
+            return self.sft_weight
+        return self.USUAL_SFT_WEIGHT if self.replayed_data else 0.0
+
     def problems(self) -> list[str]:
         problems = super().problems()
         if self.sft_weight and self.replayed_data is None:
             problems.append(f"--sft_weight {self.sft_weight:g}: give the instructions by --sft_data, or 0")
-        if self.sft_data is not None and not self.sft_weight:
-            problems.append(f"--sft_data {self.sft_data}: is learned only with an --sft_weight above 0")
+        if self.sft_data is not None and self.sft_weight == 0:
+            problems.append(f"--sft_data {self.sft_data}: is not learned with --sft_weight 0; leave one of them out")
         return problems
 
 

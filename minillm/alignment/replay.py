@@ -20,11 +20,11 @@ from minillm.training.step import TrainState
 
 
 class Replay:
-    """A few rows of instructions for each step; without --sft_weight none."""
+    """A few rows of instructions for each step; with a weight of 0 none."""
 
     def __init__(self, training_config: ReplayConfig, tokenizer: Tokenizer):
         """Raises `UserError` for data that cannot be read."""
-        self.weight = training_config.sft_weight
+        self.weight = training_config.replay_weight
         self.n_rows = training_config.sft_rows
         self.rows: InstructionRows | None = None
         if self.weight:

@@ -17,6 +17,8 @@ TRUE_REWARD = "data/world/reader.py:reward"  # of the bundled requests
 class PpoConfig(ReplayConfig):
     """What train_ppo.py takes besides data, folder, batch and optimizer."""
 
+    USUAL_SFT_WEIGHT = 0.3
+
     # what an answer is worth
     reward_model: str | None = option(
         "out/reward", "folder of train_reward.py; none: learn from --reward itself", group="reward"
