@@ -49,8 +49,9 @@ def orthogonalize(matrices: Tensor, steps: int = NEWTON_SCHULZ_STEPS) -> Tensor:
 class Muon(torch.optim.Optimizer):
     """Momentum, orthogonalized: w ← w − lr (0.2 √max(rows, columns) · O(g + βm) + λ w), m ← βm + g.
 
-    For the matrices inside the layers. The factor gives an update the root mean square of AdamW's, so that
-    both can share one learning rate and weight decay (Liu et al. 2025, arXiv:2502.16982, section 2.2).
+    For the matrices inside the layers, and stacks of them, as a layer of experts may have. The factor gives an update
+    the root mean square of AdamW's, so that both can share one learning rate and weight decay (Liu et al.
+    2025, arXiv:2502.16982, section 2.2).
     """
 
     def __init__(self, params, lr: float, momentum: float = 0.95, weight_decay: float = 0.0):
@@ -65,7 +66,7 @@ class Muon(torch.optim.Optimizer):
                 if p.grad is not None:
                     by_shape.setdefault((*whole_shape(p), cut_of(p).dim), []).append(p)
             for (*shape, _), params in by_shape.items():
-                if is_sharded(params[0]):
+                if is_sharded(params[0]) and len(shape) == 2:
                     self._update_parts(params, group)
                     continue
                 n_at_once = max(1, MUON_ELEMENTS // math.prod(shape))
@@ -73,12 +74,18 @@ class Muon(torch.optim.Optimizer):
                     self._update(params[begin : begin + n_at_once], group)
 
     def _update(self, params: list[Tensor], group: dict) -> None:
-        """Step parameters of one shape; group: their learning rate, momentum and weight decay."""
+        """Step parameters of one shape; group: their learning rate, momentum and weight decay.
+
+        Of a sharded stack each rank holds some matrices, each of them whole.
+        """
+        grads = matrices_of([local(p.grad) for p in params])
+        buffers = matrices_of(self._buffers(params))
+        params = matrices_of([local(p) for p in params])
+        if not params:
+            return
         momentum = group["momentum"]
         decay = group["lr"] * group["weight_decay"]
         rate = group["lr"] * 0.2 * math.sqrt(max(params[0].shape))
-        grads = [p.grad for p in params]
-        buffers = self._buffers(params)
 
         if ops.fused(params[0]):
             iteration = dict(steps=NEWTON_SCHULZ_STEPS, coefficients=NEWTON_SCHULZ)
@@ -113,6 +120,11 @@ class Muon(torch.optim.Optimizer):
             if not self.state[p]:
                 self.state[p]["momentum_buffer"] = torch.zeros_like(local(p))
         return [self.state[p]["momentum_buffer"] for p in params]
+
+
+def matrices_of(tensors: list[Tensor]) -> list[Tensor]:
+    """The matrices of a list, and those of which its stacks (n, rows, columns) consist, sharing their memory."""
+    return [matrix for tensor in tensors for matrix in ([tensor] if tensor.dim() == 2 else tensor.unbind(0))]
 
 
 def _look_ahead(grads: list[Tensor], buffers: list[Tensor], momentum: float) -> list[Tensor]:
@@ -235,7 +247,7 @@ def build_optimizers(model: nn.Module, kind: str, *, lr: float, weight_decay: fl
     # the matrices inside the layers, if the choice has another optimizer for them
     matrices = []
     if choice.matrices is not None:
-        matrices = [p for name, p in trained if p.dim() == 2 and ".layers." in f".{name}"]
+        matrices = [p for name, p in trained if p.dim() in (2, 3) and ".layers." in f".{name}"]
     if matrices:
         optimizers.append(choice.matrices(matrices, lr=lr, weight_decay=weight_decay))
 

@@ -9,6 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import distribute_tensor
 
 from minillm.base.errors import UserError
 from minillm.checkpoint import huggingface
@@ -25,7 +29,7 @@ from minillm.generation.sampling import GREEDY
 from minillm.model.config import ModelConfig
 from minillm.model.transformer import Transformer
 from minillm.training import sharding, starting_model
-from minillm.training.optim import build_optimizers
+from minillm.training.optim import Muon, build_optimizers
 from minillm.training.step import TrainState
 from tests.forked_ranks import on_ranks
 from train_pretrain import Config
@@ -210,6 +214,36 @@ def test_shards_in_other_precisions_compiled_and_once_more(tmp_path):
         alone = learn(0, 1, SHAPE, options(dtype="bfloat16"))
         assert found["bfloat16"]["losses"] == pytest.approx(alone["losses"], abs=2e-3)
         assert found["bfloat16"]["norms"] == pytest.approx(alone["norms"], rel=2e-2)
+
+
+def _experts(rank: int, world: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """A stack of 3 matrices after two steps of Muon, and the same matrices stepped one by one."""
+    draw = torch.Generator().manual_seed(0)
+    stack, *grads = torch.randn(3, 3, 4, 6, generator=draw).unbind(0)
+    alone = [nn.Parameter(matrix.clone()) for matrix in stack]
+    model = nn.Module()
+    model.layers = nn.ModuleList([nn.Module()])
+    model.layers[0].experts = nn.Parameter(stack.clone())
+    if world > 1:
+        fully_shard(model.layers[0], mesh=init_device_mesh("cpu", (world,)))
+    together = model.layers[0].experts
+    optimizers = build_optimizers(model, "muon", lr=0.1, weight_decay=0.1)
+    assert [type(optimizer) for optimizer in optimizers] == [Muon]  # never silently another
+    one_by_one = Muon(alone, lr=0.1, weight_decay=0.1)
+    for grad in grads:
+        together.grad = distribute_tensor(grad, together.device_mesh, together.placements) if world > 1 else grad
+        for matrix, own in zip(alone, grad, strict=True):
+            matrix.grad = own.clone()
+        optimizers[0].step()
+        one_by_one.step()
+    return shards.full(together).detach(), torch.stack(list(alone)).detach()
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_stacked_matrices_are_orthogonalized_one_by_one(tmp_path, world):
+    of_ranks = [_experts(0, 1)] if world == 1 else on_ranks(world, tmp_path, _experts, world)
+    for together, alone in of_ranks:
+        torch.testing.assert_close(together, alone)
 
 
 @pytest.mark.parametrize(
