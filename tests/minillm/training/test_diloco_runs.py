@@ -97,10 +97,15 @@ def test_stopped_and_resumed_is_bit_for_bit_the_run_never_stopped(folder, optimi
 
 
 def test_saving_and_validation_wait_for_an_exchange(folder):
-    train(folder, "due", "--steps 14 --diloco_steps 5 --save_every 3 --eval_every 7 --keep_last 0")
+    """In the background, too: then a checkpoint is given its name at a later exchange, or at the end."""
+    more = "--steps 14 --diloco_steps 5 --save_every 3 --eval_every 7 --keep_last 0 --save_in_background true"
+    train(folder, "due", more)
     assert launch.steps(folder / "due") == [5, 10, 14]
     scored = [row["step"] for row in launch.rows(folder / "due") if "val_loss" in row]
     assert scored == [10, 14]
+    for step in (5, 10):
+        outer = load_file(folder / "due" / f"step-{step:08d}" / "resume" / "outer.safetensors")
+        assert all(tensor.any() for tensor in outer.values())
 
 
 def test_what_does_not_fit_is_refused(folder):
