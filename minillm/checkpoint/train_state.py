@@ -1,7 +1,8 @@
 """Checkpoints: weights, optimizer and progress as safetensors and JSON in a Hugging Face model folder.
 
 step-00000060/
-    config.json model.safetensors      the model, as transformers, vLLM and others read it
+    config.json model.safetensors      the model, as transformers, vLLM and others read it; in several files and an
+                                       index if it is large (tensor_writer.py), and so the optimizer
     tokenizer.model …                  its tokenizer
     resume/optimizer.safetensors       what only resuming needs; in a folder of its own, since some loaders
     resume/train_state.json            read every *.safetensors beside the model

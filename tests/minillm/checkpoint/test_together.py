@@ -112,8 +112,9 @@ def save(home: Path, layout: str, ranks: Ranks, in_background: bool = False) -> 
 
 
 def n_bytes_read() -> int:
-    """What this process has read of files so far, as the system counts."""
-    return int(Path("/proc/self/io").read_text().split()[1])
+    """What this process has read of files so far, as the system counts; 0 where it does not."""
+    counters = Path("/proc/self/io")
+    return int(counters.read_text().split()[1]) if counters.exists() else 0
 
 
 def restore(folder: Path, layout: str) -> int:
