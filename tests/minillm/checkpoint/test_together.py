@@ -243,6 +243,37 @@ def test_a_folder_that_cannot_be_made_is_told(tmp_path):
         SharedSave(tmp_path / "file" / "step-00000001", ALONE, [], lambda folder: None)
 
 
+# ---- verified by all ranks
+
+
+def _verify(rank: int, home: str) -> tuple[str, list[str], list[str]]:
+    """What a rank finds to go on from, what it says, and the files that it has hashed of the newest checkpoint."""
+    hashed, said, sha256 = [], [], files.sha256
+    files.sha256 = lambda file: hashed.append(file) or sha256(file)
+    found = run_folder.newest_checkpoint(home, said.append, Ranks(rank, 2, CPU))
+    of_newest = [file.relative_to(file.parents[1]).as_posix() for file in hashed if "step-00000002" in str(file)]
+    return found.name, said, of_newest
+
+
+@pytest.mark.parametrize("damaged", [None, "a", "b", "c"])
+def test_a_checkpoint_is_verified_by_all_ranks_a_part_each(damaged, tmp_path):
+    for step in (1, 2):
+        fill = {name: bytes([step] * size) for name, size in (("a", 300), ("b", 200), ("c", 100), ("d", 50))}
+        files.write_folder(
+            tmp_path / f"step-0000000{step}", lambda to, fill=fill: [(to / n).write_bytes(d) for n, d in fill.items()]
+        )
+    if damaged:
+        path = tmp_path / "step-00000002" / damaged
+        path.write_bytes(path.read_bytes()[:-1] + b"x")
+    found = on_ranks(2, tmp_path / "told", _verify, str(tmp_path))
+    (first, said, of_first), (second, silent, of_second) = found
+    assert first == second == ("step-00000001" if damaged else "step-00000002")
+    assert silent == [] and len(said) == bool(damaged)
+    assert all(f"{damaged} differs from its checksum" in line for line in said)
+    names = [name.rpartition("/")[2] for name in (*of_first, *of_second)]
+    assert sorted(names) == ["a", "b", "c", "d"] and len(of_first) == len(of_second) == 2
+
+
 # ---- in the background
 
 
