@@ -57,6 +57,29 @@ def test_a_machine_that_dies_and_comes_back_goes_on_with_the_other(corpus, tmp_p
     assert list(launch.losses(out)) == list(range(1, 601))  # each step once, also those that were done again
 
 
+def test_one_machine_goes_on_alone_until_the_other_is_back(corpus, tmp_path):
+    """torchrun told that one machine is enough: the run saves, and goes on with both, when the second joins."""
+    out, env = tmp_path / "out", {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    more = "--steps 100000 --save_every 100 --schedule constant --timeout_s 30"
+    command = "--max_restarts 5 --rdzv_conf last_call_timeout=5 " + words(corpus, out, more)
+    with machines.started() as (first, second):
+        for machine in (first, second):
+            machine.torchrun(command, tmp_path / machine.name, machines="1:2", **env)
+        first.wait_for_checkpoint(out)
+        second.die()
+        first.wait_for("ranks: 2 in the checkpoint, 1 now")
+        second.torchrun(command, tmp_path / second.name, machines="1:2", **env)
+        first.wait_for("stopped by signal 15 after step")
+        first.wait_for("ranks: 1 in the checkpoint, 2 now")
+        n_rows = len(launch.losses(out))
+        until = time.monotonic() + 60
+        while len(launch.losses(out)) < n_rows + 5:
+            assert time.monotonic() < until, first.text
+            time.sleep(0.1)
+    losses = launch.losses(out)  # in which no step stands twice
+    assert list(losses) == list(range(1, len(losses) + 1))
+
+
 def test_a_link_that_is_cut_ends_both_sides_and_the_lost_one_is_named(corpus, tmp_path):
     out = tmp_path / "out"
     with machines.started() as (first, second):
