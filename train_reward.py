@@ -28,6 +28,7 @@ from minillm.base.process import run_script
 from minillm.checkpoint.train_state import fingerprint
 from minillm.datasets.preferences import PreferenceRows
 from minillm.distributed import ranks as distributed
+from minillm.distributed.hosts import once_a_host
 from minillm.distributed.parallelize import gradients_synced, marked_last, parallelize
 from minillm.model import ops
 from minillm.model.transformer import Transformer
@@ -112,9 +113,8 @@ def main() -> int:
     )
 
     # data: answers to the same prompts, and which of two is better
-    if training_config.data == Config.data and ranks.main:
-        bundled.build()
-    ranks.barrier()  # the others wait until it is written
+    if training_config.data == Config.data:
+        once_a_host(ranks, bundled.build)
     rows = read_pairs(training_config, training_config.data, tokenizer)
     held_out_rows = None
     if training_config.held_out:
