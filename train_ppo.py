@@ -68,11 +68,11 @@ class Config(PpoConfig):
         group="run",
     )
     out: str = option("out/ppo", "the run's folder: checkpoints, metrics.jsonl, curve.png", group="run")
-    steps: int = option(120, "rollouts of --batch_size prompts each", at_least=1, group="length and batch")
+    steps: int = option(150, "rollouts of --batch_size prompts each", at_least=1, group="length and batch")
     batch_size: int = option(16, "prompts of a rollout, over all ranks", at_least=1, group="length and batch")
     lr: float | None = option(
         None,
-        "peak learning rate of the policy; none: 1/40 of what pretraining takes, 1/10 of what suits the adapter",
+        "peak learning rate of the policy; none: 3/80 of what pretraining takes, 1/10 of what suits the adapter",
         at_least=0,
         group="optimizer",
     )
@@ -93,7 +93,7 @@ def main() -> int:
 
     # the model to start from, and its tokenizer
     given_lr = training_config.lr
-    training_config, start = starting_model.find_start(training_config, ranks, share=1 / 40)
+    training_config, start = starting_model.find_start(training_config, ranks, share=3 / 80)
     training_config = with_rates(training_config, given_lr)
     tokenizer = start.tokenizer
     if training_config.data == Config.data:

@@ -76,7 +76,7 @@ class GroupConfig(ReplayConfig):
     eval_prompts: str | None = option(
         None, "held-out prompts, judged before and after; none: the bundled ones, if bundled data is used", group="data"
     )
-    eval_prompt_rows: int = option(256, "how many of them", at_least=1, group="data")
+    eval_prompt_rows: int = option(600, "how many of them", at_least=1, group="data")
     optimum_prompts: int = option(
         32, "training prompts on which the best possible objective is estimated; 0: not", at_least=0, group="data"
     )

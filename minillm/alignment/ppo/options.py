@@ -45,12 +45,12 @@ class PpoConfig(ReplayConfig):
     missing_eos_penalty: float = option(1.0, "see --missing_eos", at_least=0, group="reward")
 
     # how answers are drawn
-    group_size: int = option(4, "answers to each prompt", at_least=1, group="rollouts")
+    group_size: int = option(8, "answers to each prompt", at_least=1, group="rollouts")
     temperature: float = option(1.0, "at which answers are drawn and learned", above=0, group="rollouts")
     max_new_tokens: int = option(128, "most tokens of an answer, its end included", at_least=1, group="rollouts")
 
     # PPO
-    beta: float = option(0.05, "price of a nat of KL from the reference, in units of reward", at_least=0, group="PPO")
+    beta: float = option(0.15, "price of a nat of KL from the reference, in units of reward", at_least=0, group="PPO")
     target_kl: float | None = option(
         None, "nats an answer that --beta is steered to; none: it stays as it is", above=0, group="PPO"
     )
@@ -70,7 +70,7 @@ class PpoConfig(ReplayConfig):
     value_lr: float | None = option(
         None, "peak learning rate of the value model; none: 3 times --lr", at_least=0, group="PPO"
     )
-    updates: int = option(2, "passes over a rollout", at_least=1, group="PPO")
+    updates: int = option(1, "passes over a rollout", at_least=1, group="PPO")
     minibatches: int = option(2, "updates of a pass, each on as large a part of it", at_least=1, group="PPO")
     stop_at_kl: float | None = option(
         0.05, "no more passes once ½ mean (log ratio)² exceeds this; none: never", above=0, group="PPO"
@@ -80,7 +80,7 @@ class PpoConfig(ReplayConfig):
     eval_prompts: str | None = option(
         None, "held-out prompts, judged before and after; none: the bundled ones, if bundled data is used", group="data"
     )
-    eval_prompt_rows: int = option(256, "how many of them", at_least=1, group="data")
+    eval_prompt_rows: int = option(600, "how many of them", at_least=1, group="data")
     reference_prompts: int = option(
         32,
         "training prompts whose answers give the reward's scale and the best possible objective",
