@@ -1,11 +1,13 @@
 """What a run puts into a checkpoint's folder, when, and the check before the first step that it will be able to."""
 
 import json
+import os
 from pathlib import Path
 
 import torch
 
 from minillm.base import files
+from minillm.base.errors import UserError
 from minillm.base.options import write_toml
 from minillm.checkpoint import huggingface, run_folder, tensor_writer, train_state
 from minillm.checkpoint.together import SharedSave
@@ -107,7 +109,7 @@ def _write_beside(folder: Path, training_config: TrainingConfig, tokenizer: Toke
 def check(
     state: TrainState, run: Path, training_config: TrainingConfig, tokenizer: Tokenizer | None, described: dict
 ) -> None:
-    """Refuse what a save would fail by: a damaged file beside the tokenizer, a value without JSON, a full disk.
+    """Refuse what a save would fail by: a damaged file beside the tokenizer, a value without JSON, no room.
 
     described: what a checkpoint will record of the run. Raises `UserError`.
     """
@@ -130,6 +132,21 @@ def check(
     already_there = len(run_folder.step_folders(run))
     copies = max(1, (training_config.keep_last or 1) + 1 - already_there)
     files.check_writable(run, copies * n_copies * weights, largest_file)
+    if training_config.save_in_background:
+        _check_host_memory(n_copies * weights, state.ranks.world)
+
+
+def _check_host_memory(n_bytes: int, world: int) -> None:
+    """Raise `UserError` if a machine cannot hold its share of a checkpoint of so many bytes, divided by all ranks."""
+    share = n_bytes
+    if n_bytes > tensor_writer.MOST_BYTES:
+        share = n_bytes * int(os.environ.get("LOCAL_WORLD_SIZE", world)) // world
+    memory = files.memory_bytes()
+    if share > memory:
+        raise UserError(
+            f"--save_in_background true: a machine keeps a copy of {share:,} bytes while it is written, but has "
+            f"{memory:,} bytes of memory; leave that option out"
+        )
 
 
 def memory_remedy(training_config: TrainingConfig) -> str:

@@ -174,10 +174,16 @@ def test_every_layout_writes_the_bytes_of_one_process_and_reads_its_part_of_them
 
 
 def test_one_process_reads_what_it_wrote_as_a_hugging_face_folder(alone):
+    AutoModelForCausalLM = pytest.importorskip("transformers").AutoModelForCausalLM
     names = {path.name for path in alone.iterdir()}
     assert "model-00001-of-00003.safetensors" in names and "model.safetensors.index.json" in names
     assert files.verify_folder(alone) == []
-    loaded, model = huggingface.load_model(alone), filled("alone")[0]
+    model = filled("alone")[0]
+    for loaded in (huggingface.load_model(alone), AutoModelForCausalLM.from_pretrained(alone)):
+        tokens = torch.arange(12)[None]
+        logits = getattr(loaded(tokens), "logits", loaded(tokens))
+        torch.testing.assert_close(logits, model(tokens), atol=1e-4, rtol=1e-4)
+    loaded = huggingface.load_model(alone)
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(model.parameters(), loaded.parameters(), strict=True))
 
 

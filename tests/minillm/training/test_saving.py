@@ -14,6 +14,7 @@ from minillm.checkpoint import tensor_writer
 from minillm.distributed.ranks import Ranks
 from minillm.model.config import ModelConfig
 from minillm.model.transformer import Transformer
+from minillm.training import saving
 from minillm.training.config import TrainingConfig
 from minillm.training.run import Run
 from minillm.training.step import TrainState
@@ -82,6 +83,24 @@ def test_steps_go_on_while_a_checkpoint_is_written_and_there_are_never_two(tmp_p
             may_write.set()  # the last save waits for the first
     assert sorted(path.name for path in run.folder.glob("step-*")) == ["step-00000003", "step-00000006"]
     end(run)
+
+
+@pytest.mark.parametrize(
+    ("world", "on_this_machine", "most_bytes", "share"),
+    [(1, None, 10**9, 1200), (8, "4", 10**9, 1200), (8, "4", 1000, 600), (8, None, 1000, 1200)],
+)
+def test_copies_that_no_machine_can_hold_are_refused_before_the_first_step(
+    monkeypatch, world, on_this_machine, most_bytes, share
+):
+    monkeypatch.setattr(tensor_writer, "MOST_BYTES", most_bytes)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    if on_this_machine:
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", on_this_machine)
+    monkeypatch.setattr(files, "memory_bytes", lambda: share)
+    saving._check_host_memory(1200, world)
+    monkeypatch.setattr(files, "memory_bytes", lambda: share - 1)
+    with pytest.raises(UserError, match=f"--save_in_background true: a machine keeps a copy of {share:,} bytes"):
+        saving._check_host_memory(1200, world)
 
 
 def test_a_checkpoint_that_cannot_be_written_in_the_background_ends_the_run(tmp_path, monkeypatch):
