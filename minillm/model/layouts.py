@@ -121,11 +121,11 @@ def tensor_parallel_seconds(shape: ModelConfig, work: Work, gpu: Gpu) -> float:
 
 
 def context_parallel_seconds(shape: ModelConfig, work: Work, gpu: Gpu) -> float:
-    """Keys and values of the other parts of the row, gathered in each pass, and their gradients scattered once."""
+    """Keys and values of the other parts of the row, gathered in each forward pass; in the backward their gradients."""
     cp = work.layout.cp
     heads = shape.n_kv_heads / min(work.layout.tp, shape.n_kv_heads)  # of a rank
     part = work.rows * work.seq_len / cp * WEIGHT * heads * shape.head_dim  # bytes of keys, and of values
-    n_exchanges = 2 * work.n_micro_batches * shape.n_layers * (work.n_passes + 1)
+    n_exchanges = 2 * work.n_micro_batches * shape.n_layers * work.n_passes
     rate = gpu.link if cp * work.layout.tp <= gpu.per_host else gpu.network
     return n_exchanges * part * (cp - 1) / (LINK_SHARE * rate)
 

@@ -181,6 +181,10 @@ def gpu_memory(shape: ModelConfig, work: Work) -> dict[str, int]:
     else:
         items = activations(shape, *part)
         items.pop("weights in autocast")
+    if work.layout.cp > 1:  # attention reads keys and values of the whole row
+        n_layers = 1 if work.recompute else shape.n_layers
+        heads = shape.n_kv_heads / min(work.layout.tp, shape.n_kv_heads)
+        items["keys and values"] = round(n_layers * 2 * WEIGHT * work.rows * work.seq_len * heads * shape.head_dim)
     return {
         "state": state // n_state,
         "gathered": gathered,

@@ -94,6 +94,19 @@ def test_activations_are_those_of_one_device_divided_by_the_parts_of_a_row(name,
     assert found == expected and found / 1e9 == pytest.approx(gigabytes, abs=0.051)
 
 
+def test_a_part_of_a_row_keeps_the_keys_and_values_of_all_of_it():
+    """Half the tokens as in tensor parallelism by two, and 32 layers of 8,192 × 1,024 keys and values in bfloat16."""
+    shape = SHAPES["8b"]
+    context, tensor = (
+        gpu_memory(shape, work_of(layout, 4, 0))["activations"] for layout in ((1, 4, 2, 1), (1, 4, 1, 2))
+    )
+    assert context - tensor == 32 * 2 * 2 * 8192 * 1024
+    context, tensor = (
+        gpu_memory(shape, work_of(layout, 4, 1))["activations"] for layout in ((1, 4, 2, 1), (1, 4, 1, 2))
+    )
+    assert context - tensor == 2 * 2 * 8192 * 1024
+
+
 def test_one_gpu_takes_what_info_counts():
     shape = preset("124m", vocab_size=50_257)
     one = gpu_memory(shape, Work(Layout(), rows=8, seq_len=1024, n_tokens=8 * 1024))
@@ -119,12 +132,14 @@ def test_gradients_are_reduced_in_every_micro_batch():
 
 
 def test_context_parallelism_gathers_keys_and_values():
-    """8 key/value heads of 128, 4,096 tokens a rank, 32 layers: twice forward, twice backward, twice as gradients."""
+    """8 key/value heads of 128, 4,096 tokens a rank, 32 layers: keys and values forward, gradients backward."""
     shape = SHAPES["8b"]
     within = step_seconds(shape, work_of((1, 4, 2, 1), 4, 0), H100)["context parallel"]
-    assert within == pytest.approx(128 * 6 * 32 * 4096 * 2 * 1024 / 360e9)
+    assert within == pytest.approx(128 * 4 * 32 * 4096 * 2 * 1024 / 360e9)
     across = step_seconds(shape, work_of((1, 4, 16, 1), 4, 0), H100)["context parallel"]
-    assert across == pytest.approx(128 * 6 * 32 * 512 * 2 * 1024 * 15 / 40e9)
+    assert across == pytest.approx(128 * 4 * 32 * 512 * 2 * 1024 * 15 / 40e9)
+    again = step_seconds(shape, work_of((1, 4, 2, 1), 4, 1), H100)["context parallel"]
+    assert again == pytest.approx(1.5 * within)
 
 
 def test_copies_on_one_host_share_its_network():
