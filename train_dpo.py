@@ -150,7 +150,9 @@ def main() -> int:
     check_cut(training_config, ranks)
 
     # the model to start from, and its tokenizer
-    training_config, start = starting_model.find_start(training_config, ranks, share=1 / 40, adapter_share=1 / 10)
+    training_config, start = starting_model.find_start(
+        training_config, ranks, share=1 / 40, adapter_share=1 / 10, may_shard=True
+    )
 
     # data: answers to prompts, and which is better
     is_bundled = training_config.data == Config.data
@@ -189,9 +191,11 @@ def main() -> int:
     before = held_out.recall(run, run.once("before.json", lambda: held_out.examine(model, run)))
     reference = Sums(run, model, start, rows, end)
     status = train(run, model, rows, end, reference, held_out, before)
-    if status == 0 and ranks.main:
-        held_out.conclude(run, before, held_out.examine(model, run))
-        run.say_result()
+    if status == 0:
+        after = held_out.examine(model, run)  # on every rank: each may hold a part of the model
+        if ranks.main:
+            held_out.conclude(run, before, after)
+            run.say_result()
     distributed.stop()
     return status
 

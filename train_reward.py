@@ -30,6 +30,7 @@ from minillm.datasets.preferences import PreferenceRows
 from minillm.distributed import ranks as distributed
 from minillm.distributed.hosts import once_a_host
 from minillm.distributed.parallelize import gradients_synced, marked_last, parallelize
+from minillm.distributed.shards import is_sharded_model
 from minillm.model import ops
 from minillm.model.transformer import Transformer
 from minillm.tokenizer.measure import check_round_trip
@@ -109,7 +110,7 @@ def main() -> int:
 
     # the model to start from, with a score head in place of its own, and its tokenizer
     training_config, (init, model_config, tokenizer) = starting_model.find_start(
-        training_config, ranks, share=1 / 8, score_head=True
+        training_config, ranks, share=1 / 8, score_head=True, may_shard=True
     )
 
     # data: answers to the same prompts, and which of two is better
@@ -144,7 +145,7 @@ def main() -> int:
     run.say(f"weights from {run.source or init}")
 
     status = train(training_config, run, model, rows, end, held_out_rows)
-    if status == 0 and ranks.main:
+    if status == 0:
         conclude(training_config, run, model, held_out_rows)
     distributed.stop()
     return status
@@ -244,7 +245,8 @@ def shared_measures(
 ) -> dict[str, float]:
     """Accuracy and NLL on the first held-out pairs, which the ranks share; under label noise the NLL's floor."""
     positions = held_out_positions(training_config, held_out_rows)[:WHILE_TRAINING]
-    positions = positions[run.ranks.rank :: run.ranks.world]
+    if not is_sharded_model(model):  # whose passes need every rank: then each scores all, and the means are the same
+        positions = positions[run.ranks.rank :: run.ranks.world]
     sums = [0.0, 0.0, 0.0]
     if len(positions):
         pairs = score_pairs(model, held_out_rows, positions, run.autocast())
@@ -270,7 +272,7 @@ def score_scale(run: Run, model: Transformer, rows: PreferenceRows) -> dict[str,
 
 
 def conclude(training_config: Config, run: Run, model: Transformer, held_out_rows: PreferenceRows | None) -> None:
-    """Print how well held-out pairs are told apart, by kind of fault."""
+    """Print how well held-out pairs are told apart, by kind of fault. Every rank scores them, and rank 0 prints."""
     if held_out_rows:
         pairs = score_pairs(model, held_out_rows, held_out_positions(training_config, held_out_rows), run.autocast())
         run.record(run.training_config.steps, **measures(pairs))

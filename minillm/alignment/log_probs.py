@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from minillm.datasets.batch import Batch
 from minillm.distributed.parallelize import compiled
+from minillm.distributed.shards import is_sharded_model
 from minillm.model import ops
 from minillm.model.linears import product_dtype
 from minillm.model.loss import CHUNK_ELEMENTS
@@ -126,13 +127,14 @@ def loss_through_log_probs(
 class Policy(nn.Module):
     """A model whose call is `loss_through_log_probs`: what `parallelize` wraps, since DDP needs one forward a loss.
 
-    With `compile` the pass through the layers is compiled; the loss, which is Python of the caller, is not.
+    With `compile` the pass through the layers is compiled; the loss, which is Python of the caller, is not. The layers
+    of a sharded model are so one by one already.
     """
 
     def __init__(self, model: Transformer, compile: bool = False):
         super().__init__()
         self.model = model
-        self.pass_through = compiled(model.hidden) if compile else model.hidden
+        self.pass_through = compiled(model.hidden) if compile and not is_sharded_model(model) else model.hidden
 
     def forward(self, batch: Batch, loss_of: LossOf, temperature: float = 1.0) -> Tensor:
         """The loss, a scalar in fp32."""

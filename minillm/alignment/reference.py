@@ -114,14 +114,16 @@ def _compute(run: Run, rows, n_samples: int, reference: Reference) -> np.ndarray
     size = run.training_config.micro_batch_size
     sums = np.zeros(rows.n_answers)
     counts = np.zeros(rows.n_answers)
-    begins = range(run.ranks.rank * size, n_samples, run.ranks.world * size)
+    shared = run.ranks.share(-(-n_samples // size))
     hidden = not (run.ranks.main and sys.stderr.isatty())
-    for begin in tqdm(begins, "reference", disable=hidden, leave=False, unit="batch"):
+    for number, is_own in tqdm(shared, "reference", disable=hidden, leave=False, unit="batch"):
+        begin = number * size
         answers = rows.batch(np.arange(begin, min(begin + size, n_samples)))
         with run.autocast():
             log_probs = reference.log_probs(answers.batch.to(run.device))  # (N, T)
-        sums[answers.number] = log_probs.sum(1).cpu().numpy()
-        counts[answers.number] = 1
+        if is_own:
+            sums[answers.number] = log_probs.sum(1).cpu().numpy()
+            counts[answers.number] = 1
     sums = np.array(run.ranks.sum(*sums.tolist()))
     counts = np.array(run.ranks.sum(*counts.tolist()))
     return np.where(counts > 0, sums / np.maximum(counts, 1), np.nan).astype(np.float32)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from minillm.datasets.batch import Batch
+from minillm.distributed.shards import without_gradients
 from minillm.generation.completion import check_prompts, is_recorded, prefill
 from minillm.generation.recorded_step import RecordedStep, next_logits
 from minillm.generation.sampling import draw, random_numbers
@@ -71,7 +72,8 @@ def roll_out(
     model.eval()  # no dropout: the trainer has none either
     answers = _Answers(model, prompts, numbers, step, config)
     try:
-        _sample(model, prompts, answers, config)
+        with without_gradients(model):
+            _sample(model, prompts, answers, config)
     finally:
         model.train(was_training)
 
@@ -117,7 +119,6 @@ class _Answers:
         return drawn
 
 
-@torch.inference_mode()
 def _sample(model: Transformer, prompts: Sequence[Sequence[int]], answers: _Answers, config: RolloutConfig) -> None:
     """Let all answers grow to their ends."""
     group = config.group_size
@@ -129,7 +130,7 @@ def _sample(model: Transformer, prompts: Sequence[Sequence[int]], answers: _Answ
     prompt_cache, prompt_logits = prefill(model, prompts, longest_prompt)  # P rows, (P, V)
     n_places = min(n_answers, config.rows_at_once)
     max_len = prompt_cache.max_len + max(answers.limits)  # with virtual tokens
-    cache = KVCache(model.config, n_places, max_len, device=device, dtype=model.embed_tokens.weight.dtype)
+    cache = KVCache(model.cache_config, n_places, max_len, device=device, dtype=model.embed_tokens.weight.dtype)
 
     # the first answers begin with copies of what their prompts left in the cache; the others wait
     answer_at = np.arange(n_places)

@@ -43,6 +43,14 @@ class Ranks:
         """Into how many parts the rows of a batch are dealt out."""
         return self.world // self.row_ranks
 
+    def share(self, n: int) -> list[tuple[int, bool]]:
+        """This rank's of n batches, as many on each rank: (number, True), or (0, False) where one is lacking.
+
+        So every rank makes as many forward passes as any other, which those of a sharded model need.
+        """
+        numbers = range(self.rank, -(-n // self.world) * self.world, self.world)
+        return [(number, True) if number < n else (0, False) for number in numbers]
+
     @property
     def place_in_row(self) -> tuple[int, int]:
         """Which part of the tokens of a row this rank computes on, of how many: see `Batch.part`."""

@@ -336,12 +336,12 @@ class Run:
         With --save_in_background it is begun, and ends after a later step. Raises `UserError` on every rank if weights
         are not finite, since no later step could repair them.
         """
+        found = {name: fact() for name, fact in self.facts.items() if callable(fact)}
         if not state.is_finite():
             raise UserError(
                 f"step {self.step}: weights are not finite any more, so they are not saved; lower --lr, and "
                 f"{run_folder.earlier_start(self.folder)}"
             )
-        found = {name: fact() for name, fact in self.facts.items() if self.ranks.main and callable(fact)}
         described = self._describe(self.step) | found | state.scales()
         self.saver.save(state, self.step, described, keeps_older=self.bad_steps > 0)
 

@@ -67,10 +67,20 @@ def _refuse_unsupported(training_config, layout: Layout) -> None:
         raise UserError(f"{option}: is not supported with {how}; leave it out, or choose 1 for what divides the model")
 
 
-def refuse_division(training_config) -> None:
-    """For scripts that need a whole model on each rank. Raises `UserError` naming what would divide it."""
+def refuse_division(training_config, may_shard: bool) -> None:
+    """For scripts that need whole rows on each rank, or even a whole model; may_shard: they do not need that.
+
+    Raises `UserError` naming what would divide it.
+    """
     layout = asked_layout(training_config)
-    if layout.holders > 1:
+    if may_shard and layout.row_ranks > 1:
+        raise UserError(
+            f"--context_parallel {layout.context} --tensor_parallel {layout.tensor}: this script needs whole rows on "
+            "each rank; choose 1 for both, and divide the model by --shard"
+        )
+    if may_shard and layout.shard > 1 and training_config.tune in VIRTUAL:
+        raise UserError(f"--tune {training_config.tune}: is not supported with --shard {layout.shard} in this script")
+    if not may_shard and layout.holders > 1:
         raise UserError(
             f"--shard {layout.shard} --context_parallel {layout.context} --tensor_parallel {layout.tensor}: this "
             "script needs a whole copy of the model on each rank; choose 1 for each, and a smaller model, --tune lora "

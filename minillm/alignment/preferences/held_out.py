@@ -14,6 +14,7 @@ from minillm.alignment.rollouts import RolloutConfig, roll_out
 from minillm.datasets.preferences import PreferenceRows
 from minillm.datasets.prompts import PromptRows
 from minillm.datasets.questions import read_questions
+from minillm.distributed.ranks import Ranks
 from minillm.evaluation import answers
 from minillm.model.transformer import Transformer
 from minillm.tokenizer.tokenizer import Tokenizer
@@ -63,7 +64,7 @@ class HeldOut:
             if self.requests:
                 found["requests"] = [self._fulfilled(model), len(self.requests)]
         if self.pairs is not None:
-            found["sums"] = self._sums(model, run, 0, 1).tolist()
+            found["sums"] = self._sums(model, run, Ranks(0, 1, run.device)).tolist()
             found["pairs"] = self.pairs.answers_fingerprint
         return found
 
@@ -91,15 +92,17 @@ class HeldOut:
         rewards = reward([prompt.text for prompt in self.requests], texts, [prompt.row for prompt in self.requests])
         return sum(value >= ALL_WISHES for value in rewards)
 
-    def _sums(self, model: Transformer, run: Run, rank: int, world: int) -> np.ndarray:
-        """s of the answers that are this rank's share, (n answers,) fp64, zeros elsewhere."""
+    def _sums(self, model: Transformer, run: Run, ranks: Ranks) -> np.ndarray:
+        """s of the answers that are this rank's share among `ranks`, (n answers,) fp64, zeros elsewhere."""
         sums = np.zeros(self.pairs.n_answers)
         size = run.training_config.micro_batch_size
-        for begin in range(rank * size, self.pairs.rows_per_epoch, world * size):
+        for number, is_own in ranks.share(-(-self.pairs.rows_per_epoch // size)):
+            begin = number * size
             batch = self.pairs.batch(np.arange(begin, min(begin + size, self.pairs.rows_per_epoch)))
             with run.autocast():
                 log_probs = answer_log_probs(model, batch.batch.to(run.device))  # (N, T)
-            sums[batch.number] = log_probs.sum(1).cpu().numpy()
+            if is_own:
+                sums[batch.number] = log_probs.sum(1).cpu().numpy()
         return sums
 
     def conclude(self, run: Run, before: dict, after: dict) -> None:
@@ -172,7 +175,7 @@ class HeldOut:
         """Report on held-out pairs when it is due; the ranks share the work. before: of `recall`, on the main rank."""
         if self.pairs is None or not run.due(step, run.training_config.eval_every):
             return
-        sums = np.array(run.ranks.sum(*self._sums(model, run, run.ranks.rank, run.ranks.world).tolist()))
+        sums = np.array(run.ranks.sum(*self._sums(model, run, run.ranks).tolist()))
         if not run.ranks.main:
             return
         known = np.array(before["sums"]) if "sums" in before else None

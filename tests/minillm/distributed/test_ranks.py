@@ -31,6 +31,19 @@ def test_micro_batches_by_hand():
     assert first.micro_batches(0, 8, 2)[0].dtype == np.int64
 
 
+@given(n=st.integers(0, 40), world=st.integers(1, 8))
+def test_a_share_is_as_long_on_each_rank_and_each_number_is_once_its_own(n, world):
+    shares = [Ranks(rank, world, CPU).share(n) for rank in range(world)]
+    assert len({len(share) for share in shares}) == 1
+    assert sorted(number for share in shares for number, is_own in share if is_own) == list(range(n))
+
+
+def test_ranks_that_share_rows_have_the_same_data_positions():
+    ranks = [Ranks(rank, 4, CPU, row_ranks=2) for rank in range(4)]
+    assert [one.micro_batches(0, 4, 2)[0].tolist() for one in ranks] == [[0, 1], [0, 1], [2, 3], [2, 3]]
+    assert [one.place_in_row for one in ranks] == [(0, 2), (1, 2), (0, 2), (1, 2)]
+
+
 def test_one_rank_needs_no_group():
     alone = Ranks(0, 1, CPU)
     assert alone.main and alone.sum(1.5, 2) == [1.5, 2] and alone.max(15) == 15 and alone.max(0) == 0
