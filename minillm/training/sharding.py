@@ -45,6 +45,7 @@ def choose_layout(training_config, model_config: ModelConfig, ranks: Ranks):
         shard = _shard_with_room(training_config, model_config, ranks)
         layout = dataclasses.replace(layout, shard=shard)
     _refuse_unsupported(training_config, layout)
+    _check_rows_fit(training_config, model_config, layout)
     memory.check_memory(training_config, model_config, ranks.device, layout.holders)
     return dataclasses.replace(training_config, shard=str(layout.shard))
 
@@ -65,6 +66,16 @@ def _refuse_unsupported(training_config, layout: Layout) -> None:
     for option in (option for option, is_asked in reasons.items() if is_asked):
         how = f"--shard {layout.shard} --context_parallel {layout.context} --tensor_parallel {layout.tensor}"
         raise UserError(f"{option}: is not supported with {how}; leave it out, or choose 1 for what divides the model")
+
+
+def _check_rows_fit(training_config, model_config: ModelConfig, layout: Layout) -> None:
+    """Raise `UserError` if rows, padded so that their ranks get equal parts, are longer than the model's context."""
+    padded = -(-training_config.seq_len // layout.row_ranks) * layout.row_ranks
+    if layout.row_ranks > 1 and padded > model_config.max_seq_len:
+        raise UserError(
+            f"--seq_len {training_config.seq_len}: {layout.row_ranks} ranks share a row, padded to {padded} tokens, "
+            f"but the model's context is {model_config.max_seq_len}; choose a multiple of {layout.row_ranks}"
+        )
 
 
 def refuse_division(training_config, may_shard: bool) -> None:

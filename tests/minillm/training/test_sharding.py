@@ -258,11 +258,18 @@ def test_stacked_matrices_are_orthogonalized_one_by_one(tmp_path, world):
         (2, dict(tensor_parallel=2, tune="lora"), "--tune lora: is not supported"),
         (2, dict(context_parallel=2, tune="prefix"), "--tune prefix: is not supported"),
         (2, dict(shard="2", tune="prompt"), "--tune prompt: is not supported"),
+        (
+            4,
+            dict(context_parallel=4, seq_len=62, max_seq_len=62),
+            "--seq_len 62: 4 ranks share a row, padded to 64",
+        ),
     ],
 )
 def test_what_cannot_be_divided_so_is_refused_by_name(world, asked, message):
     with pytest.raises(UserError, match=message):
-        sharding.choose_layout(options(**asked), SHAPE, Ranks(0, world, CPU))
+        asked = options(**asked)
+        shape = dataclasses.replace(SHAPE, max_seq_len=asked.max_seq_len or 128)
+        sharding.choose_layout(asked, shape, Ranks(0, world, CPU))
 
 
 @pytest.mark.parametrize(
