@@ -325,15 +325,19 @@ def test_a_folder_of_another_machine_is_waited_for(name, tmp_path):
 # ---- adapters
 
 
-ADAPTERS = {"lora": {}, "ptuning": {"n_virtual": 3, "encoder": "mlp"}, "prefix": {"n_virtual": 2}}
+ADAPTERS = {
+    "lora": {"tune": "lora"},
+    "prefix": {"tune": "prefix", "n_virtual": 2},
+    "prefix, encoded": {"tune": "prefix", "n_virtual": 3, "encoder": "mlp"},
+}
 
 
-def _save_adapter(rank: int, world: int, tune: str, home: str) -> dict[str, bytes]:
+def _save_adapter(rank: int, world: int, kind: str, home: str) -> dict[str, bytes]:
     """The bytes of an adapter's tensors, as `world` ranks write them that share it out."""
     torch.manual_seed(0)
     model = Transformer(CONFIG)
     model.init_weights(0)
-    adapter = attach(model, TuningConfig(tune=tune, **ADAPTERS[tune]), seed=1)
+    adapter = attach(model, TuningConfig(**ADAPTERS[kind]), seed=1)
     with torch.no_grad():
         for parameter in adapter.parameters().values():
             parameter.copy_(torch.randn(parameter.shape))
@@ -348,9 +352,9 @@ def _save_adapter(rank: int, world: int, tune: str, home: str) -> dict[str, byte
     return {file.relative_to(path).as_posix(): file.read_bytes() for file in path.rglob("*.safetensors")}
 
 
-@pytest.mark.parametrize("tune", ADAPTERS)
-def test_an_adapter_that_is_shared_out_is_written_whole(tune, tmp_path):
-    alone = _save_adapter(0, 1, tune, str(tmp_path))
-    for found in on_ranks(3, tmp_path, _save_adapter, 3, tune, str(tmp_path)):
+@pytest.mark.parametrize("kind", ADAPTERS)
+def test_an_adapter_that_is_shared_out_is_written_whole(kind, tmp_path):
+    alone = _save_adapter(0, 1, kind, str(tmp_path))
+    for found in on_ranks(3, tmp_path, _save_adapter, 3, kind, str(tmp_path)):
         assert found == alone
-    assert len(alone) == (1 if tune == "lora" else 2)
+    assert len(alone) == (1 if kind == "lora" else 2)
