@@ -70,7 +70,7 @@ class Config(GroupConfig):
     )
     out: str = option("out/grpo", "the run's folder: checkpoints, metrics.jsonl, curve.png", group="run")
     steps: int = option(
-        150, "rollouts of the whole run, each followed by --updates", at_least=1, group="length and batch"
+        300, "rollouts of the whole run, each followed by --updates", at_least=1, group="length and batch"
     )
     batch_size: int = option(16, "prompts of a rollout, over all ranks", at_least=1, group="length and batch")
     micro_batch_size: int | None = option(
@@ -81,7 +81,7 @@ class Config(GroupConfig):
     )
     optimizer: str | None = option("adamw", "adamw, or muon for the matrices", tuple(OPTIMIZERS), group="optimizer")
     lr: float | None = option(
-        None, "peak learning rate; none: a 50th of what pretraining takes", at_least=0, group="optimizer"
+        None, "peak learning rate; none: a 16th of what pretraining takes", at_least=0, group="optimizer"
     )
     weight_decay: float | None = option(0.0, "weight decay, on matrices only", at_least=0, group="optimizer")
     eval_every: int = option(
@@ -105,7 +105,7 @@ def main() -> int:
     training_config, ranks, finish_kernel_check = begin(parse(Config, __doc__))
 
     # the model to start from, its tokenizer, and the reward
-    training_config, start = starting_model.find_start(training_config, ranks, share=1 / 50)
+    training_config, start = starting_model.find_start(training_config, ranks, share=1 / 16)
     tokenizer = start.tokenizer
     if training_config.data == Config.data:
         once_a_host(ranks, bundled.build)
