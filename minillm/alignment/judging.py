@@ -100,7 +100,7 @@ class Judge:
 
     @property
     def device(self) -> torch.device:
-        return self.model.embed_tokens.weight.device
+        return self.model.norm.weight.device
 
     def answers(self, prompts: list[Prompt], numbers: list[int], step: int, rollout: RolloutConfig | None = None):
         """A group of answers to each prompt, as `Judged`. numbers, step: of `roll_out`; rollout: another than usual."""

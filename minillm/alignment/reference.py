@@ -67,7 +67,7 @@ def make_reference(training_config, start: starting_model.Start, model: Transfor
             f"--init_from {training_config.init_from}: is gone, and it is the reference that the policy is kept near; "
             "bring it back"
         )
-    device = model.embed_tokens.weight.device
+    device = model.norm.weight.device
     frozen = huggingface.load_model(start.init, config=start.model_config, device=device, dtype=torch.float32)
     frozen.requires_grad_(False)
     return Reference(model, frozen.eval())

@@ -83,7 +83,7 @@ def roll_out(
     prompt_of = [index for index in range(len(prompts)) for _ in range(config.group_size)]
     texts = [[*prompts[index], *tokens] for index, tokens in zip(prompt_of, answers.tokens, strict=True)]
     batch, log_probs = _as_batch(texts, answers.log_probs, config.pad_id)
-    device = model.embed_tokens.weight.device
+    device = model.norm.weight.device
     ended, prompt_of = torch.tensor(ended), torch.tensor(prompt_of)
     return Rollouts(batch.to(device), log_probs.to(device), said, ended.to(device), prompt_of.to(device))
 
@@ -122,7 +122,7 @@ class _Answers:
 def _sample(model: Transformer, prompts: Sequence[Sequence[int]], answers: _Answers, config: RolloutConfig) -> None:
     """Let all answers grow to their ends."""
     group = config.group_size
-    device = model.embed_tokens.weight.device
+    device = model.norm.weight.device
     n_answers = len(answers.limits)
 
     # every prompt is read once
@@ -130,7 +130,7 @@ def _sample(model: Transformer, prompts: Sequence[Sequence[int]], answers: _Answ
     prompt_cache, prompt_logits = prefill(model, prompts, longest_prompt)  # P rows, (P, V)
     n_places = min(n_answers, config.rows_at_once)
     max_len = prompt_cache.max_len + max(answers.limits)  # with virtual tokens
-    cache = KVCache(model.cache_config, n_places, max_len, device=device, dtype=model.embed_tokens.weight.dtype)
+    cache = KVCache(model.cache_config, n_places, max_len, device=device, dtype=model.norm.weight.dtype)
 
     # the first answers begin with copies of what their prompts left in the cache; the others wait
     answer_at = np.arange(n_places)

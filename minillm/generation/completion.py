@@ -63,8 +63,8 @@ def prefill(model: Transformer, prompts: Sequence[Sequence[int]], max_len: int) 
     Shorter prompts are padded on the right. No token sees a later one, so padding changes nothing; the cache then
     forgets it. The model's virtual tokens come before each prompt, and are not counted in `max_len`.
     """
-    device = model.embed_tokens.weight.device
-    dtype = model.embed_tokens.weight.dtype
+    device = model.norm.weight.device
+    dtype = model.norm.weight.dtype
     n_prompts = len(prompts)
 
     # an empty cache, which the virtual tokens are the first to enter

@@ -195,7 +195,7 @@ def _error(actual: Tensor, expected: Tensor) -> float:
 def _model_results(model: Transformer, implementation: str, dtype: torch.dtype | None) -> dict[str, Tensor]:
     """Loss, gradients, an update by each optimizer, and the logits of three tokens one by one."""
     ops.select(implementation)
-    device = model.embed_tokens.weight.device
+    device = model.norm.weight.device
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(0, 1000, (2, sum(LENGTHS) + 1), generator=generator).to(device)
     documents = torch.repeat_interleave(torch.arange(2), torch.tensor(LENGTHS)).expand(2, -1).to(device)  # (2, T)

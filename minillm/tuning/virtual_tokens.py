@@ -105,7 +105,7 @@ class VirtualTokens(nn.Module):
         table = self.table()
         if self.kind != "prefix":
             collector = Collector()
-            embeddings = table.to(model.embed_tokens.weight.dtype)[None]  # (1, n, C)
+            embeddings = table.to(model.norm.weight.dtype)[None]  # (1, n, C)
             model.through_layers(embeddings, cache=collector)
             return collector.keys, collector.values
         shape = (1, self.n, self.config.n_layers, 2, self.config.n_kv_heads, self.config.head_dim)
@@ -265,7 +265,7 @@ def attach_virtual(
         torch.manual_seed(seed)
         virtual = VirtualTokens(model.config, kind, n_virtual, encoder, hidden or model.config.dim)
         random_ids = torch.randint(model.config.vocab_size, (n_virtual,)).tolist()
-    virtual.to(model.embed_tokens.weight.device)
+    virtual.to(model.norm.weight.device)
     if encoder == "none":
         virtual.start_from(model, random_ids)
     model.virtual = virtual

@@ -195,7 +195,7 @@ def summed_u_of_mismatched(
     texts = [(prompt, answer) for prompt, answer in texts if len(prompt) + len(answer) <= rows.seq_len + 1]
     if not texts:
         return 0.0, 0
-    batch = _as_batch(texts, rows).to(model.embed_tokens.weight.device)
+    batch = _as_batch(texts, rows).to(model.norm.weight.device)
     u = answer_log_probs(model, batch).sum(1) - reference.log_probs(batch).sum(1)  # (n,)
     return float(u.sum()), len(u)
 

@@ -151,6 +151,7 @@ TUNED = [
     dict(tune="lora", lora_rank=2, base_bits=8),
     dict(tune="lora", lora_rank=2, base_bits=4),
     dict(tune="dora", lora_rank=2),
+    dict(tune="dora", lora_rank=2, target_modules="q_proj,embed_tokens"),
     dict(tune="ia3"),
     dict(tune="adapter", bottleneck_dim=4),
     dict(tune="freeze", train_layers="0,embed,head"),
@@ -177,7 +178,8 @@ def test_an_adapter_learns_from_parts_of_rows_and_from_recomputed_layers(tmp_pat
     (tmp_path / "base").mkdir()
     huggingface.save_model(model, tmp_path / "base")
     asked = options(init_from=str(tmp_path / "base"), tune="lora", lora_rank=2, **more)
-    check_each(tmp_path, 2, [(SHAPE, asked, "adamw"), (SHAPE, options(**more), "muon")])
+    embedding = dataclasses.replace(asked, tune="dora", target_modules="q_proj,embed_tokens")
+    check_each(tmp_path, 2, [(SHAPE, asked, "adamw"), (SHAPE, embedding, "adamw"), (SHAPE, options(**more), "muon")])
 
 
 def _in_other_precision(rank: int) -> dict:
