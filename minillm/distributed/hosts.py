@@ -5,9 +5,11 @@ import socket
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 
+from minillm.base.errors import UserError
 from minillm.distributed.ranks import Ranks
 
 MOST_NAMED = 4  # machines that a line names; of more it says how many there are
+MAY_DIFFER = ("device",)  # options that belong to a machine; its kind is compared when the ranks join
 
 
 def first_on_host() -> bool:
@@ -35,6 +37,16 @@ def differences(ranks: Ranks, facts: dict[str, str]) -> list[str]:
     """
     of_all = ranks.exchange([socket.gethostname(), facts])
     return differing([host for host, _ in of_all], [its_facts for _, its_facts in of_all])
+
+
+def check_options(ranks: Ranks, values: dict[str, object]) -> None:
+    """Raise `UserError` on every rank unless all were started with the same options; values: this rank's, by name."""
+    written = {f"--{name}": repr(value) for name, value in values.items() if name not in MAY_DIFFER}
+    if not ranks.agree(written):
+        raise UserError(
+            f"the processes were started with different options ({'; '.join(differences(ranks, written))}): give "
+            "the same command on every machine"
+        )
 
 
 def differing(hosts: Sequence[str], facts: Sequence[dict[str, str]]) -> list[str]:

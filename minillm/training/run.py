@@ -26,7 +26,7 @@ from minillm.checkpoint import run_folder, train_state
 from minillm.distributed import diloco
 from minillm.distributed import ranks as distributed
 from minillm.distributed.diloco import Rounds
-from minillm.distributed.hosts import differences
+from minillm.distributed.hosts import check_options, differences
 from minillm.distributed.ranks import Ranks
 from minillm.distributed.watchdog import Watchdog
 from minillm.model import ops
@@ -48,7 +48,7 @@ def begin(training_config: TrainingConfig) -> tuple[TrainingConfig, Ranks, Calla
     """How every script begins: ranks joined, ops chosen, the check of our kernels started.
 
     Returns the options with the micro-batch filled in, the ranks, and a function that waits for the kernels' check and
-    must be called before the first of them runs.
+    must be called before the first of them runs. Raises `UserError` on every rank if their options differ.
     """
     if training_config.resume not in ("auto", "none"):
         out = training_config.out
@@ -61,6 +61,8 @@ def begin(training_config: TrainingConfig) -> tuple[TrainingConfig, Ranks, Calla
     size = distributed.micro_batch(training_config.batch_size, training_config.micro_batch_size, data_world)
     ranks = distributed.start(training_config.device, training_config.timeout_s)
     ranks = dataclasses.replace(ranks, row_ranks=row_ranks)
+    dtype = pick_dtype(training_config.dtype, ranks.device)  # what auto means is up to the GPU
+    check_options(ranks, dataclasses.asdict(training_config) | {"dtype": dtype})
     ops.select(training_config.impl)
     base_bits = training_config.base_bits if isinstance(training_config, TuningConfig) else None
     check = kernel_check.begin(ranks, base_bits=base_bits)

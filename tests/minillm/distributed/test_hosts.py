@@ -8,7 +8,7 @@ import torch
 
 from minillm.base.errors import UserError
 from minillm.distributed import ranks as distributed
-from minillm.distributed.hosts import differences, differing, first_on_host, once_a_host
+from minillm.distributed.hosts import check_options, differences, differing, first_on_host, once_a_host
 from minillm.distributed.ranks import Ranks
 from minillm.training import kernel_check, run
 from minillm.training.config import TrainingConfig
@@ -76,6 +76,37 @@ def _with_other_data(rank: int, folder) -> None:
 
 def test_machines_with_different_data_do_not_train(tmp_path):
     on_ranks(3, tmp_path / "ranks", _with_other_data, tmp_path)
+
+
+def _with_other_options(rank: int, on_host2: dict) -> str:
+    """What `run.begin` says on host2, started with other options than host1."""
+    ranks = Ranks(rank, 3, CPU)
+    options = {"device": "cpu", "batch_size": 12} | (on_host2 if on_host(rank) == "host2" else {})
+    run.distributed.start = lambda device, timeout_s: ranks
+    run.distributed.world_size = run.sharding.world_size = lambda: ranks.world
+    try:
+        run.begin(TrainingConfig(**options))
+    except UserError as problem:
+        return str(problem)
+    return ""
+
+
+@pytest.mark.parametrize(
+    ("on_host2", "words"),
+    [
+        ({"lr": 0.1}, "different options (--lr: None on host1, 0.1 on host2): give the same command"),
+        ({"max_bad_steps": 3, "save_every": 7}, "--save_every: 500 on host1, 7 on host2; --max_bad_steps: 20 on host1"),
+        ({"dtype": "bfloat16"}, "--dtype: torch.float32 on host1, torch.bfloat16 on host2"),
+        ({"dtype": "float32", "device": "auto"}, ""),  # as auto is on a CPU
+    ],
+)
+def test_machines_with_different_options_do_not_train(on_host2, words, tmp_path):
+    for said in on_ranks(3, tmp_path, _with_other_options, on_host2):
+        assert words in said and bool(words) == bool(said)
+
+
+def test_alone_a_process_may_have_any_options():
+    check_options(Ranks(0, 1, CPU), {"lr": float("nan")})
 
 
 def _without_kernels_on_host2(rank: int) -> None:
