@@ -40,7 +40,7 @@ BUDGET = {
     "data": 30_000,
     "tuning": 11_600,
     "generation": 4_000,
-    "evaluation": 4_500,
+    "evaluation": 6_500,  # log-likelihoods
     "training": 17_000,  # sharding, saving in the background
     "alignment": 21_000,
     "commands": 23_500,  # judged answers, pairs of them, speeds beside trl's, a plan's sums, a cluster's checks
