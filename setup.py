@@ -9,6 +9,7 @@ EXTRAS = {
     "gguf": ["gguf"],
     "hf": ["tokenizers", "jinja2"],
     "bench": ["transformers>=5", "peft"],
+    "harness": ["lm_eval[hf]>=0.4.13"],
     "align": ["trl", "accelerate", "datasets", "transformers>=5"],
 }
 EXTRAS["test"] = [

@@ -40,10 +40,10 @@ BUDGET = {
     "data": 30_000,
     "tuning": 11_600,
     "generation": 4_000,
-    "evaluation": 6_500,  # log-likelihoods
+    "evaluation": 11_300,  # benchmarks
     "training": 17_000,  # sharding, saving in the background
     "alignment": 21_000,
-    "commands": 23_500,  # judged answers, pairs of them, speeds beside trl's, a plan's sums, a cluster's checks
+    "commands": 26_000,  # judged answers, pairs of them, speeds beside trl's, a plan's sums, a cluster's checks
     "scripts": 18_000,
 }
 MOST_FILES = 15  # of one folder, besides its __init__.py

@@ -1,6 +1,7 @@
-"""Score a model: loss, perplexity and bits per byte on texts, exact match on instruction files."""
+"""Score a model: loss, perplexity and bits per byte on texts, exact match on instruction files, benchmarks."""
 
 import contextlib
+import difflib
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,8 @@ import numpy as np
 from data import bundled
 from minillm.alignment.pair_scores import score_pairs, summary_lines
 from minillm.alignment.reward_model import is_reward_model
-from minillm.base.errors import UnsupportedError, UserError
+from minillm.base.errors import MissingError, UnsupportedError, UserError
+from minillm.base.files import write_json_atomically
 from minillm.base.options import option
 from minillm.commands.model_options import (
     ModelOptions,
@@ -27,7 +29,9 @@ from minillm.datasets.preferences import PreferenceRows
 from minillm.datasets.questions import read_questions
 from minillm.datasets.token_bins import TokenBins
 from minillm.distributed.ranks import Ranks
-from minillm.evaluation import answers
+from minillm.evaluation import answers, benchmark_scores
+from minillm.evaluation.benchmark_files import read_tasks
+from minillm.evaluation.benchmarks import BENCHMARKS
 from minillm.evaluation.rolling import text_batches
 from minillm.evaluation.validation import TextTokens, Validation, read_text, token_loss
 from minillm.generation import load
@@ -37,6 +41,7 @@ from minillm.tokenizer.tokenizer import Tokenizer
 from minillm.tuning.virtual_tokens import context_of
 
 UNKNOWN_LENGTH = 1024  # tokens of a window, at most, for a model that does not say at which length it was trained
+ALL = "all"  # the benchmarks whose files are there
 QUESTION_FILES = (".jsonl", ".json", ".parquet", ".csv", ".tsv")
 
 
@@ -62,15 +67,36 @@ class Config(ModelOptions, TemplateOptions):
         None, "ask only this many questions, the first; of preferences: prompts", at_least=1, group="questions"
     )
     max_new_tokens: int = option(answers.LONGEST_ANSWER, "longest answer in tokens", at_least=1, group="questions")
+    tasks: str | None = option(
+        None, f"benchmarks, with commas between: {', '.join(BENCHMARKS)}; or {ALL}", group="benchmarks"
+    )
+    task_data: str = option("data/eval", "where the folders of benchmarks are", group="benchmarks")
+    shots: int | None = option(
+        None, "examples before each question; none: as is usual for the benchmark", at_least=0, group="benchmarks"
+    )
+    out: str | None = option(
+        None, "a .json for the results; what is known already, OUT.done.jsonl beside it remembers", group="benchmarks"
+    )
 
     def problems(self) -> list[str]:
-        return [*super().problems(), *encodings.problems(self.encoding)]
+        problems = [*super().problems(), *encodings.problems(self.encoding)]
+        if self.tasks is None:
+            named = {name: getattr(self, name) for name in ("shots", "out")}
+            problems += [f"--{n} {v}: is about benchmarks; give --tasks" for n, v in named.items() if v is not None]
+        elif self.data is not None:
+            problems.append(f"--data {self.data}: is for texts and questions; the files of --tasks are in --task_data")
+        elif self.max_tokens is not None:
+            problems.append(f"--max_tokens {self.max_tokens}: is about texts; say --limit")
+        return problems
 
 
 def run(config: Config) -> None:
     if config.data is not None and not Path(config.data).exists():
         raise UserError(f"--data {config.data}: no such file or folder")
     folder = load.find_model(config.model, log=tell)
+    if config.tasks is not None:
+        _evaluate_tasks(config, folder)
+        return
     if is_reward_model(folder):
         _evaluate_pairs(config, load_reward_model(config, folder))
         return
@@ -153,11 +179,8 @@ def _evaluate_texts(config: Config, loaded: Loaded, path: Path) -> None:
 
     # windows as in training: as long, and each document on its own unless trained otherwise
     options = trained_with(folder).get("config", {})
+    seq_len, is_as_trained = _length(config, loaded, UNKNOWN_LENGTH)
     context = context_of(model)
-    trained_at = model.config.trained_seq_len or options.get("seq_len")
-    seq_len = config.seq_len or min(trained_at or UNKNOWN_LENGTH, context)
-    if seq_len > context:
-        raise UserError(f"--seq_len {seq_len}: must be 1 to the model's context, {context}")
     documents_alone = options.get("document_attention", True)
     validation = Validation(texts, tokenizer, seq_len, config.max_tokens or 1 << 20, documents_alone)
     ranks = Ranks(0, 1, next(model.parameters()).device)
@@ -165,8 +188,8 @@ def _evaluate_texts(config: Config, loaded: Loaded, path: Path) -> None:
     if not math.isfinite(scores["val_loss"]):
         raise UserError(f"{folder}: its loss is {scores['val_loss']}: its weights are damaged or its dtype too narrow")
 
-    is_as_trained = ", as it was trained" if seq_len == trained_at else ""
-    print(f"  windows         {seq_len:,} tokens{is_as_trained}; the context is {context:,} (--seq_len)")
+    as_trained = ", as it was trained" if is_as_trained else ""
+    print(f"  windows         {seq_len:,} tokens{as_trained}; the context is {context:,} (--seq_len)")
     n_targets = int(validation.part.mask.sum())
     perplexity = math.exp(min(scores["val_loss"], 700))
     print(f"  documents       {validation.part.n_documents:,} ({n_targets:,} tokens)")
@@ -185,6 +208,16 @@ def _evaluate_texts(config: Config, loaded: Loaded, path: Path) -> None:
         print(f"  text alone      {nats:.4f} nats{bits}: each text by itself, without its end")
 
 
+def _length(config: Config, loaded: Loaded, unknown: int) -> tuple[int, bool]:
+    """The tokens of a window, and whether that is the length of training; `unknown`, at most, if that is not known."""
+    context = context_of(loaded.model)
+    trained_at = loaded.model.config.trained_seq_len or trained_with(loaded.folder).get("config", {}).get("seq_len")
+    seq_len = config.seq_len or min(trained_at or unknown, context)
+    if seq_len > context:
+        raise UserError(f"--seq_len {seq_len}: must be 1 to the model's context, {context}")
+    return seq_len, seq_len == trained_at
+
+
 def _read_texts(config: Config, tokenizer: Tokenizer, path: Path) -> TokenBins | TextTokens:
     """The validation split of a folder of token bins, or the texts of a file, tokenized."""
     if not (path.is_dir() and (path / "meta.json").is_file()):
@@ -201,3 +234,62 @@ def _read_texts(config: Config, tokenizer: Tokenizer, path: Path) -> TokenBins |
             "evaluate the text itself"
         )
     return bins
+
+
+# ---- benchmarks
+
+
+def _evaluate_tasks(config: Config, folder: Path) -> None:
+    """Print the shares of right answers to benchmarks, and write them down."""
+    # the questions, before anything is computed
+    if is_reward_model(folder):
+        raise UserError(f"--tasks {config.tasks}: needs a language model, and {folder} is a reward model")
+    benchmarks = {}
+    for name in _benchmarks_named(config.tasks):
+        try:
+            benchmarks[name] = read_tasks(name, Path(config.task_data), config.shots, config.limit)
+        except MissingError as problem:
+            if config.tasks != ALL:
+                raise
+            print(problem)
+    if not benchmarks:
+        raise UserError(f"--task_data {config.task_data}: holds no benchmark; see docs/evaluation.md")
+
+    # the model, and the longest input that it is given
+    loaded = load_model(config)
+    model, tokenizer, folder = loaded
+    max_len, is_as_trained = _length(config, loaded, context_of(model))
+    as_trained = ", as it was trained" if is_as_trained else ""
+    print(f"{folder} on benchmarks in {config.task_data}")
+    print(f"  longest input   {max_len:,} tokens{as_trained}; the context is {context_of(model):,} (--seq_len)")
+
+    # each task, remembered as soon as it is scored
+    out = None if config.out is None else Path(config.out)
+    done = benchmark_scores.Done(None, "")
+    if out is not None:
+        identity = f"{benchmark_scores.digest_of(model, tokenizer)} at {max_len}"
+        done = benchmark_scores.Done(out.with_name(f"{out.name}.done.jsonl"), identity)
+    asked = {}
+    for name, tasks in benchmarks.items():
+        asked[name] = []
+        for task in tasks:
+            scores = benchmark_scores.ask(model, tokenizer, task.questions, max_len, done)
+            values = benchmark_scores.values_of(task.questions, scores, BENCHMARKS[name].metrics)
+            asked[name].append((task, values))
+    results = benchmark_scores.results_of(asked, str(folder), config.limit, max_len)
+    print(benchmark_scores.table(results))
+    if out is not None:
+        write_json_atomically(out, results)
+
+
+def _benchmarks_named(tasks: str) -> list[str]:
+    """The names in --tasks, each once. Raises `UserError` for one that is no benchmark."""
+    if tasks == ALL:
+        return list(BENCHMARKS)
+    names = list(dict.fromkeys(name.strip() for name in tasks.split(",")))
+    for name in names:
+        if name not in BENCHMARKS:
+            near = difflib.get_close_matches(name, BENCHMARKS, 1)
+            hint = f"did you mean {near[0]}?" if near else f"choose of {', '.join(BENCHMARKS)}"
+            raise UserError(f"--tasks {tasks}: {name!r} is no benchmark; {hint}")
+    return names

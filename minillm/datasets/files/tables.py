@@ -2,7 +2,7 @@
 
 import csv
 import io
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -37,17 +37,18 @@ def parquet_rows(path: Path, column: str | None = None) -> Iterator[tuple[dict, 
         raise ValueError(f"not a whole parquet file ({str(error).splitlines()[0]})") from None
 
 
-def csv_rows(stream: BinaryIO, separator: str) -> Iterator[dict]:
-    """Each row of a .csv in UTF-8 as an object, by the names in its first line. Raises ValueError with the reason."""
+def csv_rows(stream: BinaryIO, separator: str, names: Sequence[str] | None = None) -> Iterator[dict]:
+    """Each row of a .csv in UTF-8 as an object, by the names in its first line. Raises ValueError with the reason.
+
+    names: those of the columns where the first line is a row already.
+    """
     csv.field_size_limit(LONGEST_FIELD)
     text = io.TextIOWrapper(stream, encoding="utf-8", newline="")
-    reader = csv.DictReader(text, delimiter=separator, strict=True, restkey="")
+    reader = csv.DictReader(text, names, delimiter=separator, strict=True, restkey="")
     try:
         for number, row in enumerate(reader, 1):
             if "" in row:
-                raise ValueError(
-                    f"row {number} has more fields than the {len(reader.fieldnames)} names in the first line"
-                )
+                raise ValueError(f"row {number} has more fields than the {len(reader.fieldnames)} names of columns")
             yield row
     except csv.Error as error:
         raise ValueError(f"after line {reader.line_num} comes no row of a .csv ({error})") from None

@@ -1,10 +1,14 @@
 import copy
+import json
 
 import numpy as np
 import pytest
 import torch
 
 from minillm.checkpoint import huggingface
+from minillm.evaluation import benchmark_scores
+from minillm.evaluation.benchmarks import BENCHMARKS
+from tests.minillm.evaluation.benchmark_rows import HUB, write_all, write_rows
 
 
 def numbers(out: str, *names: str) -> list[float]:
@@ -39,3 +43,40 @@ def test_a_loss_that_is_no_number_is_refused(home, call, tmp_path):
     huggingface.save_model(model, tmp_path)
     status, _, said = call("eval", "--model", str(tmp_path), "--data", "text.txt")
     assert status == 2 and "its loss is" in said.splitlines()[-1] and "weights are damaged" in said
+
+
+# ---- benchmarks
+
+
+def test_eval_asks_benchmarks_and_goes_on_from_what_is_known(home, call, monkeypatch):
+    write_all(home.path / "data" / "eval")
+    asked = ["eval", "--tasks", "all", "--out", "scores/all.json"]
+    status, out, _ = call(*asked)
+    assert status == 0 and "longest input   64 tokens; the context is 64" in out
+    results = json.loads((home.path / "scores" / "all.json").read_text())
+    assert results["n-samples"]["arc_easy"] == {"original": 3, "effective": 3}
+    assert set(results["groups"]) == {"mmlu", "cmmlu", "ceval-valid"}
+
+    # the second time nothing is computed
+    monkeypatch.setattr(benchmark_scores, "loglikelihoods", None)
+    assert call(*asked)[:2] == (0, out)
+    assert json.loads((home.path / "scores" / "all.json").read_text()) == results
+
+
+def test_benchmarks_without_files_are_named(home, call):
+    write_rows(home.path / "few" / "piqa" / "valid.jsonl", HUB["piqa"][1])
+    status, out, _ = call("eval", "--tasks", "all", "--task_data", "few", "--limit", "1")
+    assert status == 0 and out.count("put it there from https://") == len(BENCHMARKS) - 1
+    assert out.splitlines()[-1].split()[:5] == ["piqa", "0", "1", "acc_norm", out.splitlines()[-1].split()[4]]
+    refused = {
+        "--tasks piqa,hellaswag --task_data few": "hellaswag: no file of the split",
+        "--tasks hellaswg": "did you mean hellaswag?",
+        "--tasks all --task_data nowhere": "holds no benchmark",
+        "--tasks piqa --data text.txt": "the files of --tasks are in --task_data",
+        "--data text.txt --shots 5": "is about benchmarks; give --tasks",
+        "--tasks piqa --task_data few --seq_len 65": "must be 1 to the model's context, 64",
+        "--tasks piqa --max_tokens 5": "say --limit",
+    }
+    for words, message in refused.items():
+        status, _, said = call("eval", *words.split())
+        assert status == 2 and message in said, words

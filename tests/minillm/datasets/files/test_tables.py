@@ -75,7 +75,7 @@ def test_a_label_in_a_csv_is_read_by_its_text(tmp_path):
 @pytest.mark.parametrize(
     ("name", "data", "reason"),
     [
-        ("a.csv", b"instruction,output\n1,2,3\n", "row 1 has more fields than the 2 names in the first line"),
+        ("a.csv", b"instruction,output\n1,2,3\n", "row 1 has more fields than the 2 names of columns"),
         ("a.csv", b"text\nabc\n", "row 1: its keys are text; known are messages"),
         ("a.csv", b'instruction,output\n1,"2', "after line 1 comes no row of a .csv (unexpected end of data)"),
         ("a.csv", b"", "nothing left to learn from (0 rows"),

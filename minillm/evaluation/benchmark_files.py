@@ -1,0 +1,155 @@
+"""The files of benchmarks: one folder a benchmark, in it the files as they are published, in any folders.
+
+data/eval/arc_easy/ARC-Easy-Test.jsonl                      the file's name says its split
+data/eval/hellaswag/data/validation-00000-of-00001.parquet
+data/eval/cmmlu/test/agronomy.csv                           or its folder does; each file is a subject
+data/eval/mmlu/anatomy/test-00000-of-00001.parquet          or a subject is a folder
+"""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from minillm.base.errors import MissingError, UserError
+from minillm.datasets.files import json_rows, tables
+from minillm.evaluation.benchmarks import BENCHMARKS, Benchmark, Question
+from minillm.evaluation.loglikelihood import Request
+
+KINDS = (".jsonl", ".json", ".csv", ".parquet", ".jsonl.gz", ".json.gz")
+SHARD = re.compile(r"-\d{5}-of-\d{5}$")  # the part of a split in a file's name, from Hugging Face
+
+
+class Task(NamedTuple):
+    """A benchmark, or one subject of it, as it is asked. name: such as mmlu_anatomy. n_all: questions in its files."""
+
+    name: str
+    questions: list[Question]
+    shots: int
+    n_all: int
+
+
+def read_tasks(name: str, folder: Path, shots: int | None, limit: int | None) -> list[Task]:
+    """The tasks of a benchmark: one for each subject, or one. folder: where the folders of all benchmarks are.
+
+    shots: examples before each question, the first of their split; None: what is usual. limit: questions of each
+    task, the first. Raises `MissingError` where there is no file, `UserError` for all that is wrong in one.
+    """
+    benchmark = BENCHMARKS[name]
+    shots = benchmark.shots if shots is None else shots
+    tested = _files_of_split(benchmark, folder / name, benchmark.tested)
+    if not tested:
+        raise MissingError(
+            f"{name}: no file of the split {' or '.join(benchmark.tested)} in {folder / name}; "
+            f"put it there from {benchmark.source}"
+        )
+    shown = _files_of_split(benchmark, folder / name, benchmark.shown) if shots else {}
+    tasks = []
+    for subject, files in tested.items():
+        introduction = benchmark.introduction
+        if benchmark.subjects:
+            introduction = introduction.format(benchmark.subjects(subject))
+        examples = _questions(benchmark, shown.get(subject, []))[:shots]
+        if len(examples) < shots:
+            raise UserError(
+                f"{name}: {len(examples)} examples in files of the split {' or '.join(benchmark.shown)}"
+                f"{f' of {subject}' if subject else ''}, but --shots {shots}; ask for fewer or add the file"
+            )
+        before = introduction + "".join(f"{example.example}\n\n" for example in examples)
+        questions = _questions(benchmark, files)
+        if not questions:
+            raise UserError(f"{files[0]}: holds no question")
+        asked = [_after(before, question) for question in questions[:limit]]
+        tasks.append(Task(f"{name}_{subject}" if subject else name, asked, shots, len(questions)))
+    return tasks
+
+
+def _after(before: str, question: Question) -> Question:
+    """The question with the introduction and the examples before it."""
+    requests = [Request(before + context, continuation) for context, continuation in question.requests]
+    return question._replace(requests=requests)
+
+
+# ---- which files
+
+
+def _files_of_split(benchmark: Benchmark, folder: Path, splits: Sequence[str]) -> dict[str, list[Path]]:
+    """The files of the first of these splits that has some, by subject ("" where the benchmark has none)."""
+    files = sorted(path for path in folder.rglob("*") if path.name.lower().endswith(KINDS))
+    for split in splits:
+        found: dict[str, list[Path]] = {}
+        for path in files:
+            subject = _subject_in(path.relative_to(folder), split)
+            if subject is not None:
+                found.setdefault(subject if benchmark.subjects else "", []).append(path)
+        for subject, paths in found.items():
+            shards = [path for path in paths if SHARD.search(_stem(path))]
+            if len(paths) > 1 and (len(shards) < len(paths) or len({path.parent for path in paths}) > 1):
+                names = ", ".join(str(path.relative_to(folder)) for path in paths)
+                raise UserError(
+                    f"{folder}: {names} all seem to be the split {split} {subject}; leave one of them there"
+                )
+        if found:
+            return found
+    return {}
+
+
+def _subject_in(path: Path, split: str) -> str | None:
+    """The subject that a file of this split is about, by its name or its folder's; None for one of another split.
+
+    anatomy_test.csv, test/anatomy.csv and anatomy/test-00000-of-00001.parquet are about anatomy.
+    """
+    stem = SHARD.sub("", _stem(path))
+    words = [word.lower() for word in re.split(r"[^A-Za-z0-9]+", stem)]
+    folder = path.parent.name
+    if split in words:
+        name = re.sub(rf"[-_.]?{split}$", "", stem, flags=re.IGNORECASE)
+        return name or folder
+    return stem if folder.lower() == split else None
+
+
+def _stem(path: Path) -> str:
+    """A file's name without the ends that say its kind."""
+    return path.name.removesuffix(".gz").rpartition(".")[0]
+
+
+# ---- what is in them
+
+
+def _questions(benchmark: Benchmark, files: Sequence[Path]) -> list[Question]:
+    """The questions of all rows of some files. Raises `UserError` with the file and the row."""
+    questions = []
+    for path in files:
+        rows = _rows(path, benchmark.columns)
+        labels = _labels_beside(path)
+        if labels and len(labels) != len(rows):
+            raise UserError(f"{path}: {len(rows)} rows, but {len(labels)} labels in the file beside it")
+        for number, row in enumerate(rows, 1):
+            try:
+                if not isinstance(row, dict):
+                    raise UserError("no object with names")
+                questions.append(benchmark.question({**row, "label": labels[number - 1]} if labels else row))
+            except UserError as problem:
+                raise UserError(f"{path}, row {number}: {problem}") from None
+    return questions
+
+
+def _rows(path: Path, columns: tuple[str, ...] | None) -> list[dict]:
+    """The rows of a file. columns: the names of those of a CSV whose first line is a row already."""
+    if columns and path.suffix == ".csv":
+        with json_rows.naming_file(path), path.open("rb") as file:
+            return list(tables.csv_rows(json_rows.unpacked(file), ",", columns))
+    rows = []
+    with json_rows.open_rows(path) as file:
+        for number, _, line in json_rows.numbered_lines(file):
+            try:
+                rows.append(json_rows.parse_line(line))
+            except UserError as problem:
+                raise UserError(f"{path}, row {number}: {problem}") from None
+    return rows
+
+
+def _labels_beside(path: Path) -> list[str]:
+    """The right choices that PIQA publishes in a file of their own: valid.jsonl and valid-labels.lst."""
+    file = path.with_name(f"{_stem(path)}-labels.lst")
+    return file.read_text(encoding="utf-8").split() if file.is_file() else []

@@ -1,0 +1,122 @@
+import json
+import math
+
+import pytest
+
+from minillm.evaluation import benchmark_scores
+from minillm.evaluation.benchmark_files import Task, read_tasks
+from minillm.evaluation.benchmark_scores import Done, ask, pooled, results_of, table, values_of
+from minillm.evaluation.benchmarks import Question
+from minillm.evaluation.loglikelihood import Request, Score
+from tests.minillm.evaluation.benchmark_rows import write_all
+
+LONG = Question([Request("c", " a"), Request("c", " bcdefghi")], [1, 8], 1)
+
+
+def scores(*nats: float) -> list[Score]:
+    return [Score(n, False) for n in nats]
+
+
+def test_acc_takes_the_sum_and_acc_norm_the_mean_per_character():
+    given = [scores(-3, -8), scores(-3, -2), scores(-0.5, -8)]
+    values = values_of([LONG] * 3, given, ("acc", "acc_norm"))
+    assert values["acc"][0] == pytest.approx(1 / 3)
+    assert values["acc_norm"][0] == pytest.approx(2 / 3)
+    # three values 0, 0, 1: variance 1/3 (n − 1 below), over n
+    assert values["acc"][1] == pytest.approx(math.sqrt(1 / 3 / 3))
+
+
+def test_of_equal_choices_the_first_is_taken():
+    assert values_of([LONG], [scores(-2, -2)], ("acc",))["acc"][0] == 0
+
+
+def test_a_single_question_has_no_standard_error():
+    value, error = values_of([LONG], [scores(-2, -1)], ("acc",))["acc"]
+    assert value == 1 and math.isnan(error)
+
+
+def test_last_words_count_if_they_are_greedy():
+    word = Question([Request("c", " w")], [1])
+    given = [[Score(-1.0, True)], [Score(-3.0, False)]]
+    values = values_of([word] * 2, given, ("perplexity", "acc"))
+    assert values["acc"][0] == 0.5
+    assert values["perplexity"] == pytest.approx((math.exp(2), math.exp(2) * 1.0))
+
+
+def test_subjects_are_weighted_by_their_questions():
+    """Pooled by the formula from all single values: the variances inside each subject."""
+    first = values_of([LONG] * 4, [scores(-3, -2)] * 3 + [scores(-1, -2)], ("acc",))
+    second = values_of([LONG] * 2, [scores(-1, -2), scores(-3, -2)], ("acc",))
+    value, error = pooled([first, second], [4, 2])["acc"]
+    assert value == pytest.approx(4 / 6)
+    inside = 3 * 0.25**2 + 0.75**2 + 2 * 0.5**2
+    assert error == pytest.approx(math.sqrt(inside / (6 - 2) / 6))
+
+
+def test_the_results_have_the_form_of_the_harness():
+    task = Task("ceval_law", [LONG] * 2, 5, 9)
+    values = values_of(task.questions, [scores(-3, -2), scores(-1, -2)], ("acc",))
+    results = results_of({"ceval": [(task, values)]}, "out/mine", 2, 64)
+    entry = {"alias": "ceval-valid_law", "acc,none": 0.5, "acc_stderr,none": 0.5}
+    assert results["results"]["ceval-valid_law"] == entry
+    assert results["groups"]["ceval-valid"]["acc,none"] == 0.5
+    assert results["group_subtasks"] == {"ceval-valid": ["ceval-valid_law"]}
+    assert results["n-samples"]["ceval-valid_law"] == {"original": 9, "effective": 2}
+    lines = table(results).splitlines()
+    assert len(lines) == 3 and lines[1].split() == ["ceval-valid_law", "5", "2", "acc", "0.5", "±", "0.5"]
+
+
+# ---- what is known already
+
+
+def flat(of_all: list[list[Score]]) -> list[float]:
+    return [score.nats for of_question in of_all for score in of_question]
+
+
+@pytest.fixture
+def questions(tmp_path) -> list[Question]:
+    (task,) = read_tasks("arc_easy", write_all(tmp_path / "eval"), 0, None)
+    return task.questions
+
+
+def counted(monkeypatch) -> list[int]:
+    """The numbers of requests that go to the model from here on."""
+    asked = []
+    plain = benchmark_scores.loglikelihoods
+    monkeypatch.setattr(benchmark_scores, "loglikelihoods", lambda *args: asked.append(len(args[2])) or plain(*args))
+    return asked
+
+
+def test_a_stopped_evaluation_goes_on(home, questions, tmp_path, monkeypatch):
+    monkeypatch.setattr(benchmark_scores, "QUESTIONS_AT_ONCE", 2)
+    file = tmp_path / "done.jsonl"
+    whole = flat(ask(home.model, home.tokenizer, questions, 64, Done(None, "m")))
+    ask(home.model, home.tokenizer, questions[:2], 64, Done(file, "m"))
+    with file.open("ab") as stream:
+        stream.write(b'{"digest": "cut')  # killed while it wrote
+    asked = counted(monkeypatch)
+    assert flat(ask(home.model, home.tokenizer, questions, 64, Done(file, "m"))) == pytest.approx(whole, abs=1e-4)
+    assert asked == [3]  # the choices of the third question
+    asked.clear()
+    assert flat(ask(home.model, home.tokenizer, questions, 64, Done(file, "m"))) == pytest.approx(whole, abs=1e-4)
+    assert not asked
+
+
+def test_scores_of_another_model_or_of_other_texts_are_not_taken(home, questions, tmp_path, monkeypatch):
+    file = tmp_path / "done.jsonl"
+    ask(home.model, home.tokenizer, questions, 64, Done(file, "m"))
+    asked = counted(monkeypatch)
+    ask(home.model, home.tokenizer, questions, 64, Done(file, "another"))
+    changed = questions[0]._replace(requests=[Request("other", choice) for _, choice in questions[0].requests])
+    ask(home.model, home.tokenizer, [changed], 64, Done(file, "m"))
+    assert asked == [10, 3]
+
+
+def test_the_digest_of_a_model_is_that_of_its_weights(home):
+    before = benchmark_scores.digest_of(home.model, home.tokenizer)
+    assert before == benchmark_scores.digest_of(home.model, home.tokenizer)
+    weight = home.model.norm.weight.data
+    weight[0] += 1
+    changed = benchmark_scores.digest_of(home.model, home.tokenizer)
+    weight[0] -= 1
+    assert changed != before and json.dumps(before)
