@@ -228,13 +228,16 @@ class Step(NamedTuple):
                     yield replace(work, recompute=True)
 
     def layouts(self, n_gpus: int, per_host: int) -> Iterator[Layout]:
-        """The layouts that model and batch allow: tensor parallelism stays inside a host, and divides heads and MLP."""
+        """The layouts that model and batch allow: tensor parallelism stays inside a host, and divides heads and MLP.
+
+        Rows of a model with learned positions are not divided.
+        """
         shape = self.shape
         for tp in divisors(n_gpus):
             if tp > per_host or shape.n_kv_heads % tp or shape.ffn_dim % tp:
                 continue
             for cp in divisors(n_gpus // tp):
-                if self.seq_len % (cp * tp):
+                if self.seq_len % (cp * tp) or (cp * tp > 1 and shape.positions == "learned"):
                     continue
                 n_data = n_gpus // (tp * cp)  # ranks that read sequences of their own
                 if self.batch_size % n_data == 0:

@@ -1,5 +1,6 @@
 """The table of layouts: what is in it, in which order, and what is refused."""
 
+import dataclasses
 import json
 import math
 import re
@@ -76,6 +77,8 @@ def test_tensor_parallelism_divides_heads_and_stays_inside_a_host():
     assert {layout.cp for layout in found if layout.tp == 1} == {1, 2, 3, 4, 6, 8, 12, 24}
     odd = plan.Step(step.shape, 50, 24, muon=False)
     assert {layout.cp for layout in odd.layouts(24, per_host=4)} == {1, 2}  # 50 tokens in equal parts
+    learned = plan.Step(dataclasses.replace(step.shape, positions="learned"), 144, 24, muon=False)
+    assert {(layout.cp, layout.tp) for layout in learned.layouts(24, per_host=4)} == {(1, 1)}
     assert Layout(24, 1, 1, 1) in found and all(layout.n_gpus == 24 for layout in found)
 
 
