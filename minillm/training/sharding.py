@@ -10,7 +10,7 @@ from minillm.base import files
 from minillm.base.device import pick_dtype
 from minillm.base.errors import UserError
 from minillm.checkpoint import huggingface
-from minillm.distributed import shards
+from minillm.distributed import rows, shards
 from minillm.distributed.layout import Layout, check_layout, choose_shard, read_shard
 from minillm.distributed.parallelize import shard_model
 from minillm.distributed.ranks import Ranks, world_size
@@ -45,6 +45,7 @@ def choose_layout(training_config, model_config: ModelConfig, ranks: Ranks):
         shard = _shard_with_room(training_config, model_config, ranks)
         layout = dataclasses.replace(layout, shard=shard)
     _refuse_unsupported(training_config, layout)
+    rows.check_shape(layout, model_config)
     _check_rows_fit(training_config, model_config, layout)
     memory.check_memory(training_config, model_config, ranks.device, layout.holders)
     return dataclasses.replace(training_config, shard=str(layout.shard))

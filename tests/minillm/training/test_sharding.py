@@ -260,6 +260,7 @@ def test_stacked_matrices_are_orthogonalized_one_by_one(tmp_path, world):
         (2, dict(tensor_parallel=2, tune="lora"), "--tune lora: is not supported"),
         (2, dict(context_parallel=2, tune="prefix"), "--tune prefix: is not supported"),
         (2, dict(shard="2", tune="prompt"), "--tune prompt: is not supported"),
+        (4, dict(tensor_parallel=4), "--tensor_parallel 4: does not divide the model's n_kv_heads 2"),
         (
             4,
             dict(context_parallel=4, seq_len=62, max_seq_len=62),
