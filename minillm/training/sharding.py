@@ -101,7 +101,7 @@ def refuse_division(training_config, may_shard: bool) -> None:
 
 
 def _shard_with_room(training_config, model_config: ModelConfig, ranks: Ranks) -> int:
-    """What --shard auto is."""
+    """What --shard auto is: the same on all ranks, whose machines may have unequal memory or numbers of ranks."""
     if training_config.base_bits is not None:  # a quantized base stays whole on every rank
         return 1
     n_bytes = sum(memory.weights(model_config).values())
@@ -111,7 +111,8 @@ def _shard_with_room(training_config, model_config: ModelConfig, ranks: Ranks) -
         room = STATE_SHARE * torch.cuda.get_device_properties(ranks.device).total_memory
     else:
         room = files.memory_bytes() / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    return choose_shard(n_bytes, int(min(room, 1 << 60)), ranks.row_ranks, ranks.world)
+    least = -ranks.max(-int(min(room, 1 << 60)))
+    return ranks.max(choose_shard(n_bytes, least, ranks.row_ranks, ranks.world))
 
 
 def shard(training_config, model: Transformer, ranks: Ranks) -> None:

@@ -5,6 +5,7 @@ Weights are not compared: where a gradient is nearly 0, AdamW turns its rounding
 
 import contextlib
 import dataclasses
+import os
 from pathlib import Path
 
 import pytest
@@ -26,7 +27,9 @@ from minillm.distributed.rows import check_shape
 from minillm.evaluation.validation import shared_loss
 from minillm.generation.completion import generate
 from minillm.generation.sampling import GREEDY
+from minillm.model import memory
 from minillm.model.config import ModelConfig
+from minillm.model.size import n_parameters
 from minillm.model.transformer import Transformer
 from minillm.training import sharding, starting_model
 from minillm.training.optim import Muon, build_optimizers
@@ -287,6 +290,20 @@ def test_what_cannot_be_divided_so_is_refused_by_name(world, asked, message):
 def test_shapes_that_ranks_cannot_divide_are_refused(change, message):
     with pytest.raises(UserError, match=message):
         check_shape(Layout(tensor=4), dataclasses.replace(SHAPE, **dict(n_kv_heads=4) | change))
+
+
+def _choose_by_own_memory(rank: int) -> str:
+    """What --shard auto is where rank 0 has room for all, and rank 1, of a machine with two ranks, for little."""
+    n_bytes = sum(memory.weights(SHAPE).values()) + sum(memory.optimizer_state(n_parameters(SHAPE)).values())
+    room = (2 * n_bytes, 0.6 * n_bytes)[rank]
+    os.environ["LOCAL_WORLD_SIZE"] = ("1", "2")[rank]
+    sharding.files.memory_bytes = lambda: room * (rank + 1)
+    return sharding.choose_layout(options(shard="auto", max_seq_len=64), SHAPE, Ranks(rank, 2, CPU)).shard
+
+
+@pytest.mark.slow
+def test_auto_is_the_same_on_ranks_with_unequal_memory(tmp_path):
+    assert on_ranks(2, tmp_path, _choose_by_own_memory) == ["2", "2"]
 
 
 def test_auto_takes_the_ranks_of_a_machine_once_one_has_no_room(monkeypatch):
