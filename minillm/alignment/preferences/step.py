@@ -24,6 +24,7 @@ from minillm.alignment.reference import Reference
 from minillm.datasets.batch import Batch
 from minillm.datasets.instructions import collate
 from minillm.datasets.preferences import Answers, PreferenceRows
+from minillm.distributed.shards import is_sharded_model
 from minillm.model.transformer import Transformer
 
 
@@ -193,11 +194,14 @@ def summed_u_of_mismatched(
                 texts.append((prompt, other_answer))
                 break
     texts = [(prompt, answer) for prompt, answer in texts if len(prompt) + len(answer) <= rows.seq_len + 1]
-    if not texts:
+    if not texts and not is_sharded_model(model):
         return 0.0, 0
-    batch = _as_batch(texts, rows).to(model.norm.weight.device)
+
+    # shards gather weights from all ranks: one with nothing to compare makes the passes too, over a row of its own
+    batch = _as_batch(texts, rows) if texts else rows.batch(positions[:1]).batch
+    batch = batch.to(model.norm.weight.device)
     u = answer_log_probs(model, batch).sum(1) - reference.log_probs(batch).sum(1)  # (n,)
-    return float(u.sum()), len(u)
+    return (float(u.sum()), len(u)) if texts else (0.0, 0)
 
 
 def z_of(sum_u: float, count: float, device: torch.device) -> Tensor:
