@@ -125,12 +125,15 @@ class Diloco:
     def __init__(
         self, model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], ranks: Ranks, *, lr: float, momentum: float
     ):
-        """model: with equal weights on every rank. optimizers: this worker's own, which have taken no step yet."""
+        """model: every worker begins with rank 0's weights. optimizers: this worker's own, which have taken no step."""
         self.ranks = ranks
         self.lr = lr
         self.momentum = momentum
         self.optimizers = optimizers
         self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        if ranks.world > 1:
+            for parameter in self.trained.values():  # another torch may have drawn others by the same seed
+                dist.broadcast(parameter.detach(), src=0)
         self.common = {name: p.detach().clone() for name, p in self.trained.items()}
         self.moments = {name: torch.zeros_like(p) for name, p in self.trained.items()}
         self.counts: list[tuple[Tensor, Tensor]] = []  # of steps: where the optimizer keeps it, where it is saved from

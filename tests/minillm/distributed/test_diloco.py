@@ -110,6 +110,23 @@ def test_an_exchange_in_every_step_of_plain_descent_is_data_parallelism(tmp_path
     on_ranks(2, tmp_path, plain_gradient_descent)
 
 
+def with_own_first_weights(rank: int) -> dict[str, torch.Tensor]:
+    """The weights after an exchange of workers that began with different ones, such as two releases of torch draw."""
+    model = Small()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += rank
+    inner = build_optimizers(model, "adamw", lr=0.02, weight_decay=0.1)
+    Diloco(model, inner, these_ranks(), lr=0.7, momentum=0.9).exchange()
+    return {name: p.detach() for name, p in model.named_parameters()}
+
+
+def test_all_workers_begin_with_the_weights_of_the_first(tmp_path):
+    for weights in on_ranks(3, tmp_path, with_own_first_weights):
+        for name, weight in Small().named_parameters():
+            assert torch.equal(weights[name], weight)
+
+
 def in_small_groups(rank: int) -> None:
     """How many numbers are sent at once does not matter, and the groups hold every parameter once."""
     diloco.MOST_AT_ONCE = 20
