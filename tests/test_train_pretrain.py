@@ -18,6 +18,7 @@ from minillm.base.errors import UserError
 from minillm.base.options import declared
 from minillm.datasets.token_bins import TokenBins
 from minillm.datasets.windows import TokenWindows
+from minillm.distributed.ranks import Ranks
 from minillm.model.config import ModelConfig
 from minillm.model.transformer import Transformer
 from minillm.tokenizer.tokenizer import Tokenizer
@@ -266,9 +267,10 @@ def test_a_continued_run_needs_the_model_it_began_from_no_more(folder, straight)
     shutil.copytree(folder / "grown" / "step-00000003", branch / "step-00000003")
     train(folder, "branch", f"{more} --steps 4")
     assert launch.tensors(branch, 4) == launch.tensors(folder / "grown", 4)
+    alone = Ranks(0, 1, torch.device("cpu"))
     for out, tune in (("grown", "lora"), ("new", "full")):
         with pytest.raises(UserError, match=f"{base}: no such folder"):
-            starting_model.find_init(Config(out=str(folder / out), init_from=str(base), tune=tune))
+            starting_model.find_init(Config(out=str(folder / out), init_from=str(base), tune=tune), alone)
 
 
 def test_a_model_whose_tokenizer_is_not_read_goes_on_with_ids_alone(folder, straight):

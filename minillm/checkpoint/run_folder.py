@@ -12,6 +12,7 @@ There is no "latest" pointer: the newest folder whose manifest verifies is the l
 import os
 import re
 import shutil
+import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +20,7 @@ from pathlib import Path
 from minillm.base import files
 from minillm.base.errors import UserError
 from minillm.base.printing import LONGEST_LINE, clipped
+from minillm.distributed.hosts import differences, place_on_host
 from minillm.distributed.ranks import Ranks
 
 STEP = re.compile(r"step-(\d+)")  # the name of a checkpoint's folder
@@ -43,11 +45,14 @@ def step_folders(run: str | Path) -> list[Path]:
     return sorted(folders, key=step_of)
 
 
-def newest_checkpoint(run: str | Path, log: Callable[[str], None] = print, ranks: Ranks | None = None) -> Path | None:
+def newest_checkpoint(
+    run: str | Path, log: Callable[[str], None] = print, ranks: Ranks | None = None, copies: bool = False
+) -> Path | None:
     """The newest checkpoint of a run that verifies; None if the run has none.
 
     Logs what is wrong with each broken one it skips. ranks: those who call this together, and read a part each; all
-    take the folders that rank 0 sees, and it logs. Raises `UserError` if there are checkpoints but none is whole:
+    take the folders that rank 0 sees, and it logs. copies: each machine may have a copy of its own, so the ranks of
+    each read all of it. Raises `UserError` if there are checkpoints but none is whole:
     whether to start over in their place is for a person to decide.
     """
     folders = step_folders(run)
@@ -55,7 +60,7 @@ def newest_checkpoint(run: str | Path, log: Callable[[str], None] = print, ranks
         names = ranks.exchange([folder.name for folder in folders])[0]
         folders = [Path(run) / name for name in names]
     for folder in reversed(folders):
-        problems = _problems_of(folder, ranks)
+        problems = _problems_of(folder, ranks, copies)
         if not problems:
             return folder
         if ranks is None or ranks.main:
@@ -67,13 +72,35 @@ def newest_checkpoint(run: str | Path, log: Callable[[str], None] = print, ranks
     return None
 
 
-def _problems_of(folder: Path, ranks: Ranks | None) -> list[str]:
-    """What is wrong with a checkpoint, of which each rank reads a part; the same lines on every rank."""
-    if ranks is None:
+def _problems_of(folder: Path, ranks: Ranks | None, copies: bool) -> list[str]:
+    """What is wrong with a checkpoint, of which each rank reads a part; the same lines on every rank.
+
+    copies: as `newest_checkpoint` takes it; a line then names the machine.
+    """
+    if ranks is None or ranks.world == 1:
         return files.verify_folder(folder)
     files.wait_for(folder)
-    of_ranks = ranks.exchange(files.verify_folder(folder, ranks.rank, ranks.world))
+    if copies:
+        problems = files.verify_folder(folder, *place_on_host())
+        problems = [f"{problem} on {socket.gethostname()}" for problem in problems]
+    else:
+        problems = files.verify_folder(folder, ranks.rank, ranks.world)
+    of_ranks = ranks.exchange(problems)
     return list(dict.fromkeys(problem for problems in of_ranks for problem in problems))
+
+
+def _check_copies(folder: Path, ranks: Ranks | None) -> None:
+    """Raise `UserError` on every rank unless all see a folder with the same manifest there, or all without one."""
+    if ranks is None:
+        return
+    manifest = folder / files.MANIFEST
+    if manifest.exists():
+        seen = f"manifest {files.sha256(manifest)[:12]}"
+    else:
+        seen = "no manifest" if folder.is_dir() else "no folder"
+    lines = differences(ranks, {str(folder): seen})
+    if lines:
+        raise UserError(f"the machines hold different copies ({'; '.join(lines)}): copy the same to all of them")
 
 
 def earlier_start(run: str | Path) -> str:
@@ -87,20 +114,22 @@ def earlier_start(run: str | Path) -> str:
 def resolve_checkpoint(path: str | Path, log: Callable[[str], None] = print, ranks: Ranks | None = None) -> Path:
     """The model folder that `path` means: itself, or a run's newest checkpoint.
 
-    ranks: those who call this together, and read a part each. Raises `UserError` if there is none, or if it has a
-    manifest and does not verify.
+    ranks: those who call this together; the ranks of a machine read a part each of what may be a copy of its own.
+    Raises `UserError` if there is none, if it has a manifest and does not verify, or if it is not the same everywhere.
     """
     path = Path(path)
+    _check_copies(path, ranks)
     if path.is_file():
         raise UserError(f"{path}: a file and no folder; python -m minillm import makes one of a .gguf or .bin")
     if not path.is_dir():
         raise UserError(f"{path}: no such folder; give a run, a checkpoint or a Hugging Face model folder")
     if (path / files.MANIFEST).exists():
-        problems = _problems_of(path, ranks)
+        problems = _problems_of(path, ranks, copies=True)
         if problems:
             raise UserError(f"{path}: damaged: {'; '.join(problems)}; give the checkpoint before it, or the run")
         return path
-    if newest := newest_checkpoint(path, log, ranks):
+    if newest := newest_checkpoint(path, log, ranks, copies=True):
+        _check_copies(newest, ranks)
         return newest
     if not any((path / name).exists() for name in ("config.json", "adapter_config.json")):
         raise UserError(f"{path}: holds no checkpoint and no config.json; give a run or a model folder")

@@ -17,6 +17,13 @@ def first_on_host() -> bool:
     return int(os.environ.get("LOCAL_RANK", 0)) == 0
 
 
+def place_on_host() -> tuple[int, int]:
+    """Which process of its machine this one is, of how many, by torchrun's numbers; without them it counts as alone."""
+    if "LOCAL_WORLD_SIZE" not in os.environ:
+        return 0, 1
+    return int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
+
+
 def once_a_host(ranks: Ranks, work: Callable[[], object]) -> None:
     """Do what writes files on each machine that has a disk of its own: `work` does nothing where they lie already.
 

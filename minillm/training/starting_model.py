@@ -9,6 +9,7 @@ import torch
 from minillm.base.errors import UserError
 from minillm.checkpoint import huggingface, run_folder, train_state
 from minillm.datasets.token_bins import parse_mixture
+from minillm.distributed.hosts import differences
 from minillm.distributed.ranks import Ranks
 from minillm.distributed.shards import whole_shape
 from minillm.model import size
@@ -77,21 +78,32 @@ def find_start(
     return training_config, Start(init, model_config, tokenizer)
 
 
-def find_init(training_config, ranks: Ranks | None = None) -> Path | None:
-    """The model folder of --init_from, checked by all ranks together, a part each; None without one.
+def find_init(training_config, ranks: Ranks) -> Path | None:
+    """The model folder of --init_from, checked by all ranks together; None without one.
 
     If it is gone, a run that started from it and trains all weights takes shape and tokenizer from its own checkpoint.
+    Raises `UserError` on every rank if machines hold different ones.
     """
     if not training_config.init_from:
         return None
-    has_own_weights = training_config.tune == "full" and run_folder.step_folders(training_config.out)
-    if has_own_weights and init_is_gone(training_config):
+    n_own, is_there = ranks.maxima(  # alike on all ranks
+        len(run_folder.step_folders(training_config.out)), int(not init_is_gone(training_config))
+    )
+    if training_config.tune == "full" and n_own and not is_there:
         # `Run` reports the broken ones
         own = run_folder.resolve_checkpoint(training_config.out, log=lambda line: None, ranks=ranks)
         started_from = train_state.read_state(own).get("config", {}).get("init_from")
         if started_from == training_config.init_from:
             return own
-    return run_folder.resolve_checkpoint(training_config.init_from, ranks=ranks)
+    init = run_folder.resolve_checkpoint(training_config.init_from, ranks=ranks)
+    if ranks.world > 1:
+        lines = differences(ranks, {"weights": folders.base_sha256(init)[:12]})
+        if lines:
+            raise UserError(
+                f"--init_from {training_config.init_from}: the machines hold different models ({'; '.join(lines)}): "
+                "copy the same to all of them"
+            )
+    return init
 
 
 def init_is_gone(training_config) -> bool:
