@@ -34,6 +34,7 @@ from minillm.evaluation.benchmark_files import read_tasks
 from minillm.evaluation.benchmarks import BENCHMARKS
 from minillm.evaluation.rolling import text_batches
 from minillm.evaluation.validation import TextTokens, Validation, read_text, token_loss
+from minillm.evaluation.worked_answers import room_for_prompt
 from minillm.generation import load
 from minillm.generation.load import Loaded
 from minillm.tokenizer.measure import check_round_trip
@@ -263,6 +264,16 @@ def _evaluate_tasks(config: Config, folder: Path) -> None:
     print(f"{folder} on benchmarks in {config.task_data}")
     print(f"  longest input   {max_len:,} tokens{as_trained}; the context is {context_of(model):,} (--seq_len)")
 
+    # a model may be too short for answers in words
+    for name in [name for name in benchmarks if BENCHMARKS[name].in_words]:
+        try:
+            room_for_prompt(max_len)
+        except UserError as problem:
+            if config.tasks != ALL:
+                raise UserError(f"{name}: {problem}") from None
+            print(f"{name}: left out: {problem}")
+            del benchmarks[name]
+
     # each task, remembered as soon as it is scored
     out = None if config.out is None else Path(config.out)
     done = benchmark_scores.Done(None, "")
@@ -273,8 +284,8 @@ def _evaluate_tasks(config: Config, folder: Path) -> None:
     for name, tasks in benchmarks.items():
         asked[name] = []
         for task in tasks:
-            scores = benchmark_scores.ask(model, tokenizer, task.questions, max_len, done)
-            values = benchmark_scores.values_of(task.questions, scores, BENCHMARKS[name].metrics)
+            scores = benchmark_scores.ask(model, tokenizer, task, max_len, done)
+            values = benchmark_scores.values_of(task.questions, scores, task.benchmark.metrics)
             asked[name].append((task, values))
     results = benchmark_scores.results_of(asked, str(folder), config.limit, max_len)
     print(benchmark_scores.table(results))

@@ -24,6 +24,7 @@ class Task(NamedTuple):
     """A benchmark, or one subject of it, as it is asked. name: such as mmlu_anatomy. n_all: questions in its files."""
 
     name: str
+    benchmark: Benchmark
     questions: list[Question]
     shots: int
     n_all: int
@@ -60,7 +61,7 @@ def read_tasks(name: str, folder: Path, shots: int | None, limit: int | None) ->
         if not questions:
             raise UserError(f"{files[0]}: holds no question")
         asked = [_after(before, question) for question in questions[:limit]]
-        tasks.append(Task(f"{name}_{subject}" if subject else name, asked, shots, len(questions)))
+        tasks.append(Task(f"{name}_{subject}" if subject else name, benchmark, asked, shots, len(questions)))
     return tasks
 
 

@@ -1,7 +1,8 @@
 """Asking a model the questions of benchmarks, and the shares that it gets right, each with its standard error.
 
 A choice is taken for its log-likelihood: acc takes the largest, acc_norm the largest per character of the choice. For
-LAMBADA's last words acc counts those of likeliest ids, and perplexity is e to the mean of −ln p.
+LAMBADA's last words acc counts those of likeliest ids, and perplexity is e to the mean of −ln p. Where the model writes
+its answer, exact_match compares the number in it.
 """
 
 import hashlib
@@ -17,6 +18,7 @@ from minillm.base.files import open_own
 from minillm.evaluation.benchmark_files import Task
 from minillm.evaluation.benchmarks import BENCHMARKS, Question
 from minillm.evaluation.loglikelihood import Request, Score, loglikelihoods
+from minillm.evaluation.worked_answers import continued, last_number, marked_number, same_number
 from minillm.model.transformer import Transformer
 from minillm.tokenizer.tokenizer import Tokenizer
 
@@ -35,7 +37,7 @@ class Done:
     def __init__(self, path: Path | None, model: str):
         """path: None keeps nothing. model: a text that names the model and how it is read."""
         self.model = model
-        self.scores: dict[str, list[Score]] = {}
+        self.known: dict[str, list] = {}  # by digest: the scores of all requests, or a single text
         self.file = None
         if path is None:
             return
@@ -44,22 +46,30 @@ class Done:
         for line in self.file.read().split(b"\n"):
             try:
                 row = json.loads(line)
-                scores = [Score(float(nats), bool(is_greedy)) for nats, is_greedy in row["scores"]]
-                self.scores[row["digest"]] = scores
+                self.known[row["digest"]] = [_outcome(value) for value in row["outcomes"]]
             except (ValueError, TypeError, KeyError):  # the last line of one that was killed
                 continue
 
     def digest(self, question: Question) -> str:
         return hashlib.sha256(json.dumps([self.model, question.requests]).encode()).hexdigest()
 
-    def add(self, questions: Sequence[Question], scores: Sequence[list[Score]]) -> None:
+    def add(self, questions: Sequence[Question], outcomes: Sequence[list]) -> None:
+        """outcomes: for each question its scores, or its text."""
         lines = ""
-        for question, its_scores in zip(questions, scores, strict=True):
+        for question, of_it in zip(questions, outcomes, strict=True):
             digest = self.digest(question)
-            self.scores[digest] = its_scores
-            lines += json.dumps({"digest": digest, "scores": its_scores}) + "\n"
+            self.known[digest] = of_it
+            lines += json.dumps({"digest": digest, "outcomes": of_it}) + "\n"
         if self.file is not None:
             self.file.write(f"\n{lines}".encode())  # a new line, since the last one may be cut
+
+
+def _outcome(value: object) -> Score | str:
+    """What a line of the file says of one request. Raises ValueError or TypeError if it is damaged."""
+    if isinstance(value, str):
+        return value
+    nats, is_greedy = value
+    return Score(float(nats), bool(is_greedy))
 
 
 def digest_of(model: Transformer, tokenizer: Tokenizer) -> str:
@@ -72,17 +82,24 @@ def digest_of(model: Transformer, tokenizer: Tokenizer) -> str:
 
 
 def ask(
-    model: Transformer, tokenizer: Tokenizer, questions: Sequence[Question], max_len: int, done: Done
-) -> list[list[Score]]:
-    """The scores of each question's requests. max_len: see `loglikelihoods`. done: what need not be asked again."""
-    todo = [question for question in questions if done.digest(question) not in done.scores]
+    model: Transformer, tokenizer: Tokenizer, task: Task, max_len: int, done: Done
+) -> list[list[Score]] | list[list[str]]:
+    """The scores of each question's requests, or the text that the model wrote, alone in a list.
+
+    max_len: see `loglikelihoods` and `continued`. done: what need not be asked again.
+    """
+    todo = [question for question in task.questions if done.digest(question) not in done.known]
     todo.sort(key=lambda question: len(question.requests[0].context))
     for begin in range(0, len(todo), QUESTIONS_AT_ONCE):
         part = todo[begin : begin + QUESTIONS_AT_ONCE]
-        requests: list[Request] = [request for question in part for request in question.requests]
-        scores = iter(loglikelihoods(model, tokenizer, requests, max_len))
-        done.add(part, [[next(scores) for _ in question.requests] for question in part])
-    return [done.scores[done.digest(question)] for question in questions]
+        if task.benchmark.in_words:
+            prompts = [question.requests[0].context for question in part]
+            done.add(part, [[text] for text in continued(model, tokenizer, prompts, max_len)])
+        else:
+            requests: list[Request] = [request for question in part for request in question.requests]
+            scores = iter(loglikelihoods(model, tokenizer, requests, max_len))
+            done.add(part, [[next(scores) for _ in question.requests] for question in part])
+    return [done.known[done.digest(question)] for question in task.questions]
 
 
 # ---- shares
@@ -126,10 +143,23 @@ def _mean(values: Sequence[float]) -> tuple[float, float]:
     return float(np.mean(values)), deviation / math.sqrt(n)
 
 
+def _exact_match(extract: Callable[[str], str]) -> Callable[..., tuple[float, float]]:
+    """The share of texts of which `extract` takes the right number."""
+
+    def share(questions: Sequence[Question], texts: Sequence[list[str]]) -> tuple[float, float]:
+        rights = [question.requests[0].continuation for question in questions]
+        pairs = zip(texts, rights, strict=True)
+        return _mean([float(same_number(extract(text), right)) for (text,), right in pairs])
+
+    return share
+
+
 _METRICS: dict[str, Callable[..., tuple[float, float]]] = {
     "acc": _acc,
     "acc_norm": _acc_norm,
     "perplexity": _perplexity,
+    "exact_match,strict-match": _exact_match(marked_number),
+    "exact_match,flexible-extract": _exact_match(last_number),
 }
 
 
@@ -163,7 +193,7 @@ def results_of(asked: dict[str, list[tuple[Task, Values]]], model: str, limit: i
             results["results"][name] = _entry(name, values)
             results["n-shot"][name] = task.shots
             results["n-samples"][name] = {"original": task.n_all, "effective": len(task.questions)}
-            results["higher_is_better"][name] = {metric: metric != "perplexity" for metric in values}
+            results["higher_is_better"][name] = {metric.partition(",")[0]: metric != "perplexity" for metric in values}
         if BENCHMARKS[benchmark].subjects:
             name = _harness_name(benchmark, benchmark)
             of_all = pooled([values for _, values in tasks], [len(task.questions) for task, _ in tasks])
@@ -180,8 +210,9 @@ def _harness_name(benchmark: str, name: str) -> str:
 def _entry(name: str, values: Values) -> dict:
     entry: dict[str, object] = {"alias": name}
     for metric, (value, error) in values.items():
-        entry[f"{metric},none"] = value
-        entry[f"{metric}_stderr,none"] = "N/A" if math.isnan(error) else error
+        plain_name, _, how = metric.partition(",")
+        entry[f"{plain_name},{how or 'none'}"] = value
+        entry[f"{plain_name}_stderr,{how or 'none'}"] = "N/A" if math.isnan(error) else error
     return entry
 
 
@@ -196,7 +227,8 @@ def table(results: dict) -> str:
         for key, value in entry.items():
             metric, _, kind = key.partition(",")
             if kind and not metric.endswith("_stderr"):
-                error = entry[f"{metric}_stderr,none"]
+                error = entry[f"{metric}_stderr,{kind}"]
+                shown = metric if kind == "none" else key
                 shown_error = "" if error == "N/A" else f" ± {error:.2g}"
-                lines.append(f"  {name:<{width}}  {shots:>5}  {n_questions:>9,}  {metric:<10} {value:.5g}{shown_error}")
+                lines.append(f"  {name:<{width}}  {shots:>5}  {n_questions:>9,}  {shown:<28} {value:.5g}{shown_error}")
     return "\n".join(lines)

@@ -48,6 +48,7 @@ class Benchmark(NamedTuple):
     subjects: Callable[[str], str] | None = None
     columns: tuple[str, ...] | None = None
     shots: int = 0  # examples unless told otherwise
+    in_words: bool = False  # the model writes its answer, and a number is taken from it
 
 
 # ---- parts of rows
@@ -195,6 +196,14 @@ def lambada(row: dict) -> Question:
     return Question([Request(context, f" {word}")], [len(word)])
 
 
+def gsm8k(row: dict) -> Question:
+    """A question whose continuation is the worked answer, which examples show and the model is to write."""
+    answer = text_of(row, "answer")
+    if "#### " not in answer:
+        raise UserError("its answer has no result behind '#### '")
+    return Question([Request(f"Question: {text_of(row, 'question')}\nAnswer:", f" {answer}")], [len(answer)])
+
+
 def _mmlu_subject(subject: str) -> str:
     if subject in ("", "all"):
         raise UserError("mmlu: a file of all subjects; give the files or folders of single subjects")
@@ -225,6 +234,14 @@ BENCHMARKS = {
     "openbookqa": Benchmark(openbookqa, ("test",), f"{HUB}/allenai/openbookqa, main"),
     "commonsense_qa": Benchmark(commonsense_qa, VALIDATION, f"{HUB}/tau/commonsense_qa", ("acc",)),
     "lambada_openai": Benchmark(lambada, ("test",), f"{HUB}/EleutherAI/lambada_openai", ("perplexity", "acc")),
+    "gsm8k": Benchmark(
+        gsm8k,
+        ("test",),
+        f"{HUB}/openai/gsm8k, main",
+        ("exact_match,strict-match", "exact_match,flexible-extract"),
+        shots=5,
+        in_words=True,
+    ),
     "mmlu": Benchmark(
         mmlu,
         ("test",),

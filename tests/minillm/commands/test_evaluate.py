@@ -8,7 +8,7 @@ import torch
 from minillm.checkpoint import huggingface
 from minillm.evaluation import benchmark_scores
 from minillm.evaluation.benchmarks import BENCHMARKS
-from tests.minillm.evaluation.benchmark_rows import HUB, write_all, write_rows
+from tests.minillm.evaluation.benchmark_rows import HUB, WORKED, write_all, write_rows
 
 
 def numbers(out: str, *names: str) -> list[float]:
@@ -53,6 +53,7 @@ def test_eval_asks_benchmarks_and_goes_on_from_what_is_known(home, call, monkeyp
     asked = ["eval", "--tasks", "all", "--out", "scores/all.json"]
     status, out, _ = call(*asked)
     assert status == 0 and "longest input   64 tokens; the context is 64" in out
+    assert "gsm8k: left out: --seq_len 64: an answer may have 256 tokens" in out
     results = json.loads((home.path / "scores" / "all.json").read_text())
     assert results["n-samples"]["arc_easy"] == {"original": 3, "effective": 3}
     assert set(results["groups"]) == {"mmlu", "cmmlu", "ceval-valid"}
@@ -68,7 +69,10 @@ def test_benchmarks_without_files_are_named(home, call):
     status, out, _ = call("eval", "--tasks", "all", "--task_data", "few", "--limit", "1")
     assert status == 0 and out.count("put it there from https://") == len(BENCHMARKS) - 1
     assert out.splitlines()[-1].split()[:5] == ["piqa", "0", "1", "acc_norm", out.splitlines()[-1].split()[4]]
+    for split in ("train", "test"):
+        write_rows(home.path / "few" / "gsm8k" / f"{split}.jsonl", WORKED)
     refused = {
+        "--tasks gsm8k --task_data few": "gsm8k: --seq_len 64: an answer may have 256 tokens",
         "--tasks piqa,hellaswag --task_data few": "hellaswag: no file of the split",
         "--tasks hellaswg": "did you mean hellaswag?",
         "--tasks all --task_data nowhere": "holds no benchmark",

@@ -70,6 +70,7 @@ HUB = {
     "lambada_openai": ("test", [{"text": "Who has the ball? Tom has the ball"}, {"text": "谁有 the cat"}]),
 }
 HUB["arc_challenge"] = HUB["arc_easy"]
+WORKED = [{"question": f"Tom has {n} balls and 1 cat?", "answer": f"{n}+1={n + 1}\n#### {n + 1}"} for n in range(5)]
 EXAMS = {  # as in CSV: question, choices, letter
     "test": [("Who has it? ", "Tom", "the cat", "ball", "apple", "A"), ("谁有ball", "一", "2", "cat", "Tom", "D")],
     "dev": [("Who?", "a", "b", "c", "d", "B"), ("What, then?", "ball", "cat", "Tom", "all", "C")],
@@ -92,6 +93,8 @@ def write_all(folder: Path) -> Path:
     """A folder with all benchmarks; the exams as their authors publish them, the others in Hugging Face's form."""
     for name, (split, rows) in HUB.items():
         write_rows(folder / name / f"{split}.jsonl", rows)
+    for split in ("train", "test"):
+        write_rows(folder / "gsm8k" / f"{split}.jsonl", WORKED)
     for split, rows in EXAMS.items():
         write_table(folder / "mmlu" / "data" / split / f"college_physics_{split}.csv", rows, None)
         numbered = [(number, *row) for number, row in enumerate(rows)]

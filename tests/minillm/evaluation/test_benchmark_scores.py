@@ -6,7 +6,7 @@ import pytest
 from minillm.evaluation import benchmark_scores
 from minillm.evaluation.benchmark_files import Task, read_tasks
 from minillm.evaluation.benchmark_scores import Done, ask, pooled, results_of, table, values_of
-from minillm.evaluation.benchmarks import Question
+from minillm.evaluation.benchmarks import BENCHMARKS, Question
 from minillm.evaluation.loglikelihood import Request, Score
 from tests.minillm.evaluation.benchmark_rows import write_all
 
@@ -53,8 +53,32 @@ def test_subjects_are_weighted_by_their_questions():
     assert error == pytest.approx(math.sqrt(inside / (6 - 2) / 6))
 
 
+def test_answers_in_words_count_by_their_number():
+    worked = Question([Request("q", " 1,000 + 2 = 1002\n#### 1,002")], [9])
+    texts = [["so #### 1002."], ["it is $1,002"], ["#### 3, or 1002"], ["none"]]
+    metrics = BENCHMARKS["gsm8k"].metrics
+    values = values_of([worked] * 4, texts, metrics)
+    assert [values[metric][0] for metric in metrics] == [0.25, 0.75]
+    results = results_of({"gsm8k": [(Task("gsm8k", BENCHMARKS["gsm8k"], [worked] * 4, 5, 4), values)]}, "m", None, 512)
+    entry = results["results"]["gsm8k"]
+    assert (entry["exact_match,strict-match"], entry["exact_match,flexible-extract"]) == (0.25, 0.75)
+    assert "exact_match,strict-match" in table(results) and "0.25 ± 0.25" in table(results)
+
+
+def test_texts_are_remembered_too(home, tmp_path, monkeypatch):
+    (task,) = read_tasks("gsm8k", write_all(tmp_path / "eval"), 0, 3)
+    written = []
+    monkeypatch.setattr(
+        benchmark_scores, "continued", lambda model, tokenizer, prompts, n: written.append(len(prompts)) or prompts
+    )
+    for _ in range(2):
+        texts = ask(home.model, home.tokenizer, task, 512, Done(tmp_path / "done.jsonl", "m"))
+        assert texts == [[question.requests[0].context] for question in task.questions]
+    assert written == [3]
+
+
 def test_the_results_have_the_form_of_the_harness():
-    task = Task("ceval_law", [LONG] * 2, 5, 9)
+    task = Task("ceval_law", BENCHMARKS["ceval"], [LONG] * 2, 5, 9)
     values = values_of(task.questions, [scores(-3, -2), scores(-1, -2)], ("acc",))
     results = results_of({"ceval": [(task, values)]}, "out/mine", 2, 64)
     entry = {"alias": "ceval-valid_law", "acc,none": 0.5, "acc_stderr,none": 0.5}
@@ -74,9 +98,9 @@ def flat(of_all: list[list[Score]]) -> list[float]:
 
 
 @pytest.fixture
-def questions(tmp_path) -> list[Question]:
+def task(tmp_path) -> Task:
     (task,) = read_tasks("arc_easy", write_all(tmp_path / "eval"), 0, None)
-    return task.questions
+    return task
 
 
 def counted(monkeypatch) -> list[int]:
@@ -87,28 +111,30 @@ def counted(monkeypatch) -> list[int]:
     return asked
 
 
-def test_a_stopped_evaluation_goes_on(home, questions, tmp_path, monkeypatch):
+def test_a_stopped_evaluation_goes_on(home, task, tmp_path, monkeypatch):
     monkeypatch.setattr(benchmark_scores, "QUESTIONS_AT_ONCE", 2)
     file = tmp_path / "done.jsonl"
-    whole = flat(ask(home.model, home.tokenizer, questions, 64, Done(None, "m")))
-    ask(home.model, home.tokenizer, questions[:2], 64, Done(file, "m"))
+    whole = flat(ask(home.model, home.tokenizer, task, 64, Done(None, "m")))
+    ask(home.model, home.tokenizer, task._replace(questions=task.questions[:2]), 64, Done(file, "m"))
     with file.open("ab") as stream:
         stream.write(b'{"digest": "cut')  # killed while it wrote
     asked = counted(monkeypatch)
-    assert flat(ask(home.model, home.tokenizer, questions, 64, Done(file, "m"))) == pytest.approx(whole, abs=1e-4)
+    assert flat(ask(home.model, home.tokenizer, task, 64, Done(file, "m"))) == pytest.approx(whole, abs=1e-4)
     assert asked == [3]  # the choices of the third question
     asked.clear()
-    assert flat(ask(home.model, home.tokenizer, questions, 64, Done(file, "m"))) == pytest.approx(whole, abs=1e-4)
+    assert flat(ask(home.model, home.tokenizer, task, 64, Done(file, "m"))) == pytest.approx(whole, abs=1e-4)
     assert not asked
 
 
-def test_scores_of_another_model_or_of_other_texts_are_not_taken(home, questions, tmp_path, monkeypatch):
+def test_scores_of_another_model_or_of_other_texts_are_not_taken(home, task, tmp_path, monkeypatch):
     file = tmp_path / "done.jsonl"
-    ask(home.model, home.tokenizer, questions, 64, Done(file, "m"))
+    ask(home.model, home.tokenizer, task, 64, Done(file, "m"))
     asked = counted(monkeypatch)
-    ask(home.model, home.tokenizer, questions, 64, Done(file, "another"))
-    changed = questions[0]._replace(requests=[Request("other", choice) for _, choice in questions[0].requests])
-    ask(home.model, home.tokenizer, [changed], 64, Done(file, "m"))
+    ask(home.model, home.tokenizer, task, 64, Done(file, "another"))
+    changed = task.questions[0]._replace(
+        requests=[Request("other", choice) for _, choice in task.questions[0].requests]
+    )
+    ask(home.model, home.tokenizer, task._replace(questions=[changed]), 64, Done(file, "m"))
     assert asked == [10, 3]
 
 

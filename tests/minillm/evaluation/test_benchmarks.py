@@ -74,7 +74,14 @@ def test_an_example_ends_in_the_right_answer():
     assert hub("winogrande", 1).example == "Who has the ball? Tom has."
 
 
+def test_a_worked_answer_is_what_examples_show():
+    made = question("gsm8k", {"question": "1 + 1?", "answer": "It is 2.\n#### 2"})
+    assert made.requests == [Request("Question: 1 + 1?\nAnswer:", " It is 2.\n#### 2")]
+    assert BENCHMARKS["gsm8k"].shots == 5
+
+
 WRONG = {
+    "no result": ("gsm8k", {"question": "1 + 1?", "answer": "2"}, "no result behind"),
     "no key": ("arc_easy", {"question": "Who?", "choices": LABELS}, "has no 'answerKey'"),
     "a label that is none": ("arc_easy", {"question": "?", "choices": LABELS, "answerKey": "E"}, "none of its labels"),
     "too large": ("piqa", {"goal": "g", "sol1": "a", "sol2": "b", "label": 2}, "number 2 of 2"),

@@ -11,7 +11,6 @@ import pytest
 
 from minillm.evaluation.benchmark_files import read_tasks
 from minillm.evaluation.benchmark_scores import Done, ask, values_of
-from minillm.evaluation.benchmarks import BENCHMARKS
 from tests.minillm.evaluation.benchmark_rows import EXAMS, HUB, write_all, write_rows
 
 TASK_FILES = {
@@ -83,7 +82,7 @@ def test_texts_scores_and_shares_are_those_of_the_harness(harness, home, tmp_pat
     write_all(tmp_path / "eval")
     for name in names:
         (task,) = read_tasks(name, tmp_path / "eval", shots, None)
-        scores = ask(home.model, home.tokenizer, task.questions, MAX_LEN, Done(None, ""))
+        scores = ask(home.model, home.tokenizer, task, MAX_LEN, Done(None, ""))
         samples = sorted(theirs["samples"][f"ours_{name}"], key=lambda sample: sample["doc_id"])
         for question, its_scores, sample in zip(task.questions, scores, samples, strict=True):
             asked = [tuple(arguments) for arguments in sample["arguments"]]
@@ -93,7 +92,7 @@ def test_texts_scores_and_shares_are_those_of_the_harness(harness, home, tmp_pat
                 assert score.nats == pytest.approx(float(nats), abs=1e-3)
                 assert score.is_greedy == (str(is_greedy) == "True")
         results = theirs["results"][f"ours_{name}"]
-        for metric, (value, error) in values_of(task.questions, scores, BENCHMARKS[name].metrics).items():
+        for metric, (value, error) in values_of(task.questions, scores, task.benchmark.metrics).items():
             assert results[f"{metric},none"] == pytest.approx(value, rel=1e-3)
             if metric != "perplexity":  # its error is drawn at random there
                 theirs_error = results[f"{metric}_stderr,none"]
