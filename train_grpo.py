@@ -81,7 +81,7 @@ class Config(GroupConfig):
     )
     optimizer: str | None = option("adamw", "adamw, or muon for the matrices", tuple(OPTIMIZERS), group="optimizer")
     lr: float | None = option(
-        None, "peak learning rate; none: a 16th of what pretraining takes", at_least=0, group="optimizer"
+        None, "peak learning rate; none: an eighth of what pretraining takes", at_least=0, group="optimizer"
     )
     weight_decay: float | None = option(0.0, "weight decay, on matrices only", at_least=0, group="optimizer")
     eval_every: int = option(
@@ -105,7 +105,7 @@ def main() -> int:
     training_config, ranks, finish_kernel_check = begin(parse(Config, __doc__))
 
     # the model to start from, its tokenizer, and the reward
-    training_config, start = starting_model.find_start(training_config, ranks, share=1 / 16)
+    training_config, start = starting_model.find_start(training_config, ranks, share=1 / 8)
     tokenizer = start.tokenizer
     if training_config.data == Config.data:
         once_a_host(ranks, bundled.build)
@@ -119,7 +119,7 @@ def main() -> int:
     questions = []
     if training_config.held_out:
         questions = read_questions(training_config.held_out, training_config.eval_rows, training_config.encoding)
-    replay = Replay(training_config, tokenizer)
+    replay = Replay(training_config, tokenizer, prompts)
 
     # the run: its folder, and the checkpoint to go on from
     order = (training_config.batch_size, training_config.seq_len, training_config.seed, training_config.group_size)

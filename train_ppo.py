@@ -72,7 +72,7 @@ class Config(PpoConfig):
     batch_size: int = option(16, "prompts of a rollout, over all ranks", at_least=1, group="length and batch")
     lr: float | None = option(
         None,
-        "peak learning rate of the policy; none: 3/80 of what pretraining takes, 1/10 of what suits the adapter",
+        "peak learning rate of the policy; none: 3/40 of what pretraining takes, 1/10 of what suits the adapter",
         at_least=0,
         group="optimizer",
     )
@@ -93,7 +93,7 @@ def main() -> int:
 
     # the model to start from, and its tokenizer
     given_lr = training_config.lr
-    training_config, start = starting_model.find_start(training_config, ranks, share=3 / 80)
+    training_config, start = starting_model.find_start(training_config, ranks, share=3 / 40)
     training_config = with_rates(training_config, given_lr)
     tokenizer = start.tokenizer
     if training_config.data == Config.data:
@@ -106,7 +106,7 @@ def main() -> int:
     questions = []
     if training_config.held_out:
         questions = read_questions(training_config.held_out, training_config.eval_rows, training_config.encoding)
-    replay = Replay(training_config, tokenizer)
+    replay = Replay(training_config, tokenizer, prompts)
 
     # what answers are worth: as a model has learned it, and in truth
     reward_model, true_reward = read_rewards(training_config, ranks, tokenizer)

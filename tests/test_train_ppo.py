@@ -41,6 +41,8 @@ def folder(tmp_path_factory) -> Path:
                 row = json.loads(line)
                 prompt = {"prompt": row["input"], "answer": row["output"], "family": row["family"]}
                 file.write(json.dumps(prompt) + "\n")
+    others = (here / "train_sft.jsonl").read_text().replace('"family": "', '"family": "another ')
+    (here / "beside.jsonl").write_text(others)
     (here / "rewards.py").write_text(REWARDS)
     write_reward_model(here / "base", here / "reward")
     return here
@@ -137,7 +139,7 @@ def test_every_rank_has_all_minibatches(folder):
     assert "no multiple of it times 2 ranks" in train(folder, "six-on-two", more, ranks=2, status=2)
 
 
-BESIDE = "--sft_weight 1 --sft_rows 3 --sft_data {folder}/train_sft.jsonl"
+BESIDE = "--sft_weight 1 --sft_rows 3 --sft_data {folder}/beside.jsonl"
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,9 @@ A policy that learns from rewards on one kind of prompt changes on all others to
 tuning to every step holds them in place (PPO-ptx: Ouyang et al. 2022, arXiv:2203.02155, equation 2):
 
     L = L_policy + w · mean over answer tokens of −log π(y_t)
+
+Kinds of question that are rewarded ("family" in the prompts' rows) are left out: there the reward says what is wanted,
+and the instructions' own answers would pull the policy back.
 """
 
 import numpy as np
@@ -11,7 +14,8 @@ from torch import nn
 
 from minillm.alignment.options import ReplayConfig
 from minillm.datasets.batch import Batch
-from minillm.datasets.instructions import InstructionRows
+from minillm.datasets.instructions import InstructionRows, NothingLeft
+from minillm.datasets.prompts import PromptRows
 from minillm.distributed.parallelize import gradients_synced
 from minillm.tokenizer.tokenizer import Tokenizer
 from minillm.training.config import listed_files
@@ -22,12 +26,14 @@ from minillm.training.step import TrainState
 class Replay:
     """A few rows of instructions for each step; with a weight of 0 none."""
 
-    def __init__(self, training_config: ReplayConfig, tokenizer: Tokenizer):
-        """Raises `UserError` for data that cannot be read."""
+    def __init__(self, training_config: ReplayConfig, tokenizer: Tokenizer, prompts: PromptRows):
+        """prompts: those that are rewarded. Raises `UserError` for data that cannot be read."""
         self.weight = training_config.replay_weight
         self.n_rows = training_config.sft_rows
         self.rows: InstructionRows | None = None
-        if self.weight:
+        if not self.weight:
+            return
+        try:
             self.rows = InstructionRows(
                 listed_files(training_config.replayed_data),
                 tokenizer,
@@ -35,9 +41,13 @@ class Replay:
                 seed=training_config.seed,
                 template=training_config.template,
                 packing=not training_config.virtual_positions,  # which stand before a row once
+                without_families=frozenset(prompts.families),
                 on_bad_line=training_config.on_bad_line,
                 encoding=training_config.encoding,
             )
+        except NothingLeft:
+            if training_config.sft_weight is not None:  # asked for; else there is nothing that could be forgotten
+                raise
 
     @property
     def fingerprint(self) -> str:

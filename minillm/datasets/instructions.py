@@ -20,6 +20,7 @@ from minillm.datasets.packing import fill_ratio, pack, shuffled
 
 KEPT_TOKENS = 1 << 25  # data up to this size stays in memory as ids, 5 bytes each (160 MiB)
 NO_ROOM = "no room for an answer"
+NOT_WANTED = "of a family that is left out"
 
 
 # ---- Samples become X, Y and mask.
@@ -58,6 +59,11 @@ def collate(rows: list[list[tuple[np.ndarray, np.ndarray]]], width: int, pad_id:
 
 # ---- The data set.
 
+
+class NothingLeft(UserError):
+    """All rows of the files are left out, or have nothing to learn."""
+
+
 SAMPLE = np.dtype(  # a sample in the index of all samples: the place of its row, and
     [
         *PLACE.descr,
@@ -85,11 +91,12 @@ class InstructionRows:
         seed: int = 0,
         template: str = "auto",
         packing: bool = True,
+        without_families: frozenset[str] = frozenset(),
         **reading,
     ):
         """paths: files as `open_rows` reads them. seq_len: the positions of a row. template: auto, chat or simple
-        (Tokenizer.encode_chat). packing: several samples a row. reading: on_bad_line and encoding, see `Reading`.
-        Raises UserError.
+        (Tokenizer.encode_chat). packing: several samples a row. without_families: rows whose "family" is one of these
+        are left out. reading: on_bad_line and encoding, see `Reading`. Raises UserError.
         """
         if seq_len < 1:
             raise UserError(f"--seq_len {seq_len}: a row needs at least 1 position; raise it")
@@ -99,6 +106,7 @@ class InstructionRows:
         self.seed = seed
         self.template = template
         self.packing = packing
+        self.without_families = without_families
 
         self.files = RowFiles(paths, **reading)
         self.paths = self.files.paths
@@ -106,7 +114,7 @@ class InstructionRows:
         self.first_texts = self.files.first_texts
         self._scan()
         if not len(self.index):
-            raise UserError(f"{self.files.names}: nothing left to learn from ({self.summary()})")
+            raise NothingLeft(f"{self.files.names}: nothing left to learn from ({self.summary()})")
         lengths = self.index["length"].astype(np.int64)
         self.begins = np.cumsum(lengths) - lengths  # of each sample in ids and learn
         self.epochs: dict[int, list[np.ndarray]] = {}  # the rows of the last two epochs asked for
@@ -144,7 +152,11 @@ class InstructionRows:
         counts = self.counts
         n_kept = len(self.index)
         n_tokens = int(self.index["length"].sum())
-        dropped = [f"{counts[why]:,} dropped ({why})" for why in ("empty answer", "no answer", NO_ROOM) if counts[why]]
+        dropped = [
+            f"{counts[why]:,} dropped ({why})"
+            for why in ("empty answer", "no answer", NO_ROOM, NOT_WANTED)
+            if counts[why]
+        ]
         if counts["bad rows"]:
             dropped.append(f"{counts['bad rows']:,} bad rows skipped")
         cut = f"{counts['cut']:,} cut to fit"
@@ -209,6 +221,9 @@ class InstructionRows:
 
     def _read(self, row: object, place: tuple) -> None:
         """Keeps the samples of one row that have something to learn; counts."""
+        if self.without_families and isinstance(row, dict) and row.get("family") in self.without_families:
+            self.counts[NOT_WANTED] += 1
+            return
         not_used: set[str] = set()
         talks = conversations(row, not_used)
         fitted = [self._fit(messages) for messages in talks]

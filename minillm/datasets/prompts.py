@@ -87,6 +87,7 @@ class PromptRows:
         self.order: tuple[int, np.ndarray] | None = None  # of the last epoch asked for
 
         self.index = bytearray()  # PLACE of each prompt
+        self.families: set[str] = set()  # what the rows say under "family"
         self.files.scan(self._read, "prompts")
         self.index = np.frombuffer(self.index, dtype=PLACE)
         self.fingerprint = self.files.fingerprint
@@ -142,6 +143,8 @@ class PromptRows:
         self.counts["tokens"] += n_tokens
         self.counts["longest"] = max(self.counts["longest"], n_tokens)
         self.counts["answers"] += "answer" in columns
+        if isinstance(columns.get("family"), str):
+            self.families.add(columns["family"])
         self.index += np.array(place, dtype=PLACE).tobytes()
 
 
