@@ -202,11 +202,14 @@ def write_folder(path: str | Path, fill: Callable[[Path], None]) -> None:
 def complete(scratch: Path, path: Path, described: dict[str, dict] | None = None) -> None:
     """Give a folder that is filled its manifest and, once all of it has reached the disk, its name `path`.
 
-    described: entries of the manifest for files that are on the disk already; all others are read here.
+    described: entries of the manifest for files that are on the disk already; all others are read here. Raises
+    `UserError` if one of them, which another machine may have written, is not to be seen in time.
     """
     # the manifest, once all files have reached the disk
     described = described or {}
-    files = _files(scratch)
+    for name in described:
+        wait_for(scratch / name)
+    files = dict(sorted((_files(scratch) | {name: scratch / name for name in described}).items()))
     manifest_file = scratch / MANIFEST
     manifest_file.touch()
     for file in files.values():  # safetensors makes files that only their owner may read

@@ -128,9 +128,8 @@ class SharedSave:
     def _write_all(self, arriving: Iterator[Tensor]) -> None:
         """Write this rank's files, each with the next tensors that arrive, and note what goes wrong."""
         with self._noting_problems():
-            if self.own:
-                files.wait_for(self.scratch)
             for file in self.own:
+                files.wait_for((self.scratch / file.name).parent)
                 self.entries[file.name] = tensor_writer.write_file(self.scratch, file, islice(arriving, len(file.keys)))
         for _ in arriving:
             pass  # after a problem: the others still need this rank's parts of their tensors

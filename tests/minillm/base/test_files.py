@@ -8,7 +8,9 @@ import random
 import resource
 import signal
 import sys
+import threading
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -389,3 +391,23 @@ def test_what_is_described_already_is_not_read_again(tmp_path, monkeypatch):
     entry = {"size": 6, "sha256": hashlib.sha256(b"theirs").hexdigest()}
     files.complete(scratch, tmp_path / "step", {"theirs": entry})
     assert read == ["mine"] and files.verify_folder(tmp_path / "step") == [] and not scratch.exists()
+
+
+@pytest.mark.parametrize("comes", [True, False])
+def test_a_described_file_that_is_not_to_be_seen_yet_is_waited_for(tmp_path, monkeypatch, comes):
+    """Before, it was left out of the manifest, so that a checkpoint without it seemed to be whole."""
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    (scratch / "mine").write_bytes(b"mine")
+    monkeypatch.setattr(files, "wait_for", partial(files.wait_for, seconds=10.0 if comes else 0.2))
+    timer = threading.Timer(0.5, (scratch / "theirs").write_bytes, [b"theirs"])
+    described = {"theirs": {"size": 6, "sha256": hashlib.sha256(b"theirs").hexdigest()}}
+    if comes:
+        timer.start()
+        files.complete(scratch, tmp_path / "step", described)
+        manifest = json.loads((tmp_path / "step" / files.MANIFEST).read_text())
+        assert list(manifest["files"]) == ["mine", "theirs"] and files.verify_folder(tmp_path / "step") == []
+    else:
+        with pytest.raises(UserError, match=r"theirs: was made by another process, and is not to be seen on"):
+            files.complete(scratch, tmp_path / "step", described)
+        assert not (tmp_path / "step").exists()
