@@ -121,19 +121,21 @@ def check(
         adapter = active_adapter(state.model)
         json.dumps(peft_format.describe(adapter) if adapter else huggingface.to_hf(state.model.config))
 
+    ranks = state.ranks if state.outer is None else state.outer.ranks  # all of the run's, not a worker alone
+
     # the disk holds the checkpoints that are kept at once: weights and two moments in fp32 for each trained parameter
     models = [state.model, *(other.model for other in state.beside.values())]
     weights = 4 * sum(starting_model.n_trained(model) for model in models)
     n_copies = 3
     if state.outer is not None:
-        n_copies = 2 + 2 * state.outer.ranks.world  # weights, outer momentum, and two moments of each worker
+        n_copies = 2 + 2 * ranks.world  # weights, outer momentum, and two moments of each worker
     largest_tensor = 4 * max(p.numel() for model in models for p in model.parameters())
     largest_file = min((n_copies - 1) * weights, max(tensor_writer.MOST_BYTES, largest_tensor))
     already_there = len(run_folder.step_folders(run))
     copies = max(1, (training_config.keep_last or 1) + 1 - already_there)
     files.check_writable(run, copies * n_copies * weights, largest_file)
     if training_config.save_in_background:
-        _check_host_memory(n_copies * weights, state.ranks.world)
+        _check_host_memory(n_copies * weights, ranks.world)
 
 
 def _check_host_memory(n_bytes: int, world: int) -> None:

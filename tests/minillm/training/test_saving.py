@@ -4,6 +4,7 @@ import dataclasses
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -101,6 +102,21 @@ def test_copies_that_no_machine_can_hold_are_refused_before_the_first_step(
     monkeypatch.setattr(files, "memory_bytes", lambda: share - 1)
     with pytest.raises(UserError, match=f"--save_in_background true: a machine keeps a copy of {share:,} bytes"):
         saving._check_host_memory(1200, world)
+
+
+def test_workers_that_train_alone_share_the_copies_of_a_checkpoint(tmp_path, monkeypatch):
+    """Eight workers on two machines: each machine holds half of weights, outer momentum and two moments a worker."""
+    run, state = run_of(tmp_path / "out", Ranks(0, 1, CPU), save_in_background=True)
+    state.outer = SimpleNamespace(ranks=Ranks(0, 8, CPU))
+    half = 4 * sum(p.numel() for p in state.model.parameters()) * (2 + 2 * 8) // 2
+    monkeypatch.setattr(tensor_writer, "MOST_BYTES", 1000)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    monkeypatch.setattr(files, "memory_bytes", lambda: half)
+    saving.check(state, run.folder, run.training_config, None, {})
+    monkeypatch.setattr(files, "memory_bytes", lambda: half - 1)
+    with pytest.raises(UserError, match=f"keeps a copy of {half:,} bytes"):
+        saving.check(state, run.folder, run.training_config, None, {})
+    end(run)
 
 
 def test_a_checkpoint_that_cannot_be_written_in_the_background_ends_the_run(tmp_path, monkeypatch):
