@@ -316,6 +316,9 @@ class Run:
                 print(f"rank {self.ranks.rank}: {line}", flush=True)
             self.say(line)
         if self.bad_steps >= self.training_config.max_bad_steps:
+            if self.rounds.n_teams == 1:  # a worker alone ends without the others
+                with self.watchdog.patient():
+                    self.saver.rescue()
             raise UserError(
                 f"step {self.step}: {self.bad_steps} steps in a row were not finite; lower --lr, raise --warmup_steps "
                 f"or choose --dtype float32, and {run_folder.earlier_start(self.folder)}"
@@ -340,6 +343,7 @@ class Run:
         """
         found = {name: fact() for name, fact in self.facts.items() if callable(fact)}
         if not state.is_finite():
+            self.saver.rescue()
             raise UserError(
                 f"step {self.step}: weights are not finite any more, so they are not saved; lower --lr, and "
                 f"{run_folder.earlier_start(self.folder)}"

@@ -1,5 +1,6 @@
 """What a run puts into a checkpoint's folder, when, and the check before the first step that it will be able to."""
 
+import contextlib
 import json
 import os
 from pathlib import Path
@@ -75,6 +76,11 @@ class Saver:
         under_way.finish()
         if self.ranks.main and not self.keeps_older:
             run_folder.prune(self.folder, self.training_config.keep_last, was_read_back=True)
+
+    def rescue(self) -> None:
+        """Finish the checkpoint under way, on all ranks, before the run ends by another error; one here is left out."""
+        with contextlib.suppress(UserError):
+            self.finish()
 
     def abandon(self) -> None:
         """Leave nothing of the checkpoint under way: the folder around it has been deleted."""

@@ -131,6 +131,32 @@ def test_a_checkpoint_that_cannot_be_written_in_the_background_ends_the_run(tmp_
     end(run)
 
 
+@pytest.mark.parametrize(
+    ("what", "words"),
+    [
+        ("steps", r"2 steps in a row were not finite; .* go on from a checkpoint before that: copy \S+step-00000001"),
+        ("weights", r"weights are not finite any more, .* go on from a checkpoint before that: copy \S+step-00000001"),
+    ],
+)
+def test_a_run_that_goes_wrong_leaves_the_good_checkpoint_that_was_under_way(tmp_path, may_write, what, words):
+    options = {"steps": 6, "save_every": 1 if what == "weights" else 0, "max_bad_steps": 2, "save_in_background": True}
+    run, state = run_of(tmp_path / "out", Ranks(0, 1, CPU), **options)
+    with pytest.raises(UserError, match=words):
+        for step in run.steps(state):
+            state.skip()
+            if step > 1 and what == "steps":
+                state.applied = False
+            run.log_step(state, n_tokens=1)
+            if step == 1 and what == "steps":
+                run.save(state)
+            if step == 2 and what == "weights":
+                state.model.norm.weight.data.fill_(torch.nan)
+            threading.Timer(0.3, may_write.set).start()
+    assert [path.name for path in run.folder.glob("step-*")] == ["step-00000001"]
+    assert files.verify_folder(run.folder / "step-00000001") == []
+    end(run)
+
+
 def test_a_folder_that_is_lost_while_a_checkpoint_is_written_is_made_again(tmp_path, may_write):
     run, state = run_of(tmp_path / "out", Ranks(0, 1, CPU), steps=4, save_every=2, save_in_background=True)
     for step in run.steps(state):
