@@ -80,7 +80,7 @@ class Config(AlignmentConfig):
     optimizer: str | None = option("adamw", "adamw, or muon for matrices", ("adamw", "muon"), group="optimizer")
     lr: float | None = option(
         None,
-        "peak learning rate; none: 1/40 of what pretraining takes, or 1/10 of what suits the adapter",
+        "peak learning rate; none: 1/80 of what pretraining takes, or 1/10 of what suits the adapter",
         at_least=0,
         group="optimizer",
     )
@@ -151,7 +151,7 @@ def main() -> int:
 
     # the model to start from, and its tokenizer
     training_config, start = starting_model.find_start(
-        training_config, ranks, share=1 / 40, adapter_share=1 / 10, may_shard=True
+        training_config, ranks, share=1 / 80, adapter_share=1 / 10, may_shard=True
     )
 
     # data: answers to prompts, and which is better
