@@ -22,6 +22,7 @@ import torch
 
 from data import bundled
 from minillm.alignment import judging, reference, token_rewards
+from minillm.alignment.grpo.advantages import has_spread
 from minillm.alignment.judging import Judge, Judged
 from minillm.alignment.log_probs import Policy
 from minillm.alignment.optimum import objective
@@ -313,7 +314,9 @@ def tell(
     run: Run, state: TrainState, judged: Judged, tools: Tools, prompts: list[Prompt], seen: Seen
 ) -> dict[str, float]:
     """Log the step; returns what to record of it: means over the answers of all ranks."""
+    groups = judged.rewards.view(-1, run.training_config.group_size)
     sums = judged.sums() | {"read": judged.rolled.batch.x.numel()}
+    sums |= {"groups": len(groups), "no_spread": float((~has_spread(groups)).sum())}
     if tools.true_reward is not None:
         is_learned = tools.judge.rewards is not tools.true_reward
         true = tools.true_reward(judged.rolled, prompts) if is_learned else judged.rewards
@@ -321,6 +324,8 @@ def tell(
     sums = dict(zip(sums, run.ranks.sum(*sums.values()), strict=True))
     run.log_step(state, sums["read"])
     row = judging.means(sums) | seen.shares()
+    if groups.shape[1] > 1:
+        row["zero_std_share"] = sums["no_spread"] / sums["groups"]
     if "true_reward" in sums:
         row["true_reward"] = sums["true_reward"] / sums["answers"]
     if run.due(run.step, SAY_EVERY) or run.step == 1:

@@ -144,9 +144,13 @@ def main() -> int:
     model = starting_model.make_model(training_config, model_config, init, run.source, ranks)
     run.say(f"weights from {run.source or init}")
 
+    # train, and look at held-out pairs before and after
+    before = None
+    if held_out_rows:
+        before = run.once("before.json", lambda: shared_measures(training_config, run, model, held_out_rows))
     status = train(training_config, run, model, rows, end, held_out_rows)
     if status == 0:
-        conclude(training_config, run, model, held_out_rows)
+        conclude(training_config, run, model, held_out_rows, before or {})
     distributed.stop()
     return status
 
@@ -271,11 +275,20 @@ def score_scale(run: Run, model: Transformer, rows: PreferenceRows) -> dict[str,
     return {"mean": float(pairs.chosen.mean()), "std": float(pairs.scores.std())}
 
 
-def conclude(training_config: Config, run: Run, model: Transformer, held_out_rows: PreferenceRows | None) -> None:
-    """Print how well held-out pairs are told apart, by kind of fault. Every rank scores them, and rank 0 prints."""
+def conclude(
+    training_config: Config, run: Run, model: Transformer, held_out_rows: PreferenceRows | None, before: dict
+) -> None:
+    """Print how well held-out pairs are told apart, by kind of fault. Every rank scores them, and rank 0 prints.
+
+    before: what the first of them said of the model that the run began with; {} if that is lost.
+    """
     if held_out_rows:
         pairs = score_pairs(model, held_out_rows, held_out_positions(training_config, held_out_rows), run.autocast())
-        run.record(run.training_config.steps, **measures(pairs))
+        found = measures(pairs)
+        ends = {"heldout_before": before.get("heldout_accuracy"), "heldout_after": found["heldout_accuracy"]}
+        run.record(
+            run.training_config.steps, **found, **{name: value for name, value in ends.items() if value is not None}
+        )
         run.say(f"held-out pairs in which the chosen answer has the higher score ({training_config.held_out}):")
         for line in summary_lines(pairs, training_config.label_noise):
             run.say(line)

@@ -80,7 +80,7 @@ def test_rewards_rise_and_what_is_logged(folder):
     reward = column(run, "reward")
     assert len(reward) == 30 and sum(reward[-5:]) > 1.5 * sum(reward[:5])
     names = ("true_reward", "kl", "objective", "optimum", "entropy", "length", "clip_share", "cut_share", "beta")
-    for name in (*names, "value_loss", "value_clip_share", "approx_kl", "explained_variance"):
+    for name in (*names, "value_loss", "value_clip_share", "approx_kl", "explained_variance", "zero_std_share"):
         assert len([row for row in launch.rows(run) if "reward" in row and name in row]) == 30, name
     assert abs(column(run, "kl")[0]) < 1e-3  # before the first step the policy is the reference
     last = launch.rows(run)[-1]

@@ -61,6 +61,7 @@ def test_held_out_pairs_are_learned_and_transformers_reads_the_scores(folder):
     printed = train(folder, "learned", "--lr 3e-3 --epochs 4")
     last = launch.rows(folder / "learned")[-1]
     assert last["heldout_accuracy"] > 0.9 and last["heldout_nll"] < 0.5 and 0 <= last["ece"] < 0.3
+    assert last["heldout_after"] == last["heldout_accuracy"] > last["heldout_before"]
     assert last["longer_wins"] == 0.5  # longer than ".", as long as "river", shorter than "yes yes"
     for kind in (*KINDS, "all"):
         assert f"  {kind} " in printed
