@@ -70,7 +70,7 @@ class Config(GroupConfig):
     )
     out: str = option("out/grpo", "the run's folder: checkpoints, metrics.jsonl, curve.png", group="run")
     steps: int = option(
-        300, "rollouts of the whole run, each followed by --updates", at_least=1, group="length and batch"
+        220, "rollouts of the whole run, each followed by --updates", at_least=1, group="length and batch"
     )
     batch_size: int = option(16, "prompts of a rollout, over all ranks", at_least=1, group="length and batch")
     micro_batch_size: int | None = option(

@@ -14,7 +14,7 @@ from minillm.tokenizer.tokenizer import Tokenizer
 class GroupConfig(ReplayConfig):
     """What train_grpo.py takes besides data, folder, batch and optimizer."""
 
-    USUAL_SFT_WEIGHT = 0.01
+    USUAL_SFT_WEIGHT = 0.03
 
     # the reward, and the answers that are judged
     reward: str = option(
