@@ -136,7 +136,7 @@ def test_a_rank_that_hangs_ends_the_others_in_time_and_is_named(folder, victim):
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_run_whose_output_is_lost_saves_before_it_ends(folder, how, ranks):
     out = f"lost-output-{how.replace(' ', '-')}-{ranks}"
-    more = "--steps 100000 --schedule constant"
+    more = "--steps 100000 --schedule constant --save_every 0"
     if how == "a full disk":
         stdout = Path("/dev/full")
     else:
