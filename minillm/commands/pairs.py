@@ -64,8 +64,8 @@ def run(config: Config) -> None:
         encoding=config.encoding,
     )
     tell(rows.summary())
-    pairs = list(own_pairs(config, loaded, template, rows))
     n_asked = min(config.prompts or rows.rows_per_epoch, rows.rows_per_epoch)
+    pairs = list(own_pairs(config, loaded, template, rows, np.arange(n_asked)))
     if not pairs:
         raise UserError(
             f"{config.data}: to none of {n_asked:,} prompts two of {config.n} answers ended and had different rewards, "
@@ -82,8 +82,8 @@ def run(config: Config) -> None:
     tell(f"{out}: {len(pairs):,} pairs; to {rest:,} prompts all answers that ended had the same reward")
 
 
-def own_pairs(config: Config, loaded: Loaded, template: str, rows: PromptRows) -> Iterator[dict]:
-    """A preference row for each prompt to which some answers are better than others."""
+def own_pairs(config: Config, loaded: Loaded, template: str, rows: PromptRows, positions: np.ndarray) -> Iterator[dict]:
+    """A preference row for each prompt at these data positions to which some answers are better than others."""
     model, tokenizer, _ = loaded
     device = model.norm.weight.device
     longest = context_of(model)
@@ -96,7 +96,6 @@ def own_pairs(config: Config, loaded: Loaded, template: str, rows: PromptRows) -
         tokenizer.pad_id,
         config.seed,
     )
-    positions = np.arange(min(config.prompts or rows.rows_per_epoch, rows.rows_per_epoch))
     for begin in tqdm(range(0, len(positions), config.prompts_at_once), desc="answering", disable=None):
         numbers = positions[begin : begin + config.prompts_at_once]
         prompts = rows.rows(numbers)
