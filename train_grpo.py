@@ -3,7 +3,8 @@
     python train_grpo.py                                   newest checkpoint of out/sft, the bundled world's requests
     python train_grpo.py --data sums.jsonl --reward number --out out/sums
     python train_grpo.py --data mine.jsonl --reward "0.8*mine.py:reward,0.2*length:300" --loss dapo --out out/mine
-    torchrun --nproc_per_node 8 train_grpo.py --data gsm8k.jsonl --reward number --init_from Qwen2.5-0.5B-Instruct
+    torchrun --nproc_per_node 8 train_grpo.py --data gsm8k.jsonl --reward number --init_from Qwen2.5-0.5B-Instruct \\
+        --lr 1e-6
 
 Data: rows with a prompt and whatever the reward needs to know of it (an answer, wishes …). A step draws a group of
 answers to each of --batch_size prompts, judges them, and moves the policy towards those that beat their group. Run the

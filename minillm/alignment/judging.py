@@ -137,17 +137,22 @@ def optimum_by_answers(judge: Judge, prompts: list[Prompt], tokenizer: Tokenizer
     """J* of a reward that is 1 for the right answer of each prompt's row, 0 for all others: (P,) fp64 on the CPU.
 
     The probability of that answer, its end included, is one forward pass of the reference at the sampler's temperature.
-    A check that forgives other spellings makes J* larger. −∞ for a prompt without an answer.
+    A check that forgives other spellings makes J* larger. −∞ for a prompt without an answer, or with one that is longer
+    than the policy's may be.
     """
     found = torch.full((len(prompts),), -math.inf, dtype=torch.float64)
-    where = [index for index, prompt in enumerate(prompts) if "answer" in prompt.row]
+    samples = {}  # index of a prompt → ids of prompt and answer, and which are of the answer
+    for index, prompt in enumerate(prompts):
+        if "answer" not in prompt.row:
+            continue
+        talk = [*prompt.messages, {"role": "assistant", "content": prompt.row["answer"]}]
+        ids, _ = tokenizer.encode_chat(talk, template=template)
+        if len(ids) - len(prompt.ids) <= judge.rollout.max_new_tokens:
+            samples[index] = np.array(ids), np.arange(len(ids)) >= len(prompt.ids)
+    where = list(samples)
     for begin in range(0, len(where), judge.rows_at_once):
         part = where[begin : begin + judge.rows_at_once]
-        rows = []
-        for prompt in (prompts[index] for index in part):
-            talk = [*prompt.messages, {"role": "assistant", "content": prompt.row["answer"]}]
-            ids, _ = tokenizer.encode_chat(talk, template=template)
-            rows.append([(np.array(ids), np.arange(len(ids)) >= len(prompt.ids))])
+        rows = [[samples[index]] for index in part]
         longest = max(len(ids) - 1 for [(ids, _)] in rows)
         batch = collate(rows, longest, tokenizer.pad_id, documents=False)
         with judge.autocast():

@@ -45,13 +45,14 @@ def test_the_optimum_by_right_answers_is_that_of_their_probability(tokenizer):
     prompts = [
         prompt_of(tokenizer, "the cat", {"answer": "the dog sees"}),
         prompt_of(tokenizer, "sees", {}),
+        prompt_of(tokenizer, "sees", {"answer": "the dog sees the cat " * 9}),  # longer than an answer may be
         prompt_of(tokenizer, "dog", {"answer": "cat"}, talk),
     ]
-    rollout = RolloutConfig(2, 8, TEMPERATURE, (2,), 3, 0)
+    rollout = RolloutConfig(2, 24, TEMPERATURE, (2,), 3, 0)
     judge = Judge(model, None, Reference(model, model), rollout, 1, contextlib.nullcontext)
     found = optimum_by_answers(judge, prompts, tokenizer, "auto", BETA).tolist()
     for prompt, value in zip(prompts, found, strict=True):
-        if "answer" not in prompt.row:
+        if prompt.text == "sees":
             assert value == -math.inf
             continue
         p = probability(model, tokenizer, prompt, prompt.row["answer"])
