@@ -7,8 +7,8 @@
     torchrun --nproc_per_node 8 train_dpo.py --data pairs.jsonl --init_from Qwen2.5-0.5B-Instruct --batch_size 64
 
 Data: rows of prompt, chosen and rejected, as texts or messages; ranked answers, scores and hh-rlhf's conversations too
-(docs/dpo.md). Each loss compares how likely the policy makes both answers, most of them beside how likely the model it
-started from, the reference, makes them. Run the same command again to go on where it stopped.
+(docs/en/dpo.md). Each loss compares how likely the policy makes both answers, most of them beside how likely the model
+it started from, the reference, makes them. Run the same command again to go on where it stopped.
 """
 
 import dataclasses
@@ -96,7 +96,7 @@ class Config(AlignmentConfig):
     )
 
     # the loss
-    loss: str = option("sigmoid", "what is minimized (docs/dpo.md)", tuple(LOSSES), group="preferences")
+    loss: str = option("sigmoid", "what is minimized (docs/en/dpo.md)", tuple(LOSSES), group="preferences")
     beta: float | None = _loss_option(
         "beta",
         None,

@@ -6,8 +6,8 @@
     torchrun --nproc_per_node 8 train_ppo.py --data my.jsonl --init_from out/my-sft --reward_model out/my-reward
 
 Data: rows with a prompt, and what a reward function may need to know of it. Each step samples answers, has them judged,
-and moves the policy towards those that turned out better than the value model expected. See docs/ppo.md. Run the same
-command again to go on where it stopped.
+and moves the policy towards those that turned out better than the value model expected. See docs/en/ppo.md. Run the
+same command again to go on where it stopped.
 """
 
 import dataclasses

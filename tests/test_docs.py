@@ -25,7 +25,8 @@ ROOT = Path(__file__).parents[1]
 SCRIPTS = {path.name: importlib.import_module(path.stem).Config for path in ROOT.glob("train_*.py")}
 BLOCK = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
 TORCHRUN = {"nproc_per_node", "nnodes", "rdzv_backend", "rdzv_endpoint", "rdzv_conf", "local_addr", "max_restarts"}
-every_page = pytest.mark.parametrize("path", [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")], ids=lambda path: path.name)
+PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/*/*.md")]
+every_page = pytest.mark.parametrize("path", PAGES, ids=lambda path: f"{path.parent.name}/{path.name}")
 
 
 class Page:

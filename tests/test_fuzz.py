@@ -335,5 +335,5 @@ def test_thousands_of_damaged_files(home, tmp_path, request):
     """Ten thousand of them with `-m slow`, a thousand with all other tests."""
     count = 10_000 if request.config.option.markexpr == "slow" else 1_000
     outcomes = run_cases(home, tmp_path, range(count))
-    for name in READERS:  # the table of docs/checkpoint.md
+    for name in READERS:  # the table of docs/en/checkpoint.md
         print(f"| {name} | {outcomes[name, 'loaded']:,} | {outcomes[name, 'refused']:,} |")

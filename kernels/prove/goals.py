@@ -4,8 +4,8 @@ A goal is a multiple of what somebody else reaches in the same run on the same G
 large copy in that run. Where the other was not measured, because it is not installed, an H100 is compared with what the
 other reached on one: H100 SXM, 80 GB, 700 W, torch 2.11, triton 3.6, bf16. Other GPUs have no goal there.
 
-The multiples are those of docs/kernels.md ("What has been measured, and what not"), the numbers of others are medians
-of one run on that H100, of which the page shows a part.
+The multiples are those of docs/en/kernels.md ("What has been measured, and what not"), the numbers of others are
+medians of one run on that H100, of which the page shows a part.
 """
 
 import csv
@@ -108,7 +108,7 @@ def attention_goals() -> Iterator[Goal]:
 
 
 def goals() -> list[Goal]:
-    """All goals: one op after another, in the order of docs/kernels.md."""
+    """All goals: one op after another, in the order of docs/en/kernels.md."""
     copied = 3020.0  # GB/s, read and written
     return [
         *attention_goals(),

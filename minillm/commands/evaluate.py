@@ -254,7 +254,7 @@ def _evaluate_tasks(config: Config, folder: Path) -> None:
                 raise
             print(problem)
     if not benchmarks:
-        raise UserError(f"--task_data {config.task_data}: holds no benchmark; see docs/evaluation.md")
+        raise UserError(f"--task_data {config.task_data}: holds no benchmark; see docs/en/evaluation.md")
 
     # the model, and the longest input that it is given
     loaded = load_model(config)

@@ -1,6 +1,6 @@
 """Memory, time, MFU and days of training on many GPUs, for every layout that fits, by formula.
 
-The formulas, their assumptions, and what published runs say to them, are in docs/plan.md.
+The formulas, their assumptions, and what published runs say to them, are in docs/en/plan.md.
 """
 
 import math

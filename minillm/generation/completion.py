@@ -3,7 +3,7 @@
     logits → repetition penalty → / temperature → top-k → top-p → min-p → draw      (temperature 0: the largest)
 
 Row r of a batch draws with its own random numbers, a pure function of (seed, r), so its text does not
-depend on the other rows. See docs/generation.md.
+depend on the other rows. See docs/en/generation.md.
 """
 
 from collections.abc import Iterator, Sequence

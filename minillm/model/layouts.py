@@ -1,7 +1,7 @@
 """How long a training step takes on many GPUs, by formula: arithmetic, and what each layout sends over which link.
 
 Rates are bytes a second in one direction, sizes bytes, times seconds. The memory of a layout is in memory.py. The
-formulas, their sources and what published runs say to them are in docs/plan.md.
+formulas, their sources and what published runs say to them are in docs/en/plan.md.
 """
 
 from dataclasses import dataclass

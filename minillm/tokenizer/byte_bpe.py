@@ -1,7 +1,7 @@
 """A byte-level BPE vocabulary (GPT-2, SmolLM, Qwen, Llama 3) as GGUF describes one: pieces, merges, the rules' name.
 
 A `tokenizer.json` spells the rules out; here each known set of rules has GGUF's name, so that either can be written
-from the other. The `tokenizers` library encodes text by them (`tokenizers_model`); docs/tokenizer.md shows how.
+from the other. The `tokenizers` library encodes text by them (`tokenizers_model`); docs/en/tokenizer.md shows how.
 """
 
 import json

@@ -205,7 +205,7 @@ class Choice:
 
     others: Callable[..., torch.optim.Optimizer]  # for all parameters, or all but those of `matrices`
     matrices: Callable[..., torch.optim.Optimizer] | None = None  # for the matrices inside the layers
-    lr: float | None = None  # best peak rate of those tried at width 128 (docs/defaults.md), times √width
+    lr: float | None = None  # best peak rate of those tried at width 128 (docs/en/defaults.md), times √width
     adapter_lr: dict[str, float] = field(default_factory=dict)  # --tune → peak rate times width
 
 

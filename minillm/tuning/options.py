@@ -7,14 +7,14 @@ from minillm.base.errors import UserError
 from minillm.base.options import Options, option
 from minillm.model.quant import BITS
 
-# Peak learning rates of AdamW for an adapter, times the width: near the best of those tried at 128 (docs/tuning.md).
+# Peak learning rates of AdamW for an adapter, times the width: near the best of those tried at 128 (docs/en/tuning.md).
 # By 1/width LoRA's is 1.6e-4 and IA3's 3e-3 at 4096, about what others take there (Chinese-LLaMA; arXiv:2205.05638).
 TUNING_LR = {"lora": 0.64, "dora": 0.64, "ia3": 12.8, "adapter": 1.9, "prefix": 12.8, "prompt": 12.8, "ptuning": 1.9}
 
 LOW_RANK = ("lora", "dora")
 VIRTUAL = ("prefix", "prompt", "ptuning")  # methods that train virtual tokens
 METHODS = ("full", "freeze", *LOW_RANK, "ia3", "adapter", *VIRTUAL)
-GROUP = "training few parameters (docs/tuning.md)"
+GROUP = "training few parameters (docs/en/tuning.md)"
 
 
 def _tuning_option(default, help: str, methods: tuple[str, ...], **rules):
@@ -24,7 +24,7 @@ def _tuning_option(default, help: str, methods: tuple[str, ...], **rules):
 
 @dataclass(frozen=True)
 class TuningConfig(Options):
-    """The options of training few parameters (docs/tuning.md); training scripts have them beside `TrainingConfig`'s."""
+    """Options of training few parameters (docs/en/tuning.md); training scripts have them beside `TrainingConfig`'s."""
 
     tune: str = option("full", "what is trained: everything, some layers, or few new parameters", METHODS, group=GROUP)
     lora_rank: int = _tuning_option(8, "columns of A and B", LOW_RANK, at_least=1)

@@ -1,4 +1,4 @@
-"""The commands of docs/chinese.md go their whole way on the bundled corpus, and what the page promises holds there."""
+"""The commands of docs/en/chinese.md go their whole way on the bundled corpus, and what it promises holds there."""
 
 import os
 import re
@@ -11,7 +11,7 @@ import pytest
 
 from tests import launch
 
-PAGE = launch.ROOT / "docs" / "chinese.md"
+PAGE = launch.ROOT / "docs" / "en" / "chinese.md"
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 

@@ -7,8 +7,8 @@ far it may go from the reference. σ is the logistic function.
 
 A loss gives a number for each pair; a step takes their mean. Those that know a pair alone do not depend on how a step
 is cut into micro-batches or over ranks. Two know more: `aot` sorts the pairs of a step, so they must be in one
-forward pass, and `kto` compares with z, a mean over the whole step that the script computes beforehand. `docs/dpo.md`
-says when to use which.
+forward pass, and `kto` compares with z, a mean over the whole step that the script computes beforehand.
+`docs/en/dpo.md` says when to use which.
 """
 
 from collections.abc import Callable

@@ -52,7 +52,7 @@ def test_a_proof_of_twelve_minutes_has_time_for_all_lines_but_the_last():
 
 
 def test_the_page_tells_of_every_line():
-    page = (ROOT / "docs" / "kernels.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "en" / "kernels.md").read_text(encoding="utf-8")
     limits = re.findall(r"^\| `(\S+)` \|.*\| (\d+) (s|min) \|$", page, re.MULTILINE)
     seconds = {name: int(number) * {"s": 1, "min": 60}[unit] for name, number, unit in limits}
     assert seconds == {line.name: line.limit_s for line in LINES}

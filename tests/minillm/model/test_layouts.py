@@ -1,4 +1,4 @@
-"""Memory and time of layouts beside numbers worked out by hand and beside published runs (sources in docs/plan.md)."""
+"""Memory and time of layouts beside numbers worked out by hand and published runs (sources in docs/en/plan.md)."""
 
 import dataclasses
 
@@ -77,7 +77,7 @@ def test_a_table_worked_out_by_hand(row):
     ],
 )
 def test_activations_are_those_of_one_device_divided_by_the_parts_of_a_row(name, layout, recompute, gigabytes):
-    """By hand, for T tokens of a GPU: see the formulas in docs/plan.md."""
+    """By hand, for T tokens of a GPU: see the formulas in docs/en/plan.md."""
     shape = SHAPES[name]
     tokens = LENGTH // (layout[2] * layout[3])
     dim, ffn = shape.dim, shape.ffn_dim

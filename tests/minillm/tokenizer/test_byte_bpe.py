@@ -1,4 +1,4 @@
-"""Byte-level BPE: against the tokenizers library, by the lines in docs/tokenizer.md, and under GGUF's names."""
+"""Byte-level BPE: against the tokenizers library, by the lines in docs/en/tokenizer.md, and under GGUF's names."""
 
 import json
 import random
@@ -155,8 +155,8 @@ def test_a_damaged_config_beside_it_is_named(pair, tmp_path, text):
 
 @pytest.fixture(scope="module")
 def from_the_page(tmp_path_factory):
-    """(the class in docs/tokenizer.md made from a file of GPT-2's kind, the library's tokenizer of that file)"""
-    page = (Path(__file__).parents[3] / "docs" / "tokenizer.md").read_text(encoding="utf-8")
+    """(the class in docs/en/tokenizer.md made from a file of GPT-2's kind, the library's tokenizer of that file)"""
+    page = (Path(__file__).parents[3] / "docs" / "en" / "tokenizer.md").read_text(encoding="utf-8")
     (code,) = (block for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "class ByteLevelBPE" in block)
     assert len([line for line in code.splitlines() if line.strip()]) <= 42
     names: dict = {}
