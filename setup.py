@@ -35,6 +35,7 @@ setup(
     packages=find_packages(include=["minillm*", "kernels*"]),
     # One folder on the path: an editable install then also finds `data`, which no wheel contains.
     package_dir={"": "."},
+    package_data={"minillm.serving": ["chat.html"]},
     install_requires=[
         "torch>=2.11",
         "numpy",

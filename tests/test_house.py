@@ -20,7 +20,7 @@ FLOORS = [
     {"tuning"},
     {"generation"},
     {"evaluation", "training"},
-    {"alignment"},
+    {"alignment", "serving"},
     {"commands"},
     {"scripts"},
 ]
@@ -43,6 +43,7 @@ BUDGET = {
     "evaluation": 11_300,  # benchmarks
     "training": 17_000,  # sharding, saving in the background
     "alignment": 21_000,
+    "serving": 600,  # the chat page's headers
     "commands": 26_000,  # judged answers, pairs of them, speeds beside trl's, a plan's sums, a cluster's checks
     "scripts": 18_000,
 }
