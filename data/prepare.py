@@ -16,7 +16,6 @@ they change, all tokens may change. To keep the tokenizer, give --tokenizer the 
 
 import contextlib
 import os
-import random
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -24,22 +23,23 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from data.bin_writer import SPLITS, BinFolder, meta_of, read_json
+from data.choose_tokenizer import holds, learnt_tokenizer, usual_wrap, with_wrap
+from data.contamination import Benchmark, check_texts, read_benchmarks, table
 from data.sources import (
     ON_BAD_LINE,
     WRAPS,
     Group,
     Options,
     Source,
-    check_unchanged,
     checksum,
     grouped,
     read_sources,
     tokenizer_key,
 )
-from data.tokenize_files import bad_line_error, is_val, tokenize
+from data.tokenize_files import bad_line_error, tokenize
 from minillm.base.command_line import parse
 from minillm.base.errors import UserError
-from minillm.base.files import sha256, write_json_atomically
+from minillm.base.files import write_json_atomically
 from minillm.base.options import Options as BaseOptions
 from minillm.base.options import option
 from minillm.base.printing import visible
@@ -51,7 +51,6 @@ from minillm.tokenizer.measure import TRIED, check_round_trip, control_texts
 from minillm.tokenizer.tokenizer import Tokenizer
 
 ROUND_TRIP = 1 << 20  # characters that are encoded and decoded first, to see whether the tokenizer loses some
-TOKENIZER_SAMPLE = 16 << 20  # bytes of text that a tokenizer is learnt from
 FILES_NAMED = 5  # at most so many files are named per reason
 
 
@@ -95,11 +94,11 @@ def prepare(
     files = find_files(inputs + val_inputs, left_out)
     say_left_out(left_out)
     given = None if tokenizer is None else Tokenizer.load(run_folder.tokenizer_folder(tokenizer))
-    options = replace(options, wrap=options.wrap or _usual_wrap(out, given))
+    options = replace(options, wrap=options.wrap or usual_wrap(out, given))
     if given is not None:
         if options.wrap == "eos" and given.start_id != given.eos_id:
             print(f"{tokenizer}: its model knows texts that begin with bos; to go on like that, give --wrap bos_eos")
-        tokenizer = _with_wrap(given, options.wrap)
+        tokenizer = with_wrap(given, options.wrap)
 
     lock = RunLock(out)
     try:
@@ -109,8 +108,8 @@ def prepare(
         learnt_from = ""  # a tokenizer that is given was learnt elsewhere
         if tokenizer is None:
             learnt_from = checksum([train_tokenizer, [(s.sha256, s.options.of(s.path)) for s in sources[:n_train]]])
-            tokenizer = _learn(bin_folder, train_tokenizer, sources[:n_train], learnt_from)
-            tokenizer = _with_wrap(tokenizer, options.wrap)
+            tokenizer = learnt_tokenizer(bin_folder, train_tokenizer, sources[:n_train], learnt_from)
+            tokenizer = with_wrap(tokenizer, options.wrap)
         about = {
             "wrap": options.wrap,
             "options": options.recorded(),
@@ -130,7 +129,7 @@ def _make(folder: BinFolder, groups: list[Group], tokenizer: Tokenizer, about: d
     """Make what is missing of the bins of these groups; returns meta.json."""
     # Nothing has changed, except perhaps the names of files or what happens to bad lines.
     records = folder.finished_records(groups, tokenizer.id_dtype.itemsize)
-    if records is not None and _holds(folder.out, tokenizer.sha256):
+    if records is not None and holds(folder.out, tokenizer.sha256):
         print(f"{folder.out}: already prepared from the same input, nothing to do")
         _refuse_bad_lines(records, about["options"])
         meta = meta_of(groups, records, tokenizer, about)
@@ -223,69 +222,6 @@ def _check_splits(out: Path, meta: dict) -> None:
         )
 
 
-# ---- the tokenizer
-
-
-def _usual_wrap(out: Path, tokenizer: Tokenizer | None) -> str:
-    """How documents are wrapped if --wrap is not given: as they were in `out`, else as the tokenizer's model knows.
-
-    tokenizer: the one that is given; None: it will be learnt, and documents begin with bos.
-    """
-    before = read_json(out / "meta.json")
-    if before and (tokenizer is None or before.get("tokenizer_sha256") == tokenizer.sha256):
-        return "bos_eos" if before.get("wrap") == "bos_eos" else "eos"
-    begins_with_bos = tokenizer is None or tokenizer.start_id != tokenizer.eos_id
-    return "bos_eos" if begins_with_bos else "eos"
-
-
-def _with_wrap(tokenizer: Tokenizer, wrap: str) -> Tokenizer:
-    """The tokenizer, set to begin texts as `wrap` says."""
-    if wrap == "bos_eos" and tokenizer.bos_id == tokenizer.eos_id:
-        raise UserError("--wrap bos_eos: the tokenizer has no bos piece; choose --wrap eos")
-    start_id = tokenizer.bos_id if wrap == "bos_eos" else tokenizer.eos_id
-    if tokenizer.start_id == start_id:
-        return tokenizer
-    return tokenizer.with_settings(add_bos=wrap == "bos_eos", after_eos=wrap == "eos")
-
-
-def _learn(folder: BinFolder, size: int, sources: list[Source], learnt_from: str) -> Tokenizer:
-    """A tokenizer of the training documents; the one in the folder if it is just that."""
-    out = folder.out
-    meta = read_json(out / "meta.json")
-    if meta.get("learnt_from") == learnt_from and _holds(out, meta.get("tokenizer_sha256")):
-        return Tokenizer.load(out)
-    print(f"{out}: learning a tokenizer of {size:,} pieces", flush=True)
-    folder.refuse_other_tokenizer("")
-    folder.take_apart()  # a meta.json would not fit the new tokenizer
-    how = {"sample_bytes": TOKENIZER_SAMPLE, "option": "--train_tokenizer"}
-    tokenizer = train.train_tokenizer(_sample(sources), size, out, **how)
-    check_unchanged(sources)
-    return tokenizer
-
-
-def _holds(out: Path, tokenizer_sha256: str | None) -> bool:
-    files = [out / name for name in ("tokenizer.model", "tokenizer.json")]  # SentencePiece's, a byte-level BPE's
-    return any(file.is_file() and sha256(file) == tokenizer_sha256 for file in files)
-
-
-def _sample(sources: list[Source]) -> Iterator[str]:
-    """Training documents for the tokenizer, all or a uniform sample; only those taken are decoded."""
-    size = sum(source.text_size for source in sources)
-    rate = 2 * TOKENIZER_SAMPLE / max(size, 1)
-    draw = random.Random(0).random
-    for source in sources:
-        options = source.options
-        for record in source.records():
-            if rate < 1 and draw() > rate:
-                continue
-            try:
-                text = text_of(record.kind, record.raw, options.field)
-            except UserError:
-                continue  # reported when it is tokenized
-            if not is_val(text.encode(), options):
-                yield text
-
-
 def _first_texts(sources: list[Source]) -> Iterator[str]:
     """The first documents of each file, TRIED characters or a little more, until ROUND_TRIP of all."""
     size = 0
@@ -364,11 +300,26 @@ class Config(BaseOptions):
     val_fraction: float = option(
         Options.val_fraction, "share of documents for validation", at_least=0, below=1, group="validation"
     )
+    check_against: tuple[str, ...] = option(
+        (),
+        "benchmarks (.jsonl .json .csv .tsv .parquet, or folders): count their rows that stand in training documents",
+        group="check",
+    )
+    check_field: str | None = option(
+        None, "key that holds a benchmark's question; none: the usual ones, such as question", group="check"
+    )
     workers: int | None = option(None, "processes; none: all cores", at_least=1, group="machine")
+
+    def problems(self) -> list[str]:
+        problems = super().problems()
+        if self.check_field is not None and not self.check_against:
+            problems.append(f"--check_field {self.check_field}: is about benchmarks; give --check_against")
+        return problems
 
 
 def main() -> None:
     config = parse(Config, __doc__)
+    benchmarks = read_benchmarks(config.check_against, config.check_field)  # faults in them before the long work
     meta = prepare(
         config.input,
         config.out,
@@ -385,6 +336,23 @@ def main() -> None:
         wrap=config.wrap,
     )
     report(meta)
+    if benchmarks:
+        _check(config, benchmarks)
+
+
+def _check(config: Config, benchmarks: list[Benchmark]) -> None:
+    """Print how many rows of benchmarks stand in the training documents, and write down which."""
+    options = Options(
+        boundary=config.split,
+        field=config.field,
+        encoding=config.encoding,
+        val_fraction=0 if config.val_input else config.val_fraction,
+    )
+    found = check_texts(benchmarks, find_files(config.input), options, config.workers or _cores())
+    print(table(found))
+    path = Path(config.out) / "contamination.json"
+    write_json_atomically(path, found)
+    print(f"all that were found: {path}")
 
 
 if __name__ == "__main__":

@@ -78,6 +78,7 @@ def test_steps_can_be_shared_out_among_the_processes_of_torchrun(path, monkeypat
 def test_commands_and_options_are_known(path, monkeypatch):
     monkeypatch.setattr(prepare, "prepare", lambda *_, **options: None)
     monkeypatch.setattr(prepare, "report", lambda meta: None)
+    monkeypatch.setattr(prepare, "read_benchmarks", lambda files, field: [])
     parse = {name: partial(command_line.parse, config, "") for name, config in SCRIPTS.items()}
     parse |= {"data/prepare.py": prepare.main, "minillm": lambda: __main__.parse_command(sys.argv[1:])}
     parse |= {"kernels.bench": suite.build_parser().parse_args, "kernels.tune": tune.build_parser().parse_args}

@@ -44,10 +44,10 @@ def csv_rows(stream: BinaryIO, separator: str, names: Sequence[str] | None = Non
     """
     csv.field_size_limit(LONGEST_FIELD)
     text = io.TextIOWrapper(stream, encoding="utf-8", newline="")
-    reader = csv.DictReader(text, names, delimiter=separator, strict=True, restkey="")
+    reader = csv.DictReader(text, names, delimiter=separator, strict=True)
     try:
         for number, row in enumerate(reader, 1):
-            if "" in row:
+            if None in row:
                 raise ValueError(f"row {number} has more fields than the {len(reader.fieldnames)} names of columns")
             yield row
     except csv.Error as error:

@@ -99,7 +99,7 @@ def write_all(folder: Path) -> Path:
         write_table(folder / "mmlu" / "data" / split / f"college_physics_{split}.csv", rows, None)
         numbered = [(number, *row) for number, row in enumerate(rows)]
         names = ["Question", "A", "B", "C", "D", "Answer"]
-        write_table(folder / "cmmlu" / split / "agronomy.csv", numbered, ["No", *names])
+        write_table(folder / "cmmlu" / split / "agronomy.csv", numbered, ["", *names])
         split_of_ceval = {"test": "val"}.get(split, split)
         names = ["id", "question", "A", "B", "C", "D", "answer"]
         write_table(folder / "ceval" / split_of_ceval / f"law_{split_of_ceval}.csv", numbered, names)
