@@ -150,9 +150,7 @@ def main() -> int:
     check_cut(training_config, ranks)
 
     # the model to start from, and its tokenizer
-    training_config, start = starting_model.find_start(
-        training_config, ranks, share=1 / 80, adapter_share=1 / 10, may_shard=True
-    )
+    training_config, start = starting_model.find_start(training_config, ranks, share=1 / 80, adapter_share=1 / 10)
 
     # data: answers to prompts, and which is better
     is_bundled = training_config.data == Config.data
@@ -303,7 +301,7 @@ class Sums:
             return
 
         def make() -> Reference:
-            self.reference = reference_policy.make_reference(run.training_config, start, model)
+            self.reference = reference_policy.make_reference(run.training_config, start, model, run.ranks)
             return self.reference
 
         facts = run.fingerprints.get("reference")

@@ -47,12 +47,13 @@ from minillm.datasets.prompts import PromptRows
 from minillm.datasets.questions import CHECKS, read_questions
 from minillm.distributed import ranks as distributed
 from minillm.distributed.hosts import once_a_host
+from minillm.distributed.lockstep import most_of_ranks
 from minillm.distributed.parallelize import gradients_synced, marked_last, parallelize
 from minillm.evaluation import answers
 from minillm.model import ops
 from minillm.model.transformer import Transformer
 from minillm.tokenizer.tokenizer import Tokenizer
-from minillm.training import starting_model
+from minillm.training import sharding, starting_model
 from minillm.training.config import listed_files, summary
 from minillm.training.optim import OPTIMIZERS, build_optimizers
 from minillm.training.run import Run, begin
@@ -110,8 +111,10 @@ def main() -> int:
     tokenizer = start.tokenizer
     if training_config.data == Config.data:
         once_a_host(ranks, bundled.build)
-    judged_by = (training_config.reward_time_s, ranks.device, training_config.template, training_config.room)
+    device = sharding.loading_device(training_config, ranks)
+    judged_by = (training_config.reward_time_s, device, training_config.template, training_config.room)
     rewards = Rewards(training_config.reward, tokenizer, *judged_by)
+    rewards.shard(training_config, ranks)
 
     # prompts to learn from, held-out prompts, and held-out questions of all kinds
     prompts = read_prompts(training_config, listed_files(training_config.data), tokenizer)
@@ -146,7 +149,7 @@ def main() -> int:
     finish_kernel_check()
     model = starting_model.make_model(training_config, start.model_config, start.init, run.source, ranks)
     run.say(f"weights from {run.source or start.init}")
-    near = reference.make_reference(training_config, start, model) if training_config.beta else None
+    near = reference.make_reference(training_config, start, model, ranks) if training_config.beta else None
     rows_at_once = training_config.micro_batch_size * training_config.group_size
     judge = Judge(model, rewards, near, training_config.rollout(tokenizer), rows_at_once, run.autocast)
     loss = training_config.policy_loss()
@@ -160,8 +163,10 @@ def main() -> int:
 
     before = run.once("before.json", measure)
     status = train(training_config, run, model, tools, before or {})
-    if status == 0 and ranks.main:
-        conclude(run, before or {}, measure())
+    if status == 0:
+        after = measure()  # on every rank: each may hold a part of the model
+        if ranks.main:
+            conclude(run, before or {}, after)
     distributed.stop()
     return status
 
@@ -197,7 +202,7 @@ def train(training_config: Config, run: Run, model: Transformer, tools: Tools, b
         parts, n_useful = rows.split(rows_at_once), is_useful.sum()
         for _ in range(training_config.resample):  # other prompts in place of those that are not
             positions = positions[~is_useful] + training_config.steps * training_config.batch_size
-            if not len(positions):
+            if not most_of_ranks(model, len(positions)):
                 break
             rows, is_useful = experience(training_config, run, ask(tools, positions, step))
             parts, n_useful = parts + rows.split(rows_at_once), n_useful + is_useful.sum()
@@ -205,7 +210,10 @@ def train(training_config: Config, run: Run, model: Transformer, tools: Tools, b
         # learn from them: the first pass over them notes log π_old, with which later ones have a ratio
         n = sum(tools.loss.count(part.batch.mask) for part in parts)  # answers or tokens
         n, n_useful = run.ranks.sum(n, n_useful)
-        parts = parts or [judged.experience(judged.rewards).silent()]  # on a rank without any: the others go on
+        # a rank without any makes a pass that teaches nothing, since the others wait for its gradient; over shards it
+        # makes as many passes as any other
+        n_passes = most_of_ranks(model, max(1, len(parts)))
+        parts += [judged.experience(judged.rewards).silent()] * (n_passes - len(parts))
         seen = []
         for _ in range(training_config.updates if n else 0):
             tools.replay.learn(run, policy, state, step, n)
@@ -268,8 +276,14 @@ def experience(training_config: Config, run: Run, judged: Judged) -> tuple[Exper
 
 
 def ask(tools: Tools, positions: np.ndarray, step: int) -> Judged:
-    """The policy's answers to the prompts at these data positions, judged."""
-    return tools.judge.answers(tools.prompts.rows(positions), positions.tolist(), step)
+    """The policy's answers to the prompts at these data positions, judged.
+
+    Where passes need all ranks, each answers as many prompts as any other: repeated ones, which are left out again.
+    """
+    n_asked = most_of_ranks(tools.judge.model, len(positions))
+    asked = np.resize(positions, n_asked)  # without any: position 0
+    judged = tools.judge.answers(tools.prompts.rows(asked), asked.tolist(), step)
+    return judged.first(len(positions) * tools.judge.rollout.group_size)
 
 
 def tell(

@@ -49,7 +49,7 @@ from minillm.evaluation import answers
 from minillm.model import ops
 from minillm.model.transformer import Transformer
 from minillm.tokenizer.tokenizer import Tokenizer
-from minillm.training import starting_model
+from minillm.training import sharding, starting_model
 from minillm.training.config import listed_files, summary
 from minillm.training.optim import build_optimizers
 from minillm.training.run import Run, begin
@@ -135,7 +135,7 @@ def main() -> int:
     # the four models, and those who judge the policy's answers
     finish_kernel_check()
     policy = starting_model.make_model(training_config, start.model_config, start.init, run.source, ranks)
-    roles = cast_roles(training_config, start, policy, reward_model)
+    roles = cast_roles(training_config, start, policy, reward_model, ranks)
     run.say(f"weights from {run.source or start.init}; {roles.describe()}")
     reward = true_reward if reward_model is None else LearnedReward(reward_model, training_config.rows_at_once)
     drawing = training_config.rollout(tokenizer)
@@ -151,8 +151,10 @@ def main() -> int:
     before = run.once("before.json", lambda: measure_first(training_config, tools, measure)) or {}
     scale_reward(run, tools, before)
     status = train(training_config, run, roles, tools, before.get("optimum"))
-    if status == 0 and ranks.main:
-        conclude(run, before, measure())
+    if status == 0:
+        after = measure()  # on every rank: each may hold a part of the models
+        if ranks.main:
+            conclude(run, before, after)
     distributed.stop()
     return status
 
@@ -160,16 +162,18 @@ def main() -> int:
 def read_rewards(
     training_config: Config, ranks: Ranks, tokenizer: Tokenizer
 ) -> tuple[Transformer | None, Rewards | None]:
-    """The reward model, and the true reward; None for what there is not."""
+    """The reward model, still whole, and the true reward; None for what there is not."""
+    device = sharding.loading_device(training_config, ranks)
     reward_model = None
     if training_config.reward_model is not None:
         how = dict(template=training_config.template, merged=training_config.tune == "full")
         how |= dict(tokenizer=tokenizer, longest=training_config.room)
-        reward_model = load_reward_model(training_config.reward_model, ranks.device, **how)
+        reward_model = load_reward_model(training_config.reward_model, device, **how)
     true_reward = None
     if training_config.true_reward is not None:
-        judged_by = (training_config.reward_time_s, ranks.device, training_config.template, training_config.room)
+        judged_by = (training_config.reward_time_s, device, training_config.template, training_config.room)
         true_reward = Rewards(training_config.true_reward, tokenizer, *judged_by)
+        true_reward.shard(training_config, ranks)
     return reward_model, true_reward
 
 
@@ -222,7 +226,7 @@ def train(training_config: Config, run: Run, roles: Roles, tools: Tools, optimum
         # 6. the price of the distance follows its target
         row = tell(run, state, judged, tools, prompts, seen)
         row |= {"objective": objective(row["reward"], row["kl"], controller.beta), "beta": controller.beta}
-        row |= {"optimum": optimum, "explained_variance": experience.explained_variance()}
+        row |= {"optimum": optimum, "explained_variance": experience.explained_variance(run.ranks)}
         run.record(step, **row)
         run.facts["beta"] = controller.update(row["kl"], training_config.batch_size * training_config.group_size)
         drift.look_at(row["kl"])

@@ -110,7 +110,7 @@ def main() -> int:
 
     # the model to start from, with a score head in place of its own, and its tokenizer
     training_config, (init, model_config, tokenizer) = starting_model.find_start(
-        training_config, ranks, share=1 / 8, score_head=True, may_shard=True
+        training_config, ranks, share=1 / 8, score_head=True
     )
 
     # data: answers to the same prompts, and which of two is better

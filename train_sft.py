@@ -98,7 +98,7 @@ def main() -> int:
 
     # the model to start from, and its tokenizer
     training_config, (init, model_config, tokenizer) = starting_model.find_start(
-        training_config, ranks, share=1 / 4, may_shard=True, may_share_rows=True
+        training_config, ranks, share=1 / 4, may_share_rows=True
     )
 
     # data: rows of instructions, packed, with a mask on the targets that are learned

@@ -1,9 +1,15 @@
 """Scripts under --shard, as processes: the losses of whole copies, questions asked on all ranks, and a checkpoint."""
 
-import pytest
+import signal
+from pathlib import Path
 
-from tests import launch
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests import launch, test_train_grpo, test_train_ppo
 from tests.test_train_dpo import OPTIONS, write_pairs
+from tests.test_train_ppo import folder  # noqa: F401
 
 SHARDED = pytest.mark.parametrize(
     ("script", "more"),
@@ -36,3 +42,73 @@ def test_shards_learn_from_preferences_as_whole_copies_do(tmp_path, script, more
     assert len(watched[0]) > 1
     for one, other in zip(*watched, strict=True):
         assert other == pytest.approx(one, rel=1e-3, abs=1e-4)
+
+
+# ---- answers that the model draws itself
+
+# a reward that notes what it is asked, each rank in a file of its own
+NOTED = """
+import os
+
+def noted(prompts, answers, rows):
+    with open("{notes}." + os.environ.get("RANK", "0"), "a") as file:
+        file.writelines(f"{prompt!r} {answer!r}\\n" for prompt, answer in zip(prompts, answers))
+    return [min(1.0, answer.count('e') / 8) for answer in answers]
+"""
+
+ROLLED_OUT = pytest.mark.parametrize(
+    ("script", "ranks", "more"),
+    [
+        ("ppo", 4, "--micro_batch_size 1 --updates 2"),
+        ("ppo", 2, "--tune lora --sft_weight 1 --sft_rows 3 --sft_data {folder}/beside.jsonl"),
+        ("grpo", 4, "--micro_batch_size 1 --loss grpo --resample 2 --updates 2"),
+        ("grpo", 2, "--tune lora --loss reinforce --reward {folder}/noted.py:noted,0.1*{folder}/reward"),
+    ],
+)
+
+
+def write_reward(folder: Path, notes: Path) -> None:  # noqa: F811
+    """A reward function that writes into <notes>.0 and so on."""
+    (folder / "noted.py").write_text(NOTED.replace("{notes}", str(notes)))
+
+
+def noted(notes: Path) -> set[str]:
+    """Prompts and answers that any rank has judged."""
+    return {line for path in notes.parent.glob(f"{notes.name}.*") for line in path.read_text().splitlines()}
+
+
+@pytest.mark.slow
+@ROLLED_OUT
+def test_shards_learn_from_their_own_answers_as_one_process_does(folder, tmp_path, script, ranks, more):  # noqa: F811
+    """Over a kill in the middle; ranks draw answers of unequal lengths, and learn from unequal numbers of them."""
+    module = {"ppo": test_train_ppo, "grpo": test_train_grpo}[script]
+    more = f"--steps 4 --batch_size 8 --max_new_tokens 16 --reward {folder}/noted.py:noted {more}"
+    more = more.replace("{folder}", str(folder))
+    whole, divided = folder / f"{script}-{ranks}-whole", folder / f"{script}-{ranks}-divided"
+
+    write_reward(folder, tmp_path / "whole")
+    launch.finish(script, module.options(folder, whole.name, more), tmp_path / "log-whole")
+    write_reward(folder, tmp_path / "divided")
+    options = module.options(folder, divided.name, f"{more} --shard 2 --save_every 2")
+    processes = launch.start(script, options, tmp_path / "log-killed", ranks)
+    processes[0].wait_for_checkpoint(divided, 2)
+    processes[0].kill(signal.SIGKILL)  # the others end by themselves
+    for process in processes:
+        process.wait()
+    launch.finish(script, options, tmp_path / "log-divided", ranks)
+
+    # the same answers, rewards and losses; in place of prompts that it lacks a rank answers others for nothing
+    assert noted(tmp_path / "whole") <= noted(tmp_path / "divided")
+    assert "--resample" in more or noted(tmp_path / "whole") == noted(tmp_path / "divided")
+    assert launch.losses(divided) == pytest.approx(launch.losses(whole), rel=1e-5, abs=2e-5)
+    assert launch.norms(divided) == pytest.approx(launch.norms(whole), rel=1e-4)
+    for name in ("reward", "length", "kl", "value_loss", "explained_variance", "zero_std_share"):
+        one, other = (module.column(run, name) for run in (whole, divided))
+        assert other == pytest.approx(one, rel=1e-4, abs=2e-5), name
+
+    # and the same weights, but for what AdamW makes of a gradient near 0
+    last = whole / "step-00000004"
+    for path in (*last.glob("*.safetensors"), *last.glob("resume/value.safetensors")):
+        found = load_file(divided / path.relative_to(whole))
+        for name, tensor in load_file(path).items():
+            torch.testing.assert_close(found[name], tensor, rtol=1e-3, atol=1e-3)

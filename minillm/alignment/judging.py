@@ -44,6 +44,12 @@ class Judged(NamedTuple):
         """The answers with their advantages, to be learned from; batch: with another mask than the rollout's."""
         return Experience(batch or self.rolled.batch, advantages, self.rolled.log_probs, self.reference)
 
+    def first(self, n: int) -> "Judged":
+        """The first n answers."""
+        batch = Batch(*(None if tensor is None else tensor[:n] for tensor in self.rolled.batch))
+        rolled = Rollouts(batch, *(facts[:n] for facts in self.rolled[1:]))
+        return Judged(rolled, *(None if tensor is None else tensor[:n] for tensor in self[1:]))
+
     def lengths(self) -> Tensor:
         """Tokens of each answer, its end included: (N,) int64."""
         return self.rolled.batch.mask.sum(1)
@@ -118,6 +124,7 @@ class Judge:
             if torch.is_autocast_enabled(reference.device.type):
                 passes = [answer_log_probs(self.model, part, temperature=temperature) for part in parts]
                 log_probs = torch.cat(passes)
+        self.reference.settle()
         kl = kl_per_token(log_probs, reference, rolled.batch.mask)
         return Judged(rolled, rewards, log_probs, reference, kl)
 

@@ -21,8 +21,10 @@ from minillm.base.files import write_file
 from minillm.checkpoint import huggingface
 from minillm.checkpoint.train_state import fingerprint, read_state
 from minillm.datasets.batch import Batch
+from minillm.distributed.ranks import Ranks
+from minillm.distributed.shards import settle
 from minillm.model.transformer import Transformer
-from minillm.training import starting_model
+from minillm.training import sharding, starting_model
 from minillm.training.run import Run
 from minillm.tuning import folders
 from minillm.tuning.adapter import active_adapter, switched_off
@@ -38,6 +40,11 @@ class Reference:
         self.model = model
         self.frozen = frozen
 
+    def settle(self) -> None:
+        """Give up what the last passes have left whole of a model that is dealt out, until the next."""
+        if self.frozen is not None:
+            settle(self.frozen)
+
     def log_probs(self, batch: Batch, temperature: float = 1.0) -> Tensor:
         """log π_r of each answer token: (B, T) fp32, as `answer_log_probs` gives it."""
         if self.frozen is not None:
@@ -52,8 +59,11 @@ def is_base(model: Transformer) -> bool:
     return adapter is not None and adapter.leaves_base
 
 
-def make_reference(training_config, start: starting_model.Start, model: Transformer) -> Reference:
-    """The reference of `model`, which started from --init_from. Raises `UserError` if that is gone, or another now."""
+def make_reference(training_config, start: starting_model.Start, model: Transformer, ranks: Ranks) -> Reference:
+    """The reference of `model`, which started from --init_from; dealt out over the ranks if the model is.
+
+    Raises `UserError` if the folder of --init_from is gone, or another now.
+    """
     adapter = active_adapter(model)
     if adapter is not None and adapter.base_sha256 not in (None, folders.base_sha256(start.init)):
         raise UserError(
@@ -67,8 +77,11 @@ def make_reference(training_config, start: starting_model.Start, model: Transfor
             f"--init_from {training_config.init_from}: is gone, and it is the reference that the policy is kept near; "
             "bring it back"
         )
-    device = model.norm.weight.device
-    frozen = huggingface.load_model(start.init, config=start.model_config, device=device, dtype=torch.float32)
+    if sharding.is_divided(training_config):
+        frozen = sharding.made_in_shards(training_config, start.model_config, start.init, ranks)
+    else:
+        how = dict(device=ranks.device, dtype=torch.float32)
+        frozen = huggingface.load_model(start.init, config=start.model_config, **how)
     frozen.requires_grad_(False)
     return Reference(model, frozen.eval())
 

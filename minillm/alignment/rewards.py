@@ -20,9 +20,12 @@ from minillm.alignment.reward_model import (
 from minillm.alignment.rollouts import Rollouts
 from minillm.checkpoint.train_state import fingerprint
 from minillm.datasets.prompts import Prompt
+from minillm.distributed.ranks import Ranks
+from minillm.distributed.shards import settle
 from minillm.evaluation.checks import TIME_LIMIT_S, load_term, split_terms, weighted_sum
 from minillm.model.transformer import Transformer
 from minillm.tokenizer.tokenizer import Tokenizer
+from minillm.training import sharding
 
 ROWS_AT_ONCE = 64  # answers that a reward model reads at a time
 
@@ -54,6 +57,11 @@ class Rewards:
                 functions.append((weight, load_term(term, time_limit_s)))
         self.function = weighted_sum(functions)
         self.fingerprint = fingerprint(spec, weights)  # which does not know what stands in a user's file
+
+    def shard(self, training_config, ranks: Ranks) -> None:
+        """Deal its reward models out over the ranks as a run's policy is."""
+        for _, learned in self.models:
+            sharding.shard(training_config, learned.model, ranks)
 
     def remarks(self) -> list[str]:
         """What a user should know of it, in lines."""
@@ -88,4 +96,5 @@ class LearnedReward:
         """The score of each answer at its last token, (N,) fp32 on the CPU."""
         parts = rolled.batch.split(ROWS_AT_ONCE)
         scores = torch.cat([last_scores(self.model, part, text_lengths(part)) for part in parts])  # (N,)
+        settle(self.model)
         return ((scores - self.mean) / self.std).cpu()

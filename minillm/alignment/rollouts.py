@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from minillm.datasets.batch import Batch
+from minillm.distributed.lockstep import Lockstep
 from minillm.distributed.shards import without_gradients
 from minillm.generation.completion import check_prompts, is_recorded, prefill
 from minillm.generation.recorded_step import RecordedStep, next_logits
@@ -71,9 +72,11 @@ def roll_out(
     was_training = model.training
     model.eval()  # no dropout: the trainer has none either
     answers = _Answers(model, prompts, numbers, step, config)
+    lockstep = Lockstep(model)
     try:
         with without_gradients(model):
-            _sample(model, prompts, answers, config)
+            _sample(model, prompts, answers, config, lockstep)
+            lockstep.end()
     finally:
         model.train(was_training)
 
@@ -119,14 +122,21 @@ class _Answers:
         return drawn
 
 
-def _sample(model: Transformer, prompts: Sequence[Sequence[int]], answers: _Answers, config: RolloutConfig) -> None:
-    """Let all answers grow to their ends."""
+def _sample(
+    model: Transformer,
+    prompts: Sequence[Sequence[int]],
+    answers: _Answers,
+    config: RolloutConfig,
+    lockstep: Lockstep,
+) -> None:
+    """Let all answers grow to their ends. lockstep: is told of each pass."""
     group = config.group_size
     device = model.norm.weight.device
     n_answers = len(answers.limits)
 
     # every prompt is read once
     longest_prompt = max(len(prompt) for prompt in prompts)
+    lockstep.before_pass()
     prompt_cache, prompt_logits = prefill(model, prompts, longest_prompt)  # P rows, (P, V)
     n_places = min(n_answers, config.rows_at_once)
     max_len = prompt_cache.max_len + max(answers.limits)  # with virtual tokens
@@ -157,6 +167,7 @@ def _sample(model: Transformer, prompts: Sequence[Sequence[int]], answers: _Answ
             goes_on = goes_on[goes_on]
 
         # the next logits: of one more token, or where an answer begins those of its prompt
+        lockstep.before_pass()
         logits = next_step(drawn)
         if len(joining):
             places = free[: len(joining)]

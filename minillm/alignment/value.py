@@ -12,9 +12,14 @@ import torch
 from torch import Tensor
 
 from minillm.alignment.reference import is_base
+from minillm.alignment.token_rewards import moments_of
+from minillm.distributed.ranks import Ranks
+from minillm.distributed.shards import local
 from minillm.model.transformer import Transformer
 from minillm.tuning.adapter import attach, switched_off
 from minillm.tuning.options import TuningConfig
+
+ROUNDING = 1e-14  # of a sum of squares: what is left of less when the mean is taken off says nothing
 
 
 def make_value_model(
@@ -52,7 +57,7 @@ def start_at_zero(model: Transformer) -> None:
 @torch.no_grad()
 def start_in_unit(model: Transformer, std: float) -> None:
     """Values that begin as a reward model's scores, over the spread that its rewards are divided by."""
-    model.score.weight.div_(std)
+    local(model.score.weight).div_(std)
 
 
 def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, clip: float) -> tuple[Tensor, Tensor]:
@@ -69,11 +74,18 @@ def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor
     return loss, n_clipped
 
 
-def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> float:
-    """1 − Var(R − V) / Var(R) over the mask: 1 for perfect values, 0 for none better than the mean, NaN for equal R."""
-    returns, errors = returns[mask].double(), (returns - values)[mask].double()
-    spread = float(returns.var(unbiased=False)) if len(returns) else 0.0
-    return 1 - float(errors.var(unbiased=False)) / spread if spread > 0 else math.nan
+def explained_variance(values: Tensor, returns: Tensor, mask: Tensor, ranks: Ranks) -> float:
+    """1 − Var(R − V) / Var(R) over the masks of all ranks, whose tensors are (N, T) each.
+
+    It is 1 for perfect values, 0 for none better than the mean, NaN for equal R.
+    """
+    spreads = []
+    for tensor in (returns, returns - values):
+        count, total, squares = ranks.sum(*moments_of(tensor, mask).tolist())
+        spread = squares - total**2 / max(1, count)  # n Var
+        spreads.append(spread if spread > ROUNDING * squares else 0.0)
+    of_returns, of_errors = spreads
+    return 1 - of_errors / of_returns if of_returns else math.nan
 
 
 # ---- several models in the memory of one

@@ -1,4 +1,7 @@
-"""Equally many forward passes on all ranks, where each generates texts of its own, which end at different times."""
+"""Equally many passes on all ranks, where each has texts of its own, which end at different times or teach nothing.
+
+A sharded model gathers its weights from all ranks in every pass, so a rank that made fewer would stop the others.
+"""
 
 import torch
 import torch.distributed as dist
@@ -10,8 +13,7 @@ from minillm.distributed.shards import is_sharded_model
 class Lockstep:
     """Counts a rank in before each of its passes; one that has finished makes empty passes until all have.
 
-    A sharded model gathers its weights from all ranks in every pass, so a rank that made none would stop the others.
-    For any other model this does nothing.
+    For a model that is not sharded this does nothing.
     """
 
     def __init__(self, model: nn.Module):
@@ -35,3 +37,14 @@ class Lockstep:
         total = torch.tensor(passes, device=self.device)
         dist.all_reduce(total)
         return bool(total)
+
+
+def most_of_ranks(model: nn.Module, n: int) -> int:
+    """How many passes each rank must make of those of which this one has n of its own: of a sharded model, the most
+    that any rank has. Every rank must call this.
+    """
+    if not is_sharded_model(model):
+        return n
+    most = torch.tensor(n, device=model.norm.weight.device)
+    dist.all_reduce(most, dist.ReduceOp.MAX)
+    return int(most)

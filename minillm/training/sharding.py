@@ -79,25 +79,16 @@ def _check_rows_fit(training_config, model_config: ModelConfig, layout: Layout) 
         )
 
 
-def refuse_division(training_config, may_shard: bool) -> None:
-    """For scripts that need whole rows on each rank, or even a whole model; may_shard: they do not need that.
-
-    Raises `UserError` naming what would divide it.
-    """
+def refuse_shared_rows(training_config) -> None:
+    """For scripts that need whole rows on each rank. Raises `UserError` naming what would divide them."""
     layout = asked_layout(training_config)
-    if may_shard and layout.row_ranks > 1:
+    if layout.row_ranks > 1:
         raise UserError(
             f"--context_parallel {layout.context} --tensor_parallel {layout.tensor}: this script needs whole rows on "
             "each rank; choose 1 for both, and divide the model by --shard"
         )
-    if may_shard and layout.shard > 1 and training_config.tune in VIRTUAL:
+    if layout.shard > 1 and training_config.tune in VIRTUAL:
         raise UserError(f"--tune {training_config.tune}: is not supported with --shard {layout.shard} in this script")
-    if not may_shard and layout.holders > 1:
-        raise UserError(
-            f"--shard {layout.shard} --context_parallel {layout.context} --tensor_parallel {layout.tensor}: this "
-            "script needs a whole copy of the model on each rank; choose 1 for each, and a smaller model, --tune lora "
-            "or --base_bits 4 if memory is short"
-        )
 
 
 def _shard_with_room(training_config, model_config: ModelConfig, ranks: Ranks) -> int:
@@ -115,10 +106,20 @@ def _shard_with_room(training_config, model_config: ModelConfig, ranks: Ranks) -
     return ranks.max(choose_shard(n_bytes, least, ranks.row_ranks, ranks.world))
 
 
+def is_divided(training_config) -> bool:
+    """Whether several ranks hold one copy of a run's models together."""
+    return asked_layout(training_config).holders > 1
+
+
+def loading_device(training_config, ranks: Ranks) -> torch.device:
+    """Where a model that `shard` is given is read to: what is dealt out need not be on the GPU as a whole before."""
+    return torch.device("cpu") if is_divided(training_config) else ranks.device
+
+
 def shard(training_config, model: Transformer, ranks: Ranks) -> None:
-    """Leave of a model on each rank what the run's layout gives it, in place; nothing if that is all of it."""
+    """Leave of a model on each rank what the run's layout gives it, in place; nothing happens if that is all of it."""
     layout = asked_layout(training_config)
-    if layout.holders > 1:
+    if is_divided(training_config):
         dtype = pick_dtype(training_config.dtype, ranks.device)
         shard_model(model, layout, ranks, compile=training_config.compile, dtype=dtype)
 

@@ -51,16 +51,14 @@ def find_start(
     share: float,
     adapter_share: float = 1.0,
     score_head: bool = False,
-    may_shard: bool = False,
     may_share_rows: bool = False,
 ):
     """(the options with optimizer, learning rate and weight decay filled in, the `Start`) of a run from --init_from.
 
     share, adapter_share: of the learning rates that are known, see `choose_optimizer`. score_head: whether a reward
     model is trained, from a language model or from another reward model, which is refused without.
-    may_shard, may_share_rows: whether the script can train a model that is dealt out over ranks, and with rows that
-    ranks share. Raises `UserError` if model and tokenizer do not belong together, if the machine cannot hold what is
-    trained, or if --seq_len is beyond the model's context.
+    may_share_rows: whether the script can train with rows that ranks share. Raises `UserError` if model and tokenizer
+    do not belong together, if the machine cannot hold what is trained, or if --seq_len is beyond the model's context.
     """
     init = find_init(training_config, ranks)
     stored = huggingface.load_config(init, with_score_head=None if score_head else False)
@@ -69,7 +67,7 @@ def find_start(
     huggingface.check_vocabulary(model_config, tokenizer, init)
     training_config = sharding.choose_layout(training_config, model_config, ranks)
     if not may_share_rows:
-        sharding.refuse_division(training_config, may_shard)
+        sharding.refuse_shared_rows(training_config)
     training_config = choose_optimizer(training_config, model_config.dim, share, adapter_share)
     if training_config.seq_len > model_config.max_seq_len:
         raise UserError(
@@ -163,17 +161,15 @@ def make_model(
     or comes from `source`. Of a model that is shared out over ranks, each gets its part. Raises `UserError` for a LoRA
     rank above that of every targeted matrix.
     """
-    is_sharded = sharding.asked_layout(training_config).holders > 1
-    device = ranks.device
+    device = sharding.loading_device(training_config, ranks)
     if training_config.tune != "full":
-        # what is shared out need not be on the GPU as a whole before; a quantized base stays whole
-        on_cpu = is_sharded and training_config.base_bits is None
-        model = _adapted(training_config, model_config, init, source, torch.device("cpu") if on_cpu else device)
+        if training_config.base_bits is not None:  # a quantized base stays whole
+            device = ranks.device
+        model = _adapted(training_config, model_config, init, source, device)
         sharding.shard(training_config, model, ranks)
-    elif is_sharded and not model_config.score_head:
+    elif sharding.is_divided(training_config) and not model_config.score_head:
         model = sharding.made_in_shards(training_config, model_config, source or init, ranks)
     elif source or init:
-        device = torch.device("cpu") if is_sharded else device
         model = _load(source or init, model_config, training_config.seed, device=device, dtype=torch.float32)
         sharding.shard(training_config, model, ranks)
     else:

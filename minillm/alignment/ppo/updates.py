@@ -28,8 +28,8 @@ class Experience(NamedTuple):
         batch = Batch(*(None if tensor is None else tensor[chosen] for tensor in self.batch))
         return Experience(batch, *(tensor[chosen] for tensor in self[1:]))
 
-    def explained_variance(self) -> float:
-        return explained_variance(self.values, self.returns, self.batch.mask)
+    def explained_variance(self, ranks: Ranks) -> float:
+        return explained_variance(self.values, self.returns, self.batch.mask, ranks)
 
 
 def minibatches(training_config: PpoConfig, ranks: Ranks, step: int) -> Iterator[tuple[bool, Tensor]]:

@@ -8,11 +8,15 @@ from minillm.alignment.log_probs import answer_log_probs
 from minillm.alignment.reference import Reference, make_reference
 from minillm.base.errors import UserError
 from minillm.checkpoint.huggingface import save_model
+from minillm.distributed.ranks import Ranks
 from minillm.training.starting_model import Start
 from minillm.tuning import folders
 from minillm.tuning.adapter import active_adapter, attach, merge, switched_off
 from minillm.tuning.options import TuningConfig
 from tests.minillm.alignment.test_log_probs import SHAPE, make_batch, make_model
+
+ALONE = Ranks(0, 1, torch.device("cpu"))
+UNDIVIDED = dict(shard="1", tensor_parallel=1, context_parallel=1)
 
 
 def disturb(model) -> None:
@@ -47,8 +51,10 @@ def test_the_reference_stays_what_the_run_started_from(tune, tmp_path):
     if options is not None:
         adapter = attach(model, options, seed=1, keep_base=False)
         adapter.base_folder, adapter.base_sha256 = folder, folders.base_sha256(folder)
-    training_config = SimpleNamespace(init_from=str(folder), tune="full" if options is None else options.tune)
-    reference = make_reference(training_config, Start(folder, model.config, None), model)
+    training_config = SimpleNamespace(
+        init_from=str(folder), tune="full" if options is None else options.tune, **UNDIVIDED
+    )
+    reference = make_reference(training_config, Start(folder, model.config, None), model, ALONE)
     shares_weights = tune not in ("full", "freeze", "lora and the embedding in full")
     assert (reference.frozen is None) == shares_weights
 
@@ -68,13 +74,13 @@ def test_an_adapter_over_another_base_is_refused(tmp_path):
     adapter.base_folder, adapter.base_sha256 = tmp_path / "other", "0" * 64
     training_config = SimpleNamespace(init_from=str(folder), tune="lora")
     with pytest.raises(UserError, match="is not the base of the adapter"):
-        make_reference(training_config, Start(folder, model.config, None), model)
+        make_reference(training_config, Start(folder, model.config, None), model, ALONE)
 
 
 def test_a_reference_that_is_gone_is_asked_for(tmp_path):
     training_config = SimpleNamespace(init_from=str(tmp_path / "gone"), tune="full")
     with pytest.raises(UserError, match="is gone, and it is the reference"):
-        make_reference(training_config, Start(tmp_path, SHAPE, None), make_model(SHAPE))
+        make_reference(training_config, Start(tmp_path, SHAPE, None), make_model(SHAPE), ALONE)
 
 
 def test_a_model_without_an_adapter_is_no_reference_of_itself():

@@ -6,11 +6,13 @@ import pytest
 import torch
 
 from minillm.alignment.value import explained_variance, make_value_model, share_equal_weights, start_in_unit, value_loss
+from minillm.distributed.ranks import Ranks
 from minillm.model.config import ModelConfig
 from minillm.model.transformer import Transformer
 from minillm.tuning.adapter import attach, switched_off
 from minillm.tuning.options import VIRTUAL, TuningConfig
 
+ALONE = Ranks(0, 1, torch.device("cpu"))
 MASK = torch.tensor([[True, True, True, True], [True, True, False, False]])
 OLD = torch.tensor([[0.1, 0.2, 0.3, 0.4], [0.5, 0.25, 0, 0]], dtype=torch.float64)
 CHANGE = torch.tensor([[0.5, -0.1, 0.3, -0.4], [0.1, -0.3, 7, 7]], dtype=torch.float64)
@@ -50,10 +52,13 @@ def test_without_clipping_it_is_half_the_squared_error():
 
 
 def test_explained_variance():
-    assert explained_variance(RETURNS, RETURNS, MASK) == pytest.approx(1)
-    assert explained_variance(torch.zeros_like(RETURNS) + 3, RETURNS, MASK) == pytest.approx(0)
-    assert explained_variance(-RETURNS, RETURNS, MASK) == pytest.approx(-3)  # Var(2R) = 4 Var(R)
-    assert math.isnan(explained_variance(RETURNS, torch.ones_like(RETURNS), MASK))
+    assert explained_variance(RETURNS, RETURNS, MASK, ALONE) == pytest.approx(1)
+    assert explained_variance(torch.zeros_like(RETURNS) + 3, RETURNS, MASK, ALONE) == pytest.approx(0)
+    assert explained_variance(-RETURNS, RETURNS, MASK, ALONE) == pytest.approx(-3)  # Var(2R) = 4 Var(R)
+    errors = RETURNS - OLD
+    by_hand = 1 - float(errors[MASK].double().var() / RETURNS[MASK].double().var())
+    assert explained_variance(OLD, RETURNS, MASK, ALONE) == pytest.approx(by_hand)
+    assert math.isnan(explained_variance(RETURNS, torch.full_like(RETURNS, 0.7), MASK, ALONE))
 
 
 def new_value_model() -> Transformer:

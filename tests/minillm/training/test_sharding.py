@@ -315,12 +315,10 @@ def test_auto_takes_the_ranks_of_a_machine_once_one_has_no_room(monkeypatch):
         choose_shard(1601, 100, 1, 16)
 
 
-def test_a_sharded_script_is_refused_where_each_rank_needs_a_whole_model():
-    sharding.refuse_division(options(), may_shard=False)
-    with pytest.raises(UserError, match=r"--shard 2 .* needs a whole copy"):
-        sharding.refuse_division(options(shard="2"), may_shard=False)
-    sharding.refuse_division(options(shard="2"), may_shard=True)
+def test_rows_are_not_shared_where_each_rank_needs_whole_ones():
+    sharding.refuse_shared_rows(options())
+    sharding.refuse_shared_rows(options(shard="2"))
     with pytest.raises(UserError, match=r"--context_parallel 2 .* whole rows"):
-        sharding.refuse_division(options(context_parallel=2), may_shard=True)
+        sharding.refuse_shared_rows(options(context_parallel=2))
     with pytest.raises(UserError, match="--tune prefix: is not supported with --shard 2"):
-        sharding.refuse_division(options(shard="2", tune="prefix"), may_shard=True)
+        sharding.refuse_shared_rows(options(shard="2", tune="prefix"))
