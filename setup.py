@@ -19,6 +19,7 @@ EXTRAS["test"] = [
     "transformers>=5",
     "peft",
     "regex",
+    "playwright",
     *EXTRAS["hf"],
     *EXTRAS["plot"],
     *EXTRAS["parquet"],

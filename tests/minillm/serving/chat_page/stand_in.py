@@ -22,7 +22,7 @@ class CutOff(Exception):
 
 
 class StandIn(ThreadingHTTPServer):
-    """`answer(body)` yields what a chat is answered with; it may raise Refused before the first and CutOff after it.
+    """`answer(body)` gives what a chat is answered with, or raises Refused; a generator may end in CutOff.
 
     text: a piece of the answer · number: a pause in seconds · Event: wait until the test sets it ·
     dict: an event as it is, "finish_reason" or "error" for example
@@ -69,9 +69,8 @@ class Handler(BaseHTTPRequestHandler):
         if not self.allowed():
             return self.refuse(Refused(401, "no such key", "invalid_api_key"))
         self.server.asked.append(body)
-        pieces = iter(self.server.answer(body))
         try:
-            first = next(pieces, "")
+            pieces = iter(self.server.answer(body))
         except Refused as error:
             return self.refuse(error)
         self.send_response(200)
@@ -79,18 +78,16 @@ class Handler(BaseHTTPRequestHandler):
         self.send_header("Transfer-Encoding", "chunked")
         self.end_headers()
         try:
-            self.stream(first, pieces)
+            self.stream(pieces)
         except CutOff:
             self.close_connection = True
         except OSError:
             self.server.left.set()
             self.close_connection = True
 
-    def stream(self, first, pieces) -> None:
+    def stream(self, pieces: Iterable) -> None:
         self.event({"choices": [{"index": 0, "delta": {"role": "assistant", "content": ""}, "finish_reason": None}]})
         end = "stop"
-        for piece in (first, *[]):
-            end = self.play(piece) or end
         for piece in pieces:
             end = self.play(piece) or end
         self.event({"choices": [{"index": 0, "delta": {}, "finish_reason": end}]})
