@@ -14,7 +14,8 @@ from torch import Tensor
 from minillm.alignment.reward_model import load_reward_model
 from minillm.base.errors import UserError
 from minillm.evaluation.checks import load_reward
-from minillm.generation.completion import Completion, cut, generate
+from minillm.generation.completion import Completion, generate
+from minillm.generation.pieces import cut
 from minillm.generation.sampling import Sampling
 from minillm.model.transformer import Transformer
 from minillm.tokenizer.tokenizer import Tokenizer

@@ -4,7 +4,8 @@ import re
 from collections.abc import Sequence
 
 from minillm.base.errors import UserError
-from minillm.generation.completion import cut, generate
+from minillm.generation.completion import generate
+from minillm.generation.pieces import cut
 from minillm.generation.sampling import GREEDY
 from minillm.model.transformer import Transformer
 from minillm.tokenizer.tokenizer import Tokenizer

@@ -16,12 +16,12 @@ from torch import Tensor
 from minillm.base.errors import UserError
 from minillm.distributed.lockstep import Lockstep
 from minillm.distributed.shards import without_gradients
+from minillm.generation.pieces import Pieces
 from minillm.generation.recorded_step import RecordedStep, next_logits
 from minillm.generation.sampling import GREEDY, Sampling, pick, random_numbers
 from minillm.model import ops
 from minillm.model.kv_cache import KVCache
 from minillm.model.transformer import Transformer
-from minillm.tokenizer.tokenizer import StreamDecoder
 from minillm.tuning.virtual_tokens import context_of, virtual_tokens
 
 
@@ -264,12 +264,6 @@ def _why_unstopped(new_tokens: list[int], max_new_tokens: int) -> str:
     return "length" if len(new_tokens) == max_new_tokens else "context"
 
 
-def cut(text: str, stop_strings: Sequence[str]) -> str:
-    """The text before the first of these strings."""
-    positions = [text.find(s) for s in stop_strings if s in text]
-    return text[: min(positions, default=len(text))]
-
-
 @torch.inference_mode()
 def stream(
     model: Transformer,
@@ -285,37 +279,21 @@ def stream(
 
     Arguments as in `generate`. The iterator's return value is the `Completion`.
     """
-    decoder = StreamDecoder(tokenizer)
+    pieces = Pieces(tokenizer, stop_strings)
     new_tokens: list[int] = []
-    waiting = ""  # text that is not yielded yet: it may be the beginning of a stop string
     for ((_, token),) in steps(model, [prompt], max_new_tokens, sampling=sampling):
         if token in stop_ids:
             reason = "stop"
             break
         new_tokens.append(token)
-        waiting += decoder.push(token)
-        if any(s in waiting for s in stop_strings):
-            waiting = cut(waiting, stop_strings)
-            reason = "stop"
-            break
-
-        # yield all that can no longer become a stop string
-        n_ready = len(waiting) - _could_become(waiting, stop_strings)
-        if n_ready > 0:
-            yield waiting[:n_ready]
-            waiting = waiting[n_ready:]
+        text = pieces.push(token)
+        if text:
+            yield text
+        if pieces.is_stopped:
+            return Completion(new_tokens, "stop")
     else:  # no stop came
-        waiting = cut(waiting + decoder.flush(), stop_strings)
         reason = _why_unstopped(new_tokens, max_new_tokens)
-    if waiting:
-        yield waiting
+    text = pieces.flush()
+    if text:
+        yield text
     return Completion(new_tokens, reason)
-
-
-def _could_become(text: str, stop_strings: Sequence[str]) -> int:
-    """Length of the longest suffix of `text` that is a proper prefix of a stop string."""
-    longest = max((len(s) - 1 for s in stop_strings), default=0)
-    for n in range(min(longest, len(text)), 0, -1):
-        if any(s.startswith(text[-n:]) for s in stop_strings):
-            return n
-    return 0

@@ -1,5 +1,6 @@
 """How the next token is drawn from the logits."""
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -111,3 +112,47 @@ def random_numbers(seed: int | tuple[int, ...], rows: Sequence[int], n: int, dev
     draws = [np.random.default_rng([seed, row]).random(n, dtype=np.float32) for row in rows]
     numbers = np.stack(draws).astype(np.float64)
     return torch.from_numpy(numbers).to(device)
+
+
+class Draws:
+    """How the tokens of one text are drawn, of many whose rules differ: see `pick_each`."""
+
+    def __init__(
+        self, sampling: Sampling, choice: int, n: int, prompt: Sequence[int], vocab_size: int, device: torch.device
+    ):
+        """choice: the row whose random numbers it draws with; n: at most so many tokens."""
+        self.rule = dataclasses.replace(sampling, seed=0)  # all but the random numbers
+        self.n_drawn = 0
+        self.uniform: np.ndarray | None = None  # (n,) float64, what each token is drawn with
+        self.history: Tensor | None = None  # (V,) bool, ids in prompt or answer
+        if sampling.temperature > 0:
+            self.uniform = random_numbers(sampling.seed, [choice], n, "cpu")[0].numpy()
+        if sampling.repetition_penalty != 1:
+            self.history = torch.zeros(vocab_size, dtype=torch.bool, device=device)
+            self.history[list(prompt)] = True
+
+
+def pick_each(logits: Tensor, draws: Sequence[Draws]) -> list[int]:
+    """The next token of each row by its own rule, from logits (B, V): `pick` for the rows of each rule together."""
+    rows_of: dict[Sampling, list[int]] = {}
+    for row, its in enumerate(draws):
+        rows_of.setdefault(its.rule, []).append(row)
+
+    tokens = [0] * len(draws)
+    for rule, rows in rows_of.items():
+        # what these rows draw with
+        uniform = history = None
+        if rule.temperature > 0:
+            numbers = [draws[row].uniform[draws[row].n_drawn] for row in rows]
+            uniform = torch.from_numpy(np.stack(numbers)).to(logits.device)  # (n,)
+        if rule.repetition_penalty != 1:
+            history = torch.stack([draws[row].history for row in rows])  # (n, V)
+
+        # draw, and note what was drawn
+        of_rule = logits if len(rows) == len(draws) else logits[rows]  # (n, V)
+        for row, token in zip(rows, pick(of_rule, rule, uniform, history).tolist(), strict=True):
+            tokens[row] = token
+            draws[row].n_drawn += 1
+            if history is not None:
+                draws[row].history[token] = True
+    return tokens

@@ -125,6 +125,28 @@ class KVCache:
             for layer, tensor in enumerate(ours):  # (B, T_max, K, D)
                 tensor[to, :longest] = theirs[layer][from_, :longest]
 
+    def swap_rows(self, first: int, second: int) -> None:
+        """Let two rows exchange their texts."""
+        pair = [first, second]
+        longest = int(self.host_lengths[pair].max())
+        self.host_lengths[pair] = self.host_lengths[[second, first]]
+        self.lengths.copy_(torch.from_numpy(self.host_lengths))
+        for tensors in (self.keys, self.values):
+            for tensor in tensors:  # (B, T_max, K, D)
+                kept = tensor[first, :longest].clone()
+                tensor[first, :longest] = tensor[second, :longest]
+                tensor[second, :longest] = kept
+
+    def begin_row(self, row: int, source_row: int, length: int) -> None:
+        """Let a row hold the first `length` tokens of the text that `source_row` holds; both may be the same row."""
+        self.host_lengths[row] = length
+        self.lengths.copy_(torch.from_numpy(self.host_lengths))
+        if row == source_row:
+            return
+        for tensors in (self.keys, self.values):
+            for tensor in tensors:  # (B, T_max, K, D)
+                tensor[row, :length] = tensor[source_row, :length]
+
     def rows(self, begin: int, end: int) -> "KVCache":
         """Rows `begin` to `end` as another cache over the same memory: what it stores, these rows hold."""
         part = KVCache.__new__(KVCache)

@@ -7,6 +7,7 @@ import torch
 from minillm.base.errors import UserError
 from minillm.checkpoint import huggingface
 from minillm.generation import completion as generate
+from minillm.generation.pieces import cut
 from minillm.generation.recorded_step import next_logits
 from minillm.generation.sampling import GREEDY, Sampling, pick, random_numbers
 from minillm.model import ops
@@ -309,8 +310,8 @@ def test_stop_strings_end_rows_of_a_batch(monkeypatch):
     says(monkeypatch, "你好。再见".encode())
     (done,) = generate.generate(None, [[1]], 99, stop_strings=["。", "!"], tokenizer=Bytes())
     assert Bytes().decode(done.tokens) == "你好。" and done.reason == "stop"
-    assert generate.cut("你好。再见", ["再", "。"]) == "你好"
-    assert generate.cut("plain", ["x"]) == "plain"
+    assert cut("你好。再见", ["再", "。"]) == "你好"
+    assert cut("plain", ["x"]) == "plain"
 
 
 def test_a_stream_says_what_generate_says():

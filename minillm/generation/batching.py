@@ -1,0 +1,392 @@
+"""Many requests at once: they join and leave a running batch between its steps (continuous batching).
+
+A step is: end what was cancelled or took too long; give free slots to those who wait, first come, first served; read at
+most `prefill_chunk` tokens of their prompts, so that a long one does not hold up the others; then one token for every
+request whose prompt is read. All memory is taken at the start: a cache of `slots` rows (slots.py).
+
+A request's tokens are those of `generate` alone: each row computes what it would compute by itself, and draws with
+numbers of its own. See docs/en/generation.md.
+"""
+
+import sys
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from minillm.base.errors import UserError
+from minillm.base.options import Options, option
+from minillm.distributed.shards import is_sharded_model
+from minillm.generation.completion import check_prompts, is_recorded
+from minillm.generation.recorded_step import RecordedStep, next_logits
+from minillm.generation.requests import Closed, End, PromptRead, QueueFull, Request, Ticket, Token, TokenLogProbs
+from minillm.generation.sampling import Draws, pick_each
+from minillm.generation.slots import Slot, Slots
+from minillm.model.transformer import Transformer
+from minillm.tuning.virtual_tokens import context_of
+
+
+@dataclass(frozen=True)
+class EngineOptions(Options):
+    """How many requests are computed and wait, and how large they may be."""
+
+    slots: int = option(8, "requests that are computed at once", at_least=1, at_most=1024, group="engine")
+    context: int | None = option(
+        None, "tokens of a prompt and its answer; none: as many as the model can", at_least=2, group="engine"
+    )
+    prefill_chunk: int = option(128, "tokens of prompts that are read between two steps", at_least=1, group="engine")
+    max_waiting: int = option(64, "requests that may wait for a slot; more are refused", at_least=0, group="engine")
+    time_limit: float = option(600.0, "seconds from a request's arrival to its end", above=0, group="engine")
+
+
+class Running:
+    """A request that has a slot."""
+
+    slot: Slot
+    n_cached: int  # tokens of the prompt that the slot held already
+
+    def __init__(self, ticket: Ticket, context: int, vocab_size: int, device: torch.device):
+        """context: tokens of prompt and answer at most."""
+        request = ticket.request
+        self.ticket = ticket
+        self.prompt = list(request.prompt)
+        self.most = min(request.max_new_tokens, context - len(self.prompt))  # new tokens
+        self.n_new = 0
+        self.last = 0  # the newest token, which no pass has read yet
+        self.draws = Draws(request.sampling, request.choice, self.most, self.prompt, vocab_size, device)
+        self.prompt_log_probs: list[TokenLogProbs | None] | None = [None] if request.prompt_log_probs else None
+
+
+class Engine:
+    """Computes the requests that `submit` accepts, by `step`, or in a thread of its own (`start`)."""
+
+    def __init__(self, model: Transformer, options: EngineOptions, log: Callable[[str], None] | None = None):
+        """log: gets a line for every fault of a step; None: standard error.
+
+        Raises UserError for a model that generates no text by itself, and for a context beyond the model's.
+        """
+        if is_sharded_model(model):
+            raise UserError("the model is sharded over ranks: merge or export it, and load the whole on one device")
+        if model.config.score_head:
+            raise UserError("the model gives scores and no tokens (a reward or value model): choose a language model")
+        longest = context_of(model)
+        self.context = options.context or longest
+        if self.context > longest:
+            raise UserError(f"--context {self.context}: the model's is {longest}; choose at most that")
+
+        self.model = model.eval()
+        self.options = options
+        self.slots = Slots(model, options.slots, self.context)
+        self.cache_bytes = self.slots.n_bytes
+        self.log = log or (lambda line: print(line, file=sys.stderr, flush=True))
+
+        # requests, from their arrival to their end
+        self.waiting: deque[Ticket] = deque()
+        self.reading: Running | None = None  # its prompt is being read
+        self.running: dict[Slot, Running] = {}  # all that have a slot
+        self._changed: dict[Ticket, None] = {}  # tickets with new events in this step, in their order
+        self._counts = Counter()
+
+        # what other threads touch is changed under this condition, which also wakes the engine's own thread
+        self._wake = threading.Condition()
+        self._thread: threading.Thread | None = None
+        self._is_closing = False
+        self._stop_at: float | None = None  # when the rest is ended, once it is closing; monotonic seconds
+
+        # on a GPU a step is recorded for each of a few numbers of rows
+        self._records = is_recorded(self.slots.cache)
+        self._recorded: dict[int, RecordedStep] = {}
+
+    # ---- from any thread
+
+    def check(self, request: Request) -> None:
+        """Raise UserError for a request that nothing can be generated for."""
+        check_prompts(self.model, [request.prompt], request.max_new_tokens)
+        if len(request.prompt) >= self.context:
+            raise UserError(
+                f"the prompt's {len(request.prompt)} tokens leave no room for a new one in the context of "
+                f"{self.context}; shorten it"
+            )
+        if request.prompt_log_probs and request.log_probs is None:
+            raise UserError("prompt_log_probs: say by log_probs how many are wanted")
+
+    def submit(self, request: Request, notify: Callable[[], None] = lambda: None) -> Ticket:
+        """Let a request wait for its turn. notify: called in the engine's thread after new events, once a step.
+
+        Raises UserError for a wrong request, QueueFull or Closed.
+        """
+        self.check(request)
+        ticket = Ticket(request, notify, self._wake_up)
+        with self._wake:
+            if self._is_closing:
+                raise Closed("the server is shutting down: ask another, or later")
+            if len(self.waiting) >= self.options.max_waiting + self.slots.n_free:
+                self._counts["refused"] += 1
+                raise QueueFull(f"{len(self.waiting)} requests wait already: ask again later")
+            self.waiting.append(ticket)
+            self._counts["requests"] += 1
+            self._wake.notify()
+        return ticket
+
+    def counters(self) -> dict[str, int]:
+        """What there is to do now, and what was done since the start."""
+        names = ("requests", "refused", "cancelled", "failed", "steps", "prompt_tokens", "cached_prompt_tokens")
+        done = {name: self._counts[name] for name in (*names, "new_tokens")}
+        free_slots = self.slots.n_free
+        return {
+            "waiting": len(self.waiting),
+            "running": self.options.slots - free_slots,
+            "free_slots": free_slots,
+            **done,
+        }
+
+    def start(self) -> None:
+        """Step in a thread of its own, which sleeps while there is nothing to do."""
+        self._thread = threading.Thread(target=self._run, name="minillm engine", daemon=True)
+        self._thread.start()
+
+    def close(self, drain: bool = True, timeout: float | None = None) -> None:
+        """Take no more requests, finish those there are, and end the thread; called again, it may end them sooner.
+
+        drain: False: end all requests now, as "closed". timeout: end those that are left after so many seconds.
+        """
+        now = time.monotonic()
+        with self._wake:
+            self._is_closing = True
+            if not drain:
+                self._stop_at = now
+            elif timeout is not None:
+                self._stop_at = now + timeout
+            self._wake.notify()
+        if self._thread is None:
+            self._run()
+        else:
+            self._thread.join()
+
+    def _wake_up(self) -> None:
+        with self._wake:
+            self._wake.notify()
+
+    def _run(self) -> None:
+        """Step until the engine is closed and has nothing left to do."""
+        while True:
+            with self._wake:
+                while not self._is_closing and not self.waiting and not self.running:
+                    self._wake.wait()
+            if not self.step() and self._is_closing:
+                return
+
+    # ---- a step
+
+    def step(self) -> bool:
+        """Let every request have a token, or a part of its prompt be read. Returns False if there is nothing to do."""
+        with torch.inference_mode():
+            self._end_those_that_must()
+            n_read = self._read_prompts()
+            n_active = self.slots.n_active
+            if n_active:
+                self._write_tokens()
+        if n_read or n_active:
+            self._counts["steps"] += 1
+
+        # tell whoever waits for events
+        changed = list(self._changed)
+        self._changed.clear()
+        for ticket in changed:
+            try:
+                ticket.notify()
+            except Exception as problem:  # the other end's fault, which must not stop this one
+                self.log(f"notify: {problem!r}")
+                ticket.is_cancelled = True
+        return bool(self.waiting or self.running)
+
+    def _end_those_that_must(self) -> None:
+        """End requests that are cancelled or took too long; of an engine that stops, all."""
+        now = time.monotonic()
+        stops = self._stop_at is not None and now >= self._stop_at
+        limit = self.options.time_limit
+
+        def must_end(ticket: Ticket) -> End | None:
+            """Why a request ends now, if it does."""
+            if ticket.is_cancelled:
+                return End("cancelled")
+            if stops:
+                return End("closed", "the server is shutting down")
+            if now - ticket.submitted > limit:
+                return End("timeout", f"the request took more than {limit:g} seconds")
+            return None
+
+        for running in list(self.running.values()):
+            end = must_end(running.ticket)
+            if end:
+                self._end(running, end)
+        with self._wake:
+            ends = [(ticket, must_end(ticket)) for ticket in self.waiting]
+            if any(end for _, end in ends):
+                self.waiting = deque(ticket for ticket, end in ends if not end)
+        for ticket, end in ends:
+            if end:
+                self._put_end(ticket, end)
+
+    def _admit(self) -> Running | None:
+        """Give a slot to the request that has waited longest; None if none waits or no slot is free."""
+        with self._wake:
+            if not self.waiting or not self.slots.n_free:
+                return None
+            ticket = self.waiting.popleft()
+        request = ticket.request
+        device = self.slots.cache.lengths.device
+        running = Running(ticket, self.context, self.model.config.vocab_size, device)
+        running.slot = self.slots.take(running.prompt, request.owner, reuse=not request.prompt_log_probs)
+        running.n_cached = len(running.slot.text)
+        self.running[running.slot] = running
+        self._counts["prompt_tokens"] += len(running.prompt)
+        self._counts["cached_prompt_tokens"] += running.n_cached
+        return running
+
+    def _read_prompts(self) -> int:
+        """Read `prefill_chunk` tokens of prompts, or all there are; returns how many were read."""
+        n_left = self.options.prefill_chunk
+        while n_left:
+            self.reading = self.reading or self._admit()
+            if self.reading is None:
+                break
+            running = self.reading
+            begin = len(running.slot.text)
+            chunk = running.prompt[begin : begin + n_left]
+            n_left -= len(chunk)
+            try:
+                self._read_chunk(running, chunk)
+            except Exception as problem:  # out of memory, for example: it ends this request, not the engine
+                self._fail([running], problem)
+        return self.options.prefill_chunk - n_left
+
+    def _read_chunk(self, running: Running, chunk: list[int]) -> None:
+        """Read the next tokens of a prompt; after its last ones the request gets its first token."""
+        slot = running.slot
+        cache = self.slots.view(slot.row, slot.row + 1)
+        tokens = torch.tensor([chunk], device=cache.lengths.device)  # (1, T)
+        hidden = self.model.hidden(tokens, cache=cache)  # (1, T, C)
+        slot.text += chunk
+
+        # log-probabilities of the prompt's tokens, each given by the position before it
+        if running.prompt_log_probs is not None:
+            following = running.prompt[len(slot.text) - len(chunk) + 1 : len(slot.text) + 1]
+            logits = self.model.logits(hidden[:, : len(following)])[0]  # (T, V)
+            running.prompt_log_probs += log_probs_of(logits, following, running.ticket.request.log_probs)
+
+        # the first token
+        if len(slot.text) == len(running.prompt):
+            logits = self.model.logits(hidden[:, -1:])[0]  # (1, V)
+            self.reading = None
+            self.slots.activate(slot)
+            self._put(running.ticket, PromptRead(running.n_cached, running.prompt_log_probs))
+            self._draw(logits, [running])
+
+    def _write_tokens(self) -> None:
+        """One token more for every row in use."""
+        rows = [self.running[slot] for slot in self.slots.slots[: self.slots.n_active]]
+        try:
+            logits = self._next_logits([running.last for running in rows])  # (B, V)
+            for running in rows:
+                running.slot.text.append(running.last)
+            self._draw(logits, rows)
+        except Exception as problem:
+            self._fail([running for running in rows if running.slot in self.running], problem)
+
+    def _next_logits(self, tokens: list[int]) -> Tensor:
+        """Logits (B, V) after one more token for each of the rows in use."""
+        slots = self.slots
+        n = len(tokens)
+        if not self._records:
+            cache = slots.view(0, n)
+            return next_logits(self.model, cache, torch.tensor(tokens, device=cache.lengths.device))
+
+        # recorded for 1, 2, 4, 8 … rows; those beyond n write into a place that counts for nothing
+        size = min(1 << (n - 1).bit_length(), self.options.slots)
+        if size not in self._recorded:
+            self._recorded[size] = RecordedStep(self.model, slots.view(0, size))
+        padded = torch.tensor(tokens + [0] * (size - n))
+        logits = self._recorded[size].step(padded)[:n]
+        slots.cache.lengths[n:size] -= 1
+        slots.cache.host_lengths[n:size] -= 1
+        return logits
+
+    def _draw(self, logits: Tensor, rows: list[Running]) -> None:
+        """Draw the next token of each row from its logits (B, V), and hand it out."""
+        # a row ends whose logits are not finite, of which their sum tells
+        is_finite = torch.isfinite(logits.float().sum(-1)).tolist()
+        if not all(is_finite):
+            failed = [running for running, fine in zip(rows, is_finite, strict=True) if not fine]
+            self._fail(failed, UserError("the model's logits are not finite: its weights may be damaged"))
+            rows = [running for running, fine in zip(rows, is_finite, strict=True) if fine]
+            logits = logits[is_finite]
+            if not rows:
+                return
+        tokens = pick_each(logits, [running.draws for running in rows])
+
+        # log-probabilities, where they are wanted
+        log_probs: dict[int, TokenLogProbs] = {}
+        for row, running in enumerate(rows):
+            n_top = running.ticket.request.log_probs
+            if n_top is not None:
+                (log_probs[row],) = log_probs_of(logits[row : row + 1], tokens[row : row + 1], n_top)
+
+        for row, running in enumerate(rows):
+            self._hand_out(running, tokens[row], log_probs.get(row))
+
+    def _hand_out(self, running: Running, token: int, log_probs: TokenLogProbs | None) -> None:
+        """Give a request its next token, and end it if that is the last one."""
+        request = running.ticket.request
+        if token in request.stop_ids:
+            self._end(running, End("stop"))
+            return
+        self._put(running.ticket, Token(token, log_probs))
+        self._counts["new_tokens"] += 1
+        running.last = token
+        running.n_new += 1
+        if running.n_new == running.most:
+            self._end(running, End("length" if running.n_new == request.max_new_tokens else "context"))
+
+    # ---- events and ends
+
+    def _put(self, ticket: Ticket, event) -> None:
+        ticket.put(event)
+        self._changed[ticket] = None
+
+    def _put_end(self, ticket: Ticket, end: End) -> None:
+        if end.reason == "cancelled":
+            self._counts["cancelled"] += 1
+        elif end.message is not None:
+            self._counts["failed"] += 1
+        self._put(ticket, end)
+
+    def _end(self, running: Running, end: End) -> None:
+        """A request ends, and its slot is free."""
+        if self.reading is running:
+            self.reading = None
+        self.slots.release(running.slot, self._counts["steps"])
+        del self.running[running.slot]
+        self._put_end(running.ticket, end)
+
+    def _fail(self, rows: list[Running], problem: Exception) -> None:
+        """These requests end by a fault; nothing of their texts is used again."""
+        message = str(problem).strip().split("\n")[0] or repr(problem)
+        self.log(f"{len(rows)} request(s) failed: {message}")
+        for running in rows:
+            self.slots.forget(running.slot)
+            self._end(running, End("error", message))
+
+
+def log_probs_of(logits: Tensor, tokens: list[int], n_top: int) -> list[TokenLogProbs]:
+    """Log-probabilities of these tokens, one for each row of logits (T, V), and of each row's `n_top` best."""
+    log_p = torch.log_softmax(logits.float(), dim=-1)  # (T, V)
+    ids = torch.tensor(tokens, device=logits.device)  # (T,)
+    chosen = log_p.gather(-1, ids[:, None])[:, 0].tolist()
+    best, best_ids = (part.tolist() for part in log_p.topk(min(n_top, log_p.shape[-1]), dim=-1))  # (T, n_top)
+    tops = [tuple(zip(*pair, strict=True)) for pair in zip(best_ids, best, strict=True)]
+    return [TokenLogProbs(*pair) for pair in zip(chosen, tops, strict=True)]
