@@ -39,7 +39,7 @@ BUDGET = {
     "checkpoint": 19_900,  # reward models' folders; files that all ranks write together
     "data": 33_300,  # rows of benchmarks found in texts
     "tuning": 11_600,
-    "generation": 4_000,
+    "generation": 9_400,  # many requests in one running batch
     "evaluation": 11_300,  # benchmarks
     "training": 17_000,  # sharding, saving in the background
     "alignment": 21_000,
