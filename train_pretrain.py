@@ -30,6 +30,7 @@ from minillm.distributed import diloco
 from minillm.distributed import ranks as distributed
 from minillm.distributed.hosts import once_a_host
 from minillm.distributed.parallelize import gradients_synced, marked_last, parallelize
+from minillm.evaluation.task_scores import TaskOptions, TaskScores, tasks_to_ask
 from minillm.evaluation.validation import Validation
 from minillm.generation.completion import generate
 from minillm.generation.sampling import Sampling
@@ -50,7 +51,7 @@ ShapeOptions = optional_copy(config.ModelConfig, group=SHAPE, leave_out=("vocab_
 
 
 @dataclass(frozen=True)
-class Config(ShapeOptions, options.TuningConfig, diloco.DilocoOptions, TrainingConfig):
+class Config(ShapeOptions, options.TuningConfig, diloco.DilocoOptions, TaskOptions, TrainingConfig):
     data: str = option("data/bundled", "folder of token bins, or a mixture FOLDER:WEIGHT,FOLDER:WEIGHT,…", group="run")
     out: str = option("out/pretrain", "the run's folder: checkpoints, metrics.jsonl, curve.png", group="run")
     data_dtype: str | None = option(None, "dtype of a raw .bin made elsewhere", ("uint16", "uint32"), group="data")
@@ -98,6 +99,7 @@ def main() -> int:
     model_config = shape(training_config, first.vocab_size, init)
     training_config = sharding.choose_layout(training_config, model_config, ranks)
     training_config = starting_model.choose_optimizer(training_config, model_config.dim)
+    tasks = tasks_to_ask(training_config, tokenizer, model_config, ranks)
 
     # the run: its folder, and the checkpoint to go on from
     order = (training_config.batch_size, seq_len, training_config.seed)
@@ -130,7 +132,7 @@ def main() -> int:
     weights = run.source or init
     if weights is not None:
         run.say(f"weights from {weights}")
-    status = train(training_config, run, model, windows, validation)
+    status = train(training_config, run, model, windows, validation, tasks)
     distributed.stop()
     return status
 
@@ -238,7 +240,14 @@ def check_row_fits(training_config: Config, model_config: config.ModelConfig, in
     )
 
 
-def train(training_config: Config, run: Run, model: Transformer, windows: TokenWindows, validation: Validation) -> int:
+def train(
+    training_config: Config,
+    run: Run,
+    model: Transformer,
+    windows: TokenWindows,
+    validation: Validation,
+    tasks: TaskScores | None,
+) -> int:
     """Train to the last step, or to a signal; returns the script's exit status."""
     # the optimizers, their state if the run goes on, and the model on all ranks
     optimizers = build_optimizers(
@@ -272,6 +281,9 @@ def train(training_config: Config, run: Run, model: Transformer, windows: TokenW
         if run.due(step, training_config.eval_every):
             scores = validation.scores(model, run.ranks, run.autocast())
             run.report(step, scores)
+        if tasks and run.due(step, training_config.eval_every):
+            with run.watchdog.patient():  # it may take longer than a step
+                run.report(step, tasks.scores(model, run.ranks), of="benchmarks")
 
     if run.status == 0:
         conclude(run, model, scores)

@@ -27,6 +27,7 @@ from minillm.distributed import ranks as distributed
 from minillm.distributed.hosts import once_a_host
 from minillm.distributed.parallelize import gradients_synced, marked_last, parallelize
 from minillm.evaluation import answers
+from minillm.evaluation.task_scores import TaskOptions, TaskScores, tasks_to_ask
 from minillm.evaluation.validation import answer_loss
 from minillm.model import ops
 from minillm.model.transformer import Transformer
@@ -43,7 +44,7 @@ from minillm.tuning.adapter import merged
 
 
 @dataclass(frozen=True)
-class Config(options.TuningConfig, diloco.DilocoOptions, TrainingConfig):
+class Config(options.TuningConfig, diloco.DilocoOptions, TaskOptions, TrainingConfig):
     data: str = option(
         f"{bundled.FOLDER}/sft_train.jsonl",
         "instruction file(s), separated by commas: .jsonl .json (.gz) .parquet .csv",
@@ -115,6 +116,7 @@ def main() -> int:
         held_out = f"{bundled.FOLDER}/sft_heldout.jsonl"
     held_out_rows = read_rows(training_config, [held_out], tokenizer) if held_out else None
     questions = read_questions(held_out, training_config.eval_rows, training_config.encoding) if held_out else []
+    tasks = tasks_to_ask(training_config, tokenizer, model_config, ranks)
 
     # the run: its folder, and the checkpoint to go on from
     order = (training_config.batch_size, training_config.seq_len, training_config.seed, training_config.packing)
@@ -144,7 +146,7 @@ def main() -> int:
             return answers.exact_match(model, tokenizer, questions, template=training_config.template, say=run.say)
 
     before = run.once("before.json", count_exact) if questions else None
-    status = train(training_config, run, model, rows, end, held_out_rows)
+    status = train(training_config, run, model, rows, end, held_out_rows, tasks)
     if status == 0:
         after = count_exact() if questions else {}  # on every rank: each may hold a part of the model
         if ranks.main:
@@ -197,6 +199,7 @@ def train(
     rows: InstructionRows,
     end: int,
     held_out_rows: InstructionRows | None,
+    tasks: TaskScores | None,
 ) -> int:
     """Train to the last step, or to a signal; returns the script's exit status. end: how many rows the run has."""
     # the optimizers, their state if the run goes on, and the model on all ranks
@@ -228,6 +231,9 @@ def train(
         if held_out_rows and run.due(step, training_config.eval_every):
             scores = answer_loss(model, held_out_rows, training_config.eval_tokens, run.ranks, run.autocast())
             run.report(step, scores, of="held-out answers")
+        if tasks and run.due(step, training_config.eval_every):
+            with run.watchdog.patient():  # it may take longer than a step
+                run.report(step, tasks.scores(model, run.ranks), of="benchmarks")
     return run.status
 
 

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 
 from minillm.base.errors import UserError
+from minillm.distributed.lockstep import Lockstep
+from minillm.distributed.ranks import Ranks
 from minillm.distributed.shards import without_gradients
 from minillm.model.kv_cache import KVCache
 from minillm.model.transformer import Transformer
@@ -54,11 +56,37 @@ def loglikelihoods(model: Transformer, tokenizer: Tokenizer, requests: Sequence[
     max_len: most ids that the model reads for one request; longer contexts lose their beginning. Raises `UserError` for
     a continuation without ids or longer than that, and for a model whose logits are not finite.
     """
-    pairs = [fitted(pair, max_len) for pair in pairs_of(tokenizer, requests)]
+    return scores_of(model, [fitted(pair, max_len) for pair in pairs_of(tokenizer, requests)])
+
+
+def scores_of(model: Transformer, pairs: Sequence[Pair], ranks: Ranks | None = None) -> list[Score]:
+    """The score of each pair, in their order.
+
+    ranks: share the batches, and each gets the scores of all; every one must call this. None: this process is alone.
+    """
+    batches = list(_batches(pairs, context_of(model)))
+    of_rank = batches if ranks is None else batches[ranks.data_rank :: ranks.data_world]
     scores: dict[Pair, Score] = {}
+    was_training = model.training
+    model.eval()
+    lockstep = Lockstep(model)  # the ranks of a sharded model make equally many passes
     with without_gradients(model):
-        for batch in _batches(pairs, context_of(model)):
-            scores |= _scores(model, batch)
+        try:
+            for batch in of_rank:
+                scores |= _scores(model, batch, lockstep)
+        except Exception:
+            lockstep.is_needed = False  # the others notice the loss of this rank
+            raise
+        finally:
+            lockstep.end()
+            model.train(was_training)
+
+    # the scores of all ranks; pairs go by their numbers
+    if ranks is not None and ranks.world > 1:
+        different = list(dict.fromkeys(pairs))
+        own = [(number, *scores[pair]) for number, pair in enumerate(different) if pair in scores]
+        for of_one in ranks.exchange(own):
+            scores |= {different[number]: Score(nats, is_greedy) for number, nats, is_greedy in of_one}
     return [scores[pair] for pair in pairs]
 
 
@@ -141,8 +169,8 @@ def _batches(pairs: Sequence[Pair], most_places: int) -> Iterator[Batch]:
 # ---- ids → scores
 
 
-def _scores(model: Transformer, batch: Batch) -> dict[Pair, Score]:
-    """The score of each pair of a batch."""
+def _scores(model: Transformer, batch: Batch, lockstep: Lockstep) -> dict[Pair, Score]:
+    """The score of each pair of a batch. lockstep: is told of each pass."""
     contexts = list(batch)
     pairs = [Pair(context, continuation) for context in contexts for continuation in batch[context]]
     row_of = np.repeat(np.arange(len(contexts)), [len(batch[context]) for context in contexts])  # (N,), of the context
@@ -152,8 +180,10 @@ def _scores(model: Transformer, batch: Batch) -> dict[Pair, Score]:
     n_shared = min(_n_alike(contexts), min(map(len, contexts)) - 1)
     cache = _empty_cache(model, 1 if n_shared else len(contexts), max_len)
     if n_shared:
+        lockstep.before_pass()
         _read(model, cache, [contexts[0][:n_shared]])
         cache = _copied(model, cache, np.zeros(len(contexts), dtype=np.int64))
+    lockstep.before_pass()
     hidden = _read(model, cache, [context[n_shared:] for context in contexts])  # (B, T, C)
     last = torch.tensor([len(context) - n_shared - 1 for context in contexts], device=hidden.device)
     ends = hidden[torch.arange(len(contexts), device=hidden.device), last]  # (B, C)
@@ -163,6 +193,7 @@ def _scores(model: Transformer, batch: Batch) -> dict[Pair, Score]:
     longer = [i for i, pair in enumerate(pairs) if len(pair.continuation) > 1]
     if longer:
         cache = _copied(model, cache, row_of[longer])
+        lockstep.before_pass()
         hidden = _read(model, cache, [pairs[i].continuation[:-1] for i in longer])  # (n, T, C)
         for row, i in enumerate(longer):
             states[i] += hidden[row, : len(pairs[i].continuation) - 1].unbind()

@@ -133,6 +133,12 @@ class TrainingConfig(Options):
     tensorboard: bool = option(False, "also write TensorBoard events", group="validation and checkpoints")
 
 
+# Options that a resumed run may change: all but those that go into a fingerprint, and scripts' own about looking.
+BOUND = {"data", "init_from", "batch_size", "seq_len", "seed"}
+LOOKING = {"epochs", "eval_data", "eval_rows", "eval_tasks", "eval_limit"}
+FREE = {field.name for field in dataclasses.fields(TrainingConfig)} - BOUND | LOOKING
+
+
 def listed_files(data: str) -> list[str]:
     """The files that --data names, separated by commas. Raises `UserError` if there is none."""
     paths = [path.strip() for path in data.split(",") if path.strip()]

@@ -25,10 +25,12 @@ PANELS = {
     "val_accuracy": "held-out pairs (share better than before)",
     "objective": "reward less β KL",  # of runs that learn from rewards
     "true_reward": "true reward",  # beside a learned one
+    "tasks": "benchmarks (share right)",  # a curve for each of a run's benchmarks
 }
 IN_NATS = {"val_bpb", "val_loss"}  # of runs whose training loss is in nats a token
 EVERY_STEP = ("loss", "objective", "true_reward")  # panels whose values are too many to be marked
-RISING = ("heldout_accuracy", "val_accuracy", "objective", "true_reward")
+RISING = ("heldout_accuracy", "val_accuracy", "objective", "true_reward", "tasks")
+TASKS = ("acc/", "exact_match,strict-match/")  # beginnings of the names of benchmarks' scores
 NOISY = ("objective", "true_reward")  # each step has prompts of its own
 # panel → what no model can be below, or above where the panel is rising, if it is known
 FLOORS = {"val_bpb": "floor_bpb", "heldout_nll": "floor_nll", "objective": "optimum"}
@@ -63,7 +65,8 @@ def _row(line: str) -> dict | None:
     try:
         row = Contents(parse_json(line.encode(), "row"), "row")
         row.need("step", float, at_least=0)
-        for name in (*PANELS, *FLOORS.values(), "time_s", "floor_error"):
+        task_names = (name for name in row.values if name.startswith(TASKS))
+        for name in (*PANELS, *FLOORS.values(), *task_names, "time_s", "floor_error"):
             row.get(name, float, at_least=-LARGEST, at_most=LARGEST)
     except UserError:
         return None
@@ -97,6 +100,16 @@ def series(rows: list[dict], name: str) -> Series:
     return column
 
 
+def task_series(metrics: dict[str, list[dict]]) -> dict[str, Series]:
+    """The shares of benchmarks that each run got right, by run and benchmark. metrics: label → rows."""
+    columns = {}
+    for label, rows in metrics.items():
+        for name in dict.fromkeys(name for row in rows for name in row if name.startswith(TASKS)):
+            benchmark = _plain(name.partition("/")[2])
+            columns[f"{label}, {benchmark}" if len(metrics) > 1 else benchmark] = series(rows, name)
+    return columns
+
+
 def smoothed(values: list[float], width: int) -> list[float]:
     """The mean over `width` values up to each one (fewer at the start)."""
     sums = [0.0, *accumulate(values)]  # sums[n]: of the first n
@@ -121,9 +134,9 @@ def draw(runs: list[str | Path], out: str | Path) -> Path:
     """Draw training loss and validation score of each run against steps and against time, into `out` (.png).
 
     The validation score is in bits per byte, with the corpus's floor, where the run has them; else in nats a token, in
-    a panel of its own. So are the scores of held-out pairs, with the floor of noisy labels, and the objective of runs
-    that learn from rewards, with its optimum. Raises UserError without matplotlib, for a run without metrics, or if
-    `out` cannot be written.
+    a panel of its own. So are the scores of held-out pairs, with the floor of noisy labels, the objective of runs that
+    learn from rewards, with its optimum, and the shares of benchmarks that were right. Raises UserError without
+    matplotlib, for a run without metrics, or if `out` cannot be written.
     """
     try:
         import matplotlib
@@ -140,6 +153,7 @@ def draw(runs: list[str | Path], out: str | Path) -> Path:
     if len(metrics) < len(runs):  # two folders of one name
         metrics = {_plain(str(run)): read_metrics(run) for run in runs}
     columns = {panel: {label: series(rows, panel) for label, rows in metrics.items()} for panel in PANELS}
+    columns["tasks"] = task_series(metrics)
     panels = [panel for panel in PANELS if any(column.steps for column in columns[panel].values())]
     if all(column.steps for column in columns["objective"].values()):  # the loss of fresh answers is near 0 anyway
         panels = [panel for panel in panels if panel != "loss"]

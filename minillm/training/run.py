@@ -32,7 +32,7 @@ from minillm.distributed.watchdog import Watchdog
 from minillm.model import ops
 from minillm.tokenizer.tokenizer import Tokenizer
 from minillm.training import kernel_check, plot, saving, sharding, starting_model
-from minillm.training.config import TrainingConfig
+from minillm.training.config import FREE, TrainingConfig
 from minillm.training.out_folder import OutFolder
 from minillm.training.progress import Progress, duration
 from minillm.training.schedule import Schedule, lr_at, rate_change, saved_schedule, set_lr
@@ -40,8 +40,6 @@ from minillm.training.step import TrainState, seed_step
 from minillm.tuning.options import TuningConfig
 
 SIGPIPE = 13  # also where the system has no such signal
-BOUND = {"data", "init_from", "batch_size", "seq_len", "seed"}  # options that go into a fingerprint
-FREE = {f.name for f in dataclasses.fields(TrainingConfig)} - BOUND | {"epochs", "eval_data", "eval_rows"}
 
 
 def begin(training_config: TrainingConfig) -> tuple[TrainingConfig, Ranks, Callable[[], None]]:

@@ -93,7 +93,7 @@ class TuningConfig(Options):
 
     def problems(self) -> list[str]:
         """What is wrong with these options for any model, beyond ranges; one line each."""
-        problems = []
+        problems = super().problems()
         if self.tune == "freeze" and not self.train_layers:
             problems.append("--tune freeze: say by --train_layers what is trained, e.g. last:2")
         if self.lora_dropout and "lm_head" in (self.target_modules or ""):

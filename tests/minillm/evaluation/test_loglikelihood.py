@@ -7,7 +7,7 @@ import torch
 
 from minillm.base.errors import UserError
 from minillm.evaluation import loglikelihood
-from minillm.evaluation.loglikelihood import Request, loglikelihoods, pairs_of
+from minillm.evaluation.loglikelihood import Pair, Request, loglikelihoods, pairs_of, scores_of
 
 EXAMPLES = "Who has the ball? Tom has the ball.\n\n谁有球？ Tom\n\n"
 REQUESTS = [
@@ -69,10 +69,8 @@ def test_the_likeliest_continuation_is_greedy(home):
     (pair,) = pairs_of(home.tokenizer, [Request("Who has the", " ball")])
     with torch.no_grad():
         best = int(home.model(torch.tensor([pair.context]))[0, -1].argmax())
-    batch = {pair.context: [(best,), ((best + 1) % 400,)]}
-    with torch.no_grad():
-        flags = [score.is_greedy for score in loglikelihood._scores(home.model, batch).values()]
-    assert flags == [True, False]
+    pairs = [Pair(pair.context, (best,)), Pair(pair.context, ((best + 1) % 400,))]
+    assert [score.is_greedy for score in scores_of(home.model, pairs)] == [True, False]
 
 
 def test_what_is_alike_is_read_once(home, monkeypatch):

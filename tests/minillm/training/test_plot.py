@@ -177,3 +177,18 @@ def test_held_out_pairs_are_drawn_with_the_floor_of_noisy_labels(tmp_path, monke
     nll, accuracy = figures[0].axes[2], figures[0].axes[4]
     assert nll.lines[-1].get_label() == "floor 0.325" and nll.get_ylim()[0] < 0.325
     assert "pairs" in nll.get_ylabel() and accuracy.lines[0].get_ydata().tolist() == [0.8]
+
+
+def test_each_benchmark_of_each_run_is_a_curve(tmp_path, monkeypatch):
+    figures = drawn(monkeypatch)
+    scores = [{"step": i, "acc/arc_easy": 0.1 * i, "acc_norm/arc_easy": 0.9, "acc/mmlu": 0.25} for i in (1, 2)]
+    plot.draw([run(tmp_path / "a", [*rows(3), *scores])], tmp_path / "a.png")
+    plot.draw([tmp_path / "a", run(tmp_path / "b", [*rows(3), {"step": 3, "acc/arc_easy": 0.5}])], tmp_path / "ab.png")
+    alone, together = (figure.axes[4] for figure in figures)
+    assert {line.get_label(): line.get_ydata().tolist() for line in alone.lines} == {
+        "arc_easy": [0.1, 0.2],
+        "mmlu": [0.25, 0.25],
+    }
+    assert [line.get_label() for line in together.lines] == ["a, arc_easy", "a, mmlu", "b, arc_easy"]
+    with pytest.raises(UserError, match="line 1: not a row of metrics"):
+        plot.read_metrics(run(tmp_path / "c", [{"step": 1, "acc/arc_easy": "high"}, {"step": 2, "loss": 1.0}]))
