@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from data import bundled, prepare
+from docs.course import lesson
 from kernels import tune
 from kernels.bench import suite
 from kernels.prove import command as prove
@@ -25,7 +26,7 @@ ROOT = Path(__file__).parents[1]
 SCRIPTS = {path.name: importlib.import_module(path.stem).Config for path in ROOT.glob("train_*.py")}
 BLOCK = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
 TORCHRUN = {"nproc_per_node", "nnodes", "rdzv_backend", "rdzv_endpoint", "rdzv_conf", "local_addr", "max_restarts"}
-PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/*/*.md")]
+PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/*/*.md"), *ROOT.glob("docs/*/course/*.md")]
 every_page = pytest.mark.parametrize("path", PAGES, ids=lambda path: f"{path.parent.name}/{path.name}")
 
 
@@ -79,9 +80,12 @@ def test_commands_and_options_are_known(path, monkeypatch):
     monkeypatch.setattr(prepare, "prepare", lambda *_, **options: None)
     monkeypatch.setattr(prepare, "report", lambda meta: None)
     monkeypatch.setattr(prepare, "read_benchmarks", lambda files, field: [])
+    monkeypatch.setattr(lesson, "corpus", lambda quick: "data/bundled")
     parse = {name: partial(command_line.parse, config, "") for name, config in SCRIPTS.items()}
     parse |= {"data/prepare.py": prepare.main, "minillm": lambda: __main__.parse_command(sys.argv[1:])}
     parse |= {"kernels.bench": suite.build_parser().parse_args, "kernels.tune": tune.build_parser().parse_args}
+    parse |= {f"docs/course/{path.name}": lambda: lesson.options("") for path in ROOT.glob("docs/course/*.py")}
+    parse |= {f"docs/course/checks/{path.name}": lambda: None for path in ROOT.glob("docs/course/checks/*.py")}
     parse["kernels.prove"] = prove.build_parser().parse_args
     parse["tests/kernels/offline.py"] = lambda: SHARED_MEMORY[int(sys.argv[1])]
     for command in Page(path).commands:
@@ -93,7 +97,7 @@ def test_commands_and_options_are_known(path, monkeypatch):
     known = {
         name for config in (*SCRIPTS.values(), prepare.Config, bundled.Config, *configs) for name in declared(config)
     }
-    known |= {*re.findall(r'"--(\w+)"', sources), *TORCHRUN, "config", "help", "name"}
+    known |= {*re.findall(r'"--(\w+)"', sources), *TORCHRUN, "config", "help", "name", "quick", "solutions"}
     assert set(re.findall(r"(?<![\w-])--(\w+)", Page(path).text)) <= known
 
 

@@ -1,0 +1,57 @@
+"""What the experiments of the course share: two options, and the bundled corpus.
+
+An experiment is a script: `python docs/course/bigram.py`. With `--quick` it does the same on a small corpus in a few
+seconds; its numbers then mean nothing, they only show that it runs.
+"""
+
+import argparse
+import inspect
+import math
+import tempfile
+from pathlib import Path
+from unittest import mock
+
+from data import bundled
+
+SMALL = {
+    "train_bytes": 300_000,
+    "val_documents": 100,
+    "sft_train": 400,
+    "sft_heldout": 40,
+    "requests_train": 100,
+    "requests_heldout": 20,
+    "preferences_train": 200,
+    "preferences_heldout": 40,
+    "vocab_size": 600,
+}
+
+
+def options(description: str) -> argparse.Namespace:
+    """The options of an experiment: `quick`, and `data`, the folder of a corpus that is there.
+
+    description: what `--help` says, the docstring of the script.
+    """
+    parser = argparse.ArgumentParser(
+        description=inspect.cleandoc(description), formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--quick", action="store_true", help="a small corpus and few steps, to see that it runs")
+    parser.add_argument("--data", help=f"a bundled corpus; none: {bundled.FOLDER}, which is written if it is missing")
+    chosen = parser.parse_args()
+    chosen.data = Path(chosen.data or corpus(chosen.quick))
+    return chosen
+
+
+def corpus(quick: bool) -> str:
+    """The folder of the bundled corpus, or of a small one of the same kind; each is written once."""
+    if not quick:
+        bundled.build()
+        return bundled.FOLDER
+    folder = Path(tempfile.gettempdir()) / f"minillm-course-{bundled.fingerprint()[:12]}"
+    with mock.patch.object(bundled, "SIZES", SMALL):
+        bundled.build(folder)
+    return str(folder)
+
+
+def bits_per_byte(nats: float, n_bytes: int) -> float:
+    """Nats of a text's tokens, summed, as bits for each of its UTF-8 bytes."""
+    return nats / math.log(2) / n_bytes

@@ -1,0 +1,48 @@
+"""Every lesson of the course runs, its exercises can be solved, and are not solved yet."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+COURSE = ROOT / "docs" / "course"
+LESSONS = sorted(path.stem for path in (COURSE / "checks").glob("*.py") if path.stem != "conftest")
+every_lesson = pytest.mark.parametrize("lesson", LESSONS)
+
+
+def run(*command: str) -> subprocess.CompletedProcess:
+    """A command in the repository's folder, as a reader gives it."""
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    return subprocess.run([sys.executable, *command], cwd=ROOT, env=env, capture_output=True, text=True, timeout=600)
+
+
+def test_a_lesson_has_all_its_parts():
+    for folder in (COURSE, COURSE / "exercises", COURSE / "solutions"):
+        assert {path.stem for path in folder.glob("*.py")} - {"lesson"} == set(LESSONS)
+    for language in ("en", "zh"):
+        pages = ROOT / "docs" / language / "course"
+        names = sorted(path.stem for path in pages.glob("[0-9]*.md"))
+        assert {re.sub(r"^\d+-", "", name) for name in names} == set(LESSONS)
+        assert re.findall(r"\((\d[\w-]+)\.md\)", (pages / "index.md").read_text(encoding="utf-8")) == names
+
+
+@pytest.mark.slow
+@every_lesson
+def test_the_experiment_runs(lesson):
+    done = run(f"docs/course/{lesson}.py", "--quick")
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"\d\.\d", done.stdout)  # it prints a score
+
+
+@pytest.mark.slow
+@every_lesson
+def test_the_exercises_are_solved_by_the_solutions_alone(lesson):
+    check = ("-m", "pytest", "-p", "no:cacheprovider", f"docs/course/checks/{lesson}.py")
+    solved = run(*check, "--solutions")
+    assert solved.returncode == 0, solved.stdout
+    given = run(*check)
+    assert given.returncode == 1 and "passed" not in given.stdout.splitlines()[-1], given.stdout
