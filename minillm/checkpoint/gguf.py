@@ -7,6 +7,7 @@ only those named here have a place in the file.
 
 import base64
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -14,14 +15,17 @@ from torch import Tensor
 
 from minillm.base.contents import Contents
 from minillm.base.errors import UserError
-from minillm.checkpoint import gguf_file, gguf_tokenizer, tensor_files
+from minillm.checkpoint import gguf_blocks, gguf_file, gguf_tokenizer, tensor_files
 from minillm.checkpoint.gguf_file import GGUFTensor
 from minillm.checkpoint.huggingface import ROTATED, StoredModel, shapes_of
 from minillm.model.config import ModelConfig, RopeScaling
 from minillm.model.rope import rotary_tables
 from minillm.tokenizer.tokenizer import Tokenizer
 
-FILE_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 32}  # GGUF's number for most of the tensors
+# What most of a file's tensors are: GGML's name → GGUF's number.
+FILE_TYPES = {"F32": 0, "F16": 1, "BF16": 32, "Q8_0": 7, "Q4_0": 2}
+BLOCKS_VERSION = 2  # of the layout of Q8_0, Q4_0 and others
+KINDS = {dtype: kind for kind, dtype in gguf_file.FLOATS.items()}  # dtype → GGML's name
 
 # The options that an architecture decides.
 ARCHITECTURES = {
@@ -227,17 +231,23 @@ def _frequencies(config: ModelConfig) -> Tensor:
 # ---- writing
 
 
-def write_file(model: StoredModel, tokenizer: Tokenizer | None, path: Path, dtype: torch.dtype) -> None:
+def write_file(
+    model: StoredModel, tokenizer: Tokenizer | None, path: Path, dtype: torch.dtype, blocks: str | None = None
+) -> None:
     """Write a model and its tokenizer as GGUF; dtype: of the matrices, while gains and biases are float32.
 
-    Raises `UserError` naming the options that the format has no place for.
+    blocks: Q8_0 or Q4_0, in which to write matrices whose rows are whole blocks. Raises `UserError` naming the options
+    that the format has no place for.
     """
     config = model.config
     kind = _architecture(config, dtype)
     scaling = config.rope_scaling
 
     # The metadata: of the file, of the model, of the tokenizer.
-    metadata = {"general.architecture": kind, "general.type": "model", "general.file_type": FILE_TYPES[dtype]}
+    file_type = FILE_TYPES[blocks or KINDS[dtype]]
+    metadata = {"general.architecture": kind, "general.type": "model", "general.file_type": file_type}
+    if blocks:
+        metadata["general.quantization_version"] = BLOCKS_VERSION
     metadata |= {f"{kind}.{name}": value for name, value in _described(config).items()}
     if tokenizer:
         metadata |= gguf_tokenizer.describe(tokenizer, config.vocab_size)
@@ -249,22 +259,29 @@ def write_file(model: StoredModel, tokenizer: Tokenizer | None, path: Path, dtyp
     for key, shape in shapes_of(config).items():
         name = gguf_name(key)
         keys[name] = key
-        tensors[name] = (tuple(shape), dtype if len(shape) > 1 else torch.float32)
+        tensors[name] = (tuple(shape), _tensor_kind(shape, dtype, blocks))
     factors = None
     if scaling and scaling.type == "llama3":
         factors = _llama3_factors(config)
-        tensors[FACTORS] = (tuple(factors.shape), torch.float32)
+        tensors[FACTORS] = (tuple(factors.shape), "F32")
 
     def read(name: str) -> Tensor:
         if name == FACTORS:
             return factors
-        _, stored_dtype = tensors[name]
-        tensor = model.read(keys[name], stored_dtype)
+        _, tensor_kind = tensors[name]
+        tensor = model.read(keys[name], gguf_file.FLOATS.get(tensor_kind, torch.float32))
         if kind == "llama" and keys[name].endswith(ROTATED):
             return interleaved(tensor, config.head_dim)
         return tensor
 
     gguf_file.write(path, metadata, tensors, read)
+
+
+def _tensor_kind(shape: Sequence[int], dtype: torch.dtype, blocks: str | None) -> str:
+    """GGML's type in which a tensor of this shape is written: see `write_file`."""
+    if len(shape) == 1:
+        return "F32"
+    return blocks if blocks and shape[-1] % gguf_blocks.BLOCK == 0 else KINDS[dtype]
 
 
 def _architecture(config: ModelConfig, dtype: torch.dtype) -> str:
@@ -282,7 +299,7 @@ def _architecture(config: ModelConfig, dtype: torch.dtype) -> str:
     # llama.cpp uses the usual values for a scaling's other numbers, whatever the file says.
     if scaling and scaling != RopeScaling(scaling.type, scaling.factor, scaling.original_max_seq_len):
         without_place["rope_scaling"] = scaling
-    if dtype not in FILE_TYPES:
+    if dtype not in KINDS:
         without_place["dtype"] = dtype
 
     decided = {name: getattr(config, name) for name in ARCHITECTURES["llama"]}

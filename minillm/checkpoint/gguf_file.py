@@ -18,7 +18,7 @@ from torch import Tensor
 
 from minillm.base.errors import UserError
 from minillm.base.json_door import file_size
-from minillm.checkpoint import tensor_files
+from minillm.checkpoint import gguf_blocks, tensor_files
 
 MAGIC = b"GGUF"
 FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # GGML's name → dtype
@@ -158,33 +158,43 @@ def _check_size(gguf: ModuleType, name: str, tensor: GGUFTensor, file_size: int)
 def write(
     path: Path,
     metadata: dict,
-    tensors: dict[str, tuple[Sequence[int], torch.dtype]],
+    tensors: dict[str, tuple[Sequence[int], str]],
     read: Callable[[str], Tensor],
 ) -> None:
     """Write a GGUF file with only one tensor at a time in memory.
 
     metadata: "general.architecture" and others; bool, int (as uint32), float (as float32), str, and lists of int (as
-    int32), float or str. tensors: name → shape, outermost size first, and dtype, one of `FLOATS`. read(name): the
-    tensor of that shape.
+    int32), float or str. tensors: name → shape, outermost size first, and GGML's type: one of `FLOATS`, or of
+    `gguf_blocks.PACK` for rows of whole blocks. read(name): the tensor of that shape.
     """
     gguf = package(str(path))
-    kinds = {dtype: gguf.GGMLQuantizationType[name] for name, dtype in FLOATS.items()}
     writer = gguf.GGUFWriter(path, metadata["general.architecture"])  # which it writes itself
     for name, value in metadata.items():
         if name != "general.architecture":
             _add_value(writer, name, value)
-    for name, (shape, dtype) in tensors.items():
-        n_bytes = math.prod(shape) * dtype.itemsize
-        writer.add_tensor_info(name, shape, np.dtype(np.float32), n_bytes, raw_dtype=kinds[dtype])
+    for name, (shape, kind) in tensors.items():
+        number = gguf.GGMLQuantizationType[kind]
+        block_size, block_bytes = gguf.GGML_QUANT_SIZES[number]
+        n_bytes = math.prod(shape) // block_size * block_bytes
+        writer.add_tensor_info(name, shape, np.dtype(np.float32), n_bytes, raw_dtype=number)
     try:
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        for name, (_, dtype) in tensors.items():
-            tensor = read(name).to(dtype).contiguous()
-            writer.write_tensor_data(tensor.view(torch.uint8).numpy())
+        for name, (_, kind) in tensors.items():
+            writer.write_tensor_data(_stored(name, read(name), kind).numpy())
     finally:
         writer.close()
+
+
+def _stored(name: str, tensor: Tensor, kind: str) -> Tensor:
+    """The bytes of a tensor in a type, uint8."""
+    if kind in FLOATS:
+        return tensor.to(FLOATS[kind]).contiguous().view(torch.uint8)
+    try:
+        return gguf_blocks.PACK[kind](tensor.contiguous())
+    except UserError as problem:
+        raise UserError(f"{name}: {problem}") from None
 
 
 def _add_value(writer, name: str, value: Any) -> None:

@@ -28,7 +28,8 @@ WEIGHTS = {"one": torch.arange(5.0), "two": torch.randn(3, 7), "three": torch.ra
 def written(tmp_path):
     """A file of ours, of three dtypes, none of whose sizes is a multiple of the alignment."""
     dtypes = {"one": torch.float32, "two": torch.float16, "three": torch.bfloat16}
-    tensors = {name: (tuple(t.shape), dtypes[name]) for name, t in WEIGHTS.items()}
+    kinds = {"one": "F32", "two": "F16", "three": "BF16"}
+    tensors = {name: (tuple(t.shape), kinds[name]) for name, t in WEIGHTS.items()}
     gguf_file.write(tmp_path / "m.gguf", METADATA, tensors, WEIGHTS.__getitem__)
     return tmp_path / "m.gguf", dtypes
 

@@ -304,3 +304,36 @@ def broken(home):
     weights["model.norm.weight"][3] = float("nan")
     save_file(weights, home / "nan/model.safetensors")
     return home
+
+
+@pytest.mark.parametrize("kind", ["q8_0", "q4_0"])
+@torch.no_grad()
+def test_matrices_go_into_blocks_and_come_back_rounded(home, kind, tmp_path, capsys):
+    """Rows of the feed-forward network's last matrix have 48 numbers: no whole blocks of 32."""
+    make(tmp_path / "start", BASE)
+    Tokenizer.load(home / "llama").save(tmp_path / "start")
+    command(f"export --model {tmp_path}/start --format gguf --type {kind} --out {tmp_path}/m.gguf")
+    told = capsys.readouterr().out
+    assert "2 matrices stay in float16, as model.layers.0.mlp.down_proj.weight" in told
+    reader = gguf.GGUFReader(tmp_path / "m.gguf")
+    kinds = {tensor.name: tensor.tensor_type.name for tensor in reader.tensors}
+    assert kinds["token_embd.weight"] == kinds["blk.1.attn_q.weight"] == kind.upper()
+    assert kinds["blk.0.ffn_down.weight"] == "F16" and kinds["blk.0.ffn_norm.weight"] == "F32"
+    assert reader.fields["general.file_type"].contents() == {"q8_0": 7, "q4_0": 2}[kind]
+
+    # what comes back is what transformers reads from the same file
+    command(f"import --model {tmp_path}/m.gguf --out {tmp_path}/back")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path, gguf_file="m.gguf", dtype=torch.float32, attn_implementation="eager"
+    )
+    ours = huggingface.load_model(tmp_path / "back")
+    torch.testing.assert_close(ours(TOKENS), theirs(TOKENS).logits, rtol=0, atol=1e-4)
+    assert Tokenizer.load(tmp_path / "back").encode("the bath") == Tokenizer.load(home / "llama").encode("the bath")
+
+
+def test_blocks_are_gguf_alone_and_say_how_weights_are_written(tmp_path):
+    make(tmp_path / "start", BASE)
+    with pytest.raises(UserError, match="--type q8_0: is for --format gguf"):
+        command(f"export --model {tmp_path}/start --format hf --type q8_0 --out {tmp_path}/x")
+    with pytest.raises(UserError, match="--dtype float32: --type q4_0 says already"):
+        command(f"export --model {tmp_path}/start --format gguf --type q4_0 --dtype float32 --out {tmp_path}/x")
