@@ -287,6 +287,16 @@ def test_an_answer_goes_on_while_another_conversation_is_read(server, visit):
     assert answers(page) == ["They bark"]
 
 
+def test_what_was_answered_until_the_page_went_is_kept(server, visit):
+    server.answer = lambda body: ["Tom has", Event()]
+    page = visit(server.url)
+    ask(page, "Who has the ball?", wait=False)
+    page.wait_for_selector("text=Tom has")
+    page.reload()
+    page.click("#conversations .title")
+    assert answers(page) == ["Tom has"] and captions(page) == "stopped"
+
+
 def test_two_tabs_do_not_overwrite_each_other(server, visit):
     page = visit(server.url)
     other = page.context.new_page()

@@ -73,6 +73,8 @@ def test_markdown(server, visit):
         "See https://b.org/c, or (http://d.org).": (
             '<p>See <a href="https://b.org/c">https://b.org/c</a>, or (<a href="http://d.org">http://d.org</a>).</p>'
         ),
+        "[**a** http://x.org](https://b.org)": '<p><a href="https://b.org">**a** http://x.org</a></p>',
+        "[**a**](https://b.org)": '<p><a href="https://b.org"><strong>a</strong></a></p>',
         "见https://b.org/路。": '<p>见<a href="https://b.org/路">https://b.org/路</a>。</p>',
     }
     for text, expected in cases.items():
