@@ -189,6 +189,14 @@ def test_one_of_two_models_fails(server, visit):
     assert page.locator(".error").inner_text() == "larger has no chat template"
 
 
+def test_a_model_without_a_chat_template_is_not_offered(server, visit):
+    server.models.insert(0, {"id": "base", "context_length": 512, "turns": None, "chat": False})
+    page = visit(server.url)
+    assert page.locator("#model option").all_inner_texts() == ["tiny", "larger"]
+    ask(page, "Hello")
+    assert server.asked[0]["model"] == "tiny"
+
+
 def test_settings_are_sent_as_far_as_they_are_given(server, visit):
     page = visit(server.url)
     ask(page, "Hello")
@@ -367,7 +375,7 @@ def test_the_earliest_turns_are_left_out_when_the_context_is_full(server, visit)
         ask(page, question)
     assert said(server.asked[-2])[0] == "user: first"  # refused
     assert said(server.asked[-1]) == ["user: second", "assistant: answer 2", "user: third"]
-    assert "no longer sees the first 1 questions" in captions(page)
+    assert "not shown the first 1 questions" in captions(page)
     ask(page, "fourth")
     assert said(server.asked[-1])[0] == "user: third" and "first 2 questions" in captions(page)
 
