@@ -53,6 +53,7 @@ MOST_PARAMETERS = 7  # besides self; not of kernels and ops, whose parameters ar
 
 OPTIONAL = {"matplotlib", "tensorboard", "pyarrow", "transformers", "peft", "gguf", "liger_kernel", "flash_attn"}
 OPTIONAL |= {"bitsandbytes", "tokenizers", "jinja2", "trl", "datasets"}
+OPTIONAL |= {"starlette", "uvicorn"}
 SOURCES = sorted(
     [
         *(path for folder in ("minillm", "kernels", "data/world") for path in (ROOT / folder).rglob("*.py")),

@@ -104,8 +104,11 @@ def read_object(path: str | Path, most_bytes: int = MOST_BYTES) -> Contents:
     return Contents(read_json(path, most_bytes), str(path))
 
 
-def parse_json(data: bytes, source: str) -> Any:
-    """The value that a file's bytes say in JSON; source: the file, as errors name it. Raises `UserError`."""
+def parse_json(data: bytes, source: str, *, remedy: str = "get a whole copy") -> Any:
+    """The value that a file's bytes say in JSON. Raises `UserError`.
+
+    source: the file, as errors name it; remedy: what they advise.
+    """
     try:
         value = json.loads(
             data.decode("utf-8-sig"),  # Windows may put a BOM first
@@ -119,13 +122,13 @@ def parse_json(data: bytes, source: str) -> Any:
         if SURROGATE.search(data):
             json.dumps(value, ensure_ascii=False).encode()
     except RecursionError:
-        raise UserError(f"{source}: damaged: nested deeper than {DEEPEST} levels; get a whole copy") from None
+        raise UserError(f"{source}: damaged: nested deeper than {DEEPEST} levels; {remedy}") from None
     except UnicodeDecodeError as problem:
-        raise UserError(f"{source}: damaged: byte {problem.start} is not UTF-8; get a whole copy") from None
+        raise UserError(f"{source}: damaged: byte {problem.start} is not UTF-8; {remedy}") from None
     except UnicodeEncodeError:
         raise UserError(f"{source}: damaged: a text in it has half a character (a lone surrogate)") from None
     except ValueError as problem:
-        raise UserError(f"{source}: damaged: not valid JSON ({problem}); get a whole copy") from None
+        raise UserError(f"{source}: damaged: not valid JSON ({problem}); {remedy}") from None
     return value
 
 
