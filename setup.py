@@ -8,7 +8,7 @@ EXTRAS = {
     "parquet": ["pyarrow"],
     "gguf": ["gguf"],
     "hf": ["tokenizers", "jinja2"],
-    "serve": ["starlette", "uvicorn"],
+    "serve": ["uvicorn"],
     "bench": ["transformers>=5", "peft"],
     "harness": ["lm_eval[hf]>=0.4.13"],
     "align": ["trl", "accelerate", "datasets", "transformers>=5"],
