@@ -20,6 +20,7 @@ from minillm.base.process import run_script
 COMMANDS = {
     "generate": "minillm.commands.generate",
     "chat": "minillm.commands.chat",
+    "serve": "minillm.commands.serve",
     "eval": "minillm.commands.evaluate",
     "pairs": "minillm.commands.pairs",
     "plot": "minillm.commands.plot",

@@ -55,7 +55,12 @@ class OutputOptions(Options):
 def load_model(config: ModelOptions) -> load.Loaded:
     """The model of --model, or the newest checkpoint, once the kernels have been checked on its device."""
     folder = load.find_model(config.model, log=tell)
-    return load.load(folder, base=config.base, device=config.device, dtype=config.dtype, check_kernels=_check_kernels)
+    return load_folder(folder, config.base, config.device, config.dtype)
+
+
+def load_folder(folder: Path, base: str | None, device: str, dtype: str | None) -> load.Loaded:
+    """The model of a folder, once the kernels have been checked on its device."""
+    return load.load(folder, base=base, device=device, dtype=dtype, check_kernels=_check_kernels)
 
 
 def load_reward_model(config: ModelOptions, folder: Path) -> load.Loaded:

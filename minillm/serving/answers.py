@@ -99,7 +99,7 @@ class Answer:
         self.end = end
         part = self._give(self.pieces.flush())
         rest = [*self.held]
-        if end.last is not None:  # the id that ended it, which has no text
+        if end.last is not None and end.last.log_probs is not None:  # the id that ended it, which has no text
             rest.append(Placed(end.last.id, end.last.log_probs, self.n_given))
         self.held.clear()
         return Part(part.text, [*part.tokens, *rest])

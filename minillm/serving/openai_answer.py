@@ -149,7 +149,8 @@ class Form:
 
     def _entry(self, i: int, log_prob: float) -> dict:
         data = self._bytes_of(i)
-        return {"token": data.decode(errors="replace"), "logprob": _finite(log_prob), "bytes": list(data)}
+        in_text = None if i in self._control else list(data)
+        return {"token": data.decode(errors="replace"), "logprob": _finite(log_prob), "bytes": in_text}
 
     def _likeliest(self, token: Placed) -> dict[str, float] | None:
         """The likeliest tokens by name, and the chosen one; of two with one name the likelier."""
