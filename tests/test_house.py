@@ -43,7 +43,7 @@ BUDGET = {
     "evaluation": 12_600,  # benchmarks, also in training
     "training": 17_000,  # sharding, saving in the background
     "alignment": 21_000,
-    "serving": 600,  # the chat page's headers
+    "serving": 11_000,  # the interface of OpenAI over HTTP, and the chat page's headers
     "commands": 26_000,  # judged answers, pairs of them, speeds beside trl's, a plan's sums, a cluster's checks
     "scripts": 18_000,
 }
@@ -53,7 +53,7 @@ MOST_PARAMETERS = 7  # besides self; not of kernels and ops, whose parameters ar
 
 OPTIONAL = {"matplotlib", "tensorboard", "pyarrow", "transformers", "peft", "gguf", "liger_kernel", "flash_attn"}
 OPTIONAL |= {"bitsandbytes", "tokenizers", "jinja2", "trl", "datasets"}
-OPTIONAL |= {"starlette", "uvicorn"}
+OPTIONAL |= {"uvicorn"}
 SOURCES = sorted(
     [
         *(path for folder in ("minillm", "kernels", "data/world") for path in (ROOT / folder).rglob("*.py")),

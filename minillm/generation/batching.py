@@ -343,7 +343,7 @@ class Engine:
         """Give a request its next token, and end it if that is the last one."""
         request = running.ticket.request
         if token in request.stop_ids:
-            self._end(running, End("stop"))
+            self._end(running, End("stop", last=Token(token, log_probs)))
             return
         self._put(running.ticket, Token(token, log_probs))
         self._counts["new_tokens"] += 1

@@ -31,6 +31,11 @@ class Pieces:
         self._waiting = cut(self._waiting + self._decoder.flush(), self.stop_strings)
         return self._take(len(self._waiting))
 
+    @property
+    def n_waiting(self) -> int:
+        """Characters that wait."""
+        return len(self._waiting)
+
     def _take(self, n: int) -> str:
         """The first n characters that wait."""
         text = self._waiting[:n]

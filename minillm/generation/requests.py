@@ -75,10 +75,12 @@ class End(NamedTuple):
 
     reason: "stop" (a stop id came), "length" (max_new_tokens), "context" (it is full), "cancelled", "timeout",
     "closed" (the engine ended first) or "error". message: one line on the last three; None for the others.
+    last: the stop id, which is no part of the answer.
     """
 
     reason: str
     message: str | None = None
+    last: Token | None = None
 
 
 Event = PromptRead | Token | End

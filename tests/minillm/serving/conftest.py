@@ -69,14 +69,16 @@ class Running:
 
 
 @contextlib.contextmanager
-def running(models: list[Served], door: Door = Door()) -> Iterator[Running]:  # noqa: B008  (frozen)
-    """Serve these models as long as the context lasts."""
+def running(models: list[Served], door: Door | None = None, starts: bool = True) -> Iterator[Running]:
+    """Serve these models as long as the context lasts. starts: False: their engines are stepped by the test."""
+    door = door or Door()
     log: list[str] = []
     app = App(models, door, log.append)
     listener = listening_socket("127.0.0.1", 0, has_key=bool(door.keys))
     server = build_server(app, 5.0, log.append)
     for model in models:
-        model.engine.start()
+        if starts:
+            model.engine.start()
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
     here = Running(listener.getsockname()[1], app, server, log)

@@ -25,9 +25,7 @@ def prompt_of(home, messages=HI) -> list[int]:
 
 def alone(home, prompt: list[int], n: int, rows: int = 1, **sampling) -> list[str]:
     """The texts that `generate` gives for a prompt."""
-    found = generate(
-        home.model, [prompt] * rows, n, sampling=Sampling(**sampling), stop_ids=home.tokenizer.stop_ids()
-    )
+    found = generate(home.model, [prompt] * rows, n, sampling=Sampling(**sampling), stop_ids=home.tokenizer.stop_ids())
     return [home.tokenizer.decode(completion.tokens) for completion in found]
 
 
@@ -240,8 +238,9 @@ def test_offsets_lead_to_the_tokens_in_the_text(here):
     )
     (choice,) = answer.choices
     assert choice.logprobs.top_logprobs is None
-    for name, offset in zip(choice.logprobs.tokens, choice.logprobs.text_offset, strict=True):
-        if not name.startswith(("bytes:", "<")):
+    names = choice.logprobs.tokens
+    for before, name, offset in zip(["", *names], names, choice.logprobs.text_offset, strict=False):
+        if not name.startswith(("bytes:", "<")) and not before.startswith("bytes:"):
             assert choice.text[offset : offset + len(name)] == name
 
 
@@ -265,7 +264,7 @@ def test_what_is_wrong_reaches_the_client_with_its_name(here):
 
 @pytest.mark.parametrize("streams", [False, True])
 def test_a_prompt_beyond_the_context_is_refused_before_a_stream_begins(here, home, streams):
-    long = [{"role": "user", "content": "Tom has the ball. " * 30}]
+    long = [{"role": "user", "content": "Tom has the ball. " * 20}]
     n_tokens = len(prompt_of(home, long))
     with pytest.raises(openai.BadRequestError) as problem:
         here.client().chat.completions.create(model="tom", messages=long, stream=streams)
@@ -384,7 +383,9 @@ def test_several_models_by_name(home):
         client = here.client()
         assert [model.id for model in client.models.list()] == ["tom", "jerry"]
         asked = {"messages": HI, "max_tokens": 4, "temperature": 0}
-        texts = [client.chat.completions.create(model=name, **asked).choices[0].message.content for name in here.app.models]
+        texts = [
+            client.chat.completions.create(model=name, **asked).choices[0].message.content for name in here.app.models
+        ]
         simple, _ = home.tokenizer.encode_chat(HI, template="simple", add_generation_prompt=True)
         assert texts == [alone(home, prompt, 4, temperature=0.0)[0] for prompt in (prompt_of(home), simple)]
         _, value = here.post("/v1/chat/completions", asked)  # no name: the first
@@ -409,25 +410,23 @@ def long_request(home, n: int = 50) -> Request:
 
 
 def test_a_full_queue_is_told_and_asked_again(home):
-    with running([serve_home(home, slots=1, max_waiting=1)]) as here:
-        with here.engine_held():
-            held = [here.engine.submit(long_request(home)) for _ in range(2)]
-            status, headers, data = here.raw("POST", "/v1/chat/completions", {"messages": HI})
-            assert status == 503 and headers["Retry-After"] and json.loads(data)["error"]["type"] == "server_error"
-            with pytest.raises(openai.InternalServerError):
-                here.client().chat.completions.create(model="tom", messages=HI, stream=True)
-        for ticket in held:
-            list(ticket.events())
+    with running([serve_home(home, slots=1, max_waiting=1)], starts=False) as here:
+        held = [here.engine.submit(long_request(home)) for _ in range(2)]
+        status, headers, data = here.raw("POST", "/v1/chat/completions", {"messages": HI})
+        assert status == 503 and headers["Retry-After"] and json.loads(data)["error"]["type"] == "server_error"
+        with pytest.raises(openai.InternalServerError):
+            here.client().chat.completions.create(model="tom", messages=HI, stream=True)
+        here.engine.start()
+        assert here.engine.counters()["refused"] == 2 and len(held) == 2
         assert here.client(max_retries=2).chat.completions.create(model="tom", messages=HI, max_tokens=2).choices
 
 
 def test_a_request_of_several_texts_waits_whole_or_not_at_all(home):
-    with running([serve_home(home, slots=2, max_waiting=1)]) as here:
-        with here.engine_held():
-            held = here.engine.submit(long_request(home))
-            status, _ = here.post("/v1/completions", {"prompt": ["a", "b", "c"]})
-            assert status == 503
-        list(held.events())
+    with running([serve_home(home, slots=2, max_waiting=1)], starts=False) as here:
+        here.engine.submit(long_request(home))
+        status, _ = here.post("/v1/completions", {"prompt": ["a", "b", "c"]})
+        assert status == 503
+        here.engine.start()
         here.until(lambda: here.is_idle)
         assert here.engine.counters()["cancelled"] == 2
 
@@ -454,14 +453,15 @@ def test_a_fault_of_the_model_is_one_error_and_the_server_goes_on(home):
 
 
 def test_a_request_that_takes_too_long_ends(home):
-    with running([serve_home(home, slots=1, time_limit=0.05)]) as here:
-        with here.engine_held():
-            answers = []
-            asking = threading.Thread(
-                target=lambda: answers.append(here.raw("POST", "/v1/chat/completions", {"messages": HI}))
-            )
-            asking.start()
-            time.sleep(0.1)
+    with running([serve_home(home, slots=1, time_limit=0.05)], starts=False) as here:
+        answers = []
+        asking = threading.Thread(
+            target=lambda: answers.append(here.raw("POST", "/v1/chat/completions", {"messages": HI}))
+        )
+        asking.start()
+        here.until(lambda: here.engine.waiting)
+        time.sleep(0.1)
+        here.engine.step()
         asking.join()
         status, headers, data = answers[0]
         assert status == 504 and headers["x-should-retry"] == "false" and b"0.05 seconds" in data
@@ -478,23 +478,22 @@ def test_a_fault_of_the_server_tells_the_client_nothing(home, monkeypatch):
 @pytest.mark.parametrize("streams", [False, True])
 def test_a_client_that_leaves_frees_its_slot_within_one_step(home, streams):
     """While it waits in the queue, and while it is answered."""
-    with running([serve_home(home, slots=1)]) as here:
-        body = json.dumps({"messages": HI, "stream": streams, "n": 1}).encode()
+    with running([serve_home(home, slots=1)], starts=False) as here:
+        body = json.dumps({"messages": HI, "stream": streams}).encode()
         head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n".encode()
         connections = []
-        with here.engine_held():
-            for n in (1, 2):
-                connection = socket.create_connection(("127.0.0.1", here.port), timeout=20)
-                connection.sendall(head + body)
-                connections.append(connection)
-                here.until(lambda n=n: here.engine.counters()["requests"] == n)
-            here.engine.step_held()  # the first has a slot now, the second waits
-            assert here.engine.counters()["running"] == here.engine.counters()["waiting"] == 1
-            for connection in connections:
-                connection.close()
-            here.until(lambda: here.app.metrics.gone == 2)
-            steps = here.engine.counters()["steps"]
-            here.engine.step_held()
-            counters = here.engine.counters()
-            assert counters["running"] == counters["waiting"] == 0 and counters["cancelled"] == 2
-            assert counters["steps"] == steps
+        for n in (1, 2):
+            connection = socket.create_connection(("127.0.0.1", here.port), timeout=20)
+            connection.sendall(head + body)
+            connections.append(connection)
+            here.until(lambda n=n: len(here.engine.waiting) == n)
+        here.engine.step()  # the first has a slot now, the second waits
+        assert here.engine.counters()["running"] == here.engine.counters()["waiting"] == 1
+        for connection in connections:
+            connection.close()
+        here.until(lambda: here.app.metrics.gone == 2)
+        before = here.engine.counters()
+        here.engine.step()
+        after = here.engine.counters()
+        assert after["running"] == after["waiting"] == 0 and after["cancelled"] == 2
+        assert after["steps"] == before["steps"] and after["new_tokens"] == before["new_tokens"]

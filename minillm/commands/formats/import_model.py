@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from minillm.base.options import option
-from minillm.commands.convert import ConversionOptions, convert
+from minillm.commands.formats.convert import ConversionOptions, convert
 
 
 @dataclass(frozen=True, kw_only=True)

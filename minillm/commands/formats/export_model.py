@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from minillm.base.options import option
-from minillm.commands.convert import BLOCK_TYPES, FORMATS, ConversionOptions, convert
+from minillm.commands.formats.convert import BLOCK_TYPES, FORMATS, ConversionOptions, convert
 
 
 @dataclass(frozen=True, kw_only=True)
