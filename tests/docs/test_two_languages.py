@@ -12,18 +12,13 @@ import pytest
 from tests.test_docs import BLOCK, ROOT, Page
 
 COMMENT = re.compile(r"(^|\s+)# .*", re.MULTILINE)
-TABLE = re.compile(r"(?:^\|.*\n)+", re.MULTILINE)
+TABLE = re.compile(r"(?:^ *\|.*\n)+", re.MULTILINE)
 NUMBER = re.compile(r"\d+(?:,\d{3})*(?:\.\d+)?(?:e[+-]?\d+)?")
 CHANGING = ("generation", "evaluation", "distributed", "diloco", "checkpoint", "interop", "datasets", "serving")
 CHANGING += ("cleaning", "README", "training", "kernels", "interop", "machines", "sft", "plan")
-PAIRS = [("README.md", "README.zh.md")]
-PAIRS += [(f"docs/en/{path.name}", f"docs/zh/{path.name}") for path in sorted(ROOT.glob("docs/en/*.md"))]
-
-
-def chinese_file(path: Path) -> str:
-    """The Chinese counterpart of a file of the project, or the file itself where languages share it."""
-    name = path.resolve().relative_to(ROOT).as_posix()
-    return dict(PAIRS).get(name, name)
+ENGLISH, CHINESE = ROOT / "docs" / "en", ROOT / "docs" / "zh"
+PAIRS = {ROOT / "README.md": ROOT / "README.zh.md"}  # English page → Chinese page
+PAIRS |= {page: CHINESE / page.relative_to(ENGLISH) for page in sorted(ENGLISH.rglob("*.md"))}
 
 
 def place(page: Path, link: str) -> str:
@@ -31,49 +26,75 @@ def place(page: Path, link: str) -> str:
     if link.startswith("https://"):
         return link
     name, _, anchor = link.partition("#")
-    file = page.parent / (name or page.name)
+    file = (page.parent / (name or page.name)).resolve()
+    target = PAIRS.get(file, file).relative_to(ROOT).as_posix()
     if not anchor:
-        return chinese_file(file)
+        return target
     anchors = Page(file).anchors if file.exists() else []
-    return f"{chinese_file(file)}, heading {anchors.index(anchor) if anchor in anchors else 'missing'}"
+    return f"{target}, heading {anchors.index(anchor) if anchor in anchors else 'missing'}"
 
 
-def contents(path: Path) -> dict[str, list]:
-    """What a page must share with its counterpart, by the name of the thing."""
-    page = Page(path)
-    tables = TABLE.findall(BLOCK.sub("", page.text))
-    links = {place(path, link) for link in page.links}
+def contents(page: Path) -> dict[str, list[list[str]]]:
+    """What a page must share with its counterpart: by the name of the thing, lists whose order does not count."""
+    read = Page(page)
+    tables = TABLE.findall(BLOCK.sub("", read.text))
+    links = {place(page, link) for link in read.links} - {"README.md", "README.zh.md"}  # READMEs name one another
     return {
-        "heading levels": [level for level, _ in page.headings],
-        "code blocks": [COMMENT.sub("", block).strip() for block in BLOCK.findall(page.text)],
-        "numbers of a table": [sorted(Counter(NUMBER.findall(table)).items()) for table in tables],
-        "code names": sorted({" ".join(word.split()) for word in page.words}),
-        "links": sorted(links - {"README.zh.md"}),  # each README names the other
+        "heading level": [[level] for level, _ in read.headings],
+        "code block": [COMMENT.sub("", block).strip().splitlines() for block in BLOCK.findall(read.text)],
+        "table's numbers": [NUMBER.findall(table) for table in tables],
+        "code names": [sorted({" ".join(word.split()) for word in read.words})],
+        "links": [sorted(links)],
     }
 
 
-def first_difference(kind: str, english: list, chinese: list) -> str:
-    """One line on where two lists part, or nothing."""
-    if kind in ("code names", "links"):
-        missing, extra = sorted({*english} - {*chinese}), sorted({*chinese} - {*english})
-        return f"{kind}: the Chinese page lacks {missing} and has besides {extra}" if missing or extra else ""
-    for number, (ours, theirs) in enumerate(zip(english, chinese, strict=False)):
-        if ours != theirs:
-            return f"{kind}: number {number} from 0 is\n  {ours!r} in English and\n  {theirs!r} in Chinese"
-    if len(english) != len(chinese):
-        return f"{kind}: {len(english)} in English, {len(chinese)} in Chinese"
-    return ""
+def differences(english: Path, chinese: Path) -> list[str]:
+    """A line for each thing in which two pages are out of step: what only one of them has, at the first such place."""
+    ours, theirs = contents(english), contents(chinese)
+    lines = []
+    for kind in ours:
+        if len(ours[kind]) != len(theirs[kind]):
+            lines.append(f"{kind}: {len(ours[kind])} in English, {len(theirs[kind])} in Chinese")
+        for number, (one, other) in enumerate(zip(ours[kind], theirs[kind], strict=False), start=1):
+            if Counter(one) != Counter(other):
+                only = [list((Counter(a) - Counter(b)).elements()) for a, b in ((one, other), (other, one))]
+                lines.append(f"{kind} {number}: only in English {only[0]}, only in Chinese {only[1]}")
+                break
+    return lines
 
 
 def test_the_same_pages_are_there_in_both_languages():
-    english, chinese = ({path.name for path in ROOT.glob(f"docs/{language}/*.md")} for language in ("en", "zh"))
-    assert english - chinese <= {f"{name}.md" for name in CHANGING} and not chinese - english
+    missing = {page.name for page, chinese in PAIRS.items() if not chinese.exists()}
+    assert missing <= {f"{name}.md" for name in CHANGING}
+    assert set(CHINESE.rglob("*.md")) <= set(PAIRS.values())
 
 
-@pytest.mark.parametrize("english, chinese", PAIRS, ids=[english for english, _ in PAIRS])
-def test_a_page_is_in_step_with_its_translation(english, chinese):
-    if Path(english).stem in CHANGING:
+@pytest.mark.parametrize("english", PAIRS, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_a_page_is_in_step_with_its_translation(english):
+    if english.stem in CHANGING:
         pytest.xfail("the English page is being changed")
-    ours, theirs = contents(ROOT / english), contents(ROOT / chinese)
-    found = [first_difference(kind, ours[kind], theirs[kind]) for kind in ours]
-    assert not any(found), f"{english} and {chinese}:\n" + "\n".join(line for line in found if line)
+    assert not differences(english, PAIRS[english])
+
+
+@pytest.mark.parametrize(
+    "old, new, told",
+    [
+        ("## B", "### B", "heading level 2"),
+        ("\nrun --x 1", "\nrun --x 2", "code block 1"),
+        ("| 1,024 |", "| 1,023 |", "table's numbers 1: only in English ['1,024'], only in Chinese ['1,023']"),
+        ("| 1,024 |\n", "| 1,024 |\n\ntext\n\n| 1 |\n", "table's numbers: 1 in English, 2 in Chinese"),
+        ("`name`", "`nome`", "code names 1"),
+        ("#b)", "#a)", "links 1"),
+        ("# why", "# 为什么", None),
+        ("text", "文字", None),
+    ],
+)
+def test_what_is_out_of_step_is_told(tmp_path, monkeypatch, old, new, told):
+    page = "# A\n\ntext `name` [there](one.md#b)\n\n## B\n\n```\nrun --x 1  # why\n```\n\n| 1,024 |\n"
+    english, chinese = tmp_path / "one.md", tmp_path / "two.md"
+    english.write_text(page, encoding="utf-8")
+    chinese.write_text(page.replace("one.md", "two.md").replace(old, new), encoding="utf-8")
+    monkeypatch.setattr("tests.docs.test_two_languages.ROOT", tmp_path)
+    monkeypatch.setattr("tests.docs.test_two_languages.PAIRS", {english: chinese})
+    found = differences(english, chinese)
+    assert found == [] if told is None else len(found) == 1 and told in found[0]
