@@ -28,6 +28,7 @@ EXTRAS["test"] = [
     *EXTRAS["parquet"],
     *EXTRAS["tensorboard"],
     *EXTRAS["gguf"],
+    *EXTRAS["harness"],
 ]
 
 setup(

@@ -6,17 +6,19 @@ data/eval/cmmlu/test/agronomy.csv                           or its folder does; 
 data/eval/mmlu/anatomy/test-00000-of-00001.parquet          or a subject is a folder
 """
 
+import random
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from minillm.base.errors import MissingError, UserError
 from minillm.datasets.files import json_rows, tables
-from minillm.evaluation.benchmarks import BENCHMARKS, Benchmark, Question
+from minillm.evaluation.benchmarks import BENCHMARKS, VALIDATION, Benchmark, Question
 from minillm.evaluation.loglikelihood import Request
 
 KINDS = (".jsonl", ".json", ".csv", ".parquet", ".jsonl.gz", ".json.gz")
+DRAWN_FROM = 1234  # the seed of examples
 SHARD = re.compile(r"-\d{5}-of-\d{5}$")  # the part of a split in a file's name, from Hugging Face
 
 
@@ -33,8 +35,8 @@ class Task(NamedTuple):
 def read_tasks(name: str, folder: Path, shots: int | None, limit: int | None) -> list[Task]:
     """The tasks of a benchmark: one for each subject, or one. folder: where the folders of all benchmarks are.
 
-    shots: examples before each question, the first of their split; None: what is usual. limit: questions of each
-    task, the first. Raises `MissingError` where there is no file, `UserError` for all that is wrong in one.
+    shots: examples before each question (see `_shown_before`); None: what is usual. limit: questions of each task, the
+    first. Raises `MissingError` where there is no file, `UserError` for all that is wrong in one.
     """
     benchmark = BENCHMARKS[name]
     shots = benchmark.shots if shots is None else shots
@@ -50,19 +52,41 @@ def read_tasks(name: str, folder: Path, shots: int | None, limit: int | None) ->
         introduction = benchmark.introduction
         if benchmark.subjects:
             introduction = introduction.format(benchmark.subjects(subject))
-        examples = _questions(benchmark, shown.get(subject, []))[:shots]
-        if len(examples) < shots:
+        examples = _questions(benchmark, shown.get(subject, [])) if shots else []
+        if shots and len(examples) < shots + _n_spare(benchmark):
             raise UserError(
                 f"{name}: {len(examples)} examples in files of the split {' or '.join(benchmark.shown)}"
-                f"{f' of {subject}' if subject else ''}, but --shots {shots}; ask for fewer or add the file"
+                f"{f' of {subject}' if subject else ''}, too few for --shots {shots}; ask for fewer or add the file"
             )
-        before = introduction + "".join(f"{example.example}\n\n" for example in examples)
         questions = _questions(benchmark, files)
         if not questions:
             raise UserError(f"{files[0]}: holds no question")
-        asked = [_after(before, question) for question in questions[:limit]]
+        asked = []
+        of_each = _shown_before(benchmark, examples, shots)
+        for question, its_examples in zip(questions[:limit], of_each, strict=False):
+            asked.append(_after(introduction + its_examples, question))
         tasks.append(Task(f"{name}_{subject}" if subject else name, benchmark, asked, shots, len(questions)))
     return tasks
+
+
+def _shown_before(benchmark: Benchmark, examples: list[Question], shots: int) -> Iterator[str]:
+    """The examples before each question, without end: of an exam the first ones, else some that are drawn for each.
+
+    They are drawn as lm-evaluation-harness does it, by Python's own generator from one seed, once a question in the
+    order of the file.
+    """
+    draw = random.Random(DRAWN_FROM)
+    while True:
+        chosen = examples[:shots]
+        if shots and not benchmark.subjects:
+            chosen = draw.sample(examples, shots + _n_spare(benchmark))[:shots]
+        yield "".join(f"{example.example}\n\n" for example in chosen)
+
+
+def _n_spare(benchmark: Benchmark) -> int:
+    """How many more examples are drawn than shown: of a set asked from its validation split the harness draws one more,
+    in case that the question is among them. It never is, since examples come from another split."""
+    return int(benchmark.tested == VALIDATION)
 
 
 def _after(before: str, question: Question) -> Question:

@@ -61,11 +61,17 @@ HUB = {
     ),
     "openbookqa": (
         "test",
-        [{"question_stem": "The ball is with", "choices": LABELS, "answerKey": "A"}],
+        [
+            {"question_stem": "The ball is with", "choices": LABELS, "answerKey": "A"},
+            {"question_stem": "Tom has", "choices": NUMBERED, "answerKey": "2"},
+        ],
     ),
     "commonsense_qa": (
         "validation",
-        [{"question": " Who has the ball? ", "question_concept": "ball", "choices": FIVE, "answerKey": "D"}],
+        [
+            {"question": " Who has the ball? ", "question_concept": "ball", "choices": FIVE, "answerKey": "D"},
+            {"question": "谁有 it?", "question_concept": "it", "choices": FIVE, "answerKey": "B"},
+        ],
     ),
     "lambada_openai": ("test", [{"text": "Who has the ball? Tom has the ball"}, {"text": "谁有 the cat"}]),
 }
@@ -93,6 +99,8 @@ def write_all(folder: Path) -> Path:
     """A folder with all benchmarks; the exams as their authors publish them, the others in Hugging Face's form."""
     for name, (split, rows) in HUB.items():
         write_rows(folder / name / f"{split}.jsonl", rows)
+        if name != "lambada_openai":
+            write_rows(folder / name / "train.jsonl", [*reversed(rows)])
     for split in ("train", "test"):
         write_rows(folder / "gsm8k" / f"{split}.jsonl", WORKED)
     for split, rows in EXAMS.items():
