@@ -7,7 +7,6 @@ import contextlib
 import dataclasses
 import json
 import math
-import os
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -23,7 +22,6 @@ from minillm.base.json_door import read_json
 from minillm.base.options import write_toml
 from minillm.base.process import StopSignals, advise_on_memory
 from minillm.checkpoint import run_folder, train_state
-from minillm.distributed import diloco
 from minillm.distributed import ranks as distributed
 from minillm.distributed.diloco import Rounds
 from minillm.distributed.hosts import check_options, differences
@@ -31,11 +29,12 @@ from minillm.distributed.ranks import Ranks
 from minillm.distributed.watchdog import Watchdog
 from minillm.model import ops
 from minillm.tokenizer.tokenizer import Tokenizer
-from minillm.training import kernel_check, plot, saving, sharding, starting_model
-from minillm.training.config import FREE, TrainingConfig
+from minillm.training import kernel_check, plot, resuming, saving, sharding, starting_model
+from minillm.training.bad_steps import BadSteps
+from minillm.training.config import TrainingConfig
 from minillm.training.out_folder import OutFolder
 from minillm.training.progress import Progress, duration
-from minillm.training.schedule import Schedule, lr_at, rate_change, saved_schedule, set_lr
+from minillm.training.schedule import Schedule, lr_at, set_lr
 from minillm.training.step import TrainState, seed_step
 from minillm.tuning.options import TuningConfig
 
@@ -104,31 +103,26 @@ class Run:
         self.signals = StopSignals()
         self.stop_signal = 0
 
-        # the checkpoint to go on from: rank 0 finds it, and all verify it together
         if not ranks.agree(fingerprints):
             raise UserError(
                 f"the processes have opened different data or models ({'; '.join(differences(ranks, fingerprints))}): "
                 "were they changed or prepared again meanwhile, or do machines hold different copies? Start once more "
                 "with the same files everywhere"
             )
+
+        # the checkpoint to go on from
         self.saved: dict = {"step": 0, "time_s": 0.0}
-        if ranks.main:
-            run_folder.clean_stale(self.folder)
-        self.source = self._find_source()
+        self.source = resuming.find_source(training_config, ranks, self.say)
         if self.source is not None:
-            source_step = run_folder.step_of(self.source)
-            self.saved |= train_state.read_state(self.source)
-            if self.saved["step"] != source_step:
-                raise UserError(f"{self.source}: its training state is of step {self.saved['step']}; bring back a copy")
-            diloco.check_resumed(training_config, self.saved, ranks.world)
-            self._take_recorded_threads()
-            for line in self._compare_with_saved():
+            self.saved |= resuming.read_saved(self.source, training_config, ranks)
+            resuming.take_recorded_threads(self.saved, ranks, self.say)
+            for line in resuming.changes(self.source, self.saved, self._describe(0), training_config):
                 self.say(line)
         self.start_step: int = self.saved["step"]
 
         # what it logs and shows
         self.step, self.lr = self.start_step, math.nan
-        self.bad_steps = 0  # in a row
+        self.bad_steps = BadSteps(training_config.max_bad_steps, ranks, self.rounds, self.say)
         self.begun = self.step_begun = time.monotonic()  # again when all is loaded (`start`)
         self.first_ended: float | None = None  # the first step compiles and warms up, so it says little of the others
         self.flops, self.peak = 0, None
@@ -140,37 +134,6 @@ class Run:
         self.saver = saving.Saver(ranks, training_config, tokenizer)
         self.progress = Progress(training_config.steps, self.start_step, ranks.main)
         self.watchdog = Watchdog(ranks.rank, ranks.world, training_config.timeout_s)
-
-    def _find_source(self) -> Path | None:
-        """The newest whole checkpoint in the folder; None for a new run."""
-        has_some = self.ranks.main and bool(run_folder.step_folders(self.folder))
-        if self.training_config.resume == "none" and self.ranks.max(has_some):
-            raise UserError(
-                f"--resume none: {self.folder} already holds checkpoints; choose another --out, delete it, "
-                "or go on with --resume auto"
-            )
-        return run_folder.newest_checkpoint(self.folder, self.say, self.ranks)
-
-    def _take_recorded_threads(self) -> None:
-        """Compute on as many threads as the checkpoint's run, since results depend on them in their last bits.
-
-        The user's OMP_NUM_THREADS comes first. torchrun sets it as well, so another number of ranks takes its own.
-        """
-        usual, recorded = torch.get_num_threads(), self.saved.get("threads", 0)
-        same_ranks = self.saved.get("world") == self.ranks.world
-        if self.device.type == "cpu" and same_ranks and "OMP_NUM_THREADS" not in os.environ and 0 < recorded < usual:
-            torch.set_num_threads(recorded)
-            self.say(f"threads: {recorded} of {usual}, as in the checkpoint; OMP_NUM_THREADS={usual} would take all")
-
-    def _compare_with_saved(self) -> list[str]:
-        """What differs from the checkpoint's run, in lines."""
-        training_config = self.training_config
-        allowed = training_config.allow_data_change
-        lines = train_state.compare_fingerprints(self.saved, self._describe(0), allowed, self.source, FREE)
-        if self.saved["step"] < training_config.steps and training_config.lr is not None:
-            before = saved_schedule(self.saved.get("config", {}), training_config)
-            lines.append(rate_change(before, Schedule.of(training_config), self.saved["step"]))
-        return [line for line in lines if line]
 
     # ---- before the loop
 
@@ -223,7 +186,8 @@ class Run:
         """The numbers of the steps to do, the first being 1.
 
         Before each the learning rate and the seed of its dropout are set. After each the checkpoint is saved if it is
-        due, and if a signal has asked any rank to stop, it is saved and no other step follows: see `status`.
+        due, and if a signal has asked any rank to stop, it is saved and no other step follows: see `status`. Raises
+        `UserError` after --max_bad_steps steps in a row that were not applied; the last checkpoint is kept.
         """
         schedule = Schedule.of(self.training_config)
         for step in range(self.start_step + 1, self.training_config.steps + 1):
@@ -234,24 +198,32 @@ class Run:
 
             yield step
 
-            if not self.rounds.end_at(step):
-                continue
-            # of any rank: a signal's number, whether the folder had to be made again, whether a save is under way
-            lost, writing = self._folder_was_lost(step), self.saver.is_writing
-            self.stop_signal, lost, writing = self.ranks.maxima(self.signals.requested, lost, writing)
-            with self.watchdog.patient():
-                if lost:
-                    self.saver.abandon()
-                elif not writing:
-                    self.saver.finish()
-                if self.stop_signal or lost or self.due(step, self.training_config.save_every):
-                    self.save(state)
-                if self.stop_signal or step == self.training_config.steps:
-                    self.saver.finish()
+            if self.rounds.end_at(step):
+                self._meet(state, step)
             if self.stop_signal:
                 self.say(f"stopped by signal {self.stop_signal} after step {step}; the same command goes on from there")
                 return
         self.close()
+
+    def _meet(self, state: TrainState, step: int) -> None:
+        """What all ranks do together after a step: agree on whether to end, and save."""
+        # of any rank: a signal's number, whether the folder had to be made again, whether a save is under way, and
+        # whether too many steps were not finite
+        lost, writing, too_bad = self._folder_was_lost(step), self.saver.is_writing, bool(self.bad_steps.problem)
+        self.stop_signal, lost, writing, too_bad = self.ranks.maxima(self.signals.requested, lost, writing, too_bad)
+        with self.watchdog.patient():
+            if lost:
+                self.saver.abandon()
+            elif too_bad:
+                self.saver.rescue()
+            elif not writing:
+                self.saver.finish()
+            if too_bad:
+                self.bad_steps.end_run(self.folder)
+            if self.stop_signal or lost or self.due(step, self.training_config.save_every):
+                self.save(state)
+            if self.stop_signal or step == self.training_config.steps:
+                self.saver.finish()
 
     def _folder_was_lost(self, step: int) -> bool:
         if self.out is None or not self.out.make_again_if_lost(step):
@@ -282,11 +254,9 @@ class Run:
         """Log the step that `state` has taken, move the bar, tell the watchdog. n_tokens: computed by all ranks.
 
         values: what else the step's row of metrics.jsonl holds.
-
-        Raises `UserError` after --max_bad_steps steps in a row that were not applied; the last checkpoint is kept.
         """
         now = time.monotonic()
-        self._count_bad_steps(state)
+        self.bad_steps.count(self.step, state)
         speed = n_tokens / (now - self.step_begun)
         mfu = None
         if self.peak is not None:  # measured or listed too low if a run does more
@@ -305,23 +275,6 @@ class Run:
             self.progress.show(self.step, row, left_s)
         self.watchdog.tick(self.step)
 
-    def _count_bad_steps(self, state: TrainState) -> None:
-        refused = state.take_refused()
-        self.bad_steps = self.bad_steps + 1 if refused else 0
-        for what in refused:
-            line = f"step {self.step}: {what}: not applied ({self.bad_steps} in a row)"
-            if self.rounds.is_unheard:
-                print(f"rank {self.ranks.rank}: {line}", flush=True)
-            self.say(line)
-        if self.bad_steps >= self.training_config.max_bad_steps:
-            if self.rounds.n_teams == 1:  # a worker alone ends without the others
-                with self.watchdog.patient():
-                    self.saver.rescue()
-            raise UserError(
-                f"step {self.step}: {self.bad_steps} steps in a row were not finite; lower --lr, raise --warmup_steps "
-                f"or choose --dtype float32, and {run_folder.earlier_start(self.folder)}"
-            )
-
     def record(self, step: int, **values: float | None) -> None:
         """Append a row to metrics.jsonl (and TensorBoard)."""
         for log in self.out.logs if self.out else ():
@@ -339,15 +292,9 @@ class Run:
         With --save_in_background it is begun, and ends after a later step. Raises `UserError` on every rank if weights
         are not finite, since no later step could repair them.
         """
-        found = {name: fact() for name, fact in self.facts.items() if callable(fact)}
-        if not state.is_finite():
-            self.saver.rescue()
-            raise UserError(
-                f"step {self.step}: weights are not finite any more, so they are not saved; lower --lr, and "
-                f"{run_folder.earlier_start(self.folder)}"
-            )
-        described = self._describe(self.step) | found | state.scales()
-        self.saver.save(state, self.step, described, keeps_older=self.bad_steps > 0)
+        asked = {name: fact() for name, fact in self.facts.items() if callable(fact)}
+        described = self._describe(self.step) | asked | state.scales()
+        self.saver.save(state, self.step, described, keeps_older=self.bad_steps.in_a_row > 0)
 
     def _describe(self, step: int) -> dict:
         """What a checkpoint records of the run."""

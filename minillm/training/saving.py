@@ -33,8 +33,15 @@ class Saver:
     def save(self, state: TrainState, step: int, described: dict, keeps_older: bool) -> None:
         """Begin a checkpoint of `step`, on all ranks; if it is not for the background, finish it.
 
-        described: values for JSON. keeps_older: delete no older one. Raises `UserError` as `finish` does.
+        described: values for JSON. keeps_older: delete no older one. Raises `UserError` on every rank if weights are
+        not finite, since no later step could repair them, and as `finish` does.
         """
+        if not state.is_finite():
+            self.rescue()
+            raise UserError(
+                f"step {step}: weights are not finite any more, so they are not saved; lower --lr, and "
+                f"{run_folder.earlier_start(self.folder)}"
+            )
         self.finish()
         parts, write_beside_model = _model_to_write(state.model, self.tokenizer)
 

@@ -109,7 +109,9 @@ def test_bad_steps_are_counted_in_a_row(new_run, state, capsys):
     def step(number: int, loss: float, grad_norm: float) -> int:
         one.step = number
         one.log_step(new_state(state.model, loss, grad_norm), n_tokens=1)
-        return one.bad_steps
+        if one.bad_steps.problem:
+            one.bad_steps.end_run(one.folder)
+        return one.bad_steps.in_a_row
 
     assert step(1, 2.0, 1.0) == 0
     assert step(2, math.nan, 1.0) == 1 and step(3, 2.0, math.inf) == 2
@@ -128,8 +130,9 @@ def test_a_run_that_diverged_names_a_checkpoint_if_it_has_one(new_run, state, st
     for step in steps:
         (one.folder / f"step-{step:08d}").mkdir()
     one.step = 5
+    one.log_step(new_state(state.model, math.nan, math.nan), n_tokens=1)
     with pytest.raises(UserError, match=remedy):
-        one.log_step(new_state(state.model, math.nan, math.nan), n_tokens=1)
+        one.bad_steps.end_run(one.folder)
 
 
 def test_rows_of_metrics(new_run, state, tmp_path, monkeypatch):
@@ -393,12 +396,13 @@ def test_a_model_beside_another_that_is_damaged_is_refused(new_run, tmp_path):
 
 def test_a_step_counts_as_bad_if_a_model_beside_took_none(new_run):
     state = trained_pair(0)
-    bad = new_run(max_bad_steps=1)
+    bad = new_run(max_bad_steps=1, lr=0.1)
     bad.start(state)
-    one_step(state, 1)
-    state.beside["value"].applied = False
     with pytest.raises(UserError, match="1 steps in a row"):
-        bad.log_step(state, 8)
+        for step in bad.steps(state):
+            one_step(state, step)
+            state.beside["value"].applied = False
+            bad.log_step(state, 8)
 
 
 @pytest.mark.parametrize("name", ["policy", "value"])
@@ -414,7 +418,10 @@ def test_a_step_counts_as_bad_if_any_of_its_updates_was_not_applied(new_run, cap
     one_step(state, 2)  # a later update that is finite does not hide it
     bad.log_step(state, 8)
     of = "" if name == "policy" else "value model: "
-    assert bad.bad_steps == 1 and f"step 1: {of}loss nan, gradient norm nan: not applied" in capsys.readouterr().out
+    assert (
+        bad.bad_steps.in_a_row == 1
+        and f"step 1: {of}loss nan, gradient norm nan: not applied" in capsys.readouterr().out
+    )
     one_step(state, 3)
     bad.log_step(state, 8)
-    assert bad.bad_steps == 0
+    assert bad.bad_steps.in_a_row == 0

@@ -12,6 +12,7 @@ import torch
 from minillm.base import files
 from minillm.base.errors import UserError
 from minillm.checkpoint import tensor_writer
+from minillm.distributed.diloco import DilocoOptions, workers
 from minillm.distributed.ranks import Ranks
 from minillm.model.config import ModelConfig
 from minillm.model.transformer import Transformer
@@ -155,6 +156,45 @@ def test_a_run_that_goes_wrong_leaves_the_good_checkpoint_that_was_under_way(tmp
     assert [path.name for path in run.folder.glob("step-*")] == ["step-00000001"]
     assert files.verify_folder(run.folder / "step-00000001") == []
     end(run)
+
+
+@dataclasses.dataclass(frozen=True)
+class WorkersConfig(DilocoOptions, TrainingConfig):
+    """The options of a run whose ranks train alone between exchanges."""
+
+
+def _one_worker_goes_wrong(rank: int, home: str) -> str:
+    """Two workers, of which rank 1 takes no step after the third, whose checkpoint it is still writing; the error."""
+    tensor_writer.MOST_BYTES = 1_000
+    may_write, read_back = threading.Event(), tensor_writer.check_written
+    if rank == 1:
+        tensor_writer.check_written = lambda *arguments: (may_write.wait(), read_back(*arguments))
+    how = dict(steps=9, diloco_steps=3, save_every=3, max_bad_steps=2, save_in_background=True)
+    ranks = Ranks(rank, 2, CPU)
+    run = Run(WorkersConfig(out=home, lr=0.1, **how), ranks, {"data": "d"})
+    model = Transformer(SHAPE)
+    model.init_weights(0)
+    optimizers = [torch.optim.AdamW(model.parameters())]
+    outer = workers(run.training_config, model, optimizers, ranks)
+    state = run.start(TrainState(model, optimizers, run.rounds.team, torch.float32, outer=outer))
+    try:
+        for step in run.steps(state):
+            state.skip()
+            state.applied = step <= 3 or rank == 0
+            run.exchange(state)
+            run.log_step(state, n_tokens=1)
+            if step == 5:
+                assert run.saver.under_way is not None
+                threading.Timer(0.3, may_write.set).start()
+    except UserError as error:
+        return str(error)
+
+
+def test_a_worker_that_goes_wrong_ends_all_once_the_checkpoint_under_way_is_whole(tmp_path):
+    told = on_ranks(2, tmp_path / "told", _one_worker_goes_wrong, str(tmp_path / "out"))
+    assert told[0] == told[1] and told[0].startswith("rank 1: step 5: 2 steps in a row were not finite; lower --lr")
+    assert [path.name for path in (tmp_path / "out").glob("step-*")] == ["step-00000003"]
+    assert files.verify_folder(tmp_path / "out" / "step-00000003") == []
 
 
 def test_a_folder_that_is_lost_while_a_checkpoint_is_written_is_made_again(tmp_path, may_write):
