@@ -48,24 +48,24 @@ def refused(folder: Path, out: str, more: str, script: str = "pretrain", **how) 
 
 @pytest.mark.slow
 def test_killed_at_ten_random_moments_ends_as_if_never_killed(folder):
-    more = "--steps 25 --save_every 1 --dropout 0.1 --keep_last 3"
+    """At some moment after its first checkpoint, in a save or in a step: each process comes at least one step further.
+
+    On a machine that is busy with other things a process may come far before it is killed, so there are many steps.
+    """
+    n_steps = 60
+    more = f"--steps {n_steps} --save_every 1 --dropout 0.1 --keep_last 3"
     launch.finish("pretrain", options(folder, "alive", more), folder / "log" / "alive")
-    killed, draw, kills, seen = folder / "killed", random.Random(0), 0, [0]
-    while kills < 10:
+    killed, draw, last = folder / "killed", random.Random(0), 0
+    for _ in range(10):
         (process,) = launch.start("pretrain", options(folder, "killed", more), folder / "log" / "killed")
-        target = min(seen[-1] + 1, 24)  # from some moment after this checkpoint on: in a save, or in a step
-        try:
-            process.wait_for_checkpoint(killed, target)
-        except AssertionError:
-            assert "Traceback" not in process.text and "error" not in process.text, process.text
+        process.wait_for_checkpoint(killed, last + 1)
         time.sleep(draw.random() * 0.04)
         process.kill(signal.SIGKILL)
-        process.wait()
-        kills += 1
-        seen.append(max(launch.steps(killed), default=0))
+        assert process.wait() == -signal.SIGKILL, process.text
+        assert max(launch.steps(killed)) > last
+        last = max(launch.steps(killed))
     launch.finish("pretrain", options(folder, "killed", more), folder / "log" / "killed")
-    assert seen[-1] < 25 and len(set(seen)) > 5
-    assert launch.tensors(killed, 25) == launch.tensors(folder / "alive", 25)
+    assert launch.tensors(killed, n_steps) == launch.tensors(folder / "alive", n_steps)
     assert launch.losses(killed) == launch.losses(folder / "alive")
     assert not list(killed.glob("*.tmp-*")) and not list(killed.glob("*.old"))
 
@@ -104,7 +104,7 @@ def test_a_rank_that_dies_ends_the_others_and_is_named(folder, victim):
     processes = launch.start("pretrain", options(folder, out, "--steps 100000"), folder / "log" / out, 2)
     processes[0].wait_for("step 1/")
     processes[victim].kill(signal.SIGKILL)
-    assert processes[1 - victim].wait(20) == 3
+    assert processes[1 - victim].wait() == 3
     text = processes[1 - victim].text
     assert "Traceback" not in text
     gone = "rank 1 has failed or ended after step" if victim else "(rank 0, without torchrun) is gone"
@@ -115,16 +115,16 @@ def test_a_rank_that_dies_ends_the_others_and_is_named(folder, victim):
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_rank_that_hangs_ends_the_others_in_time_and_is_named(folder, victim):
     out = f"hung-{victim}"
-    more = "--steps 100000 --timeout_s 3"
+    more = "--steps 100000 --timeout_s 10"  # longer than a step takes on a busy machine
     processes = launch.start("pretrain", options(folder, out, more), folder / "log" / out, 2)
     processes[0].wait_for("step 1/")
     processes[victim].kill(signal.SIGSTOP)
     try:
-        assert processes[1 - victim].wait(20) == 3
+        assert processes[1 - victim].wait(100) == 3
     finally:
         processes[victim].kill(signal.SIGKILL)
     text = processes[1 - victim].text
-    assert f"error: rank {1 - victim}: no step finished for 3 s after step " in text
+    assert f"error: rank {1 - victim}: no step finished for 10 s after step " in text
     silent = "rank 1 gives no sign (last finished step" if victim else "(rank 0, without torchrun) gives no sign"
     assert silent in text and "Traceback" not in text
 

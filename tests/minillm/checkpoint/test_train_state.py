@@ -168,7 +168,7 @@ def test_killed_at_ten_random_moments_of_a_loop_that_saves(tmp_path):
                 run_folder.prune(tmp_path, 2)
                 step += 1
         os.close(writer)
-        assert os.read(reader, 1) == b"."
+        assert os.read(reader, 1) == os.read(reader, 1) == b"."  # one that was there again, and the next
         time.sleep(rng.uniform(0, 0.15))
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
@@ -179,7 +179,7 @@ def test_killed_at_ten_random_moments_of_a_loop_that_saves(tmp_path):
         assert step >= last and train_state.read_state(newest)["note"] == step
         assert all((tensor == step).all() for name, tensor in read_weights(newest).items() if name == "weight")
         last = step
-    assert last > 5
+    assert last >= 10  # each process came at least one further
 
 
 @pytest.mark.parametrize("large", ["model", "optimizer"])
