@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,7 +24,8 @@ from minillm.distributed.shards import is_sharded_model
 from minillm.generation.completion import check_prompts, is_recorded
 from minillm.generation.recorded_step import RecordedStep, next_logits
 from minillm.generation.requests import Closed, End, PromptRead, QueueFull, Request, Ticket, Token, TokenLogProbs
-from minillm.generation.sampling import Draws, pick_each
+from minillm.generation.running import Running, log_probs_of
+from minillm.generation.sampling import pick_each
 from minillm.generation.slots import Slot, Slots
 from minillm.model.transformer import Transformer
 from minillm.tuning.virtual_tokens import context_of
@@ -41,24 +42,6 @@ class EngineOptions(Options):
     prefill_chunk: int = option(128, "tokens of prompts that are read between two steps", at_least=1, group="engine")
     max_waiting: int = option(64, "requests that may wait for a slot; more are refused", at_least=0, group="engine")
     time_limit: float = option(600.0, "seconds from a request's arrival to its end", above=0, group="engine")
-
-
-class Running:
-    """A request that has a slot."""
-
-    slot: Slot
-    n_cached: int  # tokens of the prompt that the slot held already
-
-    def __init__(self, ticket: Ticket, context: int, vocab_size: int, device: torch.device):
-        """context: tokens of prompt and answer at most."""
-        request = ticket.request
-        self.ticket = ticket
-        self.prompt = list(request.prompt)
-        self.most = min(request.max_new_tokens, context - len(self.prompt))  # new tokens
-        self.n_new = 0
-        self.last = 0  # the newest token, which no pass has read yet
-        self.draws = Draws(request.sampling, request.choice, self.most, self.prompt, vocab_size, device)
-        self.prompt_log_probs: list[TokenLogProbs | None] | None = [None] if request.prompt_log_probs else None
 
 
 class Engine:
@@ -115,22 +98,29 @@ class Engine:
             raise UserError("prompt_log_probs: say by log_probs how many are wanted")
 
     def submit(self, request: Request, notify: Callable[[], None] = lambda: None) -> Ticket:
-        """Let a request wait for its turn. notify: called in the engine's thread after new events, once a step.
+        """Let a request wait for its turn: `submit_all` of one."""
+        return self.submit_all([request], notify)[0]
+
+    def submit_all(self, requests: Sequence[Request], notify: Callable[[], None] = lambda: None) -> list[Ticket]:
+        """Let requests wait for their turns, all or none. notify: called in the engine's thread after new events of
+        one of them, at most once a step for each.
 
         Raises UserError for a wrong request, QueueFull or Closed.
         """
-        self.check(request)
-        ticket = Ticket(request, notify, self._wake_up)
+        for request in requests:
+            self.check(request)
+        tickets = [Ticket(request, notify, self._wake_up) for request in requests]
         with self._wake:
             if self._is_closing:
                 raise Closed("the server is shutting down: ask another, or later")
-            if len(self.waiting) >= self.options.max_waiting + self.slots.n_free:
-                self._counts["refused"] += 1
-                raise QueueFull(f"{len(self.waiting)} requests wait already: ask again later")
-            self.waiting.append(ticket)
-            self._counts["requests"] += 1
+            n_waiting = len(self.waiting)
+            if n_waiting + len(tickets) > self.options.max_waiting + self.slots.n_free:
+                self._counts["refused"] += len(tickets)
+                raise QueueFull(f"{n_waiting} requests wait already, and {len(tickets)} more are too many: ask later")
+            self.waiting.extend(tickets)
+            self._counts["requests"] += len(tickets)
             self._wake.notify()
-        return ticket
+        return tickets
 
     def counters(self) -> dict[str, int]:
         """What there is to do now, and what was done since the start."""
@@ -177,7 +167,12 @@ class Engine:
             with self._wake:
                 while not self._is_closing and not self.waiting and not self.running:
                     self._wake.wait()
-            if not self.step() and self._is_closing:
+            try:
+                has_more = self.step()
+            except Exception as problem:  # a fault of the engine itself: no request may wait for ever
+                self._fail_all(problem)
+                has_more = False
+            if self._is_closing and not has_more:
                 return
 
     # ---- a step
@@ -192,8 +187,11 @@ class Engine:
                 self._write_tokens()
         if n_read or n_active:
             self._counts["steps"] += 1
+        self._notify()
+        return bool(self.waiting or self.running)
 
-        # tell whoever waits for events
+    def _notify(self) -> None:
+        """Tell whoever waits for events that there are new ones."""
         changed = list(self._changed)
         self._changed.clear()
         for ticket in changed:
@@ -202,7 +200,6 @@ class Engine:
             except Exception as problem:  # the other end's fault, which must not stop this one
                 self.log(f"notify: {problem!r}")
                 ticket.is_cancelled = True
-        return bool(self.waiting or self.running)
 
     def _end_those_that_must(self) -> None:
         """End requests that are cancelled or took too long; of an engine that stops, all."""
@@ -234,16 +231,17 @@ class Engine:
 
     def _admit(self) -> Running | None:
         """Give a slot to the request that has waited longest; None if none waits or no slot is free."""
-        with self._wake:
-            if not self.waiting or not self.slots.n_free:
-                return None
-            ticket = self.waiting.popleft()
+        if not self.waiting or not self.slots.n_free:
+            return None
+        ticket = self.waiting[0]
         request = ticket.request
         device = self.slots.cache.lengths.device
         running = Running(ticket, self.context, self.model.config.vocab_size, device)
         running.slot = self.slots.take(running.prompt, request.owner, reuse=not request.prompt_log_probs)
         running.n_cached = len(running.slot.text)
         self.running[running.slot] = running
+        with self._wake:
+            self.waiting.popleft()
         self._counts["prompt_tokens"] += len(running.prompt)
         self._counts["cached_prompt_tokens"] += running.n_cached
         return running
@@ -375,18 +373,23 @@ class Engine:
 
     def _fail(self, rows: list[Running], problem: Exception) -> None:
         """These requests end by a fault; nothing of their texts is used again."""
-        message = str(problem).strip().split("\n")[0] or repr(problem)
+        message = one_line(problem)
         self.log(f"{len(rows)} request(s) failed: {message}")
         for running in rows:
             self.slots.forget(running.slot)
             self._end(running, End("error", message))
 
+    def _fail_all(self, problem: Exception) -> None:
+        """Every request ends by a fault."""
+        with self._wake:
+            waiting = list(self.waiting)
+            self.waiting.clear()
+        self._fail(list(self.running.values()), problem)
+        for ticket in waiting:
+            self._put_end(ticket, End("error", one_line(problem)))
+        self._notify()
 
-def log_probs_of(logits: Tensor, tokens: list[int], n_top: int) -> list[TokenLogProbs]:
-    """Log-probabilities of these tokens, one for each row of logits (T, V), and of each row's `n_top` best."""
-    log_p = torch.log_softmax(logits.float(), dim=-1)  # (T, V)
-    ids = torch.tensor(tokens, device=logits.device)  # (T,)
-    chosen = log_p.gather(-1, ids[:, None])[:, 0].tolist()
-    best, best_ids = (part.tolist() for part in log_p.topk(min(n_top, log_p.shape[-1]), dim=-1))  # (T, n_top)
-    tops = [tuple(zip(*pair, strict=True)) for pair in zip(best_ids, best, strict=True)]
-    return [TokenLogProbs(*pair) for pair in zip(chosen, tops, strict=True)]
+
+def one_line(problem: Exception) -> str:
+    """The first line of what a fault says."""
+    return str(problem).strip().split("\n")[0] or repr(problem)

@@ -95,6 +95,8 @@ def test_requests_that_come_and_go_get_what_generate_gives_each_alone(name):
     expected = [alone(model, request) for request in wanted]
     assert [told(ticket) for ticket in tickets] == expected
     assert {reason for _, reason in expected} == {"length", "stop", "context"}
+    stopped = [(ticket.ended, ticket.request) for ticket in tickets if ticket.ended.reason == "stop"]
+    assert all(end.last.id in request.stop_ids for end, request in stopped)
 
 
 @pytest.mark.parametrize("options", [dict(tune="prefix", n_virtual=6), dict(tune="prompt"), dict(tune="lora")])
@@ -185,12 +187,14 @@ def test_first_come_first_served_and_one_too_many_is_refused():
     tickets = [its.submit(Request(prompt(5, i), 10)) for i in range(5)]
     with pytest.raises(QueueFull, match="5 requests wait"):
         its.submit(Request(prompt(5), 10))
+    with pytest.raises(QueueFull):
+        its.submit_all([Request(prompt(5), 10)] * 6)
     begun = []
     while its.step():
         begun += [number for number, ticket in enumerate(tickets) if number not in begun and ticket.take()]
     assert begun == [0, 1, 2, 3, 4]
     counters = its.counters()
-    assert counters["refused"] == 1 and counters["requests"] == 5 and counters["free_slots"] == 2
+    assert counters["refused"] == 7 and counters["requests"] == 5 and counters["free_slots"] == 2
 
 
 @pytest.mark.parametrize("steps", [0, 1, 4], ids=["waiting", "its prompt is read", "writing"])
@@ -442,6 +446,22 @@ def test_threads_ask_and_the_engine_s_own_thread_answers():
     with pytest.raises(Closed):
         its.submit(wanted[0])
     assert not its._thread.is_alive()
+
+
+def test_a_fault_of_the_engine_itself_leaves_nobody_waiting(monkeypatch):
+    lines = []
+    its = engine(log=lines.append, slots=1)
+    take = its.slots.take
+    monkeypatch.setattr(its.slots, "take", lambda *arguments, **options: 1 / 0)
+    tickets = its.submit_all([Request(prompt(5, i), 20) for i in range(3)])
+    its.start()
+    for ticket in tickets:
+        *_, end = ticket.events()
+        assert end == End("error", "division by zero")
+    its.slots.take = take
+    *_, end = its.submit(Request(prompt(5), 20)).events()
+    assert end.reason == "length"
+    its.close()
 
 
 def test_closing_lets_requests_end_or_ends_them():
