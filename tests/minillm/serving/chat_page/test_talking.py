@@ -418,6 +418,18 @@ def test_a_model_of_single_questions_is_asked_them_alone(server, visit):
     assert said(server.asked[1]) == ["user: second"] and "single questions" in captions(page)
 
 
+def test_a_model_sees_as_many_questions_as_it_is_told(server, visit):
+    server.answer = counting
+    page = visit(server.url)
+    page.click("[data-action=openSettings]")
+    page.fill("#turns", "2")
+    page.click("#settings .main")
+    for question in ("first", "second", "third"):
+        ask(page, question)
+    assert said(server.asked[2]) == ["user: second", "assistant: answer 2", "user: third"]
+    assert "turns" not in server.asked[2] and "not shown" not in captions(page)
+
+
 def test_a_server_with_a_key_is_given_it(server, visit):
     server.key = "secret"
     page = visit(server.url)
