@@ -82,7 +82,8 @@ def origin_of(address: str) -> str:
         parts = urlsplit(address)
     except ValueError:
         return ""
-    return f"{parts.scheme}://{parts.netloc}".lower() if parts.scheme in ("http", "https") and parts.hostname else ""
+    is_origin = parts.scheme in ("http", "https") and parts.hostname and " " not in parts.netloc
+    return f"{parts.scheme}://{parts.netloc}".lower() if is_origin else ""
 
 
 def host_of(address: str) -> str:

@@ -3,6 +3,7 @@
 import contextlib
 import http.client
 import json
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -69,12 +70,19 @@ class Running:
 
 
 @contextlib.contextmanager
-def running(models: list[Served], door: Door | None = None, starts: bool = True) -> Iterator[Running]:
-    """Serve these models as long as the context lasts. starts: False: their engines are stepped by the test."""
+def running(
+    models: list[Served], door: Door | None = None, starts: bool = True, send_buffer: int | None = None
+) -> Iterator[Running]:
+    """Serve these models as long as the context lasts.
+
+    starts: False: their engines are stepped by the test. send_buffer: bytes that the system keeps for a slow reader.
+    """
     door = door or Door()
     log: list[str] = []
     app = App(models, door, log.append)
     listener = listening_socket("127.0.0.1", 0, has_key=bool(door.keys))
+    if send_buffer:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
     server = build_server(app, 5.0, log.append)
     for model in models:
         if starts:

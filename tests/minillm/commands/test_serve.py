@@ -1,0 +1,84 @@
+import pytest
+
+from minillm.base.errors import UserError
+from minillm.commands import serve
+
+
+class Listener:
+    def getsockname(self):
+        return "127.0.0.1", 8000
+
+
+@pytest.fixture
+def started(monkeypatch):
+    """What the command would serve, without listening."""
+    apps = []
+
+    class Server:
+        def run(self, sockets):
+            apps[-1].is_run = True
+
+    monkeypatch.setattr(serve, "listening_socket", lambda host, port, has_key: Listener())
+    monkeypatch.setattr(serve, "build_server", lambda app, drain_s, log: apps.append(app) or Server())
+    monkeypatch.delenv(serve.KEY_VARIABLE, raising=False)
+    yield apps
+    for app in apps:
+        for model in app.models.values():
+            model.engine.close(drain=False)
+
+
+def test_serve_says_what_is_served_and_where(call, started):
+    status, out, _ = call("serve", "--slots", "2", "--context", "32", "--max_new_tokens", "9")
+    assert status == 0 and started[0].is_run
+    first, last = out.splitlines()
+    assert first.startswith("sft: out/sft/step-00000003 (") and "context 32, 2 slots, cache 0.0 MiB" in first
+    assert last.startswith("http://127.0.0.1:8000 (chat page), http://127.0.0.1:8000/v1 (OpenAI's API);")
+    (model,) = started[0].models.values()
+    assert (model.name, model.most_tokens, model.engine.context, model.no_chat) == ("sft", 9, 32, "")
+    assert started[0].door.keys == ()
+
+
+def test_keys_come_from_the_command_line_or_the_environment(call, started, monkeypatch):
+    monkeypatch.setenv(serve.KEY_VARIABLE, "one two")
+    _, out, _ = call("serve")
+    assert started[-1].door.keys == ("one", "two") and "with a key" in out and "two" not in out
+    call("serve", "--api_key", "three", "--cors", "https://chat.example.org")
+    assert started[-1].door.keys == ("three",) and started[-1].door.cors == "https://chat.example.org"
+
+
+def test_models_have_the_names_that_are_given(call, started, home):
+    call("serve", "--model", "a=out/sft", "out/sft", "out/sft/step-00000003")
+    assert "two models have the name sft" in call("serve", "--model", "out/sft", "out/sft/step-00000003")[2]
+    status, out, _ = call("serve", "--model", "a=out/sft", "out/sft")
+    assert status == 0 and [*started[-1].models] == ["a", "sft"] and out.startswith("a: out/sft/step-00000003")
+    for text, parts in (
+        ("out/sft", ("", "out/sft")),
+        ("tom=out/sft", ("tom", "out/sft")),
+        ("runs/a=1", ("", "runs/a=1")),
+        (None, ("", None)),
+    ):
+        assert serve.split_name(text) == parts
+    odd = home.path / "a=b"
+    odd.mkdir()
+    assert serve.split_name(str(odd)) == ("", str(odd))
+    for wrong in ("=out/sft", "tom=", "to\x1bm=out/sft"):
+        with pytest.raises(UserError, match="NAME=FOLDER"):
+            serve.split_name(wrong)
+
+
+def test_a_model_that_was_taught_single_questions_says_so(call, started, monkeypatch):
+    monkeypatch.setattr(serve, "trained_with", lambda folder: {"turns": 1})
+    _, out, _ = call("serve")
+    assert "taught single questions" in out and started[-1].models["sft"].entry["turns"] == 1
+
+
+def test_what_cannot_be_served_is_one_line(call, started):
+    for options, words in (
+        (["--context", "65"], "--context 65"),
+        (["--model", "nowhere"], "nowhere"),
+        (["--cors", "example.org"], "--cors example.org"),
+        (["--api_key", "a b"], "--api_key"),
+    ):
+        status, _, err = call("serve", *options)
+        assert status == 2 and words in err and len(err.splitlines()) == 1
+    assert not started
