@@ -214,15 +214,12 @@ def _submit(served: Served, asked: Asked, prompts: list[list[int]], owner: str, 
     def notify() -> None:
         loop.call_soon_threadsafe(wake.set)
 
-    work: list[Work] = []
+    requests = served.requests(asked, prompts, owner)
     try:
-        for request, answer in served.requests(asked, prompts, owner):
-            work.append(Work(served.engine.submit(request, notify), answer))
+        tickets = served.engine.submit_all([request for request, _ in requests], notify)
     except UserError as problem:
-        for ticket, _ in work:
-            ticket.cancel()
         raise Refusal(503 if isinstance(problem, QueueFull | Closed) else 400, str(problem)) from None
-    return work
+    return [Work(ticket, answer) for ticket, (_, answer) in zip(tickets, requests, strict=True)]
 
 
 def _fault(end: End) -> Refusal:
