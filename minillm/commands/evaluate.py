@@ -1,6 +1,7 @@
 """Score a model: loss, perplexity and bits per byte on texts, exact match on instruction files, benchmarks."""
 
 import contextlib
+import dataclasses
 import difflib
 import math
 from dataclasses import dataclass
@@ -37,6 +38,7 @@ from minillm.evaluation.validation import TextTokens, Validation, read_text, tok
 from minillm.evaluation.worked_answers import room_for_prompt
 from minillm.generation import load
 from minillm.generation.load import Loaded
+from minillm.model.quant import quantize_for_generation
 from minillm.tokenizer.measure import check_round_trip
 from minillm.tokenizer.tokenizer import Tokenizer
 from minillm.tuning.virtual_tokens import context_of
@@ -194,6 +196,8 @@ def _evaluate_texts(config: Config, loaded: Loaded, path: Path) -> None:
     n_targets = int(validation.part.mask.sum())
     perplexity = math.exp(min(scores["val_loss"], 700))
     print(f"  documents       {validation.part.n_documents:,} ({n_targets:,} tokens)")
+    if config.bits is not None:
+        print(f"  weights         of linear layers in {config.bits} bits")
     print(f"  loss            {scores['val_loss']:.4f} nats a token")
     print(f"  perplexity      {perplexity:.3f} a token")
     if "val_bpb" in scores:
@@ -257,8 +261,11 @@ def _evaluate_tasks(config: Config, folder: Path) -> None:
         raise UserError(f"--task_data {config.task_data}: holds no benchmark; see docs/en/evaluation.md")
 
     # the model, and the longest input that it is given
-    loaded = load_model(config)
+    loaded = load_model(dataclasses.replace(config, bits=None))
     model, tokenizer, folder = loaded
+    weights = "" if config.out is None else benchmark_scores.digest_of(model, tokenizer)
+    if config.bits is not None:  # only now: packed weights have no digest
+        quantize_for_generation(model, config.bits)
     max_len, is_as_trained = _length(config, loaded, context_of(model))
     as_trained = ", as it was trained" if is_as_trained else ""
     print(f"{folder} on benchmarks in {config.task_data}")
@@ -278,7 +285,9 @@ def _evaluate_tasks(config: Config, folder: Path) -> None:
     out = None if config.out is None else Path(config.out)
     done = benchmark_scores.Done(None, "")
     if out is not None:
-        identity = f"{benchmark_scores.digest_of(model, tokenizer)} at {max_len}"
+        identity = f"{weights} at {max_len}"
+        if config.bits is not None:
+            identity += f" in {config.bits} bits"
         done = benchmark_scores.Done(out.with_name(f"{out.name}.done.jsonl"), identity)
     asked = {}
     for name, tasks in benchmarks.items():

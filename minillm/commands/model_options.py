@@ -9,11 +9,13 @@ import torch
 
 from minillm.alignment.reward_model import open_reward_model
 from minillm.base.device import DTYPES, pick_device
+from minillm.base.errors import UserError
 from minillm.base.options import Options, option
 from minillm.base.printing import print_text, visible
 from minillm.checkpoint import train_state
 from minillm.distributed.ranks import Ranks
 from minillm.generation import load
+from minillm.model.quant import GENERATION_BITS
 from minillm.tokenizer.chat_template import TEMPLATES
 from minillm.training import kernel_check
 
@@ -30,6 +32,9 @@ class ModelOptions(Options):
     )
     device: str = option("auto", "auto, cpu, cuda, cuda:N or mps", group="model")
     dtype: str | None = option(None, "of the weights; none: as stored", tuple(DTYPES), group="model")
+    bits: int | None = option(
+        None, "put the weights of linear layers into so many bits; none: not", GENERATION_BITS, group="model"
+    )
 
 
 @dataclass(frozen=True)
@@ -55,16 +60,18 @@ class OutputOptions(Options):
 def load_model(config: ModelOptions) -> load.Loaded:
     """The model of --model, or the newest checkpoint, once the kernels have been checked on its device."""
     folder = load.find_model(config.model, log=tell)
-    return load_folder(folder, config.base, config.device, config.dtype)
+    return load_folder(folder, config.base, config.device, config.dtype, config.bits)
 
 
-def load_folder(folder: Path, base: str | None, device: str, dtype: str | None) -> load.Loaded:
+def load_folder(folder: Path, base: str | None, device: str, dtype: str | None, bits: int | None = None) -> load.Loaded:
     """The model of a folder, once the kernels have been checked on its device."""
-    return load.load(folder, base=base, device=device, dtype=dtype, check_kernels=_check_kernels)
+    return load.load(folder, base=base, device=device, dtype=dtype, bits=bits, check_kernels=_check_kernels)
 
 
 def load_reward_model(config: ModelOptions, folder: Path) -> load.Loaded:
     """The reward model of a folder, once the kernels have been checked on its device."""
+    if config.bits is not None:
+        raise UserError(f"--bits {config.bits}: is for language models, and {folder} is a reward model")
     device = pick_device(config.device)
     _check_kernels(device, None)
     return load.Loaded(*open_reward_model(folder, config.base, device, DTYPES[config.dtype or "float32"]), folder)

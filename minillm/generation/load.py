@@ -10,6 +10,7 @@ from minillm.base import waiting
 from minillm.base.device import DTYPES, keep_to_quota, pick_device
 from minillm.base.errors import UserError
 from minillm.checkpoint import huggingface, run_folder
+from minillm.model.quant import quantize_for_generation
 from minillm.model.transformer import Transformer
 from minillm.tokenizer.tokenizer import Tokenizer
 from minillm.tuning import folders, peft_format
@@ -42,13 +43,15 @@ def load(
     base: str | None = None,
     device: str = "auto",
     dtype: str | None = None,
+    bits: int | None = None,
     check_kernels: Callable[[torch.device, int | None], None],
 ) -> Loaded:
     """The model of a folder, in evaluation mode, with its tokenizer.
 
     base: the base of an adapter, if it is not where the adapter says. dtype: of the weights; None: as they are stored,
-    but float32 on a CPU, since half precision is slow on most of them. check_kernels(device, bits): called before
-    weights are loaded; bits are those of an adapter's quantized base.
+    but float32 on a CPU, since half precision is slow on most of them. bits: 8 or 4, into which to put the weights of
+    the linear layers; None: not. check_kernels(device, bits): called before weights are loaded, with the bits that
+    kernels are needed for.
     """
     is_adapter = folders.is_adapter(folder)
     if base and not is_adapter:
@@ -63,7 +66,9 @@ def load(
     if is_adapter:
         _, facts = peft_format.read_config(folder)
         base_bits = facts["bits"]
-    check_kernels(torch_device, base_bits)
+    if bits and base_bits:
+        raise UserError(f"--bits {bits}: the base of {folder} is in {base_bits} bits already; leave --bits out")
+    check_kernels(torch_device, bits or base_bits)
     if dtype is None and torch_device.type == "cpu":
         dtype = "float32"
     torch_dtype = DTYPES[dtype] if dtype else None
@@ -76,5 +81,7 @@ def load(
         model = huggingface.load_model(folder, device=torch_device, dtype=torch_dtype)
         tokenizer = Tokenizer.load(folder)
     huggingface.check_vocabulary(model.config, tokenizer, folder)
+    if bits:
+        quantize_for_generation(model, bits)
     model.eval()
     return Loaded(model, tokenizer, folder)

@@ -5,7 +5,10 @@ whose gradient is as large. Here they are computed a few rows at a time and turn
 loss is the last thing a model computes, so its gradient depends on nothing later but one scalar.
 """
 
+from collections.abc import Callable
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from minillm.model.linears import product_dtype
@@ -14,6 +17,7 @@ from minillm.model.linears import product_dtype
 # products stay large enough to fill it (not measured).
 CHUNK_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 26}
 
+ROWS_AT_ONCE = 128  # of logits, in `cross_entropy_of`
 IGNORED = -100  # the target of a row that never counts, as in torch
 
 
@@ -91,3 +95,19 @@ def linear_cross_entropy(
     Under autocast the products run in its dtype; the softmax and the sums are in fp32, for fp64 inputs too.
     """
     return _LinearCrossEntropy.apply(x, weight, targets, mask, softcap, product_dtype(x), torch.is_grad_enabled())
+
+
+@torch.no_grad()
+def cross_entropy_of(
+    x: Tensor, logits_of: Callable[[Tensor], Tensor], targets: Tensor, mask: Tensor | None = None
+) -> Tensor:
+    """The same loss where the head is no plain matrix, without gradients. logits_of: x (n, C) → logits (n, V)."""
+    counts = torch.ones(len(x), device=x.device) if mask is None else mask.float()  # (N,)
+    targets = targets.masked_fill(counts == 0, IGNORED)
+    total = torch.zeros((), device=x.device)
+    for x_part, targets_part, counts_part in zip(
+        x.split(ROWS_AT_ONCE), targets.split(ROWS_AT_ONCE), counts.split(ROWS_AT_ONCE), strict=True
+    ):
+        nats = F.cross_entropy(logits_of(x_part).float(), targets_part, ignore_index=IGNORED, reduction="none")
+        total += (nats * counts_part).sum()
+    return total

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minillm.base.errors import UserError
-from minillm.model import loss, one_token
+from minillm.model import loss, one_token, packed
 from minillm.model.linears import Products, product_dtype
 
 try:
@@ -340,6 +340,9 @@ def linear(x: Tensor, layer: nn.Module) -> Tensor:
 
 def linears(x: Tensor, *layers: nn.Module) -> tuple[Tensor, ...]:
     """The outputs of linear layers that share one input x (…, C); under autocast in its dtype."""
+    outputs_of_one_product = packed.products(x, layers)
+    if outputs_of_one_product is not None:
+        return outputs_of_one_product
     if _is_step(x):
         return tuple([one_token.linear(x, layer) for layer in layers])
     if not fused(x) or not torch.is_grad_enabled():

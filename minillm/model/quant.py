@@ -3,6 +3,7 @@ quantization.
 
     load_model(folder, base_bits=4)     quantized tensor by tensor: the whole model is never in memory
     quantize_base(model, 4)             a model that is loaded already, layer by layer
+    quantize_for_generation(model, 8)   the same, to generate only: on a CPU by quicker products (packed.py)
 
 The linear layers of the blocks become `QuantLinear`; everything else is put into fp32: norms, head, embedding, and with
 them the residual stream (products run in 16 bits under autocast, as in all training here). None of it is trained.
@@ -23,10 +24,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minillm.base.errors import UserError
-from minillm.model import ops
+from minillm.model import ops, packed
+from minillm.model.packed import PackedLinear
 from minillm.model.transformer import Transformer
 
 BITS = (16, 8, 4)
+GENERATION_BITS = (8, 4)
 BLOCK, GROUP = 64, 256  # columns per scale, scales per second-level scale (arXiv:2305.14314, section 3)
 OUTLIER = 6.0
 MOST_KEPT = 64  # at most one column in so many is kept: 3 % more memory
@@ -191,7 +194,7 @@ def check_bits(bits: int) -> None:
 
 def is_quantized(model: nn.Module) -> bool:
     """Whether any of the model's linear layers is quantized."""
-    return any(isinstance(module, QuantLinear) for module in model.modules())
+    return any(isinstance(module, QuantLinear | PackedLinear) for module in model.modules())
 
 
 def quantize_base(model: Transformer, bits: int) -> None:
@@ -200,15 +203,20 @@ def quantize_base(model: Transformer, bits: int) -> None:
     Raises `UserError` for other bits than 16, 8 and 4, for weights that are not finite, and if it is quantized already.
     """
     check_bits(bits)
+    _check_weights(model)
+    names = [name for name, _ in model.named_parameters()]  # names only: a list of weights would keep them alive
+    for name in names:
+        take_weight(model, name, model.get_parameter(name).detach(), bits)
+    prepare_base(model)
+
+
+def _check_weights(model: Transformer) -> None:
+    """Raise `UserError` for weights that are not finite, or quantized already."""
     if is_quantized(model):
         raise UserError("the base is quantized already: load it again, or dequantize it first")
     for name, parameter in model.named_parameters():
         if not parameter.isfinite().all():
             raise UserError(f"{name} holds values that are not finite: it cannot be quantized")
-    names = [name for name, _ in model.named_parameters()]  # names only: a list of weights would keep them alive
-    for name in names:
-        take_weight(model, name, model.get_parameter(name).detach(), bits)
-    prepare_base(model)
 
 
 def prepare_base(model: Transformer) -> None:
@@ -226,3 +234,42 @@ def dequantize_base(model: Transformer, dtype: torch.dtype = torch.float32) -> N
     model.requires_grad_(True)
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
+
+
+# ---- for generation
+
+
+def quantize_for_generation(model: Transformer, bits: int) -> None:
+    """Put a model's linear layers into 8 or 4 bits, in place, for generation alone: nothing of it is trained or saved.
+
+    On a CPU the layers of the blocks and the head become packed ones. Where a machine has no products for those, and on
+    a GPU, the layers of the blocks become those of a quantized base, and the head stays as it is. Raises `UserError` as
+    `quantize_base` does, and for a linear layer that is not plain.
+    """
+    if bits not in GENERATION_BITS:
+        raise UserError(f"--bits {bits}: choose one of {', '.join(map(str, GENERATION_BITS))}")
+    _check_weights(model)
+    _check_layers(model, bits)
+    if model.norm.weight.device.type != "cpu" or not packed.can_pack(bits):
+        dtype = model.norm.weight.dtype
+        quantize_base(model, bits)
+        model.to(dtype).build_rotation()  # its tables stay in fp32
+        return
+    for block in model.layers:
+        for module, names in packed.SHARING:
+            packed.pack_layers(block.get_submodule(module), names, bits)
+    if not model.config.score_head:
+        packed.pack_layers(model, ("lm_head",), 8 if packed.can_pack(8) else bits)  # 4 bits are no quicker there
+    model.requires_grad_(False)
+
+
+def _check_layers(model: Transformer, bits: int) -> None:
+    """Raise `UserError` unless the linear layers of each block are the usual ones, each a plain `nn.Linear`."""
+    usual = {f"{module}.{name}" for module, names in packed.SHARING for name in names}
+    for number, block in enumerate(model.layers):
+        linears = {path for path, module in block.named_modules() if isinstance(module, nn.Linear)}
+        if linears != usual:
+            odd = min(linears ^ usual)
+            raise UserError(
+                f"--bits {bits}: layers.{number}.{odd} is no linear layer of a plain model; leave --bits out"
+            )

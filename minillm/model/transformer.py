@@ -20,6 +20,8 @@ from minillm.base.errors import UserError
 from minillm.model import ops
 from minillm.model.config import ModelConfig
 from minillm.model.kv_cache import KVCache
+from minillm.model.loss import cross_entropy_of
+from minillm.model.packed import PackedLinear
 from minillm.model.rope import rotary_tables
 
 
@@ -245,6 +247,8 @@ class Transformer(nn.Module):
         if targets is None:
             return self.logits(hidden)
         flat_mask = None if mask is None else mask.flatten()  # (B·T,)
+        if isinstance(self.lm_head, PackedLinear):
+            return cross_entropy_of(hidden.flatten(0, 1), self.logits, targets.flatten(), flat_mask)
         return ops.linear_cross_entropy(
             hidden.flatten(0, 1), self.lm_head.weight, targets.flatten(), flat_mask, self.config.softcap
         )
