@@ -21,7 +21,16 @@ from minillm.training import kernel_check
 
 
 @dataclass(frozen=True)
-class ModelOptions(Options):
+class BitsOptions(Options):
+    """How weights lie in memory."""
+
+    bits: int | None = option(
+        None, "put the weights of linear layers into so many bits; none: not", GENERATION_BITS, group="model"
+    )
+
+
+@dataclass(frozen=True)
+class ModelOptions(BitsOptions):
     """Which model, and where it computes."""
 
     model: str | None = option(
@@ -32,9 +41,6 @@ class ModelOptions(Options):
     )
     device: str = option("auto", "auto, cpu, cuda, cuda:N or mps", group="model")
     dtype: str | None = option(None, "of the weights; none: as stored", tuple(DTYPES), group="model")
-    bits: int | None = option(
-        None, "put the weights of linear layers into so many bits; none: not", GENERATION_BITS, group="model"
-    )
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from pathlib import Path
 from minillm.base.device import DTYPES
 from minillm.base.errors import UserError
 from minillm.base.options import option, part
-from minillm.commands.model_options import TemplateOptions, load_folder, tell, template_of, trained_with
+from minillm.commands.model_options import BitsOptions, TemplateOptions, load_folder, tell, template_of, trained_with
 from minillm.generation.batching import Engine, EngineOptions
 from minillm.generation.load import find_model
 from minillm.model.size import n_parameters
@@ -21,7 +21,7 @@ KEY_VARIABLE = "MINILLM_API_KEY"
 
 
 @dataclass(frozen=True)
-class Config(TemplateOptions, EngineOptions):
+class Config(BitsOptions, TemplateOptions, EngineOptions):
     model: tuple[str, ...] = option(
         (), "run or model folders, or NAME=FOLDER; none: the newest of out/sft, else of out/pretrain", group="model"
     )
@@ -88,7 +88,7 @@ def split_name(text: str | None) -> tuple[str, str | None]:
 
 def _load(config: Config, name: str, folder: Path) -> Served:
     """A model with its engine; says what it is and takes."""
-    model, tokenizer, _ = load_folder(folder, None, config.device, config.dtype)
+    model, tokenizer, _ = load_folder(folder, None, config.device, config.dtype, config.bits)
     template = template_of(config, folder)
     no_chat = why_no_chat(tokenizer, template)
     engine = Engine(model, part(config, EngineOptions), log=tell)
