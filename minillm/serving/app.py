@@ -100,7 +100,7 @@ class App:
             refusal = Refusal(405, f"{call.method} {route}: use {' or '.join(actions)}")
             await call.answer(405, refusal.body, {"Allow": ", ".join(actions)})
             return
-        if self.n_open > self.most_open:
+        if route in READERS and self.n_open > self.most_open:
             raise Refusal(503, f"{self.most_open} requests are open already: ask again later")
         if route not in OPEN_PATHS:
             call.owner = self.door.owner(call.headers)
@@ -146,10 +146,8 @@ class App:
     async def _complete(self, call: Call) -> None:
         """Answer a chat or continue texts."""
         begin = time.monotonic()
-        fields = fields_of(await call.body(MOST_BYTES, BODY_S))
-        served = self._find(fields.get("model", str))
-        asked = READERS[call.path](fields, served.limits)
-        prompts = await asyncio.to_thread(served.prompts, asked)
+        body = await call.body(MOST_BYTES, BODY_S)
+        served, asked, prompts = await asyncio.to_thread(self._read, call.path, body)
 
         wake = asyncio.Event()
         work = _submit(served, asked, prompts, call.owner, wake)
@@ -163,6 +161,13 @@ class App:
                 if ticket.ended is None:
                     ticket.cancel()
         self.metrics.answer.add(time.monotonic() - begin)
+
+    def _read(self, path: str, body: bytes) -> tuple[Served, Asked, list[list[int]]]:
+        """What a request asks for, and of whom. In a thread of its own, since a large body takes its time."""
+        fields = fields_of(body)
+        served = self._find(fields.get("model", str))
+        asked = READERS[path](fields, served.limits)
+        return served, asked, served.prompts(asked)
 
     async def _whole(self, call: Call, form: Form, answers: list[Answer], grow: AsyncIterator) -> None:
         """All answers at once, when they are complete."""

@@ -7,8 +7,10 @@ second one at once.
 
 import asyncio
 import logging
+import os
 import signal
 import socket
+import time
 from collections.abc import Callable
 
 from minillm.base.errors import UserError
@@ -18,7 +20,9 @@ from minillm.serving.door import is_this_machine
 
 BACKLOG = 256  # connections that the system holds until they are accepted
 ASKING_S = 20.0  # seconds for the head of a request to come
+KEEP_ALIVE_S = 15  # seconds for the next request on a connection; clients end theirs sooner, by themselves
 UNREAD_S = 60.0  # seconds that a client may leave its answer unread
+SAME_SIGNAL_S = 0.3  # within which a second signal is the first one again: some programs send it twice
 HEAD_BYTES = 1 << 15  # of a request
 GRACE_S = 5.0  # seconds for the last bytes to leave, after the engines have ended
 
@@ -37,7 +41,7 @@ def listening_socket(host: str, port: int, has_key: bool) -> socket.socket:
     try:
         return socket.create_server(address[:2], family=family, backlog=BACKLOG)
     except OSError as problem:
-        raise UserError(f"--host {host} --port {port}: cannot listen there ({problem.strerror})") from None
+        raise UserError(f"--host {host} --port {port}: cannot listen there ({os.strerror(problem.errno)})") from None
 
 
 def build_server(app: App, drain_s: float, log: Callable[[str], None]):
@@ -85,10 +89,13 @@ def build_server(app: App, drain_s: float, log: Callable[[str], None]):
 
     class Server(uvicorn.Server):
         def handle_exit(self, number: int, frame) -> None:
-            """The handler of SIGTERM and Ctrl-C; a second one is the system's."""
-            self.should_exit = True
-            for each in (signal.SIGTERM, signal.SIGINT):
-                signal.signal(each, signal.SIG_DFL)
+            """The handler of SIGTERM and Ctrl-C: the first asks for an orderly end, a second one ends at once."""
+            if not self.should_exit:
+                self.should_exit = True
+                self.told_at = time.monotonic()
+            elif time.monotonic() - self.told_at > SAME_SIGNAL_S:
+                signal.signal(number, signal.SIG_DFL)
+                signal.raise_signal(number)
 
         async def shutdown(self, sockets=None) -> None:
             """Take no more connections, let the answers finish, and end the engines."""
@@ -110,6 +117,7 @@ def build_server(app: App, drain_s: float, log: Callable[[str], None]):
             proxy_headers=False,
             server_header=False,
             h11_max_incomplete_event_size=HEAD_BYTES,
+            timeout_keep_alive=KEEP_ALIVE_S,
             timeout_graceful_shutdown=int(drain_s + GRACE_S),
         )
     )
