@@ -2,7 +2,10 @@
 
 A step is: end what was cancelled or took too long; give free slots to those who wait, first come, first served; read at
 most `prefill_chunk` tokens of their prompts, so that a long one does not hold up the others; then one token for every
-request whose prompt is read. All memory is taken at the start: a cache of `slots` rows (slots.py).
+request whose prompt is read. All memory is taken at the start: a cache of `slots` rows.
+
+    requests.py   what is asked and answered        slots.py    who has which row of the cache
+    running.py    a request that has a slot         passes.py   the model's part of a step
 
 A request's tokens are those of `generate` alone: each row computes what it would compute by itself, and draws with
 numbers of its own. See docs/en/generation.md.
@@ -21,12 +24,12 @@ from torch import Tensor
 from minillm.base.errors import UserError
 from minillm.base.options import Options, option
 from minillm.distributed.shards import is_sharded_model
-from minillm.generation.completion import check_prompts, is_recorded
-from minillm.generation.recorded_step import RecordedStep, next_logits
+from minillm.generation.completion import check_prompts
+from minillm.generation.passes import Passes
 from minillm.generation.requests import Closed, End, PromptRead, QueueFull, Request, Ticket, Token, TokenLogProbs
 from minillm.generation.running import Running, log_probs_of
 from minillm.generation.sampling import pick_each
-from minillm.generation.slots import Slot, Slots
+from minillm.generation.slots import Slot, Slots, common_prefix
 from minillm.model.transformer import Transformer
 from minillm.tuning.virtual_tokens import context_of
 
@@ -64,12 +67,12 @@ class Engine:
         self.model = model.eval()
         self.options = options
         self.slots = Slots(model, options.slots, self.context)
+        self.passes = Passes(model, self.slots)
         self.cache_bytes = self.slots.n_bytes
         self.log = log or (lambda line: print(line, file=sys.stderr, flush=True))
 
         # requests, from their arrival to their end
         self.waiting: deque[Ticket] = deque()
-        self.reading: Running | None = None  # its prompt is being read
         self.running: dict[Slot, Running] = {}  # all that have a slot
         self._changed: dict[Ticket, None] = {}  # tickets with new events in this step, in their order
         self._counts = Counter()
@@ -79,10 +82,6 @@ class Engine:
         self._thread: threading.Thread | None = None
         self._is_closing = False
         self._stop_at: float | None = None  # when the rest is ended, once it is closing; monotonic seconds
-
-        # on a GPU a step is recorded for each of a few numbers of rows
-        self._records = is_recorded(self.slots.cache)
-        self._recorded: dict[int, RecordedStep] = {}
 
     # ---- from any thread
 
@@ -181,11 +180,11 @@ class Engine:
         """Let every request have a token, or a part of its prompt be read. Returns False if there is nothing to do."""
         with torch.inference_mode():
             self._end_those_that_must()
-            n_read = self._read_prompts()
+            has_read = self._read_prompts()
             n_active = self.slots.n_active
             if n_active:
                 self._write_tokens()
-        if n_read or n_active:
+        if has_read or n_active:
             self._counts["steps"] += 1
         self._notify()
         return bool(self.waiting or self.running)
@@ -229,90 +228,79 @@ class Engine:
             if end:
                 self._put_end(ticket, end)
 
-    def _admit(self) -> Running | None:
-        """Give a slot to the request that has waited longest; None if none waits or no slot is free."""
+    # ---- prompts
+
+    def _read_prompts(self) -> bool:
+        """Read the next part of a long prompt, or several short ones, in one pass. Returns False if there is none."""
+        # whose prompt is being read already; then those who wait, as long as they fit beside it
+        group = [self.running[slot] for slot in self.slots.reading()]
+        while not group or group[-1].n_unread <= self.options.prefill_chunk:
+            running = self._admit(group)
+            if running is None:
+                break
+            group.append(running)
+        if not group:
+            return False
+        try:
+            self._read(group)
+        except Exception as problem:  # out of memory, for example: it ends these requests, not the engine
+            self._fail([running for running in group if running.slot in self.running], problem)
+        return True
+
+    def _admit(self, group: list[Running]) -> Running | None:
+        """Give a slot to the request that has waited longest; None if none waits, no slot is free, or it does not fit
+        into the pass that reads the prompts of `group`.
+        """
         if not self.waiting or not self.slots.n_free:
             return None
         ticket = self.waiting[0]
         request = ticket.request
+        prompt = list(request.prompt)
+        source, n_shared = None, 0
+        if not request.prompt_log_probs:
+            source, n_shared = self.slots.longest_beginning(prompt, request.owner)
+        if group and not self._fits(group, prompt, n_shared):
+            return None
+
         device = self.slots.cache.lengths.device
-        running = Running(ticket, self.context, self.model.config.vocab_size, device)
-        running.slot = self.slots.take(running.prompt, request.owner, reuse=not request.prompt_log_probs)
-        running.n_cached = len(running.slot.text)
-        self.running[running.slot] = running
+        slot = self.slots.take(prompt, request.owner, source, n_shared)
+        running = Running(ticket, slot, self.context, self.model.config.vocab_size, device)
+        self.running[slot] = running
         with self._wake:
             self.waiting.popleft()
-        self._counts["prompt_tokens"] += len(running.prompt)
-        self._counts["cached_prompt_tokens"] += running.n_cached
+        self._counts["prompt_tokens"] += len(prompt)
+        self._counts["cached_prompt_tokens"] += n_shared
         return running
 
-    def _read_prompts(self) -> int:
-        """Read `prefill_chunk` tokens of prompts, or all there are; returns how many were read."""
-        n_left = self.options.prefill_chunk
-        while n_left:
-            self.reading = self.reading or self._admit()
-            if self.reading is None:
-                break
-            running = self.reading
-            begin = len(running.slot.text)
-            chunk = running.prompt[begin : begin + n_left]
-            n_left -= len(chunk)
-            try:
-                self._read_chunk(running, chunk)
-            except Exception as problem:  # out of memory, for example: it ends this request, not the engine
-                self._fail([running], problem)
-        return self.options.prefill_chunk - n_left
+    def _fits(self, group: list[Running], prompt: list[int], n_shared: int) -> bool:
+        """Whether a prompt, of which n_shared tokens are there, can be read to its end beside those of `group`."""
+        width = max(len(prompt) - n_shared, *(running.n_unread for running in group))  # of the padded rows
+        longest = max(n_shared, *(len(running.slot.text) for running in group))
+        is_small = (len(group) + 1) * width <= self.options.prefill_chunk
+        has_room = longest + width <= self.context
+        # what most of it begins with is just being read: from the next step on it can be copied
+        begins_alike = any(2 * common_prefix(running.prompt, prompt) > len(prompt) + n_shared for running in group)
+        return is_small and has_room and not begins_alike
 
-    def _read_chunk(self, running: Running, chunk: list[int]) -> None:
-        """Read the next tokens of a prompt; after its last ones the request gets its first token."""
-        slot = running.slot
-        cache = self.slots.view(slot.row, slot.row + 1)
-        tokens = torch.tensor([chunk], device=cache.lengths.device)  # (1, T)
-        hidden = self.model.hidden(tokens, cache=cache)  # (1, T, C)
-        slot.text += chunk
-
-        # log-probabilities of the prompt's tokens, each given by the position before it
-        if running.prompt_log_probs is not None:
-            following = running.prompt[len(slot.text) - len(chunk) + 1 : len(slot.text) + 1]
-            logits = self.model.logits(hidden[:, : len(following)])[0]  # (T, V)
-            running.prompt_log_probs += log_probs_of(logits, following, running.ticket.request.log_probs)
-
-        # the first token
-        if len(slot.text) == len(running.prompt):
-            logits = self.model.logits(hidden[:, -1:])[0]  # (1, V)
-            self.reading = None
-            self.slots.activate(slot)
+    def _read(self, group: list[Running]) -> None:
+        """One pass over the next tokens of these prompts; those that are read to their end get their first token."""
+        logits = self.passes.read(group, self.options.prefill_chunk)
+        rows = [running for running in group if not running.n_unread]
+        for running in rows:
+            self.slots.activate(running.slot)
             self._put(running.ticket, PromptRead(running.n_cached, running.prompt_log_probs))
-            self._draw(logits, [running])
+        if rows:
+            self._draw(logits, rows)
+
+    # ---- tokens
 
     def _write_tokens(self) -> None:
         """One token more for every row in use."""
         rows = [self.running[slot] for slot in self.slots.slots[: self.slots.n_active]]
         try:
-            logits = self._next_logits([running.last for running in rows])  # (B, V)
-            for running in rows:
-                running.slot.text.append(running.last)
-            self._draw(logits, rows)
+            self._draw(self.passes.next(rows), rows)
         except Exception as problem:
             self._fail([running for running in rows if running.slot in self.running], problem)
-
-    def _next_logits(self, tokens: list[int]) -> Tensor:
-        """Logits (B, V) after one more token for each of the rows in use."""
-        slots = self.slots
-        n = len(tokens)
-        if not self._records:
-            cache = slots.view(0, n)
-            return next_logits(self.model, cache, torch.tensor(tokens, device=cache.lengths.device))
-
-        # recorded for 1, 2, 4, 8 … rows; those beyond n write into a place that counts for nothing
-        size = min(1 << (n - 1).bit_length(), self.options.slots)
-        if size not in self._recorded:
-            self._recorded[size] = RecordedStep(self.model, slots.view(0, size))
-        padded = torch.tensor(tokens + [0] * (size - n))
-        logits = self._recorded[size].step(padded)[:n]
-        slots.cache.lengths[n:size] -= 1
-        slots.cache.host_lengths[n:size] -= 1
-        return logits
 
     def _draw(self, logits: Tensor, rows: list[Running]) -> None:
         """Draw the next token of each row from its logits (B, V), and hand it out."""
@@ -365,8 +353,6 @@ class Engine:
 
     def _end(self, running: Running, end: End) -> None:
         """A request ends, and its slot is free."""
-        if self.reading is running:
-            self.reading = None
         self.slots.release(running.slot, self._counts["steps"])
         del self.running[running.slot]
         self._put_end(running.ticket, end)

@@ -11,19 +11,28 @@ from minillm.generation.slots import Slot
 class Running:
     """A request that has a slot."""
 
-    slot: Slot
-    n_cached: int  # tokens of the prompt that the slot held already
-
-    def __init__(self, ticket: Ticket, context: int, vocab_size: int, device: torch.device):
-        """context: tokens of prompt and answer at most."""
+    def __init__(self, ticket: Ticket, slot: Slot, context: int, vocab_size: int, device: torch.device):
+        """slot: holds as much of the prompt as was in the cache. context: tokens of prompt and answer at most."""
         request = ticket.request
         self.ticket = ticket
+        self.slot = slot
         self.prompt = list(request.prompt)
+        self.n_cached = len(slot.text)
         self.most = min(request.max_new_tokens, context - len(self.prompt))  # new tokens
         self.n_new = 0
         self.last = 0  # the newest token, which no pass has read yet
         self.draws = Draws(request.sampling, request.choice, self.most, self.prompt, vocab_size, device)
         self.prompt_log_probs: list[TokenLogProbs | None] | None = [None] if request.prompt_log_probs else None
+
+    @property
+    def n_unread(self) -> int:
+        """Tokens of the prompt that are still to be read."""
+        return max(0, len(self.prompt) - len(self.slot.text))
+
+    def unread(self, n: int) -> list[int]:
+        """The next n of them."""
+        begin = len(self.slot.text)
+        return self.prompt[begin : begin + n]
 
 
 def log_probs_of(logits: Tensor, tokens: list[int], n_top: int) -> list[TokenLogProbs]:

@@ -5,9 +5,9 @@
     row 2   a b x . . . . .    its prompt is being read
     row 3   p q r s . . . .    free; still holds a text whose beginning another prompt may have
 
-Rows in use come first, so that a step computes nothing else. Where a text ends, it exchanges its row with the last one
-in use. A prompt that begins as some row's text does takes the keys and values of that part from there: ids are
-compared, no hashes, and only texts of the same owner.
+Rows in use come first, so that a step computes nothing else; then those whose prompts are being read, so that one pass
+reads several. Where a text ends, it exchanges its row with the last one in use. A prompt that begins as some row's text
+does takes the keys and values of that part from there: ids are compared, no hashes, and only texts of the same owner.
 """
 
 import torch
@@ -24,12 +24,13 @@ class Slot:
         self.row = row
         self.text: list[int] = []
         self.owner = ""
-        self.is_taken = False
         self.last_use = 0  # when it was freed, in steps
 
 
 class Slots:
-    """All slots. `n_active` of them are in use, in rows 0 to n_active − 1."""
+    """All slots, ordered by their rows: first those that get a token a step, then those whose prompts are being read,
+    then the free ones.
+    """
 
     def __init__(self, model: Transformer, n: int, context: int):
         """context: tokens of text that each can hold; the model's virtual tokens stand before them in every row."""
@@ -42,65 +43,73 @@ class Slots:
             with torch.no_grad():
                 virtual.fill(model, self.cache)
         self.slots = [Slot(row) for row in range(n)]  # in the order of their rows
-        self.n_active = 0
-        self._views: dict[tuple[int, int], KVCache] = {}
+        self.n_active = 0  # get a token a step
+        self.n_reading = 0  # whose prompts are being read
+
+    @property
+    def n_taken(self) -> int:
+        """How many slots a request has: rows 0 to n_taken − 1."""
+        return self.n_active + self.n_reading
 
     @property
     def n_free(self) -> int:
         """How many slots no request has."""
-        return sum(not slot.is_taken for slot in self.slots)
+        return len(self.slots) - self.n_taken
 
     @property
     def n_bytes(self) -> int:
         """Memory of all keys and values."""
         return sum(tensor.nbytes for tensor in self.cache.keys + self.cache.values)
 
-    def view(self, begin: int, end: int) -> KVCache:
-        """These rows as a cache."""
-        if (begin, end) not in self._views:
-            self._views[begin, end] = self.cache.rows(begin, end)
-        return self._views[begin, end]
+    def reading(self) -> list[Slot]:
+        """The slots whose prompts are being read."""
+        return self.slots[self.n_active : self.n_taken]
 
     # ---- texts come and go
 
-    def take(self, prompt: list[int], owner: str, reuse: bool) -> Slot:
-        """A free slot for a prompt, which holds as much of its beginning as any slot does; at least one id is left.
+    def longest_beginning(self, prompt: list[int], owner: str) -> tuple[Slot | None, int]:
+        """The slot whose text begins most like a prompt of the same owner, and how many ids they share.
 
-        reuse: False: it shall hold nothing.
+        At least one id of the prompt is left to be computed, which gives the first new token. None, 0: none begins so.
         """
-        # the text that begins most like the prompt
-        n_shared = 0
         source = None
+        n_shared = 0
         for slot in self.slots:
-            if reuse and slot.owner == owner:
+            if slot.owner == owner:
                 n_common = common_prefix(slot.text, prompt[:-1])
                 if n_common > n_shared:
-                    n_shared = n_common
                     source = slot
+                    n_shared = n_common
+        return source, n_shared
 
-        # into its own slot if that is free and would lose little; else into the one that was free for longest
-        free_slots = [slot for slot in self.slots if not slot.is_taken]
-        taken = min(free_slots, key=lambda slot: (len(slot.text) > 0, slot.last_use))
-        if source is not None and not source.is_taken and 2 * n_shared >= len(source.text):
+    def take(self, prompt: list[int], owner: str, source: Slot | None, n_shared: int) -> Slot:
+        """A free slot for a prompt, which holds its first `n_shared` ids as `source` has them; None: it holds none."""
+        # the source itself if it is free and loses little; else the one that was free for longest
+        taken = min(self.slots[self.n_taken :], key=lambda slot: (len(slot.text) > 0, slot.last_use))
+        if source is not None and source.row >= self.n_taken and 2 * n_shared >= len(source.text):
             taken = source
         source_row = taken.row if source is None else source.row
         self.cache.begin_row(taken.row, source_row, self.n_virtual + n_shared)
         taken.text = prompt[:n_shared]
         taken.owner = owner
-        taken.is_taken = True
+        self._swap(taken, self.slots[self.n_taken])
+        self.n_reading += 1
         return taken
 
     def activate(self, slot: Slot) -> None:
         """The prompt is read: the slot joins those that get a token a step."""
         self._swap(slot, self.slots[self.n_active])
         self.n_active += 1
+        self.n_reading -= 1
 
     def release(self, slot: Slot, step: int) -> None:
         """The text has ended, at this step; the slot keeps it until another needs the room."""
         if slot.row < self.n_active:
             self._swap(slot, self.slots[self.n_active - 1])
             self.n_active -= 1
-        slot.is_taken = False
+        else:
+            self.n_reading -= 1
+        self._swap(slot, self.slots[self.n_taken])  # behind those whose prompts are being read
         slot.last_use = step
 
     def forget(self, slot: Slot) -> None:

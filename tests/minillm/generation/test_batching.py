@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from minillm.base.errors import UserError
-from minillm.generation import batching
+from minillm.generation import batching, passes
 from minillm.generation.batching import Engine, EngineOptions
 from minillm.generation.completion import generate
 from minillm.generation.requests import Closed, End, PromptRead, QueueFull, Request, Token
@@ -91,9 +91,10 @@ def staggered(engine: Engine, wanted: list[Request], every: int) -> list:
 def test_requests_that_come_and_go_get_what_generate_gives_each_alone(name):
     model = build(**OPTIONS[name])
     wanted = requests(12)
-    tickets = staggered(engine(model), wanted, every=2)
     expected = [alone(model, request) for request in wanted]
-    assert [told(ticket) for ticket in tickets] == expected
+    for prefill_chunk, every in ((8, 2), (100, 1)):  # long prompts in parts, short ones together
+        tickets = staggered(engine(model, slots=6, prefill_chunk=prefill_chunk), wanted, every)
+        assert [told(ticket) for ticket in tickets] == expected
     assert {reason for _, reason in expected} == {"length", "stop", "context"}
     stopped = [(ticket.ended, ticket.request) for ticket in tickets if ticket.ended.reason == "stop"]
     assert all(end.last.id in request.stop_ids for end, request in stopped)
@@ -133,12 +134,12 @@ def test_a_request_alone_beside_others_and_late_is_the_same():
 
 def test_a_recorded_step_computes_rows_beyond_those_in_use_without_a_trace(monkeypatch):
     """As on a GPU, where steps are recorded for 1, 2, 4, 8 rows; 3 rows take the step of 4."""
-    monkeypatch.setattr(batching, "is_recorded", lambda cache: True)
+    monkeypatch.setattr(passes, "is_recorded", lambda cache: True)
     model = build()
     wanted = requests(14, seed=5)
     its = engine(model, slots=7, prefill_chunk=4)
     sizes = set()
-    its._recorded = Sizes(sizes)
+    its.passes._recorded = Sizes(sizes)
     tickets = staggered(its, wanted, every=2)
     assert [told(ticket) for ticket in tickets] == [alone(model, request) for request in wanted]
     assert sizes <= {1, 2, 4, 7} and len(sizes) > 2
