@@ -17,7 +17,9 @@ SHARDED = pytest.mark.parametrize(
         ("dpo", "--epochs 0.2 --optimizer adamw"),
         ("dpo", "--epochs 0.2 --tune lora --lora_rank 2"),
         ("dpo", "--epochs 0.2 --optimizer adamw --loss kto"),  # in the last step rank 1 has nothing to compare
+        ("dpo", "--epochs 0.2 --tune prefix --n_virtual 3"),
         ("reward", "--steps 3 --optimizer adamw --save_every 2"),
+        ("reward", "--steps 3 --tune prefix --n_virtual 3 --encoder mlp --lr 1e-2"),
     ],
 )
 
@@ -62,6 +64,7 @@ ROLLED_OUT = pytest.mark.parametrize(
         ("ppo", 4, "--micro_batch_size 1 --updates 2"),
         ("ppo", 2, "--tune lora --sft_weight 1 --sft_rows 3 --sft_data {folder}/beside.jsonl"),
         ("grpo", 4, "--micro_batch_size 1 --loss grpo --resample 2 --updates 2"),
+        ("grpo", 2, "--tune prefix --n_virtual 3 --encoder mlp"),
         ("grpo", 2, "--tune lora --loss reinforce --reward {folder}/noted.py:noted,0.1*{folder}/reward"),
     ],
 )

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from minillm.datasets.batch import Batch
 from minillm.distributed.parallelize import compiled
-from minillm.distributed.shards import is_sharded_model
+from minillm.distributed.shards import gather, is_sharded_model
 from minillm.model import ops
 from minillm.model.linears import product_dtype
 from minillm.model.loss import CHUNK_ELEMENTS
@@ -155,7 +155,10 @@ def _answer_states(
     """
     # virtual tokens stand before each row; the model's own forward pass puts them there by a hook
     virtual = virtual_tokens(model)
-    cache = None if virtual is None else FilledCache(*virtual.keys_values(model))
+    cache = None
+    if virtual is not None:
+        gather(model)  # they lie outside the layers, and are read before the pass that would gather them
+        cache = FilledCache(*virtual.keys_values(model))
     hidden = pass_through(batch.x, documents=batch.documents, cache=cache)  # (B, T, C)
 
     mask = torch.ones_like(batch.y, dtype=torch.bool) if batch.mask is None else batch.mask

@@ -87,8 +87,6 @@ def refuse_shared_rows(training_config) -> None:
             f"--context_parallel {layout.context} --tensor_parallel {layout.tensor}: this script needs whole rows on "
             "each rank; choose 1 for both, and divide the model by --shard"
         )
-    if layout.shard > 1 and training_config.tune in VIRTUAL:
-        raise UserError(f"--tune {training_config.tune}: is not supported with --shard {layout.shard} in this script")
 
 
 def _shard_with_room(training_config, model_config: ModelConfig, ranks: Ranks) -> int:

@@ -320,5 +320,3 @@ def test_rows_are_not_shared_where_each_rank_needs_whole_ones():
     sharding.refuse_shared_rows(options(shard="2"))
     with pytest.raises(UserError, match=r"--context_parallel 2 .* whole rows"):
         sharding.refuse_shared_rows(options(context_parallel=2))
-    with pytest.raises(UserError, match="--tune prefix: is not supported with --shard 2"):
-        sharding.refuse_shared_rows(options(shard="2", tune="prefix"))
