@@ -42,7 +42,9 @@ def shard(model: nn.Module, layer_mesh, outer_mesh, gather_dtype: torch.dtype | 
     for layer in model.layers:
         if gather_dtype is not None:
             layer.forward = _computing_in(gather_dtype, layer_mesh.device_type, layer.forward)
+        layer.forward = _with_what_it_leaves(layer.forward)
         fully_shard(layer, mesh=layer_mesh, mp_policy=narrow)
+        layer.register_forward_hook(lambda layer, inputs, outputs: outputs[:2])  # after FSDP has seen all of them
     embedding = model.embed_tokens
     if not _shares(embedding, model):
         fully_shard(embedding, mesh=outer_mesh, mp_policy=whole)
@@ -80,6 +82,24 @@ def _computing_in(dtype: torch.dtype, device_type: str, forward: Callable) -> Ca
             return forward(*args, **kwargs)
 
     return computing
+
+
+def _with_what_it_leaves(forward: Callable) -> Callable:
+    """A layer's `forward` that also returns the keys and values that it has left in a cache, with their gradients.
+
+    FSDP gathers weights for a backward pass when the gradient of an output arrives. Of keys and values that leave a
+    layer in another way, as those of trained virtual tokens do, it would not know.
+    """
+
+    @functools.wraps(forward)
+    def showing(x, delta, placement):
+        outputs = forward(x, delta, placement)
+        cache = placement.cache
+        if cache is None or not cache.stores or not torch.is_grad_enabled():
+            return outputs
+        return *outputs, cache.keys[-1], cache.values[-1]
+
+    return showing
 
 
 class _Passes:

@@ -55,13 +55,9 @@ def _refuse_unsupported(training_config, layout: Layout) -> None:
     """Raise `UserError` for options that do not go with how the ranks are divided."""
     tune = training_config.tune
     tensor, context = layout.tensor > 1, layout.context > 1
-    # the keys of these virtual tokens leave a layer by its cache, where FSDP does not see their gradients come back
-    computed_tokens = tune in ("prompt", "ptuning")
     reasons = {
         "--compile true": (tensor or context) and training_config.compile,
-        f"--tune {tune}": (tensor and tune != "full")
-        or (context and tune in VIRTUAL)
-        or (layout.holders > 1 and computed_tokens),
+        f"--tune {tune}": (tensor and tune != "full") or (context and tune in VIRTUAL),
         "--dtype float16": tensor and training_config.dtype == "float16",
     }
     for option in (option for option, is_asked in reasons.items() if is_asked):

@@ -159,6 +159,9 @@ TUNED = [
     dict(tune="adapter", bottleneck_dim=4),
     dict(tune="freeze", train_layers="0,embed,head"),
     dict(tune="prefix", n_virtual=3),
+    dict(tune="prompt", n_virtual=3),
+    dict(tune="ptuning", n_virtual=3),
+    dict(tune="ptuning", n_virtual=3, encoder="lstm"),
 ]
 
 
@@ -182,7 +185,11 @@ def test_an_adapter_learns_from_parts_of_rows_and_from_recomputed_layers(tmp_pat
     huggingface.save_model(model, tmp_path / "base")
     asked = options(init_from=str(tmp_path / "base"), tune="lora", lora_rank=2, **more)
     embedding = dataclasses.replace(asked, tune="dora", target_modules="q_proj,embed_tokens")
-    check_each(tmp_path, 2, [(SHAPE, asked, "adamw"), (SHAPE, embedding, "adamw"), (SHAPE, options(**more), "muon")])
+    cases = [(SHAPE, asked, "adamw"), (SHAPE, embedding, "adamw"), (SHAPE, options(**more), "muon")]
+    if "shard" in more:
+        virtual = options(init_from=str(tmp_path / "base"), tune="prompt", n_virtual=3, **more)
+        cases.append((SHAPE, virtual, "adamw"))
+    check_each(tmp_path, 2, cases)
 
 
 def _in_other_precision(rank: int) -> dict:
@@ -262,7 +269,6 @@ def test_stacked_matrices_are_orthogonalized_one_by_one(tmp_path, world):
         (2, dict(tensor_parallel=2, dtype="float16"), "--dtype float16: is not supported"),
         (2, dict(tensor_parallel=2, tune="lora"), "--tune lora: is not supported"),
         (2, dict(context_parallel=2, tune="prefix"), "--tune prefix: is not supported"),
-        (2, dict(shard="2", tune="prompt"), "--tune prompt: is not supported"),
         (4, dict(tensor_parallel=4), "--tensor_parallel 4: does not divide the model's n_kv_heads 2"),
         (
             4,
