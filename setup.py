@@ -6,6 +6,7 @@ EXTRAS = {
     "plot": ["matplotlib"],
     "tensorboard": ["tensorboard"],
     "parquet": ["pyarrow"],
+    "clean": ["trafilatura", "lxml_html_clean", "warcio", "zstandard"],
     "gguf": ["gguf"],
     "hf": ["tokenizers", "jinja2"],
     "serve": ["uvicorn"],

@@ -88,7 +88,7 @@ def _chinese_share(data: bytes, encoding: str) -> float:
     beyond = [character for character in text or "" if character > "\x7f"]
     if encoding.startswith("utf-16") and len(beyond) < FEWEST_OF_UTF_16:
         return 0.0
-    return sum(c in _usual_characters() or bool(PUNCTUATION.match(c)) for c in beyond) / max(2, len(beyond))
+    return sum(c in usual_characters() or bool(PUNCTUATION.match(c)) for c in beyond) / max(2, len(beyond))
 
 
 def _decoded(data: bytes, encoding: str) -> str | None:
@@ -100,7 +100,7 @@ def _decoded(data: bytes, encoding: str) -> str | None:
 
 
 @cache
-def _usual_characters() -> frozenset[str]:
+def usual_characters() -> frozenset[str]:
     """The Chinese characters in daily use: the first level of GB 2312 (3,755) and of Big5 (5,401)."""
     simplified = (bytes([a, b]) for a in range(0xB0, 0xD8) for b in range(0xA1, 0xFF))
     traditional = (bytes([a, b]) for a in range(0xA4, 0xC7) for b in (*range(0x40, 0x7F), *range(0xA1, 0xFF)))

@@ -28,6 +28,7 @@ from minillm.datasets.files.json_rows import (
 
 SUFFIXES = (".txt", ".jsonl", ".json", ".txt.gz", ".jsonl.gz", ".json.gz", ".parquet")
 KNOWN = ", ".join(SUFFIXES)
+CLEANED = ".cleaning"  # the working folder inside one that data/clean.py wrote
 BOUNDARIES = ("blank", "lines", "file")  # where documents of a .txt may end: see `records`
 LONGEST_TEXT = 64 << 20  # bytes; a longer document of a .txt is ended after the line that exceeds this
 
@@ -35,20 +36,25 @@ LONGEST_TEXT = 64 << 20  # bytes; a longer document of a .txt is ended after the
 # ---- Files.
 
 
-def find_files(inputs: Iterable[str | Path], left_out: Counter[str] | None = None) -> list[Path]:
+def find_files(
+    inputs: Iterable[str | Path], left_out: Counter[str] | None = None, suffixes: tuple[str, ...] = SUFFIXES
+) -> list[Path]:
     """The files to read: each file named, and every file of a known kind in each folder named, sorted.
 
-    left_out: counts the files in the folders that are not read, by ending (see `say_left_out`).
+    A folder that `data/clean.py` wrote holds more than texts to read: of it, only what was kept counts.
+
+    left_out: counts the files in the folders that are not read, by ending (see `say_left_out`). suffixes: the kinds
+    that are known.
     Raises UserError for a path that does not exist, a kind not known, a folder without any, a file given twice.
     """
     files: list[Path] = []
     for path in map(Path, inputs):
         if path.is_dir():
-            files += _files_in(path, Counter() if left_out is None else left_out)
+            files += _files_in(path, Counter() if left_out is None else left_out, suffixes)
         elif not path.exists():
             raise UserError(f"{path}: no such file or folder")
-        elif not ending(path):
-            raise UserError(f"{path}: not a known kind of file ({KNOWN}); convert or rename it")
+        elif not ending(path, suffixes):
+            raise UserError(f"{path}: not a known kind of file ({', '.join(suffixes)}); convert or rename it")
         else:
             files.append(path)
     for path, times in Counter(file.resolve() for file in files).items():
@@ -57,9 +63,9 @@ def find_files(inputs: Iterable[str | Path], left_out: Counter[str] | None = Non
     return files
 
 
-def ending(path: Path) -> str:
-    """Which of SUFFIXES a file's name ends with, in any case; "" if none."""
-    return next((suffix for suffix in SUFFIXES if path.name.lower().endswith(suffix)), "")
+def ending(path: Path, suffixes: tuple[str, ...] = SUFFIXES) -> str:
+    """Which of the suffixes a file's name ends with, in any case; "" if none."""
+    return next((suffix for suffix in suffixes if path.name.lower().endswith(suffix)), "")
 
 
 def is_txt(path: Path) -> bool:
@@ -74,7 +80,7 @@ def say_left_out(left_out: Counter[str]) -> None:
         print(visible(f"{left_out.total():,} left out of the folders: {kinds}; read are {KNOWN}"))
 
 
-def _files_in(folder: Path, left_out: Counter[str]) -> list[Path]:
+def _files_in(folder: Path, left_out: Counter[str], suffixes: tuple[str, ...]) -> list[Path]:
     """Every file of a known kind under a folder, sorted, through links too; nothing hidden, nor in a hidden folder."""
 
     def refuse(problem: OSError) -> None:
@@ -83,6 +89,11 @@ def _files_in(folder: Path, left_out: Counter[str]) -> list[Path]:
     files: list[Path] = []
     visited = {os.path.realpath(folder)}  # folders by their own place, so that links in a circle end
     for place, folders, names in os.walk(folder, followlinks=True, onerror=refuse):
+        if CLEANED in folders:
+            left_out["reports and dropped texts of a cleaned folder"] += len(folders) + len(names)
+            names = [name for name in names if name.endswith(".jsonl")]
+            left_out["reports and dropped texts of a cleaned folder"] -= len(names)
+            folders.clear()
         for name in sorted(folders):
             own_place = os.path.realpath(Path(place, name))
             if name.startswith("."):
@@ -99,13 +110,15 @@ def _files_in(folder: Path, left_out: Counter[str]) -> list[Path]:
                 left_out["hidden files"] += 1
             elif not path.is_file():
                 left_out["links to nothing, pipes and the like"] += 1
-            elif ending(path):
+            elif ending(path, suffixes):
                 files.append(path)
             else:
                 left_out[path.suffix.lower() or "without an ending"] += 1
     if not files:
         found = ", ".join(f"{kind} {count:,}" for kind, count in left_out.most_common())
-        raise UserError(f"{folder}: the folder holds no file of a known kind ({KNOWN}){found and f', but {found}'}")
+        raise UserError(
+            f"{folder}: the folder holds no file of a known kind ({', '.join(suffixes)}){found and f', but {found}'}"
+        )
     return sorted(files)
 
 
@@ -137,7 +150,7 @@ def records(path: Path, *, boundary: str, field: str, encoding: str = encodings.
         with path.open("rb") as file:
             stream = unpacked(file, ending(path).endswith(".gz"), encoding)
             if is_txt(path):
-                documents = _texts(stream, boundary)
+                documents = cut_text(stream, boundary)
             elif opens_array(stream):
                 documents = ((number, "value", _field(value, field)) for number, value in array_items(stream))
             else:
@@ -198,7 +211,7 @@ def _type(value) -> str:
 # ---- Plain text.
 
 
-def _texts(stream: BinaryIO, boundary: str) -> Iterator[tuple[int, str, bytes]]:
+def cut_text(stream: BinaryIO, boundary: str) -> Iterator[tuple[int, str, bytes]]:
     """(number of its first line, "text", UTF-8 bytes) of each document."""
     lines: list[bytes] = []  # of the document that is being read
     first_line = 1

@@ -1,0 +1,156 @@
+"""A pile of text of doubtful quality → documents worth training on, and a report of what went and why.
+
+    python data/clean.py --input pages/ old.jsonl.gz --out data/cleaned
+    python data/prepare.py --input data/cleaned --train_tokenizer 16000 --out data/mine
+
+Reads .txt .md .html .jsonl .json .csv .parquet and WARC, packed by gzip or zstd, in any encoding that is recognized.
+Mends what can be mended, masks personal data, cuts boilerplate lines, drops documents by the thresholds of
+data/cleaning/rules.toml (or --rules FILE), and keeps one of each set of copies. Nothing is sent anywhere.
+
+`--out` gets kept-00000.jsonl …, dropped/<rule>.jsonl, report.json and report.html. The working files in .cleaning stay:
+the same command goes on after a kill, and another threshold takes seconds (--dry_run shows what it would do).
+"""
+
+import sys
+from collections import Counter
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from data.cleaning import duplicates, outcomes, passes, reading, writing
+from data.cleaning import report as reports
+from data.cleaning.mending import How, mended_documents
+from data.cleaning.rules import read_rules
+from data.cleaning.text.features import FEATURES, LANGUAGES, features
+from minillm.base.command_line import parse
+from minillm.base.device import n_cores
+from minillm.base.errors import UserError
+from minillm.base.files import own_folder, write_json_atomically
+from minillm.base.options import Options, option
+from minillm.base.printing import clipped, visible
+from minillm.base.process import RunLock, run_script
+from minillm.datasets.files.text_files import BOUNDARIES, CLEANED, find_files, say_left_out
+
+DRY_SHARE = 0.01  # of the documents, for a dry run without a run before
+DRY_FROM = 64 << 20  # bytes of input; less is read as a whole
+
+
+@dataclass(frozen=True)
+class Config(Options):
+    input: tuple[str, ...] = option((), "files or folders of texts", group="texts")
+    out: str | None = option(None, "where the result goes, e.g. data/cleaned; none: with --explain", group="texts")
+    field: str = option("text", "key or column that holds the text", group="texts")
+    split: str = option(
+        "file", "a .txt document ends with its file, at blank lines or with each line", BOUNDARIES, group="texts"
+    )
+    val_input: tuple[str, ...] = option(
+        (), "texts for validation: cleaned alike, into OUT/val; no copy of one stays in training", group="texts"
+    )
+    rules: str | None = option(None, "a .toml with thresholds that differ from data/cleaning/rules.toml", group="rules")
+    languages: tuple[str, ...] = option(("zh", "en"), "wanted; texts in others are dropped", LANGUAGES, group="rules")
+    recurring: int = option(10, "cut lines that so many documents hold; 0: none", at_least=0, group="rules")
+    mask: bool = option(True, "mask mail addresses, mobile and identity numbers", group="rules")
+    dry_run: bool = option(
+        False,
+        "write nothing but the table: of an earlier run's features, else of a hundredth of the texts",
+        group="machine",
+    )
+    explain: str | None = option(
+        None, "FILE:LINE; show all features of one document and what they lead to", group="machine"
+    )
+    workers: int | None = option(None, "processes; none: all cores", at_least=1, group="machine")
+
+    def problems(self) -> list[str]:
+        if self.explain is None and (not self.input or self.out is None):
+            return ["--input and --out: give both, or --explain FILE:LINE"]
+        return []
+
+
+def clean(config: Config) -> dict:
+    """Clean the texts as the configuration says; returns what report.json holds."""
+    rules = read_rules(config.rules, config.languages)
+    left_out: Counter[str] = Counter()
+    val_files = find_files(config.val_input, suffixes=reading.SUFFIXES)
+    files = val_files + find_files(config.input, left_out, reading.SUFFIXES)
+    say_left_out(left_out)
+    out = Path(config.out)
+    for folder in map(Path, (*config.input, *config.val_input)):
+        if folder.is_dir() and out.resolve().is_relative_to(folder.resolve()):
+            raise UserError(f"--out {out}: lies inside the input {folder} and would be read again; choose another")
+
+    lock = RunLock(out)
+    try:
+        folder = own_folder(out / CLEANED)
+        workers = config.workers or n_cores()
+
+        # Documents, mended; then what describes them; then what becomes of them.
+        how = How(config.field, config.split, False, config.mask)
+        sources = passes.read_sources(files, how, len(val_files))
+        if config.dry_run:
+            sources = passes.sampled(sources, folder, DRY_SHARE, DRY_FROM)
+        pieces = passes.mend(sources, folder, how, workers)
+        recurring = passes.recurring_lines(pieces, config.recurring)
+        judged = passes.judge(pieces, passes.Shared(recurring, None, how.is_sft), workers)
+        found = outcomes.outcomes(pieces, judged, rules)
+        outcomes.refuse_if_unread(found, pieces)
+        outcomes.mark_copies(found, duplicates.exact(found.hash, found.reason == 0), outcomes.EXACT)
+
+        result = {"options": asdict(config), **reports.report(pieces, found, rules)}
+        if config.dry_run:
+            return result
+        result["written_bytes"] = writing.write_all(
+            out, pieces, judged, found, (config.field, rules, recurring, False), workers
+        )
+        write_json_atomically(out / "report.json", result)
+        passes.clean_up(folder, pieces, judged)
+        return result
+    except OSError as error:
+        raise UserError(f"{error.filename or out}: {error.strerror}; fix that and run the same command again") from None
+    finally:
+        lock.release()
+
+
+def explain(config: Config) -> str:
+    """All features of one document of a file, FILE:LINE, and what they lead to."""
+    name, _, line = config.explain.rpartition(":")
+    if not line.isdigit():
+        raise UserError(f"--explain {config.explain}: give FILE:LINE, such as pages.jsonl:17 (1 for a whole file)")
+    (path,) = find_files([name], suffixes=reading.SUFFIXES)
+    rules = read_rules(config.rules, config.languages)
+    raws = reading.raw_documents(path, config.split)
+    raw = next((raw for raw in raws if raw.number == int(line)), None)
+    if raw is None:
+        raise UserError(f"--explain {config.explain}: the file has no document there")
+    (document,) = mended_documents([raw], How(config.field, config.split, False, config.mask))
+    if "bad" in document:
+        return f"{config.explain}: dropped as {': '.join(document['bad'])}"
+    values = features([document["text"]], np.array([document["known"]], float))[0]
+    lines = [clipped(visible(document["text"]).replace("\n", "⏎"), 400)]
+    lines += [f"mended: {', '.join(document['mended'])}"] if document["mended"] else []
+    for number, (feature, meaning) in enumerate(FEATURES.items()):
+        concerned = [rule for rule in rules if rule.feature == feature]
+        marks = [
+            f"{'✗' if rule.holds(values[None])[0] else '✓'} {rule.name}: {rule.do} {rule.limit()}" for rule in concerned
+        ]
+        lines.append(f"{feature:<16} {values[number]:>10.4f}  {'; '.join(marks) or '–':<36} {meaning}")
+    return "\n".join(lines)
+
+
+def _mark(holds: bool) -> str:
+    return "✗" if holds else "✓"
+
+
+def main() -> None:
+    config = parse(Config, __doc__)
+    if config.explain is not None:
+        print(explain(config))
+        return
+    result = clean(config)
+    print(reports.table(result))
+    if not config.dry_run:
+        print(f"{config.out}: kept-*.jsonl, dropped/, report.json; next: python data/prepare.py --input {config.out} …")
+
+
+if __name__ == "__main__":
+    sys.exit(run_script(main))

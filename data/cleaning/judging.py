@@ -1,0 +1,73 @@
+"""One piece of documents, mended: what recurs is cut, and each is described by what the decisions are made from.
+
+<key>.judged-<of>.npz   of each document its features, language, hash, sizes, signature, what was mended, why it is
+                        bad; `of` is a checksum of what they depend on besides the piece
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+
+from data.cleaning.mending import read_rows, text_hash, write_arrays
+from data.cleaning.text.features import NAMES, features, languages
+from data.cleaning.text.lines import cut_recurring
+from data.decontaminate import Index, found_in
+from minillm.base.files import write_file
+
+SIGNATURE = 112  # entries, as near_duplicates makes them
+
+
+def judge_piece(stem: Path, judged: Path, recurring: np.ndarray, index: Index | None, is_sft: bool) -> None:
+    """Write what describes the documents of a piece to the file `judged`.
+
+    recurring: hashes of lines to be cut, sorted. index: of rows that no training text may hold.
+    """
+    documents = final_documents(stem, recurring)
+    texts = [document["text"] for document in documents]
+    known = np.array([document.get("known", (0, 0, 0, 0)) for document in documents], float).reshape(-1, 4)
+    matches = found_in(index, texts) if index is not None else [[] for _ in texts]
+    arrays = {
+        "features": np.zeros((len(texts), len(NAMES)), np.float32) if is_sft else features(texts, known),
+        "language": languages(texts),
+        "hashes": np.array([text_hash(text) for text in texts], np.uint64),
+        "size": np.array([len(text.encode()) for text in texts], np.int64),
+        "file_number": np.array([document["file"] for document in documents], np.int32),
+        "line": np.array([document["number"] for document in documents], np.int64),
+        "read": np.array([document["size"] for document in documents], np.int64),
+        "bad": np.array([document["bad"][0] if "bad" in document else "" for document in documents], np.str_),
+        "mended": np.array([",".join(document["mended"]) for document in documents], np.str_),
+        "flags": np.array([",".join(document.get("flags", [])) for document in documents], np.str_),
+        "contamination": np.array([found[0].run if found else "" for found in matches], np.str_),
+    }
+    write_file(judged, lambda path: write_arrays(path, arrays))
+
+
+def final_documents(stem: Path, recurring: np.ndarray) -> list[dict]:
+    """The documents of a piece without the lines that recur; "known" and "mended" tell of them."""
+    documents = read_rows(stem.with_suffix(".jsonl"))
+    if not len(recurring):
+        return documents
+    with np.load(stem.with_suffix(".npz")) as arrays:
+        is_recurring = np.isin(arrays["lines"], recurring)
+        owner = np.repeat(np.arange(len(documents)), arrays["n_lines"])
+    hashes = set(recurring.tolist()) if is_recurring.any() else set()
+    for number in np.unique(owner[is_recurring]):
+        document = documents[number]
+        size = len(document["text"])
+        document["text"], n_cut = cut_recurring(document["text"], hashes)
+        if n_cut:
+            document["mended"].append("recurring_lines")
+            document["known"][0] += n_cut / size
+    return documents
+
+
+def read_judged(judged: Path) -> dict[str, np.ndarray]:
+    """The arrays that `judge_piece` wrote."""
+    with np.load(judged) as arrays:
+        return dict(arrays)
+
+
+def as_line(row: dict) -> bytes:
+    """A row as a line of JSONL."""
+    return json.dumps(row, ensure_ascii=False, default=str).encode("utf-8", "replace") + b"\n"

@@ -1,0 +1,209 @@
+"""Documents of a user's files, of more kinds than training reads: pages, tables, archives, any encoding.
+
+As for training, one process goes through a file and cuts out what is raw (`raw_documents`), so that many can decode it
+(`document_of`). What cannot be read is no error here but a document that is dropped for that reason.
+"""
+
+import gzip
+import io
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+from minillm.base.errors import UserError
+from minillm.datasets.files import encodings, tables
+from minillm.datasets.files.json_rows import (
+    BOM,
+    GZIP,
+    UNPACKED_AT_ONCE,
+    array_items,
+    naming_file,
+    numbered_lines,
+    opens_array,
+)
+from minillm.datasets.files.text_files import cut_text, ending
+
+PACKINGS = ("", ".gz", ".zst")
+PLAIN = (".txt", ".md", ".markdown")
+PAGES = (".html", ".htm")
+ROWS = (".jsonl", ".json", ".ndjson")
+TABLES = (".csv", ".tsv")
+ARCHIVES = (".warc",)
+SUFFIXES = tuple(f"{kind}{packing}" for kind in (*PLAIN, *PAGES, *ROWS, *TABLES, *ARCHIVES) for packing in PACKINGS)
+SUFFIXES += (".parquet",)
+ZSTD = b"\x28\xb5\x2f\xfd"
+HEAD = 1 << 16  # bytes from which an encoding is told
+MOST_WRONG = 0.01  # of a text's bytes: with fewer it counts as UTF-8 that was damaged
+EXTRA = 'pip install -e ".[clean]"'
+
+
+class Raw(NamedTuple):
+    """A document as it lies in a file."""
+
+    number: int  # its line, item, row or record, from 1
+    kind: str  # "text", "page": bytes of it; "line": bytes of a JSON object; "row": the object
+    value: bytes | dict | object
+    n_read: int  # bytes of the file read so far
+    file: int = 0  # its number among those that are read together
+
+
+class Unreadable(Exception):
+    """Why a document is dropped before it is judged. args: the reason's name, and what is wrong in words."""
+
+
+# ---- A file's documents, raw.
+
+
+def raw_documents(path: Path, boundary: str) -> Iterator[Raw]:
+    """Every document of a file. boundary: where those of a .txt end, "file", "blank" or "lines".
+
+    Raises UserError for a file that is broken, and for a missing package.
+    """
+    kind = kind_of(path)
+    with naming_file(path):
+        if kind == ".parquet":
+            size = path.stat().st_size
+            for number, (row, share) in enumerate(tables.parquet_rows(path), 1):
+                yield Raw(number, "row", row, int(size * share))
+            return
+        with path.open("rb") as file:
+            stream = _opened(path, file)
+            for number, name, value in _documents(path, kind, stream, boundary):
+                yield Raw(number, name, value, file.tell())
+
+
+def kind_of(path: Path) -> str:
+    """What a file holds, by its name without what it is packed by: .txt, .html …"""
+    return ending(path, SUFFIXES).removesuffix(".gz").removesuffix(".zst")
+
+
+def _documents(path: Path, kind: str, stream: BinaryIO, boundary: str) -> Iterator[tuple[int, str, object]]:
+    if kind in PAGES:
+        yield 1, "page", stream.read()
+    elif kind == ".txt":
+        yield from cut_text(stream, boundary)
+    elif kind in PLAIN:
+        yield from cut_text(stream, "file")
+    elif kind in ARCHIVES:
+        yield from _archived_pages(path, stream)
+    elif kind in TABLES:
+        rows = tables.csv_rows(_as_utf_8(stream), tables.SEPARATORS[kind])
+        yield from ((number, "row", row) for number, row in enumerate(rows, 1))
+    elif opens_array(stream):
+        yield from ((number, "row", value) for number, value in array_items(_as_utf_8(stream)))
+    else:
+        yield from ((number, "line", line) for number, _, line in numbered_lines(stream) if line)
+
+
+def _opened(path: Path, file: BinaryIO) -> BinaryIO:
+    """The unpacked bytes of a file without a BOM; UTF-16 and UTF-32, whose line ends are of several bytes, as UTF-8."""
+    stream = file
+    magic = file.peek(4)[:4]
+    if magic[:2] == GZIP:
+        stream = io.BufferedReader(gzip.GzipFile(fileobj=file), UNPACKED_AT_ONCE)
+    elif magic == ZSTD:
+        try:
+            import zstandard
+        except ImportError:
+            raise UserError(f"{path}: reading .zst needs zstandard; {EXTRA}") from None
+        unpacked = zstandard.ZstdDecompressor().stream_reader(file, read_across_frames=True)
+        stream = io.BufferedReader(unpacked, UNPACKED_AT_ONCE)
+    head = stream.peek()[:HEAD]
+    name = encodings.guess(head) if head.startswith(tuple(encodings.BOMS)) or b"\0" in head[:256] else None
+    if name and name.startswith("utf-"):
+        stream = encodings.recoded(stream, name)
+    if stream.peek(3)[:3] == BOM:
+        stream.read(3)
+    return stream
+
+
+def _as_utf_8(stream: BinaryIO) -> BinaryIO:
+    """A stream whose encoding its head tells, as UTF-8. Raises ValueError if it does not."""
+    head = stream.peek()
+    try:
+        encodings.refuse_other_encoding(head)
+    except ValueError:
+        name = encodings.guess(head)
+        return encodings.recoded(stream, name)
+    return stream
+
+
+def _archived_pages(path: Path, stream: BinaryIO) -> Iterator[tuple[int, str, object]]:
+    """The pages in a WARC: responses of HTML; what else it holds is passed over."""
+    try:
+        from warcio.archiveiterator import ArchiveIterator
+    except ImportError:
+        raise UserError(f"{path}: reading WARC needs warcio; {EXTRA}") from None
+    for number, record in enumerate(ArchiveIterator(stream), 1):
+        headers = record.http_headers
+        if record.rec_type != "response" or headers is None:
+            continue
+        if "html" in (headers.get_header("Content-Type") or ""):
+            url = record.rec_headers.get_header("WARC-Target-URI")
+            yield number, "page", {"url": url, "html": record.content_stream().read()}
+
+
+# ---- Raw → text, and the fields beside it.
+
+
+def document_of(raw: Raw, field: str) -> tuple[str, dict]:
+    """(text, the other fields of its row). Raises Unreadable with the reason."""
+    if raw.kind == "text":
+        return decoded(raw.value), {}
+    if raw.kind == "page":
+        is_archived = isinstance(raw.value, dict)
+        page = decoded(raw.value["html"] if is_archived else raw.value)
+        return text_of_page(page), {"url": raw.value["url"]} if is_archived else {}
+    row = row_of(raw)
+    text = row.get(field)
+    if field not in row:
+        raise Unreadable("no_text", f"key {field!r} is missing; there are {', '.join(map(str, row))[:80] or 'none'}")
+    if not isinstance(text, str):
+        raise Unreadable("no_text", f"key {field!r} holds no string")
+    return text, {key: value for key, value in row.items() if key != field}
+
+
+def row_of(raw: Raw) -> dict:
+    """The object of a "line" or a "row". Raises Unreadable."""
+    row = raw.value
+    if raw.kind == "line":
+        try:
+            row = json.loads(decoded(raw.value))
+        except (ValueError, RecursionError) as problem:
+            raise Unreadable("unreadable", f"not JSON ({str(problem)[:80]})") from None
+    if not isinstance(row, dict):
+        raise Unreadable("unreadable", "not a JSON object")
+    return row
+
+
+def decoded(data: bytes) -> str:
+    """Bytes as text: strictly UTF-8, else in the encoding that they are recognized to be in; never by a guess.
+
+    GB18030 decodes nearly any bytes, so it counts only if the characters are those of daily use. UTF-8 with a few
+    wrong bytes is UTF-8, with U+FFFD for them. Raises Unreadable.
+    """
+    try:
+        return data.decode()
+    except UnicodeDecodeError:
+        pass
+    text = data.decode("utf-8", "replace")
+    n_beyond_ascii = sum(map(data.count, map(bytes, zip(range(0xC2, 0xF5)))))  # first bytes of characters
+    if text.count("\ufffd") <= max(MOST_WRONG * n_beyond_ascii, 1) and n_beyond_ascii > 4:
+        return text
+    name = encodings.guess(data[:HEAD])
+    if name is None:
+        raise Unreadable("undecodable", "neither UTF-8 nor an encoding that is recognized")
+    return data.decode(name, "replace")
+
+
+def text_of_page(page: str) -> str:
+    """The main text of a page of HTML, tables as Markdown. Raises UserError without the package."""
+    try:
+        import trafilatura
+    except ImportError:
+        raise UserError(f"reading .html needs trafilatura; {EXTRA}") from None
+    text = trafilatura.extract(page, include_comments=False, include_tables=True, deduplicate=False)
+    if not text:
+        raise Unreadable("no_text", "no main text was found in the page")
+    return text

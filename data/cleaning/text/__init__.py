@@ -1,0 +1,1 @@
+"""What is done with single texts: mend, mask, cut and measure them."""

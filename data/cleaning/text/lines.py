@@ -1,0 +1,172 @@
+"""Lines that are no part of a text: menus, footers, credits, rulers, links. They are cut before a document is judged.
+
+Two sorts are cut: those that a pattern knows, and those that many documents share (`recurring`), which need a first
+pass over all documents. Lines in blocks of code are left alone.
+"""
+
+import hashlib
+import itertools
+import re
+from collections.abc import Callable, Iterable
+
+import numpy as np
+
+from data.cleaning.text.normalise import FENCED, outside_code
+
+LONGEST = 120  # characters of a line that a pattern may cut
+# A line that holds one of these, and is short, is a page's and not a text's.
+ANYWHERE = re.compile(
+    r"上一篇[:：]|下一篇[:：]|[上下]一页|版权所有|ICP备|公网安备|责任编辑|责编[:：]|分享到|扫一扫|登录\s*[|｜/]\s*(?:立即)?注册|立即注册"
+    r"|请先登录|登录后才|登录或注册|返回(?:首页|顶部)|网站地图|设为首页|加入收藏|收藏本站|相关(?:阅读|文章|推荐)[:：]|热门标签|【?字号[:：]"
+    r"|【?(?:打印本页|关闭窗口)|展开全文|阅读全文|点击查看|查看(?:原图|更多)|访问的页面不存在|自动跳转到首页|本版积分规则|回帖后跳转"
+    r"|没有权限查看此内容|您(?:现在|当前)的位置[:：]|广告服务|诚聘英才|本文由.{0,30}(?:编译|翻译|推出)|译者[:：].*校对[:：]"
+)
+# The same in lower-case English.
+ANYWHERE_EN = (
+    *("all rights reserved", "cookie policy", "use of cookies", "we use cookies", "accept cookies", "skip to content"),
+    *("skip to main content", "add to cart", "subscribe to our newsletter", "powered by wordpress", "copyright ©"),
+    *("powered by discuz", "copyright (c)", "404 not found", "lorem ipsum"),
+)
+LATIN_WORD = re.compile("[A-Za-z]{5}")
+# A line of nothing but these, with separators between, is a menu.
+_MENU = (
+    "首页|关于我们|新闻中心|产品(?:展示|中心)|成功案例|人才招聘|联系(?:我们|方式)|在线留言|登录|注册|忘记密码|购物车|返回|广告服务|版权声明|隐私政策"
+    "|帮助中心|手机版|小黑屋|archiver|搜索|更多|发表回复"
+    "|home|about(?: us)?|products?|services?|blog|contact(?: us)?|faqs?|log ?in|sign ?(?:in|up|out)|register|my account"
+    "|cart|checkout|site ?map|privacy(?: policy)?|terms(?: of (?:use|service))?|help|search|menu|share|tweet|print|next"
+    "|previous|back to top|(?:continue )?read(?:ing)? more"
+)
+_BETWEEN = r"[ \t\u3000|｜/\\·•*>»«<,，、:：\[\]【】\-–—]*"  # no mark that ends a sentence
+MENU = re.compile(rf"^{_BETWEEN}(?:(?:{_MENU})(?:[ \t]*\(\d+\))?{_BETWEEN})+$", re.IGNORECASE | re.MULTILINE)
+_RULE = r"\-=_*~#·•.—─━★☆◆◇▲▼■●○※+"
+RULER = re.compile(rf"^[ \t\u3000]*[{_RULE}][ \t\u3000{_RULE}]{{2,}}$", re.MULTILINE)
+CREDIT = re.compile(
+    r"\W*(?:via|来源|来自|出处|原文(?:链接|地址)?|source)\s*[:：]\s*\W*(?:https?://|www\.)\S+\W*", re.IGNORECASE
+)
+URL_ALONE = re.compile(r"\W*(?:https?://|www\.)\S+\W*", re.IGNORECASE)
+LINK_DEFINITION = re.compile(r"\s{0,3}\[[^\]\n]+\]:\s*(?:https?://|www\.|/|#)\S*.*")
+
+# Markdown: a picture goes, of a link its words stay.
+PICTURE = re.compile(r"!\[[^\]\n]*\](?:\([^)\n]*\)|\[[^\]\n]*\])")
+LINK = re.compile(r"\[([^\]\n]+)\](?:\((?:https?:|mailto:|ftp:|/|#|\.)[^)\n]*\)|\[\w*\](?!\())")
+
+RECURRING_FROM = 24  # bytes of UTF-8: shorter lines recur in good texts, such as “是的。” or `return result`
+
+
+def cut_lines(text: str) -> tuple[str, int, int]:
+    """(the text without lines that are a page's, characters of the lines cut, characters of links taken out)."""
+    if not may_hold_boilerplate(text):
+        return text, 0, 0
+    n_cut = 0
+    n_of_links = 0
+
+    def cut(part: str) -> str:
+        nonlocal n_cut, n_of_links
+        kept = []
+        for line in part.split("\n"):
+            if is_boilerplate(line):
+                n_cut += len(line)
+            elif is_link_or_ruler(line):
+                n_of_links += len(line)
+            else:
+                without = LINK.sub(r"\1", PICTURE.sub("", line)) if "](" in line or "][" in line else line
+                n_of_links += len(line) - len(without)
+                if without.strip() or not line.strip():
+                    kept.append(without)
+        return "\n".join(kept)
+
+    text = outside_code(text, cut)
+    return text.strip("\n"), n_cut, n_of_links
+
+
+def may_hold_boilerplate(text: str) -> bool:
+    """Whether there can be a line to cut: whole texts are searched sooner than their lines."""
+    if "//" in text or "www." in text or "](" in text or "]:" in text:
+        return True
+    short = text if len(text) <= LONGEST else "\n".join([line for line in text.split("\n") if len(line) <= LONGEST])
+    return bool(_holds_phrase(short) or RULER.search(short) or MENU.search(short))
+
+
+def _holds_phrase(text: str) -> bool:
+    if not text.isascii() and ANYWHERE.search(text):
+        return True
+    if not LATIN_WORD.search(text):
+        return False
+    lower = text.lower()
+    return any(phrase in lower for phrase in ANYWHERE_EN)
+
+
+def is_boilerplate(line: str) -> bool:
+    """Whether a pattern knows this line as a page's: a menu, a footer, a notice."""
+    return 0 < len(line) <= LONGEST and bool(line.strip()) and (_holds_phrase(line) or bool(MENU.fullmatch(line)))
+
+
+def is_link_or_ruler(line: str) -> bool:
+    """Whether a line is nothing but a link, its definition, the credit of a source, or a ruler."""
+    if "//" not in line and "www." not in line:
+        return len(line) <= LONGEST and bool(
+            RULER.fullmatch(line) or ("]:" in line and LINK_DEFINITION.fullmatch(line))
+        )
+    patterns = (LINK_DEFINITION, URL_ALONE, CREDIT)
+    return len(line) <= 4 * LONGEST and any(pattern.fullmatch(line) for pattern in patterns)
+
+
+# ---- Lines that many documents share.
+
+
+def line_hashes(text: str) -> list[int]:
+    """The hash of each different line that may be cut if it recurs, 64 bits each.
+
+    Not of short lines, of indented ones and of those in blocks of code; and of a document of one line none, since that
+    is a copy of the document and no line of a page.
+    """
+    if "\n" not in text:
+        return []
+    lines = {line for part in FENCED.split(text)[::2] for line in part.split("\n")}
+    return sorted(_hash(line) for line in lines if may_recur(line))
+
+
+def may_recur(line: str) -> bool:
+    """Whether a line is long enough, and not code by its indentation."""
+    return not line.startswith((" ", "\t")) and len(line) * 3 >= RECURRING_FROM and len(line.encode()) >= RECURRING_FROM
+
+
+def _hash(line: str) -> int:
+    return int.from_bytes(hashlib.blake2b(line.strip().encode(), digest_size=8).digest(), "little")
+
+
+def cut_recurring(text: str, recurring: set[int]) -> tuple[str, int]:
+    """(the text without the lines whose hashes recur, characters cut).
+
+    A document that mostly consists of such lines is a copy of others: it stays whole, for those who look for copies.
+    """
+    n_cut = 0
+
+    def cut(part: str) -> str:
+        nonlocal n_cut
+        kept = []
+        for line in part.split("\n"):
+            if may_recur(line) and _hash(line) in recurring:
+                n_cut += len(line)
+            else:
+                kept.append(line)
+        return "\n".join(kept)
+
+    shorter = outside_code(text, cut).strip("\n")
+    return (shorter, n_cut) if 2 * n_cut <= len(text) else (text, 0)
+
+
+def recurring(hashes: Callable[[], Iterable[np.ndarray]], least: int, at_once: int = 1 << 26) -> np.ndarray:
+    """Those hashes that at least `least` documents hold, sorted, (n,) uint64.
+
+    hashes(): goes through those of all documents, in arrays that may come from the disk; of each document without
+    repeats. Memory holds about `at_once` of them at a time: one part of the range of hashes after another.
+    """
+    n_parts = max(1, -(-sum(map(len, hashes())) // at_once))
+    edges = [(part << 64) // n_parts for part in range(n_parts + 1)]
+    found = []
+    for first, end in itertools.pairwise(edges):
+        inside = [array[(array >= np.uint64(first)) & (array <= np.uint64(end - 1))] for array in hashes()]
+        values, counts = np.unique(np.concatenate(inside or [np.zeros(0, np.uint64)]), return_counts=True)
+        found.append(values[counts >= least])
+    return np.concatenate(found)

@@ -1,0 +1,173 @@
+"""Cleaning whole files: formats, counts that add up, workers, a kill, other thresholds, validation."""
+
+import gzip
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from data import clean
+from data.cleaning import passes
+from minillm.base.errors import UserError
+from minillm.datasets.files.text_files import find_files
+
+ROOT = Path(__file__).parents[3]
+STORY = "老周坐在码头的石阶上，慢慢地补第{}张旧网，太阳出来的时候，雾便散了，河水变成了金黄色。"
+ADVERT = "加微信：abc{}3456，日赚五百，兼职名额有限，先到先得，当天日结，绝不拖欠。"
+
+
+@pytest.fixture
+def pile(tmp_path) -> Path:
+    folder = tmp_path / "pile"
+    (folder / "sub").mkdir(parents=True)
+    rows = [{"text": STORY.format(i), "url": f"u{i}", "text_id": i} for i in range(40)]
+    rows += [{"text": ADVERT.format(i), "url": "ad"} for i in range(5)]
+    rows += [rows[3], {"title": "no text"}, {"text": 7}]
+    lines = [json.dumps(row, ensure_ascii=False) for row in rows] + ["{broken"]
+    (folder / "rows.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    (folder / "array.json").write_text(json.dumps([{"text": "　　" + STORY.format(99) + "\u200b"}]), encoding="utf-8")
+    (folder / "old.txt").write_bytes((STORY.format(100) + "\n\n" + STORY.format(101)).encode("gb18030"))
+    (folder / "sub" / "note.md.gz").write_bytes(gzip.compress(f"# 题\n\n{STORY.format(102)}\n\n---\n".encode()))
+    (folder / "table.csv").write_text(f"id,text\n7,{STORY.format(103)}\n", encoding="utf-8")
+    return folder
+
+
+def run(pile: Path, out: Path, **options) -> dict:
+    return clean.clean(clean.Config(input=(str(pile),), out=str(out), **{"workers": 1, **options}))
+
+
+def kept(out: Path) -> list[dict]:
+    return [
+        json.loads(line) for file in sorted(out.glob("kept-*.jsonl")) for line in file.read_text("utf-8").splitlines()
+    ]
+
+
+def dropped(out: Path) -> dict[str, list[dict]]:
+    files = sorted((out / "dropped").glob("*.jsonl"))
+    return {file.stem: [json.loads(line) for line in file.read_text("utf-8").splitlines()] for file in files}
+
+
+def test_every_document_is_in_exactly_one_place(pile, tmp_path):
+    result = run(pile, tmp_path / "out")
+    rows, others = kept(tmp_path / "out"), dropped(tmp_path / "out")
+    n_read = 49 + 4  # lines of the .jsonl, the other files' documents
+    assert result["read"]["documents"] == n_read == len(rows) + sum(map(len, others.values()))
+    assert sum(result[name]["documents"] for name in ("kept", "mended", "dropped", "duplicate")) == n_read
+    assert {name: len(rows) for name, rows in others.items()} == {
+        **{"sales": 5, "exact_duplicate": 1, "no_text": 2, "unreadable": 1}
+    }
+    assert {name: counts["documents"] for name, counts in result["by_reason"].items() if counts["documents"]} == {
+        name: len(rows) for name, rows in others.items()
+    }
+    assert sum(source["read"] for source in result["by_source"].values()) == n_read
+    assert json.loads((tmp_path / "out" / "report.json").read_text("utf-8")) == json.loads(json.dumps(result))
+
+
+def test_rows_keep_their_fields_and_say_where_they_are_from(pile, tmp_path):
+    run(pile, tmp_path / "out")
+    by_text = {row["text"]: row for row in kept(tmp_path / "out")}
+    row = by_text[STORY.format(5)]
+    assert (row["url"], row["text_id"], row["line"]) == ("u5", 5, 6) and row["source"].endswith("rows.jsonl")
+    assert by_text[STORY.format(103)]["id"] == "7"
+    assert by_text["　　" + STORY.format(99)]["cleaning"]["mended"] == ["invisible"]
+    assert STORY.format(100) + "\n\n" + STORY.format(101) in by_text  # GB18030, one document
+    assert "# 题\n\n" + STORY.format(102) in by_text  # the ruler is cut
+    copy = dropped(tmp_path / "out")["exact_duplicate"][0]["cleaning"]
+    assert (copy["line"], copy["of"].rpartition(":")[2]) == (46, "4")
+    advert = dropped(tmp_path / "out")["sales"][0]["cleaning"]
+    assert advert["value"] > 3.5 and advert["limit"] == "> 3.5"
+    assert by_text[STORY.format(3)]["cleaning"]["copies"] == 2
+
+
+def test_many_small_pieces_and_many_processes_give_the_same(pile, tmp_path, monkeypatch):
+    run(pile, tmp_path / "one")
+    monkeypatch.setattr(passes, "PIECE_BYTES", 1000)
+    run(pile, tmp_path / "small")
+    monkeypatch.setattr(passes, "POOL_FROM", 0)
+    run(pile, tmp_path / "two", workers=2)
+    assert kept(tmp_path / "one") == kept(tmp_path / "small") == kept(tmp_path / "two")
+    assert dropped(tmp_path / "one") == dropped(tmp_path / "small") == dropped(tmp_path / "two")
+
+
+def test_a_killed_run_goes_on_and_makes_no_piece_again(pile, tmp_path, monkeypatch):
+    monkeypatch.setattr(passes, "PIECE_BYTES", 1000)
+    made = []
+    mend_piece = passes.mend_piece
+
+    def dying(stem, raws, how):
+        if len(made) == 4:
+            raise KeyboardInterrupt
+        made.append(stem)
+        mend_piece(stem, raws, how)
+
+    monkeypatch.setattr(passes, "mend_piece", dying)
+    with pytest.raises(KeyboardInterrupt):
+        run(pile, tmp_path / "out")
+    made.append(None)
+    run(pile, tmp_path / "out")
+    run(pile, tmp_path / "straight")
+    assert len(set(made)) == len(made)  # none twice in the first folder, and the second's are of another
+    assert kept(tmp_path / "out") == kept(tmp_path / "straight")
+
+
+def test_other_thresholds_read_nothing_again(pile, tmp_path, monkeypatch):
+    run(pile, tmp_path / "out")
+    monkeypatch.setattr(passes, "mend_piece", None)
+    monkeypatch.setattr(passes, "judge_piece", None)
+    before = kept(tmp_path / "out")
+    rules = tmp_path / "rules.toml"
+    rules.write_text("[sales]\nabove = 100\n")
+    assert run(pile, tmp_path / "out", rules=str(rules), dry_run=True)["by_reason"]["sales"]["documents"] == 0
+    assert kept(tmp_path / "out") == before
+    run(pile, tmp_path / "out", rules=str(rules))
+    assert len(kept(tmp_path / "out")) == len(before) + 5 and "sales" not in dropped(tmp_path / "out")
+
+
+def test_lines_of_ten_documents_are_cut_and_copies_count_once(tmp_path):
+    (tmp_path / "in").mkdir()
+    footer = "本文由某某网友投稿，转载须注明出处与作者。"
+    rows = [{"text": f"{STORY.format(i)}\n{footer}"} for i in range(10)]
+    rows += [{"text": f"{STORY.format(77)}\n这一行只在同一篇文章的副本里出现，不是页脚。"}] * 12
+    (tmp_path / "in" / "a.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    run(tmp_path / "in", tmp_path / "out")
+    texts = [row["text"] for row in kept(tmp_path / "out")]
+    assert texts == [*(STORY.format(i) for i in range(10)), rows[-1]["text"]]
+
+
+def test_no_copy_of_a_validation_document_stays_in_training(pile, tmp_path):
+    val = tmp_path / "val.jsonl"
+    val.write_text(json.dumps({"text": STORY.format(5)}) + "\n" + json.dumps({"text": STORY.format(500)}))
+    result = run(pile, tmp_path / "out", val_input=(str(val),))
+    assert result["by_reason"]["copy_of_validation"]["documents"] == 1
+    assert STORY.format(5) not in {row["text"] for row in kept(tmp_path / "out")}
+    assert {row["text"] for row in kept(tmp_path / "out" / "val")} == {STORY.format(5), STORY.format(500)}
+
+
+def test_of_a_cleaned_folder_only_what_was_kept_is_read(pile, tmp_path):
+    run(pile, tmp_path / "out")
+    assert [file.name for file in find_files([tmp_path / "out"])] == ["kept-00000.jsonl"]
+
+
+def test_explain_shows_each_feature(pile, tmp_path):
+    text = clean.explain(clean.Config(explain=f"{pile / 'rows.jsonl'}:42"))
+    assert "✗ sales: drop > 3.5" in text and "✓ digits" in text
+    with pytest.raises(UserError, match="no document there"):
+        clean.explain(clean.Config(explain=f"{pile / 'rows.jsonl'}:420"))
+
+
+def test_what_is_missing_is_said(pile, tmp_path):
+    with pytest.raises(UserError, match="--input and --out"):
+        clean.Config(input=("x",))
+    with pytest.raises(UserError, match="lies inside"):
+        run(pile, pile / "out")
+    with pytest.raises(UserError, match="there are text, url, text_id; choose the key with --field"):
+        run(pile / "rows.jsonl", tmp_path / "out", field="body")
+
+
+def test_the_script_prints_the_table(pile, tmp_path):
+    command = [sys.executable, "data/clean.py", "--input", str(pile), "--out", str(tmp_path / "out")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={"PYTHONPATH": str(ROOT), "PATH": ""})
+    assert done.returncode == 0, done.stderr
+    assert "exact_duplicate" in done.stdout and "read" in done.stdout

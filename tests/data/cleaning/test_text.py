@@ -1,0 +1,230 @@
+"""Mending, cutting, masking and measuring single texts, against what a reader expects of them."""
+
+import random
+import unicodedata
+
+import numpy as np
+import pytest
+
+from data.cleaning import reading
+from data.cleaning.rules import decide, read_rules
+from data.cleaning.text import characters
+from data.cleaning.text.features import LANGUAGES, NAMES, features, languages
+from data.cleaning.text.lines import cut_lines, cut_recurring, line_hashes, recurring
+from data.cleaning.text.masks import is_identity_number, mask
+from data.cleaning.text.normalise import normalise
+from minillm.base.errors import UserError
+
+ZH = "清晨的河面上浮着一层薄雾，渔船还没有出港。老周坐在码头的石阶上，慢慢地补一张旧网。"
+EN = "The boats had not left the harbour yet. Old Zhou sat on the stone steps and mended a net."
+ODE = "采薇采薇，薇亦作止。曰归曰归，岁亦莫止。靡室靡家，玁狁之故。不遑启居，玁狁之故。"
+
+
+def measured(text: str, **known: float) -> dict[str, float]:
+    row = [[known.get(name, 0) for name in ("cut", "personal", "damaged", "stub")]]
+    return dict(zip(NAMES, features([text], np.array(row, float))[0].tolist(), strict=True))
+
+
+def reason(text: str) -> str | None:
+    rules = read_rules()
+    (number,) = decide(rules, np.array([list(measured(text).values())]))
+    return rules[number].name if number >= 0 else None
+
+
+# ---- normalise
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "what"),
+    [
+        ("\ufeff你好\u200b世界\u00a0a", "你好世界 a", "invisible"),
+        ("a\r\nb\rc", "a\nb\nc", "line_ends"),
+        ("3 &amp;lt; 5&nbsp;ok", "3 < 5 ok", "entities"),
+        ("ａｂｃ１２，！", "abc12，！", "full_width"),
+        ("e\u0301te\u0301", "été", "nfc"),
+        ("好" + "\u0326" * 40 + "的", "好的", "stacked_marks"),
+        ("第 一 条 为 了 加 强 管 理 ，制 定 本 办 法 。", "第一条为了加强管理，制定本办法。", "spaced_hanzi"),
+        ("Itâ€™s what weâ€™ve seen â€” all of it", "It’s what we’ve seen — all of it", "mojibake"),
+        ("H<sub>2</sub>O 与<ruby>密钥<rt>key</rt></ruby>", "H2O 与密钥（key）", "inline_tags"),
+        ("a\x07b", "ab", "controls"),
+    ],
+)
+def test_what_can_be_mended_is_mended_and_named(before, after, what):
+    assert normalise(before) == (after, [what])
+    assert normalise(after) == (after, [])
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        ZH,
+        EN,
+        "“是吗？”……（完）：！",
+        "Ünïted à la carte, “Ã©” is odd",
+        "我 爱 Python 和 C",
+        "a && b; AT&T",
+        "  两格\n\n缩进",
+    ],
+)
+def test_good_text_stays_as_it_is(text):
+    assert normalise(text) == (text, [])
+
+
+def test_text_read_as_latin_1_is_read_again():
+    assert normalise(ZH.encode().decode("latin-1"))[0] == ZH
+
+
+def test_code_is_left_alone():
+    text = "看代码：\n```html\n<b>&lt;p&gt;</b>\n----\n```\n完"
+    assert normalise(text)[0] == text and cut_lines(text)[0] == text
+
+
+# ---- masks
+
+
+def test_personal_data_is_masked_and_counted():
+    text = "电话 13912345678，信箱 li.ming@mail.cn，证号 11010519491231002X，+44 20 7946 0018。"
+    masked, n = mask(text)
+    assert n == 4 and masked == "电话 [phone]，信箱 [mail]，证号 [id]，[phone]。"
+    others = "圆周率 3.14159265358979，版本 2.13912345678，订单 20231391234567890，12356 与 110"
+    assert mask(others) == (others, 0)
+
+
+def test_the_check_digit_of_identity_numbers():
+    assert is_identity_number("11010519491231002X")  # the example in GB 11643-1999
+    assert not is_identity_number("110105194912310021")
+
+
+# ---- lines
+
+
+def test_boilerplate_is_cut_and_text_is_not():
+    page = f"首页 | 关于我们 | 联系我们\n{ZH}\n上一篇：秋天\n版权所有 某公司 京ICP备12345号\nhttps://example.com/a\n----\n![图](a.png)"
+    text, n_cut, n_links = cut_lines(page)
+    assert text == ZH and n_cut > 30 and n_links > 10
+    assert cut_lines("见[文档](https://example.com/x)的说明")[0] == "见文档的说明"
+    for good in (ZH, EN, "He went\nhome.\nThen he said “more”.", "a[0](x)", "| a | b |\n|---|---|\n| 1 | 2 |"):
+        assert cut_lines(good) == (good, 0, 0)
+
+
+def test_recurring_lines_are_counted_by_document_and_cut():
+    footer = "本站内容由网友上传，如有侵权请联系我们删除。"
+    texts = [f"{ZH}第{i}篇，各不相同。\n{footer}\n{footer}" for i in range(10)]
+    hashes = [np.array(line_hashes(text), np.uint64) for text in texts]
+    for at_once in (1 << 20, 3):  # in one part of the range, and in many
+        found = recurring(lambda: hashes, 10, at_once)
+        assert len(found) == 1 and not len(recurring(lambda: hashes, 11, at_once))
+    assert cut_recurring(texts[3], set(found.tolist())) == (f"{ZH}第3篇，各不相同。", 2 * len(footer))
+    mostly_footer = f"短\n{footer}"
+    assert cut_recurring(mostly_footer, set(found.tolist())) == (mostly_footer, 0)
+    assert line_hashes(footer) == []  # a document of one line: copies of it are copies
+
+
+# ---- characters and features, against Python's own loops
+
+
+def test_kinds_of_characters_by_their_names_in_unicode():
+    counts = characters.kind_counts(*_points(["aé我龘かハ한Яα1。,★\ufffd\ue000 ", ""]), 2)
+    got = {name: int(n) for name, n in zip(characters.KINDS, counts[0], strict=True) if n}
+    expected = {"latin": 1, "latin_1": 1, "function_hanzi": 1, "rare_hanzi": 1, "kana": 2, "hangul": 1, "cyrillic": 1}
+    expected |= {"other_letter": 1, "digit": 1, "end_mark": 1, "punctuation": 1, "symbol": 1, "damaged": 2, "space": 1}
+    assert got == expected and counts[1].sum() == 0
+    table = characters.kind_table()
+    letters = [characters.KIND[name] for name in characters.LETTERS]
+    for point in random.Random(0).sample(range(0x20000), 5000):
+        is_letter = unicodedata.category(chr(point))[0] == "L"
+        assert (table[point] in letters) == (is_letter or chr(point) == "〇"), hex(point)
+
+
+def _points(texts):
+    points, borders = characters.code_points(texts)
+    return points, characters.owners(borders)
+
+
+def test_repeated_grams_and_runs_as_counted_one_by_one():
+    rng = random.Random(1)
+    texts = ["".join(rng.choices("甲乙", k=rng.randrange(0, 90))) for _ in range(60)] + [ZH * 3, "", "哈" * 50]
+    points, borders = characters.code_points(texts)
+    shares = characters.repeated_grams(points, borders)
+    runs = characters.longest_run(points, borders)
+    for text, share, run in zip(texts, shares, runs, strict=True):
+        grams = [text[i : i + 12] for i in range(len(text) - 11)]
+        assert share == pytest.approx(1 - len(set(grams)) / len(grams) if grams else 0)
+        longest = max((n for n in range(1, 60) if any(c * n in text for c in set(text))), default=0)
+        assert run == (longest if longest > 2 else 0)
+
+
+def test_each_kind_of_bad_text_has_its_reason():
+    garbled = ZH.encode().decode("gb18030", "replace")
+    assert reason(garbled) in ("damaged", "rare_hanzi", "mojibake")
+    assert reason("锟斤拷" * 9) == "mojibake"
+    assert reason("吾輩は猫である。名前はまだ無い。どこで生れたかとんと見当がつかぬ。") == "kana"
+    assert reason("В начале июля, в чрезвычайно жаркое время, под вечер, один человек вышел.") == "cyrillic"
+    assert reason("iphone case, leather cover, cheap glass, screen protector, " * 3) == "english_words"
+    assert reason("★☆★☆★☆ 欢迎光临 ◆◇◆◇◆◇★☆★☆★☆") == "symbols"
+    assert reason("加微信：abc123456，日赚五百，兼职名额有限，先到先得，当天日结。") == "sales"
+    assert reason(ZH * 9) == "repeated_grams"
+    assert reason("13.25 14.08 13.97 12.66 15.21 14.33") == "digits"
+
+
+@pytest.mark.parametrize(
+    "text", [ZH, EN, ODE, "月落乌啼霜满天，江枫渔火对愁眠。", "“去吗？”\n“去。”\n“那走吧。”", "水的沸点是一百摄氏度。"]
+)
+def test_good_text_is_kept(text):
+    assert reason(text) is None
+
+
+def test_a_feature_that_says_nothing_holds_for_no_rule():
+    values = measured(ZH)
+    assert np.isnan(values["english_words"]) and np.isnan(values["function_hanzi"])
+    assert np.isnan(measured(EN)["repeated_grams"])  # shorter than 100 characters
+
+
+def test_languages_by_script():
+    texts = [ZH, EN, "これはペンです。", "안녕하세요", "Привет, мир", "你好 world", "สวัสดีชาวโลก"]
+    names = ("zh", "en", "ja", "ko", "ru", "zh", "other")
+    assert [LANGUAGES[i] for i in languages(texts)] == list(names)
+
+
+# ---- rules
+
+
+def test_a_file_changes_single_rules(tmp_path):
+    file = tmp_path / "mine.toml"
+    file.write_text('[digits]\nbelow = 0.1\n[short]\ndo = "flag"\n[kana]\ndo = "nothing"\n')
+    rules = {rule.name: rule for rule in read_rules(file)}
+    assert (rules["digits"].above, rules["digits"].below) == (None, 0.1)
+    assert rules["short"].do == "flag" and "kana" not in rules
+    assert "kana" not in {rule.name for rule in read_rules(None, ("zh", "ja"))}
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("[digit]\nabove=1", "digits"),
+        ("[digits]\nover=1", "above"),
+        ('[digits]\nabove="x"', "number"),
+        ('[digits]\ndo="x"', "drop"),
+    ],
+)
+def test_a_wrong_rule_is_named(tmp_path, text, words):
+    file = tmp_path / "mine.toml"
+    file.write_text(text)
+    with pytest.raises(UserError, match=words):
+        read_rules(file)
+
+
+# ---- reading
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "gb18030", "big5", "utf-16"])
+def test_encodings_are_recognized(encoding):
+    text = "臺北的冬天並不算冷，只是雨多。巷口的麵攤一年四季都開著。" if encoding == "big5" else ZH
+    assert reading.decoded(text.encode(encoding)) == text
+
+
+def test_bytes_of_no_encoding_are_not_guessed():
+    noise = bytes(random.Random(2).choices(range(128, 256), k=400))
+    with pytest.raises(reading.Unreadable):
+        reading.decoded(noise)
+    assert reading.decoded(ZH.encode() + b"\xff" + ZH.encode()) == ZH + "\ufffd" + ZH
