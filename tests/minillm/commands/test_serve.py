@@ -82,3 +82,9 @@ def test_what_cannot_be_served_is_one_line(call, started):
         status, _, err = call("serve", *options)
         assert status == 2 and words in err and len(err.splitlines()) == 1
     assert not started
+
+
+def test_what_is_logged_commands_no_terminal(call, started, capsys):
+    call("serve")
+    started[-1].log("a fault: \x1b]52;c;\u202e")
+    assert capsys.readouterr().err == "a fault: \\x1b]52;c;\\u202e\n"

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from minillm.generation.sampling import Sampling
-from minillm.serving.openai_request import Limits, fields_of, read_chat, read_completion
+from minillm.serving.openai_request import NO_EFFECT, Limits, fields_of, read_chat, read_completion
 from minillm.serving.refusal import Refusal
 
 LIMITS = Limits(n=4, texts=12)
@@ -167,3 +167,26 @@ def test_a_body_that_is_no_json_object_is_refused(body):
     with pytest.raises(Refusal) as refused:
         fields_of(body)
     assert refused.value.status == 400 and "get a whole copy" not in refused.value.message
+
+
+ODD = [None, True, False, 0, 1, -1, 3, 1.5, 1e300, -0.0, 1 << 70, "", "a", "none", [], {}, [[]], [{}], [None], ["a", 1]]
+ODD += [[1, True], [1.5], {"a": 1}, {"type": "text"}, {"include_usage": 3}, [{"role": "user"}], "x" * 2000, [1 << 70]]
+ODD += [[{"role": "user", "content": [{"type": "text"}]}], [{"role": {}, "content": "a"}], [{"role": None}], ["a"] * 40]
+
+
+def test_whatever_a_field_holds_it_is_accepted_or_refused():
+    """Anything else would be the server's fault, a 500, and be sent again."""
+    names = [*NO_EFFECT, *("model", "messages", "prompt", "n", "max_tokens", "max_completion_tokens", "temperature")]
+    names += ["top_p", "top_k", "min_p", "repetition_penalty", "seed", "stop", "stream", "stream_options", "logprobs"]
+    names += ["top_logprobs", "echo", "unheard_of"]
+    n_accepted = n_refused = 0
+    for ask in (chat, completion):
+        for name in names:
+            for value in ODD:
+                try:
+                    ask(**{name: value})
+                    n_accepted += 1
+                except Refusal as refusal:
+                    assert refusal.status == 400 and len(refusal.message) < 300
+                    n_refused += 1
+    assert n_accepted > 300 and n_refused > 300
