@@ -121,6 +121,11 @@ class Config(AlignmentConfig):
     good_weight: float = _loss_option("good_weight", 1.0, "weight of good answers", at_least=0)
     bad_weight: float = _loss_option("bad_weight", 1.0, "weight of bad answers", at_least=0)
 
+    @property
+    def n_models(self) -> tuple[int, int]:
+        """The policy, and a reference for a loss that has one."""
+        return 1, int(self.has_own_reference and LOSSES[self.loss].has_reference)
+
     def problems(self) -> list[str]:
         problems = super().problems()
         if self.loss == "exo_pair" and self.label_smoothing == 0:

@@ -43,6 +43,11 @@ class AlignmentConfig(TuningConfig, TrainingConfig):
         return self.seq_len - self.virtual_positions
 
     @property
+    def has_own_reference(self) -> bool:
+        """Whether the reference is a model of its own, for want of an adapter under which the base lies."""
+        return self.tune in ("full", "freeze")
+
+    @property
     def held_out(self) -> str | None:
         """The file of held-out instructions, if there is one."""
         is_bundled = self.data.startswith(f"{bundled.FOLDER}/")

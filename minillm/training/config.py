@@ -132,6 +132,11 @@ class TrainingConfig(Options):
     )
     tensorboard: bool = option(False, "also write TensorBoard events", group="validation and checkpoints")
 
+    @property
+    def n_models(self) -> tuple[int, int]:
+        """How many models of one size the run trains, and how many more it holds only to read them."""
+        return 1, 0
+
 
 # Options that a resumed run may change: all but those that go into a fingerprint, and scripts' own about looking.
 BOUND = {"data", "init_from", "batch_size", "seq_len", "seed"}

@@ -89,9 +89,10 @@ def _shard_with_room(training_config, model_config: ModelConfig, ranks: Ranks) -
     """What --shard auto is: the same on all ranks, whose machines may have unequal memory or numbers of ranks."""
     if training_config.base_bits is not None:  # a quantized base stays whole on every rank
         return 1
-    n_bytes = sum(memory.weights(model_config).values())
+    n_trained, n_read = training_config.n_models
+    n_bytes = (n_trained + n_read) * sum(memory.weights(model_config).values())
     if training_config.tune == "full":
-        n_bytes += sum(memory.optimizer_state(n_parameters(model_config)).values())
+        n_bytes += n_trained * sum(memory.optimizer_state(n_parameters(model_config)).values())
     if ranks.device.type == "cuda":
         room = STATE_SHARE * torch.cuda.get_device_properties(ranks.device).total_memory
     else:

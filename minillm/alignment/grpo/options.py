@@ -102,6 +102,11 @@ class GroupConfig(ReplayConfig):
         return problems
 
     @property
+    def n_models(self) -> tuple[int, int]:
+        """The policy, and a reference if there is a price of the distance from it."""
+        return 1, int(self.has_own_reference and self.beta > 0)
+
+    @property
     def kl_place(self) -> str:
         """--kl, decided: a std would weigh the price anew in each group."""
         if self.kl != "auto":

@@ -114,10 +114,15 @@ class PpoConfig(ReplayConfig):
         return problems
 
     @property
+    def n_models(self) -> tuple[int, int]:
+        """Policy and value model, unless these are adapters over one base; reference and reward model."""
+        has_own = self.has_own_reference
+        return 1 + has_own, has_own + (self.reward_model is not None)
+
+    @property
     def values_are_scores(self) -> bool:
         """Whether values begin as the reward model's scores."""
-        own_model = self.tune in ("full", "freeze")
-        return self.reward_model is not None and own_model and self.value_start != "zero"
+        return self.reward_model is not None and self.has_own_reference and self.value_start != "zero"
 
     @property
     def true_reward(self) -> str | None:

@@ -15,6 +15,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import distribute_tensor
 
+import train_dpo
+import train_grpo
+import train_ppo
 from minillm.base.errors import UserError
 from minillm.checkpoint import huggingface
 from minillm.datasets.batch import Batch
@@ -319,6 +322,31 @@ def test_auto_takes_the_ranks_of_a_machine_once_one_has_no_room(monkeypatch):
     assert choose_shard(500, 100, 2, 16) == 4  # two ranks share each row, and a part of the state with it
     with pytest.raises(UserError, match=r"16 rank\(s\) have 0.0 each: start at least 17 ranks"):
         choose_shard(1601, 100, 1, 16)
+
+
+@pytest.mark.parametrize(
+    ("config", "changed", "n_trained", "n_read"),
+    [
+        (Config, {}, 1, 0),
+        (train_dpo.Config, {}, 1, 1),
+        (train_dpo.Config, dict(loss="orpo"), 1, 0),
+        (train_grpo.Config, {}, 1, 1),
+        (train_grpo.Config, dict(beta=0.0), 1, 0),
+        (train_ppo.Config, {}, 2, 2),
+        (train_ppo.Config, dict(reward_model=None), 2, 1),
+        (train_ppo.Config, dict(tune="lora"), 1, 1),  # with no optimizer to speak of
+    ],
+)
+def test_auto_has_room_for_all_models_of_a_run(monkeypatch, config, changed, n_trained, n_read):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
+    monkeypatch.setattr(Ranks, "max", lambda self, number: number)
+    asked = config(shard="auto", **changed)
+    n_bytes = (n_trained + n_read) * sum(memory.weights(SHAPE).values())
+    if asked.tune == "full":
+        n_bytes += n_trained * sum(memory.optimizer_state(n_parameters(SHAPE)).values())
+    for short, shard in ((0, 1), (1, 2)):
+        monkeypatch.setattr(sharding.files, "memory_bytes", lambda short=short: n_bytes - short)
+        assert sharding._shard_with_room(asked, SHAPE, Ranks(0, 2, CPU)) == shard
 
 
 def test_rows_are_not_shared_where_each_rank_needs_whole_ones():
