@@ -41,8 +41,8 @@ BUDGET = {
     "tuning": 11_600,
     "generation": 9_400,  # many requests in one running batch
     "evaluation": 12_600,  # benchmarks, also in training
-    "training": 17_000,  # sharding, saving in the background
-    "alignment": 21_000,
+    "training": 18_300,  # sharding, saving in the background, bad steps of workers
+    "alignment": 23_100,  # models dealt out over ranks
     "serving": 11_000,  # the interface of OpenAI over HTTP, and the chat page's headers
     "commands": 26_000,  # judged answers, pairs of them, speeds beside trl's, a plan's sums, a cluster's checks
     "scripts": 18_000,
