@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from data import bundled, prepare
+from data import bundled, mix, prepare
 from docs.course import lesson
 from kernels import tune
 from kernels.bench import suite
@@ -86,6 +86,7 @@ def test_commands_and_options_are_known(path, monkeypatch):
     monkeypatch.setattr(prepare, "read_benchmarks", lambda files, field: [])
     monkeypatch.setattr(lesson, "corpus", lambda quick: "data/bundled")
     parse = {name: partial(command_line.parse, config, "") for name, config in SCRIPTS.items()}
+    parse["data/mix.py"] = partial(command_line.parse, mix.Config, "")
     parse |= {"data/prepare.py": prepare.main, "minillm": lambda: __main__.parse_command(sys.argv[1:])}
     parse |= {"kernels.bench": suite.build_parser().parse_args, "kernels.tune": tune.build_parser().parse_args}
     parse |= {f"docs/course/{path.name}": lambda: lesson.options("") for path in ROOT.glob("docs/course/*.py")}
@@ -99,7 +100,7 @@ def test_commands_and_options_are_known(path, monkeypatch):
     sources = "".join(Path(module.__file__).read_text(encoding="utf-8") for module in modules)
     configs = [importlib.import_module(module).Config for module in __main__.COMMANDS.values()]
     known = {
-        name for config in (*SCRIPTS.values(), prepare.Config, bundled.Config, *configs) for name in declared(config)
+        name for config in (*SCRIPTS.values(), prepare.Config, bundled.Config, mix.Config, *configs) for name in declared(config)
     }
     known |= {*re.findall(r'"--(\w+)"', sources), *TORCHRUN, "config", "help", "name", "quick", "solutions"}
     assert set(re.findall(r"(?<![\w-])--(\w+)", Page(path).text)) <= known

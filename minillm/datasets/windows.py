@@ -13,7 +13,9 @@ from minillm.base.errors import UserError
 from minillm.datasets.batch import Batch, documents_in, shifted
 from minillm.datasets.token_bins import TokenBins
 
-MIXTURE_SLOTS = 256  # each block of this many windows has a mixture's exact shares
+MIXTURE_SLOTS = 256  # each block of this many windows has a mixture's exact shares, unless one of them is smaller
+MOST_SLOTS = 1 << 20
+SLOTS_OF_SMALLEST = 8  # at least, where blocks are larger
 
 
 def permute(index: np.ndarray, n: int, key: int) -> np.ndarray:
@@ -78,11 +80,7 @@ class TokenWindows:
         for streams in self.streams:
             n_windows = [math.ceil((stream.end - stream.begin - 1) / seq_len) for stream in streams]
             self.edges.append(np.cumsum([0, *n_windows]))
-        # The first of the MIXTURE_SLOTS slots that each source has, and MIXTURE_SLOTS.
-        shares = np.array([share for _, share in mixture])
-        self.slots = np.round(np.cumsum([0.0, *shares]) * MIXTURE_SLOTS).astype(np.int64)
-        if (np.diff(self.slots) == 0).any():
-            raise UserError(f"--data: a share below 1/{MIXTURE_SLOTS} would never be drawn; raise its weight")
+        self.slots = slots_of([share for _, share in mixture])
 
     @property
     def n_windows(self) -> int:
@@ -106,9 +104,10 @@ class TokenWindows:
         """
         if len(self.sources) == 1:
             return np.zeros_like(positions), positions
-        blocks, places = np.divmod(positions, MIXTURE_SLOTS)
+        n_slots = int(self.slots[-1])  # of a block
+        blocks, places = np.divmod(positions, n_slots)
         keys = [_key(self.seed, 1, block) for block in blocks]
-        slots = np.array([permute(place, MIXTURE_SLOTS, key) for place, key in zip(places, keys, strict=True)])
+        slots = np.array([permute(place, n_slots, key) for place, key in zip(places, keys, strict=True)])
         sources = np.searchsorted(self.slots, slots, side="right") - 1
         return sources, blocks * np.diff(self.slots)[sources] + slots - self.slots[sources]
 
@@ -140,6 +139,25 @@ class TokenWindows:
         begin = stream.begin + (window - int(self.edges[source][number])) * self.seq_len
         last_begin = stream.end - (self.seq_len + 1)
         return self.sources[source].read(min(begin, last_begin), self.seq_len + 1)
+
+
+def slots_of(shares: list[float]) -> np.ndarray:
+    """The first slot that each source has of a block, and the number of slots, (n + 1,) int64.
+
+    A block has MIXTURE_SLOTS; where the smallest share would have none of these, so many, a power of two, that it has
+    SLOTS_OF_SMALLEST. Raises UserError for a share that is too small for any block.
+    """
+    sums = np.cumsum([0.0, *shares])
+    slots = np.round(sums * MIXTURE_SLOTS).astype(np.int64)
+    if np.diff(slots).all():
+        return slots
+    n_slots = 1 << math.ceil(math.log2(SLOTS_OF_SMALLEST / min(shares)))
+    if n_slots > MOST_SLOTS:
+        raise UserError(
+            f"--data: a share of {min(shares):.1g} is below {SLOTS_OF_SMALLEST}/{MOST_SLOTS:,} and would hardly be "
+            "drawn; raise its weight"
+        )
+    return np.round(sums * n_slots).astype(np.int64)
 
 
 def is_target(rows: np.ndarray, bins: TokenBins) -> np.ndarray | None:

@@ -8,7 +8,7 @@ from minillm.base.errors import UserError
 from minillm.datasets import token_bins
 from minillm.datasets.batch import Batch, documents_in
 from minillm.datasets.token_bins import TokenBins, parse_mixture
-from minillm.datasets.windows import MIXTURE_SLOTS, TokenWindows, permute, validation_part
+from minillm.datasets.windows import MIXTURE_SLOTS, TokenWindows, permute, slots_of, validation_part
 
 EOS = 2
 
@@ -112,6 +112,15 @@ def test_mixture_holds_its_shares_and_visits_every_window(tmp_path):
     some = data.batch(np.arange(2 * MIXTURE_SLOTS)).x[:, 0]
     assert len(set(some[some >= 500].tolist())) == 100  # two blocks give 128 of b: each of its 100 windows
     assert torch.equal(data.batch(np.array([300, 20])).x, data.batch(np.arange(400)).x[[300, 20]])
+
+
+def test_small_shares_have_larger_blocks():
+    assert slots_of([0.75, 0.25]).tolist() == [0, 192, 256]
+    assert slots_of([1 - 1 / 400, 1 / 400]).tolist() == [0, 255, 256]  # rounded, as it always was
+    slots = slots_of([0.999, 0.001])
+    assert slots[-1] == 8192 and np.diff(slots)[1] == 8
+    with pytest.raises(UserError, match="raise its weight"):
+        slots_of([1 - 1e-6, 1e-6])
 
 
 @pytest.mark.parametrize("other", [{"vocab_size": 1001}, {"tokenizer_sha256": "y"}, {"eos_id": 3}])
