@@ -40,6 +40,7 @@ COMMANDS = {
     "bench tune": "minillm.commands.bench.tune",
     "bench data": "minillm.commands.bench.data",
     "bench align": "minillm.commands.bench.align",
+    "bench eval": "minillm.commands.bench.evaluate",
     "bench busy": "minillm.commands.bench.busy",
 }
 

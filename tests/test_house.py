@@ -40,7 +40,7 @@ BUDGET = {
     "data": 64_000,  # rows of benchmarks, cleaning of texts and instructions, near duplicates, mixing, a report
     "tuning": 11_600,
     "generation": 9_400,  # many requests in one running batch
-    "evaluation": 12_600,  # benchmarks, also in training
+    "evaluation": 14_200,  # benchmarks, also in training, shared by ranks, read by families
     "training": 18_300,  # sharding, saving in the background, bad steps of workers
     "alignment": 23_100,  # models dealt out over ranks
     "serving": 11_000,  # the interface of OpenAI over HTTP, and the chat page's headers
@@ -53,7 +53,7 @@ MOST_PARAMETERS = 7  # besides self; not of kernels and ops, whose parameters ar
 
 OPTIONAL = {"matplotlib", "tensorboard", "pyarrow", "transformers", "peft", "gguf", "liger_kernel", "flash_attn"}
 OPTIONAL |= {"trafilatura", "warcio", "zstandard"}
-OPTIONAL |= {"bitsandbytes", "tokenizers", "jinja2", "trl", "datasets"}
+OPTIONAL |= {"bitsandbytes", "tokenizers", "jinja2", "trl", "datasets", "lm_eval"}
 OPTIONAL |= {"uvicorn"}
 WHOLE_FOLDERS = ("minillm", "kernels", "data/world", "data/cleaning")
 SOURCES = sorted(

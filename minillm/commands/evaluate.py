@@ -250,7 +250,7 @@ def _evaluate_tasks(config: Config, folder: Path) -> None:
     if is_reward_model(folder):
         raise UserError(f"--tasks {config.tasks}: needs a language model, and {folder} is a reward model")
     benchmarks = {}
-    for name in _benchmarks_named(config.tasks):
+    for name in benchmarks_named(config.tasks):
         try:
             benchmarks[name] = read_tasks(name, Path(config.task_data), config.shots, config.limit)
         except MissingError as problem:
@@ -302,7 +302,7 @@ def _evaluate_tasks(config: Config, folder: Path) -> None:
         write_json_atomically(out, results)
 
 
-def _benchmarks_named(tasks: str) -> list[str]:
+def benchmarks_named(tasks: str) -> list[str]:
     """The names in --tasks, each once. Raises `UserError` for one that is no benchmark."""
     if tasks == ALL:
         return list(BENCHMARKS)

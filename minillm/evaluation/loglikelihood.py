@@ -1,12 +1,14 @@
 """How likely a model finds texts after other texts: log-likelihoods as lm-evaluation-harness counts them.
 
 A request is a context and a continuation, "Question: … Answer:" and " Paris". Its score is the sum of ln p over the ids
-of the continuation, in nats, each predicted from all ids before it. Requests with one context (the choices of a
-question) read it once, and what the contexts of a batch begin with alike (examples) is read once for the batch:
+of the continuation, in nats, each predicted from all ids before it. What many contexts begin with alike (the examples
+of an exam) is read once, each context once, with the longest of its continuations, and then the other ones:
 
-    read once               ^ examples
-    once a context          ^ examples question 1          ^ examples question 2
-    once a continuation     ^ examples question 1 choice   …
+    once a family           ^ examples
+    once a context          ^ examples question 1 the longest choice     ^ examples question 2 …
+    once a continuation     ^ examples question 1 choice                 …
+
+Rows of like length are read together, and only states that predict something go through the head.
 """
 
 from collections.abc import Iterator, Sequence
@@ -25,7 +27,10 @@ from minillm.model.transformer import Transformer
 from minillm.tokenizer.tokenizer import Tokenizer
 from minillm.tuning.virtual_tokens import context_of, virtual_tokens
 
-BATCH_TOKENS = 8192  # places in the cache of a batch
+PLACES = 8192  # in the cache of a batch, which bounds its memory
+NEW_TOKENS = {"cpu": 1024}  # of one pass; more would not stay in a CPU's cache
+ALIKE = 32  # ids with which the contexts of a family begin alike
+SMALLEST_FAMILY = 4  # contexts; fewer are read as they are
 LOGITS_AT_ONCE = 1 << 24  # numbers
 
 
@@ -64,21 +69,24 @@ def scores_of(model: Transformer, pairs: Sequence[Pair], ranks: Ranks | None = N
 
     ranks: share the batches, and each gets the scores of all; every one must call this. None: this process is alone.
     """
-    batches = list(_batches(pairs, context_of(model)))
+    device_type = model.embed_tokens.weight.device.type
+    batches = []
+    for family in _families(pairs):
+        batches += _batches(family, context_of(model), NEW_TOKENS.get(device_type, PLACES))
     of_rank = batches if ranks is None else batches[ranks.data_rank :: ranks.data_world]
     scores: dict[Pair, Score] = {}
     was_training = model.training
     model.eval()
-    lockstep = Lockstep(model)  # the ranks of a sharded model make equally many passes
+    reader = _Reader(model)
     with without_gradients(model):
         try:
             for batch in of_rank:
-                scores |= _scores(model, batch, lockstep)
+                scores |= _scores(reader, batch)
         except Exception:
-            lockstep.is_needed = False  # the others notice the loss of this rank
+            reader.lockstep.is_needed = False  # the others notice the loss of this rank
             raise
         finally:
-            lockstep.end()
+            reader.lockstep.end()
             model.train(was_training)
 
     # the scores of all ranks; pairs go by their numbers
@@ -131,122 +139,185 @@ def fitted(pair: Pair, max_len: int) -> Pair:
     return pair._replace(context=pair.context[-(max_len + 1 - n_continuation) :])
 
 
-# ---- batches
+# ---- families and batches
 
 
-Batch = dict[tuple[int, ...], list[tuple[int, ...]]]  # context → its continuations
+class Family(NamedTuple):
+    """Contexts that begin alike, with their continuations. n_alike: with how many equal ids, less than any has."""
+
+    n_alike: int
+    continuations: dict[tuple[int, ...], list[tuple[int, ...]]]  # of each context, the longest first
 
 
-def _batches(pairs: Sequence[Pair], most_places: int) -> Iterator[Batch]:
-    """The pairs, each once, as batches of contexts of like length.
-
-    A batch fits into a cache of BATCH_TOKENS places, with rows of at most `most_places`, unless it is one context.
-    """
-    by_context: Batch = {}
+def _families(pairs: Sequence[Pair]) -> list[Family]:
+    """The pairs, each once: contexts that begin with the same ALIKE ids together, and all others together."""
+    of_context: dict[tuple[int, ...], list[tuple[int, ...]]] = {}
     for context, continuation in dict.fromkeys(pairs):
-        by_context.setdefault(context, []).append(continuation)
+        of_context.setdefault(context, []).append(continuation)
+    by_beginning: dict[tuple[int, ...], list[tuple[int, ...]]] = {}
+    for context, continuations in of_context.items():
+        continuations.sort(key=len, reverse=True)
+        by_beginning.setdefault(context[:ALIKE], []).append(context)
 
-    batch: Batch = {}
-    n_rows = 0
+    families = []
+    others: list[tuple[int, ...]] = []
+    for beginning, contexts in by_beginning.items():
+        if len(beginning) < ALIKE or len(contexts) < SMALLEST_FAMILY:
+            others += contexts
+            continue
+        n_alike = min(_n_alike(contexts), min(map(len, contexts)) - 1)
+        families.append(Family(n_alike, {context: of_context[context] for context in contexts}))
+    return [*families, Family(0, {context: of_context[context] for context in others})]
+
+
+def _n_alike(rows: Sequence[tuple[int, ...]]) -> int:
+    """With how many equal ids all rows begin; the first and the last in the order of their ids differ the most."""
+    pairs = zip(min(rows), max(rows), strict=False)
+    return next((n for n, (a, b) in enumerate(pairs) if a != b), min(map(len, rows)))
+
+
+def _batches(family: Family, most_places: int, most_tokens: int) -> Iterator[Family]:
+    """The family in parts whose contexts, with their longest continuations, are of like length.
+
+    A part has up to `most_tokens` new tokens and PLACES places, with rows of at most `most_places`, unless it is one
+    context.
+    """
+
+    def length(context: tuple[int, ...]) -> int:
+        return len(context) + len(family.continuations[context][0]) - 1
+
+    part: dict[tuple[int, ...], list[tuple[int, ...]]] = {}
     longest = 0  # of the continuations
-    for context in sorted(by_context, key=len):
-        continuations = by_context[context]
-        longest_after = max(longest, *map(len, continuations), 1)
-        places = len(context) + longest_after - 1  # of each row, since this is the longest context so far
-        rows_after = n_rows + len(continuations)
-        if batch and (places > most_places or rows_after * places > BATCH_TOKENS):
-            yield batch
-            batch = {}
-            rows_after = len(continuations)
-            longest_after = max(map(len, continuations))
-        batch[context] = continuations
-        n_rows = rows_after
-        longest = longest_after
-    if batch:
-        yield batch
+    for context in sorted(family.continuations, key=length):
+        continuations = family.continuations[context]
+        n_rows = len(part) + 1
+        longest = max(longest, len(continuations[0]))
+        n_new = n_rows * (length(context) - family.n_alike)
+        places = max(map(len, [*part, context])) + longest - 1  # of a row
+        if part and (n_new > most_tokens or places > most_places or n_rows * places > PLACES):
+            yield Family(family.n_alike, part)
+            part = {}
+            longest = len(continuations[0])
+        part[context] = continuations
+    if part:
+        yield Family(family.n_alike, part)
 
 
 # ---- ids → scores
 
 
-def _scores(model: Transformer, batch: Batch, lockstep: Lockstep) -> dict[Pair, Score]:
-    """The score of each pair of a batch. lockstep: is told of each pass."""
-    contexts = list(batch)
-    pairs = [Pair(context, continuation) for context in contexts for continuation in batch[context]]
-    row_of = np.repeat(np.arange(len(contexts)), [len(batch[context]) for context in contexts])  # (N,), of the context
-    max_len = max(map(len, contexts)) + max(len(pair.continuation) for pair in pairs) - 1
+class _Reader:
+    """Reads ids into caches, and remembers what a family begins with."""
 
-    # what all contexts begin with, in one row, and then the rest of each; the last id of each is left for this
-    n_shared = min(_n_alike(contexts), min(map(len, contexts)) - 1)
-    cache = _empty_cache(model, 1 if n_shared else len(contexts), max_len)
-    if n_shared:
-        lockstep.before_pass()
-        _read(model, cache, [contexts[0][:n_shared]])
-        cache = _copied(model, cache, np.zeros(len(contexts), dtype=np.int64))
-    lockstep.before_pass()
-    hidden = _read(model, cache, [context[n_shared:] for context in contexts])  # (B, T, C)
-    last = torch.tensor([len(context) - n_shared - 1 for context in contexts], device=hidden.device)
-    ends = hidden[torch.arange(len(contexts), device=hidden.device), last]  # (B, C)
+    def __init__(self, model: Transformer):
+        self.model = model
+        self.device = model.embed_tokens.weight.device
+        self.lockstep = Lockstep(model)  # the ranks of a sharded model make equally many passes
+        self.beginning: tuple[int, ...] = ()  # that `begun` holds
+        self.begun: KVCache | None = None
 
-    # states that predict: the end of the context, then all ids of the continuation but the last
-    states = [[ends[row]] for row in row_of]
-    longer = [i for i, pair in enumerate(pairs) if len(pair.continuation) > 1]
-    if longer:
-        cache = _copied(model, cache, row_of[longer])
-        lockstep.before_pass()
-        hidden = _read(model, cache, [pairs[i].continuation[:-1] for i in longer])  # (n, T, C)
-        for row, i in enumerate(longer):
-            states[i] += hidden[row, : len(pairs[i].continuation) - 1].unbind()
-    predicting = torch.stack([state for of_pair in states for state in of_pair])  # (all targets, C)
-    targets = torch.tensor([i for pair in pairs for i in pair.continuation], device=predicting.device)
-    nats, is_likeliest = _of_targets(model, predicting, targets)
+    def empty_cache(self, n_rows: int, max_len: int) -> KVCache:
+        """A cache for `max_len` ids a row, which holds the model's virtual tokens."""
+        virtual = virtual_tokens(self.model)
+        cache = self._cache(n_rows, (0 if virtual is None else virtual.n) + max_len)
+        if virtual is not None:
+            virtual.fill(self.model, cache)
+        return cache
 
-    # sums over each continuation
+    def copied(self, cache: KVCache, rows: np.ndarray, n_more: int) -> KVCache:
+        """A cache whose row i holds what row rows[i] of the other one does, with room for n more ids a row."""
+        copy = self._cache(len(rows), int(cache.host_lengths[rows].max()) + n_more)
+        copy.copy_rows(np.arange(len(rows)), cache, rows)
+        return copy
+
+    def _cache(self, n_rows: int, max_len: int) -> KVCache:
+        dtype = self.model.embed_tokens.weight.dtype
+        return KVCache(self.model.cache_config, n_rows, max_len, device=self.device, dtype=dtype)
+
+    def read(self, cache: KVCache, rows: Sequence[Sequence[int]]) -> Tensor:
+        """The states (B, T, C) after these ids of each row, which the cache then holds.
+
+        Shorter rows are filled up on the right. No id sees a later one, so this changes nothing; the cache forgets it.
+        """
+        before = cache.host_lengths.tolist()
+        lengths = [len(row) for row in rows]
+        tokens = np.zeros((len(rows), max(lengths)), dtype=np.int64)  # (B, T)
+        for number, row in enumerate(rows):
+            tokens[number, : len(row)] = row
+        self.lockstep.before_pass()
+        hidden = self.model.hidden(torch.from_numpy(tokens).to(self.device), cache=cache)
+        cache.shorten([n + length for n, length in zip(before, lengths, strict=True)])
+        return hidden
+
+    def begin(self, beginning: tuple[int, ...], n_rows: int, n_more: int) -> KVCache:
+        """A cache whose rows hold these ids, with room for n more; they are read once for all batches of a family."""
+        if not beginning:
+            return self.empty_cache(n_rows, n_more)
+        if self.begun is None or self.beginning != beginning:
+            self.begun = self.empty_cache(1, len(beginning))
+            self.beginning = beginning
+            self.read(self.begun, [beginning])
+        return self.copied(self.begun, np.zeros(n_rows, dtype=np.int64), n_more)
+
+
+def _scores(reader: _Reader, batch: Family) -> dict[Pair, Score]:
+    """The score of each pair of a part of a family."""
+    contexts = list(batch.continuations)
+    n_alike = batch.n_alike
+    longest = [batch.continuations[context][0] for context in contexts]
+
+    # each context, and after it the longest of its continuations but for its last id
+    rows = [context[n_alike:] + first[:-1] for context, first in zip(contexts, longest, strict=True)]
+    cache = reader.begin(contexts[0][:n_alike], len(contexts), max(map(len, rows)))
+    hidden = reader.read(cache, rows)  # (B, T, C)
+    cache.shorten([int(n) - len(first) + 1 for n, first in zip(cache.host_lengths, longest, strict=True)])
+
+    # states that predict: the one at the end of the context, then those of all ids of the continuation but the last
+    pairs = []
+    states = []
+    others = []  # (row, continuation) of those that have to be read
+    for row, context in enumerate(contexts):
+        end = len(context) - n_alike
+        for number, continuation in enumerate(batch.continuations[context]):
+            pairs.append(Pair(context, continuation))
+            states.append(hidden[row, end - 1 : end - 1 + (len(continuation) if number == 0 else 1)])  # (n, C)
+            if number > 0 and len(continuation) > 1:
+                others.append((row, len(pairs) - 1))
+
+    # the other continuations, those of like length together
+    others.sort(key=lambda other: len(pairs[other[1]].continuation))
+    for part in _of_like_length(others, pairs, int(cache.host_lengths.max())):
+        after = [pairs[number].continuation[:-1] for _, number in part]
+        part_cache = reader.copied(cache, np.array([row for row, _ in part]), len(after[-1]))
+        hidden = reader.read(part_cache, after)  # (n, T, C)
+        for row, (_, number) in enumerate(part):
+            states[number] = torch.cat((states[number], hidden[row, : len(after[row])]))
+
+    # ln p, and sums over each continuation
+    targets = torch.tensor([i for pair in pairs for i in pair.continuation], device=reader.device)
+    nats, is_likeliest = _of_targets(reader.model, torch.cat(states), targets)
     lengths = [len(pair.continuation) for pair in pairs]
     parts = zip(nats.split(lengths), is_likeliest.split(lengths), strict=True)
     return {pair: Score(float(n.sum()), bool(g.all())) for pair, (n, g) in zip(pairs, parts, strict=True)}
 
 
-def _n_alike(rows: Sequence[tuple[int, ...]]) -> int:
-    """With how many equal ids all rows begin; the first and the last in the order of their ids differ the most."""
-    if len(rows) == 1:
-        return 0  # nothing to share it with
-    pairs = zip(min(rows), max(rows), strict=False)
-    return next((n for n, (a, b) in enumerate(pairs) if a != b), min(map(len, rows)))
+def _of_like_length(
+    others: list[tuple[int, int]], pairs: Sequence[Pair], before: int
+) -> Iterator[list[tuple[int, int]]]:
+    """Those (row, number of a pair), sorted by length, in parts that need little filling up and PLACES places.
 
-
-def _empty_cache(model: Transformer, n_rows: int, max_len: int) -> KVCache:
-    """A cache for `max_len` ids a row, which holds the model's virtual tokens."""
-    weight = model.embed_tokens.weight
-    virtual = virtual_tokens(model)
-    n_virtual = 0 if virtual is None else virtual.n
-    cache = KVCache(model.cache_config, n_rows, n_virtual + max_len, device=weight.device, dtype=weight.dtype)
-    if virtual is not None:
-        virtual.fill(model, cache)
-    return cache
-
-
-def _copied(model: Transformer, cache: KVCache, rows: np.ndarray) -> KVCache:
-    """A cache whose row i holds what row rows[i] of the other one does."""
-    weight = model.embed_tokens.weight
-    copy = KVCache(model.cache_config, len(rows), cache.max_len, device=weight.device, dtype=weight.dtype)
-    copy.copy_rows(np.arange(len(rows)), cache, rows)
-    return copy
-
-
-def _read(model: Transformer, cache: KVCache, rows: Sequence[Sequence[int]]) -> Tensor:
-    """The states (B, T, C) after these ids of each row, which the cache then holds.
-
-    Shorter rows are filled up on the right. No id sees a later one, so this changes nothing; the cache forgets it.
+    before: most ids that a row of the cache holds.
     """
-    before = cache.host_lengths.tolist()
-    lengths = [len(row) for row in rows]
-    tokens = torch.zeros(len(rows), max(lengths), dtype=torch.int64)  # (B, T)
-    for number, row in enumerate(rows):
-        tokens[number, : len(row)] = torch.tensor(row)
-    hidden = model.hidden(tokens.to(cache.lengths.device), cache=cache)
-    cache.shorten([n + length for n, length in zip(before, lengths, strict=True)])
-    return hidden
+    part: list[tuple[int, int]] = []
+    for other in others:
+        length = len(pairs[other[1]].continuation)
+        shortest = len(pairs[part[0][1]].continuation) if part else length
+        if part and (length > 1.25 * shortest + 2 or (len(part) + 1) * (before + length) > PLACES):
+            yield part
+            part = []
+        part.append(other)
+    if part:
+        yield part
 
 
 def _of_targets(model: Transformer, states: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -259,8 +330,9 @@ def _of_targets(model: Transformer, states: Tensor, targets: Tensor) -> tuple[Te
     n_at_once = max(1, LOGITS_AT_ONCE // model.config.vocab_size)
     for part, its_targets in zip(states.split(n_at_once), targets.split(n_at_once), strict=True):
         logits = model.logits(part).float()  # (n, V)
-        if not torch.isfinite(logits).all():
+        log_p = logits.log_softmax(-1).gather(1, its_targets[:, None]).squeeze(1)  # (n,)
+        if not torch.isfinite(log_p).all():  # so if any logit is not
             raise UserError("the model's logits are not finite: its weights are damaged or its dtype too narrow")
-        nats.append(logits.log_softmax(-1).gather(1, its_targets[:, None]).squeeze(1))
+        nats.append(log_p)
         is_likeliest.append(logits.argmax(-1) == its_targets)
     return torch.cat(nats).cpu(), torch.cat(is_likeliest).cpu()

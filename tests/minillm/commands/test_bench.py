@@ -8,13 +8,14 @@ import torch
 import torch.distributed as dist
 
 from minillm.base.errors import UserError
-from minillm.commands.bench import align, busy, data, generate, train, tune
+from minillm.commands.bench import align, busy, data, evaluate, generate, train, tune
 from minillm.commands.bench import on_ranks as of_ranks
 from minillm.distributed.ranks import Ranks
 from minillm.generation import completion
 from minillm.model import config
 from minillm.tuning import peft_format
 from tests.forked_ranks import on_ranks
+from tests.minillm.evaluation.benchmark_rows import write_all
 
 
 @pytest.fixture(autouse=True)
@@ -132,6 +133,33 @@ def test_neighbours_end_with_the_benchmark():
         assert [process.poll() for process in processes] == [None, None]
         raise KeyboardInterrupt
     assert all(process.poll() is not None for process in processes)
+
+
+def test_benchmarks_stand_beside_the_harness(home, tmp_path, capsys, monkeypatch):
+    pytest.importorskip("lm_eval")
+    given = evaluate.Config(
+        model=str(home.path / "out" / "sft"),
+        tasks="arc_easy,copa",
+        task_data=str(write_all(tmp_path)),
+        shots=1,
+        repeats=1,
+        device="cpu",
+    )
+    evaluate.run(given)
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()[-2:]]
+    assert [row[:2] for row in rows] == [["arc_easy", "10"], ["copa", "4"]]
+    monkeypatch.setattr(evaluate, "LARGEST_DIFFERENCE", -1)
+    with pytest.raises(UserError, match="arc_easy: the two sides differ by"):
+        evaluate.run(given)
+
+
+def test_benchmarks_without_the_harness_say_what_to_install(home, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    given = evaluate.Config(model=str(home.path / "out" / "sft"), task_data=str(write_all(tmp_path)), device="cpu")
+    with pytest.raises(UserError, match=r'pip install -e "\.\[harness\]"'):
+        evaluate.run(given)
+    with pytest.raises(UserError, match="holds no benchmark with choices"):
+        evaluate.run(evaluate.Config(model=given.model, task_data=str(tmp_path / "none"), device="cpu"))
 
 
 def test_alignment_without_trl_says_what_to_install(monkeypatch):

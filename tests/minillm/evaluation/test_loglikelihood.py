@@ -53,10 +53,17 @@ def by_transformers(theirs, request: Request, max_len: int) -> tuple[float, bool
     return nats, logits.argmax(-1).tolist() == ids
 
 
+@pytest.fixture
+def small_families(monkeypatch):
+    """Two contexts that begin with the same eight ids are read together."""
+    monkeypatch.setattr(loglikelihood, "ALIKE", 8)
+    monkeypatch.setattr(loglikelihood, "SMALLEST_FAMILY", 2)
+
+
 @pytest.mark.parametrize("max_len", [64, 33])
-@pytest.mark.parametrize("batch_tokens", [8192, 150, 1])
-def test_the_scores_are_those_of_transformers(home, theirs, monkeypatch, max_len, batch_tokens):
-    monkeypatch.setattr(loglikelihood, "BATCH_TOKENS", batch_tokens)
+@pytest.mark.parametrize("places", [8192, 150, 1])
+def test_the_scores_are_those_of_transformers(home, theirs, monkeypatch, small_families, max_len, places):
+    monkeypatch.setattr(loglikelihood, "PLACES", places)
     scores = loglikelihoods(home.model, home.tokenizer, REQUESTS, max_len)
     for request, score in zip(REQUESTS, scores, strict=True):
         nats, is_greedy = by_transformers(theirs, request, max_len)
@@ -73,8 +80,10 @@ def test_the_likeliest_continuation_is_greedy(home):
     assert [score.is_greedy for score in scores_of(home.model, pairs)] == [True, False]
 
 
-def test_what_is_alike_is_read_once(home, monkeypatch):
-    """Eight questions with two choices after the same examples: the examples cost one row, not sixteen."""
+def test_what_is_alike_is_read_once(home, monkeypatch, small_families):
+    """Eight questions with two choices after the same examples: the examples cost one row, not sixteen, however many
+    passes it takes."""
+    monkeypatch.setitem(loglikelihood.NEW_TOKENS, "cpu", 16)
     read = []
     hidden = home.model.hidden
     monkeypatch.setattr(
