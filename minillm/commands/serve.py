@@ -13,7 +13,7 @@ from minillm.generation.load import find_model
 from minillm.model.size import n_parameters
 from minillm.serving.app import App
 from minillm.serving.door import Door
-from minillm.serving.listen import build_server, listening_socket
+from minillm.serving.listen import build_server, check_installed, listening_socket
 from minillm.serving.served import Served, why_no_chat
 from minillm.tuning.folders import is_adapter
 
@@ -41,6 +41,7 @@ class Config(BitsOptions, TemplateOptions, EngineOptions):
 
 def run(config: Config) -> None:
     # who may ask, and where; before models are loaded, which takes longer
+    check_installed()
     keys = config.api_key or tuple(os.environ.get(KEY_VARIABLE, "").split())
     door = Door(keys, config.cors)
     listener = listening_socket(config.host, config.port, has_key=bool(keys))

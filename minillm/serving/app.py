@@ -28,7 +28,7 @@ OPEN_PATHS = ("/", "/health")  # for which no key is needed
 MOST_BYTES = 1 << 22  # of a body: four times a context of 128k tokens and more
 BODY_S = 30.0  # seconds for a body to come
 SILENT_S = 15.0  # seconds after which a stream says that it is still there
-SPARE_CALLS = 64  # calls at once, beyond those that the engines have room for
+SPARE_CALLS = 64  # chats and completions at once, beyond those that the engines have room for
 GONE = 499  # the status, in metrics, of a request whose client left before there was one (as in nginx)
 FAULTS = {"timeout": 504, "closed": 503, "error": 500, "cancelled": 500}  # ends of an answer that are none
 
@@ -48,7 +48,7 @@ class App:
         self.door = door
         self.log = log
         self.metrics = Metrics()
-        self.n_open = 0
+        self.n_open = 0  # chats and completions under way
         self.most_open = SPARE_CALLS + sum(model.limits.texts for model in models)
         self.page, self.page_headers = chat_page()
 
@@ -64,7 +64,6 @@ class App:
         call = Call(scope, receive, send)
         call.own_headers = self.door.cors_headers(call.headers)
         route, actions = self._route(call.path)
-        self.n_open += 1
         try:
             await self._act(call, route, actions)
         except Gone:
@@ -75,7 +74,6 @@ class App:
             self.log(traceback.format_exc())
             await self._refuse(call, Refusal(500, "the server has a fault; its log says more"))
         finally:
-            self.n_open -= 1
             self.metrics.calls[route, call.status or GONE] += 1
 
     def _route(self, path: str) -> tuple[str, dict[str, Callable[[Call], Coroutine]]]:
@@ -100,8 +98,6 @@ class App:
             refusal = Refusal(405, f"{call.method} {route}: use {' or '.join(actions)}")
             await call.answer(405, refusal.body, {"Allow": ", ".join(actions)})
             return
-        if route in READERS and self.n_open > self.most_open:
-            raise Refusal(503, f"{self.most_open} requests are open already: ask again later")
         if route not in OPEN_PATHS:
             call.owner = self.door.owner(call.headers)
         await actions[call.method](call)
@@ -144,7 +140,17 @@ class App:
     # ---- chats and completions
 
     async def _complete(self, call: Call) -> None:
-        """Answer a chat or continue texts."""
+        """Answer a chat or continue texts, if not too many are under way."""
+        if self.n_open == self.most_open:
+            raise Refusal(503, f"{self.most_open} requests are open already: ask again later")
+        self.n_open += 1
+        try:
+            await self._answer(call)
+        finally:
+            self.n_open -= 1
+
+    async def _answer(self, call: Call) -> None:
+        """From the body to the end of the answer."""
         begin = time.monotonic()
         body = await call.body(MOST_BYTES, BODY_S)
         served, asked, prompts = await asyncio.to_thread(self._read, call.path, body)
@@ -154,8 +160,8 @@ class App:
         try:
             form = Form(asked, served.name, served.tokenizer)
             grow = self._grow(work, wake, begin)
-            answer = self._stream if asked.streams else self._whole
-            await call.while_there(answer(call, form, [answer for _, answer in work], grow))
+            write = self._stream if asked.streams else self._whole
+            await call.while_there(write(call, form, [answer for _, answer in work], grow))
         finally:
             for ticket, _ in work:
                 if ticket.ended is None:

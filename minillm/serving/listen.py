@@ -6,6 +6,7 @@ second one at once.
 """
 
 import asyncio
+import importlib.util
 import logging
 import os
 import signal
@@ -25,6 +26,12 @@ UNREAD_S = 60.0  # seconds that a client may leave its answer unread
 SAME_SIGNAL_S = 0.3  # within which a second signal is the first one again: some programs send it twice
 HEAD_BYTES = 1 << 15  # of a request
 GRACE_S = 5.0  # seconds for the last bytes to leave, after the engines have ended
+
+
+def check_installed() -> None:
+    """Raise `UserError` where uvicorn is missing."""
+    if importlib.util.find_spec("uvicorn") is None:
+        raise UserError('serving needs uvicorn: pip install -e ".[serve]"')
 
 
 def listening_socket(host: str, port: int, has_key: bool) -> socket.socket:
@@ -47,14 +54,11 @@ def listening_socket(host: str, port: int, has_key: bool) -> socket.socket:
 def build_server(app: App, drain_s: float, log: Callable[[str], None]):
     """A uvicorn server of the application, to be run by `run(sockets=[…])`.
 
-    drain_s: seconds for the answers that are under way when the server is told to end. Raises `UserError` without
-    uvicorn.
+    drain_s: seconds for the answers that are under way when the server is told to end.
     """
-    try:
-        import uvicorn
-        from uvicorn.protocols.http.h11_impl import H11Protocol
-    except ImportError:
-        raise UserError('serving needs uvicorn: pip install -e ".[serve]"') from None
+    check_installed()
+    import uvicorn
+    from uvicorn.protocols.http.h11_impl import H11Protocol
 
     class Connection(H11Protocol):
         """A client's connection, which is cut where the client keeps it waiting."""
@@ -66,6 +70,7 @@ def build_server(app: App, drain_s: float, log: Callable[[str], None]):
 
         def connection_lost(self, problem: Exception | None) -> None:
             self._asking.cancel()
+            self.resume_writing()  # for what still waits to be written, which is dropped
             super().connection_lost(problem)
 
         def on_response_complete(self) -> None:

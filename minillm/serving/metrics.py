@@ -64,7 +64,7 @@ class Metrics:
             lines.append(f'minillm_http_requests_total{{route="{route}",status="{status}"}} {count}')
         lines += [*_head("http_clients_gone_total", "counter", "requests whose client left before the end")]
         lines += [f"minillm_http_clients_gone_total {self.gone}"]
-        lines += [*_head("http_requests_open", "gauge", "requests that are being answered")]
+        lines += [*_head("http_requests_open", "gauge", "chats and completions under way")]
         lines += [f"minillm_http_requests_open {n_open}"]
 
         # of each model

@@ -84,6 +84,12 @@ def test_what_cannot_be_served_is_one_line(call, started):
     assert not started
 
 
+def test_what_is_missing_is_named_with_its_extra(call, started, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    status, _, err = call("serve")
+    assert status == 2 and 'pip install -e ".[serve]"' in err
+
+
 def test_what_is_logged_commands_no_terminal(call, started, capsys):
     call("serve")
     started[-1].log("a fault: \x1b]52;c;\u202e")

@@ -1,5 +1,6 @@
 """Requests over HTTP, as OpenAI's own client sends them where it can, and what comes back."""
 
+import contextlib
 import json
 import socket
 import threading
@@ -389,7 +390,7 @@ def test_metrics_count_what_was_done(here):
     assert grown['minillm_http_requests_total{route="/v1/chat/completions",status="200"}'] == 1
     assert grown["minillm_answer_seconds_count"] == grown["minillm_first_token_seconds_count"] == 1
     assert after['minillm_answer_seconds_bucket{le="+Inf"}'] == after["minillm_answer_seconds_count"]
-    assert after['minillm_free_slots{model="tom"}'] == 4 and after["minillm_http_requests_open"] == 1
+    assert after['minillm_free_slots{model="tom"}'] == 4 and after["minillm_http_requests_open"] == 0
 
 
 def test_several_models_by_name(home):
@@ -434,6 +435,21 @@ def test_a_full_queue_is_told_and_asked_again(home):
         here.engine.start()
         assert here.engine.counters()["refused"] == 2 and len(held) == 2
         assert here.client(max_retries=2).chat.completions.create(model="tom", messages=HI, max_tokens=2).choices
+
+
+def test_more_requests_than_a_server_has_room_for_are_refused_before_they_are_read(home, monkeypatch):
+    monkeypatch.setattr(app_module, "SPARE_CALLS", 0)
+    with running([serve_home(home, slots=1, max_waiting=1)]) as here, contextlib.ExitStack() as open_ones:
+        head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\n"
+        for n in (1, 2):
+            connection = open_ones.enter_context(socket.create_connection(("127.0.0.1", here.port)))
+            connection.sendall(head)
+            here.until(lambda n=n: here.app.n_open == n)
+        status, headers, _ = here.raw("POST", "/v1/completions", {"prompt": "a"})
+        assert status == 503 and headers["Retry-After"] and here.raw("GET", "/health")[0] == 200
+        open_ones.close()
+        here.until(lambda: here.app.n_open == 0)
+        assert here.post("/v1/completions", {"prompt": "a"})[0] == 200
 
 
 def test_a_request_of_several_texts_waits_whole_or_not_at_all(home):
