@@ -100,7 +100,9 @@ def test_commands_and_options_are_known(path, monkeypatch):
     sources = "".join(Path(module.__file__).read_text(encoding="utf-8") for module in modules)
     configs = [importlib.import_module(module).Config for module in __main__.COMMANDS.values()]
     known = {
-        name for config in (*SCRIPTS.values(), prepare.Config, bundled.Config, mix.Config, *configs) for name in declared(config)
+        name
+        for config in (*SCRIPTS.values(), prepare.Config, bundled.Config, mix.Config, *configs)
+        for name in declared(config)
     }
     known |= {*re.findall(r'"--(\w+)"', sources), *TORCHRUN, "config", "help", "name", "quick", "solutions"}
     assert set(re.findall(r"(?<![\w-])--(\w+)", Page(path).text)) <= known
