@@ -15,6 +15,7 @@ import dataclasses
 import shlex
 import sys
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -36,6 +37,7 @@ from minillm.alignment.preferences.step import (
     z_of,
 )
 from minillm.alignment.reference import Reference
+from minillm.alignment.replay import Replay
 from minillm.base.command_line import parse
 from minillm.base.errors import UserError
 from minillm.base.options import option
@@ -106,6 +108,15 @@ class Config(AlignmentConfig):
     sft_weight: float | None = option(
         None, "weight of the chosen answers' loss; none: 1, but 0 for simpo and kto", at_least=0, group="preferences"
     )
+    replay_data: str | None = option(
+        None, "instructions learned beside so that they are not forgotten, file(s) as of train_sft.py", group="data"
+    )
+    replay_weight: float | None = option(
+        None, "weight of the loss of --replay_data; none: 0.5", above=0, group="preferences"
+    )
+    replay_rows: int | None = option(
+        None, "rows of --replay_data a step, over all ranks; none: 16", at_least=1, group="preferences"
+    )
     label_smoothing: float | None = _loss_option(
         "label_smoothing",
         None,
@@ -132,12 +143,34 @@ class Config(AlignmentConfig):
             problems.append("--label_smoothing 0: exo_pair compares with smoothed labels; give a number above 0")
         if self.loss == "sft" and self.sft_weight == 0:
             problems.append("--sft_weight 0: with --loss sft nothing would be learned")
+        given = {"replay_weight": self.replay_weight, "replay_rows": self.replay_rows}
+        if self.replay_data is None:
+            problems += [f"--{name} {n}: give --replay_data, too" for name, n in given.items() if n is not None]
         if self.loss == "kto" and self.batch_size < 2:
             problems.append("--batch_size 1: kto compares with answers to other prompts of a step; give at least 2")
         if LOSSES[self.loss].has_reference and (self.dropout or self.lora_dropout):
             name = "dropout" if self.dropout else "lora_dropout"
             problems.append(f"--{name}: must be 0 with --loss {self.loss}, whose reference has none to compare with")
         return problems
+
+    @property
+    def replayed_data(self) -> str | None:
+        return self.replay_data
+
+    @property
+    def replayed_rows(self) -> int:
+        return self.replay_rows or 16
+
+    @property
+    def replay_is_asked(self) -> bool:
+        return self.replay_data is not None
+
+    @property
+    def replay_share(self) -> float:
+        """The weight of the instructions' loss: 0 without any."""
+        if self.replay_data is None:
+            return 0.0
+        return 0.5 if self.replay_weight is None else self.replay_weight
 
     @property
     def objective(self) -> Objective:
@@ -165,6 +198,7 @@ def main() -> int:
     check_kind(training_config, rows)
     length_option = "epochs" if training_config.steps is None else "steps"
     training_config, end = with_steps(training_config, rows.total_rows(training_config.epochs))
+    replay = Replay(training_config, start.tokenizer, rows.families)
     held_out = HeldOut(training_config, start.tokenizer, held_out_pairs(training_config, start.tokenizer))
 
     # the run: its folder, and the checkpoint to go on from
@@ -174,6 +208,7 @@ def main() -> int:
         "data": fingerprint(rows.fingerprint, template),
         "batch size, sequence length or seed": fingerprint(*order),
         "loss": fingerprint(training_config.loss, training_config.objective[1:]),
+        **({"instructions beside": replay.fingerprint} if replay.weight else {}),
         "tokenizer": start.tokenizer.sha256,
         **starting_model.fingerprints(training_config, start.model_config, start.init),
         **reference_policy.fingerprints(training_config, start),
@@ -193,7 +228,7 @@ def main() -> int:
     run.say(f"weights from {run.source or start.init}")
     before = held_out.recall(run, run.once("before.json", lambda: held_out.examine(model, run)))
     reference = Sums(run, model, start, rows, end)
-    status = train(run, model, rows, end, reference, held_out, before)
+    status = train(run, model, rows, end, Tools(reference, replay, held_out, before))
     if status == 0:
         after = held_out.examine(model, run)  # on every rank: each may hold a part of the model
         if ranks.main:
@@ -250,13 +285,17 @@ def next_command(out: str) -> str:
     return f"python -m minillm chat --model {shlex.quote(out)}"
 
 
-def train(
-    run: Run, model: Transformer, rows: PreferenceRows, end: int, reference: "Sums", held_out: HeldOut, before: dict
-) -> int:
-    """Train to the last step, or to a signal; returns the script's exit status.
+class Tools(NamedTuple):
+    """What a run needs besides its pairs."""
 
-    end: how many samples the run has. reference: s_r of their answers. before: what `held_out` found at the start.
-    """
+    reference: "Sums"  # s_r of their answers
+    replay: Replay  # instructions that are learned beside
+    held_out: HeldOut
+    before: dict  # what `held_out` found when the run began
+
+
+def train(run: Run, model: Transformer, rows: PreferenceRows, end: int, tools: Tools) -> int:
+    """Train to the last step, or to a signal; returns the script's exit status. end: how many samples the run has."""
     training_config, objective = run.training_config, run.training_config.objective
 
     # the optimizers, their state if the run goes on, and the policy on all ranks
@@ -275,11 +314,12 @@ def train(
         # what the step's means are over, and KTO's reference point, of all micro-batches and ranks
         n_losses, n_chosen_tokens, n_tokens = run.ranks.sum(*counts(batches, objective.of_pairs))
         totals = Totals(n_losses, n_chosen_tokens)
-        z = reference.point_of_kto(step)
+        z = tools.reference.point_of_kto(step)
         measured = Measured(objective.options.beta)
+        tools.replay.learn(run, policy, state, step, totals.n_losses)  # instructions beside, if there are any
         for answers, last in marked_last(batches):
             answers = answers.to(run.device)
-            loss_function = loss_of(objective, answers, reference.of(answers), totals, z, measured)
+            loss_function = loss_of(objective, answers, tools.reference.of(answers), totals, z, measured)
             with gradients_synced(policy, last):
                 with run.autocast():
                     loss = policy(answers.batch, loss_function)  # summed over pairs
@@ -289,8 +329,8 @@ def train(
         facts = measured.means(run.ranks.sum)
         run.log_step(state, n_tokens, **facts)
         if objective.loss.has_reference and "rewards_chosen" in facts:
-            held_out.follow(run, facts["rewards_chosen"] / objective.options.beta)
-        held_out.watch(run, model, step, before)
+            tools.held_out.follow(run, facts["rewards_chosen"] / objective.options.beta)
+        tools.held_out.watch(run, model, step, tools.before)
     return run.status
 
 

@@ -123,7 +123,7 @@ def main() -> int:
     questions = []
     if training_config.held_out:
         questions = read_questions(training_config.held_out, training_config.eval_rows, training_config.encoding)
-    replay = Replay(training_config, tokenizer, prompts)
+    replay = Replay(training_config, tokenizer, prompts.families)
 
     # the run: its folder, and the checkpoint to go on from
     order = (training_config.batch_size, training_config.seq_len, training_config.seed, training_config.group_size)
@@ -134,7 +134,7 @@ def main() -> int:
         **starting_model.fingerprints(training_config, start.model_config, start.init),
         **(reference.fingerprints(training_config, start) if training_config.beta else {}),
         "reward": rewards.fingerprint,
-        "instructions beside": fingerprint(replay.fingerprint, replay.weight, replay.n_rows),
+        "instructions beside": replay.fingerprint,
     }
     what_next = f"python -m minillm chat --model {shlex.quote(training_config.out)}"
     turns = start.turns(prompts.counts["turns"])  # so that `chat` knows how many it may show

@@ -107,7 +107,7 @@ def main() -> int:
     questions = []
     if training_config.held_out:
         questions = read_questions(training_config.held_out, training_config.eval_rows, training_config.encoding)
-    replay = Replay(training_config, tokenizer, prompts)
+    replay = Replay(training_config, tokenizer, prompts.families)
 
     # what answers are worth: as a model has learned it, and in truth
     reward_model, true_reward = read_rewards(training_config, ranks, tokenizer)
@@ -121,7 +121,7 @@ def main() -> int:
         **starting_model.fingerprints(training_config, start.model_config, start.init),
         **reference.fingerprints(training_config, start),
         "reward": reward_fingerprint(training_config),
-        "instructions beside": fingerprint(replay.fingerprint, replay.weight, replay.n_rows),
+        "instructions beside": replay.fingerprint,
     }
     what_next = f"python -m minillm chat --model {shlex.quote(training_config.out)}"
     turns = start.turns(prompts.counts["turns"])  # so that `chat` knows how many it may show

@@ -1,6 +1,7 @@
 import json
 import math
 import random
+import re
 import shutil
 from pathlib import Path
 
@@ -43,6 +44,8 @@ def folder(tmp_path_factory) -> Path:
     write_pairs(here / "few.jsonl", 32, seed=3)
     write_pairs(here / "held_out.jsonl", 20, seed=1)
     write_pairs(here / "labels.jsonl", 60, seed=2, labels=True)
+    questions = [{"instruction": f"what sees the {word}?", "output": f"the {word} {word}"} for word in launch.WORDS]
+    (here / "instructions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in questions))
     return here
 
 
@@ -96,15 +99,36 @@ def test_thirty_two_pairs_are_learned(folder):
     assert last["loss"] < 0.5
 
 
-@pytest.mark.parametrize("loss", ["sigmoid", "simpo", "kto", "orpo"])
+@pytest.mark.parametrize("loss", ["sigmoid", "simpo", "kto", "orpo", "sigmoid --replay_data {}"])
 def test_the_cut_into_micro_batches_and_ranks_changes_nothing(folder, loss):
     data = "labels" if loss == "kto" else "train"
-    more = f"--loss {loss} --steps 3"
-    train(folder, f"cut-{loss}-2", more, data)
-    train(folder, f"cut-{loss}-8", f"{more} --micro_batch_size 8", data)
-    train(folder, f"cut-{loss}-ranks", more, data, ranks=2)
-    assert_same_steps(folder / f"cut-{loss}-8", folder / f"cut-{loss}-2")
-    assert_same_steps(folder / f"cut-{loss}-ranks", folder / f"cut-{loss}-2")
+    more = f"--loss {loss} --steps 3".format(folder / "instructions.jsonl")
+    name = f"cut-{loss.split()[0]}-{'replay' in loss}"
+    train(folder, f"{name}-2", more, data)
+    train(folder, f"{name}-8", f"{more} --micro_batch_size 8", data)
+    train(folder, f"{name}-ranks", more, data, ranks=2)
+    assert_same_steps(folder / f"{name}-8", folder / f"{name}-2")
+    assert_same_steps(folder / f"{name}-ranks", folder / f"{name}-2")
+
+
+def test_instructions_are_learned_beside_by_their_weight(folder):
+    at_0 = {"loss": "sft", "sft_weight": 1e-9}  # of which next to nothing is learned
+    more = " ".join(f"--{name} {value}" for name, value in at_0.items()) + " --steps 1 --grad_clip 1e9"
+    for weight in (1, 3):
+        replay = f"--replay_data {folder}/instructions.jsonl --replay_weight {weight} --replay_rows 4"
+        train(folder, f"beside-{weight}", f"{more} {replay}")
+    one, three = (launch.norms(folder / f"beside-{weight}")[1] for weight in (1, 3))
+    assert one > 0.01 and three == pytest.approx(3 * one, rel=1e-3)
+
+
+def test_instructions_of_the_kind_that_is_compared_are_not_learned_beside(folder):
+    for name, keys in (("of-a-kind", {"family": "last"}), ("instructions-of-it", {"family": "last"})):
+        source = "train" if name == "of-a-kind" else "instructions"
+        rows = [json.loads(line) | keys for line in (folder / f"{source}.jsonl").read_text().splitlines()]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    replay = f"--steps 1 --replay_data {folder}/instructions-of-it.jsonl"
+    assert "of a family that is left out" in train(folder, "refused", replay, "of-a-kind", status=2)
+    train(folder, "taken", replay)
 
 
 def test_the_last_batch_may_be_short_on_two_ranks(folder):
@@ -114,9 +138,10 @@ def test_the_last_batch_may_be_short_on_two_ranks(folder):
     assert one == pytest.approx(two, rel=1e-5)
 
 
-@pytest.mark.parametrize("more", ["", "--tune lora", "--loss kto"])
+@pytest.mark.parametrize("more", ["", "--tune lora", "--loss kto", "--replay_data {}"])
 def test_a_resumed_run_ends_bit_equal(folder, more):
-    name = "resume" + more.replace(" ", "")
+    name = "resume" + re.sub(r"\W", "", more)
+    more = more.format(folder / "instructions.jsonl")
     whole, halves = folder / f"{name}-whole", folder / f"{name}-halves"
     train(folder, whole.name, f"{more} --steps 6 --save_every 3 --keep_last 0")
     shutil.copytree(whole, halves)
@@ -195,6 +220,8 @@ def test_a_fall_of_the_chosen_answers_is_said(folder):
         ("--loss kto --batch_size 1 --micro_batch_size 1", "labels", "give at least 2"),
         ("", "labels", "choose --loss kto"),
         ("--beta 0", "train", "must be above 0"),
+        ("--replay_weight 1", "train", "--replay_weight 1.0: give --replay_data"),
+        ("--replay_rows 8", "train", "--replay_rows 8: give --replay_data"),
         ("--seq_len 4", "train", "nothing left to compare"),
     ],
 )

@@ -87,7 +87,16 @@ class ReplayConfig(AlignmentConfig):
         return self.sft_data or (f"{bundled.FOLDER}/sft_train.jsonl" if is_bundled else None)
 
     @property
-    def replay_weight(self) -> float:
+    def replay_is_asked(self) -> bool:
+        """Whether it is by the user's own wish that instructions are learned beside."""
+        return self.sft_weight is not None
+
+    @property
+    def replayed_rows(self) -> int:
+        return self.sft_rows
+
+    @property
+    def replay_share(self) -> float:
         """--sft_weight, decided."""
         if self.sft_weight is not None:
             return self.sft_weight

@@ -1,21 +1,20 @@
-"""Instructions learned beside rewards, so that what a reward does not ask for is not forgotten.
+"""Instructions learned beside rewards or preferences, so that what these do not ask for is not forgotten.
 
-A policy that learns from rewards on one kind of prompt changes on all others too. Adding the loss of its instruction
+A policy that learns what is wanted on one kind of prompt changes on all others too. Adding the loss of its instruction
 tuning to every step holds them in place (PPO-ptx: Ouyang et al. 2022, arXiv:2203.02155, equation 2):
 
     L = L_policy + w · mean over answer tokens of −log π(y_t)
 
-Kinds of question that are rewarded ("family" in the prompts' rows) are left out: there the reward says what is wanted,
+Kinds of question that are rewarded or compared ("family" in their rows) are left out: there it is said what is wanted,
 and the instructions' own answers would pull the policy back.
 """
 
 import numpy as np
 from torch import nn
 
-from minillm.alignment.options import ReplayConfig
+from minillm.checkpoint.train_state import fingerprint
 from minillm.datasets.batch import Batch
 from minillm.datasets.instructions import InstructionRows, NothingLeft
-from minillm.datasets.prompts import PromptRows
 from minillm.distributed.parallelize import gradients_synced
 from minillm.tokenizer.tokenizer import Tokenizer
 from minillm.training.config import listed_files
@@ -26,10 +25,13 @@ from minillm.training.step import TrainState
 class Replay:
     """A few rows of instructions for each step; with a weight of 0 none."""
 
-    def __init__(self, training_config: ReplayConfig, tokenizer: Tokenizer, prompts: PromptRows):
-        """prompts: those that are rewarded. Raises `UserError` for data that cannot be read."""
-        self.weight = training_config.replay_weight
-        self.n_rows = training_config.sft_rows
+    def __init__(self, training_config, tokenizer: Tokenizer, families: set[str]):
+        """training_config: `ReplayConfig`, or one with the same properties. families: those that are rewarded.
+
+        Raises `UserError` for data that cannot be read.
+        """
+        self.weight = training_config.replay_share
+        self.n_rows = training_config.replayed_rows
         self.rows: InstructionRows | None = None
         if not self.weight:
             return
@@ -41,17 +43,18 @@ class Replay:
                 seed=training_config.seed,
                 template=training_config.template,
                 packing=not training_config.virtual_positions,  # which stand before a row once
-                without_families=frozenset(prompts.families),
+                without_families=frozenset(families),
                 on_bad_line=training_config.on_bad_line,
                 encoding=training_config.encoding,
             )
         except NothingLeft:
-            if training_config.sft_weight is not None:  # asked for; else there is nothing that could be forgotten
+            if training_config.replay_is_asked:  # else there is nothing that could be forgotten
                 raise
 
     @property
     def fingerprint(self) -> str:
-        return self.rows.fingerprint if self.rows else "none"
+        """What must be the same for a run to go on."""
+        return fingerprint(self.rows.fingerprint if self.rows else "none", self.weight, self.n_rows)
 
     def batch(self, step: int, run: Run) -> Batch:
         """This rank's rows of a step: those of one process, dealt out."""

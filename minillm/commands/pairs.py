@@ -125,4 +125,5 @@ def pair(prompt: Prompt, answers: list[tuple[float, str]]) -> Iterator[dict]:
             "rejected": worst[1],
             "chosen_reward": best[0],
             "rejected_reward": worst[0],
+            **({"family": prompt.row["family"]} if "family" in prompt.row else {}),
         }

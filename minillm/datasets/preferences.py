@@ -223,6 +223,7 @@ class PreferenceRows:
     def _scan(self) -> None:
         """Reads every row; sets the arrays below, `kinds`, and the fingerprints."""
         self.seen: set[bytes] = set()  # digests of pairs
+        self.families: set[str] = set()  # what the rows say under "family"
         self.kind_codes: dict[str, int] = {}
         self.ids = array("i")  # of all answers, each with its prompt
         self.begin = array("q", [0])  # of each answer in ids, and the end
@@ -256,6 +257,9 @@ class PreferenceRows:
         encoded = [encode_messages(talk, self.tokenizer, self.template) for talk in found.talks]
 
         # nothing is kept before this line, so that a bad row leaves no trace
+        if isinstance(row.get("family"), str):
+            self.families.add(row["family"])
+            unused.discard("family")
         self.files.not_used.update(sorted(unused))
         self.counts["equal scores"] += found.n_ties
         self.counts["turns"] = max(

@@ -56,7 +56,9 @@ def test_equal_and_empty_answers_make_no_pair():
     assert list(pair(prompt, [(0.5, "x"), (0.9, " ")])) == []
     assert list(pair(prompt, [])) == []
     (row,) = pair(prompt, [(0.5, "x"), (0.9, "y"), (0.9, "z"), (0.1, "w")])
-    assert (row["chosen"], row["rejected"]) == ("y", "w")
+    assert (row["chosen"], row["rejected"]) == ("y", "w") and "family" not in row
+    (row,) = pair(prompt._replace(row={"family": "story"}), [(0.5, "x"), (0.9, "y")])
+    assert row["family"] == "story"  # by which train_dpo.py knows what not to replay
 
 
 def test_answers_that_are_all_alike_are_an_error_and_write_nothing(home, prompts, call):
