@@ -12,7 +12,7 @@ import numpy as np
 from data import bundled
 from minillm.alignment.pair_scores import score_pairs, summary_lines
 from minillm.alignment.reward_model import is_reward_model
-from minillm.base.errors import MissingError, UnsupportedError, UserError
+from minillm.base.errors import MissingError, UnsupportedError, UserError, naming
 from minillm.base.files import write_json_atomically
 from minillm.base.options import option
 from minillm.commands.model_options import (
@@ -293,7 +293,8 @@ def _evaluate_tasks(config: Config, folder: Path) -> None:
     for name, tasks in benchmarks.items():
         asked[name] = []
         for task in tasks:
-            scores = benchmark_scores.ask(model, tokenizer, task, max_len, done)
+            with naming(task.name):
+                scores = benchmark_scores.ask(model, tokenizer, task, max_len, done)
             values = benchmark_scores.values_of(task.questions, scores, task.benchmark.metrics)
             asked[name].append((task, values))
     results = benchmark_scores.results_of(asked, str(folder), config.limit, max_len)

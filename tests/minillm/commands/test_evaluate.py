@@ -79,6 +79,7 @@ def test_benchmarks_without_files_are_named(home, call):
         "--tasks piqa --data text.txt": "the files of --tasks are in --task_data",
         "--data text.txt --shots 5": "is about benchmarks; give --tasks",
         "--tasks piqa --task_data few --seq_len 65": "must be 1 to the model's context, 64",
+        "--tasks piqa --task_data few --seq_len 2": "piqa: a continuation of ",
         "--tasks piqa --max_tokens 5": "say --limit",
     }
     for words, message in refused.items():
