@@ -23,6 +23,8 @@ from data.cleaning import report as reports
 from data.cleaning.mending import How, mended_documents
 from data.cleaning.rules import read_rules
 from data.cleaning.text.features import FEATURES, LANGUAGES, features
+from data.contamination import read_benchmarks
+from data.decontaminate import Index, build_index
 from minillm.base.command_line import parse
 from minillm.base.device import n_cores
 from minillm.base.errors import UserError
@@ -47,9 +49,21 @@ class Config(Options):
     val_input: tuple[str, ...] = option(
         (), "texts for validation: cleaned alike, into OUT/val; no copy of one stays in training", group="texts"
     )
+    sft: bool = option(False, "rows are instructions and conversations, as train_sft.py reads them", group="texts")
     rules: str | None = option(None, "a .toml with thresholds that differ from data/cleaning/rules.toml", group="rules")
     languages: tuple[str, ...] = option(("zh", "en"), "wanted; texts in others are dropped", LANGUAGES, group="rules")
     recurring: int = option(10, "cut lines that so many documents hold; 0: none", at_least=0, group="rules")
+    near_duplicates: str = option(
+        "keep_one",
+        "of texts that are nearly the same; repeat: as often as FineWeb2 does by their number",
+        ("keep_one", "repeat", "off"),
+        group="rules",
+    )
+    check_against: tuple[str, ...] = option(
+        (),
+        "files of benchmarks: a text that holds 13 tokens in a row of one of their questions is dropped",
+        group="rules",
+    )
     mask: bool = option(True, "mask mail addresses, mobile and identity numbers", group="rules")
     dry_run: bool = option(
         False,
@@ -69,7 +83,7 @@ class Config(Options):
 
 def clean(config: Config) -> dict:
     """Clean the texts as the configuration says; returns what report.json holds."""
-    rules = read_rules(config.rules, config.languages)
+    rules = [] if config.sft else read_rules(config.rules, config.languages)
     left_out: Counter[str] = Counter()
     val_files = find_files(config.val_input, suffixes=reading.SUFFIXES)
     files = val_files + find_files(config.input, left_out, reading.SUFFIXES)
@@ -85,22 +99,27 @@ def clean(config: Config) -> dict:
         workers = config.workers or n_cores()
 
         # Documents, mended; then what describes them; then what becomes of them.
-        how = How(config.field, config.split, False, config.mask)
+        how = How(config.field, config.split, config.sft, config.mask)
         sources = passes.read_sources(files, how, len(val_files))
         if config.dry_run:
             sources = passes.sampled(sources, folder, DRY_SHARE, DRY_FROM)
         pieces = passes.mend(sources, folder, how, workers)
         recurring = passes.recurring_lines(pieces, config.recurring)
-        judged = passes.judge(pieces, passes.Shared(recurring, None, how.is_sft), workers)
+        with_signatures = config.near_duplicates != "off"
+        index = _benchmark_index(config.check_against)
+        shared = passes.Shared(recurring, index, with_signatures, config.sft)
+        judged = passes.judge(pieces, shared, workers)
         found = outcomes.outcomes(pieces, judged, rules)
         outcomes.refuse_if_unread(found, pieces)
-        outcomes.mark_copies(found, duplicates.exact(found.hash, found.reason == 0), outcomes.EXACT)
+        duplicates.mark_exact(found)
+        if with_signatures:
+            duplicates.mark_near(found, judged, folder, config.sft)
 
         result = {"options": asdict(config), **reports.report(pieces, found, rules)}
         if config.dry_run:
             return result
         result["written_bytes"] = writing.write_all(
-            out, pieces, judged, found, (config.field, rules, recurring, False), workers
+            out, pieces, judged, found, (config.field, rules, recurring, config.near_duplicates == "repeat"), workers
         )
         write_json_atomically(out / "report.json", result)
         passes.clean_up(folder, pieces, judged)
@@ -109,6 +128,12 @@ def clean(config: Config) -> dict:
         raise UserError(f"{error.filename or out}: {error.strerror}; fix that and run the same command again") from None
     finally:
         lock.release()
+
+
+def _benchmark_index(paths: tuple[str, ...]) -> Index | None:
+    """The index of the questions in these files; None without files."""
+    rows = [row for benchmark in read_benchmarks(paths) for row in benchmark.rows]
+    return build_index(rows) if rows else None
 
 
 def explain(config: Config) -> str:
@@ -122,7 +147,7 @@ def explain(config: Config) -> str:
     raw = next((raw for raw in raws if raw.number == int(line)), None)
     if raw is None:
         raise UserError(f"--explain {config.explain}: the file has no document there")
-    (document,) = mended_documents([raw], How(config.field, config.split, False, config.mask))
+    (document,) = mended_documents([raw], How(config.field, config.split, config.sft, config.mask))
     if "bad" in document:
         return f"{config.explain}: dropped as {': '.join(document['bad'])}"
     values = features([document["text"]], np.array([document["known"]], float))[0]

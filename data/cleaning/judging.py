@@ -10,18 +10,22 @@ from pathlib import Path
 import numpy as np
 
 from data.cleaning.mending import read_rows, text_hash, write_arrays
+from data.cleaning.near_duplicates import SHINGLE, signatures
 from data.cleaning.text.features import NAMES, features, languages
 from data.cleaning.text.lines import cut_recurring
 from data.decontaminate import Index, found_in
 from minillm.base.files import write_file
 
-SIGNATURE = 112  # entries, as near_duplicates makes them
+SHINGLE_OF_PROMPTS = 3  # tokens
 
 
-def judge_piece(stem: Path, judged: Path, recurring: np.ndarray, index: Index | None, is_sft: bool) -> None:
+def judge_piece(
+    stem: Path, judged: Path, recurring: np.ndarray, index: Index | None, with_signatures: bool, is_sft: bool
+) -> None:
     """Write what describes the documents of a piece to the file `judged`.
 
-    recurring: hashes of lines to be cut, sorted. index: of rows that no training text may hold.
+    recurring: hashes of lines to be cut, sorted. index: of rows that no training text may hold. is_sft: documents are
+    conversations, of which the prompts are compared: the first line, and what follows it.
     """
     documents = final_documents(stem, recurring)
     texts = [document["text"] for document in documents]
@@ -40,6 +44,12 @@ def judge_piece(stem: Path, judged: Path, recurring: np.ndarray, index: Index | 
         "flags": np.array([",".join(document.get("flags", [])) for document in documents], np.str_),
         "contamination": np.array([found[0].run if found else "" for found in matches], np.str_),
     }
+    if with_signatures and is_sft:
+        prompts = [document.get("prompt", "").partition("\n") for document in documents]
+        arrays["signatures"] = signatures([first for first, _, _ in prompts], SHINGLE_OF_PROMPTS)
+        arrays["signatures_below"] = signatures([rest for _, _, rest in prompts], SHINGLE_OF_PROMPTS)
+    elif with_signatures:
+        arrays["signatures"] = signatures(texts, SHINGLE)
     write_file(judged, lambda path: write_arrays(path, arrays))
 
 

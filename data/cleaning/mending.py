@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from data.cleaning import sft
 from data.cleaning.reading import Raw, Unreadable, document_of, row_of
 from data.cleaning.text import words
 from data.cleaning.text.characters import KIND, code_points, kind_counts, owners
@@ -48,6 +49,8 @@ def mend_piece(stem: Path, raws: list[Raw], how: How) -> None:
 
 def mended_documents(raws: list[Raw], how: How) -> list[dict]:
     """The documents as they are kept on the disk, in their order."""
+    if how.is_sft:
+        return [sft.mended(raw, how.masks) for raw in raws]
     documents = []
     for raw in raws:
         document = {"file": raw.file, "number": raw.number, "text": "", "row": {}, "mended": [], "size": 0}

@@ -23,9 +23,9 @@ class Outcomes:
     """Of all n documents, in the order of the input.
 
     begins: (number of pieces + 1,) where each piece begins. reasons: the names that `reason` (n,) int16 counts in.
-    original: (n,) int64, the document that a copy is of, −1. copies: (n,) int32, how many documents one stands for.
-    file_number: (n,) int32 among those of its source; line: (n,) int64 in it. read, size: (n,) bytes of the text before
-    and after. hash: (n,) uint64; language: (n,) uint8; is_mended, is_val: (n,) bool.
+    original: (n,) int64, the document that a copy is of, −1; similarity: (n,) float, of the two. copies: (n,) int32,
+    how many documents one stands for. file_number: (n,) int32 among those of its source; line: (n,) int64 in it. read,
+    size: (n,) bytes of the text before and after. hash: (n,) uint64; language: (n,) uint8; is_mended, is_val: bool.
     any_hit, flagged: name of a rule → documents that it holds for. mended_by: what was mended → documents.
     """
 
@@ -33,6 +33,7 @@ class Outcomes:
     reasons: list[str]
     reason: np.ndarray
     original: np.ndarray
+    similarity: np.ndarray
     copies: np.ndarray
     file_number: np.ndarray
     line: np.ndarray
@@ -108,7 +109,8 @@ def outcomes(pieces: list[Piece], judged: list[Path], rules: list[Rule]) -> Outc
         raise UserError("--input: the files hold no document; give others")
     joined = {name: np.concatenate(values) for name, values in parts.items()}
     n = begins[-1]
-    return Outcomes(np.array(begins), reasons, original=np.full(n, -1), copies=np.ones(n, np.int32), **joined, **counts)
+    joined |= {"original": np.full(n, -1), "similarity": np.ones(n), "copies": np.ones(n, np.int32)}
+    return Outcomes(np.array(begins), reasons, **joined, **counts)
 
 
 def refuse_if_unread(found: Outcomes, pieces: list[Piece]) -> None:
@@ -121,10 +123,8 @@ def refuse_if_unread(found: Outcomes, pieces: list[Piece]) -> None:
     raise UserError(f"--input: no document holds text; {place}: {what}; choose the key with --field")
 
 
-def mark_copies(found: Outcomes, original: np.ndarray, reason: str) -> None:
-    """Mark documents as copies; original: (n,) the document that each is a copy of, −1."""
-    copies = np.flatnonzero(original >= 0)
-    of = original[copies]
+def mark_copies(found: Outcomes, copies: np.ndarray, of: np.ndarray, reason: str) -> None:
+    """Mark the documents `copies` (m,) as copies of others, `of` (m,)."""
     found.original[copies] = of
     is_leak = found.is_val[of] & ~found.is_val[copies]
     found.reason[copies] = np.where(is_leak, found.number_of(OF_VAL), found.number_of(reason))

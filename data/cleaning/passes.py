@@ -248,15 +248,17 @@ def _arrays_of(piece: Piece) -> dict[str, np.ndarray]:
 
 
 class Shared(NamedTuple):
-    """What every piece is judged with. recurring: hashes of lines to be cut. index: of rows no text may hold."""
+    """What every piece is judged with: see `judge_piece`."""
 
     recurring: np.ndarray
     index: Index | None
+    with_signatures: bool
     is_sft: bool
 
     def key(self) -> str:
         """A checksum of it."""
         parts = [self.recurring.tobytes(), b"" if self.index is None else self.index.hashes.tobytes()]
+        parts.append(bytes([self.with_signatures]))
         return hashlib.sha256(b"|".join(parts)).hexdigest()[:12]
 
 

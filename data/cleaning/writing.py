@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from data.cleaning.judging import as_line, final_documents, read_judged
+from data.cleaning.near_duplicates import times
 from data.cleaning.outcomes import Outcomes
 from data.cleaning.passes import Piece, in_order, worth_a_pool
 from data.cleaning.rules import Rule
@@ -86,20 +87,22 @@ def _tasks(pieces: list[Piece], judged: list[Path], found: Outcomes) -> Iterator
     for number, (piece, path) in enumerate(zip(pieces, judged, strict=True)):
         documents = slice(found.begins[number], found.begins[number + 1])
         reasons = [found.reasons[reason] for reason in found.reason[documents]]
-        originals = [_place(pieces, found, of) for of in found.original[documents]]
+        originals = [_original(pieces, found, document) for document in range(documents.start, documents.stop)]
         yield piece, path, reasons, originals, found.copies[documents].tolist()
 
 
-def _place(pieces: list[Piece], found: Outcomes, number: int) -> str:
-    """FILE:LINE of a document; "" for −1."""
-    if number < 0:
-        return ""
-    piece, _ = found.place(int(number))
-    return f"{pieces[piece].source.name(found.file_number[number])}:{found.line[number]}"
+def _original(pieces: list[Piece], found: Outcomes, number: int) -> dict:
+    """What a copy says of the document that is kept in its place; nothing if it is none."""
+    of = int(found.original[number])
+    if of < 0:
+        return {}
+    piece, _ = found.place(of)
+    place = f"{pieces[piece].source.name(found.file_number[of])}:{found.line[of]}"
+    return {"of": place, "similarity": round(float(found.similarity[number]), 3)}
 
 
 def rows_of_piece(
-    piece: Piece, judged: Path, reasons: list[str], originals: list[str], copies: list[int], *how
+    piece: Piece, judged: Path, reasons: list[str], originals: list[dict], copies: list[int], *how
 ) -> tuple[bytes, dict[str, bytes]]:
     """(lines of the documents kept, reason → lines of those that are not). how: see `write_all`."""
     field, rules, recurring, repeats = how
@@ -114,7 +117,7 @@ def rows_of_piece(
         reason = reasons[number]
         if reason:
             about |= why(reason, rules, arrays, number)
-            about |= {"of": originals[number]} if originals[number] else {}
+            about |= originals[number]
             about |= {"what": document["bad"][1]} if "bad" in document else {}
             dropped.setdefault(reason, []).append(as_line({**row, "cleaning": about}))
             continue
@@ -126,7 +129,7 @@ def rows_of_piece(
         about |= {"copies": copies[number]} if copies[number] > 1 else {}
         if "id" not in row:
             row = {**row, **{key: about[key] for key in ("source", "line") if key not in row}}
-        kept += [as_line({**row, "cleaning": about})] * times(copies[number], repeats)
+        kept += [as_line({**row, "cleaning": about})] * (times(copies[number]) if repeats else 1)
     return b"".join(kept), {name: b"".join(lines) for name, lines in dropped.items()}
 
 
@@ -140,12 +143,3 @@ def why(reason: str, rules: list[Rule], arrays: dict[str, np.ndarray], number: i
     if reason == "contaminated":
         about["value"] = str(arrays["contamination"][number])
     return about
-
-
-def times(n_copies: int, repeats: bool) -> int:
-    """How often the one kept of `n_copies` is written. repeats: by the table of FineWeb2, else once."""
-    if not repeats or n_copies >= 1000:
-        return 1
-    if n_copies <= 3:
-        return n_copies
-    return 3 if n_copies == 4 else 5 if n_copies < 100 else 8

@@ -45,8 +45,11 @@ UNICODE_AS_BYTES = re.compile(
 FEWEST_UNDONE = 3  # sequences of mojibake in a text, without which nothing is undone
 
 
-def normalise(text: str) -> tuple[str, list[str]]:
-    """The mended text, and the names of what was mended in it, other than spaces at the ends of lines."""
+def normalise(text: str, has_markup: bool = True) -> tuple[str, list[str]]:
+    """The mended text, and the names of what was mended in it, other than spaces at the ends of lines.
+
+    has_markup: whether tags in it are those of a page; else they are what the text is about.
+    """
     mended = []
 
     def apply(name: str, change: Callable[[str], str]) -> None:
@@ -67,7 +70,7 @@ def normalise(text: str) -> tuple[str, list[str]]:
         apply("full_width", lambda t: FULL_WIDTH.sub(lambda match: match[0].translate(TO_ASCII), t))
     if "&" in text:
         apply("entities", lambda t: outside_code(t, without_entities))
-    if "<" in text:
+    if has_markup and "<" in text:
         apply("inline_tags", lambda t: outside_code(t, without_inline_tags))
     if not text.isascii():
         apply("nfc", lambda t: t if unicodedata.is_normalized("NFC", t) else unicodedata.normalize("NFC", t))

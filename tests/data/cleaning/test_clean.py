@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -14,23 +15,28 @@ from minillm.base.errors import UserError
 from minillm.datasets.files.text_files import find_files
 
 ROOT = Path(__file__).parents[3]
-STORY = "老周坐在码头的石阶上，慢慢地补第{}张旧网，太阳出来的时候，雾便散了，河水变成了金黄色。"
+WORDS = "老周坐在码头石阶上慢慢地补旧网太阳出来时候雾便散了河水变成金黄色远处传第一声汽笛船还没有港风吹过田野麦子熟孩们"
 ADVERT = "加微信：abc{}3456，日赚五百，兼职名额有限，先到先得，当天日结，绝不拖欠。"
+
+
+def story(number: int) -> str:
+    """A text that is no near duplicate of another."""
+    return "老周说：" + "".join(random.Random(number).choices(WORDS, k=60)) + "。"
 
 
 @pytest.fixture
 def pile(tmp_path) -> Path:
     folder = tmp_path / "pile"
     (folder / "sub").mkdir(parents=True)
-    rows = [{"text": STORY.format(i), "url": f"u{i}", "text_id": i} for i in range(40)]
+    rows = [{"text": story(i), "url": f"u{i}", "text_id": i} for i in range(40)]
     rows += [{"text": ADVERT.format(i), "url": "ad"} for i in range(5)]
     rows += [rows[3], {"title": "no text"}, {"text": 7}]
     lines = [json.dumps(row, ensure_ascii=False) for row in rows] + ["{broken"]
     (folder / "rows.jsonl").write_text("\n".join(lines), encoding="utf-8")
-    (folder / "array.json").write_text(json.dumps([{"text": "　　" + STORY.format(99) + "\u200b"}]), encoding="utf-8")
-    (folder / "old.txt").write_bytes((STORY.format(100) + "\n\n" + STORY.format(101)).encode("gb18030"))
-    (folder / "sub" / "note.md.gz").write_bytes(gzip.compress(f"# 题\n\n{STORY.format(102)}\n\n---\n".encode()))
-    (folder / "table.csv").write_text(f"id,text\n7,{STORY.format(103)}\n", encoding="utf-8")
+    (folder / "array.json").write_text(json.dumps([{"text": "　　" + story(99) + "\u200b"}]), encoding="utf-8")
+    (folder / "old.txt").write_bytes((story(100) + "\n\n" + story(101)).encode("gb18030"))
+    (folder / "sub" / "note.md.gz").write_bytes(gzip.compress(f"# 题\n\n{story(102)}\n\n---\n".encode()))
+    (folder / "table.csv").write_text(f"id,text\n7,{story(103)}\n", encoding="utf-8")
     return folder
 
 
@@ -68,17 +74,17 @@ def test_every_document_is_in_exactly_one_place(pile, tmp_path):
 def test_rows_keep_their_fields_and_say_where_they_are_from(pile, tmp_path):
     run(pile, tmp_path / "out")
     by_text = {row["text"]: row for row in kept(tmp_path / "out")}
-    row = by_text[STORY.format(5)]
+    row = by_text[story(5)]
     assert (row["url"], row["text_id"], row["line"]) == ("u5", 5, 6) and row["source"].endswith("rows.jsonl")
-    assert by_text[STORY.format(103)]["id"] == "7"
-    assert by_text["　　" + STORY.format(99)]["cleaning"]["mended"] == ["invisible"]
-    assert STORY.format(100) + "\n\n" + STORY.format(101) in by_text  # GB18030, one document
-    assert "# 题\n\n" + STORY.format(102) in by_text  # the ruler is cut
+    assert by_text[story(103)]["id"] == "7"
+    assert by_text["　　" + story(99)]["cleaning"]["mended"] == ["invisible"]
+    assert story(100) + "\n\n" + story(101) in by_text  # GB18030, one document
+    assert "# 题\n\n" + story(102) in by_text  # the ruler is cut
     copy = dropped(tmp_path / "out")["exact_duplicate"][0]["cleaning"]
     assert (copy["line"], copy["of"].rpartition(":")[2]) == (46, "4")
     advert = dropped(tmp_path / "out")["sales"][0]["cleaning"]
     assert advert["value"] > 3.5 and advert["limit"] == "> 3.5"
-    assert by_text[STORY.format(3)]["cleaning"]["copies"] == 2
+    assert by_text[story(3)]["cleaning"]["copies"] == 2
 
 
 def test_many_small_pieces_and_many_processes_give_the_same(pile, tmp_path, monkeypatch):
@@ -113,36 +119,39 @@ def test_a_killed_run_goes_on_and_makes_no_piece_again(pile, tmp_path, monkeypat
 
 
 def test_other_thresholds_read_nothing_again(pile, tmp_path, monkeypatch):
-    run(pile, tmp_path / "out")
+    options = {"near_duplicates": "off"}
+    run(pile, tmp_path / "out", **options)
     monkeypatch.setattr(passes, "mend_piece", None)
     monkeypatch.setattr(passes, "judge_piece", None)
     before = kept(tmp_path / "out")
     rules = tmp_path / "rules.toml"
     rules.write_text("[sales]\nabove = 100\n")
-    assert run(pile, tmp_path / "out", rules=str(rules), dry_run=True)["by_reason"]["sales"]["documents"] == 0
+    assert (
+        run(pile, tmp_path / "out", rules=str(rules), dry_run=True, **options)["by_reason"]["sales"]["documents"] == 0
+    )
     assert kept(tmp_path / "out") == before
-    run(pile, tmp_path / "out", rules=str(rules))
+    run(pile, tmp_path / "out", rules=str(rules), **options)
     assert len(kept(tmp_path / "out")) == len(before) + 5 and "sales" not in dropped(tmp_path / "out")
 
 
 def test_lines_of_ten_documents_are_cut_and_copies_count_once(tmp_path):
     (tmp_path / "in").mkdir()
     footer = "本文由某某网友投稿，转载须注明出处与作者。"
-    rows = [{"text": f"{STORY.format(i)}\n{footer}"} for i in range(10)]
-    rows += [{"text": f"{STORY.format(77)}\n这一行只在同一篇文章的副本里出现，不是页脚。"}] * 12
+    rows = [{"text": f"{story(i)}\n{footer}"} for i in range(10)]
+    rows += [{"text": f"{story(77)}\n这一行只在同一篇文章的副本里出现，不是页脚。"}] * 12
     (tmp_path / "in" / "a.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
     run(tmp_path / "in", tmp_path / "out")
     texts = [row["text"] for row in kept(tmp_path / "out")]
-    assert texts == [*(STORY.format(i) for i in range(10)), rows[-1]["text"]]
+    assert texts == [*(story(i) for i in range(10)), rows[-1]["text"]]
 
 
 def test_no_copy_of_a_validation_document_stays_in_training(pile, tmp_path):
     val = tmp_path / "val.jsonl"
-    val.write_text(json.dumps({"text": STORY.format(5)}) + "\n" + json.dumps({"text": STORY.format(500)}))
+    val.write_text(json.dumps({"text": story(5)}) + "\n" + json.dumps({"text": story(500)}))
     result = run(pile, tmp_path / "out", val_input=(str(val),))
     assert result["by_reason"]["copy_of_validation"]["documents"] == 1
-    assert STORY.format(5) not in {row["text"] for row in kept(tmp_path / "out")}
-    assert {row["text"] for row in kept(tmp_path / "out" / "val")} == {STORY.format(5), STORY.format(500)}
+    assert story(5) not in {row["text"] for row in kept(tmp_path / "out")}
+    assert {row["text"] for row in kept(tmp_path / "out" / "val")} == {story(5), story(500)}
 
 
 def test_of_a_cleaned_folder_only_what_was_kept_is_read(pile, tmp_path):

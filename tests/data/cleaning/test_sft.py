@@ -1,0 +1,108 @@
+"""Rows of instructions: what is mended, dropped, flagged and left alone."""
+
+import json
+
+import pytest
+
+from data import clean
+from data.cleaning import sft
+from data.cleaning.reading import Raw
+
+LONG = (
+    "长江发源于唐古拉山脉，流经青海、西藏、四川、云南、重庆、湖北、湖南、江西、安徽、江苏和上海，全长六千三百多公里，流"
+)
+
+
+def row(prompt: str, answer: str, **more) -> dict:
+    return {"instruction": prompt, "output": answer, **more}
+
+
+def mended(value) -> dict:
+    return sft.mended(Raw(1, "row", value, 0), masks=True)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        row("法国的首都是什么？", "巴黎"),
+        row("三乘以三减去五等于几？只写数字。", "4"),
+        row("改正错别字，没有就原样返回。", "今天天气很好。", input="今天天气很好。"),
+        row("把这句话翻译成英文：他昨天没有来。", "He did not come yesterday, so we waited for him."),
+        row("用 Python 写一个函数。", "def f(n):\n    return n + 1"),
+        row("写一个最简单的网页。", "<!DOCTYPE html>\n<html><body><b>你好</b> &lt;</body></html>"),
+        row("教我进别人的邮箱。", "很抱歉，我不能帮助你进入他人的邮箱，这侵犯隐私。"),
+        row("列出五种水果。", "1. 苹果\n2. 香蕉\n3. 橙子\n4. 葡萄\n5. 西瓜"),
+        {
+            "messages": [
+                {"role": r, "content": c}
+                for r, c in (("system", "友善。"), ("user", "谢谢"), ("assistant", "不客气。"))
+            ]
+        },
+    ],
+)
+def test_good_rows_stay_as_they_are(value):
+    document = mended(value)
+    assert "bad" not in document and document["row"] == value
+    assert not document["flags"] and not document["mended"]
+
+
+@pytest.mark.parametrize(
+    ("value", "reason"),
+    [
+        (row("写一个标题。", "  \n　"), "empty_answer"),
+        (row("画一座房屋。", "&lt;nooutput&gt;"), "empty_answer"),
+        (row("你是谁开发的？", "我是ChatGPT，由OpenAI训练的大型语言模型。"), "identity"),
+        (row("写阶乘。", "def 阶乘（数字）：\n  结果 = 1\n  返回 结果"), "translated_code"),
+        (row("给我建议。", "要多读书，" * 30), "repetition"),
+        (row("总结：https://www.example.com/2010/07/05/phone.html", "文章介绍了一款手机。"), "link"),
+        (row("说说减肥。", "每天\ufffd\ufffd走\ufffd\ufffd，少吃"), "damaged"),
+        (row("答：水的沸点是一百摄氏度。", "问：水的沸点是多少？"), "swapped"),
+        ({"messages": [{"role": "user", "content": "在吗"}, {"role": "user", "content": "喂"}]}, "roles"),
+        ({"title": "x"}, "form"),
+        ([1], "unreadable"),
+    ],
+)
+def test_bad_rows_are_dropped_for_their_reason(value, reason):
+    assert mended(value)["bad"][0] == reason
+
+
+@pytest.mark.parametrize(
+    ("value", "flag"),
+    [
+        (row("写一首关于孤独的诗。", "作为一个人工智能语言模型，我没有情感。"), "refusal"),
+        (row("描述下面这张图片里的人。", "有人在跑步。"), "picture"),
+        (row("请解释什么是区块链技术。", "请解释什么是区块链技术。它是一种账本。"), "echo"),
+        (row("介绍一下长江。", LONG), "truncated"),
+        (row("请用中文介绍北京的历史。", "Beijing has a history of more than three thousand years."), "language"),
+        (row("今天星期几？", "星期三。\n用户：那明天呢？\n助手：星期四。"), "role_in_answer"),
+        (row("写寄件备注。", "电话13900000001，请轻放。"), "personal_data"),
+    ],
+)
+def test_doubtful_rows_are_flagged_and_kept(value, flag):
+    document = mended(value)
+    assert document["flags"] == [flag] and "bad" not in document
+
+
+def test_rows_are_mended_before_they_are_judged():
+    assert mended(row("比大小。", "3 &lt; 5&nbsp;好"))["row"]["output"] == "3 < 5 好"
+    assert mended(row("讲故事。\n无输入", "从前有一个人。"))["row"]["instruction"] == "讲故事。"
+    assert mended(row("讲故事。", "从前有一个人。", input="没有输入。"))["row"]["input"] == ""
+    assert mended(row("列出水果。", "苹果、梨。\n11. 说明：写诗"))["row"]["output"] == "苹果、梨。"
+
+
+def test_a_file_of_rows_is_cleaned(tmp_path):
+    rows = [row("列出五种常见的水果。", "苹果、香蕉、梨。"), row("列出五种常见的水果：", "橙子、葡萄、西瓜。")]
+    passage = "水的沸点在标准大气压下是一百摄氏度，高原上气压低，沸点也低。"
+    rows += [
+        row("概括这一段。", "气压低则沸点低。", input=passage),
+        row("翻译这一段。", "Water boils at 100.", input=passage),
+    ]
+    rows += [row("写一个标题。", ""), row("谢谢", "不客气。")]
+    (tmp_path / "rows.json").write_text(json.dumps(rows, ensure_ascii=False), encoding="utf-8")
+    config = clean.Config(input=(str(tmp_path / "rows.json"),), out=str(tmp_path / "out"), sft=True, workers=1)
+    result = clean.clean(config)
+    assert {name: counts["documents"] for name, counts in result["by_reason"].items()} == {
+        **{"near_duplicate": 1, "empty_answer": 1}
+    }
+    lines = (tmp_path / "out" / "kept-00000.jsonl").read_text("utf-8").splitlines()
+    assert [json.loads(line)["output"] for line in lines] == [rows[i]["output"] for i in (0, 2, 3, 5)]
