@@ -8,9 +8,8 @@ from data import clean
 from data.cleaning import sft
 from data.cleaning.reading import Raw
 
-LONG = (
-    "长江发源于唐古拉山脉，流经青海、西藏、四川、云南、重庆、湖北、湖南、江西、安徽、江苏和上海，全长六千三百多公里，流"
-)
+LONG = "长江发源于唐古拉山脉，流经青海、西藏、四川、云南、重庆、湖北、湖南、江西、安徽、江苏和上海，全长六千三百多公里"
+LONG += "，流域面积一百八十万平方"
 
 
 def row(prompt: str, answer: str, **more) -> dict:
