@@ -26,15 +26,17 @@ SMALL = {
 }
 
 
-def options(description: str) -> argparse.Namespace:
+def options(description: str, with_corpus: bool = True) -> argparse.Namespace:
     """The options of an experiment: `quick`, and `data`, the folder of a corpus that is there.
 
-    description: what `--help` says, the docstring of the script.
+    description: what `--help` says, the docstring of the script. with_corpus: whether the lesson reads a corpus.
     """
     parser = argparse.ArgumentParser(
         description=inspect.cleandoc(description), formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--quick", action="store_true", help="a small corpus and few steps, to see that it runs")
+    if not with_corpus:
+        return parser.parse_args()
     parser.add_argument("--data", help=f"a bundled corpus; none: {bundled.FOLDER}, which is written if it is missing")
     chosen = parser.parse_args()
     chosen.data = Path(chosen.data or corpus(chosen.quick))
