@@ -185,7 +185,8 @@ def draw(runs: list[str | Path], out: str | Path) -> Path:
         values += floors.get(panel, {})
         _limit(by_steps, sorted(values), share=0.98 if panel == "loss" else 1.0)
         if by_steps.get_legend_handles_labels()[0]:
-            by_steps.legend(frameon=False, loc="lower right" if panel in RISING else "upper right")
+            corner = "lower right" if panel in RISING else "upper right"
+            by_steps.legend(frameon=False, loc="upper left" if panel == "tasks" else corner)
     axes[-1][0].set_xlabel("steps")
     axes[-1][1].set_xlabel(f"training time ({unit})")
 
