@@ -44,7 +44,7 @@ STATED = {
 }
 # The options that follow from what else is in the file: optional values, and which tensors there are.
 OTHERWISE = ("n_kv_heads", "head_dim", "rope_theta", "rope_scaling", "vocab_size", "tie_embeddings")
-TRAINING_ONLY = ("dropout",)  # it does not change what a trained model computes
+TRAINING_ONLY = ("dropout", "trained_seq_len")  # they do not change what a trained model computes
 
 FACTORS = "rope_freqs.weight"  # Llama 3's scaling: what each pair's frequency is divided by
 LLAMA3_LENGTH = 8192  # context that Llama 3 was trained on

@@ -39,6 +39,7 @@ class Int8Matrix:
 
     def __init__(self, weight: Tensor):
         """weight: (N, K), finite. Each row in 255 steps up to its largest magnitude; to nearest."""
+        self.sizes = [len(weight)]  # rows of each layer in it
         scale = weight.float().abs().amax(1) / 127  # (N,)
         scale = torch.where(scale == 0, 1.0, scale)
         codes = (weight / scale[:, None]).round().to(torch.int8)
@@ -84,7 +85,7 @@ class Int4Matrix:
 
     def __init__(self, weight: Tensor):
         """weight: (N, K), finite. Each group in 15 steps from its smallest to its largest weight; to nearest."""
-        self.n_rows = len(weight)
+        self.sizes = [len(weight)]  # rows of each layer in it
         groups = weight.float().view(len(weight), -1, GROUP)  # (N, K/32, 32)
         smallest = groups.amin(2, keepdim=True)
         step = ((groups.amax(2, keepdim=True) - smallest) / 15).bfloat16()  # (N, K/32, 1)
@@ -98,7 +99,7 @@ class Int4Matrix:
         """x (…, K) → (…, N) fp32."""
         rows = x.reshape(-1, x.shape[-1]).bfloat16()
         y = torch.ops.aten._weight_int4pack_mm_for_cpu(rows, self.packed, GROUP, self.scales_and_zeros)
-        return y.float().view(*x.shape[:-1], self.n_rows)
+        return y.float().view(*x.shape[:-1], -1)
 
 
 MATRICES = {8: Int8Matrix, 4: Int4Matrix}
@@ -127,21 +128,24 @@ def product(x: Tensor, matrix: Int8Matrix | Int4Matrix) -> Tensor:
     """x (…, K) → (…, N) in x's dtype. Raises RuntimeError where a gradient would have to go through."""
     if x.requires_grad and torch.is_grad_enabled():
         raise RuntimeError("weights packed for generation give no gradient: load the model without --bits to train it")
-    y = matrix(x.float())
-    return y.to(x.dtype)
+    if x.dtype == torch.float32:
+        return matrix(x)
+    return matrix(x.float()).to(x.dtype)
 
 
 def products(x: Tensor, layers: tuple[nn.Module, ...]) -> tuple[Tensor, ...] | None:
     """The outputs of layers that are one packed matrix together, in its order; None if they are not."""
     first = layers[0]
-    if type(first) is not PackedLinear:
+    if type(first) is not PackedLinear or len(layers) != len(first.matrix.sizes):
         return None
-    if [layer.matrix for layer in layers if type(layer) is PackedLinear] != [first.matrix] * len(layers):
-        return None
-    if any(layer._forward_hooks or layer._forward_pre_hooks for layer in layers):
-        return None
-    y = product(x, first.matrix)
-    return tuple([layer.add_bias(y[..., layer.rows]) for layer in layers])
+    for layer in layers:
+        if type(layer) is not PackedLinear or layer.matrix is not first.matrix:
+            return None
+        if layer._forward_hooks or layer._forward_pre_hooks:
+            return None
+    y = product(x, first.matrix)  # (…, N of all)
+    outputs = y.split(first.matrix.sizes, -1)
+    return tuple([layer.add_bias(out) for layer, out in zip(layers, outputs, strict=True)])
 
 
 # The linear layers of a block: a module of it, and those of its layers that share one input.
@@ -162,6 +166,7 @@ def pack_layers(parent: nn.Module, names: tuple[str, ...], bits: int) -> None:
     if not all(fits(layer, bits) for layer in layers):
         bits = 8
     matrix = MATRICES[bits](torch.cat([layer.weight.detach() for layer in layers]))
+    matrix.sizes = [layer.out_features for layer in layers]
     begin = 0
     for name, layer in zip(names, layers, strict=True):
         end = begin + layer.out_features
