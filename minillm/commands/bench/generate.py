@@ -1,11 +1,13 @@
 """Tokens a second of greedy generation, batch 1, with cache, beside transformers' `generate`.
 
 The time includes reading the prompt and, on a GPU, recording the step. A CPU computes in fp32, with one thread and with
-all; a GPU in bf16, and there transformers also runs compiled, on a static cache.
+all, and with weights in 8 and 4 bits; a GPU in bf16, and there transformers also runs compiled, on a static cache.
 """
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -16,7 +18,9 @@ from minillm.commands.bench.measure import REPEATS, machine, medians, random_mod
 from minillm.generation import completion
 from minillm.model import ops
 from minillm.model.config import PRESETS
+from minillm.model.quant import GENERATION_BITS, quantize_for_generation
 from minillm.model.size import n_parameters
+from minillm.model.transformer import Transformer
 
 PROMPT = list(range(1, 33))  # ids
 
@@ -74,7 +78,7 @@ def _sides(model, new_tokens: int, dtype: torch.dtype) -> tuple[dict[str, Callab
         "min_new_tokens": new_tokens,
     }
 
-    def ours() -> list[int]:
+    def ours(model: Transformer = model) -> list[int]:
         (answer,) = completion.generate(model, [PROMPT], new_tokens)
         return answer.tokens
 
@@ -87,4 +91,9 @@ def _sides(model, new_tokens: int, dtype: torch.dtype) -> tuple[dict[str, Callab
         sides["transformers, static cache, compiled"] = lambda: theirs(cache_implementation="static")
     elif ours() != theirs():
         raise UserError("the two sides do not choose the same tokens, so their speed does not compare")
+    else:
+        for bits in GENERATION_BITS:
+            rounded = copy.deepcopy(model)
+            quantize_for_generation(rounded, bits)
+            sides[f"minillm, weights in {bits} bits"] = partial(ours, rounded)
     return sides, version
