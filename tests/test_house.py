@@ -44,7 +44,7 @@ BUDGET = {
     "training": 18_300,  # sharding, saving in the background, bad steps of workers
     "alignment": 23_100,  # models dealt out over ranks
     "serving": 11_000,  # the interface of OpenAI over HTTP, and the chat page's headers
-    "commands": 28_600,  # judged answers, pairs of them, speeds beside trl's, a plan's sums, a cluster's checks; speeds in few bits
+    "commands": 28_600,  # judged answers, pairs of them, speeds beside trl's, a plan, a cluster's checks, bits
     "scripts": 18_000,
 }
 MOST_FILES = 15  # of one folder, besides its __init__.py
