@@ -22,12 +22,12 @@ PAIRS |= {page: CHINESE / page.relative_to(ENGLISH) for page in sorted(ENGLISH.r
 
 
 def place(page: Path, link: str) -> str:
-    """Where a link leads: a file, its Chinese one if there are two, and the number of the heading there."""
+    """Where a link leads: a file, from an English page its Chinese one if there are two, and the heading's number."""
     if link.startswith("https://"):
         return link
     name, _, anchor = link.partition("#")
     file = (page.parent / (name or page.name)).resolve()
-    target = PAIRS.get(file, file).relative_to(ROOT).as_posix()
+    target = (PAIRS.get(file, file) if page in PAIRS else file).relative_to(ROOT).as_posix()
     if not anchor:
         return target
     anchors = Page(file).anchors if file.exists() else []
