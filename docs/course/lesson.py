@@ -11,7 +11,12 @@ import tempfile
 from pathlib import Path
 from unittest import mock
 
+import torch
+
 from data import bundled
+from minillm.checkpoint import load_model, newest_checkpoint
+from minillm.model import Transformer, preset
+from minillm.tokenizer import Tokenizer
 
 SMALL = {
     "train_bytes": 300_000,
@@ -52,6 +57,19 @@ def corpus(quick: bool) -> str:
     with mock.patch.object(bundled, "SIZES", SMALL):
         bundled.build(folder)
     return str(folder)
+
+
+def trained_model(run: str, chosen: argparse.Namespace) -> Transformer:
+    """The newest model of a run on the CPU; with `--quick` one of the same shape that has learned nothing."""
+    if chosen.quick:
+        tokenizer = Tokenizer.load(chosen.data)
+        model = Transformer(preset("tiny", vocab_size=tokenizer.vocab_size, n_layers=2))
+        model.init_weights(seed=0)
+        return model.eval()
+    if not Path(run).is_dir():
+        command = {"out/pretrain": "train_pretrain.py", "out/sft": "train_sft.py"}[run]
+        raise SystemExit(f"{run}: no model is there yet; run `python {command}`")
+    return load_model(newest_checkpoint(run), dtype=torch.float32).eval()
 
 
 def bits_per_byte(nats: float, n_bytes: int) -> float:
