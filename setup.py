@@ -27,6 +27,7 @@ EXTRAS["test"] = [
     *EXTRAS["serve"],
     *EXTRAS["plot"],
     *EXTRAS["parquet"],
+    *EXTRAS["clean"],
     *EXTRAS["tensorboard"],
     *EXTRAS["gguf"],
     *EXTRAS["harness"],

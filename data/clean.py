@@ -21,6 +21,7 @@ import numpy as np
 from data.cleaning import duplicates, outcomes, passes, reading, writing
 from data.cleaning import report as reports
 from data.cleaning.mending import How, mended_documents
+from data.cleaning.page import page
 from data.cleaning.rules import read_rules
 from data.cleaning.text.features import FEATURES, LANGUAGES, features
 from data.contamination import read_benchmarks
@@ -28,7 +29,7 @@ from data.decontaminate import Index, build_index
 from minillm.base.command_line import parse
 from minillm.base.device import n_cores
 from minillm.base.errors import UserError
-from minillm.base.files import own_folder, write_json_atomically
+from minillm.base.files import own_folder, write_file, write_json_atomically
 from minillm.base.options import Options, option
 from minillm.base.printing import clipped, visible
 from minillm.base.process import RunLock, run_script
@@ -121,6 +122,8 @@ def clean(config: Config) -> dict:
         result["written_bytes"] = writing.write_all(
             out, pieces, judged, found, (config.field, rules, recurring, config.near_duplicates == "repeat"), workers
         )
+        report_page = page(result, pieces, judged, found, rules, (recurring,))
+        write_file(out / "report.html", lambda path: path.write_text(report_page, encoding="utf-8"))
         write_json_atomically(out / "report.json", result)
         passes.clean_up(folder, pieces, judged)
         return result
@@ -174,7 +177,7 @@ def main() -> None:
     result = clean(config)
     print(reports.table(result))
     if not config.dry_run:
-        print(f"{config.out}: kept-*.jsonl, dropped/, report.json; next: python data/prepare.py --input {config.out} …")
+        print(f"{config.out}: kept-*.jsonl, dropped/, report.html; next: python data/prepare.py --input {config.out} …")
 
 
 if __name__ == "__main__":

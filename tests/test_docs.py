@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from data import bundled, mix, prepare
+from data import bundled, clean, mix, prepare
 from docs.course import lesson
 from kernels import tune
 from kernels.bench import suite
@@ -87,6 +87,7 @@ def test_commands_and_options_are_known(path, monkeypatch):
     monkeypatch.setattr(lesson, "corpus", lambda quick: "data/bundled")
     parse = {name: partial(command_line.parse, config, "") for name, config in SCRIPTS.items()}
     parse["data/mix.py"] = partial(command_line.parse, mix.Config, "")
+    parse["data/clean.py"] = lambda: command_line.parse(clean.Config, "")
     parse |= {"data/prepare.py": prepare.main, "minillm": lambda: __main__.parse_command(sys.argv[1:])}
     parse |= {"kernels.bench": suite.build_parser().parse_args, "kernels.tune": tune.build_parser().parse_args}
     parse |= {f"docs/course/{path.name}": lambda: lesson.options("") for path in ROOT.glob("docs/course/*.py")}
@@ -101,7 +102,7 @@ def test_commands_and_options_are_known(path, monkeypatch):
     configs = [importlib.import_module(module).Config for module in __main__.COMMANDS.values()]
     known = {
         name
-        for config in (*SCRIPTS.values(), prepare.Config, bundled.Config, mix.Config, *configs)
+        for config in (*SCRIPTS.values(), prepare.Config, clean.Config, bundled.Config, mix.Config, *configs)
         for name in declared(config)
     }
     known |= {*re.findall(r'"--(\w+)"', sources), *TORCHRUN, "config", "help", "name", "quick", "solutions"}

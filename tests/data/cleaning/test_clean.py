@@ -180,3 +180,34 @@ def test_the_script_prints_the_table(pile, tmp_path):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={"PYTHONPATH": str(ROOT), "PATH": ""})
     assert done.returncode == 0, done.stderr
     assert "exact_duplicate" in done.stdout and "read" in done.stdout
+
+
+def test_near_duplicates_say_what_is_kept_and_may_be_repeated(tmp_path):
+    text = story(1) + story(2)
+    rows = [{"text": text}, {"text": text.replace("。", "！", 1)}, {"text": text + "完了。"}, {"text": story(3)}]
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    run(tmp_path / "a.jsonl", tmp_path / "out")
+    assert [row["text"] for row in kept(tmp_path / "out")] == [text, story(3)]
+    copies = dropped(tmp_path / "out")["near_duplicate"]
+    assert [row["cleaning"]["of"].rpartition(":")[2] for row in copies] == ["1", "1"]
+    assert all(row["cleaning"]["similarity"] >= 0.8 for row in copies)
+    run(tmp_path / "a.jsonl", tmp_path / "out", near_duplicates="repeat")
+    assert [row["text"] for row in kept(tmp_path / "out")] == [text] * 3 + [story(3)]
+
+
+def test_texts_that_hold_a_benchmark_question_are_dropped(tmp_path):
+    question = "珍妮的鸭子每天下十六个蛋，她早餐吃三个，还剩多少个可以卖？"
+    rows = [{"text": story(1) + question + story(2)}, {"text": story(3)}]
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    (tmp_path / "test.jsonl").write_text(json.dumps({"question": question, "answer": "13"}))
+    run(tmp_path / "a.jsonl", tmp_path / "out", check_against=(str(tmp_path / "test.jsonl"),))
+    assert [row["text"] for row in kept(tmp_path / "out")] == [story(3)]
+    assert "鸭子" in dropped(tmp_path / "out")["contaminated"][0]["cleaning"]["value"]
+
+
+def test_the_page_shows_what_was_dropped_and_cannot_be_taken_over(pile, tmp_path):
+    (pile / "evil.jsonl").write_text(json.dumps({"text": "<script>alert(1)</script>" * 9}))
+    run(pile, tmp_path / "out")
+    page = (tmp_path / "out" / "report.html").read_text("utf-8")
+    assert "<script" not in page and "&lt;script&gt;" in page and "http" not in page.partition("</style>")[0]
+    assert page.count("<svg") > 10 and "<mark>" in page and "kept in its place" in page

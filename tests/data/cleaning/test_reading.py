@@ -1,0 +1,82 @@
+"""Pages, archives and packed files; those that need a package say so without it."""
+
+import io
+import json
+import sys
+
+import pytest
+
+from data import clean
+from data.cleaning.reading import document_of, raw_documents
+from minillm.base.errors import UserError
+
+ZH = "清晨的河面上浮着一层薄雾，渔船还没有出港。老周坐在码头的石阶上，慢慢地补一张旧网，手指粗糙却很灵活。"
+MORE = "".join(
+    f"<p>第{n}天，太阳出来的时候，雾便散了，河水变成了金黄色，远处传来第{n}声汽笛，渔船一条条出港。</p>"
+    for n in "一二三四五六"
+)
+PAGE = f"""<!doctype html><html><head><meta charset="gbk"><title>渔船</title><script>var a = 1;</script></head><body>
+<nav><ul><li><a href="/">首页</a></li><li><a href="/about">关于我们</a></li></ul></nav>
+<article><h1>渔船</h1><p>{ZH}</p>{MORE}<table><tr><td>船</td><td>港</td></tr></table></article>
+<footer>版权所有</footer></body></html>"""
+
+
+def texts(path, boundary: str = "file") -> list[str]:
+    return [document_of(raw, "text")[0] for raw in raw_documents(path, boundary)]
+
+
+def test_the_main_text_of_a_page_is_taken_out_whatever_its_encoding(tmp_path):
+    pytest.importorskip("trafilatura")
+    for encoding in ("utf-8", "gb18030"):
+        file = tmp_path / f"{encoding}.html"
+        file.write_bytes(PAGE.encode(encoding))
+        (text,) = texts(file)
+        assert ZH in text and "船" in text and "关于我们" not in text and "var a" not in text and "版权" not in text
+
+
+def test_zst_is_unpacked_frame_by_frame(tmp_path):
+    zstandard = pytest.importorskip("zstandard")
+    file = tmp_path / "rows.jsonl.zst"
+    lines = [json.dumps({"text": f"{ZH}{i}"}).encode() + b"\n" for i in range(3)]
+    file.write_bytes(zstandard.compress(lines[0]) + zstandard.compress(lines[1] + lines[2]))
+    assert texts(file) == [f"{ZH}{i}" for i in range(3)]
+
+
+def test_pages_of_an_archive_bring_their_address(tmp_path):
+    pytest.importorskip("trafilatura")
+    warcwriter = pytest.importorskip("warcio.warcwriter")
+    from warcio.statusandheaders import StatusAndHeaders
+
+    with (tmp_path / "crawl.warc.gz").open("wb") as file:
+        writer = warcwriter.WARCWriter(file, gzip=True)
+        for kind, body in (("text/html; charset=utf-8", PAGE.encode()), ("image/png", b"\x89PNG")):
+            headers = StatusAndHeaders("200 OK", [("Content-Type", kind)], protocol="HTTP/1.1")
+            address = "https://example.com/" + kind[:4]
+            writer.write_record(writer.create_warc_record(address, "response", io.BytesIO(body), http_headers=headers))
+    ((text, row),) = [document_of(raw, "text") for raw in raw_documents(tmp_path / "crawl.warc.gz", "file")]
+    assert ZH in text and row == {"url": "https://example.com/text"}
+
+
+@pytest.mark.parametrize(
+    ("name", "package"), [("a.html", "trafilatura"), ("a.jsonl.zst", "zstandard"), ("a.warc", "warcio")]
+)
+def test_what_needs_a_package_names_the_extra(tmp_path, monkeypatch, name, package):
+    (tmp_path / name).write_bytes(b"\x28\xb5\x2f\xfd" if name.endswith("zst") else b"<p>a</p>")
+    monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.setitem(sys.modules, f"{package}.archiveiterator", None)
+    with pytest.raises(UserError, match=r'pip install -e "\.\[clean\]"'):
+        clean.clean(clean.Config(input=(str(tmp_path / name),), out=str(tmp_path / "out"), workers=1))
+
+
+def test_txt_ends_where_it_is_told(tmp_path):
+    file = tmp_path / "a.txt"
+    file.write_text("a\nb\n\nc", encoding="utf-16")
+    assert texts(file) == ["a\nb\n\nc"]
+    assert texts(file, "blank") == ["a\nb", "c"] and texts(file, "lines") == ["a", "b", "c"]
+
+
+def test_rows_of_a_table_in_gb18030(tmp_path):
+    file = tmp_path / "a.tsv"
+    file.write_bytes(f"id\ttext\n1\t{ZH}\n".encode("gb18030"))
+    ((text, row),) = [document_of(raw, "text") for raw in raw_documents(file, "file")]
+    assert (text, row) == (ZH, {"id": "1"})
