@@ -8,6 +8,9 @@ import torch
 from minillm.base.errors import UserError
 from minillm.evaluation import loglikelihood
 from minillm.evaluation.loglikelihood import Pair, Request, loglikelihoods, pairs_of, scores_of
+from minillm.generation.completion import prefill
+from minillm.tuning.virtual_tokens import attach_virtual
+from tests.minillm.tuning import tiny
 
 EXAMPLES = "Who has the ball? Tom has the ball.\n\n谁有球？ Tom\n\n"
 REQUESTS = [
@@ -101,3 +104,22 @@ def test_what_cannot_be_scored_is_refused(home):
         loglikelihoods(home.model, home.tokenizer, [Request("ball", "")], 64)
     with pytest.raises(UserError, match=r"longer than --seq_len 3"):
         loglikelihoods(home.model, home.tokenizer, [Request("ball", " Tom has the ball and the cat")], 3)
+
+
+@pytest.mark.parametrize("kind", ["prefix", "prompt"])
+def test_virtual_tokens_come_before_every_context(small_families, kind):
+    """The oracle: what generation computes after the context and each beginning of the continuation."""
+    model = tiny.base()
+    weight = attach_virtual(model, kind, 4).embedding.weight
+    with torch.no_grad():
+        weight.copy_(torch.randn(weight.shape, generator=torch.Generator().manual_seed(0)))
+    ids = tiny.IDS[0].tolist()
+    contexts = [(*ids[:9], 1), (*ids[:9], 2, 3), (7,)]
+    pairs = [Pair(context, part) for context in contexts for part in ((5,), (6, 7, 8), (9, 4))]
+    for pair, score in zip(pairs, scores_of(model.eval(), pairs), strict=True):
+        nats = 0.0
+        for n, target in enumerate(pair.continuation):
+            with torch.no_grad():
+                _, logits = prefill(model, [[*pair.context, *pair.continuation[:n]]], 20)
+            nats += float(logits[0].log_softmax(-1)[target])
+        assert score.nats == pytest.approx(nats, abs=1e-4)
