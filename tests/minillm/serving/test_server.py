@@ -1,5 +1,6 @@
 """Requests over HTTP, as OpenAI's own client sends them where it can, and what comes back."""
 
+import asyncio
 import contextlib
 import json
 import socket
@@ -485,17 +486,44 @@ def test_a_fault_of_the_model_is_one_error_and_the_server_goes_on(home):
 
 def test_a_request_that_takes_too_long_ends(home):
     with running([serve_home(home, slots=1, time_limit=0.05)], starts=False) as here:
-        answers = []
-        asking = threading.Thread(
-            target=lambda: answers.append(here.raw("POST", "/v1/chat/completions", {"messages": HI}))
-        )
-        asking.start()
-        here.until(lambda: here.engine.waiting)
+        asking, answers = asked_beside(here, {"messages": HI})
         time.sleep(0.1)
         here.engine.step()
         asking.join()
         status, headers, data = answers[0]
         assert status == 504 and headers["x-should-retry"] == "false" and b"0.05 seconds" in data
+
+
+def asked_beside(here, body: dict) -> tuple[threading.Thread, list]:
+    """A thread that asks, and the list that its answer comes to; the engine has the request."""
+    answers = []
+    asking = threading.Thread(target=lambda: answers.append(here.raw("POST", "/v1/chat/completions", body)))
+    asking.start()
+    here.until(lambda: here.engine.waiting)
+    return asking, answers
+
+
+def test_a_stream_that_waits_says_that_it_is_still_there(home, monkeypatch):
+    monkeypatch.setattr(app_module, "SILENT_S", 0.02)
+    with running([serve_home(home, slots=1)], starts=False) as here:
+        asking, answers = asked_beside(here, {"messages": HI, "stream": True, "max_tokens": 3})
+        time.sleep(0.1)
+        here.engine.start()
+        asking.join()
+        _, _, data = answers[0]
+        assert data.count(b"\n\n: waiting\n\n") >= 1 and data.endswith(b"data: [DONE]\n\n")
+
+
+@pytest.mark.parametrize("streams", [False, True])
+def test_an_answer_that_is_not_there_when_the_server_ends_is_told_so(home, streams):
+    with running([serve_home(home, slots=1)], starts=False) as here:
+        asking, answers = asked_beside(here, {"messages": HI, "stream": streams})
+        asyncio.run(here.app.close(0.0))
+        asking.join()
+        status, headers, data = answers[0]
+        assert b"shutting down" in data and status == (200 if streams else 503)
+        assert streams == data.startswith(b"data: ") and (streams or headers["Retry-After"])
+        assert here.post("/v1/chat/completions", {"messages": HI})[0] == 503
 
 
 def test_a_fault_of_the_server_tells_the_client_nothing(home, monkeypatch):
