@@ -37,7 +37,8 @@ def check_installed() -> None:
 def listening_socket(host: str, port: int, has_key: bool) -> socket.socket:
     """A socket that listens there. Raises `UserError` if it cannot, or if others could ask there without a key."""
     try:
-        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        family, _, _, _, address = min(found, key=lambda info: info[0] != socket.AF_INET)  # localhost: 127.0.0.1
     except (OSError, UnicodeError) as problem:
         raise UserError(f"--host {host}: no address of this machine ({problem})") from None
     if not has_key and not is_this_machine(address[0]):

@@ -127,6 +127,11 @@ def test_an_address_that_others_reach_needs_a_key(host):
     listening_socket(host, 0, has_key=True).close()
 
 
+def test_localhost_is_the_address_that_clients_try_first():
+    with listening_socket("localhost", 0, has_key=False) as listener:
+        assert listener.getsockname()[0] == "127.0.0.1"
+
+
 def test_an_address_that_cannot_be_listened_at():
     with listening_socket("127.0.0.1", 0, has_key=False) as first:
         port = first.getsockname()[1]
