@@ -11,11 +11,11 @@ from minillm.commands.model_options import BitsOptions, TemplateOptions, load_fo
 from minillm.generation.batching import Engine, EngineOptions
 from minillm.generation.load import find_model
 from minillm.model.size import n_parameters
+from minillm.model.transformer import Transformer
 from minillm.serving.app import App
 from minillm.serving.door import Door
 from minillm.serving.listen import build_server, check_installed, listening_socket
-from minillm.serving.served import Served, why_no_chat
-from minillm.tuning.folders import is_adapter
+from minillm.serving.served import Served, share_weights, why_no_chat
 
 KEY_VARIABLE = "MINILLM_API_KEY"
 
@@ -48,7 +48,7 @@ def run(config: Config) -> None:
 
     models = []
     for name, folder in named_folders(config.model):
-        models.append(_load(config, name, folder))
+        models.append(_load(config, name, folder, [model.engine.model for model in models]))
     app = App(models, door, tell)
     server = build_server(app, config.drain_s, tell)
     for model in models:
@@ -87,15 +87,16 @@ def split_name(text: str | None) -> tuple[str, str | None]:
     return name, path
 
 
-def _load(config: Config, name: str, folder: Path) -> Served:
-    """A model with its engine; says what it is and takes."""
+def _load(config: Config, name: str, folder: Path, others: list[Transformer]) -> Served:
+    """A model with its engine; says what it is and takes. others: models that are loaded already."""
     model, tokenizer, _ = load_folder(folder, None, config.device, config.dtype, config.bits)
     template = template_of(config, folder)
     no_chat = why_no_chat(tokenizer, template)
+    n_shared = share_weights(model, others)
     engine = Engine(model, part(config, EngineOptions), log=tell)
-    adapter = ", an adapter with a base of its own in memory" if is_adapter(folder) else ""
+    shared = f", {n_shared / 2**20:,.1f} MiB of them shared with models before it" if others else ""
     print(
-        f"{name}: {folder} ({n_parameters(model.config):,} parameters{adapter}), context {engine.context:,}, "
+        f"{name}: {folder} ({n_parameters(model.config):,} parameters{shared}), context {engine.context:,}, "
         f"{config.slots} slots, cache {engine.cache_bytes / 2**20:,.1f} MiB"
     )
     turns = trained_with(folder).get("turns")

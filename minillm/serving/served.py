@@ -4,9 +4,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+import torch
+
 from minillm.base.errors import UserError
 from minillm.generation.batching import Engine
 from minillm.generation.requests import Request
+from minillm.model.transformer import Transformer
 from minillm.serving.answers import Answer, Echo
 from minillm.serving.openai_request import Asked, Limits
 from minillm.serving.refusal import Refusal, too_long, wrong
@@ -127,6 +130,24 @@ class Served:
     @cached_property
     def _stop_ids(self) -> list[int]:
         return self.tokenizer.stop_ids(self.template)
+
+
+def share_weights(model: Transformer, others: Sequence[Transformer]) -> int:
+    """Let weights that equal those of another model lie in its memory; returns the bytes that this saves.
+
+    An adapter of virtual tokens shares its whole base so; one that is merged, what it leaves as it was.
+    """
+    n_saved = 0
+    for other in others:
+        theirs = dict(other.named_parameters())
+        for name, weight in model.named_parameters():
+            same = theirs.get(name)
+            if same is None or (same.shape, same.dtype, same.device) != (weight.shape, weight.dtype, weight.device):
+                continue
+            if same.data_ptr() != weight.data_ptr() and torch.equal(same, weight):
+                weight.data = same.data
+                n_saved += weight.nbytes
+    return n_saved
 
 
 def why_no_chat(tokenizer: Tokenizer, template: str) -> str:

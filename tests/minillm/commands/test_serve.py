@@ -51,6 +51,10 @@ def test_models_have_the_names_that_are_given(call, started, home):
     assert "two models have the name sft" in call("serve", "--model", "out/sft", "out/sft/step-00000003")[2]
     status, out, _ = call("serve", "--model", "a=out/sft", "out/sft")
     assert status == 0 and [*started[-1].models] == ["a", "sft"] and out.startswith("a: out/sft/step-00000003")
+    first, second = (model.engine.model for model in started[-1].models.values())
+    n_bytes = sum(weight.nbytes for weight in first.parameters())
+    assert f"{n_bytes / 2**20:.1f} MiB of them shared" in out.splitlines()[1]
+    assert [w.data_ptr() for w in first.parameters()] == [w.data_ptr() for w in second.parameters()]
     for text, parts in (
         ("out/sft", ("", "out/sft")),
         ("tom=out/sft", ("tom", "out/sft")),

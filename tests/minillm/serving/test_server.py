@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import copy
 import json
 import socket
 import threading
@@ -15,6 +16,7 @@ from minillm.generation.completion import generate
 from minillm.generation.requests import Request
 from minillm.generation.sampling import Sampling
 from minillm.serving import app as app_module
+from minillm.serving.served import share_weights
 from tests.minillm.serving.conftest import running, serve_home
 
 QUESTION = "Who has the ball?"
@@ -347,12 +349,14 @@ def test_other_paths_and_methods(here):
 
 def test_no_wrong_request_is_sent_again(here):
     """Clients repeat what gets a 408, 409, 429 or 5xx; none of these statuses is given to a request that is wrong."""
-    before = here.app.metrics.calls.total()
+    place = "/v1/chat/completions", 400
+    before = here.app.metrics.calls[place]
     wrong = ({"messages": []}, {"messages": HI, "n": 99}, {"messages": HI, "tools": [1]}, {"messages": HI, "stop": ""})
     for body in wrong:
         with pytest.raises(openai.BadRequestError):
             here.client(max_retries=2).post("/chat/completions", body=body, cast_to=object)
-    assert here.app.metrics.calls.total() == before + len(wrong)
+    here.until(lambda: here.app.metrics.calls[place] >= before + len(wrong))
+    assert here.app.metrics.calls[place] == before + len(wrong)
 
 
 # ---------------------------------------------------------------- what else there is
@@ -383,7 +387,10 @@ def test_metrics_count_what_was_done(here):
 
     here.until(lambda: here.is_idle)
     before = read()
+    here.until(lambda: here.app.metrics.calls["/metrics", 200] >= 1)
+    n_calls = here.app.metrics.calls.total()
     here.client().chat.completions.create(model="tom", messages=HI, max_tokens=5, temperature=0, n=2)
+    here.until(lambda: here.app.metrics.calls.total() > n_calls)  # it is counted after it is answered
     after = read()
     grown = {name: after[name] - before.get(name, 0) for name in after}
     assert grown['minillm_requests_total{model="tom"}'] == 2
@@ -407,6 +414,20 @@ def test_several_models_by_name(home):
         assert texts == [alone(home, prompt, 4, temperature=0.0)[0] for prompt in (prompt_of(home), simple)]
         _, value = here.post("/v1/chat/completions", asked)  # no name: the first
         assert value["model"] == "tom" and value["choices"][0]["message"]["content"] == texts[0]
+
+
+def test_models_share_the_weights_in_which_they_are_equal(home):
+    other = copy.deepcopy(home.model)
+    with torch.no_grad():
+        other.norm.weight[3] += 1
+    expected = [weight.clone() for weight in other.parameters()]
+    n_bytes = sum(weight.nbytes for weight in other.parameters())
+    assert share_weights(other, [home.model]) == n_bytes - other.norm.weight.nbytes
+    assert share_weights(other, [home.model]) == 0
+    ours = dict(home.model.named_parameters())
+    shared = {name for name, weight in other.named_parameters() if weight.data_ptr() == ours[name].data_ptr()}
+    assert shared == ours.keys() - {"norm.weight"}
+    assert all(torch.equal(*pair) for pair in zip(other.parameters(), expected, strict=True))
 
 
 def test_a_model_without_a_template_chats_not(home):
