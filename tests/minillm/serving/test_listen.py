@@ -50,6 +50,34 @@ def test_whoever_does_not_finish_asking_is_dropped(home, monkeypatch):
             assert connection.recv(1 << 16).startswith(b"HTTP/1.1 200")
 
 
+LOCAL = b" HTTP/1.1\r\nHost: localhost\r\n"
+POST = b"POST /v1/completions" + LOCAL
+ODD = [
+    (b"\x00" * 100, 400),
+    (b"\x16\x03\x01\x02\x00\x01\x00", 400),  # TLS
+    (b"GET / HTTP/1.1\r\n\r\n", 400),
+    (b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\nHost: evil\r\n\r\n", 400),
+    (b"GET /\x1b]52" + LOCAL + b"\r\n", 400),
+    (b"GET /%ff%1b" + LOCAL + b"\r\n", 404),
+    (b"GET http://x/" + LOCAL + b"\r\n", 404),
+    (b"CONNECT a:1" + LOCAL + b"\r\n", 404),
+    (b"GET /v1/models" + LOCAL + b"Authorization: \xff\xfe\r\n\r\n", 200),
+    (b"GET /health HTTP/1.0\r\n\r\n", 200),
+    (b"GET /" + LOCAL + b"Upgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Key: a\r\n\r\n", 200),
+    (POST + b"Content-Length: -5\r\n\r\n", 400),
+    (POST + b"Content-Length: 99999999999999999999\r\n\r\n", 413),
+    (POST + b"Content-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", 400),
+]
+
+
+@pytest.mark.parametrize("data, status", ODD)
+def test_bytes_that_no_client_should_send_are_answered(here, data, status):
+    with socket.create_connection(("127.0.0.1", here.port), timeout=20) as connection:
+        connection.sendall(data)
+        assert connection.recv(1000).startswith(b"HTTP/1.1 %d " % status)
+    assert not here.log
+
+
 def test_a_head_that_is_too_large_is_refused(here):
     with socket.create_connection(("127.0.0.1", here.port)) as connection:
         connection.sendall(b"GET / HTTP/1.1\r\nX: " + b"x" * (1 << 17))
