@@ -105,7 +105,8 @@ def clean(config: Config) -> dict:
         if config.dry_run:
             sources = passes.sampled(sources, folder, DRY_SHARE, DRY_FROM)
         pieces = passes.mend(sources, folder, how, workers)
-        recurring = passes.recurring_lines(pieces, config.recurring)
+        least = 0 if config.sft else config.recurring  # an answer's lines are no boilerplate
+        recurring = passes.recurring_lines(pieces, least) if least else np.zeros(0, np.uint64)
         with_signatures = config.near_duplicates != "off"
         index = _benchmark_index(config.check_against)
         shared = passes.Shared(recurring, index, with_signatures, config.sft)
@@ -113,8 +114,10 @@ def clean(config: Config) -> dict:
         found = outcomes.outcomes(pieces, judged, rules)
         outcomes.refuse_if_unread(found, pieces)
         duplicates.mark_exact(found)
-        if with_signatures:
-            duplicates.mark_near(found, judged, folder, config.sft)
+        if with_signatures and config.sft:
+            duplicates.mark_near_prompts(found, judged)
+        elif with_signatures:
+            duplicates.mark_near(found, judged, folder)
 
         result = {"options": asdict(config), **reports.report(pieces, found, rules)}
         if config.dry_run:

@@ -13,7 +13,7 @@ from data.cleaning.mending import read_rows, text_hash, write_arrays
 from data.cleaning.near_duplicates import SHINGLE, signatures
 from data.cleaning.text.features import NAMES, features, languages
 from data.cleaning.text.lines import cut_recurring
-from data.decontaminate import Index, found_in
+from data.decontaminate import Index, found_in, tokens_of
 from minillm.base.files import write_file
 
 SHINGLE_OF_PROMPTS = 3  # tokens
@@ -46,8 +46,11 @@ def judge_piece(
     }
     if with_signatures and is_sft:
         prompts = [document.get("prompt", "").partition("\n") for document in documents]
-        arrays["signatures"] = signatures([first for first, _, _ in prompts], SHINGLE_OF_PROMPTS)
-        arrays["signatures_below"] = signatures([rest for _, _, rest in prompts], SHINGLE_OF_PROMPTS)
+        first_lines, below = [first for first, _, _ in prompts], [rest for _, _, rest in prompts]
+        arrays["signatures"] = signatures(first_lines, SHINGLE_OF_PROMPTS)
+        arrays["signatures_below"] = signatures(below, SHINGLE_OF_PROMPTS)
+        n_tokens = [[len(tokens_of(text).hashes) for text in part] for part in (first_lines, below)]
+        arrays["n_tokens"] = np.array(n_tokens, np.int64).T
     elif with_signatures:
         arrays["signatures"] = signatures(texts, SHINGLE)
     write_file(judged, lambda path: write_arrays(path, arrays))

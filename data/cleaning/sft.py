@@ -13,7 +13,7 @@ from data.cleaning.reading import Raw, Unreadable, row_of
 from data.cleaning.text import words
 from data.cleaning.text.characters import code_points, repeated_grams
 from data.cleaning.text.masks import mask
-from data.cleaning.text.normalise import normalise
+from data.cleaning.text.normalise import normalise, without_code
 from minillm.base.errors import UserError
 from minillm.datasets.messages import ASSISTANT, SYSTEM, USER, conversations
 
@@ -34,8 +34,9 @@ TRANSLATED_CODE = re.compile(
 DEFINITION = re.compile(r"\b(?:def|class|function|import|for|while|print)\b")
 LINK = re.compile(r"(?:https?://|www\.)[!-~]+")
 IDENTITY = re.compile(
-    r"我(?:是|叫)\W{0,2}(?:chatgpt|gpt-?\d|文心一言|通义千问|claude)|由\W?(?:openai|百度|阿里)\W?(?:训练|开发|研发)"
-    r"|\bI(?:'m| am) (?:chatgpt|gpt-?\d|claude)|(?:trained|developed|created) by (?:openai|anthropic|google)",
+    r"我(?:是|叫)\W{0,2}(?:chatgpt|gpt-?\d|文心一言|通义千问|claude)|我[^。\n]{0,20}由\W?(?:openai|百度|阿里)\W?(?:训练|开发|研发)"
+    r"|\bI(?:'m| am) (?:chatgpt|gpt-?\d|claude)"
+    r"|\bI\b[^.\n]{0,40}(?:trained|developed|created) by (?:openai|anthropic|google)",
     re.IGNORECASE,
 )
 REFUSAL = re.compile(
@@ -62,6 +63,7 @@ ENDS = tuple("。！？.!?…”\"’'）)】》」』]}`~*；;:：|")
 DAMAGED = re.compile("[\ufffd\x80-\x9f\ue000-\uf8ff]")
 
 FEW = 15  # characters beside a link that ask for nothing that could be answered without it
+REPEATED_FROM = 60  # characters
 MOST_REPEATED = 0.45  # of an answer's runs of 12 characters
 LONG_ECHO = 8  # characters
 TRUNCATED_FROM, LAST_LINE_FROM = 60, 25  # characters
@@ -168,8 +170,11 @@ def why_dropped(messages: list[dict]) -> tuple[str, str] | None:
 
 
 def _repeats(text: str) -> bool:
+    text = without_code(text)
     points, borders = code_points([text])
-    return len(text) >= 60 and float(repeated_grams(points, borders)[0]) > MOST_REPEATED
+    return (
+        len(text) >= REPEATED_FROM and "```" not in text and float(repeated_grams(points, borders)[0]) > MOST_REPEATED
+    )
 
 
 def _is_damaged(text: str) -> bool:

@@ -143,6 +143,8 @@ def test_lines_of_ten_documents_are_cut_and_copies_count_once(tmp_path):
     run(tmp_path / "in", tmp_path / "out")
     texts = [row["text"] for row in kept(tmp_path / "out")]
     assert texts == [*(story(i) for i in range(10)), rows[-1]["text"]]
+    run(tmp_path / "in", tmp_path / "out", recurring=0)
+    assert sum(footer in row["text"] for row in kept(tmp_path / "out")) == 10
 
 
 def test_no_copy_of_a_validation_document_stays_in_training(pile, tmp_path):

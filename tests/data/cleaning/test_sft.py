@@ -29,6 +29,8 @@ def mended(value) -> dict:
         row("把这句话翻译成英文：他昨天没有来。", "He did not come yesterday, so we waited for him."),
         row("用 Python 写一个函数。", "def f(n):\n    return n + 1"),
         row("写一个最简单的网页。", "<!DOCTYPE html>\n<html><body><b>你好</b> &lt;</body></html>"),
+        row("解释 GPT-3。", "GPT-3 是由 OpenAI 开发的语言模型，它由大量文本训练而成。"),
+        row("画流程图。", "```\n" + "+----+\n|    |\n" * 20 + "```"),
         row("教我进别人的邮箱。", "很抱歉，我不能帮助你进入他人的邮箱，这侵犯隐私。"),
         row("列出五种水果。", "1. 苹果\n2. 香蕉\n3. 橙子\n4. 葡萄\n5. 西瓜"),
         {
@@ -96,7 +98,10 @@ def test_a_file_of_rows_is_cleaned(tmp_path):
         row("概括这一段。", "气压低则沸点低。", input=passage),
         row("翻译这一段。", "Water boils at 100.", input=passage),
     ]
+    rows += [row(f"What is the opposite of '{word}'?", answer) for word, answer in (("thin", "thick"), ("fat", "slim"))]
     rows += [row("写一个标题。", ""), row("谢谢", "不客气。")]
+    shared_line = "这是许多回答里都有的一行，它不是网页的页脚。"
+    rows += [row(f"问题：{word}是什么？", f"{word}，见下。\n{shared_line}") for word in "天地玄黄宇宙洪荒日月盈昃"]
     (tmp_path / "rows.json").write_text(json.dumps(rows, ensure_ascii=False), encoding="utf-8")
     config = clean.Config(input=(str(tmp_path / "rows.json"),), out=str(tmp_path / "out"), sft=True, workers=1)
     result = clean.clean(config)
@@ -104,4 +109,4 @@ def test_a_file_of_rows_is_cleaned(tmp_path):
         **{"near_duplicate": 1, "empty_answer": 1}
     }
     lines = (tmp_path / "out" / "kept-00000.jsonl").read_text("utf-8").splitlines()
-    assert [json.loads(line)["output"] for line in lines] == [rows[i]["output"] for i in (0, 2, 3, 5)]
+    assert [json.loads(line)["output"] for line in lines] == [rows[i]["output"] for i in (0, 2, 3, 4, 5, *range(7, 20))]
