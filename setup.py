@@ -10,7 +10,7 @@ EXTRAS = {
     "gguf": ["gguf"],
     "hf": ["tokenizers", "jinja2"],
     "serve": ["uvicorn"],
-    "bench": ["transformers>=5", "peft"],
+    "bench": ["transformers>=5", "peft", "xllamacpp"],
     "harness": ["lm_eval[hf]>=0.4.13"],
     "align": ["trl", "accelerate", "datasets", "transformers>=5"],
 }

@@ -42,6 +42,7 @@ COMMANDS = {
     "bench align": "minillm.commands.bench.align",
     "bench eval": "minillm.commands.bench.evaluate",
     "bench busy": "minillm.commands.bench.busy",
+    "bench serve": "minillm.commands.bench.serve",
 }
 
 

@@ -39,12 +39,12 @@ BUDGET = {
     "checkpoint": 19_900,  # reward models' folders; files that all ranks write together
     "data": 64_000,  # rows of benchmarks, cleaning of texts and instructions, near duplicates, mixing, a report
     "tuning": 11_600,
-    "generation": 9_400,  # many requests in one running batch
+    "generation": 10_300,  # many requests in one running batch
     "evaluation": 14_200,  # benchmarks, also in training, shared by ranks, read by families
     "training": 18_300,  # sharding, saving in the background, bad steps of workers
     "alignment": 23_100,  # models dealt out over ranks
     "serving": 11_000,  # the interface of OpenAI over HTTP, and the chat page's headers
-    "commands": 28_600,  # judged answers, pairs of them, speeds beside trl's, a plan, a cluster's checks, bits
+    "commands": 30_500,  # judged answers, pairs, a server, other tools' speeds, plans, a cluster's checks, bits
     "scripts": 18_000,
 }
 MOST_FILES = 15  # of one folder, besides its __init__.py
@@ -54,7 +54,7 @@ MOST_PARAMETERS = 7  # besides self; not of kernels and ops, whose parameters ar
 OPTIONAL = {"matplotlib", "tensorboard", "pyarrow", "transformers", "peft", "gguf", "liger_kernel", "flash_attn"}
 OPTIONAL |= {"trafilatura", "warcio", "zstandard"}
 OPTIONAL |= {"bitsandbytes", "tokenizers", "jinja2", "trl", "datasets", "lm_eval"}
-OPTIONAL |= {"uvicorn"}
+OPTIONAL |= {"uvicorn", "xllamacpp"}
 WHOLE_FOLDERS = ("minillm", "kernels", "data/world", "data/cleaning")
 SOURCES = sorted(
     [

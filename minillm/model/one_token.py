@@ -1,4 +1,4 @@
-"""Forms of ops with few calls, for one token a row in fp32 on a CPU, without gradients: a step of generation.
+"""Quicker forms of ops for one token a row in fp32 on a CPU, without gradients: a step of generation.
 
 There a call costs more than the arithmetic in it, and the rest of the time goes into reading the weights. `ops.py`
 decides where these are used; what each computes is what the op of the same name computes.
@@ -27,27 +27,38 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return (x * weight).div_(rms)
 
 
-def _blocks_are_quicker() -> bool:
-    """Whether one row's product with a large matrix is quicker as a batch of products with blocks of the matrix.
+def _mkl_is_slow() -> bool:
+    """Whether torch's usual products are MKL's on an AMD processor, which it does not know well.
 
-    MKL's product of a matrix and a vector reads an AMD processor's memory at half its speed; its batch of them at
-    almost all of it, and in several threads. On Intel's processors it is the other way round.
+    One row's product with a large matrix reads the memory at half its speed; as a batch of products with blocks of the
+    matrix at almost all of it, and in several threads. Products of several rows take 1.3 to 2.2 times as long as
+    oneDNN's, which torch also has (one thread, AVX-512; 8 rows and more). On Intel's processors MKL is the quicker one.
     """
     processor = Path("/proc/cpuinfo")
     return torch.backends.mkl.is_available() and processor.exists() and "AuthenticAMD" in processor.read_text()
 
 
+MKL_IS_SLOW = _mkl_is_slow()
+
 # From so many numbers on; a smaller matrix (2 MB) may still be in the processor's cache from the step before.
-LARGE_MATRIX = 2**19 if _blocks_are_quicker() else math.inf
+LARGE_MATRIX = 2**19 if MKL_IS_SLOW else math.inf
+
+# oneDNN is quicker from so many rows and multiplications on; with fewer its call costs more. It keeps code and buffers
+# for every number of rows it has seen, some 0.5 MB each, so it is left to steps, whose rows are few.
+MANY_ROWS = 4 if MKL_IS_SLOW and torch.backends.mkldnn.is_available() else math.inf
+MANY_PRODUCTS = 2**20
 
 
 def linear(x: Tensor, layer: nn.Module) -> Tensor:
-    """layer(x), without the cost of calling a module where that does no more than its product."""
+    """layer(x), x (B, 1, C), without the cost of calling a module where that does no more than its product."""
     if type(layer) is not nn.Linear or layer._forward_hooks or layer._forward_pre_hooks:
         return layer(x)
     weight, bias = layer._parameters["weight"], layer._parameters["bias"]
-    if weight.numel() >= LARGE_MATRIX and len(x) == 1 and weight.is_contiguous():
+    n_rows = len(x)
+    if weight.numel() >= LARGE_MATRIX and n_rows == 1 and weight.is_contiguous():
         return linear_by_blocks(x, weight, bias)
+    if n_rows >= MANY_ROWS and n_rows * weight.numel() >= MANY_PRODUCTS and weight.is_contiguous():
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")  # F.linear by oneDNN
     return F.linear(x, weight, bias)
 
 
@@ -55,7 +66,7 @@ BLOCK = 16  # rows of a matrix; many, so that there are enough for all threads
 
 
 def linear_by_blocks(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """`F.linear` of one row x (1, 1, C), for which W (K, C) is read in blocks of rows: see `_blocks_are_quicker`."""
+    """`F.linear` of one row x (1, 1, C), for which W (K, C) is read in blocks of rows: see `_mkl_is_slow`."""
     n_whole = len(weight) // BLOCK * BLOCK  # rows in whole blocks
     blocks = weight[:n_whole].view(-1, BLOCK, weight.shape[1])
     column = x.mT.expand(len(blocks), -1, -1)  # (blocks, C, 1); of other strides MKL takes a slow way

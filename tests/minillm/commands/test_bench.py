@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 from minillm.base.errors import UserError
-from minillm.commands.bench import align, busy, data, evaluate, generate, train, tune
+from minillm.commands.bench import align, busy, data, evaluate, generate, serve, train, tune
 from minillm.commands.bench import on_ranks as of_ranks
 from minillm.distributed.ranks import Ranks
 from minillm.generation import completion
@@ -118,6 +118,34 @@ def test_a_run_stands_beside_its_neighbours(capsys):
     assert all(name in head for name in busy.SIDES)
     assert [row.split()[0] for row in rows] == ["0", "1"]
     assert all(row.count(" tok/s (") == 2 for row in rows) and "(100%)" in rows[0]
+
+
+def test_many_requests_have_a_line_for_each_number_of_clients(capsys):
+    lengths = dict(longest_prompt=20, longest_answer=20, requests=5)
+    serve.run(serve.Config(concurrency=(1, 3), repeats=2, gguf="none", transformers=False, bits=8, **lengths))
+    title, _, head, *rows = capsys.readouterr().out.splitlines()
+    assert "ours in 8 bits" in title and "between tokens" in head
+    assert [row.split()[:2] for row in rows] == [["1", "minillm"], ["3", "minillm"]]
+    assert all(row.split()[5] == "1.00" and row.count(" / ") == 4 for row in rows)
+
+
+def test_every_token_of_every_request_is_timed():
+    asked = [serve.Asked([1, 2, 3], n_new) for n_new in (8, 11, 9)]
+    measured = serve.ours(serve.random_model("tiny"))(asked, 2)
+    assert (measured.n_requests, measured.n_tokens) == (3, 28)
+    assert (len(measured.to_first), len(measured.between)) == (3, 25)
+    clock = serve.Clock(asked)
+    with pytest.raises(UserError, match="request 0: 0 tokens came in place of 8"):
+        clock.measured()
+
+
+def test_llama_cpp_and_room_for_answers_are_asked_for_by_name(monkeypatch):
+    monkeypatch.setitem(sys.modules, "xllamacpp", None)
+    lengths = dict(longest_prompt=20, longest_answer=20)
+    with pytest.raises(UserError, match="pip install xllamacpp, or --gguf none"):
+        serve.run(serve.Config(transformers=False, **lengths))
+    with pytest.raises(UserError, match="together at most 64"):
+        serve.run(serve.Config(longest_prompt=40, longest_answer=40))
 
 
 @pytest.mark.parametrize(

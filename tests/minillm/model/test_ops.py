@@ -244,3 +244,19 @@ def test_datacenter_blackwell_needs_a_triton_that_fences_copies(capability, old,
     monkeypatch.setattr(ops, "_triton", ops._triton if taken else None)
     assert ("Triton 3.7.1" in ops._lacking()) == (not taken)
     assert ("Triton 3.7.1" in ops.describe(torch.device("cuda"))) == (not taken)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("n_rows", [4, 7])
+def test_products_of_many_rows_by_onednn_are_those_of_the_layer(n_rows, bias, monkeypatch):
+    monkeypatch.setattr(one_token, "MANY_ROWS", 4)
+    monkeypatch.setattr(one_token, "MANY_PRODUCTS", 1)
+    called = []
+    monkeypatch.setattr(one_token.F, "linear", lambda *arguments: called.append(arguments))
+    layer = torch.nn.Linear(24, 10, bias=bias)
+    x = torch.randn(n_rows, 1, 24, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        (y,) = ops.linears(x, layer)
+        expected = x.double() @ layer.weight.double().T + (layer.bias.double() if bias else 0)
+        torch.testing.assert_close(y.double(), expected, atol=1e-6, rtol=1e-5)
+    assert not called
