@@ -66,6 +66,8 @@ def build_server(app: App, drain_s: float, log: Callable[[str], None]):
 
         def connection_made(self, transport) -> None:
             super().connection_made(transport)
+            # else the system holds a small piece back until the one before is acknowledged, often 40 ms (Nagle)
+            transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             self._unread = None
             self._asking = self.loop.call_later(ASKING_S, self._cut_unless_asked, None)
 

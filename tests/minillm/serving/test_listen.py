@@ -78,6 +78,15 @@ def test_bytes_that_no_client_should_send_are_answered(here, data, status):
     assert not here.log
 
 
+def test_no_piece_of_a_stream_waits_for_the_one_before_to_be_acknowledged(here):
+    with socket.create_connection(("127.0.0.1", here.port)) as connection:
+        connection.sendall(b"GET /health" + LOCAL + b"\r\n")
+        assert connection.recv(1000)
+        (open_one,) = [c for c in here.server.server_state.connections if c.client == connection.getsockname()]
+        ours = open_one.transport.get_extra_info("socket")
+        assert ours.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+
+
 def test_a_head_that_is_too_large_is_refused(here):
     with socket.create_connection(("127.0.0.1", here.port)) as connection:
         connection.sendall(b"GET / HTTP/1.1\r\nX: " + b"x" * (1 << 17))
