@@ -62,6 +62,7 @@ def read_record(values: dict) -> dict:
         is_ours = BY_KEY.fullmatch(f"{record.need('key', str)}.json") is not None
         for name in ("bad_lines", "empty_documents"):
             record.need(name, int, at_least=0)
+        record.get("copies_of_validation", int, 0, at_least=0)
         for source in record.parts("sources"):
             source.need("file", str)
             source.need("sha256", str)
@@ -100,6 +101,7 @@ class BinWriter:
             ],
             "bad_lines": 0,
             "empty_documents": 0,
+            "copies_of_validation": 0,
         }
         for split in SPLITS:
             self.record[split] = {"tokens": 0, "documents": 0, "bytes": 0, "sha256": ""}
@@ -120,12 +122,13 @@ class BinWriter:
         counts["documents"] += len(sizes)
         counts["bytes"] += int(sizes.sum())
 
-    def note_left_out(self, source_number: int, bad: list[str], n_empty: int) -> None:
+    def note_left_out(self, source_number: int, bad: list[str], n_empty: int, n_held_out: int = 0) -> None:
         """bad: what is wrong with each bad line of this source."""
         first_bad = self.record["sources"][source_number]["first_bad"]
         first_bad += bad[: FIRST_BAD - len(first_bad)]
         self.record["bad_lines"] += len(bad)
         self.record["empty_documents"] += n_empty
+        self.record["copies_of_validation"] += n_held_out
 
     def finish(self) -> dict:
         """Put the bins on the disk, then their record, which is returned.
@@ -352,6 +355,7 @@ def meta_of(groups: list[Group], records: list[dict], tokenizer: Tokenizer, abou
         "bytes": {split: sum(record[split]["bytes"] for record in bins) for split in SPLITS},
         "bad_lines": sum(record["bad_lines"] for record in bins),
         "empty_documents": sum(record["empty_documents"] for record in bins),
+        "copies_of_validation": sum(record.get("copies_of_validation", 0) for record in bins),
         "first_bad": first_bad[:FIRST_BAD],
         "bins": bins,
         "bins_sha256": checksum(bins),

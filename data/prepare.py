@@ -25,6 +25,7 @@ from pathlib import Path
 from data.bin_writer import SPLITS, BinFolder, meta_of, read_json
 from data.choose_tokenizer import holds, learnt_tokenizer, usual_wrap, with_wrap
 from data.contamination import Benchmark, check_texts, read_benchmarks, table
+from data.held_out import checksum_of, write_hashes
 from data.sources import (
     ON_BAD_LINE,
     WRAPS,
@@ -110,6 +111,10 @@ def prepare(
             learnt_from = checksum([train_tokenizer, [(s.sha256, s.options.of(s.path)) for s in sources[:n_train]]])
             tokenizer = learnt_tokenizer(bin_folder, train_tokenizer, sources[:n_train], learnt_from)
             tokenizer = with_wrap(tokenizer, options.wrap)
+        if val_inputs:
+            held_out = write_hashes(sources[n_train:], out)
+            for_train = replace(options, val_fraction=0.0, held_out=(held_out, checksum_of(held_out)))
+            sources[:n_train] = [source._replace(options=for_train) for source in sources[:n_train]]
         about = {
             "wrap": options.wrap,
             "options": options.recorded(),
@@ -254,6 +259,8 @@ def report(meta: dict) -> None:
         tokens = sum(file["tokens"] for file in meta["files"][split])
         per_token = meta["bytes"][split] / max(tokens - special * documents, 1)
         print(f"{split:5} {documents:,} documents, {tokens:,} tokens, {per_token:.2f} bytes of text per token")
+    if meta["copies_of_validation"]:
+        print(f"left out of training: {meta['copies_of_validation']:,} copies of validation documents")
     if meta["bad_lines"] or meta["empty_documents"]:
         print(f"left out: {meta['bad_lines']:,} bad lines, {meta['empty_documents']:,} empty documents")
         for message in meta["first_bad"]:

@@ -37,6 +37,7 @@ class Options:
     on_bad_line: "error", or "skip" to leave out and count documents that cannot be read. val_fraction: each document
     whose hash falls below it is for validation, so that copies of a document never fall on both sides. wrap: "eos" ends
     each document in eos; "bos_eos" also begins it with bos, as other tools begin a text; None: `prepare` decides.
+    held_out: a file of hashes of documents that are left out, since they are for validation, and its checksum.
     """
 
     boundary: str = "blank"
@@ -46,10 +47,11 @@ class Options:
     encoding: str = encodings.UTF_8
     allow_lossy: bool = False
     wrap: str | None = None
+    held_out: tuple[str, str] | None = None
 
     def recorded(self) -> dict:
         """What meta.json says of them: in bins of UTF-8 just what it said before there were other encodings."""
-        left_out = {"allow_lossy"} | ({"encoding"} if encodings.is_utf_8(self.encoding) else set())
+        left_out = {"allow_lossy", "held_out"} | ({"encoding"} if encodings.is_utf_8(self.encoding) else set())
         return {name: value for name, value in asdict(self).items() if name not in left_out}
 
     def check(self) -> None:
@@ -70,6 +72,8 @@ class Options:
         documents = f"split {self.boundary}" if is_txt(path) else f"field {self.field}"
         if not (encodings.is_utf_8(self.encoding) or ending(path) == ".parquet"):
             documents += f", encoding {self.encoding}"
+        if self.held_out:
+            documents += f", without validation documents {self.held_out[1]}"
         return f"{documents}, val_fraction {self.val_fraction}, wrap {self.wrap}"
 
 

@@ -1,6 +1,5 @@
 """Tokenizes the documents of files into bins, by one process or several, in the same order."""
 
-import hashlib
 import multiprocessing
 import os
 import signal
@@ -16,6 +15,7 @@ import numpy as np
 from tqdm import tqdm
 
 from data.bin_writer import SPLITS, BinFolder, BinWriter
+from data.held_out import document_hash, is_held_out
 from data.sources import Group, Options, Source
 from minillm.base.errors import UserError
 from minillm.datasets.files.text_files import Record, text_of
@@ -42,11 +42,12 @@ class EncodedPiece(NamedTuple):
     splits: dict[str, SplitTokens]
     bad: list[str]  # what is wrong with each document that cannot be read
     n_empty: int
+    n_held_out: int  # copies of validation documents
 
 
 def is_val(data: bytes, options: Options) -> bool:
     """Whether a document with these UTF-8 bytes is for validation: the same for each copy, in any file."""
-    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest()) < options.val_fraction * 2**64
+    return document_hash(data) < options.val_fraction * 2**64
 
 
 def encode_piece(documents: list[Record], tokenizer: Tokenizer, options: Options, threads: int = 1) -> EncodedPiece:
@@ -57,6 +58,7 @@ def encode_piece(documents: list[Record], tokenizer: Tokenizer, options: Options
     sizes: dict[str, list[int]] = {split: [] for split in SPLITS}
     bad: list[str] = []
     n_empty = 0
+    n_held_out = 0
     for record in documents:
         try:
             text = text_of(record.kind, record.raw, options.field)
@@ -67,6 +69,9 @@ def encode_piece(documents: list[Record], tokenizer: Tokenizer, options: Options
             continue
         if not text:
             n_empty += 1
+            continue
+        if options.held_out and is_held_out(data, options.held_out):
+            n_held_out += 1
             continue
         split = "val" if is_val(data, options) else "train"
         texts.append(text)
@@ -84,7 +89,7 @@ def encode_piece(documents: list[Record], tokenizer: Tokenizer, options: Options
         ids = np.asarray(ids, tokenizer.id_dtype)
         encoded[split] += [begin, ids.tobytes(), end]
     splits = {split: SplitTokens(b"".join(encoded[split]), np.array(sizes[split], dtype=np.int64)) for split in SPLITS}
-    return EncodedPiece(splits, bad, n_empty)
+    return EncodedPiece(splits, bad, n_empty, n_held_out)
 
 
 # ---- All documents of some groups.
@@ -128,7 +133,7 @@ def tokenize(groups: list[Group], folder: BinFolder, tokenizer: Tokenizer, worke
                 raise bad_line_error(piece.source.name, encoded.bad[0])
             if writer is None:
                 writer = BinWriter(folder.unfinished, piece.group, tokenizer)
-            writer.note_left_out(piece.source_number, encoded.bad, encoded.n_empty)
+            writer.note_left_out(piece.source_number, encoded.bad, encoded.n_empty, encoded.n_held_out)
             for split, tokens in encoded.splits.items():
                 writer.add(split, *tokens)
                 n_tokens += len(tokens.data) // tokenizer.id_dtype.itemsize

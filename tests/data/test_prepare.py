@@ -368,3 +368,16 @@ def test_texts_of_control_pieces_are_counted_before_they_become_letters(tok, tmp
     tok.save(tmp_path / "tok")
     prepare([tmp_path / "t.txt"], tmp_path / "out", tokenizer=tmp_path / "tok", boundary="lines", val_fraction=0)
     assert f"encoded as letters like any other text: {piece} 40, </s> 20" in capsys.readouterr().out
+
+
+def test_no_copy_of_a_document_of_val_input_is_trained_on(tok_path, tmp_path):
+    train = write_lines(tmp_path / "a.jsonl", ["one apple", "held apple", "two apples", "held apple"])
+    val = write_lines(tmp_path / "b.jsonl", ["held apple"])
+    meta = prepare([train], tmp_path / "out", tokenizer=tok_path, val_inputs=[val])
+    assert meta["copies_of_validation"] == 2
+    assert [sum(file["documents"] for file in meta["files"][split]) for split in ("train", "val")] == [2, 1]
+
+    # other validation documents: the training file's tokens are made again
+    write_lines(val, ["two apples"])
+    meta = prepare([train], tmp_path / "out", tokenizer=tok_path, val_inputs=[val])
+    assert meta["copies_of_validation"] == 1 and meta["files"]["train"][0]["documents"] == 3
