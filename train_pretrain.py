@@ -38,10 +38,11 @@ from minillm.model import config, ops
 from minillm.model.transformer import Transformer
 from minillm.tokenizer.sentencepiece_model import SentencePieceModel
 from minillm.tokenizer.tokenizer import Tokenizer
-from minillm.training import sharding, starting_model
+from minillm.training import resuming, sharding, starting_model
 from minillm.training.config import TrainingConfig, summary
 from minillm.training.optim import build_optimizers
 from minillm.training.run import Run, begin
+from minillm.training.schedule import Schedule
 from minillm.training.step import TrainState
 from minillm.tuning import options
 
@@ -53,6 +54,9 @@ ShapeOptions = optional_copy(config.ModelConfig, group=SHAPE, leave_out=("vocab_
 @dataclass(frozen=True)
 class Config(ShapeOptions, options.TuningConfig, diloco.DilocoOptions, TaskOptions, TrainingConfig):
     data: str = option("data/bundled", "folder of token bins, or a mixture FOLDER:WEIGHT,FOLDER:WEIGHT,…", group="run")
+    decay_data: str | None = option(
+        None, "folder or mixture to read instead of --data while the rate of --schedule wsd falls", group="run"
+    )
     out: str = option("out/pretrain", "the run's folder: checkpoints, metrics.jsonl, curve.png", group="run")
     data_dtype: str | None = option(None, "dtype of a raw .bin made elsewhere", ("uint16", "uint32"), group="data")
     data_vocab_size: int | None = option(None, "vocabulary size of a raw .bin made elsewhere", at_least=1, group="data")
@@ -69,6 +73,14 @@ class Config(ShapeOptions, options.TuningConfig, diloco.DilocoOptions, TaskOptio
         group=SHAPE,
     )
 
+    def problems(self) -> list[str]:
+        problems = super().problems()
+        if self.decay_data and Schedule.of(self).decay_begins >= self.steps:
+            problems.append(
+                "--decay_data: no step reads it; give --schedule wsd, with a --decay_share of one step or more"
+            )
+        return problems
+
 
 def main() -> int:
     training_config = parse(Config, __doc__)
@@ -78,20 +90,13 @@ def main() -> int:
     # data: token bins, and the tokenizer beside them
     if training_config.data == bundled.FOLDER:
         once_a_host(ranks, bundled.build)
-    foreign = dict(dtype=training_config.data_dtype, vocab_size=training_config.data_vocab_size)  # of a raw .bin
-    bins = [(TokenBins(path, "train", **foreign), weight) for path, weight in parse_mixture(training_config.data)]
-    seq_len = training_config.seq_len
-    documents = training_config.document_attention
-    if documents is None:
-        are_short = all(0 < part.mean_document < seq_len / 2 for part, _ in bins)
-        documents = are_short and training_config.virtual_positions == 0  # virtual tokens come before a whole row
-        training_config = dataclasses.replace(training_config, document_attention=documents)
-    windows = TokenWindows(bins, seq_len, seed=training_config.seed, documents=documents)
-    first = bins[0][0]
+    training_config, windows, decay_windows = open_windows(training_config)
+    first = windows.sources[0]
     tokenizer = Tokenizer.load(first.path) if first.meta else None
     if tokenizer is not None:
         first.check_tokenizer(tokenizer)
-    held_out = TokenBins(first.path, "val", **foreign)
+    held_out = TokenBins(first.path, "val", **foreign(training_config))
+    seq_len, documents = training_config.seq_len, training_config.document_attention
     validation = Validation(held_out, tokenizer, seq_len, training_config.eval_tokens, documents)
 
     # the model's shape, and what follows from it
@@ -104,7 +109,8 @@ def main() -> int:
     # the run: its folder, and the checkpoint to go on from
     order = (training_config.batch_size, seq_len, training_config.seed)
     fingerprints = {
-        "data": fingerprint([part.identity() for part, _ in bins], [weight for _, weight in bins]),
+        "data": fingerprint(*windows.identity()),
+        **({resuming.DECAY_DATA: fingerprint(*decay_windows.identity())} if decay_windows else {}),
         "batch size, sequence length or seed": fingerprint(*order),
         "tokenizer": first.meta.get("tokenizer_sha256", ""),
         **starting_model.fingerprints(training_config, model_config, init),
@@ -120,6 +126,10 @@ def main() -> int:
     windows.bos_is_target = run.saved.get("bos_is_target", run.start_step > 0)
     run.facts["bos_is_target"] = windows.bos_is_target
     run.say(summary(training_config))
+    if decay_windows is not None:
+        decay_windows.bos_is_target = windows.bos_is_target
+        begins = Schedule.of(training_config).decay_begins
+        run.say(f"{training_config.decay_data}: read from step {begins + 1:,} on, while the learning rate falls")
     if tokenizer is not None and run.source is None:
         for note in notes(tokenizer, model_config, first.path):
             run.say(note)
@@ -132,9 +142,38 @@ def main() -> int:
     weights = run.source or init
     if weights is not None:
         run.say(f"weights from {weights}")
-    status = train(training_config, run, model, windows, validation, tasks)
+    status = train(training_config, run, model, (windows, decay_windows), validation, tasks)
     distributed.stop()
     return status
+
+
+def foreign(training_config: Config) -> dict:
+    """How to read a raw .bin made elsewhere."""
+    return dict(dtype=training_config.data_dtype, vocab_size=training_config.data_vocab_size)
+
+
+def open_bins(training_config: Config, mixture: str) -> list[tuple[TokenBins, float]]:
+    """The training split of the folders that a mixture names, with their shares."""
+    return [(TokenBins(path, "train", **foreign(training_config)), share) for path, share in parse_mixture(mixture)]
+
+
+def open_windows(training_config: Config) -> tuple[Config, TokenWindows, TokenWindows | None]:
+    """The options with --document_attention decided, the windows of --data, and those of --decay_data if given."""
+    bins = open_bins(training_config, training_config.data)
+    decay_bins = open_bins(training_config, training_config.decay_data) if training_config.decay_data else []
+    documents = training_config.document_attention
+    if documents is None:
+        are_short = all(0 < part.mean_document < training_config.seq_len / 2 for part, _ in bins + decay_bins)
+        documents = are_short and training_config.virtual_positions == 0  # virtual tokens come before a whole row
+        training_config = dataclasses.replace(training_config, document_attention=documents)
+
+    # windows, and those that follow them from the first step of the decay on
+    seq_len, order = training_config.seq_len, dict(seed=training_config.seed, documents=documents)
+    windows = TokenWindows(bins, seq_len, **order)
+    if not decay_bins:
+        return training_config, windows, None
+    n_before = Schedule.of(training_config).decay_begins * training_config.batch_size
+    return training_config, windows, TokenWindows(decay_bins, seq_len, **order, after=(windows, n_before))
 
 
 def next_command(training_config: Config, tokenizer: Tokenizer | None) -> str:
@@ -244,11 +283,14 @@ def train(
     training_config: Config,
     run: Run,
     model: Transformer,
-    windows: TokenWindows,
+    data: tuple[TokenWindows, TokenWindows | None],
     validation: Validation,
     tasks: TaskScores | None,
 ) -> int:
-    """Train to the last step, or to a signal; returns the script's exit status."""
+    """Train to the last step, or to a signal; returns the script's exit status.
+
+    data: the windows of --data, and those of --decay_data if given.
+    """
     # the optimizers, their state if the run goes on, and the model on all ranks
     optimizers = build_optimizers(
         model, training_config.optimizer, lr=training_config.lr, weight_decay=training_config.weight_decay
@@ -258,6 +300,10 @@ def train(
     state = run.start(TrainState(model, optimizers, team, run.dtype, outer=outer))
     parallel_model = parallelize(model, team, training_config.compile)
 
+    # what steps read: the windows of --data, and after so many steps those of --decay_data
+    windows, decay_windows = data
+    decay_begins = Schedule.of(training_config).decay_begins
+
     # the size of the run
     n_tokens = training_config.batch_size * training_config.seq_len  # of a step, over all ranks
     run.say(f"{starting_model.describe_parameters(model)}, {run.flops / 1e6:.1f} MFLOP a token")
@@ -266,7 +312,8 @@ def train(
     run.say(f"{windows.n_windows:,} windows of {training_config.seq_len} tokens; {n_all:,} tokens to train on")
 
     for step in run.steps(state):  # sets the learning rate; after the step saves what is due, stops at a signal
-        batches = [windows.batch(positions).part(*run.ranks.place_in_row) for positions in run.micro_batches(step)]
+        read = decay_windows if decay_windows and step > decay_begins else windows
+        batches = [read.batch(positions).part(*run.ranks.place_in_row) for positions in run.micro_batches(step)]
         # all tokens but the bos that documents begin with; of all ranks, before the first backward pass
         (n_targets,) = team.sum(sum(batch.n_targets() for batch in batches))
         for batch, last in marked_last(batches):

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from minillm.base import files
+from minillm.base.command_line import parse
 from minillm.base.errors import UserError
 from minillm.base.options import declared
 from minillm.datasets.token_bins import TokenBins
@@ -312,6 +313,43 @@ def test_mixtures_documents_and_raw_bins(folder):
     for out in ("mixture", "documents", "raw"):
         assert list(launch.losses(folder / out)) == [1, 2] and launch.steps(folder / out) == [2]
     assert not (folder / "raw" / "step-00000002" / "tokenizer.model").exists()
+
+
+def test_data_of_the_decay_is_read_from_its_first_step_on_and_resumed_bit_for_bit(folder):
+    """Until the decay a run is the one without; a run stopped on either side of the border ends as the whole one."""
+    other = launch.write_corpus(folder / "late" / "data", seed=0)  # the same text, so the same tokenizer
+    wsd = "--steps 20 --schedule wsd --decay_share 0.5 --save_every 4 --keep_last 0"
+    mixture = f"--decay_data {folder}/data:1,{other}:3"
+    train(folder, "no-decay", wsd)
+    said = train(folder, "decay", f"{wsd} {mixture}")
+    assert f"{folder}/data:1,{other}:3: read from step 11 on, while the learning rate falls" in said
+    without, whole = launch.losses(folder / "no-decay"), launch.losses(folder / "decay")
+    assert all(whole[step] == without[step] for step in range(1, 11))
+    assert whole[11] != without[11]
+
+    def copy_up_to(step: int, of: str, name: str) -> None:
+        shutil.copytree(folder / of, folder / name)
+        for later in range(step + 4, 21, 4):
+            shutil.rmtree(folder / name / f"step-{later:08}")
+
+    # from either side of the border, and from a run that chose no data of the decay yet
+    for step, of in ((8, "decay"), (16, "decay"), (8, "no-decay")):
+        name = f"{of}-{step}"
+        copy_up_to(step, of, name)
+        train(folder, name, f"{wsd} {mixture}")
+        assert launch.losses(folder / name) == whole
+        assert launch.tensors(folder / name, 20) == launch.tensors(folder / "decay", 20)
+
+    # once some was read it stays
+    copy_up_to(12, "decay", "changed")
+    said = train(folder, "changed", wsd, status=2)
+    assert "was made with another data of the decay" in said and "--decay_data" in said
+
+
+@pytest.mark.parametrize("more", ["", "--schedule cosine", "--schedule wsd --decay_share 0", "--schedule constant"])
+def test_data_of_a_decay_that_never_comes_is_refused(more):
+    with pytest.raises(UserError, match="--decay_data: no step reads it"):
+        parse(Config, "", f"--steps 20 --decay_data x {more}".split())
 
 
 def test_a_raw_bin_that_changed_is_noticed_and_one_that_moved_is_not(folder):

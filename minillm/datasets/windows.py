@@ -53,11 +53,21 @@ class TokenWindows:
     (The last window of a stream is moved back to end with it, so a few targets there occur twice per epoch.)
     """
 
-    def __init__(self, mixture: list[tuple[TokenBins, float]], seq_len: int, *, seed: int, documents: bool = False):
+    def __init__(
+        self,
+        mixture: list[tuple[TokenBins, float]],
+        seq_len: int,
+        *,
+        seed: int,
+        documents: bool = False,
+        after: "tuple[TokenWindows, int] | None" = None,
+    ):
         """mixture: opened bins with shares that sum to one. seq_len: T in tokens. documents: number the
-        documents in each batch, so that attention stays inside them.
+        documents in each batch, so that attention stays inside them. after: the windows that the run has read before,
+        and the first position that it reads of these; a source of both goes on where it was.
         """
         self.sources = [bins for bins, _ in mixture]
+        self.shares = [share for _, share in mixture]
         self.streams = [bins.streams() for bins in self.sources]
         self.seq_len = seq_len
         self.seed = seed
@@ -68,10 +78,10 @@ class TokenWindows:
                 n_tokens = stream.end - stream.begin
                 if n_tokens < seq_len + 1:
                     raise UserError(f"{stream.name}: {n_tokens} tokens are fewer than one window of {seq_len} + 1")
-            if bins.ids() != self.sources[0].ids():
+            first = after[0].sources[0] if after else self.sources[0]
+            if bins.ids() != first.ids():
                 raise UserError(
-                    f"{bins.path}: prepared with another tokenizer or --wrap than {self.sources[0].path}; "
-                    "mix like with like"
+                    f"{bins.path}: prepared with another tokenizer or --wrap than {first.path}; mix like with like"
                 )
             if documents and bins.eos_id is None:
                 raise UserError(f"{bins.path}: the end-of-document id is unknown, so --document_attention cannot be")
@@ -80,7 +90,41 @@ class TokenWindows:
         for streams in self.streams:
             n_windows = [math.ceil((stream.end - stream.begin - 1) / seq_len) for stream in streams]
             self.edges.append(np.cumsum([0, *n_windows]))
-        self.slots = slots_of([share for _, share in mixture])
+        self.slots = slots_of(self.shares)
+
+        # what each source's order is keyed by, and how many of its windows were read before
+        self.order_keys = list(range(len(mixture)))
+        self.turns_done = np.zeros(len(mixture), dtype=np.int64)
+        self.first_position = 0
+        if after is not None:
+            self._go_on(*after)
+
+    def _go_on(self, before: "TokenWindows", first_position: int) -> None:
+        """Sets `first_position`, and of each source where it goes on: that of `before` in the same folder, or anew."""
+        self.first_position = first_position
+        turns = before.turns_before(first_position)
+        numbers = {bins.path.resolve(): number for number, bins in enumerate(before.sources)}
+        for number, bins in enumerate(self.sources):
+            known = numbers.get(bins.path.resolve())
+            if known is None:
+                self.order_keys[number] = len(before.sources) + number
+            else:
+                self.order_keys[number] = before.order_keys[known]
+                self.turns_done[number] = turns[known]
+
+    def turns_before(self, position: int) -> np.ndarray:
+        """How many turns of each source are used up before a position, (n sources,) int64.
+
+        Of a mixture those of each block that was begun: a block shuffles its turns, so those not read are left out.
+        """
+        if len(self.sources) == 1:
+            return np.array([position])
+        n_slots = int(self.slots[-1])
+        return math.ceil(position / n_slots) * np.diff(self.slots)
+
+    def identity(self) -> tuple[list[dict], list[float]]:
+        """What identifies the data: each source's identity, and their shares."""
+        return [bins.identity() for bins in self.sources], self.shares
 
     @property
     def n_windows(self) -> int:
@@ -89,7 +133,8 @@ class TokenWindows:
 
     def locate(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(source, window in that source) of each position: int64 arrays of the same shape, (B,)."""
-        sources, turns = self._deal(positions)  # (B,), (B,)
+        sources, turns = self._deal(positions - self.first_position)  # (B,), (B,)
+        turns = turns + self.turns_done[sources]
         windows = np.empty_like(positions)
         for source in np.unique(sources):
             of_source = sources == source
@@ -120,7 +165,8 @@ class TokenWindows:
         epochs, windows = np.divmod(turns, n_windows)
         for epoch in np.unique(epochs):
             in_epoch = epochs == epoch
-            windows[in_epoch] = permute(windows[in_epoch], n_windows, _key(self.seed, 2, epoch, source))
+            key = _key(self.seed, 2, epoch, self.order_keys[source])
+            windows[in_epoch] = permute(windows[in_epoch], n_windows, key)
         return windows
 
     def batch(self, positions: np.ndarray) -> Batch:

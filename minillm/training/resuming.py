@@ -13,6 +13,8 @@ from minillm.distributed.ranks import Ranks
 from minillm.training.config import FREE, TrainingConfig
 from minillm.training.schedule import Schedule, rate_change, saved_schedule
 
+DECAY_DATA = "data of the decay"  # the name of its fingerprint
+
 
 def find_source(training_config: TrainingConfig, ranks: Ranks, say: Callable[[str], None]) -> Path | None:
     """The newest whole checkpoint in the run's folder, which rank 0 finds and all verify together; None for a new run.
@@ -58,8 +60,16 @@ def changes(source: Path, saved: dict, described: dict, training_config: Trainin
     Raises `UserError` for what must not differ.
     """
     allowed = training_config.allow_data_change
+    before = saved_schedule(saved.get("config", {}), training_config)
+    if saved["step"] <= before.decay_begins:  # none of the decay's data was read, so it may still be chosen
+        saved, described = _without(saved, DECAY_DATA), _without(described, DECAY_DATA)
     lines = train_state.compare_fingerprints(saved, described, allowed, source, FREE)
     if saved["step"] < training_config.steps and training_config.lr is not None:
-        before = saved_schedule(saved.get("config", {}), training_config)
         lines.append(rate_change(before, Schedule.of(training_config), saved["step"]))
     return [line for line in lines if line]
+
+
+def _without(state: dict, name: str) -> dict:
+    """A training state without the fingerprint of this name."""
+    fingerprints = {key: value for key, value in state.get("fingerprints", {}).items() if key != name}
+    return {**state, "fingerprints": fingerprints}

@@ -37,6 +37,13 @@ class Schedule:
             decay=training_config.decay_share,
         )
 
+    @property
+    def decay_begins(self) -> int:
+        """wsd: the number of steps before the rate falls, at least the warm-up; else all steps."""
+        if self.shape != "wsd":
+            return self.steps
+        return max(self.steps - round(self.decay * self.steps), self.warmup)
+
 
 def lr_at(step: int, schedule: Schedule) -> float:
     """Learning rate of step `step`, counted from 0.
@@ -50,8 +57,7 @@ def lr_at(step: int, schedule: Schedule) -> float:
     if schedule.shape == "constant":
         return lr
     if schedule.shape == "wsd":
-        decay_begins = max(steps - round(schedule.decay * steps), warmup)
-        left = (steps - step) / max(1, steps - decay_begins)
+        left = (steps - step) / max(1, steps - schedule.decay_begins)
         return lr * (min_ratio + (1 - min_ratio) * min(1.0, left))
     done = (step - warmup) / max(1, steps - warmup)
     return lr * (min_ratio + (1 - min_ratio) * 0.5 * (1 + math.cos(math.pi * min(1.0, done))))

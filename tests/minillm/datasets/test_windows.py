@@ -114,6 +114,39 @@ def test_mixture_holds_its_shares_and_visits_every_window(tmp_path):
     assert torch.equal(data.batch(np.array([300, 20])).x, data.batch(np.arange(400)).x[[300, 20]])
 
 
+@pytest.mark.parametrize("names, border, left_out", [("a", 130, 0), ("ba", 512, 0), ("ba", 300, 212)])
+def test_a_source_of_the_decay_too_goes_on_where_it_was(tmp_path, names, border, left_out):
+    """No window of `a` comes again before the others have come, but for those left out at the end of a block."""
+    sizes = {"a": 1000, "b": 10, "c": 50}  # windows
+    bins = {}
+    for name, n_windows in sizes.items():
+        tokens = np.arange(8 * n_windows + 1) % 900 + 3
+        bins[name] = TokenBins(write_bins(tmp_path / name, {"train": [tokens]}), "train")
+    before = TokenWindows([(bins[name], 1 / len(names)) for name in names], 8, seed=3)
+    after = TokenWindows([(bins["c"], 0.5), (bins["a"], 0.5)], 8, seed=3, after=(before, border))
+
+    read = {name: [] for name in bins}  # windows of each source in the order of the run
+    for mixed, windows_of, positions in ((names, before, (0, border)), ("ca", after, (border, border + 1024))):
+        for source, window in zip(*windows_of.locate(np.arange(*positions)), strict=True):
+            read[mixed[source]].append(int(window))
+    assert len(set(read["a"])) == len(read["a"]) > border // 2 + 500
+    assert set(np.bincount(read["c"][:128]).tolist()) == {2, 3}  # two epochs of 50 and a part of one
+    n_left_out = before.turns_before(border)[names.index("a")] - len(read["a"]) + 512
+    assert 0 <= n_left_out <= left_out
+
+    # a pure function of the position
+    whole = after.batch(np.arange(border, border + 20)).x
+    assert torch.equal(whole[7:11], after.batch(np.arange(border + 7, border + 11)).x)
+
+
+def test_data_of_the_decay_has_the_tokenizer_of_the_rest(tmp_path):
+    tokens = np.arange(3, 44)
+    before = windows(write_bins(tmp_path / "a", {"train": [tokens]}), 8)
+    other = TokenBins(write_bins(tmp_path / "b", {"train": [tokens]}, tokenizer_sha256="y"), "train")
+    with pytest.raises(UserError, match="another tokenizer"):
+        TokenWindows([(other, 1.0)], 8, seed=0, after=(before, 16))
+
+
 def test_small_shares_have_larger_blocks():
     assert slots_of([0.75, 0.25]).tolist() == [0, 192, 256]
     assert slots_of([1 - 1 / 400, 1 / 400]).tolist() == [0, 255, 256]  # rounded, as it always was

@@ -84,3 +84,14 @@ def test_the_schedule_of_a_checkpoint_is_read_from_its_options():
     for damaged in ({"steps": "many"}, {"lr": [1]}, {"lr": float("nan")}, {"schedule": 3}, {"decay_share": 7}):
         with pytest.raises(UserError, match=f"--{next(iter(damaged))} "):
             saved_schedule(damaged, now)
+
+
+@pytest.mark.parametrize(
+    "shape, decay, begins", [("wsd", 0.2, 80), ("wsd", 1.0, 10), ("wsd", 0.0, 100), ("cosine", 0.2, 100)]
+)
+def test_the_decay_begins_with_the_first_step_at_the_peak_that_the_next_falls_from(shape, decay, begins):
+    schedule = Schedule(lr=1.0, steps=100, warmup=10, shape=shape, min_ratio=0.1, decay=decay)
+    assert schedule.decay_begins == begins
+    if shape == "wsd":
+        rates = [lr_at(step, schedule) for step in range(10, 100)]
+        assert [step for step in range(10, 100) if rates[step - 10] < 1] == list(range(begins + 1, 100))
