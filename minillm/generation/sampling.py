@@ -76,9 +76,10 @@ def pick(logits: Tensor, sampling: Sampling, uniform: Tensor | None, history: Te
     (inverse transform sampling). history: (B, V) bool, ids that the repetition penalty is for.
     """
     if history is not None:  # Keskar et al. 2019, arXiv:1909.05858, section 4.1, with both signs made less likely
-        penalty = sampling.repetition_penalty
+        limits = torch.finfo(logits.dtype)  # an extreme penalty leads beyond them, and the softmax of ∞ is NaN
+        penalty = min(max(sampling.repetition_penalty, limits.tiny), limits.max)
         penalized = torch.where(logits > 0, logits / penalty, logits * penalty)
-        logits = torch.where(history, penalized, logits)
+        logits = torch.where(history, penalized.clamp(limits.min, limits.max), logits)
     if sampling.temperature == 0:
         return logits.argmax(-1)
 

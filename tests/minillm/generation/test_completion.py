@@ -1,4 +1,5 @@
 import dataclasses
+import itertools
 from types import SimpleNamespace
 
 import pytest
@@ -74,6 +75,19 @@ def test_repetition_penalty_lowers_both_signs():
     assert pick(logits, Sampling(temperature=0, repetition_penalty=1.4), None, seen).tolist() == [0]
     assert pick(logits, Sampling(temperature=0, repetition_penalty=1.6), None, seen).tolist() == [1]
     assert pick(logits[:, 2:], Sampling(temperature=0, repetition_penalty=1.3), None, seen[:, 2:]).tolist() == [1]
+
+
+def test_no_value_however_odd_draws_what_is_no_token():
+    """The numbers of fp32 end at 1e38: beyond them a softmax is NaN, and the token drawn is none of the vocabulary."""
+    logits = torch.tensor([[3.0, 2.0, -1.0, 0.0, -50.0]])
+    uniform = torch.tensor([0.999], dtype=torch.float64)
+    odd = {"temperature": (0, 1e-320, 1e-40, 1e300), "repetition_penalty": (1e-320, 1e-38, 1e38, 1e300)}
+    odd |= {"top_k": (0, 1, 3), "top_p": (0, 1e-320, 0.9, 1), "min_p": (0, 1e-320, 1)}
+    for seen in (torch.zeros(1, 5, dtype=torch.bool), logits > 1, torch.ones(1, 5, dtype=torch.bool)):
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            for values in itertools.product(*odd.values()):
+                sampling = Sampling(**dict(zip(odd, values, strict=True)))
+                assert 0 <= pick(logits.to(dtype), sampling, uniform, seen).item() < 5, (sampling, seen, dtype)
 
 
 @pytest.mark.parametrize(
