@@ -7,8 +7,8 @@ request whose prompt is read. All memory is taken at the start: a cache of `slot
     requests.py   what is asked and answered        slots.py    who has which row of the cache
     running.py    a request that has a slot         passes.py   the model's part of a step
 
-A request's tokens are those of `generate` alone: each row computes what it would compute by itself, and draws with
-numbers of its own. See docs/en/generation.md.
+A request's tokens are those of `generate` alone, up to rounding: each row computes what it would compute by itself, and
+draws with numbers of its own. See docs/en/generation.md.
 """
 
 import sys
@@ -264,10 +264,16 @@ class Engine:
 
         device = self.slots.cache.lengths.device
         slot = self.slots.take(prompt, request.owner, source, n_shared)
-        running = Running(ticket, slot, self.context, self.model.config.vocab_size, device)
-        self.running[slot] = running
         with self._wake:
             self.waiting.popleft()
+        try:
+            running = Running(ticket, slot, self.context, self.model.config.vocab_size, device)
+        except Exception as problem:  # no memory for its numbers, for example: it ends this request, not the engine
+            self.slots.release(slot, self._counts["steps"])
+            self.log(f"a request failed: {one_line(problem)}")
+            self._put_end(ticket, End("error", one_line(problem)))
+            return None
+        self.running[slot] = running
         self._counts["prompt_tokens"] += len(prompt)
         self._counts["cached_prompt_tokens"] += n_shared
         return running

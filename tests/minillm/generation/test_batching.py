@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from minillm.base.errors import UserError
-from minillm.generation import batching, passes
+from minillm.generation import batching, passes, running
 from minillm.generation.batching import Engine, EngineOptions
 from minillm.generation.completion import generate
 from minillm.generation.requests import Closed, End, PromptRead, QueueFull, Request, Token
-from minillm.generation.sampling import Sampling
+from minillm.generation.sampling import Draws, Sampling
 from minillm.tuning.adapter import attach
 from minillm.tuning.options import TuningConfig
 from tests.minillm.model_options import OPTIONS, build
@@ -375,6 +375,30 @@ def test_running_out_of_memory_ends_those_it_concerns(n_tokens, monkeypatch):
     if n_tokens == 8:
         assert told(first) == alone(model, first.request)
     assert its.counters()["free_slots"] == 4
+
+
+def test_a_request_for_whose_numbers_there_is_no_memory_ends_alone(monkeypatch):
+    model = build()
+    lines = []
+    its = engine(model, lines.append, slots=2)
+
+    def draws(sampling, *arguments):
+        if sampling.seed == 13:
+            raise MemoryError("no room")
+        return Draws(sampling, *arguments)
+
+    monkeypatch.setattr(running, "Draws", draws)
+    wanted = [Request(prompt(5, i), 9, Sampling(seed=seed)) for i, seed in enumerate([1, 13, 2, 13, 3])]
+    tickets = its.submit_all(wanted[:4])
+    run(its)
+    tickets.append(its.submit(wanted[4]))
+    run(its)
+    for ticket in tickets:
+        if ticket.request.sampling.seed == 13:
+            assert ticket.take() == [End("error", "no room")]
+        else:
+            assert told(ticket) == alone(model, ticket.request)
+    assert its.counters()["free_slots"] == 2 == len(lines)
 
 
 def test_a_listener_that_fails_loses_its_request_alone():
