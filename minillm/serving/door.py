@@ -22,8 +22,9 @@ class Door:
     cors: str | None = None
 
     def __post_init__(self):
-        if self.cors not in (None, "*") and origin_of(self.cors) != self.cors.lower():
-            raise UserError(f"--cors {self.cors}: not an origin such as https://chat.example.org, or *")
+        if self.cors not in (None, "*") and origin_of(self.cors) != self.cors:
+            written = origin_of(self.cors) or "https://chat.example.org"
+            raise UserError(f"--cors {self.cors}: not an origin as browsers write it, such as {written}, or *")
         for key in self.keys:
             if not key.isascii() or not key.isprintable() or " " in key or not key:
                 raise UserError("--api_key: letters, digits and signs of ASCII alone, without spaces")
@@ -76,14 +77,25 @@ class Door:
         }
 
 
+USUAL_PORTS = {"http": 80, "https": 443}  # which browsers leave out
+
+
 def origin_of(address: str) -> str:
-    """The origin of an address: scheme, host and port in small letters; "" if it is none."""
+    """The origin of an address as browsers write it: scheme, host, port unless it is the usual one; "" if it is none.
+
+    https://html.spec.whatwg.org/#ascii-serialisation-of-an-origin
+    """
     try:
         parts = urlsplit(address)
+        port = parts.port
     except ValueError:
         return ""
-    is_origin = parts.scheme in ("http", "https") and parts.hostname and " " not in parts.netloc
-    return f"{parts.scheme}://{parts.netloc}".lower() if is_origin else ""
+    host = parts.hostname
+    if parts.scheme not in USUAL_PORTS or not host or not host.isascii() or " " in host:
+        return ""
+    if ":" in host:
+        host = f"[{host}]"
+    return f"{parts.scheme}://{host}" + (f":{port}" if port and port != USUAL_PORTS[parts.scheme] else "")
 
 
 def host_of(address: str) -> str:

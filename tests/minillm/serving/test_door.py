@@ -107,7 +107,12 @@ def test_cors_for_any_origin():
 
 
 @pytest.mark.parametrize(
-    "cors", ["chat.example.org", "https://chat.example.org/", "https://a b", "ftp://a", "https://"]
+    "cors",
+    [
+        *("chat.example.org", "https://chat.example.org/", "https://a b", "ftp://a", "https://", "https://[::1"),
+        *("https://Chat.example.org", "HTTP://a", "https://a:443", "http://a:80", "https://u@a", "https://a:99999"),
+        "https://\u732b.cn",
+    ],
 )
 def test_an_origin_that_is_none(cors):
     with pytest.raises(UserError, match="--cors"):
