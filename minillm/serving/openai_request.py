@@ -47,7 +47,29 @@ NO_EFFECT: dict[str, tuple] = {
     "structured_outputs": (),
     "json_schema": (),
     "grammar": ("",),
+    # what other servers know
+    "repeat_penalty": (1,),
+    "typical_p": (1,),
+    "length_penalty": (1,),
+    "mirostat": (0,),
+    "dry_multiplier": (0,),
+    "xtc_probability": (0,),
+    "bad_words": ([],),
+    "allowed_token_ids": (),
+    "n_predict": (),
+    "max_new_tokens": (),
+    "prompt_logprobs": (),
+    "truncate_prompt_tokens": (),
+    "include_stop_str_in_output": (False,),
+    "skip_special_tokens": (True,),
+    "chat_template": (),
+    "chat_template_kwargs": ({},),
+    "add_generation_prompt": (True,),
+    "continue_final_message": (False,),
 }
+# What the other kind of request knows.
+NO_EFFECT_ON_CHATS = {"prompt": (), "echo": (False,)}
+NO_EFFECT_ON_COMPLETIONS = {"messages": (), "top_logprobs": (0,)}
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 
 
@@ -117,6 +139,7 @@ def fields_of(body: bytes) -> Fields:
 
 def read_chat(fields: Fields, limits: Limits) -> Asked:
     """What a request to /v1/chat/completions asks for."""
+    _refuse_unsupported(fields, NO_EFFECT | NO_EFFECT_ON_CHATS)
     messages = _messages(fields)
     n_top = fields.get("top_logprobs", int, at_least=0, at_most=MOST_TOP)
     wants_log_probs = fields.get("logprobs", bool, False)
@@ -128,6 +151,7 @@ def read_chat(fields: Fields, limits: Limits) -> Asked:
 
 def read_completion(fields: Fields, limits: Limits) -> Asked:
     """What a request to /v1/completions asks for."""
+    _refuse_unsupported(fields, NO_EFFECT | NO_EFFECT_ON_COMPLETIONS)
     return _asked(
         fields,
         limits,
@@ -139,7 +163,6 @@ def read_completion(fields: Fields, limits: Limits) -> Asked:
 
 def _asked(fields: Fields, limits: Limits, **own) -> Asked:
     """What both kinds of requests have in common; own: the values of fields that one kind alone has."""
-    _refuse_unsupported(fields)
     n = fields.get("n", int, 1, at_least=1, at_most=limits.n)
     prompts = own.get("prompts", [])
     if len(prompts) * n > limits.texts:
@@ -168,11 +191,12 @@ def _asked(fields: Fields, limits: Limits, **own) -> Asked:
     )
 
 
-def _refuse_unsupported(fields: Fields) -> None:
-    for name, values_without_effect in NO_EFFECT.items():
+def _refuse_unsupported(fields: Fields, no_effect: dict[str, tuple]) -> None:
+    """Refuse what would change the answer. no_effect: the values of each name with which it asks for nothing."""
+    for name, values_without_effect in no_effect.items():
         value = fields.values.get(name)
         if value is not None and value not in values_without_effect:
-            raise wrong(name, f"{reprlib.repr(value)}: is not supported; leave it out")
+            raise wrong(name, f"{reprlib.repr(value)}: is not supported here; leave it out")
 
 
 def _sampling(fields: Fields) -> Sampling:
@@ -222,8 +246,9 @@ def _message(message: dict, place: str) -> dict:
     role = message.get("role")
     if not isinstance(role, str) or role not in ROLES:
         raise wrong(f"{place}.role", f"{reprlib.repr(role)}: choose one of {', '.join(ROLES)}")
-    if message.get("tool_calls"):
-        raise wrong(f"{place}.tool_calls", "tools are not supported; leave it out")
+    for name in ("tool_calls", "function_call"):
+        if message.get(name):
+            raise wrong(f"{place}.{name}", "tools are not supported; leave it out")
     return {"role": ROLES[role], "content": _content(message.get("content"), f"{place}.content")}
 
 

@@ -121,6 +121,10 @@ WRONG_CHATS = [
     ("presence_penalty", {"presence_penalty": 0.5}),
     ("logit_bias", {"logit_bias": {"5": 1}}),
     ("modalities", {"modalities": ["audio"]}),
+    ("repeat_penalty", {"repeat_penalty": 1.3}),
+    ("prompt", {"prompt": "hi"}),
+    ("echo", {"echo": True}),
+    ("messages[0].function_call", {"messages": [{"role": "assistant", "content": "", "function_call": {"name": "f"}}]}),
 ]
 
 
@@ -144,6 +148,8 @@ WRONG_COMPLETIONS = [
     ("logprobs", {"logprobs": True}),
     ("suffix", {"suffix": "end"}),
     ("best_of", {"best_of": 2}),
+    ("messages", {"messages": HI}),
+    ("top_logprobs", {"top_logprobs": 3}),
 ]
 
 
