@@ -36,6 +36,7 @@ from minillm.base.process import RunLock, run_script
 from minillm.datasets.files.text_files import BOUNDARIES, CLEANED, find_files, say_left_out
 
 DRY_SHARE = 0.01  # of the documents, for a dry run without a run before
+NOT_REPORTED = ("out", "workers", "dry_run", "explain")  # the result does not depend on them
 DRY_FROM = 64 << 20  # bytes of input; less is read as a whole
 
 
@@ -119,7 +120,8 @@ def clean(config: Config) -> dict:
         elif with_signatures:
             duplicates.mark_near(found, judged, folder)
 
-        result = {"options": asdict(config), **reports.report(pieces, found, rules)}
+        options = {name: value for name, value in asdict(config).items() if name not in NOT_REPORTED}
+        result = {"options": options, **reports.report(pieces, found, rules)}
         if config.dry_run:
             return result
         result["written_bytes"] = writing.write_all(

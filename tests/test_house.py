@@ -52,7 +52,7 @@ MOST_LINES = {"file": 300, "function": 60}
 MOST_PARAMETERS = 7  # besides self; not of kernels and ops, whose parameters are those of the formula
 
 OPTIONAL = {"matplotlib", "tensorboard", "pyarrow", "transformers", "peft", "gguf", "liger_kernel", "flash_attn"}
-OPTIONAL |= {"trafilatura", "warcio", "zstandard"}
+OPTIONAL |= {"trafilatura", "warcio", "zstandard", "datasketch", "datatrove"}
 OPTIONAL |= {"bitsandbytes", "tokenizers", "jinja2", "trl", "datasets", "lm_eval"}
 OPTIONAL |= {"uvicorn", "xllamacpp"}
 WHOLE_FOLDERS = ("minillm", "kernels", "data/world", "data/cleaning")
