@@ -66,6 +66,13 @@ class Config(ShapeOptions, options.TuningConfig, diloco.DilocoOptions, TaskOptio
         "virtual tokens, which come before a whole row",
         group="data",
     )
+    pack: str = option(
+        "windows",
+        "rows of a batch; windows: cut every seq_len tokens; best_fit: whole documents, of which only longer ones are "
+        "cut, with attention inside each",
+        ("windows", "best_fit"),
+        group="data",
+    )
     preset: str = option("tiny", "shape of a new model", tuple(config.PRESETS), group=SHAPE)
     rope_scaling: str | None = option(
         None,
@@ -79,6 +86,10 @@ class Config(ShapeOptions, options.TuningConfig, diloco.DilocoOptions, TaskOptio
             problems.append(
                 "--decay_data: no step reads it; give --schedule wsd, with a --decay_share of one step or more"
             )
+        if self.pack == "best_fit" and self.document_attention is False:
+            problems.append("--pack best_fit: attention stays inside its documents; leave out --document_attention")
+        if self.pack == "best_fit" and self.tune in options.VIRTUAL:
+            problems.append(f"--pack best_fit: the virtual tokens of --tune {self.tune} stand before one text a row")
         return problems
 
 
@@ -108,6 +119,7 @@ def main() -> int:
 
     # the run: its folder, and the checkpoint to go on from
     order = (training_config.batch_size, seq_len, training_config.seed)
+    order += (training_config.pack,) if windows.packed else ()
     fingerprints = {
         "data": fingerprint(*windows.identity()),
         **({resuming.DECAY_DATA: fingerprint(*decay_windows.identity())} if decay_windows else {}),
@@ -161,14 +173,16 @@ def open_windows(training_config: Config) -> tuple[Config, TokenWindows, TokenWi
     """The options with --document_attention decided, the windows of --data, and those of --decay_data if given."""
     bins = open_bins(training_config, training_config.data)
     decay_bins = open_bins(training_config, training_config.decay_data) if training_config.decay_data else []
-    documents = training_config.document_attention
+    is_packed = training_config.pack == "best_fit"
+    documents = True if is_packed else training_config.document_attention
     if documents is None:
         are_short = all(0 < part.mean_document < training_config.seq_len / 2 for part, _ in bins + decay_bins)
         documents = are_short and training_config.virtual_positions == 0  # virtual tokens come before a whole row
-        training_config = dataclasses.replace(training_config, document_attention=documents)
+    training_config = dataclasses.replace(training_config, document_attention=documents)
 
     # windows, and those that follow them from the first step of the decay on
-    seq_len, order = training_config.seq_len, dict(seed=training_config.seed, documents=documents)
+    seq_len, order = training_config.seq_len, dict(seed=training_config.seed)
+    order |= dict(documents=documents, best_fit=is_packed)
     windows = TokenWindows(bins, seq_len, **order)
     if not decay_bins:
         return training_config, windows, None
@@ -305,11 +319,14 @@ def train(
     decay_begins = Schedule.of(training_config).decay_begins
 
     # the size of the run
+    for packed in windows.packed:
+        run.say(packed.describe())
     n_tokens = training_config.batch_size * training_config.seq_len  # of a step, over all ranks
     run.say(f"{starting_model.describe_parameters(model)}, {run.flops / 1e6:.1f} MFLOP a token")
     run.say(ops.describe(run.device))
     n_all = training_config.steps * n_tokens
-    run.say(f"{windows.n_windows:,} windows of {training_config.seq_len} tokens; {n_all:,} tokens to train on")
+    rows = f"{windows.n_windows:,} {'rows' if windows.packed else 'windows'} of {training_config.seq_len} tokens"
+    run.say(f"{rows}; {n_all:,} tokens to train on")
 
     for step in run.steps(state):  # sets the learning rate; after the step saves what is due, stops at a signal
         read = decay_windows if decay_windows and step > decay_begins else windows

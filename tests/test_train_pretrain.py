@@ -346,6 +346,29 @@ def test_data_of_the_decay_is_read_from_its_first_step_on_and_resumed_bit_for_bi
     assert "was made with another data of the decay" in said and "--decay_data" in said
 
 
+def test_rows_of_whole_documents_resume_bit_for_bit_and_are_the_same_on_two_ranks(folder):
+    more = "--steps 8 --save_every 4 --keep_last 0 --pack best_fit"
+    said = train(folder, "packed", more)
+    assert "of the documents are cut (by windows " in said
+    whole = launch.losses(folder / "packed")
+    shutil.copytree(folder / "packed", folder / "packed-4")
+    shutil.rmtree(folder / "packed-4" / "step-00000008")
+    train(folder, "packed-4", more)
+    assert launch.tensors(folder / "packed-4", 8) == launch.tensors(folder / "packed", 8)
+    train(folder, "packed-2", more, ranks=2)
+    assert launch.losses(folder / "packed-2") == pytest.approx(whole, rel=1e-5)
+
+    shutil.rmtree(folder / "packed-4" / "step-00000008")
+    said = train(folder, "packed-4", "--steps 8", status=2)
+    assert "--pack" in said and "choose another --out" in said
+
+
+@pytest.mark.parametrize("more", ["--document_attention false", "--tune prefix --init_from x"])
+def test_rows_of_whole_documents_need_attention_inside_them(more):
+    with pytest.raises(UserError, match="--pack best_fit: "):
+        parse(Config, "", f"--pack best_fit {more}".split())
+
+
 @pytest.mark.parametrize("more", ["", "--schedule cosine", "--schedule wsd --decay_share 0", "--schedule constant"])
 def test_data_of_a_decay_that_never_comes_is_refused(more):
     with pytest.raises(UserError, match="--decay_data: no step reads it"):

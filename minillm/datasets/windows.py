@@ -11,6 +11,7 @@ import numpy as np
 
 from minillm.base.errors import UserError
 from minillm.datasets.batch import Batch, documents_in, shifted
+from minillm.datasets.best_fit import PackedDocuments
 from minillm.datasets.token_bins import TokenBins
 
 MIXTURE_SLOTS = 256  # each block of this many windows has a mixture's exact shares, unless one of them is smaller
@@ -60,11 +61,13 @@ class TokenWindows:
         *,
         seed: int,
         documents: bool = False,
+        best_fit: bool = False,
         after: "tuple[TokenWindows, int] | None" = None,
     ):
         """mixture: opened bins with shares that sum to one. seq_len: T in tokens. documents: number the
-        documents in each batch, so that attention stays inside them. after: the windows that the run has read before,
-        and the first position that it reads of these; a source of both goes on where it was.
+        documents in each batch, so that attention stays inside them. best_fit: instead of windows, rows of whole
+        documents, always numbered (see `PackedDocuments`). after: the windows that the run has read before, and the
+        first position that it reads of these; a source of both goes on where it was.
         """
         self.sources = [bins for bins, _ in mixture]
         self.shares = [share for _, share in mixture]
@@ -85,9 +88,10 @@ class TokenWindows:
                 )
             if documents and bins.eos_id is None:
                 raise UserError(f"{bins.path}: the end-of-document id is unknown, so --document_attention cannot be")
+        self.packed = [PackedDocuments(bins, seq_len) for bins in self.sources] if best_fit else []
         # The number of the first window in each stream, for each source, and the number of all: [0, w0, w0 + w1, …].
-        self.edges = []
-        for streams in self.streams:
+        self.edges = [np.array([0, packed.n_rows]) for packed in self.packed]
+        for streams in self.streams if not best_fit else ():
             n_windows = [math.ceil((stream.end - stream.begin - 1) / seq_len) for stream in streams]
             self.edges.append(np.cumsum([0, *n_windows]))
         self.slots = slots_of(self.shares)
@@ -171,12 +175,21 @@ class TokenWindows:
 
     def batch(self, positions: np.ndarray) -> Batch:
         """The windows at these positions, (B,) int64: a pure function of seed and positions."""
+        if self.packed:
+            return self._packed_batch(np.asarray(positions))
         rows = np.empty((len(positions), self.seq_len + 1), dtype=np.int64)  # (B, T + 1)
         for row, source, window in zip(rows, *self.locate(np.asarray(positions)), strict=True):
             row[:] = self._window(int(source), int(window))
         documents = documents_in(rows[:, :-1], self.sources[0].start_id) if self.documents else None  # (B, T)
         mask = None if self.bos_is_target else is_target(rows, self.sources[0])  # (B, T)
         return shifted(rows, mask, documents)
+
+    def _packed_batch(self, positions: np.ndarray) -> Batch:
+        """The rows of whole documents at these positions, (B,). No target is in another piece than its input."""
+        rows = [self.packed[source].row(number) for source, number in zip(*self.locate(positions), strict=True)]
+        tokens, pieces, is_room = (np.stack(each) for each in zip(*rows, strict=True))  # (B, T + 1) each
+        mask = (pieces[:, 1:] == pieces[:, :-1]) & ~is_room[:, 1:]  # (B, T)
+        return shifted(tokens, mask, pieces[:, :-1])
 
     def _window(self, source: int, window: int) -> np.ndarray:
         """The tokens of one window of a source, (T + 1,)."""
