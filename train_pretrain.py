@@ -319,7 +319,7 @@ def train(
     decay_begins = Schedule.of(training_config).decay_begins
 
     # the size of the run
-    for packed in windows.packed:
+    for packed in windows.packed + (decay_windows.packed if decay_windows else []):
         run.say(packed.describe())
     n_tokens = training_config.batch_size * training_config.seq_len  # of a step, over all ranks
     run.say(f"{starting_model.describe_parameters(model)}, {run.flops / 1e6:.1f} MFLOP a token")
