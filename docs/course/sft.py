@@ -33,8 +33,7 @@ def laid_on_x(batch: Batch) -> Tensor:
 
 def everything(batch: Batch) -> Tensor:
     """Learn the questions, too: all targets but the padding after the last sample of a row."""
-    learned_later = batch.mask.flip(1).cumsum(1).flip(1) > 0  # (B, T)
-    return learned_later
+    return batch.mask.flip(1).cumsum(1).flip(1) > 0  # what has an answer's token at its place or after it
 
 
 def train(model: Transformer, rows: InstructionRows, mask_of, lr: float, n_steps: int) -> None:
