@@ -73,6 +73,7 @@ def build_server(app: App, drain_s: float, log: Callable[[str], None]):
 
         def connection_lost(self, problem: Exception | None) -> None:
             self._asking.cancel()
+            self._unset_keepalive_if_required()  # where a client breaks off, uvicorn leaves this timer
             self.resume_writing()  # for what still waits to be written, which is dropped
             super().connection_lost(problem)
 

@@ -1,3 +1,6 @@
+import gc
+import weakref
+
 import pytest
 
 from minillm.base.errors import UserError
@@ -25,6 +28,7 @@ def started(monkeypatch):
     for app in apps:
         for model in app.models.values():
             model.engine.close(drain=False)
+    gc.unfreeze()
 
 
 def test_serve_says_what_is_served_and_where(call, started):
@@ -98,3 +102,22 @@ def test_what_is_logged_commands_no_terminal(call, started, capsys):
     call("serve")
     started[-1].log("a fault: \x1b]52;c;\u202e")
     assert capsys.readouterr().err == "a fault: \\x1b]52;c;\\u202e\n"
+
+
+def test_garbage_is_found_soon_however_much_is_loaded():
+    class Thing:
+        pass
+
+    loaded = [[] for _ in range(1_000_000)]
+    try:
+        serve.set_apart_what_stays()
+        thing = Thing()
+        thing.itself = thing
+        gc.collect(1)  # it has been there for long
+        is_there = weakref.ref(thing)
+        del thing
+        made = [[] for _ in range(100_000)]
+        assert is_there() is None
+        assert len(loaded) > len(made)
+    finally:
+        gc.unfreeze()

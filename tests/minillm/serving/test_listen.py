@@ -1,11 +1,13 @@
 """Connections of slow clients, and the end of a server."""
 
 import contextlib
+import gc
 import json
 import os
 import re
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import time
@@ -160,3 +162,24 @@ def test_a_signal_lets_answers_under_way_finish_and_a_second_one_does_not(home):
         assert server.poll() is None  # it waits for the request that has begun
         server.send_signal(signal.SIGTERM)
         assert server.wait(20) == -signal.SIGTERM
+
+
+def test_nothing_is_left_of_connections_that_clients_broke_off(here):
+    def n_connections() -> int:
+        return sum(type(thing).__name__ == "Connection" for thing in gc.get_objects()) - len(open_ones)
+
+    open_ones = here.server.server_state.connections
+    here.until(lambda: not open_ones)
+    gc.collect()
+    before = n_connections()
+    gc.disable()  # they must go by themselves, at once
+    try:
+        for _ in range(200):
+            with socket.create_connection(("127.0.0.1", here.port)) as connection:
+                connection.sendall(b"GET /health" + LOCAL + b"\r\n")
+                assert connection.recv(1000)
+                connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # breaks it off
+        here.until(lambda: not open_ones)
+        here.until(lambda: n_connections() <= before + 2)  # what the loop still holds of the last one
+    finally:
+        gc.enable()
