@@ -2,7 +2,7 @@
 
     python docs/course/attention.py        # after python train_pretrain.py
 
-Computes attention in five lines, compares it with the model's own, tells where each head looks, and what it costs to
+Computes attention by hand, compares it with the model's own, tells where each head looks, and what it costs to
 take that head away.
 """
 
@@ -19,11 +19,13 @@ from minillm.tokenizer import Tokenizer
 SHADES = " .:-=+*#%@"
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """Outputs (T, D) and weights (T, T) of one head. q, k, v: (T, D)."""
+def attention(q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Outputs (T, D) and weights (T, T) of one head. q, k, v: (T, D). documents: (T,), the one each token is of."""
     scores = q @ k.T / math.sqrt(q.shape[-1])  # (T, T): how well each query fits each key
-    future = torch.ones_like(scores, dtype=torch.bool).triu(1)  # right of the diagonal: later tokens
-    scores = scores.masked_fill(future, -math.inf)
+    hidden = torch.ones_like(scores, dtype=torch.bool).triu(1)  # right of the diagonal: later tokens
+    if documents is not None:
+        hidden |= documents[:, None] != documents[None, :]  # and those of other documents
+    scores = scores.masked_fill(hidden, -math.inf)
     weights = scores.softmax(-1)  # each row sums to 1
     return weights @ v, weights
 
@@ -51,7 +53,8 @@ class Watched:
         """Nats a token; without: (layer, head) that is taken away."""
         self.seen, self.without = [], without
         with torch.no_grad():
-            return float(self.model(batch.x, batch.y, mask=batch.mask)) / batch.n_targets()
+            nats = self.model(batch.x, batch.y, mask=batch.mask, documents=batch.documents)
+            return float(nats) / batch.n_targets()
 
 
 def where(weights: Tensor, tokens: Tensor) -> list[float]:
@@ -68,7 +71,7 @@ def main() -> None:
     chosen = lesson.options(__doc__)
     model = lesson.trained_model("out/pretrain", chosen)
     tokenizer = Tokenizer.load(chosen.data)
-    windows = TokenWindows([(TokenBins(chosen.data, "val"), 1.0)], seq_len=64, seed=0)
+    windows = TokenWindows([(TokenBins(chosen.data, "val"), 1.0)], seq_len=64, seed=0, documents=True)
     batch = windows.batch(np.arange(16))
     watched = Watched(model)
     loss = watched.loss(batch)
@@ -84,7 +87,7 @@ def main() -> None:
             places = []
             for row in range(len(q)):
                 keys, values = k[row, :, head // group], v[row, :, head // group]
-                by_hand, weights = attention(q[row, :, head], keys, values)
+                by_hand, weights = attention(q[row, :, head], keys, values, batch.documents[row])
                 largest = max(largest, float((by_hand - out[row, :, head]).abs().max()))
                 places.append(where(weights, batch.x[row]))
             shares = "".join(f"{share:8.2f}" for share in np.mean(places, axis=0))
@@ -93,7 +96,7 @@ def main() -> None:
 
     # one head of the first layer as a picture: rows are tokens, columns what they look at
     q, k, v, _ = seen[0]
-    _, weights = attention(q[0, :24, 0], k[0, :24, 0], v[0, :24, 0])
+    _, weights = attention(q[0, :24, 0], k[0, :24, 0], v[0, :24, 0], batch.documents[0, :24])
     for token, row in zip(batch.x[0, :24].tolist(), weights, strict=True):
         picture = "".join(SHADES[min(int(10 * weight), 9)] for weight in row.tolist())
         print(f"{tokenizer.decode([token]).strip()!r:>14} {picture}")
