@@ -17,6 +17,9 @@ NUMBER = re.compile(r"\d+(?:,\d{3})*(?:\.\d+)?(?:e[+-]?\d+)?")
 ENGLISH, CHINESE = ROOT / "docs" / "en", ROOT / "docs" / "zh"
 PAIRS = {ROOT / "README.md": ROOT / "README.zh.md"}  # English page → Chinese page
 PAIRS |= {page: CHINESE / page.relative_to(ENGLISH) for page in sorted(ENGLISH.rglob("*.md"))}
+PICTURES = {  # English picture → the same in Chinese
+    path.with_name(path.name.replace("-zh.", ".")): path for path in (ROOT / "docs" / "images").glob("*-zh.png")
+}
 
 
 def place(page: Path, link: str) -> str:
@@ -25,7 +28,7 @@ def place(page: Path, link: str) -> str:
         return link
     name, _, anchor = link.partition("#")
     file = (page.parent / (name or page.name)).resolve()
-    target = (PAIRS.get(file, file) if page in PAIRS else file).relative_to(ROOT).as_posix()
+    target = ({**PAIRS, **PICTURES}.get(file, file) if page in PAIRS else file).relative_to(ROOT).as_posix()
     if not anchor:
         return target
     anchors = Page(file).anchors if file.exists() else []
