@@ -85,9 +85,10 @@ def noted(notes: Path) -> set[str]:
 def test_shards_learn_from_their_own_answers_as_one_process_does(folder, tmp_path, script, ranks, more):  # noqa: F811
     """Over a kill in the middle; ranks draw answers of unequal lengths, and learn from unequal numbers of them."""
     module = {"ppo": test_train_ppo, "grpo": test_train_grpo}[script]
+    name = f"{script}-{ranks}-{more.split()[1]}"  # of its own, since all cases share the folder
     more = f"--steps 4 --batch_size 8 --max_new_tokens 16 --reward {folder}/noted.py:noted {more}"
     more = more.replace("{folder}", str(folder))
-    whole, divided = folder / f"{script}-{ranks}-whole", folder / f"{script}-{ranks}-divided"
+    whole, divided = folder / f"{name}-whole", folder / f"{name}-divided"
 
     write_reward(folder, tmp_path / "whole")
     launch.finish(script, module.options(folder, whole.name, more), tmp_path / "log-whole")
