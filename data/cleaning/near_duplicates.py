@@ -13,7 +13,7 @@ Only texts that agree in all entries of some band are compared: 14 bands of 8 en
 shares a band, as is often done, ties a thousand pages of one template into one cluster, of which one page is kept.
 
 Tokens are those of data/decontaminate.py, words and single characters of Chinese. Runs of 5 characters would do for
-Chinese, but unrelated English novels have 0.42 of these in common.
+Chinese, but unrelated English texts have many of these in common.
 """
 
 from collections.abc import Iterator, Sequence
@@ -132,11 +132,6 @@ def kept(first: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     return best_of[first]
 
 
-def sizes(first: np.ndarray) -> np.ndarray:
-    """How many texts each text's cluster has, itself among them, (n,) int64."""
-    return np.bincount(first, minlength=len(first))[first]
-
-
 def times(size: int) -> int:
     """How often FineWeb2 repeats what is kept of a cluster of this size (Penedo et al. 2025, arXiv:2506.20920).
 
@@ -149,8 +144,3 @@ def times(size: int) -> int:
     if size < 100:
         return 5
     return 8 if size < 1000 else 1
-
-
-def chance_found(similarity: float, bands: int = BANDS) -> float:
-    """The probability with which two texts of this J share a band: 1 − (1 − J^rows)^bands."""
-    return 1 - (1 - similarity ** (ENTRIES // bands)) ** bands
