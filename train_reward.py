@@ -5,7 +5,7 @@
     python train_reward.py --tune lora --out out/reward-lora   few new parameters and the head over a frozen model
     python train_reward.py --label_noise 0.1                   a tenth of the labels wrong: the best loss is then known
 
-Data: rows of prompt, chosen, rejected and the other forms of docs/en/preferences.md. The model starts from a language
+Data: rows of prompt, chosen, rejected and the other forms of docs/en/datasets.md. The model starts from a language
 model, whose head gives way to one number a text; it is read at the last token. Run the same command again to go on
 where it stopped.
 """

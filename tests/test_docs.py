@@ -24,6 +24,7 @@ from train_pretrain import Config as Pretrain
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = {path.name: importlib.import_module(path.stem).Config for path in ROOT.glob("train_*.py")}
+SOURCES = sorted(path for top in ("minillm", "kernels", "data", "docs/course") for path in (ROOT / top).rglob("*.py"))
 BLOCK = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
 TORCHRUN = {"nproc_per_node", "nnodes", "rdzv_backend", "rdzv_endpoint", "rdzv_conf", "local_addr", "max_restarts"}
 PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/*/*.md"), *ROOT.glob("docs/*/course/*.md")]
@@ -56,6 +57,12 @@ def test_links_and_files_are_there(path):
     files |= {word for word in Page(path).words if re.fullmatch(r"[\w/*]+\.py", word)} - {"convert_hf_to_gguf.py"}
     files -= set(re.findall(r"^\+\+\+ b/(.*)$", Page(path).text, re.MULTILINE))  # which a change on the page makes
     assert not [file for file in files if not list(ROOT.glob(file))]
+
+
+@pytest.mark.parametrize("path", [*ROOT.glob("*.py"), *SOURCES], ids=lambda path: str(path.relative_to(ROOT)))
+def test_pages_that_the_code_names_are_there(path):
+    pages = re.findall(r"(?<![\w/])docs/[\w/-]+\.md", path.read_text(encoding="utf-8"))
+    assert not [page for page in pages if not (ROOT / page).exists()]
 
 
 @every_page

@@ -2,7 +2,7 @@
 
 Install the package by `pip install -e ".[gguf]"`. It reads a header as it is; here a header that claims more than the
 file has, or more than any model needs, is refused in one line.
-Specification: https://github.com/ggml-org/ggml/blob/master/docs/en/gguf.md.
+Specification: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md.
 """
 
 import math
