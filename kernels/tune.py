@@ -19,6 +19,7 @@ from kernels.bench.attention import CACHE, cached, causal
 from kernels.bench.case import Function, Place, Update
 from kernels.bench.rows import ELEMENTS, gated, linear_loss, normed, turned
 from kernels.shared import launch
+from kernels.shared.pipes import end_with_reader
 
 MOST_CANDIDATES = 40
 WORTH_KEEPING = 0.98  # of the shipped settings' time
@@ -244,4 +245,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    end_with_reader()
     sys.exit(main())

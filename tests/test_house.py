@@ -109,6 +109,16 @@ def test_a_file_imports_from_its_own_folder_or_a_lower_floor(path):
         assert other != "kernels" or own == "kernels" or path.relative_to(ROOT).as_posix() in KERNEL_USERS, name
 
 
+def test_every_script_ends_quietly_when_its_reader_has_gone():
+    """`python … | head`: a script is run by what handles a closed pipe. The two that print to a parent need not."""
+    ways = ("run_script(main)", "lesson.run(main)", "end_with_reader()\n")
+    for path in (*SOURCES, *(ROOT / "docs" / "course").glob("*.py")):
+        _, is_script, end = path.read_text(encoding="utf-8").partition('if __name__ == "__main__":')
+        name = path.relative_to(ROOT).as_posix()
+        if is_script and name not in ("kernels/prove/machine.py", "minillm/training/kernel_check.py"):
+            assert any(way in end for way in ways), name
+
+
 def test_folders_have_their_floor():
     folders = {folder_of(path.relative_to(ROOT).parts) for path in SOURCES}
     assert folders == set(FLOOR)

@@ -7,13 +7,17 @@ seconds; its numbers then mean nothing, they only show that it runs.
 import argparse
 import inspect
 import math
+import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from unittest import mock
 
 import torch
 
 from data import bundled
+from minillm.base.errors import UserError
+from minillm.base.process import run_script
 from minillm.checkpoint import load_model, newest_checkpoint
 from minillm.model import Transformer, preset
 from minillm.tokenizer import Tokenizer
@@ -29,6 +33,11 @@ SMALL = {
     "preferences_heldout": 40,
     "vocab_size": 600,
 }
+
+
+def run(main: Callable[[], None]) -> None:
+    """Run an experiment as the scripts of the project run: a mistake is one line, and `| head` ends it quietly."""
+    sys.exit(run_script(main))
 
 
 def options(description: str, with_corpus: bool = True) -> argparse.Namespace:
@@ -68,7 +77,7 @@ def trained_model(run: str, chosen: argparse.Namespace) -> Transformer:
         return model.eval()
     if not Path(run).is_dir():
         command = {"out/pretrain": "train_pretrain.py", "out/sft": "train_sft.py"}[run]
-        raise SystemExit(f"{run}: no model is there yet; run `python {command}`")
+        raise UserError(f"{run}: no model is there yet; run `python {command}`")
     return load_model(newest_checkpoint(run), dtype=torch.float32).eval()
 
 

@@ -46,3 +46,14 @@ def test_the_exercises_are_solved_by_the_solutions_alone(lesson):
     assert solved.returncode == 0, solved.stdout
     given = run(*check)
     assert given.returncode == 1 and "passed" not in given.stdout.splitlines()[-1], given.stdout
+
+
+@pytest.mark.slow
+def test_an_experiment_whose_reader_has_gone_ends_quietly():
+    reader, writer = os.pipe()
+    os.close(reader)  # as `| head` does when it has read enough
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "docs/course/policy.py", "--quick"]
+    done = subprocess.run(command, cwd=ROOT, env=env, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=600)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, "")

@@ -219,3 +219,12 @@ def test_a_table_holds_any_words():
         "|---|---|",
         "| x\\|y | z |",
     ]
+
+
+def test_a_reader_that_has_gone_ends_the_command_quietly():
+    reader, writer = os.pipe()
+    os.close(reader)  # as `| head` does when it has read enough
+    command = [sys.executable, "-m", "kernels.prove", "--list"]
+    done = subprocess.run(command, cwd=ROOT, stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (-signal.SIGPIPE, "")
