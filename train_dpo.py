@@ -24,7 +24,7 @@ from torch import Tensor
 from data import bundled
 from minillm.alignment import reference as reference_policy
 from minillm.alignment.log_probs import Policy
-from minillm.alignment.options import AlignmentConfig
+from minillm.alignment.options import ReplayConfig, read_preferences
 from minillm.alignment.preferences.held_out import HeldOut
 from minillm.alignment.preferences.losses import DIVERGENCES, LOSSES, SORTS_THE_STEP, losses_knowing
 from minillm.alignment.preferences.step import (
@@ -41,21 +41,17 @@ from minillm.alignment.replay import Replay
 from minillm.base.command_line import parse
 from minillm.base.errors import UserError
 from minillm.base.options import option
-from minillm.base.process import run_script
 from minillm.checkpoint.train_state import fingerprint
 from minillm.datasets.preferences import Answers, PreferenceRows, unpaired
-from minillm.distributed import ranks as distributed
 from minillm.distributed.hosts import once_a_host
 from minillm.distributed.parallelize import gradients_synced, marked_last, parallelize
 from minillm.distributed.ranks import Ranks
-from minillm.model import ops
 from minillm.model.transformer import Transformer
-from minillm.tokenizer.measure import check_round_trip
 from minillm.tokenizer.tokenizer import Tokenizer
 from minillm.training import starting_model
-from minillm.training.config import listed_files, summary, with_steps
-from minillm.training.optim import build_optimizers
-from minillm.training.run import Run, begin
+from minillm.training.config import summary, with_steps
+from minillm.training.optim import optimizers_of
+from minillm.training.run import Run, begin, run_training
 from minillm.training.step import TrainState
 
 
@@ -65,7 +61,10 @@ def _loss_option(name: str, default, help: str, **rules):
 
 
 @dataclass(frozen=True)
-class Config(AlignmentConfig):
+class Config(ReplayConfig):
+    USUAL_REPLAY_WEIGHT = 0.5
+    USUAL_REPLAY_ROWS = 16
+
     data: str = option(
         f"{bundled.FOLDER}/preferences_train.jsonl",
         "preference file(s), separated by commas: .jsonl .json (.gz) .parquet .csv",
@@ -108,15 +107,6 @@ class Config(AlignmentConfig):
     sft_weight: float | None = option(
         None, "weight of the chosen answers' loss; none: 1, but 0 for simpo and kto", at_least=0, group="preferences"
     )
-    replay_data: str | None = option(
-        None, "instructions learned beside so that they are not forgotten, file(s) as of train_sft.py", group="data"
-    )
-    replay_weight: float | None = option(
-        None, "weight of the loss of --replay_data; none: 0.5", above=0, group="preferences"
-    )
-    replay_rows: int | None = option(
-        None, "rows of --replay_data a step, over all ranks; none: 16", at_least=1, group="preferences"
-    )
     label_smoothing: float | None = _loss_option(
         "label_smoothing",
         None,
@@ -143,34 +133,12 @@ class Config(AlignmentConfig):
             problems.append("--label_smoothing 0: exo_pair compares with smoothed labels; give a number above 0")
         if self.loss == "sft" and self.sft_weight == 0:
             problems.append("--sft_weight 0: with --loss sft nothing would be learned")
-        given = {"replay_weight": self.replay_weight, "replay_rows": self.replay_rows}
-        if self.replay_data is None:
-            problems += [f"--{name} {n}: give --replay_data, too" for name, n in given.items() if n is not None]
         if self.loss == "kto" and self.batch_size < 2:
             problems.append("--batch_size 1: kto compares with answers to other prompts of a step; give at least 2")
         if LOSSES[self.loss].has_reference and (self.dropout or self.lora_dropout):
             name = "dropout" if self.dropout else "lora_dropout"
             problems.append(f"--{name}: must be 0 with --loss {self.loss}, whose reference has none to compare with")
         return problems
-
-    @property
-    def replayed_data(self) -> str | None:
-        return self.replay_data
-
-    @property
-    def replayed_rows(self) -> int:
-        return self.replay_rows or 16
-
-    @property
-    def replay_is_asked(self) -> bool:
-        return self.replay_data is not None
-
-    @property
-    def replay_share(self) -> float:
-        """The weight of the instructions' loss: 0 without any."""
-        if self.replay_data is None:
-            return 0.0
-        return 0.5 if self.replay_weight is None else self.replay_weight
 
     @property
     def objective(self) -> Objective:
@@ -194,47 +162,35 @@ def main() -> int:
     is_bundled = training_config.data == Config.data
     if is_bundled:
         once_a_host(ranks, bundled.build)
-    rows = read_rows(training_config, listed_files(training_config.data), start.tokenizer)
+    rows = read_rows(training_config, training_config.data, start.tokenizer, training_config.label_noise)
     check_kind(training_config, rows)
-    length_option = "epochs" if training_config.steps is None else "steps"
-    training_config, end = with_steps(training_config, rows.total_rows(training_config.epochs))
+    training_config, end, length_option = with_steps(training_config, rows.total_rows(training_config.epochs))
     replay = Replay(training_config, start.tokenizer, rows.families)
     held_out = HeldOut(training_config, start.tokenizer, held_out_pairs(training_config, start.tokenizer))
 
     # the run: its folder, and the checkpoint to go on from
-    template = start.tokenizer.resolve_template(training_config.template)
-    order = (training_config.batch_size, training_config.seq_len, training_config.seed)
     fingerprints = {
-        "data": fingerprint(rows.fingerprint, template),
-        "batch size, sequence length or seed": fingerprint(*order),
+        **start.fingerprints(training_config, rows),
         "loss": fingerprint(training_config.loss, training_config.objective[1:]),
-        **({"instructions beside": replay.fingerprint} if replay.weight else {}),
-        "tokenizer": start.tokenizer.sha256,
-        **starting_model.fingerprints(training_config, start.model_config, start.init),
+        **replay.fingerprints,
         **reference_policy.fingerprints(training_config, start),
     }
     command = next_command(training_config.out)
     turns = start.turns(rows.counts["turns"])  # so that `chat` knows how many it may show
     run = Run(training_config, ranks, fingerprints, tokenizer=start.tokenizer, next_command=command, **turns)
     if run.finished:
-        run.say_finished(length_option)
-        distributed.stop()
-        return 0
+        return run.say_finished(length_option)
     run.say(f"{summary(training_config)}\n{rows.summary()}")
 
     # the model: resumed, or started from another; what it can do now; training; what it can do then
     finish_kernel_check()
-    model = starting_model.make_model(training_config, start.model_config, start.init, run.source, ranks)
-    run.say(f"weights from {run.source or start.init}")
+    model = run.make_model(start.model_config, start.init)
     before = held_out.recall(run, run.once("before.json", lambda: held_out.examine(model, run)))
     reference = Sums(run, model, start, rows, end)
     status = train(run, model, rows, end, Tools(reference, replay, held_out, before))
     if status == 0:
-        after = held_out.examine(model, run)  # on every rank: each may hold a part of the model
-        if ranks.main:
-            held_out.conclude(run, before, after)
-            run.say_result()
-    distributed.stop()
+        held_out.conclude(run, before, held_out.examine(model, run))
+        run.say_result()
     return status
 
 
@@ -256,20 +212,9 @@ def check_kind(training_config: Config, rows: PreferenceRows) -> None:
         )
 
 
-def read_rows(training_config: Config, paths: list[str], tokenizer: Tokenizer, noise: bool = True) -> PreferenceRows:
+def read_rows(training_config: Config, data: str, tokenizer: Tokenizer, label_noise: float = 0.0) -> PreferenceRows:
     """Preference files as batches."""
-    rows = PreferenceRows(
-        paths,
-        tokenizer,
-        training_config.room,
-        seed=training_config.seed,
-        template=training_config.template,
-        label_noise=training_config.label_noise if noise else 0.0,
-        on_bad_line=training_config.on_bad_line,
-        encoding=training_config.encoding,
-    )
-    check_round_trip(tokenizer, rows.first_texts, ", ".join(paths), training_config.allow_lossy)
-    return rows
+    return read_preferences(training_config, data, tokenizer, room=training_config.room, label_noise=label_noise)
 
 
 def held_out_pairs(training_config: Config, tokenizer: Tokenizer) -> PreferenceRows | None:
@@ -277,7 +222,7 @@ def held_out_pairs(training_config: Config, tokenizer: Tokenizer) -> PreferenceR
     path = training_config.eval_pairs
     if path is None and training_config.data == Config.data:
         path = f"{bundled.FOLDER}/preferences_heldout.jsonl"
-    return None if path is None else read_rows(training_config, listed_files(path), tokenizer, noise=False)
+    return None if path is None else read_rows(training_config, path, tokenizer)
 
 
 def next_command(out: str) -> str:
@@ -299,12 +244,9 @@ def train(run: Run, model: Transformer, rows: PreferenceRows, end: int, tools: T
     training_config, objective = run.training_config, run.training_config.objective
 
     # the optimizers, their state if the run goes on, and the policy on all ranks
-    optimizers = build_optimizers(
-        model, training_config.optimizer, lr=training_config.lr, weight_decay=training_config.weight_decay
-    )
+    optimizers = optimizers_of(training_config, model)
     state = run.start(TrainState(model, optimizers, run.ranks, run.dtype))
     policy = parallelize(Policy(model, training_config.compile), run.ranks, compile=False)
-    run.say(f"{starting_model.describe_parameters(model)}; {training_config.steps} steps; {ops.describe(run.device)}")
 
     for step in run.steps(state):  # sets the learning rate; after the step saves what is due, stops at a signal
         batches = [rows.batch(positions, end) for positions in run.micro_batches(step)]
@@ -376,4 +318,4 @@ class Sums:
 
 
 if __name__ == "__main__":
-    sys.exit(run_script(main))
+    sys.exit(run_training(main))

@@ -35,72 +35,49 @@ from minillm.alignment.grpo.options import GroupConfig
 from minillm.alignment.judging import Judge, Judged
 from minillm.alignment.log_probs import Policy
 from minillm.alignment.optimum import objective
-from minillm.alignment.options import read_prompts
+from minillm.alignment.options import REQUESTS, read_prompts
 from minillm.alignment.policy_loss import Experience, PolicyLoss, Seen, Watched
 from minillm.alignment.replay import Replay
 from minillm.alignment.rewards import Rewards
 from minillm.base.command_line import parse
 from minillm.base.options import option
-from minillm.base.process import run_script
-from minillm.checkpoint.train_state import fingerprint
 from minillm.datasets.prompts import PromptRows
-from minillm.datasets.questions import CHECKS, read_questions
-from minillm.distributed import ranks as distributed
+from minillm.datasets.questions import CHECKS
 from minillm.distributed.hosts import once_a_host
 from minillm.distributed.lockstep import most_of_ranks
 from minillm.distributed.parallelize import gradients_synced, marked_last, parallelize
 from minillm.evaluation import answers
-from minillm.model import ops
 from minillm.model.transformer import Transformer
 from minillm.tokenizer.tokenizer import Tokenizer
 from minillm.training import sharding, starting_model
-from minillm.training.config import listed_files, summary
-from minillm.training.optim import OPTIMIZERS, build_optimizers
-from minillm.training.run import Run, begin
+from minillm.training.config import summary
+from minillm.training.optim import optimizers_of
+from minillm.training.run import Run, begin, run_training
 from minillm.training.step import TrainState
-from minillm.tuning.adapter import merged
 
-SAY_EVERY = 10  # rollouts
 FAR = 50.0  # nats an answer
 RIGHT_OR_WRONG = (*CHECKS, "check")  # rewards that are 1 for the right answer of a row, and 0 for others
 
 
 @dataclass(frozen=True)
 class Config(GroupConfig):
-    data: str = option(
-        f"{bundled.FOLDER}/requests_train.jsonl", "prompt file(s), separated by commas: .jsonl .json .csv", group="run"
-    )
+    data: str = option(REQUESTS, "prompt file(s), separated by commas: .jsonl .json .csv", group="run")
     out: str = option("out/grpo", "the run's folder: checkpoints, metrics.jsonl, curve.png", group="run")
     steps: int = option(
         220, "rollouts of the whole run, each followed by --updates", at_least=1, group="length and batch"
     )
-    batch_size: int = option(16, "prompts of a rollout, over all ranks", at_least=1, group="length and batch")
     micro_batch_size: int | None = option(
         2,
         "prompts whose answers go through one forward pass: few suit a CPU's caches; none: a rank's share, at most 32",
         at_least=1,
         group="length and batch",
     )
-    optimizer: str | None = option("adamw", "adamw, or muon for the matrices", tuple(OPTIMIZERS), group="optimizer")
     lr: float | None = option(
         None, "peak learning rate; none: an eighth of what pretraining takes", at_least=0, group="optimizer"
-    )
-    weight_decay: float | None = option(0.0, "weight decay, on matrices only", at_least=0, group="optimizer")
-    eval_every: int = option(
-        0,
-        "rollouts between measurements on held-out prompts; 0: only at the ends",
-        at_least=0,
-        group="validation and checkpoints",
     )
     save_every: int = option(
         50, "rollouts between checkpoints; the last is always saved", at_least=0, group="validation and checkpoints"
     )
-
-    @property
-    def held_out_prompts(self) -> str | None:
-        if self.eval_prompts is None and self.data == Config.data:
-            return f"{bundled.FOLDER}/requests_heldout.jsonl"
-        return self.eval_prompts
 
 
 def main() -> int:
@@ -117,57 +94,45 @@ def main() -> int:
     rewards.shard(training_config, ranks)
 
     # prompts to learn from, held-out prompts, and held-out questions of all kinds
-    prompts = read_prompts(training_config, listed_files(training_config.data), tokenizer)
+    prompts = read_prompts(training_config, training_config.data, tokenizer)
     held_out = training_config.held_out_prompts
-    held_out_prompts = read_prompts(training_config, [held_out], tokenizer) if held_out else None
-    questions = []
-    if training_config.held_out:
-        questions = read_questions(training_config.held_out, training_config.eval_rows, training_config.encoding)
+    held_out_prompts = read_prompts(training_config, held_out, tokenizer) if held_out else None
+    questions = training_config.held_out_questions()
     replay = Replay(training_config, tokenizer, prompts.families)
 
     # the run: its folder, and the checkpoint to go on from
-    order = (training_config.batch_size, training_config.seq_len, training_config.seed, training_config.group_size)
     fingerprints = {
-        "data": fingerprint(prompts.fingerprint, tokenizer.resolve_template(training_config.template)),
-        "batch size, sequence length or seed": fingerprint(*order),
-        "tokenizer": tokenizer.sha256,
-        **starting_model.fingerprints(training_config, start.model_config, start.init),
+        **start.fingerprints(training_config, prompts, training_config.group_size),
         **(reference.fingerprints(training_config, start) if training_config.beta else {}),
         "reward": rewards.fingerprint,
-        "instructions beside": replay.fingerprint,
+        **replay.fingerprints,
     }
     what_next = f"python -m minillm chat --model {shlex.quote(training_config.out)}"
     turns = start.turns(prompts.counts["turns"])  # so that `chat` knows how many it may show
     run = Run(training_config, ranks, fingerprints, tokenizer=tokenizer, next_command=what_next, **turns)
     if run.finished:
-        run.say_finished()
-        distributed.stop()
-        return 0
+        return run.say_finished()
     run.say("\n".join([summary(training_config), prompts.summary(), *rewards.remarks()]))
 
     # the model: resumed, or started from another; and the one that it stays near
     finish_kernel_check()
-    model = starting_model.make_model(training_config, start.model_config, start.init, run.source, ranks)
-    run.say(f"weights from {run.source or start.init}")
+    model = run.make_model(start.model_config, start.init)
     near = reference.make_reference(training_config, start, model, ranks) if training_config.beta else None
-    rows_at_once = training_config.micro_batch_size * training_config.group_size
-    judge = Judge(model, rewards, near, training_config.rollout(tokenizer), rows_at_once, run.autocast)
+    drawing = training_config.rollout(tokenizer)
+    judge = Judge(model, rewards, near, drawing, training_config.rows_at_once, run.autocast)
     loss = training_config.policy_loss()
     tools = Tools(prompts, held_out_prompts, training_config.eval_prompt_rows, judge, loss, replay)
 
     # measure, train, measure again
     def measure() -> dict:
-        with merged(model):
-            exact = answers.exact_match(model, tokenizer, questions, template=training_config.template)
+        how = dict(template=training_config.template, say=run.say)
+        exact = answers.exact_match(model, tokenizer, questions, **how)
         return {"exact": exact, **held_out_reward(tools), **distance_to_optimum(training_config, tools, tokenizer)}
 
     before = run.once("before.json", measure)
-    status = train(training_config, run, model, tools, before or {})
+    status = train(training_config, run, model, tools, before)
     if status == 0:
-        after = measure()  # on every rank: each may hold a part of the model
-        if ranks.main:
-            conclude(run, before or {}, after)
-    distributed.stop()
+        conclude(run, before, measure())
     return status
 
 
@@ -184,13 +149,10 @@ class Tools(NamedTuple):
 
 def train(training_config: Config, run: Run, model: Transformer, tools: Tools, before: dict) -> int:
     """Train to the last step, or to a signal; returns the script's exit status."""
-    optimizers = build_optimizers(
-        model, training_config.optimizer, lr=training_config.lr, weight_decay=training_config.weight_decay
-    )
+    optimizers = optimizers_of(training_config, model)
     state = run.start(TrainState(model, optimizers, run.ranks, run.dtype))
     policy = parallelize(Policy(model, training_config.compile), run.ranks, compile=False)
-    run.say(f"{starting_model.describe_parameters(model)}; {training_config.steps} steps; {ops.describe(run.device)}")
-    rows_at_once = training_config.micro_batch_size * training_config.group_size
+    rows_at_once = training_config.rows_at_once
     idle = Idle(run, training_config.no_spread_steps)
     drift = distance_alarm(run, FAR, "lower --lr, or raise --beta")
 
@@ -290,10 +252,8 @@ def tell(
     training_config: Config, run: Run, state: TrainState, judged: Judged, seen: list[Seen], before: dict
 ) -> dict[str, float]:
     """Log a step: how good the answers were, how far from the reference, what the clip held back. Returns its row."""
-    groups = judged.rewards.view(-1, training_config.group_size)
-    sums = judged.sums() | {"groups": len(groups), "no_spread": float((~has_spread(groups)).sum())}
+    sums = judged.step_sums(training_config.group_size)
     sums |= {"seen": sum(s.n_tokens for s in seen), "clipped": sum(s.clipped_low + s.clipped_high for s in seen)}
-    sums |= {"read": judged.rolled.batch.x.numel()}
     sums = dict(zip(sums, run.ranks.sum(*sums.values()), strict=True))
     run.log_step(state, sums["read"])
 
@@ -305,9 +265,7 @@ def tell(
     row["clip_share"] = sums["clipped"] / max(1.0, sums["seen"])
     row["zero_std_share"] = sums["no_spread"] / sums["groups"]
     run.record(run.step, **row)
-    if run.due(run.step, SAY_EVERY) or run.step == 1:
-        shown = ("reward", "best_share", "kl", "entropy", "length", "zero_std_share", "cut_share")
-        run.say(f"step {run.step}: " + ", ".join(f"{name} {row[name]:.3f}" for name in shown if name in row))
+    judging.say_row(run, row, ("reward", "best_share", "kl", "entropy", "length", "zero_std_share", "cut_share"))
     return row
 
 
@@ -364,12 +322,10 @@ def conclude(run: Run, before: dict, after: dict) -> None:
         share = after["objective"] / max(row["optimum"], 1e-9)
         run.say(f"E[r] − β KL on training prompts, of which {row['optimum']:.3f} is the most that any policy has:")
         run.say(f"  {shown(before, 'objective', '.3f')} → {after['objective']:.3f}   ({share:.1%} of it)")
-    if after["exact"]:
-        run.say(f"exact answers to {answers.total(after['exact'])[1]} held-out questions, before → after:")
-        for line in answers.before_and_after(before.get("exact", {}), after["exact"]):
-            run.say(line)
+    for line in answers.exact_lines(before.get("exact", {}), after["exact"]):
+        run.say(line)
     run.say_result()
 
 
 if __name__ == "__main__":
-    sys.exit(run_script(main))
+    sys.exit(run_training(main))

@@ -22,13 +22,12 @@ import torch
 
 from data import bundled
 from minillm.alignment import judging, reference, token_rewards
-from minillm.alignment.grpo.advantages import has_spread
 from minillm.alignment.judging import Judge, Judged
 from minillm.alignment.log_probs import Policy
 from minillm.alignment.optimum import objective
-from minillm.alignment.options import read_prompts
+from minillm.alignment.options import REQUESTS, read_prompts
 from minillm.alignment.ppo.measures import Tools, alarms, held_out_reward, measure_first, scale_reward
-from minillm.alignment.ppo.options import REQUESTS, PpoConfig
+from minillm.alignment.ppo.options import PpoConfig
 from minillm.alignment.ppo.roles import LearnedReward, Roles, cast_roles, reward_fingerprint
 from minillm.alignment.ppo.updates import ClippedLoss, Experience, Seen, minibatches
 from minillm.alignment.replay import Replay
@@ -37,28 +36,21 @@ from minillm.alignment.rewards import Rewards
 from minillm.alignment.value import start_in_unit, value_loss
 from minillm.base.command_line import parse
 from minillm.base.options import option
-from minillm.base.process import run_script
-from minillm.checkpoint.train_state import fingerprint
 from minillm.datasets.prompts import Prompt
-from minillm.datasets.questions import read_questions
-from minillm.distributed import ranks as distributed
 from minillm.distributed.hosts import once_a_host
 from minillm.distributed.parallelize import gradients_synced, marked_last, parallelize
 from minillm.distributed.ranks import Ranks
 from minillm.evaluation import answers
-from minillm.model import ops
 from minillm.model.transformer import Transformer
 from minillm.tokenizer.tokenizer import Tokenizer
 from minillm.training import sharding, starting_model
-from minillm.training.config import listed_files, summary
+from minillm.training.config import summary
 from minillm.training.optim import build_optimizers
-from minillm.training.run import Run, begin
+from minillm.training.run import Run, begin, run_training
 from minillm.training.schedule import set_lr
 from minillm.training.step import TrainState
-from minillm.tuning.adapter import merged
 
 ADAM_EPS = 1e-5  # as in the code of Schulman et al. 2017 (Huang et al. 2022, "37 details", number 3)
-SAY_EVERY = 10  # steps
 
 
 @dataclass(frozen=True)
@@ -70,23 +62,14 @@ class Config(PpoConfig):
     )
     out: str = option("out/ppo", "the run's folder: checkpoints, metrics.jsonl, curve.png", group="run")
     steps: int = option(150, "rollouts of --batch_size prompts each", at_least=1, group="length and batch")
-    batch_size: int = option(16, "prompts of a rollout, over all ranks", at_least=1, group="length and batch")
     lr: float | None = option(
         None,
         "peak learning rate of the policy; none: 3/40 of what pretraining takes, 1/10 of what suits the adapter",
         at_least=0,
         group="optimizer",
     )
-    optimizer: str | None = option("adamw", "adamw, or muon for matrices", ("adamw", "muon"), group="optimizer")
     schedule: str = option("wsd", "shape of the learning rate", ("cosine", "wsd", "constant"), group="optimizer")
     decay_share: float = option(1.0, "share of all steps in which wsd decays", at_least=0, at_most=1, group="optimizer")
-    weight_decay: float | None = option(0.0, "weight decay, on matrices only", at_least=0, group="optimizer")
-    eval_every: int = option(
-        0,
-        "steps between held-out requests answered; 0: only at the end",
-        at_least=0,
-        group="validation and checkpoints",
-    )
 
 
 def main() -> int:
@@ -101,42 +84,34 @@ def main() -> int:
         once_a_host(ranks, bundled.build)
 
     # prompts to learn from, held-out prompts, and held-out questions of all kinds
-    prompts = read_prompts(training_config, listed_files(training_config.data), tokenizer)
+    prompts = read_prompts(training_config, training_config.data, tokenizer)
     held_out = training_config.held_out_prompts
-    held_out_prompts = read_prompts(training_config, [held_out], tokenizer) if held_out else None
-    questions = []
-    if training_config.held_out:
-        questions = read_questions(training_config.held_out, training_config.eval_rows, training_config.encoding)
+    held_out_prompts = read_prompts(training_config, held_out, tokenizer) if held_out else None
+    questions = training_config.held_out_questions()
     replay = Replay(training_config, tokenizer, prompts.families)
 
     # what answers are worth: as a model has learned it, and in truth
     reward_model, true_reward = read_rewards(training_config, ranks, tokenizer)
 
     # the run: its folder, and the checkpoint to go on from
-    order = (training_config.batch_size, training_config.seq_len, training_config.seed, training_config.group_size)
     fingerprints = {
-        "data": fingerprint(prompts.fingerprint, tokenizer.resolve_template(training_config.template)),
-        "batch size, sequence length or seed": fingerprint(*order),
-        "tokenizer": tokenizer.sha256,
-        **starting_model.fingerprints(training_config, start.model_config, start.init),
+        **start.fingerprints(training_config, prompts, training_config.group_size),
         **reference.fingerprints(training_config, start),
         "reward": reward_fingerprint(training_config),
-        "instructions beside": replay.fingerprint,
+        **replay.fingerprints,
     }
     what_next = f"python -m minillm chat --model {shlex.quote(training_config.out)}"
     turns = start.turns(prompts.counts["turns"])  # so that `chat` knows how many it may show
     run = Run(training_config, ranks, fingerprints, tokenizer=tokenizer, next_command=what_next, **turns)
     if run.finished:
-        run.say_finished()
-        distributed.stop()
-        return 0
+        return run.say_finished()
     run.say(f"{summary(training_config)}\n{prompts.summary()}")
 
     # the four models, and those who judge the policy's answers
     finish_kernel_check()
-    policy = starting_model.make_model(training_config, start.model_config, start.init, run.source, ranks)
+    policy = run.make_model(start.model_config, start.init)
     roles = cast_roles(training_config, start, policy, reward_model, ranks)
-    run.say(f"weights from {run.source or start.init}; {roles.describe()}")
+    run.say(roles.describe())
     reward = true_reward if reward_model is None else LearnedReward(reward_model, training_config.rows_at_once)
     drawing = training_config.rollout(tokenizer)
     judge = Judge(policy, reward, roles.reference, drawing, training_config.rows_at_once, run.autocast)
@@ -144,18 +119,15 @@ def main() -> int:
 
     # measure, train, measure again
     def measure() -> dict:
-        with merged(policy):
-            exact = answers.exact_match(policy, tokenizer, questions, template=training_config.template)
+        how = dict(template=training_config.template, say=run.say)
+        exact = answers.exact_match(policy, tokenizer, questions, **how)
         return {"exact": exact, **held_out_reward(training_config, tools)}
 
-    before = run.once("before.json", lambda: measure_first(training_config, tools, measure)) or {}
+    before = run.once("before.json", lambda: measure_first(training_config, tools, measure))
     scale_reward(run, tools, before)
     status = train(training_config, run, roles, tools, before.get("optimum"))
     if status == 0:
-        after = measure()  # on every rank: each may hold a part of the models
-        if ranks.main:
-            conclude(run, before, after)
-    distributed.stop()
+        conclude(run, before, measure())
     return status
 
 
@@ -203,7 +175,6 @@ def train(training_config: Config, run: Run, roles: Roles, tools: Tools, optimum
         beta = run.saved.get("beta", beta)
     controller = token_rewards.AdaptiveKL(beta, training_config.target_kl, training_config.kl_horizon)
     drift, cuts = alarms(training_config, run)
-    run.say(f"{training_config.steps} steps; {ops.describe(run.device)}")
 
     for step in run.steps(state):  # sets the learning rate; after the step saves what is due, stops at a signal
         set_lr(value_state.optimizers, training_config.value_lr * run.lr / max(training_config.lr, 1e-30))
@@ -318,9 +289,8 @@ def tell(
     run: Run, state: TrainState, judged: Judged, tools: Tools, prompts: list[Prompt], seen: Seen
 ) -> dict[str, float]:
     """Log the step; returns what to record of it: means over the answers of all ranks."""
-    groups = judged.rewards.view(-1, run.training_config.group_size)
-    sums = judged.sums() | {"read": judged.rolled.batch.x.numel()}
-    sums |= {"groups": len(groups), "no_spread": float((~has_spread(groups)).sum())}
+    group_size = run.training_config.group_size
+    sums = judged.step_sums(group_size)
     if tools.true_reward is not None:
         is_learned = tools.judge.rewards is not tools.true_reward
         true = tools.true_reward(judged.rolled, prompts) if is_learned else judged.rewards
@@ -328,13 +298,11 @@ def tell(
     sums = dict(zip(sums, run.ranks.sum(*sums.values()), strict=True))
     run.log_step(state, sums["read"])
     row = judging.means(sums) | seen.shares()
-    if groups.shape[1] > 1:
+    if group_size > 1:
         row["zero_std_share"] = sums["no_spread"] / sums["groups"]
     if "true_reward" in sums:
         row["true_reward"] = sums["true_reward"] / sums["answers"]
-    if run.due(run.step, SAY_EVERY) or run.step == 1:
-        shown = ("reward", "true_reward", "kl", "entropy", "length", "cut_share", "clip_share")
-        run.say(f"step {run.step}: " + ", ".join(f"{name} {row[name]:.3f}" for name in shown if name in row))
+    judging.say_row(run, row, ("reward", "true_reward", "kl", "entropy", "length", "cut_share", "clip_share"))
     return row
 
 
@@ -354,12 +322,10 @@ def conclude(run: Run, before: dict, after: dict) -> None:
             if name in after and name in before:
                 run.say(f"  {words:<20} {before[name]:.3f} → {after[name]:.3f}")
         run.say(f"  KL an answer         {after['heldout_kl']:.2f} nats")
-    if after["exact"]:
-        run.say(f"exact answers to {answers.total(after['exact'])[1]} held-out questions, before → after:")
-        for line in answers.before_and_after(before["exact"], after["exact"]):
-            run.say(line)
+    for line in answers.exact_lines(before["exact"], after["exact"]):
+        run.say(line)
     run.say_result()
 
 
 if __name__ == "__main__":
-    sys.exit(run_script(main))
+    sys.exit(run_training(main))

@@ -21,27 +21,25 @@ from data import bundled
 from minillm.base.command_line import parse
 from minillm.base.errors import UserError
 from minillm.base.options import option, optional_copy
-from minillm.base.process import run_script
 from minillm.checkpoint import huggingface
 from minillm.checkpoint.train_state import fingerprint
 from minillm.datasets.token_bins import TokenBins, parse_mixture
 from minillm.datasets.windows import TokenWindows
 from minillm.distributed import diloco
-from minillm.distributed import ranks as distributed
 from minillm.distributed.hosts import once_a_host
 from minillm.distributed.parallelize import gradients_synced, marked_last, parallelize
 from minillm.evaluation.task_scores import TaskOptions, TaskScores, tasks_to_ask
 from minillm.evaluation.validation import Validation
 from minillm.generation.completion import generate
 from minillm.generation.sampling import Sampling
-from minillm.model import config, ops
+from minillm.model import config
 from minillm.model.transformer import Transformer
 from minillm.tokenizer.sentencepiece_model import SentencePieceModel
 from minillm.tokenizer.tokenizer import Tokenizer
 from minillm.training import resuming, sharding, starting_model
 from minillm.training.config import TrainingConfig, summary
-from minillm.training.optim import build_optimizers
-from minillm.training.run import Run, begin
+from minillm.training.optim import optimizers_of
+from minillm.training.run import Run, begin, run_training
 from minillm.training.schedule import Schedule
 from minillm.training.step import TrainState
 from minillm.tuning import options
@@ -130,9 +128,7 @@ def main() -> int:
     what_next = next_command(training_config, tokenizer)
     run = Run(training_config, ranks, fingerprints, tokenizer=tokenizer, next_command=what_next)
     if run.finished:
-        run.say_finished()
-        distributed.stop()
-        return 0
+        return run.say_finished()
 
     # a run that began before bos was left out of the loss goes on as it began
     windows.bos_is_target = run.saved.get("bos_is_target", run.start_step > 0)
@@ -150,13 +146,8 @@ def main() -> int:
 
     # the model: resumed, started from another, or new
     finish_kernel_check()
-    model = starting_model.make_model(training_config, model_config, init, run.source, ranks)
-    weights = run.source or init
-    if weights is not None:
-        run.say(f"weights from {weights}")
-    status = train(training_config, run, model, (windows, decay_windows), validation, tasks)
-    distributed.stop()
-    return status
+    model = run.make_model(model_config, init)
+    return train(training_config, run, model, (windows, decay_windows), validation, tasks)
 
 
 def foreign(training_config: Config) -> dict:
@@ -299,16 +290,14 @@ def train(
     model: Transformer,
     data: tuple[TokenWindows, TokenWindows | None],
     validation: Validation,
-    tasks: TaskScores | None,
+    tasks: TaskScores,
 ) -> int:
     """Train to the last step, or to a signal; returns the script's exit status.
 
     data: the windows of --data, and those of --decay_data if given.
     """
     # the optimizers, their state if the run goes on, and the model on all ranks
-    optimizers = build_optimizers(
-        model, training_config.optimizer, lr=training_config.lr, weight_decay=training_config.weight_decay
-    )
+    optimizers = optimizers_of(training_config, model)
     team = run.rounds.team  # the ranks that take a step together; with --diloco_steps each is alone
     outer = diloco.workers(training_config, model, optimizers, run.ranks)
     state = run.start(TrainState(model, optimizers, team, run.dtype, outer=outer))
@@ -318,12 +307,10 @@ def train(
     windows, decay_windows = data
     decay_begins = Schedule.of(training_config).decay_begins
 
-    # the size of the run
+    # how much that is
     for packed in windows.packed + (decay_windows.packed if decay_windows else []):
         run.say(packed.describe())
     n_tokens = training_config.batch_size * training_config.seq_len  # of a step, over all ranks
-    run.say(f"{starting_model.describe_parameters(model)}, {run.flops / 1e6:.1f} MFLOP a token")
-    run.say(ops.describe(run.device))
     n_all = training_config.steps * n_tokens
     rows = f"{windows.n_windows:,} {'rows' if windows.packed else 'windows'} of {training_config.seq_len} tokens"
     run.say(f"{rows}; {n_all:,} tokens to train on")
@@ -345,9 +332,7 @@ def train(
         if run.due(step, training_config.eval_every):
             scores = validation.scores(model, run.ranks, run.autocast())
             run.report(step, scores)
-        if tasks and run.due(step, training_config.eval_every):
-            with run.watchdog.patient():  # it may take longer than a step
-                run.report(step, tasks.scores(model, run.ranks), of="benchmarks")
+        tasks.watch(run, model, step)
 
     if run.status == 0:
         conclude(run, model, scores)
@@ -382,4 +367,4 @@ def sample(model: Transformer, tokenizer: Tokenizer) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(run_script(main))
+    sys.exit(run_training(main))

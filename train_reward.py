@@ -18,27 +18,22 @@ import numpy as np
 import torch
 
 from data import bundled
-from minillm.alignment.options import AlignmentConfig
+from minillm.alignment.options import AlignmentConfig, read_preferences
 from minillm.alignment.pair_scores import early_pair_loss, measures, noise_floor, pair_loss, score_pairs, summary_lines
 from minillm.alignment.reward_model import all_scores, at_last, text_lengths
 from minillm.base.command_line import parse
 from minillm.base.errors import UserError
 from minillm.base.options import option
-from minillm.base.process import run_script
-from minillm.checkpoint.train_state import fingerprint
 from minillm.datasets.preferences import PreferenceRows
-from minillm.distributed import ranks as distributed
 from minillm.distributed.hosts import once_a_host
 from minillm.distributed.parallelize import gradients_synced, marked_last, parallelize
 from minillm.distributed.shards import is_sharded_model
-from minillm.model import ops
 from minillm.model.transformer import Transformer
-from minillm.tokenizer.measure import check_round_trip
 from minillm.tokenizer.tokenizer import Tokenizer
 from minillm.training import starting_model
-from minillm.training.config import listed_files, summary, with_steps
-from minillm.training.optim import build_optimizers
-from minillm.training.run import Run, begin
+from minillm.training.config import summary, with_steps
+from minillm.training.optim import optimizers_of
+from minillm.training.run import Run, begin, run_training
 from minillm.training.step import TrainState
 
 SCALED_ON = 250  # prompts of the training data by whose answers the scale of the scores is measured
@@ -109,71 +104,48 @@ def main() -> int:
     training_config, ranks, finish_kernel_check = begin(parse(Config, __doc__))
 
     # the model to start from, with a score head in place of its own, and its tokenizer
-    training_config, (init, model_config, tokenizer) = starting_model.find_start(
-        training_config, ranks, share=1 / 8, score_head=True
-    )
+    training_config, start = starting_model.find_start(training_config, ranks, share=1 / 8, score_head=True)
 
     # data: answers to the same prompts, and which of two is better
     if training_config.data == Config.data:
         once_a_host(ranks, bundled.build)
-    rows = read_pairs(training_config, training_config.data, tokenizer)
+    rows = read_pairs(training_config, training_config.data, start.tokenizer)
     held_out_rows = None
     if training_config.held_out:
-        held_out_rows = read_pairs(training_config, training_config.held_out, tokenizer)
-    length_option = "epochs" if training_config.steps is None else "steps"
-    training_config, end = with_steps(training_config, rows.total_rows(training_config.epochs))
+        held_out_rows = read_pairs(training_config, training_config.held_out, start.tokenizer)
+    training_config, end, length_option = with_steps(training_config, rows.total_rows(training_config.epochs))
 
     # the run: its folder, and the checkpoint to go on from
-    order = (training_config.batch_size, training_config.seq_len, training_config.seed)
-    fingerprints = {
-        "data": fingerprint(rows.fingerprint, tokenizer.resolve_template(training_config.template)),
-        "batch size, sequence length or seed": fingerprint(*order),
-        "tokenizer": tokenizer.sha256,
-        **starting_model.fingerprints(training_config, model_config, init),
-    }
+    fingerprints = start.fingerprints(training_config, rows)
     what_next = next_command(training_config)
-    run = Run(training_config, ranks, fingerprints, tokenizer=tokenizer, next_command=what_next)
+    run = Run(training_config, ranks, fingerprints, tokenizer=start.tokenizer, next_command=what_next)
     if run.finished:
-        run.say_finished(length_option)
-        distributed.stop()
-        return 0
+        return run.say_finished(length_option)
     run.say(f"{summary(training_config)}\n{rows.summary()}")
 
     # the model: resumed, or started from another
     finish_kernel_check()
-    model = starting_model.make_model(training_config, model_config, init, run.source, ranks)
-    run.say(f"weights from {run.source or init}")
+    model = run.make_model(start.model_config, start.init)
 
     # train, and look at held-out pairs before and after
-    before = None
+    before = {}
     if held_out_rows:
         before = run.once("before.json", lambda: shared_measures(training_config, run, model, held_out_rows))
     status = train(training_config, run, model, rows, end, held_out_rows)
     if status == 0:
-        conclude(training_config, run, model, held_out_rows, before or {})
-    distributed.stop()
+        conclude(training_config, run, model, held_out_rows, before)
     return status
 
 
 def read_pairs(training_config: Config, data: str, tokenizer: Tokenizer) -> PreferenceRows:
     """Preference files as pairs of answers, of which a row with its last token holds at most --seq_len tokens."""
-    paths = listed_files(data)
-    rows = PreferenceRows(
-        paths,
-        tokenizer,
-        training_config.room - 1,
-        seed=training_config.seed,
-        template=training_config.template,
-        label_noise=training_config.label_noise,
-        on_bad_line=training_config.on_bad_line,
-        encoding=training_config.encoding,
-    )
+    noise = training_config.label_noise
+    rows = read_preferences(training_config, data, tokenizer, room=training_config.room - 1, label_noise=noise)
     if rows.has_labels:
         raise UserError(
             f"{data}: holds single answers with labels; a reward model compares answers to one prompt: give pairs, or "
             "learn from labels by train_dpo.py --loss kto"
         )
-    check_round_trip(tokenizer, rows.first_texts, ", ".join(paths), training_config.allow_lossy)
     return rows
 
 
@@ -194,13 +166,10 @@ def train(
 ) -> int:
     """Train to the last step, or to a signal; returns the script's exit status. end: how many samples the run has."""
     # the optimizers, their state if the run goes on, and the model on all ranks
-    optimizers = build_optimizers(
-        model, training_config.optimizer, lr=training_config.lr, weight_decay=training_config.weight_decay
-    )
+    optimizers = optimizers_of(training_config, model)
     state = run.start(TrainState(model, optimizers, run.ranks, run.dtype))
     run.facts["score_scale"] = lambda: score_scale(run, model, rows)  # of the model that is saved
     parallel_model = parallelize(model, run.ranks, training_config.compile)
-    run.say(f"{starting_model.describe_parameters(model)}; {training_config.steps} steps; {ops.describe(run.device)}")
 
     for step in run.steps(state):  # sets the learning rate; after the step saves what is due, stops at a signal
         batches = [rows.batch(positions, end) for positions in by_length(run.micro_batches(step), rows)]
@@ -296,4 +265,4 @@ def conclude(
 
 
 if __name__ == "__main__":
-    sys.exit(run_script(main))
+    sys.exit(run_training(main))

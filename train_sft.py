@@ -18,29 +18,24 @@ from data import bundled
 from minillm.base.command_line import parse
 from minillm.base.errors import UserError
 from minillm.base.options import option
-from minillm.base.process import run_script
-from minillm.checkpoint.train_state import fingerprint
 from minillm.datasets.instructions import InstructionRows
 from minillm.datasets.questions import read_questions
 from minillm.distributed import diloco
-from minillm.distributed import ranks as distributed
 from minillm.distributed.hosts import once_a_host
 from minillm.distributed.parallelize import gradients_synced, marked_last, parallelize
 from minillm.evaluation import answers
 from minillm.evaluation.task_scores import TaskOptions, TaskScores, tasks_to_ask
 from minillm.evaluation.validation import answer_loss
-from minillm.model import ops
 from minillm.model.transformer import Transformer
 from minillm.tokenizer.chat_template import TEMPLATES
 from minillm.tokenizer.measure import check_round_trip
 from minillm.tokenizer.tokenizer import Tokenizer
 from minillm.training import starting_model
 from minillm.training.config import TrainingConfig, listed_files, summary, with_steps
-from minillm.training.optim import build_optimizers
-from minillm.training.run import Run, begin
+from minillm.training.optim import optimizers_of
+from minillm.training.run import Run, begin, run_training
 from minillm.training.step import TrainState
 from minillm.tuning import options
-from minillm.tuning.adapter import merged
 
 
 @dataclass(frozen=True)
@@ -98,17 +93,15 @@ def main() -> int:
     training_config, ranks, finish_kernel_check = begin(choose_packing(parse(Config, __doc__)))
 
     # the model to start from, and its tokenizer
-    training_config, (init, model_config, tokenizer) = starting_model.find_start(
-        training_config, ranks, share=1 / 4, may_share_rows=True
-    )
+    training_config, start = starting_model.find_start(training_config, ranks, share=1 / 4, may_share_rows=True)
+    tokenizer = start.tokenizer
 
     # data: rows of instructions, packed, with a mask on the targets that are learned
     is_bundled = training_config.data == Config.data
     if is_bundled:
         once_a_host(ranks, bundled.build)
     rows = read_rows(training_config, listed_files(training_config.data), tokenizer)
-    length_option = "epochs" if training_config.steps is None else "steps"
-    training_config, end = with_steps(training_config, rows.total_rows(training_config.epochs))
+    training_config, end, length_option = with_steps(training_config, rows.total_rows(training_config.epochs))
 
     # held-out questions: their answers' loss while training, and how many are answered exactly before and after
     held_out = training_config.eval_data
@@ -116,42 +109,29 @@ def main() -> int:
         held_out = f"{bundled.FOLDER}/sft_heldout.jsonl"
     held_out_rows = read_rows(training_config, [held_out], tokenizer) if held_out else None
     questions = read_questions(held_out, training_config.eval_rows, training_config.encoding) if held_out else []
-    tasks = tasks_to_ask(training_config, tokenizer, model_config, ranks)
+    tasks = tasks_to_ask(training_config, tokenizer, start.model_config, ranks)
 
     # the run: its folder, and the checkpoint to go on from
-    order = (training_config.batch_size, training_config.seq_len, training_config.seed, training_config.packing)
-    fingerprints = {
-        "data": fingerprint(rows.fingerprint, tokenizer.resolve_template(training_config.template)),
-        "batch size, sequence length or seed": fingerprint(*order),
-        "tokenizer": tokenizer.sha256,
-        **starting_model.fingerprints(training_config, model_config, init),
-    }
+    fingerprints = start.fingerprints(training_config, rows, training_config.packing)
     what_next = next_command(training_config.out)
     turns = rows.counts["turns"]  # so that `chat` knows how many were trained
     run = Run(training_config, ranks, fingerprints, tokenizer=tokenizer, next_command=what_next, turns=turns)
     if run.finished:
-        run.say_finished(length_option)
-        distributed.stop()
-        return 0
+        return run.say_finished(length_option)
     run.say(f"{summary(training_config)}\n{rows.summary()}")
 
     # the model: resumed, or started from another
     finish_kernel_check()
-    model = starting_model.make_model(training_config, model_config, init, run.source, ranks)
-    run.say(f"weights from {run.source or init}")
+    model = run.make_model(start.model_config, start.init)
 
     # answer the held-out questions, train, answer them again
     def count_exact() -> dict[str, tuple[int, int]]:
-        with merged(model):
-            return answers.exact_match(model, tokenizer, questions, template=training_config.template, say=run.say)
+        return answers.exact_match(model, tokenizer, questions, template=training_config.template, say=run.say)
 
-    before = run.once("before.json", count_exact) if questions else None
+    before = run.once("before.json", count_exact)
     status = train(training_config, run, model, rows, end, held_out_rows, tasks)
     if status == 0:
-        after = count_exact() if questions else {}  # on every rank: each may hold a part of the model
-        if ranks.main:
-            conclude(run, before or {}, after)
-    distributed.stop()
+        conclude(run, before, count_exact())
     return status
 
 
@@ -199,18 +179,15 @@ def train(
     rows: InstructionRows,
     end: int,
     held_out_rows: InstructionRows | None,
-    tasks: TaskScores | None,
+    tasks: TaskScores,
 ) -> int:
     """Train to the last step, or to a signal; returns the script's exit status. end: how many rows the run has."""
     # the optimizers, their state if the run goes on, and the model on all ranks
-    optimizers = build_optimizers(
-        model, training_config.optimizer, lr=training_config.lr, weight_decay=training_config.weight_decay
-    )
+    optimizers = optimizers_of(training_config, model)
     team = run.rounds.team  # the ranks that take a step together; with --diloco_steps each is alone
     outer = diloco.workers(training_config, model, optimizers, run.ranks)
     state = run.start(TrainState(model, optimizers, team, run.dtype, outer=outer))
     parallel_model = parallelize(model, team, training_config.compile)
-    run.say(f"{starting_model.describe_parameters(model)}; {training_config.steps} steps; {ops.describe(run.device)}")
 
     for step in run.steps(state):  # sets the learning rate; after the step saves what is due, stops at a signal
         batches = [rows.batch(positions, end).part(*run.ranks.place_in_row) for positions in run.micro_batches(step)]
@@ -231,9 +208,7 @@ def train(
         if held_out_rows and run.due(step, training_config.eval_every):
             scores = answer_loss(model, held_out_rows, training_config.eval_tokens, run.ranks, run.autocast())
             run.report(step, scores, of="held-out answers")
-        if tasks and run.due(step, training_config.eval_every):
-            with run.watchdog.patient():  # it may take longer than a step
-                run.report(step, tasks.scores(model, run.ranks), of="benchmarks")
+        tasks.watch(run, model, step)
     return run.status
 
 
@@ -242,11 +217,10 @@ def conclude(run: Run, before: dict, after: dict) -> None:
     if after:
         n_right, n_questions = answers.total(after)
         run.record(run.training_config.steps, exact_match=n_right / n_questions)
-        run.say(f"exact answers to {n_questions} held-out questions, before → after:")
-        for line in answers.before_and_after(before, after):
+        for line in answers.exact_lines(before, after):
             run.say(line)
     run.say_result()
 
 
 if __name__ == "__main__":
-    sys.exit(run_script(main))
+    sys.exit(run_training(main))

@@ -220,8 +220,8 @@ def test_a_fall_of_the_chosen_answers_is_said(folder):
         ("--loss kto --batch_size 1 --micro_batch_size 1", "labels", "give at least 2"),
         ("", "labels", "choose --loss kto"),
         ("--beta 0", "train", "must be above 0"),
-        ("--replay_weight 1", "train", "--replay_weight 1.0: give --replay_data"),
-        ("--replay_rows 8", "train", "--replay_rows 8: give --replay_data"),
+        ("--replay_weight 1", "train", "--replay_weight 1.0: give the instructions by --replay_data"),
+        ("--replay_rows 8", "train", "--replay_rows 8: give the instructions by --replay_data"),
         ("--seq_len 4", "train", "nothing left to compare"),
     ],
 )

@@ -77,7 +77,7 @@ def test_rewards_rise_and_what_is_logged(folder):
     assert load_model(run / "step-00000040").config.vocab_size == 400
 
 
-BESIDE = "--sft_weight 1 --sft_rows 3 --sft_data {folder}/beside.jsonl"
+BESIDE = "--replay_weight 1 --replay_rows 3 --replay_data {folder}/beside.jsonl"
 
 
 @pytest.mark.parametrize(
@@ -112,13 +112,10 @@ def test_two_ranks_take_the_same_steps_as_one(folder, more):
         assert two == pytest.approx(one, abs=2e-5, rel=1e-3), name
 
 
-def test_of_the_families_that_are_rewarded_no_instructions_are_learned_unless_asked_for(folder):
-    alone, beside = folder / "nothing-beside", folder / "nothing-left"
-    train(folder, alone.name, "--steps 2")
-    train(folder, beside.name, f"--steps 2 --sft_data {folder}/train_sft.jsonl")
-    assert column(beside, "loss") == column(alone, "loss")
-    train(folder, "others-beside", f"--steps 2 --sft_data {folder}/beside.jsonl")
-    assert column(folder / "others-beside", "loss")[0] != column(alone, "loss")[0]
+def test_instructions_that_are_named_are_learned_beside(folder):
+    train(folder, "nothing-beside", "--steps 2")
+    train(folder, "others-beside", f"--steps 2 --replay_data {folder}/beside.jsonl")
+    assert column(folder / "others-beside", "loss")[0] != column(folder / "nothing-beside", "loss")[0]
 
 
 def test_a_run_goes_on_with_its_own_reward_alone(folder):
@@ -173,9 +170,10 @@ def test_groups_without_spread_are_dropped_and_end_the_run_with_advice(folder, m
         ("--loss reinforce --resample 1", "--resample 1"),
         ("--loss cispo --two_sided 3", "--loss cispo has no such bound"),
         ("--two_sided 1.1", "must be above 1 + ε, which is 1.2"),
-        ("--sft_weight 1", "give the instructions by --sft_data"),
-        ("--sft_weight 1 --sft_data {folder}/train_sft.jsonl", "dropped (of a family that is left out)"),
-        ("--sft_weight 0 --sft_data {folder}/train_sft.jsonl", "is not learned with --sft_weight 0"),
+        ("--replay_weight 1", "give the instructions by --replay_data"),
+        ("--replay_data {folder}/train_sft.jsonl", "dropped (of a family that is left out)"),
+        ("--replay_weight 0 --replay_data {folder}/train_sft.jsonl", "is not learned with --replay_weight 0"),
+        ("--replay_rows 3", "--replay_rows 3: give the instructions by --replay_data"),
     ],
 )
 def test_what_cannot_be_is_refused(folder, more, message):

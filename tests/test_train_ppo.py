@@ -139,7 +139,7 @@ def test_every_rank_has_all_minibatches(folder):
     assert "no multiple of it times 2 ranks" in train(folder, "six-on-two", more, ranks=2, status=2)
 
 
-BESIDE = "--sft_weight 1 --sft_rows 3 --sft_data {folder}/beside.jsonl"
+BESIDE = "--replay_weight 1 --replay_rows 3 --replay_data {folder}/beside.jsonl"
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from minillm.alignment.grpo.advantages import has_spread
 from minillm.alignment.log_probs import answer_log_probs
 from minillm.alignment.optimum import estimated_optimum, right_wrong_optimum
 from minillm.alignment.policy_loss import Experience
@@ -21,8 +22,10 @@ from minillm.datasets.instructions import collate
 from minillm.datasets.prompts import Prompt
 from minillm.model.transformer import Transformer
 from minillm.tokenizer.tokenizer import Tokenizer
+from minillm.training.run import Run
 from minillm.tuning.adapter import merged
 
+SAY_EVERY = 10  # steps
 BEST = 1 - 1e-6  # a reward from here on counts as all that was wanted
 
 
@@ -67,6 +70,12 @@ class Judged(NamedTuple):
             "cut": float((~self.rolled.ended).sum()),
         }
 
+    def step_sums(self, group_size: int) -> dict[str, float]:
+        """`sums`, how many tokens were read, and how many groups there are and how many of them without spread."""
+        groups = self.rewards.view(-1, group_size)  # (P, G)
+        no_spread = float((~has_spread(groups)).sum())
+        return self.sums() | {"read": self.rolled.batch.x.numel(), "groups": len(groups), "no_spread": no_spread}
+
 
 def means(sums: dict[str, float]) -> dict[str, float]:
     """The columns of a metrics row: reward, share of best rewards, KL an answer, entropy a token, length, share cut.
@@ -82,6 +91,12 @@ def means(sums: dict[str, float]) -> dict[str, float]:
         "length": sums["tokens"] / n,
         "cut_share": sums["cut"] / n,
     }
+
+
+def say_row(run: Run, row: dict[str, float], names: tuple[str, ...]) -> None:
+    """Print these of a step's numbers, of the first step and then now and then."""
+    if run.due(run.step, SAY_EVERY) or run.step == 1:
+        run.say(f"step {run.step}: " + ", ".join(f"{name} {row[name]:.3f}" for name in names if name in row))
 
 
 class Judge:

@@ -4,13 +4,19 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from data import bundled
+from minillm.alignment.rollouts import RolloutConfig
 from minillm.base.options import option
+from minillm.datasets.preferences import PreferenceRows
 from minillm.datasets.prompts import PromptRows
+from minillm.datasets.questions import read_questions
 from minillm.tokenizer.chat_template import TEMPLATES
 from minillm.tokenizer.measure import check_round_trip
 from minillm.tokenizer.tokenizer import Tokenizer
-from minillm.training.config import TrainingConfig
+from minillm.training.config import TrainingConfig, listed_files
+from minillm.training.optim import OPTIMIZERS
 from minillm.tuning.options import TuningConfig
+
+REQUESTS = f"{bundled.FOLDER}/requests_train.jsonl"
 
 
 @dataclass(frozen=True)
@@ -53,6 +59,10 @@ class AlignmentConfig(TuningConfig, TrainingConfig):
         is_bundled = self.data.startswith(f"{bundled.FOLDER}/")
         return self.eval_data or (f"{bundled.FOLDER}/sft_heldout.jsonl" if is_bundled else None)
 
+    def held_out_questions(self) -> list[dict]:
+        """The first --eval_rows held-out instructions, as `read_questions` gives them; none without a file."""
+        return read_questions(self.held_out, self.eval_rows, self.encoding) if self.held_out else []
+
     def problems(self) -> list[str]:
         problems = super().problems()
         if self.room < 1:
@@ -65,54 +75,117 @@ class AlignmentConfig(TuningConfig, TrainingConfig):
 
 @dataclass(frozen=True)
 class ReplayConfig(AlignmentConfig):
-    """What train_ppo.py and train_grpo.py share: instructions that are learned beside the rewards (replay.py)."""
+    """What train_dpo.py, train_ppo.py and train_grpo.py share: instructions that are learned beside (replay.py)."""
 
-    USUAL_SFT_WEIGHT: ClassVar[float]  # it depends on the size of the policy's loss
+    USUAL_REPLAY_WEIGHT: ClassVar[float]  # it depends on the size of the policy's loss
+    USUAL_REPLAY_ROWS: ClassVar[int] = 8
 
-    sft_weight: float | None = option(
+    replay_data: str | None = option(
         None,
-        "weight of the loss of instructions, so that they are not forgotten; none: a usual one where there are some, "
-        "else 0",
-        at_least=0,
-        group="loss",
+        "instructions learned beside so that they are not forgotten, file(s) as of train_sft.py; none: nothing, but "
+        "the bundled ones beside bundled requests",
+        group="data",
     )
-    sft_data: str | None = option(
-        None, "their file(s), as of train_sft.py; none: the bundled ones, if bundled data is used", group="data"
+    replay_weight: float | None = option(
+        None, "weight of their loss; none: a usual one where there are some, else 0", at_least=0, group="loss"
     )
-    sft_rows: int = option(8, "rows of them a step, over all ranks", at_least=1, group="loss")
+    replay_rows: int | None = option(
+        None, "rows of them a step, over all ranks; none: 8, with train_dpo.py 16", at_least=1, group="loss"
+    )
 
     @property
     def replayed_data(self) -> str | None:
-        is_bundled = self.data.startswith(f"{bundled.FOLDER}/")
-        return self.sft_data or (f"{bundled.FOLDER}/sft_train.jsonl" if is_bundled else None)
+        """The instructions' file(s), if there are any."""
+        if self.replay_data is None and self.data.startswith(f"{bundled.FOLDER}/requests"):
+            return f"{bundled.FOLDER}/sft_train.jsonl"
+        return self.replay_data
 
     @property
-    def replay_is_asked(self) -> bool:
-        """Whether it is by the user's own wish that instructions are learned beside."""
-        return self.sft_weight is not None
+    def replayed_weight(self) -> float:
+        """--replay_weight, decided."""
+        if self.replay_weight is not None:
+            return self.replay_weight
+        return self.USUAL_REPLAY_WEIGHT if self.replayed_data else 0.0
 
     @property
     def replayed_rows(self) -> int:
-        return self.sft_rows
-
-    @property
-    def replay_share(self) -> float:
-        """--sft_weight, decided."""
-        if self.sft_weight is not None:
-            return self.sft_weight
-        return self.USUAL_SFT_WEIGHT if self.replayed_data else 0.0
+        """--replay_rows, decided."""
+        return self.replay_rows or self.USUAL_REPLAY_ROWS
 
     def problems(self) -> list[str]:
         problems = super().problems()
-        if self.sft_weight and self.replayed_data is None:
-            problems.append(f"--sft_weight {self.sft_weight:g}: give the instructions by --sft_data, or 0")
-        if self.sft_data is not None and self.sft_weight == 0:
-            problems.append(f"--sft_data {self.sft_data}: is not learned with --sft_weight 0; leave one of them out")
+        given = {"replay_data": self.replay_data, "replay_weight": self.replay_weight, "replay_rows": self.replay_rows}
+        for name, value in given.items():
+            if value and self.replayed_data is None:
+                problems.append(f"--{name} {value}: give the instructions by --replay_data")
+            elif value and not self.replayed_weight:
+                problems.append(f"--{name} {value}: is not learned with --replay_weight 0; leave one of them out")
         return problems
 
 
-def read_prompts(training_config, paths: list[str], tokenizer: Tokenizer) -> PromptRows:
-    """Prompt files, with room for an answer of --max_new_tokens after each prompt."""
+@dataclass(frozen=True)
+class RewardedConfig(ReplayConfig):
+    """What train_ppo.py and train_grpo.py share: how answers are drawn, and on which prompts they are measured."""
+
+    batch_size: int = option(16, "prompts of a rollout, over all ranks", at_least=1, group="length and batch")
+    optimizer: str | None = option("adamw", "adamw, or muon for matrices", tuple(OPTIMIZERS), group="optimizer")
+    weight_decay: float | None = option(0.0, "weight decay, on matrices only", at_least=0, group="optimizer")
+    eval_every: int = option(
+        0,
+        "rollouts between measurements on held-out prompts; 0: only at the ends",
+        at_least=0,
+        group="validation and checkpoints",
+    )
+    group_size: int = option(8, "answers to each prompt", at_least=1, group="rollouts")
+    temperature: float = option(1.0, "at which answers are drawn and learned", above=0, group="rollouts")
+    max_new_tokens: int = option(128, "most tokens of an answer, its end included", at_least=1, group="rollouts")
+    reward_time_s: float = option(60.0, "most seconds of one call of --reward", above=0, group="reward")
+    eval_prompts: str | None = option(
+        None, "held-out prompts, judged before and after; none: the bundled ones, if bundled data is used", group="data"
+    )
+    eval_prompt_rows: int = option(600, "how many of them", at_least=1, group="data")
+
+    @property
+    def held_out_prompts(self) -> str | None:
+        """The file of held-out prompts, if there is one."""
+        if self.eval_prompts is None and self.data == REQUESTS:
+            return f"{bundled.FOLDER}/requests_heldout.jsonl"
+        return self.eval_prompts
+
+    @property
+    def rows_at_once(self) -> int:
+        """Answers of a forward pass: those to --micro_batch_size prompts."""
+        return self.micro_batch_size * self.group_size
+
+    def rollout(self, tokenizer: Tokenizer) -> RolloutConfig:
+        """How answers are drawn."""
+        return RolloutConfig(
+            group_size=self.group_size,
+            max_new_tokens=self.max_new_tokens,
+            temperature=self.temperature,
+            stop_ids=tuple(tokenizer.stop_ids(self.template)),
+            pad_id=tokenizer.pad_id,
+            seed=self.seed,
+        )
+
+    def problems(self) -> list[str]:
+        problems = super().problems()
+        if self.dropout or self.lora_dropout:
+            name = "dropout" if self.dropout else "lora_dropout"
+            problems.append(f"--{name}: must be 0, since answers are drawn without and probabilities compared")
+        if self.max_new_tokens >= self.room:
+            problems.append(
+                f"--max_new_tokens {self.max_new_tokens}: leaves no room for a prompt in --seq_len {self.seq_len}"
+            )
+        return problems
+
+
+# ---- the files that the options name
+
+
+def read_prompts(training_config: RewardedConfig, data: str, tokenizer: Tokenizer) -> PromptRows:
+    """Prompt files, with room for an answer of --max_new_tokens after each prompt; data: separated by commas."""
+    paths = listed_files(data)
     rows = PromptRows(
         paths,
         tokenizer,
@@ -120,6 +193,28 @@ def read_prompts(training_config, paths: list[str], tokenizer: Tokenizer) -> Pro
         seed=training_config.seed,
         template=training_config.template,
         room=training_config.max_new_tokens,
+        on_bad_line=training_config.on_bad_line,
+        encoding=training_config.encoding,
+    )
+    check_round_trip(tokenizer, rows.first_texts, ", ".join(paths), training_config.allow_lossy)
+    return rows
+
+
+def read_preferences(
+    training_config: AlignmentConfig, data: str, tokenizer: Tokenizer, *, room: int, label_noise: float
+) -> PreferenceRows:
+    """Preference files as pairs of answers, or as single ones with labels; data: separated by commas.
+
+    room: most tokens of a prompt and an answer. label_noise: share of pairs whose answers change places.
+    """
+    paths = listed_files(data)
+    rows = PreferenceRows(
+        paths,
+        tokenizer,
+        room,
+        seed=training_config.seed,
+        template=training_config.template,
+        label_noise=label_noise,
         on_bad_line=training_config.on_bad_line,
         encoding=training_config.encoding,
     )

@@ -12,9 +12,10 @@ and the instructions' own answers would pull the policy back.
 import numpy as np
 from torch import nn
 
+from minillm.alignment.options import ReplayConfig
 from minillm.checkpoint.train_state import fingerprint
 from minillm.datasets.batch import Batch
-from minillm.datasets.instructions import InstructionRows, NothingLeft
+from minillm.datasets.instructions import InstructionRows
 from minillm.distributed.parallelize import gradients_synced
 from minillm.tokenizer.tokenizer import Tokenizer
 from minillm.training.config import listed_files
@@ -25,36 +26,31 @@ from minillm.training.step import TrainState
 class Replay:
     """A few rows of instructions for each step; with a weight of 0 none."""
 
-    def __init__(self, training_config, tokenizer: Tokenizer, families: set[str]):
-        """training_config: `ReplayConfig`, or one with the same properties. families: those that are rewarded.
-
-        Raises `UserError` for data that cannot be read.
-        """
-        self.weight = training_config.replay_share
+    def __init__(self, training_config: ReplayConfig, tokenizer: Tokenizer, families: set[str]):
+        """families: those that are rewarded or compared. Raises `UserError` for data that cannot be read."""
+        self.weight = training_config.replayed_weight
         self.n_rows = training_config.replayed_rows
         self.rows: InstructionRows | None = None
         if not self.weight:
             return
-        try:
-            self.rows = InstructionRows(
-                listed_files(training_config.replayed_data),
-                tokenizer,
-                training_config.room,
-                seed=training_config.seed,
-                template=training_config.template,
-                packing=not training_config.virtual_positions,  # which stand before a row once
-                without_families=frozenset(families),
-                on_bad_line=training_config.on_bad_line,
-                encoding=training_config.encoding,
-            )
-        except NothingLeft:
-            if training_config.replay_is_asked:  # else there is nothing that could be forgotten
-                raise
+        self.rows = InstructionRows(
+            listed_files(training_config.replayed_data),
+            tokenizer,
+            training_config.room,
+            seed=training_config.seed,
+            template=training_config.template,
+            packing=not training_config.virtual_positions,  # which stand before a row once
+            without_families=frozenset(families),
+            on_bad_line=training_config.on_bad_line,
+            encoding=training_config.encoding,
+        )
 
     @property
-    def fingerprint(self) -> str:
+    def fingerprints(self) -> dict[str, str]:
         """What must be the same for a run to go on."""
-        return fingerprint(self.rows.fingerprint if self.rows else "none", self.weight, self.n_rows)
+        if self.rows is None:
+            return {}
+        return {"instructions beside": fingerprint(self.rows.fingerprint, self.weight, self.n_rows)}
 
     def batch(self, step: int, run: Run) -> Batch:
         """This rank's rows of a step: those of one process, dealt out."""

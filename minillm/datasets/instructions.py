@@ -60,10 +60,6 @@ def collate(rows: list[list[tuple[np.ndarray, np.ndarray]]], width: int, pad_id:
 # ---- The data set.
 
 
-class NothingLeft(UserError):
-    """All rows of the files are left out, or have nothing to learn."""
-
-
 SAMPLE = np.dtype(  # a sample in the index of all samples: the place of its row, and
     [
         *PLACE.descr,
@@ -114,7 +110,7 @@ class InstructionRows:
         self.first_texts = self.files.first_texts
         self._scan()
         if not len(self.index):
-            raise NothingLeft(f"{self.files.names}: nothing left to learn from ({self.summary()})")
+            raise UserError(f"{self.files.names}: nothing left to learn from ({self.summary()})")
         lengths = self.index["length"].astype(np.int64)
         self.begins = np.cumsum(lengths) - lengths  # of each sample in ids and learn
         self.epochs: dict[int, list[np.ndarray]] = {}  # the rows of the last two epochs asked for

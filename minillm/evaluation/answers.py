@@ -9,6 +9,7 @@ from minillm.generation.completion import generate
 from minillm.generation.sampling import GREEDY
 from minillm.model.transformer import Transformer
 from minillm.tokenizer.tokenizer import Tokenizer
+from minillm.tuning.adapter import merged
 from minillm.tuning.virtual_tokens import context_of
 
 QUESTIONS_PER_BATCH = 128
@@ -38,11 +39,13 @@ def answers(
     context = context_of(model)
     indices = [i for i, prompt in enumerate(prompts) if len(prompt) < context]
     indices.sort(key=lambda i: len(prompts[i]))
-    for begin in range(0, len(indices), QUESTIONS_PER_BATCH):
-        batch = indices[begin : begin + QUESTIONS_PER_BATCH]
-        completions = generate(model, [prompts[i] for i in batch], max_new_tokens, sampling=GREEDY, stop_ids=stop_ids)
-        for i, completion in zip(batch, completions, strict=True):
-            texts[i] = tokenizer.decode(completion.tokens)
+    how = dict(sampling=GREEDY, stop_ids=stop_ids)
+    with merged(model):
+        for begin in range(0, len(indices), QUESTIONS_PER_BATCH):
+            batch = indices[begin : begin + QUESTIONS_PER_BATCH]
+            completions = generate(model, [prompts[i] for i in batch], max_new_tokens, **how)
+            for i, completion in zip(batch, completions, strict=True):
+                texts[i] = tokenizer.decode(completion.tokens)
     return texts
 
 
@@ -100,6 +103,15 @@ def table(scores: dict[str, tuple[int, int]]) -> str:
         share = n_right / n_questions if n_questions else 0
         lines.append(f"  {family:<{width}}  {share:6.1%}  ({n_right}/{n_questions})")
     return "\n".join(lines)
+
+
+def exact_lines(before: dict[str, tuple[int, int]], after: dict[str, tuple[int, int]]) -> list[str]:
+    """What to print of `exact_match` before and after training; nothing if no question was asked."""
+    if not after:
+        return []
+    _, n_questions = total(after)
+    head = f"exact answers to {n_questions} held-out questions, before → after:"
+    return [head, *before_and_after(before, after)]
 
 
 def before_and_after(before: dict[str, tuple[int, int]], after: dict[str, tuple[int, int]]) -> list[str]:

@@ -51,7 +51,7 @@ class TaskOptions(Options):
 class TaskScores:
     """Benchmarks, with their questions as ids already, so that what does not fit is refused before training."""
 
-    def __init__(self, tasks: dict[str, list[Task]], tokenizer: Tokenizer, max_len: int):
+    def __init__(self, tasks: dict[str, list[Task]], tokenizer: Tokenizer | None, max_len: int):
         """tasks: of each benchmark. max_len: most ids of one input; what does not fit into it raises `UserError`."""
         self.tasks = tasks
         self.tokenizer = tokenizer
@@ -81,6 +81,13 @@ class TaskScores:
                     scores[f"{metric}_stderr/{name}"] = error
         return scores
 
+    def watch(self, run, model: Transformer, step: int) -> None:
+        """Report what the model scores when it is due: at --eval_every, and after the last step. run: a `Run`."""
+        if not self.tasks or not run.due(step, run.training_config.eval_every):
+            return
+        with run.watchdog.patient():  # it may take longer than a step
+            run.report(step, self.scores(model, run.ranks), of="benchmarks")
+
     def _outcomes(self, model: Transformer, task: Task, ranks: Ranks) -> list[list]:
         """For each question the scores of its choices, or the text that the model wrote."""
         if task.benchmark.in_words:  # on every rank, since each may hold a part of the model
@@ -98,16 +105,14 @@ def _fit(name: str, function, *arguments):
         raise UserError(f"--eval_tasks {name}: {problem}") from None
 
 
-def tasks_to_ask(
-    training_config, tokenizer: Tokenizer | None, model_config: ModelConfig, ranks: Ranks
-) -> TaskScores | None:
-    """The benchmarks of --eval_tasks; None without the option.
+def tasks_to_ask(training_config, tokenizer: Tokenizer | None, model_config: ModelConfig, ranks: Ranks) -> TaskScores:
+    """The benchmarks of --eval_tasks; none without the option.
 
     The longest input is that of `eval` on the run's checkpoints: as long as training, but at most the context.
     Raises `UserError` for files that are missing or wrong, and if the ranks have read different ones.
     """
     if training_config.eval_tasks is None:
-        return None
+        return TaskScores({}, tokenizer, 0)
     if tokenizer is None:
         raise UserError("--eval_tasks: needs a tokenizer, and there is none beside a raw .bin; leave it out")
     context = model_config.max_seq_len - training_config.virtual_positions

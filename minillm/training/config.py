@@ -153,15 +153,16 @@ def listed_files(data: str) -> list[str]:
 
 
 def with_steps(training_config, n_of_epochs: int):
-    """(the options with --steps filled in, how many samples the run reads): those of --epochs, or of whole batches.
+    """(the options with --steps filled in, how many samples the run reads, the option that says how long it is).
 
-    n_of_epochs: how many samples --epochs are. If --steps is the number that follows from --epochs, as in a run's
-    options.toml, the last batch is short as well.
+    The samples are those of --epochs, or of whole batches. n_of_epochs: how many --epochs are. If --steps is the number
+    that follows from --epochs, as in a run's options.toml, the last batch is short as well.
     """
+    length_option = "epochs" if training_config.steps is None else "steps"
     steps_of_epochs = math.ceil(n_of_epochs / training_config.batch_size)
     if training_config.steps in (None, steps_of_epochs):
-        return dataclasses.replace(training_config, steps=steps_of_epochs), n_of_epochs
-    return training_config, training_config.steps * training_config.batch_size
+        return dataclasses.replace(training_config, steps=steps_of_epochs), n_of_epochs, length_option
+    return training_config, training_config.steps * training_config.batch_size, length_option
 
 
 def summary(cfg: TrainingConfig) -> str:

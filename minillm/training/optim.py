@@ -230,6 +230,12 @@ def default_lr(kind: str, tune: str, dim: int) -> float:
     raise UserError(f"--optimizer {kind}: no learning rate is known for it with --tune {tune}; give one by --lr")
 
 
+def optimizers_of(training_config, model: nn.Module) -> list[torch.optim.Optimizer]:
+    """The optimizers of a model that --optimizer, --lr and --weight_decay ask for."""
+    lr, weight_decay = training_config.lr, training_config.weight_decay
+    return build_optimizers(model, training_config.optimizer, lr=lr, weight_decay=weight_decay)
+
+
 def build_optimizers(model: nn.Module, kind: str, *, lr: float, weight_decay: float) -> list[torch.optim.Optimizer]:
     """The optimizers of a model: for "adamw" one, for "muon" Muon for the layers' matrices and AdamW for the rest.
 

@@ -20,7 +20,7 @@ from minillm.base.device import autocast, peak_flops, pick_dtype
 from minillm.base.errors import UserError
 from minillm.base.json_door import read_json
 from minillm.base.options import write_toml
-from minillm.base.process import StopSignals, advise_on_memory
+from minillm.base.process import StopSignals, advise_on_memory, run_script
 from minillm.checkpoint import run_folder, train_state
 from minillm.distributed import ranks as distributed
 from minillm.distributed.diloco import Rounds
@@ -28,6 +28,8 @@ from minillm.distributed.hosts import check_options, differences
 from minillm.distributed.ranks import Ranks
 from minillm.distributed.watchdog import Watchdog
 from minillm.model import ops
+from minillm.model.config import ModelConfig
+from minillm.model.transformer import Transformer
 from minillm.tokenizer.tokenizer import Tokenizer
 from minillm.training import kernel_check, plot, resuming, saving, sharding, starting_model
 from minillm.training.bad_steps import BadSteps
@@ -39,6 +41,17 @@ from minillm.training.step import TrainState, seed_step
 from minillm.tuning.options import TuningConfig
 
 SIGPIPE = 13  # also where the system has no such signal
+
+
+def run_training(main: Callable[[], int]) -> int:
+    """`run_script` for a training script, whose ranks leave their group at an orderly end."""
+
+    def main_and_end() -> int:
+        status = main()
+        distributed.stop()
+        return status
+
+    return run_script(main_and_end)
 
 
 def begin(training_config: TrainingConfig) -> tuple[TrainingConfig, Ranks, Callable[[], None]]:
@@ -142,30 +155,39 @@ class Run:
         """Whether there is no step left to do."""
         return self.start_step >= self.training_config.steps
 
-    def say_finished(self, length: str = "steps") -> None:
-        """What to print instead of training; length: the option that would make the run longer."""
+    def say_finished(self, length: str = "steps") -> int:
+        """What to print instead of training; length: the option that would make the run longer; returns 0, a status."""
         self.say(f"{self.folder} has finished its {self.start_step} steps; to go on, raise --{length}\n{self.draw()}")
         self.say(f"next: {self.next_command}")
+        return 0
 
-    def once(self, name: str, measure: Callable[[], object]):
-        """On rank 0 the result of `measure()` at the start of the run; a resumed run reads it from its folder.
+    def make_model(self, model_config: ModelConfig, init: Path | None) -> Transformer:
+        """The model to train: resumed, started from `init`, or new. See `starting_model.make_model`."""
+        model = starting_model.make_model(self.training_config, model_config, init, self.source, self.ranks)
+        weights = self.source or init
+        if weights is not None:
+            self.say(f"weights from {weights}")
+        return model
 
-        Every rank measures, since a forward pass of a sharded model needs all of them.
+    def once(self, name: str, measure: Callable[[], dict]) -> dict:
+        """What `measure()` found at the start of the run, on every rank; {} if that is lost.
+
+        A resumed run reads it from its folder. Every rank measures, since a forward pass of a sharded model needs all
+        of them; what rank 0 has found counts.
         """
-        file, value = self.folder / name, None
+        file, value = self.folder / name, {}
         if self.source is None:  # a new run: do not use what an earlier one may have left
             text = json.dumps(measure(), indent=2, ensure_ascii=False) + "\n"
             if self.out:
                 self.out.write(name, lambda scratch: scratch.write_text(text, encoding="utf-8"))
         if self.out:
-            value = read_json(file) if file.exists() else None
-        self.ranks.barrier()
-        return value
+            value = read_json(file) if file.exists() else {}
+        return self.ranks.exchange(value)[0]
 
     def start(self, state: TrainState) -> TrainState:
         """Give `state` what the checkpoint holds (its model has been loaded before), and start clock and watchdog.
 
-        Raises `UserError` for what a save would fail by.
+        Prints the size of the run. Raises `UserError` for what a save would fail by.
         """
         if self.source is not None:
             state.restore(self.source, self.saved)
@@ -177,6 +199,8 @@ class Run:
         self.begun = time.monotonic()
         self.flops = starting_model.flops_per_token(state.model, self.training_config.seq_len)
         self.peak = peak_flops(self.device, self.dtype)
+        size = f"{starting_model.describe_parameters(state.model)}, {self.flops / 1e6:.1f} MFLOP a token"
+        self.say(f"{size}; {self.training_config.steps:,} steps; {ops.describe(self.device)}")
         self.watchdog.tick(self.start_step)  # everything is loaded: from here on steps must come in time
         return state
 

@@ -34,6 +34,21 @@ class Start(NamedTuple):
     model_config: ModelConfig
     tokenizer: Tokenizer
 
+    def fingerprints(self, training_config, rows, *order: object) -> dict[str, str]:
+        """What must not change while a run goes on: data, their order, tokenizer and model.
+
+        rows: the samples, with a `fingerprint`. order: what the order of these depends on besides batch size, sequence
+        length and seed.
+        """
+        template = self.tokenizer.resolve_template(training_config.template)
+        order = (training_config.batch_size, training_config.seq_len, training_config.seed, *order)
+        return {
+            "data": train_state.fingerprint(rows.fingerprint, template),
+            "batch size, sequence length or seed": train_state.fingerprint(*order),
+            "tokenizer": self.tokenizer.sha256,
+            **fingerprints(training_config, self.model_config, self.init),
+        }
+
     def turns(self, n_turns: int) -> dict[str, int]:
         """What a checkpoint records of the turns that its model knows, after prompts of at most `n_turns`.
 

@@ -162,7 +162,7 @@ def merged(model: Transformer) -> Iterator[None]:
     A model that is dealt out over ranks stays as it is: its layers are gathered as they were when it was shared out.
     """
     adapter = active_adapter(model)
-    if adapter is None or not adapter.worth_merging or is_sharded_model(model):
+    if adapter is None or adapter.merged or not adapter.worth_merging or is_sharded_model(model):
         yield
         return
     merge(model)

@@ -3,18 +3,16 @@
 from dataclasses import dataclass
 
 from minillm.alignment.grpo.advantages import OF_TOKENS, SCALED
-from minillm.alignment.options import ReplayConfig
+from minillm.alignment.options import RewardedConfig
 from minillm.alignment.policy_loss import CLIPS, CORRECTIONS, KL_TERMS, PolicyLoss
-from minillm.alignment.rollouts import RolloutConfig
 from minillm.base.options import option
-from minillm.tokenizer.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
-class GroupConfig(ReplayConfig):
+class GroupConfig(RewardedConfig):
     """What train_grpo.py takes besides data, folder, batch and optimizer."""
 
-    USUAL_SFT_WEIGHT = 0.03
+    USUAL_REPLAY_WEIGHT = 0.03
 
     # the reward, and the answers that are judged
     reward: str = option(
@@ -22,10 +20,7 @@ class GroupConfig(ReplayConfig):
         "exact, number, words, check, format:REGEX, length:N, file.py:function, or weighted: 0.7*number,0.3*length:80",
         group="reward",
     )
-    reward_time_s: float = option(60.0, "most seconds of one call of it", above=0, group="reward")
     group_size: int = option(8, "answers to each prompt", at_least=2, group="rollouts")
-    temperature: float = option(1.0, "at which answers are drawn and learned", above=0, group="rollouts")
-    max_new_tokens: int = option(128, "most tokens of an answer, its end included", at_least=1, group="rollouts")
     overlong: str = option(
         "keep",
         "answers cut at --max_new_tokens: keep them, mask them out of the loss, or penalty for the last tokens before",
@@ -73,10 +68,6 @@ class GroupConfig(ReplayConfig):
     )
 
     # what is measured
-    eval_prompts: str | None = option(
-        None, "held-out prompts, judged before and after; none: the bundled ones, if bundled data is used", group="data"
-    )
-    eval_prompt_rows: int = option(600, "how many of them", at_least=1, group="data")
     optimum_prompts: int = option(
         32, "training prompts on which the best possible objective is estimated; 0: not", at_least=0, group="data"
     )
@@ -84,10 +75,6 @@ class GroupConfig(ReplayConfig):
 
     def problems(self) -> list[str]:
         problems = super().problems()
-        if self.max_new_tokens >= self.room:
-            problems.append(
-                f"--max_new_tokens {self.max_new_tokens}: leaves no room for a prompt in --seq_len {self.seq_len}"
-            )
         if self.resample and self.loss in OF_TOKENS:
             problems.append(f"--resample {self.resample}: --loss {self.loss} learns from all answers of a rollout")
         for name in ("clip_low", "two_sided") if self.loss == "cispo" else ():
@@ -96,9 +83,6 @@ class GroupConfig(ReplayConfig):
         loss = self.policy_loss()
         if loss.kind != "cispo" and loss.two_sided is not None and loss.two_sided <= 1 + loss.clip_high:
             problems.append(f"--two_sided {loss.two_sided}: must be above 1 + ε, which is {1 + loss.clip_high:g}")
-        if self.dropout or self.lora_dropout:
-            name = "dropout" if self.dropout else "lora_dropout"
-            problems.append(f"--{name}: must be 0, since answers are drawn without and probabilities compared")
         return problems
 
     @property
@@ -125,14 +109,4 @@ class GroupConfig(ReplayConfig):
             kl=self.kl_place,
             correction=self.correction,
             correction_cap=self.correction_cap,
-        )
-
-    def rollout(self, tokenizer: Tokenizer) -> RolloutConfig:
-        return RolloutConfig(
-            self.group_size,
-            self.max_new_tokens,
-            self.temperature,
-            tuple(tokenizer.stop_ids(self.template)),
-            tokenizer.pad_id,
-            self.seed,
         )

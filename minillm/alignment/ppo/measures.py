@@ -72,13 +72,13 @@ def measure_first(training_config: PpoConfig, tools: Tools, measure: Callable[[]
 
 
 def scale_reward(run: Run, tools: Tools, before: dict) -> None:
-    """Let the learned reward have the scale that rank 0 has measured."""
-    mean, std = run.ranks.sum(before.get("reward_mean", 0.0), before.get("reward_std", 0.0))
-    if not std:
+    """Let the learned reward have the scale that was measured before the first step."""
+    if "reward_std" not in before:
         raise UserError(
             f"{run.folder}/before.json: is gone, and with it the scale of the rewards that the run began with; bring "
             "it back, or begin anew in another folder"
         )
+    mean, std = before["reward_mean"], before["reward_std"]
     use_scale(tools, mean, std)
     if run.training_config.normalize_reward and tools.judge.rewards is not tools.true_reward:
         scaled = "spread 1" if run.training_config.values_are_scores else "mean 0 and spread 1"

@@ -2,22 +2,18 @@
 
 from dataclasses import dataclass
 
-from data import bundled
-from minillm.alignment.options import ReplayConfig
-from minillm.alignment.rollouts import RolloutConfig
+from minillm.alignment.options import REQUESTS, RewardedConfig
 from minillm.base.options import option
 from minillm.distributed.ranks import world_size
-from minillm.tokenizer.tokenizer import Tokenizer
 
-REQUESTS = f"{bundled.FOLDER}/requests_train.jsonl"
 TRUE_REWARD = "data/world/reader.py:reward"  # of the bundled requests
 
 
 @dataclass(frozen=True)
-class PpoConfig(ReplayConfig):
+class PpoConfig(RewardedConfig):
     """What train_ppo.py takes besides data, folder, batch and optimizer."""
 
-    USUAL_SFT_WEIGHT = 0.3
+    USUAL_REPLAY_WEIGHT = 0.3
 
     # what an answer is worth
     reward_model: str | None = option(
@@ -29,7 +25,6 @@ class PpoConfig(ReplayConfig):
         "the bundled requests",
         group="reward",
     )
-    reward_time_s: float = option(60.0, "most seconds of one call of --reward", above=0, group="reward")
     normalize_reward: bool = option(
         True,
         "learned rewards are scaled to mean 0 and spread 1 on answers of the reference, or to spread 1 alone where "
@@ -43,11 +38,6 @@ class PpoConfig(ReplayConfig):
         group="reward",
     )
     missing_eos_penalty: float = option(1.0, "see --missing_eos", at_least=0, group="reward")
-
-    # how answers are drawn
-    group_size: int = option(8, "answers to each prompt", at_least=1, group="rollouts")
-    temperature: float = option(1.0, "at which answers are drawn and learned", above=0, group="rollouts")
-    max_new_tokens: int = option(128, "most tokens of an answer, its end included", at_least=1, group="rollouts")
 
     # PPO
     beta: float = option(0.15, "price of a nat of KL from the reference, in units of reward", at_least=0, group="PPO")
@@ -77,10 +67,6 @@ class PpoConfig(ReplayConfig):
     )
 
     # what is measured
-    eval_prompts: str | None = option(
-        None, "held-out prompts, judged before and after; none: the bundled ones, if bundled data is used", group="data"
-    )
-    eval_prompt_rows: int = option(600, "how many of them", at_least=1, group="data")
     reference_prompts: int = option(
         32,
         "training prompts whose answers give the reward's scale and the best possible objective",
@@ -97,19 +83,12 @@ class PpoConfig(ReplayConfig):
             problems.append(
                 f"--minibatches {self.minibatches}: --batch_size {self.batch_size} is no multiple of it{times}"
             )
-        if self.dropout or self.lora_dropout:
-            name = "dropout" if self.dropout else "lora_dropout"
-            problems.append(f"--{name}: must be 0, since probabilities of two passes are compared")
         if self.reward_model is None and self.true_reward is None:
             problems.append("--reward_model none: give a --reward to learn from, such as number or FILE.py:FUNCTION")
         if self.value_start == "reward" and not (self.reward_model and self.tune in ("full", "freeze")):
             problems.append(
                 "--value_start reward: needs a --reward_model, and --tune full or freeze, where values have a model of "
                 "their own"
-            )
-        if self.max_new_tokens >= self.room:
-            problems.append(
-                f"--max_new_tokens {self.max_new_tokens}: leaves no room for a prompt in --seq_len {self.seq_len}"
             )
         return problems
 
@@ -127,24 +106,3 @@ class PpoConfig(ReplayConfig):
     @property
     def true_reward(self) -> str | None:
         return TRUE_REWARD if self.reward is None and self.data == REQUESTS else self.reward
-
-    @property
-    def held_out_prompts(self) -> str | None:
-        if self.eval_prompts is None and self.data == REQUESTS:
-            return f"{bundled.FOLDER}/requests_heldout.jsonl"
-        return self.eval_prompts
-
-    @property
-    def rows_at_once(self) -> int:
-        """Answers of a forward pass: those to --micro_batch_size prompts."""
-        return self.micro_batch_size * self.group_size
-
-    def rollout(self, tokenizer: Tokenizer) -> RolloutConfig:
-        return RolloutConfig(
-            group_size=self.group_size,
-            max_new_tokens=self.max_new_tokens,
-            temperature=self.temperature,
-            stop_ids=tuple(tokenizer.stop_ids(self.template)),
-            pad_id=tokenizer.pad_id,
-            seed=self.seed,
-        )

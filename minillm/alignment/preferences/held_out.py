@@ -13,7 +13,6 @@ from minillm.alignment.options import AlignmentConfig
 from minillm.alignment.rollouts import RolloutConfig, roll_out
 from minillm.datasets.preferences import PreferenceRows
 from minillm.datasets.prompts import PromptRows
-from minillm.datasets.questions import read_questions
 from minillm.distributed.ranks import Ranks
 from minillm.evaluation import answers
 from minillm.model.transformer import Transformer
@@ -36,10 +35,7 @@ class HeldOut:
         self.training_config, self.tokenizer, self.pairs = training_config, tokenizer, pairs
         self.u_chosen: float | None = None  # of training pairs, a running mean over about 1 / NEWEST steps
         self.warned = False
-        questions = training_config.held_out
-        self.questions = []
-        if questions:
-            self.questions = read_questions(questions, training_config.eval_rows, training_config.encoding)
+        self.questions = training_config.held_out_questions()
         requests = Path(bundled.FOLDER) / "requests_heldout.jsonl"
         self.requests = []
         if training_config.data.startswith(f"{bundled.FOLDER}/") and requests.exists():
@@ -59,8 +55,8 @@ class HeldOut:
         found = {"exact": {}, "requests": [0, 0], "sums": [], "pairs": None}
         template = self.training_config.template
         with merged(model):
-            if self.questions:
-                found["exact"] = answers.exact_match(model, self.tokenizer, self.questions, template=template)
+            how = dict(template=template, say=run.say)
+            found["exact"] = answers.exact_match(model, self.tokenizer, self.questions, **how)
             if self.requests:
                 found["requests"] = [self._fulfilled(model), len(self.requests)]
         if self.pairs is not None:
@@ -68,9 +64,11 @@ class HeldOut:
             found["pairs"] = self.pairs.answers_fingerprint
         return found
 
-    def recall(self, run: Run, before: dict | None) -> dict:
-        """What `examine` found when the run began, less what is of other pairs than now; {} if that is lost."""
-        before = before or {}
+    def recall(self, run: Run, before: dict) -> dict:
+        """What `examine` found when the run began, less what is of other pairs than now.
+
+        before: what `Run.once` gives of it, {} if it is lost.
+        """
         if self.pairs is None or before.get("pairs") == self.pairs.answers_fingerprint:
             return before
         run.say("--eval_pairs: these were not looked at when the run began, so how they have moved is not known")
@@ -111,8 +109,7 @@ class HeldOut:
         if after["exact"]:
             n_right, n_questions = answers.total(after["exact"])
             facts["exact_match"] = n_right / n_questions
-            run.say(f"exact answers to {n_questions} held-out questions, before → after:")
-            for line in answers.before_and_after(before.get("exact", {}), after["exact"]):
+            for line in answers.exact_lines(before.get("exact", {}), after["exact"]):
                 run.say(line)
         if after["sums"]:
             known = np.array(before["sums"]) if "sums" in before else None
@@ -172,7 +169,7 @@ class HeldOut:
         }
 
     def watch(self, run: Run, model: Transformer, step: int, before: dict) -> None:
-        """Report on held-out pairs when it is due; the ranks share the work. before: of `recall`, on the main rank."""
+        """Report on held-out pairs when it is due; the ranks share the work. before: of `recall`."""
         if self.pairs is None or not run.due(step, run.training_config.eval_every):
             return
         sums = np.array(run.ranks.sum(*self._sums(model, run, run.ranks).tolist()))

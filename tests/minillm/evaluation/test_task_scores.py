@@ -70,7 +70,7 @@ def test_what_cannot_be_asked_is_refused_before_training(home, tmp_path):
         TaskScores({"hellaswag": read_tasks("hellaswag", folder, None, None)}, home.tokenizer, 2)
     with pytest.raises(UserError, match="--eval_limit 3: is about benchmarks; give --eval_tasks"):
         configured(None, eval_limit=3)
-    assert tasks_to_ask(configured(None), home.tokenizer, home.model.config, ALONE) is None
+    assert not tasks_to_ask(configured(None), home.tokenizer, home.model.config, ALONE).tasks
 
 
 def asked(run) -> list[dict]:

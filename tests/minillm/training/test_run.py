@@ -285,7 +285,7 @@ def test_a_measurement_is_taken_once_and_read_by_a_run_that_goes_on(new_run):
     assert one.once("before.json", lambda: {"a": [1, 2]}) == {"a": [1, 2]}
     one.source = one.folder / "step-00000001"
     assert one.once("before.json", lambda: 1 / 0) == {"a": [1, 2]}
-    assert one.once("never.json", lambda: 1 / 0) is None
+    assert one.once("never.json", lambda: 1 / 0) == {}
 
 
 def test_a_failing_curve_is_no_failing_run(new_run, monkeypatch):
