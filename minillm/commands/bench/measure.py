@@ -12,7 +12,7 @@ from minillm.checkpoint import huggingface
 from minillm.model import config
 from minillm.model.transformer import Transformer
 
-VOCABULARY = {"tiny": 2048, "26m": 4096}  # of the presets' random models
+VOCABULARY = {"tiny": 2048, "5m": 2048, "26m": 4096}  # of the presets' random models
 GPT2_VOCABULARY = 50_257  # of all others
 REPEATS = 7
 

@@ -55,9 +55,9 @@ def test_flops_by_formula_are_those_that_torch_counts():
 
 def test_presets_have_the_sizes_of_their_names():
     sizes = {name: n_parameters(preset(name, vocab_size=32000)) / 1e6 for name in PRESETS}
-    known = {"26m": 26, "124m": 124, "350m": 350, "1b": 1100, "3b": 3000, "8b": 8000}
+    known = {"5m": 5, "26m": 26, "124m": 124, "350m": 350, "1b": 1100, "3b": 3000, "8b": 8000}
     known |= {"70b": 70_600, "405b": 405_900}
-    vocab = {"26m": 6400, "124m": 50304, "350m": 50304, "1b": 32000}
+    vocab = {"5m": 2048, "26m": 6400, "124m": 50304, "350m": 50304, "1b": 32000}
     for name, millions in known.items():
         size = n_parameters(preset(name, vocab_size=vocab.get(name, 128256))) / 1e6
         assert abs(size / millions - 1) < 0.1, (name, size)
