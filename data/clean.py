@@ -18,10 +18,12 @@ from pathlib import Path
 
 import numpy as np
 
-from data.cleaning import duplicates, outcomes, passes, reading, writing
+from data.cleaning import duplicates, outcomes, passes, reading, scores, writing
 from data.cleaning import report as reports
 from data.cleaning.mending import How, mended_documents
+from data.cleaning.model_score import ModelScore
 from data.cleaning.page import page
+from data.cleaning.quality import Quality
 from data.cleaning.rules import read_rules
 from data.cleaning.text.features import FEATURES, LANGUAGES, features
 from data.contamination import read_benchmarks
@@ -66,6 +68,26 @@ class Config(Options):
         "files of benchmarks: a text that holds 13 tokens in a row of one of their questions is dropped",
         group="rules",
     )
+    score_model: str | None = option(
+        None, "a run or model folder: drop texts that it predicts too well or too badly", group="scores"
+    )
+    score_low: float = option(
+        0.02, "share of a language's texts with the fewest bits per byte to drop", at_least=0, at_most=1, group="scores"
+    )
+    score_high: float = option(
+        0.95,
+        "share of a language's texts that have fewer bits than those to drop",
+        at_least=0,
+        at_most=1,
+        group="scores",
+    )
+    good: tuple[str, ...] = option(
+        (), "files of texts such as you want; with --bad: learn a classifier", group="scores"
+    )
+    bad: tuple[str, ...] = option((), "files of texts such as you do not want", group="scores")
+    least_quality: float = option(
+        0.5, "probability of being good below which it drops a text", at_least=0, at_most=1, group="scores"
+    )
     mask: bool = option(True, "mask mail addresses, mobile and identity numbers", group="rules")
     dry_run: bool = option(
         False,
@@ -80,7 +102,22 @@ class Config(Options):
     def problems(self) -> list[str]:
         if self.explain is None and (not self.input or self.out is None):
             return ["--input and --out: give both, or --explain FILE:LINE"]
-        return []
+        problems = []
+        if bool(self.good) != bool(self.bad):
+            problems.append("--good and --bad: a classifier needs samples of both; give both or none")
+        if self.score_low >= self.score_high:
+            problems.append(f"--score_low {self.score_low:g}: must be below --score_high {self.score_high:g}")
+        if self.sft and (self.score_model or self.good):
+            problems.append("--sft: conversations are not scored; leave out --score_model, --good and --bad")
+        for name in self._without_scores():
+            problems.append(f"--{name}: means nothing without {'--good' if 'qual' in name else '--score_model'}")
+        return problems
+
+    def _without_scores(self) -> list[str]:
+        """Options that were changed, and are of a score that is not asked for."""
+        names = () if self.score_model else ("score_low", "score_high")
+        names += () if self.good else ("least_quality",)
+        return [name for name in names if getattr(self, name) != getattr(type(self), name)]
 
 
 def clean(config: Config) -> dict:
@@ -102,6 +139,7 @@ def clean(config: Config) -> dict:
 
         # Documents, mended; then what describes them; then what becomes of them.
         how = How(config.field, config.split, config.sft, config.mask)
+        scorers, held_out = _scorers(config, how)
         sources = passes.read_sources(files, how, len(val_files))
         if config.dry_run:
             sources = passes.sampled(sources, folder, DRY_SHARE, DRY_FROM)
@@ -114,6 +152,12 @@ def clean(config: Config) -> dict:
         judged = passes.judge(pieces, shared, workers)
         found = outcomes.outcomes(pieces, judged, rules)
         outcomes.refuse_if_unread(found, pieces)
+        described = list(judged)
+        scored = {}
+        for scorer in scorers:
+            scored[scorer.name], files = scores.score(found, pieces, recurring, scorer, workers)
+            described += files
+        scores.mark(found, scored, scores.Limits(config.score_low, config.score_high, config.least_quality))
         duplicates.mark_exact(found)
         if with_signatures and config.sft:
             duplicates.mark_near_prompts(found, judged)
@@ -122,6 +166,7 @@ def clean(config: Config) -> dict:
 
         options = {name: value for name, value in asdict(config).items() if name not in NOT_REPORTED}
         result = {"options": options, **reports.report(pieces, found, rules)}
+        result |= {"held_out": held_out} if held_out else {}
         if config.dry_run:
             return result
         result["written_bytes"] = writing.write_all(
@@ -130,12 +175,26 @@ def clean(config: Config) -> dict:
         report_page = page(result, pieces, judged, found, rules, (recurring,))
         write_file(out / "report.html", lambda path: path.write_text(report_page, encoding="utf-8"))
         write_json_atomically(out / "report.json", result)
-        passes.clean_up(folder, pieces, judged)
+        passes.clean_up(folder, pieces, described)
         return result
     except OSError as error:
         raise UserError(f"{error.filename or out}: {error.strerror}; fix that and run the same command again") from None
     finally:
         lock.release()
+
+
+def _scorers(config: Config, how: How) -> tuple[list[ModelScore | Quality], dict]:
+    """What scores texts, and how a classifier judged samples that it had not seen, which is printed."""
+    scorers: list[ModelScore | Quality] = []
+    held_out = {}
+    if config.score_model:
+        scorers.append(ModelScore.of(config.score_model))
+    if config.good:
+        quality, measured = scores.learnt_quality(config.good, config.bad, how, config.least_quality)
+        print(measured.said(config.least_quality))
+        scorers.append(quality)
+        held_out = measured._asdict()
+    return scorers, held_out
 
 
 def _benchmark_index(paths: tuple[str, ...]) -> Index | None:
@@ -158,6 +217,7 @@ def explain(config: Config) -> str:
     (document,) = mended_documents([raw], How(config.field, config.split, config.sft, config.mask))
     if "bad" in document:
         return f"{config.explain}: dropped as {': '.join(document['bad'])}"
+    scorers, _ = _scorers(config, How(config.field, config.split, config.sft, config.mask))
     values = features([document["text"]], np.array([document["known"]], float))[0]
     lines = [clipped(visible(document["text"]).replace("\n", "⏎"), 400)]
     lines += [f"mended: {', '.join(document['mended'])}"] if document["mended"] else []
@@ -167,11 +227,10 @@ def explain(config: Config) -> str:
             f"{'✗' if rule.holds(values[None])[0] else '✓'} {rule.name}: {rule.do} {rule.limit()}" for rule in concerned
         ]
         lines.append(f"{feature:<16} {values[number]:>10.4f}  {'; '.join(marks) or '–':<36} {meaning}")
+    for scorer in scorers:
+        value = scorer.scores([document["text"]])[0]
+        lines.append(f"{scorer.name:<16} {value:>10.4f}  {'–':<36} {scores.MEANING[scorer.name]}")
     return "\n".join(lines)
-
-
-def _mark(holds: bool) -> str:
-    return "✗" if holds else "✓"
 
 
 def main() -> None:

@@ -27,6 +27,7 @@ class Outcomes:
     how many documents one stands for. file_number: (n,) int32 among those of its source; line: (n,) int64 in it. read,
     size: (n,) bytes of the text before and after. hash: (n,) uint64; language: (n,) uint8; is_mended, is_val: bool.
     any_hit, flagged: name of a rule → documents that it holds for. mended_by: what was mended → documents.
+    scores: name of a score → (n,) float32; limits: name of a reason → its limit for each language (see `scores`).
     """
 
     begins: np.ndarray
@@ -46,6 +47,8 @@ class Outcomes:
     any_hit: dict[str, int] = field(default_factory=dict)
     flagged: dict[str, int] = field(default_factory=dict)
     mended_by: dict[str, int] = field(default_factory=dict)
+    scores: dict[str, np.ndarray] = field(default_factory=dict)
+    limits: dict[str, np.ndarray] = field(default_factory=dict)
 
     def status(self) -> np.ndarray:
         """(n,) index into STATUSES."""

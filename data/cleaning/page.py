@@ -9,10 +9,11 @@ from pathlib import Path
 
 import numpy as np
 
+from data.cleaning import scores
 from data.cleaning.judging import final_documents, read_judged
 from data.cleaning.outcomes import STATUSES, Outcomes
 from data.cleaning.passes import Piece
-from data.cleaning.report import histograms, samples
+from data.cleaning.report import histograms, samples, score_histogram, score_limits
 from data.cleaning.rules import Rule
 from data.cleaning.text import words
 from data.cleaning.text.features import FEATURES
@@ -45,7 +46,14 @@ def page(result: dict, pieces: list[Piece], judged: list[Path], found: Outcomes,
     if rules:
         parts += ["<h2>Features, before and after</h2>", _LEGEND, '<div class="charts">']
         for name, columns in histograms(judged, found, rules).items():
-            parts.append(_histogram(name, columns, [rule for rule in rules if rule.feature == name]))
+            of_feature = [rule for rule in rules if rule.feature == name]
+            parts.append(_histogram(name, columns, of_feature, FEATURES[name]))
+        parts.append("</div>")
+    if found.scores:
+        parts += ["<h2>Scores</h2>", _LEGEND, '<div class="charts">']
+        for name in found.scores:
+            drawn = score_limits(found, name)
+            parts.append(_histogram(name, score_histogram(found, name), drawn, scores.MEANING[name]))
         parts.append("</div>")
     parts.append("<h2>Samples of what was dropped</h2>")
     for reason, counts in sorted(result["by_reason"].items(), key=lambda item: -item[1]["documents"]):
@@ -116,8 +124,8 @@ _LEGEND = (
 )
 
 
-def _histogram(name: str, columns: dict, rules: list[Rule]) -> str:
-    """One histogram as SVG; a last bin holds what lies beyond."""
+def _histogram(name: str, columns: dict, rules: list[Rule], meaning: str) -> str:
+    """One histogram as SVG; a last bin holds what lies beyond. rules: those whose limits are drawn."""
     top = max(np.sqrt(columns["all"].max()), 1)
     n_bins = len(columns["all"])
     width = WIDTH / n_bins
@@ -139,9 +147,7 @@ def _histogram(name: str, columns: dict, rules: list[Rule]) -> str:
     shapes.append(f'<text x="{WIDTH}" y="{HEIGHT + 12}" text-anchor="end">{edges[-1]:.3g} and more</text>')
     drawn = f'<svg width="{WIDTH}" height="{HEIGHT + 16}">{"".join(shapes)}</svg>'
     said = ", ".join(f"{rule.name} {rule.limit()}" for rule in rules)
-    return (
-        f"<figure>{drawn}<figcaption><b>{name}</b> {_escape(said)}<br>{_escape(FEATURES[name])}</figcaption></figure>"
-    )
+    return f"<figure>{drawn}<figcaption><b>{name}</b> {_escape(said)}<br>{_escape(meaning)}</figcaption></figure>"
 
 
 # ---- Samples.
@@ -154,7 +160,7 @@ def _sample(
     rules, recurring = how
     piece, place = found.place(number)
     document = final_documents(pieces[piece].stem, recurring)[place]
-    about = why(reason, rules, read_judged(judged[piece]), place)
+    about = why(reason, rules, read_judged(judged[piece]), place) | scores.why(found, number)
     value = f"{about['value']} {about.get('limit', '')}" if "value" in about else ""
     value = document["bad"][1] if "bad" in document else value
     if found.original[number] >= 0:

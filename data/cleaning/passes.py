@@ -277,9 +277,9 @@ def judge(pieces: list[Piece], shared: Shared, workers: int) -> list[Path]:
     return judged
 
 
-def clean_up(folder: Path, pieces: list[Piece], judged: list[Path]) -> None:
-    """Delete pieces of other files, options or code."""
-    kept = {path.name for path in judged}
+def clean_up(folder: Path, pieces: list[Piece], described: list[Path]) -> None:
+    """Delete pieces of other files, options or code. described: the files that describe what is in the pieces."""
+    kept = {path.name for path in described}
     kept |= {piece.stem.name + ending for piece in pieces for ending in (".jsonl", ".npz")}
     kept |= {_done(folder, piece.source).name for piece in pieces}
     for path in folder.iterdir():

@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from data.cleaning import scores
 from data.cleaning.judging import read_judged
 from data.cleaning.outcomes import COPIES, STATUSES, Outcomes
 from data.cleaning.passes import Piece
@@ -19,12 +20,15 @@ def report(pieces: list[Piece], found: Outcomes, rules: list[Rule]) -> dict:
     for number, name in enumerate(found.reasons):
         is_here = found.reason == number
         n = int(is_here.sum())
-        if name and (n or name in of_rule):
+        if name and (n or name in of_rule or name in found.limits):
             by_reason[name] = {"documents": n, "bytes": int(found.read[is_here].sum())}
+            any_hit = {"any_hit": found.any_hit.get(name, 0)}
             if name in of_rule:
                 rule = of_rule[name]
-                any_hit = {"any_hit": found.any_hit.get(name, 0)}
                 by_reason[name] |= any_hit | {"feature": rule.feature, "limit": rule.limit()}
+            elif name in found.limits:
+                limit = scores.said_limit(found, name)
+                by_reason[name] |= any_hit | {"feature": scores.SCORE_OF[name], "limit": limit}
     return {
         "read": _counted(np.ones(len(status), bool), found),
         **{name: _counted(status == number, found) for number, name in enumerate(STATUSES)},
@@ -111,6 +115,28 @@ def histograms(judged: list, found: Outcomes, rules: list[Rule]) -> dict[str, di
                 bins = np.searchsorted(columns["edges"], values[chosen], side="right") - 1
                 columns[key] += np.bincount(np.clip(bins, 0, BINS - 1), minlength=BINS)
     return result
+
+
+def score_histogram(found: Outcomes, name: str) -> dict:
+    """The same of a score, between 0 and what 999 of 1,000 documents stay below."""
+    values = found.scores[name]
+    is_scored = ~np.isnan(values)
+    top = float(np.quantile(values[is_scored], 0.999)) if is_scored.any() else 1.0
+    columns = {"edges": np.linspace(0, max(top, 1e-3), BINS + 1)}
+    for key, chosen in (("all", is_scored), ("kept", is_scored & (found.reason == 0))):
+        columns[key] = np.histogram(np.minimum(values[chosen], top), columns["edges"])[0]
+    return columns
+
+
+def score_limits(found: Outcomes, name: str) -> list[Rule]:
+    """The limits of a score, each language's as a rule of its own."""
+    rules = []
+    for reason, of_language in found.limits.items():
+        if scores.SCORE_OF[reason] == name:
+            for limit in np.unique(of_language[~np.isnan(of_language)]).tolist():
+                above, below = (limit, None) if reason == scores.SURPRISING else (None, limit)
+                rules.append(Rule(reason, name, above, below, "drop"))
+    return rules
 
 
 def _edges(name: str, limit: float = 0) -> np.ndarray:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from data.cleaning import scores
 from data.cleaning.judging import as_line, final_documents, read_judged
 from data.cleaning.near_duplicates import times
 from data.cleaning.outcomes import Outcomes
@@ -83,26 +84,27 @@ def write_all(out: Path, pieces: list[Piece], judged: list[Path], found: Outcome
 
 
 def _tasks(pieces: list[Piece], judged: list[Path], found: Outcomes) -> Iterator[tuple]:
-    """What `rows_of_piece` needs of each piece: reasons, where originals lie, how many documents each is for."""
+    """What `rows_of_piece` needs of each piece: reasons, scores and originals, how many documents each is for."""
     for number, (piece, path) in enumerate(zip(pieces, judged, strict=True)):
         documents = slice(found.begins[number], found.begins[number + 1])
         reasons = [found.reasons[reason] for reason in found.reason[documents]]
-        originals = [_original(pieces, found, document) for document in range(documents.start, documents.stop)]
-        yield piece, path, reasons, originals, found.copies[documents].tolist()
+        facts = [_facts(pieces, found, document) for document in range(documents.start, documents.stop)]
+        yield piece, path, reasons, facts, found.copies[documents].tolist()
 
 
-def _original(pieces: list[Piece], found: Outcomes, number: int) -> dict:
-    """What a copy says of the document that is kept in its place; nothing if it is none."""
+def _facts(pieces: list[Piece], found: Outcomes, number: int) -> dict:
+    """What a document says of its scores, and a copy of the document that is kept in its place."""
+    facts = scores.why(found, number)
     of = int(found.original[number])
     if of < 0:
-        return {}
+        return facts
     piece, _ = found.place(of)
     place = f"{pieces[piece].source.name(found.file_number[of])}:{found.line[of]}"
-    return {"of": place, "similarity": round(float(found.similarity[number]), 3)}
+    return {**facts, "of": place, "similarity": round(float(found.similarity[number]), 3)}
 
 
 def rows_of_piece(
-    piece: Piece, judged: Path, reasons: list[str], originals: list[dict], copies: list[int], *how
+    piece: Piece, judged: Path, reasons: list[str], facts: list[dict], copies: list[int], *how
 ) -> tuple[bytes, dict[str, bytes]]:
     """(lines of the documents kept, reason → lines of those that are not). how: see `write_all`."""
     field, rules, recurring, repeats = how
@@ -116,8 +118,7 @@ def rows_of_piece(
         row = document["row"] if document.get("is_whole") else {field: document["text"], **document["row"]}
         reason = reasons[number]
         if reason:
-            about |= why(reason, rules, arrays, number)
-            about |= originals[number]
+            about |= {**why(reason, rules, arrays, number), **facts[number]}
             about |= {"what": document["bad"][1]} if "bad" in document else {}
             dropped.setdefault(reason, []).append(as_line({**row, "cleaning": about}))
             continue
@@ -126,6 +127,7 @@ def rows_of_piece(
         ]
         flags += document.get("flags", [])
         about |= {"flags": flags} if flags else {}
+        about |= facts[number]
         about |= {"copies": copies[number]} if copies[number] > 1 else {}
         if "id" not in row:
             row = {**row, **{key: about[key] for key in ("source", "line") if key not in row}}
