@@ -13,10 +13,11 @@ class Config(Options):
     out: str | None = option(
         None, "PNG to write; none: curve.png in the run's folder, curves.png here for several runs"
     )
+    language: str = option("en", "of the words in the picture; zh needs a Chinese font", tuple(plot.LANGUAGES))
 
 
 def run(config: Config) -> None:
-    print(plot.draw(config.runs, _where(config)))
+    print(plot.draw(config.runs, _where(config), config.language))
 
 
 def _where(config: Config) -> Path:

@@ -27,6 +27,26 @@ PANELS = {
     "true_reward": "true reward",  # beside a learned one
     "tasks": "benchmarks (share right)",  # a curve for each of a run's benchmarks
 }
+# what a picture says, in Chinese
+CHINESE = {
+    "training loss": "训练损失",
+    "training loss (nats a token)": "训练损失（每个 token 的奈特）",
+    "validation (bits per byte)": "验证（比特/字节）",
+    "validation (nats a token)": "验证（每个 token 的奈特）",
+    "held-out pairs (nats a pair)": "留出对（每对的奈特）",
+    "held-out pairs (share right)": "留出对（判对的比例）",
+    "held-out pairs (share better than before)": "留出对（比之前好的比例）",
+    "reward less β KL": "奖励 − β KL",
+    "true reward": "真实奖励",
+    "benchmarks (share right)": "基准测试（正确率）",
+    "steps": "步数",
+    "training time (hours)": "训练时间（小时）",
+    "training time (minutes)": "训练时间（分钟）",
+    "training time (seconds)": "训练时间（秒）",
+    "floor": "下界",
+    "optimum": "最优值",
+}
+LANGUAGES = {"en": {}, "zh": CHINESE}  # language → what stands in the place of English words
 IN_NATS = {"val_bpb", "val_loss"}  # of runs whose training loss is in nats a token
 EVERY_STEP = ("loss", "objective", "true_reward")  # panels whose values are too many to be marked
 RISING = ("heldout_accuracy", "val_accuracy", "objective", "true_reward", "tasks")
@@ -130,23 +150,23 @@ def drawn(run: Path) -> str:
         return f"no curve: {type(problem).__name__}: {clipped(str(problem))}"
 
 
-def draw(runs: list[str | Path], out: str | Path) -> Path:
+def draw(runs: list[str | Path], out: str | Path, language: str = "en") -> Path:
     """Draw training loss and validation score of each run against steps and against time, into `out` (.png).
 
     The validation score is in bits per byte, with the corpus's floor, where the run has them; else in nats a token, in
     a panel of its own. So are the scores of held-out pairs, with the floor of noisy labels, the objective of runs that
-    learn from rewards, with its optimum, and the shares of benchmarks that were right. Raises UserError without
-    matplotlib, for a run without metrics, or if `out` cannot be written.
+    learn from rewards, with its optimum, and the shares of benchmarks that were right. language: of `LANGUAGES`. Raises
+    UserError without matplotlib or a font for the language, for a run without metrics, or if `out` cannot be written.
     """
     try:
         import matplotlib
     except ImportError:
         raise UserError('drawing needs matplotlib: pip install -e ".[plot]"') from None
     matplotlib.use("Agg")
-    from matplotlib import font_manager, pyplot
+    from matplotlib import pyplot
 
-    installed = {font.name for font in font_manager.fontManager.ttflist}
-    pyplot.rcParams["font.family"] = ["DejaVu Sans", *(name for name in CHINESE_FONTS if name in installed)]
+    pyplot.rcParams["font.family"] = _fonts(language)
+    words = LANGUAGES[language]
 
     # the runs by label, and of each panel that any run has values for, the column of each run
     metrics = {_label(run): read_metrics(run) for run in runs}
@@ -178,17 +198,20 @@ def draw(runs: list[str | Path], out: str | Path) -> Path:
             _line(by_steps, column.steps, column.values, colour, label, width)
             _line(by_time, times, column.values, colour, label, width)
         for axis in (by_steps, by_time):
-            _draw_floors(axis, floors.get(panel, {}), "optimum" if panel in RISING else "floor")
+            floor_name = "optimum" if panel in RISING else "floor"
+            _draw_floors(axis, floors.get(panel, {}), words.get(floor_name, floor_name))
             _dress(axis)
-        by_steps.set_ylabel(PANELS[panel] + (" (nats a token)" if panel == "loss" and IN_NATS & {*panels} else ""))
+        name = PANELS[panel] + (" (nats a token)" if panel == "loss" and IN_NATS & {*panels} else "")
+        by_steps.set_ylabel(words.get(name, name))
         values = [value for column in columns[panel].values() for value in column.values]
         values += floors.get(panel, {})
         _limit(by_steps, sorted(values), share=0.98 if panel == "loss" else 1.0)
         if by_steps.get_legend_handles_labels()[0]:
             corner = "lower right" if panel in RISING else "upper right"
             by_steps.legend(frameon=False, loc="upper left" if panel == "tasks" else corner)
-    axes[-1][0].set_xlabel("steps")
-    axes[-1][1].set_xlabel(f"training time ({unit})")
+    time = f"training time ({unit})"
+    axes[-1][0].set_xlabel(words.get("steps", "steps"))
+    axes[-1][1].set_xlabel(words.get(time, time))
 
     out = Path(out)
     try:
@@ -198,6 +221,19 @@ def draw(runs: list[str | Path], out: str | Path) -> Path:
     finally:
         pyplot.close(figure)
     return out
+
+
+def _fonts(language: str) -> list[str]:
+    """Fonts by preference; the Chinese ones of this machine are for names of runs, too."""
+    from matplotlib import font_manager
+
+    installed = {font.name for font in font_manager.fontManager.ttflist}
+    chinese = [name for name in CHINESE_FONTS if name in installed]
+    if language == "zh" and not chinese:
+        raise UserError(
+            f"--language zh needs one of these fonts: {', '.join(CHINESE_FONTS)}; install one, or draw in en"
+        )
+    return ["DejaVu Sans", *chinese]
 
 
 def _unit(metrics: dict[str, list[dict]]) -> tuple[str, int]:
@@ -257,7 +293,7 @@ def _floors(metrics: dict[str, list[dict]], panel: str, name: str) -> dict[float
 def _draw_floors(axis, floors: dict[float, tuple[float, str]], name: str) -> None:
     """A dashed line at each floor (one, if the runs share a corpus), with its standard error, called `name`."""
     for floor, (error, whose) in floors.items():
-        label = f"{name} {floor:.3f}" + (f" of {whose}" if whose else "")
+        label = f"{name} {floor:.3f}" + (f" ({whose})" if whose else "")
         axis.axhline(floor, color=FLOOR, linestyle="--", linewidth=1.2, label=label)
         axis.axhspan(floor - error, floor + error, color=FLOOR, alpha=0.2, linewidth=0)
 

@@ -45,6 +45,21 @@ def test_a_run_is_drawn_against_steps_and_time(tmp_path, monkeypatch):
     assert "bits per byte" in score.get_ylabel() and "nats a token" in loss.get_ylabel()
 
 
+def test_the_words_of_a_picture_are_there_in_chinese(tmp_path, monkeypatch):
+    figures = drawn(monkeypatch)
+    monkeypatch.setattr(plot, "CHINESE_FONTS", ("DejaVu Sans",))  # there everywhere, if only with boxes for such words
+    plot.draw([run(tmp_path / "a", rows())], tmp_path / "a.png", "zh")
+    loss, _, score, score_by_time = figures[0].axes
+    assert (loss.get_ylabel(), score.get_ylabel()) == ("训练损失（每个 token 的奈特）", "验证（比特/字节）")
+    assert (score.get_xlabel(), score_by_time.get_xlabel()) == ("步数", "训练时间（秒）")
+    assert score.lines[1].get_label() == "下界 1.200"
+    assert {*plot.PANELS.values(), "floor", "optimum"} < {*plot.CHINESE}  # none is forgotten
+
+    monkeypatch.setattr(plot, "CHINESE_FONTS", ("No Such Font",))
+    with pytest.raises(UserError, match="--language zh needs one of these fonts: No Such Font"):
+        plot.draw([tmp_path / "a"], tmp_path / "b.png", "zh")
+
+
 def test_a_loss_that_is_not_of_tokens_has_no_unit(tmp_path, monkeypatch):
     figures = drawn(monkeypatch)
     pairs = [{"step": 30, "val_accuracy": 0.7}, {"step": 30, "val_accuracy": 0.9}]
@@ -80,7 +95,7 @@ def test_floors_of_several_corpora_say_whose_they_are(tmp_path, monkeypatch):
     figures = drawn(monkeypatch)
     other = [*rows()[:-1], {"step": 30, "val_bpb": 3.0}]  # of a text whose floor nobody knows
     plot.draw([run(tmp_path / "pretrain", rows()), run(tmp_path / "mine", other)], tmp_path / "both.png")
-    assert figures[0].axes[2].get_legend_handles_labels()[1] == ["pretrain", "mine", "floor 1.200 of pretrain"]
+    assert figures[0].axes[2].get_legend_handles_labels()[1] == ["pretrain", "mine", "floor 1.200 (pretrain)"]
 
 
 def test_a_name_in_letters_that_no_font_has_is_no_warning(tmp_path):
