@@ -7,7 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
+MOST_BYTES = 60_000  # of a picture
 ROOT = Path(__file__).parents[2]
 COURSE = ROOT / "docs" / "course"
 LESSONS = sorted(path.stem for path in (COURSE / "checks").glob("*.py") if path.stem != "conftest")
@@ -22,12 +24,16 @@ def run(*command: str) -> subprocess.CompletedProcess:
 
 def test_a_lesson_has_all_its_parts():
     for folder in (COURSE, COURSE / "exercises", COURSE / "solutions"):
-        assert {path.stem for path in folder.glob("*.py")} - {"lesson"} == set(LESSONS)
+        assert {path.stem for path in folder.glob("*.py")} - {"lesson", "drawings"} == set(LESSONS)
     for language in ("en", "zh"):
         pages = ROOT / "docs" / language / "course"
         names = sorted(path.stem for path in pages.glob("[0-9]*.md"))
         assert {re.sub(r"^\d+-", "", name) for name in names} == set(LESSONS)
         assert re.findall(r"\((\d[\w-]+)\.md\)", (pages / "index.md").read_text(encoding="utf-8")) == names
+        suffix = "-zh" if language == "zh" else ""
+        for name in names:  # a picture made by docs/course/drawings.py
+            picture = f"](../../images/course/{name[3:]}{suffix}.png)\n"
+            assert (pages / f"{name}.md").read_text(encoding="utf-8").count(picture) == 1, name
 
 
 @pytest.mark.slow
@@ -46,6 +52,24 @@ def test_the_exercises_are_solved_by_the_solutions_alone(lesson):
     assert solved.returncode == 0, solved.stdout
     given = run(*check)
     assert given.returncode == 1 and "passed" not in given.stdout.splitlines()[-1], given.stdout
+
+
+@pytest.mark.slow
+def test_every_picture_is_drawn_again_from_the_page_as_it_is(tmp_path):
+    """The pictures that the pages show are those that the command draws now: from the same numbers, in small files."""
+    done = run("docs/course/drawings.py", "--out", str(tmp_path))
+    if "no Chinese font is there" in done.stderr:
+        pytest.skip("no Chinese font, and half of the pictures are in Chinese")
+    assert done.returncode == 0, done.stderr
+    shown = ROOT / "docs" / "images" / "course"
+    names = {f"{lesson}{suffix}.png" for lesson in LESSONS for suffix in ("", "-zh")}
+    assert {path.name for path in tmp_path.iterdir()} == {path.name for path in shown.iterdir()} == names
+    for name in sorted(names):
+        old, new = shown / name, tmp_path / name
+        assert max(old.stat().st_size, new.stat().st_size) < MOST_BYTES, name
+        with Image.open(old) as one, Image.open(new) as other:
+            assert one.text["state"] == other.text["state"], f"{name}: run python docs/course/drawings.py"
+            assert one.size == other.size and len(other.convert("L").getcolors()) > 10, name
 
 
 @pytest.mark.slow

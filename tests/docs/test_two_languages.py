@@ -18,7 +18,7 @@ ENGLISH, CHINESE = ROOT / "docs" / "en", ROOT / "docs" / "zh"
 PAIRS = {ROOT / "README.md": ROOT / "README.zh.md"}  # English page → Chinese page
 PAIRS |= {page: CHINESE / page.relative_to(ENGLISH) for page in sorted(ENGLISH.rglob("*.md"))}
 PICTURES = {  # English picture → the same in Chinese
-    path.with_name(path.name.replace("-zh.", ".")): path for path in (ROOT / "docs" / "images").glob("*-zh.png")
+    path.with_name(path.name.replace("-zh.", ".")): path for path in (ROOT / "docs" / "images").rglob("*-zh.png")
 }
 
 

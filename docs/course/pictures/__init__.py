@@ -1,0 +1,1 @@
+"""The drawing functions of the course, one a lesson."""
