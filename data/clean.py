@@ -126,7 +126,7 @@ def clean(config: Config) -> dict:
     left_out: Counter[str] = Counter()
     val_files = find_files(config.val_input, suffixes=reading.SUFFIXES)
     files = val_files + find_files(config.input, left_out, reading.SUFFIXES)
-    say_left_out(left_out)
+    say_left_out(left_out, reading.SUFFIXES)
     out = Path(config.out)
     for folder in map(Path, (*config.input, *config.val_input)):
         if folder.is_dir() and out.resolve().is_relative_to(folder.resolve()):
@@ -164,7 +164,7 @@ def clean(config: Config) -> dict:
         elif with_signatures:
             duplicates.mark_near(found, judged, folder)
 
-        options = {name: value for name, value in asdict(config).items() if name not in NOT_REPORTED}
+        options = {name: _printable(value) for name, value in asdict(config).items() if name not in NOT_REPORTED}
         result = {"options": options, **reports.report(pieces, found, rules)}
         result |= {"held_out": held_out} if held_out else {}
         if config.dry_run:
@@ -181,6 +181,13 @@ def clean(config: Config) -> dict:
         raise UserError(f"{error.filename or out}: {error.strerror}; fix that and run the same command again") from None
     finally:
         lock.release()
+
+
+def _printable(value: object) -> object:
+    """An option's value as it can be written down: names of files may hold bytes that are no text."""
+    if isinstance(value, tuple):
+        return [_printable(item) for item in value]
+    return visible(value) if isinstance(value, str) else value
 
 
 def _scorers(config: Config, how: How) -> tuple[list[ModelScore | Quality], dict]:

@@ -1,12 +1,14 @@
 """Documents of a user's files, of more kinds than training reads: pages, tables, archives, any encoding.
 
 As for training, one process goes through a file and cuts out what is raw (`raw_documents`), so that many can decode it
-(`document_of`). What cannot be read is no error here but a document that is dropped for that reason.
+(`document_of`). What cannot be read is no error here but a document that is dropped for that reason: of a file that is
+broken, what stands before the break is read, and the rest counts as one.
 """
 
 import gzip
 import io
 import json
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -16,13 +18,13 @@ from minillm.datasets.files import encodings, tables
 from minillm.datasets.files.json_rows import (
     BOM,
     GZIP,
+    OTHER_KINDS,
     UNPACKED_AT_ONCE,
     array_items,
-    naming_file,
     numbered_lines,
     opens_array,
 )
-from minillm.datasets.files.text_files import cut_text, ending
+from minillm.datasets.files.text_files import LONGEST_TEXT, cut_text, ending
 
 PACKINGS = ("", ".gz", ".zst")
 PLAIN = (".txt", ".md", ".markdown")
@@ -34,6 +36,9 @@ SUFFIXES = tuple(f"{kind}{packing}" for kind in (*PLAIN, *PAGES, *ROWS, *TABLES,
 SUFFIXES += (".parquet",)
 ZSTD = b"\x28\xb5\x2f\xfd"
 HEAD = 1 << 16  # bytes from which an encoding is told
+LARGEST = 2 * LONGEST_TEXT  # bytes of a document; one takes ten times its size while it is described
+TOO_LARGE = ("too_large", f"more than {LARGEST >> 20} MB in one document; cut it")
+PARSERS = ("zstandard", "warcio", "pyarrow")
 MOST_WRONG = 0.01  # of a text's bytes: with fewer it counts as UTF-8 that was damaged
 EXTRA = 'pip install -e ".[clean]"'
 
@@ -42,7 +47,7 @@ class Raw(NamedTuple):
     """A document as it lies in a file."""
 
     number: int  # its line, item, row or record, from 1
-    kind: str  # "text", "page": bytes of it; "line": bytes of a JSON object; "row": the object
+    kind: str  # "text", "page": bytes of it; "line": bytes of a JSON object; "row": the object; "fault": what is wrong
     value: bytes | dict | object
     n_read: int  # bytes of the file read so far
     file: int = 0  # its number among those that are read together
@@ -56,21 +61,40 @@ class Unreadable(Exception):
 
 
 def raw_documents(path: Path, boundary: str) -> Iterator[Raw]:
-    """Every document of a file. boundary: where those of a .txt end, "file", "blank" or "lines".
+    """Every document of a file, and at the end what is wrong with the file if it is broken.
 
-    Raises UserError for a file that is broken, and for a missing package.
+    boundary: where documents of a .txt end, "file", "blank" or "lines". Raises UserError for a missing package, and for
+    a file that the system cannot read.
     """
+    number = 0
+    try:
+        for raw in _raw_documents(path, boundary):
+            number = raw.number
+            is_too_large = isinstance(raw.value, bytes) and len(raw.value) > LARGEST
+            yield raw._replace(kind="fault", value=TOO_LARGE) if is_too_large else raw
+    except UserError:
+        raise
+    except Exception as problem:
+        is_of_package = type(problem).__module__.partition(".")[0] in PARSERS  # those have errors of their own
+        if not is_of_package and not isinstance(problem, OSError | EOFError | zlib.error | ValueError | RecursionError):
+            raise
+        if getattr(problem, "errno", None) is not None:
+            raise UserError(f"{path}: cannot be read ({problem.strerror}); fix it or give another") from None
+        what = f"{str(problem) or type(problem).__name__}; nothing after it is read"
+        yield Raw(number + 1, "fault", ("broken_file", what), 0)
+
+
+def _raw_documents(path: Path, boundary: str) -> Iterator[Raw]:
     kind = kind_of(path)
-    with naming_file(path):
-        if kind == ".parquet":
-            size = path.stat().st_size
-            for number, (row, share) in enumerate(tables.parquet_rows(path), 1):
-                yield Raw(number, "row", row, int(size * share))
-            return
-        with path.open("rb") as file:
-            stream = _opened(path, file)
-            for number, name, value in _documents(path, kind, stream, boundary):
-                yield Raw(number, name, value, file.tell())
+    if kind == ".parquet":
+        size = path.stat().st_size
+        for number, (row, share) in enumerate(tables.parquet_rows(path), 1):
+            yield Raw(number, "row", row, int(size * share))
+        return
+    with path.open("rb") as file:
+        stream = _opened(path, file)
+        for number, name, value in _documents(path, kind, stream, boundary):
+            yield Raw(number, name, value, file.tell())
 
 
 def kind_of(path: Path) -> str:
@@ -110,6 +134,9 @@ def _opened(path: Path, file: BinaryIO) -> BinaryIO:
         unpacked = zstandard.ZstdDecompressor().stream_reader(file, read_across_frames=True)
         stream = io.BufferedReader(unpacked, UNPACKED_AT_ONCE)
     head = stream.peek()[:HEAD]
+    for first_bytes, what in OTHER_KINDS.items():
+        if head.startswith(first_bytes):
+            raise ValueError(what)
     name = encodings.guess(head) if head.startswith(tuple(encodings.BOMS)) or b"\0" in head[:256] else None
     if name and name.startswith("utf-"):
         stream = encodings.recoded(stream, name)
@@ -149,6 +176,8 @@ def _archived_pages(path: Path, stream: BinaryIO) -> Iterator[tuple[int, str, ob
 
 def document_of(raw: Raw, field: str) -> tuple[str, dict]:
     """(text, the other fields of its row). Raises Unreadable with the reason."""
+    if raw.kind == "fault":
+        raise Unreadable(*raw.value)
     if raw.kind == "text":
         return decoded(raw.value), {}
     if raw.kind == "page":
@@ -167,6 +196,8 @@ def document_of(raw: Raw, field: str) -> tuple[str, dict]:
 def row_of(raw: Raw) -> dict:
     """The object of a "line" or a "row". Raises Unreadable."""
     row = raw.value
+    if raw.kind == "fault":
+        raise Unreadable(*row)
     if raw.kind == "line":
         try:
             row = json.loads(decoded(raw.value))

@@ -82,6 +82,8 @@ def table(result: dict) -> str:
             limit = f"{counts['feature']} {counts['limit']}" if "limit" in counts else ""
             hits = f"{counts['any_hit']:,} in all" if counts.get("any_hit", 0) > counts["documents"] else ""
             lines.append(f"  {name:<20}{counts['documents']:>12,} {limit:<24} {hits}".rstrip())
+    if n_broken := result["by_reason"].get("broken_file", {}).get("documents"):
+        lines.append(f"broken files: {n_broken:,}, read up to where they break; dropped/broken_file.jsonl names them")
     for title, key in (("flagged, and kept", "flagged"), ("mended", "mended_by")):
         named = ", ".join(f"{name} {n:,}" for name, n in sorted(result[key].items(), key=lambda item: -item[1]) if n)
         lines += [f"{title}: {named}"] if named else []

@@ -27,7 +27,6 @@ from minillm.datasets.files.json_rows import (
 )
 
 SUFFIXES = (".txt", ".jsonl", ".json", ".txt.gz", ".jsonl.gz", ".json.gz", ".parquet")
-KNOWN = ", ".join(SUFFIXES)
 CLEANED = ".cleaning"  # the working folder inside one that data/clean.py wrote
 BOUNDARIES = ("blank", "lines", "file")  # where documents of a .txt may end: see `records`
 LONGEST_TEXT = 64 << 20  # bytes; a longer document of a .txt is ended after the line that exceeds this
@@ -73,11 +72,11 @@ def is_txt(path: Path) -> bool:
     return ending(path).startswith(".txt")
 
 
-def say_left_out(left_out: Counter[str]) -> None:
-    """Print in one line how many files in the folders are not read."""
+def say_left_out(left_out: Counter[str], suffixes: tuple[str, ...] = SUFFIXES) -> None:
+    """Print in one line how many files in the folders are not read. suffixes: the kinds that are known."""
     if left_out:
         kinds = ", ".join(f"{kind} {count:,}" for kind, count in left_out.most_common())
-        print(visible(f"{left_out.total():,} left out of the folders: {kinds}; read are {KNOWN}"))
+        print(visible(f"{left_out.total():,} left out of the folders: {kinds}; read are {', '.join(suffixes)}"))
 
 
 def _files_in(folder: Path, left_out: Counter[str], suffixes: tuple[str, ...]) -> list[Path]:
@@ -119,7 +118,21 @@ def _files_in(folder: Path, left_out: Counter[str], suffixes: tuple[str, ...]) -
         raise UserError(
             f"{folder}: the folder holds no file of a known kind ({', '.join(suffixes)}){found and f', but {found}'}"
         )
-    return sorted(files)
+    return sorted(_each_once(files, left_out))
+
+
+def _each_once(files: list[Path], left_out: Counter[str]) -> list[Path]:
+    """The files without links to others of them."""
+    own_places: set[str] = set()
+    different = []
+    for path in sorted(files, key=lambda path: (path.is_symlink(), path)):  # a link after what it may lead to
+        own_place = os.path.realpath(path)
+        if own_place in own_places:
+            left_out["files linked again"] += 1
+        else:
+            own_places.add(own_place)
+            different.append(path)
+    return different
 
 
 # ---- Documents.

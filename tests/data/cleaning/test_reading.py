@@ -1,14 +1,20 @@
 """Pages, archives and packed files; those that need a package say so without it."""
 
+import gzip
 import io
 import json
+import os
 import sys
+from collections import Counter
+from pathlib import Path
 
 import pytest
 
 from data import clean
+from data.cleaning import reading, report
 from data.cleaning.reading import document_of, raw_documents
 from minillm.base.errors import UserError
+from minillm.datasets.files.text_files import find_files
 
 ZH = "清晨的河面上浮着一层薄雾，渔船还没有出港。老周坐在码头的石阶上，慢慢地补一张旧网，手指粗糙却很灵活。"
 MORE = "".join(
@@ -80,3 +86,64 @@ def test_rows_of_a_table_in_gb18030(tmp_path):
     file.write_bytes(f"id\ttext\n1\t{ZH}\n".encode("gb18030"))
     ((text, row),) = [document_of(raw, "text") for raw in raw_documents(file, "file")]
     assert (text, row) == (ZH, {"id": "1"})
+
+
+def test_a_broken_file_is_read_up_to_where_it_breaks(tmp_path):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    rows = "".join(json.dumps({"text": f"{ZH}这是第{i}篇。"}) + "\n" for i in range(2000))
+    (folder / "a.jsonl.gz").write_bytes(gzip.compress(rows.encode())[:-500])
+    (folder / "b.txt").write_bytes(b"PK\x03\x04 and so on")
+    (folder / "c.csv").write_text(f"id,text\n1,{ZH}\n2,{ZH},3\n", encoding="utf-8")
+    (folder / "d.json").write_text(json.dumps([{"text": MORE}, 5])[:-2], encoding="utf-8")
+    (folder / "e.parquet").write_bytes(b"")
+    (folder / "f.warc").write_text("no archive")
+    (folder / "g.jsonl.zst").write_bytes(b"\x28\xb5\x2f\xfd and so on")
+    for package in ("warcio", "zstandard", "pyarrow"):
+        pytest.importorskip(package)
+    result = clean.clean(
+        clean.Config(input=(str(folder),), out=str(tmp_path / "out"), workers=1, near_duplicates="off", recurring=0)
+    )
+    lines = (tmp_path / "out" / "dropped" / "broken_file.jsonl").read_text("utf-8").splitlines()
+    about = {Path(row["source"]).name: row["what"] for row in (json.loads(line)["cleaning"] for line in lines)}
+    assert result["by_reason"]["broken_file"]["documents"] == len(about)
+    assert list(about) == ["a.jsonl.gz", "b.txt", "c.csv", "d.json", "e.parquet", "f.warc", "g.jsonl.zst"]
+    assert "zip" in about["b.txt"] and "row 2 has more fields" in about["c.csv"]
+    assert all(what.endswith("; nothing after it is read") for what in about.values())
+    by_source = {Path(name).name: counts for name, counts in result["by_source"].items()}
+    assert by_source["c.csv"]["read"] == by_source["d.json"]["read"] == 2
+    assert by_source["a.jsonl.gz"]["read"] > 2
+    assert sum(counts["read"] for counts in by_source.values()) == result["read"]["documents"]
+    assert f"broken files: {len(about)}, read up to" in report.table(result)
+
+
+def test_what_the_system_cannot_read_stops(tmp_path):
+    file = tmp_path / "a.txt"
+    file.mkdir()
+    with pytest.raises(UserError, match=r"a\.txt: cannot be read"):
+        list(raw_documents(file, "file"))
+
+
+def test_a_document_that_is_too_large_is_dropped_for_that(tmp_path, monkeypatch):
+    monkeypatch.setattr(reading, "LARGEST", 100)
+    file = tmp_path / "a.jsonl"
+    file.write_text(json.dumps({"text": ZH * 9}) + "\n" + json.dumps({"text": "one"}))
+    first, second = raw_documents(file, "file")
+    with pytest.raises(reading.Unreadable, match="too_large"):
+        document_of(first, "text")
+    assert document_of(second, "text") == ("one", {})
+
+
+def test_links_to_files_of_the_same_folder_are_left_out(tmp_path):
+    (tmp_path / "b.txt").write_text(ZH)
+    (tmp_path / "a.txt").symlink_to("b.txt")
+    left_out = Counter()
+    assert find_files([tmp_path], left_out) == [tmp_path / "b.txt"]
+    assert left_out == {"files linked again": 1}
+
+
+def test_a_name_that_is_no_text_can_be_reported(tmp_path):
+    file = tmp_path / os.fsdecode(b"bad\xff.txt")
+    file.write_text(ZH)
+    result = clean.clean(clean.Config(input=(str(file),), out=str(tmp_path / "out"), workers=1))
+    assert result["options"]["input"][0].endswith("bad\\xff.txt") and result["kept"]["documents"] == 1
