@@ -46,6 +46,7 @@ from minillm.datasets.preferences import Answers, PreferenceRows, unpaired
 from minillm.distributed.hosts import once_a_host
 from minillm.distributed.parallelize import gradients_synced, marked_last, parallelize
 from minillm.distributed.ranks import Ranks
+from minillm.evaluation.task_scores import TaskScores, tasks_to_ask
 from minillm.model.transformer import Transformer
 from minillm.tokenizer.tokenizer import Tokenizer
 from minillm.training import starting_model
@@ -167,6 +168,7 @@ def main() -> int:
     training_config, end, length_option = with_steps(training_config, rows.total_rows(training_config.epochs))
     replay = Replay(training_config, start.tokenizer, rows.families)
     held_out = HeldOut(training_config, start.tokenizer, held_out_pairs(training_config, start.tokenizer))
+    tasks = tasks_to_ask(training_config, start.tokenizer, start.model_config, ranks)
 
     # the run: its folder, and the checkpoint to go on from
     fingerprints = {
@@ -187,7 +189,7 @@ def main() -> int:
     model = run.make_model(start.model_config, start.init)
     before = held_out.recall(run, run.once("before.json", lambda: held_out.examine(model, run)))
     reference = Sums(run, model, start, rows, end)
-    status = train(run, model, rows, end, Tools(reference, replay, held_out, before))
+    status = train(run, model, rows, end, Tools(reference, replay, held_out, before, tasks))
     if status == 0:
         held_out.conclude(run, before, held_out.examine(model, run))
         run.say_result()
@@ -237,6 +239,7 @@ class Tools(NamedTuple):
     replay: Replay  # instructions that are learned beside
     held_out: HeldOut
     before: dict  # what `held_out` found when the run began
+    tasks: TaskScores  # benchmarks that are asked now and then
 
 
 def train(run: Run, model: Transformer, rows: PreferenceRows, end: int, tools: Tools) -> int:
@@ -273,6 +276,7 @@ def train(run: Run, model: Transformer, rows: PreferenceRows, end: int, tools: T
         if objective.loss.has_reference and "rewards_chosen" in facts:
             tools.held_out.follow(run, facts["rewards_chosen"] / objective.options.beta)
         tools.held_out.watch(run, model, step, tools.before)
+        tools.tasks.watch(run, model, step)
     return run.status
 
 

@@ -47,6 +47,7 @@ from minillm.distributed.hosts import once_a_host
 from minillm.distributed.lockstep import most_of_ranks
 from minillm.distributed.parallelize import gradients_synced, marked_last, parallelize
 from minillm.evaluation import answers
+from minillm.evaluation.task_scores import TaskScores, tasks_to_ask
 from minillm.model.transformer import Transformer
 from minillm.tokenizer.tokenizer import Tokenizer
 from minillm.training import sharding, starting_model
@@ -99,6 +100,7 @@ def main() -> int:
     held_out_prompts = read_prompts(training_config, held_out, tokenizer) if held_out else None
     questions = training_config.held_out_questions()
     replay = Replay(training_config, tokenizer, prompts.families)
+    tasks = tasks_to_ask(training_config, tokenizer, start.model_config, ranks)
 
     # the run: its folder, and the checkpoint to go on from
     fingerprints = {
@@ -121,7 +123,7 @@ def main() -> int:
     drawing = training_config.rollout(tokenizer)
     judge = Judge(model, rewards, near, drawing, training_config.rows_at_once, run.autocast)
     loss = training_config.policy_loss()
-    tools = Tools(prompts, held_out_prompts, training_config.eval_prompt_rows, judge, loss, replay)
+    tools = Tools(prompts, held_out_prompts, training_config.eval_prompt_rows, judge, loss, replay, tasks)
 
     # measure, train, measure again
     def measure() -> dict:
@@ -145,6 +147,7 @@ class Tools(NamedTuple):
     judge: Judge
     loss: PolicyLoss
     replay: Replay
+    tasks: TaskScores
 
 
 def train(training_config: Config, run: Run, model: Transformer, tools: Tools, before: dict) -> int:
@@ -195,6 +198,7 @@ def train(training_config: Config, run: Run, model: Transformer, tools: Tools, b
         idle.count(n_useful if n else 0, Idle.CUT if is_cut or n_useful else Idle.EQUAL)
         if tools.held_out and training_config.eval_every and run.due(step, training_config.eval_every):
             run.report(step, held_out_reward(tools), of="held-out prompts")
+        tools.tasks.watch(run, model, step)
     return run.status
 
 

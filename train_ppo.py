@@ -41,6 +41,7 @@ from minillm.distributed.hosts import once_a_host
 from minillm.distributed.parallelize import gradients_synced, marked_last, parallelize
 from minillm.distributed.ranks import Ranks
 from minillm.evaluation import answers
+from minillm.evaluation.task_scores import tasks_to_ask
 from minillm.model.transformer import Transformer
 from minillm.tokenizer.tokenizer import Tokenizer
 from minillm.training import sharding, starting_model
@@ -89,6 +90,7 @@ def main() -> int:
     held_out_prompts = read_prompts(training_config, held_out, tokenizer) if held_out else None
     questions = training_config.held_out_questions()
     replay = Replay(training_config, tokenizer, prompts.families)
+    tasks = tasks_to_ask(training_config, tokenizer, start.model_config, ranks)
 
     # what answers are worth: as a model has learned it, and in truth
     reward_model, true_reward = read_rewards(training_config, ranks, tokenizer)
@@ -115,7 +117,7 @@ def main() -> int:
     reward = true_reward if reward_model is None else LearnedReward(reward_model, training_config.rows_at_once)
     drawing = training_config.rollout(tokenizer)
     judge = Judge(policy, reward, roles.reference, drawing, training_config.rows_at_once, run.autocast)
-    tools = Tools(prompts, held_out_prompts, judge, true_reward, replay)
+    tools = Tools(prompts, held_out_prompts, judge, true_reward, replay, tasks)
 
     # measure, train, measure again
     def measure() -> dict:
@@ -204,6 +206,7 @@ def train(training_config: Config, run: Run, roles: Roles, tools: Tools, optimum
         cuts.look_at(row["cut_share"])
         if tools.held_out and training_config.eval_every and run.due(step, training_config.eval_every):
             run.report(step, held_out_reward(training_config, tools), of="held-out prompts")
+        tools.tasks.watch(run, roles.policy, step)
     return run.status
 
 

@@ -11,6 +11,7 @@ import train_dpo
 from minillm.base.errors import UserError
 from minillm.checkpoint.huggingface import load_config
 from tests import launch
+from tests.minillm.evaluation.benchmark_rows import write_all
 
 OPTIONS = "--seq_len 64 --batch_size 8 --micro_batch_size 2 --warmup_steps 2 --device cpu --dtype float32 --lr 1e-3"
 
@@ -268,3 +269,13 @@ def test_every_loss_has_its_numbers():
     assert train_dpo.Config(sft_weight=0.5).objective.sft_weight == 0.5
     with pytest.raises(UserError, match="means nothing with --loss cdpo"):
         train_dpo.Config(loss="cdpo", gamma=1.0)
+
+
+def test_benchmarks_are_asked_meanwhile_and_training_stays_the_same(folder, tmp_path):
+    asking = f"--eval_tasks {write_all(tmp_path / 'eval')}/arc_easy --eval_limit 5"
+    train(folder, "not-asked", "--steps 3")
+    train(folder, "asked", f"--steps 3 --eval_every 2 {asking}")
+    rows = [row for row in launch.rows(folder / "asked") if "acc/arc_easy" in row]
+    assert [row["step"] for row in rows] == [2, 3] and "acc_stderr/arc_easy" in rows[0]
+    assert launch.losses(folder / "asked") == launch.losses(folder / "not-asked")
+    assert "no file of the split test" in train(folder, "asked-nowhere", "--eval_tasks nowhere/arc_easy", status=2)

@@ -9,6 +9,7 @@ import pytest
 
 from minillm.checkpoint.huggingface import load_model
 from tests import launch
+from tests.minillm.evaluation.benchmark_rows import write_all
 from tests.test_train_sft import write_instructions
 
 OPTIONS = "--seq_len 64 --max_new_tokens 8 --batch_size 4 --group_size 4 --lr 1e-2 --warmup_steps 0 --optimizer adamw "
@@ -219,3 +220,13 @@ def test_a_run_ends_well_whose_first_measurement_is_lost(folder):
     assert "reward           not measured → " in said and "  not measured → " in said and "next: " in said
     last = launch.rows(folder / "lost")[-1]
     assert "heldout_after" in last and "heldout_before" not in last and last["objective"] <= last["optimum"]
+
+
+def test_benchmarks_are_asked_meanwhile_and_training_stays_the_same(folder, tmp_path):
+    asking = f"--eval_tasks {write_all(tmp_path / 'eval')}/arc_easy --eval_limit 5"
+    train(folder, "not-asked", "--steps 3")
+    train(folder, "asked", f"--steps 3 --eval_every 2 {asking}")
+    rows = [row for row in launch.rows(folder / "asked") if "acc/arc_easy" in row]
+    assert [row["step"] for row in rows] == [2, 3] and "acc_stderr/arc_easy" in rows[0]
+    assert launch.losses(folder / "asked") == launch.losses(folder / "not-asked")
+    assert "no file of the split test" in train(folder, "asked-nowhere", "--eval_tasks nowhere/arc_easy", status=2)

@@ -11,6 +11,7 @@ import torch
 from minillm.checkpoint import huggingface, run_folder
 from minillm.tokenizer.tokenizer import Tokenizer
 from tests import launch
+from tests.minillm.evaluation.benchmark_rows import write_all
 from tests.test_train_sft import write_instructions
 
 OPTIONS = "--seq_len 64 --max_new_tokens 8 --batch_size 4 --group_size 4 --lr 1e-2 --warmup_steps 0 "
@@ -232,3 +233,13 @@ def test_a_reward_model_that_cannot_read_the_longest_answers_is_refused(folder, 
     (tmp_path / "reward" / "config.json").write_text(json.dumps(config))
     said = train(folder, "short-context", f"--steps 2 --reward_model {tmp_path}/reward", status=2)
     assert "reward: the reward model reads at most 40 tokens, and a prompt with its answer may have 64" in said
+
+
+def test_benchmarks_are_asked_meanwhile_and_training_stays_the_same(folder, tmp_path):
+    asking = f"--eval_tasks {write_all(tmp_path / 'eval')}/arc_easy --eval_limit 5"
+    train(folder, "not-asked", "--steps 3 --tune lora")
+    train(folder, "asked", f"--steps 3 --eval_every 2 --tune lora {asking}")
+    rows = [row for row in launch.rows(folder / "asked") if "acc/arc_easy" in row]
+    assert [row["step"] for row in rows] == [2, 3] and "acc_stderr/arc_easy" in rows[0]
+    assert launch.losses(folder / "asked") == launch.losses(folder / "not-asked")
+    assert "no file of the split test" in train(folder, "asked-nowhere", "--eval_tasks nowhere/arc_easy", status=2)

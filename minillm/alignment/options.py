@@ -9,6 +9,7 @@ from minillm.base.options import option
 from minillm.datasets.preferences import PreferenceRows
 from minillm.datasets.prompts import PromptRows
 from minillm.datasets.questions import read_questions
+from minillm.evaluation.task_scores import TaskOptions
 from minillm.tokenizer.chat_template import TEMPLATES
 from minillm.tokenizer.measure import check_round_trip
 from minillm.tokenizer.tokenizer import Tokenizer
@@ -74,8 +75,11 @@ class AlignmentConfig(TuningConfig, TrainingConfig):
 
 
 @dataclass(frozen=True)
-class ReplayConfig(AlignmentConfig):
-    """What train_dpo.py, train_ppo.py and train_grpo.py share: instructions that are learned beside (replay.py)."""
+class ReplayConfig(TaskOptions, AlignmentConfig):
+    """What train_dpo.py, train_ppo.py and train_grpo.py share: benchmarks, and instructions that are learned beside.
+
+    See `replay.py` for these.
+    """
 
     USUAL_REPLAY_WEIGHT: ClassVar[float]  # it depends on the size of the policy's loss
     USUAL_REPLAY_ROWS: ClassVar[int] = 8

@@ -14,6 +14,7 @@ from minillm.alignment.replay import Replay
 from minillm.alignment.rewards import Rewards
 from minillm.base.errors import UserError
 from minillm.datasets.prompts import PromptRows
+from minillm.evaluation.task_scores import TaskScores
 from minillm.training.run import Run
 
 MANY_CUT = 0.5  # share of answers that never ended from which on it is said
@@ -27,6 +28,7 @@ class Tools(NamedTuple):
     judge: Judge  # by the reward that is learned from
     true_reward: Rewards | None  # which is recorded beside it
     replay: Replay  # instructions that are learned beside
+    tasks: TaskScores  # benchmarks that are asked now and then
 
 
 def held_out_reward(training_config: PpoConfig, tools: Tools) -> dict[str, float]:

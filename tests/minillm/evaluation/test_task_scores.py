@@ -5,7 +5,9 @@ import math
 import pytest
 import torch
 
+import train_reward
 import train_sft
+from minillm.base.command_line import parse
 from minillm.base.errors import UserError
 from minillm.distributed.ranks import Ranks
 from minillm.evaluation.benchmark_files import read_tasks
@@ -75,6 +77,11 @@ def test_what_cannot_be_asked_is_refused_before_training(home, tmp_path):
 
 def asked(run) -> list[dict]:
     return [row for row in launch.rows(run) if any(name.startswith("acc") for name in row)]
+
+
+def test_a_reward_model_is_asked_nothing():
+    with pytest.raises(UserError, match="--eval_tasks: there is no such option"):
+        parse(train_reward.Config, "", ["--eval_tasks", "arc_easy"])
 
 
 @pytest.mark.slow
