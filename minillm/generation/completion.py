@@ -119,9 +119,12 @@ class _Drawing:
         self.sampling = sampling
         self.uniform: Tensor | None = None  # (B, n_steps), what each row draws with at each step
         self.history: Tensor | None = None  # (B, V) bool, ids in prompt or answer
+        self.counts: Tensor | None = None  # (B, V) fp32, how often each answer holds each id
         if sampling.temperature > 0:
             self.uniform = random_numbers(sampling.seed, range(len(prompts)), n_steps, logits.device)
-        if sampling.repetition_penalty != 1:
+        if sampling.needs_counts:
+            self.counts = torch.zeros_like(logits, dtype=torch.float32)
+        if sampling.needs_history:
             self.history = torch.zeros_like(logits, dtype=torch.bool)
             for row, prompt in enumerate(prompts):
                 self.history[row, list(prompt)] = True
@@ -129,9 +132,12 @@ class _Drawing:
     def tokens(self, logits: Tensor, step: int) -> Tensor:
         """The next token of each row, (B,) int64, from its logits (B, V)."""
         uniform = None if self.uniform is None else self.uniform[:, step]  # (B,)
-        tokens = pick(logits, self.sampling, uniform, self.history)
+        tokens = pick(logits, self.sampling, uniform, self.history, self.counts)
+        rows = torch.arange(len(tokens), device=tokens.device)
         if self.history is not None:
-            self.history[torch.arange(len(tokens), device=tokens.device), tokens] = True
+            self.history[rows, tokens] = True
+        if self.counts is not None:
+            self.counts[rows, tokens] += 1
         return tokens
 
     def keep(self, rows: Tensor) -> None:
@@ -140,6 +146,8 @@ class _Drawing:
             self.uniform = self.uniform[rows]
         if self.history is not None:
             self.history = self.history[rows]
+        if self.counts is not None:
+            self.counts = self.counts[rows]
 
 
 def steps(

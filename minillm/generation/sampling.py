@@ -39,7 +39,31 @@ class Sampling(Options):
         above=0,
         group="sampling",
     )
+    presence_penalty: float = option(
+        0.0,
+        "subtracted from the logits of ids that the answer holds already; 0: none",
+        at_least=-2,
+        at_most=2,
+        group="sampling",
+    )
+    frequency_penalty: float = option(
+        0.0,
+        "the same, as often as the answer holds them; 0: none",
+        at_least=-2,
+        at_most=2,
+        group="sampling",
+    )
     seed: int = option(0, "same seed, same text", at_least=0, at_most=(1 << 64) - 1, group="sampling")
+
+    @property
+    def needs_history(self) -> bool:
+        """Whether it matters which ids occurred in prompt or answer."""
+        return self.repetition_penalty != 1
+
+    @property
+    def needs_counts(self) -> bool:
+        """Whether it matters how often the answer holds each id."""
+        return self.presence_penalty != 0 or self.frequency_penalty != 0
 
 
 GREEDY = Sampling(temperature=0.0)
@@ -69,17 +93,33 @@ def filtered(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor | None]
     return p, ids
 
 
-def pick(logits: Tensor, sampling: Sampling, uniform: Tensor | None, history: Tensor | None = None) -> Tensor:
-    """The next token of each row, (B,) int64.
-
-    logits: (B, V). uniform: (B,) float64 in [0, 1): where in the cumulated probabilities the draw falls
-    (inverse transform sampling). history: (B, V) bool, ids that the repetition penalty is for.
-    """
+def penalized(logits: Tensor, sampling: Sampling, history: Tensor | None, counts: Tensor | None) -> Tensor:
+    """Logits after the penalties, (B, V). history, counts: see `pick`; None: there is no such penalty."""
     if history is not None:  # Keskar et al. 2019, arXiv:1909.05858, section 4.1, with both signs made less likely
         limits = torch.finfo(logits.dtype)  # an extreme penalty leads beyond them, and the softmax of ∞ is NaN
         penalty = min(max(sampling.repetition_penalty, limits.tiny), limits.max)
-        penalized = torch.where(logits > 0, logits / penalty, logits * penalty)
-        logits = torch.where(history, penalized.clamp(limits.min, limits.max), logits)
+        lowered = torch.where(logits > 0, logits / penalty, logits * penalty)
+        logits = torch.where(history, lowered.clamp(limits.min, limits.max), logits)
+    if counts is not None:  # OpenAI's API reference: z_i − c_i · frequency − [c_i > 0] · presence
+        price = sampling.frequency_penalty * counts + sampling.presence_penalty * (counts > 0)  # (B, V) fp32
+        logits = logits - price
+    return logits
+
+
+def pick(
+    logits: Tensor,
+    sampling: Sampling,
+    uniform: Tensor | None,
+    history: Tensor | None = None,
+    counts: Tensor | None = None,
+) -> Tensor:
+    """The next token of each row, (B,) int64.
+
+    logits: (B, V). uniform: (B,) float64 in [0, 1): where in the cumulated probabilities the draw falls
+    (inverse transform sampling). history: (B, V) bool, ids that the repetition penalty is for. counts: (B, V) fp32, how
+    often the answer holds each id, for the other two penalties.
+    """
+    logits = penalized(logits, sampling, history, counts)
     if sampling.temperature == 0:
         return logits.argmax(-1)
 
@@ -126,11 +166,14 @@ class Draws:
         self.n_drawn = 0
         self.uniform: np.ndarray | None = None  # (n,) float64, what each token is drawn with
         self.history: Tensor | None = None  # (V,) bool, ids in prompt or answer
+        self.counts: Tensor | None = None  # (V,) fp32, how often the answer holds each id
         if sampling.temperature > 0:
             self.uniform = random_numbers(sampling.seed, [choice], n, "cpu")[0].numpy()
-        if sampling.repetition_penalty != 1:
+        if sampling.needs_history:
             self.history = torch.zeros(vocab_size, dtype=torch.bool, device=device)
             self.history[list(prompt)] = True
+        if sampling.needs_counts:
+            self.counts = torch.zeros(vocab_size, device=device)
 
 
 def pick_each(logits: Tensor, draws: Sequence[Draws]) -> list[int]:
@@ -142,18 +185,22 @@ def pick_each(logits: Tensor, draws: Sequence[Draws]) -> list[int]:
     tokens = [0] * len(draws)
     for rule, rows in rows_of.items():
         # what these rows draw with
-        uniform = history = None
+        uniform = history = counts = None
         if rule.temperature > 0:
             numbers = [draws[row].uniform[draws[row].n_drawn] for row in rows]
             uniform = torch.from_numpy(np.stack(numbers)).to(logits.device)  # (n,)
-        if rule.repetition_penalty != 1:
+        if rule.needs_history:
             history = torch.stack([draws[row].history for row in rows])  # (n, V)
+        if rule.needs_counts:
+            counts = torch.stack([draws[row].counts for row in rows])  # (n, V)
 
         # draw, and note what was drawn
         of_rule = logits if len(rows) == len(draws) else logits[rows]  # (n, V)
-        for row, token in zip(rows, pick(of_rule, rule, uniform, history).tolist(), strict=True):
+        for row, token in zip(rows, pick(of_rule, rule, uniform, history, counts).tolist(), strict=True):
             tokens[row] = token
             draws[row].n_drawn += 1
             if history is not None:
                 draws[row].history[token] = True
+            if counts is not None:
+                draws[row].counts[token] += 1
     return tokens

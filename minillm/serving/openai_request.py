@@ -1,7 +1,7 @@
 """The body of a request to /v1/chat/completions or /v1/completions → what it asks for, checked; or a `Refusal`.
 
 null means "not given". A field that would change the answer and is not supported is refused by its name, unless its
-value asks for nothing (`"tools": []`, `"presence_penalty": 0`). Fields that nobody here knows are ignored, since
+value asks for nothing (`"tools": []`, `"logit_bias": {}`). Fields that nobody here knows are ignored, since
 programs add some of their own. The fields: https://platform.openai.com/docs/api-reference/chat/create
 """
 
@@ -28,8 +28,6 @@ NO_EFFECT: dict[str, tuple] = {
     "functions": ([],),
     "function_call": ("none", "auto"),
     "response_format": ({"type": "text"},),
-    "presence_penalty": (0,),
-    "frequency_penalty": (0,),
     "logit_bias": ({},),
     "modalities": (["text"],),
     "audio": (),
@@ -210,6 +208,8 @@ def _sampling(fields: Fields) -> Sampling:
         top_p=fields.get("top_p", float, usual.top_p, at_least=0, at_most=1),
         min_p=fields.get("min_p", float, usual.min_p, at_least=0, at_most=1),
         repetition_penalty=fields.get("repetition_penalty", float, usual.repetition_penalty, above=0, at_most=100),
+        presence_penalty=fields.get("presence_penalty", float, usual.presence_penalty, at_least=-2, at_most=2),
+        frequency_penalty=fields.get("frequency_penalty", float, usual.frequency_penalty, at_least=-2, at_most=2),
         seed=seed % (1 << 64),  # a negative one is folded
     )
 

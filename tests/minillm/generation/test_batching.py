@@ -58,6 +58,7 @@ def requests(n: int, seed: int = 0) -> list[Request]:
                 Sampling(temperature=0.9, seed=number),
                 Sampling(temperature=1.2, seed=number, top_k=7, repetition_penalty=1.2),
                 Sampling(temperature=1.0, seed=3, top_p=0.9, min_p=0.02),
+                Sampling(temperature=0, presence_penalty=0.5, frequency_penalty=1.5),
             ]
         )
         made.append(

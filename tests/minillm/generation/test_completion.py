@@ -10,7 +10,7 @@ from minillm.checkpoint import huggingface
 from minillm.generation import completion as generate
 from minillm.generation.pieces import cut
 from minillm.generation.recorded_step import next_logits
-from minillm.generation.sampling import GREEDY, Sampling, pick, random_numbers
+from minillm.generation.sampling import GREEDY, Sampling, penalized, pick, random_numbers
 from minillm.model import ops
 from minillm.model.config import ModelConfig
 from minillm.model.kv_cache import KVCache
@@ -77,6 +77,40 @@ def test_repetition_penalty_lowers_both_signs():
     assert pick(logits[:, 2:], Sampling(temperature=0, repetition_penalty=1.3), None, seen[:, 2:]).tolist() == [1]
 
 
+def test_presence_and_frequency_penalties_are_subtracted_by_the_formula():
+    """z − c · frequency − [c > 0] · presence, as OpenAI writes it, by hand for each id and row."""
+    logits = torch.tensor([[3.0, 2.0, -1.0, 0.5], [0.0, 1.0, 2.0, 3.0]])
+    counts = torch.tensor([[2.0, 0.0, 1.0, 0.0], [0.0, 0.0, 0.0, 5.0]])
+    for presence, frequency in ((0.7, 0.0), (0.0, 0.4), (-2.0, 1.5), (2.0, -2.0)):
+        sampling = Sampling(temperature=0, presence_penalty=presence, frequency_penalty=frequency)
+        expected = [
+            [z - c * frequency - (presence if c > 0 else 0.0) for z, c in zip(*row, strict=True)]
+            for row in zip(logits.tolist(), counts.tolist(), strict=True)
+        ]
+        lowered = penalized(logits, sampling, None, counts)
+        torch.testing.assert_close(lowered, torch.tensor(expected))
+        assert pick(logits, sampling, None, None, counts).tolist() == torch.tensor(expected).argmax(-1).tolist()
+
+
+def test_penalties_count_the_answer_and_not_the_prompt():
+    """Greedy answers, again from whole passes and counts by hand; both rows at once, whose answers differ."""
+    model = build()
+    prompts = [[5, 6, 7, 5], [9, 9, 9]]
+    sampling = Sampling(temperature=0, presence_penalty=0.3, frequency_penalty=0.2)
+    expected = []
+    for prompt in prompts:
+        answer: list[int] = []
+        for _ in range(12):
+            with torch.no_grad():
+                (row,) = model(torch.tensor([[*prompt, *answer]]))[:, -1].tolist()
+            lowered = [z - 0.2 * answer.count(i) - 0.3 * (i in answer) for i, z in enumerate(row)]
+            answer.append(max(range(len(lowered)), key=lowered.__getitem__))
+        expected.append(answer)
+    answers = generate.generate(model, prompts, 12, sampling=sampling)
+    assert [answer.tokens for answer in answers] == expected
+    assert [answer.tokens for answer in generate.generate(model, prompts, 12)] != expected
+
+
 def test_no_value_however_odd_draws_what_is_no_token():
     """The numbers of fp32 end at 1e38: beyond them a softmax is NaN, and the token drawn is none of the vocabulary."""
     logits = torch.tensor([[3.0, 2.0, -1.0, 0.0, -50.0]])
@@ -99,6 +133,8 @@ def test_no_value_however_odd_draws_what_is_no_token():
         dict(top_p=1.1),
         dict(min_p=-1.0),
         dict(repetition_penalty=0.0),
+        dict(presence_penalty=2.1),
+        dict(frequency_penalty=-2.1),
         dict(seed=-1),
     ],
 )

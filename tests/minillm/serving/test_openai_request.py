@@ -48,10 +48,11 @@ def test_values_are_taken_over():
     asked = chat(
         **{"model": "tom", "n": 4, "max_tokens": 5, "max_completion_tokens": 6, "stop": ["a", "b"], "stream": True},
         **{"temperature": 2, "top_p": 0.5, "top_k": 3, "min_p": 0.1, "repetition_penalty": 1.1, "seed": 12},
+        **{"presence_penalty": -2, "frequency_penalty": 0.5},
         **{"logprobs": True, "top_logprobs": 3, "stream_options": {"include_usage": True}},
     )
     assert (asked.model, asked.n, asked.max_tokens, asked.stop_strings) == ("tom", 4, 6, ("a", "b"))
-    assert asked.sampling == Sampling(2, 3, 0.5, 0.1, 1.1, 12)
+    assert asked.sampling == Sampling(2, 3, 0.5, 0.1, 1.1, -2, 0.5, 12)
     assert asked.log_probs == 3 and asked.streams and asked.includes_usage
     assert chat(stop="a").stop_strings == ("a",) and chat(top_k=-1).sampling.top_k == 0
     assert chat(logprobs=True).log_probs == 0 and chat(logprobs=False, top_logprobs=0).log_probs is None
@@ -118,7 +119,10 @@ WRONG_CHATS = [
     ("tools", {"tools": [{"type": "function"}]}),
     ("tool_choice", {"tool_choice": "required"}),
     ("response_format", {"response_format": {"type": "json_object"}}),
-    ("presence_penalty", {"presence_penalty": 0.5}),
+    ("presence_penalty", {"presence_penalty": 2.1}),
+    ("presence_penalty", {"presence_penalty": "much"}),
+    ("frequency_penalty", {"frequency_penalty": -2.5}),
+    ("frequency_penalty", {"frequency_penalty": True}),
     ("logit_bias", {"logit_bias": {"5": 1}}),
     ("modalities", {"modalities": ["audio"]}),
     ("repeat_penalty", {"repeat_penalty": 1.3}),
@@ -184,6 +188,7 @@ def test_whatever_a_field_holds_it_is_accepted_or_refused():
     """Anything else would be the server's fault, a 500, and be sent again."""
     names = [*NO_EFFECT, *("model", "messages", "prompt", "n", "max_tokens", "max_completion_tokens", "temperature")]
     names += ["top_p", "top_k", "min_p", "repetition_penalty", "seed", "stop", "stream", "stream_options", "logprobs"]
+    names += ["presence_penalty", "frequency_penalty"]
     names += ["top_logprobs", "echo", "unheard_of"]
     n_accepted = n_refused = 0
     for ask in (chat, completion):
