@@ -57,6 +57,7 @@ from minillm.training.run import Run, begin, run_training
 from minillm.training.step import TrainState
 
 FAR = 50.0  # nats an answer
+RESAMPLED = 1 << 40  # data positions from there on, which no run comes to, hold the prompts of --resample
 RIGHT_OR_WRONG = (*CHECKS, "check")  # rewards that are 1 for the right answer of a row, and 0 for others
 
 
@@ -166,7 +167,7 @@ def train(training_config: Config, run: Run, model: Transformer, tools: Tools, b
         rows, is_useful = experience(training_config, run, judged)
         parts, n_useful = rows.split(rows_at_once), is_useful.sum()
         for _ in range(training_config.resample):  # other prompts in place of those that are not
-            positions = positions[~is_useful] + training_config.steps * training_config.batch_size
+            positions = positions[~is_useful] + RESAMPLED
             if not most_of_ranks(model, len(positions)):
                 break
             rows, is_useful = experience(training_config, run, ask(tools, positions, step))

@@ -21,6 +21,10 @@ def vowels(prompts, answers, rows):
     assert len(prompts) == len(answers) == len(rows) and rows[0]["family"]
     return [min(1.0, answer.count('e') / 8) for answer in answers]
 
+def some(prompts, answers, rows):
+    rewards = vowels(prompts, answers, rows)
+    return [0.5 if len(prompt) % 2 else reward for prompt, reward in zip(prompts, rewards)]
+
 def equal(prompts, answers, rows):
     return [0.5] * len(answers)
 
@@ -128,6 +132,17 @@ def test_a_run_goes_on_with_its_own_reward_alone(folder):
 def test_without_a_reference_no_distance_is_claimed(folder):
     train(folder, "no-reference", "--steps 1 --beta 0")
     assert not column(folder / "no-reference", "kl") and column(folder / "no-reference", "reward")
+
+
+def test_prompts_in_place_of_others_do_not_depend_on_how_long_the_run_is(folder):
+    """A run that was made longer takes the steps of one that was so long from the start."""
+    more = f"--loss grpo --resample 2 --schedule constant --reward {folder}/rewards.py:some"
+    train(folder, "long", f"{more} --steps 4")
+    for steps in (2, 4):
+        train(folder, "made-longer", f"{more} --steps {steps}")
+    assert max(column(folder / "long", "zero_std_share")) > 0
+    for name in ("loss", "grad_norm", "reward"):
+        assert column(folder / "made-longer", name) == column(folder / "long", name), name
 
 
 def test_micro_batches_do_not_change_a_step(folder):
