@@ -15,6 +15,42 @@ from minillm.distributed.ranks import Ranks
 from minillm.distributed.shards import is_sharded, local, settle
 
 
+class LossScale:
+    """The factor of the loss in float16, where small gradients would otherwise become zero; 1 where not `enabled`.
+
+    It is halved after a step whose gradient was infinite, and doubled after 2,000 in a row that were not (Micikevicius
+    et al. 2018, arXiv:1710.03740, section 3.2; the numbers are those of `torch.amp.GradScaler`). That scaler would look
+    at a rank's own part of the gradient alone; here the caller says what all ranks have seen.
+    """
+
+    FIRST = 65536.0
+    GOOD_STEPS = 2000  # in a row, before it is doubled
+
+    def __init__(self, enabled: bool):
+        self.enabled = enabled
+        self.factor = self.FIRST if enabled else 1.0
+        self.n_good = 0
+
+    def update(self, is_finite: bool) -> None:
+        """Take note of a step; is_finite: whether its loss and gradient were."""
+        if not self.enabled:
+            return
+        self.n_good = self.n_good + 1 if is_finite else 0
+        if not is_finite:
+            self.factor /= 2
+        elif self.n_good == self.GOOD_STEPS:
+            self.factor *= 2
+            self.n_good = 0
+
+    def state_dict(self) -> dict[str, float]:
+        """What a checkpoint records, under the names that torch's scaler has; empty where it is not enabled."""
+        return {"scale": self.factor, "_growth_tracker": self.n_good} if self.enabled else {}
+
+    def load_state_dict(self, saved: dict[str, float]) -> None:
+        """Go on from what `state_dict`, or torch's scaler, has recorded."""
+        self.factor, self.n_good = float(saved["scale"]), int(saved["_growth_tracker"])
+
+
 class TrainState:
     """What training changes and a checkpoint keeps: a model, its optimizers and, in float16, the scale of the loss.
 
@@ -42,7 +78,7 @@ class TrainState:
         self.outer = outer
         self.beside = beside or {}
         self.ranks = ranks
-        self.scaler = torch.amp.GradScaler(ranks.device.type, enabled=dtype == torch.float16)
+        self.loss_scale = LossScale(enabled=dtype == torch.float16)
         # of the step under way
         self.loss_sum = torch.zeros((), device=ranks.device)
         self.n_targets = 0.0
@@ -80,10 +116,10 @@ class TrainState:
         if self.outer is not None:
             self.outer.take_restored()
         train_state.restore_optimizers(checkpoint, self.all_optimizers(), self.all_parameters())
-        if self.scaler.is_enabled() and saved.get("scaler"):  # empty if it was saved without --dtype float16
-            self.scaler.load_state_dict(saved["scaler"])
+        if self.loss_scale.enabled and saved.get("scaler"):  # empty if it was saved without --dtype float16
+            self.loss_scale.load_state_dict(saved["scaler"])
             for name, other in self.beside.items():
-                other.scaler.load_state_dict(saved.get("scalers", {})[name])
+                other.loss_scale.load_state_dict(saved.get("scalers", {})[name])
 
     def is_finite(self) -> bool:
         """Whether all weights are, on all ranks. A model that is dealt out holds its parts again afterwards."""
@@ -94,8 +130,8 @@ class TrainState:
 
     def scales(self) -> dict[str, dict]:
         """What a checkpoint records of the loss scales of float16; empty without."""
-        others = {name: other.scaler.state_dict() for name, other in self.beside.items()}
-        return {"scaler": self.scaler.state_dict()} | ({"scalers": others} if others else {})
+        others = {name: other.loss_scale.state_dict() for name, other in self.beside.items()}
+        return {"scaler": self.loss_scale.state_dict()} | ({"scalers": others} if others else {})
 
     def backward(self, loss: Tensor, n_targets: float) -> None:
         """Add a micro-batch's share to the gradient of the mean loss over all targets of the step.
@@ -104,7 +140,7 @@ class TrainState:
         micro-batches of all ranks, so that the gradient does not depend on how the batch is cut.
         """
         share = loss * (1 / n_targets)  # the ranks' shares are added up, not averaged
-        self.scaler.scale(share).backward()
+        (share * self.loss_scale.factor).backward()
         self.loss_sum += loss.detach()
         self.n_targets = n_targets
 
@@ -115,15 +151,15 @@ class TrainState:
         grad_clip: the largest norm, 0 for no clipping. Raises `UserError` naming the parameters that got no gradient.
         """
         self._check_all_have_gradients()
-        self.grad_norm = clip(self.model, self.optimizers, self.scaler, grad_clip)
+        self.grad_norm = clip(self.model, grad_clip, self.loss_scale.factor)
         self.loss = self.ranks.sum(float(self.loss_sum))[0] / self.n_targets
         self.applied = math.isfinite(self.loss) and math.isfinite(self.grad_norm)
         if self.applied:
             for optimizer in self.optimizers:
-                self.scaler.step(optimizer)
+                optimizer.step()
         else:
             self.refused = self.loss, self.grad_norm
-        self.scaler.update()
+        self.loss_scale.update(self.applied)
         self.model.zero_grad(set_to_none=True)
         self.loss_sum.zero_()
         return self.grad_norm
@@ -163,14 +199,11 @@ def seed_step(seed: int, step: int, rank: int) -> None:
     torch.manual_seed(int(drawn >> 1))  # torch takes 63 bits
 
 
-def clip(
-    model: nn.Module, optimizers: list[torch.optim.Optimizer], scaler: torch.amp.GradScaler, limit: float
-) -> float:
+def clip(model: nn.Module, limit: float, loss_scale: float = 1.0) -> float:
     """Undo the loss scale, clip the gradient's norm to `limit` (0: no clipping), and return the norm before that."""
-    if scaler.is_enabled():
-        for optimizer in optimizers:
-            scaler.unscale_(optimizer)
     trained = [p for p in model.parameters() if p.grad is not None]
+    if loss_scale != 1:
+        torch._foreach_mul_([local(p.grad) for p in trained], 1 / loss_scale)
     if any(is_sharded(p) for p in trained):
         return fsdp.clip(trained, limit)
     norm = torch.nn.utils.get_total_norm([p.grad for p in trained])

@@ -195,7 +195,6 @@ def compare_dpo(model: Transformer, trl: ModuleType, twin, rollouts: Rollouts, f
 
 def _our_step(model: Transformer, batch: Batch, reference: Tensor) -> Callable[[], float]:
     optimizers = optim.build_optimizers(model, "adamw", lr=1e-6, weight_decay=0.0)
-    no_scaler = torch.amp.GradScaler("cpu", enabled=False)
 
     def loss_of(log_probs: Tensor) -> Tensor:
         chosen, rejected = (log_probs.sum(1) - reference).chunk(2)  # (P,) each
@@ -204,7 +203,7 @@ def _our_step(model: Transformer, batch: Batch, reference: Tensor) -> Callable[[
     def step() -> float:
         loss = loss_through_log_probs(model, batch, loss_of)
         loss.backward()
-        clip(model, optimizers, no_scaler, 1.0)
+        clip(model, 1.0)
         for optimizer in optimizers:
             optimizer.step()
         model.zero_grad(set_to_none=True)

@@ -90,7 +90,6 @@ class Step:
         self.ours = ours
         self.parameters = list(module.parameters())
         self.device = self.parameters[0].device
-        self.no_scaler = torch.amp.GradScaler(self.device.type, enabled=False)
         if ours:
             self.optimizers = optim.build_optimizers(module, "adamw", lr=1e-4, weight_decay=0.1)
         else:
@@ -101,7 +100,7 @@ class Step:
             loss = self.loss()
         (loss / self.n_targets).backward()
         if self.ours:
-            clip(self.module, self.optimizers, self.no_scaler, 1.0)
+            clip(self.module, 1.0)
         else:
             torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
         for optimizer in self.optimizers:

@@ -10,7 +10,7 @@ from torch import nn
 from minillm.base.errors import UserError
 from minillm.distributed.parallelize import gradients_synced, marked_last, parallelize
 from minillm.distributed.ranks import Ranks
-from minillm.training.step import TrainState, clip, seed_step
+from minillm.training.step import LossScale, TrainState, clip, seed_step
 from tests import launch
 
 CPU = torch.device("cpu")
@@ -131,13 +131,11 @@ def test_a_step_s_dropout_depends_on_seed_step_and_rank_alone():
 
 
 @pytest.mark.parametrize(("limit", "after"), [(1.0, 1.0), (0.0, 5.0), (10.0, 5.0)])
-@pytest.mark.parametrize("scaled", [False, True])
-def test_clipping_undoes_the_scale_and_returns_the_norm_of_before(limit, after, scaled):
+@pytest.mark.parametrize("scale", [1.0, 1024.0])
+def test_clipping_undoes_the_scale_and_returns_the_norm_of_before(limit, after, scale):
     model = nn.Linear(2, 1, bias=False)
-    scaler = torch.amp.GradScaler("cpu", enabled=scaled, init_scale=1024.0)
-    optimizer = torch.optim.AdamW(model.parameters())
-    scaler.scale((model.weight * torch.tensor([3.0, 4.0])).sum()).backward()
-    assert clip(model, [optimizer], scaler, limit) == pytest.approx(5.0)
+    (scale * (model.weight * torch.tensor([3.0, 4.0])).sum()).backward()
+    assert clip(model, limit, scale) == pytest.approx(5.0)
     assert float(model.weight.grad.norm()) == pytest.approx(after, rel=1e-5)
 
 
@@ -147,6 +145,29 @@ def test_clipping_is_torchs_bit_for_bit(limit):
     models = [nn.Linear(2, 1, bias=False) for _ in grads]
     for model, grad in zip(models, grads, strict=True):
         model.weight.grad = grad
-    clip(models[0], [], torch.amp.GradScaler("cpu", enabled=False), limit)
+    clip(models[0], limit)
     nn.utils.clip_grad_norm_(models[1].parameters(), limit)
     assert torch.equal(*grads)
+
+
+def test_the_loss_scale_is_torchs():
+    """Over overflows and more good steps than make it grow, and from what torch's scaler has recorded."""
+    theirs = torch.amp.GradScaler("cpu")
+    ours = LossScale(enabled=True)
+    weight = nn.Parameter(torch.ones(1))
+    optimizer = torch.optim.SGD([weight], lr=0.0)
+    overflows = {3, 4, 2010}
+    for step in range(4020):
+        theirs.scale(weight.sum()).backward()
+        if step in overflows:
+            weight.grad[0] = torch.inf
+        theirs.step(optimizer)
+        theirs.update()
+        optimizer.zero_grad()
+        ours.update(step not in overflows)
+        if step in (2, 4, 2003, 2005, 2010, 4010, 4019):
+            assert ours.factor == theirs.get_scale()
+        if step == 2500:
+            ours = LossScale(enabled=True)
+            ours.load_state_dict(theirs.state_dict())
+    assert ours.state_dict().items() <= theirs.state_dict().items()
