@@ -93,7 +93,7 @@ def main() -> int:
     training_config, ranks, finish_kernel_check = begin(choose_packing(parse(Config, __doc__)))
 
     # the model to start from, and its tokenizer
-    training_config, start = starting_model.find_start(training_config, ranks, share=1 / 4, may_share_rows=True)
+    training_config, start = starting_model.find_start(training_config, ranks, share=1 / 4)
     tokenizer = start.tokenizer
 
     # data: rows of instructions, packed, with a mask on the targets that are learned

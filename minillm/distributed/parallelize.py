@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from minillm.distributed import fsdp, rows, shards
+from minillm.distributed import fsdp, rows, shards, slices
 from minillm.distributed.layout import Layout
 from minillm.distributed.ranks import Ranks
 
@@ -32,7 +32,7 @@ def shard_model(model: nn.Module, layout: Layout, ranks: Ranks, *, compile: bool
         parts = rows.RowParts(layout, ranks.rank, ranks.world)
         rows.share_rows(model, parts)
     if layout.tensor > 1:
-        cut = rows.slice_weights(model, parts)
+        cut = slices.slice_weights(model, parts)
 
     # the layers' own arithmetic, without what surrounds a call of them
     if compile:

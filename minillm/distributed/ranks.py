@@ -48,7 +48,7 @@ class Ranks:
 
         So every rank makes as many forward passes as any other, which those of a sharded model need.
         """
-        numbers = range(self.rank, -(-n // self.world) * self.world, self.world)
+        numbers = range(self.data_rank, -(-n // self.data_world) * self.data_world, self.data_world)
         return [(number, True) if number < n else (0, False) for number in numbers]
 
     @property
@@ -69,6 +69,10 @@ class Ranks:
         total = torch.tensor(values, dtype=wide, device=self.device)
         dist.all_reduce(total)
         return total.tolist()
+
+    def sum_of_rows(self, *values: float) -> list[float]:
+        """Each value added over the ranks with rows of their own; those that share rows have the same values."""
+        return [total / self.row_ranks for total in self.sum(*values)]
 
     def max(self, number: int) -> int:
         """The largest number of all ranks, so that all make the same decision."""

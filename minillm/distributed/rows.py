@@ -7,26 +7,30 @@
 
 Outside attention and feed-forward network a rank has T/(context · tensor) tokens of each row: embedding, norms, the
 residual stream and the loss see those alone. Around both, tensor parallelism gathers the T/context tokens; inside, each
-of its ranks has some of the heads or channels; after them the sums over all channels are scattered by tokens again
-(Korthikanti et al. 2022, "Reducing activation recomputation", arXiv:2205.05198, section 4.2.2). Context parallelism
-gathers keys and values of the whole row, for queries of the rank's own tokens (Llama 3, arXiv:2407.21783, section 3.3).
-So every operation on numbers is on plain tensors, the same as on one rank.
+of its ranks has some of the heads or channels (`slices.py`); after them the sums over all channels are scattered by
+tokens again (Korthikanti et al. 2022, "Reducing activation recomputation", arXiv:2205.05198, section 4.2.2). Context
+parallelism gathers keys and values of the whole row, for queries of the rank's own tokens (Llama 3, arXiv:2407.21783,
+section 3.3). So every operation on numbers is on plain tensors, the same as on one rank.
 
-A pass over a cache is not divided: each rank has all tokens, and tensor parallelism adds up what its ranks computed.
+A pass that stores keys and values is not divided: each rank has all tokens, and tensor parallelism adds up what its
+ranks computed. Virtual tokens, whose keys and values are there before, stand before the first part of a row.
+
+A loss that needs whole rows takes the numbers that it is a function of, one a token, from all ranks of a row: log π by
+`whole_rows`, scores from the model itself. Then each of these ranks computes the whole row's loss. In sums over all
+ranks losses and counts are both so many times too large, and their quotient, and its gradient, are right.
 """
 
-import dataclasses
+from collections.abc import Callable
 from types import MethodType
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minillm.base.errors import UserError
+from minillm.distributed.exchanges import gather, group_with, scatter_sum, sum_on_all
 from minillm.distributed.layout import Layout
-
-BY_ROWS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj")
-BY_COLUMNS = ("self_attn.o_proj", "mlp.down_proj")
 
 
 class RowParts:
@@ -38,17 +42,30 @@ class RowParts:
         self.tensor_index = rank % layout.tensor
         self.context_index = rank // layout.tensor % layout.context
         ranks = torch.arange(world).view(-1, layout.context, layout.tensor)
-        self.tensor_group = _group_with(rank, ranks.flatten(0, 1))
-        self.context_group = _group_with(rank, ranks.mT.flatten(0, 1))
-        self.are_divided = True  # rows in the pass under way; over a cache they are not
+        self.tensor_group = group_with(rank, ranks.flatten(0, 1))
+        self.context_group = group_with(rank, ranks.mT.flatten(0, 1))
+        self.row_group = group_with(rank, ranks.flatten(1))
+        self.first_rank = rank - rank % layout.row_ranks  # of the row
+        self.place = rank % layout.row_ranks, layout.row_ranks  # as `Batch.part` takes it
+        self.are_divided = True  # rows in the pass under way
+
+    def own(self, values: Tensor) -> Tensor:
+        """This rank's tokens of rows (B, T, …), which are padded by zeros to equal parts."""
+        index, parts = self.place
+        missing = -values.shape[1] % parts
+        values = F.pad(values, (0, 0) * (values.dim() - 2) + (0, missing))
+        return values.chunk(parts, 1)[index]
 
 
-def _group_with(rank: int, groups: Tensor):
-    """torch's group of the ranks in a row of `groups` (n, size) that has `rank`; None if it is alone there."""
-    if groups.shape[1] == 1:
-        return None
-    made = {tuple(ranks): dist.new_group(ranks) for ranks in groups.tolist()}
-    return next(group for ranks, group in made.items() if rank in ranks)
+def sublayers(layer: nn.Module) -> dict[str, tuple[str, nn.Module]]:
+    """Attention and feed-forward network of a layer, each with its path, also where an adapter stands around it."""
+    found = {}
+    for name in ("self_attn", "mlp"):
+        module, path = getattr(layer, name), name
+        if hasattr(module, "base_layer"):
+            module, path = module.base_layer, f"{name}.base_layer"
+        found[name] = path, module
+    return found
 
 
 # ---- the model
@@ -69,22 +86,29 @@ def check_shape(layout: Layout, config) -> None:
 
 
 def share_rows(model: nn.Module, parts: RowParts) -> None:
-    """Let a model read a part of each row, in place; `Batch.part` gives it that. Weights are not sliced yet."""
+    """Let a model read a part of each row, in place; `Batch.part` gives it that. Weights are not sliced yet.
+
+    One with a score head is given whole rows, and gives the scores of whole rows.
+    """
+    model.row_parts = parts
     model.placement = MethodType(_placement_of(model.placement, parts), model)
+    if model.config.score_head:
+        model.forward = _scores_of_whole_rows(model.forward, parts)
     for layer in model.layers:
+        modules = {name: module for name, (_, module) in sublayers(layer).items()}
         if parts.context_group is not None:
-            layer.self_attn.attend = _attend_of(layer.self_attn.attend, parts)
+            modules["self_attn"].attend = _attend_of(modules["self_attn"].attend, parts)
         if parts.tensor_group is not None:
-            for part in (layer.self_attn, layer.mlp):
-                part.register_forward_pre_hook(lambda module, args: _gathered(parts, *args))
-                part.register_forward_hook(lambda module, args, output: _summed(parts, output))
+            for module in modules.values():
+                module.register_forward_pre_hook(lambda module, args: _gathered(parts, *args))
+                module.register_forward_hook(lambda module, args, output: _summed(parts, output))
 
 
-def _placement_of(plain, parts: RowParts):
+def _placement_of(plain: Callable, parts: RowParts) -> Callable:
     """The places of a rank's tokens: those of the whole row, and of the angles the ones of its context."""
 
     def placement(model, length: int, documents: Tensor | None, cache, dtype: torch.dtype):
-        parts.are_divided = cache is None
+        parts.are_divided = cache is None or not cache.stores
         if not parts.are_divided:
             return plain(length, documents, cache, dtype)
         whole = plain(length * parts.layout.row_ranks, documents, cache, dtype)
@@ -96,15 +120,20 @@ def _placement_of(plain, parts: RowParts):
     return placement
 
 
-def _attend_of(plain, parts: RowParts):
+def _attend_of(plain: Callable, parts: RowParts) -> Callable:
     """Attention of a rank's queries over the keys of the row up to its last token."""
 
     def attend(q: Tensor, k: Tensor, v: Tensor, spans: Tensor | None, ends: Tensor | None) -> Tensor:
         if not parts.are_divided:
             return plain(q, k, v, spans, ends)
+
+        # those of the row's tokens: virtual ones before them are here already
+        n_virtual = k.shape[1] - q.shape[1]
+        together = torch.cat((k, v), -1)  # (B, n + T/context, K, 2 D)
+        before, own = together.split((n_virtual, q.shape[1]), 1)
         end = (parts.context_index + 1) * q.shape[1]
-        together = _Gather.apply(torch.cat((k, v), -1), parts.context_group)  # (B, T, K, 2 D)
-        k, v = together[:, :end].chunk(2, -1)
+        row = gather(own, parts.context_group)[:, :end]
+        k, v = torch.cat((before, row), 1).chunk(2, -1)
         if spans is not None:
             spans = spans[:, :end].clamp(max=end)
         return plain(q, k.contiguous(), v.contiguous(), spans, ends)
@@ -114,81 +143,67 @@ def _attend_of(plain, parts: RowParts):
 
 def _gathered(parts: RowParts, x: Tensor, *others) -> tuple:
     """The inputs of attention or feed-forward network, x (B, T/(context · tensor), C) as (B, T/context, C)."""
-    return (_Gather.apply(x, parts.tensor_group) if parts.are_divided else x, *others)
+    return (gather(x, parts.tensor_group) if parts.are_divided else x, *others)
 
 
 def _summed(parts: RowParts, output: Tensor) -> Tensor:
     """Their output (B, T/context, C), added up over the ranks, of which each keeps its tokens."""
-    if parts.are_divided:
-        return _ScatterSum.apply(output, parts.tensor_group)
-    dist.all_reduce(output, group=parts.tensor_group)
-    return output
+    exchange = scatter_sum if parts.are_divided else sum_on_all
+    return exchange(output, parts.tensor_group)
 
 
-def slice_weights(model: nn.Module, parts: RowParts) -> dict[str, int]:
-    """Keep of each layer's matrices the rows or columns of this rank's heads and channels; name → the dimension cut."""
-    n_parts = parts.layout.tensor
-    cut = {}
-    for number, layer in enumerate(model.layers):
-        for paths, dim in ((BY_ROWS, 0), (BY_COLUMNS, 1)):
-            for path in paths:
-                linear = layer.get_submodule(path)
-                for name, parameter in list(linear.named_parameters(recurse=False)):
-                    part = parameter.detach().chunk(n_parts, dim)[parts.tensor_index].clone()
-                    setattr(linear, name, nn.Parameter(part, parameter.requires_grad))
-                    cut[f"layers.{number}.{path}.{name}"] = dim
-        config = layer.self_attn.config
-        heads = dict(n_heads=config.n_heads // n_parts, n_kv_heads=config.n_kv_heads // n_parts)
-        layer.self_attn.config = dataclasses.replace(config, **heads)
-    model.cache_config = model.layers[0].self_attn.config
-    return cut
+def _scores_of_whole_rows(plain: Callable, parts: RowParts) -> Callable:
+    """tokens (B, T) → scores (B, T), of which each rank has computed its own part."""
+
+    def forward(tokens: Tensor, targets: Tensor | None = None, *, documents: Tensor | None = None, cache=None, **more):
+        if cache is not None and cache.stores:
+            return plain(tokens, targets, documents=documents, cache=cache, **more)
+        scores = plain(parts.own(tokens), targets, documents=documents, cache=cache, **more)  # (B, T/ranks)
+        return gather(scores, parts.row_group)[:, : tokens.shape[1]]
+
+    return forward
 
 
-# ---- exchanges that have a gradient
+# ---- for those who need whole rows
 
 
-# torch 2.14 has renamed both
-_gather_into = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-_scatter_into = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+def parts_of(model: nn.Module) -> RowParts | None:
+    """How a model's rows are shared; None: each rank has its own."""
+    return getattr(model, "row_parts", None)
 
 
-def _all_gather(x: Tensor, group) -> Tensor:
-    """The tokens of all ranks of a group: (B, T, …) → (B, n T, …)."""
-    by_token = x.transpose(0, 1).contiguous()  # (T, B, …)
-    gathered = by_token.new_empty(group.size() * len(by_token), *by_token.shape[1:])
-    _gather_into(gathered, by_token, group=group)
-    return gathered.transpose(0, 1).contiguous()
+def own_part(model: nn.Module, batch):
+    """This rank's tokens of a `Batch` of whole rows."""
+    parts = parts_of(model)
+    return batch if parts is None else batch.part(*parts.place)
 
 
-def _reduce_scatter(x: Tensor, group) -> Tensor:
-    """The sum over the ranks of a group, of which each keeps its tokens: (B, n T, …) → (B, T, …)."""
-    by_token = x.transpose(0, 1).contiguous()  # (n T, B, …)
-    kept = by_token.new_empty(len(by_token) // group.size(), *by_token.shape[1:])
-    _scatter_into(kept, by_token, group=group)
-    return kept.transpose(0, 1).contiguous()
+@torch.no_grad()
+def whole_rows(model: nn.Module, values: Tensor, length: int) -> Tensor:
+    """Values (B, T) of whole rows of `length` tokens, from those of each rank's tokens; without a gradient."""
+    parts = parts_of(model)
+    return values if parts is None else gather(values, parts.row_group)[:, :length]
 
 
-class _Gather(torch.autograd.Function):
-    """`_all_gather`; each rank's gradient is the sum of what all have for its tokens."""
+def own_gradient(model: nn.Module, gradient: Tensor) -> Tensor:
+    """For this rank's tokens, the gradient of all ranks' losses; each has that of its own loss, for whole rows (B, T).
 
-    @staticmethod
-    def forward(ctx, x, group):
-        ctx.group = group
-        return _all_gather(x, group)
-
-    @staticmethod
-    def backward(ctx, gradient):
-        return _reduce_scatter(gradient, ctx.group), None
+    The ranks of a row have the same loss, so it counts as often as there are of them.
+    """
+    parts = parts_of(model)
+    return gradient if parts is None else parts.own(gradient) * parts.layout.row_ranks
 
 
-class _ScatterSum(torch.autograd.Function):
-    """`_reduce_scatter`, whose gradient is gathered."""
+@torch.no_grad()
+def from_first(model: nn.Module, values: Tensor) -> Tensor:
+    """What the first rank of a row has, on each of them: so that all go on alike where rounding or chance decides."""
+    parts = parts_of(model)
+    if parts is not None:
+        dist.broadcast(values, parts.first_rank, group=parts.row_group)
+    return values
 
-    @staticmethod
-    def forward(ctx, x, group):
-        ctx.group = group
-        return _reduce_scatter(x, group)
 
-    @staticmethod
-    def backward(ctx, gradient):
-        return _all_gather(gradient, ctx.group), None
+def own_heads(model: nn.Module, states: Tensor) -> Tensor:
+    """Keys or values (…, K, D) of the heads that tensor parallelism has left to this rank."""
+    parts = parts_of(model)
+    return states if parts is None else states.chunk(parts.layout.tensor, -2)[parts.tensor_index]

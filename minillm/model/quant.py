@@ -159,6 +159,34 @@ class QuantLinear(nn.Module):
         """For `ops.linears`: only a W in 16 bits is multiplied by as it is."""
         return [(self.dense, self.bias)] if self.bits == 16 else None
 
+    def keep_part(self, dim: int, index: int, parts: int) -> None:
+        """Keep of W part `index` of its rows (dim 0) or columns (1), with the values that they have in the whole.
+
+        In 4 bits columns must be divided between blocks of 64. Scales are then kept in fp32, since the second level of
+        their quantization goes over the borders of parts.
+        """
+
+        def part(tensor: Tensor, dim: int = dim) -> Tensor:
+            return tensor.chunk(parts, dim)[index].clone()
+
+        if self.bits == 16:
+            self.dense = part(self.dense)
+        elif self.bits == 8:
+            width = self.codes.shape[1]
+            self.codes = part(self.codes)
+            if dim == 0:
+                self.scale, self.kept = part(self.scale), part(self.kept)
+            else:
+                begin = index * width // parts
+                is_here = (self.columns >= begin) & (self.columns < begin + width // parts)
+                self.kept, self.columns = self.kept[:, is_here].contiguous(), self.columns[is_here] - begin
+        else:
+            coarse = self.coarse.repeat_interleave(GROUP)[: self.scale.numel()].view_as(self.scale)
+            self.scale = part(self.scale * coarse + self.offset)  # (N, B) fp32, of each block
+            self.codes = part(self.codes)
+            self.coarse = torch.ones(-(-self.scale.numel() // GROUP), device=self.scale.device)
+            self.offset = torch.zeros_like(self.offset)
+
     def dequantize(self, dtype: torch.dtype = torch.float32) -> nn.Linear:
         """A plain layer that computes the same, frozen."""
         weight = ops.reference.dequantize(self.quantized, self.in_features)  # (out, in)

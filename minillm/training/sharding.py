@@ -16,9 +16,9 @@ from minillm.distributed.parallelize import shard_model
 from minillm.distributed.ranks import Ranks, world_size
 from minillm.model import memory
 from minillm.model.config import ModelConfig
+from minillm.model.quant import BLOCK
 from minillm.model.size import empty_model, n_parameters
 from minillm.model.transformer import Transformer
-from minillm.tuning.options import VIRTUAL
 
 STATE_SHARE = 0.7  # of a GPU's memory, for weights, gradients and optimizer; the rest is for activations
 
@@ -44,44 +44,35 @@ def choose_layout(training_config, model_config: ModelConfig, ranks: Ranks):
     if training_config.shard == "auto" and ranks.world > layout.row_ranks:
         shard = _shard_with_room(training_config, model_config, ranks)
         layout = dataclasses.replace(layout, shard=shard)
-    _refuse_unsupported(training_config, layout)
     rows.check_shape(layout, model_config)
+    _check_blocks(training_config, model_config, layout)
     _check_rows_fit(training_config, model_config, layout)
     memory.check_memory(training_config, model_config, ranks.device, layout.holders)
     return dataclasses.replace(training_config, shard=str(layout.shard))
 
 
-def _refuse_unsupported(training_config, layout: Layout) -> None:
-    """Raise `UserError` for options that do not go with how the ranks are divided."""
-    tune = training_config.tune
-    tensor, context = layout.tensor > 1, layout.context > 1
-    reasons = {
-        "--compile true": (tensor or context) and training_config.compile,
-        f"--tune {tune}": (tensor and tune != "full") or (context and tune in VIRTUAL),
-        "--dtype float16": tensor and training_config.dtype == "float16",
-    }
-    for option in (option for option, is_asked in reasons.items() if is_asked):
-        how = f"--shard {layout.shard} --context_parallel {layout.context} --tensor_parallel {layout.tensor}"
-        raise UserError(f"{option}: is not supported with {how}; leave it out, or choose 1 for what divides the model")
+def _check_blocks(training_config, model_config: ModelConfig, layout: Layout) -> None:
+    """Raise `UserError` for a base in 4 bits whose blocks of columns ranks would have to cut."""
+    if training_config.base_bits != 4:
+        return
+    for side in ("n_heads × head_dim", "ffn_dim"):
+        width = model_config.ffn_dim if side == "ffn_dim" else model_config.n_heads * model_config.head_dim
+        if layout.tensor > 1 and width // layout.tensor % BLOCK:
+            raise UserError(
+                f"--base_bits 4: with --tensor_parallel {layout.tensor} a rank has {width // layout.tensor} of the "
+                f"model's {side} {width} columns, no multiple of the {BLOCK} that share a scale; choose --base_bits 8, "
+                "or divide the model by --shard"
+            )
 
 
 def _check_rows_fit(training_config, model_config: ModelConfig, layout: Layout) -> None:
     """Raise `UserError` if rows, padded so that their ranks get equal parts, are longer than the model's context."""
-    padded = -(-training_config.seq_len // layout.row_ranks) * layout.row_ranks
+    before = training_config.virtual_positions
+    padded = before + -(-(training_config.seq_len - before) // layout.row_ranks) * layout.row_ranks
     if layout.row_ranks > 1 and padded > model_config.max_seq_len:
         raise UserError(
             f"--seq_len {training_config.seq_len}: {layout.row_ranks} ranks share a row, padded to {padded} tokens, "
             f"but the model's context is {model_config.max_seq_len}; choose a multiple of {layout.row_ranks}"
-        )
-
-
-def refuse_shared_rows(training_config) -> None:
-    """For scripts that need whole rows on each rank. Raises `UserError` naming what would divide them."""
-    layout = asked_layout(training_config)
-    if layout.row_ranks > 1:
-        raise UserError(
-            f"--context_parallel {layout.context} --tensor_parallel {layout.tensor}: this script needs whole rows on "
-            "each rank; choose 1 for both, and divide the model by --shard"
         )
 
 

@@ -66,14 +66,13 @@ def find_start(
     share: float,
     adapter_share: float = 1.0,
     score_head: bool = False,
-    may_share_rows: bool = False,
 ):
     """(the options with optimizer, learning rate and weight decay filled in, the `Start`) of a run from --init_from.
 
     share, adapter_share: of the learning rates that are known, see `choose_optimizer`. score_head: whether a reward
     model is trained, from a language model or from another reward model, which is refused without.
-    may_share_rows: whether the script can train with rows that ranks share. Raises `UserError` if model and tokenizer
-    do not belong together, if the machine cannot hold what is trained, or if --seq_len is beyond the model's context.
+    Raises `UserError` if model and tokenizer do not belong together, if the machine cannot hold what is trained, or if
+    --seq_len is beyond the model's context.
     """
     init = find_init(training_config, ranks)
     stored = huggingface.load_config(init, with_score_head=None if score_head else False)
@@ -81,8 +80,6 @@ def find_start(
     tokenizer = Tokenizer.load(init)
     huggingface.check_vocabulary(model_config, tokenizer, init)
     training_config = sharding.choose_layout(training_config, model_config, ranks)
-    if not may_share_rows:
-        sharding.refuse_shared_rows(training_config)
     training_config = choose_optimizer(training_config, model_config.dim, share, adapter_share)
     if training_config.seq_len > model_config.max_seq_len:
         raise UserError(

@@ -31,6 +31,10 @@ class Ia3Linear(nn.Module):
         out = self.base_layer(x)
         return out * gain.to(out.dtype)
 
+    def divided_with(self, dim: int) -> dict[str, int]:
+        """Its own tensors that are divided where the base's rows (0) or columns (1) are, and in which dimension."""
+        return {"ia3_l": dim} if dim == int(self.on_input) else {}
+
     def merged(self) -> nn.Linear:
         """A plain layer that computes the same; fp32 arithmetic, the base's dtype."""
         base = dense_weight(self.base_layer)  # (out, in)

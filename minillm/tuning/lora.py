@@ -23,15 +23,16 @@ def dense_weight(layer: nn.Module) -> Tensor:
 
 
 @torch.no_grad()
-def row_norms(square: Tensor, wa: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
+def row_norms(square: Tensor, wa: Tensor, aa: Tensor, b: Tensor, scaling: float) -> Tensor:
     """‖w_i + s (BA)_i‖ of each row i, (out,) fp32, without computing BA.
 
-    square: ‖w_i‖² (out,); wa: W Aᵀ (out, r); a: (r, in); b: (out, r). By ‖w + sbA‖² = ‖w‖² + 2s (wAᵀ)·b + s² (bAAᵀ)·b.
-    DoRA treats it as a constant in the backward pass (its paper's section 4.3), hence no gradient.
+    square: ‖w_i‖² (out,); wa: W Aᵀ (out, r); aa: A Aᵀ (r, r), both fp32; b: (out, r). By
+    ‖w + sbA‖² = ‖w‖² + 2s (wAᵀ)·b + s² (bAAᵀ)·b. DoRA treats it as a constant in the backward pass (its paper's
+    section 4.3), hence no gradient.
     """
-    with torch.autocast(a.device.type, enabled=False):
-        a, b = a.float(), b.float() * scaling
-        update = (2 * wa + b @ (a @ a.T)) * b  # (out, r): what BA adds to the squares
+    with torch.autocast(b.device.type, enabled=False):
+        b = b.float() * scaling
+        update = (2 * wa + b @ aa) * b  # (out, r): what BA adds to the squares
         return (square + update.sum(1)).sqrt()
 
 
@@ -55,6 +56,9 @@ class _Lora(nn.Module):
 
 class LoraLinear(_Lora):
     """x → W x + s · B A dropout(x), with `dora` each output times m / ‖W + s·BA‖; then the bias."""
+
+    # of a sum over the inputs, where ranks have a part of them each (minillm/distributed/slices.py)
+    added_up = staticmethod(lambda total: total)
 
     def __init__(
         self, base: nn.Module, rank: int, scaling: float, dropout: float, dora: bool, generator: torch.Generator
@@ -85,7 +89,12 @@ class LoraLinear(_Lora):
         with torch.autocast(a.device.type, enabled=False):
             quantized = isinstance(base, QuantLinear)
             aw = ops.quant_matmul(a, base.quantized) if quantized else a @ base.weight.float().T  # (r, out)
-        return row_norms(self.square, aw.T, a, self.lora_B.weight, self.scaling)
+            aw, aa = self.added_up(aw), self.added_up(a @ a.T)
+        return row_norms(self.square, aw.T, aa, self.lora_B.weight, self.scaling)
+
+    def divided_with(self, dim: int) -> dict[str, int]:
+        """Its own tensors that are divided where the base's rows (0) or columns (1) are, and in which dimension."""
+        return {"lora_B.weight": 0, "lora_magnitude_vector": 0, "square": 0} if dim == 0 else {"lora_A.weight": 1}
 
     def forward(self, x: Tensor) -> Tensor:
         """(…, in) → (…, out)."""
@@ -154,7 +163,7 @@ class LoraEmbedding(_Lora):
         a = self.lora_embedding_A.float()  # (r, V)
         with torch.autocast(a.device.type, enabled=False):
             aw = a @ self.base_layer.weight.float()  # (r, C)
-        return row_norms(self.square, aw.T, a, self.lora_embedding_B, self.scaling)
+            return row_norms(self.square, aw.T, a @ a.T, self.lora_embedding_B, self.scaling)
 
     def forward(self, ids: Tensor) -> Tensor:
         """(B, T) int64 → (B, T, C)."""

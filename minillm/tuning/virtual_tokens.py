@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from minillm.base.errors import UserError
+from minillm.distributed.rows import own_heads
 from minillm.distributed.shards import full, gather, is_sharded
 from minillm.model.config import ModelConfig
 from minillm.model.kv_cache import KVCache
@@ -109,7 +110,7 @@ class VirtualTokens(nn.Module):
             model.through_layers(embeddings, cache=collector)
             return collector.keys, collector.values
         shape = (1, self.n, self.config.n_layers, 2, self.config.n_kv_heads, self.config.head_dim)
-        layers = table.view(shape).unbind(2)
+        layers = own_heads(model, table.view(shape)).unbind(2)
         return [layer[:, :, 0] for layer in layers], [layer[:, :, 1] for layer in layers]
 
     def fill(self, model: Transformer, cache: KVCache) -> None:

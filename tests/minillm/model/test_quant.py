@@ -399,3 +399,20 @@ def test_a_7b_base_trains_in_under_12_gb_by_calculation(bits, gigabytes, tmp_pat
 def test_info_refuses_bits_without_adapters(asked):
     with pytest.raises(UserError, match="--lora_rank"):
         __main__.main(f"info --preset tiny {asked}".split())
+
+
+@pytest.mark.parametrize("bits", quant.BITS)
+@pytest.mark.parametrize("dim", [0, 1])
+def test_a_part_of_a_quantized_weight_has_the_whole_s_numbers(bits, dim):
+    """Of rows or columns, one of 3; columns that int8 keeps lie in all of them, groups of scales across them."""
+    linear = nn.Linear(384, 90)
+    with torch.no_grad():
+        linear.weight[7, [3, 130, 300, 301]] = 9.0
+    whole = QuantLinear(linear, bits)
+    expected = whole.dequantize().weight.chunk(3, dim)
+    assert bits != 8 or len(whole.columns) == 4
+    for index in range(3):
+        part = copy.deepcopy(whole)
+        part.keep_part(dim, index, 3)
+        part.in_features, part.out_features = reversed(expected[index].shape)
+        assert torch.equal(part.dequantize().weight, expected[index])

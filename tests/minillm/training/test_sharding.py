@@ -152,13 +152,16 @@ def test_shared_rows_are_learned_as_one_rank_does(tmp_path, world, layout):
     check_each(tmp_path, world, [(SHAPE, asked, "muon"), (UNTIED, asked, "muon")])
 
 
+WIDE = dataclasses.replace(UNTIED, dim=128, head_dim=32, ffn_dim=128)  # 4 bits: parts of whole blocks of 64 columns
 TUNED = [
     dict(tune="lora", lora_rank=2, target_modules="q_proj,embed_tokens"),
     dict(tune="lora", lora_rank=2, base_bits=8),
+    dict(tune="dora", lora_rank=2, base_bits=16),
     dict(tune="lora", lora_rank=2, base_bits=4),
     dict(tune="dora", lora_rank=2),
     dict(tune="dora", lora_rank=2, target_modules="q_proj,embed_tokens"),
     dict(tune="ia3"),
+    dict(tune="ia3", target_modules="q_proj,o_proj,up_proj"),
     dict(tune="adapter", bottleneck_dim=4),
     dict(tune="freeze", train_layers="0,embed,head"),
     dict(tune="prefix", n_virtual=3),
@@ -170,13 +173,16 @@ TUNED = [
 
 @pytest.mark.slow
 @pytest.mark.parametrize("tuned", TUNED, ids=lambda tuned: "-".join(map(str, tuned.values())))
-def test_few_parameters_are_learned_in_shards_as_on_one_rank(tmp_path, tuned):
-    model = Transformer(UNTIED)
+def test_few_parameters_are_learned_in_parts_as_on_one_rank(tmp_path, tuned):
+    """In shards, by tensor and by context parallelism."""
+    shape = WIDE if tuned.get("base_bits") == 4 else UNTIED
+    model = Transformer(shape)
     model.init_weights(1)
     (tmp_path / "base").mkdir()
     huggingface.save_model(model, tmp_path / "base")
-    asked = options(shard="2", init_from=str(tmp_path / "base"), **tuned)
-    check_each(tmp_path, 2, [(UNTIED, asked, "adamw")])
+    layouts = dict(shard="2"), dict(tensor_parallel=2), dict(context_parallel=2)
+    asked = [options(init_from=str(tmp_path / "base"), **layout, **tuned) for layout in layouts]
+    check_each(tmp_path, 2, [(shape, each, "adamw") for each in asked])
 
 
 @pytest.mark.slow
@@ -195,36 +201,40 @@ def test_an_adapter_learns_from_parts_of_rows_and_from_recomputed_layers(tmp_pat
     check_each(tmp_path, 2, cases)
 
 
-def _in_other_precision(rank: int) -> dict:
-    """What two shards do in bfloat16, compiled, a second time, and in float16 when one of them overflows."""
-    asked = options(shard="2", dtype="bfloat16")
-    found = {"bfloat16": learn(rank, 2, SHAPE, asked)}
-    asked = options(shard="2")
+def _in_other_precision(rank: int, layout: dict) -> dict:
+    """What two ranks do in bfloat16, compiled, a second time, and in float16 when one of them overflows."""
+    found = {"bfloat16": learn(rank, 2, SHAPE, options(dtype="bfloat16", **layout))}
+    asked = options(**layout)
     found["plain"] = learn(rank, 2, SHAPE, asked, "muon")
     found["again"] = learn(rank, 2, SHAPE, asked, "muon")
     parallelism.compiled = lambda method: torch.compile(method, backend="aot_eager")
     found["compiled"] = learn(rank, 2, SHAPE, dataclasses.replace(asked, compile=True), "muon")
 
     # one step in float16 whose gradient is infinite in rank 1's part alone
-    ranks = Ranks(rank, 2, CPU)
+    parts = sharding.asked_layout(asked)
+    ranks = Ranks(rank, 2, CPU, parts.row_ranks)
     model = starting_model.make_model(asked, SHAPE, None, None, ranks)
     state = TrainState(model, build_optimizers(model, "muon", lr=1e-2, weight_decay=0.0), ranks, torch.float16)
-    batch = batch_of([rank], 0)
-    state.backward(model(batch.x, batch.y), 2 * batch.x.numel())
+    batch = batch_of([ranks.data_rank], 0).part(*ranks.place_in_row)
+    state.backward(model(batch.x, batch.y, documents=batch.documents), 2 * batch.x.numel())
     before = [shards.local(p).clone() for p in model.parameters()]
-    scale = state.scaler.get_scale()
+    scale = state.loss_scale.factor
     if rank == 1:
         shards.local(model.layers[0].mlp.up_proj.weight.grad)[0, 0] = torch.inf
     state.update(1.0)
     unchanged = all(torch.equal(old, shards.local(p)) for old, p in zip(before, model.parameters(), strict=True))
-    found["overflow"] = (state.applied, unchanged, state.scaler.get_scale() / scale)
+    found["overflow"] = (state.applied, unchanged, state.loss_scale.factor / scale)
     return found
 
 
 @pytest.mark.slow
-def test_shards_in_other_precisions_compiled_and_once_more(tmp_path):
-    for found in on_ranks(2, tmp_path, _in_other_precision):
-        assert found["again"] == found["plain"] == found["compiled"]
+@pytest.mark.parametrize("layout", [dict(shard="2"), dict(tensor_parallel=2), dict(context_parallel=2)])
+def test_parts_in_other_precisions_compiled_and_once_more(tmp_path, layout):
+    for found in on_ranks(2, tmp_path, _in_other_precision, layout):
+        assert found["again"] == found["plain"]
+        for name in ("losses", "norms", "held_out"):  # to rounding: exchanges cut what is compiled into pieces
+            assert found["compiled"][name] == pytest.approx(found["plain"][name], rel=1e-6)
+        assert found["compiled"] == found["plain"] or "shard" not in layout
         assert found["overflow"] == (False, True, 0.5)
         alone = learn(0, 1, SHAPE, options(dtype="bfloat16"))
         assert found["bfloat16"]["losses"] == pytest.approx(alone["losses"], abs=2e-3)
@@ -268,11 +278,13 @@ def test_stacked_matrices_are_orthogonalized_one_by_one(tmp_path, world):
         (4, dict(shard="2", tensor_parallel=4), "is 8 ranks to a copy"),
         (2, dict(shard="two"), "--shard two: choose auto"),
         (2, dict(shard="0"), "--shard 0: choose auto"),
-        (2, dict(tensor_parallel=2, compile=True), "--compile true: is not supported with"),
-        (2, dict(tensor_parallel=2, dtype="float16"), "--dtype float16: is not supported"),
-        (2, dict(tensor_parallel=2, tune="lora"), "--tune lora: is not supported"),
-        (2, dict(context_parallel=2, tune="prefix"), "--tune prefix: is not supported"),
         (4, dict(tensor_parallel=4), "--tensor_parallel 4: does not divide the model's n_kv_heads 2"),
+        (2, dict(tensor_parallel=2, tune="lora", base_bits=4), "--base_bits 4: with --tensor_parallel 2 .* 32 of"),
+        (
+            4,
+            dict(context_parallel=4, tune="prefix", n_virtual=3, seq_len=61, max_seq_len=62),
+            "--seq_len 61: 4 ranks share a row, padded to 63",
+        ),
         (
             4,
             dict(context_parallel=4, seq_len=62, max_seq_len=62),
@@ -347,10 +359,3 @@ def test_auto_has_room_for_all_models_of_a_run(monkeypatch, config, changed, n_t
     for short, shard in ((0, 1), (1, 2)):
         monkeypatch.setattr(sharding.files, "memory_bytes", lambda short=short: n_bytes - short)
         assert sharding._shard_with_room(asked, SHAPE, Ranks(0, 2, CPU)) == shard
-
-
-def test_rows_are_not_shared_where_each_rank_needs_whole_ones():
-    sharding.refuse_shared_rows(options())
-    sharding.refuse_shared_rows(options(shard="2"))
-    with pytest.raises(UserError, match=r"--context_parallel 2 .* whole rows"):
-        sharding.refuse_shared_rows(options(context_parallel=2))
