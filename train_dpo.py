@@ -272,7 +272,7 @@ def train(run: Run, model: Transformer, rows: PreferenceRows, end: int, tools: T
         state.update(training_config.grad_clip)  # clips, then steps, unless loss or gradient is not finite
 
         facts = measured.means(run.ranks.sum)
-        run.log_step(state, n_tokens, **facts)
+        run.log_step(state, n_tokens / run.ranks.row_ranks, **facts)
         if objective.loss.has_reference and "rewards_chosen" in facts:
             tools.held_out.follow(run, facts["rewards_chosen"] / objective.options.beta)
         tools.held_out.watch(run, model, step, tools.before)

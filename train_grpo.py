@@ -260,7 +260,7 @@ def tell(
     sums = judged.step_sums(training_config.group_size)
     sums |= {"seen": sum(s.n_tokens for s in seen), "clipped": sum(s.clipped_low + s.clipped_high for s in seen)}
     sums = dict(zip(sums, run.ranks.sum(*sums.values()), strict=True))
-    run.log_step(state, sums["read"])
+    run.log_step(state, sums["read"] / run.ranks.row_ranks)
 
     row = judging.means(sums)
     row["objective"] = objective(row["reward"], row["kl"], training_config.beta)

@@ -253,8 +253,8 @@ def look_back(training_config: Config, run: Run, roles: Roles, judged: Judged, b
     returns = advantages + values
 
     # A whitened over all tokens of all ranks, so that the size of a step does not depend on the scale of the reward
-    moments = torch.tensor(run.ranks.sum(*token_rewards.moments_of(advantages, mask).tolist()), dtype=torch.float64)
-    advantages = token_rewards.whitened(advantages, mask, moments)
+    moments = run.ranks.sum_of_rows(*token_rewards.moments_of(advantages, mask).tolist())
+    advantages = token_rewards.whitened(advantages, mask, torch.tensor(moments, dtype=torch.float64))
     return Experience(batch, log_probs, values, advantages, returns)
 
 
@@ -299,7 +299,7 @@ def tell(
         true = tools.true_reward(judged.rolled, prompts) if is_learned else judged.rewards
         sums["true_reward"] = float(true.sum())
     sums = dict(zip(sums, run.ranks.sum(*sums.values()), strict=True))
-    run.log_step(state, sums["read"])
+    run.log_step(state, sums["read"] / run.ranks.row_ranks)
     row = judging.means(sums) | seen.shares()
     if group_size > 1:
         row["zero_std_share"] = sums["no_spread"] / sums["groups"]

@@ -196,7 +196,8 @@ def train(
             total_difference += float(difference.sum())
         state.update(training_config.grad_clip)  # clips, then steps, unless loss or gradient is not finite
         n_right, total_difference = run.ranks.sum(n_right, total_difference)
-        run.log_step(state, n_tokens, accuracy=n_right / n_pairs, difference=total_difference / n_pairs)
+        facts = {"accuracy": n_right / n_pairs, "difference": total_difference / n_pairs}
+        run.log_step(state, n_tokens / run.ranks.row_ranks, **facts)
 
         if held_out_rows and run.due(step, training_config.eval_every):
             run.report(step, shared_measures(training_config, run, model, held_out_rows), of="held-out pairs")

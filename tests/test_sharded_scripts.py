@@ -9,41 +9,45 @@ from safetensors.torch import load_file
 
 from tests import launch, test_train_grpo, test_train_ppo
 from tests.test_train_dpo import OPTIONS, write_pairs
-from tests.test_train_ppo import folder  # noqa: F401
 
-SHARDED = pytest.mark.parametrize(
-    ("script", "more"),
+SHAPE = launch.SMALL.replace("--n_kv_heads 1", "--n_kv_heads 2")  # for two slices
+
+LAYOUTS = {"shard": "--shard 2", "tensor": "--tensor_parallel 2", "context": "--context_parallel 2"}
+DIVIDED = pytest.mark.parametrize(
+    ("script", "more", "layouts"),
     [
-        ("dpo", "--epochs 0.2 --optimizer adamw"),
-        ("dpo", "--epochs 0.2 --tune lora --lora_rank 2"),
-        ("dpo", "--epochs 0.2 --optimizer adamw --loss kto"),  # in the last step rank 1 has nothing to compare
-        ("dpo", "--epochs 0.2 --tune prefix --n_virtual 3"),
-        ("reward", "--steps 3 --optimizer adamw --save_every 2"),
-        ("reward", "--steps 3 --tune prefix --n_virtual 3 --encoder mlp --lr 1e-2"),
+        ("dpo", "--epochs 0.2 --optimizer adamw", "shard tensor context"),
+        ("dpo", "--epochs 0.2 --tune lora --lora_rank 2", "shard tensor"),
+        # in the last step rank 1 has nothing to compare
+        ("dpo", "--epochs 0.2 --optimizer adamw --loss kto", "shard context"),
+        ("dpo", "--epochs 0.2 --tune prefix --n_virtual 3", "shard context"),
+        ("reward", "--steps 3 --optimizer adamw --save_every 2", "shard tensor context"),
+        ("reward", "--steps 3 --tune prefix --n_virtual 3 --encoder mlp --lr 1e-2", "shard tensor"),
     ],
 )
 
 
 @pytest.mark.slow
-@SHARDED
-def test_shards_learn_from_preferences_as_whole_copies_do(tmp_path, script, more):
+@DIVIDED
+def test_parts_learn_from_preferences_as_whole_copies_do(tmp_path, script, more, layouts):
     launch.write_corpus(tmp_path / "data")
-    base = f"--data {tmp_path}/data --out {tmp_path}/base {launch.SMALL} --steps 4 --max_seq_len 128"
+    base = f"--data {tmp_path}/data --out {tmp_path}/base {SHAPE} --steps 4 --max_seq_len 128"
     launch.finish("pretrain", base, tmp_path / "log-base")
     train = write_pairs(tmp_path / "train.jsonl", 60)
     held_out = write_pairs(tmp_path / "held_out.jsonl", 11, seed=1)
     option = {"dpo": "--eval_pairs", "reward": "--eval_data"}[script]
     common = f"--data {train} {option} {held_out} --init_from {tmp_path}/base {OPTIONS} --eval_every 1 {more}"
-    for shard in (1, 2):
-        options = f"{common} --shard {shard} --out {tmp_path}/{script}-{shard}"
-        launch.finish(script, options, tmp_path / f"log-{shard}", ranks=2)
-    whole, divided = (tmp_path / f"{script}-{shard}" for shard in (1, 2))
-    assert launch.losses(divided) == pytest.approx(launch.losses(whole), abs=2e-6) != {}
-    assert launch.norms(divided) == pytest.approx(launch.norms(whole), rel=1e-5)
-    watched = [[row for row in launch.rows(run) if "loss" not in row] for run in (whole, divided)]
-    assert len(watched[0]) > 1
-    for one, other in zip(*watched, strict=True):
-        assert other == pytest.approx(one, rel=1e-3, abs=1e-4)
+    whole, *divided = (tmp_path / name for name in ("whole", *layouts.split()))
+    for run in (whole, *divided):
+        options = f"{common} {LAYOUTS.get(run.name, '--shard 1')} --out {run}"
+        launch.finish(script, options, tmp_path / f"log-{run.name}", ranks=2)
+    for run in divided:
+        assert launch.losses(run) == pytest.approx(launch.losses(whole), abs=2e-6) != {}
+        assert launch.norms(run) == pytest.approx(launch.norms(whole), rel=1e-5)
+        watched = [[row for row in launch.rows(each) if "loss" not in row] for each in (whole, run)]
+        assert len(watched[0]) > 1
+        for one, other in zip(*watched, strict=True):
+            assert other == pytest.approx(one, rel=1e-3, abs=1e-4)
 
 
 # ---- answers that the model draws itself
@@ -59,18 +63,27 @@ def noted(prompts, answers, rows):
 """
 
 ROLLED_OUT = pytest.mark.parametrize(
-    ("script", "ranks", "more"),
+    ("script", "ranks", "layout", "more"),
     [
-        ("ppo", 4, "--micro_batch_size 1 --updates 2"),
-        ("ppo", 2, "--tune lora --replay_weight 1 --replay_rows 3 --replay_data {folder}/beside.jsonl"),
-        ("grpo", 4, "--micro_batch_size 1 --loss grpo --resample 2 --updates 2"),
-        ("grpo", 2, "--tune prefix --n_virtual 3 --encoder mlp"),
-        ("grpo", 2, "--tune lora --loss reinforce --reward {folder}/noted.py:noted,0.1*{folder}/reward"),
+        ("ppo", 4, "--shard 2", "--micro_batch_size 1 --updates 2"),
+        ("ppo", 2, "--shard 2", "--tune lora --replay_weight 1 --replay_rows 3 --replay_data {folder}/beside.jsonl"),
+        ("ppo", 2, "--tensor_parallel 2", "--updates 2 --replay_weight 1 --replay_rows 3 --replay_data {folder}/beside.jsonl"),
+        ("grpo", 4, "--shard 2", "--micro_batch_size 1 --loss grpo --resample 2 --updates 2"),
+        ("grpo", 2, "--shard 2", "--tune prefix --n_virtual 3 --encoder mlp"),
+        ("grpo", 2, "--shard 2", "--tune lora --loss reinforce --reward {folder}/noted.py:noted,0.1*{folder}/reward"),
+        ("grpo", 2, "--context_parallel 2", "--tune lora --loss reinforce --reward {folder}/noted.py:noted"),
+        ("grpo", 4, "--context_parallel 2", "--micro_batch_size 1 --loss grpo --resample 2 --updates 2"),
     ],
 )
 
 
-def write_reward(folder: Path, notes: Path) -> None:  # noqa: F811
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """Models, prompts and reward functions as those of train_ppo.py's tests."""
+    return test_train_ppo.write_folder(tmp_path_factory.mktemp("rolled"), SHAPE)
+
+
+def write_reward(folder: Path, notes: Path) -> None:
     """A reward function that writes into <notes>.0 and so on."""
     (folder / "noted.py").write_text(NOTED.replace("{notes}", str(notes)))
 
@@ -82,10 +95,10 @@ def noted(notes: Path) -> set[str]:
 
 @pytest.mark.slow
 @ROLLED_OUT
-def test_shards_learn_from_their_own_answers_as_one_process_does(folder, tmp_path, script, ranks, more):  # noqa: F811
+def test_parts_learn_from_their_own_answers_as_one_process_does(folder, tmp_path, script, ranks, layout, more):
     """Over a kill in the middle; ranks draw answers of unequal lengths, and learn from unequal numbers of them."""
     module = {"ppo": test_train_ppo, "grpo": test_train_grpo}[script]
-    name = f"{script}-{ranks}-{more.split()[1]}"  # of its own, since all cases share the folder
+    name = f"{script}-{ranks}-{layout.split()[0]}-{more.split()[1]}"  # of its own, since all cases share the folder
     more = f"--steps 4 --batch_size 8 --max_new_tokens 16 --reward {folder}/noted.py:noted {more}"
     more = more.replace("{folder}", str(folder))
     whole, divided = folder / f"{name}-whole", folder / f"{name}-divided"
@@ -93,9 +106,9 @@ def test_shards_learn_from_their_own_answers_as_one_process_does(folder, tmp_pat
     write_reward(folder, tmp_path / "whole")
     launch.finish(script, module.options(folder, whole.name, more), tmp_path / "log-whole")
     write_reward(folder, tmp_path / "divided")
-    options = module.options(folder, divided.name, f"{more} --shard 2 --save_every 2")
+    options = module.options(folder, divided.name, f"{more} {layout} --save_every 2")
     processes = launch.start(script, options, tmp_path / "log-killed", ranks)
-    processes[0].wait_for_checkpoint(divided, 2)
+    processes[0].wait_for_checkpoint(divided, 2, seconds=300)
     processes[0].kill(signal.SIGKILL)  # the others end by themselves
     for process in processes:
         process.wait()

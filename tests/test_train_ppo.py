@@ -30,10 +30,13 @@ def broken(prompts, answers, rows):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
+    return write_folder(tmp_path_factory.mktemp("ppo"), launch.SMALL)
+
+
+def write_folder(here: Path, shape: str) -> Path:
     """A folder with a model of a few steps in base/, a reward model in reward/, prompts and reward functions."""
-    here = tmp_path_factory.mktemp("ppo")
     launch.write_corpus(here / "data")
-    base = f"--data {here}/data --out {here}/base {launch.SMALL} --micro_batch_size 8 --steps 4 --max_seq_len 128"
+    base = f"--data {here}/data --out {here}/base {shape} --micro_batch_size 8 --steps 4 --max_seq_len 128"
     launch.finish("pretrain", base, here / "log" / "base")
     for name, seed in (("train", 0), ("held_out", 1)):
         write_instructions(here / f"{name}_sft.jsonl", 40, seed)

@@ -20,6 +20,7 @@ from minillm.alignment.token_rewards import kl_per_token
 from minillm.datasets.batch import Batch
 from minillm.datasets.instructions import collate
 from minillm.datasets.prompts import Prompt
+from minillm.distributed.rows import from_first
 from minillm.model.transformer import Transformer
 from minillm.tokenizer.tokenizer import Tokenizer
 from minillm.training.run import Run
@@ -129,6 +130,7 @@ class Judge:
         with merged(self.model):
             rolled = roll_out(self.model, [prompt.ids for prompt in prompts], numbers, step, rollout)
         rewards = self.rewards(rolled, prompts).to(rolled.log_probs.device)
+        rewards = from_first(self.model, rewards)  # a function of the user's may draw, or ask elsewhere
         if self.reference is None:
             return Judged(rolled, rewards, rolled.log_probs, None, None)
         log_probs, temperature = rolled.log_probs, rollout.temperature

@@ -10,6 +10,9 @@ autograd; then c, by autograd through the small tensor (B, T) of log-probabiliti
 a cross-entropy whose rows are weighted by −c, which `ops.linear_cross_entropy` computes without keeping logits either.
 The layers are passed once. Only answer tokens go through the head: those of the prompt have c = 0.
 
+Where ranks share rows (rows.py), each computes the log-probabilities of its own tokens, and gets those of the others.
+So a loss is always given whole rows, and of its gradient c a rank takes the part of its own tokens.
+
 At a temperature τ, π is softmax(z / τ) of the logits z = cap · tanh(W h / cap), as the sampler has it. Dividing the
 states h and the cap by τ gives the same, so both parts take h / τ.
 """
@@ -21,6 +24,7 @@ from torch import Tensor, nn
 
 from minillm.datasets.batch import Batch
 from minillm.distributed.parallelize import compiled
+from minillm.distributed.rows import own_gradient, own_part, whole_rows
 from minillm.distributed.shards import gather, is_sharded_model
 from minillm.model import ops
 from minillm.model.linears import product_dtype
@@ -76,7 +80,8 @@ def answer_log_probs(
     """
     was_training = model.training
     model.eval()
-    hidden, targets, where = _answer_states(model, batch, model.hidden)
+    own = own_part(model, batch)
+    hidden, targets, where = _answer_states(model, own, model.hidden)
     model.train(was_training)
 
     log_probs, entropy = target_log_probs(
@@ -87,8 +92,9 @@ def answer_log_probs(
         softcap=model.config.softcap,
         with_entropy=with_entropy,
     )
-    placed = _placed(log_probs, where, batch)  # (B, T)
-    return (placed, _placed(entropy, where, batch)) if with_entropy else placed
+    found = [values for values in (log_probs, entropy) if values is not None]
+    found = [whole_rows(model, _placed(values, where, own), batch.y.shape[1]) for values in found]  # (B, T) each
+    return tuple(found) if with_entropy else found[0]
 
 
 def loss_through_log_probs(
@@ -105,20 +111,21 @@ def loss_through_log_probs(
     may note what it sees. pass_through: what to call in place of `model.hidden`, such as that compiled. Returns the
     scalar, whose backward pass gives Σ c ∇log π: see the head of this file.
     """
-    hidden, targets, where = _answer_states(model, batch, pass_through or model.hidden)  # (N, C), (N,)
+    own = own_part(model, batch)
+    hidden, targets, where = _answer_states(model, own, pass_through or model.hidden)  # (N, C), (N,)
     weight, softcap = model.lm_head.weight, model.config.softcap
 
     # the log-probabilities as a leaf, and the loss's gradient with respect to them
     log_probs, _ = target_log_probs(hidden, weight, targets, temperature=temperature, softcap=softcap)
     with torch.enable_grad(), torch.autocast(hidden.device.type, enabled=False):
-        leaf = _placed(log_probs, where, batch).requires_grad_()  # (B, T)
+        leaf = whole_rows(model, _placed(log_probs, where, own), batch.y.shape[1]).requires_grad_()  # (B, T)
         loss = loss_of(leaf)
         (gradient,) = torch.autograd.grad(loss, leaf) if loss.requires_grad else (torch.zeros_like(leaf),)
 
     # Σ c log π, whose gradient is the loss's
     if batch.mask is not None:
         gradient = gradient * batch.mask
-    c = gradient.flatten()[where]  # (N,)
+    c = own_gradient(model, gradient).flatten()[where]  # (N,)
     cap = None if softcap is None else softcap / temperature
     weighted = ops.linear_cross_entropy(hidden / temperature, weight, targets, -c, cap)
     return loss.detach() + (weighted - weighted.detach())

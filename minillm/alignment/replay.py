@@ -55,7 +55,7 @@ class Replay:
     def batch(self, step: int, run: Run) -> Batch:
         """This rank's rows of a step: those of one process, dealt out."""
         end = (step + 1) * self.n_rows
-        own = np.arange(step * self.n_rows, end)[run.ranks.rank :: run.ranks.world]
+        own = np.arange(step * self.n_rows, end)[run.ranks.data_rank :: run.ranks.data_world]
         return self.rows.batch(own if len(own) else np.array([end]), end)  # a row beyond the end is padding
 
     def learn(self, run: Run, policy: nn.Module, state: TrainState, step: int, n: float) -> None:

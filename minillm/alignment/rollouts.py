@@ -6,7 +6,8 @@ What a policy gradient needs of its samples holds here by construction. Tokens a
 whole vocabulary, without top-k, top-p or penalties, and their log-probabilities are those of the distribution they
 were drawn from. The ids that were drawn are the ids that are trained on, never a text encoded again. The end of an
 answer is one of its tokens if it was drawn, and is missing if the answer was cut. Each draw is a function of (seed,
-step, the answer's number in the run, token), so neither the number of ranks nor a resume changes it.
+step, the answer's number in the run, token), so neither the number of ranks nor a resume changes it. Ranks that share
+rows draw the same answers together.
 """
 
 from collections.abc import Sequence
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from minillm.datasets.batch import Batch
 from minillm.distributed.lockstep import Lockstep
+from minillm.distributed.rows import from_first
 from minillm.distributed.shards import without_gradients
 from minillm.generation.completion import check_prompts, is_recorded, prefill
 from minillm.generation.recorded_step import RecordedStep, next_logits
@@ -95,7 +97,7 @@ class _Answers:
     """All answers of a step as they grow: their tokens, and the log-probability of each under the sampler."""
 
     def __init__(self, model: Transformer, prompts: Sequence[Sequence[int]], numbers: Sequence[int], step: int, config):
-        self.config = config
+        self.config, self.model = config, model
         group = config.group_size
         context = context_of(model)
         self.limits = [min(config.max_new_tokens, context - len(prompt)) for prompt in prompts for _ in range(group)]
@@ -112,6 +114,7 @@ class _Answers:
         positions = [len(self.tokens[answer]) if on else 0 for answer, on in zip(answer_at, goes_on, strict=True)]
         uniform = self.uniform[answer_at, positions].to(logits.device)  # (B,)
         drawn, log_probs = draw(logits, self.config.temperature, uniform)  # (B,), (B,)
+        drawn, log_probs = from_first(self.model, drawn), from_first(self.model, log_probs)  # where ranks share rows
         found = zip(answer_at.tolist(), drawn.tolist(), log_probs.tolist(), strict=True)
         for place, (answer, token, log_prob) in enumerate(found):
             if goes_on[place]:

@@ -53,7 +53,7 @@ def token_advantages(rewards: Tensor, kl: Tensor, mask: Tensor, beta: float, ran
     """
     rewards_of_tokens = token_rewards(rewards, kl, mask, beta)  # (N, T)
     returns = generalised_advantages(rewards_of_tokens, torch.zeros_like(kl), mask, gamma=1.0, lam=1.0)
-    moments = torch.tensor(ranks.sum(*moments_of(returns, mask).tolist()), dtype=torch.float64)
+    moments = torch.tensor(ranks.sum_of_rows(*moments_of(returns, mask).tolist()), dtype=torch.float64)
     return whitened(returns, mask, moments)
 
 

@@ -77,9 +77,9 @@ class PpoConfig(RewardedConfig):
 
     def problems(self) -> list[str]:
         problems = super().problems()
-        world = world_size()
-        if self.batch_size % (self.minibatches * world):
-            times = f" times {world} ranks" if world > 1 else ""
+        n_shares = max(1, world_size() // (self.tensor_parallel * self.context_parallel))  # of the prompts, by ranks
+        if self.batch_size % (self.minibatches * n_shares):
+            times = f" times {n_shares} ranks" if n_shares > 1 else ""
             problems.append(
                 f"--minibatches {self.minibatches}: --batch_size {self.batch_size} is no multiple of it{times}"
             )

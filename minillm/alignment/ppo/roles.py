@@ -66,7 +66,7 @@ def cast_roles(
 def _whole_policy(training_config: PpoConfig, start: starting_model.Start) -> Transformer:
     """The policy as it begins, on the CPU: what a value model is made of where the policy has been dealt out."""
     alone = Ranks(0, 1, torch.device("cpu"))
-    undivided = dataclasses.replace(training_config, shard="1")
+    undivided = dataclasses.replace(training_config, shard="1", tensor_parallel=1, context_parallel=1)
     return starting_model.make_model(undivided, start.model_config, start.init, None, alone)
 
 

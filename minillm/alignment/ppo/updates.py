@@ -39,8 +39,8 @@ def minibatches(training_config: PpoConfig, ranks: Ranks, step: int) -> Iterator
     pass, block). So ranks, which hold whole blocks, have together the minibatches that one alone would have.
     """
     parts, group = training_config.minibatches, training_config.group_size
-    n_blocks = training_config.batch_size // ranks.world // parts
-    first_block = ranks.rank * n_blocks
+    n_blocks = training_config.batch_size // ranks.data_world // parts
+    first_block = ranks.data_rank * n_blocks
     for number in range(training_config.updates):
         orders = [
             np.random.default_rng([training_config.seed, step, number, first_block + block]).permutation(parts)

@@ -172,7 +172,7 @@ class HeldOut:
         """Report on held-out pairs when it is due; the ranks share the work. before: of `recall`."""
         if self.pairs is None or not run.due(step, run.training_config.eval_every):
             return
-        sums = np.array(run.ranks.sum(*self._sums(model, run, run.ranks).tolist()))
+        sums = np.array(run.ranks.sum_of_rows(*self._sums(model, run, run.ranks).tolist()))
         if not run.ranks.main:
             return
         known = np.array(before["sums"]) if "sums" in before else None
