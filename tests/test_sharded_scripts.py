@@ -67,7 +67,7 @@ ROLLED_OUT = pytest.mark.parametrize(
     [
         ("ppo", 4, "--shard 2", "--micro_batch_size 1 --updates 2"),
         ("ppo", 2, "--shard 2", "--tune lora --replay_weight 1 --replay_rows 3 --replay_data {folder}/beside.jsonl"),
-        ("ppo", 2, "--tensor_parallel 2", "--updates 2 --replay_weight 1 --replay_rows 3 --replay_data {folder}/beside.jsonl"),
+        ("ppo", 2, "--tensor_parallel 2", "--updates 2 --replay_rows 3 --replay_data {folder}/beside.jsonl"),
         ("grpo", 4, "--shard 2", "--micro_batch_size 1 --loss grpo --resample 2 --updates 2"),
         ("grpo", 2, "--shard 2", "--tune prefix --n_virtual 3 --encoder mlp"),
         ("grpo", 2, "--shard 2", "--tune lora --loss reinforce --reward {folder}/noted.py:noted,0.1*{folder}/reward"),
