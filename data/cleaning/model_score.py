@@ -28,7 +28,7 @@ from minillm.datasets.batch import shifted
 from minillm.model.transformer import Transformer
 from minillm.tokenizer.tokenizer import Tokenizer
 
-BEGINNING = 1000  # characters of a text that are scored
+BEGINNING = 400  # characters of a text that are scored
 TOKENS_AT_ONCE = 2048
 LOGITS_AT_ONCE = 1 << 24  # numbers
 UNKNOWN_LENGTH = 512  # tokens of a window, of a model that does not say how long those of its training were

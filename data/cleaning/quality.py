@@ -71,10 +71,9 @@ class HeldOut(NamedTuple):
         """In words. least: the probability below which a text is dropped."""
         n_kept = self.kept_good + self.n_bad - self.dropped_bad
         return (
-            f"quality: of samples held out, {self.n_good:,} good and {self.n_bad:,} bad, below {least:g} are dropped "
-            f"{self.dropped_bad / self.n_bad:.1%} of the bad; of the good {self.kept_good / self.n_good:.1%} are kept "
-            f"(recall), and of what is kept {self.kept_good / max(n_kept, 1):.1%} is good (precision); area under the "
-            f"curve {self.auc:.3f} ± {self.error:.3f}"
+            f"quality on samples held out, {self.n_good:,} good and {self.n_bad:,} bad, at {least:g}: precision "
+            f"{self.kept_good / max(n_kept, 1):.1%}, recall {self.kept_good / self.n_good:.1%}, bad ones dropped "
+            f"{self.dropped_bad / self.n_bad:.1%}; area under the curve {self.auc:.3f} ± {self.error:.3f}"
         )
 
 

@@ -53,7 +53,7 @@ def find_files(
         elif not path.exists():
             raise UserError(f"{path}: no such file or folder")
         elif not ending(path, suffixes):
-            raise UserError(f"{path}: not a known kind of file ({', '.join(suffixes)}); convert or rename it")
+            raise UserError(f"{path}: not a known kind of file ({_named(suffixes)}); convert or rename it")
         else:
             files.append(path)
     for path, times in Counter(file.resolve() for file in files).items():
@@ -67,6 +67,13 @@ def ending(path: Path, suffixes: tuple[str, ...] = SUFFIXES) -> str:
     return next((suffix for suffix in suffixes if path.name.lower().endswith(suffix)), "")
 
 
+def _named(suffixes: tuple[str, ...]) -> str:
+    """The kinds of files in words, each once, and what they may be packed by."""
+    packed = [suffix for suffix in suffixes if suffix.count(".") > 1]
+    packings = dict.fromkeys("." + suffix.rpartition(".")[2] for suffix in packed)
+    return f"{', '.join(suffix for suffix in suffixes if suffix not in packed)}, or packed as {' '.join(packings)}"
+
+
 def is_txt(path: Path) -> bool:
     """Whether a file is plain text, packed or not."""
     return ending(path).startswith(".txt")
@@ -76,7 +83,7 @@ def say_left_out(left_out: Counter[str], suffixes: tuple[str, ...] = SUFFIXES) -
     """Print in one line how many files in the folders are not read. suffixes: the kinds that are known."""
     if left_out:
         kinds = ", ".join(f"{kind} {count:,}" for kind, count in left_out.most_common())
-        print(visible(f"{left_out.total():,} left out of the folders: {kinds}; read are {', '.join(suffixes)}"))
+        print(visible(f"{left_out.total():,} left out of the folders: {kinds}; read are {_named(suffixes)}"))
 
 
 def _files_in(folder: Path, left_out: Counter[str], suffixes: tuple[str, ...]) -> list[Path]:
@@ -115,9 +122,8 @@ def _files_in(folder: Path, left_out: Counter[str], suffixes: tuple[str, ...]) -
                 left_out[path.suffix.lower() or "without an ending"] += 1
     if not files:
         found = ", ".join(f"{kind} {count:,}" for kind, count in left_out.most_common())
-        raise UserError(
-            f"{folder}: the folder holds no file of a known kind ({', '.join(suffixes)}){found and f', but {found}'}"
-        )
+        kinds = _named(suffixes)
+        raise UserError(f"{folder}: the folder holds no file of a known kind ({kinds}){found and f', but {found}'}")
     return sorted(_each_once(files, left_out))
 
 

@@ -150,7 +150,7 @@ def test_texts_of_low_quality_are_dropped_and_say_why(tmp_path, capsys):
     texts = write(tmp_path / "a.jsonl", [story(500), story(501, SALT), story(502)])
     options = {"good": (good,), "bad": (bad,)}
     result = run(tmp_path / "out", texts, **options)
-    assert "of samples held out, 80 good and 80 bad, below 0.5 are dropped 100.0% of the bad" in capsys.readouterr().out
+    assert "80 good and 80 bad, at 0.5: precision 100.0%, recall 100.0%, bad ones dropped" in capsys.readouterr().out
     assert result["held_out"]["auc"] == 1 and [row["text"] for row in rows(tmp_path / "out")] == [
         story(500),
         story(502),
