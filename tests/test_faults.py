@@ -283,7 +283,7 @@ def test_two_runs_into_one_folder(folder):
         ("--resume none", ["--resume none", "already holds checkpoints", "choose another --out"]),
         (
             "--resume {folder}/run/step-00000003",
-            ["choose auto or none", "copy it there", "cp -r {folder}/run/step-00000003 {folder}/run/"],
+            ["choose auto, which", "copy it there", "cp -r {folder}/run/step-00000003 {folder}/run-2/"],
         ),
     ],
 )

@@ -119,8 +119,11 @@ def pick_device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        if device.type not in ("cpu", "cuda", "mps"):
-            raise RuntimeError("neither cpu, cuda nor mps")
+    except RuntimeError:  # no name of torch's
+        device = torch.device("meta")
+    if device.type not in ("cpu", "cuda", "mps"):
+        raise UserError(f"--device {name}: choose auto, cpu, cuda, cuda:N or mps")
+    try:
         if device.type == "cuda":  # ask the driver: a test tensor would take memory
             n_gpus = torch.cuda.device_count()
             if (device.index or 0) >= n_gpus:

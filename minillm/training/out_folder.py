@@ -4,14 +4,29 @@ Somebody may delete the folder, or move it, while the run trains. Its files are 
 again with all that was in it, except the checkpoints: the run saves the next one at once.
 """
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
 from minillm.base import files
 from minillm.base.errors import UserError
 from minillm.base.process import RunLock
-from minillm.checkpoint import run_folder
+from minillm.checkpoint import run_folder, train_state
 from minillm.training.metrics import MetricsLog, TensorBoard
+
+
+def check_out(folder: Path) -> None:
+    """Raise `UserError` for an --out in which no run can be, before anything is read that takes long."""
+    if (folder / train_state.STATE).exists():
+        raise UserError(
+            f"--out {folder}: is a checkpoint itself; give the folder of a run, which holds checkpoints by names like "
+            "step-00000060"
+        )
+    nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not nearest.is_dir():
+        raise UserError(f"--out {folder}: {nearest} is a file; give a folder, which is made if it is missing")
+    if not os.access(nearest, os.W_OK):
+        raise UserError(f"--out {folder}: nothing may be written into {nearest}; choose another, or chmod u+w it")
 
 
 class OutFolder:

@@ -21,7 +21,7 @@ from minillm.base.errors import UserError
 from minillm.base.json_door import read_json
 from minillm.base.options import write_toml
 from minillm.base.process import StopSignals, advise_on_memory, run_script
-from minillm.checkpoint import run_folder, train_state
+from minillm.checkpoint import run_folder
 from minillm.distributed import ranks as distributed
 from minillm.distributed.diloco import Rounds
 from minillm.distributed.hosts import check_options, differences
@@ -34,7 +34,7 @@ from minillm.tokenizer.tokenizer import Tokenizer
 from minillm.training import kernel_check, plot, resuming, saving, sharding, starting_model
 from minillm.training.bad_steps import BadSteps
 from minillm.training.config import TrainingConfig
-from minillm.training.out_folder import OutFolder
+from minillm.training.out_folder import OutFolder, check_out
 from minillm.training.progress import Progress, duration
 from minillm.training.schedule import Schedule, lr_at, set_lr
 from minillm.training.step import TrainState, seed_step
@@ -58,19 +58,25 @@ def begin(training_config: TrainingConfig) -> tuple[TrainingConfig, Ranks, Calla
     """How every script begins: ranks joined, ops chosen, the check of our kernels started.
 
     Returns the options with the micro-batch filled in, the ranks, and a function that waits for the kernels' check and
-    must be called before the first of them runs. Raises `UserError` on every rank if their options differ.
+    must be called before the first of them runs. Raises `UserError` on every rank if their options differ, and on rank
+    0 for an --out in which no run can be.
     """
     if training_config.resume not in ("auto", "none"):
-        out = training_config.out
+        step, out = Path(training_config.resume), Path(training_config.out)
+        way = f"copy it there and begin with --resume auto: mkdir -p {out} && cp -r {step} {out}/"
+        if step.parent.absolute() == out.absolute():  # it lies in --out already
+            way = f"copy it there, with that folder as --out: mkdir -p {out}-2 && cp -r {step} {out}-2/"
         raise UserError(
-            f"--resume {training_config.resume}: choose auto or none; to go on from that step in another folder, copy "
-            f"it there and begin with --resume auto: mkdir -p {out} && cp -r {training_config.resume} {out}/"
+            f"--resume {step}: choose auto, which goes on from the newest checkpoint in --out, or none; to go on from "
+            f"that step in another folder, {way}"
         )
     row_ranks = sharding.row_ranks(training_config)
     data_world = distributed.world_size() // row_ranks
     size = distributed.micro_batch(training_config.batch_size, training_config.micro_batch_size, data_world)
     ranks = distributed.start(training_config.device, training_config.timeout_s)
     ranks = dataclasses.replace(ranks, row_ranks=row_ranks)
+    if ranks.main:
+        check_out(Path(training_config.out))
     dtype = pick_dtype(training_config.dtype, ranks.device)  # what auto means is up to the GPU
     check_options(ranks, dataclasses.asdict(training_config) | {"dtype": dtype})
     ops.select(training_config.impl)
@@ -96,8 +102,8 @@ class Run:
 
         fingerprints: of tokenizer, data, its order and architecture. tokenizer: is saved with the model. next_command:
         what to try after this run. facts: what else to record in checkpoints; a function is asked when one is saved.
-        Raises `UserError` if another run has locked the folder, if its checkpoint has other fingerprints, if there are
-        any despite `--resume none`, or if --out is a step folder itself.
+        Raises `UserError` if another run has locked the folder, if its checkpoint has other fingerprints, or if there
+        are any despite `--resume none`.
         """
         self.training_config = training_config
         self.ranks, self.device = ranks, ranks.device
@@ -107,11 +113,6 @@ class Run:
         self.folder = Path(training_config.out)
         self.rounds = Rounds(training_config, ranks, self.dtype)
         self.progress: Progress | None = None
-        if (self.folder / train_state.STATE).exists():
-            raise UserError(
-                f"--out {self.folder}: is a checkpoint itself; give the folder of a run, which holds checkpoints by "
-                "names like step-00000060"
-            )
         self.out = OutFolder(self.folder) if ranks.main else None
         self.signals = StopSignals()
         self.stop_signal = 0

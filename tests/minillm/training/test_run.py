@@ -293,6 +293,19 @@ def test_a_failing_curve_is_no_failing_run(new_run, monkeypatch):
     assert new_run().draw() == "no curve: ZeroDivisionError: division by zero"
 
 
+def test_an_out_in_which_no_run_can_be_is_refused_before_anything_is_read(tmp_path, monkeypatch):
+    file = tmp_path / "file"
+    file.write_text("a text")
+    for out in (file, file / "run", file / "run" / "deeper"):
+        with pytest.raises(UserError, match=f"--out {out}: {file} is a file; give a folder"):
+            run.begin(TrainingConfig(out=str(out), device="cpu"))
+    out_folder.check_out(tmp_path / "not" / "there")
+    out_folder.check_out(tmp_path)
+    monkeypatch.setattr(out_folder.os, "access", lambda *_: False)
+    with pytest.raises(UserError, match=f"nothing may be written into {tmp_path}; choose another"):
+        out_folder.check_out(tmp_path / "not" / "there")
+
+
 def test_the_place_of_a_lost_folder_may_be_taken(tmp_path):
     folder = out_folder.OutFolder(tmp_path / "out")
     folder.open_logs(0, tensorboard=False)
