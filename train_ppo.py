@@ -84,6 +84,9 @@ def main() -> int:
     if training_config.data == Config.data:
         once_a_host(ranks, bundled.build)
 
+    # what answers are worth: as a model has learned it, and in truth
+    reward_model, true_reward = read_rewards(training_config, ranks, tokenizer)
+
     # prompts to learn from, held-out prompts, and held-out questions of all kinds
     prompts = read_prompts(training_config, training_config.data, tokenizer)
     held_out = training_config.held_out_prompts
@@ -91,9 +94,6 @@ def main() -> int:
     questions = training_config.held_out_questions()
     replay = Replay(training_config, tokenizer, prompts.families)
     tasks = tasks_to_ask(training_config, tokenizer, start.model_config, ranks)
-
-    # what answers are worth: as a model has learned it, and in truth
-    reward_model, true_reward = read_rewards(training_config, ranks, tokenizer)
 
     # the run: its folder, and the checkpoint to go on from
     fingerprints = {

@@ -4,6 +4,7 @@ import dataclasses
 import math
 import textwrap
 from dataclasses import dataclass
+from pathlib import Path
 
 from minillm.base.errors import UserError
 from minillm.base.options import Options, differences, option
@@ -144,12 +145,23 @@ LOOKING = {"epochs", "eval_data", "eval_rows", "eval_tasks", "eval_limit"}
 FREE = {field.name for field in dataclasses.fields(TrainingConfig)} - BOUND | LOOKING
 
 
-def listed_files(data: str) -> list[str]:
-    """The files that --data names, separated by commas. Raises `UserError` if there is none."""
+def listed_files(data: str, name: str = "data") -> list[str]:
+    """The files that --data names, separated by commas; name: that of another option. Raises `UserError` for none."""
     paths = [path.strip() for path in data.split(",") if path.strip()]
     if not paths:
-        raise UserError(f"--data {data}: names no file; give .jsonl or .json files, separated by commas")
+        raise UserError(f"--{name} {data}: names no file; give .jsonl or .json files, separated by commas")
     return paths
+
+
+def check_files(training_config) -> None:
+    """Raise `UserError` for files beside --data that do not exist, before --data is read, which takes long."""
+    for name in ("eval_data", "eval_pairs", "eval_prompts", "replay_data"):
+        named = getattr(training_config, name, None)
+        if named is None or Path(named).exists():  # one file, perhaps with a comma in its name
+            continue
+        for path in listed_files(named, name):
+            if not Path(path).exists():
+                raise UserError(f"--{name} {path}: no such file")
 
 
 def with_steps(training_config, n_of_epochs: int):

@@ -33,7 +33,7 @@ from minillm.model.transformer import Transformer
 from minillm.tokenizer.tokenizer import Tokenizer
 from minillm.training import kernel_check, plot, resuming, saving, sharding, starting_model
 from minillm.training.bad_steps import BadSteps
-from minillm.training.config import TrainingConfig
+from minillm.training.config import TrainingConfig, check_files
 from minillm.training.out_folder import OutFolder, check_out
 from minillm.training.progress import Progress, duration
 from minillm.training.schedule import Schedule, lr_at, set_lr
@@ -59,7 +59,7 @@ def begin(training_config: TrainingConfig) -> tuple[TrainingConfig, Ranks, Calla
 
     Returns the options with the micro-batch filled in, the ranks, and a function that waits for the kernels' check and
     must be called before the first of them runs. Raises `UserError` on every rank if their options differ, and on rank
-    0 for an --out in which no run can be.
+    0 for an --out in which no run can be, and for files to look at that are not there.
     """
     if training_config.resume not in ("auto", "none"):
         step, out = Path(training_config.resume), Path(training_config.out)
@@ -77,6 +77,7 @@ def begin(training_config: TrainingConfig) -> tuple[TrainingConfig, Ranks, Calla
     ranks = dataclasses.replace(ranks, row_ranks=row_ranks)
     if ranks.main:
         check_out(Path(training_config.out))
+        check_files(training_config)
     dtype = pick_dtype(training_config.dtype, ranks.device)  # what auto means is up to the GPU
     check_options(ranks, dataclasses.asdict(training_config) | {"dtype": dtype})
     ops.select(training_config.impl)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+import train_dpo
 from minillm.base.device import autocast, pick_dtype
 from minillm.base.errors import UserError
 from minillm.base.options import declared, value_type
@@ -304,6 +305,15 @@ def test_an_out_in_which_no_run_can_be_is_refused_before_anything_is_read(tmp_pa
     monkeypatch.setattr(out_folder.os, "access", lambda *_: False)
     with pytest.raises(UserError, match=f"nothing may be written into {tmp_path}; choose another"):
         out_folder.check_out(tmp_path / "not" / "there")
+
+
+@pytest.mark.parametrize("name", ["eval_data", "eval_pairs", "replay_data"])
+def test_files_to_look_at_that_are_not_there_are_refused_before_anything_is_read(name, tmp_path):
+    here = tmp_path / "here.jsonl"
+    here.write_text("{}")
+    options = {name: f"{here},{tmp_path}/gone.jsonl", "out": str(tmp_path / "out"), "device": "cpu"}
+    with pytest.raises(UserError, match=f"--{name} {tmp_path}/gone.jsonl: no such file"):
+        run.begin(train_dpo.Config(**options))
 
 
 def test_the_place_of_a_lost_folder_may_be_taken(tmp_path):
