@@ -91,11 +91,13 @@ def attention(
     spans: Tensor | None = None,
     softcap: float | None = None,
     scale: float | None = None,
+    seen: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """softmax(q kᵀ · scale) v over the visible keys, heads grouped (Ainslie et al. 2023, arXiv:2305.13245).
 
     q: (B, Tq, H, D); k, v: (B, Tk, K, D), query head h uses key head h // (H / K). causal, window, spans:
     see `visible`. softcap: scores become softcap · tanh(scores / softcap). scale: default D^-0.5.
+    seen: (B, Tq, Tk) bool, which keys each query sees, in place of these rules.
     Returns the output (B, Tq, H, D) and the scores' log-sum-exp (B, H, Tq), natural logarithm, at least fp32; a
     query that sees no key gives zeros, and -inf.
     """
@@ -107,7 +109,8 @@ def attention(
     scores = torch.einsum("bqhd,bkhd->bhqk", q, k) * scale  # (B, H, Tq, Tk)
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
-    seen = visible(q.shape[1], k.shape[1], causal=causal, window=window, spans=spans, device=q.device)
+    if seen is None:
+        seen = visible(q.shape[1], k.shape[1], causal=causal, window=window, spans=spans, device=q.device)
     if seen.dim() == 3:
         seen = seen[:, None]  # (B, 1, Tq, Tk): the same for all heads
     scores = scores.masked_fill(~seen, float("-inf"))

@@ -43,11 +43,17 @@ class KVCache:
         self.max_len = max_len
         self.recordable = False  # True: a pass depends on no number of the host, so it can be recorded (CUDA graph)
         self.ends: Tensor | None = None  # (B,) end of each row's keys in this pass; None: all end with the last key
+        self.seen: Tensor | None = None  # (B, T, T_k) bool, what each new token sees; None: itself and all before it
+        self.window = config.window
 
     @property
     def longest(self) -> int:
         """Tokens in the longest row."""
         return max(self.host_lengths.tolist())
+
+    def reach(self, n_tokens: int) -> int:
+        """One past the last position of T more tokens a row."""
+        return self.longest + n_tokens
 
     def check_room(self, n_tokens: int) -> None:
         """Raise ValueError unless every row has room for `n_tokens` more."""
@@ -80,6 +86,18 @@ class KVCache:
         self.new_slots = (first_slots[:, None] + positions).flatten()  # (B·T,)
         self.read_slots = slice(None) if self.recordable else slice(end)
         return positions
+
+    def seen_by(self, chosen: Tensor) -> Tensor:
+        """Which slots some of the new tokens see, (B, n, T_k) bool, after `reserve`.
+
+        chosen: (B, n) int64, their numbers among the T new ones.
+        """
+        if self.seen is not None:
+            return self.seen.gather(1, chosen[:, :, None].expand(-1, -1, self.seen.shape[2]))
+        slots = torch.arange(self.read_slots.stop or self.max_len, device=chosen.device)  # (T_k,)
+        own = self.lengths[:, None, None] + chosen[:, :, None]  # (B, n, 1)
+        seen = slots <= own
+        return seen if self.window is None else seen & (slots > own - self.window)
 
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store the new tokens' k and v, (B, T, K, D), where `reserve` made room.
@@ -157,6 +175,8 @@ class KVCache:
         part.max_len = self.max_len
         part.recordable = False
         part.ends = None
+        part.seen = None
+        part.window = self.window
         return part
 
     def keep(self, rows: Tensor) -> None:
@@ -167,3 +187,40 @@ class KVCache:
             for layer, old in enumerate(tensors):  # (B, T_max, K, D) → (n, T_max, K, D)
                 tensors[layer] = old.new_zeros(len(rows), *old.shape[1:])
                 tensors[layer][:, : self.longest] = old[rows, : self.longest]
+
+
+class TreeCache(KVCache):
+    """A cache for rows that hold several texts, of which what they begin with alike is there once.
+
+        a b c d     tokens  a b c d e f     c and e follow b, f follows a
+        a b e       depths  0 1 2 3 2 1
+        a f         ends    6 5 4 4 5 6     token i sees token j where j ≤ i < ends[j]
+
+    All rows begin with equally many tokens that were read before. Nothing can follow the pass that reads the trees.
+    """
+
+    depths: Tensor | None = None  # of the pass that comes; None: one text a row
+
+    def branch(self, depths: Tensor, ends: Tensor) -> None:
+        """Let the next pass read trees. depths, ends: (B, T) int64, see above; where rows are filled up, any depth."""
+        self.depths = depths
+        self.branch_ends = ends
+        self.deepest = int(depths.max())
+
+    def reach(self, n_tokens: int) -> int:
+        return super().reach(n_tokens if self.depths is None else self.deepest + 1)
+
+    def reserve(self, n_tokens: int) -> slice | Tensor:
+        slots = super().reserve(n_tokens)
+        if self.depths is None:
+            return slots
+        n_before = self.new_slots.start
+        positions = n_before + self.depths  # (B, T)
+        before = torch.arange(n_before, device=positions.device).expand(len(positions), -1)  # (B, T_k − T)
+        own = torch.arange(n_tokens, device=positions.device)[:, None]  # (T, 1)
+        in_tree = (own >= own.T) & (own < self.branch_ends[:, None, :])  # (B, T, T)
+        self.seen = torch.cat((torch.ones_like(in_tree[:, :, :1]).expand(-1, -1, n_before), in_tree), 2)
+        if self.window is not None:
+            distance = positions[:, :, None] - torch.cat((before, positions), 1)[:, None, :]  # (B, T, T_k)
+            self.seen &= distance < self.window
+        return positions

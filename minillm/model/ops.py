@@ -225,12 +225,18 @@ def attention(
     softcap: float | None = None,
     scale: float | None = None,
     ends: Tensor | None = None,
+    seen: Tensor | None = None,
 ) -> Tensor:
     """See `kernels.reference.attention`; the output alone.
 
     ends: (B,) int64, where k and v are a cache whose rows differ in length: row b's keys are the slots j < ends[b],
     and its queries belong to the last of them. Causal, with no spans and no gradient.
+    seen: (B, Tq, Tk) bool, which keys each query sees, at least one; in place of all the rules.
     """
+    if seen is not None:
+        if _selected == "reference":
+            return reference.attention(q, k, v, seen=seen)[0]
+        return _torch_attention(q, k, v, seen[:, None])
     if ends is None and spans is None and softcap is None and _is_step(q) and (window or k.shape[1]) >= k.shape[1]:
         return _torch_attention(q, k, v, scale=scale)  # the newest token sees every key
     options = dict(causal=causal, window=window, spans=spans, softcap=softcap, scale=scale)

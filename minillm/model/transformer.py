@@ -32,6 +32,8 @@ class Placement(NamedTuple):
     spans: Tensor | None  # (B, T, 2), first and one past the last token of each token's document; None: one text a row
     cache: KVCache | None  # keys and values of the tokens before them; None: there are none
     positions: slice | Tensor | None = None  # in place of angles: of learned vectors, which are added to the states
+    seen: Tensor | None = None  # (B, T, Tk) bool, which keys each token sees; None: its own and all before it
+    chosen: Tensor | None = None  # (B, n) int64, the tokens whose states the layer gives; None: all of them
 
 
 class RMSNorm(nn.Module):
@@ -70,7 +72,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, placement: Placement) -> Tensor:
         batch, length, _ = x.shape
-        rotation, spans, cache, _ = placement
+        rotation, spans, cache, _, seen, chosen = placement
         q, k, v = ops.linears(x, self.q_proj, self.k_proj, self.v_proj)
         q = q.view(batch, length, self.config.n_heads, self.config.head_dim)  # (B, T, H, D)
         k = k.view(batch, length, self.config.n_kv_heads, self.config.head_dim)  # (B, T, K, D)
@@ -91,8 +93,12 @@ class Attention(nn.Module):
             k, v = cache.update(self.layer, k, v)  # (B, Tk, K, D)
             ends = cache.ends
 
-        out = self.attend(q, k, v, spans, ends)  # (B, T, H, D)
-        return ops.linears(out.reshape(batch, length, -1), self.o_proj)[0]  # (B, T, H·D) → (B, T, C)
+        # what is read of them: all tokens before the own, or what a mask says, for all tokens or for the chosen ones
+        if seen is None:
+            out = self.attend(q, k, v, spans, ends)  # (B, T, H, D)
+        else:
+            out = ops.attention(q if chosen is None else of_tokens(q, chosen), k, v, seen=seen)  # (B, T or n, H, D)
+        return ops.linears(out.flatten(2), self.o_proj)[0]  # (B, T, H·D) → (B, T, C)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, spans: Tensor | None, ends: Tensor | None) -> Tensor:
         """`ops.attention`, causal: the queries are those of the last T of the Tk keys."""
@@ -133,9 +139,11 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
 
     def forward(self, x: Tensor, delta: Tensor | None, placement: Placement) -> tuple[Tensor, Tensor]:
-        """x, delta: (B, T, C), delta not yet added (None: nothing). Returns the next x and delta."""
+        """x, delta: (B, T, C), delta not yet added (None: nothing). Returns the next x and delta, of chosen tokens."""
         x, normed = self.input_layernorm.after_adding(x, delta)
         delta = self.dropout(self.self_attn(normed, placement))
+        if placement.chosen is not None:
+            x = of_tokens(x, placement.chosen)  # (B, n, C)
         x, normed = self.post_attention_layernorm.after_adding(x, delta)
         return x, self.dropout(self.mlp(normed))
 
@@ -253,11 +261,29 @@ class Transformer(nn.Module):
             hidden.flatten(0, 1), self.lm_head.weight, targets.flatten(), flat_mask, self.config.softcap
         )
 
-    def hidden(self, tokens: Tensor, *, documents: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
-        """The states (B, T, C) after the last norm, from which logits and losses are computed."""
-        return self.through_layers(self.embed_tokens(tokens), documents=documents, cache=cache)
+    def hidden(
+        self,
+        tokens: Tensor,
+        *,
+        documents: Tensor | None = None,
+        cache: KVCache | None = None,
+        chosen: Tensor | None = None,
+    ) -> Tensor:
+        """The states (B, T, C) after the last norm, from which logits and losses are computed.
 
-    def through_layers(self, x: Tensor, *, documents: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
+        chosen: (B, n) int64, with a cache: numbers of tokens, 0 to T − 1. Then the states (B, n, C) are those of these
+        tokens, and the last layer computes no others: of the rest it needs keys and values only.
+        """
+        return self.through_layers(self.embed_tokens(tokens), documents=documents, cache=cache, chosen=chosen)
+
+    def through_layers(
+        self,
+        x: Tensor,
+        *,
+        documents: Tensor | None = None,
+        cache: KVCache | None = None,
+        chosen: Tensor | None = None,
+    ) -> Tensor:
         """`hidden` of embeddings x (B, T, C) in place of tokens."""
         length = x.shape[1]
         placement = self.placement(length, documents, cache, x.dtype)
@@ -270,6 +296,8 @@ class Transformer(nn.Module):
         # a layer that stores its keys and values cannot be computed a second time
         recompute = self.checkpoint_activations and self.training and not (cache is not None and cache.stores)
         for layer in self.layers:
+            if chosen is not None and layer is self.layers[-1]:
+                placement = placement._replace(seen=cache.seen_by(chosen), chosen=chosen)
             if recompute:
                 x, delta = checkpoint(layer, x, delta, placement, use_reentrant=False)
             else:
@@ -282,10 +310,11 @@ class Transformer(nn.Module):
         """The places of T tokens a row. dtype: of the states."""
         positions = self._positions(length, documents, cache)  # (B, T), or (T,) if all rows have the same
         spans = None if documents is None else ops.document_spans(documents)
+        seen = None if cache is None else cache.seen
         if self.config.positions == "learned":
-            return Placement(None, spans, cache, positions)
+            return Placement(None, spans, cache, positions, seen)
         rotation = ops.rotation(self.cos[positions], self.sin[positions], dtype)
-        return Placement(rotation, spans, cache)
+        return Placement(rotation, spans, cache, seen=seen)
 
     def _positions(self, length: int, documents: Tensor | None, cache: KVCache | None) -> slice | Tensor:
         """Position of each of T tokens in its text: (B, T) int64, or a slice where all rows have the same.
@@ -297,7 +326,7 @@ class Transformer(nn.Module):
         positions = slice(length)
         reach = length  # one past the last position
         if cache is not None:
-            reach = cache.longest + length
+            reach = cache.reach(length)
         elif documents is not None:
             positions = positions_within(documents)
             if length > self.config.max_seq_len:
@@ -316,6 +345,12 @@ class Transformer(nn.Module):
         """The score (B, T) at every position from `hidden` (B, T, C), in fp32: in bf16 close scores would be equal."""
         with torch.autocast(hidden.device.type, enabled=False):
             return (hidden.float() @ self.score.weight.float().T).squeeze(-1)  # (B, T, C) · (C, 1)
+
+
+def of_tokens(x: Tensor, chosen: Tensor) -> Tensor:
+    """What x (B, T, …) holds of the tokens with these numbers, (B, n) → (B, n, …)."""
+    rows = torch.arange(len(x), device=x.device)[:, None]  # (B, 1)
+    return x[rows, chosen]
 
 
 def positions_within(documents: Tensor) -> Tensor:

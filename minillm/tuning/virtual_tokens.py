@@ -32,12 +32,17 @@ class FilledCache:
     """The same n tokens before every row, in place of a `KVCache`: gradients reach them, and no text is stored."""
 
     stores = False
+    seen = None
     ends = None
 
     def __init__(self, keys: list[Tensor], values: list[Tensor]):
         """keys, values: for each layer (1, n, K, D)."""
         self.keys, self.values = keys, values
         self.longest = keys[0].shape[1]
+
+    def reach(self, n_tokens: int) -> int:
+        """One past the last position of T tokens of text."""
+        return self.longest + n_tokens
 
     def reserve(self, n_tokens: int) -> slice:
         """The positions of T tokens of text."""
@@ -57,11 +62,15 @@ class Collector:
 
     stores = True
     ends = None
-    longest = 0
+    seen = None
 
     def __init__(self):
         self.keys: list[Tensor] = []  # for each layer (B, T, K, D)
         self.values: list[Tensor] = []
+
+    def reach(self, n_tokens: int) -> int:
+        """One past the last position of T tokens."""
+        return n_tokens
 
     def reserve(self, n_tokens: int) -> slice:
         """The positions of T tokens."""

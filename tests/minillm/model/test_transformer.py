@@ -7,8 +7,8 @@ from torch import nn
 
 from minillm.base.errors import UserError
 from minillm.model import ops
-from minillm.model.kv_cache import KVCache
-from minillm.model.transformer import Transformer, positions_within
+from minillm.model.kv_cache import KVCache, TreeCache
+from minillm.model.transformer import Transformer, of_tokens, positions_within
 from tests.minillm.model_options import BASE, OPTIONS, build, tokens_of
 
 
@@ -78,6 +78,53 @@ def test_a_text_takes_a_row_while_the_others_go_on(name, recordable):
     for text, logits in enumerate(said):
         got = torch.cat(logits)
         torch.testing.assert_close(got, whole[text, : len(got)], atol=1e-5, rtol=0)
+
+
+@pytest.fixture(params=["auto", "reference"])
+def implementation(request):
+    ops.select(request.param)
+    yield
+    ops.select("auto")
+
+
+@pytest.mark.parametrize("lengths", [[0, 0], [5, 5], [5, 3]])
+@pytest.mark.parametrize("name", OPTIONS)
+@torch.no_grad()
+def test_chosen_tokens_have_the_states_they_have_among_all(name, lengths, implementation):
+    model, tokens = build(**OPTIONS[name]), tokens_of(2, 17)
+    caches = [KVCache(model.config, 2, 17) for _ in range(2)]
+    for cache in caches if any(lengths) else ():
+        model(tokens[:, :5], cache=cache)
+        cache.shorten(lengths)
+    chosen = torch.tensor([[0, 11, 7], [3, 4, 0]])
+    all_states, states = (
+        model.hidden(tokens[:, 5:], cache=cache, chosen=which)
+        for cache, which in zip(caches, (None, chosen), strict=True)
+    )
+    torch.testing.assert_close(states, of_tokens(all_states, chosen), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("n_before", [0, 4])
+@pytest.mark.parametrize("name", OPTIONS)
+@torch.no_grad()
+def test_branches_of_a_tree_do_not_see_each_other(name, n_before, implementation):
+    """The trees a b c d / a b e f g h / a i, which fills the context up to its last position, and a b c d e f g h."""
+    model, ids = build(max_seq_len=10, **OPTIONS[name]), tokens_of(2, 9, seed=7)
+    before = tokens_of(1, n_before).expand(2, -1)
+    cache = TreeCache(model.config, 2, n_before + 9)
+    if n_before:
+        model(before, cache=cache)
+    ways = [[[0, 1, 2, 3], [0, 1, 4, 5, 6, 7], [0, 8]], [[0, 1, 2, 3, 4, 5]]]
+    depths = torch.tensor([[0, 1, 2, 3, 2, 3, 4, 5, 1], [0, 1, 2, 3, 4, 5, 0, 0, 0]])
+    ends = torch.tensor([[9, 8, 4, 4, 8, 8, 8, 8, 9], [9] * 9])
+    cache.branch(depths, ends)
+    chosen = torch.tensor([[8, 3, 7, 2], [5, 0, 3, 3]])
+    logits = model.logits(model.hidden(ids, cache=cache, chosen=chosen))
+    for row, of_row in enumerate(ways):
+        for number, place in enumerate(chosen[row].tolist()):
+            way = next(way for way in of_row if place in way)
+            alone = torch.cat((before[row], ids[row, way[: way.index(place) + 1]]))[None]
+            torch.testing.assert_close(logits[row, number], model(alone)[0, -1], atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("name", OPTIONS)
