@@ -36,7 +36,8 @@ def read_tasks(name: str, folder: Path, shots: int | None, limit: int | None) ->
     """The tasks of a benchmark: one for each subject, or one. folder: where the folders of all benchmarks are.
 
     shots: examples before each question (see `_shown_before`); None: what is usual. limit: questions of each task, the
-    first. Raises `MissingError` where there is no file, `UserError` for all that is wrong in one.
+    first. Raises `MissingError` where files of questions or examples are not there, `UserError` for all that is wrong
+    in one.
     """
     benchmark = BENCHMARKS[name]
     shots = benchmark.shots if shots is None else shots
@@ -54,7 +55,7 @@ def read_tasks(name: str, folder: Path, shots: int | None, limit: int | None) ->
             introduction = introduction.format(benchmark.subjects(subject))
         examples = _questions(benchmark, shown.get(subject, [])) if shots else []
         if shots and len(examples) < shots + _n_spare(benchmark):
-            raise UserError(
+            raise MissingError(
                 f"{name}: {len(examples)} examples in files of the split {' or '.join(benchmark.shown)}"
                 f"{f' of {subject}' if subject else ''}, too few for --shots {shots}; ask for fewer or add the file"
             )
@@ -73,7 +74,8 @@ def _shown_before(benchmark: Benchmark, examples: list[Question], shots: int) ->
     """The examples before each question, without end: of an exam the first ones, else some that are drawn for each.
 
     They are drawn as lm-evaluation-harness does it, by Python's own generator from one seed, once a question in the
-    order of the file.
+    order of the file. LAMBADA has one split, so its examples are drawn from the questions, of which each may be its
+    own example.
     """
     draw = random.Random(DRAWN_FROM)
     while True:

@@ -233,7 +233,9 @@ BENCHMARKS = {
     "copa": Benchmark(copa, VALIDATION, f"{HUB}/aps/super_glue, copa", ("acc",)),
     "openbookqa": Benchmark(openbookqa, ("test",), f"{HUB}/allenai/openbookqa, main"),
     "commonsense_qa": Benchmark(commonsense_qa, VALIDATION, f"{HUB}/tau/commonsense_qa", ("acc",)),
-    "lambada_openai": Benchmark(lambada, ("test",), f"{HUB}/EleutherAI/lambada_openai", ("perplexity", "acc")),
+    "lambada_openai": Benchmark(
+        lambada, ("test",), f"{HUB}/EleutherAI/lambada_openai", ("perplexity", "acc"), shown=("test",)
+    ),
     "gsm8k": Benchmark(
         gsm8k,
         ("test",),

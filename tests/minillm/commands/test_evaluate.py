@@ -64,6 +64,15 @@ def test_eval_asks_benchmarks_and_goes_on_from_what_is_known(home, call, monkeyp
     assert json.loads((home.path / "scores" / "all.json").read_text()) == results
 
 
+def test_all_benchmarks_with_examples_leaves_out_those_that_have_too_few(home, call):
+    write_all(home.path / "rows")
+    given = ["eval", "--tasks", "all", "--task_data", "rows", "--limit", "1", "--seq_len", "64"]
+    status, out, _ = call(*given, "--shots", "2")
+    assert status == 0 and "piqa: 2 examples in files of the split train, too few for --shots 2" in out
+    asked = {line.split()[0]: line.split()[1] for line in out[out.index("  task ") :].splitlines()[1:]}
+    assert asked["lambada_openai"] == asked["arc_easy"] == asked["mmlu"] == "2" and "piqa" not in asked
+
+
 def test_benchmarks_without_files_are_named(home, call):
     write_rows(home.path / "few" / "piqa" / "valid.jsonl", HUB["piqa"][1])
     status, out, _ = call("eval", "--tasks", "all", "--task_data", "few", "--limit", "1")

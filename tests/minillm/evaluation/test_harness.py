@@ -69,8 +69,7 @@ def test_texts_scores_and_shares_are_those_of_the_harness(harness, home, tmp_pat
     from lm_eval.tasks import TaskManager
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    names = [name for name in TASK_FILES if not shots or name != "lambada_openai"]  # which has no other split
-    for name in names:
+    for name in TASK_FILES:
         task = {"include": str(Path(harness.__file__).parent / "tasks" / TASK_FILES[name]), "task": f"ours_{name}"}
         task |= {"dataset_path": "json", "dataset_name": None, "tag": None}
         task["dataset_kwargs"] = {"data_files": their_files(name, tmp_path / "rows")}
@@ -78,7 +77,7 @@ def test_texts_scores_and_shares_are_those_of_the_harness(harness, home, tmp_pat
     folder = home.path / "out" / "sft" / "step-00000003"
     theirs = harness.simple_evaluate(
         HFLM(pretrained=str(folder), device="cpu", batch_size=4, max_length=MAX_LEN, dtype="float32"),
-        tasks=[f"ours_{name}" for name in names],
+        tasks=[f"ours_{name}" for name in TASK_FILES],
         num_fewshot=shots,
         task_manager=TaskManager(include_path=str(tmp_path), include_defaults=False),
         log_samples=True,
@@ -86,7 +85,7 @@ def test_texts_scores_and_shares_are_those_of_the_harness(harness, home, tmp_pat
     )
 
     write_all(tmp_path / "eval")
-    for name in names:
+    for name in TASK_FILES:
         (task,) = read_tasks(name, tmp_path / "eval", shots, None)
         scores = ask(home.model, home.tokenizer, task, MAX_LEN, Done(None, ""))
         samples = sorted(theirs["samples"][f"ours_{name}"], key=lambda sample: sample["doc_id"])
