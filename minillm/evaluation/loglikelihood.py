@@ -1,14 +1,16 @@
 """How likely a model finds texts after other texts: log-likelihoods as lm-evaluation-harness counts them.
 
 A request is a context and a continuation, "Question: … Answer:" and " Paris". Its score is the sum of ln p over the ids
-of the continuation, in nats, each predicted from all ids before it. What many contexts begin with alike (the examples
-of an exam) is read once, each context once, with the longest of its continuations, and then the other ones:
+of the continuation, in nats, each predicted from all ids before it. What requests begin with alike is read once:
 
-    once a family           ^ examples
-    once a context          ^ examples question 1 the longest choice     ^ examples question 2 …
-    once a continuation     ^ examples question 1 choice                 …
+    family    ^ examples                         what many contexts begin with (the examples of an exam), in a cache
+    trees       question 1 ┬ a ball ┬ of glass   what is left of requests that share much of it: a row in which a token
+                           │        └ of gold    sees those on its way from the root, no others
+                           └ a cat
 
-Rows of like length are read together, and only states that predict something go through the head.
+The choices of a question have its text in common, the two sentences of WinoGrande what stands before the gap, and the
+ways of PIQA often half of their words. Trees of like size are read together. The last layer and the head compute only
+the states that predict something.
 """
 
 from collections.abc import Iterator, Sequence
@@ -22,15 +24,17 @@ from minillm.base.errors import UserError
 from minillm.distributed.lockstep import Lockstep
 from minillm.distributed.ranks import Ranks
 from minillm.distributed.shards import without_gradients
-from minillm.model.kv_cache import KVCache
+from minillm.model.kv_cache import KVCache, TreeCache
 from minillm.model.transformer import Transformer
 from minillm.tokenizer.tokenizer import Tokenizer
-from minillm.tuning.virtual_tokens import context_of, virtual_tokens
+from minillm.tuning.virtual_tokens import virtual_tokens
 
 PLACES = 8192  # in the cache of a batch, which bounds its memory
 NEW_TOKENS = {"cpu": 1024}  # of one pass; more would not stay in a CPU's cache
 ALIKE = 32  # ids with which the contexts of a family begin alike
-SMALLEST_FAMILY = 4  # contexts; fewer are read as they are
+SMALLEST_FAMILY = 4  # contexts; fewer have no cache in common
+SHARED = 0.25  # of its ids a request has in common with another of its tree
+NEVER = 1 << 30  # a place beyond any row
 LOGITS_AT_ONCE = 1 << 24  # numbers
 
 
@@ -72,7 +76,7 @@ def scores_of(model: Transformer, pairs: Sequence[Pair], ranks: Ranks | None = N
     device_type = model.embed_tokens.weight.device.type
     batches = []
     for family in _families(pairs):
-        batches += _batches(family, context_of(model), NEW_TOKENS.get(device_type, PLACES))
+        batches += _batches(family, NEW_TOKENS.get(device_type, PLACES))
     of_rank = batches if ranks is None else batches[ranks.data_rank :: ranks.data_world]
     scores: dict[Pair, Score] = {}
     was_training = model.training
@@ -139,68 +143,110 @@ def fitted(pair: Pair, max_len: int) -> Pair:
     return pair._replace(context=pair.context[-(max_len + 1 - n_continuation) :])
 
 
-# ---- families and batches
+# ---- families, trees and batches
 
 
 class Family(NamedTuple):
-    """Contexts that begin alike, with their continuations. n_alike: with how many equal ids, less than any has."""
+    """Pairs whose contexts begin with n_alike equal ids, less than any of them has."""
 
     n_alike: int
-    continuations: dict[tuple[int, ...], list[tuple[int, ...]]]  # of each context, the longest first
+    pairs: list[Pair]
 
 
 def _families(pairs: Sequence[Pair]) -> list[Family]:
-    """The pairs, each once: contexts that begin with the same ALIKE ids together, and all others together."""
-    of_context: dict[tuple[int, ...], list[tuple[int, ...]]] = {}
-    for context, continuation in dict.fromkeys(pairs):
-        of_context.setdefault(context, []).append(continuation)
-    by_beginning: dict[tuple[int, ...], list[tuple[int, ...]]] = {}
-    for context, continuations in of_context.items():
-        continuations.sort(key=len, reverse=True)
-        by_beginning.setdefault(context[:ALIKE], []).append(context)
-
+    """The pairs, each once: those whose contexts begin with the same ALIKE ids together, and all others together."""
+    by_beginning: dict[tuple[int, ...], list[Pair]] = {}
+    for pair in dict.fromkeys(pairs):
+        by_beginning.setdefault(pair.context[:ALIKE], []).append(pair)
     families = []
-    others: list[tuple[int, ...]] = []
-    for beginning, contexts in by_beginning.items():
+    others = []
+    for beginning, members in by_beginning.items():
+        contexts = {pair.context for pair in members}
         if len(beginning) < ALIKE or len(contexts) < SMALLEST_FAMILY:
-            others += contexts
+            others += members
             continue
-        n_alike = min(_n_alike(contexts), min(map(len, contexts)) - 1)
-        families.append(Family(n_alike, {context: of_context[context] for context in contexts}))
-    return [*families, Family(0, {context: of_context[context] for context in others})]
+        shortest = min(map(len, contexts))
+        first, last = min(contexts), max(contexts)  # in the order of their ids these differ the most
+        families.append(Family(min(_n_alike(first, last), shortest - 1), members))
+    return [*families, Family(0, others)]
 
 
-def _n_alike(rows: Sequence[tuple[int, ...]]) -> int:
-    """With how many equal ids all rows begin; the first and the last in the order of their ids differ the most."""
-    pairs = zip(min(rows), max(rows), strict=False)
-    return next((n for n, (a, b) in enumerate(pairs) if a != b), min(map(len, rows)))
+def _n_alike(first: Sequence[int], second: Sequence[int]) -> int:
+    """With how many equal ids both begin."""
+    both = zip(first, second, strict=False)
+    return next((n for n, (a, b) in enumerate(both) if a != b), min(len(first), len(second)))
 
 
-def _batches(family: Family, most_places: int, most_tokens: int) -> Iterator[Family]:
-    """The family in parts whose contexts, with their longest continuations, are of like length.
+class Tree(NamedTuple):
+    """The ids of some pairs, without those that their family begins with, as one row: see `TreeCache`."""
 
-    A part has up to `most_tokens` new tokens and PLACES places, with rows of at most `most_places`, unless it is one
-    context.
+    tokens: list[int]
+    depths: list[int]
+    ends: list[int]
+    asked: list[tuple[Pair, list[int]]]  # each pair, and the places in the row after which its continuation's ids come
+
+    @property
+    def is_branched(self) -> bool:
+        return min(self.ends) < len(self.tokens)
+
+
+def _trees(family: Family, most_tokens: int) -> Iterator[Tree]:
+    """The pairs of a family as trees of up to `most_tokens` ids, unless one pair alone has more.
+
+    In the order of their ids a pair follows the one with which it has the most in common, so the way of each begins as
+    that of the pair before it, and its other ids come to the end of the row.
     """
 
-    def length(context: tuple[int, ...]) -> int:
-        return len(context) + len(family.continuations[context][0]) - 1
+    def ids_of(pair: Pair) -> tuple[int, ...]:
+        return pair.context[family.n_alike :] + pair.continuation[:-1]
 
-    part: dict[tuple[int, ...], list[tuple[int, ...]]] = {}
-    longest = 0  # of the continuations
-    for context in sorted(family.continuations, key=length):
-        continuations = family.continuations[context]
+    tree = Tree([], [], [], [])
+    before: tuple[int, ...] = ()  # the ids of the last pair
+    way: list[int] = []  # and where in the row they are
+    for pair in sorted(family.pairs, key=ids_of):
+        ids = ids_of(pair)
+        n_known = _n_alike(before, ids)
+        size = len(tree.tokens) + len(ids) - n_known
+        if tree.tokens and (n_known < SHARED * len(ids) or size > most_tokens):
+            yield tree
+            tree = Tree([], [], [], [])
+            n_known = 0
+            size = len(ids)
+
+        # branches that this pair has left see no more; its own goes on
+        n_before = len(tree.tokens)
+        for place in way[n_known:] if n_before else ():
+            tree.ends[place] = n_before
+        way = [*way[:n_known], *range(n_before, size)]
+        tree.tokens.extend(ids[n_known:])
+        tree.depths.extend(range(n_known, len(ids)))
+        tree.ends.extend([NEVER] * (len(ids) - n_known))
+        tree.asked.append((pair, way[len(pair.context) - family.n_alike - 1 :]))
+        before = ids
+    if tree.tokens:
+        yield tree
+
+
+class Batch(NamedTuple):
+    """Trees that are read together, after what their family begins with."""
+
+    beginning: tuple[int, ...]
+    trees: list[Tree]
+
+
+def _batches(family: Family, most_tokens: int) -> Iterator[Batch]:
+    """The trees of a family in parts of like size: up to `most_tokens` new ids and PLACES places, unless it is one."""
+    beginning = family.pairs[0].context[: family.n_alike] if family.pairs else ()
+    part: list[Tree] = []
+    for tree in sorted(_trees(family, most_tokens), key=lambda tree: len(tree.tokens)):
         n_rows = len(part) + 1
-        longest = max(longest, len(continuations[0]))
-        n_new = n_rows * (length(context) - family.n_alike)
-        places = max(map(len, [*part, context])) + longest - 1  # of a row
-        if part and (n_new > most_tokens or places > most_places or n_rows * places > PLACES):
-            yield Family(family.n_alike, part)
-            part = {}
-            longest = len(continuations[0])
-        part[context] = continuations
+        n_new = len(tree.tokens)  # of a row, since this is the largest so far
+        if part and (n_rows * n_new > most_tokens or n_rows * (family.n_alike + n_new) > PLACES):
+            yield Batch(beginning, part)
+            part = []
+        part.append(tree)
     if part:
-        yield Family(family.n_alike, part)
+        yield Batch(beginning, part)
 
 
 # ---- ids → scores
@@ -216,7 +262,20 @@ class _Reader:
         self.beginning: tuple[int, ...] = ()  # that `begun` holds
         self.begun: KVCache | None = None
 
-    def empty_cache(self, n_rows: int, max_len: int) -> KVCache:
+    def begin(self, beginning: tuple[int, ...], n_rows: int, n_more: int) -> TreeCache:
+        """A cache whose rows hold these ids, with room for n more; they are read once for all batches of a family."""
+        if not beginning:
+            return self._empty_cache(n_rows, n_more)
+        if self.begun is None or self.beginning != beginning:
+            self.begun = self._empty_cache(1, len(beginning))
+            self.beginning = beginning
+            self.lockstep.before_pass()
+            self.model.hidden(torch.tensor([beginning], device=self.device), cache=self.begun)
+        cache = self._cache(n_rows, self.begun.max_len + n_more)
+        cache.copy_rows(np.arange(n_rows), self.begun, np.zeros(n_rows, dtype=np.int64))
+        return cache
+
+    def _empty_cache(self, n_rows: int, max_len: int) -> TreeCache:
         """A cache for `max_len` ids a row, which holds the model's virtual tokens."""
         virtual = virtual_tokens(self.model)
         cache = self._cache(n_rows, (0 if virtual is None else virtual.n) + max_len)
@@ -224,115 +283,79 @@ class _Reader:
             virtual.fill(self.model, cache)
         return cache
 
-    def copied(self, cache: KVCache, rows: np.ndarray, n_more: int) -> KVCache:
-        """A cache whose row i holds what row rows[i] of the other one does, with room for n more ids a row."""
-        copy = self._cache(len(rows), int(cache.host_lengths[rows].max()) + n_more)
-        copy.copy_rows(np.arange(len(rows)), cache, rows)
-        return copy
-
-    def _cache(self, n_rows: int, max_len: int) -> KVCache:
+    def _cache(self, n_rows: int, max_len: int) -> TreeCache:
         dtype = self.model.embed_tokens.weight.dtype
-        return KVCache(self.model.cache_config, n_rows, max_len, device=self.device, dtype=dtype)
+        return TreeCache(self.model.cache_config, n_rows, max_len, device=self.device, dtype=dtype)
 
-    def read(self, cache: KVCache, rows: Sequence[Sequence[int]]) -> Tensor:
-        """The states (B, T, C) after these ids of each row, which the cache then holds.
+    def states(self, trees: Sequence[Tree], cache: TreeCache, places: Sequence[list[int]]) -> Tensor:
+        """The states (n, C) at these places of each tree, one tree after the other.
 
-        Shorter rows are filled up on the right. No id sees a later one, so this changes nothing; the cache forgets it.
+        Shorter rows are filled up on the right. No token of a tree sees what comes after it, so this changes nothing.
         """
-        before = cache.host_lengths.tolist()
-        lengths = [len(row) for row in rows]
-        tokens = np.zeros((len(rows), max(lengths)), dtype=np.int64)  # (B, T)
-        for number, row in enumerate(rows):
-            tokens[number, : len(row)] = row
         self.lockstep.before_pass()
-        hidden = self.model.hidden(torch.from_numpy(tokens).to(self.device), cache=cache)
-        cache.shorten([n + length for n, length in zip(before, lengths, strict=True)])
-        return hidden
+        tokens = self._filled_up([tree.tokens for tree in trees])  # (B, T)
+        chosen = self._filled_up(places)  # (B, n)
+        if any(tree.is_branched for tree in trees):
+            cache.branch(
+                self._filled_up([tree.depths for tree in trees]), self._filled_up([t.ends for t in trees], NEVER)
+            )
+        hidden = self.model.hidden(tokens, cache=cache, chosen=chosen)  # (B, n, C)
+        return torch.cat([row[: len(own)] for row, own in zip(hidden, places, strict=True)])
 
-    def begin(self, beginning: tuple[int, ...], n_rows: int, n_more: int) -> KVCache:
-        """A cache whose rows hold these ids, with room for n more; they are read once for all batches of a family."""
-        if not beginning:
-            return self.empty_cache(n_rows, n_more)
-        if self.begun is None or self.beginning != beginning:
-            self.begun = self.empty_cache(1, len(beginning))
-            self.beginning = beginning
-            self.read(self.begun, [beginning])
-        return self.copied(self.begun, np.zeros(n_rows, dtype=np.int64), n_more)
+    def _filled_up(self, rows: Sequence[Sequence[int]], filling: int = 0) -> Tensor:
+        """Rows of numbers as one tensor (B, length of the longest) on the device."""
+        width = max(map(len, rows))
+        filled = [[*row, *[filling] * (width - len(row))] for row in rows]
+        return torch.tensor(filled, device=self.device)
 
 
-def _scores(reader: _Reader, batch: Family) -> dict[Pair, Score]:
-    """The score of each pair of a part of a family."""
-    contexts = list(batch.continuations)
-    n_alike = batch.n_alike
-    longest = [batch.continuations[context][0] for context in contexts]
+def _scores(reader: _Reader, batch: Batch) -> dict[Pair, Score]:
+    """The score of each pair of a batch."""
+    # the states that predict something, each once
+    trees = batch.trees
+    places = [sorted({place for _, its_places in tree.asked for place in its_places}) for tree in trees]
+    cache = reader.begin(batch.beginning, len(trees), max(len(tree.tokens) for tree in trees))
+    states = reader.states(trees, cache, places)  # (n, C)
 
-    # each context, and after it the longest of its continuations but for its last id
-    rows = [context[n_alike:] + first[:-1] for context, first in zip(contexts, longest, strict=True)]
-    cache = reader.begin(contexts[0][:n_alike], len(contexts), max(map(len, rows)))
-    hidden = reader.read(cache, rows)  # (B, T, C)
-    cache.shorten([int(n) - len(first) + 1 for n, first in zip(cache.host_lengths, longest, strict=True)])
-
-    # states that predict: the one at the end of the context, then those of all ids of the continuation but the last
+    # for each id of each continuation the number of the state before it
     pairs = []
-    states = []
-    others = []  # (row, continuation) of those that have to be read
-    for row, context in enumerate(contexts):
-        end = len(context) - n_alike
-        for number, continuation in enumerate(batch.continuations[context]):
-            pairs.append(Pair(context, continuation))
-            states.append(hidden[row, end - 1 : end - 1 + (len(continuation) if number == 0 else 1)])  # (n, C)
-            if number > 0 and len(continuation) > 1:
-                others.append((row, len(pairs) - 1))
-
-    # the other continuations, those of like length together
-    others.sort(key=lambda other: len(pairs[other[1]].continuation))
-    for part in _of_like_length(others, pairs, int(cache.host_lengths.max())):
-        after = [pairs[number].continuation[:-1] for _, number in part]
-        part_cache = reader.copied(cache, np.array([row for row, _ in part]), len(after[-1]))
-        hidden = reader.read(part_cache, after)  # (n, T, C)
-        for row, (_, number) in enumerate(part):
-            states[number] = torch.cat((states[number], hidden[row, : len(after[row])]))
+    numbers: list[int] = []
+    n_before = 0
+    for tree, its_places in zip(trees, places, strict=True):
+        number_at = {place: n_before + n for n, place in enumerate(its_places)}
+        for pair, way in tree.asked:
+            pairs.append(pair)
+            numbers += [number_at[place] for place in way]
+        n_before += len(its_places)
 
     # ln p, and sums over each continuation
-    targets = torch.tensor([i for pair in pairs for i in pair.continuation], device=reader.device)
-    nats, is_likeliest = _of_targets(reader.model, torch.cat(states), targets)
+    targets = [i for pair in pairs for i in pair.continuation]
+    nats, is_likeliest = _of_targets(reader.model, states, numbers, targets)
     lengths = [len(pair.continuation) for pair in pairs]
     parts = zip(nats.split(lengths), is_likeliest.split(lengths), strict=True)
     return {pair: Score(float(n.sum()), bool(g.all())) for pair, (n, g) in zip(pairs, parts, strict=True)}
 
 
-def _of_like_length(
-    others: list[tuple[int, int]], pairs: Sequence[Pair], before: int
-) -> Iterator[list[tuple[int, int]]]:
-    """Those (row, number of a pair), sorted by length, in parts that need little filling up and PLACES places.
+def _of_targets(
+    model: Transformer, states: Tensor, numbers: Sequence[int], targets: Sequence[int]
+) -> tuple[Tensor, Tensor]:
+    """ln p of each target, (m,) fp32, and whether it is the likeliest, (m,) bool.
 
-    before: most ids that a row of the cache holds.
+    states: (n, C). numbers: for each target, of which of them it is predicted. Raises `UserError` for logits that are
+    not finite.
     """
-    part: list[tuple[int, int]] = []
-    for other in others:
-        length = len(pairs[other[1]].continuation)
-        shortest = len(pairs[part[0][1]].continuation) if part else length
-        if part and (length > 1.25 * shortest + 2 or (len(part) + 1) * (before + length) > PLACES):
-            yield part
-            part = []
-        part.append(other)
-    if part:
-        yield part
-
-
-def _of_targets(model: Transformer, states: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """ln p of each target, (n,) fp32, and whether it is the likeliest, (n,) bool, from states (n, C) before them.
-
-    Raises `UserError` for logits that are not finite.
-    """
-    nats = []
-    is_likeliest = []
+    of_state = torch.tensor(numbers, device=states.device)  # (m,)
+    target = torch.tensor(targets, device=states.device)  # (m,)
+    nats = torch.zeros(len(targets), device=states.device)
+    is_likeliest = torch.zeros(len(targets), dtype=torch.bool, device=states.device)
     n_at_once = max(1, LOGITS_AT_ONCE // model.config.vocab_size)
-    for part, its_targets in zip(states.split(n_at_once), targets.split(n_at_once), strict=True):
-        logits = model.logits(part).float()  # (n, V)
-        log_p = logits.log_softmax(-1).gather(1, its_targets[:, None]).squeeze(1)  # (n,)
+    for begin in range(0, len(states), n_at_once):
+        logits = model.logits(states[begin : begin + n_at_once]).float()  # (n, V)
+        here = ((of_state >= begin) & (of_state < begin + n_at_once)).nonzero().squeeze(1)  # of all targets
+        rows = of_state[here] - begin
+        log_p = logits.log_softmax(-1)[rows, target[here]]
         if not torch.isfinite(log_p).all():  # so if any logit is not
             raise UserError("the model's logits are not finite: its weights are damaged or its dtype too narrow")
-        nats.append(log_p)
-        is_likeliest.append(logits.argmax(-1) == its_targets)
-    return torch.cat(nats).cpu(), torch.cat(is_likeliest).cpu()
+        nats[here] = log_p
+        is_likeliest[here] = logits.argmax(-1)[rows] == target[here]
+    return nats.cpu(), is_likeliest.cpu()
