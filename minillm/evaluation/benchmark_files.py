@@ -82,7 +82,7 @@ def _shown_before(benchmark: Benchmark, examples: list[Question], shots: int) ->
         chosen = examples[:shots]
         if shots and not benchmark.subjects:
             chosen = draw.sample(examples, shots + _n_spare(benchmark))[:shots]
-        yield "".join(f"{example.example}\n\n" for example in chosen)
+        yield "".join(f"{example.example(benchmark.joint)}\n\n" for example in chosen)
 
 
 def _n_spare(benchmark: Benchmark) -> int:

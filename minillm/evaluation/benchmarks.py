@@ -26,10 +26,9 @@ class Question(NamedTuple):
     sizes: list[int]
     right: int = 0
 
-    @property
-    def example(self) -> str:
+    def example(self, joint: str) -> str:
         """The question with its right answer, as the questions after it show it."""
-        return "".join(self.requests[self.right])
+        return joint.join(self.requests[self.right])
 
 
 class Benchmark(NamedTuple):
@@ -48,6 +47,7 @@ class Benchmark(NamedTuple):
     subjects: Callable[[str], str] | None = None
     columns: tuple[str, ...] | None = None
     shots: int = 0  # examples unless told otherwise
+    joint: str = ""  # between the question and the answer of an example
     in_words: bool = False  # the model writes its answer, and a number is taken from it
 
 
@@ -234,7 +234,12 @@ BENCHMARKS = {
     "openbookqa": Benchmark(openbookqa, ("test",), f"{HUB}/allenai/openbookqa, main"),
     "commonsense_qa": Benchmark(commonsense_qa, VALIDATION, f"{HUB}/tau/commonsense_qa", ("acc",)),
     "lambada_openai": Benchmark(
-        lambada, ("test",), f"{HUB}/EleutherAI/lambada_openai", ("perplexity", "acc"), shown=("test",)
+        lambada,
+        ("test",),
+        f"{HUB}/EleutherAI/lambada_openai",
+        ("perplexity", "acc"),
+        shown=("test",),
+        joint=" ",  # the harness puts a second space into examples
     ),
     "gsm8k": Benchmark(
         gsm8k,

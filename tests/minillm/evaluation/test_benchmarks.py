@@ -70,8 +70,8 @@ def test_boolq_has_true_and_false_in_its_authors_files():
 
 
 def test_an_example_ends_in_the_right_answer():
-    assert hub("arc_easy").example == "Question: Who has the ball?\nAnswer: Tom"
-    assert hub("winogrande", 1).example == "Who has the ball? Tom has."
+    assert hub("arc_easy").example("") == "Question: Who has the ball?\nAnswer: Tom"
+    assert hub("winogrande", 1).example("") == "Who has the ball? Tom has."
 
 
 def test_a_worked_answer_is_what_examples_show():
