@@ -204,8 +204,8 @@ def rope(
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """See `kernels.reference.swiglu`."""
-    if _is_step(gate):
-        return F.silu(gate).mul_(up)
+    if not torch.is_grad_enabled() and gate.is_cpu and _selected not in ("reference", "triton"):
+        return F.silu(gate).mul_(up)  # new memory costs a CPU as much as the product
     return _triton.swiglu.swiglu(gate, up) if fused(gate) else reference.swiglu(gate, up)
 
 
