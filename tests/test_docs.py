@@ -6,6 +6,7 @@ import re
 import shlex
 import sys
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -57,6 +58,37 @@ def test_links_and_files_are_there(path):
     files |= {word for word in Page(path).words if re.fullmatch(r"[\w/*]+\.py", word)} - {"convert_hf_to_gguf.py"}
     files -= set(re.findall(r"^\+\+\+ b/(.*)$", Page(path).text, re.MULTILINE))  # which a change on the page makes
     assert not [file for file in files if not list(ROOT.glob(file))]
+
+
+def broken_bold(prose: str) -> list[str]:
+    """Where `**` would be shown as it is, by CommonMark's rule: `**字。**字`, a letter outside and none inside."""
+    found = []
+    for paragraph in re.sub("`[^`]*`", "``", prose).split("\n\n"):
+        for number, match in enumerate(re.finditer(r"\*\*", paragraph)):
+            before, after = paragraph[: match.start()][-1:], paragraph[match.end() :][:1]
+            outside, inside = (before, after) if number % 2 == 0 else (after, before)
+            if inside.isspace() or (re.match(r"\w", outside) and not re.match(r"\w", inside)):
+                found.append(paragraph[max(0, match.start() - 20) : match.end() + 10])
+    return found
+
+
+def test_bold_words_that_would_not_be_bold_are_found():
+    assert broken_bold("甲**乙。**丙") == ["甲**乙。**丙"]
+    assert broken_bold("甲**`b`**丙 a ** b**") and broken_bold("** b**")
+    assert not broken_bold("甲**乙**丙 **a.** b（**c**）`**` **`d`** e")
+
+
+@every_page
+def test_headings_tables_and_bold_words_are_shown_as_such(path):
+    page = Page(path)
+    prose = BLOCK.sub("", page.text)
+    levels = [len(level) for level, _ in page.headings]
+    assert levels[0] == 1 and levels.count(1) == 1 and all(b - a <= 1 for a, b in pairwise(levels))
+    for table in re.findall(r"(?:^\|.*\n)+", prose, re.MULTILINE):
+        rows = [re.split(r"(?<!\\)\|", line.strip()[1:-1]) for line in table.splitlines()]
+        assert len({len(row) for row in rows}) == 1, table
+        assert set("".join(rows[1])) <= set(":- "), table
+    assert not broken_bold(prose)
 
 
 @pytest.mark.parametrize("path", [*ROOT.glob("*.py"), *SOURCES], ids=lambda path: str(path.relative_to(ROOT)))

@@ -45,13 +45,15 @@ def test_the_experiment_runs(lesson):
 
 
 @pytest.mark.slow
-@every_lesson
-def test_the_exercises_are_solved_by_the_solutions_alone(lesson):
-    check = ("-m", "pytest", "-p", "no:cacheprovider", f"docs/course/checks/{lesson}.py")
+def test_the_exercises_are_solved_by_the_solutions_alone():
+    """All lessons in one process, as one who does `pytest docs/course/checks/*.py` has them."""
+    check = ("-m", "pytest", "-p", "no:cacheprovider", *(f"docs/course/checks/{lesson}.py" for lesson in LESSONS))
     solved = run(*check, "--solutions")
     assert solved.returncode == 0, solved.stdout
     given = run(*check)
     assert given.returncode == 1 and "passed" not in given.stdout.splitlines()[-1], given.stdout
+    failed = set(re.findall(r"^FAILED docs/course/checks/(\w+)\.py", given.stdout, re.MULTILINE))
+    assert failed == set(LESSONS), given.stdout
 
 
 @pytest.mark.slow
