@@ -7,6 +7,9 @@ Reads .txt .md .html .jsonl .json .csv .parquet and WARC, packed by gzip or zstd
 Mends what can be mended, masks personal data, cuts boilerplate lines, drops documents by the thresholds of
 data/cleaning/rules.toml (or --rules FILE), and keeps one of each set of copies. Nothing is sent anywhere.
 
+Two scores are optional: bits per byte by a model trained here (--score_model), and a classifier learnt from samples of
+your own (--good, --bad).
+
 `--out` gets kept-00000.jsonl …, dropped/<rule>.jsonl, report.json and report.html. The working files in .cleaning stay:
 the same command goes on after a kill, and another threshold takes seconds (--dry_run shows what it would do).
 """

@@ -11,7 +11,7 @@ Nothing is judged by it before samples that it did not see were: one that is no 
 """
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -77,25 +77,25 @@ class HeldOut(NamedTuple):
         )
 
 
-def train(good: Sequence[str], bad: Sequence[str], least: float) -> tuple[Quality, HeldOut]:
+def train(good: Iterable[str], bad: Iterable[str], least: float) -> tuple[Quality, HeldOut]:
     """The classifier, and how it judges samples held out: each fifth of them, after learning from the others.
 
     Raises UserError for too few samples, and where it is no better than chance.
     """
-    good, bad = _distinct(good), _distinct(bad)
-    shared = {text_hash(text) for text in good} & {text_hash(text) for text in bad}
+    samples = {"good": _distinct(good), "bad": _distinct(bad)}
+    shared = samples["good"].keys() & samples["bad"].keys()
     if shared:
         raise UserError(f"--good and --bad: {len(shared):,} texts are in both; take them out of one")
-    for option, texts in (("good", good), ("bad", bad)):
-        if len(texts) < FEWEST:
-            raise UserError(f"--{option}: {len(texts):,} different texts; give at least {FEWEST}")
+    for option, by_hash in samples.items():
+        if len(by_hash) < FEWEST:
+            raise UserError(f"--{option}: {len(by_hash):,} different texts; give at least {FEWEST}")
 
     # folds by hash, so that more samples move none of the others
-    texts = [*good, *bad]
-    is_good = np.arange(len(texts)) < len(good)
-    rows = [buckets_of(text) for text in texts]
-    fold = np.array([text_hash(text) % FOLDS for text in texts])
-    scores = np.zeros(len(texts))
+    by_hash = samples["good"] | samples["bad"]
+    is_good = np.arange(len(by_hash)) < len(samples["good"])
+    rows = [buckets_of(text) for text in by_hash.values()]
+    fold = np.array([key % FOLDS for key in by_hash])
+    scores = np.zeros(len(rows))
     for number in range(FOLDS):
         weights = _learnt(rows, is_good, np.flatnonzero(fold != number))
         for sample in np.flatnonzero(fold == number):
@@ -106,14 +106,19 @@ def train(good: Sequence[str], bad: Sequence[str], least: float) -> tuple[Qualit
             f"--good and --bad: {held_out.said(least)}; that is no better than chance: give more samples, or such that "
             "differ in what you want to keep"
         )
-    weights = _learnt(rows, is_good, np.arange(len(texts)))
+    weights = _learnt(rows, is_good, np.arange(len(rows)))
     return Quality(weights, hashlib.sha256(weights.tobytes()).hexdigest()[:12]), held_out
 
 
-def _distinct(texts: Sequence[str]) -> list[str]:
-    """The texts that are not empty, each once, at most MOST, in the order of their hashes."""
-    by_hash = {text_hash(text): text for text in texts if text.strip()}
-    return [by_hash[key] for key in sorted(by_hash)[:MOST]]
+def _distinct(texts: Iterable[str]) -> dict[int, str]:
+    """The beginnings of the texts that are not empty by their hashes, each once, those with the MOST lowest hashes."""
+    by_hash: dict[int, str] = {}
+    for text in texts:
+        if text.strip():
+            by_hash[text_hash(text)] = text[:BEGINNING]
+        if len(by_hash) > 2 * MOST:  # so that memory does not grow with the files
+            by_hash = dict(sorted(by_hash.items())[:MOST])
+    return dict(sorted(by_hash.items())[:MOST])
 
 
 def _held_out(scores: np.ndarray, is_good: np.ndarray, least: float) -> HeldOut:

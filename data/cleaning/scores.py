@@ -10,6 +10,8 @@ Quantiles are those of the documents that the rules leave, of each set of exact 
 """
 
 import hashlib
+import itertools
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,6 +30,7 @@ from minillm.base.files import write_file
 from minillm.datasets.files.text_files import find_files
 
 FEWEST = 100  # documents of a language that have quantiles
+SAMPLES_AT_ONCE = 256  # that are mended together
 PREDICTABLE, SURPRISING, LOW_QUALITY = "predictable", "surprising", "low_quality"
 SCORE_OF = {PREDICTABLE: "bits_per_byte", SURPRISING: "bits_per_byte", LOW_QUALITY: "quality"}
 MEANING = {"bits_per_byte": "bits per byte by the model", "quality": "probability of being good by the samples"}
@@ -46,12 +49,13 @@ class Limits(NamedTuple):
 
 def learnt_quality(good: tuple[str, ...], bad: tuple[str, ...], how: How, least: float) -> tuple[Quality, HeldOut]:
     """The classifier of the samples in these files, which are mended as all texts are."""
-    samples = []
-    for paths in (good, bad):
+
+    def texts_of(paths: tuple[str, ...]) -> Iterator[str]:
         raws = (raw for path in find_files(paths, suffixes=SUFFIXES) for raw in raw_documents(path, how.boundary))
-        documents = mended_documents(list(raws), how)
-        samples.append([document["text"] for document in documents if "bad" not in document])
-    return train(*samples, least)
+        while some := list(itertools.islice(raws, SAMPLES_AT_ONCE)):
+            yield from (document["text"] for document in mended_documents(some, how) if "bad" not in document)
+
+    return train(texts_of(good), texts_of(bad), least)
 
 
 def score(

@@ -12,6 +12,7 @@ import torch
 
 from data import clean
 from data.cleaning import model_score, passes, quality
+from data.cleaning.mending import text_hash
 from minillm.base.errors import UserError
 from minillm.checkpoint.huggingface import save_model
 from minillm.model.config import ModelConfig
@@ -94,18 +95,38 @@ def test_both_ends_of_a_language_are_dropped(model_folder, tmp_path):
     assert "<b>bits_per_byte</b>" in page and "<h3>surprising (11)</h3>" in page
 
 
-def test_other_quantiles_score_nothing_again_and_workers_change_nothing(model_folder, tmp_path, monkeypatch):
+def test_other_quantiles_score_nothing_again(model_folder, tmp_path, monkeypatch):
     texts = write(tmp_path / "a.jsonl", [story(i) for i in range(120)])
     options = {"score_model": str(model_folder), "near_duplicates": "off"}
-    run(tmp_path / "one", texts, **options)
-    monkeypatch.setattr(passes, "PIECE_BYTES", 20_000)
-    run(tmp_path / "two", texts, workers=2, **options)
-    monkeypatch.undo()
-    kept = [row["text"] for row in rows(tmp_path / "one")]
-    assert kept == [row["text"] for row in rows(tmp_path / "two")]
+    run(tmp_path / "out", texts, **options)
     monkeypatch.setattr(model_score, "bits_per_byte", None)
-    again = run(tmp_path / "one", texts, score_high=0.5, dry_run=True, **options)
-    assert again["by_reason"]["surprising"]["documents"] > len(kept) * 0.4
+    again = run(tmp_path / "out", texts, score_high=0.5, dry_run=True, **options)
+    assert again["by_reason"]["surprising"]["documents"] > 40
+
+
+def test_texts_that_another_threshold_leaves_are_scored_and_no_other(model_folder, tmp_path, monkeypatch):
+    adverts = [f"{story(i)}加微信abc{i}3456，日赚五百，兼职名额有限，先到先得，当天日结。" for i in range(3)]
+    texts = write(tmp_path / "a.jsonl", [story(i) for i in range(5, 15)] + adverts)
+    run(tmp_path / "out", texts, score_model=str(model_folder))
+    assert len(rows(tmp_path / "out", "dropped/sales")) == 3
+    scored = []
+    bits_per_byte = model_score.bits_per_byte
+    monkeypatch.setattr(model_score, "bits_per_byte", lambda *given: scored.append(given[2]) or bits_per_byte(*given))
+    rules = tmp_path / "rules.toml"
+    rules.write_text("[sales]\nabove = 100\n")
+    run(tmp_path / "out", texts, score_model=str(model_folder), rules=str(rules))
+    assert scored == [adverts]
+    assert all(row["cleaning"]["bits_per_byte"] > 0 for row in rows(tmp_path / "out"))
+
+
+@pytest.mark.slow
+def test_the_number_of_workers_changes_nothing(model_folder, tmp_path, monkeypatch):
+    texts = write(tmp_path / "a.jsonl", [story(i) for i in range(120)])
+    options = {"score_model": str(model_folder), "near_duplicates": "off"}
+    monkeypatch.setattr(passes, "PIECE_BYTES", 20_000)
+    run(tmp_path / "one", texts, **options)
+    run(tmp_path / "two", texts, workers=2, **options)
+    assert rows(tmp_path / "one") == rows(tmp_path / "two")
 
 
 # ---- by a classifier
@@ -127,6 +148,13 @@ def test_the_area_under_the_curve_is_the_share_of_ordered_pairs():
     assert held_out.auc == pytest.approx(np.mean([(g > b) + 0.5 * (g == b) for g, b in pairs]))
     assert held_out.kept_good == (scores_of[is_good] >= 0.5).sum()
     assert held_out.dropped_bad == (scores_of[~is_good] < 0.5).sum()
+
+
+def test_of_many_samples_those_with_the_lowest_hashes_count(monkeypatch):
+    monkeypatch.setattr(quality, "MOST", 7)
+    texts = [story(i) for i in range(60)]
+    lowest = sorted(texts, key=text_hash)[:7]
+    assert list(quality._distinct([*texts, " ", *texts]).values()) == lowest
 
 
 def test_the_classifier_learns_what_differs_and_chance_is_refused():
