@@ -93,7 +93,9 @@ def main() -> None:
     told = []
     for token, price in zip(targets[:40].tolist(), nats[:40].tolist(), strict=True):
         told.append(tokenizer.pieces.piece_of(token) + (f"[{price:.1f}]" if price > 1 else ""))
-    print("\n" + "".join(told).replace("▁", " "))
+    print()
+    for begin in range(0, len(told), 10):
+        print("".join(told[begin : begin + 10]).replace("▁", " ").strip())
 
 
 if __name__ == "__main__":
