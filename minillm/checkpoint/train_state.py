@@ -25,6 +25,7 @@ from torch import Tensor
 from minillm.base.contents import Contents
 from minillm.base.errors import MissingError, UserError
 from minillm.base.json_door import read_object
+from minillm.base.options import spelled
 from minillm.checkpoint import run_folder, tensor_writer
 from minillm.checkpoint.tensor_files import Place, check_finite, find_tensors, match_tensors
 from minillm.checkpoint.together import SharedSave, Source, ToWrite, tensors_to_write
@@ -271,10 +272,15 @@ def _changed_order(saved: dict, now: dict, other_data: bool) -> str:
 def _changed_options(before: dict, after: dict) -> dict[str, str]:
     """Option → a line that says how it changed; options that are new or gone are left out."""
     return {
-        name: f"--{name}: {before[name]} in the checkpoint, {value} now"
+        name: f"--{name}: {_typed(before[name])} in the checkpoint, {_typed(value)} now"
         for name, value in after.items()
         if name in before and _plain(before[name]) != _plain(value) and name not in ("resume", "allow_data_change")
     }
+
+
+def _typed(value) -> str:
+    """A value as it is typed on a command line: none, true; of several those with spaces between."""
+    return spelled(tuple(value) if isinstance(value, list) else value)
 
 
 def _plain(value):

@@ -301,6 +301,8 @@ def test_fingerprints(tmp_path):
     assert "another batch size/sequence length/seed and another tuning (--seed: 0 in the checkpoint, 1 now; " in text
     assert "--lora_rank: 8 in the checkpoint, 4 now): choose" in text and "steps" not in text
     assert compare(config={**config, "lr": 0.2, "resume": "x"}) == ["--lr: 0.1 in the checkpoint, 0.2 now"]
+    (line,) = compare(config={**config, "lr": None})
+    assert line == "--lr: 0.1 in the checkpoint, none now"  # as it is typed
     lines = train_state.compare_fingerprints(saved, {"fingerprints": marks, "threads": 4, "world": 2})
     assert len(lines) == 2 and "threads: 2 in the checkpoint, 4 now" in lines[0] and "ranks" in lines[1]
 
