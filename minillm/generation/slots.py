@@ -116,8 +116,8 @@ class Slots:
         """Overwrite a slot's text, whose numbers cannot be relied on, with zeros: NaN times a weight of 0 is NaN."""
         slot.text = []
         row = slot.row
-        for tensor in self.cache.keys + self.cache.values:  # (S, T_max, K, D)
-            tensor[row, self.n_virtual :] = 0
+        for tensor in self.cache.keys + self.cache.values:  # (S, K, T_max, D)
+            tensor[row, :, self.n_virtual :] = 0
         self.cache.begin_row(row, row, self.n_virtual)
 
     def _swap(self, first: Slot, second: Slot) -> None:

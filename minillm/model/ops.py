@@ -165,7 +165,7 @@ def rotation(cos: Tensor, sin: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]
     """The angles of a forward pass in the form that is quickest for `rope`, made once for all layers.
 
     cos, sin: (T, D/2) or (B, T, D/2), fp32, of the tokens' positions. dtype: of queries and keys. Usually returns
-    (cos, sin) themselves; for a step of generation one matrix, (D, D), or one for each row, (B, 1, D, D), that turns
+    (cos, sin) themselves; for a step of generation one matrix, (D, D), or one for each row, (B, D, D), that turns
     by a product:
 
         (x₁ x₂) [  cos  sin ]  =  (x₁ cos − x₂ sin,  x₂ cos + x₁ sin)          cos and sin as diagonal matrices
@@ -176,6 +176,9 @@ def rotation(cos: Tensor, sin: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]
     if cos.dim() == 2:  # (1, D/2) → (D/2,)
         cos = cos[0]
         sin = sin[0]
+    else:  # (B, 1, D/2) → (B, D/2)
+        cos = cos[:, 0]
+        sin = sin[:, 0]
     cos = torch.diag_embed(cos)  # (…, D/2, D/2)
     sin = torch.diag_embed(sin)
     upper = torch.cat((cos, sin), -1)  # (…, D/2, D)
@@ -197,8 +200,10 @@ def rope(
     if q_weight is not None:
         q = rms_norm(q, q_weight, eps)
         k = rms_norm(k, k_weight, eps)
-    if len(angles) == 1:  # a matrix, (D, D) or (B, 1, D, D)
+    if len(angles) == 1 and angles[0].dim() == 2:  # a matrix, (D, D)
         return q @ angles[0], k @ angles[0]
+    if len(angles) == 1:  # a matrix for each row, (B, D, D)
+        return torch.bmm(q[:, 0], angles[0])[:, None], torch.bmm(k[:, 0], angles[0])[:, None]
     return reference.rope(q, k, *angles)
 
 
@@ -230,13 +235,15 @@ def attention(
     """See `kernels.reference.attention`; the output alone.
 
     ends: (B,) int64, where k and v are a cache whose rows differ in length: row b's keys are the slots j < ends[b],
-    and its queries belong to the last of them. Causal, with no spans and no gradient.
+    and its queries belong to the last of them. Or what `visible_keys` made of it. Causal, with no spans or gradient.
     seen: (B, Tq, Tk) bool, which keys each query sees, at least one; in place of all the rules.
     """
     if seen is not None:
         if _selected == "reference":
             return reference.attention(q, k, v, seen=seen)[0]
         return _torch_attention(q, k, v, seen[:, None])
+    if ends is not None and ends.dim() == 4:
+        return _torch_attention(q, k, v, ends, scale=scale)
     if ends is None and spans is None and softcap is None and _is_step(q) and (window or k.shape[1]) >= k.shape[1]:
         return _torch_attention(q, k, v, scale=scale)  # the newest token sees every key
     options = dict(causal=causal, window=window, spans=spans, softcap=softcap, scale=scale)
@@ -263,14 +270,38 @@ def attention(
     return _torch_attention(q, k, v, mask, is_causal=is_causal, scale=scale)
 
 
+def visible_keys(ends: Tensor, n_queries: int, n_keys: int, window: int | None, dtype: torch.dtype) -> Tensor:
+    """The ends (B,) of a cache's rows in the form that is quickest for `attention`, made once for all layers.
+
+    Usually returns `ends` itself. For torch's own op on a CPU it is what to add to the scores in `dtype`, (B, 1, Tq,
+    Tk): 0 for a key that a query sees, and −∞.
+    """
+    if not ends.is_cpu or _selected in ("reference", "triton"):
+        return ends
+    mask = _cache_mask(ends, n_queries, n_keys, window)
+    return torch.zeros(mask.shape, dtype=dtype).masked_fill_(~mask, -torch.inf)
+
+
+def _cache_mask(ends: Tensor, n_queries: int, n_keys: int, window: int | None) -> Tensor:
+    """Which keys the last queries of each row see, bool (B, 1, Tq, Tk)."""
+    key_slots = torch.arange(n_keys, device=ends.device)  # (Tk,)
+    query_slots = ends[:, None, None, None] - n_queries + key_slots[:n_queries, None]  # (B, 1, Tq, 1)
+    mask = key_slots <= query_slots
+    return mask if window is None else mask & (key_slots > query_slots - window)
+
+
 def _torch_attention(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, *, is_causal: bool = False, scale: float | None = None
 ) -> Tensor:
-    """torch's fused attention on (B, T, H, D). mask: bool, of a shape that broadcasts to (B, H, Tq, Tk)."""
+    """torch's fused attention on (B, T, H, D). mask: bool or to be added, broadcast to (B, H, Tq, Tk)."""
     groups = q.shape[2] // k.shape[2]
     if mask is not None and groups > 1 and q.is_cuda:  # torch has no fused CUDA kernel for a mask and grouped heads
         k = k.repeat_interleave(groups, dim=2)  # (B, Tk, H, D)
         v = v.repeat_interleave(groups, dim=2)
+    if q.shape[1] == 1 and groups > 1 and q.is_cpu:  # heads that share keys as queries of one head: read once
+        queries = q.reshape(len(q), k.shape[2], groups, q.shape[3])  # (B, K, H/K, D)
+        out = F.scaled_dot_product_attention(queries, k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask, scale=scale)
+        return out.reshape(q.shape)
     out = F.scaled_dot_product_attention(
         q.transpose(1, 2),  # (B, H, Tq, D)
         k.transpose(1, 2),
@@ -307,12 +338,7 @@ def _cached_attention(q: Tensor, k: Tensor, v: Tensor, ends: Tensor, options: di
             values = v[row : row + 1, :end]
             outputs.append(reference.attention(q[row : row + 1], keys, values, **options)[0])
         return torch.cat(outputs)
-    key_slots = torch.arange(k.shape[1], device=q.device)  # (Tk,)
-    query_slots = ends[:, None, None] - n_queries + key_slots[:n_queries, None]  # (B, Tq, 1)
-    mask = key_slots <= query_slots  # (B, Tq, Tk)
-    if window is not None:
-        mask = mask & (key_slots > query_slots - window)
-    return _torch_attention(q, k, v, mask[:, None], scale=scale)
+    return _torch_attention(q, k, v, _cache_mask(ends, n_queries, k.shape[1], window), scale=scale)
 
 
 def linear_cross_entropy(

@@ -34,6 +34,7 @@ class Placement(NamedTuple):
     positions: slice | Tensor | None = None  # in place of angles: of learned vectors, which are added to the states
     seen: Tensor | None = None  # (B, T, Tk) bool, which keys each token sees; None: its own and all before it
     chosen: Tensor | None = None  # (B, n) int64, the tokens whose states the layer gives; None: all of them
+    ends: Tensor | None = None  # where the cached keys of rows of different lengths end, as `ops.visible_keys` says it
 
 
 class RMSNorm(nn.Module):
@@ -72,7 +73,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, placement: Placement) -> Tensor:
         batch, length, _ = x.shape
-        rotation, spans, cache, _, seen, chosen = placement
+        rotation, spans, cache, _, seen, chosen, ends = placement
         q, k, v = ops.linears(x, self.q_proj, self.k_proj, self.v_proj)
         q = q.view(batch, length, self.config.n_heads, self.config.head_dim)  # (B, T, H, D)
         k = k.view(batch, length, self.config.n_kv_heads, self.config.head_dim)  # (B, T, K, D)
@@ -88,10 +89,8 @@ class Attention(nn.Module):
             k = self.k_norm(k)
 
         # store keys and values, and read them with those of the tokens before
-        ends = None
         if cache is not None:
             k, v = cache.update(self.layer, k, v)  # (B, Tk, K, D)
-            ends = cache.ends
 
         # what is read of them: all tokens before the own, or what a mask says, for all tokens or for the chosen ones
         if seen is None:
@@ -310,11 +309,15 @@ class Transformer(nn.Module):
         """The places of T tokens a row. dtype: of the states."""
         positions = self._positions(length, documents, cache)  # (B, T), or (T,) if all rows have the same
         spans = None if documents is None else ops.document_spans(documents)
-        seen = None if cache is None else cache.seen
+        seen = ends = None
+        if cache is not None:
+            seen = cache.seen
+        if cache is not None and cache.ends is not None:
+            ends = ops.visible_keys(cache.ends, length, cache.n_read, self.config.window, dtype)
         if self.config.positions == "learned":
-            return Placement(None, spans, cache, positions, seen)
+            return Placement(None, spans, cache, positions, seen, None, ends)
         rotation = ops.rotation(self.cos[positions], self.sin[positions], dtype)
-        return Placement(rotation, spans, cache, seen=seen)
+        return Placement(rotation, spans, cache, None, seen, None, ends)
 
     def _positions(self, length: int, documents: Tensor | None, cache: KVCache | None) -> slice | Tensor:
         """Position of each of T tokens in its text: (B, T) int64, or a slice where all rows have the same.

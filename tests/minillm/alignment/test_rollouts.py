@@ -84,7 +84,7 @@ def test_the_shared_prompt_is_bit_equal_to_reading_it_for_every_answer():
     assert cache.lengths.tolist() == cache.host_lengths.tolist() == every.lengths.tolist()
     for ours, theirs in zip(cache.keys + cache.values, every.keys + every.values, strict=True):
         for row, length in enumerate(every.lengths.tolist()):
-            assert torch.equal(ours[row, :length], theirs[row, :length])
+            assert torch.equal(ours[row, :, :length], theirs[row, :, :length])
 
 
 @pytest.mark.parametrize("n_places", [1, 3, 5, 16])

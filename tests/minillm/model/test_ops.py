@@ -260,3 +260,24 @@ def test_products_of_many_rows_by_onednn_are_those_of_the_layer(n_rows, bias, mo
         expected = x.double() @ layer.weight.double().T + (layer.bias.double() if bias else 0)
         torch.testing.assert_close(y.double(), expected, atol=1e-6, rtol=1e-5)
     assert not called
+
+
+@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("n_queries", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attention_over_rows_of_different_lengths_is_that_of_each_row(window, n_queries, dtype):
+    """Both forms in which the rows' ends are given, with groups of heads; keys beyond an end are as large as any."""
+    ends = torch.tensor([4, 9, 2, 7])
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randn(4, n_queries, 6, 8, generator=generator).to(dtype)
+    k, v = (torch.randn(4, 9, 2, 8, generator=generator).to(dtype) for _ in "kv")
+    rows = []
+    for row, end in enumerate(ends.tolist()):
+        inputs = (x[row : row + 1].double() for x in (q, k[:, :end], v[:, :end]))
+        rows.append(reference.attention(*inputs, causal=True, window=window)[0])
+    seen = ops.visible_keys(ends, n_queries, 9, window, dtype)
+    assert seen.shape == (4, 1, n_queries, 9) and seen.dtype == dtype
+    with torch.inference_mode():
+        for form in (ends, seen):
+            out = ops.attention(q, k, v, window=window, ends=form)
+            assert error(out.double(), torch.cat(rows)) < (1e-5 if dtype == torch.float32 else 0.02)
