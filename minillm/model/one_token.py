@@ -32,7 +32,9 @@ def _mkl_is_slow() -> bool:
 
     One row's product with a large matrix reads the memory at half its speed; as a batch of products with blocks of the
     matrix at almost all of it, and in several threads. Products of several rows take 1.3 to 2.2 times as long as
-    oneDNN's, which torch also has (one thread, AVX-512; 8 rows and more). On Intel's processors MKL is the quicker one.
+    oneDNN's, which torch also has (one thread, AVX-512; 8 rows and more): MKL leaves AVX-512 unused there. With AVX2
+    alone MKL takes 0.5 to 0.8 of oneDNN's time for `tiny`'s matrices and as long for `26m`'s. On Intel's processors
+    MKL is the quicker one.
     """
     processor = Path("/proc/cpuinfo")
     return torch.backends.mkl.is_available() and processor.exists() and "AuthenticAMD" in processor.read_text()
@@ -45,7 +47,8 @@ LARGE_MATRIX = 2**19 if MKL_IS_SLOW else math.inf
 
 # oneDNN is quicker from so many rows and multiplications on; with fewer its call costs more. It keeps code and buffers
 # for every number of rows it has seen, some 0.5 MB each, so it is left to steps, whose rows are few.
-MANY_ROWS = 4 if MKL_IS_SLOW and torch.backends.mkldnn.is_available() else math.inf
+HAS_AVX512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
+MANY_ROWS = 4 if MKL_IS_SLOW and HAS_AVX512 and torch.backends.mkldnn.is_available() else math.inf
 MANY_PRODUCTS = 2**20
 
 
