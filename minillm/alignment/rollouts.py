@@ -10,7 +10,7 @@ step, the answer's number in the run, token), so neither the number of ranks nor
 rows draw the same answers together.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -30,7 +30,10 @@ from minillm.model.kv_cache import KVCache
 from minillm.model.transformer import Transformer
 from minillm.tuning.virtual_tokens import context_of
 
-KEPT_SHARE = 0.75  # rows that ended are dropped from the cache when at most this share of it still goes on
+# Places without an answer are given up: on a CPU all but what fills the last 8, so that there are few numbers of them
+# (oneDNN keeps memory for each); on a GPU, which records its step anew, once a quarter of them is without.
+TOGETHER = 8
+KEPT_SHARE = 0.75
 
 
 @dataclass(frozen=True)
@@ -149,25 +152,27 @@ def _sample(
     answer_at = np.arange(n_places)
     cache.copy_rows(answer_at, prompt_cache, answer_at // group)
     logits = prompt_logits[torch.from_numpy(answer_at // group)]  # (B, V)
-    next_step = RecordedStep(model, cache).step if is_recorded(cache) else partial(next_logits, model, cache)
+    records = is_recorded(cache)
+    next_step = _stepping(model, cache, records)
     goes_on = np.ones(n_places, dtype=bool)  # whether the answer at a place has not ended
     n_begun = n_places
 
     while True:
         drawn = answers.grow(logits, answer_at, goes_on)  # (B,)
 
-        # answers that wait take the places of those that ended; with none waiting, the cache becomes smaller
+        # answers that wait take the places of those that ended; with none waiting, the last answers do
         free = np.flatnonzero(~goes_on)
         joining = np.arange(n_begun, min(n_begun + len(free), n_answers))
         if not len(joining) and not goes_on.any():
             return
         cache.free(free)
-        if not len(joining) and goes_on.mean() <= KEPT_SHARE:
-            kept = torch.from_numpy(np.flatnonzero(goes_on)).to(device)
-            cache.keep(kept)
-            drawn = drawn[kept]
-            answer_at = answer_at[goes_on]
-            goes_on = goes_on[goes_on]
+        n_needed = 0 if len(joining) else _places_for(int(goes_on.sum()), records)
+        if 0 < n_needed < n_places and (not records or n_needed <= KEPT_SHARE * n_places):
+            _close_up(cache, goes_on, n_needed, answer_at, drawn)
+            n_places = n_needed
+            cache = cache.rows(0, n_places)
+            next_step = _stepping(model, cache, records)
+            answer_at, goes_on, drawn = answer_at[:n_places], goes_on[:n_places], drawn[:n_places]
 
         # the next logits: of one more token, or where an answer begins those of its prompt
         lockstep.before_pass()
@@ -179,6 +184,27 @@ def _sample(
             answer_at[places] = joining
             goes_on[places] = True
             n_begun += len(joining)
+
+
+def _stepping(model: Transformer, cache: KVCache, records: bool) -> Callable[[Tensor], Tensor]:
+    """A function of the newest tokens (B,) that reads them into the cache and gives the next logits (B, V)."""
+    return RecordedStep(model, cache).step if records else partial(next_logits, model, cache)
+
+
+def _places_for(n_answers: int, records: bool) -> int:
+    """How many places so many answers take."""
+    return n_answers if records else -(-n_answers // TOGETHER) * TOGETHER
+
+
+def _close_up(cache: KVCache, goes_on: np.ndarray, n: int, answer_at: np.ndarray, drawn: Tensor) -> None:
+    """Let the answers that go on beyond the first n places move, with their newest tokens, to free ones among these."""
+    late = np.flatnonzero(goes_on[n:]) + n
+    gaps = np.flatnonzero(~goes_on[:n])[: len(late)]
+    if len(late):
+        cache.copy_rows(gaps, cache, late)
+    answer_at[gaps] = answer_at[late]
+    goes_on[gaps] = True
+    drawn[torch.from_numpy(gaps).to(drawn.device)] = drawn[torch.from_numpy(late).to(drawn.device)]
 
 
 def _as_batch(texts: list[list[int]], log_probs: list[list[float]], pad_id: int) -> tuple[Batch, Tensor]:

@@ -138,11 +138,12 @@ def draw(logits: Tensor, temperature: float, uniform: Tensor) -> tuple[Tensor, T
     logits: (B, V). temperature: above 0. uniform: (B,) float64, as in `pick`, from which it differs in its speed: there
     is one softmax, in fp32, and only its sum is in fp64.
     """
-    log_p = torch.log_softmax(logits.float() / temperature, dim=-1)  # (B, V)
-    cumulated = log_p.exp().cumsum(-1, dtype=torch.float64)  # (B, V)
+    logits = logits.float()
+    p = torch.softmax(logits if temperature == 1 else logits / temperature, dim=-1)  # (B, V)
+    cumulated = p.cumsum(-1, dtype=torch.float64)  # (B, V)
     threshold = uniform[:, None] * cumulated[:, -1:]  # (B, 1)
     column = torch.searchsorted(cumulated, threshold, right=True)  # (B, 1)
-    return column[:, 0], log_p.gather(-1, column)[:, 0]
+    return column[:, 0], p.gather(-1, column)[:, 0].log()
 
 
 def random_numbers(seed: int | tuple[int, ...], rows: Sequence[int], n: int, device) -> Tensor:

@@ -97,6 +97,21 @@ def test_waiting_answers_take_the_places_of_those_that_ended(n_places):
     torch.testing.assert_close(few.log_probs, together.log_probs, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("together", [1, 3, 100])
+def test_answers_that_close_up_stay_the_same(together, monkeypatch):
+    """1: as soon as one ends, the last one takes its place; 100: none ever moves."""
+    model = build()
+    expected = roll_out(model, PROMPTS, range(4), 1, CONFIG)
+    moved = []
+    monkeypatch.setattr(rollouts, "TOGETHER", together)
+    close_up = rollouts._close_up
+    monkeypatch.setattr(rollouts, "_close_up", lambda *args: moved.append(args[2]) or close_up(*args))
+    rolled = roll_out(model, PROMPTS, range(4), 1, CONFIG)
+    assert rolled.answers == expected.answers
+    torch.testing.assert_close(rolled.log_probs, expected.log_probs, atol=1e-5, rtol=0)
+    assert bool(moved) == (together < 100) and moved == sorted(moved, reverse=True)
+
+
 def test_answers_are_those_of_one_token_at_a_time_without_cache():
     model = build()
     rolled = roll_out(model, PROMPTS[:2], [6, 2], 3, dataclasses.replace(CONFIG, temperature=0.8))
