@@ -2,10 +2,11 @@
 
 Both sides have the same weights, prompts and number of answers. trl's side is its own GRPOTrainer with transformers'
 `generate`, and its own DPOTrainer's loss; the reference's log-probabilities are known on both. First both must compute
-the same, then they are timed in turns.
+the same, then they are timed in turns, in seconds of the processor's time.
 """
 
 import tempfile
+import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -106,7 +107,7 @@ def compare_rollouts(
 
     for counts in n_tokens.values():
         counts.clear()
-    seconds = medians({"minillm": ours, "trl": theirs})
+    seconds = medians({"minillm": ours, "trl": theirs}, clock=time.process_time)
     print(f"{config.prompts} × {config.group_size} answers to prompts of {config.prompt_len} tokens")
     speed = {}
     for name, counts in n_tokens.items():
@@ -115,7 +116,7 @@ def compare_rollouts(
         length = mean / len(texts)
         ratio = speed[name] / speed["minillm"] if name == "minillm" else speed["minillm"] / speed[name]
         note = "with log-probabilities" if name == "minillm" else f"minillm is {ratio:.2f} x as fast"
-        print(f"  {name:<10}{speed[name]:10,.0f} tok/s   {length:5.1f} tokens an answer   {note}", flush=True)
+        print(f"  {name:<10}{speed[name]:10,.0f} tok/CPU s   {length:5.1f} tokens an answer   {note}", flush=True)
     return rollouts
 
 
@@ -186,11 +187,11 @@ def compare_dpo(model: Transformer, trl: ModuleType, twin, rollouts: Rollouts, f
     if abs(losses[0] - losses[1]) > 1e-4:
         raise UserError(f"the two sides compute other losses ({losses}), so their speed does not compare")
 
-    seconds = medians(sides)
+    seconds = medians(sides, clock=time.process_time)
     print(f"a step of DPO on {len(chosen)} pairs, {batch.x.numel():,} tokens with padding, β {BETA}")
     for name in sides:
         ratio = f"minillm is {seconds['trl'] / seconds['minillm']:.2f} x as fast" if name == "trl" else ""
-        print(f"  {name:<10}{batch.x.numel() / seconds[name]:10,.0f} tok/s   {ratio}", flush=True)
+        print(f"  {name:<10}{batch.x.numel() / seconds[name]:10,.0f} tok/CPU s   {ratio}", flush=True)
 
 
 def _our_step(model: Transformer, batch: Batch, reference: Tensor) -> Callable[[], float]:
