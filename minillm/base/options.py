@@ -189,6 +189,8 @@ def convert(name: str, its: Option, hint, value):
     if is_list(kind):
         item_type = typing.get_args(kind)[0]
         items = value if isinstance(value, list) else [value]
+        if item_type is not str:  # "1,4" as well as "1 4": no number has a comma
+            items = [part for item in items for part in (item.split(",") if isinstance(item, str) else [item])]
         return tuple(convert(name, its, item_type, item) for item in items)
     if its.choices and kind is str and value not in its.choices:
         raise UserError(f"--{name} {value}: {its.problem(str(value))}")

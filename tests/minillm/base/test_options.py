@@ -145,6 +145,18 @@ def test_lists_and_positions():
     assert read == Rules("m", ("a", "b", "c"), bits=8, kind="small")
 
 
+@dataclass(frozen=True)
+class Numbers(Options):
+    clients: tuple[int, ...] = option((1,), "clients", at_least=1)
+
+
+def test_numbers_of_a_list_may_be_joined_by_commas():
+    assert parse(Numbers, "", ["--clients", "1,4", "16"]) == Numbers((1, 4, 16))
+    for given, said in (("1,x", "--clients x: expected a whole number"), ("4,0", "--clients 0: must be at least 1")):
+        with pytest.raises(UserError, match=said):
+            parse(Numbers, "", ["--clients", given])
+
+
 def test_help_is_in_groups_with_ranges(capsys):
     with pytest.raises(SystemExit):
         parse(Rules, "what it does", ["--help"], program="it")
