@@ -27,6 +27,21 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return (x * weight).div_(rms)
 
 
+def rotation(cos: Tensor, sin: Tensor) -> Tensor:
+    """The matrix (D, D) that turns queries and keys (…, D) by a product, of cos and sin (1, D/2) of their position:
+
+        (x₁ x₂) [  cos  sin ]  =  (x₁ cos − x₂ sin,  x₂ cos + x₁ sin)          cos and sin as diagonal matrices
+                [ −sin  cos ]
+
+    Of cos and sin (B, 1, D/2), one position a row: (B, D, D).
+    """
+    cos = torch.diag_embed(cos.squeeze(-2))  # (…, D/2, D/2)
+    sin = torch.diag_embed(sin.squeeze(-2))
+    upper = torch.cat((cos, sin), -1)  # (…, D/2, D)
+    lower = torch.cat((-sin, cos), -1)
+    return torch.cat((upper, lower), -2)  # (…, D, D)
+
+
 def _mkl_is_slow() -> bool:
     """Whether torch's usual products are MKL's on an AMD processor, which it does not know well.
 

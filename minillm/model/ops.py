@@ -165,25 +165,11 @@ def rotation(cos: Tensor, sin: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]
     """The angles of a forward pass in the form that is quickest for `rope`, made once for all layers.
 
     cos, sin: (T, D/2) or (B, T, D/2), fp32, of the tokens' positions. dtype: of queries and keys. Usually returns
-    (cos, sin) themselves; for a step of generation one matrix, (D, D), or one for each row, (B, D, D), that turns
-    by a product:
-
-        (x₁ x₂) [  cos  sin ]  =  (x₁ cos − x₂ sin,  x₂ cos + x₁ sin)          cos and sin as diagonal matrices
-                [ −sin  cos ]
+    (cos, sin) themselves; for a step of generation the one matrix, or one for each row, of `one_token.rotation`.
     """
     if dtype != torch.float32 or not _is_step(cos if cos.dim() == 3 else cos[None]):
         return cos, sin
-    if cos.dim() == 2:  # (1, D/2) → (D/2,)
-        cos = cos[0]
-        sin = sin[0]
-    else:  # (B, 1, D/2) → (B, D/2)
-        cos = cos[:, 0]
-        sin = sin[:, 0]
-    cos = torch.diag_embed(cos)  # (…, D/2, D/2)
-    sin = torch.diag_embed(sin)
-    upper = torch.cat((cos, sin), -1)  # (…, D/2, D)
-    lower = torch.cat((-sin, cos), -1)
-    return (torch.cat((upper, lower), -2),)  # (…, D, D)
+    return (one_token.rotation(cos, sin),)
 
 
 def rope(
