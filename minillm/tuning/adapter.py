@@ -203,8 +203,12 @@ def _place(model: nn.Module, modules: dict[str, nn.Module]) -> None:
     for path, module in modules.items():
         parent, _, name = path.rpartition(".")
         setattr(model.get_submodule(parent), name, module)
-        if module is not None:
-            module.to(model.norm.weight.device).train(model.training)
+        if module is None:
+            continue
+        device = model.norm.weight.device
+        if any(tensor.device != device for tensor in (*module.parameters(), *module.buffers())):
+            module.to(device)  # else not: it would take from sharded parameters what is noted of them (`shards.Cut`)
+        module.train(model.training)
 
 
 def _mark_tying(model: Transformer) -> None:
