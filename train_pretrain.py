@@ -317,7 +317,7 @@ def train(
 
     for step in run.steps(state):  # sets the learning rate; after the step saves what is due, stops at a signal
         read = decay_windows if decay_windows and step > decay_begins else windows
-        batches = [read.batch(positions).part(*run.ranks.place_in_row) for positions in run.micro_batches(step)]
+        batches = [read.batch(positions).part(run.ranks.row_part) for positions in run.micro_batches(step)]
         # all tokens but the bos that documents begin with; of all ranks, before the first backward pass
         (n_targets,) = team.sum(sum(batch.n_targets() for batch in batches))
         for batch, last in marked_last(batches):

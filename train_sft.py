@@ -190,7 +190,7 @@ def train(
     parallel_model = parallelize(model, team, training_config.compile)
 
     for step in run.steps(state):  # sets the learning rate; after the step saves what is due, stops at a signal
-        batches = [rows.batch(positions, end).part(*run.ranks.place_in_row) for positions in run.micro_batches(step)]
+        batches = [rows.batch(positions, end).part(run.ranks.row_part) for positions in run.micro_batches(step)]
         # how many targets a step has differs: count those of all ranks before the first backward pass
         n_targets, n_tokens = team.sum(
             sum(batch.n_targets() for batch in batches), sum(batch.x.numel() for batch in batches)

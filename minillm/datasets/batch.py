@@ -36,22 +36,22 @@ class Batch(NamedTuple):
     def n_targets(self) -> int:
         return self.y.numel() if self.mask is None else int(self.mask.sum())
 
-    def part(self, index: int, parts: int) -> "Batch":
-        """Part `index` of the tokens of each row, of equal parts; `documents` stay those of the whole row.
+    def part(self, row_part) -> "Batch":
+        """The tokens of each row that a `RowPart` has; `documents` stay those of the whole row.
 
-        Rows are padded to a multiple of `parts` tokens, by a document of its own without targets.
+        Rows are padded to equal parts, by a document of its own without targets.
         """
-        if parts == 1:
+        if row_part.context * row_part.tensor == 1:
             return self
         x, y, mask, documents = self
-        n_missing = -x.shape[1] % parts
+        n_missing = row_part.padded(x.shape[1]) - x.shape[1]
         if n_missing:
             mask = torch.ones_like(y, dtype=torch.bool) if mask is None else mask
-            x, y, mask = (F.pad(tensor, (0, n_missing)) for tensor in (x, y, mask))
+            mask = F.pad(mask, (0, n_missing))
         if n_missing and documents is not None:
             padding = documents[:, -1:] + 1  # (B, 1)
             documents = torch.cat((documents, padding.expand(-1, n_missing)), 1)
-        x, y, mask = (None if tensor is None else tensor.chunk(parts, 1)[index] for tensor in (x, y, mask))
+        x, y, mask = (None if tensor is None else row_part.of(tensor) for tensor in (x, y, mask))
         return Batch(x, y, mask, documents)
 
     def without_targets(self) -> "Batch":

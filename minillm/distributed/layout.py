@@ -8,6 +8,11 @@ attention, shards once a layer, replicas once a step. torchrun gives neighbourin
 
 import os
 from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from minillm.base.errors import UserError
 
@@ -29,6 +34,56 @@ class Layout:
     def holders(self) -> int:
         """How many ranks hold one copy of the state together."""
         return self.shard * self.row_ranks
+
+
+UNDIVIDED = Layout()
+
+
+class RowPart(NamedTuple):
+    """Which tokens of a row one of the ranks has that share it.
+
+    With 2 of `context` the row has 4 chunks, of which rank 0 has the first and the last, rank 1 those between:
+
+        0 1 1 0
+
+    So each has as many pairs of a query and a key before it as any other. Ranks of `tensor` divide what one of those
+    has.
+    """
+
+    index: int  # of context · tensor ranks
+    context: int = 1
+    tensor: int = 1
+
+    @property
+    def chunks(self) -> tuple[int, int]:
+        """The two of 2 · context chunks that this rank's context has."""
+        number = self.index // self.tensor
+        return number, 2 * self.context - 1 - number
+
+    def padded(self, length: int) -> int:
+        """How long rows must be for equal parts."""
+        multiple = self.tensor if self.context == 1 else 2 * self.context * self.tensor
+        return -(-length // multiple) * multiple
+
+    def of_context(self, values: Tensor, dim: int = 1) -> Tensor:
+        """Of whole rows what the ranks of this context have together; dim: that of the tokens."""
+        if self.context == 1:
+            return values
+        chunks = values.chunk(2 * self.context, dim)
+        return torch.cat([chunks[number] for number in self.chunks], dim)
+
+    def of(self, values: Tensor) -> Tensor:
+        """This rank's tokens of rows (B, T, …), which are padded by zeros to equal parts."""
+        missing = self.padded(values.shape[1]) - values.shape[1]
+        values = F.pad(values, (0, 0) * (values.dim() - 2) + (0, missing)) if missing else values
+        return self.of_context(values).chunk(self.tensor, 1)[self.index % self.tensor]
+
+    def in_order(self, values: Tensor) -> Tensor:
+        """Whole rows (B, T, …) of the parts of all ranks, one after the other."""
+        if self.context == 1:
+            return values
+        chunks = values.chunk(2 * self.context, 1)
+        return torch.cat((*chunks[::2], *reversed(chunks[1::2])), 1)
 
 
 def check_layout(layout: Layout, world: int) -> Layout:

@@ -28,9 +28,9 @@ class Lockstep:
 
     def end(self) -> None:
         """This rank has made its last pass."""
-        token = torch.zeros(1, 1, dtype=torch.int64, device=self.device)
+        tokens = torch.zeros(1, 2, dtype=torch.int64, device=self.device)  # as few as ranks can share a row of
         while self.is_needed and self._others_go_on(0):
-            self.model.logits(self.model.hidden(token))
+            self.model.logits(self.model.hidden(tokens))
 
     def _others_go_on(self, passes: int) -> bool:
         """Whether any rank makes a pass now; passes: how many this one does."""

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from minillm.base import waiting
 from minillm.base.device import keep_freed_memory, keep_to_quota, pick_device
 from minillm.base.errors import UserError
+from minillm.distributed.layout import UNDIVIDED, Layout, RowPart
 from minillm.distributed.watchdog import LOADING, explain_lost_ranks
 
 MOST_AT_ONCE = 32  # sequences a forward pass, unless --micro_batch_size says otherwise
@@ -31,7 +32,12 @@ class Ranks:
     rank: int
     world: int
     device: torch.device
-    row_ranks: int = 1  # how many ranks, neighbours in number, compute on the same rows, each on some of the tokens
+    layout: Layout = UNDIVIDED  # of which it matters here which ranks, neighbours in number, share rows
+
+    @property
+    def row_ranks(self) -> int:
+        """How many ranks compute on the same rows, each on some of the tokens."""
+        return self.layout.row_ranks
 
     @property
     def data_rank(self) -> int:
@@ -52,9 +58,9 @@ class Ranks:
         return [(number, True) if number < n else (0, False) for number in numbers]
 
     @property
-    def place_in_row(self) -> tuple[int, int]:
-        """Which part of the tokens of a row this rank computes on, of how many: see `Batch.part`."""
-        return self.rank % self.row_ranks, self.row_ranks
+    def row_part(self) -> RowPart:
+        """Which tokens of a row this rank computes on: see `Batch.part`."""
+        return RowPart(self.rank % self.row_ranks, self.layout.context, self.layout.tensor)
 
     @property
     def main(self) -> bool:

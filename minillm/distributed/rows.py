@@ -1,16 +1,17 @@
 """Rows that several ranks share: tensor and context parallelism, applied to a model from outside.
 
-    context c of 2                    tensor t of 2, of the first half
-    tokens 0 … T/2 − 1                tokens 0 … T/4 − 1
-                                      tokens T/4 … T/2 − 1
-    tokens T/2 … T − 1
+    context c of 2                                tensor t of 2, of the first context
+    tokens 0 … T/4 − 1 and 3T/4 … T − 1           tokens 0 … T/4 − 1
+                                                  tokens 3T/4 … T − 1
+    tokens T/4 … 3T/4 − 1
 
 Outside attention and feed-forward network a rank has T/(context · tensor) tokens of each row: embedding, norms, the
 residual stream and the loss see those alone. Around both, tensor parallelism gathers the T/context tokens; inside, each
 of its ranks has some of the heads or channels (`slices.py`); after them the sums over all channels are scattered by
 tokens again (Korthikanti et al. 2022, "Reducing activation recomputation", arXiv:2205.05198, section 4.2.2). Context
 parallelism gathers keys and values of the whole row, for queries of the rank's own tokens (Llama 3, arXiv:2407.21783,
-section 3.3). So every operation on numbers is on plain tensors, the same as on one rank.
+section 3.3). An early and a late chunk of the row together see as many keys as any other two (`RowPart`). So every
+operation on numbers is on plain tensors, the same as on one rank.
 
 A pass that stores keys and values is not divided: each rank has all tokens, and tensor parallelism adds up what its
 ranks computed. Virtual tokens, whose keys and values are there before, stand before the first part of a row.
@@ -25,12 +26,11 @@ from types import MethodType
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minillm.base.errors import UserError
 from minillm.distributed.exchanges import gather, group_with, scatter_sum, sum_on_all
-from minillm.distributed.layout import Layout
+from minillm.distributed.layout import Layout, RowPart
 
 
 class RowParts:
@@ -40,21 +40,13 @@ class RowParts:
         """Every rank must create one, with the same layout: it makes groups of ranks."""
         self.layout = layout
         self.tensor_index = rank % layout.tensor
-        self.context_index = rank // layout.tensor % layout.context
         ranks = torch.arange(world).view(-1, layout.context, layout.tensor)
         self.tensor_group = group_with(rank, ranks.flatten(0, 1))
         self.context_group = group_with(rank, ranks.mT.flatten(0, 1))
         self.row_group = group_with(rank, ranks.flatten(1))
         self.first_rank = rank - rank % layout.row_ranks  # of the row
-        self.place = rank % layout.row_ranks, layout.row_ranks  # as `Batch.part` takes it
+        self.row_part = RowPart(rank % layout.row_ranks, layout.context, layout.tensor)
         self.are_divided = True  # rows in the pass under way
-
-    def own(self, values: Tensor) -> Tensor:
-        """This rank's tokens of rows (B, T, …), which are padded by zeros to equal parts."""
-        index, parts = self.place
-        missing = -values.shape[1] % parts
-        values = F.pad(values, (0, 0) * (values.dim() - 2) + (0, missing))
-        return values.chunk(parts, 1)[index]
 
 
 def sublayers(layer: nn.Module) -> dict[str, tuple[str, nn.Module]]:
@@ -73,10 +65,6 @@ def sublayers(layer: nn.Module) -> dict[str, tuple[str, nn.Module]]:
 
 def check_shape(layout: Layout, config) -> None:
     """Raise `UserError` for a `ModelConfig` that so many ranks cannot divide."""
-    if layout.row_ranks > 1 and config.positions == "learned":
-        raise UserError(
-            "--positions learned: is not supported with --tensor_parallel or --context_parallel; choose rope"
-        )
     for name in ("n_heads", "n_kv_heads", "ffn_dim"):
         if getattr(config, name) % layout.tensor:
             raise UserError(
@@ -105,23 +93,29 @@ def share_rows(model: nn.Module, parts: RowParts) -> None:
 
 
 def _placement_of(plain: Callable, parts: RowParts) -> Callable:
-    """The places of a rank's tokens: those of the whole row, and of the angles the ones of its context."""
+    """The places of a rank's tokens: those of the whole row, of the angles the ones of its context, and of learned
+    positions, which are added before the layers, its own.
+    """
 
     def placement(model, length: int, documents: Tensor | None, cache, dtype: torch.dtype):
         parts.are_divided = cache is None or not cache.stores
         if not parts.are_divided:
             return plain(length, documents, cache, dtype)
-        whole = plain(length * parts.layout.row_ranks, documents, cache, dtype)
-        n_tokens = length * parts.layout.tensor  # of a context
-        begin = parts.context_index * n_tokens
-        rotation = tuple(angles[..., begin : begin + n_tokens, :] for angles in whole.rotation)  # (…, T/context, D/2)
+        part, n_tokens = parts.row_part, length * parts.layout.row_ranks
+        whole = plain(n_tokens, documents, cache, dtype)
+        if whole.positions is not None:
+            positions = whole.positions  # (B, T), or a slice
+            if isinstance(positions, slice):
+                positions = torch.arange(positions.stop, device=model.norm.weight.device)[None, positions]
+            return whole._replace(positions=part.of(positions))
+        rotation = tuple(part.of_context(angles, -2) for angles in whole.rotation)  # (…, T/context, D/2)
         return whole._replace(rotation=rotation)
 
     return placement
 
 
 def _attend_of(plain: Callable, parts: RowParts) -> Callable:
-    """Attention of a rank's queries over the keys of the row up to its last token."""
+    """Attention of a rank's queries, in two chunks, each over the keys of the row up to its end."""
 
     def attend(q: Tensor, k: Tensor, v: Tensor, spans: Tensor | None, ends: Tensor | None) -> Tensor:
         if not parts.are_divided:
@@ -131,12 +125,15 @@ def _attend_of(plain: Callable, parts: RowParts) -> Callable:
         n_virtual = k.shape[1] - q.shape[1]
         together = torch.cat((k, v), -1)  # (B, n + T/context, K, 2 D)
         before, own = together.split((n_virtual, q.shape[1]), 1)
-        end = (parts.context_index + 1) * q.shape[1]
-        row = gather(own, parts.context_group)[:, :end]
-        k, v = torch.cat((before, row), 1).chunk(2, -1)
-        if spans is not None:
-            spans = spans[:, :end].clamp(max=end)
-        return plain(q, k.contiguous(), v.contiguous(), spans, ends)
+        row = parts.row_part.in_order(gather(own, parts.context_group))  # (B, T, K, 2 D)
+
+        outputs = []
+        for number, queries in zip(parts.row_part.chunks, q.chunk(2, 1), strict=True):
+            end = (number + 1) * queries.shape[1]
+            k, v = torch.cat((before, row[:, :end]), 1).chunk(2, -1)
+            seen = None if spans is None else spans[:, :end].clamp(max=end)
+            outputs.append(plain(queries.contiguous(), k.contiguous(), v.contiguous(), seen, ends))
+        return torch.cat(outputs, 1)  # (B, T/context, H, D)
 
     return attend
 
@@ -158,8 +155,8 @@ def _scores_of_whole_rows(plain: Callable, parts: RowParts) -> Callable:
     def forward(tokens: Tensor, targets: Tensor | None = None, *, documents: Tensor | None = None, cache=None, **more):
         if cache is not None and cache.stores:
             return plain(tokens, targets, documents=documents, cache=cache, **more)
-        scores = plain(parts.own(tokens), targets, documents=documents, cache=cache, **more)  # (B, T/ranks)
-        return gather(scores, parts.row_group)[:, : tokens.shape[1]]
+        scores = plain(parts.row_part.of(tokens), targets, documents=documents, cache=cache, **more)  # (B, T/ranks)
+        return parts.row_part.in_order(gather(scores, parts.row_group))[:, : tokens.shape[1]]
 
     return forward
 
@@ -175,14 +172,14 @@ def parts_of(model: nn.Module) -> RowParts | None:
 def own_part(model: nn.Module, batch):
     """This rank's tokens of a `Batch` of whole rows."""
     parts = parts_of(model)
-    return batch if parts is None else batch.part(*parts.place)
+    return batch if parts is None else batch.part(parts.row_part)
 
 
 @torch.no_grad()
 def whole_rows(model: nn.Module, values: Tensor, length: int) -> Tensor:
     """Values (B, T) of whole rows of `length` tokens, from those of each rank's tokens; without a gradient."""
     parts = parts_of(model)
-    return values if parts is None else gather(values, parts.row_group)[:, :length]
+    return values if parts is None else parts.row_part.in_order(gather(values, parts.row_group))[:, :length]
 
 
 def own_gradient(model: nn.Module, gradient: Tensor) -> Tensor:
@@ -191,7 +188,7 @@ def own_gradient(model: nn.Module, gradient: Tensor) -> Tensor:
     The ranks of a row have the same loss, so it counts as often as there are of them.
     """
     parts = parts_of(model)
-    return gradient if parts is None else parts.own(gradient) * parts.layout.row_ranks
+    return gradient if parts is None else parts.row_part.of(gradient) * parts.layout.row_ranks
 
 
 @torch.no_grad()

@@ -103,7 +103,7 @@ def shared_loss(model: nn.Module, batches: list[Batch], ranks: Ranks, autocast) 
     n_each = -(-len(batches) // ranks.data_world)
     batches_of_rank = batches[ranks.data_rank :: ranks.data_world]
     batches_of_rank += [batches[0].without_targets()] * (n_each - len(batches_of_rank))
-    batches_of_rank = [batch.part(*ranks.place_in_row) for batch in batches_of_rank]
+    batches_of_rank = [batch.part(ranks.row_part) for batch in batches_of_rank]
     with autocast:
         nats, n_targets = token_loss(model, batches_of_rank, ranks.device)
     nats, n_targets = ranks.sum(nats, n_targets)

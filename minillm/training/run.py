@@ -74,7 +74,7 @@ def begin(training_config: TrainingConfig) -> tuple[TrainingConfig, Ranks, Calla
     data_world = distributed.world_size() // row_ranks
     size = distributed.micro_batch(training_config.batch_size, training_config.micro_batch_size, data_world)
     ranks = distributed.start(training_config.device, training_config.timeout_s)
-    ranks = dataclasses.replace(ranks, row_ranks=row_ranks)
+    ranks = dataclasses.replace(ranks, layout=sharding.asked_layout(training_config))
     if ranks.main:
         check_out(Path(training_config.out))
         check_files(training_config)

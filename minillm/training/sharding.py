@@ -11,7 +11,7 @@ from minillm.base.device import pick_dtype
 from minillm.base.errors import UserError
 from minillm.checkpoint import huggingface
 from minillm.distributed import rows, shards
-from minillm.distributed.layout import Layout, check_layout, choose_shard, read_shard
+from minillm.distributed.layout import Layout, RowPart, check_layout, choose_shard, read_shard
 from minillm.distributed.parallelize import shard_model
 from minillm.distributed.ranks import Ranks, world_size
 from minillm.model import memory
@@ -68,11 +68,12 @@ def _check_blocks(training_config, model_config: ModelConfig, layout: Layout) ->
 def _check_rows_fit(training_config, model_config: ModelConfig, layout: Layout) -> None:
     """Raise `UserError` if rows, padded so that their ranks get equal parts, are longer than the model's context."""
     before = training_config.virtual_positions
-    padded = before + -(-(training_config.seq_len - before) // layout.row_ranks) * layout.row_ranks
+    part = RowPart(0, layout.context, layout.tensor)
+    padded = before + part.padded(training_config.seq_len - before)
     if layout.row_ranks > 1 and padded > model_config.max_seq_len:
         raise UserError(
             f"--seq_len {training_config.seq_len}: {layout.row_ranks} ranks share a row, padded to {padded} tokens, "
-            f"but the model's context is {model_config.max_seq_len}; choose a multiple of {layout.row_ranks}"
+            f"but the model's context is {model_config.max_seq_len}; choose a multiple of {part.padded(1)}"
         )
 
 

@@ -65,7 +65,7 @@ def run(config) -> None:
     )
     options, ranks, finish_kernel_check = begin(options)
     vocab_size = config.vocab_size or vocab_size_of(config.preset)
-    longest = config.seq_len + row_ranks - 1  # `Batch.part` pads rows to equal parts
+    longest = ranks.row_part.padded(config.seq_len)  # `Batch.part` pads rows to equal parts
     shape = preset(config.preset, vocab_size=vocab_size, max_seq_len=longest)
     options = sharding.choose_layout(options, shape, ranks)
     finish_kernel_check()
@@ -106,7 +106,7 @@ def training_step(options: RunOptions, ranks: Ranks, model: torch.nn.Module) -> 
     generator = torch.Generator().manual_seed(ranks.data_rank)
     shape = (options.micro_batch_size, options.seq_len + 1)
     tokens = torch.randint(0, model.config.vocab_size, shape, generator=generator)
-    batch = Batch(tokens[:, :-1], tokens[:, 1:], None, None).part(*ranks.place_in_row).to(ranks.device)
+    batch = Batch(tokens[:, :-1], tokens[:, 1:], None, None).part(ranks.row_part).to(ranks.device)
 
     def step() -> None:
         with autocast(ranks.device, dtype):

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from minillm.base import device
 from minillm.base.errors import UserError
 from minillm.distributed import ranks
+from minillm.distributed.layout import Layout, RowPart
 from minillm.distributed.ranks import Ranks, micro_batch, start
 from tests.forked_ranks import on_ranks
 
@@ -39,9 +40,9 @@ def test_a_share_is_as_long_on_each_rank_and_each_number_is_once_its_own(n, worl
 
 
 def test_ranks_that_share_rows_have_the_same_data_positions():
-    ranks = [Ranks(rank, 4, CPU, row_ranks=2) for rank in range(4)]
+    ranks = [Ranks(rank, 4, CPU, Layout(tensor=2)) for rank in range(4)]
     assert [one.micro_batches(0, 4, 2)[0].tolist() for one in ranks] == [[0, 1], [0, 1], [2, 3], [2, 3]]
-    assert [one.place_in_row for one in ranks] == [(0, 2), (1, 2), (0, 2), (1, 2)]
+    assert [one.row_part for one in ranks] == 2 * [RowPart(0, tensor=2), RowPart(1, tensor=2)]
 
 
 def test_one_rank_needs_no_group():

@@ -5,6 +5,7 @@ Weights are not compared: where a gradient is nearly 0, AdamW turns its rounding
 
 import contextlib
 import dataclasses
+import functools
 import os
 from pathlib import Path
 
@@ -20,10 +21,11 @@ import train_grpo
 import train_ppo
 from minillm.base.errors import UserError
 from minillm.checkpoint import huggingface
+from minillm.checkpoint.together import SharedSave
 from minillm.datasets.batch import Batch
 from minillm.distributed import parallelize as parallelism
 from minillm.distributed import shards
-from minillm.distributed.layout import Layout, choose_shard
+from minillm.distributed.layout import Layout, RowPart, choose_shard
 from minillm.distributed.parallelize import gradients_synced, marked_last, parallelize
 from minillm.distributed.ranks import Ranks
 from minillm.distributed.rows import check_shape
@@ -37,6 +39,8 @@ from minillm.model.transformer import Transformer
 from minillm.training import sharding, starting_model
 from minillm.training.optim import Muon, build_optimizers
 from minillm.training.step import TrainState
+from minillm.tuning import peft_format
+from minillm.tuning.adapter import active_adapter, switched_off
 from tests.forked_ranks import on_ranks
 from train_pretrain import Config
 
@@ -68,7 +72,7 @@ def learn(rank: int, world: int, shape: ModelConfig, asked: Config, kind: str = 
     """Some steps of two micro-batches each; the losses, norms and what else is compared."""
     torch.manual_seed(0)
     layout = sharding.asked_layout(asked)
-    ranks = Ranks(rank, world, CPU, layout.row_ranks)
+    ranks = Ranks(rank, world, CPU, layout)
     init = Path(asked.init_from) if asked.init_from else None
     model = starting_model.make_model(asked, shape, init, None, ranks)
     # each rank continues other prompts, to other lengths
@@ -80,7 +84,7 @@ def learn(rank: int, world: int, shape: ModelConfig, asked: Config, kind: str = 
     state = TrainState(model, optimizers, ranks, getattr(torch, asked.dtype))
     for step in range(STEPS):
         micro = ranks.micro_batches(step, ROWS, ROWS // ranks.data_world // 2 or 1)
-        batches = [batch_of(positions, step).part(*ranks.place_in_row) for positions in micro]
+        batches = [batch_of(positions, step).part(ranks.row_part) for positions in micro]
         if asked.virtual_positions:  # come before one text a row
             batches = [batch._replace(documents=None) for batch in batches]
         (n_targets,) = ranks.sum(sum(batch.n_targets() for batch in batches))
@@ -149,7 +153,8 @@ def test_shards_learn_as_one_rank(tmp_path, world, shard):
 )
 def test_shared_rows_are_learned_as_one_rank_does(tmp_path, world, layout):
     asked = options(**layout)
-    check_each(tmp_path, world, [(SHAPE, asked, "muon"), (UNTIED, asked, "muon")])
+    learned = dataclasses.replace(SHAPE, positions="learned")
+    check_each(tmp_path, world, [(SHAPE, asked, "muon"), (UNTIED, asked, "muon"), (learned, asked, "muon")])
 
 
 WIDE = dataclasses.replace(UNTIED, dim=128, head_dim=32, ffn_dim=128)  # 4 bits: parts of whole blocks of 64 columns
@@ -185,6 +190,49 @@ def test_few_parameters_are_learned_in_parts_as_on_one_rank(tmp_path, tuned):
     check_each(tmp_path, 2, [(shape, each, "adamw") for each in asked])
 
 
+def save_each(rank: int, world: int, asked: list[tuple], out: Path) -> None:
+    """Save adapters of known numbers, that were off for a while."""
+    for number, (shape, options_of_one) in enumerate(asked):
+        ranks = Ranks(rank, world, CPU, sharding.asked_layout(options_of_one))
+        model = starting_model.make_model(options_of_one, shape, Path(options_of_one.init_from), None, ranks)
+        draw = torch.Generator().manual_seed(7)
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                shards.fill(parameter, torch.randn(shards.whole_shape(parameter), generator=draw))
+        with switched_off(model):
+            pass
+        adapter = active_adapter(model)
+        parts = peft_format.adapter_to_write(adapter, in_checkpoint=True)
+        write_rest = functools.partial(peft_format.write_beside_adapter, adapter)
+        SharedSave(out / str(number), ranks, parts, write_rest).finish()
+
+
+@pytest.mark.slow
+def test_adapters_in_parts_are_saved_byte_for_byte_as_one_process_saves_them(tmp_path):
+    asked = []
+    for tuned in TUNED:
+        shape = WIDE if tuned.get("base_bits") == 4 else UNTIED
+        base = tmp_path / f"base-{shape.dim}"
+        if not base.exists():
+            model = Transformer(shape)
+            model.init_weights(1)
+            base.mkdir()
+            huggingface.save_model(model, base)
+        asked.append((shape, options(init_from=str(base), **tuned)))
+    for name in ("alone", "parts"):
+        (tmp_path / name).mkdir()
+    save_each(0, 1, asked, tmp_path / "alone")
+    sliced = [(shape, dataclasses.replace(each, tensor_parallel=2)) for shape, each in asked]
+    on_ranks(2, tmp_path / "ranks", save_each, 2, sliced, tmp_path / "parts")
+    for number, tuned in enumerate(TUNED):
+        written = [
+            {file.name: file.read_bytes() for file in (tmp_path / name / str(number)).iterdir()}
+            for name in ("alone", "parts")
+        ]
+        assert "adapter_model.safetensors" in written[0]
+        assert written[0] == written[1], tuned
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("more", [dict(context_parallel=2), dict(shard="2", checkpoint_activations=True)])
 def test_an_adapter_learns_from_parts_of_rows_and_from_recomputed_layers(tmp_path, more):
@@ -212,10 +260,10 @@ def _in_other_precision(rank: int, layout: dict) -> dict:
 
     # one step in float16 whose gradient is infinite in rank 1's part alone
     parts = sharding.asked_layout(asked)
-    ranks = Ranks(rank, 2, CPU, parts.row_ranks)
+    ranks = Ranks(rank, 2, CPU, parts)
     model = starting_model.make_model(asked, SHAPE, None, None, ranks)
     state = TrainState(model, build_optimizers(model, "muon", lr=1e-2, weight_decay=0.0), ranks, torch.float16)
-    batch = batch_of([ranks.data_rank], 0).part(*ranks.place_in_row)
+    batch = batch_of([ranks.data_rank], 0).part(ranks.row_part)
     state.backward(model(batch.x, batch.y, documents=batch.documents), 2 * batch.x.numel())
     before = [shards.local(p).clone() for p in model.parameters()]
     scale = state.loss_scale.factor
@@ -283,7 +331,7 @@ def test_stacked_matrices_are_orthogonalized_one_by_one(tmp_path, world):
         (
             4,
             dict(context_parallel=4, tune="prefix", n_virtual=3, seq_len=61, max_seq_len=62),
-            "--seq_len 61: 4 ranks share a row, padded to 63",
+            "--seq_len 61: 4 ranks share a row, padded to 67",
         ),
         (
             4,
@@ -305,7 +353,6 @@ def test_what_cannot_be_divided_so_is_refused_by_name(world, asked, message):
         (dict(n_heads=6, n_kv_heads=2, head_dim=16), "--tensor_parallel 4: does not divide the model's n_heads 6"),
         (dict(ffn_dim=90), "the model's ffn_dim 90"),
         (dict(n_kv_heads=1), "the model's n_kv_heads 1"),
-        (dict(positions="learned"), "--positions learned: is not supported"),
     ],
 )
 def test_shapes_that_ranks_cannot_divide_are_refused(change, message):
@@ -359,3 +406,15 @@ def test_auto_has_room_for_all_models_of_a_run(monkeypatch, config, changed, n_t
     for short, shard in ((0, 1), (1, 2)):
         monkeypatch.setattr(sharding.files, "memory_bytes", lambda short=short: n_bytes - short)
         assert sharding._shard_with_room(asked, SHAPE, Ranks(0, 2, CPU)) == shard
+
+
+def test_the_parts_of_a_row_are_all_of_it_and_have_equal_work():
+    row = torch.arange(20)[None]
+    parts = [RowPart(index, context=3, tensor=2) for index in range(6)]
+    together = torch.cat([part.of(row) for part in parts], 1)
+    assert parts[0].in_order(together)[0].tolist() == [*range(20), 0, 0, 0, 0]
+    places = torch.arange(24)[None]
+    n_pairs = {int((part.of_context(places) + 1).sum()) for part in parts}  # each query with the keys up to it
+    assert len(n_pairs) == 1
+    assert RowPart(1, tensor=2).of(row)[0].tolist() == [*range(10, 20)]
+    assert RowPart(1, context=2).of(row)[0].tolist() == [*range(5, 15)]
