@@ -21,7 +21,7 @@ from data import bundled
 from minillm.base.command_line import parse
 from minillm.base.errors import UserError
 from minillm.base.options import option, optional_copy
-from minillm.checkpoint import huggingface
+from minillm.checkpoint import architectures, huggingface
 from minillm.checkpoint.train_state import fingerprint
 from minillm.datasets.token_bins import TokenBins, parse_mixture
 from minillm.datasets.windows import TokenWindows
@@ -247,7 +247,7 @@ def notes(tokenizer: Tokenizer, model_config: config.ModelConfig, data: Path) ->
             f"{data}: documents begin after eos, which other tools put before no prompt; prepared again with "
             "--wrap bos_eos (the bundled corpus: once its folder is deleted) they begin with bos"
         )
-    if huggingface.model_type(model_config) == "qwen2" and isinstance(tokenizer.pieces, SentencePieceModel):
+    if architectures.model_type(model_config) == "qwen2" and isinstance(tokenizer.pieces, SentencePieceModel):
         lines.append(
             "--qkv_bias true: the checkpoints are Qwen2's for others, and transformers' AutoTokenizer cuts texts as "
             "Qwen2 does, whatever the folder says; load the tokenizer by PreTrainedTokenizerFast"

@@ -19,7 +19,7 @@ import train_pretrain
 from minillm import __main__ as commands
 from minillm.base.command_line import parse
 from minillm.base.errors import UserError
-from minillm.checkpoint import huggingface
+from minillm.checkpoint import architectures, huggingface
 from minillm.generation.completion import generate
 from minillm.generation.sampling import GREEDY
 from minillm.model.config import preset
@@ -93,7 +93,7 @@ def check_saving(model: Transformer, option: str) -> None:
     assert written["model_type"] == "minillm" and written[option] == getattr(model.config, option)
     for name in ("llama", "qwen3"):
         try:
-            huggingface.from_hf(written | {"model_type": name})
+            architectures.from_hf(written | {"model_type": name})
         except UserError as problem:
             assert option in str(problem), problem
         else:

@@ -1,9 +1,4 @@
-"""Model folders in Hugging Face's format: our options ↔ their architectures, weights unchanged.
-
-qk_norm → Qwen3, qkv_bias → Qwen2, window → Mistral, none of them → Llama. A model with any other option, or with one
-that was added to `ModelConfig` after this file was written, goes under a name of our own, with all its options: other
-loaders refuse it rather than compute something wrong.
-"""
+"""Model folders in Hugging Face's format: config.json and the weights, written and read, whole or tensor by tensor."""
 
 import dataclasses
 import json
@@ -16,7 +11,8 @@ from torch import Tensor
 
 from minillm.base.contents import Contents
 from minillm.base.errors import UserError, naming
-from minillm.checkpoint import rope_json, score_head, tensor_files, tensor_writer
+from minillm.checkpoint import score_head, tensor_files, tensor_writer
+from minillm.checkpoint.architectures import ARCHITECTURES, SHARED, SPECIAL_IDS, from_hf, to_hf
 from minillm.checkpoint.config_json import check_kinds, read_config
 from minillm.checkpoint.together import Source, ToWrite, to_write
 from minillm.distributed import shards
@@ -25,185 +21,7 @@ from minillm.model.config import ModelConfig
 from minillm.model.size import empty_model
 from minillm.model.transformer import Transformer
 
-ARCHITECTURES = {
-    "llama": "LlamaForCausalLM",
-    "mistral": "MistralForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
-    "minillm": "MinillmForCausalLM",  # ours
-}
-OWN = "minillm"
-# our option → their key, where the value is the same
-SHARED = {
-    "vocab_size": "vocab_size",
-    "dim": "hidden_size",
-    "n_layers": "num_hidden_layers",
-    "n_heads": "num_attention_heads",
-    "n_kv_heads": "num_key_value_heads",
-    "head_dim": "head_dim",
-    "ffn_dim": "intermediate_size",
-    "max_seq_len": "max_position_embeddings",
-    "norm_eps": "rms_norm_eps",
-    "tie_embeddings": "tie_word_embeddings",
-    "trained_seq_len": "trained_seq_len",  # others ignore and keep it
-}
-ROPE = ("rope_theta", "rope_scaling")  # every architecture has them, under `rope_parameters`
-NOT_STORED = ("dropout",)  # an option of training: it does not change what a trained model computes
-HEAD = ("score_head",)  # every architecture has it, under a name of its own (score_head.py)
-
-# What each architecture computes, apart from the options above: the only value of an option, or ANY. An option that is
-# not named here, since it is newer, must have its default: what models computed before there was that option.
-ANY = object()
-LLAMA = {"positions": "rope", "qk_norm": False, "qkv_bias": False, "window": None, "softcap": None}
-COMPUTES = {
-    "llama": LLAMA,
-    "mistral": {**LLAMA, "window": ANY},
-    "qwen2": {**LLAMA, "qkv_bias": True},
-    "qwen3": {**LLAMA, "qk_norm": True},
-}
 ROTATED = ("self_attn.q_proj.weight", "self_attn.k_proj.weight")  # whose rows depend on how positions are rotated
-SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
-
-
-def _special_names() -> list[str]:
-    """The options that not every architecture has: all fields of `ModelConfig` that are not shared, old and new."""
-    common = {*SHARED, *ROPE, *NOT_STORED, *HEAD}
-    return [f.name for f in dataclasses.fields(ModelConfig) if f.name not in common]
-
-
-def special_options(config: ModelConfig) -> dict:
-    """Name and value of each option that not every architecture has."""
-    return {name: getattr(config, name) for name in _special_names()}
-
-
-def _defaults() -> dict:
-    return {f.name: f.default for f in dataclasses.fields(ModelConfig)}
-
-
-def computes(kind: str, config: ModelConfig) -> bool:
-    """Whether the Hugging Face architecture `kind` computes exactly what this config does."""
-    expected = {**_defaults(), **COMPUTES[kind]}
-    return all(expected[name] in (ANY, value) for name, value in special_options(config).items())
-
-
-def model_type(config: ModelConfig) -> str:
-    """The Hugging Face model type that computes exactly what this config does, or our own."""
-    return next((kind for kind in COMPUTES if computes(kind, config)), OWN)
-
-
-# ---- writing config.json
-
-
-def to_hf(config: ModelConfig, special_ids: dict[str, int] | None = None, dtype: str = "float32") -> dict:
-    """The contents of config.json. special_ids: bos_token_id and the like, copied as they are."""
-    kind = model_type(config)
-    rope = rope_json.rope_parameters(config)
-    shared = {theirs: getattr(config, ours) for ours, theirs in SHARED.items()}
-    if config.trained_seq_len is None:  # not known
-        del shared["trained_seq_len"]
-    written = {
-        "architectures": [ARCHITECTURES[kind]],
-        "model_type": kind,
-        **shared,
-        "hidden_act": "silu",
-        "initializer_range": 0.02,
-        "use_cache": True,
-        "rope_parameters": rope,  # transformers 5
-        "rope_theta": config.rope_theta,  # transformers 4 and most other loaders
-        "rope_scaling": None if config.rope_scaling is None else rope,
-        "dtype": dtype,
-        "torch_dtype": dtype,
-        **(special_ids or {}),
-    }
-    if kind in ("llama", "qwen3"):
-        written["attention_bias"] = False
-    if kind == "llama":
-        written["mlp_bias"] = False
-    if kind == "mistral":
-        written["sliding_window"] = config.window
-    if kind in ("qwen2", "qwen3"):
-        written |= {"use_sliding_window": False, "sliding_window": None}
-    if kind == OWN:
-        written |= _own_values(config)
-    return score_head.with_one_label(written) if config.score_head else written
-
-
-def _own_values(config: ModelConfig) -> dict:
-    """What config.json says of our special options under our own name. A newer one is left out at its default, so that
-    files (and what is compared with them) do not change when options are added.
-    """
-    defaults, values = _defaults(), {}
-    for name, value in special_options(config).items():
-        if name in LLAMA or value != defaults[name]:
-            if _from_json(json.loads(json.dumps(value, default=repr))) != value:
-                raise UserError(f"{name} {value!r}: config.json cannot hold it; choose numbers, text or tuples of them")
-            values[name] = value
-    return values
-
-
-def _from_json(value):
-    """A value of JSON as an option holds it: an option is hashable, so that its lists are tuples."""
-    return tuple(_from_json(item) for item in value) if isinstance(value, list) else value
-
-
-# ---- reading config.json
-
-
-def from_hf(written: dict) -> ModelConfig:
-    """A `ModelConfig` from a config.json, old style or new. Raises `UserError` for options that we do not compute."""
-    kind = written.get("model_type")
-    if kind not in ARCHITECTURES:
-        raise UserError(f"model_type {kind!r} is not supported; choose one of {', '.join(ARCHITECTURES)}")
-    missing = [SHARED[k] for k in ("vocab_size", "dim", "n_layers", "n_heads", "ffn_dim") if SHARED[k] not in written]
-    if missing:
-        raise UserError(f"lacks {', '.join(missing)}")
-    _refuse_unsupported(written)
-
-    # what every architecture has; transformers leaves out what has its own default
-    defaults = {"norm_eps": 1e-6, "tie_embeddings": False, "max_seq_len": 2048, "n_kv_heads": None, "head_dim": None}
-    given = {ours: written[theirs] for ours, theirs in SHARED.items() if theirs in written}
-    values = {**defaults, **{name: value for name, value in given.items() if value is not None}}
-    rope = rope_json.rope_values(written)
-    values["score_head"] = score_head.is_classifier(written)
-    values["rope_theta"] = float(rope.get("rope_theta", 1e4))
-    values["rope_scaling"] = rope_json.read_scaling(rope, values["max_seq_len"])
-
-    # what makes the architecture this one
-    if kind == OWN:
-        return _read_own(written, values)
-    special = COMPUTES[kind] | ({"window": written.get("sliding_window")} if kind == "mistral" else {})
-    return ModelConfig(**values, **special)
-
-
-def _refuse_unsupported(written: dict) -> None:
-    """Raise `UserError` naming the options of other architectures that we do not compute."""
-    kind = written["model_type"]
-    unsupported = {
-        "attention_bias": kind in ("llama", "mistral", "qwen3") and written.get("attention_bias"),
-        "mlp_bias": written.get("mlp_bias"),
-        "use_sliding_window": kind != "mistral" and written.get("use_sliding_window"),
-        "partial_rotary_factor": rope_json.rope_values(written).get("partial_rotary_factor", 1.0) != 1.0,
-        "hidden_act": written.get("hidden_act", "silu") not in ("silu", "swish"),
-    }
-    wrong = [name for name, is_set in unsupported.items() if is_set]
-    if kind != OWN:  # an option of ours has no place under another architecture
-        expected = {**_defaults(), **COMPUTES[kind]}
-        wrong += [name for name in _special_names() if name in written and written[name] != expected[name]]
-    if wrong:
-        raise UserError(f"{', '.join(wrong)} as set there is not supported")
-
-
-def _read_own(written: dict, values: dict) -> ModelConfig:
-    """The config of a model of our own architecture. Raises `UserError` for a key that means nothing here."""
-    special = {name: _from_json(written[name]) for name in _special_names() if name in written}
-    config = ModelConfig(**values, **special)
-    unknown = [key for key in written if key not in {*to_hf(config), *special, *SPECIAL_IDS}]
-    if unknown:
-        raise UserError(
-            f"{', '.join(unknown)}: this minillm has no such option; load the model with the version, or the "
-            "changed code, that wrote it"
-        )
-    return config
 
 
 def export_name(name: str) -> str:

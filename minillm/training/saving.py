@@ -10,7 +10,7 @@ import torch
 from minillm.base import files
 from minillm.base.errors import UserError
 from minillm.base.options import write_toml
-from minillm.checkpoint import huggingface, run_folder, tensor_writer, train_state
+from minillm.checkpoint import architectures, huggingface, run_folder, tensor_writer, train_state
 from minillm.checkpoint.together import SharedSave
 from minillm.distributed.ranks import Ranks
 from minillm.tokenizer.tokenizer import Tokenizer
@@ -132,7 +132,7 @@ def check(
         _write_beside(probe, training_config, tokenizer)
         json.dumps(described)
         adapter = active_adapter(state.model)
-        json.dumps(peft_format.describe(adapter) if adapter else huggingface.to_hf(state.model.config))
+        json.dumps(peft_format.describe(adapter) if adapter else architectures.to_hf(state.model.config))
 
     ranks = state.ranks if state.outer is None else state.outer.ranks  # all of the run's, not a worker alone
 

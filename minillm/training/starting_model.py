@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 
 from minillm.base.errors import UserError
-from minillm.checkpoint import huggingface, run_folder, train_state
+from minillm.checkpoint import architectures, huggingface, run_folder, train_state
 from minillm.datasets.token_bins import parse_mixture
 from minillm.distributed.hosts import differences
 from minillm.distributed.ranks import Ranks
@@ -157,7 +157,7 @@ def choose_optimizer(training_config, dim: int, share: float = 1.0, adapter_shar
 
 def fingerprints(training_config, model_config: ModelConfig, init: Path | None) -> dict[str, str]:
     """What must not change of the model while a run goes on: its architecture and, with --tune, base and method."""
-    architecture = train_state.fingerprint(huggingface.to_hf(dataclasses.replace(model_config, trained_seq_len=None)))
+    architecture = train_state.fingerprint(architectures.to_hf(dataclasses.replace(model_config, trained_seq_len=None)))
     return {"architecture": architecture, **folders.fingerprints(training_config, init)}
 
 

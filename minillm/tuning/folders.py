@@ -13,7 +13,7 @@ import torch
 from minillm.base import files
 from minillm.base.errors import UserError
 from minillm.base.json_door import read_json
-from minillm.checkpoint import huggingface, run_folder, tensor_files
+from minillm.checkpoint import architectures, huggingface, run_folder, tensor_files
 from minillm.checkpoint.score_head import check_head
 from minillm.model.transformer import Transformer
 from minillm.tokenizer import folder_files
@@ -33,7 +33,7 @@ def base_sha256(folder: str | Path) -> str:
     were trained differently, but does not notice every single changed number.
     """
     config = huggingface.load_config(folder, with_score_head=None)
-    digest = hashlib.sha256(json.dumps(huggingface.to_hf(config), sort_keys=True).encode())
+    digest = hashlib.sha256(json.dumps(architectures.to_hf(config), sort_keys=True).encode())
     for name, place in sorted(tensor_files.find_weights(folder).items()):
         second_copy = name == "lm_head.weight" and config.tie_embeddings
         if not second_copy and not name.endswith("rotary_emb.inv_freq"):

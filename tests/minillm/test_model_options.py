@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from minillm.base.errors import UserError
-from minillm.checkpoint import gguf, huggingface
+from minillm.checkpoint import architectures, gguf, huggingface
 from minillm.model.config import ModelConfig
 from minillm.model.size import n_parameters
 from minillm.tuning.adapter import attach
@@ -50,7 +50,7 @@ def test_a_gguf_file_holds_the_option_or_is_refused_by_its_name(name, tmp_path):
     tensors = {key: weight.clone() for key, weight in huggingface.weights_of(model).items()}
     stored = huggingface.StoredModel(model.config, torch.float32, lambda key, dtype: tensors[key].to(dtype))
     path = tmp_path / "m.gguf"
-    if huggingface.model_type(model.config) not in ("llama", "qwen2", "qwen3"):
+    if architectures.model_type(model.config) not in ("llama", "qwen2", "qwen3"):
         with pytest.raises(UserError, match=rf"no place for .*{next(iter(OPTIONS[name]))}"):
             gguf.write_file(stored, None, path, torch.float32)
         assert not path.exists()

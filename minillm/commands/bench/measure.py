@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 
 from minillm.base.errors import UserError
-from minillm.checkpoint import huggingface
+from minillm.checkpoint import architectures, huggingface
 from minillm.model import config
 from minillm.model.transformer import Transformer
 
@@ -63,7 +63,7 @@ def transformers_twin(model: Transformer):
     """The same weights in transformers' implementation of the architecture, and the version of transformers."""
     transformers = import_transformers()
     no_special_ids = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
-    settings = transformers.AutoConfig.for_model(**huggingface.to_hf(model.config) | no_special_ids)
+    settings = transformers.AutoConfig.for_model(**architectures.to_hf(model.config) | no_special_ids)
     twin = transformers.AutoModelForCausalLM.from_config(settings).eval()
     twin.load_state_dict(huggingface.weights_of(model), strict=False)
     twin.tie_weights()

@@ -6,7 +6,7 @@ import pytest
 
 from minillm.base.errors import UserError
 from minillm.checkpoint import config_json
-from minillm.checkpoint.huggingface import SHARED, to_hf
+from minillm.checkpoint.architectures import SHARED, to_hf
 from minillm.model.config import ModelConfig
 
 WRITTEN = to_hf(ModelConfig(vocab_size=96))

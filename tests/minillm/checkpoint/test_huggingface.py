@@ -8,16 +8,8 @@ import torch
 import transformers
 
 from minillm.base.errors import UserError
-from minillm.checkpoint.huggingface import (
-    from_hf,
-    load_config,
-    load_model,
-    model_type,
-    open_folder,
-    save_model,
-    to_hf,
-    write_folder,
-)
+from minillm.checkpoint.architectures import from_hf, model_type, to_hf
+from minillm.checkpoint.huggingface import load_config, load_model, open_folder, save_model, write_folder
 from minillm.model.config import ModelConfig, RopeScaling
 from minillm.model.rope import rotary_tables
 from minillm.model.transformer import Transformer

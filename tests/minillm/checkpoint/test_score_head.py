@@ -9,7 +9,8 @@ from safetensors.torch import load_file, save_file
 
 from minillm.base.errors import UserError
 from minillm.checkpoint import gguf, huggingface
-from minillm.checkpoint.huggingface import from_hf, load_config, load_model, open_folder, save_model, to_hf
+from minillm.checkpoint.architectures import from_hf, to_hf
+from minillm.checkpoint.huggingface import load_config, load_model, open_folder, save_model
 from tests.minillm.model_options import build, tokens_of
 
 PAD = 3
