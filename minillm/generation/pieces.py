@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from minillm.tokenizer.tokenizer import StreamDecoder
+from minillm.tokenizer.stream_decoder import StreamDecoder
 
 
 class Pieces:

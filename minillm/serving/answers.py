@@ -10,7 +10,8 @@ from typing import NamedTuple
 
 from minillm.generation.pieces import Pieces
 from minillm.generation.requests import End, Event, PromptRead, Token, TokenLogProbs
-from minillm.tokenizer.tokenizer import StreamDecoder, Tokenizer
+from minillm.tokenizer.stream_decoder import StreamDecoder
+from minillm.tokenizer.tokenizer import Tokenizer
 
 
 class Placed(NamedTuple):

@@ -6,7 +6,6 @@ digits split, and byte pieces for characters without a piece of their own. So `d
 text. Our ids: unk 0, bos 1, eos 2, pad 3, the chat roles 4–6, the 256 bytes, and the learnt pieces from 263 on.
 """
 
-import codecs
 import hashlib
 import itertools
 import re
@@ -200,12 +199,13 @@ class Tokenizer:
         SentencePiece, so that `decode(encode(text)) == text`. StreamDecoder keeps that space. A model that
         normalizes its text (T5's) gives back the normalized text.
         """
-        data = b"".join(self._bytes_of(ids))
+        data = b"".join(self.bytes_of(ids))
         if self.pieces.dummy_prefix and data.startswith(b" "):
             data = data[1:]
         return data.decode("utf-8", errors="replace")
 
-    def _bytes_of(self, ids: Iterable[int]) -> list[bytes]:
+    def bytes_of(self, ids: Iterable[int]) -> list[bytes]:
+        """The bytes of each id's piece, where the vocabulary has a table of them."""
         table = self.pieces.table
         return [table[i] if i < self.vocab_size else beyond(i).encode() for i in _checked(ids)]
 
@@ -409,40 +409,6 @@ class JsonTokenizer(Tokenizer):
             some = list(group)
             text += self.pieces.decode(some) if is_known else "".join(map(beyond, some))
         return text
-
-
-class StreamDecoder:
-    """Turns ids into text one by one, never showing part of a character.
-
-    It decodes the continuation of a prompt, so a leading space is kept.
-    """
-
-    def __init__(self, tokenizer: Tokenizer):
-        self._tokenizer = tokenizer
-        self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        # Where the text of an id depends on its neighbours, all are decoded again, after some letter before them.
-        self._by_bytes = tokenizer.pieces.table is not None
-        self._ids = [] if self._by_bytes else tokenizer.encode("a")
-        self._shown = "" if self._by_bytes else tokenizer.decode(self._ids)
-
-    def push(self, token_id: int) -> str:
-        """The text that this id completes; "" while a character is still short of bytes."""
-        if self._by_bytes:
-            return self._utf8.decode(self._tokenizer._bytes_of([token_id])[0])
-        self._ids.append(token_id)
-        text = self._tokenizer.decode(self._ids)
-        return "" if text.endswith("\ufffd") else self._show(text)
-
-    def flush(self) -> str:
-        """What is left at the end: U+FFFD for a character that never got all its bytes."""
-        if self._by_bytes:
-            return self._utf8.decode(b"", final=True)
-        return self._show(self._tokenizer.decode(self._ids))
-
-    def _show(self, text: str) -> str:
-        new = text[len(self._shown) :]
-        self._shown = text
-        return new
 
 
 def beyond(i: int) -> str:

@@ -9,7 +9,8 @@ import pytest
 from minillm.base.errors import UserError
 from minillm.base.printing import LONGEST_LINE, VisibleOutput, clipped, one_line, print_text, visible
 from minillm.base.process import run_script
-from minillm.tokenizer.tokenizer import StreamDecoder, Tokenizer
+from minillm.tokenizer.stream_decoder import StreamDecoder
+from minillm.tokenizer.tokenizer import Tokenizer
 from minillm.tokenizer.train import train_tokenizer
 
 CLIPBOARD = "\x1b]52;c;cm0gLXJm\x07"  # a terminal that obeys writes this to the clipboard

@@ -307,7 +307,7 @@ class Bytes:
 
     pieces = SimpleNamespace(table=[bytes([i]) for i in range(256)])
 
-    def _bytes_of(self, ids):
+    def bytes_of(self, ids):
         return [bytes([i]) for i in ids]
 
     def decode(self, ids):

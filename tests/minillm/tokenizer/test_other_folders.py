@@ -11,7 +11,8 @@ from transformers import AutoTokenizer
 
 from minillm.base.errors import UserError
 from minillm.tokenizer import edit
-from minillm.tokenizer.tokenizer import StreamDecoder, Tokenizer
+from minillm.tokenizer.stream_decoder import StreamDecoder
+from minillm.tokenizer.tokenizer import Tokenizer
 from tests.minillm.tokenizer.test_tokenizer import CORPUS, train_foreign, train_llama
 
 PIECES = [*"an bT", "the ", "  ", "\n", "\t", "é", "中", "你好，", "42", "<x>", " <x> ", "the <x>", "<y>"]

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from minillm.base.errors import UserError
 from minillm.tokenizer.chat_template import JINJA
-from minillm.tokenizer.tokenizer import StreamDecoder, Tokenizer
+from minillm.tokenizer.stream_decoder import StreamDecoder
+from minillm.tokenizer.tokenizer import Tokenizer
 from minillm.tokenizer.train import train_tokenizer
 
 CORPUS = [

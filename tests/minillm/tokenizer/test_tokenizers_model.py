@@ -13,7 +13,8 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from minillm.base.errors import UserError
-from minillm.tokenizer.tokenizer import JsonTokenizer, StreamDecoder, Tokenizer
+from minillm.tokenizer.stream_decoder import StreamDecoder
+from minillm.tokenizer.tokenizer import JsonTokenizer, Tokenizer
 from minillm.tokenizer.tokenizers_model import TokenizersModel
 from tests.minillm.tokenizer.test_byte_bpe import TEXTS
 from tests.minillm.tokenizer.test_tokenizer import CORPUS
