@@ -45,6 +45,7 @@ from minillm.tuning.virtual_tokens import context_of
 
 UNKNOWN_LENGTH = 1024  # tokens of a window, at most, for a model that does not say at which length it was trained
 ALL = "all"  # the benchmarks whose files are there
+OF_DATA = ("max_tokens", "split", "field", "encoding", "allow_lossy", "max_new_tokens", "template")  # no benchmark's
 QUESTION_FILES = (".jsonl", ".json", ".parquet", ".csv", ".tsv")
 
 
@@ -83,13 +84,15 @@ class Config(ModelOptions, TemplateOptions):
 
     def problems(self) -> list[str]:
         problems = [*super().problems(), *encodings.problems(self.encoding)]
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        given = {name: getattr(self, name) for name in defaults if getattr(self, name) != defaults[name]}
         if self.tasks is None:
-            named = {name: getattr(self, name) for name in ("shots", "out")}
-            problems += [f"--{n} {v}: is about benchmarks; give --tasks" for n, v in named.items() if v is not None]
-        elif self.data is not None:
-            problems.append(f"--data {self.data}: is for texts and questions; the files of --tasks are in --task_data")
-        elif self.max_tokens is not None:
-            problems.append(f"--max_tokens {self.max_tokens}: is about texts; say --limit")
+            useless = dict.fromkeys(("shots", "out", "task_data"), "is about benchmarks; give --tasks")
+        else:
+            useless = dict.fromkeys(OF_DATA, "is about texts or questions in --data; leave it out")
+            useless["data"] = "is for texts and questions; the files of --tasks are in --task_data"
+            useless["max_tokens"] = "is about texts; say --limit"
+        problems += [f"--{name} {given[name]}: {why}" for name, why in useless.items() if name in given]
         return problems
 
 

@@ -90,6 +90,9 @@ def test_benchmarks_without_files_are_named(home, call):
         "--tasks piqa --task_data few --seq_len 65": "must be 1 to the model's context, 64",
         "--tasks piqa --task_data few --seq_len 2": "piqa: a continuation of ",
         "--tasks piqa --max_tokens 5": "say --limit",
+        "--tasks piqa --template simple": "--template simple: is about texts or questions in --data",
+        "--tasks piqa --max_new_tokens 9": "--max_new_tokens 9: is about texts or questions",
+        "--data text.txt --task_data few": "is about benchmarks; give --tasks",
     }
     for words, message in refused.items():
         status, _, said = call("eval", *words.split())
