@@ -64,10 +64,10 @@ OPTIONS = {
             ),
             (
                 MODEL,
-                "        return ops.linears(out.reshape(",
+                "        return ops.linears(out.flatten(",
                 "        if self.config.head_gain:\n"
                 "            out = out * (1 + self.gain)[:, None]\n"
-                "        return ops.linears(out.reshape(",
+                "        return ops.linears(out.flatten(",
             ),
         ],
     ),
