@@ -226,7 +226,7 @@ def test_adapters_in_parts_are_saved_byte_for_byte_as_one_process_saves_them(tmp
     on_ranks(2, tmp_path / "ranks", save_each, 2, sliced, tmp_path / "parts")
     for number, tuned in enumerate(TUNED):
         written = [
-            {file.name: file.read_bytes() for file in (tmp_path / name / str(number)).iterdir()}
+            {file.name: file.read_bytes() for file in (tmp_path / name / str(number)).rglob("*") if file.is_file()}
             for name in ("alone", "parts")
         ]
         assert "adapter_model.safetensors" in written[0]
