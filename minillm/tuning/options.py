@@ -7,6 +7,8 @@ from minillm.base.errors import UserError
 from minillm.base.options import Options, option
 from minillm.model.quant import BITS
 
+DEFAULT_RANK = 8  # of low-rank matrices
+
 # Peak learning rates of AdamW for an adapter, times the width: near the best of those tried at 128 (docs/en/tuning.md).
 # By 1/width LoRA's is 1.6e-4 and IA3's 3e-3 at 4096, about what others take there (Chinese-LLaMA; arXiv:2205.05638).
 TUNING_LR = {"lora": 0.64, "dora": 0.64, "ia3": 12.8, "adapter": 1.9, "prefix": 12.8, "prompt": 12.8, "ptuning": 1.9}
@@ -27,9 +29,9 @@ class TuningConfig(Options):
     """Options of training few parameters (docs/en/tuning.md); training scripts have them beside `TrainingConfig`'s."""
 
     tune: str = option("full", "what is trained: everything, some layers, or few new parameters", METHODS, group=GROUP)
-    lora_rank: int = _tuning_option(8, "columns of A and B", LOW_RANK, at_least=1)
+    lora_rank: int = _tuning_option(DEFAULT_RANK, "columns of A and B", LOW_RANK, at_least=1)
     lora_alpha: float | None = _tuning_option(
-        None, "the update is scaled by alpha/rank; none: 2 · rank", LOW_RANK, above=0
+        None, "the update is scaled by alpha/rank; none: 2 · rank, 2√8 with rslora", LOW_RANK, above=0
     )
     lora_dropout: float = _tuning_option(0.0, "dropout before A", LOW_RANK, at_least=0, below=1)
     rslora: bool = _tuning_option(False, "scale by alpha/√rank instead", LOW_RANK)
@@ -67,12 +69,19 @@ class TuningConfig(Options):
     )
 
     @property
+    def alpha(self) -> float:
+        """α as given; else what makes the scaling 2, of every rank or with `rslora` of the default one.
+
+        There α stays as the rank grows, and the scaling falls by √rank (Kalajdzievski 2023, arXiv:2312.03732).
+        """
+        if self.lora_alpha is not None:
+            return self.lora_alpha
+        return 2 * math.sqrt(DEFAULT_RANK) if self.rslora else 2 * self.lora_rank
+
+    @property
     def lora_scaling(self) -> float:
         """What BA is multiplied by."""
-        alpha = 2 * self.lora_rank if self.lora_alpha is None else self.lora_alpha
-        if self.rslora:
-            return alpha / math.sqrt(self.lora_rank)
-        return alpha / self.lora_rank
+        return self.alpha / (math.sqrt(self.lora_rank) if self.rslora else self.lora_rank)
 
     @property
     def mergeable(self) -> bool:

@@ -89,7 +89,7 @@ def describe(adapter: Adapter) -> dict:
     return {
         "peft_type": "LORA",
         "r": options.lora_rank,
-        "lora_alpha": 2 * options.lora_rank if options.lora_alpha is None else options.lora_alpha,
+        "lora_alpha": options.alpha,
         "lora_dropout": options.lora_dropout,
         "use_rslora": options.rslora,
         "use_dora": tune == "dora",

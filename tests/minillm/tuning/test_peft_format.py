@@ -19,6 +19,10 @@ CASES = {  # ours, and what peft calls the same
         TuningConfig("lora", rslora=True, lora_alpha=6.0, target_modules="q_proj,embed_tokens,lm_head"),
         dict(r=8, lora_alpha=6, use_rslora=True, target_modules=["q_proj", "embed_tokens", "lm_head"]),
     ),
+    "rslora, its own alpha": (
+        TuningConfig("lora", lora_rank=32, rslora=True),
+        dict(r=32, lora_alpha=2 * 8**0.5, use_rslora=True, target_modules="all-linear"),
+    ),
     "dora": (
         TuningConfig("dora", target_modules="k_proj,down_proj,embed_tokens,lm_head"),
         dict(r=8, lora_alpha=16, use_dora=True, target_modules=["k_proj", "down_proj", "embed_tokens", "lm_head"]),
