@@ -80,7 +80,7 @@ def asked(run) -> list[dict]:
 
 
 def test_a_reward_model_is_asked_nothing():
-    with pytest.raises(UserError, match="--eval_tasks: there is no such option"):
+    with pytest.raises(UserError, match="--eval_tasks: no such option"):
         parse(train_reward.Config, "", ["--eval_tasks", "arc_easy"])
 
 
