@@ -110,13 +110,13 @@ class KVCache:
         read = []
         for stored, new in ((self.keys[layer], k), (self.values[layer], v)):  # (B, K, T_max, D), (B, T, K, D)
             if self.ends is None:
-                stored[:, :, self.new_slots] = new.transpose(1, 2)
+                stored.narrow(2, self.new_slots.start, new.shape[1]).copy_(new.transpose(1, 2))
             else:  # (B·K·T_max, D) at B·T·K slots ← (B·T·K, D)
                 stored.flatten(0, 2).index_copy_(0, self.new_slots, new.flatten(0, 2).to(stored.dtype))
-            read.append(stored[:, :, : self.n_read].transpose(1, 2))
+            read.append(stored.narrow(2, 0, self.n_read).transpose(1, 2))  # a slice takes Python longer
         if self.ends is None and self.new_slots.start == 0 and k.dtype == read[0].dtype:
             return k, v  # all that there is, and in the order that GPUs copy quickest (TMA)
-        return read[0], read[1]
+        return tuple(read)
 
     def advance(self, n_tokens: int) -> None:
         """All layers have stored the T new tokens: they count from now on."""

@@ -312,8 +312,8 @@ class Transformer(nn.Module):
         seen = ends = None
         if cache is not None:
             seen = cache.seen
-        if cache is not None and cache.ends is not None:
-            ends = ops.visible_keys(cache.ends, length, cache.n_read, self.config.window, dtype)
+            if cache.ends is not None:
+                ends = ops.visible_keys(cache.ends, length, cache.n_read, self.config.window, dtype)
         if self.config.positions == "learned":
             return Placement(None, spans, cache, positions, seen, None, ends)
         rotation = ops.rotation(self.cos[positions], self.sin[positions], dtype)
