@@ -375,7 +375,7 @@ def test_a_file_too_large_for_the_disk_is_said_before_the_first_step(folder):
         ("--max_bad_steps 0", ["--max_bad_steps 0"]),
         ("--dropout 1", ["--dropout 1.0: must be 0 to below 1"]),
         ("--optimizer sgd", ["--optimizer sgd", "muon, adamw"]),
-        ("--device tpu", ["--device tpu", "auto or cpu"]),
+        ("--device tpu", ["--device tpu", "choose auto, cpu"]),
         ("--batch_size 6 --micro_batch_size 4", ["--batch_size 6", "--micro_batch_size 4", "a multiple of 4"]),
         ("--micro_batch_size 0", ["--micro_batch_size 0"]),
         ("--data {folder}/nowhere", ["nowhere"]),
@@ -392,7 +392,7 @@ def test_a_file_too_large_for_the_disk_is_said_before_the_first_step(folder):
         ("--n_heads 3 --dim 33", ["head_dim"]),
         ("--rope_scaling yarn", ["--rope_scaling yarn"]),
         ("--config {folder}/nowhere.toml", ["nowhere.toml"]),
-        ("--out {folder}/data/meta.json", ["data/meta.json is a file", "choose another --out"]),
+        ("--out {folder}/data/meta.json", ["data/meta.json is a file", "give a folder"]),
     ],
 )
 def test_an_option_that_means_nothing_is_refused_in_one_line(folder, more, words):

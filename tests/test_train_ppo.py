@@ -89,7 +89,8 @@ def test_rewards_rise_and_what_is_logged(folder):
     assert abs(column(run, "kl")[0]) < 1e-3  # before the first step the policy is the reference
     last = launch.rows(run)[-1]
     assert last["heldout_after"] > last["heldout_before"]
-    assert column(run, "explained_variance")[-1] > column(run, "explained_variance")[0]
+    value_loss = column(run, "value_loss")
+    assert sum(value_loss[-10:]) < sum(value_loss[:10]) / 2  # what is explained of so small a spread is noise
     assert "held-out prompts" in said and "next: python -m" in said
     huggingface.load_model(
         run_folder.resolve_checkpoint(run)

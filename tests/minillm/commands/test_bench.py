@@ -246,7 +246,7 @@ def test_options_of_ranks_are_refused_on_one(monkeypatch):
         train.run(train.Config(shard="2", compile=True))
 
 
-OTHERS = ["datasketch,", "datatrove,"]
+OTHERS = ["datasketch,", "datatrove,", "datatrove,"]
 
 
 def test_cleaning_is_measured_step_by_step(tmp_path, capsys):

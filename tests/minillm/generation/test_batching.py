@@ -67,7 +67,7 @@ def requests(n: int, seed: int = 0) -> list[Request]:
                 draw.choice([1, 5, 20, 60]),
                 sampling,
                 choice=draw.randint(0, 1),
-                stop_ids=draw.choice([(), (7, 8, 9)]),
+                stop_ids=draw.choice([(), tuple(range(7, 17))]),
             )
         )
     return made
