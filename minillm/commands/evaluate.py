@@ -46,6 +46,17 @@ from minillm.tuning.virtual_tokens import context_of
 UNKNOWN_LENGTH = 1024  # tokens of a window, at most, for a model that does not say at which length it was trained
 ALL = "all"  # the benchmarks whose files are there
 OF_DATA = ("max_tokens", "split", "field", "encoding", "allow_lossy", "max_new_tokens", "template")  # no benchmark's
+# What an option is about, and which options say nothing of a kind of data.
+ABOUT = dict.fromkeys(("max_tokens", "seq_len", "split", "field"), "texts")
+ABOUT |= dict.fromkeys(("limit", "max_new_tokens", "template"), "questions")
+ABOUT |= dict.fromkeys(("encoding", "allow_lossy"), "files of text")
+USELESS = {
+    "texts": ("limit", "max_new_tokens", "template"),
+    "token bins": ("limit", "max_new_tokens", "template", "split", "field", "encoding", "allow_lossy"),
+    "questions": ("max_tokens", "seq_len", "split", "field"),
+    "preferences": ("max_tokens", "seq_len", "split", "field", "max_new_tokens"),
+}
+INSTEAD = {"max_tokens": "say --limit", "limit": "say --max_tokens"}
 QUESTION_FILES = (".jsonl", ".json", ".parquet", ".csv", ".tsv")
 
 
@@ -84,8 +95,7 @@ class Config(ModelOptions, TemplateOptions):
 
     def problems(self) -> list[str]:
         problems = [*super().problems(), *encodings.problems(self.encoding)]
-        defaults = {field.name: field.default for field in dataclasses.fields(self)}
-        given = {name: getattr(self, name) for name in defaults if getattr(self, name) != defaults[name]}
+        given = self.given()
         if self.tasks is None:
             useless = dict.fromkeys(("shots", "out", "task_data"), "is about benchmarks; give --tasks")
         else:
@@ -94,6 +104,19 @@ class Config(ModelOptions, TemplateOptions):
             useless["max_tokens"] = "is about texts; say --limit"
         problems += [f"--{name} {given[name]}: {why}" for name, why in useless.items() if name in given]
         return problems
+
+    def given(self) -> dict:
+        """The options that differ from their defaults."""
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        return {name: getattr(self, name) for name in defaults if getattr(self, name) != defaults[name]}
+
+    def refuse_useless(self, path: Path | str, kind: str) -> None:
+        """Raise `UserError` for an option that says nothing of a file or folder of this kind of data."""
+        given = self.given()
+        for name in USELESS[kind]:
+            if name in given:
+                instead = INSTEAD.get(name, "leave it out")
+                raise UserError(f"--{name} {given[name]}: is about {ABOUT[name]}, and {path} holds {kind}; {instead}")
 
 
 def run(config: Config) -> None:
@@ -129,10 +152,7 @@ def _is_questions(path: Path, encoding: str) -> bool:
 
 def _evaluate_answers(config: Config, loaded: Loaded, path: Path) -> None:
     """Print the share of questions that are answered exactly, family by family."""
-    for name in ("max_tokens", "seq_len"):
-        value = getattr(config, name)
-        if value is not None:
-            raise UserError(f"--{name} {value}: is about texts, and {path} holds questions; say --limit")
+    config.refuse_useless(path, "questions")
     questions = read_questions(path, config.limit, config.encoding)
     texts = [message["content"] for question in questions for message in question["messages"]]
     check_round_trip(loaded.tokenizer, texts, str(path), config.allow_lossy)
@@ -149,14 +169,10 @@ def _evaluate_answers(config: Config, loaded: Loaded, path: Path) -> None:
 def _evaluate_pairs(config: Config, loaded: Loaded) -> None:
     """Print the share of pairs whose chosen answer has the higher score, by kind of fault, and what goes with it."""
     model, tokenizer, folder = loaded
-    for name in ("max_tokens", "seq_len"):
-        value = getattr(config, name)
-        if value is not None:
-            raise UserError(f"--{name} {value}: is about texts, and {folder} is a reward model; say --limit")
-    data = config.data
-    if data is None:
+    data = config.data or f"{bundled.FOLDER}/preferences_heldout.jsonl"
+    config.refuse_useless(data, "preferences")
+    if config.data is None:
         bundled.build()
-        data = f"{bundled.FOLDER}/preferences_heldout.jsonl"
     print(f"{folder} on {data}")
     rows = PreferenceRows(
         [data],
@@ -177,8 +193,7 @@ def _evaluate_pairs(config: Config, loaded: Loaded) -> None:
 
 def _evaluate_texts(config: Config, loaded: Loaded, path: Path) -> None:
     """Print the loss on texts or token bins, in nats a token and, if the texts are known, in bits a byte."""
-    if config.limit is not None:
-        raise UserError(f"--limit {config.limit}: counts questions, and {path} holds texts; say --max_tokens")
+    config.refuse_useless(path, "token bins" if _holds_bins(path) else "texts")
     model, tokenizer, folder = loaded
 
     texts = _read_texts(config, tokenizer, path)
@@ -226,9 +241,14 @@ def _length(config: Config, loaded: Loaded, unknown: int) -> tuple[int, bool]:
     return seq_len, seq_len == trained_at
 
 
+def _holds_bins(path: Path) -> bool:
+    """Whether a folder is one of token bins."""
+    return path.is_dir() and (path / "meta.json").is_file()
+
+
 def _read_texts(config: Config, tokenizer: Tokenizer, path: Path) -> TokenBins | TextTokens:
     """The validation split of a folder of token bins, or the texts of a file, tokenized."""
-    if not (path.is_dir() and (path / "meta.json").is_file()):
+    if not _holds_bins(path):
         how = {name: getattr(config, name) for name in ("split", "field", "encoding", "allow_lossy")}
         return read_text(path, tokenizer, **how)
     bins = TokenBins(path, "val")
