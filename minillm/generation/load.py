@@ -49,8 +49,8 @@ def load(
     """The model of a folder, in evaluation mode, with its tokenizer.
 
     base: the base of an adapter, if it is not where the adapter says. dtype: of the weights; None: as they are stored,
-    but float32 on a CPU, since half precision is slow on most of them. bits: 8 or 4, into which to put the weights of
-    the linear layers; None: not. check_kernels(device, bits): called before weights are loaded, with the bits that
+    but float32 on a CPU, since half precision is slow on most of them. bits: 16, 8 or 4, into which to put the weights
+    of the linear layers; None: not. check_kernels(device, bits): called before weights are loaded, with the bits that
     kernels are needed for.
     """
     is_adapter = folders.is_adapter(folder)

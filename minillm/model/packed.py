@@ -1,10 +1,12 @@
-"""Products of 8 or 4 bits on a CPU, for generation: one token's time is that of reading the weights.
+"""Products of weights in 16, 8 or 4 bits on a CPU, for generation: one token's time is that of reading the weights.
 
+16 bits  W is rounded to float16, x is not; sums are in float32 (fbgemm, in torch on x86). A row's result has the same
+         bits whatever rows are beside it, which float32 products do not give.
 8 bits   x is rounded as well, row by row, and the products are sums of whole numbers (fbgemm, in torch on x86):
 
              y = s · (round(127 x / s) · codesᵀ) · scales / 127       s the largest magnitude of the row of x
 
-         A row's result has the same bits whatever rows are beside it, which float32 products do not give.
+         As in 16 bits, a row's result does not depend on the rows beside it.
 4 bits   x is rounded to bfloat16; a weight is (code − 8) · scale + zero, with a scale and a zero for each 32 weights of
          a row, in bfloat16: 5 bits a weight.
 
@@ -25,13 +27,26 @@ def can_pack(bits: int) -> bool:
     """Whether this machine's torch has the products for weights in so many bits."""
     if bits == 4:
         return hasattr(torch.ops.aten, "_weight_int4pack_mm_for_cpu")
-    is_known = hasattr(torch.ops.quantized, "linear_with_input_q_dq_qweight_dq_output_fp32")
-    return is_known and "fbgemm" in torch.backends.quantized.supported_engines
+    product = {16: "linear_dynamic_fp16", 8: "linear_with_input_q_dq_qweight_dq_output_fp32"}[bits]
+    return hasattr(torch.ops.quantized, product) and "fbgemm" in torch.backends.quantized.supported_engines
 
 
 def fits(layer: nn.Linear, bits: int) -> bool:
     """Whether a layer's shape suits the products."""
-    return bits == 8 or not (layer.in_features % GROUP or layer.out_features % MULTIPLE)
+    return bits != 4 or not (layer.in_features % GROUP or layer.out_features % MULTIPLE)
+
+
+class Float16Matrix:
+    """A matrix W (N, K) in float16, to multiply rows by."""
+
+    def __init__(self, weight: Tensor):
+        """weight: (N, K), of magnitudes up to 65,504. To nearest."""
+        self.sizes = [len(weight)]  # rows of each layer in it
+        self.packed = torch.ops.quantized.linear_prepack_fp16(weight.float(), None)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x (…, K) fp32 → (…, N) fp32."""
+        return torch.ops.quantized.linear_dynamic_fp16(x, self.packed)
 
 
 class Int8Matrix:
@@ -102,13 +117,14 @@ class Int4Matrix:
         return y.float().view(*x.shape[:-1], -1)
 
 
-MATRICES = {8: Int8Matrix, 4: Int4Matrix}
+MATRICES = {16: Float16Matrix, 8: Int8Matrix, 4: Int4Matrix}
+Matrix = Float16Matrix | Int8Matrix | Int4Matrix
 
 
 class PackedLinear(nn.Module):
     """y = x Wᵀ + b, where W is some rows of a packed matrix. Nothing of it is trained or saved."""
 
-    def __init__(self, linear: nn.Linear, matrix: Int8Matrix | Int4Matrix, rows: slice):
+    def __init__(self, linear: nn.Linear, matrix: Matrix, rows: slice):
         """linear: the layer whose place it takes, of which the bias is kept. rows: those of the matrix."""
         super().__init__()
         self.in_features = linear.in_features
@@ -124,7 +140,7 @@ class PackedLinear(nn.Module):
         return y if self.bias is None else y + self.bias
 
 
-def product(x: Tensor, matrix: Int8Matrix | Int4Matrix) -> Tensor:
+def product(x: Tensor, matrix: Matrix) -> Tensor:
     """x (…, K) → (…, N) in x's dtype. Raises RuntimeError where a gradient would have to go through."""
     if x.requires_grad and torch.is_grad_enabled():
         raise RuntimeError("weights packed for generation give no gradient: load the model without --bits to train it")

@@ -29,7 +29,8 @@ from minillm.model.packed import PackedLinear
 from minillm.model.transformer import Transformer
 
 BITS = (16, 8, 4)
-GENERATION_BITS = (8, 4)
+GENERATION_BITS = (16, 8, 4)
+LARGEST_FLOAT16 = torch.finfo(torch.float16).max
 BLOCK, GROUP = 64, 256  # columns per scale, scales per second-level scale (arXiv:2305.14314, section 3)
 OUTLIER = 6.0
 MOST_KEPT = 64  # at most one column in so many is kept: 3 % more memory
@@ -268,11 +269,11 @@ def dequantize_base(model: Transformer, dtype: torch.dtype = torch.float32) -> N
 
 
 def quantize_for_generation(model: Transformer, bits: int) -> None:
-    """Put a model's linear layers into 8 or 4 bits, in place, for generation alone: nothing of it is trained or saved.
+    """Put a model's linear layers into 16, 8 or 4 bits, in place, to generate only: nothing of it is trained or saved.
 
     On a CPU the layers of the blocks and the head become packed ones. Where a machine has no products for those, and on
     a GPU, the layers of the blocks become those of a quantized base, and the head stays as it is. Raises `UserError` as
-    `quantize_base` does, and for a linear layer that is not plain.
+    `quantize_base` does, for a linear layer that is not plain, and for weights that float16 does not hold.
     """
     if bits not in GENERATION_BITS:
         raise UserError(f"--bits {bits}: choose one of {', '.join(map(str, GENERATION_BITS))}")
@@ -283,12 +284,26 @@ def quantize_for_generation(model: Transformer, bits: int) -> None:
         quantize_base(model, bits)
         model.to(dtype).build_rotation()  # its tables stay in fp32
         return
+    if bits == 16:
+        _check_float16(model)
     for block in model.layers:
         for module, names in packed.SHARING:
             packed.pack_layers(block.get_submodule(module), names, bits)
     if not model.config.score_head:
-        packed.pack_layers(model, ("lm_head",), 8 if packed.can_pack(8) else bits)  # 4 bits are no quicker there
+        is_quicker = bits != 4 or not packed.can_pack(8)  # 4 bits are no quicker for a head than 8
+        packed.pack_layers(model, ("lm_head",), bits if is_quicker else 8)
     model.requires_grad_(False)
+
+
+def _check_float16(model: Transformer) -> None:
+    """Raise `UserError` for a weight beyond what float16 holds, which would be cut to that without a word."""
+    for path, layer in model.named_modules():
+        largest = float(layer.weight.detach().abs().max()) if isinstance(layer, nn.Linear) else 0.0
+        if largest > LARGEST_FLOAT16:
+            limit = f"{LARGEST_FLOAT16:,.0f}"
+            raise UserError(
+                f"--bits 16: {path}.weight holds {largest:,.0f}, beyond float16's {limit}; leave --bits out"
+            )
 
 
 def _check_layers(model: Transformer, bits: int) -> None:

@@ -35,7 +35,7 @@ from minillm.generation.batching import Engine, EngineOptions
 from minillm.generation.completion import generate
 from minillm.generation.requests import End, Request, Token
 from minillm.model.config import PRESETS
-from minillm.model.quant import quantize_for_generation
+from minillm.model.quant import GENERATION_BITS, quantize_for_generation
 from minillm.model.size import n_parameters
 from minillm.model.transformer import Transformer
 from minillm.tokenizer.train import train_tokenizer
@@ -57,7 +57,7 @@ class Config(Options):
     gguf: str = option(
         "float16", "how llama.cpp's file holds the weights; none: without it", ("none", "float32", "float16", "q8_0")
     )
-    bits: int | None = option(None, "of our weights, 8 or 4; none: those of float32", (None, 8, 4))
+    bits: int | None = option(None, "of our weights; none: those of float32", (None, *GENERATION_BITS))
     transformers: bool = option(True, "also measure transformers")
 
 

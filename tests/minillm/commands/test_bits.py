@@ -22,12 +22,12 @@ def test_generate_computes_with_rounded_weights(home, call):
 
 def test_eval_prints_their_price(home, call):
     losses = {}
-    for bits in ((), ("--bits", "8"), ("--bits", "4")):
+    for bits in ((), ("--bits", "16"), ("--bits", "8"), ("--bits", "4")):
         status, out, err = call("eval", "--data", "text.txt", *bits)
         assert status == 0, err
         losses[bits] = float(out.split("bits per byte")[1].split()[0])
         assert ("weights         of linear layers in" in out) == bool(bits)
-    assert len(set(losses.values())) == 3
+    assert len(set(losses.values())) >= 3  # 16 bits may lose nothing in four digits
     assert max(losses.values()) < 1.1 * min(losses.values())
 
 
@@ -46,4 +46,4 @@ def test_benchmarks_that_are_remembered_are_not_taken_for_those_of_other_bits(ho
 
 def test_what_has_no_bits_is_refused(home, call):
     status, _, err = call("generate", "--prompt", "Tom", "--bits", "3")
-    assert status == 2 and "--bits" in err and "8, 4" in err
+    assert status == 2 and "--bits" in err and "16, 8, 4" in err

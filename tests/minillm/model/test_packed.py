@@ -11,7 +11,7 @@ from minillm.base.errors import UserError
 from minillm.checkpoint import huggingface
 from minillm.generation.completion import generate
 from minillm.model import packed, quant
-from minillm.model.packed import GROUP, Int4Matrix, Int8Matrix, PackedLinear
+from minillm.model.packed import GROUP, Float16Matrix, Int4Matrix, Int8Matrix, PackedLinear
 from minillm.model.quant import QuantLinear, quantize_for_generation
 from minillm.tuning.adapter import attach
 from minillm.tuning.options import TuningConfig
@@ -19,9 +19,9 @@ from tests.kernels.check import error
 from tests.minillm.model_options import OPTIONS, build, tokens_of
 
 pytestmark = pytest.mark.skipif(
-    not (packed.can_pack(8) and packed.can_pack(4)), reason="torch lacks these products here"
+    not all(packed.can_pack(bits) for bits in (16, 8, 4)), reason="torch lacks these products here"
 )
-BITS = (8, 4)
+BITS = (16, 8, 4)
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -32,6 +32,20 @@ def packed_model(bits: int, **change):
     model = build(**change)
     quantize_for_generation(model, bits)
     return model
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (7, 33), (48, 64), (100, 256)])
+@pytest.mark.parametrize("n_rows", [1, 5, 70])
+def test_sixteen_bits_are_products_with_weights_in_float16(shape, n_rows):
+    """Numbers that are subnormal in float16 among them, x in any order in memory, and no rows at all."""
+    weight = normal(*shape) * torch.logspace(-7, 3, shape[0])[:, None]
+    x = normal(shape[1], n_rows, seed=1).T
+    expected = x.double() @ weight.half().double().T  # (n_rows, N)
+    got = Float16Matrix(weight)(x)
+    assert error(got, expected.float()) < 1e-6
+    columns = expected.abs().amax(0).clamp(min=1e-12)  # (N,): small ones are right too
+    assert ((got - expected).abs() / columns).max() < 1e-4
+    assert Float16Matrix(weight)(x[:0].view(0, 1, shape[1])).shape == (0, 1, shape[0])
 
 
 @pytest.mark.parametrize("steps", [None, 63])
@@ -58,8 +72,9 @@ def test_the_number_of_steps_is_one_whose_products_are_exact():
     assert packed.activation_steps() in (63, 127)
 
 
-def test_in_eight_bits_a_row_has_the_same_bits_beside_others():
-    matrix, x = Int8Matrix(normal(96, 128)), normal(40, 128, seed=1) * torch.logspace(-2, 2, 40)[:, None]
+@pytest.mark.parametrize("kind", [Float16Matrix, Int8Matrix])
+def test_in_sixteen_and_eight_bits_a_row_has_the_same_bits_beside_others(kind):
+    matrix, x = kind(normal(96, 128)), normal(40, 128, seed=1) * torch.logspace(-2, 2, 40)[:, None]
     together = matrix(x)
     assert all(torch.equal(matrix(row[None])[0], out) for row, out in zip(x, together, strict=True))
 
@@ -105,12 +120,12 @@ def test_layers_of_one_matrix_are_the_layers_alone(bits):
         assert packed.products(x, layers) is None and torch.equal(parent.b(x), expected[1]) and seen == [1]
 
 
-@pytest.mark.parametrize(("bits", "largest"), [(8, 0.08), (4, 0.45)])
+@pytest.mark.parametrize(("bits", "largest"), [(16, 0.002), (8, 0.08), (4, 0.45)])
 @pytest.mark.parametrize("name", OPTIONS)
 @torch.no_grad()
 def test_logits_stay_close_to_the_models_own(name, bits, largest):
     model = packed_model(bits, **OPTIONS[name])
-    assert 1e-4 < error(model(tokens_of(2, 20)), build(**OPTIONS[name])(tokens_of(2, 20))) < largest
+    assert 1e-5 < error(model(tokens_of(2, 20)), build(**OPTIONS[name])(tokens_of(2, 20))) < largest
     linears = [module for module in model.modules() if isinstance(module, nn.Linear | PackedLinear)]
     assert len(linears) == 2 * 7 + 1 and all(type(layer) is PackedLinear for layer in linears)
     assert not any(parameter.requires_grad for parameter in model.parameters())
@@ -164,8 +179,8 @@ def test_a_machine_without_the_products_takes_those_of_a_quantized_base(monkeypa
 
 
 def test_what_cannot_be_is_refused(tmp_path):
-    with pytest.raises(UserError, match="--bits 16: choose one of 8, 4"):
-        quantize_for_generation(build(), 16)
+    with pytest.raises(UserError, match="--bits 3: choose one of 16, 8, 4"):
+        quantize_for_generation(build(), 3)
     model = build()
     attach(model, TuningConfig("lora", lora_rank=2))
     with pytest.raises(UserError, match=r"--bits 8: layers\.0\.mlp\.down_proj is no linear layer of a plain model"):
@@ -175,6 +190,13 @@ def test_what_cannot_be_is_refused(tmp_path):
         model.layers[1].mlp.up_proj.weight[3, 5] = float("inf")
     with pytest.raises(UserError, match=r"layers\.1\.mlp\.up_proj\.weight holds values that are not finite"):
         quantize_for_generation(model, 8)
+    model = build()
+    with torch.no_grad():
+        model.layers[1].mlp.up_proj.weight[3, 5] = -1e5
+    with pytest.raises(
+        UserError, match=r"layers\.1\.mlp\.up_proj\.weight holds 100,000, beyond float16's 65,504; leave"
+    ):
+        quantize_for_generation(model, 16)
     model = packed_model(8)
     for again in (lambda: quantize_for_generation(model, 8), lambda: quant.quantize_base(model, 4)):
         with pytest.raises(UserError, match="quantized already"):
