@@ -16,6 +16,7 @@ EXTRAS = {
 }
 EXTRAS["test"] = [
     "pytest",
+    "pytest-xdist",
     "hypothesis",
     "ruff",
     "transformers>=5",

@@ -16,8 +16,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
-from torch.nn.functional import cross_entropy
 
 from minillm.base.device import pick_device
 from minillm.base.errors import UserError
@@ -25,12 +23,12 @@ from minillm.base.files import sha256
 from minillm.checkpoint.huggingface import check_vocabulary, load_model
 from minillm.checkpoint.run_folder import resolve_checkpoint
 from minillm.datasets.batch import shifted
+from minillm.model.loss import target_log_probs
 from minillm.model.transformer import Transformer
 from minillm.tokenizer.tokenizer import Tokenizer
 
 BEGINNING = 400  # characters of a text that are scored
 TOKENS_AT_ONCE = 2048
-LOGITS_AT_ONCE = 1 << 24  # numbers
 UNKNOWN_LENGTH = 512  # tokens of a window, of a model that does not say how long those of its training were
 
 
@@ -122,13 +120,6 @@ def _nats(model: Transformer, rows: list[list[int]]) -> np.ndarray:
         mask[number, : len(row) - 1] = True
     batch = shifted(tokens, mask).to(model.embed_tokens.weight.device)
     hidden = model.hidden(batch.x)[batch.mask]  # (n targets, C)
-    nats = _of_targets(model, hidden, batch.y[batch.mask])
+    log_probs, _ = target_log_probs(hidden, model.lm_head.weight, batch.y[batch.mask], softcap=model.config.softcap)
     owners = np.repeat(np.arange(len(rows)), mask.sum(1))
-    return np.bincount(owners, nats.cpu().double().numpy(), len(rows))
-
-
-def _of_targets(model: Transformer, hidden: Tensor, targets: Tensor) -> Tensor:
-    """−ln p of each target, (n,) fp32. hidden: (n, C), targets: (n,)."""
-    n_at_once = max(1, LOGITS_AT_ONCE // model.config.vocab_size)
-    parts = zip(hidden.split(n_at_once), targets.split(n_at_once), strict=True)
-    return torch.cat([cross_entropy(model.logits(part).float(), y, reduction="none") for part, y in parts])
+    return np.bincount(owners, -log_probs.cpu().double().numpy(), len(rows))

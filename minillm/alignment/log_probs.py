@@ -27,47 +27,11 @@ from minillm.distributed.parallelize import compiled
 from minillm.distributed.rows import own_gradient, own_part, whole_rows
 from minillm.distributed.shards import gather, is_sharded_model
 from minillm.model import ops
-from minillm.model.linears import product_dtype
-from minillm.model.loss import CHUNK_ELEMENTS
+from minillm.model.loss import target_log_probs
 from minillm.model.transformer import Transformer
 from minillm.tuning.virtual_tokens import FilledCache, virtual_tokens
 
 LossOf = Callable[[Tensor], Tensor]  # (B, T) fp32 log-probabilities → the summed loss, a scalar
-
-
-@torch.no_grad()
-def target_log_probs(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    *,
-    temperature: float = 1.0,
-    softcap: float | None = None,
-    with_entropy: bool = False,
-) -> tuple[Tensor, Tensor | None]:
-    """log π of each target, and the entropy of each distribution in nats if asked: (N,) fp32 each; no gradient.
-
-    hidden: (N, C). weight: (V, C) of the head. targets: (N,) int64. Products run in autocast's dtype, as in the loss;
-    softmax and sums are in fp32. Logits exist for a few rows at a time.
-    """
-    n, vocabulary = len(hidden), len(weight)
-    dtype = product_dtype(hidden)
-    weight = weight.to(dtype)
-    log_probs = torch.empty(n, device=hidden.device)
-    entropy = torch.empty(n, device=hidden.device) if with_entropy else None
-    rows = max(16, CHUNK_ELEMENTS.get(hidden.device.type, 1 << 24) // vocabulary)
-    for begin in range(0, n, rows):
-        part = slice(begin, begin + rows)
-        states = (hidden[part] / temperature).to(dtype)
-        logits = (states @ weight.T).float()  # (rows, V)
-        if softcap is not None:
-            cap = softcap / temperature
-            logits = logits.div_(cap).tanh_().mul_(cap)
-        log_p = torch.log_softmax(logits, dim=-1)  # (rows, V)
-        log_probs[part] = log_p.gather(-1, targets[part, None]).squeeze(-1)
-        if entropy is not None:
-            entropy[part] = -(log_p.exp() * log_p).sum(-1)
-    return log_probs, entropy
 
 
 @torch.no_grad()

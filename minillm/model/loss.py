@@ -21,6 +21,11 @@ ROWS_AT_ONCE = 128  # of logits, in `cross_entropy_of`
 IGNORED = -100  # the target of a row that never counts, as in torch
 
 
+def rows_at_once(weight: Tensor) -> int:
+    """Of logits, by a head's weight (V, C)."""
+    return max(16, CHUNK_ELEMENTS.get(weight.device.type, 1 << 24) // len(weight))
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     """loss = Σ_i m_i (logsumexp_v z_iv − z_i,y), z = cap(x Wᵀ), a chunk of rows i at a time.
 
@@ -31,7 +36,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, labels, mask, softcap, dtype, trained):
         """x (N, C), weight (V, C), labels (N,) int64, mask (N,) or None → the summed loss, a scalar in fp32."""
-        n, vocabulary = x.shape[0], weight.shape[0]
+        n = x.shape[0]
 
         # how much each row counts; one that does not may hold any label
         counts = torch.ones(n, dtype=torch.float32, device=x.device) if mask is None else mask.float()
@@ -44,7 +49,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_x = torch.empty_like(x) if trained and x.requires_grad else None
         grad_w = torch.zeros_like(w, dtype=torch.float32) if trained and weight.requires_grad else None
         total = torch.zeros((), dtype=torch.float32, device=x.device)
-        rows = max(16, CHUNK_ELEMENTS.get(x.device.type, 1 << 24) // vocabulary)
+        rows = rows_at_once(weight)
         for begin in range(0, n, rows):
             part = slice(begin, begin + rows)
 
@@ -111,3 +116,38 @@ def cross_entropy_of(
         nats = F.cross_entropy(logits_of(x_part).float(), targets_part, ignore_index=IGNORED, reduction="none")
         total += (nats * counts_part).sum()
     return total
+
+
+@torch.no_grad()
+def target_log_probs(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    with_entropy: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """log π of each target, and the entropy of each distribution in nats if asked: (N,) fp32 each; no gradient.
+
+    hidden: (N, C). weight: (V, C) of the head. targets: (N,) int64. Products run in autocast's dtype, as in the loss;
+    softmax and sums are in fp32. Logits exist for a few rows at a time.
+    """
+    n = len(hidden)
+    dtype = product_dtype(hidden)
+    weight = weight.to(dtype)
+    log_probs = torch.empty(n, device=hidden.device)
+    entropy = torch.empty(n, device=hidden.device) if with_entropy else None
+    rows = rows_at_once(weight)
+    for begin in range(0, n, rows):
+        part = slice(begin, begin + rows)
+        states = (hidden[part] / temperature).to(dtype)
+        logits = (states @ weight.T).float()  # (rows, V)
+        if softcap is not None:
+            cap = softcap / temperature
+            logits = logits.div_(cap).tanh_().mul_(cap)
+        log_p = torch.log_softmax(logits, dim=-1)  # (rows, V)
+        log_probs[part] = log_p.gather(-1, targets[part, None]).squeeze(-1)
+        if entropy is not None:
+            entropy[part] = -(log_p.exp() * log_p).sum(-1)
+    return log_probs, entropy

@@ -3,7 +3,7 @@ import dataclasses
 import pytest
 import torch
 
-from minillm.alignment.log_probs import Policy, answer_log_probs, loss_through_log_probs, target_log_probs
+from minillm.alignment.log_probs import Policy, answer_log_probs, loss_through_log_probs
 from minillm.datasets.batch import Batch
 from minillm.model import loss
 from minillm.model.config import ModelConfig
@@ -162,5 +162,5 @@ def test_dropout_is_off_while_log_probs_are_read():
 
 
 def test_no_target_gives_no_number():
-    log_probs, entropy = target_log_probs(torch.zeros(0, 8), torch.zeros(5, 8), torch.zeros(0, dtype=torch.long))
+    log_probs, entropy = loss.target_log_probs(torch.zeros(0, 8), torch.zeros(5, 8), torch.zeros(0, dtype=torch.long))
     assert log_probs.shape == (0,) and entropy is None
