@@ -67,12 +67,22 @@ def main() -> None:
         shares = given
 
     # what training will really read: whole slots of a block
-    slots = np.diff(slots_of(shares.tolist()))
+    slots = whole_slots(shares)
     shares = slots / slots.sum()
     for line in table([path for path, _ in mixture], sizes, shares, n_tokens):
         print(line)
     parts = [f"{path}:{n_slots}" for (path, _), n_slots in zip(mixture, slots.tolist(), strict=True)]
     print(f"\n--data {','.join(parts)}")
+
+
+def whole_slots(shares: np.ndarray) -> np.ndarray:
+    """The slots of a block that each source gets, (n,) int64: weights of which training makes the same shares again."""
+    slots = np.diff(slots_of(shares.tolist()))
+    again = np.diff(slots_of((slots / slots.sum()).tolist()))
+    while not np.array_equal(again * slots.sum(), slots * again.sum()):
+        slots = again
+        again = np.diff(slots_of((slots / slots.sum()).tolist()))
+    return slots
 
 
 def by_temperature(sizes: np.ndarray, alpha: float) -> np.ndarray:

@@ -203,12 +203,13 @@ class TokenWindows:
 def slots_of(shares: list[float]) -> np.ndarray:
     """The first slot that each source has of a block, and the number of slots, (n + 1,) int64.
 
-    A block has MIXTURE_SLOTS; where the smallest share would have none of these, so many, a power of two, that it has
-    SLOTS_OF_SMALLEST. Raises UserError for a share that is too small for any block.
+    A block has MIXTURE_SLOTS; where the smallest share comes to less than half of one, or would get none beside the
+    others, so many, a power of two, that it has about SLOTS_OF_SMALLEST. Raises UserError for a share that is too small
+    for any block.
     """
     sums = np.cumsum([0.0, *shares])
     slots = np.round(sums * MIXTURE_SLOTS).astype(np.int64)
-    if np.diff(slots).all():
+    if min(shares) * MIXTURE_SLOTS >= 0.5 and np.diff(slots).all():
         return slots
     n_slots = 1 << math.ceil(math.log2(SLOTS_OF_SMALLEST / min(shares)))
     if n_slots > MOST_SLOTS:

@@ -8,7 +8,7 @@ import pytest
 from data import mix
 from minillm.base.errors import UserError
 from minillm.datasets.token_bins import TokenBins, parse_mixture
-from minillm.datasets.windows import TokenWindows
+from minillm.datasets.windows import TokenWindows, slots_of
 from tests import launch
 
 SIZES = np.array([100, 30, 10, 2, 0.3])
@@ -63,6 +63,17 @@ def test_the_printed_string_is_what_training_takes(folders, capsys, monkeypatch)
     assert (sources == 1).mean() == 8 / 8192 == mixture[1][1]
     n_tokens = TokenBins(folders[0], "train").n_tokens
     assert f"{1e6 * mixture[0][1] / n_tokens:6.2f}" in text and "repeated more than 4 times" in text
+
+
+def test_printed_weights_give_the_shares_that_were_printed():
+    """Rounded to slots, the smallest share may ask for another block, in which the others are rounded again."""
+    rng = np.random.default_rng(0)
+    for n in (2, 3, 5):
+        for _ in range(200):
+            shares = rng.dirichlet(np.full(n, 0.3)) + 1e-4
+            slots = mix.whole_slots(shares / shares.sum())
+            read = np.diff(slots_of((slots / slots.sum()).tolist()))
+            assert np.array_equal(read * slots.sum(), slots * read.sum())
 
 
 def test_bad_options(folders, capsys, monkeypatch):

@@ -156,6 +156,23 @@ def test_small_shares_have_larger_blocks():
         slots_of([1 - 1e-6, 1e-6])
 
 
+def test_a_share_does_not_depend_on_the_order_of_sources():
+    """In a block of 256 a share of 0.001 would get a slot, four times its due, wherever the rounded sums fall so."""
+    rng = np.random.default_rng(0)
+    for _ in range(300):
+        shares = rng.dirichlet(np.full(4, 0.4)) + 1e-4
+        shares /= shares.sum()
+        order = rng.permutation(4)
+        for at in (np.arange(4), order):
+            slots = np.diff(slots_of(shares[at].tolist()))
+            off = np.abs(slots / slots.sum() - shares[at])
+            assert (off * slots.sum() <= 1.0 + 1e-9).all() and slots.all()
+    for shares in ([0.5995, 0.001, 0.3995], [0.001, 0.5995, 0.3995], [0.50195, 0.0001, 0.49795]):
+        slots = np.diff(slots_of(shares))
+        smallest = int(np.argmin(shares))
+        assert abs(slots[smallest] / slots.sum() / shares[smallest] - 1) < 0.15
+
+
 @pytest.mark.parametrize("other", [{"vocab_size": 1001}, {"tokenizer_sha256": "y"}, {"eos_id": 3}])
 def test_mixture_of_two_tokenizers_is_refused(tmp_path, other):
     a = write_bins(tmp_path / "a", {"train": [np.arange(100)]})
