@@ -9,6 +9,7 @@ from minillm.base.options import option
 from minillm.datasets.preferences import PreferenceRows
 from minillm.datasets.prompts import PromptRows
 from minillm.datasets.questions import read_questions
+from minillm.evaluation.checks import row_check
 from minillm.evaluation.task_scores import TaskOptions
 from minillm.tokenizer.chat_template import TEMPLATES
 from minillm.tokenizer.measure import check_round_trip
@@ -197,6 +198,7 @@ def read_prompts(training_config: RewardedConfig, data: str, tokenizer: Tokenize
         seed=training_config.seed,
         template=training_config.template,
         room=training_config.max_new_tokens,
+        check_row=row_check(training_config.reward) if training_config.reward else None,
         on_bad_line=training_config.on_bad_line,
         encoding=training_config.encoding,
     )

@@ -22,6 +22,7 @@ from minillm.base.files import refuse_link, write_file
 from minillm.base.options import option
 from minillm.commands.model_options import ModelOptions, TemplateOptions, load_model, tell, template_of
 from minillm.datasets.prompts import Prompt, PromptRows
+from minillm.evaluation.checks import row_check
 from minillm.generation.load import Loaded
 from minillm.training.config import listed_files
 from minillm.tuning.virtual_tokens import context_of
@@ -60,6 +61,7 @@ def run(config: Config) -> None:
         seed=config.seed,
         template=template,
         room=config.max_new_tokens,
+        check_row=row_check(config.reward),
         on_bad_line=config.on_bad_line,
         encoding=config.encoding,
     )

@@ -11,6 +11,7 @@ reward function, never learned. All columns of the row reach the reward function
 """
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,9 +23,11 @@ from minillm.datasets.messages import (
     ANSWERS,
     ASSISTANT,
     BELOW_QUESTION,
+    GOOD_IF,
     KINDS,
     LISTS,
     QUESTIONS,
+    SWITCH,
     SYSTEMS,
     conversations,
     first_of,
@@ -69,10 +72,12 @@ class PromptRows:
         seed: int = 0,
         template: str = "auto",
         room: int = 1,
+        check_row: Callable[[dict], None] | None = None,
         **reading,
     ):
         """paths: files as `open_rows` reads them. seq_len: tokens of a prompt and its answer. room: those that an
-        answer needs; a longer prompt is dropped. reading: on_bad_line and encoding, see `Reading`. Raises UserError.
+        answer needs; a longer prompt is dropped. check_row: raises UserError for columns, as `prompt_of` gives them,
+        that are a bad row all the same. reading: on_bad_line and encoding, see `Reading`. Raises UserError.
         """
         if seq_len <= room:
             raise UserError(f"--seq_len {seq_len}: an answer needs {room} positions, and a prompt some too; raise it")
@@ -81,6 +86,7 @@ class PromptRows:
         self.seed = seed
         self.template = template
         self.room = room
+        self.check_row = check_row
         self.files = RowFiles(paths, **reading)
         self.counts = self.files.counts
         self.first_texts = self.files.first_texts
@@ -133,6 +139,8 @@ class PromptRows:
     def _read(self, row: object, place: tuple) -> None:
         """Keeps the place of one row, if there is room for an answer after its prompt."""
         messages, columns = prompt_of(row)
+        if self.check_row is not None:
+            self.check_row(columns)
         n_tokens = len(self._encode(messages))
         self.files.keep_texts([message["content"] for message in messages])
         if n_tokens + self.room > self.seq_len:
@@ -191,11 +199,16 @@ def _messages(in_prompt: dict, columns: dict) -> tuple[list[dict], str | None]:
 
 
 def _answer(columns: dict, reference: str | None) -> tuple[str | None, str]:
-    """The right answer of a row as a text, None if there is none, and the usual check for it."""
+    """The right answer of a row as a text, None if there is none, and the usual check for it.
+
+    An answer that the row calls bad (a label of KTO) is none.
+    """
     of_verl = columns.get(VERL)
     if isinstance(of_verl, dict) and not is_missing(of_verl.get("ground_truth")):
         answer = _as_text(of_verl["ground_truth"], f"{VERL}.ground_truth")
         return answer, _check_of(answer)
+    if any(SWITCH.get(str(columns[key]).lower()) is False for key in GOOD_IF if key in columns):
+        return None, "exact"
     name = next((name for name in ("answer", *ANSWERS) if name in columns), None)
     if name is not None:
         answer = _as_text(columns[name], name)

@@ -73,6 +73,18 @@ def load_term(term: str, time_limit_s: float = TIME_LIMIT_S) -> RewardFunction:
     return _checked(function, term, time_limit_s)
 
 
+def row_check(spec: str) -> Callable[[dict], None]:
+    """A function that raises UserError for a row to whose answers some term of a reward has nothing to compare."""
+    comparing = [term for _, term in split_terms(spec) if term in (*CHECKS, "check")]
+
+    def check(row: dict) -> None:
+        for name in comparing:
+            _rule(name, row)
+            _right_answer(row)
+
+    return check
+
+
 def weighted_sum(terms: list[tuple[float, RewardFunction]]) -> RewardFunction:
     """The sum of some functions' values, each times its weight."""
 

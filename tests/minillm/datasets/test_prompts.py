@@ -7,6 +7,7 @@ import pytest
 
 from minillm.base.errors import UserError
 from minillm.datasets.prompts import PromptRows, prompt_of
+from minillm.evaluation.checks import row_check
 from tests.minillm.datasets.test_instructions import ASSISTANT, BOS, SYSTEM, USER, Numbers, talk, write_jsonl
 
 
@@ -43,6 +44,10 @@ from tests.minillm.datasets.test_instructions import ASSISTANT, BOS, SYSTEM, USE
         ({"chosen": "Human: 1\n\nAssistant: 2", "rejected": "Human: 1\n\nAssistant: 3"}, "1", "2", "exact"),
         ({"prompt": talk("1"), "completion": [{"role": "assistant", "content": "2"}]}, "1", "2", "exact"),
         ({"prompt": "1", "answer": None}, "1", None, "exact"),
+        ({"prompt": "1", "completion": "2", "label": True}, "1", "2", "exact"),
+        ({"prompt": "1", "completion": "2", "label": False}, "1", None, "exact"),  # a bad answer is not the right one
+        ({"question": "1", "answer": "2", "is_correct": "false"}, "1", None, "exact"),
+        ({"messages": talk("1", "2"), "kto_tag": 0}, "1", None, "exact"),
         ({"prompt": "1", "answer": float("nan"), "system": "8"}, "1", None, "exact"),
     ],
 )
@@ -82,6 +87,30 @@ def test_a_bad_row_is_named_or_counted(tmp_path, row, reason):
     assert f"{path}, row 2: " in str(error.value) and reason in str(error.value)
     rows = PromptRows(path, Numbers(), 16, on_bad_line="skip")
     assert rows.rows_per_epoch == 2 and "1 bad rows skipped" in rows.summary()
+
+
+@pytest.mark.parametrize(
+    ("reward", "reason"),
+    [
+        ("exact", "the row has no right answer"),
+        ("0.5*length:9,0.5*number", "the row has no right answer"),
+        ("check", "check 'sounds' is none of"),
+        ("length:9", None),
+        ("rewards.py:mine", None),
+    ],
+)
+def test_a_row_that_a_reward_cannot_judge_is_found_when_it_is_read(tmp_path, reward, reason):
+    rows = [{"prompt": "1", "answer": "1"}, {"prompt": "2"}]
+    if reward == "check":
+        rows[1] |= {"answer": "2", "check": "sounds"}
+    path = write_jsonl(tmp_path / "rows.jsonl", rows)
+    if reason is None:
+        assert PromptRows(path, Numbers(), 16, check_row=row_check(reward)).rows_per_epoch == 2
+        return
+    with pytest.raises(UserError, match=f"row 2: {reason}"):
+        PromptRows(path, Numbers(), 16, check_row=row_check(reward))
+    rows = PromptRows(path, Numbers(), 16, check_row=row_check(reward), on_bad_line="skip")
+    assert rows.rows_per_epoch == 1 and "1 bad rows skipped" in rows.summary()
 
 
 def test_ids_end_with_what_opens_an_answer(tmp_path):
