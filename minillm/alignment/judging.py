@@ -170,9 +170,10 @@ def optimum_by_answers(judge: Judge, prompts: list[Prompt], tokenizer: Tokenizer
         if "answer" not in prompt.row:
             continue
         talk = [*prompt.messages, {"role": "assistant", "content": prompt.row["answer"]}]
-        ids, _ = tokenizer.encode_chat(talk, template=template)
-        if len(ids) - len(prompt.ids) <= judge.rollout.max_new_tokens:
-            samples[index] = np.array(ids), np.arange(len(ids)) >= len(prompt.ids)
+        ids, learn = tokenizer.encode_chat(talk, template=template)
+        end = 1 + max(at for at, learned in enumerate(learn) if learned)  # a template may go on after an answer's end
+        if end - len(prompt.ids) <= judge.rollout.max_new_tokens:
+            samples[index] = np.array(ids[:end]), np.arange(end) >= len(prompt.ids)
     where = list(samples)
     for begin in range(0, len(where), judge.rows_at_once):
         part = where[begin : begin + judge.rows_at_once]

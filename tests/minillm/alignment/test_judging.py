@@ -10,6 +10,7 @@ from minillm.alignment.judging import Judge, optimum_by_answers
 from minillm.alignment.reference import Reference
 from minillm.alignment.rollouts import RolloutConfig
 from minillm.datasets.prompts import Prompt
+from minillm.tokenizer.chat_template import JINJA
 from minillm.tokenizer.train import train_tokenizer
 from tests.minillm.model_options import build
 
@@ -33,13 +34,18 @@ def probability(model, tokenizer, prompt: Prompt, answer: str) -> float:
     messages = [*prompt.messages, {"role": "assistant", "content": answer}]
     ids, _ = tokenizer.encode_chat(messages)
     p = 1.0
-    for end in range(len(prompt.ids), len(ids)):
+    for end in range(len(prompt.ids), ids.index(tokenizer.eos_id, len(prompt.ids)) + 1):
         logits = model(torch.tensor([ids[:end]]))[0, -1] / TEMPERATURE
         p *= float(torch.softmax(logits.double(), 0)[ids[end]])
     return p
 
 
-def test_the_optimum_by_right_answers_is_that_of_their_probability(tokenizer):
+@pytest.mark.parametrize("tail", ["", "{{ '\\n the cat' }}"])
+def test_the_optimum_by_right_answers_is_that_of_their_probability(tokenizer, tail):
+    """Also of a template that goes on after the end of an answer, as ChatML does with a newline."""
+    if tail:
+        template = JINJA["chat"].replace("{{ eos_token }}", "{{ eos_token }}" + tail)
+        tokenizer = tokenizer.with_settings(add_bos=False, chat_template=template)
     model = build(vocab_size=400).eval()
     talk = ({"role": "user", "content": "a"}, {"role": "assistant", "content": "the dog"})
     prompts = [
