@@ -48,7 +48,7 @@ from minillm.training import sharding, starting_model
 from minillm.training.config import summary
 from minillm.training.optim import build_optimizers
 from minillm.training.run import Run, begin, run_training
-from minillm.training.schedule import set_lr
+from minillm.training.schedule import Schedule, lr_at, set_lr
 from minillm.training.step import TrainState
 
 ADAM_EPS = 1e-5  # as in the code of Schulman et al. 2017 (Huang et al. 2022, "37 details", number 3)
@@ -178,8 +178,9 @@ def train(training_config: Config, run: Run, roles: Roles, tools: Tools, optimum
     controller = token_rewards.AdaptiveKL(beta, training_config.target_kl, training_config.kl_horizon)
     drift, cuts = alarms(training_config, run)
 
+    value_schedule = dataclasses.replace(Schedule.of(training_config), lr=training_config.value_lr)
     for step in run.steps(state):  # sets the learning rate; after the step saves what is due, stops at a signal
-        set_lr(value_state.optimizers, training_config.value_lr * run.lr / max(training_config.lr, 1e-30))
+        set_lr(value_state.optimizers, lr_at(step - 1, value_schedule))
 
         # 1. and 2. the policy answers, at the temperature of its losses and from the whole vocabulary, and is judged
         positions = np.concatenate(run.micro_batches(step))

@@ -105,6 +105,15 @@ def test_a_policy_that_does_not_change_has_the_same_reward_after_as_before(folde
         assert last[f"{name}_after"] == pytest.approx(last[f"{name}_before"], abs=1e-5), name
 
 
+def test_the_value_model_can_learn_alone(folder):
+    """Before the policy does: without a rate of its own the policy stays, and the value model follows --value_lr."""
+    losses = {}
+    for rate in ("0", "1e-3"):
+        train(folder, f"values-{rate}", f"--steps 3 --lr 0 --value_lr {rate}")
+        losses[rate] = column(folder / f"values-{rate}", "value_loss")
+    assert losses["1e-3"][2] < 0.95 * losses["0"][2]
+
+
 def test_a_learned_reward_rises_and_the_true_one_is_recorded_beside_it(folder):
     more = "--steps 20 --beta 0.01 --batch_size 8 --group_size 8 --value_start zero"
     said = train(folder, "learned", more)
