@@ -97,7 +97,8 @@ def _conversation(row: dict, unused: set[str]) -> list[dict]:
     if not all(_marks(row, any_kind=False).values()):
         messages = [unlearned(message) for message in messages]
     opening = _text(row, system, "") if system else ""
-    return [{"role": SYSTEM, "content": opening}, *messages] if opening else messages
+    is_said = messages[:1] and messages[0]["role"] == SYSTEM and messages[0]["content"] == opening
+    return [{"role": SYSTEM, "content": opening}, *messages] if opening and not is_said else messages
 
 
 def list_of(row: dict) -> str | None:

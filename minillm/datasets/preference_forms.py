@@ -138,7 +138,11 @@ def _talk(context: dict, answer: object, key: str, unused: set[str]) -> list[dic
     """The conversation that ends with an answer. context: the row without its answers; key: where the answer is."""
     list_name, question = list_of(context), first_of(context, QUESTIONS)
     whole = _whole(context, answer)
-    if list_name:
+    if list_name and whole and isinstance(answer, list):
+        row = {**{k: v for k, v in context.items() if k not in (question, list_name)}, "messages": whole}
+        _check_prompt(context.get(question) if question else None, whole)
+        _check_same_prompt(context[list_name], whole, list_name)
+    elif list_name:
         before = context[list_name] if isinstance(context[list_name], list) else [None]  # which is refused by its name
         row = {**context, list_name: [*before, _message(answer, key)]}
     elif whole:
@@ -198,6 +202,15 @@ def _check_prompt(prompt: object, whole: list[dict]) -> None:
         is_there = prompt is None or prompt in said or is_turns
     if not is_there:
         raise UserError("its prompt is not in the conversation of its answer; take out one of the two")
+
+
+def _check_same_prompt(given: object, whole: list[dict], name: str) -> None:
+    """Raises UserError if a conversation beside whole ones is neither their prompt nor one with that prompt."""
+    said = [message.get("content", message.get("value")) for message in whole]
+    messages = given if isinstance(given, list) else [given]
+    beside = [message.get("content", message.get("value")) for message in messages if isinstance(message, dict)]
+    if beside != said[: len(beside)] and beside[:-1] != said[:-1]:
+        raise UserError(f"{name!r} is another conversation than that of its answers; take out one of the two")
 
 
 def _last_learned(row: dict, unused: set[str]) -> list[dict]:

@@ -37,6 +37,7 @@ def talk(*contents, system=None) -> list[dict]:
             [talk("a\ni", "b"), talk("a", "c")],
         ),
         ({"messages": talk("a", "b", system="s")}, [talk("a", "b", system="s")]),
+        ({"messages": talk("a", "b", system="s"), "system": "s"}, [talk("a", "b", system="s")]),  # said once
         (
             {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}], "system": "s"},
             [talk("a", "b", system="s")],

@@ -48,6 +48,13 @@ PAIRS = [
     ({"chosen": sharegpt("p", "w"), "rejected": sharegpt("p", "l")}, ["p"], None),
     ({"prompt": "p", "chosen": talk("p", "w"), "rejected": talk("p", "l")}, ["p"], None),  # ultrafeedback_binarized
     ({"prompt": talk("p"), "chosen": talk("p", "w"), "rejected": talk("p", "l")}, ["p"], None),
+    (  # the same with the columns that it also has
+        {"prompt": "p", "messages": talk("p", "w"), "chosen": talk("p", "w"), "rejected": talk("p", "l")},
+        ["p"],
+        None,
+    ),
+    ({"messages": talk("p"), "chosen": talk("p", "w"), "rejected": talk("p", "l")}, ["p"], None),
+    ({"conversations": sharegpt("p"), "chosen": sharegpt("p", "w"), "rejected": sharegpt("p", "l")}, ["p"], None),
     ({"chosen": f"{HH} w: \n", "rejected": f"{HH} l"}, ["a b", "c", "d:"], ["w:", "l"]),
     ({"prompt": HH, "chosen": " w", "rejected": " l"}, ["a b", "c", "d:"], None),
 ]
@@ -132,6 +139,10 @@ def test_two_conversations_with_other_prompts_are_read_and_not_compared_here():
         ),
         ({"prompt": talk("q"), "chosen": talk("p", "w"), "rejected": "l"}, "its prompt is not in the conversation"),
         ({"chosen": f"{HH} w\n\nHuman: d", "rejected": f"{HH} l"}, "its last turn is the Assistant's"),
+        (
+            {"messages": talk("q", "w"), "chosen": talk("p", "w"), "rejected": talk("p", "l")},
+            "'messages' is another conversation than that of its answers",
+        ),
         ({"messages": 3, "chosen": "w", "rejected": "l"}, "'messages' is not a list of JSON objects"),
         ({"prompt": "p", "chosen": "w", "rejected": "l", "margin": -1}, "'margin' is -1; it is a number from 0 up"),
         ({"prompt": "p", "chosen": "w", "rejected": "l", "margin": "big"}, "'margin' is 'big'"),
