@@ -12,12 +12,12 @@ from typing import NamedTuple
 import numpy as np
 
 from data.cleaning import sft
-from data.cleaning.reading import Raw, Unreadable, document_of, row_of
+from data.cleaning.reading import Raw, Unreadable, document_of, row_of, writable
 from data.cleaning.text import words
 from data.cleaning.text.characters import KIND, code_points, kind_counts, owners
 from data.cleaning.text.lines import cut_lines, line_hashes
 from data.cleaning.text.masks import mask
-from data.cleaning.text.normalise import normalise
+from data.cleaning.text.normalise import SURROGATES, normalise
 from minillm.base.files import write_file
 
 
@@ -55,9 +55,10 @@ def mended_documents(raws: list[Raw], how: How) -> list[dict]:
     for raw in raws:
         document = {"file": raw.file, "number": raw.number, "text": "", "row": {}, "mended": [], "size": 0}
         try:
-            document["text"], document["row"] = document_of(raw, how.field)
+            document["text"], row = document_of(raw, how.field)
+            document["row"] = writable(row, document["mended"])
         except Unreadable as problem:
-            document["bad"] = problem.args
+            document["bad"] = [SURROGATES.sub("\ufffd", said) for said in problem.args]  # it may name keys
             _keep_row(document, raw)
         document["size"] = len(document["text"].encode("utf-8", "surrogatepass"))
         documents.append(document)
@@ -68,7 +69,7 @@ def mended_documents(raws: list[Raw], how: How) -> list[dict]:
 def _keep_row(document: dict, raw: Raw) -> None:
     """A row without a text stays whole, for the list of what was dropped."""
     try:
-        document["row"] = row_of(raw) if raw.kind in ("line", "row") else {}
+        document["row"] = writable(row_of(raw), []) if raw.kind in ("line", "row") else {}
     except Unreadable:
         document["row"] = {}
 
@@ -79,7 +80,8 @@ def _mend(documents: list[dict], how: How) -> None:
     damaged = kind_counts(points, owners(borders), len(documents))[:, KIND["damaged"]]
     for document, n_damaged in zip(documents, damaged, strict=True):
         before = document["text"]
-        text, document["mended"] = normalise(before)
+        text, mended = normalise(before)
+        document["mended"] = list(dict.fromkeys([*document["mended"], *mended]))
         masked, n_personal = mask(text)
         if how.masks and n_personal:
             text = masked

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
+from data.cleaning.text.normalise import SURROGATES
 from minillm.base.errors import UserError
 from minillm.datasets.files import encodings, tables
 from minillm.datasets.files.json_rows import (
@@ -206,6 +207,29 @@ def row_of(raw: Raw) -> dict:
     if not isinstance(row, dict):
         raise Unreadable("unreadable", "not a JSON object")
     return row
+
+
+def writable(row: dict, mended: list[str]) -> dict:
+    """The row as UTF-8 can hold it: JSON may escape half a character, a surrogate, in any string and in any key.
+
+    mended: gets "surrogates" if there were some. Raises Unreadable for a row that is nested too deeply to go through.
+    """
+    try:
+        again = _without_surrogates(row)
+    except RecursionError:
+        raise Unreadable("unreadable", "nested too deeply") from None
+    mended += ["surrogates"] if again != row else []
+    return again
+
+
+def _without_surrogates(value):
+    if isinstance(value, str):
+        return value if value.isascii() else SURROGATES.sub("\ufffd", value)
+    if isinstance(value, dict):
+        return {_without_surrogates(key): _without_surrogates(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_without_surrogates(item) for item in value]
+    return value
 
 
 def decoded(data: bytes) -> str:

@@ -9,7 +9,7 @@ import re
 
 import numpy as np
 
-from data.cleaning.reading import Raw, Unreadable, row_of
+from data.cleaning.reading import Raw, Unreadable, row_of, writable
 from data.cleaning.text import words
 from data.cleaning.text.characters import code_points, repeated_grams
 from data.cleaning.text.masks import mask
@@ -80,8 +80,8 @@ def mended(raw: Raw, masks: bool) -> dict:
     document = {"file": raw.file, "number": raw.number, "text": "", "prompt": "", "row": {}, "mended": [], "size": 0}
     document |= {"flags": [], "is_whole": True}
     try:
-        row = row_of(raw)
-        document["size"] = len(str(row).encode("utf-8", "replace"))
+        row = writable(row_of(raw), document["mended"])
+        document["size"] = len(str(row).encode())
         document["row"] = _mended_row(row, document["mended"], masks)
         document["flags"] += ["personal_data"] if "personal_data" in document["mended"] else []
         found = [_in_our_form(conversation) for conversation in conversations(document["row"])]

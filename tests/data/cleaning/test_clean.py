@@ -213,3 +213,26 @@ def test_the_page_shows_what_was_dropped_and_cannot_be_taken_over(pile, tmp_path
     page = (tmp_path / "out" / "report.html").read_text("utf-8")
     assert "<script" not in page and "&lt;script&gt;" in page and "http" not in page.partition("</style>")[0]
     assert page.count("<svg") > 10 and "<mark>" in page and "kept in its place" in page
+
+
+HALF = "\ud800"  # half a character, which JSON may escape and UTF-8 cannot hold
+
+
+@pytest.mark.parametrize("is_sft", [False, True])
+def test_half_a_character_anywhere_in_a_row_is_mended_and_ends_no_run(is_sft, tmp_path):
+    texts = ("instruction", "input", "output") if is_sft else ("text", "title", "also")
+    rows = [{name: story(10 * i + j) for j, name in enumerate(texts)} for i in range(4)]
+    rows[0][texts[0]] += HALF
+    rows[1][texts[2]] = f"<p>{story(50)}{HALF}</p>"
+    rows[2]["meta"] = [{"in" + HALF: ["deep" + HALF, 1, None]}]
+    rows += [{"no" + HALF: HALF}, {HALF: {"role": HALF}, texts[0]: HALF}]
+    deep = '{"meta":' + "[" * 600 + "]" * 600 + "}"
+    (tmp_path / "a.jsonl").write_text("\n".join([*map(json.dumps, rows), deep]))
+    (tmp_path / "b.json").write_text(json.dumps([{**row, "of": "an array"} for row in rows]))
+    table = f"text,title\n{story(60)},b\n"
+    (tmp_path / "c.csv").write_bytes(table.encode() + b"x,a\xffb\n")
+    (tmp_path / "d.txt").write_bytes(story(61).encode() + b"\xed\xa0\x80")  # as if UTF-8 could hold it
+    result = run(tmp_path, tmp_path.parent / f"{tmp_path.name}-out", sft=is_sft)
+    assert result["mended_by"]["surrogates"] >= 3 and result["kept"]["documents"] and result["mended"]["documents"]
+    written = sorted((tmp_path.parent / f"{tmp_path.name}-out").glob("**/*.jsonl"))
+    assert written and all("\\ud8" not in json.dumps(file.read_text("utf-8")).lower() for file in written)
