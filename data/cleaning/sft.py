@@ -17,7 +17,8 @@ from data.cleaning.text.normalise import normalise, without_code
 from minillm.base.errors import UserError
 from minillm.datasets.messages import ASSISTANT, SYSTEM, USER, conversations
 
-# ---- Words of the rules.
+# ---- Words of the rules. What begins with a line begins with its own spaces, [^\S\n]*: with \s* each line of a run of
+# empty ones would go through the rest of the run.
 
 PLACEHOLDER = re.compile(
     r"\W*(?:无输入|没有输入|无需输入|不需要输入|无内容|无附加输入|无输出|no ?input|no ?output|n/?a|none|null)\W*",
@@ -25,10 +26,11 @@ PLACEHOLDER = re.compile(
 )
 PAGE = re.compile(r"<(?:!doctype|html|head|body|div|p|a|span|ul|table|script|form|input|h[1-6])\b", re.IGNORECASE)
 LAST_LINE = re.compile(r"\n[^\n]*$")
-NEXT_INSTRUCTION = re.compile(r"\n\s*\d{1,3}\s*[.、]\s*(?:说明|指令|instruction)\s*[:：].*", re.IGNORECASE | re.DOTALL)
+NEXT_INSTRUCTION = re.compile(r"\n[^\S\n]*\d{1,3}\s*[.、]\s*(?:说明|指令|instruction)\s*[:：].*", re.IGNORECASE | re.DOTALL)
 TRANSLATED_CODE = re.compile(
     r"\b(?:def|class|function)\s+[\w\u4e00-\u9fff]+（|对于范围内的"
-    r"|^\s*(?:返回|打印|导入) ?[(（]?[\w\u4e00-\u9fff]+[)）]?\s*$|^\s*(?:如果|否则|对于).{1,30}[:：]\s*\n\s+\S+\s*=",
+    r"|^[^\S\n]*(?:返回|打印|导入) ?[(（]?[\w\u4e00-\u9fff]+[)）]?[^\S\n]*$"
+    r"|^[^\S\n]*(?:如果|否则|对于).{1,30}[:：][^\S\n]*\n\s++\S+\s*=",
     re.MULTILINE,
 )
 DEFINITION = re.compile(r"\b(?:def|class|function|import|for|while|print)\b")
@@ -50,7 +52,7 @@ PICTURE = re.compile(
     re.IGNORECASE,
 )
 NO_PICTURE = re.compile(r"https?://|!\[")
-ROLE_IN_ANSWER = re.compile(r"^\s*(?:用户|助手|人类|human|user|assistant)\s*[:：]", re.IGNORECASE | re.MULTILINE)
+ROLE_IN_ANSWER = re.compile(r"^[^\S\n]*(?:用户|助手|人类|human|user|assistant)\s*[:：]", re.IGNORECASE | re.MULTILINE)
 ANSWER_AS_PROMPT = re.compile(r"\s*(?:答|答案|answer)\s*[:：]", re.IGNORECASE)
 OTHER_LANGUAGE = re.compile(
     r"翻译|译成|译为|英文|英语|单词|字母|代码|程序|函数|脚本|正则|公式|名字|缩写|translat|english|chinese|code|function|regex|python|sql|html",
@@ -58,7 +60,7 @@ OTHER_LANGUAGE = re.compile(
 )
 HANZI = re.compile("[\u4e00-\u9fff]")
 LATIN = re.compile("[A-Za-z]{2,}")
-LIST_OR_CODE = re.compile(r"^\s*(?:[-*•|#>]|\d+[.、)）]|```|    )", re.MULTILINE)
+LIST_OR_CODE = re.compile(r"^[^\S\n]*(?:[-*•|#>]|\d+[.、)）]|```|    )", re.MULTILINE)
 ENDS = tuple("。！？.!?…”\"’'）)】》」』]}`~*；;:：|")
 DAMAGED = re.compile("[\ufffd\x80-\x9f\ue000-\uf8ff]")
 
@@ -121,10 +123,16 @@ def _mended_row(value, done: list[str], masks: bool, key: str = ""):
         text, n_masked = mask(text)
         names += ["personal_data"] if n_masked else []
     is_answer = key.startswith(("assistant", "gpt")) or key in ("output", "response", "answer", "completion")
-    changed = NEXT_INSTRUCTION.sub("", text) if is_answer else _without_placeholder(text, key)
+    changed = _without_next_instruction(text) if is_answer else _without_placeholder(text, key)
     names += ["next_instruction" if is_answer else "placeholder"] if changed != text else []
     done += [name for name in names if name not in done]
     return changed if names else value
+
+
+def _without_next_instruction(text: str) -> str:
+    """An answer up to where the next instruction of a list begins."""
+    match = NEXT_INSTRUCTION.search(text)
+    return text[: match.start()].rstrip() if match else text
 
 
 def _without_placeholder(text: str, key: str) -> str:

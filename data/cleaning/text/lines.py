@@ -46,9 +46,9 @@ CREDIT = re.compile(
 URL_ALONE = re.compile(r"\W*(?:https?://|www\.)\S+\W*", re.IGNORECASE)
 LINK_DEFINITION = re.compile(r"\s{0,3}\[[^\]\n]+\]:\s*(?:https?://|www\.|/|#)\S*.*")
 
-# Markdown: a picture goes, of a link its words stay.
-PICTURE = re.compile(r"!\[[^\]\n]*\](?:\([^)\n]*\)|\[[^\]\n]*\])")
-LINK = re.compile(r"\[([^\]\n]+)\](?:\((?:https?:|mailto:|ftp:|/|#|\.)[^)\n]*\)|\[\w*\](?!\())")
+# Markdown: a picture goes, of a link its words stay. Their length has a bound, since each bracket of a run begins one.
+PICTURE = re.compile(r"!\[[^\]\n]{0,1000}\](?:\([^)\n]*\)|\[[^\]\n]*\])")
+LINK = re.compile(r"\[([^\]\n]{1,1000})\](?:\((?:https?:|mailto:|ftp:|/|#|\.)[^)\n]*\)|\[\w*\](?!\())")
 
 RECURRING_FROM = 24  # bytes of UTF-8: shorter lines recur in good texts, such as “是的。” or `return result`
 

@@ -32,9 +32,10 @@ ENTITY = re.compile(r"&(?:#\d{2,7}|#[xX][0-9a-fA-F]{2,6}|[a-zA-Z][a-zA-Z0-9]{1,2
 FULL_WIDTH = re.compile("[０-９Ａ-Ｚａ-ｚ]")
 TO_ASCII = {code: code - 0xFEE0 for code in (*range(0xFF10, 0xFF1A), *range(0xFF21, 0xFF3B), *range(0xFF41, 0xFF5B))}
 _WIDE = "\u3001-\u303f\u4e00-\u9fff\uff01-\uff65"
-BETWEEN_HANZI = re.compile(f"[ \t\u3000]+(?<=[{_WIDE}].)(?=[{_WIDE}])|(?<=[{_WIDE}])[ \t\u3000]{{2,}}(?=[{_WIDE}])")
+# Both begin at the first space of a run alone and never give one back, so that long runs take no longer than others.
+BETWEEN_HANZI = re.compile(f"[ \t\u3000](?<=[{_WIDE}].)[ \t\u3000]*+(?=[{_WIDE}])")
 HANZI = re.compile("[\u4e00-\u9fff]")
-END_OF_LINE_SPACE = re.compile(r"[ \t]+$", re.MULTILINE)
+END_OF_LINE_SPACE = re.compile(r"[ \t](?<![ \t]{2})[ \t]*+$", re.MULTILINE)
 BLANK_LINES = re.compile(r"\n(?:[ \t\u3000]*\n){2,}")
 
 MOST_SPACED = 0.3  # of the gaps between hanzi: above, a scanner put the spaces there
