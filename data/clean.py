@@ -38,7 +38,7 @@ from minillm.base.files import own_folder, write_file, write_json_atomically
 from minillm.base.options import Options, option
 from minillm.base.printing import clipped, visible
 from minillm.base.process import RunLock, run_script
-from minillm.datasets.files.text_files import BOUNDARIES, CLEANED, find_files, say_left_out
+from minillm.datasets.files.text_files import BOUNDARIES, CLEANED, REPORT, find_files, say_left_out
 
 DRY_SHARE = 0.01  # of the documents, for a dry run without a run before
 NOT_REPORTED = ("out", "workers", "dry_run", "explain")  # the result does not depend on them
@@ -177,7 +177,7 @@ def clean(config: Config) -> dict:
         )
         report_page = page(result, pieces, judged, found, rules, (recurring,))
         write_file(out / "report.html", lambda path: path.write_text(report_page, encoding="utf-8"))
-        write_json_atomically(out / "report.json", result)
+        write_json_atomically(out / REPORT, result)  # last: it says that the folder is whole
         passes.clean_up(folder, pieces, described)
         return result
     except OSError as error:

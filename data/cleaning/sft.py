@@ -26,7 +26,9 @@ PLACEHOLDER = re.compile(
 )
 PAGE = re.compile(r"<(?:!doctype|html|head|body|div|p|a|span|ul|table|script|form|input|h[1-6])\b", re.IGNORECASE)
 LAST_LINE = re.compile(r"\n[^\n]*$")
-NEXT_INSTRUCTION = re.compile(r"\n[^\S\n]*\d{1,3}\s*[.、]\s*(?:说明|指令|instruction)\s*[:：].*", re.IGNORECASE | re.DOTALL)
+NEXT_INSTRUCTION = re.compile(
+    r"\n[^\S\n]*\d{1,3}\s*[.、]\s*(?:说明|指令|instruction)\s*[:：].*", re.IGNORECASE | re.DOTALL
+)
 TRANSLATED_CODE = re.compile(
     r"\b(?:def|class|function)\s+[\w\u4e00-\u9fff]+（|对于范围内的"
     r"|^[^\S\n]*(?:返回|打印|导入) ?[(（]?[\w\u4e00-\u9fff]+[)）]?[^\S\n]*$"

@@ -15,6 +15,8 @@ from data.cleaning.near_duplicates import times
 from data.cleaning.outcomes import Outcomes
 from data.cleaning.passes import Piece, in_order, worth_a_pool
 from data.cleaning.rules import Rule
+from minillm.base.files import write_json_atomically
+from minillm.datasets.files.text_files import REPORT
 
 FILE_BYTES = 256 << 20  # of an output file, about
 
@@ -47,9 +49,9 @@ class Files:
 
 
 def remove_old(out: Path) -> None:
-    """Delete what an earlier run wrote; the report first, which says that a folder is whole."""
+    """Delete what an earlier run wrote; first, the report says that the folder is not whole: see `is_cleaned`."""
+    write_json_atomically(out / REPORT, {"by_reason": {}, "written_bytes": None})
     for path in (
-        out / "report.json",
         out / "report.html",
         *out.glob("kept-?????.jsonl"),
         *out.glob("val/kept-?????.jsonl"),

@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from minillm.base.errors import UserError
 from minillm.datasets.files.json_rows import Reading, numbered_lines, open_rows, parse_line
+from minillm.datasets.files.text_files import refuse_unfinished
 
 FIRST_TEXTS = 1 << 16  # characters
 KEYS_NAMED = 8  # of those that were not used, the most frequent
@@ -35,6 +36,8 @@ class RowFiles:
         """paths: as `open_rows` reads them. reading: on_bad_line and encoding, see `Reading`. Raises UserError."""
         self.reading = Reading(**reading)
         self.paths = [Path(paths)] if isinstance(paths, str | Path) else [Path(path) for path in paths]
+        for path in self.paths:
+            refuse_unfinished(path)
         self.files = [open_rows(path, self.reading.encoding) for path in self.paths]
         self.counts = Counter()
         self.not_used = Counter()

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 from minillm.base.errors import UserError
-from minillm.base.json_door import file_size
+from minillm.base.json_door import file_size, read_json
 from minillm.base.printing import visible
 from minillm.datasets.files import encodings, tables
 from minillm.datasets.files.json_rows import (
@@ -27,7 +27,9 @@ from minillm.datasets.files.json_rows import (
 )
 
 SUFFIXES = (".txt", ".jsonl", ".json", ".txt.gz", ".jsonl.gz", ".json.gz", ".parquet")
-CLEANED = ".cleaning"  # the working folder inside one that data/clean.py wrote
+CLEANED = ".cleaning"  # the working folder inside one that data/clean.py wrote; people delete it
+REPORT = "report.json"  # stays beside what was kept, and says whether all of it is there
+LARGEST_REPORT = 1 << 30  # bytes
 BOUNDARIES = ("blank", "lines", "file")  # where documents of a .txt may end: see `records`
 LONGEST_TEXT = 64 << 20  # bytes; a longer document of a .txt is ended after the line that exceeds this
 
@@ -55,6 +57,7 @@ def find_files(
         elif not ending(path, suffixes):
             raise UserError(f"{path}: not a known kind of file ({_named(suffixes)}); convert or rename it")
         else:
+            refuse_unfinished(path)
             files.append(path)
     for path, times in Counter(file.resolve() for file in files).items():
         if times > 1:
@@ -72,6 +75,31 @@ def _named(suffixes: tuple[str, ...]) -> str:
     packed = [suffix for suffix in suffixes if suffix.count(".") > 1]
     packings = dict.fromkeys("." + suffix.rpartition(".")[2] for suffix in packed)
     return f"{', '.join(suffix for suffix in suffixes if suffix not in packed)}, or packed as {' '.join(packings)}"
+
+
+def is_cleaned(folder: Path) -> bool:
+    """Whether data/clean.py wrote this folder, or the one whose `val` this is, by the form of its report.
+
+    Raises UserError for one that is not whole: its last file may end anywhere.
+    """
+    if folder.name == "val" and is_cleaned(folder.parent):
+        return False  # nothing in it but what was kept
+    try:
+        report = read_json(folder / REPORT, LARGEST_REPORT)
+    except (UserError, OSError):
+        report = None
+    is_report = isinstance(report, dict) and {"by_reason", "written_bytes"} <= report.keys()
+    if not is_report and not (folder / CLEANED).is_dir():
+        return False
+    if not is_report or report["written_bytes"] is None:
+        raise UserError(f"{folder}: data/clean.py has not finished this folder; run the same command again")
+    return True
+
+
+def refuse_unfinished(path: Path) -> None:
+    """Raises UserError if a file is one that data/clean.py kept, in a folder that is not whole."""
+    if path.name.startswith("kept-"):
+        is_cleaned(path.parent)
 
 
 def is_txt(path: Path) -> bool:
@@ -95,7 +123,7 @@ def _files_in(folder: Path, left_out: Counter[str], suffixes: tuple[str, ...]) -
     files: list[Path] = []
     visited = {os.path.realpath(folder)}  # folders by their own place, so that links in a circle end
     for place, folders, names in os.walk(folder, followlinks=True, onerror=refuse):
-        if CLEANED in folders:
+        if is_cleaned(Path(place)):
             left_out["reports and dropped texts of a cleaned folder"] += len(folders) + len(names)
             names = [name for name in names if name.endswith(".jsonl")]
             left_out["reports and dropped texts of a cleaned folder"] -= len(names)

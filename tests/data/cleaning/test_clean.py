@@ -3,6 +3,7 @@
 import gzip
 import json
 import random
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 from data import clean
 from data.cleaning import passes
 from minillm.base.errors import UserError
+from minillm.datasets.files.row_files import RowFiles
 from minillm.datasets.files.text_files import find_files
 
 ROOT = Path(__file__).parents[3]
@@ -159,6 +161,39 @@ def test_no_copy_of_a_validation_document_stays_in_training(pile, tmp_path):
 def test_of_a_cleaned_folder_only_what_was_kept_is_read(pile, tmp_path):
     run(pile, tmp_path / "out")
     assert [file.name for file in find_files([tmp_path / "out"])] == ["kept-00000.jsonl"]
+
+
+def test_a_cleaned_folder_is_known_without_its_working_files(pile, tmp_path):
+    out = tmp_path / "out"
+    run(pile, out, val_input=(str(pile / "table.csv"),))
+    shutil.rmtree(out / ".cleaning")
+    assert [file.name for file in find_files([out])] == ["kept-00000.jsonl"]
+    assert [file.parent.name for file in find_files([out / "val"])] == ["val"]
+    assert find_files([tmp_path], suffixes=(".jsonl",)) == [out / "kept-00000.jsonl", pile / "rows.jsonl"]
+    (pile / "report.json").write_text('[{"text": "a report of someone else"}]')
+    assert pile / "report.json" in find_files([pile])
+
+
+@pytest.mark.parametrize("killed_in", ["writing.rows_of_piece", "page"])
+@pytest.mark.parametrize("has_working_files", [True, False])
+def test_a_folder_that_is_not_whole_is_refused(killed_in, has_working_files, pile, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    options = {"val_input": (str(pile / "table.csv"),)}
+    run(pile, out, **options)
+    with monkeypatch.context() as patch, pytest.raises(TypeError):
+        patch.setattr(f"data.clean.{killed_in}", None)
+        run(pile, out, **options)
+    (out / "val").mkdir(exist_ok=True)
+    (out / "kept-00000.jsonl").write_text('{"text": "cut o')
+    if not has_working_files:
+        shutil.rmtree(out / ".cleaning")
+    for path in (out, out / "val", out / "kept-00000.jsonl", tmp_path):
+        with pytest.raises(UserError, match=f"{out}: .* not finished this folder; run the same command again"):
+            find_files([path])
+    with pytest.raises(UserError, match="not finished this folder"):
+        RowFiles(out / "kept-00000.jsonl")
+    run(pile, out, **options)
+    assert find_files([out]) == [out / "kept-00000.jsonl"]
 
 
 def test_explain_shows_each_feature(pile, tmp_path):
