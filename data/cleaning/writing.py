@@ -133,7 +133,9 @@ def rows_of_piece(
         about |= {"copies": copies[number]} if copies[number] > 1 else {}
         if "id" not in row:
             row = {**row, **{key: about[key] for key in ("source", "line") if key not in row}}
-        kept += [as_line({**row, "cleaning": about})] * (times(copies[number]) if repeats else 1)
+        is_repeated = repeats and not piece.source.is_val  # a validation text counts once
+        n_times = times(copies[number]) if is_repeated else 1
+        kept += [as_line({**row, "cleaning": about})] * n_times
     return b"".join(kept), {name: b"".join(lines) for name, lines in dropped.items()}
 
 

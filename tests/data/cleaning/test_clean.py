@@ -232,6 +232,17 @@ def test_near_duplicates_say_what_is_kept_and_may_be_repeated(tmp_path):
     assert [row["text"] for row in kept(tmp_path / "out")] == [text] * 3 + [story(3)]
 
 
+def test_validation_texts_are_not_repeated(tmp_path):
+    text = story(1) + story(2)
+    rows = [{"text": text}, {"text": text.replace("。", "！", 1)}, {"text": text}, {"text": story(3)}]
+    for name, of_file in (("val", rows), ("train", [*rows, *[{"text": story(4)}] * 3])):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(json.dumps(row) for row in of_file))
+    options = {"val_input": (str(tmp_path / "val.jsonl"),), "near_duplicates": "repeat"}
+    run(tmp_path / "train.jsonl", tmp_path / "out", **options)
+    assert [row["text"] for row in kept(tmp_path / "out" / "val")] == [text, story(3)]
+    assert [row["text"] for row in kept(tmp_path / "out")] == [story(4)] * 3
+
+
 def test_texts_that_hold_a_benchmark_question_are_dropped(tmp_path):
     question = "珍妮的鸭子每天下十六个蛋，她早餐吃三个，还剩多少个可以卖？"
     rows = [{"text": story(1) + question + story(2)}, {"text": story(3)}]
