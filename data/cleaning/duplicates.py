@@ -53,16 +53,21 @@ def mark_near(found: Outcomes, judged: list[Path], folder: Path) -> None:
 def mark_near_prompts(found: Outcomes, judged: list[Path]) -> None:
     """The same for instructions, by their prompts: the first lines must be near, and what follows these too.
 
-    One passage serves several tasks, and one task many passages. Short texts must have the same words.
+    One passage serves several tasks, and one task many passages. Short texts must have the same words, and so must
+    the system's messages and earlier answers, of any length: in another context a prompt asks for something else.
     """
     for least in (1.0, LEAST_OF_PROMPTS):
         numbers = np.flatnonzero(found.reason == 0)
-        parts = list(_of_those_left(found, judged, ("signatures", "signatures_below", "n_tokens")))
+        parts = list(_of_those_left(found, judged, ("signatures", "signatures_below", "n_tokens", "context")))
         joined = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
         n_tokens = joined["n_tokens"]  # (m, 2): of the first line, and of what follows
         is_judged = (n_tokens[:, 0] >= LONG_PROMPT) | (least == 1)
         numbers, n_tokens = numbers[is_judged], n_tokens[is_judged]
         signatures, below = (joined[name][is_judged] for name in ("signatures", "signatures_below"))
+
+        # The hash of the context goes into each entry, so that those of two contexts agree in none.
+        context = joined["context"][is_judged].astype(np.uint32)  # its lower half
+        signatures = np.where(signatures == near_duplicates.NOTHING, signatures, signatures ^ context[:, None])
 
         # Every second entry of both, so that a cluster is near in both together; then each part by itself.
         both = np.concatenate([signatures, below], axis=1)[:, ::2].copy()

@@ -51,6 +51,7 @@ def judge_piece(
         arrays["signatures_below"] = signatures(below, SHINGLE_OF_PROMPTS)
         n_tokens = [[len(tokens_of(text).hashes) for text in part] for part in (first_lines, below)]
         arrays["n_tokens"] = np.array(n_tokens, np.int64).T
+        arrays["context"] = np.array([text_hash(document.get("context", "")) for document in documents], np.uint64)
     elif with_signatures:
         arrays["signatures"] = signatures(texts, SHINGLE)
     write_file(judged, lambda path: write_arrays(path, arrays))

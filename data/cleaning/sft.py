@@ -79,9 +79,19 @@ TRUNCATED_FROM, LAST_LINE_FROM = 60, 25  # characters
 def mended(raw: Raw, masks: bool) -> dict:
     """A row as it is kept on the disk: mended, with the reason to drop it if there is one, and with flags.
 
-    text: the whole conversation; prompt: what the user says in it.
+    text: the whole conversation; prompt: what the user says in it; context: what else leads to its last answer, the
+    system's messages and earlier answers.
     """
-    document = {"file": raw.file, "number": raw.number, "text": "", "prompt": "", "row": {}, "mended": [], "size": 0}
+    document = {
+        "file": raw.file,
+        "number": raw.number,
+        "text": "",
+        "prompt": "",
+        "context": "",
+        "row": {},
+        "mended": [],
+        "size": 0,
+    }
     document |= {"flags": [], "is_whole": True}
     try:
         row = writable(row_of(raw), document["mended"])
@@ -95,6 +105,7 @@ def mended(raw: Raw, masks: bool) -> dict:
         return document | {"bad": ("form", str(problem)[:200])}
     document["text"] = "\n".join(message["content"] for messages in found for message in messages)
     document["prompt"] = "\n".join(m["content"] for messages in found for m in messages if m["role"] == USER)
+    document["context"] = "\n".join(m["content"] for messages in found for m in messages[:-1] if m["role"] != USER)
     for messages in found:
         reason = why_dropped(messages)
         if reason:

@@ -110,3 +110,32 @@ def test_a_file_of_rows_is_cleaned(tmp_path):
     }
     lines = (tmp_path / "out" / "kept-00000.jsonl").read_text("utf-8").splitlines()
     assert [json.loads(line)["output"] for line in lines] == [rows[i]["output"] for i in (0, 2, 3, 4, 5, *range(7, 20))]
+
+
+def talk(*contents: str, system: str = "") -> dict:
+    messages = [{"role": ("user", "assistant")[i % 2], "content": content} for i, content in enumerate(contents)]
+    return {"messages": [{"role": "system", "content": system}, *messages] if system else messages}
+
+
+def test_the_same_prompt_in_another_context_is_no_copy(tmp_path):
+    long = "把下面这段话改写得更口语化一些，保留所有的数字，不要超过一百个字，也不要加任何解释，只写改写之后的文字"
+    good = [
+        talk("Translate: good morning", "Bonjour", system="Answer in French."),
+        talk("Translate: good morning", "Guten Morgen", system="Answer in German."),
+        talk("Translate: good morning", "早上好"),
+        talk("猜一个数。", "五十。", "大了。", "二十五。"),
+        talk("猜一个数。", "四十。", "大了。", "二十。"),
+        *(talk(f"{long}。\n{long[::-1]}", answer, system=f"{long}，{answer}。") for answer in "甲乙"),
+    ]
+    copies = [
+        talk("Translate: Good morning!", "Salut", system="answer in  french."),
+        talk("猜一个数！", "五十。", "大了！", "三十。"),
+        talk(f"{long}：\n{long[::-1]}", "丙", system=f"{long}，甲。"),
+    ]
+    (tmp_path / "rows.json").write_text(json.dumps([*good, *copies]))
+    config = clean.Config(input=(str(tmp_path / "rows.json"),), out=str(tmp_path / "out"), sft=True, workers=1)
+    assert clean.clean(config)["by_reason"]["near_duplicate"]["documents"] == len(copies)
+    lines = (tmp_path / "out" / "kept-00000.jsonl").read_text("utf-8").splitlines()
+    assert [json.loads(line)["messages"] for line in lines] == [row["messages"] for row in good]
+    dropped = (tmp_path / "out" / "dropped" / "near_duplicate.jsonl").read_text("utf-8").splitlines()
+    assert [json.loads(line)["cleaning"]["of"].rpartition(":")[2] for line in dropped] == ["1", "4", "6"]
