@@ -26,7 +26,8 @@ class Outcomes:
     original: (n,) int64, the document that a copy is of, −1; similarity: (n,) float, of the two. copies: (n,) int32,
     how many documents one stands for. file_number: (n,) int32 among those of its source; line: (n,) int64 in it. read,
     size: (n,) bytes of the text before and after. hash: (n,) uint64; language: (n,) uint8; is_mended, is_val: bool.
-    any_hit, flagged: name of a rule → documents that it holds for. mended_by: what was mended → documents.
+    any_hit: name of a rule → documents that it holds for. flagged: name of a flag → documents that are kept with it
+    (see `count_flags`). mended_by: what was mended → documents.
     scores: name of a score → (n,) float32; limits: name of a reason → its limit for each language (see `scores`).
     """
 
@@ -74,7 +75,7 @@ def outcomes(pieces: list[Piece], judged: list[Path], rules: list[Rule]) -> Outc
     """What the rules say of each document; copies are not looked for yet."""
     parts: dict[str, list[np.ndarray]] = {}
     begins = [0]
-    counts: dict[str, dict[str, int]] = {"any_hit": {}, "flagged": {}, "mended_by": {}}
+    counts: dict[str, dict[str, int]] = {"any_hit": {}, "mended_by": {}}
     reasons = [KEPT, *COPIES, CONTAMINATED, *(rule.name for rule in rules if rule.do == "drop")]
     # By the number of a rule; the last one is for −1, no rule.
     reason_of_rule = [reasons.index(rule.name) if rule.do == "drop" else 0 for rule in rules] + [0]
@@ -93,14 +94,11 @@ def outcomes(pieces: list[Piece], judged: list[Path], rules: list[Rule]) -> Outc
                 reasons.append(str(name))
             reason[arrays["bad"] == name] = reasons.index(name)
 
-        # Counts of all rules that hold, of flags, and of what was mended.
+        # Counts of all rules that hold, and of what was mended.
         for rule in rules:
-            kind = "any_hit" if rule.do == "drop" else "flagged"
-            n_hits = int((rule.holds(table) & ((reason == 0) | (kind == "any_hit"))).sum())
-            counts[kind][rule.name] = counts[kind].get(rule.name, 0) + n_hits
-        for kind, names in (("mended_by", arrays["mended"]), ("flagged", arrays["flags"][reason == 0])):
-            for name in (name for joined in names.tolist() if joined for name in joined.split(",")):
-                counts[kind][name] = counts[kind].get(name, 0) + 1
+            if rule.do == "drop":
+                counts["any_hit"][rule.name] = counts["any_hit"].get(rule.name, 0) + int(rule.holds(table).sum())
+        _count_names(counts["mended_by"], arrays["mended"])
 
         begins.append(begins[-1] + len(reason))
         columns = {name: arrays[name] for name in ("file_number", "line", "read", "size", "language")}
@@ -114,6 +112,24 @@ def outcomes(pieces: list[Piece], judged: list[Path], rules: list[Rule]) -> Outc
     n = begins[-1]
     joined |= {"original": np.full(n, -1), "similarity": np.ones(n), "copies": np.ones(n, np.int32)}
     return Outcomes(np.array(begins), reasons, **joined, **counts)
+
+
+def _count_names(counts: dict[str, int], names: np.ndarray) -> None:
+    """Add to the counts of names those of each document, (n,) str with commas between."""
+    for name in (name for joined in names.tolist() if joined for name in joined.split(",")):
+        counts[name] = counts.get(name, 0) + 1
+
+
+def count_flags(found: Outcomes, judged: list[Path], rules: list[Rule]) -> None:
+    """Count the flags of the documents that are kept: once scores and copies are marked too."""
+    found.flagged = {rule.name: 0 for rule in rules if rule.do == "flag"}
+    for number, path in enumerate(judged):
+        arrays = read_judged(path)
+        is_kept = found.reason[found.begins[number] : found.begins[number + 1]] == 0
+        for rule in rules:
+            if rule.do == "flag":
+                found.flagged[rule.name] += int(rule.holds(arrays["features"][is_kept]).sum())
+        _count_names(found.flagged, arrays["flags"][is_kept])
 
 
 def refuse_if_unread(found: Outcomes, pieces: list[Piece]) -> None:

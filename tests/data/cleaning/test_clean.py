@@ -6,6 +6,7 @@ import random
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -230,6 +231,21 @@ def test_near_duplicates_say_what_is_kept_and_may_be_repeated(tmp_path):
     assert all(row["cleaning"]["similarity"] >= 0.8 for row in copies)
     run(tmp_path / "a.jsonl", tmp_path / "out", near_duplicates="repeat")
     assert [row["text"] for row in kept(tmp_path / "out")] == [text] * 3 + [story(3)]
+
+
+def test_flags_are_counted_of_what_is_kept(pile, tmp_path):
+    rules = tmp_path / "rules.toml"
+    rules.write_text('[sales]\ndo = "flag"\n[letters]\nabove = 0.1\ndo = "flag"\n')
+    rows = [{"instruction": f"问{i}", "output": f"电话1390000000{i}。"} for i in (1, 2, 2, 2)]
+    (tmp_path / "sft.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    benchmark = tmp_path / "test.jsonl"
+    benchmark.write_text(json.dumps({"question": story(7)}))
+    of_texts = run(pile, tmp_path / "texts", rules=str(rules), check_against=(str(benchmark),))
+    of_rows = run(tmp_path / "sft.jsonl", tmp_path / "rows", sft=True)
+    for result, out in ((of_texts, "texts"), (of_rows, "rows")):
+        found = Counter(flag for row in kept(tmp_path / out) for flag in row["cleaning"].get("flags", []))
+        assert {name: n for name, n in result["flagged"].items() if n} == found
+    assert of_texts["flagged"]["sales"] and of_rows["flagged"] == {"personal_data": 2}
 
 
 def test_validation_texts_are_not_repeated(tmp_path):
