@@ -166,6 +166,7 @@ def clean(config: Config) -> dict:
             duplicates.mark_near_prompts(found, judged)
         elif with_signatures:
             duplicates.mark_near(found, judged, folder)
+        outcomes.settle_copies(found)
         outcomes.count_flags(found, judged, rules)
 
         options = {name: _printable(value) for name, value in asdict(config).items() if name not in NOT_REPORTED}

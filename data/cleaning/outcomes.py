@@ -132,6 +132,22 @@ def count_flags(found: Outcomes, judged: list[Path], rules: list[Rule]) -> None:
         _count_names(found.flagged, arrays["flags"][is_kept])
 
 
+def settle_copies(found: Outcomes) -> None:
+    """Say of each copy which document is kept in its place, where a search for copies dropped the one it was a copy of.
+
+    The reason is that of the document that is kept: a copy of a copy of a validation text is one too.
+    """
+    copies = np.flatnonzero(found.original >= 0)
+    of = found.original[copies]
+    while (is_copy := found.original[of] >= 0).any():
+        nearer = np.minimum(found.similarity[copies], found.similarity[of])
+        found.similarity[copies] = np.where(is_copy, nearer, found.similarity[copies])
+        of = np.where(is_copy, found.original[of], of)
+    found.original[copies] = of
+    is_leak = found.is_val[of] & ~found.is_val[copies]
+    found.reason[copies[is_leak]] = found.number_of(OF_VAL)
+
+
 def refuse_if_unread(found: Outcomes, pieces: list[Piece]) -> None:
     """Raises UserError if no document at all could be read, with what is wrong with the first."""
     if (found.size > 0).any():

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from data import clean
-from data.cleaning import passes
+from data.cleaning import duplicates, passes
 from minillm.base.errors import UserError
 from minillm.datasets.files.row_files import RowFiles
 from minillm.datasets.files.text_files import find_files
@@ -246,6 +246,26 @@ def test_flags_are_counted_of_what_is_kept(pile, tmp_path):
         found = Counter(flag for row in kept(tmp_path / out) for flag in row["cleaning"].get("flags", []))
         assert {name: n for name, n in result["flagged"].items() if n} == found
     assert of_texts["flagged"]["sales"] and of_rows["flagged"] == {"personal_data": 2}
+
+
+def test_a_copy_of_a_copy_says_what_is_kept_in_its_place(tmp_path, monkeypatch):
+    monkeypatch.setattr(duplicates, "MUCH_LONGER", 1.02)
+    text = "".join(map(story, range(10, 16)))
+    longer = text + story(4)[:20]
+    rows = [{"text": text}, {"text": text}, {"text": longer}, {"text": text + "！"}, {"text": story(5)}]
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    run(tmp_path / "a.jsonl", tmp_path / "out")
+    assert [row["text"] for row in kept(tmp_path / "out")] == [longer, story(5)]
+    copies = [row["cleaning"] for found in dropped(tmp_path / "out").values() for row in found]
+    assert [copy["of"].rpartition(":")[2] for copy in copies] == ["3"] * 3
+    assert len({copy["similarity"] for copy in copies if copy["line"] < 3}) == 1
+
+    (tmp_path / "val.jsonl").write_text(json.dumps(rows[2]))
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps(rows[i]) for i in (0, 1, 3, 4)))
+    result = run(tmp_path / "a.jsonl", tmp_path / "out", val_input=(str(tmp_path / "val.jsonl"),))
+    assert {name for name, counts in result["by_reason"].items() if counts["documents"]} == {"copy_of_validation"}
+    assert result["by_reason"]["copy_of_validation"]["documents"] == 3
+    assert all("val.jsonl" in row["cleaning"]["of"] for row in dropped(tmp_path / "out")["copy_of_validation"])
 
 
 def test_validation_texts_are_not_repeated(tmp_path):
