@@ -42,6 +42,7 @@ from minillm.datasets.files.text_files import BOUNDARIES, CLEANED, REPORT, find_
 
 DRY_SHARE = 0.01  # of the documents, for a dry run without a run before
 NOT_REPORTED = ("out", "workers", "dry_run", "explain")  # the result does not depend on them
+NOT_OF_ROWS = ("field", "split", "rules", "languages", "recurring")  # options that --sft makes no use of
 DRY_FROM = 64 << 20  # bytes of input; less is read as a whole
 
 
@@ -103,15 +104,19 @@ class Config(Options):
     workers: int | None = option(None, "processes; none: all cores", at_least=1, group="machine")
 
     def problems(self) -> list[str]:
+        problems = super().problems()
         if self.explain is None and (not self.input or self.out is None):
-            return ["--input and --out: give both, or --explain FILE:LINE"]
-        problems = []
+            problems.append("--input and --out: give both, or --explain FILE:LINE")
         if bool(self.good) != bool(self.bad):
             problems.append("--good and --bad: a classifier needs samples of both; give both or none")
         if self.score_low >= self.score_high:
             problems.append(f"--score_low {self.score_low:g}: must be below --score_high {self.score_high:g}")
         if self.sft and (self.score_model or self.good):
             problems.append("--sft: conversations are not scored; leave out --score_model, --good and --bad")
+        for name in self._changed(NOT_OF_ROWS if self.sft else ()):
+            given = getattr(self, name)
+            shown = " ".join(given) if isinstance(given, tuple) else given
+            problems.append(f"--{name} {shown}: means nothing with --sft, which has rules of its own; leave it out")
         for name in self._without_scores():
             problems.append(f"--{name}: means nothing without {'--good' if 'qual' in name else '--score_model'}")
         return problems
@@ -120,6 +125,10 @@ class Config(Options):
         """Options that were changed, and are of a score that is not asked for."""
         names = () if self.score_model else ("score_low", "score_high")
         names += () if self.good else ("least_quality",)
+        return self._changed(names)
+
+    def _changed(self, names: tuple[str, ...]) -> list[str]:
+        """Those of these options that do not have their default value."""
         return [name for name in names if getattr(self, name) != getattr(type(self), name)]
 
 

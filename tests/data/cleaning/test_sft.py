@@ -7,6 +7,7 @@ import pytest
 from data import clean
 from data.cleaning import sft
 from data.cleaning.reading import Raw
+from minillm.base.errors import UserError
 
 LONG = "长江发源于唐古拉山脉，流经青海、西藏、四川、云南、重庆、湖北、湖南、江西、安徽、江苏和上海，全长六千三百多公里"
 LONG += "，流域面积一百八十万平方"
@@ -110,6 +111,22 @@ def test_a_file_of_rows_is_cleaned(tmp_path):
     }
     lines = (tmp_path / "out" / "kept-00000.jsonl").read_text("utf-8").splitlines()
     assert [json.loads(line)["output"] for line in lines] == [rows[i]["output"] for i in (0, 2, 3, 4, 5, *range(7, 20))]
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("rules", "mine.toml", "mine.toml"),
+        ("languages", ("zh", "ja"), "zh ja"),
+        ("recurring", 0, "0"),
+        ("field", "body", "body"),
+        ("split", "blank", "blank"),
+    ],
+)
+@pytest.mark.parametrize("more", [{"input": ("rows.jsonl",), "out": "out"}, {"explain": "rows.jsonl:1"}])
+def test_options_that_conversations_make_no_use_of_are_refused(name, value, said, more):
+    with pytest.raises(UserError, match=f"--{name} {said}: means nothing with --sft"):
+        clean.Config(sft=True, **more, **{name: value})
 
 
 def talk(*contents: str, system: str = "") -> dict:
