@@ -238,10 +238,12 @@ def explain(config: Config) -> str:
     (document,) = mended_documents([raw], How(config.field, config.split, config.sft, config.mask))
     if "bad" in document:
         return f"{config.explain}: dropped as {': '.join(document['bad'])}"
+    lines = [clipped(visible(document["text"]).replace("\n", "⏎"), 400)]
+    if config.sft:  # rules of rows know no numbers: what one drops was said above
+        return "\n".join([*lines, *_mended_and_flags(document), "kept, unless it is a copy"])
     scorers, _ = _scorers(config, How(config.field, config.split, config.sft, config.mask))
     values = features([document["text"]], np.array([document["known"]], float))[0]
-    lines = [clipped(visible(document["text"]).replace("\n", "⏎"), 400)]
-    lines += [f"mended: {', '.join(document['mended'])}"] if document["mended"] else []
+    lines += _mended_and_flags(document)
     for number, (feature, meaning) in enumerate(FEATURES.items()):
         concerned = [rule for rule in rules if rule.feature == feature]
         marks = [
@@ -252,6 +254,12 @@ def explain(config: Config) -> str:
         value = scorer.scores([document["text"]])[0]
         lines.append(f"{scorer.name:<16} {value:>10.4f}  {'–':<36} {scores.MEANING[scorer.name]}")
     return "\n".join(lines)
+
+
+def _mended_and_flags(document: dict) -> list[str]:
+    """A line for each of the two, where a document has some."""
+    named = {"mended": document["mended"], "flags": document.get("flags", [])}
+    return [f"{name}: {', '.join(values)}" for name, values in named.items() if values]
 
 
 def main() -> None:

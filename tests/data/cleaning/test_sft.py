@@ -129,6 +129,18 @@ def test_options_that_conversations_make_no_use_of_are_refused(name, value, said
         clean.Config(sft=True, **more, **{name: value})
 
 
+def test_a_row_is_explained(tmp_path):
+    rows = [row("写寄件备注。", "电话13900000001，&lt;轻放。"), row("写一个标题。", ""), row("谢谢", "不客气。")]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    said = [clean.explain(clean.Config(explain=f"{tmp_path / 'rows.jsonl'}:{n}", sft=True)) for n in (1, 2, 3)]
+    assert said[0].splitlines() == [
+        *("写寄件备注。⏎电话[phone]，<轻放。", "mended: entities, personal_data", "flags: personal_data"),
+        "kept, unless it is a copy",
+    ]
+    assert said[1].endswith("dropped as empty_answer: an answer is empty or says that there is none")
+    assert said[2].splitlines() == ["谢谢⏎不客气。", "kept, unless it is a copy"]
+
+
 def talk(*contents: str, system: str = "") -> dict:
     messages = [{"role": ("user", "assistant")[i % 2], "content": content} for i, content in enumerate(contents)]
     return {"messages": [{"role": "system", "content": system}, *messages] if system else messages}
