@@ -17,6 +17,7 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 from data.decontaminate import SHORTEST, Index, Match, build_index, found_in
+from data.held_out import is_held_out
 from data.sources import Options
 from data.tokenize_files import is_val
 from minillm.base.errors import UserError
@@ -133,8 +134,9 @@ def check_texts(benchmarks: Sequence[Benchmark], files: Iterable[Path], options:
     """Which rows stand in the training documents of these files; returns what contamination.json says.
 
     workers: threads, since numpy's work runs outside Python's lock; the result does not depend on it.
-    Documents of the validation split (`options.val_fraction`) and those that cannot be read are passed over. Memory is
-    bounded by the index (16 bytes a run) and some blocks of text, whatever the files hold.
+    Documents that are not trained on, of the validation split (`options.val_fraction`) or copies of one
+    (`options.held_out`), empty or not to be read, are passed over. Memory is bounded by the index (16 bytes a run) and
+    some blocks of text, whatever the files hold.
     """
     files = list(files)
     index = build_index(row for benchmark in benchmarks for row in benchmark.rows)
@@ -197,7 +199,8 @@ def _blocks(files: Sequence[Path], options: Options, n_documents: Counter) -> It
                     text = text_of(record.kind, record.raw, options.field)
                     n_documents["bad"] -= 1
                     data = text.encode()
-                    if options.val_fraction and is_val(data, options):
+                    is_copy = options.held_out is not None and is_held_out(data, options.held_out)
+                    if not text or is_copy or (options.val_fraction and is_val(data, options)):
                         continue
                     n_documents["all"] += 1
                     places.append(f"{visible(str(file))}, record {record.number}")

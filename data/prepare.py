@@ -25,6 +25,7 @@ from pathlib import Path
 from data.bin_writer import SPLITS, BinFolder, meta_of, read_json
 from data.choose_tokenizer import holds, learnt_tokenizer, usual_wrap, with_wrap
 from data.contamination import Benchmark, check_texts, read_benchmarks, table
+from data.held_out import NAME as HELD_OUT
 from data.held_out import checksum_of, write_hashes
 from data.sources import (
     ON_BAD_LINE,
@@ -355,6 +356,9 @@ def _check(config: Config, benchmarks: list[Benchmark]) -> None:
         encoding=config.encoding,
         val_fraction=0 if config.val_input else config.val_fraction,
     )
+    if config.val_input:  # copies of its documents were left out of training
+        held_out = str(Path(config.out) / HELD_OUT)
+        options = replace(options, held_out=(held_out, checksum_of(held_out)))
     found = check_texts(benchmarks, find_files(config.input), options, config.workers or _cores())
     print(table(found))
     path = Path(config.out) / "contamination.json"

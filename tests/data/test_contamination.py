@@ -117,3 +117,18 @@ def test_the_command_writes_what_it_found(tmp_path, capsys):
     report = json.loads((tmp_path / "bins" / "contamination.json").read_text())
     assert report["rows"][0]["document"] == f"{tmp_path / 't.jsonl'}, record 301"
     assert "100.00%" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("is_val_of_its_own", [False, True])
+def test_what_is_looked_through_is_what_is_trained_on(is_val_of_its_own, tmp_path):
+    texts = [f"Text {n}: the quick brown fox and {n % 7} lazy dogs" for n in range(300)]
+    asked = f"Quiz: {QUESTION}"
+    write_lines(tmp_path / "t.jsonl", [{"text": text} for text in [*texts, "", *texts[:5], asked, asked]])
+    val = write_lines(tmp_path / "val.jsonl", [{"text": text} for text in [*texts[:40], asked]])
+    benchmark = write_lines(tmp_path / "b.jsonl", [{"query": QUESTION}])
+    of_validation = ("--val_input", str(val)) if is_val_of_its_own else ("--val_fraction", "0.1")
+    main_with(tmp_path, "--check_against", str(benchmark), *of_validation)
+    report, meta = (json.loads((tmp_path / "bins" / f"{name}.json").read_text()) for name in ("contamination", "meta"))
+    assert report["documents"] == sum(file["documents"] for file in meta["files"]["train"]) < 300
+    if is_val_of_its_own:
+        assert not report["rows"]
