@@ -2,6 +2,7 @@
 
 import ast
 import io
+import re
 import tokenize
 from collections import Counter
 from pathlib import Path
@@ -190,6 +191,15 @@ def test_what_counts_is_code_alone():
     tokens = code_tokens(source)
     assert [token.string for token in tokens] == ["def", "f", "(", "x", ")", ":", "return", "(", "x", ")"]
     assert code_lines(tokens) == {5, 7, 8, 9}
+
+
+def test_files_that_sources_name_are_there():
+    named = re.compile(r"(?<![\w/.])(?:data|minillm|kernels)/[\w/]+\.(?:py|toml)\b")
+    texts = {path: path.read_text(encoding="utf-8") for path in (*SOURCES, *(ROOT / "data").rglob("*.toml"))}
+    wrong = {
+        (path.name, name) for path, text in texts.items() for name in named.findall(text) if not (ROOT / name).exists()
+    }
+    assert not wrong
 
 
 def test_each_folder_stays_within_its_budget():
