@@ -34,7 +34,11 @@ from minillm.base.printing import visible
 
 PIECE_BYTES = 4 << 20  # raw bytes of documents (one document may be more)
 POOL_FROM = 16 << 20  # bytes of input; below, starting processes takes longer than the work
-CODE = sorted(Path(__file__).parent.rglob("*.py"))
+ROOT = Path(__file__).parents[2]
+# What the pieces depend on: the code of cleaning, of tokens and their hashes, and of reading files and conversations.
+CODE = [ROOT / "data" / "decontaminate.py", ROOT / "minillm" / "datasets" / "messages.py"]
+CODE += [*Path(__file__).parent.rglob("*.py"), *(ROOT / "minillm" / "datasets" / "files").glob("*.py")]
+CODE.sort()
 
 
 class Source(NamedTuple):

@@ -1,5 +1,6 @@
 """Cleaning whole files: formats, counts that add up, workers, a kill, other thresholds, validation."""
 
+import ast
 import gzip
 import json
 import random
@@ -119,6 +120,32 @@ def test_a_killed_run_goes_on_and_makes_no_piece_again(pile, tmp_path, monkeypat
     run(pile, tmp_path / "straight")
     assert len(set(made)) == len(made)  # none twice in the first folder, and the second's are of another
     assert kept(tmp_path / "out") == kept(tmp_path / "straight")
+
+
+def test_pieces_depend_on_all_code_that_makes_them():
+    """Whatever the files that make pieces import, and these in turn, but for what all programs stand on."""
+    names = {"data.cleaning.mending", "data.cleaning.judging"}
+    while True:
+        files = {ROOT / f"{name.replace('.', '/')}.py" for name in names}
+        files = {file for file in files if file.exists()}
+        imports = [node for file in files for node in ast.walk(ast.parse(file.read_text("utf-8")))]
+        imports = [node for node in imports if isinstance(node, ast.ImportFrom)]
+        found = names | {node.module for node in imports}
+        found |= {f"{node.module}.{alias.name}" for node in imports for alias in node.names}
+        found = {name for name in found if name.startswith(("data.", "minillm.")) and ".base" not in name}
+        if found <= names:
+            break
+        names |= found
+    assert ROOT / "data" / "decontaminate.py" in files and files <= set(passes.CODE)
+
+
+def test_a_change_of_code_makes_pieces_again(pile, tmp_path, monkeypatch):
+    run(pile, tmp_path / "out")
+    before = {path.name for path in (tmp_path / "out" / ".cleaning").glob("*.npz")}
+    (tmp_path / "more.py").write_text("1")
+    monkeypatch.setattr(passes, "CODE", [*passes.CODE, tmp_path / "more.py"])
+    run(pile, tmp_path / "out")
+    assert before.isdisjoint(path.name for path in (tmp_path / "out" / ".cleaning").glob("*.npz"))
 
 
 def test_other_thresholds_read_nothing_again(pile, tmp_path, monkeypatch):
