@@ -82,6 +82,7 @@ class Engine:
         self._thread: threading.Thread | None = None
         self._is_closing = False
         self._stop_at: float | None = None  # when the rest is ended, once it is closing; monotonic seconds
+        self.fault: str | None = None  # what ended the engine for good, if anything did
 
     # ---- from any thread
 
@@ -111,7 +112,7 @@ class Engine:
         tickets = [Ticket(request, notify, self._wake_up) for request in requests]
         with self._wake:
             if self._is_closing:
-                raise Closed("the server is shutting down: ask another, or later")
+                raise Closed(self.fault or "the server is shutting down: ask another, or later")
             n_waiting = len(self.waiting)
             if n_waiting + len(tickets) > self.options.max_waiting + self.slots.n_free:
                 self._counts["refused"] += len(tickets)
@@ -126,12 +127,8 @@ class Engine:
         names = ("requests", "refused", "cancelled", "failed", "steps", "prompt_tokens", "cached_prompt_tokens")
         done = {name: self._counts[name] for name in (*names, "new_tokens")}
         free_slots = self.slots.n_free
-        return {
-            "waiting": len(self.waiting),
-            "running": self.options.slots - free_slots,
-            "free_slots": free_slots,
-            **done,
-        }
+        n_running = self.options.slots - free_slots
+        return {"waiting": len(self.waiting), "running": n_running, "free_slots": free_slots, **done}
 
     def start(self) -> None:
         """Step in a thread of its own, which sleeps while there is nothing to do."""
@@ -161,18 +158,21 @@ class Engine:
             self._wake.notify()
 
     def _run(self) -> None:
-        """Step until the engine is closed and has nothing left to do."""
-        while True:
-            with self._wake:
-                while not self._is_closing and not self.waiting and not self.running:
-                    self._wake.wait()
-            try:
-                has_more = self.step()
-            except Exception as problem:  # a fault of the engine itself: no request may wait for ever
-                self._fail_all(problem)
-                has_more = False
-            if self._is_closing and not has_more:
-                return
+        """Step until the engine is closed and has nothing left to do; whatever ends it sooner, nobody waits for it."""
+        has_more = True
+        try:
+            while has_more or not self._is_closing:
+                with self._wake:
+                    while not self._is_closing and not self.waiting and not self.running:
+                        self._wake.wait()
+                try:
+                    has_more = self.step()
+                except Exception as problem:  # a fault of the engine itself: no request may wait for ever
+                    self._fail_all(problem)
+                    has_more = False
+        except BaseException as problem:
+            self._give_up(problem)
+            raise
 
     # ---- a step
 
@@ -269,9 +269,9 @@ class Engine:
         try:
             running = Running(ticket, slot, self.context, self.model.config.vocab_size, device)
         except Exception as problem:  # no memory for its numbers, for example: it ends this request, not the engine
+            self._put_end(ticket, End("error", one_line(problem)))
             self.slots.release(slot, self._counts["steps"])
             self.log(f"a request failed: {one_line(problem)}")
-            self._put_end(ticket, End("error", one_line(problem)))
             return None
         self.running[slot] = running
         self._counts["prompt_tokens"] += len(prompt)
@@ -345,6 +345,9 @@ class Engine:
             self._end(running, End("length" if running.n_new == request.max_new_tokens else "context"))
 
     # ---- events and ends
+    #
+    # Whoever waits for an answer is told of its end before a tensor is touched: on a device that has failed (an illegal
+    # access on a GPU, say) every further call fails as well.
 
     def _put(self, ticket: Ticket, event) -> None:
         ticket.put(event)
@@ -359,29 +362,49 @@ class Engine:
 
     def _end(self, running: Running, end: End) -> None:
         """A request ends, and its slot is free."""
-        self.slots.release(running.slot, self._counts["steps"])
         del self.running[running.slot]
         self._put_end(running.ticket, end)
+        self.slots.release(running.slot, self._counts["steps"])
 
     def _fail(self, rows: list[Running], problem: Exception) -> None:
         """These requests end by a fault; nothing of their texts is used again."""
         message = one_line(problem)
+        for running in rows:
+            del self.running[running.slot]
+            self._put_end(running.ticket, End("error", message))
         self.log(f"{len(rows)} request(s) failed: {message}")
         for running in rows:
             self.slots.forget(running.slot)
-            self._end(running, End("error", message))
+            self.slots.release(running.slot, self._counts["steps"])
 
     def _fail_all(self, problem: Exception) -> None:
-        """Every request ends by a fault."""
+        """Every request ends by a fault, after which the engine goes on. Raises RuntimeError if it cannot."""
         with self._wake:
             waiting = list(self.waiting)
             self.waiting.clear()
-        self._fail(list(self.running.values()), problem)
         for ticket in waiting:
             self._put_end(ticket, End("error", one_line(problem)))
+        self._fail(list(self.running.values()), problem)
         self._notify()
+        for slot in self.slots.slots:  # what was copied between them may be half done; a device that has failed says so
+            self.slots.forget(slot)
+        if self.slots.n_taken:  # the fault came where a slot changed hands, and the rows' order is lost
+            raise RuntimeError(f"lost {self.slots.n_taken} slot(s) by a fault: {one_line(problem)}")
+
+    def _give_up(self, problem: BaseException) -> None:
+        """Every request ends, and no more are taken: the engine itself cannot go on."""
+        with self._wake:
+            self._is_closing = True
+            self.fault = f"the engine has stopped: {one_line(problem)}; start the server again"
+            left = [*self.waiting, *(running.ticket for running in self.running.values())]
+            self.waiting.clear()
+            self.running.clear()
+        for ticket in left:
+            self._put_end(ticket, End("error", self.fault))
+        self._notify()
+        self.log(self.fault)
 
 
-def one_line(problem: Exception) -> str:
+def one_line(problem: BaseException) -> str:
     """The first line of what a fault says."""
     return str(problem).strip().split("\n")[0] or repr(problem)

@@ -116,6 +116,10 @@ class App:
         await call.answer(200, self.page, self.page_headers)
 
     async def _health(self, call: Call) -> None:
+        """Whether all engines are at work: whatever watches over the server starts it again where one is not."""
+        for model in self.models.values():
+            if model.engine.fault is not None:
+                raise Refusal(503, f"{model.name}: {model.engine.fault}")
         await call.answer(200, {"status": "ok"})
 
     async def _metrics(self, call: Call) -> None:

@@ -490,6 +490,73 @@ def test_a_fault_of_the_engine_itself_leaves_nobody_waiting(monkeypatch):
     its.close()
 
 
+def break_after(its, n_calls: int, monkeypatch) -> None:
+    """Let a device fail after so many of the calls that touch it, and each time from then on."""
+    calls = []
+
+    def guarded(call):
+        def touches(*arguments, **options):
+            calls.append(call)
+            if len(calls) > n_calls:
+                raise RuntimeError("CUDA error: an illegal memory access was encountered")
+            return call(*arguments, **options)
+
+        return touches
+
+    cache = its.slots.cache
+    for owner, names in (
+        (its.passes, ("read", "next")),
+        (its.slots, ("take", "activate", "release", "forget")),
+        (cache, ("begin_row", "swap_rows")),
+        (batching, ("pick_each",)),
+        (running, ("Draws",)),
+    ):
+        for name in names:
+            monkeypatch.setattr(owner, name, guarded(getattr(owner, name)))
+
+
+def assert_nobody_waits(its, tickets) -> None:
+    """The engine's thread has ended, and with it every request; no more are taken."""
+    its._thread.join(20)
+    assert not its._thread.is_alive()
+    for ticket in tickets:
+        ends = [event for event in ticket.take() if isinstance(event, End)]
+        assert ends == [ticket.ended]  # one, and no second
+    with pytest.raises(Closed, match=r"the engine has stopped: .*; start the server again"):
+        its.submit(Request(prompt(5), 5))
+    its.close()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+@pytest.mark.parametrize("n_calls", range(0, 120, 5))
+def test_a_device_that_fails_for_good_leaves_nobody_waiting(n_calls, monkeypatch):
+    """Wherever it begins: in a prompt, a step, where a request gets a slot, or where one ends and another follows."""
+    lines = []
+    its = engine(log=lines.append, slots=2)
+    break_after(its, n_calls, monkeypatch)
+    tickets = its.submit_all([Request(prompt(5 + i, i), 4 + 3 * i) for i in range(6)])
+    its.start()
+    assert_nobody_waits(its, tickets)
+    assert "CUDA error" in lines[-1] and its.fault == lines[-1]
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+@pytest.mark.parametrize("what", ["log", "step"])
+def test_whatever_ends_the_engine_s_thread_ends_its_requests(what, monkeypatch):
+    """A full disk under the log, or an exception that is no fault."""
+    its = engine(slots=1)
+
+    def fails(*_):
+        raise OSError("no space left") if what == "log" else KeyboardInterrupt
+
+    if what == "log":
+        monkeypatch.setattr(its.slots, "take", lambda *arguments: 1 / 0)
+    monkeypatch.setattr(its, what, fails)
+    tickets = its.submit_all([Request(prompt(5, i), 20) for i in range(3)])
+    its.start()
+    assert_nobody_waits(its, tickets)
+
+
 def test_closing_lets_requests_end_or_ends_them():
     its = engine(slots=1)
     tickets = [its.submit(Request(prompt(5, i), 20)) for i in range(3)]

@@ -505,6 +505,24 @@ def test_a_fault_of_the_model_is_one_error_and_the_server_goes_on(home):
         assert text.choices[0].message.content == alone(home, prompt_of(home), 5, temperature=0.0)[0]
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_an_engine_that_has_stopped_is_told_to_clients_and_to_whoever_watches(home, monkeypatch):
+    with running([serve_home(home, slots=1)]) as here:
+
+        def fails(*_, **__):
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+        monkeypatch.setattr(here.engine.passes, "next", fails)
+        monkeypatch.setattr(here.engine.slots, "forget", fails)
+        status, _, data = here.raw("POST", "/v1/chat/completions", {"messages": HI})
+        assert status == 500 and b"CUDA error" in data
+        here.until(lambda: here.engine.fault)
+        for method, path in (("POST", "/v1/chat/completions"), ("GET", "/health")):
+            status, _, data = here.raw(method, path, {"messages": HI})
+            assert status == 503 and b"the engine has stopped" in data and b"start the server again" in data
+        assert here.raw("GET", "/metrics")[0] == 200
+
+
 def test_a_request_that_takes_too_long_ends(home):
     with running([serve_home(home, slots=1, time_limit=0.05)], starts=False) as here:
         asking, answers = asked_beside(here, {"messages": HI})
