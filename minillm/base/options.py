@@ -14,6 +14,7 @@ import math
 import types
 import typing
 from dataclasses import dataclass, field
+from decimal import Decimal
 from pathlib import Path
 
 from minillm.base.errors import UserError
@@ -216,11 +217,21 @@ def _read(kind: type, value, may_be_blank: bool):
     if kind is str and not may_be_blank and not str(value).strip():
         raise ValueError
     if kind is int and not isinstance(value, int):
-        number = float(value)  # so that 1e6 is a number of steps
-        if number != int(number):
-            raise ValueError
-        return int(number)
+        return _whole(value)
     return kind(value)
+
+
+def _whole(value: str | float) -> int:
+    """The whole number that a text or a float spells, also as 1e6; raises as `_read` does.
+
+    Digit by digit: a float has room for 53 bits, and would make another seed of 9007199254740993.
+    """
+    if not math.isfinite(float(value)):  # else a few letters could ask for a billion digits
+        raise ValueError
+    number = Decimal(value)
+    if number != number.to_integral_value():
+        raise ValueError
+    return int(number)
 
 
 def spelled(value) -> str:

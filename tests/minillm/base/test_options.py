@@ -8,6 +8,7 @@ import pytest
 from minillm.base.command_line import parse
 from minillm.base.errors import UserError
 from minillm.base.options import Options, differences, option, optional_copy, part, to_toml
+from minillm.generation.sampling import Sampling
 from minillm.training.config import TrainingConfig
 
 
@@ -33,6 +34,27 @@ def test_values_by_type():
     read = parse(Few, "", ["--steps", "1e3", "--compile", "--window", "7", "--name", "none"])
     assert read == Few(steps=1000, compile=True, window=7, name=None)
     assert parse(Few, "", ["--compile", "false", "--window=none"]) == Few()
+
+
+@dataclass(frozen=True)
+class Whole(Options):
+    n: int = option(0, "a number", at_least=-(1 << 70), at_most=1 << 70)
+
+
+def test_whole_numbers_are_read_digit_by_digit(tmp_path):
+    """Beyond 2^53 a float takes one for another, and a half for a whole."""
+    file = tmp_path / "a.toml"
+    exact = [0, 7, -7, 10**18, *((1 << bits) + one for bits in (53, 63, 64, 69) for one in (-1, 1))]
+    for number in exact:
+        for spelled in (str(number), f"{number}.0", f"{number}e0", f"{number * 10}e-1"):
+            assert parse(Whole, "", [f"--n={spelled}"]).n == number
+        file.write_text(f"n = {number}\n")
+        assert parse(Whole, "", ["--config", str(file)]).n == number
+    halves = [f"{number}.5" for number in exact]
+    for text in (*halves, "1e-1", "1e400", "1e-999999999", "1e999999999", "nan", "inf", "1/2", "0x10", "1" * 5000):
+        with pytest.raises(UserError, match=f"--n {text}: expected a whole number"):
+            parse(Whole, "", [f"--n={text}"])
+    assert parse(Sampling, "", ["--seed", str((1 << 64) - 1)]).seed == (1 << 64) - 1  # the largest there is
 
 
 @pytest.mark.parametrize(
