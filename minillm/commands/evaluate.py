@@ -303,6 +303,11 @@ def _evaluate_tasks(config: Config, folder: Path) -> None:
                 raise UserError(f"{name}: {problem}") from None
             print(f"{name}: left out: {problem}")
             del benchmarks[name]
+    if not benchmarks:
+        raise UserError(
+            f"--tasks {ALL}: none is left: {config.task_data} holds only benchmarks for which {max_len} tokens are too "
+            "few; add others, or take a model with a longer context"
+        )
 
     # each task, remembered as soon as it is scored
     out = None if config.out is None else Path(config.out)

@@ -80,7 +80,11 @@ def test_benchmarks_without_files_are_named(home, call):
     assert out.splitlines()[-1].split()[:5] == ["piqa", "0", "1", "acc_norm", out.splitlines()[-1].split()[4]]
     for split in ("train", "test"):
         write_rows(home.path / "few" / "gsm8k" / f"{split}.jsonl", WORKED)
+        write_rows(home.path / "words" / "gsm8k" / f"{split}.jsonl", WORKED)
     refused = {
+        "--tasks all --task_data words": "words holds only benchmarks for which 64 tokens are too few",
+        "--tasks all --task_data words --out words.json": "words holds only benchmarks",
+        "--tasks all --task_data words --shots 9": "holds no benchmark",
         "--tasks gsm8k --task_data few": "gsm8k: --seq_len 64: an answer may have 256 tokens",
         "--tasks piqa,hellaswag --task_data few": "hellaswag: no file of the split",
         "--tasks hellaswg": "did you mean hellaswag?",
