@@ -179,10 +179,12 @@ SHARING = (
 def pack_layers(parent: nn.Module, names: tuple[str, ...], bits: int) -> None:
     """Put packed layers in the place of these plain ones of a module; they share their input, and so one matrix.
 
-    In 8 bits where their shape does not suit 4.
+    In 8 bits where their shape does not suit 4; where this machine has no products for those, they stay plain.
     """
     layers = [getattr(parent, name) for name in names]
     if not all(fits(layer, bits) for layer in layers):
+        if not can_pack(8):
+            return
         bits = 8
     matrix = MATRICES[bits](torch.cat([layer.weight.detach() for layer in layers]))
     matrix.sizes = [layer.out_features for layer in layers]

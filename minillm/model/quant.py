@@ -272,7 +272,8 @@ def quantize_for_generation(model: Transformer, bits: int) -> None:
     """Put a model's linear layers into 16, 8 or 4 bits, in place, to generate only: nothing of it is trained or saved.
 
     On a CPU the layers of the blocks and the head become packed ones. Where a machine has no products for those, and on
-    a GPU, the layers of the blocks become those of a quantized base, and the head stays as it is. Raises `UserError` as
+    a GPU, the layers of the blocks become those of a quantized base, and the head stays as it is. A layer whose shape
+    does not suit 4 bits is packed in 8, or stays plain on a machine that has only products for 4. Raises `UserError` as
     `quantize_base` does, for a linear layer that is not plain, and for weights that float16 does not hold.
     """
     if bits not in GENERATION_BITS:

@@ -1,6 +1,7 @@
 """Packed weights against whole-number sums of their own, and models of them against the models they were."""
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -184,6 +185,24 @@ def test_a_machine_without_the_products_takes_those_of_a_quantized_base(monkeypa
         quant.dequantize_base(plain)
         assert type(model.layers[1].mlp.up_proj) is QuantLinear
         assert generate(model, [[1, 2, 3]], 8) == generate(plain, [[1, 2, 3]], 8)
+
+
+@pytest.mark.parametrize("there", [set(kinds) for n in range(4) for kinds in itertools.combinations(BITS, n)], ids=str)
+@pytest.mark.parametrize("shape", [{}, {"ffn_dim": 40}, {"ffn_dim": 40, "vocab_size": 51}], ids=str)
+@torch.inference_mode()
+def test_no_product_is_asked_for_that_a_machine_lacks(there, shape, monkeypatch):
+    """Whichever of them there are: processors of ARM may have the one for 4 bits alone."""
+    monkeypatch.setattr(packed, "can_pack", lambda bits: bits in there)
+    monkeypatch.setattr(packed, "MATRICES", {bits: packed.MATRICES[bits] for bits in there})
+    expected = build(**shape)(tokens_of(2, 20))
+    for bits, largest in ((16, 0.01), (8, 0.1), (4, 0.6)):
+        model = packed_model(bits, **shape)
+        assert error(model(tokens_of(2, 20)), expected) < largest
+        assert len(generate(model, [[1, 2]], 3)[0].tokens) == 3
+        if there == {4} and bits == 4 and shape:
+            mlp = model.layers[0].mlp
+            assert type(mlp.down_proj) is type(mlp.up_proj) is nn.Linear  # 40 is no multiple of 32 or 16
+            assert type(model.layers[0].self_attn.q_proj) is PackedLinear
 
 
 def test_what_cannot_be_is_refused(tmp_path):
