@@ -13,12 +13,13 @@ from typing import Any, NamedTuple
 from minillm.base.contents import WORDS, is_of_kind
 from minillm.base.errors import UserError
 from minillm.base.json_door import parse_json
-from minillm.base.options import Option
+from minillm.base.options import LARGEST_COUNT, Option
 from minillm.generation.sampling import Sampling
 from minillm.serving.refusal import Refusal, wrong
 
 MOST_STOPS = 16
 MOST_TOP = 20  # log-probabilities beside a token
+LARGEST = (1 << 63) - 1  # whole number where "as many as there are" may be asked for by a large one
 NEW_TOKENS_OF_TEXT = 16  # of a completion that names no limit, as OpenAI has it; a chat may fill the context
 
 # What is not supported, and the values with which it means nothing.
@@ -168,8 +169,9 @@ def _asked(fields: Fields, limits: Limits, **own) -> Asked:
         raise wrong("prompt", message)
 
     # the later name for the limit wins
-    max_tokens = fields.get("max_tokens", int, at_least=1)
-    max_tokens = fields.get("max_completion_tokens", int, max_tokens, at_least=1)
+    limit = {"at_least": 1, "at_most": LARGEST}
+    max_tokens = fields.get("max_tokens", int, **limit)
+    max_tokens = fields.get("max_completion_tokens", int, max_tokens, **limit)
     if max_tokens is None and prompts:
         max_tokens = NEW_TOKENS_OF_TEXT
 
@@ -200,11 +202,11 @@ def _refuse_unsupported(fields: Fields, no_effect: dict[str, tuple]) -> None:
 def _sampling(fields: Fields) -> Sampling:
     """How tokens are drawn; without a seed, with one that nobody knows."""
     usual = Sampling()
-    seed = fields.get("seed", int, secrets.randbits(64))
-    top_k = fields.get("top_k", int, usual.top_k, at_least=-1)  # some clients say -1 for all
+    seed = fields.get("seed", int, secrets.randbits(64), at_least=-1 << 63, at_most=(1 << 64) - 1)
+    top_k = fields.get("top_k", int, usual.top_k, at_least=-1, at_most=LARGEST)  # some clients say -1 for all
     return Sampling(
         temperature=fields.get("temperature", float, usual.temperature, at_least=0, at_most=2),
-        top_k=max(0, top_k),
+        top_k=max(0, min(top_k, LARGEST_COUNT)),  # that many are all, too
         top_p=fields.get("top_p", float, usual.top_p, at_least=0, at_most=1),
         min_p=fields.get("min_p", float, usual.min_p, at_least=0, at_most=1),
         repetition_penalty=fields.get("repetition_penalty", float, usual.repetition_penalty, above=0, at_most=100),

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from minillm.base.options import LARGEST_COUNT
 from minillm.generation.sampling import Sampling
 from minillm.serving.openai_request import NO_EFFECT, Limits, fields_of, read_chat, read_completion
 from minillm.serving.refusal import Refusal
@@ -61,6 +62,23 @@ def test_values_are_taken_over():
     assert completion().max_tokens == 16
 
 
+@pytest.mark.parametrize("bits", [40, 41, 53, 63])
+def test_large_whole_numbers_are_taken_where_they_mean_something(bits):
+    """JavaScript sends a seed of 53 bits, others one of 64; and many say a huge number for "as many as there are"."""
+    number = (1 << bits) - 1
+    for name in ("seed", "max_tokens", "max_completion_tokens", "top_k"):
+        for value in (number, number - 1):
+            for asked in (chat(**{name: value}), completion(**{name: value})):
+                if name == "seed":
+                    assert asked.sampling.seed == value
+                elif name == "top_k":
+                    assert asked.sampling.top_k == min(value, LARGEST_COUNT)
+                else:
+                    assert asked.max_tokens == value  # of which no more are made than the server's own limit says
+    assert chat(seed=(1 << 64) - 1).sampling.seed == (1 << 64) - 1
+    assert chat(seed=-(1 << 63)).sampling.seed == 1 << 63
+
+
 def test_messages_become_roles_and_texts():
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
     messages = [{"role": "developer", "content": "S"}, {"role": "user", "content": parts, "name": "Ann"}]
@@ -104,6 +122,10 @@ WRONG_CHATS = [
     ("min_p", {"min_p": 2}),
     ("repetition_penalty", {"repetition_penalty": 0}),
     ("seed", {"seed": 1.5}),
+    ("seed", {"seed": 1 << 64}),
+    ("seed", {"seed": -(1 << 63) - 1}),
+    ("max_tokens", {"max_tokens": 1 << 63}),
+    ("top_k", {"top_k": 1 << 63}),
     ("n", {"n": 0}),
     ("n", {"n": 1000}),
     ("stop", {"stop": ""}),

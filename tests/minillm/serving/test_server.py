@@ -145,9 +145,11 @@ def test_a_stop_string_cuts_the_text_and_none_of_it_is_shown(here, home):
 
 def test_a_context_that_is_full_and_a_limit_that_is_too_large(here, home):
     prompt = prompt_of(home)
-    answer = here.client().chat.completions.create(model="tom", messages=HI, max_tokens=100_000, temperature=0)
-    assert answer.choices[0].finish_reason == "length"
-    assert answer.usage.completion_tokens == 64 - len(prompt)
+    for max_tokens in (100_000, 1 << 53):
+        options = {"max_tokens": max_tokens, "seed": 1 << 53, "temperature": 0, "extra_body": {"top_k": 1 << 53}}
+        answer = here.client().chat.completions.create(model="tom", messages=HI, **options)
+        assert answer.choices[0].finish_reason == "length"
+        assert answer.usage.completion_tokens == 64 - len(prompt)
     answer = here.client().chat.completions.create(model="tom", messages=HI, temperature=0)
     assert answer.usage.completion_tokens == 64 - len(prompt)
     for name in ("max_tokens", "max_completion_tokens"):
