@@ -82,7 +82,12 @@ def named_folders(given: tuple[str, ...]) -> list[tuple[str, Path]]:
         name, path = split_name(text)
         folder = find_model(path, log=tell)
         if not name:
-            name = folder.parent.name if folder.name.startswith("step-") else folder.name
+            place = folder.absolute()  # "." is no name
+            if ".." in place.parts:
+                place = place.resolve()
+            name = place.parent.name if place.name.startswith("step-") else place.name
+            if not is_name(name):
+                raise UserError(f"--model {folder}: its name {name!r} is none to ask for; give NAME=FOLDER")
         if name in folders:
             raise UserError(f"--model {text}: two models have the name {name}; give NAME=FOLDER")
         folders[name] = folder
@@ -96,9 +101,14 @@ def split_name(text: str | None) -> tuple[str, str | None]:
     name, _, path = text.partition("=")
     if "/" in name:
         return "", text
-    if not name or not name.isprintable() or not path:
+    if not is_name(name) or not path:
         raise UserError(f"--model {text}: expected NAME=FOLDER")
     return name, path
+
+
+def is_name(name: str) -> bool:
+    """Whether a model can be asked for by this name."""
+    return bool(name.strip()) and name.isprintable()
 
 
 def _load(config: Config, name: str, folder: Path, others: list[Transformer]) -> Served:

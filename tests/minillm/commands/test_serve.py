@@ -69,9 +69,31 @@ def test_models_have_the_names_that_are_given(call, started, home):
     odd = home.path / "a=b"
     odd.mkdir()
     assert serve.split_name(str(odd)) == ("", str(odd))
-    for wrong in ("=out/sft", "tom=", "to\x1bm=out/sft"):
+    for wrong in ("=out/sft", " =out/sft", "tom=", "to\x1bm=out/sft"):
         with pytest.raises(UserError, match="NAME=FOLDER"):
             serve.split_name(wrong)
+
+
+def test_a_name_is_never_empty_or_one_that_only_means_a_place(home, monkeypatch):
+    step = home.path / "out" / "sft" / "step-00000003"
+    link = home.path / "tom"
+    link.symlink_to(step)
+    for here, given, name in (
+        (step, ".", "sft"),
+        (step, "./", "sft"),
+        (step.parent, "step-00000003", "sft"),
+        (step.parent, ".", "sft"),
+        (home.path / "out", "sft/step-00000003/..", "sft"),
+        (home.path / "out", "../out/sft", "sft"),
+        (home.path, "tom", "tom"),
+        (link, ".", "sft"),
+    ):
+        monkeypatch.chdir(here)
+        assert [name for name, _ in serve.named_folders((given,))] == [name], given
+    for odd in ("a\x1bb", " "):
+        (home.path / odd).symlink_to(step)
+        with pytest.raises(UserError, match=r"its name .* is none to ask for; give NAME=FOLDER"):
+            serve.named_folders((str(home.path / odd),))
 
 
 def test_a_model_that_was_taught_single_questions_says_so(call, started, monkeypatch):
