@@ -29,13 +29,14 @@ def load_reward_model(
     template: str = "auto",
     merged: bool = True,
     longest: int = 0,
+    remedy: str = "--seq_len",
 ) -> Transformer:
     """The reward model of a run, a model folder or an adapter, in fp32, frozen, in evaluation mode.
 
     tokenizer: whose ids it will be given, in the prompt format `template`. merged: an adapter is folded into its base;
     else its base stays as it is, so that another model over the same base can share it. longest: tokens of a prompt and
-    its answer that it will be given. Raises `UserError` for a language model, and for a reward model with another
-    tokenizer or prompt format, or a shorter context.
+    its answer that it will be given; remedy: the option by which they become fewer. Raises `UserError` for a language
+    model, and for a reward model with another tokenizer or prompt format, or a shorter context.
     """
     folder = run_folder.resolve_checkpoint(folder)
     model, own_tokenizer = open_reward_model(folder, None, device, torch.float32, merged)
@@ -52,7 +53,7 @@ def load_reward_model(
     if longest > context_of(model):
         raise UserError(
             f"{folder}: the reward model reads at most {context_of(model)} tokens, and a prompt with its answer may "
-            f"have {longest}; lower --seq_len"
+            f"have {longest}; lower {remedy}"
         )
     return model
 

@@ -41,11 +41,13 @@ class Rewards:
         device: torch.device | str = "cpu",
         template: str = "auto",
         longest: int = 0,
+        remedy: str = "--seq_len",
     ):
         """tokenizer, template: the policy's, which a reward model must share. longest: tokens of a prompt and its
-        answer, which it must be able to read. Raises `UserError` for what means no reward.
+        answer, which it must be able to read; remedy: the option by which they become fewer. Raises `UserError` for
+        what means no reward.
         """
-        how = dict(device=device, tokenizer=tokenizer, template=template, longest=longest)
+        how = dict(device=device, tokenizer=tokenizer, template=template, longest=longest, remedy=remedy)
         self.tokenizer = tokenizer
         self.models: list[tuple[float, LearnedReward]] = []
         functions, weights = [], []

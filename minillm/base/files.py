@@ -323,6 +323,14 @@ def refuse_existing(out: str | Path) -> None:
         raise UserError(f"--out {out}: is there already; choose another or delete it")
 
 
+def check_file(out: Path) -> None:
+    """Refuse, before the work whose result it is to hold, a file that could not be written."""
+    if out.is_dir() and not out.is_symlink():
+        raise UserError(f"--out {out}: is a folder; give the name of a file")
+    with writing(out) as scratch:
+        scratch.open("xb").close()
+
+
 def memory_bytes() -> float:
     """The machine's memory with its swap, or this container's share of it; infinite where the system does not say."""
     try:

@@ -13,7 +13,7 @@ from data import bundled
 from minillm.alignment.pair_scores import score_pairs, summary_lines
 from minillm.alignment.reward_model import is_reward_model
 from minillm.base.errors import MissingError, UnsupportedError, UserError, naming
-from minillm.base.files import write_json_atomically
+from minillm.base.files import check_file, write_json_atomically
 from minillm.base.options import option
 from minillm.commands.model_options import (
     ModelOptions,
@@ -269,7 +269,9 @@ def _read_texts(config: Config, tokenizer: Tokenizer, path: Path) -> TokenBins |
 
 def _evaluate_tasks(config: Config, folder: Path) -> None:
     """Print the shares of right answers to benchmarks, and write them down."""
-    # the questions, before anything is computed
+    # the questions and the place of the results, before anything is computed
+    if config.out is not None:
+        check_file(Path(config.out))
     if is_reward_model(folder):
         raise UserError(f"--tasks {config.tasks}: needs a language model, and {folder} is a reward model")
     benchmarks = {}

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from minillm.alignment.rewards import Rewards
 from minillm.alignment.rollouts import RolloutConfig, roll_out
 from minillm.base.errors import UserError
-from minillm.base.files import refuse_link, write_file
+from minillm.base.files import check_file, refuse_link, write_file
 from minillm.base.options import option
 from minillm.commands.model_options import ModelOptions, TemplateOptions, load_model, tell, template_of
 from minillm.datasets.prompts import Prompt, PromptRows
@@ -38,7 +38,7 @@ class Config(ModelOptions, TemplateOptions):
     temperature: float = option(1.0, "at which they are drawn", above=0, group="pairs")
     max_new_tokens: int = option(128, "most tokens of an answer, its end included", at_least=1, group="pairs")
     prompts_at_once: int = option(64, "prompts that are answered together", at_least=1, group="pairs")
-    seed: int = option(0, "of the answers", group="pairs")
+    seed: int = option(0, "of the answers", at_least=0, group="pairs")
     encoding: str = option("utf-8", "of the files: gb18030, big5, utf-16 …", group="pairs")
     on_bad_line: str = option("error", "what to do with a line that cannot be read", ("error", "skip"), group="pairs")
 
@@ -46,6 +46,7 @@ class Config(ModelOptions, TemplateOptions):
 def run(config: Config) -> None:
     out = Path(config.out)
     refuse_link(out)
+    check_file(out)
     loaded = load_model(config)
     template = template_of(config, loaded.folder)
     context = context_of(loaded.model)
@@ -67,29 +68,52 @@ def run(config: Config) -> None:
     )
     tell(rows.summary())
     n_asked = min(config.prompts or rows.rows_per_epoch, rows.rows_per_epoch)
-    pairs = list(own_pairs(config, loaded, template, rows, np.arange(n_asked)))
+    pairs, stop = _as_many_as_come(own_pairs(config, loaded, template, rows, np.arange(n_asked)))
+    if stop is not None:  # what took hours is kept, under a name that is not taken for the whole
+        if pairs:
+            part = out.with_name(f"{out.stem}.part{out.suffix}")
+            _write(part, pairs)
+            tell(f"{part}: the {len(pairs):,} pairs made before it stopped; {out} is as it was")
+        raise stop
     if not pairs:
         raise UserError(
             f"{config.data}: to none of {n_asked:,} prompts two of {config.n} answers ended and had different rewards, "
             "so none is better than another; raise --n or --max_new_tokens, or ask other prompts"
         )
+    _write(out, pairs)
+    rest = n_asked - len(pairs)
+    tell(f"{out}: {len(pairs):,} pairs; to {rest:,} prompts all answers that ended had the same reward")
+
+
+def _as_many_as_come(pairs: Iterator[dict]) -> tuple[list[dict], BaseException | None]:
+    """The pairs, and what stopped them before their end: Ctrl-C, a fault of the reward, or no memory."""
+    made = []
+    try:
+        for its in pairs:
+            made.append(its)
+    except (Exception, KeyboardInterrupt) as problem:
+        return made, problem
+    return made, None
+
+
+def _write(path: Path, pairs: list[dict]) -> None:
+    """Write a preference file."""
 
     def write(scratch: Path) -> None:
         with scratch.open("w", encoding="utf-8", newline="\n") as file:
-            for pair in pairs:
-                file.write(json.dumps(pair, ensure_ascii=False) + "\n")
+            for its in pairs:
+                file.write(json.dumps(its, ensure_ascii=False) + "\n")
 
-    write_file(out, write)
-    rest = n_asked - len(pairs)
-    tell(f"{out}: {len(pairs):,} pairs; to {rest:,} prompts all answers that ended had the same reward")
+    write_file(path, write)
 
 
 def own_pairs(config: Config, loaded: Loaded, template: str, rows: PromptRows, positions: np.ndarray) -> Iterator[dict]:
     """A preference row for each prompt at these data positions to which some answers are better than others."""
     model, tokenizer, _ = loaded
     device = model.norm.weight.device
-    longest = context_of(model)
-    rewards = Rewards(config.reward, tokenizer, device=device, template=template, longest=longest)
+    longest = rows.counts["longest"] + config.max_new_tokens  # tokens, of a prompt and its answer
+    how = dict(device=device, template=template, longest=longest, remedy="--max_new_tokens")
+    rewards = Rewards(config.reward, tokenizer, **how)
     rollout = RolloutConfig(
         config.n,
         config.max_new_tokens,

@@ -85,6 +85,7 @@ def test_benchmarks_without_files_are_named(home, call):
         "--tasks all --task_data words": "words holds only benchmarks for which 64 tokens are too few",
         "--tasks all --task_data words --out words.json": "words holds only benchmarks",
         "--tasks all --task_data words --shots 9": "holds no benchmark",
+        "--tasks piqa --task_data few --out few": "--out few: is a folder; give the name of a file",
         "--tasks gsm8k --task_data few": "gsm8k: --seq_len 64: an answer may have 256 tokens",
         "--tasks piqa,hellaswag --task_data few": "hellaswag: no file of the split",
         "--tasks hellaswg": "did you mean hellaswag?",

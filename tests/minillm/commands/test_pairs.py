@@ -4,9 +4,13 @@ import json
 
 import pytest
 
+from minillm.base import files
+from minillm.checkpoint import huggingface
 from minillm.commands.pairs import pair
 from minillm.datasets.preferences import PreferenceRows
 from minillm.datasets.prompts import Prompt
+from minillm.model.config import ModelConfig
+from minillm.model.transformer import Transformer
 
 COUNT_E = """
 def count(prompts, answers, rows):
@@ -71,3 +75,53 @@ def test_answers_that_are_all_alike_are_an_error_and_write_nothing(home, prompts
 def test_a_context_without_room_for_a_prompt_is_said(prompts, call):
     status, _, err = call(*ASKED, "--max_new_tokens", "64")
     assert status == 2 and "--max_new_tokens 64: the model's context has 64 tokens" in err
+
+
+def test_what_cannot_be_written_or_drawn_is_refused_before_anything_is_asked(home, prompts, call, monkeypatch):
+    monkeypatch.setattr("minillm.commands.pairs.roll_out", None)
+    (home.path / "folder").mkdir()
+    (home.path / "folder" / "file").touch()
+    for out, said in (("folder", "is a folder; give the name of a file"), ("folder/file/own.jsonl", "file is a file")):
+        status, _, err = call(*ASKED[:-1], out)
+        assert status == 2 and said in err
+    status, _, err = call(*ASKED, "--seed", "-1")
+    assert status == 2 and "--seed -1: must be at least 0" in err
+    assert not list(home.path.rglob("*.tmp-*"))
+
+
+@pytest.mark.parametrize(("stop", "status"), [("ValueError('odd')", 2), ("KeyboardInterrupt", 130)])
+def test_what_was_made_before_it_stopped_is_kept_beside(home, prompts, call, stop, status):
+    """A reward that fails at a later prompt, or Ctrl-C; a file that is there already stays as it is."""
+    assert call(*ASKED, *DRAWN)[0] == 0
+    whole = (home.path / "own.jsonl").read_text()
+    failing = COUNT_E.replace("):\n", f"):\n    if 'Peter' in prompts: raise {stop}\n")
+    (home.path / "judge.py").write_text(failing)
+    given = call(*ASKED, *DRAWN)
+    assert given[0] == status and "pairs made before it stopped; own.jsonl is as it was" in given[2]
+    kept = (home.path / "own.part.jsonl").read_text()
+    assert kept and whole.startswith(kept) and (home.path / "own.jsonl").read_text() == whole
+
+    # at once: there is nothing to keep
+    (home.path / "own.part.jsonl").unlink()
+    (home.path / "judge.py").write_text(f"def count(prompts, answers, rows):\n    raise {stop}\n")
+    assert call(*ASKED, *DRAWN)[0] == status and not (home.path / "own.part.jsonl").exists()
+
+
+def test_a_reward_model_must_read_the_longest_there_can_be_and_no_more(home, prompts, call):
+    """The policy's context is 64, the reward model's 50; the longest prompt has some 20 tokens."""
+    scorer = Transformer(ModelConfig(vocab_size=400, dim=32, n_layers=1, n_heads=4, max_seq_len=50, score_head=True))
+
+    def fill(folder):
+        huggingface.save_model(scorer, folder)
+        home.tokenizer.save(folder)
+
+    files.write_folder(home.path / "out" / "short" / "step-00000001", fill)
+    asked = ("pairs", "--data", "prompts.jsonl", "--reward", "out/short", "--out", "own.jsonl", "--n", "64")
+    _, _, err = call(*asked, "--max_new_tokens", "30")
+    longest = int(err.partition("the longest has ")[2].partition(";")[0])
+    assert 10 < longest < 30
+    status, _, err = call(*asked, "--max_new_tokens", str(50 - longest))
+    assert "reads at most" not in err and (status == 0 or "had different rewards" in err), err
+    status, _, err = call(*asked, "--max_new_tokens", str(51 - longest))
+    assert status == 2 and "the reward model reads at most 50 tokens, and a prompt with its answer may have 51" in err
+    assert err.rstrip().endswith("lower --max_new_tokens")
