@@ -19,8 +19,10 @@ from minillm.evaluation.benchmark_files import Task
 from minillm.evaluation.benchmarks import BENCHMARKS, Question
 from minillm.evaluation.loglikelihood import Request, Score, loglikelihoods
 from minillm.evaluation.worked_answers import continued, last_number, marked_number, same_number
+from minillm.model.quant import QuantLinear
 from minillm.model.transformer import Transformer
 from minillm.tokenizer.tokenizer import Tokenizer
+from minillm.tuning.adapter import active_adapter
 
 QUESTIONS_AT_ONCE = 256  # between two lines of the file of what is done
 Values = dict[str, tuple[float, float]]  # metric → (value, its standard error)
@@ -73,9 +75,21 @@ def _outcome(value: object) -> Score | str:
 
 
 def digest_of(model: Transformer, tokenizer: Tokenizer) -> str:
-    """SHA-256 of all that a model's scores depend on: its shape, its weights, and its tokenizer."""
+    """SHA-256 of all that a model's scores depend on: its shape, its weights, its adapter, and its tokenizer.
+
+    A model whose layers are packed has none: what is packed shows no numbers.
+    """
     digest = hashlib.sha256(repr((model.config, tokenizer.sha256, tokenizer.begins_with_bos)).encode())
-    for name, tensor in model.state_dict().items():
+    adapter = active_adapter(model)
+    if adapter is not None:  # beside its weights alpha counts, for example
+        digest.update(repr((adapter.options, adapter.merged)).encode())
+
+    # of buffers outside the state dict those of a quantized base are weights; the others are worked out from these
+    tensors = model.state_dict()
+    for path, module in model.named_modules():
+        if isinstance(module, QuantLinear):
+            tensors |= {f"{path}.{name}": tensor for name, tensor in module.named_buffers()}
+    for name, tensor in tensors.items():
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()

@@ -2,13 +2,19 @@ import json
 import math
 
 import pytest
+import torch
 
 from minillm.evaluation import benchmark_scores
 from minillm.evaluation.benchmark_files import Task, read_tasks
 from minillm.evaluation.benchmark_scores import Done, ask, pooled, results_of, table, values_of
 from minillm.evaluation.benchmarks import BENCHMARKS, Question
 from minillm.evaluation.loglikelihood import Request, Score
+from minillm.model.quant import quantize_base
+from minillm.tuning.adapter import attach, set_adapter
+from minillm.tuning.options import TuningConfig
 from tests.minillm.evaluation.benchmark_rows import write_all
+from tests.minillm.model_options import build
+from tests.minillm.tuning.tiny import shake
 
 LONG = Question([Request("c", " a"), Request("c", " bcdefghi")], [1, 8], 1)
 
@@ -136,6 +142,54 @@ def test_scores_of_another_model_or_of_other_texts_are_not_taken(home, task, tmp
     )
     ask(home.model, home.tokenizer, task._replace(questions=[changed]), 64, Done(file, "m"))
     assert asked == [10, 3]
+
+
+def model_of(bits: int | None = None, seed: int = 1, **tuning):
+    """A small model, its base in so many bits, with an adapter of random numbers if `tuning` names one."""
+    model = build(seed)
+    if bits is not None:
+        quantize_base(model, bits)
+    if tuning:
+        adapter = attach(model, TuningConfig(**tuning))
+        shake(adapter.parameters())
+    return model
+
+
+TUNED = [{}, {"tune": "lora"}, {"tune": "dora"}, {"tune": "ia3"}, {"tune": "adapter"}, {"tune": "prefix"}]
+
+
+@pytest.mark.parametrize("tuning", TUNED, ids=str)
+@pytest.mark.parametrize("bits", [None, 16, 8, 4])
+@torch.no_grad()
+def test_whatever_tensor_changes_the_logits_changes_the_digest(home, bits, tuning):
+    model = model_of(bits, **tuning)
+    tokens = torch.arange(3, 43)[None]
+    digest, logits = benchmark_scores.digest_of(model, home.tokenizer), model(tokens)
+    assert digest == benchmark_scores.digest_of(model_of(bits, **tuning), home.tokenizer)
+    worked_out = ("cos", "sin", "square")  # from the config, or from the base's weights
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if name.rpartition(".")[2] in worked_out or not tensor.numel():
+            continue
+        kept = tensor.clone()
+        tensor.copy_(kept.flip(0) if tensor.dim() > 1 else kept + 1)
+        if not torch.equal(model(tokens), logits):
+            assert benchmark_scores.digest_of(model, home.tokenizer) != digest, name
+        tensor.copy_(kept)
+
+
+def test_models_that_give_other_scores_have_other_digests(home):
+    """Other bits, another base of the same adapter, and facts of an adapter that are in no weight."""
+    lora = {"tune": "lora", "lora_rank": 4}
+    models = [model_of(bits) for bits in (None, 16, 8, 4)]
+    models += [model_of(bits, seed, **lora) for bits in (None, 8, 4) for seed in (1, 2)]
+    models += [model_of(4, **lora, lora_alpha=alpha) for alpha in (1.0, 4.0)]
+    models += [model_of(4, **lora, lora_alpha=4.0, rslora=True)]
+    digests = {benchmark_scores.digest_of(model, home.tokenizer) for model in models}
+    assert len(digests) == len(models)
+    set_adapter(models[-1], None)  # the base alone
+    assert benchmark_scores.digest_of(models[-1], home.tokenizer) == benchmark_scores.digest_of(
+        models[3], home.tokenizer
+    )
 
 
 def test_the_digest_of_a_model_is_that_of_its_weights(home):
