@@ -80,10 +80,13 @@ class Answer:
         placed = []
         if read.log_probs is not None:
             decoder = StreamDecoder(self.tokenizer)
-            offset = 0
-            for i, log_probs in zip(self.echo.ids, read.log_probs, strict=True):
-                placed.append(Placed(i, log_probs, offset))
-                offset += len(decoder.push(i))
+            texts = [decoder.push(i) for i in self.echo.ids]
+            # a text that goes on keeps the space that some tokenizers put before a text; one that begins loses it
+            n_dummy = len("".join(texts) + decoder.flush()) - len(self.tokenizer.decode(self.echo.ids))
+            offset = -n_dummy
+            for i, log_probs, text in zip(self.echo.ids, read.log_probs, texts, strict=True):
+                placed.append(Placed(i, log_probs, max(0, offset)))
+                offset += len(text)
         return Part(self.echo.text, placed)
 
     def _push(self, token: Token) -> Part:

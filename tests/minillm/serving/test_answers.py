@@ -7,6 +7,7 @@ import pytest
 from minillm.generation.pieces import cut
 from minillm.generation.requests import End, PromptRead, Token, TokenLogProbs
 from minillm.serving.answers import Answer, Echo, Part
+from tests.minillm.tokenizer.test_tokenizer import train_foreign, train_llama
 
 NO_CHARACTER = "\ufffd"
 
@@ -81,6 +82,31 @@ def test_an_echo_comes_first_with_its_tokens(home):
     assert part.text == "谁有ball？" and [token.id for token in part.tokens] == ids
     assert [token.log_probs for token in part.tokens] == log_probs
     assert part.tokens[0].offset == part.tokens[1].offset == 0
+
+
+ECHOED = ["Ana ran.", "the  man sat", " the man", "  a\n\tthe 猫 sat🙂 on", "🙂", " ", "the mat\n"]
+TOKENIZERS = {
+    "ours": lambda: None,
+    "dummy space": train_llama,
+    "without a table of bytes": lambda: train_foreign("unigram", vocab_size=90),
+}
+
+
+@pytest.mark.parametrize("text", ECHOED)
+@pytest.mark.parametrize("kind", TOKENIZERS)
+def test_each_token_of_an_echo_stands_where_its_text_does(home, kind, text):
+    """Whatever the tokenizer puts before a text; the text from one token's place to the next one's is the token's."""
+    tokenizer = TOKENIZERS[kind]() or home.tokenizer
+    ids = tokenizer.prompt_ids(text)
+    text = tokenizer.decode(ids)  # one that normalizes echoes another text
+    log_probs = [None, *(TokenLogProbs(-1.0, ()) for _ in ids[1:])]
+    answer = Answer(0, tokenizer, (), len(ids), Echo(text, ids))
+    part = answer.take([PromptRead(0, log_probs)])
+    offsets = [token.offset for token in part.tokens]
+    assert [token.id for token in part.tokens] == ids and offsets == sorted(offsets) and offsets[0] == 0
+    for n, (begin, end) in enumerate(zip(offsets, [*offsets[1:], len(text)], strict=True)):
+        if NO_CHARACTER not in tokenizer.decode(ids[: n + 1]):  # else a part of a character
+            assert text[:end] == tokenizer.decode(ids[: n + 1]) and begin <= end
 
 
 @pytest.mark.parametrize("log_probs", [None, TokenLogProbs(-0.5, ())])
