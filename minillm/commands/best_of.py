@@ -15,7 +15,7 @@ from minillm.alignment.reward_model import load_reward_model
 from minillm.base.errors import UserError
 from minillm.evaluation.checks import load_reward
 from minillm.generation.completion import Completion, generate
-from minillm.generation.pieces import cut
+from minillm.generation.pieces import text_before
 from minillm.generation.sampling import Sampling
 from minillm.model.transformer import Transformer
 from minillm.tokenizer.tokenizer import Tokenizer
@@ -90,7 +90,7 @@ def best_of(
     texts, ids = [], []
     for completion in completions:
         whole = tokenizer.decode(completion.tokens)
-        text = cut(whole, asking.stop)
+        text = text_before(tokenizer, completion.tokens, asking.stop)
         tokens = completion.tokens if text == whole else tokenizer.encode(text)  # of what is judged, and printed
         texts.append(text)
         ids.append([*prompt, *tokens, *_end(completion, end)])

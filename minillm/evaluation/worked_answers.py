@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from minillm.base.errors import UserError
 from minillm.generation.completion import generate
-from minillm.generation.pieces import cut
+from minillm.generation.pieces import text_before
 from minillm.generation.sampling import GREEDY
 from minillm.model.transformer import Transformer
 from minillm.tokenizer.tokenizer import Tokenizer
@@ -45,7 +45,7 @@ def continued(
             tokenizer=tokenizer,
         )
         for i, completion in zip(batch, completions, strict=True):
-            texts[i] = cut(tokenizer.decode(completion.tokens), ENDS)
+            texts[i] = text_before(tokenizer, completion.tokens, ENDS)
     return texts
 
 

@@ -235,13 +235,13 @@ def generate(
     prompts: token ids, at least one each; one that fills the model's context (max_seq_len) is refused.
     max_new_tokens: at most this many each; fewer (reason "context") where prompt and new tokens fill the context.
     stop_ids: a row ends at one of these, which is left out. stop_strings: a row ends with the token that
-    completes one of these in its text, decoded by `tokenizer`; `cut` removes it from a text.
+    completes one of these in its text, decoded by `tokenizer`, as `stream` does; `text_before` removes it.
     """
     if stop_strings and tokenizer is None:
         raise ValueError("stop_strings need the tokenizer that makes text of the tokens")
     new_tokens: list[list[int]] = [[] for _ in prompts]
     is_stopped = [False] * len(prompts)
-    longest_stop = max((len(s.encode()) for s in stop_strings), default=0)  # in bytes: no token has fewer than one
+    texts = [Pieces(tokenizer, stop_strings) for _ in prompts] if stop_strings else []
 
     def ended(row: int, token: int) -> bool:
         """Note a row's new token, and say whether it is the last."""
@@ -250,8 +250,8 @@ def generate(
             return True
         new_tokens[row].append(token)
         if stop_strings:
-            tail = tokenizer.decode(new_tokens[row][-longest_stop:])
-            is_stopped[row] = any(s in tail for s in stop_strings)
+            texts[row].push(token)
+            is_stopped[row] = texts[row].is_stopped
         return is_stopped[row]
 
     # all steps, whose tokens `ended` collects

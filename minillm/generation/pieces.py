@@ -49,6 +49,18 @@ def cut(text: str, stop_strings: Sequence[str]) -> str:
     return text[: min(positions, default=len(text))]
 
 
+def text_before(tokenizer, ids: Sequence[int], stop_strings: Sequence[str]) -> str:
+    """The text of a whole answer before the first of these strings, as `decode` gives it.
+
+    They are looked for in the text that `Pieces` shows, which keeps the space that some tokenizers put before a text:
+    an answer that begins with " is" ends before it. `decode` leaves that space out.
+    """
+    decoder = StreamDecoder(tokenizer)
+    text = "".join(decoder.push(i) for i in ids) + decoder.flush()
+    n_left_out = len(text) - len(tokenizer.decode(ids))
+    return cut(text, stop_strings)[n_left_out:]
+
+
 def could_become(text: str, stop_strings: Sequence[str]) -> int:
     """Length of the longest suffix of `text` that is a proper prefix of a stop string."""
     longest = max((len(s) - 1 for s in stop_strings), default=0)

@@ -1,5 +1,6 @@
 import dataclasses
 import itertools
+import random
 from types import SimpleNamespace
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 from minillm.base.errors import UserError
 from minillm.checkpoint import huggingface
 from minillm.generation import completion as generate
-from minillm.generation.pieces import cut
+from minillm.generation.pieces import cut, text_before
 from minillm.generation.recorded_step import next_logits
 from minillm.generation.sampling import GREEDY, Sampling, penalized, pick, random_numbers
 from minillm.model import ops
@@ -16,6 +17,7 @@ from minillm.model.config import ModelConfig
 from minillm.model.kv_cache import KVCache
 from minillm.model.transformer import Transformer
 from tests.minillm.model_options import OPTIONS
+from tests.minillm.tokenizer.test_tokenizer import train_foreign, train_llama
 
 BASE = ModelConfig(vocab_size=50, dim=32, n_layers=2, n_heads=4, n_kv_heads=2, ffn_dim=64, max_seq_len=96)
 LOGITS = torch.log(torch.tensor([[0.1, 0.4, 0.2, 0.25, 0.05]]))
@@ -362,6 +364,43 @@ def test_stop_strings_end_rows_of_a_batch(monkeypatch):
     assert Bytes().decode(done.tokens) == "你好。" and done.reason == "stop"
     assert cut("你好。再见", ["再", "。"]) == "你好"
     assert cut("plain", ["x"]) == "plain"
+
+
+SAID = "The man sat on the mat 🙂 Ana ran. ＡＢ the  cat\nis 猫 "
+TOKENIZERS = {
+    "bytes": Bytes,
+    "dummy space": train_llama,
+    "without a table of bytes": lambda: train_foreign("unigram", vocab_size=90),
+}
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
+def test_rows_and_streams_stop_at_the_same_token_and_text(kind, monkeypatch):
+    """Wherever an answer begins, with ids that have no text between, and stop strings of one to eight characters."""
+    tokenizer = TOKENIZERS[kind]()
+    ids = list(SAID.encode()) if kind == "bytes" else tokenizer.encode(SAID)
+    if kind != "bytes":
+        ids = [i for pair in zip(ids, [tokenizer.bos_id] * len(ids), strict=True) for i in pair]
+    draw = random.Random(3)
+    n_stopped = 0
+    for _ in range(300):
+        says(monkeypatch, ids[draw.randrange(len(ids) // 2) :])
+        whole = "".join(generate.stream(None, tokenizer, [1], 99))
+        begins = [0, *(draw.randrange(len(whole)) for _ in range(2))]
+        stops = [whole[begin : begin + draw.randrange(1, 9)] for begin in draw.sample(begins, 2)]
+        stream = generate.stream(None, tokenizer, [1], 99, stop_strings=stops)
+        shown = ""
+        try:
+            while True:
+                shown += next(stream)
+        except StopIteration as end:
+            done = end.value
+        (row,) = generate.generate(None, [[1]], 99, stop_strings=stops, tokenizer=tokenizer)
+        assert row == done
+        n_left_out = len(shown) - len(text_before(tokenizer, row.tokens, stops))
+        assert text_before(tokenizer, row.tokens, stops) == shown[n_left_out:] and shown[:n_left_out] in ("", " ")
+        n_stopped += row.reason == "stop"
+    assert n_stopped > 100
 
 
 def test_a_stream_says_what_generate_says():
