@@ -19,6 +19,7 @@ from minillm.alignment.reward_model import (
 )
 from minillm.alignment.rollouts import Rollouts
 from minillm.checkpoint.train_state import fingerprint
+from minillm.datasets.batch import Batch
 from minillm.datasets.prompts import Prompt
 from minillm.distributed.ranks import Ranks
 from minillm.distributed.shards import settle
@@ -77,10 +78,16 @@ class Rewards:
         """The reward of each answer, (N,) fp32 on the CPU. prompts: those that were answered."""
         of_answer = [prompts[index] for index in rolled.prompt.tolist()]
         texts = [self.tokenizer.decode(answer) for answer in rolled.answers]
-        rewards = self.function([prompt.text for prompt in of_answer], texts, [prompt.row for prompt in of_answer])
+        return self.of_texts(of_answer, texts, rolled.batch)
+
+    def of_texts(self, prompts: list[Prompt], texts: list[str], batch: Batch) -> Tensor:
+        """The same of answers given as texts. prompts: the one that each answers. batch: a row for each, prompt, answer
+        and end, its mask True where y is of the answer or its end.
+        """
+        rewards = self.function([prompt.text for prompt in prompts], texts, [prompt.row for prompt in prompts])
         total = torch.tensor(rewards, dtype=torch.float32)  # (N,)
         for weight, model in self.models:
-            total += weight * model.scores(rolled)
+            total += weight * model.scores(batch)
         return total
 
 
@@ -94,9 +101,9 @@ class LearnedReward:
         self.mean, self.std = scale or (0.0, 1.0)
 
     @torch.no_grad()
-    def scores(self, rolled: Rollouts) -> Tensor:
-        """The score of each answer at its last token, (N,) fp32 on the CPU."""
-        parts = rolled.batch.split(ROWS_AT_ONCE)
+    def scores(self, batch: Batch) -> Tensor:
+        """The score of each row at the last token of its answer, (N,) fp32 on the CPU."""
+        parts = batch.split(ROWS_AT_ONCE)
         scores = torch.cat([last_scores(self.model, part, text_lengths(part)) for part in parts])  # (N,)
         settle(self.model)
         return ((scores - self.mean) / self.std).cpu()

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from minillm.base.options import option, part
 from minillm.base.printing import print_text
-from minillm.commands.best_of import Asking, best_of, load_judge
+from minillm.commands.best_of import Asking, best_of, load_judge, prompt_of
 from minillm.commands.model_options import (
     ModelOptions,
     OutputOptions,
@@ -37,7 +37,7 @@ class Config(ModelOptions, TemplateOptions, Sampling, OutputOptions):
         None, "ask the text as a question so many times; print the answer with the highest --reward", at_least=1
     )
     reward: str | None = option(
-        None, "what judges the answers: a reward model's folder, or a function as of train_grpo.py --reward"
+        None, "what judges the answers, as of train_grpo.py: a reward model's folder, a function, or a weighted sum"
     )
 
     def problems(self) -> list[str]:
@@ -84,15 +84,16 @@ def _print_best(config: Config, loaded: Loaded, question: str) -> None:
     """Print the answer with the highest reward, and beside it the rewards of all."""
     model, tokenizer, folder = loaded
     template = template_of(config, folder)
-    judge = load_judge(config.reward, tokenizer, model.norm.weight.device, template)
     asking = Asking(template, config.max_new_tokens, part(config, Sampling), config.stop)
-    found = best_of(config.best_of, question, model, tokenizer, judge, asking)
+    prompt = prompt_of(question, tokenizer, asking)
+    rewards = load_judge(config.reward, prompt, model, tokenizer, asking)
+    for line in rewards.remarks():
+        tell(line)
+    found = best_of(config.best_of, prompt, model, tokenizer, rewards, asking)
     print_text(found[0].text, config.raw)
     print()
-    rewards = [candidate.reward for candidate in found]
-    mean = sum(rewards) / len(rewards)
-    tell(
-        f"(reward {rewards[0]:.3f}, the highest of {len(rewards)}; their mean {mean:.3f}, the lowest {rewards[-1]:.3f})"
-    )
+    values = [candidate.reward for candidate in found]
+    mean = sum(values) / len(values)
+    tell(f"(reward {values[0]:.3f}, the highest of {len(values)}; their mean {mean:.3f}, the lowest {values[-1]:.3f})")
     if found[0].reason != "stop":
         tell(f"(stopped by its length: {found[0].reason})")

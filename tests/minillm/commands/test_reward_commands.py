@@ -6,6 +6,7 @@ import json
 import pytest
 import torch
 
+from minillm.alignment import rewards
 from minillm.base import files
 from minillm.checkpoint import huggingface
 from minillm.generation.completion import generate
@@ -127,6 +128,40 @@ def test_answers_to_be_judged_end_before_a_stop_text(home, reward_model, call):
     status, out, err = call(*asked, "--stop", stop)
     assert status == 0 and len(out) <= 4 and "length" not in err, err
     assert f"(reward {score_of(home, reward_model, 'Tom?', out.removesuffix(chr(10))):.3f}" in err
+
+
+def test_the_reward_means_what_it_means_in_training(home, reward_model, call, monkeypatch):
+    """Sums of models and functions, and scores on the scale that a reward model's training recorded."""
+    (home.path / "mine.py").write_text("def size(prompts, answers, rows):\n    return [len(a) for a in answers]\n")
+
+    def best(reward: str) -> tuple[float, str, str]:
+        status, out, err = call("generate", "--best_of", "1", "--reward", reward, *SAMPLED)
+        assert status == 0, err
+        return float(err.partition("(reward ")[2].partition(",")[0]), out, err
+
+    raw, out, err = best("out/reward")
+    assert "records no scale of its scores" in err
+    size = len(out.removesuffix("\n"))
+    assert best("0.5*out/reward,2*mine.py:size")[0] == pytest.approx(0.5 * raw + 2 * size, abs=2e-3)
+    monkeypatch.setattr(rewards, "score_scale", lambda folder: (raw - 3, 2.0))
+    scaled, _, err = best("out/reward")
+    assert scaled == pytest.approx(1.5, abs=2e-3) and "no scale" not in err
+
+
+def test_a_reward_model_must_read_the_longest_answer_there_can_be(home, reward_model, call):
+    """Its own context counts, of which nothing that stands before a text is left to it."""
+    short = Transformer(dataclasses.replace(reward_model.config, max_seq_len=30))
+
+    def fill(folder):
+        huggingface.save_model(short, folder, special_ids=home.tokenizer.special_ids)
+        home.tokenizer.save(folder)
+
+    files.write_folder(home.path / "out" / "short" / "step-00000001", fill)
+    prompt, _ = home.tokenizer.encode_chat([{"role": "user", "content": "Tom?"}], add_generation_prompt=True)
+    asked = ("generate", "--prompt", "Tom?", "--best_of", "2", "--reward", "out/short", "--max_new_tokens")
+    assert call(*asked, str(30 - len(prompt)))[0] == 0
+    status, _, err = call(*asked, str(31 - len(prompt)))
+    assert status == 2 and "reads at most 30 tokens" in err and err.rstrip().endswith("lower --max_new_tokens")
 
 
 @pytest.mark.parametrize(
