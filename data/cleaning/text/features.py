@@ -41,8 +41,8 @@ FEATURES = {
     "repeated_grams": "share of runs of 12 characters that came before, from 100 characters on",
     "longest_run": "how often a character follows itself",
     "repeated_lines": "share of lines that came before, of more than 5",
-    "tags": "share of characters in HTML tags",
-    "page_code": "pieces of CSS and JavaScript, per 500 characters",
+    "tags": "share of characters in HTML tags, of a text that does not explain them",
+    "page_code": "pieces of CSS and JavaScript, per 500 characters, of a text that does not explain them",
     "long_runs": "share of characters in runs of over 100 without a space, other than links",
     "sales": "words that sell, and 2 for a contact beside two of them, per 500 characters",
     "stub": "1 if the text ends with “read more” and the like: it was cut off",
@@ -55,6 +55,8 @@ LANGUAGES = ("zh", "en", "ja", "ko", "ru", "other")
 
 FEW_HANZI = 20  # below, the share of rare ones is taken as if there were so many
 FEW_LETTERS = 20
+LEAST_PROSE = 30  # letters in lines without tags and code: a text may be about these
+LEAST_PROSE_SHARE = 0.2  # of what is no space: of lessons on HTML 96 % have more, of pages hardly cleaned 0 to 15 %
 CODE_FROM = 0.04  # share of signs such as braces: source code, of whose words no language is known
 ENOUGH_WORDS = 20_000  # characters from which the language is known
 COUNTED_LENGTH = 500  # characters: what is counted is per so many in longer texts, and as it is in shorter ones
@@ -146,10 +148,29 @@ def _of_one_text(text: str, per_500: float, has_latin: bool) -> dict[str, float]
         n_sales += 2
     found["sales"] = n_sales * per_500
 
-    found["tags"] = sum(map(len, words.TAG.findall(text))) / size if "<" in text else 0.0
-    found["page_code"] = len(words.CODE_OF_PAGES.findall(text)) * per_500 if "{" in text else 0.0
+    n_in_tags = sum(map(len, words.TAG.findall(text))) if "<" in text else 0
+    n_pieces = len(words.CODE_OF_PAGES.findall(text)) if "{" in text else 0
+    if not (n_in_tags or n_pieces) or not explains_code(text):
+        found["tags"] = n_in_tags / size
+        found["page_code"] = n_pieces * per_500
     found["long_runs"] = _in_long_runs(text) / size
     return found
+
+
+def explains_code(text: str) -> bool:
+    """Whether tags and scripts are what a text is about: much of it is prose, in lines without them.
+
+    What is left of a page has its tags in the lines that they dress, and scripts beside nothing else.
+    """
+    n_letters = 0
+    for line in text.split("\n"):
+        tags = words.TAG.findall(line) if "<" in line else []
+        if all(map(words.MENTIONED_TAG.fullmatch, tags)):
+            prose = words.TAG.sub("", line) if tags else line
+            n_in_line = sum(map(str.isalpha, prose))
+            n_letters += n_in_line if n_in_line > 4 and not words.CODE_LINE.search(prose) else 0
+    n_visible = sum(map(len, text.split()))
+    return n_letters >= LEAST_PROSE and n_letters > LEAST_PROSE_SHARE * n_visible
 
 
 def _in_long_runs(text: str) -> int:

@@ -33,7 +33,9 @@ QUESTION_MARKS = re.compile(r"\?{4,}")
 CODE_OF_PAGES = re.compile(
     r"\{\s*[\w-]+\s*:[^{}\n]{1,200}\}|;\s*[\w-]+:\s*[\w#%.-]+(?=[;}])|\)\s*\{|\(['\"][#.]|=\s*function\b|\bvar \w+\s*="
 )
+CODE_LINE = re.compile(r"[{}]|;\s*$|^\s*(?://|/?\*|#)|\w\([^()]*\)\s*$")  # a line that is no prose
 TAG = re.compile(r"</?[a-zA-Z][^<>\n]{0,300}>")
+MENTIONED_TAG = re.compile(r"<[a-zA-Z][\w:-]*\s*/?>")  # nothing but a name, as in “the <br> tag”
 URL = re.compile(r"(?:https?|ftp)://[!-~]+|www\.[!-~]+")
 LONG_RUN = re.compile(r"[!-~]{101,}")
 

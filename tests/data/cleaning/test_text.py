@@ -174,6 +174,45 @@ def test_good_text_is_kept(text):
     assert reason(text) is None
 
 
+FORM = '<form action="a.php">\n<input type="text" name="q">\n<input type="submit" value="提交">\n</form>'
+ABOUT_FORMS = (
+    "下面是一个最简单的表单，里面有一个文本框和一个按钮：\n{}\n浏览器把用户写的内容发给服务器，由那里的程序来处理。"
+)
+STYLED = '<p style="text-indent:2em;"><span style="font-size:14px;">{}</span></p>'
+SHEET = ".nav{float:left;width:980px}.nav li{display:inline;padding:4px}a:hover{color:#f60}#foot{clear:both}"
+SCRIPT = "var q = q || [];\nq.push(['_account', 'UA-0']);\n(function() {\n  document.body.append(window.ga);\n})();"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        ABOUT_FORMS.format(FORM),
+        ABOUT_FORMS.format("\n".join(f"<{name}>" for name in "a abbr area base body br button form input".split())),
+        "用 <b> 标签可以把字变粗，用 <i> 标签可以把字变斜，而要在一行里换到下一行，就要用到 <br /> 这个标签。\n" + FORM,
+        "The <td> tag makes a cell of a table, and a row of cells stands in a <tr>:\n<tr>\n  <td>1</td>\n</tr>",
+        f"样式表由规则组成，每条规则先写选择器，再写属性和值。把鼠标移到链接上，颜色就变了，试试看：\n{SHEET}",
+        "闭包是一个函数和它出生时的环境，环境里的变量在函数返回之后还在，所以下面的计数不会归零：\n" + SCRIPT,
+    ],
+)
+def test_a_lesson_on_pages_is_kept_with_its_examples(text):
+    assert reason(text) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "rule"),
+    [
+        ("".join(map(STYLED.format, ZH.split("，"))), "tags"),
+        ("\n".join(map(STYLED.format, ZH.split("，"))), "tags"),
+        (f"<!doctype html>\n<html>\n<body>\n{STYLED.format(ZH)}\n{FORM}\n</body>\n</html>", "tags"),
+        (f'{ZH}<a class="more" href="/a/1234.html" target="_blank">更多</a>', "tags"),
+        (f"{SHEET}\n{SCRIPT}", "page_code"),
+        (f"首页\n{SHEET}\n{SCRIPT}\n{SHEET}", "page_code"),
+    ],
+)
+def test_what_is_left_of_a_page_is_dropped(text, rule):
+    assert reason(text) == rule
+
+
 def test_a_feature_that_says_nothing_holds_for_no_rule():
     values = measured(ZH)
     assert np.isnan(values["english_words"]) and np.isnan(values["function_hanzi"])
