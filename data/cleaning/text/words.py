@@ -29,9 +29,10 @@ CONTACT = re.compile(
 MOJIBAKE = ("锟斤拷", "烫烫烫烫", "屯屯屯屯", "锘縝", "锘匡", "â€", "Ã©", "Ã¤", "Ã¼", "Ã¶", "ï»¿")
 QUESTION_MARKS = re.compile(r"\?{4,}")
 
-# What a page's code looks like when it was taken for text. Each begins with a sign that prose hardly has.
+# What a page's code looks like when it was taken for text. Not `) {`, which all languages like C have.
 CODE_OF_PAGES = re.compile(
-    r"\{\s*[\w-]+\s*:[^{}\n]{1,200}\}|;\s*[\w-]+:\s*[\w#%.-]+(?=[;}])|\)\s*\{|\(['\"][#.]|=\s*function\b|\bvar \w+\s*="
+    r"\{\s*[\w-]+\s*:[^{}\n]{1,200}\}|;\s*[\w-]+:\s*[\w#%.-]+(?=[;}])"  # rules of a style sheet
+    r"|\(['\"][#.]|\bvar \w+\s*=|\bfunction\s*\w*\s*\(|\b(?:window|document)\.\w"
 )
 CODE_LINE = re.compile(r"[{}]|;\s*$|^\s*(?://|/?\*|#)|\w\([^()]*\)\s*$")  # a line that is no prose
 TAG = re.compile(r"</?[a-zA-Z][^<>\n]{0,300}>")

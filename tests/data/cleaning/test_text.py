@@ -198,6 +198,19 @@ def test_a_lesson_on_pages_is_kept_with_its_examples(text):
     assert reason(text) is None
 
 
+@pytest.mark.parametrize("language", ["Java", "C", "Go", "Rust"])
+def test_code_of_languages_with_braces_is_no_code_of_pages(language):
+    lines = {
+        "Java": "public String get{0}() {{\n  if (this.{0} == null) {{\n    load();\n  }}\n  return {0};\n}}",
+        "C": "static int get{0}(struct row *r) {{\n  while (r->next) {{\n    r = r->next;\n  }}\n  return r->{0};\n}}",
+        "Go": "func (r *Row) Get{0}() string {{\n  for i := range r.All() {{\n    use(i)\n  }}\n  return r.{0}\n}}",
+        "Rust": "fn get{0}(&self) -> u32 {{\n  if self.has({0}) {{\n    self.load()\n  }}\n  self.{0}\n}}",
+    }[language]
+    code = "\n".join(lines.format(name) for name in ("name", "age", "city", "zip", "mail", "phone", "note"))
+    assert measured(code)["page_code"] == 0
+    assert measured(SHEET)["page_code"] > 3.5
+
+
 @pytest.mark.parametrize(
     ("text", "rule"),
     [
