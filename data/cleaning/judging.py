@@ -69,10 +69,10 @@ def final_documents(stem: Path, recurring: np.ndarray) -> list[dict]:
     for number in np.unique(owner[is_recurring]):
         document = documents[number]
         size = len(document["text"])
-        document["text"], n_cut = cut_recurring(document["text"], hashes)
-        if n_cut:
+        document["text"], n_in_runs, n_alone = cut_recurring(document["text"], hashes)
+        if n_in_runs or n_alone:
             document["mended"].append("recurring_lines")
-            document["known"][0] += n_cut / size
+            document["known"][0] += n_alone / size  # a text below a long menu is no worse for it
     return documents
 
 

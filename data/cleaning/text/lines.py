@@ -8,12 +8,15 @@ import hashlib
 import itertools
 import re
 from collections.abc import Callable, Iterable
+from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 
-from data.cleaning.text.normalise import FENCED, outside_code
+from data.cleaning.text.normalise import BLANK_LINES, FENCED, outside_code
 
 LONGEST = 120  # characters of a line that a pattern may cut
+REMEMBERED = 1 << 16  # shorter lines whose kind and hash are remembered: those of menus come again and again
 # A line that holds one of these, and is short, is a page's and not a text's.
 ANYWHERE = re.compile(
     r"上一篇[:：]|下一篇[:：]|[上下]一页|版权所有|ICP备|公网安备|责任编辑|责编[:：]|分享到|扫一扫|登录\s*[|｜/]\s*(?:立即)?注册|立即注册"
@@ -50,7 +53,19 @@ LINK_DEFINITION = re.compile(r"\s{0,3}\[[^\]\n]+\]:\s*(?:https?://|www\.|/|#)\S*
 PICTURE = re.compile(r"!\[[^\]\n]{0,1000}\](?:\([^)\n]*\)|\[[^\]\n]*\])")
 LINK = re.compile(r"\[([^\]\n]{1,1000})\](?:\((?:https?:|mailto:|ftp:|/|#|\.)[^)\n]*\)|\[\w*\](?!\())")
 
-RECURRING_FROM = 24  # bytes of UTF-8: shorter lines recur in good texts, such as “是的。” or `return result`
+# Lines that many documents share. A line that looks like code is none: programs of all documents hold it.
+CODE = re.compile(
+    r"[{}\\]|;$|^(?:\||//|/\*|#!|#include|[$>] )|\w=[\"'\w]|\s[-+*/.:]?=\s|\w\([^()]*\)$|</?[a-zA-Z][^<>]{0,300}>|-\*-"
+    r"|^(?:return|pass|else|elif|if|try|except|raise|finally|with|for|while|break|continue|do|done|then|fi|end|begin|case"
+    r"|default|import|from|def|class|assert|yield|public|private|static|var|let|const|int|void|print|echo|cd|git|sudo)\b"
+)
+SENTENCE_END = tuple('。！？!?.…；;”’"」』')
+SINGLE_FROM = 24  # bytes of UTF-8: shorter lines recur in good texts, such as “是的。”; they are cut in runs alone
+RUN_FROM = 4  # lines that recur, one after another: a menu, if none ends a sentence
+LONG_FROM = 128  # bytes of a line of sentences: lists of articles quote it, so it must recur in many more documents
+LONG_TIMES = 5  # so many times as many
+NO_LINE = 0
+LEAST_LEFT = 20  # letters: a document of which the menus leave less is a menu
 
 
 def cut_lines(text: str) -> tuple[str, int, int]:
@@ -64,9 +79,10 @@ def cut_lines(text: str) -> tuple[str, int, int]:
         nonlocal n_cut, n_of_links
         kept = []
         for line in part.split("\n"):
-            if is_boilerplate(line):
+            kind = _kind_of_short(line) if len(line) <= LONGEST else _kind(line)
+            if kind == "boilerplate":
                 n_cut += len(line)
-            elif is_link_or_ruler(line):
+            elif kind == "link":
                 n_of_links += len(line)
             else:
                 without = LINK.sub(r"\1", PICTURE.sub("", line)) if "](" in line or "][" in line else line
@@ -96,6 +112,17 @@ def _holds_phrase(text: str) -> bool:
     return any(phrase in lower for phrase in ANYWHERE_EN)
 
 
+def _kind(line: str) -> str:
+    if is_boilerplate(line):
+        return "boilerplate"
+    return "link" if is_link_or_ruler(line) else "text"
+
+
+@lru_cache(REMEMBERED)
+def _kind_of_short(line: str) -> str:
+    return _kind(line)
+
+
 def is_boilerplate(line: str) -> bool:
     """Whether a pattern knows this line as a page's: a menu, a footer, a notice."""
     return 0 < len(line) <= LONGEST and bool(line.strip()) and (_holds_phrase(line) or bool(MENU.fullmatch(line)))
@@ -115,49 +142,91 @@ def is_link_or_ruler(line: str) -> bool:
 
 
 def line_hashes(text: str) -> list[int]:
-    """The hash of each different line that may be cut if it recurs, 64 bits each.
+    """The hash of each different line that may be cut if it recurs, 64 bits each; the last one tells long sentences.
 
-    Not of short lines, of indented ones and of those in blocks of code; and of a document of one line none, since that
-    is a copy of the document and no line of a page.
+    Not of code; and of a document of one line none, since that is a copy of the document and no line of a page.
     """
     if "\n" not in text:
         return []
-    lines = {line for part in FENCED.split(text)[::2] for line in part.split("\n")}
-    return sorted(_hash(line) for line in lines if may_recur(line))
+    lines = {line.strip() for part in FENCED.split(text)[::2] for line in part.split("\n")}
+    return sorted(set(map(line_hash, lines)) - {NO_LINE})
 
 
-def may_recur(line: str) -> bool:
-    """Whether a line is long enough, and not code by its indentation."""
-    return not line.startswith((" ", "\t")) and len(line) * 3 >= RECURRING_FROM and len(line.encode()) >= RECURRING_FROM
+def line_hash(line: str) -> int:
+    """The hash of a line without the spaces around it; NO_LINE of an empty one and of code."""
+    return _hash_of_short(line) if len(line) <= LONGEST else _hash(line)
+
+
+@lru_cache(REMEMBERED)
+def _hash_of_short(line: str) -> int:
+    return _hash(line)
 
 
 def _hash(line: str) -> int:
-    return int.from_bytes(hashlib.blake2b(line.strip().encode(), digest_size=8).digest(), "little")
+    if not line or CODE.search(line):
+        return NO_LINE
+    data = line.encode()
+    number = int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
+    is_long = len(data) >= LONG_FROM and any(mark in line for mark in SENTENCE_END)
+    return number | 1 if is_long else number & ~1
 
 
-def cut_recurring(text: str, recurring: set[int]) -> tuple[str, int]:
-    """(the text without the lines whose hashes recur, characters cut).
+class Cut(NamedTuple):
+    """A text without lines that recur. n_in_runs, n_alone: characters cut in menus, and in single lines."""
+
+    text: str
+    n_in_runs: int = 0
+    n_alone: int = 0
+
+
+def cut_recurring(text: str, recurring: set[int], cuts_alone: bool = True) -> Cut:
+    """The text without the lines whose hashes recur: menus, which are runs of such lines, and longer ones alone.
 
     A document that mostly consists of such lines is a copy of others: it stays whole, for those who look for copies.
     """
-    n_cut = 0
+    n_in_runs = n_alone = 0
 
     def cut(part: str) -> str:
-        nonlocal n_cut
-        kept = []
-        for line in part.split("\n"):
-            if may_recur(line) and _hash(line) in recurring:
-                n_cut += len(line)
-            else:
-                kept.append(line)
-        return "\n".join(kept)
+        nonlocal n_in_runs, n_alone
+        lines = part.split("\n")
+        recurs = [number for number, line in enumerate(lines) if line_hash(line.strip()) in recurring]
+        in_runs = _in_runs(lines, recurs)
+        alone = {number for number in recurs if cuts_alone and number not in in_runs and _is_cut_alone(lines[number])}
+        n_in_runs += sum(len(lines[number]) for number in in_runs)
+        n_alone += sum(len(lines[number]) for number in alone)
+        return "\n".join([line for number, line in enumerate(lines) if number not in in_runs and number not in alone])
 
-    shorter = outside_code(text, cut).strip("\n")
-    return (shorter, n_cut) if 2 * n_cut <= len(text) else (text, 0)
+    shorter = outside_code(text, cut)
+    if n_in_runs:
+        shorter = BLANK_LINES.sub("\n\n", shorter)
+    is_menu = n_in_runs and sum(map(str.isalpha, shorter)) < LEAST_LEFT
+    is_copy = 2 * n_alone > len(text) - n_in_runs
+    return Cut(text) if is_menu or is_copy else Cut(shorter.strip("\n"), n_in_runs, n_alone)
+
+
+def _in_runs(lines: list[str], recurs: list[int]) -> set[int]:
+    """The numbers of lines in runs of RUN_FROM and more that recur and end no sentence; empty lines break no run."""
+    found: set[int] = set()
+    run: list[int] = []
+    for number in recurs:
+        if lines[number].rstrip().endswith(SENTENCE_END):
+            continue
+        if not run or any(line.strip() for line in lines[run[-1] + 1 : number]):
+            run = []
+        run.append(number)
+        if len(run) >= RUN_FROM:
+            found.update(run[-RUN_FROM:])
+    return found
+
+
+def _is_cut_alone(line: str) -> bool:
+    """Whether a line that recurs is cut without others around it: long, and if indented a sentence, so no code."""
+    is_code = line.startswith(("    ", "\t")) and not line.rstrip().endswith(SENTENCE_END)
+    return not is_code and len(line.strip().encode()) >= SINGLE_FROM
 
 
 def recurring(hashes: Callable[[], Iterable[np.ndarray]], least: int, at_once: int = 1 << 26) -> np.ndarray:
-    """Those hashes that at least `least` documents hold, sorted, (n,) uint64.
+    """Those hashes that at least `least` documents hold, sorted, (n,) uint64; of long sentences LONG_TIMES as many.
 
     hashes(): goes through those of all documents, in arrays that may come from the disk; of each document without
     repeats. Memory holds about `at_once` of them at a time: one part of the range of hashes after another.
@@ -168,5 +237,6 @@ def recurring(hashes: Callable[[], Iterable[np.ndarray]], least: int, at_once: i
     for first, end in itertools.pairwise(edges):
         inside = [array[(array >= np.uint64(first)) & (array <= np.uint64(end - 1))] for array in hashes()]
         values, counts = np.unique(np.concatenate(inside or [np.zeros(0, np.uint64)]), return_counts=True)
-        found.append(values[counts >= least])
+        needed = np.where(values & np.uint64(1), LONG_TIMES * least, least)
+        found.append(values[counts >= needed])
     return np.concatenate(found)

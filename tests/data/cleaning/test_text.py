@@ -114,10 +114,64 @@ def test_recurring_lines_are_counted_by_document_and_cut():
     for at_once in (1 << 20, 3):  # in one part of the range, and in many
         found = recurring(lambda: hashes, 10, at_once)
         assert len(found) == 1 and not len(recurring(lambda: hashes, 11, at_once))
-    assert cut_recurring(texts[3], set(found.tolist())) == (f"{ZH}第3篇，各不相同。", 2 * len(footer))
+    assert cut_recurring(texts[3], set(found.tolist())) == (f"{ZH}第3篇，各不相同。", 0, 2 * len(footer))
     mostly_footer = f"短\n{footer}"
-    assert cut_recurring(mostly_footer, set(found.tolist())) == (mostly_footer, 0)
+    assert cut_recurring(mostly_footer, set(found.tolist())) == (mostly_footer, 0, 0)
     assert line_hashes(footer) == []  # a document of one line: copies of it are copies
+
+
+def cut_where_all_share(shared: str, n: int = 10) -> str:
+    """What is left of `shared` in one of n documents that all hold it between sentences of their own."""
+    texts = [f"{ZH}第{i}篇，各不相同。\n{shared}\n第{i}篇到这里为止，后面没有了。" for i in range(n)]
+    hashes = [np.array(line_hashes(text), np.uint64) for text in texts]
+    cut = cut_recurring(texts[7], set(recurring(lambda: hashes, 10).tolist())).text
+    assert cut.startswith(ZH) and cut.endswith("后面没有了。")
+    return "\n".join(cut.split("\n")[1:-1]).strip("\n")
+
+
+@pytest.mark.parametrize(
+    "menu",
+    [
+        "推荐文章\n留言小本\n编程语言\n操作系统\n数据库",
+        "\t\tHTML\n\t\tCSS\n\n\t\tJavaScript\n\t\tSQL\n\t\t更多",
+        "2013年12月 (5)\n2013年11月 (3)\n2013年10月 (8)\n2013年09月 (1)",
+        "\t\t本站内容仅用于学习，我们不保证它的正确性。",
+    ],
+)
+def test_menus_are_cut_whatever_the_length_of_their_lines(menu):
+    assert cut_where_all_share(menu) == ""
+    assert cut_where_all_share(menu, n=9) == menu.strip("\n")
+
+
+@pytest.mark.parametrize(
+    "shared",
+    [
+        "是的。\n不是。\n“走吧！”\n为什么？\n好。",
+        "床前明月光，\n疑是地上霜。\n举头望明月，\n低头思故乡。",
+        "更多内容\n作者简介",  # too few lines for a menu
+        '<script type="text/javascript">\nvar oldest = items[0];\nshow(oldest)\n</script>\n</body>\n</html>',
+        "    try:\n        import numpy\n    except ImportError:\n        raise NotImplementedError\n    return None",
+        "#include <stdio.h>\nint main(void)\n{\n    return EXIT_SUCCESS;\n}",
+        "| 属性 | 描述 |\n|---|---|\n| name | 规定控件的名称，可以省略 |\n| value | 规定控件的值 |",
+        "这篇文章的第一段写得很长，它讲了作者为什么要写这篇文章，以及读者能从里面学到些什么样的东西。",
+    ],
+)
+def test_lines_of_texts_that_recur_are_kept(shared):
+    assert cut_where_all_share(shared) == shared
+
+
+def test_long_sentences_are_cut_where_five_times_as_many_documents_hold_them():
+    notice = "本站的全部内容只供学习和交流之用，我们不保证它们都是正确的，也不对使用它们造成的任何损失负责。"
+    assert cut_where_all_share(notice, n=49) == notice
+    assert cut_where_all_share(notice, n=50) == ""
+
+
+def test_a_page_that_is_a_menu_stays_whole():
+    menu = "推荐文章\n留言小本\n编程语言\n操作系统\n数据库"
+    hashes = set(line_hashes(menu))
+    assert cut_recurring(f"{menu}\n短", hashes) == (f"{menu}\n短", 0, 0)
+    assert cut_recurring(f"{menu}\n{ZH}", hashes).text == ZH  # also where the menu is most of it
+    assert cut_recurring(f"{menu * 9}\n{ZH}", hashes).text.endswith(ZH)
 
 
 # ---- characters and features, against Python's own loops
@@ -187,7 +241,7 @@ SCRIPT = "var q = q || [];\nq.push(['_account', 'UA-0']);\n(function() {\n  docu
     "text",
     [
         ABOUT_FORMS.format(FORM),
-        ABOUT_FORMS.format("\n".join(f"<{name}>" for name in "a abbr area base body br button form input".split())),
+        ABOUT_FORMS.format("\n".join(f"<{name}>" for name in ("a", "abbr", "area", "base", "br", "form"))),
         "用 <b> 标签可以把字变粗，用 <i> 标签可以把字变斜，而要在一行里换到下一行，就要用到 <br /> 这个标签。\n" + FORM,
         "The <td> tag makes a cell of a table, and a row of cells stands in a <tr>:\n<tr>\n  <td>1</td>\n</tr>",
         f"样式表由规则组成，每条规则先写选择器，再写属性和值。把鼠标移到链接上，颜色就变了，试试看：\n{SHEET}",
