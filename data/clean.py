@@ -23,6 +23,7 @@ import numpy as np
 
 from data.cleaning import duplicates, outcomes, passes, reading, scores, writing
 from data.cleaning import report as reports
+from data.cleaning.judging import MENU_FROM
 from data.cleaning.mending import How, mended_documents
 from data.cleaning.model_score import ModelScore
 from data.cleaning.page import page
@@ -157,10 +158,11 @@ def clean(config: Config) -> dict:
             sources = passes.sampled(sources, folder, DRY_SHARE, DRY_FROM)
         pieces = passes.mend(sources, folder, how, workers)
         least = 0 if config.sft else config.recurring  # an answer's lines are no boilerplate
-        recurring = passes.recurring_lines(pieces, least) if least else np.zeros(0, np.uint64)
+        recurring = passes.recurring_lines(pieces, least)
         with_signatures = config.near_duplicates != "off"
+        menus = passes.recurring_lines(pieces, MENU_FROM if with_signatures and not config.sft else 0)
         index = _benchmark_index(config.check_against)
-        shared = passes.Shared(recurring, index, with_signatures, config.sft)
+        shared = passes.Shared(recurring, index, with_signatures, config.sft, menus)
         judged = passes.judge(pieces, shared, workers)
         found = outcomes.outcomes(pieces, judged, rules)
         outcomes.refuse_if_unread(found, pieces)

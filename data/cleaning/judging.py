@@ -17,15 +17,23 @@ from data.decontaminate import Index, found_in, tokens_of
 from minillm.base.files import write_file
 
 SHINGLE_OF_PROMPTS = 3  # tokens
+MENU_FROM = 3  # documents that share a menu, from which it does not count where they are compared
 
 
 def judge_piece(
-    stem: Path, judged: Path, recurring: np.ndarray, index: Index | None, with_signatures: bool, is_sft: bool
+    stem: Path,
+    judged: Path,
+    recurring: np.ndarray,
+    index: Index | None,
+    with_signatures: bool,
+    is_sft: bool,
+    menus: np.ndarray,
 ) -> None:
     """Write what describes the documents of a piece to the file `judged`.
 
     recurring: hashes of lines to be cut, sorted. index: of rows that no training text may hold. is_sft: documents are
-    conversations, of which the prompts are compared: the first line, and what follows it.
+    conversations, of which the prompts are compared: the first line, and what follows it. menus: hashes of lines, runs
+    of which do not count where texts are compared, sorted.
     """
     documents = final_documents(stem, recurring)
     texts = [document["text"] for document in documents]
@@ -53,7 +61,8 @@ def judge_piece(
         arrays["n_tokens"] = np.array(n_tokens, np.int64).T
         arrays["context"] = np.array([text_hash(document.get("context", "")) for document in documents], np.uint64)
     elif with_signatures:
-        arrays["signatures"] = signatures(texts, SHINGLE)
+        own = _own_lines(stem, menus)
+        arrays["signatures"] = signatures([cut_recurring(text, own, cuts_alone=False).text for text in texts], SHINGLE)
     write_file(judged, lambda path: write_arrays(path, arrays))
 
 
@@ -62,10 +71,10 @@ def final_documents(stem: Path, recurring: np.ndarray) -> list[dict]:
     documents = read_rows(stem.with_suffix(".jsonl"))
     if not len(recurring):
         return documents
+    hashes = _own_lines(stem, recurring)
     with np.load(stem.with_suffix(".npz")) as arrays:
         is_recurring = np.isin(arrays["lines"], recurring)
         owner = np.repeat(np.arange(len(documents)), arrays["n_lines"])
-    hashes = set(recurring.tolist()) if is_recurring.any() else set()
     for number in np.unique(owner[is_recurring]):
         document = documents[number]
         size = len(document["text"])
@@ -74,6 +83,12 @@ def final_documents(stem: Path, recurring: np.ndarray) -> list[dict]:
             document["mended"].append("recurring_lines")
             document["known"][0] += n_alone / size  # a text below a long menu is no worse for it
     return documents
+
+
+def _own_lines(stem: Path, hashes: np.ndarray) -> set[int]:
+    """Those of the hashes that lines of a piece have."""
+    with np.load(stem.with_suffix(".npz")) as arrays:
+        return set(np.intersect1d(arrays["lines"], hashes).tolist())
 
 
 def read_judged(judged: Path) -> dict[str, np.ndarray]:

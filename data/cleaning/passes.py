@@ -230,7 +230,12 @@ def _mend(stem: Path, raws: list[Raw], is_piece: bool, how: How) -> None:
 
 
 def recurring_lines(pieces: list[Piece], least: int) -> np.ndarray:
-    """Hashes of the lines that at least `least` documents hold, copies of a document counted once, (n,) uint64."""
+    """Hashes of the lines that at least `least` documents hold, copies of a document counted once, (n,) uint64.
+
+    least: 0 for none.
+    """
+    if not least:
+        return np.zeros(0, np.uint64)
     hashes = np.concatenate([np.zeros(0, np.uint64), *(_arrays_of(piece)["hashes"] for piece in pieces)])
     is_first = np.zeros(len(hashes), bool)
     is_first[np.unique(hashes, return_index=True)[1]] = True
@@ -258,11 +263,12 @@ class Shared(NamedTuple):
     index: Index | None
     with_signatures: bool
     is_sft: bool
+    menus: np.ndarray
 
     def key(self) -> str:
         """A checksum of it."""
         parts = [self.recurring.tobytes(), b"" if self.index is None else self.index.hashes.tobytes()]
-        parts.append(bytes([self.with_signatures]))
+        parts += [bytes([self.with_signatures]), self.menus.tobytes()]
         return hashlib.sha256(b"|".join(parts)).hexdigest()[:12]
 
 

@@ -306,6 +306,16 @@ def test_validation_texts_are_not_repeated(tmp_path):
     assert [row["text"] for row in kept(tmp_path / "out")] == [story(4)] * 3
 
 
+def test_articles_below_one_long_menu_are_no_copies(tmp_path):
+    menu = "\n".join(f"{name}{kind}" for name in WORDS for kind in ("入门", "进阶", "实战"))
+    rows = [{"text": f"{menu}\n{story(i)}"} for i in range(5)]
+    rows += [{"text": f"{menu}\n{story(9)}{story(8)}{end}"} for end in ("完", "终", "了")]
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    run(tmp_path / "a.jsonl", tmp_path / "out")
+    assert [row["text"] for row in kept(tmp_path / "out")] == [row["text"] for row in rows[:6]]
+    assert {row["text"] for row in dropped(tmp_path / "out")["near_duplicate"]} == {row["text"] for row in rows[6:]}
+
+
 def test_texts_that_hold_a_benchmark_question_are_dropped(tmp_path):
     question = "珍妮的鸭子每天下十六个蛋，她早餐吃三个，还剩多少个可以卖？"
     rows = [{"text": story(1) + question + story(2)}, {"text": story(3)}]
