@@ -29,7 +29,7 @@ from minillm.datasets.files.text_files import LONGEST_TEXT, cut_text, ending
 
 PACKINGS = ("", ".gz", ".zst")
 PLAIN = (".txt", ".md", ".markdown")
-PAGES = (".html", ".htm")
+PAGES = (".html", ".htm", ".xhtml", ".shtml", ".asp", ".aspx", ".php", ".jsp")  # as servers name what they send
 ROWS = (".jsonl", ".json", ".ndjson")
 TABLES = (".csv", ".tsv")
 ARCHIVES = (".warc",)

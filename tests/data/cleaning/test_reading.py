@@ -40,6 +40,14 @@ def test_the_main_text_of_a_page_is_taken_out_whatever_its_encoding(tmp_path):
         assert ZH in text and "船" in text and "关于我们" not in text and "var a" not in text and "版权" not in text
 
 
+@pytest.mark.parametrize("ending", reading.PAGES)
+def test_pages_are_read_by_all_the_names_that_servers_give_them(tmp_path, ending):
+    pytest.importorskip("trafilatura")
+    (tmp_path / f"a{ending}").write_text(PAGE, encoding="utf-8")
+    (file,) = find_files([tmp_path], suffixes=reading.SUFFIXES)
+    assert ZH in texts(file)[0]
+
+
 def test_zst_is_unpacked_frame_by_frame(tmp_path):
     zstandard = pytest.importorskip("zstandard")
     file = tmp_path / "rows.jsonl.zst"
