@@ -5,9 +5,11 @@ As for training, one process goes through a file and cuts out what is raw (`raw_
 broken, what stands before the break is read, and the rest counts as one.
 """
 
+import codecs
 import gzip
 import io
 import json
+import re
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -41,6 +43,13 @@ LARGEST = 2 * LONGEST_TEXT  # bytes of a document; one takes ten times its size 
 TOO_LARGE = ("too_large", f"more than {LARGEST >> 20} MB in one document; cut it")
 PARSERS = ("zstandard", "warcio", "pyarrow")
 MOST_WRONG = 0.01  # of a text's bytes: with fewer it counts as UTF-8 that was damaged
+MOST_WRONG_NAMED = 0.001  # of a page's bytes, in the encoding that it names
+ASIAN = ("gb18030", "big5hkscs", "hz", "shift_jis", "cp932", "euc_jp", "euc_kr", "cp949")
+WESTERN = ("cp125", "iso8859", "koi8")  # one byte a character
+HEAD_OF_PAGE = 1 << 12  # bytes in which a page names its encoding
+NAMED_ENCODING = re.compile(
+    rb"(?:<meta\b[^<>]{0,200}\bcharset|<\?xml\b[^<>]{0,100}\bencoding)\s*=\s*[\"']?\s*([\w.:-]+)", re.IGNORECASE
+)
 EXTRA = 'pip install -e ".[clean]"'
 
 
@@ -183,8 +192,8 @@ def document_of(raw: Raw, field: str) -> tuple[str, dict]:
         return decoded(raw.value), {}
     if raw.kind == "page":
         is_archived = isinstance(raw.value, dict)
-        page = decoded(raw.value["html"] if is_archived else raw.value)
-        return text_of_page(page), {"url": raw.value["url"]} if is_archived else {}
+        page = raw.value["html"] if is_archived else raw.value
+        return text_of_page(decoded(page, encoding_named(page))), {"url": raw.value["url"]} if is_archived else {}
     row = row_of(raw)
     text = row.get(field)
     if field not in row:
@@ -232,8 +241,11 @@ def _without_surrogates(value):
     return value
 
 
-def decoded(data: bytes) -> str:
+def decoded(data: bytes, named: str | None = None) -> str:
     """Bytes as text: strictly UTF-8, else in the encoding that they are recognized to be in; never by a guess.
+
+    named: the encoding that a page says it is in. It counts where the bytes fit; after UTF-8, since pages are recoded
+    without a change of what they say, and if it has one byte a character after all others, since any bytes are of it.
 
     GB18030 decodes nearly any bytes, so it counts only if the characters are those of daily use. UTF-8 with a few
     wrong bytes is UTF-8, with U+FFFD for them. Raises Unreadable.
@@ -242,14 +254,32 @@ def decoded(data: bytes) -> str:
         return data.decode()
     except UnicodeDecodeError:
         pass
+    if named in ASIAN or named == "utf-8":
+        text = data.decode(named, "replace")
+        if text.count("\ufffd") <= max(MOST_WRONG_NAMED * len(data), 0 if named in ASIAN else 1):
+            return text
     text = data.decode("utf-8", "replace")
     n_beyond_ascii = sum(map(data.count, map(bytes, zip(range(0xC2, 0xF5)))))  # first bytes of characters
     if text.count("\ufffd") <= max(MOST_WRONG * n_beyond_ascii, 1) and n_beyond_ascii > 4:
         return text
     name = encodings.guess(data[:HEAD])
+    if name is None and named and named.startswith(WESTERN):
+        name = named
     if name is None:
         raise Unreadable("undecodable", "neither UTF-8 nor an encoding that is recognized")
     return data.decode(name, "replace")
+
+
+def encoding_named(page: bytes) -> str | None:
+    """The encoding that a page of HTML says it is in, by Python's name; None if it says none that is known."""
+    match = NAMED_ENCODING.search(page[:HEAD_OF_PAGE])
+    name = match[1].decode().lower() if match else ""
+    try:
+        name = codecs.lookup(name).name
+    except LookupError:
+        return None
+    # The small ones of a family are named and the large ones meant: a page in “gb2312” has characters of GBK.
+    return {"gb2312": "gb18030", "gbk": "gb18030", "big5": "big5hkscs", "iso8859-1": "cp1252"}.get(name, name)
 
 
 def text_of_page(page: str) -> str:

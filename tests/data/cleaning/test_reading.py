@@ -4,6 +4,7 @@ import gzip
 import io
 import json
 import os
+import random
 import sys
 from collections import Counter
 from pathlib import Path
@@ -38,6 +39,40 @@ def test_the_main_text_of_a_page_is_taken_out_whatever_its_encoding(tmp_path):
         file.write_bytes(PAGE.encode(encoding))
         (text,) = texts(file)
         assert ZH in text and "船" in text and "关于我们" not in text and "var a" not in text and "版权" not in text
+
+
+RARE = "彧淼犇煊翀赟韡骉"  # none in daily use, by which an encoding is recognized
+
+
+@pytest.mark.parametrize(
+    ("head", "encoding"),
+    [
+        ('<meta charset="gb2312">', "gbk"),
+        ('<meta http-equiv="Content-Type" content="text/html; charset=GBK">', "gbk"),
+        ("<?xml version='1.0' encoding='GB18030'?>", "gb18030"),
+        ("<META CHARSET=big5>", "big5"),
+        ('<meta charset="euc-kr">', "euc_kr"),
+        ('<meta charset="utf-8">', "utf-8"),
+        ('<meta charset="gb2312">', "utf-8"),  # recoded without a change of what it says
+        ('<meta charset="iso-8859-1">', "gb18030"),  # a server's default, under which Chinese is recognized
+        ('<meta charset="windows-1251">', "cp1251"),
+        ('<meta charset="no-such-thing">', "gb18030"),
+    ],
+)
+def test_a_page_is_read_in_the_encoding_that_it_names(head, encoding):
+    of_others = {"big5": "臺北的冬天", "euc_kr": "안녕하세요 여러분", "cp1251": "В начале июля, под вечер"}
+    text = head + of_others.get(encoding, ZH if "no-such" in head or "8859" in head else RARE)
+    page = text.encode(encoding)
+    assert reading.decoded(page, reading.encoding_named(page)) == text
+
+
+def test_a_few_wrong_bytes_in_a_page_that_names_its_encoding_are_replaced():
+    page = b'<meta charset="gb2312">' + (RARE * 400).encode("gbk") + b"\xff" + RARE.encode("gbk")
+    text = reading.decoded(page, reading.encoding_named(page))
+    assert text.count("\ufffd") == 1 and text.endswith(RARE)
+    noise = b'<meta charset="gb2312">' + bytes(random.Random(2).choices(range(128, 256), k=400))
+    with pytest.raises(reading.Unreadable):
+        reading.decoded(noise, reading.encoding_named(noise))
 
 
 @pytest.mark.parametrize("ending", reading.PAGES)
