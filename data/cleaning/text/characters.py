@@ -149,7 +149,7 @@ def repeated_grams(points: np.ndarray, borders: np.ndarray) -> np.ndarray:
 
 
 # Characters that rulers and rows of dots are made of: a long run of them is no sign of a broken text.
-RULERS = " \t\n\u3000-=_*#~.·…─━—+|。"
+RULERS = " \t\n\u3000-=_*#~./·…─━—+|。"
 
 
 def longest_run(points: np.ndarray, borders: np.ndarray) -> np.ndarray:

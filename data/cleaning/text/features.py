@@ -39,7 +39,7 @@ FEATURES = {
     "digits": "share of digits",
     "symbols": "share of symbols beyond ASCII, other than punctuation",
     "repeated_grams": "share of runs of 12 characters that came before, from 100 characters on",
-    "longest_run": "how often a character follows itself",
+    "longest_run": "how often a character follows itself, per 500 characters",
     "repeated_lines": "share of lines that came before, of more than 5",
     "tags": "share of characters in HTML tags, of a text that does not explain them",
     "page_code": "pieces of CSS and JavaScript, per 500 characters, of a text that does not explain them",
@@ -83,6 +83,7 @@ def features(texts: list[str], known: np.ndarray) -> np.ndarray:
     column["personal"] *= np.minimum(1, COUNTED_LENGTH / np.maximum(column["length"], 1))
     _of_characters(column, counts, lengths)
     _of_repetition(column, points, borders, lengths)
+    column["longest_run"] *= per_500
 
     # What regular expressions and lines tell, text by text.
     is_code = counts[:, KIND["code_sign"]] > CODE_FROM * lengths

@@ -208,6 +208,14 @@ def test_repeated_grams_and_runs_as_counted_one_by_one():
         assert run == (longest if longest > 2 else 0)
 
 
+@pytest.mark.parametrize("sign", ["0", "f", "！", "哈", "/"])
+def test_a_long_run_is_measured_against_the_length(sign):
+    shuffled = [random.Random(i) for i in range(40)]
+    article = "\n".join(f"{''.join(rng.sample(ZH + EN, 60))}。" for rng in shuffled)  # 2,500 characters
+    assert reason(f"{article}\n{sign * 60}\n{ZH}") is None
+    assert reason(f"{ZH}{sign * 40}") == (None if sign == "/" else "longest_run")  # slashes are a ruler in code
+
+
 def test_each_kind_of_bad_text_has_its_reason():
     garbled = ZH.encode().decode("gb18030", "replace")
     assert reason(garbled) in ("damaged", "rare_hanzi", "mojibake")
