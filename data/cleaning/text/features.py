@@ -163,14 +163,14 @@ def explains_code(text: str) -> bool:
 
     What is left of a page has its tags in the lines that they dress, and scripts beside nothing else.
     """
-    n_letters = 0
+    n_letters = n_visible = 0
     for line in text.split("\n"):
         tags = words.TAG.findall(line) if "<" in line else []
         if all(map(words.MENTIONED_TAG.fullmatch, tags)):
-            prose = words.TAG.sub("", line) if tags else line
-            n_in_line = sum(map(str.isalpha, prose))
-            n_letters += n_in_line if n_in_line > 4 and not words.CODE_LINE.search(prose) else 0
-    n_visible = sum(map(len, text.split()))
+            line = words.TAG.sub("", line) if tags else line  # lists of tags' names are neither prose nor page
+            n_in_line = sum(map(str.isalpha, line))
+            n_letters += n_in_line if n_in_line > 4 and not words.CODE_LINE.search(line) else 0
+        n_visible += sum(map(len, line.split()))
     return n_letters >= LEAST_PROSE and n_letters > LEAST_PROSE_SHARE * n_visible
 
 
