@@ -18,9 +18,20 @@ SUSPECT = re.compile(
 INDENTED = re.compile(r"^(?: {4}|\t).*\n?", re.MULTILINE)
 LEAST_PROSE = 100  # characters
 RUBY = re.compile(r"</?(rt|rp)>", re.IGNORECASE)
-BREAK_TAG = re.compile(r"<br\s*/?>", re.IGNORECASE)
-INLINE_TAG = re.compile(
-    r"</?(?:ruby|b|i|u|em|strong|center|sub|sup|small|big|font|mark|s|tt)(?:\s[^<>\n]{0,80})?>", re.IGNORECASE
+RUBY_BEGIN = re.compile("<ruby>(?=.*</ruby>)", re.IGNORECASE)
+ONLY_TAGS = re.compile(r"\s*(?:<[^<>]*>\s*)+")
+_INLINE = "ruby|b|i|u|em|strong|center|sub|sup|small|big|font|mark|s|tt"
+_NO_NAME = r"(?!\s*(?:标签|标记|元素|tags?\b|elements?\b))"  # behind a tag that is spoken of
+BREAK_TAG = re.compile(rf"(?:(?<=\S)|^)[ \t]*<br\s*/?>{_NO_NAME}|<br\s*/?>$", re.IGNORECASE)
+SPOKEN_BREAK = re.compile(r"[ \t]<br\s*/?>[ \t]", re.IGNORECASE)
+TAG_WITH_VALUE = re.compile(rf"<(?:{_INLINE})\s[^<>\n]{{0,80}}>", re.IGNORECASE)
+PAIR = re.compile(rf"<({_INLINE})>{_NO_NAME}(?=\S)([^<>\n]*)(?<=\S)</\1>", re.IGNORECASE)
+LONE_END = re.compile(r"</(?:font|ruby|rt|rp)>", re.IGNORECASE)
+# A line in which tags are no dress: code, or of other tags, which are what the text is about.
+CODE_WITH_TAGS = re.compile(
+    r"[{}]|;\s*$|^\s*(?://|/\*)|(?:\b(?:echo|print|write|return)|[=(+,])\s*[\"'][^\n]*<"
+    rf"|</?(?!(?:{_INLINE}|rt|rp|br)\b)[a-zA-Z][^<>\n]{{0,300}}>",
+    re.IGNORECASE,
 )
 SURROGATES = re.compile("[\ud800-\udfff]")
 INVISIBLE = re.compile("[\u00ad\u200b-\u200f\u202a-\u202e\u2060-\u2064\u2066-\u2069\ufeff]")
@@ -99,9 +110,30 @@ def without_code(text: str) -> str:
 
 
 def without_inline_tags(text: str) -> str:
-    """Words without the tags that dress them: <b>, <sub> and the like; <ruby> as parentheses, <br> as a line's end."""
-    text = RUBY.sub(lambda match: "" if match[1].lower() == "rp" else "（" if match[0][1] != "/" else "）", text)
-    return INLINE_TAG.sub("", BREAK_TAG.sub("\n", text))
+    """Words without the tags that dress them: <b>, <sub> and the like; <ruby> as parentheses, <br> as a line's end.
+
+    Tags in code, and those that a text speaks of, which have no end in their line, stay.
+    """
+    return "\n".join([_undressed(line) if "<" in line else line for line in text.split("\n")])
+
+
+def _undressed(line: str) -> str:
+    plain = TAG_WITH_VALUE.sub("", line)  # a tag with a value is markup, and its end too
+    if CODE_WITH_TAGS.search(plain) or ONLY_TAGS.fullmatch(line):  # the latter dresses no word
+        return line
+    if plain != line or RUBY_BEGIN.search(line):
+        plain = RUBY.sub(_parenthesis, plain)
+        plain = LONE_END.sub("", RUBY_BEGIN.sub("", plain))
+    line, before = plain, ""
+    while line != before:  # from inside out
+        line, before = PAIR.sub(r"\2", line), line
+    return line if SPOKEN_BREAK.search(line) else BREAK_TAG.sub("\n", line)
+
+
+def _parenthesis(tag: re.Match) -> str:
+    if tag[1].lower() == "rp":
+        return ""
+    return "）" if tag[0][1] == "/" else "（"
 
 
 def without_entities(text: str) -> str:

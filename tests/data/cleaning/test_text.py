@@ -46,6 +46,8 @@ def reason(text: str) -> str | None:
         ("第 一 条 为 了 加 强 管 理 ，制 定 本 办 法 。", "第一条为了加强管理，制定本办法。", "spaced_hanzi"),
         ("Itâ€™s what weâ€™ve seen â€” all of it", "It’s what we’ve seen — all of it", "mojibake"),
         ("H<sub>2</sub>O 与<ruby>密钥<rt>key</rt></ruby>", "H2O 与密钥（key）", "inline_tags"),
+        ('一<font color="red">红<b>字</b></font>，<B>粗</B>字', "一红字，粗字", "inline_tags"),
+        ("第一行<br>第二行<br/>\n<i><b>斜粗</b></i>", "第一行\n第二行\n\n斜粗", "inline_tags"),
         ("a\x07b", "ab", "controls"),
     ],
 )
@@ -64,6 +66,13 @@ def test_what_can_be_mended_is_mended_and_named(before, after, what):
         "我 爱 Python 和 C",
         "a && b; AT&T",
         "  两格\n\n缩进",
+        "HTML <ruby> 标签\n用 <b> 标签把字变粗，用 <br /> 换行，用<i>标签把字变斜。",
+        "Put it between <b> and </b>, or end the line with a <br> tag; the <rt> element holds a reading.",
+        'echo "Hello<br />World"\nprint("<b>5</b>")\ndocument.write("a<br>b");',
+        "<p>这是<b>粗体</b>文本。</p>\n<td>H<sub>2</sub>O</td>",
+        "if (a<b>c) return; x = a<i>b",
+        "<html>\n<b>\n<br>\n</b>\n</html>",
+        "<abbr>\n<b>\n\n<big>\n<br>\n<center>",
     ],
 )
 def test_good_text_stays_as_it_is(text):
@@ -251,6 +260,9 @@ SCRIPT = "var q = q || [];\nq.push(['_account', 'UA-0']);\n(function() {\n  docu
         ABOUT_FORMS.format(FORM),
         ABOUT_FORMS.format("\n".join(f"<{name}>" for name in ("a", "abbr", "area", "base", "br", "form"))),
         "用 <b> 标签可以把字变粗，用 <i> 标签可以把字变斜，而要在一行里换到下一行，就要用到 <br /> 这个标签。\n" + FORM,
+        "\n".join(f"<{name}>" for name in ("abbr", "area", "base", "basefont", "blockquote", "button", "canvas"))
+        + "\n<fieldset> 标签把表单里相关的元素放在一起，浏览器在它们周围画一个框，框上还可以写一个标题。\n"
+        + FORM,
         "The <td> tag makes a cell of a table, and a row of cells stands in a <tr>:\n<tr>\n  <td>1</td>\n</tr>",
         f"样式表由规则组成，每条规则先写选择器，再写属性和值。把鼠标移到链接上，颜色就变了，试试看：\n{SHEET}",
         "闭包是一个函数和它出生时的环境，环境里的变量在函数返回之后还在，所以下面的计数不会归零：\n" + SCRIPT,
