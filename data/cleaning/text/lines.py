@@ -59,6 +59,7 @@ CODE = re.compile(
     r"|^(?:return|pass|else|elif|if|try|except|raise|finally|with|for|while|break|continue|do|done|then|fi|end|begin|case"
     r"|default|import|from|def|class|assert|yield|public|private|static|var|let|const|int|void|print|echo|cd|git|sudo)\b"
 )
+MAY_BE_CODE = re.compile(r"[{}\\=<]|[;)]$|^[|/#$>a-z]|-\*-")  # all that CODE matches has one of these; sooner searched
 SENTENCE_END = tuple('。！？!?.…；;”’"」』')
 SINGLE_FROM = 24  # bytes of UTF-8: shorter lines recur in good texts, such as “是的。”; they are cut in runs alone
 RUN_FROM = 4  # lines that recur, one after another: a menu, if none ends a sentence
@@ -163,7 +164,7 @@ def _hash_of_short(line: str) -> int:
 
 
 def _hash(line: str) -> int:
-    if not line or CODE.search(line):
+    if not line or (MAY_BE_CODE.search(line) and CODE.search(line)):
         return NO_LINE
     data = line.encode()
     number = int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
