@@ -50,8 +50,8 @@ URL_ALONE = re.compile(r"\W*(?:https?://|www\.)\S+\W*", re.IGNORECASE)
 LINK_DEFINITION = re.compile(r"\s{0,3}\[[^\]\n]+\]:\s*(?:https?://|www\.|/|#)\S*.*")
 
 # Markdown: a picture goes, of a link its words stay. Their length has a bound, since each bracket of a run begins one.
-PICTURE = re.compile(r"!\[[^\]\n]{0,1000}\](?:\([^)\n]*\)|\[[^\]\n]*\])")
-LINK = re.compile(r"\[([^\]\n]{1,1000})\](?:\((?:https?:|mailto:|ftp:|/|#|\.)[^)\n]*\)|\[\w*\](?!\())")
+PICTURE = re.compile(r"!\[[^\]\n]{0,300}\](?:\([^)\n]*\)|\[[^\]\n]*\])")
+LINK = re.compile(r"\[([^\]\n]{1,300})\](?:\((?:https?:|mailto:|ftp:|/|#|\.)[^)\n]*\)|\[\w*\](?!\())")
 
 # Lines that many documents share. A line that looks like code is none: programs of all documents hold it.
 CODE = re.compile(
