@@ -45,6 +45,7 @@ DRY_SHARE = 0.01  # of the documents, for a dry run without a run before
 NOT_REPORTED = ("out", "workers", "dry_run", "explain")  # the result does not depend on them
 NOT_OF_ROWS = ("field", "split", "rules", "languages", "recurring")  # options that --sft makes no use of
 DRY_FROM = 64 << 20  # bytes of input; less is read as a whole
+LONG_TEXT = 1 << 18  # bytes: a .txt of so many that is a single document may be many
 
 
 @dataclass(frozen=True)
@@ -264,6 +265,12 @@ def _mended_and_flags(document: dict) -> list[str]:
     return [f"{name}: {', '.join(values)}" for name, values in named.items() if values]
 
 
+def one_text_of_many(config: Config, read: dict[str, int]) -> bool:
+    """Whether a long .txt was read as a single document, which leaves data/prepare.py none for validation."""
+    is_one = read["documents"] == 1 and read["bytes"] >= LONG_TEXT
+    return is_one and config.split == "file" and not config.sft
+
+
 def main() -> None:
     config = parse(Config, __doc__)
     if config.explain is not None:
@@ -271,6 +278,8 @@ def main() -> None:
         return
     result = clean(config)
     print(reports.table(result))
+    if one_text_of_many(config, result["read"]):
+        print("all of it is one document: if it holds many, --split blank ends one at each empty line")
     if not config.dry_run:
         print(f"{config.out}: kept-*.jsonl, dropped/, report.html; next: python data/prepare.py --input {config.out} …")
 

@@ -247,6 +247,17 @@ def test_the_script_prints_the_table(pile, tmp_path):
     assert "exact_duplicate" in done.stdout and "read" in done.stdout
 
 
+@pytest.mark.parametrize(
+    ("split", "n_stories", "is_said"), [("file", 4000, True), ("blank", 4000, False), ("file", 9, False)]
+)
+def test_a_long_text_that_is_one_document_is_pointed_out(tmp_path, monkeypatch, capsys, split, n_stories, is_said):
+    (tmp_path / "a.txt").write_text("\n\n".join(map(story, range(n_stories))), encoding="utf-8")
+    arguments = ["--input", str(tmp_path / "a.txt"), "--out", str(tmp_path / "out"), "--split", split, "--workers", "1"]
+    monkeypatch.setattr("sys.argv", ["clean.py", *arguments])
+    clean.main()
+    assert ("--split blank ends one at each empty line" in capsys.readouterr().out) == is_said
+
+
 def test_near_duplicates_say_what_is_kept_and_may_be_repeated(tmp_path):
     text = story(1) + story(2)
     rows = [{"text": text}, {"text": text.replace("。", "！", 1)}, {"text": text + "完了。"}, {"text": story(3)}]
