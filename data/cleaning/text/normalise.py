@@ -26,6 +26,7 @@ BREAK_TAG = re.compile(rf"(?:(?<=\S)|^)[ \t]*<br\s*/?>{_NO_NAME}|<br\s*/?>$", re
 SPOKEN_BREAK = re.compile(r"[ \t]<br\s*/?>[ \t]", re.IGNORECASE)
 TAG_WITH_VALUE = re.compile(rf"<(?:{_INLINE})\s[^<>\n]{{0,80}}>", re.IGNORECASE)
 PAIR = re.compile(rf"<({_INLINE})>{_NO_NAME}(?=\S)([^<>\n]*)(?<=\S)</\1>", re.IGNORECASE)
+MOST_NESTED = 8  # pairs of tags around a word: each is a pass over its line
 LONE_END = re.compile(r"</(?:font|ruby|rt|rp)>", re.IGNORECASE)
 # A line in which tags are no dress: code, or of other tags, which are what the text is about.
 CODE_WITH_TAGS = re.compile(
@@ -124,9 +125,9 @@ def _undressed(line: str) -> str:
     if plain != line or RUBY_BEGIN.search(line):
         plain = RUBY.sub(_parenthesis, plain)
         plain = LONE_END.sub("", RUBY_BEGIN.sub("", plain))
-    line, before = plain, ""
-    while line != before:  # from inside out
-        line, before = PAIR.sub(r"\2", line), line
+    line = plain
+    for _ in range(MOST_NESTED):  # from inside out
+        line = PAIR.sub(r"\2", line)
     return line if SPOKEN_BREAK.search(line) else BREAK_TAG.sub("\n", line)
 
 

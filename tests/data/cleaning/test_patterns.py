@@ -68,6 +68,12 @@ def test_a_pattern_that_grows_as_the_square_is_found():
     assert not is_slow(lambda text: re.sub(" +x", "", text), " ", "", "x")
 
 
+def test_tags_around_tags_take_no_pass_each():
+    n = LENGTH // 7
+    assert not is_slow(normalise._undressed, "<b>", "", "词" + "</b>" * n)
+    assert normalise._undressed("<b><i><u>词</u></i></b>") == "词"
+
+
 def test_all_patterns_are_tried():
     assert len(patterns()) == sum(path.read_text("utf-8").count("re.compile(") for path in FOLDER.rglob("*.py"))
 
