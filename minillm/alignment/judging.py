@@ -171,9 +171,10 @@ def optimum_by_answers(judge: Judge, prompts: list[Prompt], tokenizer: Tokenizer
             continue
         talk = [*prompt.messages, {"role": "assistant", "content": prompt.row["answer"]}]
         ids, learn = tokenizer.encode_chat(talk, template=template)
-        end = 1 + max(at for at, learned in enumerate(learn) if learned)  # a template may go on after an answer's end
-        if end - len(prompt.ids) <= judge.rollout.max_new_tokens:
-            samples[index] = np.array(ids[:end]), np.arange(end) >= len(prompt.ids)
+        n_given = len(prompt.ids)
+        end = max((at + 1 for at in range(n_given, len(ids)) if learn[at]), default=n_given)  # a template may go on
+        if 0 < end - n_given <= judge.rollout.max_new_tokens:
+            samples[index] = np.array(ids[:end]), np.arange(end) >= n_given
     where = list(samples)
     for begin in range(0, len(where), judge.rows_at_once):
         part = where[begin : begin + judge.rows_at_once]
