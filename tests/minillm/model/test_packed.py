@@ -129,12 +129,12 @@ def test_layers_of_one_matrix_are_the_layers_alone(bits):
         assert packed.products(x, layers) is None and torch.equal(parent.b(x), expected[1]) and seen == [1]
 
 
-@pytest.mark.parametrize(("bits", "largest"), [(16, 0.002), (8, 0.08), (4, 0.45)])
+@pytest.mark.parametrize(("bits", "least", "largest"), [(16, 1e-5, 0.002), (8, 1e-4, 0.08), (4, 1e-4, 0.45)])
 @pytest.mark.parametrize("name", OPTIONS)
 @torch.no_grad()
-def test_logits_stay_close_to_the_models_own(name, bits, largest):
+def test_logits_stay_close_to_the_models_own(name, bits, least, largest):
     model = packed_model(bits, **OPTIONS[name])
-    assert 1e-5 < error(model(tokens_of(2, 20)), build(**OPTIONS[name])(tokens_of(2, 20))) < largest
+    assert least < error(model(tokens_of(2, 20)), build(**OPTIONS[name])(tokens_of(2, 20))) < largest
     linears = [module for module in model.modules() if isinstance(module, nn.Linear | PackedLinear)]
     assert len(linears) == 2 * 7 + 1 and all(type(layer) is PackedLinear for layer in linears)
     assert not any(parameter.requires_grad for parameter in model.parameters())
