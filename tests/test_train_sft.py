@@ -211,6 +211,7 @@ def test_a_signal_leaves_one_whole_checkpoint(folder):
         ("--tune prompt --n_virtual 64", ["--seq_len 64", "beside the virtual tokens of --n_virtual 64"]),
         ("--seq_len 1000", ["--seq_len 1000", "longest context is 128"]),
         ("--epochs 0", ["--epochs 0"]),
+        ("--epochs 3", ["--epochs 3: are", "steps, and --steps says 2; leave one of them out"]),
         ("--template none", ["--template none"]),
         ("--batch_size 7", ["--batch_size 7", "a multiple of 2"]),
         ("--init_from {folder}/narrow", ["narrow: its tokenizer has", "more than the model's 50"]),

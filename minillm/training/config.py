@@ -168,12 +168,18 @@ def with_steps(training_config, n_of_epochs: int):
     """(the options with --steps filled in, how many samples the run reads, the option that says how long it is).
 
     The samples are those of --epochs, or of whole batches. n_of_epochs: how many --epochs are. If --steps is the number
-    that follows from --epochs, as in a run's options.toml, the last batch is short as well.
+    that follows from --epochs, as in a run's options.toml, the last batch is short as well. Raises `UserError` if both
+    are given and say different things.
     """
     length_option = "epochs" if training_config.steps is None else "steps"
     steps_of_epochs = math.ceil(n_of_epochs / training_config.batch_size)
     if training_config.steps in (None, steps_of_epochs):
         return dataclasses.replace(training_config, steps=steps_of_epochs), n_of_epochs, length_option
+    if training_config.epochs != type(training_config).epochs:
+        raise UserError(
+            f"--epochs {training_config.epochs:g}: are {steps_of_epochs:,} steps, and --steps says "
+            f"{training_config.steps:,}; leave one of them out"
+        )
     return training_config, training_config.steps * training_config.batch_size, length_option
 
 
