@@ -1,5 +1,8 @@
 """Speed of alignment beside trl's: drawing answers for GRPO, and a step of DPO.
 
+    python -m minillm bench align                                             random weights and prompts
+    python -m minillm bench align --model out/sft --data data/bundled/requests_heldout.jsonl
+
 Both sides have the same weights, prompts and number of answers. trl's side is its own GRPOTrainer with transformers'
 `generate`, and its own DPOTrainer's loss; the reference's log-probabilities are known on both. First both must compute
 the same, then they are timed in turns, in seconds of the processor's time.
@@ -11,6 +14,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,49 +25,102 @@ from minillm.alignment.rollouts import RolloutConfig, Rollouts, roll_out
 from minillm.base.errors import UserError
 from minillm.base.options import Options, option
 from minillm.commands.bench.measure import REPEATS, machine, medians, random_model, transformers_twin
+from minillm.commands.model_options import load_folder, tell
 from minillm.datasets.batch import Batch
+from minillm.datasets.prompts import PromptRows
+from minillm.generation.load import find_model
 from minillm.model.config import PRESETS
 from minillm.model.size import n_parameters
 from minillm.model.transformer import Transformer
 from minillm.training import optim
 from minillm.training.step import clip
+from minillm.tuning.virtual_tokens import context_of
 
 PAD, EOS, BOS = 0, 1, 2
 BETA = 0.1  # of DPO
+PROMPT_LEN = 48  # of random prompts
 ENDING = 32  # every so many ids of the vocabulary one ends an answer, so that answers end after about as many tokens
 
 
 @dataclass(frozen=True)
 class Config(Options):
-    preset: str = option("tiny", "the model's shape", tuple(PRESETS))
+    model: str | None = option(None, "run or model folder of your own; none: random weights in the shape of --preset")
+    data: str | None = option(None, "the prompts that --model answers, as train_grpo.py takes them")
+    preset: str | None = option(None, "the shape of random weights; none: tiny", tuple(PRESETS))
     prompts: int = option(16, "prompts of a rollout, and pairs of a DPO step", at_least=1)
     group_size: int = option(8, "answers to each prompt", at_least=2)
-    prompt_len: int = option(48, "tokens of a prompt", at_least=1)
+    prompt_len: int | None = option(None, "tokens of a random prompt; none: 48", at_least=1)
     max_new_tokens: int = option(96, "most tokens of an answer", at_least=1)
+
+    def problems(self) -> list[str]:
+        problems = super().problems()
+        if self.model is None:
+            if self.data is not None:
+                problems.append(f"--data {self.data}: is for a model of your own; give --model")
+            return problems
+        if self.data is None:
+            problems.append("--model: give its prompts by --data, for example data/bundled/requests_heldout.jsonl")
+        for name in ("preset", "prompt_len"):
+            value = getattr(self, name)
+            if value is not None:
+                problems.append(f"--{name} {value}: is about random weights and prompts; leave it out beside --model")
+        return problems
+
+
+class Task(NamedTuple):
+    """What both sides are given."""
+
+    name: str
+    model: Transformer
+    prompts: list[list[int]]
+    ends: list[int]  # an answer ends with the first of these
+    pad: int = PAD
 
 
 def run(config: Config) -> None:
     trl = import_trl()
 
-    # a model of random weights, on both sides; answers end at any of several ids, so their lengths differ
-    device = torch.device("cpu")
-    model = random_model(config.preset)
-    vocab_size = model.config.vocab_size
-    if config.prompt_len + config.max_new_tokens > model.config.max_seq_len:
-        raise UserError(f"--prompt_len and --max_new_tokens: together at most {model.config.max_seq_len}")
-    twin, version = transformers_twin(model)
-    ends = [EOS, *range(ENDING, vocab_size, ENDING)]
-    twin.generation_config.eos_token_id = ends
-    generator = torch.Generator().manual_seed(0)
-    prompts = torch.randint(BOS + 1, vocab_size, (config.prompts, config.prompt_len), generator=generator).tolist()
-    versions = f"{machine(device)}, {version}, trl {trl.__version__}"
-    print(f"{config.preset}: {n_parameters(model.config):,} parameters, {versions}")
+    # the same model and prompts for both sides
+    task = own_task(config) if config.model else random_task(config)
+    longest = max(len(prompt) for prompt in task.prompts)
+    most = task.model.config.max_seq_len - longest
+    if config.max_new_tokens > most:
+        raise UserError(f"--max_new_tokens {config.max_new_tokens}: after a prompt of {longest} tokens at most {most}")
+    twin, version = transformers_twin(task.model)
+    twin.generation_config.eos_token_id = task.ends
+    versions = f"{machine(torch.device('cpu'))}, {version}, trl {trl.__version__}"
+    print(f"{task.name}: {n_parameters(task.model.config):,} parameters, {versions}")
     print(f"{torch.get_num_threads()} thread(s), medians of {REPEATS}", flush=True)
 
     with warnings.catch_warnings(), tempfile.TemporaryDirectory() as folder:
         warnings.simplefilter("ignore")  # of what transformers means to remove
-        rollouts = compare_rollouts(config, model, _grpo_trainer(config, trl, twin, prompts, folder), prompts, ends)
-        compare_dpo(model, trl, twin, rollouts, folder)
+        rollouts = compare_rollouts(config, task, _grpo_trainer(config, trl, twin, task, folder))
+        compare_dpo(task, trl, twin, rollouts, folder)
+
+
+def random_task(config: Config) -> Task:
+    """Random weights and prompts; answers end at any of several ids, so their lengths differ."""
+    preset = config.preset or "tiny"
+    model = random_model(preset)
+    vocab_size = model.config.vocab_size
+    shape = (config.prompts, config.prompt_len or PROMPT_LEN)
+    prompts = torch.randint(BOS + 1, vocab_size, shape, generator=torch.Generator().manual_seed(0))
+    return Task(preset, model, prompts.tolist(), [EOS, *range(ENDING, vocab_size, ENDING)])
+
+
+def own_task(config: Config) -> Task:
+    """A trained model and prompts for it, in its prompt format."""
+    model, tokenizer, folder = load_folder(find_model(config.model, log=tell), None, "cpu", "float32")
+    seq_len = context_of(model)
+    if config.max_new_tokens >= seq_len:
+        raise UserError(f"--max_new_tokens {config.max_new_tokens}: leaves no room for a prompt in {seq_len}")
+    rows = PromptRows(config.data, tokenizer, seq_len, room=config.max_new_tokens)
+    if rows.rows_per_epoch < config.prompts:
+        raise UserError(f"--prompts {config.prompts}: {config.data} has {rows.rows_per_epoch}")
+    prompts = [prompt.ids for prompt in rows.rows(range(config.prompts))]
+    ends = list(tokenizer.stop_ids())
+    pad = next(i for i in range(model.config.vocab_size) if i not in ends)  # trl's side takes any id that ends nothing
+    return Task(str(folder), model, prompts, ends, pad)
 
 
 def import_trl() -> ModuleType:
@@ -80,11 +137,10 @@ def import_trl() -> ModuleType:
 # ---- drawing answers
 
 
-def compare_rollouts(
-    config: Config, model: Transformer, trainer, prompts: list[list[int]], ends: list[int]
-) -> Rollouts:
+def compare_rollouts(config: Config, task: Task, trainer) -> Rollouts:
     """Time both sides drawing a group of answers to each prompt; returns ours."""
-    drawing = RolloutConfig(config.group_size, config.max_new_tokens, 1.0, tuple(ends), PAD, seed=0)
+    model, prompts = task.model, task.prompts
+    drawing = RolloutConfig(config.group_size, config.max_new_tokens, 1.0, tuple(task.ends), task.pad, seed=0)
     texts = [_text(prompt) for prompt in prompts for _ in range(config.group_size)]
     n_tokens = {"minillm": [], "trl": []}
 
@@ -108,7 +164,8 @@ def compare_rollouts(
     for counts in n_tokens.values():
         counts.clear()
     seconds = medians({"minillm": ours, "trl": theirs}, clock=time.process_time)
-    print(f"{config.prompts} × {config.group_size} answers to prompts of {config.prompt_len} tokens")
+    mean_length = sum(map(len, prompts)) / len(prompts)
+    print(f"{config.prompts} × {config.group_size} answers to prompts of {mean_length:.0f} tokens")
     speed = {}
     for name, counts in n_tokens.items():
         mean = sum(counts) / len(counts)
@@ -133,7 +190,7 @@ def _check_log_probs(trainer, rollouts: Rollouts) -> None:
         raise UserError(f"the two sides' log-probabilities differ by {worst:.1e}, so their speed does not compare")
 
 
-def _grpo_trainer(config: Config, trl: ModuleType, twin, prompts: list[list[int]], folder: str):
+def _grpo_trainer(config: Config, trl: ModuleType, twin, task: Task, folder: str):
     """trl's GRPO loop on the CPU, in fp32, with transformers' `generate`."""
     import datasets
 
@@ -144,8 +201,8 @@ def _grpo_trainer(config: Config, trl: ModuleType, twin, prompts: list[list[int]
         max_completion_length=config.max_new_tokens,
         **_plain_settings(),
     )
-    data = datasets.Dataset.from_dict({"prompt": [_text(prompt) for prompt in prompts]})
-    tokenizer = _word_tokenizer(twin.config.vocab_size)
+    data = datasets.Dataset.from_dict({"prompt": [_text(prompt) for prompt in task.prompts]})
+    tokenizer = _word_tokenizer(task)
 
     def no_reward(completions: list, **_) -> list[float]:
         return [0.0] * len(completions)
@@ -162,27 +219,29 @@ def _text(ids: list[int]) -> str:
     return " ".join(f"w{i:06}" for i in ids)
 
 
-def _word_tokenizer(vocab_size: int):
+def _word_tokenizer(task: Task):
     """A tokenizer of transformers whose words are the ids themselves."""
     import tokenizers
     import transformers
 
-    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({_text([i]): i for i in range(vocab_size)}, _text([PAD])))
+    vocabulary = {_text([i]): i for i in range(task.model.config.vocab_size)}
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, _text([task.pad])))
     words.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
-    special = {"pad_token": _text([PAD]), "eos_token": _text([EOS]), "bos_token": _text([BOS])}
+    special = {"pad_token": _text([task.pad]), "eos_token": _text([task.ends[0]])}
     return transformers.PreTrainedTokenizerFast(tokenizer_object=words, **special)
 
 
 # ---- a step of DPO
 
 
-def compare_dpo(model: Transformer, trl: ModuleType, twin, rollouts: Rollouts, folder: str) -> None:
+def compare_dpo(task: Task, trl: ModuleType, twin, rollouts: Rollouts, folder: str) -> None:
     """Time a step of DPO on both sides: forward and backward, clipping and AdamW. Pairs: two answers to each prompt."""
     chosen = torch.cat([(rollouts.prompt == p).nonzero()[0] for p in rollouts.prompt.unique()])  # (P,)
     rows = torch.cat((chosen, chosen + 1))  # (2 P,), the chosen, then the rejected
     batch = Batch(*(None if tensor is None else tensor[rows] for tensor in rollouts.batch))
-    reference = answer_log_probs(model, batch).sum(1)  # (2 P,)
-    sides = {"minillm": _our_step(model, batch, reference), "trl": _their_step(trl, twin, batch, reference, folder)}
+    reference = answer_log_probs(task.model, batch).sum(1)  # (2 P,)
+    ours = _our_step(task.model, batch, reference)
+    sides = {"minillm": ours, "trl": _their_step(trl, twin, task, batch, reference, folder)}
     losses = [step() for step in sides.values()]
     if abs(losses[0] - losses[1]) > 1e-4:
         raise UserError(f"the two sides compute other losses ({losses}), so their speed does not compare")
@@ -213,7 +272,7 @@ def _our_step(model: Transformer, batch: Batch, reference: Tensor) -> Callable[[
     return step
 
 
-def _their_step(trl: ModuleType, twin, batch: Batch, reference: Tensor, folder: str) -> Callable[[], float]:
+def _their_step(trl: ModuleType, twin, task: Task, batch: Batch, reference: Tensor, folder: str) -> Callable[[], float]:
     import datasets
 
     # their batch of the same tokens, through their own collator
@@ -232,11 +291,10 @@ def _their_step(trl: ModuleType, twin, batch: Batch, reference: Tensor, folder: 
     settings = trl.DPOConfig(
         folder, per_device_train_batch_size=n_pairs, beta=BETA, precompute_ref_log_probs=True, **_plain_settings()
     )
-    prompts = {"prompt": [_text([BOS])] * 2, "chosen": [_text([EOS])] * 2, "rejected": [_text([PAD])] * 2}
+    end = _text([task.ends[0]])  # any rows: the trainer wants some
+    prompts = {"prompt": [end] * 2, "chosen": [end] * 2, "rejected": [end] * 2}
     data = datasets.Dataset.from_dict(prompts)
-    trainer = trl.DPOTrainer(
-        twin, None, settings, train_dataset=data, processing_class=_word_tokenizer(twin.config.vocab_size)
-    )
+    trainer = trl.DPOTrainer(twin, None, settings, train_dataset=data, processing_class=_word_tokenizer(task))
     inputs = trainer.data_collator(pairs)
     optimizer = torch.optim.AdamW(twin.parameters(), lr=1e-6, weight_decay=0.0, fused=True)
 

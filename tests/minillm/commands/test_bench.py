@@ -204,6 +204,32 @@ def test_alignment_beside_trl(capsys, monkeypatch):
     assert printed.count("tok/CPU s") == 4 and printed.count("x as fast") == 2
 
 
+def test_alignment_of_an_own_model_beside_trl(home, tmp_path, capsys):
+    pytest.importorskip("trl")
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"prompt": "a"}\n{"prompt": "b c d"}\n{"prompt": "e"}\n')
+    given = dict(model=str(home.path / "out" / "sft"), data=str(prompts), group_size=2, max_new_tokens=6)
+    align.run(align.Config(prompts=2, **given))
+    printed = capsys.readouterr().out
+    assert "out/sft/step-" in printed and printed.count("tok/CPU s") == 4
+    with pytest.raises(UserError, match=r"--prompts 4: .*prompts.jsonl has 3"):
+        align.run(align.Config(prompts=4, **given))
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (dict(data="prompts.jsonl"), "--data prompts.jsonl: .*give --model"),
+        (dict(model="out/sft"), "give its prompts by --data"),
+        (dict(model="out/sft", data="prompts.jsonl", preset="tiny"), "--preset tiny: .*beside --model"),
+        (dict(model="out/sft", data="prompts.jsonl", prompt_len=8), "--prompt_len 8: .*beside --model"),
+    ],
+)
+def test_alignment_refuses_options_that_would_do_nothing(options, words):
+    with pytest.raises(UserError, match=words):
+        align.Config(**options)
+
+
 def test_time_of_communication_counts_once_and_what_computing_hides_does_not():
     assert of_ranks.length([(0, 4), (1, 2), (3, 6), (10, 11)]) == 7
     assert of_ranks.length([]) == 0
