@@ -198,7 +198,7 @@ def train(training_config: Config, run: Run, model: Transformer, tools: Tools, b
         is_cut = training_config.overlong == "mask" and row["cut_share"] == 1
         idle.count(n_useful if n else 0, Idle.CUT if is_cut or n_useful else Idle.EQUAL)
         if tools.held_out and training_config.eval_every and run.due(step, training_config.eval_every):
-            run.report(step, held_out_reward(tools), of="held-out prompts")
+            run.report(step, lambda: held_out_reward(tools), of="held-out prompts")
         tools.tasks.watch(run, model, step)
     return run.status
 

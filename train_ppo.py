@@ -206,7 +206,7 @@ def train(training_config: Config, run: Run, roles: Roles, tools: Tools, optimum
         drift.look_at(row["kl"])
         cuts.look_at(row["cut_share"])
         if tools.held_out and training_config.eval_every and run.due(step, training_config.eval_every):
-            run.report(step, held_out_reward(training_config, tools), of="held-out prompts")
+            run.report(step, lambda: held_out_reward(training_config, tools), of="held-out prompts")
         tools.tasks.watch(run, roles.policy, step)
     return run.status
 

@@ -22,7 +22,7 @@ from minillm.base.command_line import parse
 from minillm.base.errors import UserError
 from minillm.base.options import option, optional_copy
 from minillm.checkpoint import architectures, huggingface
-from minillm.checkpoint.train_state import fingerprint
+from minillm.checkpoint.train_state import ORDER, fingerprint
 from minillm.datasets.token_bins import TokenBins, parse_mixture
 from minillm.datasets.windows import TokenWindows
 from minillm.distributed import diloco
@@ -110,7 +110,8 @@ def main() -> int:
 
     # the model's shape, and what follows from it
     init = starting_model.find_init(training_config, ranks)
-    model_config = shape(training_config, first.vocab_size, init)
+    context_before = starting_model.context_before(training_config, ranks)
+    model_config = shape(training_config, first.vocab_size, init, context_before)
     training_config = sharding.choose_layout(training_config, model_config, ranks)
     training_config = starting_model.choose_optimizer(training_config, model_config.dim)
     tasks = tasks_to_ask(training_config, tokenizer, model_config, ranks)
@@ -121,7 +122,7 @@ def main() -> int:
     fingerprints = {
         "data": fingerprint(*windows.identity()),
         **({resuming.DECAY_DATA: fingerprint(*decay_windows.identity())} if decay_windows else {}),
-        "batch size, sequence length or seed": fingerprint(*order),
+        ORDER: fingerprint(*order),
         "tokenizer": first.meta.get("tokenizer_sha256", ""),
         **starting_model.fingerprints(training_config, model_config, init),
     }
@@ -197,8 +198,11 @@ def next_command(training_config: Config, tokenizer: Tokenizer | None) -> str:
     return f"python -m minillm eval --model {out} --data {shlex.quote(training_config.data)}"
 
 
-def shape(training_config: Config, vocab_size: int, init: Path | None) -> config.ModelConfig:
-    """The model's shape: the preset's, or that of --init_from, with this run's shape options on top."""
+def shape(training_config: Config, vocab_size: int, init: Path | None, context_before: int) -> config.ModelConfig:
+    """The model's shape: the preset's, or that of --init_from, with this run's shape options on top.
+
+    context_before: of the checkpoint that the run goes on from, which it keeps when --seq_len is lowered.
+    """
     overrides = {}  # the shape options that have a value
     for field in dataclasses.fields(config.ModelConfig):
         value = getattr(training_config, field.name, None)
@@ -221,7 +225,7 @@ def shape(training_config: Config, vocab_size: int, init: Path | None) -> config
 
     # the shape itself, and whether data and rows fit it
     if base is None:
-        overrides.setdefault("max_seq_len", max(context, training_config.seq_len))
+        overrides.setdefault("max_seq_len", max(context, training_config.seq_len, context_before))
         overrides["trained_seq_len"] = training_config.seq_len
         model_config = config.preset(training_config.preset, vocab_size=vocab_size, **overrides)
     else:
@@ -315,6 +319,10 @@ def train(
     rows = f"{windows.n_windows:,} {'rows' if windows.packed else 'windows'} of {training_config.seq_len} tokens"
     run.say(f"{rows}; {n_all:,} tokens to train on")
 
+    def validate() -> dict[str, float]:
+        return validation.scores(model, run.ranks, run.autocast())
+
+    scores = {}
     for step in run.steps(state):  # sets the learning rate; after the step saves what is due, stops at a signal
         read = decay_windows if decay_windows and step > decay_begins else windows
         batches = [read.batch(positions).part(run.ranks.row_part) for positions in run.micro_batches(step)]
@@ -330,12 +338,11 @@ def train(
         run.exchange(state)  # with --diloco_steps, when it is due
         run.log_step(state, n_tokens)
         if run.due(step, training_config.eval_every):
-            scores = validation.scores(model, run.ranks, run.autocast())
-            run.report(step, scores)
+            scores = run.report(step, validate)
         tasks.watch(run, model, step)
 
     if run.status == 0:
-        conclude(run, model, scores)
+        conclude(run, model, scores or validate())
     return run.status
 
 

@@ -13,6 +13,7 @@ where it stopped.
 import shlex
 import sys
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -200,7 +201,8 @@ def train(
         run.log_step(state, n_tokens / run.ranks.row_ranks, **facts)
 
         if held_out_rows and run.due(step, training_config.eval_every):
-            run.report(step, shared_measures(training_config, run, model, held_out_rows), of="held-out pairs")
+            measure = partial(shared_measures, training_config, run, model, held_out_rows)
+            run.report(step, measure, of="held-out pairs")
     return run.status
 
 

@@ -189,6 +189,9 @@ def train(
     state = run.start(TrainState(model, optimizers, team, run.dtype, outer=outer))
     parallel_model = parallelize(model, team, training_config.compile)
 
+    def held_out_loss() -> dict[str, float]:
+        return answer_loss(model, held_out_rows, training_config.eval_tokens, run.ranks, run.autocast())
+
     for step in run.steps(state):  # sets the learning rate; after the step saves what is due, stops at a signal
         batches = [rows.batch(positions, end).part(run.ranks.row_part) for positions in run.micro_batches(step)]
         # how many targets a step has differs: count those of all ranks before the first backward pass
@@ -206,8 +209,7 @@ def train(
         run.exchange(state)  # with --diloco_steps, when it is due
         run.log_step(state, n_tokens * run.rounds.n_teams)
         if held_out_rows and run.due(step, training_config.eval_every):
-            scores = answer_loss(model, held_out_rows, training_config.eval_tokens, run.ranks, run.autocast())
-            run.report(step, scores, of="held-out answers")
+            run.report(step, held_out_loss, of="held-out answers")
         tasks.watch(run, model, step)
     return run.status
 

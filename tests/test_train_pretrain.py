@@ -241,6 +241,13 @@ def test_metrics_have_the_promised_columns_and_the_end_says_where_all_is(folder)
     assert "has finished its 6 steps" in again
     assert launch.rows(folder / "shown") == rows
 
+    # ended between the last step and the end of what follows it: that is done again, and no step
+    (folder / "shown" / "concluded.json").unlink()
+    again = train(folder, "shown", "--steps 6 --eval_every 3 --save_every 2 --keep_last 2")
+    assert "validation: " in again and "a sample:" in again and "next: " in again
+    assert list(launch.losses(folder / "shown")) == list(range(1, 7))
+    assert "has finished its 6 steps" in train(folder, "shown", "--steps 6")
+
     longer = train(folder, "shown", "--steps 8")
     assert "--steps: 6 in the checkpoint, 8 now" in longer
     assert launch.rows(folder / "shown")[-1]["step"] == 8
@@ -344,6 +351,25 @@ def test_data_of_the_decay_is_read_from_its_first_step_on_and_resumed_bit_for_bi
     copy_up_to(12, "decay", "changed")
     said = train(folder, "changed", wsd, status=2)
     assert "was made with another data of the decay" in said and "--decay_data" in said
+
+    # lengthened after it began, the decay would begin elsewhere, and with it another order
+    copy_up_to(12, "decay", "longer")
+    said = train(folder, "longer", f"{wsd} {mixture} --steps 40", status=2)
+    assert "step-00000012: the decay, which reads --decay_data, began after step 10 and would now after step 20" in said
+    said = train(folder, "longer", f"{wsd} {mixture} --steps 40 --allow_data_change", status=0)
+    assert "some texts come again and some never, as --allow_data_change allows" in said and "would keep" not in said
+    copy_up_to(8, "decay", "lengthened")
+    said = train(folder, "lengthened", f"{wsd} {mixture} --steps 40")
+    assert "read from step 21 on" in said and "some never" not in said
+
+
+def test_shorter_rows_keep_the_context_that_the_model_has(folder):
+    """The preset's longest context is 512 tokens; a run with longer rows has theirs, and goes on with it."""
+    train(folder, "long-rows", "--steps 2 --seq_len 600 --batch_size 2")
+    more = "--steps 3 --seq_len 32 --batch_size 2"
+    assert "accept it by --allow_data_change" in train(folder, "long-rows", more, status=2)
+    said = train(folder, "long-rows", f"{more} --allow_data_change")
+    assert "data: another order begins" in said and list(launch.losses(folder / "long-rows")) == [1, 2, 3]
 
 
 def test_rows_of_whole_documents_resume_bit_for_bit_and_are_the_same_on_two_ranks(folder):

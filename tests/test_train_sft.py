@@ -144,6 +144,13 @@ def test_loss_falls_and_answers_are_counted_before_and_after(folder):
         assert words in text, words
     assert "has finished its 30 steps; to go on, raise --steps\n" in train(folder, "learnt", more)
 
+    # stopped while it answered: it answers when it is started again
+    (folder / "learnt" / "concluded.json").unlink()
+    again = train(folder, "learnt", more)
+    found = r"  total .*\n"
+    assert re.search(found, again)[0] == re.search(found, text)[0]
+    assert "has finished its 30 steps" in train(folder, "learnt", more)
+
 
 def test_several_files_and_what_makes_a_finished_run_longer(folder):
     both = ["--data", f" {folder}/train.jsonl , {folder}/held_out.jsonl"]

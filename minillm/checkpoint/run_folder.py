@@ -4,6 +4,7 @@ out/<run>/step-00000060/   a checkpoint, whole or absent (see base/files.py)
 out/<run>/metrics.jsonl    one row a logged step
 out/<run>/lock             held while a run trains here
 *.tmp-<pid>-…, *.old       what a killed process left in the middle of writing; never loaded
+step-00000060.users        folders of adapters over this checkpoint, for whose sake it is not deleted
 *.left-<time>              damaged checkpoints after the one that training went on from; yours to delete
 
 There is no "latest" pointer: the newest folder whose manifest verifies is the latest.
@@ -190,7 +191,7 @@ def set_aside_later(run: str | Path, step: int, log: Callable[[str], None] = pri
 
 
 def prune(run: str | Path, keep_last: int, log: Callable[[str], None] = print, was_read_back: bool = False) -> None:
-    """Delete all but the newest `keep_last` checkpoints (0: keep all), if the newest verifies.
+    """Delete all but the newest `keep_last` checkpoints (0: keep all), if the newest verifies; and none in use.
 
     was_read_back: it was when it was written, so that its files and their sizes are enough to see.
     """
@@ -202,8 +203,41 @@ def prune(run: str | Path, keep_last: int, log: Callable[[str], None] = print, w
         log(f"{folders[-1]} is damaged ({'; '.join(problems)}): the older checkpoints are kept")
         return
     for folder in folders[:-keep_last]:
+        if users_of(folder):
+            continue
         try:
             doomed = folder.rename(files.scratch_name(folder))  # half deleted, it must not look like a checkpoint
             shutil.rmtree(doomed)
+            _users_file(folder).unlink(missing_ok=True)
         except OSError as problem:  # a checkpoint too many is no reason to end a run
             log(f"{folder}: could not be deleted ({problem})")
+
+
+# ---- checkpoints that others need
+
+
+def note_user(checkpoint: Path, user: Path) -> bool:
+    """Note that what is in the folder `user` cannot do without a run's checkpoint, so that `prune` leaves it.
+
+    Returns False if it could not be noted: the run may be another's.
+    """
+    if STEP.fullmatch(checkpoint.name) is None or str(user.absolute()) in users_of(checkpoint):
+        return True
+    try:
+        with _users_file(checkpoint).open("a", encoding="utf-8") as file:
+            file.write(f"{user.absolute()}\n")
+    except OSError:
+        return False
+    return True
+
+
+def users_of(checkpoint: Path) -> list[str]:
+    """The folders that need a checkpoint and still exist."""
+    file = _users_file(checkpoint)
+    if not file.is_file():
+        return []
+    return [line for line in file.read_text(encoding="utf-8", errors="replace").splitlines() if Path(line).exists()]
+
+
+def _users_file(checkpoint: Path) -> Path:
+    return checkpoint.with_name(f"{checkpoint.name}.users")

@@ -45,11 +45,14 @@ KINDS = {  # of what a state may hold besides its step
     "config": dict,
     "threads": int,
     "turns": int,
+    "started_from": str,  # the folder of the model that the run began with, seen from the run's folder
     "world": int,
     "torch": str,
     "device": str,
     "precision": str,
 }
+ORDER = "batch size, sequence length or seed"  # the name of the fingerprint of the data's order
+OF_ORDER = ("seed", "seq_len", "packing", "pack", "group_size")  # options that are in it, besides the batch size
 FIXED = {"tokenizer", "architecture", "base model", "tuning"}  # fingerprints that no run may change
 MACHINE = {  # what rounding depends on: its name
     "threads": "threads",
@@ -248,7 +251,7 @@ def compare_fingerprints(
             f"{source} was made with another {what}{options}: choose another --out, or give what it was made with{flag}"
         )
     lines = [f"{name}: changed since the checkpoint, as --allow_data_change allows" for name in differing]
-    if differing:
+    if "data" in differing or ORDER in differing:
         lines.append(_changed_order(saved, now, other_data="data" in differing))
     lines += changed.values()
     for key, name in MACHINE.items():
@@ -261,7 +264,7 @@ def compare_fingerprints(
 def _changed_order(saved: dict, now: dict, other_data: bool) -> str:
     """What --allow_data_change does to the order of the data; other_data: whether it is no longer the same text."""
     before, after = saved.get("config", {}), now.get("config", {})
-    same_order = all(before.get(name) == after.get(name) for name in ("seed", "seq_len", "packing"))
+    same_order = all(before.get(name) == after.get(name) for name in OF_ORDER)
     if other_data or not same_order or not isinstance(before.get("batch_size"), int):
         return "data: another order begins; some of what was read comes again, and some may never come"
     read, following = (saved["step"] * config["batch_size"] for config in (before, after))

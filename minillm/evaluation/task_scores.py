@@ -85,8 +85,7 @@ class TaskScores:
         """Report what the model scores when it is due: at --eval_every, and after the last step. run: a `Run`."""
         if not self.tasks or not run.due(step, run.training_config.eval_every):
             return
-        with run.watchdog.patient():  # it may take longer than a step
-            run.report(step, self.scores(model, run.ranks), of="benchmarks")
+        run.report(step, lambda: self.scores(model, run.ranks), of="benchmarks")
 
     def _outcomes(self, model: Transformer, task: Task, ranks: Ranks) -> list[list]:
         """For each question the scores of its choices, or the text that the model wrote."""

@@ -61,12 +61,36 @@ def changes(source: Path, saved: dict, described: dict, training_config: Trainin
     """
     allowed = training_config.allow_data_change
     before = saved_schedule(saved.get("config", {}), training_config)
+    after = Schedule.of(training_config)
+    has_decay_data = DECAY_DATA in described["fingerprints"]
+    lines = []
+    if has_decay_data:
+        lines.append(_moved_decay(source, saved["step"], before, after, allowed))
     if saved["step"] <= before.decay_begins:  # none of the decay's data was read, so it may still be chosen
         saved, described = _without(saved, DECAY_DATA), _without(described, DECAY_DATA)
-    lines = train_state.compare_fingerprints(saved, described, allowed, source, FREE)
+    lines += train_state.compare_fingerprints(saved, described, allowed, source, FREE)
     if saved["step"] < training_config.steps and training_config.lr is not None:
-        lines.append(rate_change(before, Schedule.of(training_config), saved["step"]))
+        lines.append(rate_change(before, after, saved["step"], may_be_constant=not has_decay_data))
     return [line for line in lines if line]
+
+
+def _moved_decay(source: Path, step: int, before: Schedule, after: Schedule, allowed: bool) -> str:
+    """A line for a decay with data of its own that began, or would have begun, before the checkpoint, but elsewhere.
+
+    Which texts a step reads depends on where the decay begins: what was read since then would come again, and what
+    the order has there would never come. Raises `UserError` unless that is allowed. "": nothing of that.
+    """
+    then, now = before.decay_begins, after.decay_begins
+    if then == now or step <= min(then, now):
+        return ""
+    moved = f"the decay, which reads --decay_data, began after step {then:,} and would now after step {now:,}"
+    if allowed:
+        return f"{moved}: some texts come again and some never, as --allow_data_change allows"
+    raise UserError(
+        f"{source}: {moved}, so that some texts would come again and some never; keep --steps, --decay_share and "
+        f"--warmup_steps, go on from a checkpoint of at most {min(then, now):,} steps, or accept it by "
+        "--allow_data_change"
+    )
 
 
 def _without(state: dict, name: str) -> dict:

@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import json
 import math
+import os
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -18,7 +19,7 @@ import torch
 from minillm.base import waiting
 from minillm.base.device import autocast, peak_flops, pick_dtype
 from minillm.base.errors import UserError
-from minillm.base.json_door import read_json
+from minillm.base.json_door import read_json, read_object
 from minillm.base.options import write_toml
 from minillm.base.process import StopSignals, advise_on_memory, run_script
 from minillm.checkpoint import run_folder
@@ -41,6 +42,7 @@ from minillm.training.step import TrainState, seed_step
 from minillm.tuning.options import TuningConfig
 
 SIGPIPE = 13  # also where the system has no such signal
+CONCLUDED = "concluded.json"  # after which step all that follows the last one was done
 
 
 def run_training(main: Callable[[], int]) -> int:
@@ -134,6 +136,7 @@ class Run:
             for line in resuming.changes(self.source, self.saved, self._describe(0), training_config):
                 self.say(line)
         self.start_step: int = self.saved["step"]
+        (self.is_concluded, *_) = ranks.exchange(ranks.main and self._was_concluded())
 
         # what it logs and shows
         self.step, self.lr = self.start_step, math.nan
@@ -154,8 +157,16 @@ class Run:
 
     @property
     def finished(self) -> bool:
-        """Whether there is no step left to do."""
-        return self.start_step >= self.training_config.steps
+        """Whether nothing is left to do: no step, nor what follows the last one (see `say_result`)."""
+        steps_left = self.training_config.steps - self.start_step
+        return steps_left < 0 or (steps_left == 0 and self.is_concluded)
+
+    def _was_concluded(self) -> bool:
+        """Whether what follows the last step was done after the step that the run goes on from."""
+        try:
+            return read_object(self.folder / CONCLUDED).get("step", int) == self.start_step
+        except UserError:  # not there, or damaged: then it is done again
+            return False
 
     def say_finished(self, length: str = "steps") -> int:
         """What to print instead of training; length: the option that would make the run longer; returns 0, a status."""
@@ -166,10 +177,20 @@ class Run:
     def make_model(self, model_config: ModelConfig, init: Path | None) -> Transformer:
         """The model to train: resumed, started from `init`, or new. See `starting_model.make_model`."""
         model = starting_model.make_model(self.training_config, model_config, init, self.source, self.ranks)
+        if init is not None:
+            self._note_init(init)
         weights = self.source or init
         if weights is not None:
             self.say(f"weights from {weights}")
         return model
+
+    def _note_init(self, init: Path) -> None:
+        """Let checkpoints say with which model the run began, and an adapter's base be kept."""
+        self.facts["started_from"] = self.saved.get("started_from") or os.path.relpath(init, self.folder)
+        if self.training_config.tune == "full" or not self.ranks.main:
+            return
+        if not run_folder.note_user(init, self.folder):
+            self.say(f"base: {init}; keep it: its run may delete old checkpoints, and the adapter needs this one")
 
     def once(self, name: str, measure: Callable[[], dict]) -> dict:
         """What `measure()` found at the start of the run, on every rank; {} if that is lost.
@@ -306,11 +327,14 @@ class Run:
         for log in self.out.logs if self.out else ():
             log.write({"step": step, **values})
 
-    def report(self, step: int, scores: dict[str, float], of: str = "") -> None:
-        """Record scores and print them; of: what they are scores of."""
+    def report(self, step: int, measure: Callable[[], dict[str, float]], of: str = "") -> dict[str, float]:
+        """Record the scores that `measure` finds, print and return them; of: what they are scores of."""
+        with self.watchdog.patient():  # it may take longer than a step
+            scores = measure()
         self.record(step, **scores)
         listed = ", ".join(f"{name} {score:.4f}" for name, score in scores.items())
         self.say(f"step {step}: {of}{' ' if of else ''}{listed}")
+        return scores
 
     def save(self, state: TrainState) -> None:
         """Write `step-N/` whole or not at all, then delete all but the newest --keep_last, unless this step went wrong.
@@ -353,7 +377,14 @@ class Run:
         return 128 + self.stop_signal if self.stop_signal else 0
 
     def say_result(self) -> None:
-        """The last lines of a run: how long it took, where things are, what to do next."""
+        """The last lines of a run: how long it took, where things are, what to do next.
+
+        Whatever a script does after its steps it does before this: a run that is ended sooner does it when it is
+        started again.
+        """
+        if self.out:
+            concluded = json.dumps({"step": self.step}) + "\n"
+            self.out.write(CONCLUDED, lambda scratch: scratch.write_text(concluded, encoding="utf-8"))
         checkpoint = self.folder / run_folder.step_name(self.step)
         self.say(f"trained for {duration(self.took)}; checkpoint {checkpoint}; {self.draw()}")
         self.say(f"next: {self.next_command}")

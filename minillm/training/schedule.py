@@ -76,10 +76,11 @@ def saved_schedule(saved: dict, training_config: TrainingConfig) -> Schedule:
     return Schedule.of(SimpleNamespace(**values))
 
 
-def rate_change(before: Schedule, after: Schedule, step: int) -> str:
+def rate_change(before: Schedule, after: Schedule, step: int, may_be_constant: bool) -> str:
     """A line on the learning rate after `step` steps if it will not go on as it was planned; else "".
 
-    before, after: the schedule of the steps taken, and that of the steps to come.
+    before, after: the schedule of the steps taken, and that of the steps to come. may_be_constant: whether the run
+    could have --schedule constant; then the line says how the last rate would be kept, where it rises.
     """
     upcoming = sorted({step, max(step, after.warmup - 1), after.steps - 1})  # from 0: the next, the peak, the last
     if all(lr_at(s, before) == lr_at(s, after) for s in upcoming):
@@ -87,7 +88,7 @@ def rate_change(before: Schedule, after: Schedule, step: int) -> str:
     last, following = lr_at(step - 1, before), lr_at(step, after)
     listed = ", then ".join(f"{lr_at(s, after):.2e} in step {s + 1:,}" for s in upcoming)
     line = f"learning rate: {last:.2e} in step {step:,}, now {listed}"
-    if following > 1.05 * last and step >= after.warmup:
+    if may_be_constant and following > 1.05 * last > 0 and step >= after.warmup:
         line += f": {following / last:.1f} times the last, which --schedule constant --lr {last:.3g} would keep"
     return line
 

@@ -1,6 +1,8 @@
 """The model a run starts from: where it comes from, its checks, its adapter, and what to print of it."""
 
+import contextlib
 import dataclasses
+import os
 from pathlib import Path
 from typing import NamedTuple
 
@@ -44,7 +46,7 @@ class Start(NamedTuple):
         order = (training_config.batch_size, training_config.seq_len, training_config.seed, *order)
         return {
             "data": train_state.fingerprint(rows.fingerprint, template),
-            "batch size, sequence length or seed": train_state.fingerprint(*order),
+            train_state.ORDER: train_state.fingerprint(*order),
             "tokenizer": self.tokenizer.sha256,
             **fingerprints(training_config, self.model_config, self.init),
         }
@@ -91,21 +93,20 @@ def find_start(
 def find_init(training_config, ranks: Ranks) -> Path | None:
     """The model folder of --init_from, checked by all ranks together; None without one.
 
-    If it is gone, a run that started from it and trains all weights takes shape and tokenizer from its own checkpoint.
-    Raises `UserError` on every rank if machines hold different ones.
+    A run that goes on takes the checkpoint that it began with, though --init_from may have newer ones by now. If it is
+    gone, a run that trains all weights takes shape and tokenizer from its own checkpoint. Raises `UserError` on every
+    rank if machines hold different ones, or if an adapter's base is gone.
     """
     if not training_config.init_from:
         return None
-    n_own, is_there = ranks.maxima(  # alike on all ranks
-        len(run_folder.step_folders(training_config.out)), int(not init_is_gone(training_config))
-    )
-    if training_config.tune == "full" and n_own and not is_there:
+    init = training_config.init_from
+    if ranks.max(len(run_folder.step_folders(training_config.out))):  # alike on all ranks
         # `Run` reports the broken ones
         own = run_folder.resolve_checkpoint(training_config.out, log=lambda line: None, ranks=ranks)
-        started_from = train_state.read_state(own).get("config", {}).get("init_from")
-        if started_from == training_config.init_from:
+        init = _begun_with(training_config, own, ranks)
+        if init == own:
             return own
-    init = run_folder.resolve_checkpoint(training_config.init_from, ranks=ranks)
+    init = run_folder.resolve_checkpoint(init, ranks=ranks)
     if ranks.world > 1:
         lines = differences(ranks, {"weights": folders.base_sha256(init)[:12]})
         if lines:
@@ -114,6 +115,40 @@ def find_init(training_config, ranks: Ranks) -> Path | None:
                 "copy the same to all of them"
             )
     return init
+
+
+def _begun_with(training_config, own: Path, ranks: Ranks) -> Path | str:
+    """The folder whose model a run began with, from its checkpoint `own`; where that is gone, `own` if it will do.
+
+    --init_from itself, if another one was given then, or the checkpoint does not say. Raises `UserError` for an
+    adapter's base that is gone from a run which is there.
+    """
+    saved = train_state.read_state(own)
+    if saved.get("config", {}).get("init_from") != training_config.init_from:
+        return training_config.init_from
+    is_gone = bool(ranks.max(init_is_gone(training_config)))
+    recorded = saved.get("started_from")
+    init = Path(os.path.normpath(Path(training_config.out) / recorded)) if recorded else None
+    if init is not None and not ranks.max(not init.is_dir()):
+        return init
+    if training_config.tune == "full":
+        return own if is_gone else training_config.init_from
+    if init is not None and not is_gone:
+        raise UserError(
+            f"--init_from {training_config.init_from}: {own} is an adapter over {init}, which is not there any more; "
+            "bring it back, or begin anew in another --out"
+        )
+    return training_config.init_from
+
+
+def context_before(training_config, ranks: Ranks) -> int:
+    """The longest context of the model in a run's newest checkpoint, on every rank; 0 for a new run."""
+    longest = 0
+    if ranks.main:
+        for own in run_folder.step_folders(training_config.out)[-1:]:
+            with contextlib.suppress(UserError):  # `Run` reports a broken one
+                longest = huggingface.load_config(own).max_seq_len
+    return ranks.exchange(longest)[0]
 
 
 def init_is_gone(training_config) -> bool:

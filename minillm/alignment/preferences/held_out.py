@@ -172,12 +172,13 @@ class HeldOut:
         """Report on held-out pairs when it is due; the ranks share the work. before: of `recall`."""
         if self.pairs is None or not run.due(step, run.training_config.eval_every):
             return
-        sums = np.array(run.ranks.sum_of_rows(*self._sums(model, run, run.ranks).tolist()))
-        if not run.ranks.main:
-            return
         known = np.array(before["sums"]) if "sums" in before else None
-        scores = {name: float(value) for name, value in self.pair_scores(sums, known).items()}
-        run.report(step, scores, of="held-out pairs")
+
+        def measure() -> dict[str, float]:
+            sums = np.array(run.ranks.sum_of_rows(*self._sums(model, run, run.ranks).tolist()))
+            return {name: float(value) for name, value in self.pair_scores(sums, known).items()}
+
+        scores = run.report(step, measure, of="held-out pairs")
         self._warn_of_fall(run, scores.get("val_u_chosen", math.nan))
 
     def follow(self, run: Run, u_chosen: float) -> None:

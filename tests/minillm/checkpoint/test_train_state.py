@@ -262,12 +262,13 @@ def test_a_folder_without_training_state_says_what_to_do(tmp_path):
         ({"batch_size": 50}, "data: 700 samples were read, and the next is number 351: 350 are read again"),
         ({"batch_size": 50, "seed": 1}, "data: another order begins; some of what was read comes again"),
         ({"seq_len": 64}, "data: another order begins"),
+        ({"batch_size": 50, "pack": "best_fit"}, "data: another order begins"),
     ],
 )
 def test_what_an_allowed_change_does_to_the_data_is_said(changes, words):
     config = {"batch_size": 100, "seed": 0, "seq_len": 128}
-    saved = {"step": 7, "fingerprints": {"order": "a"}, "config": config}
-    now = {"fingerprints": {"order": "b"}, "config": config | changes}
+    saved = {"step": 7, "fingerprints": {train_state.ORDER: "a"}, "config": config}
+    now = {"fingerprints": {train_state.ORDER: "b"}, "config": config | changes}
     lines = train_state.compare_fingerprints(saved, now, allow_data_change=True)
     assert any(line.startswith(words) for line in lines)
 

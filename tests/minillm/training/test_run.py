@@ -16,6 +16,7 @@ from minillm.base.options import declared, value_type
 from minillm.base.process import RunLock, run_script
 from minillm.checkpoint import train_state
 from minillm.distributed.ranks import Ranks
+from minillm.distributed.watchdog import LOADING
 from minillm.model.config import ModelConfig
 from minillm.model.size import n_parameters
 from minillm.model.transformer import Transformer
@@ -75,6 +76,19 @@ def test_precision():
         assert (x @ x).dtype == torch.float32
     with autocast(CPU, torch.bfloat16):
         assert (x @ x).dtype == torch.bfloat16
+
+
+def test_what_is_reported_is_measured_with_patience(new_run):
+    """A validation may take longer than a step, and must not be taken for a rank that hangs."""
+    one, seen = new_run(), []
+
+    def measure() -> dict[str, float]:
+        seen.append(one.watchdog.patience)
+        return {"val_loss": 1.0}
+
+    assert one.report(3, measure, of="held-out answers") == {"val_loss": 1.0}
+    assert seen == [LOADING] and one.watchdog.patience == 1
+    assert '"val_loss": 1.0' in (one.folder / "metrics.jsonl").read_text()
 
 
 def test_options_that_mean_nothing_are_listed_together():

@@ -69,10 +69,18 @@ def test_options_have_all_that_the_learning_rate_needs():
 )
 def test_a_changed_schedule_is_said_with_what_the_rate_will_do(shape, step, changes, words):
     before = dataclasses.replace(SCHEDULE, shape=shape)
-    line = rate_change(before, dataclasses.replace(before, **changes), step)
+    line = rate_change(before, dataclasses.replace(before, **changes), step, may_be_constant=True)
     assert line.endswith(words) or words in line
     assert bool(line) == bool(words)
     assert ("would keep" in line) == ("would keep" in words)
+
+
+def test_a_rising_rate_gives_advice_only_where_it_can_be_followed():
+    after = dataclasses.replace(SCHEDULE, shape="wsd", steps=200)
+    line = rate_change(dataclasses.replace(SCHEDULE, shape="wsd"), after, 100, may_be_constant=False)
+    assert line.startswith("learning rate: 1.45e-01 in step 100, now 1.00e+00") and "would keep" not in line
+    line = rate_change(dataclasses.replace(SCHEDULE, lr=0.0), SCHEDULE, 20, may_be_constant=True)
+    assert line.startswith("learning rate: 0.00e+00 in step 20, now") and "would keep" not in line
 
 
 def test_the_schedule_of_a_checkpoint_is_read_from_its_options():

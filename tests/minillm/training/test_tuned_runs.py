@@ -90,6 +90,32 @@ def test_resumed_is_bit_for_bit_the_run_never_stopped_and_steps_hold_no_base(fol
     assert "has finished its 6 steps" in sft(folder, broken.name, f"{more} --steps 6")
 
 
+def test_a_base_is_kept_though_its_run_goes_on(folder, command):
+    """An adapter's run and the adapter keep the checkpoint that it began with, which its run would have deleted."""
+    base = folder / "moving"
+    shutil.copytree(folder / "base", base, ignore=shutil.ignore_patterns("*.users"))
+    lora = f"--init_from {base} --tune lora"
+    sft(folder, "over-moving", f"{lora} --steps 2")
+
+    longer = f"--data {folder}/data --out {base} {launch.SMALL} --micro_batch_size 8 --max_seq_len 128 --save_every 1"
+    launch.finish("pretrain", f"{longer} --steps 7 --keep_last 2", folder / "log" / "moving")
+    assert launch.steps(base) == [4, 6, 7]
+    sft(folder, "over-moving", f"{lora} --steps 3")
+    assert list(launch.losses(folder / "over-moving")) == [1, 2, 3]
+    assert command(f"generate --model {folder}/over-moving --prompt a --max_new_tokens 2 --device cpu")
+
+    # gone all the same: said by its name
+    shutil.move(base / "step-00000004", folder / "elsewhere")
+    said = sft(folder, "over-moving", f"{lora} --steps 4", status=2)
+    assert f"over-moving/step-00000003 is an adapter over {base}/step-00000004, which is not there any more" in said
+    shutil.move(folder / "elsewhere", base / "step-00000004")
+
+    # without the adapter nobody needs it
+    shutil.rmtree(folder / "over-moving")
+    launch.finish("pretrain", f"{longer} --steps 8 --keep_last 2", folder / "log" / "moving")
+    assert launch.steps(base) == [7, 8] and not list(base.glob("*.users"))
+
+
 SHARED = [FULL.replace("--lora_dropout 0.1 ", ""), "--tune adapter", "--tune freeze --train_layers 0"]
 SHARED += ["--tune prefix --n_virtual 4", "--tune dora --base_bits 8"]
 
