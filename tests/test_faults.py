@@ -299,6 +299,10 @@ def test_another_seed_may_be_allowed_and_another_rate_is_announced(folder):
     more = "--steps 8 --seed 1 --allow_data_change --lr 1e-3"
     text = launch.finish("pretrain", options(folder, "allowed", more), folder / "log" / "allowed")
     assert "batch size, sequence length or seed: changed since the checkpoint, as --allow_data_change allows" in text
+    run = folder / "allowed"
+    for kept in (run / "options.toml", run / "step-00000008" / "resume" / "options.toml"):
+        # another run that takes these options has not been allowed anything
+        assert "allow_data_change = false" in kept.read_text()
     assert "--lr: 0.002 in the checkpoint, 0.001 now" in text
     assert list(launch.losses(folder / "allowed")) == list(range(1, 9))
 

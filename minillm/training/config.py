@@ -183,6 +183,11 @@ def with_steps(training_config, n_of_epochs: int):
     return training_config, training_config.steps * training_config.batch_size, length_option
 
 
+def for_later(training_config):
+    """The options as a later run is to read them by --config: what was allowed once is not allowed for good."""
+    return dataclasses.replace(training_config, allow_data_change=False)
+
+
 def summary(cfg: TrainingConfig) -> str:
     """What a run will do, in one line, and below it what of its options is not the default."""
     start = f" from {cfg.init_from}" if cfg.init_from else ""

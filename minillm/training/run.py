@@ -34,7 +34,7 @@ from minillm.model.transformer import Transformer
 from minillm.tokenizer.tokenizer import Tokenizer
 from minillm.training import kernel_check, plot, resuming, saving, sharding, starting_model
 from minillm.training.bad_steps import BadSteps
-from minillm.training.config import TrainingConfig, check_files
+from minillm.training.config import TrainingConfig, check_files, for_later
 from minillm.training.out_folder import OutFolder, check_out
 from minillm.training.progress import Progress, duration
 from minillm.training.schedule import Schedule, lr_at, set_lr
@@ -148,7 +148,7 @@ class Run:
             run_folder.set_aside_later(self.folder, self.start_step, log=self.say)
             self.out.open_logs(self.start_step, training_config.tensorboard)
             if not self.finished:
-                self.out.write("options.toml", partial(write_toml, training_config))
+                self.out.write("options.toml", partial(write_toml, for_later(training_config)))
         self.saver = saving.Saver(ranks, training_config, tokenizer)
         self.progress = Progress(training_config.steps, self.start_step, ranks.main)
         self.watchdog = Watchdog(ranks.rank, ranks.world, training_config.timeout_s)

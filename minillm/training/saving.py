@@ -15,7 +15,7 @@ from minillm.checkpoint.together import SharedSave
 from minillm.distributed.ranks import Ranks
 from minillm.tokenizer.tokenizer import Tokenizer
 from minillm.training import starting_model
-from minillm.training.config import TrainingConfig
+from minillm.training.config import TrainingConfig, for_later
 from minillm.training.step import TrainState
 from minillm.tuning import peft_format
 from minillm.tuning.adapter import active_adapter
@@ -114,7 +114,7 @@ def _model_to_write(model: torch.nn.Module, tokenizer: Tokenizer | None):
 
 def _write_beside(folder: Path, training_config: TrainingConfig, tokenizer: Tokenizer | None) -> None:
     """Write the tokenizer with the prompt format of this training, and the run's options."""
-    write_toml(training_config, folder / "resume" / "options.toml")
+    write_toml(for_later(training_config), folder / "resume" / "options.toml")
     if tokenizer is not None:
         tokenizer.save(folder, template=getattr(training_config, "template", None))
 
