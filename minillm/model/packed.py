@@ -1,7 +1,7 @@
 """Products of weights in 16, 8 or 4 bits on a CPU, for generation: one token's time is that of reading the weights.
 
-16 bits  W is rounded to float16, x is not; sums are in float32 (fbgemm, in torch on x86). A row's result has the same
-         bits whatever rows are beside it, which float32 products do not give.
+16 bits  W is rounded to float16, x is not; sums are in float32 (fbgemm, in torch on x86). Whatever rows are beside a
+         row, its result is the same up to rounding: with AVX2 few rows are summed in another order than many.
 8 bits   x is rounded as well, row by row, and the products are sums of whole numbers (fbgemm, in torch on x86):
 
              y = s · (round(127 x / s) · codesᵀ) · scales / 127       s the largest magnitude of the row of x
