@@ -7,6 +7,7 @@ its end.
 """
 
 import datetime
+import itertools
 import json
 import re
 from functools import lru_cache
@@ -88,24 +89,24 @@ def encode(tokenizer, messages: list[dict], text: str, add_generation_prompt: bo
     the model is asked, the prompt's part of it is there already. Raises `UserError` for a template whose answers cannot
     be found in the text.
     """
-    mark, messages = mark_control(messages, tokenizer.control)
+    marks, messages = mark_control(messages, tokenizer.control)
 
     def write(messages: list[dict], prompt: bool = False) -> str:
         return render(text, messages, tokenizer.special_pieces, prompt)
 
     whole = write(messages, add_generation_prompt)
-    ids = tokenizer.encode_rendered(whole, mark)
+    ids = tokenizer.encode_rendered(whole, marks)
     learn = [False] * len(ids)
     if add_generation_prompt:
         return ids, learn
 
     last = 0  # where the answer before ended, in tokens
     for start, end in answer_spans(write, messages, tokenizer.control_pattern):
-        prompt_ids = tokenizer.encode_rendered(whole[:start], mark)
+        prompt_ids = tokenizer.encode_rendered(whole[:start], marks)
         first = n_common(prompt_ids, ids)
         if first < len(prompt_ids):
             first += 1  # the token over the border
-        n_answered = len(tokenizer.encode_rendered(whole[:end], mark))
+        n_answered = len(tokenizer.encode_rendered(whole[:end], marks))
         if not last < first < n_answered:
             raise UserError(f"chat template: an answer has no tokens of its own, so none is learned; {REMEDY}")
         learn[first:n_answered] = [True] * (n_answered - first)
@@ -152,24 +153,25 @@ def end_of_answer(tokenizer, text: str) -> int | None:
     return ids[max(i for i, learned in enumerate(learn) if learned)]
 
 
-def mark_control(messages: list[dict], control: dict[str, int]) -> tuple[str, list[dict]]:
-    """A character that no message holds, and the messages with it inside whatever looks like a control piece there.
+def mark_control(messages: list[dict], control: dict[str, int]) -> tuple[dict[int, str], list[dict]]:
+    """The messages, changed wherever they hold the text of a control piece, and what `str.translate` undoes that by.
 
-    So what the template writes and what a message says can be told apart in the text.
+    A character that no message holds is put inside the piece's text; of a piece of one character another takes the
+    place. So what the template writes and what a message says can be told apart in the text.
     """
     spoken = "".join(message["content"] for message in messages)
-    number = FIRST_MARK
-    while chr(number) in spoken:
-        number += 1
-    mark = chr(number)
-    pieces = [piece for piece in control if len(piece) > 1 and piece in spoken]
-    marked = []
-    for message in messages:
-        content = message["content"]
-        for piece in sorted(pieces, key=len, reverse=True):
-            content = content.replace(piece, piece[0] + mark + piece[1:])
-        marked.append({"role": message["role"], "content": content})
-    return mark, marked
+    unused = (chr(number) for number in itertools.count(FIRST_MARK) if chr(number) not in spoken)
+    mark = next(unused)
+    marks = {ord(mark): ""}
+    marked = [dict(message) for message in messages]
+    for piece in sorted((piece for piece in control if piece in spoken), key=len, reverse=True):
+        changed = piece[0] + mark + piece[1:]
+        if len(piece) == 1:
+            changed = next(unused)
+            marks[ord(changed)] = piece
+        for message in marked:
+            message["content"] = message["content"].replace(piece, changed)
+    return marks, marked
 
 
 def n_common(a: list[int], b: list[int]) -> int:

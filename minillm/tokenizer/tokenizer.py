@@ -9,6 +9,7 @@ text. Our ids: unk 0, bos 1, eos 2, pad 3, the chat roles 4–6, the 256 bytes, 
 import hashlib
 import itertools
 import re
+from collections import Counter
 from collections.abc import Iterable
 from functools import cached_property, partial
 from pathlib import Path
@@ -123,14 +124,14 @@ class Tokenizer:
                 _refuse_surrogates(text)
             raise
 
-    def encode_rendered(self, text: str, mark: str) -> list[int]:
+    def encode_rendered(self, text: str, marks: dict[int, str]) -> list[int]:
         """Ids of a filled-in chat template, in which control pieces count, as in transformers.
 
-        mark: a character that breaks up what looks like a control piece and came from a message; it is taken out here.
+        marks: what undoes the marks in what looks like a control piece and came from a message (`mark_control`).
         """
         pieces = self.control | self.model.whole
         parts = either_of(pieces).split(text)
-        return self.model.encode_parts([part if part in pieces else part.replace(mark, "") for part in parts], pieces)
+        return self.model.encode_parts([part if part in pieces else part.translate(marks) for part in parts], pieces)
 
     @cached_property
     def control_pattern(self) -> re.Pattern:
@@ -389,15 +390,20 @@ class JsonTokenizer(Tokenizer):
         own, wrap = ("without bos", "eos") if add_bos else ("with bos", "bos_eos")
         raise UserError(f"{self._source}: a tokenizer.json stays as it is, and its texts begin {own}: --wrap {wrap}")
 
-    def encode_rendered(self, text: str, mark: str) -> list[int]:
+    def encode_rendered(self, text: str, marks: dict[int, str]) -> list[int]:
         """Ids of a filled-in chat template (see `Tokenizer.encode_rendered`)."""
-        if mark not in text:
-            return self.pieces.encode_rendered(text)
+        if text.translate(marks) == text:
+            ids = self.pieces.encode_rendered(text)
+            # a normalizer may make a control piece of other letters, such as <|IM_END|>
+            written = Counter(self.control[piece] for piece in self.control_pattern.findall(text))
+            found = Counter(ids)
+            if all(found[i] == written[i] for i in self.pieces.normalized):
+                return ids
         if not self.pieces.parts_are_independent:
             raise UserError(f"{self._source}: a message holds the text of a control piece, which cannot be kept apart")
         ids: list[int] = []
         for part in self.control_pattern.split(text):
-            ids += [self.control[part]] if part in self.control else self.encode(part.replace(mark, ""))
+            ids += [self.control[part]] if part in self.control else self.encode(part.translate(marks))
         return ids
 
     def decode(self, ids: Iterable[int]) -> str:

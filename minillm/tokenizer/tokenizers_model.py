@@ -31,7 +31,8 @@ class TokenizersModel:
     data: the file. rules: parts of it that transformers replaces, such as its pre_tokenizer.
 
     library: its tokenizer, to which a control piece is text. ids: piece → id, added pieces included. control: id of
-    each control piece, which no text is encoded as. table: the bytes that each id shows; None if that depends on its
+    each control piece, which no text is encoded as. normalized: the ids of those that are looked for in the normalized
+    text, so that other letters may become one. table: the bytes that each id shows; None if that depends on its
     neighbours. dummy_prefix: whether one space at the front of a decoded text was put there by the tokenizer.
     unfaithful: why the bytes of a text's ids are not the bytes of the text, or None if they are.
 
@@ -55,6 +56,9 @@ class TokenizersModel:
             if self.ids.get(token["content"]) != token["id"]:
                 raise UserError(f"{source}: damaged, {token['content']!r:.80} has another id than {token['id']}")
         self.control = {token["content"]: token["id"] for token in added if token["special"]}
+        self.normalized: set[int] = set()
+        if described.get("normalizer"):
+            self.normalized = {token["id"] for token in added if token["special"] and token["normalized"]}
         vocab = described["model"]["vocab"]
         own_pieces = vocab.keys() if isinstance(vocab, dict) else {piece for piece, _ in vocab}
         if not own_pieces.isdisjoint(self.control):
