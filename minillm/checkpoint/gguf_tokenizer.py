@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 from minillm.base.contents import Contents
 from minillm.base.errors import UnsupportedError, UserError
-from minillm.tokenizer import byte_bpe
+from minillm.tokenizer import byte_bpe, jinja_template
 from minillm.tokenizer.edit import from_pieces
 from minillm.tokenizer.folder_files import GENERATION_CONFIG, to_json
 from minillm.tokenizer.tokenizer import AFTER_EOS, JsonTokenizer, Tokenizer
@@ -18,6 +18,16 @@ TYPES = {1: "NORMAL", 2: "UNKNOWN", 3: "CONTROL", 4: "USER_DEFINED", 5: "UNUSED"
 NUMBER_OF_TYPE = {name: number for number, name in TYPES.items()}
 PADDING = "[PAD{}]"  # the text of an id without a piece: llama.cpp wants a token for each row of the embedding
 OWN_FILE = "minillm.tokenizer_file"  # the tokenizer's file in base64: the standard keys say only how it cuts text
+LEGACY = "minillm.tokenizer_legacy"  # where Llama's class puts spaces, its `legacy`: GGUF has one rule of its own
+
+# What llama.cpp must cut as we do, a chat among it; and what a model rarely reads, where a difference is only said.
+ORDINARY = ("The cat sat on 42 mats.\n", "a  b\n\n c", "你好，世界", "Ｆ①ﬁ é e\u0301")
+ORDINARY_CHAT = (
+    {"role": "user", "content": "a"},
+    {"role": "assistant", "content": "b"},
+    {"role": "user", "content": "c"},
+)
+RARE = (" a", "{eos}a", "{eos} a")
 
 
 def special_ids(contents: Contents) -> dict[str, int]:
@@ -97,6 +107,9 @@ def _read_sentencepiece(
     template = contents.get("tokenizer.chat_template", str)
     after_eos = contents.get(f"minillm.{AFTER_EOS}", bool, False)
     named = {f"{role}_token": pieces[i][0] for role, i in ids.items()}
+    legacy = contents.get(LEGACY, bool)
+    if legacy is not None:
+        named |= {"tokenizer_class": "LlamaTokenizer", "legacy": legacy}
 
     def settled(tokenizer: Tokenizer) -> Tokenizer:
         return tokenizer.with_settings(
@@ -204,7 +217,43 @@ def describe(tokenizer: Tokenizer, n_rows: int) -> dict:
             f"--format gguf: texts end at the ids {tokenizer.end_ids}, and {1 + len(MORE_ENDS)} have a place there; "
             "choose hf"
         )
-    return _described(tokenizer, n_rows)
+    metadata = _described(tokenizer, n_rows)
+    _compare_with_llama_cpp(tokenizer, metadata)
+    return metadata
+
+
+def _compare_with_llama_cpp(tokenizer: Tokenizer, metadata: dict) -> None:
+    """Raise `UserError` if llama.cpp would cut ordinary texts otherwise than our tokenizer does; print if rare ones.
+
+    It knows what the standard keys say and no other rule: where there is a space in front, it comes before each part
+    that follows an added token as well, and no token takes spaces with it. `read` makes that tokenizer.
+    """
+    theirs = read({name: value for name, value in metadata.items() if not name.startswith("minillm.")}, "GGUF")
+    whole = tokenizer.bpe.whole if isinstance(tokenizer, JsonTokenizer) else tokenizer.model.whole
+    texts = [*ORDINARY, "".join(f"a{piece}b {piece} c" for piece in whole)]
+    wrong = [text for text in texts if tokenizer.encode(text) != theirs.encode(text)]
+
+    def differs(rendered: str) -> bool:
+        return tokenizer.encode_rendered(rendered, {}) != theirs.encode_rendered(rendered, {})
+
+    if tokenizer.chat_template:
+        try:
+            pieces = tokenizer.special_pieces
+            chat = jinja_template.render(tokenizer.chat_template, list(ORDINARY_CHAT), pieces, True)
+        except UserError as problem:
+            print(f"--format gguf: its chat template was not compared with llama.cpp ({problem})")
+        else:
+            wrong += [chat] if differs(chat) else []
+    if wrong:
+        raise UserError(
+            f"--format gguf: llama.cpp would cut {wrong[0][:60]!r} otherwise: it puts a space before each part behind "
+            'an added token (as "legacy": true in tokenizer_config.json has it), lets no token take spaces with it, '
+            "and changes no letters; choose hf"
+        )
+    eos = tokenizer.pieces.piece_of(tokenizer.eos_id)
+    rare = [text for text in (form.format(eos=eos) for form in RARE) if differs(text)]
+    if rare:
+        print(f"--format gguf: llama.cpp puts another number of spaces in front of {' and '.join(map(repr, rare))}")
 
 
 def _described(tokenizer: Tokenizer, n_rows: int) -> dict:
@@ -226,6 +275,8 @@ def _described(tokenizer: Tokenizer, n_rows: int) -> dict:
     metadata = {f"tokenizer.ggml.{name}": value for name, value in described.items()}
     if tokenizer.begins_after_eos:  # GGUF has no key for it
         metadata[f"minillm.{AFTER_EOS}"] = True
+    if not isinstance(tokenizer, JsonTokenizer) and (space := tokenizer.model.space).before and space.spared:
+        metadata[LEGACY] = space.each_part
     if tokenizer.chat_template:
         metadata["tokenizer.chat_template"] = tokenizer.chat_template
     return metadata

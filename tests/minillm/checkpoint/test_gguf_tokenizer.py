@@ -1,9 +1,11 @@
 """Tokenizers through GGUF; transformers, which reads it itself, is the oracle."""
 
+import base64
 import dataclasses
 import json
 
 import pytest
+import tokenizers
 import torch
 import transformers
 
@@ -14,6 +16,19 @@ from minillm.tokenizer.edit import from_pieces
 from minillm.tokenizer.tokenizer import Tokenizer
 from minillm.tokenizer.train import train_tokenizer
 from tests.minillm.checkpoint.test_gguf import BASE, stored
+from tests.minillm.tokenizer.test_other_folders import (
+    BOTH,
+    CHAT,
+    CHATML,
+    ENDS,
+    FAST,
+    LLAMA,
+    SETTINGS,
+    agree,
+    texts,
+    token,
+)
+from tests.minillm.tokenizer.test_tokenizer import train_foreign
 
 
 @pytest.mark.parametrize("dummy_prefix", [True, False])
@@ -146,11 +161,11 @@ def test_bos_where_the_file_does_not_say_is_as_llama_cpp_has_it(split, tmp_path)
 
 
 def test_added_tokens_and_all_ends_of_texts_go_both_ways(tmp_path):
-    from tests.minillm.tokenizer.test_other_folders import ADDED, CHATML
     from tests.minillm.tokenizer.test_tokenizer import train_llama
 
     (tmp_path / "tokenizer.model").write_bytes(train_llama().data)
-    settings = ADDED | {"eos_token": "<|im_end|>", "chat_template": CHATML, "add_bos_token": True}
+    added = {"added_tokens_decoder": ENDS | token(422, "<x>") | token(423, "<y>")}
+    settings = FAST | added | {"eos_token": "<|im_end|>", "chat_template": CHATML, "add_bos_token": True}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": [420, 2]}')
     tokenizer = Tokenizer.load(tmp_path)
@@ -166,3 +181,62 @@ def test_added_tokens_and_all_ends_of_texts_go_both_ways(tmp_path):
     (tmp_path / "generation_config.json").write_text(json.dumps(many))
     with pytest.raises(UserError, match=r"texts end at the ids \[420, 1, 2, 421\], and 3 have a place"):
         gguf_tokenizer.describe(Tokenizer.load(tmp_path), 430)
+
+
+def through_gguf(tokenizer: Tokenizer, keep_ours: bool) -> Tokenizer:
+    """What comes back from a file; keep_ours: with the keys that only this project reads."""
+    metadata = gguf_tokenizer.describe(tokenizer, tokenizer.vocab_size)
+    metadata[gguf_tokenizer.OWN_FILE] = base64.b64encode(tokenizer.data).decode()
+    return gguf_tokenizer.read(
+        {name: value for name, value in metadata.items() if keep_ours or not name.startswith("minillm.")}, "m.gguf"
+    )
+
+
+TURNS = {"added_tokens_decoder": ENDS, "eos_token": "<|im_end|>"}
+RULES = SETTINGS | {"turns": LLAMA | TURNS, "turns, a space in front of each part": LLAMA | TURNS | {"legacy": True}}
+
+
+@pytest.mark.parametrize("maker", BOTH)
+@pytest.mark.parametrize("chat", [True, False])
+@pytest.mark.parametrize("kind", [kind for kind in RULES if kind != "a learnt piece is an added token"])
+def test_a_folder_s_rules_come_back_or_are_refused(kind, chat, maker, tmp_path, capsys):
+    """Without our keys `read` gives llama.cpp's ids: checked against llama.cpp itself, as docs/en/interop.md says."""
+    (tmp_path / "tokenizer.model").write_bytes(maker().data)
+    settings = (RULES[kind] or {}) | ({"chat_template": CHATML} if chat else {})
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    tokenizer = Tokenizer.load(tmp_path)
+    space, has_prefix = tokenizer.model.space, tokenizer.model.dummy_prefix
+    is_cut_otherwise = has_prefix and not space.each_part and chat and "<|im_end|>" in tokenizer.control
+    if is_cut_otherwise or any(tokenizer.model.eats_spaces.values()):
+        with pytest.raises(UserError, match=r"--format gguf: llama\.cpp would cut .* otherwise: .*choose hf"):
+            through_gguf(tokenizer, keep_ours=True)
+        return
+    again, by_others = (through_gguf(tokenizer, keep_ours) for keep_ours in (True, False))
+    assert ("llama.cpp puts another number of spaces in front of ' a'" in capsys.readouterr().out) == (
+        has_prefix and space.spared
+    )
+    for text in texts()[:100]:
+        assert again.prompt_ids(text) == tokenizer.prompt_ids(text)
+        if not text.startswith(" "):
+            assert by_others.prompt_ids(text) == tokenizer.prompt_ids(text)
+    if not chat:
+        return
+    ids = [t.encode_chat(CHAT[1:], add_generation_prompt=True)[0] for t in (tokenizer, again, by_others)]
+    assert ids[0] == ids[1] == ids[2]
+    again.save(tmp_path / "again")
+    (tmp_path / "again" / "config.json").write_text('{"model_type": "llama"}')
+    is_same_file = agree(tmp_path / "again").sha256 == tokenizer.sha256
+    assert is_same_file or kind == "another piece is bos"
+
+
+def test_tokens_that_take_spaces_and_changed_letters_have_no_place(tmp_path):
+    from tests.minillm.tokenizer.test_byte_bpe import train
+
+    library = train("gpt-2")
+    library.add_tokens([tokenizers.AddedToken("<x>", rstrip=True, normalized=False)])
+    library.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<|im_end|>"}')
+    with pytest.raises(UserError, match=r"llama\.cpp would cut '.*a<x>b <x> c' otherwise"):
+        through_gguf(Tokenizer.load(tmp_path), keep_ours=True)
+    with pytest.raises(UserError, match=r"llama\.cpp would cut .* otherwise: .* changes no letters"):
+        through_gguf(train_foreign("bpe", vocab_size=150), keep_ours=True)  # SentencePiece's usual normalizer
