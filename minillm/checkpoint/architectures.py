@@ -50,6 +50,13 @@ COMPUTES = {
     "qwen3": {**LLAMA, "qk_norm": True},
 }
 SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+# What transformers takes where a config.json leaves a key out; null for heads means that they follow from the others.
+LEFT_OUT = {"norm_eps": 1e-6, "tie_embeddings": False, "max_seq_len": 2048, "n_kv_heads": None, "head_dim": None}
+LEFT_OUT_OF = {
+    "mistral": {"max_seq_len": 131_072, "n_kv_heads": 8, "window": 4096},
+    "qwen2": {"max_seq_len": 32_768, "n_kv_heads": 32},
+    "qwen3": {"max_seq_len": 32_768, "n_kv_heads": 32, "head_dim": 128},
+}
 
 
 def _special_names() -> list[str]:
@@ -146,10 +153,13 @@ def from_hf(written: dict) -> ModelConfig:
         raise UserError(f"lacks {', '.join(missing)}")
     _refuse_unsupported(written)
 
-    # what every architecture has; transformers leaves out what has its own default
-    defaults = {"norm_eps": 1e-6, "tie_embeddings": False, "max_seq_len": 2048, "n_kv_heads": None, "head_dim": None}
+    # what every architecture has
     given = {ours: written[theirs] for ours, theirs in SHARED.items() if theirs in written}
-    values = {**defaults, **{name: value for name, value in given.items() if value is not None}}
+    if kind == "mistral" and "sliding_window" in written:
+        given["window"] = written["sliding_window"]
+    may_be_null = ("n_kv_heads", "head_dim", "window")
+    values = LEFT_OUT | LEFT_OUT_OF.get(kind, {})
+    values |= {name: value for name, value in given.items() if value is not None or name in may_be_null}
     rope = rope_values(written)
     values["score_head"] = score_head.is_classifier(written)
     values["rope_theta"] = float(rope.get("rope_theta", 1e4))
@@ -158,8 +168,7 @@ def from_hf(written: dict) -> ModelConfig:
     # what makes the architecture this one
     if kind == OWN:
         return _read_own(written, values)
-    special = COMPUTES[kind] | ({"window": written.get("sliding_window")} if kind == "mistral" else {})
-    return ModelConfig(**values, **special)
+    return ModelConfig(**COMPUTES[kind] | values)
 
 
 def _refuse_unsupported(written: dict) -> None:
@@ -171,6 +180,7 @@ def _refuse_unsupported(written: dict) -> None:
         "use_sliding_window": kind != "mistral" and written.get("use_sliding_window"),
         "partial_rotary_factor": rope_values(written).get("partial_rotary_factor", 1.0) != 1.0,
         "hidden_act": written.get("hidden_act", "silu") not in ("silu", "swish"),
+        "is_causal": not written.get("is_causal", True),
     }
     wrong = [name for name, is_set in unsupported.items() if is_set]
     if kind != OWN:  # an option of ours has no place under another architecture
@@ -218,7 +228,10 @@ def rope_parameters(config: ModelConfig) -> dict:
 def rope_values(written: dict) -> dict:
     """A config's rotary options, from the style of transformers 5 or 4."""
     old = {key: written[key] for key in ("rope_theta", "partial_rotary_factor") if written.get(key) is not None}
-    return old | (written.get("rope_scaling") or written.get("rope_parameters") or {})  # as transformers prefers them
+    rope = old | (written.get("rope_scaling") or written.get("rope_parameters") or {})  # as transformers prefers them
+    if (length := written.get("original_max_position_embeddings")) is not None:  # beside them it counts more, as there
+        rope["original_max_position_embeddings"] = length
+    return rope
 
 
 def read_scaling(rope: dict, max_seq_len: int) -> RopeScaling | None:

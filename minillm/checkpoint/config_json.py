@@ -19,6 +19,8 @@ KINDS = {
     "attention_bias": bool,
     "mlp_bias": bool,
     "use_sliding_window": bool,
+    "is_causal": bool,
+    "original_max_position_embeddings": int,
     "partial_rotary_factor": float,
     "sliding_window": int,
     "rope_theta": float,

@@ -126,6 +126,30 @@ def test_old_style_config_is_read(tmp_path):
     assert config.rope_theta == 5e5 and config.rope_scaling == RopeScaling("linear", 4.0, 2048)
 
 
+NULLS = [None, "num_key_value_heads", "sliding_window", "max_position_embeddings", "rms_norm_eps"]
+
+
+@pytest.mark.parametrize("null", NULLS)
+@pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2", "qwen3"])
+def test_what_a_config_leaves_out_is_what_transformers_takes(kind, null, tmp_path):
+    sizes = {"hidden_size": 2048, "num_attention_heads": 32, "intermediate_size": 64}
+    written = {"model_type": kind, "vocab_size": 160, "num_hidden_layers": 2, **sizes} | ({null: None} if null else {})
+    (tmp_path / "config.json").write_text(json.dumps(written))
+    ours = load_config(tmp_path)
+    if null == "num_key_value_heads":
+        assert ours.n_kv_heads == 32  # as many as queries; for Mistral null is refused there
+    if null in ("max_position_embeddings", "rms_norm_eps") or (kind, null) == ("mistral", "num_key_value_heads"):
+        del written[null]
+        (tmp_path / "config.json").write_text(json.dumps(written))
+    theirs = transformers.AutoConfig.from_pretrained(tmp_path)
+    assert ours.max_seq_len == theirs.max_position_embeddings
+    assert ours.n_kv_heads == theirs.num_key_value_heads or null == "num_key_value_heads"
+    assert ours.head_dim == (getattr(theirs, "head_dim", None) or 2048 // 32)
+    assert (ours.norm_eps, ours.tie_embeddings) == (theirs.rms_norm_eps, theirs.tie_word_embeddings)
+    assert ours.rope_theta == theirs.rope_parameters["rope_theta"]
+    assert ours.window == getattr(theirs, "sliding_window", None)
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -155,6 +179,7 @@ def test_our_own_options_get_a_name_that_others_refuse(change, tmp_path):
         (dict(qk_norm=True), "qk_norm"),
         (dict(attention_bias=True), "attention_bias"),
         (dict(hidden_act="gelu"), "hidden_act"),
+        (dict(is_causal=False), "is_causal"),
         (dict(partial_rotary_factor=0.5), "partial_rotary_factor"),
         (dict(rope_parameters={"partial_rotary_factor": 0.5, "rope_theta": 1e4}), "partial_rotary_factor"),
         (dict(rope_parameters={"rope_type": "longrope", "rope_theta": 1e4}), "longrope"),
@@ -310,6 +335,17 @@ def test_no_value_that_makes_no_sense_comes_in(kind, name, tmp_path):
         assert "\n" not in str(caught.value) and len(str(caught.value)) < 400
 
 
+def same_tables(config: ModelConfig, folder) -> None:
+    """Raise AssertionError unless transformers turns positions as we do, by the config.json of a folder."""
+    theirs = transformers.AutoConfig.from_pretrained(folder)
+    rotary = transformers.models.llama.modeling_llama.LlamaRotaryEmbedding(theirs)
+    positions = torch.arange(BASE.max_seq_len)
+    cos, sin = rotary(torch.zeros(1), positions[None])  # (1, T, D): each half the same
+    half = config.head_dim // 2
+    for ours, expected in zip(rotary_tables(config, "cpu"), (cos, sin), strict=True):
+        torch.testing.assert_close(ours, expected[0, :, :half], atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.parametrize("name", ROPE_NAMES)
 @pytest.mark.parametrize("kind", ROPE)
 def test_every_value_that_comes_in_gives_the_tables_of_transformers(kind, name, tmp_path):
@@ -317,18 +353,25 @@ def test_every_value_that_comes_in_gives_the_tables_of_transformers(kind, name, 
     for value in UNUSUAL:
         try:
             config = read_rope(tmp_path, kind, {name: value})
-            ours = rotary_tables(config, "cpu")
+            rotary_tables(config, "cpu")
         except UserError:
             continue
         n_accepted += 1
-        theirs = transformers.AutoConfig.from_pretrained(tmp_path)
-        rotary = transformers.models.llama.modeling_llama.LlamaRotaryEmbedding(theirs)
-        positions = torch.arange(BASE.max_seq_len)
-        cos, sin = rotary(torch.zeros(1), positions[None])  # (1, T, D): each half the same
-        half = config.head_dim // 2
-        torch.testing.assert_close(ours[0], cos[0, :, :half], atol=1e-4, rtol=1e-4)
-        torch.testing.assert_close(ours[1], sin[0, :, :half], atol=1e-4, rtol=1e-4)
+        same_tables(config, tmp_path)
     assert n_accepted >= 2
+
+
+@pytest.mark.parametrize("nested", [{}, {"original_max_position_embeddings": 16}])
+@pytest.mark.parametrize("kind", ["default", "linear", "yarn", "llama3"])
+def test_the_original_length_may_stand_beside_the_rope_options(kind, nested, tmp_path):
+    read_rope(tmp_path, kind, {})
+    written = json.loads((tmp_path / "config.json").read_text())
+    written["rope_scaling"].pop("original_max_position_embeddings", None)
+    written["rope_scaling"] |= nested
+    for beside in ({"original_max_position_embeddings": 32}, {}):
+        written = {name: value for name, value in written.items() if name not in ROPE_NAMES} | beside
+        (tmp_path / "config.json").write_text(json.dumps(written))
+        same_tables(load_config(tmp_path), tmp_path)
 
 
 def test_an_unknown_option_of_the_positions_is_refused_by_name(tmp_path):
