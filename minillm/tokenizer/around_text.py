@@ -7,7 +7,7 @@ refused by name, since a text would begin or end otherwise here than there.
 
 from minillm.base.contents import Contents
 from minillm.base.errors import UserError
-from minillm.tokenizer.folder_files import read_object
+from minillm.tokenizer.folder_files import is_llama_class, read_object
 from minillm.tokenizer.sentencepiece_model import SPACE_MARK, Space
 from minillm.tokenizer.tokenizers_model import steps
 
@@ -57,10 +57,7 @@ def first_id(files: dict[str, bytes], config: dict, bos_id: int | None, source: 
 
 def is_llama(files: dict[str, bytes], config: dict) -> bool:
     """Whether transformers takes its class for Llama's tokenizers, which has rules of its own about spaces."""
-    if not str(config.get("tokenizer_class")).startswith(("LlamaTokenizer", BOS_UNLESS_TOLD)):
-        return False
-    of_mistral = read_object(files.get("config.json", b"{}"), "config.json").get("model_type") == "mistral"
-    return not of_mistral and b'"ByteLevel"' not in files.get("tokenizer.json", b"")  # its class has no such rules
+    return is_llama_class(config) and b'"ByteLevel"' not in files.get("tokenizer.json", b"")
 
 
 def llama_rules(space: Space) -> dict:

@@ -28,15 +28,29 @@ COMPANIONS = (
     "added_tokens.json",
     "chat_template.jinja",
 )
+LLAMA_CLASSES = ("LlamaTokenizer", "CodeLlamaTokenizer")  # of transformers, with rules of their own about spaces
+PLAIN_CLASS = "PreTrainedTokenizerFast"  # without any
 
 
 def read_companions(folder: Path) -> dict[str, bytes]:
     """Contents of those of these files that a folder holds, and of its config.json, by name.
 
-    Raises `UserError` for what is no file.
+    A Mistral model's tokenizer has the plain class, whatever its settings say: so transformers takes it, by the model's
+    config.json, which does not go everywhere with the tokenizer. Raises `UserError` for what is no file.
     """
     paths = [folder / name for name in (*COMPANIONS, MODEL_CONFIG)]
-    return {path.name: read_file(path, MOST_BYTES) for path in paths if os.path.lexists(path)}
+    files = {path.name: read_file(path, MOST_BYTES) for path in paths if os.path.lexists(path)}
+    if "tokenizer_config.json" in files and MODEL_CONFIG in files:
+        settings = read_object(files["tokenizer_config.json"], f"{folder}/tokenizer_config.json")
+        model = read_object(files[MODEL_CONFIG], f"{folder}/{MODEL_CONFIG}") if is_llama_class(settings) else {}
+        if model.get("model_type") == "mistral":
+            files["tokenizer_config.json"] = to_json(settings | {"tokenizer_class": PLAIN_CLASS})
+    return files
+
+
+def is_llama_class(settings: dict) -> bool:
+    """Whether a tokenizer_config.json names transformers' class for Llama's or Code Llama's tokenizers."""
+    return str(settings.get("tokenizer_class")).startswith(LLAMA_CLASSES)
 
 
 def end_ids(files: dict[str, bytes], source: str) -> set[int]:

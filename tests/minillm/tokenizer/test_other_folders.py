@@ -93,8 +93,16 @@ def test_a_sentencepiece_folder_gives_the_ids_of_transformers(kind, maker, model
         (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     ours = agree(tmp_path)
 
-    # saved by us, and saved again by transformers, which writes a tokenizer.json alone
+    # saved by us, as beside token bins or another model, where the same rules hold without the model's config.json
     ours.save(tmp_path / "ours")
+    for model_config in (None, '{"model_type": "llama"}'):
+        if model_config:
+            (tmp_path / "ours" / "config.json").write_text(model_config)
+        again = agree(tmp_path / "ours")
+        for text in texts():
+            assert again.prompt_ids(text) == ours.prompt_ids(text), (model_config, text)
+
+    # beside its own model, and saved again by transformers, which writes a tokenizer.json alone
     shutil.copy(tmp_path / "config.json", tmp_path / "ours")
     assert agree(tmp_path / "ours").sha256 == ours.sha256
     AutoTokenizer.from_pretrained(tmp_path / "ours").save_pretrained(tmp_path / "theirs")
