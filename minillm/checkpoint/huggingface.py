@@ -25,8 +25,8 @@ ROTATED = ("self_attn.q_proj.weight", "self_attn.k_proj.weight")  # whose rows d
 
 
 def export_name(name: str) -> str:
-    """The key of our parameter `name` in a Hugging Face file."""
-    return name if name.startswith(("lm_head.", "score.")) else "model." + name
+    """The key of our parameter `name` in a Hugging Face file; of a module, its path in transformers' model."""
+    return name if name.partition(".")[0] in ("lm_head", "score") else "model." + name
 
 
 def shapes_of(config: ModelConfig) -> dict[str, torch.Size]:

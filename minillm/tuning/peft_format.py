@@ -51,9 +51,9 @@ KINDS = {  # of the values that are read, where one is given
     "ensure_weight_tying": bool,
     "modules_to_save": list[str],
     "task_type": str,
-    "feedforward_modules": list[str],
     "train_layers": str,
 }
+PEFT_ALPHA = 8  # where lora_alpha is missing, whatever the rank
 SIZES = {"LORA": "r", "MINILLM_ADAPTER": "bottleneck_dim", **dict.fromkeys(VIRTUAL_TYPES, "num_virtual_tokens")}
 MATCHING = """import json, re, sys
 pattern, names = json.load(sys.stdin)
@@ -156,6 +156,8 @@ def read_config(folder: Path) -> tuple[dict, dict]:
     for name, kind in KINDS.items():
         written.get(name, kind)
     written.get("lora_alpha", float, above=0)
+    if not isinstance(written.values.get("feedforward_modules"), str):  # a regular expression, refused later
+        written.get("feedforward_modules", list[str])
     if size := SIZES.get(written.need("peft_type", str)):
         written.need(size, int, at_least=1)
     recorded = read_object(folder / BASE) if os.path.lexists(folder / BASE) else Contents({}, str(folder / BASE))
@@ -194,7 +196,7 @@ def to_options(written: dict, model: Transformer, source: str) -> TuningConfig:
         source,
         tune="dora" if written.get("use_dora") else "lora",
         lora_rank=written.get("r"),
-        lora_alpha=written.get("lora_alpha"),
+        lora_alpha=written.get("lora_alpha") or PEFT_ALPHA,
         lora_dropout=0.0 if "lm_head" in targets else written.get("lora_dropout") or 0.0,  # the head cannot have any
         rslora=bool(written.get("use_rslora")),
         ensure_weight_tying=bool(written.get("ensure_weight_tying")),
@@ -213,7 +215,7 @@ def _unsupported(written: dict, targets: list[str]) -> list[str]:
     # a field that is not read here must have no effect
     unsupported = []
     for name, value in written.items():
-        has_effect = value and (name, value) != ("bias", "none")
+        has_effect = (value or type(value) is int) and (name, value) != ("bias", "none")  # layer 0 is a layer
         if has_effect and name not in READ | HARMLESS:
             unsupported.append(name)
 
@@ -223,17 +225,22 @@ def _unsupported(written: dict, targets: list[str]) -> list[str]:
         unsupported.append("init_lora_weights")
 
     # IA3 scales the input of the feed-forward network's last layer, and of no other
-    scaled_inputs = set(written.get("feedforward_modules") or ())
+    scaled_inputs = written.get("feedforward_modules") or ()
     for path in targets if written["peft_type"] == "IA3" else ():
         is_last = path.endswith("down_proj")
-        if (path.rpartition(".")[2] in scaled_inputs) != is_last and "feedforward_modules" not in unsupported:
-            unsupported.append("feedforward_modules")
+        is_scaled_input = any(huggingface.export_name(path).endswith(name) for name in scaled_inputs)
+        if isinstance(scaled_inputs, str) or is_scaled_input != is_last:
+            return [*unsupported, "feedforward_modules"]
     return unsupported
 
 
 def _targets_of(wanted: list[str] | str | None, model: Transformer, source: str) -> list[str]:
     """Paths of what PEFT's target_modules mean: ends of paths, "all-linear", or a regular expression."""
     linears = linear_paths(model)
+    if wanted is None:
+        raise UserError(
+            f"{source}: target_modules is missing; write in the names of the modules that it was trained on"
+        )
     if wanted == "all-linear":
         return [path for path in linears if path not in ("lm_head", SCORE)]
     targets = []
@@ -242,7 +249,8 @@ def _targets_of(wanted: list[str] | str | None, model: Transformer, source: str)
         targets = [names[name] for name in _matched_in_time(wanted, list(names), source)]
     elif wanted:
         contents = Contents({"target_modules": wanted}, source)
-        targets = matching_targets(model, ",".join(contents.need("target_modules", list[str])))
+        names = ",".join(contents.need("target_modules", list[str]))
+        targets = matching_targets(model, names, f"{source}: target_modules")
     if not targets:
         raise UserError(f"{source}: no target_modules of this model in it")
     return targets

@@ -1,6 +1,7 @@
 """Which modules of a model are meant: those that a method adapts by default, or those that options name.
 
-A module is named by its path in the model, "layers.0.self_attn.q_proj", or by the end of that path, "q_proj".
+A module is named by its path in transformers' model, "model.layers.0.self_attn.q_proj", or by the end of that path,
+"q_proj".
 """
 
 import difflib
@@ -9,6 +10,7 @@ from collections.abc import Callable, Iterator
 from torch import nn
 
 from minillm.base.errors import UserError
+from minillm.checkpoint.huggingface import export_name
 from minillm.model.quant import QuantLinear
 from minillm.model.transformer import RMSNorm, Transformer
 from minillm.tuning.options import TuningConfig
@@ -74,19 +76,20 @@ def matching_targets(model: Transformer, text: str, source: str = "--target_modu
 
     source: what named them, for the `UserError` that a name raises which means no such module.
     """
-
-    def matches(path: str, name: str) -> bool:
-        return f".{path}".endswith(f".{name}")
-
     modules = dict(base_modules(model))
     known = [path for path, module in modules.items() if isinstance(module, LINEAR) or path == "embed_tokens"]
     known = [path for path in known if path != "score"]  # which is trained in full
     for name in split_names(text):
-        others = [path for path in modules if path and name and matches(path, name.removeprefix("model."))]
+        others = [path for path in modules if path and name and is_end(name, path)]
         if others and not set(others) & set(known):
             kind = type(modules[others[0]]).__name__
             raise UserError(f"{source} {name}: {others[0]} is a {kind}, which cannot be adapted; {_choices(known)}")
-    return _matching(known, text, source, matches)
+    return _matching(known, text, source, is_end)
+
+
+def is_end(name: str, path: str) -> bool:
+    """Whether a name is a module's path in transformers' model, or the last parts of it."""
+    return f".{export_name(path)}".endswith(f".{name}")
 
 
 def check_rank(options: TuningConfig, model: Transformer) -> None:
@@ -113,7 +116,7 @@ def modules_to_save(model: Transformer, text: str | None, targets: list[str]) ->
     if not text:
         return []
     known = [path for path, _ in model.named_modules() if path]
-    chosen = _matching(known, text, "--modules_to_save", str.endswith)
+    chosen = _matching(known, text, "--modules_to_save", lambda name, path: export_name(path).endswith(name))
     for path in chosen:
         if any(f"{target}.".startswith(f"{path}.") for target in targets):
             raise UserError(f"--modules_to_save {text}: {path} is a target module, too; leave it out of one of them")
@@ -156,12 +159,12 @@ def _layers_of(model: Transformer, item: str, text: str) -> set[str]:
 
 
 def _matching(known: list[str], text: str, source: str, matches: Callable[[str, str], bool]) -> list[str]:
-    """The known paths that any of the comma-separated names matches, in the model's order."""
-    wanted = [name.removeprefix("model.") for name in split_names(text)]
+    """The known paths that any of the comma-separated names matches (name, path), in the model's order."""
+    wanted = split_names(text)
     for name in wanted:
-        if not name or not any(matches(path, name) for path in known):
+        if not name or not any(matches(name, path) for path in known):
             raise UserError(f"{source} {name}: the model has no such module; {_choices(known, name)}")
-    return [path for path in known if any(matches(path, name) for name in wanted)]
+    return [path for path in known if any(matches(name, path) for name in wanted)]
 
 
 def _choices(known: list[str], name: str = "") -> str:

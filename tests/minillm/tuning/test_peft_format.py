@@ -41,16 +41,33 @@ CASES = {  # ours, and what peft calls the same
         TuningConfig("lora", target_modules="v_proj", modules_to_save="embed_tokens,norm"),
         dict(r=8, lora_alpha=16, target_modules=["self_attn.v_proj"], modules_to_save=["embed_tokens", "norm"]),
     ),
-    "ia3": (TuningConfig("ia3"), None),
+    "in full, one by its whole path": (
+        TuningConfig("lora", target_modules="model.layers.0.mlp.up_proj,q_proj", modules_to_save="model.norm"),
+        dict(
+            r=8,
+            lora_alpha=16,
+            target_modules=["model.layers.0.mlp.up_proj", "q_proj"],
+            modules_to_save=["model.norm"],
+        ),
+    ),
+    "the head, by an expression": (
+        TuningConfig("lora", target_modules="q_proj,lm_head"),
+        dict(r=8, lora_alpha=16, target_modules=r".*\.q_proj|lm_head"),
+    ),
+    "ia3": (TuningConfig("ia3"), {}),
+    "ia3, parts of paths": (
+        TuningConfig("ia3", target_modules="k_proj,mlp.down_proj"),
+        dict(target_modules=["k_proj", "mlp.down_proj"], feedforward_modules=["mlp.down_proj"]),
+    ),
 }
 each_case = pytest.mark.parametrize("case", CASES)
 each_base = pytest.mark.parametrize(("tie", "bias"), [(False, False), (True, True)], ids=["untied", "tied-biased"])
 
 
 def peft_config(case: str):
-    options = CASES[case][1]
-    kind = peft.IA3Config if options is None else peft.LoraConfig
-    return kind(**(options or {}), task_type="CAUSAL_LM")
+    ours, options = CASES[case]
+    kind = peft.IA3Config if ours.tune == "ia3" else peft.LoraConfig
+    return kind(**options, task_type="CAUSAL_LM")
 
 
 @each_base
@@ -97,6 +114,32 @@ def test_we_load_peft_s_own(case, tie, bias, tmp_path):
         atol=1e-5,
         rtol=0,
     )
+
+
+@each_case
+def test_we_load_what_we_have_saved(case, tmp_path):
+    model = tiny.base()
+    adapter = attach(model, CASES[case][0])
+    tiny.shake(adapter.parameters())
+    peft_format.save_adapter(adapter, tmp_path)
+    again = tiny.base()
+    assert list(peft_format.load_adapter(again, tmp_path).parts) == list(adapter.parts)
+    assert torch.equal(again(tiny.IDS), model(tiny.IDS))
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_what_a_file_leaves_out_is_what_peft_takes(rslora, tmp_path):
+    config = peft.LoraConfig(r=4, lora_alpha=8, use_rslora=rslora, target_modules=["q_proj"])
+    other = tiny.with_peft(tiny.write(tiny.base(), tmp_path / "base"), config)
+    folder = tiny.save_peft(other, tmp_path / "adapter")
+    kept = ("peft_type", "r", "target_modules", "use_rslora", "base_model_name_or_path")
+    written = json.loads((folder / "adapter_config.json").read_text())
+    short = {name: written[name] for name in kept if rslora or name != "use_rslora"}
+    (folder / "adapter_config.json").write_text(json.dumps(short))
+    model = tiny.base()
+    peft_format.load_adapter(model, folder)
+    wanted = tiny.load_peft(tmp_path / "base", folder)(tiny.IDS).logits
+    torch.testing.assert_close(model(tiny.IDS), wanted, atol=1e-5, rtol=0)
 
 
 def test_an_embedding_and_head_that_peft_adapts_as_one(tmp_path):
@@ -188,7 +231,13 @@ KEY = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
         (dict(init_lora_weights="pissa"), ["init_lora_weights"]),
         (dict(bias="all"), ["bias as set there"]),
         (dict(target_modules=["q_projj"]), ["q_projj", "did you mean q_proj?"]),
-        (dict(target_modules=None), ["no target_modules"]),
+        (dict(target_modules=["q_proj", "c_attn"]), ["adapter_config.json: target_modules c_attn: the model has no"]),
+        (dict(target_modules=None), ["target_modules is missing; write in the names"]),
+        (dict(layers_to_transform=0), ["layers_to_transform as set there"]),
+        (dict(layers_to_transform=[0]), ["layers_to_transform as set there"]),
+        (dict(peft_type="IA3", feedforward_modules=".*down_proj"), ["feedforward_modules as set there"]),
+        (dict(peft_type="IA3", target_modules=["q_proj"], feedforward_modules=["proj"]), ["feedforward_modules as"]),
+        (dict(peft_type="IA3", feedforward_modules=5), ["feedforward_modules is 5, not a list of texts"]),
         (dict(target_modules=5), ["target_modules is 5, not a list of texts"]),
         (dict(target_modules="(q_proj"), ["'(q_proj' is no regular expression"]),
         (dict(target_modules=".*x_proj"), ["no target_modules"]),
