@@ -50,6 +50,18 @@ FACTORS = "rope_freqs.weight"  # Llama 3's scaling: what each pair's frequency i
 LLAMA3_LENGTH = 8192  # context that Llama 3 was trained on
 SCALINGS = ("linear", "yarn")  # of the rotary positions, that have a name in the metadata
 
+# Keys under "<architecture>." that are read besides, and those that say nothing of what is computed from ids.
+READ = {"attention.head_count_kv", "attention.key_length", "rope.freq_base", "rope.scale_linear"}
+READ |= {f"rope.scaling.{name}" for name in ("type", "factor", "original_context_length")}
+SAYS_NOTHING = {
+    "vocab_size",
+    "tensor_data_layout",
+    "rope.scaling.finetuned",
+    "pooling_type",
+    "classifier.output_labels",
+}
+SAYS_NOTHING |= {"attention.layer_norm_epsilon", "expert_used_count"}  # of norms with a mean; of no experts
+
 PARTS = {  # of a layer: Hugging Face's name → GGUF's
     "input_layernorm": "attn_norm",
     "self_attn.q_proj": "attn_q",
@@ -151,19 +163,27 @@ def _read_config(contents: Contents, tensors: dict[str, GGUFTensor]) -> ModelCon
     values["n_kv_heads"] = contents.get(f"{kind}.attention.head_count_kv", int, values["n_heads"])
     values["rope_theta"] = contents.get(f"{kind}.rope.freq_base", float, 1e4)
 
-    # What our model has no option for must have the value that changes nothing.
+    # What our model has no option for must have the value that changes nothing: of most keys nothing at all.
     neutral = {
-        "expert_count": 0,
         "rope.dimension_count": head_dim,
         "attention.value_length": head_dim,
-        "attention.sliding_window": 0,
+        "attention.causal": 1.0,
         "rope.scaling.attn_factor": 1.0,
+        "rope.scaling.yarn_attn_factor": 1.0,
+        "rope.scaling.yarn_ext_factor": -1.0,  # as usual for the kind of scaling
         "rope.scaling.yarn_beta_fast": RopeScaling.beta_fast,
         "rope.scaling.yarn_beta_slow": RopeScaling.beta_slow,
     }
-    unsupported = [name for name, value in neutral.items() if contents.get(f"{kind}.{name}", float, value) != value]
+    known = {*READ, *SAYS_NOTHING, *(theirs for theirs, _ in STATED.values())}
+    unsupported = []
+    for key, value in contents.values.items():
+        name = key.removeprefix(f"{kind}.")
+        if name == key or name in known:
+            continue
+        if value != neutral[name] if name in neutral else value:
+            unsupported.append(name)
     if unsupported:
-        raise UserError(f"{path}: {', '.join(unsupported)} as set there is not supported")
+        raise UserError(f"{path}: {', '.join(sorted(unsupported)):.200} as set there is not supported")
 
     config = ModelConfig(
         **values,
@@ -173,6 +193,8 @@ def _read_config(contents: Contents, tensors: dict[str, GGUFTensor]) -> ModelCon
         rope_scaling=_read_scaling(contents, kind),
     )
     if FACTORS in tensors:
+        if config.rope_scaling:
+            raise UserError(f"{path}: {FACTORS} beside the rope scaling {config.rope_scaling.type} is not supported")
         length = contents.get(f"{kind}.rope.scaling.original_context_length", int, LLAMA3_LENGTH)
         return _with_llama3_scaling(config, length, tensors[FACTORS], path)
     return config
@@ -189,14 +211,18 @@ def _is_tied(tensors: dict[str, GGUFTensor]) -> bool:
 
 
 def _read_scaling(contents: Contents, kind: str) -> RopeScaling | None:
-    """The scaling of rotary positions that the metadata name, which is never Llama 3's."""
-    scaling = contents.get(f"{kind}.rope.scaling.type", str, "none")
+    """The scaling of rotary positions that the metadata name, which is never Llama 3's.
+
+    As in llama.cpp a factor without a type is that of linear scaling, and `rope.scale_linear` is its older name.
+    """
+    older = contents.get(f"{kind}.rope.scale_linear", float, 1.0)
+    factor = contents.get(f"{kind}.rope.scaling.factor", float, older) or 1.0
+    scaling = contents.get(f"{kind}.rope.scaling.type", str, "none" if factor == 1 else "linear")
     if scaling == "none":
         return None
     if scaling not in SCALINGS:
         known = " or ".join(SCALINGS)
         raise UserError(f"{contents.source}: rope scaling {scaling!r} is not supported; choose none, {known}")
-    factor = contents.get(f"{kind}.rope.scaling.factor", float, 1.0)
     context_length = contents.need(f"{kind}.context_length", int)
     original_length = contents.get(f"{kind}.rope.scaling.original_context_length", int, context_length)
     return RopeScaling(scaling, factor, original_length)

@@ -182,6 +182,14 @@ def test_an_option_of_training_alone_changes_nothing(tmp_path):
         ({"llama.attention.sliding_window": 8}, "sliding_window"),
         ({"llama.rope.scaling.type": "longrope"}, "longrope"),
         ({"llama.rope.scaling.yarn_beta_slow": 2.0}, "yarn_beta_slow"),
+        ({"llama.rope.scaling.yarn_ext_factor": 0.0}, "yarn_ext_factor"),
+        ({"llama.rope.scaling.yarn_attn_factor": 0.5}, "yarn_attn_factor"),
+        ({"llama.rope.scaling.yarn_log_multiplier": 0.1}, "yarn_log_multiplier"),
+        ({"llama.attention.causal": False}, "attention.causal"),
+        ({"llama.attention.scale": 0.5, "llama.logit_scale": 2.0}, r"attention\.scale, logit_scale as set there"),
+        ({"llama.rope.dimension_sections": [2, 1, 1]}, "dimension_sections"),
+        ({"llama.use_parallel_residual": True}, "use_parallel_residual"),
+        ({"llama.an_option_of_tomorrow": "yes"}, "an_option_of_tomorrow"),
         ({"split.count": 2}, "other parts of a split file"),
     ],
 )
@@ -191,6 +199,40 @@ def test_what_we_would_compute_wrongly_is_refused(change, words, tmp_path, monke
     monkeypatch.setattr(gguf_file, "read_header", lambda path: (metadata | change, entries))
     with pytest.raises(UserError, match=words):
         open_file(tmp_path / "m.gguf")
+
+
+HARMLESS = {  # what converters write, and values that change nothing
+    "general.name": "a model",
+    "llama.vocab_size": 96,
+    "llama.tensor_data_layout": "Meta AI original pth",
+    "llama.expert_count": 0,
+    "llama.expert_used_count": 0,
+    "llama.attention.sliding_window": 0,
+    "llama.attention.causal": True,
+    "llama.attention.layer_norm_epsilon": 1e-5,
+    "llama.final_logit_softcapping": 0.0,
+    "llama.rope.scaling.type": "none",
+    "llama.rope.scaling.factor": 4.0,
+    "llama.rope.scaling.finetuned": True,
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "scaling"),
+    [
+        (HARMLESS, None),
+        ({"llama.rope.scaling.factor": 4.0}, RopeScaling("linear", 4.0, 64)),
+        ({"llama.rope.scale_linear": 4.0}, RopeScaling("linear", 4.0, 64)),
+        ({"llama.rope.scale_linear": 2.0, "llama.rope.scaling.factor": 4.0}, RopeScaling("linear", 4.0, 64)),
+        ({"llama.rope.scaling.factor": 0.0}, None),
+    ],
+)
+def test_what_says_nothing_is_read_over_and_a_factor_alone_is_linear(change, scaling, tmp_path, monkeypatch):
+    """As in llama.cpp, src/llama-model.cpp: the type is linear unless told; the older name of the factor counts."""
+    write_file(stored(BASE), None, tmp_path / "m.gguf", torch.float32)
+    metadata, entries = gguf_file.read_header(tmp_path / "m.gguf")
+    monkeypatch.setattr(gguf_file, "read_header", lambda path: (metadata | change, entries))
+    assert open_file(tmp_path / "m.gguf")[0].config == dataclasses.replace(BASE, rope_scaling=scaling)
 
 
 def test_other_factors_than_llama_3s_are_refused(tmp_path, monkeypatch):
