@@ -101,16 +101,19 @@ def encode(tokenizer, messages: list[dict], text: str, add_generation_prompt: bo
         return ids, learn
 
     last = 0  # where the answer before ended, in tokens
+    begin, n_begun = 0, 0  # from where on the text is encoded again, in characters and in tokens
     for start, end in answer_spans(write, messages, tokenizer.control_pattern):
-        prompt_ids = tokenizer.encode_rendered(whole[:start], marks)
-        first = n_common(prompt_ids, ids)
-        if first < len(prompt_ids):
+        prompt_ids = tokenizer.encode_rendered(whole[begin:start], marks)
+        first = n_begun + n_common(prompt_ids, ids[n_begun : n_begun + len(prompt_ids)])
+        if first < n_begun + len(prompt_ids):
             first += 1  # the token over the border
-        n_answered = len(tokenizer.encode_rendered(whole[:end], marks))
+        n_answered = n_begun + len(tokenizer.encode_rendered(whole[begin:end], marks))
         if not last < first < n_answered:
             raise UserError(f"chat template: an answer has no tokens of its own, so none is learned; {REMEDY}")
         learn[first:n_answered] = [True] * (n_answered - first)
         last = n_answered
+        if tokenizer.parts_are_independent:  # an answer ends with a control piece; long chats would take its square
+            begin, n_begun = end, n_answered
     return ids, learn
 
 

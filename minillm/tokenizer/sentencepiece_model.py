@@ -153,7 +153,10 @@ class SentencePieceModel:
             else:
                 yield self._mark_ids
             while some := list(islice(stretches, STRETCHES)):
-                yield from self.no_prefix.encode(some, num_threads=threads)
+                if len(some) > 1:
+                    yield from self.no_prefix.encode(some, num_threads=threads)
+                elif some[0]:  # given a list SentencePiece starts threads
+                    yield self.no_prefix.encode(some[0])
 
     def _stretches(self, text: str) -> Iterator[str]:
         """Cut a text where no piece can span the cut; in LONG_TEXT characters without such a place, anywhere."""

@@ -240,6 +240,21 @@ def test_cutting_to_fit_takes_words_and_no_piece_of_the_template(level, tmp_path
         assert learned_texts(tokenizer, ids.tolist(), learn.tolist())[0].lstrip("\n ").startswith("done")
 
 
+@pytest.mark.parametrize("name", ["chatml", "llama-3", "zephyr"])
+def test_a_long_chat_is_encoded_answer_by_answer_with_the_same_mask(level, name, monkeypatch):
+    tokenizer = with_template(level, TEMPLATES[name])
+    chat = [*CHATS[1][1:], *CHATS[0]] * 20
+    chat = [message for message in chat if message["role"] != "system"]
+    texts: list[str] = []
+    encode = tokenizer.encode_rendered
+    monkeypatch.setattr(tokenizer, "encode_rendered", lambda text, marks: texts.append(text) or encode(text, marks))
+    by_answers = tokenizer.encode_chat(chat)
+    assert sum(map(len, texts)) <= 3 * len(texts[0])  # the whole, and each answer without and with its end
+    tokenizer.pieces.parts_are_independent = False  # then all that came before is encoded again
+    assert tokenizer.encode_chat(chat) == by_answers
+    assert sum(by_answers[1]) > 100
+
+
 def test_a_token_over_the_border_is_not_learned(level):
     """Where an answer's first letters make one token with the prompt's last, the prompt has a part of it already."""
     text = (

@@ -30,6 +30,26 @@ def test_long_texts_are_cut_where_nothing_changes(ours, monkeypatch):
     assert ours.decode(ours.encode(endless)) == endless
 
 
+class Counting:
+    """A processor of SentencePiece that counts the lists it is given: for each it starts threads."""
+
+    def __init__(self, processor):
+        self.processor, self.n_lists = processor, 0
+
+    def encode(self, text, **options):
+        self.n_lists += isinstance(text, list)
+        return self.processor.encode(text, **options)
+
+
+def test_no_thread_is_started_for_the_short_text_between_two_marks(ours, monkeypatch):
+    counting = Counting(ours.model.no_prefix)
+    monkeypatch.setattr(ours.model, "no_prefix", counting)
+    mark = ours.encode("▁")
+    assert len(mark) == 3 and ours.encode("▁" * 500) == mark * 500
+    assert ours.encode("an▁▁the▁") == [*ours.encode("an"), *mark * 2, *ours.encode("the"), *mark]
+    assert counting.n_lists == 0
+
+
 def test_damaged_files(ours):
     data = ours.model.data
     for cut in (*range(0, len(data), 61), *range(len(data) - 250, len(data))):
