@@ -97,7 +97,12 @@ def beyond(tokens: dict[int, Added], ids: dict[str, int], n_pieces: int, source:
 def into_sentencepiece(model_bytes: bytes, files: dict[str, bytes], source: str) -> bytes:
     """A SentencePiece model with the folder's added tokens as pieces; the same bytes where there is nothing to add."""
     tokens = named(files, source)
-    model = parse(model_bytes, source)
+    try:
+        model = parse(model_bytes, source)
+    except UserError as problem:
+        if "tokenizer.json" not in files:
+            raise
+        raise UserError(f"{problem}, or remove it: then the tokenizer.json beside it is read") from None
     pieces = model.pieces
     ids = {piece.piece: i for i, piece in enumerate(pieces)}
     more = beyond(tokens, ids, len(pieces), source)

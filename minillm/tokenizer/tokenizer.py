@@ -7,6 +7,7 @@ text. Our ids: unk 0, bos 1, eos 2, pad 3, the chat roles 4–6, the 256 bytes, 
 """
 
 import hashlib
+import importlib.util
 import itertools
 import re
 from collections import Counter
@@ -22,10 +23,11 @@ from minillm.base.json_door import read_file
 from minillm.tokenizer import added_tokens, around_text, byte_bpe, chat_template, folder_files
 from minillm.tokenizer.chat_template import JINJA, ROLES
 from minillm.tokenizer.folder_files import read_object, to_json
-from minillm.tokenizer.sentencepiece_model import SentencePieceModel, either_of
+from minillm.tokenizer.sentencepiece_model import SPACE_MARK, SentencePieceModel, either_of
 from minillm.tokenizer.tokenizers_model import TokenizersModel
 
 AFTER_EOS = "documents_begin_after_eos"  # our key in tokenizer_config.json: see `Tokenizer.begins_after_eos`
+PROBES = ("The cat sat on 42 mats.", "a  b\n\n c\t", "x = f(y)[0]; # é", "你好，世界", "Ｆ①ﬁ e\u0301 😀", " the")
 
 
 class Tokenizer:
@@ -107,7 +109,9 @@ class Tokenizer:
         companions = {}
         if file.name == "tokenizer.model":  # without settings beside it, it is what transformers then makes of it
             companions = {"tokenizer_config.json": b"{}"} | folder_files.read_companions(file.parent)
-        return cls(model_bytes, str(file), companions)
+        tokenizer = cls(model_bytes, str(file), companions)
+        _compare_with_json(tokenizer, companions, str(file))
+        return tokenizer
 
     # ---------------------------------------------------------------- text → ids
 
@@ -439,6 +443,24 @@ def _load_json(folder: Path) -> JsonTokenizer:
         return JsonTokenizer(folder_files.read_companions(folder), f"{folder}/tokenizer.json")
     except UserError as problem:
         raise type(problem)(f"{problem}; {folder_files.elsewhere(folder)}") from None
+
+
+def _compare_with_json(tokenizer: Tokenizer, files: dict[str, bytes], source: str) -> None:
+    """Raise `UserError` if a tokenizer.json beside the model cuts text otherwise: transformers takes that one.
+
+    The texts are a few usual ones, and the pieces learnt last: what another training would have learnt otherwise.
+    """
+    if "tokenizer.json" not in files or importlib.util.find_spec("tokenizers") is None:
+        return
+    pieces = [piece.piece for piece in tokenizer.model.proto.pieces if piece.type == piece.NORMAL]
+    texts = [*PROBES, " ".join(pieces[-100:]).replace(SPACE_MARK, " ").strip()]
+    there = added_tokens.open_json(files, f"{source}: tokenizer.json beside it")
+    for text, ids in zip(texts, there.encode_many(texts), strict=True):
+        if ids != tokenizer.encode(text):
+            raise UserError(
+                f"{source}: it and the tokenizer.json beside it cut {text[:40]!r} differently, and transformers takes "
+                "tokenizer.json: remove the one that the model was not trained with"
+            )
 
 
 def _refuse_surrogates(text: str) -> None:

@@ -51,7 +51,7 @@ def home(tmp_path_factory):
     pieces = [("<unk>", 0.0, "UNKNOWN"), ("<s>", 0.0, "CONTROL"), ("</s>", 0.0, "CONTROL")]
     pieces += [(f"<0x{b:02X}>", 0.0, "BYTE") for b in range(256)]
     pieces += [(p, -float(i), "NORMAL") for i, p in enumerate(["▁t", "he", "▁the", *"▁abcdehst"])]
-    pieces += [(f"x{i}", -100.0 - i, "NORMAL") for i in range(400 - len(pieces))]  # one for each row
+    pieces += [(chr(0x4E00 + i), -100.0 - i, "NORMAL") for i in range(400 - len(pieces))]  # one for each row
     made = from_pieces(pieces, {"bos": 1, "eos": 2}, dummy_prefix=True, source="made")
     made.with_settings(add_bos=True).save(home / "llama")
     return home

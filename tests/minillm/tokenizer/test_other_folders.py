@@ -200,6 +200,44 @@ def test_an_end_or_rules_around_a_text_that_no_file_states_are_refused(tmp_path)
         Tokenizer.load(tmp_path)
 
 
+def fewer_merges(described: dict) -> None:
+    del described["model"]["merges"][-40:]
+
+
+def lower_case(described: dict) -> None:
+    described["normalizer"] = {"type": "Sequence", "normalizers": [{"type": "Lowercase"}, described["normalizer"]]}
+
+
+def no_space(described: dict) -> None:
+    described["normalizer"]["normalizers"] = described["normalizer"]["normalizers"][1:]
+
+
+@pytest.mark.parametrize("class_name", ["LlamaTokenizer", "PreTrainedTokenizerFast"])
+@pytest.mark.parametrize("change", [fewer_merges, lower_case, no_space])
+def test_a_stale_tokenizer_json_beside_the_model_is_refused(change, class_name, tmp_path):
+    train_llama().save(tmp_path)
+    settings = json.loads((tmp_path / "tokenizer_config.json").read_text()) | {"tokenizer_class": class_name}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    described = json.loads((tmp_path / "tokenizer.json").read_text())
+    agree(tmp_path)
+    change(described)
+    (tmp_path / "tokenizer.json").write_text(json.dumps(described))
+    if class_name == "LlamaTokenizer" and change is not fewer_merges:  # which has normalizers of its own
+        agree(tmp_path)
+        return
+    with pytest.raises(UserError, match=r"it and the tokenizer\.json beside it cut .* differently, .*: remove the one"):
+        Tokenizer.load(tmp_path)
+
+
+def test_a_model_that_is_none_beside_a_tokenizer_json_can_be_removed(tmp_path):
+    json_folder(tmp_path, None)
+    (tmp_path / "tokenizer.model").write_bytes(b"IQ== 0\nIg== 1\n")  # another kind of vocabulary under that name
+    with pytest.raises(UserError, match=r"no SentencePiece model.*or remove it: then the tokenizer\.json beside it"):
+        Tokenizer.load(tmp_path)
+    (tmp_path / "tokenizer.model").unlink()
+    agree(tmp_path)
+
+
 def test_added_tokens_are_pieces_that_no_user_can_forge(tmp_path):
     (tmp_path / "tokenizer.model").write_bytes(train_llama().data)
     settings = ADDED | {"eos_token": "<|im_end|>", "chat_template": CHATML}
