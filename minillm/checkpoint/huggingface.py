@@ -70,8 +70,8 @@ def _changes_shapes(stored: ModelConfig, name: str, value) -> bool:
 class StoredModel:
     """A model in a file or in memory, from which tensors are read one at a time.
 
-    dtype: of the weights as stored. read(key, dtype): the tensor of a Hugging Face key, rotary positions half-split; it
-    may share memory with a model. special_ids: bos_token_id and the like, for config.json.
+    dtype: of the embedding as stored. read(key, dtype): the tensor of a Hugging Face key, rotary positions half-split;
+    it may share memory with a model. special_ids: bos_token_id and the like, for config.json.
     """
 
     config: ModelConfig
@@ -132,7 +132,7 @@ def write_folder(
 ) -> None:
     """Write config.json and the weights into an existing folder, tensor by tensor.
 
-    dtype: of the files; None: as stored. max_shard_size: bytes of tensors in one file; None: one file.
+    dtype: of the files; None: the model's. max_shard_size: bytes of tensors in one file; None: one file.
     """
     dtype = dtype or model.dtype
     shapes = shapes_of(model.config)
@@ -168,6 +168,11 @@ def check_vocabulary(config: ModelConfig, tokenizer, folder: str | Path) -> None
 
 def _find_weights(folder: str | Path, config: ModelConfig) -> dict[str, tensor_files.Place]:
     """Where each tensor is stored, by key. Raises `UserError` listing everything that does not fit the config."""
+    if quantized := Contents(read_config(folder), f"{folder}/config.json").get("quantization_config", dict):
+        method = quantized.get("quant_method")
+        raise UserError(
+            f"{folder}: its weights are quantized ({method!r:.40}), as config.json says; get them unquantized"
+        )
     places = tensor_files.find_weights(folder)
     tied = {"lm_head.weight"} if config.tie_embeddings else set()  # a second copy of the embedding
     tables = {key for key in places if key.endswith("rotary_emb.inv_freq")}  # we compute these
@@ -182,6 +187,19 @@ def _find_weights(folder: str | Path, config: ModelConfig) -> dict[str, tensor_f
     return places
 
 
+def _usual_dtype(places: dict[str, tensor_files.Place], folder: str | Path) -> torch.dtype:
+    """What a folder's weights are read as unless another dtype is asked for: the embedding's, so that a model has one.
+
+    Prints a line if that rounds others.
+    """
+    dtype = places["model.embed_tokens.weight"].dtype
+    rounded = [key for key, place in places.items() if torch.promote_types(place.dtype, dtype) != dtype]
+    if rounded:
+        count = f"{len(rounded)} tensor{'s' if len(rounded) > 1 else ''}, as {rounded[0]} ({places[rounded[0]].dtype})"
+        print(f"{folder}: {count}: rounded to {dtype}, which the embedding has, unless another dtype is asked for")
+    return dtype
+
+
 def open_folder(folder: str | Path) -> StoredModel:
     """The model of a folder; only the headers have been read and checked."""
     config = load_config(folder)
@@ -194,8 +212,7 @@ def open_folder(folder: str | Path) -> StoredModel:
 
     written = read_config(folder)
     special_ids = {name: written[name] for name in SPECIAL_IDS if written.get(name) is not None}
-    dtype = places["model.embed_tokens.weight"].dtype
-    return StoredModel(config, dtype, read, special_ids)
+    return StoredModel(config, _usual_dtype(places, folder), read, special_ids)
 
 
 @torch.no_grad()
@@ -223,9 +240,9 @@ def load_model(
 ) -> Transformer:
     """Load a model folder tensor by tensor: memory holds the model and one tensor on its way to the device.
 
-    dtype: convert floating weights to it (None: as stored). config: to use instead of the folder's, e.g. with dropout
-    or a longer context. base_bits: 16, 8 or 4: quantize while loading (see `minillm.model.quant`). Raises `UserError`
-    listing everything that does not fit.
+    dtype: convert floating weights to it (None: as the embedding is stored). config: to use instead of the folder's,
+    e.g. with dropout or a longer context. base_bits: 16, 8 or 4: quantize while loading (see `minillm.model.quant`).
+    Raises `UserError` listing everything that does not fit.
     """
     if base_bits is not None:
         quant.check_bits(base_bits)
@@ -234,6 +251,7 @@ def load_model(
     else:
         check_parameters(config, folder)
     places = _find_weights(folder, config)
+    dtype = dtype or _usual_dtype(places, folder)
     model = empty_model(config)
     loaded = {}
     for name in model.state_dict():

@@ -6,6 +6,7 @@ import json
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 from minillm.base.errors import UserError
 from minillm.checkpoint.architectures import from_hf, model_type, to_hf
@@ -216,6 +217,40 @@ def test_an_option_of_our_own_that_is_not_known_is_refused():
 def test_a_folder_without_config_is_named(tmp_path):
     with pytest.raises(UserError, match=r"config\.json"):
         load_config(tmp_path)
+
+
+@torch.no_grad()
+def test_weights_of_several_dtypes_become_one_and_a_line_says_so(tmp_path, capsys):
+    """bf16 with gains and a head in fp32, as some tools write it; computed before only where a dtype was asked for."""
+    save_model(random_model(dataclasses.replace(BASE, tie_embeddings=False)), tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    is_wide = {key: "norm" in key or "lm_head" in key for key in weights}
+    save_file({k: v if is_wide[k] else v.bfloat16() for k, v in weights.items()}, tmp_path / "model.safetensors")
+    tokens = torch.arange(40)[None]
+    wide = load_model(tmp_path, dtype=torch.float32)
+    assert capsys.readouterr().out == ""
+    model = load_model(tmp_path)
+    said = capsys.readouterr().out
+    assert f"{sum(is_wide.values())} tensors, as " in said and "(torch.float32): rounded to torch.bfloat16" in said
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    torch.testing.assert_close(model(tokens).float(), wide(tokens), atol=0.1, rtol=0.1)
+    stored = open_folder(tmp_path)
+    assert stored.dtype == torch.bfloat16 and "rounded to" in capsys.readouterr().out
+    assert torch.equal(stored.read("lm_head.weight", torch.float32), weights["lm_head.weight"])
+
+
+@pytest.mark.parametrize("method", ["gptq", "bitsandbytes", "fp8", None])
+def test_quantized_weights_are_called_so(method, tmp_path):
+    save_model(random_model(BASE), tmp_path)
+    written = json.loads((tmp_path / "config.json").read_text()) | {"quantization_config": {"quant_method": method}}
+    (tmp_path / "config.json").write_text(json.dumps(written))
+    weights = load_file(tmp_path / "model.safetensors")
+    weights["model.layers.0.self_attn.q_proj.weight_scale_inv"] = torch.ones(1)
+    weights["model.layers.0.mlp.up_proj.qweight"] = torch.ones(4, dtype=torch.int32)
+    save_file(weights, tmp_path / "model.safetensors")
+    for read in (load_model, open_folder):
+        with pytest.raises(UserError, match=rf"its weights are quantized \('?{method}'?\), as config\.json says"):
+            read(tmp_path)
 
 
 def test_weights_that_do_not_fit_are_all_listed(tmp_path):
