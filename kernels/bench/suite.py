@@ -229,9 +229,10 @@ def measure(place: Place, ops: list[str], options: argparse.Namespace) -> int:
                 rates = f"{ceilings['GB/s']:,.0f} GB/s, {ceilings['TFLOP/s']:,.0f} TFLOP/s"
                 print(f"\n{op}: ceilings now {rates}", flush=True)
             bench.case(case, ceilings[case.unit])
+            # after each case: a benchmark that is ended at a time limit keeps what it has measured
+            report.write_csv(options.out / "kernels.csv", bench.measurements, machine)
         of_this_op = [m for m in bench.measurements if m.op == op]
         if of_this_op:
-            report.write_csv(options.out / "kernels.csv", bench.measurements, machine)
             try:
                 report.draw(options.out / f"{op}.png", of_this_op, machine)
             except ImportError as problem:

@@ -170,6 +170,19 @@ def test_right_sides_are_timed_and_all_others_are_a_line(tmp_path, monkeypatch, 
     assert (tmp_path / "double.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_what_was_measured_is_kept_when_the_next_case_is_ended(tmp_path, monkeypatch, fake_gpu):
+    def two(place):
+        yield doubling(SIDES)
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(suite.OPS, "double", two)
+    options = suite.build_parser().parse_args(["double", "--out", str(tmp_path)])
+    with pytest.raises(KeyboardInterrupt):
+        suite.measure(SMALL, ["double"], options)
+    with (tmp_path / "kernels.csv").open(encoding="utf-8") as file:
+        assert {row["side"] for row in csv.DictReader(file)} == {"ours", "fast", "in place"}
+
+
 def test_ours_is_not_timed_where_it_is_wrong(tmp_path, monkeypatch, fake_gpu, capsys):
     assert run_bench(tmp_path, monkeypatch, {"ours": SIDES["wrong"], "fast": SIDES["fast"]}) == 1
     said = capsys.readouterr()
