@@ -15,8 +15,12 @@ GRADIENT = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
 
 
 def error(actual: Tensor, expected: Tensor) -> float:
-    """‖actual − expected‖ / ‖expected‖ in fp64; the plain norm where nothing is expected; NaN and inf stay."""
-    actual, expected = actual.detach().double().cpu(), expected.detach().double().cpu()
+    """‖actual − expected‖ / ‖expected‖ in fp64; the plain norm where nothing is expected; NaN and inf stay.
+
+    Computed where `actual` is: a GPU takes a moment for what copying and summing on the host would make the longest
+    part of a test.
+    """
+    actual, expected = actual.detach().double(), expected.detach().to(actual.device).double()
     assert actual.shape == expected.shape
     size = expected.norm()
     return ((actual - expected).norm() / (size if size > 0 else 1)).item()

@@ -6,8 +6,17 @@ import pytest
 import torch
 
 from kernels import reference
+from tests.kernels.check import error
 
 torch.manual_seed(0)
+
+
+def test_an_error_is_measured_where_the_tensors_are(monkeypatch):
+    """Thousands of comparisons: on the host each would wait for copies and for one core."""
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda *_: pytest.fail("copied to the host"))
+    x = torch.tensor([3.0, 4.0])
+    assert error(1.5 * x, x.double()) == 0.5 and error(x, 0 * x) == 5.0
+    assert math.isnan(error(x * math.nan, x)) and error(x / 0, x) == math.inf
 
 
 def test_rms_norm_by_hand():

@@ -1,6 +1,7 @@
 """The list as it is shipped: its commands are there, its time fits, its goals are about cases that are measured."""
 
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -60,8 +61,21 @@ def test_the_page_tells_of_every_line():
 
 def test_pytest_runs_in_parallel_where_it_can():
     assert pytest_workers(16, True) == "-n 12" and pytest_workers(4, True) == "-n 4" and pytest_workers(16, False) == ""
-    (tests,) = (line for line in LINES if line.name == "tests")
-    assert "-n" not in words(tests.commands[0], Path("out"), "")
+    of_pytest = {line.name: line.commands[0] for line in LINES if "pytest" in line.commands[0]}
+    parallel = {name for name, text in of_pytest.items() if "-n" in words(text, Path("out"), "-n 4")}
+    assert parallel == of_pytest.keys() - {"shapes"}  # each of those takes most of the GPU's memory
+    assert not any("-n" in words(text, Path("out"), "") for text in of_pytest.values())
+
+
+def test_a_test_of_hopper_that_hangs_fails_by_name_and_alone(tmp_path):
+    (line,) = (line for line in LINES if line.name == "hopper-tests")
+    *options, _ = words(line.commands[0], tmp_path, "-n 2")[1:]
+    hangs = "import time\n\ndef test_hangs():\n    time.sleep(600)\n\ndef test_other():\n    pass\n"
+    (tmp_path / "test_both.py").write_text(hangs)
+    options = [option.replace("timeout=60", "timeout=4") for option in options]
+    command = [sys.executable, *options, "-p", "no:cacheprovider", str(tmp_path)]
+    said = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300).stdout
+    assert "1 failed, 1 passed" in said and re.search(r"crashed while running .*test_hangs", said), said
 
 
 @pytest.mark.parametrize("size", ["full", "quick"])
