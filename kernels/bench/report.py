@@ -19,7 +19,7 @@ class Measurement:
     """One side of one case. part: "forward", "backward", or "step", both in one or an optimizer's.
 
     milliseconds: median, and between which four fifths of the runs lie; rate and ceiling in `unit`; beside_best: how
-    many times as fast as the best that is not ours; extra_bytes: held at the peak; error: the largest relative one.
+    many times as fast as the best that is not ours; extra_bytes: held at the peak, None if unknown; error: the largest relative one.
     """
 
     op: str
@@ -34,7 +34,7 @@ class Measurement:
     unit: str
     ceiling: float
     beside_best: float | None
-    extra_bytes: int
+    extra_bytes: int | None
     error: float
 
     @property
@@ -72,8 +72,10 @@ def table(group: list[Measurement]) -> str:
     return "\n".join(lines)
 
 
-def size(n: int) -> str:
-    """Bytes for people: 4.6 GiB, 690 MiB."""
+def size(n: int | None) -> str:
+    """Bytes for people: 4.6 GiB, 690 MiB; "" for None."""
+    if n is None:
+        return ""
     return f"{n / 2**30:,.1f} GiB" if n >= 2**30 else f"{n / 2**20:,.0f} MiB"
 
 

@@ -101,13 +101,21 @@ class Bench:
                 op=case.op, case=case.name, part=part, side=name,
                 milliseconds=median, low_ms=tenths[0], high_ms=tenths[-1], runs=len(times),
                 rate=bench_measure.rate(case.work[part], case.unit, median), unit=case.unit, ceiling=ceiling,
-                beside_best=None, extra_bytes=bench_measure.peak_memory(sides[name], self.place.device),
+                beside_best=None, extra_bytes=self.extra_bytes(case, name, sides[name]),
                 error=errors[name],
             ))  # fmt: skip
         if group:
             group = report.beside_best(group)
             self.measurements += group
             print(report.table(group), flush=True)
+
+    def extra_bytes(self, case: Function | Update, name: str, run: Callable) -> int | None:
+        """What a side holds at its peak; None, and a line, if it fails in this further run."""
+        try:
+            return bench_measure.peak_memory(run, self.place.device)
+        except Exception as problem:  # its times are measured, and the other sides go on
+            self.note(case, name, f"memory not measured: {reason(problem)}")
+            return None
 
 
 def checked(case: Function | Update, name: str, side: Side) -> tuple[Callable | None, float, str]:

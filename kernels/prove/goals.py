@@ -176,11 +176,11 @@ def read_rows(line: str, path: Path) -> Iterator[Row]:
         for fields in csv.DictReader(file):
             names = (fields.get(name) or "" for name in ("op", "case", "part", "side"))
             try:
-                numbers = [float(fields[name]) for name in ("rate", "ceiling", "extra_bytes")]
+                rate, ceiling = float(fields["rate"]), float(fields["ceiling"])
+                extra_mib = None if fields["extra_bytes"] == "" else float(fields["extra_bytes"]) / 2**20
             except (KeyError, TypeError, ValueError):
                 continue
-            rate, ceiling, extra_bytes = numbers
-            yield Row(line, *names, rate, fields["unit"], ceiling, extra_bytes / 2**20)
+            yield Row(line, *names, rate, fields["unit"], ceiling, extra_mib)
 
 
 def printed_rows(line: str, op: str, output: Iterable[str]) -> Iterator[Row]:

@@ -12,6 +12,7 @@ import torch
 from kernels import reference
 from kernels.bench import attention, measure, report, suite
 from kernels.bench.case import Function, Place, Side, compiled, distance, values
+from kernels.prove import goals
 from kernels.shared import launch
 from tests.kernels.check import DEVICE, draw
 
@@ -181,6 +182,21 @@ def test_what_was_measured_is_kept_when_the_next_case_is_ended(tmp_path, monkeyp
         suite.measure(SMALL, ["double"], options)
     with (tmp_path / "kernels.csv").open(encoding="utf-8") as file:
         assert {row["side"] for row in csv.DictReader(file)} == {"ours", "fast", "in place"}
+
+
+def test_a_side_that_fails_while_its_memory_is_read_keeps_its_times(tmp_path, monkeypatch, fake_gpu, capsys):
+    def peak_memory(run, device):
+        if run() is None:
+            raise torch.OutOfMemoryError("tried to allocate")
+        return 3 << 20
+
+    fails = Side(lambda: lambda x: 2 * x)
+    monkeypatch.setattr(measure, "peak_memory", peak_memory)
+    monkeypatch.setattr(Function, "runs", lambda case, function, side: {"forward": lambda: None if side is fails else 1})
+    assert run_bench(tmp_path, monkeypatch, {"ours": SIDES["ours"], "fails": fails}) == 0
+    assert "fails: memory not measured: does not fit in memory" in capsys.readouterr().out
+    rows = {row.side: row for row in goals.read_rows("rows", tmp_path / "kernels.csv")}
+    assert (rows["ours"].extra_mib, rows["fails"].extra_mib) == (3.0, None) and rows["fails"].rate > 0
 
 
 def test_ours_is_not_timed_where_it_is_wrong(tmp_path, monkeypatch, fake_gpu, capsys):
