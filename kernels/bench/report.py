@@ -19,7 +19,8 @@ class Measurement:
     """One side of one case. part: "forward", "backward", or "step", both in one or an optimizer's.
 
     milliseconds: median, and between which four fifths of the runs lie; rate and ceiling in `unit`; beside_best: how
-    many times as fast as the best that is not ours; extra_bytes: held at the peak, None if unknown; error: the largest relative one.
+    many times as fast as the best that is not ours; extra_bytes: held at the peak, None if unknown; error: the largest
+    relative one.
     """
 
     op: str
