@@ -17,8 +17,8 @@ A step of decoding (M = 1) is memory traffic alone: codes are read once, a quart
 of rows (up to 128) decodes all of W again, about 5 instructions a weight: for 4096 × 11008 on an H100 about 15 µs a
 tile, whose products take 16 µs. The scratch costs 38 µs, however many rows there are (half a byte read, 2 written and
 read again, of 3 TB/s). By this estimate the fused way is ahead up to about 256 rows and level at 512, where cuBLAS's
-own peak speaks for the scratch: FUSED_ROWS = 256. Estimated, not measured on a GPU. In fp32, which has no tensor cores,
-the fused way serves decoding alone.
+own peak speaks for the scratch: FUSED_ROWS = 256. Estimated, not measured on a GPU; `python -m kernels.bench
+quant_matmul` has rows on both sides of it. In fp32, which has no tensor cores, the fused way serves decoding alone.
 
 The 16 values of NF4 are looked up in shared memory (`tl.gather`): different words of one 64-byte line are no bank
 conflict. A load from a pointer would be taken for data to be pipelined, and hold up the pipeline of the codes.

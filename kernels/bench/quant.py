@@ -1,5 +1,8 @@
 """Cases of products with quantized weights: one row as in decoding, 2,048 as in training adapters on a frozen base.
 
+Between them lie the rows where our two ways meet (`FUSED_ROWS` of `kernels/quant_matmul.py`): the last that are fused,
+and twice as many by way of a scratch, which costs the same for any number of rows beside the product in 16 bits.
+
 Work: for one row the bytes of the codes and scales, which all must read at least; for many the operations of the
 product, 2·M·N·K forward and as many backward, where W gets no gradient. The same for the side whose W has 16 bits.
 The reference makes W again for each product, by torch's ops.
@@ -22,7 +25,7 @@ KEPT = 32  # columns that int8 keeps in 16 bits
 def quant_matmul(place: Place) -> Iterator[Function]:
     sizes = place.choose((4096, 11008), (4096, 11008), (80, 192))
     for bits in place.choose((8, 4), (4,), (8, 4)):
-        for rows in place.choose((1, 2048), (1, 2048), (1, 40)):
+        for rows in place.choose((1, 64, 256, 512, 2048), (1, 256, 512, 2048), (1, 40)):
             yield quantized(place, bits, rows, *sizes)
 
 

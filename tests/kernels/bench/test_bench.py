@@ -13,6 +13,7 @@ from kernels import reference
 from kernels.bench import attention, measure, report, suite
 from kernels.bench.case import Function, Place, Side, compiled, distance, values
 from kernels.prove import goals
+from kernels.quant_matmul import FUSED_ROWS
 from kernels.shared import launch
 from tests.kernels.check import DEVICE, draw
 
@@ -192,7 +193,8 @@ def test_a_side_that_fails_while_its_memory_is_read_keeps_its_times(tmp_path, mo
 
     fails = Side(lambda: lambda x: 2 * x)
     monkeypatch.setattr(measure, "peak_memory", peak_memory)
-    monkeypatch.setattr(Function, "runs", lambda case, function, side: {"forward": lambda: None if side is fails else 1})
+    runs = lambda case, function, side: {"forward": lambda: None if side is fails else 1}  # noqa: E731
+    monkeypatch.setattr(Function, "runs", runs)
     assert run_bench(tmp_path, monkeypatch, {"ours": SIDES["ours"], "fails": fails}) == 0
     assert "fails: memory not measured: does not fit in memory" in capsys.readouterr().out
     rows = {row.side: row for row in goals.read_rows("rows", tmp_path / "kernels.csv")}
@@ -338,10 +340,12 @@ def test_the_cases_of_a_gpu_are_those_of_the_issue(size):
     assert dict(found["swiglu"])["16,384 x 8,192"] == {"forward": 3 * 2**28, "backward": 5 * 2**28}
     work = dict(found["quant_matmul"])
     if size == "full":
-        assert list(work) == [f"{bits} bits, {rows} x 11,008 x 4,096" for bits in (8, 4) for rows in ("1", "2,048")]
+        rows = ("1", "64", "256", "512", "2,048")
+        assert list(work) == [f"{bits} bits, {n} x 11,008 x 4,096" for bits in (8, 4) for n in rows]
         assert work["8 bits, 1 x 11,008 x 4,096"] == {"forward": 4096 * (11008 + 4)}  # codes, and a scale a row
     assert work["4 bits, 1 x 11,008 x 4,096"] == {"forward": 4096 * (5504 + 172)}  # and one for 64 columns
     assert work["4 bits, 2,048 x 11,008 x 4,096"]["backward"] == 2 * 2048 * 11008 * 4096
+    assert {f"4 bits, {n} x 11,008 x 4,096" for n in (FUSED_ROWS, 2 * FUSED_ROWS)} <= work.keys()  # where they meet
 
 
 def test_the_reference_in_chunks_is_the_reference():
