@@ -76,9 +76,11 @@ class Proof:
 
         outcome.verdict = ending.verdict
         outcome.exit_code = ending.exit_code
-        if ending.verdict == PASSED and line.fails_on and line.fails_on in log.read_text("utf-8", "replace"):
+        said = log.read_text("utf-8", "replace")
+        found = next((words for words in line.fails_on if words in said), "")
+        if ending.verdict == PASSED and found:
             outcome.verdict = FAILED
-            notes.append(f'it ended well, but said "{line.fails_on}"')
+            notes.append(f'it ended well, but said "{found}"')
         outcome.seconds = time.monotonic() - began
         outcome.note = "; ".join(notes)
         outcome.tail = report.tail(log)

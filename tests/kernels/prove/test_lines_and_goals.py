@@ -14,6 +14,7 @@ from kernels.prove import command, goals, machine
 from kernels.prove.goals import Row
 from kernels.prove.lines import LINES, pytest_workers, words
 from kernels.prove.proof import RESERVE_S
+from minillm.model import ops
 
 ROOT = Path(__file__).parents[3]
 COMMANDS = [words(text, Path("a folder"), "-n 4") for line in LINES for text in line.commands]
@@ -40,10 +41,19 @@ def test_results_are_read_where_they_are_written():
         assert not line.results or f"--out {{out}}/{line.results}" in line.commands[-1]
 
 
-def test_what_a_failed_self_check_says_is_what_is_looked_for():
-    phrases = {line.fails_on for line in LINES} - {""}
-    sources = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "minillm").rglob("*.py"))
-    assert phrases and all(phrase in sources for phrase in phrases)
+def test_what_a_failed_self_check_and_skipped_tests_say_is_what_is_looked_for():
+    files = [*(ROOT / "minillm").rglob("*.py"), ROOT / "tests" / "kernels" / "attention" / "test_sm90.py"]
+    sources = "".join(path.read_text(encoding="utf-8") for path in files)
+    phrases = {phrase for line in LINES for phrase in line.fails_on}
+    assert len(phrases) == 4 and all(phrase in sources for phrase in phrases)
+
+
+def test_no_line_passes_that_trains_or_generates_with_torchs_ops(monkeypatch):
+    monkeypatch.setattr(ops, "_triton", None)  # as where Triton or a compiler is missing
+    monkeypatch.setattr(ops, "_selected", "auto")
+    said = ops.describe(torch.device("cuda"))
+    caught = {line.name for line in LINES if any(phrase in said for phrase in line.fails_on)}
+    assert caught == {line.name for line in LINES if line.printed_as} | {"training"} and len(caught) == 4
 
 
 def test_a_proof_of_twelve_minutes_has_time_for_all_lines_but_the_last():

@@ -103,7 +103,7 @@ def test_commands_of_a_line_share_its_limit(tmp_path):
 
 def test_a_run_that_falls_back_to_torch_has_failed(tmp_path):
     says = "python -c \"print('the kernels are not right; using torch')\""
-    exit_code, tried = prove([line("says", says, fails_on="using torch")], tmp_path)
+    exit_code, tried = prove([line("says", says, fails_on=("not said", "using torch"))], tmp_path)
     assert exit_code == 1 and tried.outcomes[0].verdict == "failed" and 'but said "using torch"' in whole(tmp_path)
 
 
