@@ -184,7 +184,7 @@ def read_rows(line: str, path: Path) -> Iterator[Row]:
 
 
 def printed_rows(line: str, op: str, output: Iterable[str]) -> Iterator[Row]:
-    """What `python -m minillm bench` prints: "  minillm        123,456 tok/s   1.10 x plain"."""
+    """What `python -m minillm bench` prints: "  minillm        123,456 tok/s   MFU  39.4%"."""
     for text in output:
         match = re.match(r" {2}(\S.*?) {2,}([\d,]+(?:\.\d+)?) tok/s", text)
         if match:

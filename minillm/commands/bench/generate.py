@@ -1,20 +1,30 @@
 """Tokens a second of greedy generation, batch 1, with cache, beside transformers' `generate`.
 
 The time includes reading the prompt and, on a GPU, recording the step. A CPU computes in fp32, with one thread and with
-all, and with weights in 8 and 4 bits; a GPU in bf16, and there transformers also runs compiled, on a static cache.
+all, and with weights in 8 and 4 bits; a GPU in bf16, one side after the other, ours first, and there transformers also
+runs compiled, on a static cache.
 """
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 
 import torch
 
 from minillm.base.device import pick_device, pick_dtype
 from minillm.base.errors import UserError
 from minillm.base.options import Options, option
-from minillm.commands.bench.measure import REPEATS, machine, medians, random_model, transformers_twin
+from minillm.commands.bench.measure import (
+    REPEATS,
+    alone_on_gpu,
+    import_transformers,
+    machine,
+    medians,
+    print_ratios,
+    random_model,
+    transformers_twin,
+)
 from minillm.generation import completion
 from minillm.model import ops
 from minillm.model.config import PRESETS
@@ -37,38 +47,47 @@ def run(config: Config) -> None:
     device = pick_device(config.device)
     new_tokens = config.new_tokens or (256 if device.type == "cuda" else 64)
     dtype = pick_dtype("auto", device)
-    model = random_model(config.preset).to(device, dtype)
+    model = random_model(config.preset, device).to(dtype)
     room = model.config.max_seq_len - len(PROMPT)
     if new_tokens > room:
         raise UserError(f"--new_tokens {new_tokens}: choose 1 to {room}, to fit the context")
     model.build_rotation()  # its tables stay in fp32
-    sides, version = _sides(model, new_tokens, dtype)
-    print(f"{config.preset}: {n_parameters(model.config):,} parameters, {dtype}, {machine(device)}, {version}")
+    print(f"{config.preset}: {n_parameters(model.config):,} parameters, {dtype}, {machine(device)}")
     print(f"greedy, batch 1, {len(PROMPT)} + {new_tokens} tokens, medians of {REPEATS}; {ops.describe(device)}")
+    builders = _sides(model, new_tokens, dtype)
 
-    # time them, on a CPU with one thread and with all
+    # a GPU takes one side after the other
+    if device.type == "cuda":
+        times = ((name, seconds) for name, seconds, _ in alone_on_gpu(builders, warm_ups=1))  # compile, capture
+        _print_speeds(times, new_tokens)
+        return
+
+    # a CPU takes them in turns, with one thread and with all; in bf16 two right computations may choose differently
+    sides = {name: build() for name, build in builders}
+    if "transformers" in sides and sides["minillm"]() != sides["transformers"]():
+        raise UserError("the two sides do not choose the same tokens, so their speed does not compare")
     all_threads = torch.get_num_threads()
-    thread_counts = sorted({1, all_threads}) if device.type == "cpu" else [all_threads]
-    for n_threads in thread_counts:
+    for n_threads in sorted({1, all_threads}) if device.type == "cpu" else [all_threads]:
         torch.set_num_threads(n_threads)
-        for side in sides.values():  # compile, capture
+        for side in sides.values():
             side()
-        times = medians(sides)
-        print(f"{n_threads} thread(s)" if device.type == "cpu" else device)
-        for name, seconds in times.items():
-            ratio = times["transformers"] / seconds
-            print(f"  {name:<38}{new_tokens / seconds:10.1f} tok/s   {ratio:5.2f} x transformers", flush=True)
+        print(f"{n_threads} thread(s)")
+        _print_speeds(medians(sides).items(), new_tokens)
     torch.set_num_threads(all_threads)
 
 
-def _sides(model, new_tokens: int, dtype: torch.dtype) -> tuple[dict[str, Callable], str]:
-    """The sides to compare, each a function that returns the new ids, and transformers' version.
+def _print_speeds(times: Iterable[tuple[str, float]], new_tokens: int) -> None:
+    """A line for each side as it comes, from its name and seconds; then all beside transformers."""
+    speeds = {}
+    for name, seconds in times:
+        speeds[name] = new_tokens / seconds
+        print(f"  {name:<38}{speeds[name]:10.1f} tok/s", flush=True)
+    print_ratios(speeds, "transformers")
 
-    Raises `UserError` on a CPU if they choose different tokens; in bf16 two right computations may do so.
-    """
-    device = next(model.parameters()).device
-    twin, version = transformers_twin(model)
-    twin = twin.to(device, dtype)
+
+def _sides(model: Transformer, new_tokens: int, dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], Callable]]]:
+    """Name of each side, ours first, and what makes its function, which returns the new ids."""
+    device = model.norm.weight.device
     prompt = torch.tensor([PROMPT], device=device)  # (1, T)
     arguments = {
         "attention_mask": torch.ones_like(prompt),
@@ -78,22 +97,32 @@ def _sides(model, new_tokens: int, dtype: torch.dtype) -> tuple[dict[str, Callab
         "min_new_tokens": new_tokens,
     }
 
-    def ours(model: Transformer = model) -> list[int]:
+    def ours(model: Transformer) -> list[int]:
         (answer,) = completion.generate(model, [PROMPT], new_tokens)
         return answer.tokens
 
+    @cache
+    def twin():
+        return transformers_twin(model)[0].to(dtype)
+
     def theirs(**more) -> list[int]:
-        ids = twin.generate(prompt, **arguments, **more)  # (1, prompt and new tokens)
+        ids = twin().generate(prompt, **arguments, **more)  # (1, prompt and new tokens)
         return ids[0, len(PROMPT) :].tolist()
 
-    sides: dict[str, Callable] = {"minillm": ours, "transformers": theirs}
-    if device.type == "cuda":
-        sides["transformers, static cache, compiled"] = lambda: theirs(cache_implementation="static")
-    elif ours() != theirs():
-        raise UserError("the two sides do not choose the same tokens, so their speed does not compare")
+    def in_bits(bits: int) -> Callable:
+        rounded = copy.deepcopy(model)
+        quantize_for_generation(rounded, bits)
+        return partial(ours, rounded)
+
+    yield "minillm", lambda: partial(ours, model)
+    try:
+        print(f"beside transformers {import_transformers().__version__}")
+    except Exception as problem:  # not installed, or not made for this torch
+        print(f"  transformers: {problem}")
     else:
+        yield "transformers", lambda: theirs
+        if device.type == "cuda":
+            yield "transformers, static cache, compiled", lambda: partial(theirs, cache_implementation="static")
+    if device.type != "cuda":
         for bits in GENERATION_BITS:
-            rounded = copy.deepcopy(model)
-            quantize_for_generation(rounded, bits)
-            sides[f"minillm, weights in {bits} bits"] = partial(ours, rounded)
-    return sides, version
+            yield f"minillm, weights in {bits} bits", partial(in_bits, bits)

@@ -1,9 +1,11 @@
 """What the benchmarks share: timing in turns, models of random weights, and the machine's name beside a number."""
 
+import gc
 import statistics
 import subprocess
 import time
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 
@@ -15,6 +17,7 @@ from minillm.model.transformer import Transformer
 VOCABULARY = {"tiny": 2048, "5m": 2048, "26m": 4096}  # of the presets' random models
 GPT2_VOCABULARY = 50_257  # of all others
 REPEATS = 7
+CPU = torch.device("cpu")
 
 
 def vocab_size_of(preset: str) -> int:
@@ -38,15 +41,63 @@ def medians(
     return {name: statistics.median(seconds) for name, seconds in times.items()}
 
 
-def random_model(preset: str) -> Transformer:
+def alone_on_gpu(
+    sides: Iterable[tuple[str, Callable[[], Callable[[], object]]]], warm_ups: int
+) -> Iterator[tuple[str, float, int]]:
+    """Name, median seconds and peak bytes of each side: alone on the GPU, and given as soon as it is measured.
+
+    sides: name, and what makes the function to be timed; ours first, for a time limit may come before the others. A
+    side that fails is a line, and the others go on. Raises `UserError` at the end if one of ours has failed.
+    """
+    failed = []
+    for name, build in sides:
+        try:
+            seconds, peak_bytes = _alone(build, warm_ups)
+        except Exception as problem:  # whatever a side raises
+            print(f"  {name}: {type(problem).__name__}: {' '.join(str(problem).split())[:200]}", flush=True)
+            if name.startswith("minillm"):
+                traceback.print_exc()
+                failed.append(name)
+            continue
+        yield name, seconds, peak_bytes
+    if failed:
+        raise UserError(f"{' and '.join(failed)}: failed, see above")
+
+
+def _alone(build: Callable[[], Callable[[], object]], warm_ups: int) -> tuple[float, int]:
+    """Median seconds and peak bytes of what `build` makes. A function of its own: at its end all of that is free."""
+    gc.collect()  # what compiling left in cycles holds the other side's tensors
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    run = build()
+    for _ in range(warm_ups):
+        run()
+    (seconds,) = medians({"": run}).values()
+    return seconds, torch.cuda.max_memory_allocated()
+
+
+def print_ratios(speeds: dict[str, float], beside: str) -> None:
+    """How many times as fast each side is as one of them, if that one was measured."""
+    for name in speeds if beside in speeds else ():
+        print(f"  {name:<38}{speeds[name] / speeds[beside]:10.2f} x {beside}", flush=True)
+
+
+def random_model(preset: str, device: torch.device = CPU) -> Transformer:
     """A model with weights from N(0, 0.1²): wide enough that a wrong computation shows in the chosen tokens."""
-    model = Transformer(config.preset(preset, vocab_size=vocab_size_of(preset)))
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
+    model = drawn(config.preset(preset, vocab_size=vocab_size_of(preset)), device, 0.1)
     return model.eval()
+
+
+@torch.no_grad()
+def drawn(model_config: config.ModelConfig, device: torch.device, std: float) -> Transformer:
+    """A model with matrices from N(0, std²), drawn on the device: a billion take a CPU ten seconds."""
+    with device:
+        model = Transformer(model_config)
+    generator = torch.Generator(device).manual_seed(0)
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            parameter.normal_(0.0, std, generator=generator)
+    return model
 
 
 def import_transformers():
@@ -60,11 +111,12 @@ def import_transformers():
 
 
 def transformers_twin(model: Transformer):
-    """The same weights in transformers' implementation of the architecture, and the version of transformers."""
+    """The same weights, on the same device, in transformers' implementation of the architecture, and its version."""
     transformers = import_transformers()
     no_special_ids = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
     settings = transformers.AutoConfig.for_model(**architectures.to_hf(model.config) | no_special_ids)
-    twin = transformers.AutoModelForCausalLM.from_config(settings).eval()
+    with model.norm.weight.device:  # it draws all weights first
+        twin = transformers.AutoModelForCausalLM.from_config(settings).eval()
     twin.load_state_dict(huggingface.weights_of(model), strict=False)
     twin.tie_weights()
     return twin, f"transformers {transformers.__version__}"

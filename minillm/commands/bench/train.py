@@ -1,8 +1,8 @@
 """Tokens a second of a training step beside plain PyTorch and transformers.
 
-A step is forward, backward, clipping and AdamW. On a CPU in fp32, beside GPT-2 of the same size; on a GPU in bf16
-autocast, each side alone on the device and each also compiled, with the share of the GPU's peak that it uses (MFU) and
-the memory it takes.
+A step is forward, backward, clipping and AdamW. On a CPU in fp32, beside GPT-2 of the same size, all sides in turns; on
+a GPU in bf16 autocast, each side alone on the device and each also compiled, with the share of the GPU's peak that it
+uses (MFU) and the memory it takes. There ours come first, and a side's line is printed when it is measured.
 
 Under torchrun our side alone, on all ranks: its speed, each rank's memory, and the share of time in communication
 (`on_ranks.py`).
@@ -11,8 +11,7 @@ Under torchrun our side alone, on all ranks: its speed, each rank's memory, and 
 """
 
 import contextlib
-import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -26,9 +25,12 @@ from minillm.base.options import Options, option, spelled
 from minillm.commands.bench import on_ranks
 from minillm.commands.bench.measure import (
     REPEATS,
+    alone_on_gpu,
+    drawn,
     import_transformers,
     machine,
     medians,
+    print_ratios,
     transformers_twin,
     vocab_size_of,
 )
@@ -119,18 +121,30 @@ class Sides:
         self.y = y
         self.dtype = dtype
 
+    @torch.no_grad()
     def losses(self) -> list[float]:
         """The sums of our loss and of plain PyTorch's."""
         with autocast(self.x.device, self.dtype):
             return [self.model(self.x, self.y).item(), self._plain(plain_loss).item()]
 
-    def builders(self) -> dict[str, Callable[[], Step]]:
-        """Name → what makes the step of a side. Compiling and copying happen only then."""
-        sides = {
-            "plain PyTorch": lambda: self._step(self.model, lambda: self._plain(plain_loss)),
-            "minillm": lambda: self._step(self.model, lambda: self.model(self.x, self.y), ours=True),
-        }
-        return sides | (self._on_gpu() if self.x.is_cuda else self._on_cpu())
+    def builders(self) -> Iterator[tuple[str, Callable[[], Step]]]:
+        """Name of each side and what makes its step, ours first. Importing, compiling and copying happen only then."""
+
+        def ours(called: Callable) -> Step:
+            return self._step(self.model, lambda: called(self.x, self.y), ours=True)
+
+        def plain(loss: Callable) -> Step:
+            return self._step(self.model, lambda: self._plain(loss))
+
+        yield "minillm", lambda: ours(self.model)
+        if self.x.is_cuda:
+            yield "minillm, compiled", lambda: ours(parallelize.compiled(self.model))
+        yield "plain PyTorch", lambda: plain(plain_loss)
+        if self.x.is_cuda:
+            yield "plain PyTorch, compiled", lambda: plain(torch.compile(plain_loss))
+            yield from self._on_gpu()
+        else:
+            yield from self._on_cpu()
 
     def _plain(self, loss: Callable) -> Tensor:
         """`plain_loss`, or what compiling made of it, with every op torch's own."""
@@ -144,50 +158,37 @@ class Sides:
         """A step of a model of transformers'; called: it, or what compiling made of it."""
         return self._step(module, lambda: called(self.x, labels=self.x).loss * self.x.numel())
 
-    def _on_gpu(self) -> dict[str, Callable[[], Step]]:
-        """Compiled PyTorch; transformers, also compiled, and with Liger."""
-        our_compiled = parallelize.compiled(self.model)
-        plain_compiled = torch.compile(plain_loss)
-        sides = {
-            "plain PyTorch, compiled": lambda: self._step(self.model, lambda: self._plain(plain_compiled)),
-            "minillm, compiled": lambda: self._step(self.model, lambda: our_compiled(self.x, self.y), ours=True),
-        }
-
-        # transformers
+    def _on_gpu(self) -> Iterator[tuple[str, Callable[[], Step]]]:
+        """transformers, also compiled, and with Liger's kernels."""
         try:
-            twin, version = transformers_twin(self.model)
-        except UserError as problem:
+            version = f"transformers {import_transformers().__version__}"
+        except Exception as problem:  # not installed, or not made for this torch
             print(f"  transformers: {problem}")
-            return sides
-        twin = twin.to(self.x.device).train()
-        twin_compiled = torch.compile(twin)
-        sides[version] = lambda: self._theirs(twin, twin)
-        sides[f"{version}, compiled"] = lambda: self._theirs(twin, twin_compiled)
+            return
 
-        # transformers with Liger's kernels
-        try:
-            import liger_kernel.transformers as liger
-        except ImportError:
-            print("  Liger: not installed")
-            return sides
+        def twin(compile: Callable = lambda module: module) -> Step:
+            module = transformers_twin(self.model)[0].train()
+            return self._theirs(module, compile(module))
 
         def with_liger() -> Step:  # last: it changes transformers' classes for good
+            import liger_kernel.transformers as liger
+
             liger.apply_liger_kernel_to_llama()
-            liger_twin, _ = transformers_twin(self.model)
-            liger_twin = liger_twin.to(self.x.device).train()
-            return self._theirs(liger_twin, liger_twin)
+            return twin()
 
-        return sides | {f"{version}, Liger": with_liger}
+        yield version, twin
+        yield f"{version}, compiled", lambda: twin(torch.compile)
+        yield f"{version}, Liger", with_liger
 
-    def _on_cpu(self) -> dict[str, Callable[[], Step]]:
+    def _on_cpu(self) -> Iterator[tuple[str, Callable[[], Step]]]:
         """transformers' GPT-2."""
         try:
             gpt2, version = gpt2_like(self.model)
         except UserError as problem:
             print(f"  GPT-2: {problem}")
-            return {}
+            return
         size = sum(p.numel() for p in gpt2.parameters())
-        return {f"GPT-2, {size:,} ({version})": lambda: self._theirs(gpt2, gpt2)}
+        yield f"GPT-2, {size:,} ({version})", lambda: self._theirs(gpt2, gpt2)
 
 
 def gpt2_like(model: Transformer):
@@ -229,9 +230,8 @@ def run(config: Config) -> None:
     rows = config.rows
     seq_len = config.seq_len
     vocab_size = config.vocab_size or vocab_size_of(config.preset)
-    model = Transformer(shapes.preset(config.preset, vocab_size=vocab_size, max_seq_len=seq_len))
-    model.init_weights()
-    model = model.to(device)
+    shape = shapes.preset(config.preset, vocab_size=vocab_size, max_seq_len=seq_len)
+    model = drawn(shape, device, 0.02)
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(0, vocab_size, (rows, seq_len + 1), generator=generator).to(device)
     x = tokens[:, :-1].contiguous()  # (B, T)
@@ -248,50 +248,52 @@ def run(config: Config) -> None:
     print(f"{config.preset}: {n_parameters(model.config):,} parameters, {dtype}, {machine(device)}")
     print(f"one step of {rows} x {seq_len} tokens, {torch.get_num_threads()} thread(s), medians of {REPEATS}")
     print(ops.describe(device), flush=True)
-    seconds, memory = time_steps(sides.builders(), together=device.type != "cuda")
+    builders = sides.builders()
+    # three steps compile, fill the optimizer's state and warm up
+    measured = alone_on_gpu(builders, warm_ups=3) if device.type == "cuda" else in_turns(builders)
 
-    # the table
-    flops = flops_per_token(model.config, seq_len)
+    # the table, and what it is for other commands
+    flops = flops_per_token(shape, seq_len)
+    speeds = print_speeds(measured, rows * seq_len, flops, peak_flops(device, dtype))
+    print_ratios(speeds, "plain PyTorch")
     if config.json:
-        measured = {
+        described = {
             "device": machine(device) if device.type == "cuda" else device.type,
             "dtype": str(dtype).removeprefix("torch."),
-            "parameters": n_parameters(model.config),
+            "parameters": n_parameters(shape),
             "flops_per_token": flops,
             "rows": rows,
             "seq_len": seq_len,
-            "tokens_per_s": {name: rows * seq_len / seconds[name] for name in seconds},
+            "tokens_per_s": speeds,
         }
-        files.write_json_atomically(config.json, measured)
-    peak = peak_flops(device, dtype)
-    if peak:  # measured or listed too low if a side does more
-        peak = max(peak, rows * seq_len / min(seconds.values()) * flops)
-    width = max(map(len, seconds))
-    for name in seconds:
-        speed = rows * seq_len / seconds[name]
-        ratio = seconds["plain PyTorch"] / seconds[name]
-        mfu = f"   MFU {speed * flops / peak:6.1%}" if peak else ""
-        peak_memory = f"   {memory[name] / 2**30:6.1f} GiB" if name in memory else ""
-        print(f"  {name:<{width}}{speed:12,.0f} tok/s   {ratio:5.2f} x plain{mfu}{peak_memory}", flush=True)
+        files.write_json_atomically(config.json, described)
 
 
-def time_steps(builders: dict[str, Callable[[], Step]], together: bool) -> tuple[dict[str, float], dict[str, int]]:
-    """Median seconds of each side's step, and on a GPU the peak bytes; one side at a time unless `together`."""
-    if together:
-        steps = {name: build() for name, build in builders.items()}
-        for step in steps.values():
-            step()
-        return medians(steps), {}
-    seconds = {}
-    memory = {}
-    for name, build in builders.items():
-        gc.collect()  # what compiling left in cycles holds the other side's tensors
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-        step = build()
-        for _ in range(3):  # compile, fill the optimizer's state, warm up
-            step()
-        seconds |= medians({name: step})
-        memory[name] = torch.cuda.max_memory_allocated()
-        del step
-    return seconds, memory
+def in_turns(builders: Iterable[tuple[str, Callable[[], Step]]]) -> Iterator[tuple[str, float, int]]:
+    """Name and median seconds of each side's step, all of them in turns; no peak of memory."""
+    steps = {name: build() for name, build in builders}
+    for step in steps.values():  # fill the optimizer's state
+        step()
+    for name, seconds in medians(steps).items():
+        yield name, seconds, 0
+
+
+def print_speeds(
+    measured: Iterable[tuple[str, float, int]], n_tokens: int, flops: float, peak: float | None
+) -> dict[str, float]:
+    """Print a line for each side as it comes, and return all tokens a second.
+
+    measured: name, seconds and peak bytes of a step of `n_tokens`. flops: of a token. peak: FLOP/s of the device.
+    """
+    speeds = {}
+    for name, seconds, peak_bytes in measured:
+        speed = n_tokens / seconds
+        line = f"  {name:<38}{speed:12,.0f} tok/s"
+        if peak:
+            peak = max(peak, speed * flops)  # measured or listed too low if a side does more
+            line += f"   MFU {speed * flops / peak:6.1%}"
+        if peak_bytes:
+            line += f"   {peak_bytes / 2**30:6.1f} GiB"
+        print(line, flush=True)
+        speeds[name] = speed
+    return speeds

@@ -2,6 +2,8 @@
 
 import sys
 import time
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,9 +12,11 @@ import torch.distributed as dist
 from minillm.base.errors import UserError
 from minillm.commands.bench import align, busy, clean, data, evaluate, generate, serve, train, tune
 from minillm.commands.bench import on_ranks as of_ranks
+from minillm.commands.bench.measure import alone_on_gpu, transformers_twin
 from minillm.distributed.ranks import Ranks
 from minillm.generation import completion
 from minillm.model import config
+from minillm.model.transformer import Transformer
 from minillm.tuning import peft_format
 from tests.forked_ranks import on_ranks
 from tests.minillm.evaluation.benchmark_rows import write_all
@@ -78,14 +82,16 @@ def test_a_sequence_that_leaves_no_room_is_refused():
 
 def names(printed: str) -> list[str]:
     """The sides of a comparison, from the lines with their speed."""
-    return [line.split("  ")[1] for line in printed.splitlines() if " tok/s " in line]
+    return [line.split("  ")[1] for line in printed.splitlines() if " tok/s" in line]
 
 
 def test_a_training_step_stands_beside_plain_pytorch_and_gpt_2(capsys, monkeypatch):
     config = train.Config(device="cpu", rows=2, seq_len=8, vocab_size=40)
     train.run(config)
-    plain, ours, theirs = names(capsys.readouterr().out)
+    printed = capsys.readouterr().out
+    ours, plain, theirs = names(printed)
     assert (plain, ours) == ("plain PyTorch", "minillm") and theirs.startswith("GPT-2, ")
+    assert printed.count(" x plain PyTorch\n") == 3
     plain_loss = train.plain_loss
     monkeypatch.setattr(train, "plain_loss", lambda *inputs: 1.01 * plain_loss(*inputs))
     with pytest.raises(UserError, match="the two sides compute other losses"):
@@ -95,12 +101,69 @@ def test_a_training_step_stands_beside_plain_pytorch_and_gpt_2(capsys, monkeypat
 def test_generation_stands_beside_transformers(capsys, monkeypatch):
     config = generate.Config(device="cpu", new_tokens=4)
     generate.run(config)
-    assert names(capsys.readouterr().out)[:2] == ["minillm", "transformers"]
+    printed = capsys.readouterr().out
+    assert names(printed)[:2] == ["minillm", "transformers"] and "1.00 x transformers\n" in printed
     with pytest.raises(UserError, match="--new_tokens 33: choose 1 to 32"):
         generate.run(generate.Config(device="cpu", new_tokens=33))
     monkeypatch.setattr(completion, "generate", lambda *_: [completion.Completion([1, 2, 3, 4], "length")])
     with pytest.raises(UserError, match="do not choose the same tokens"):
         generate.run(config)
+
+
+def test_generation_is_measured_without_transformers_too(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    generate.run(generate.Config(device="cpu", new_tokens=4))
+    printed = capsys.readouterr().out
+    assert names(printed)[0] == "minillm" and "  transformers: the benchmark needs transformers" in printed
+    assert " x transformers" not in printed
+
+
+@pytest.fixture
+def no_gpus_memory(monkeypatch):
+    """What is measured alone on a GPU is measured here, with no memory to be read."""
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: None)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 0)
+
+
+def raising(*words):
+    raise torch.OutOfMemoryError(*words)
+
+
+def test_on_a_gpu_each_side_is_given_when_it_is_measured(capsys, no_gpus_memory):
+    built = []
+    sides = [("minillm", lambda: built.append("minillm") or int), ("plain", lambda: built.append("plain") or int)]
+    measured = alone_on_gpu([*sides, ("theirs", partial(raising, "no\nroom")), ("last", lambda: int)], warm_ups=1)
+    assert next(measured)[0] == "minillm" and built == ["minillm"]
+    assert [name for name, *_ in measured] == ["plain", "last"]
+    assert capsys.readouterr().out == "  theirs: OutOfMemoryError: no room\n"
+    measured = alone_on_gpu([("minillm", raising), *sides[1:]], warm_ups=1)
+    assert next(measured)[0] == "plain"
+    with pytest.raises(UserError, match="minillm: failed, see above"):
+        next(measured)
+
+
+def test_a_side_that_fails_leaves_the_others_speed(capsys, monkeypatch, no_gpus_memory):
+    monkeypatch.setattr(train, "in_turns", partial(alone_on_gpu, warm_ups=1))
+    monkeypatch.setattr(train.Sides, "_on_cpu", lambda self: [("GPT-2", raising)])
+    train.run(train.Config(device="cpu", rows=2, seq_len=8, vocab_size=40))
+    printed = capsys.readouterr().out
+    assert names(printed) == ["minillm", "plain PyTorch"] and "  GPT-2: OutOfMemoryError" in printed
+    assert printed.count(" x plain PyTorch\n") == 2
+
+
+def test_on_a_gpu_ours_come_first_and_nothing_is_built_before_its_turn(monkeypatch):
+    monkeypatch.setattr(train, "transformers_twin", lambda model: pytest.fail("built before its turn"))
+    sides = train.Sides(None, SimpleNamespace(is_cuda=True), None, torch.float32)
+    found = [name for name, _ in sides.builders()]
+    assert found[:4] == ["minillm", "minillm, compiled", "plain PyTorch", "plain PyTorch, compiled"]
+    assert len(found) == 7 and found[-1].endswith(", Liger")
+
+
+def test_the_same_model_of_transformers_is_made_where_ours_is():
+    with torch.device("meta"):
+        model = Transformer(config.preset("tiny"))
+    twin, _ = transformers_twin(model)
+    assert {tensor.device.type for tensor in (*twin.parameters(), *twin.buffers())} == {"meta"}
 
 
 def test_reading_is_counted_in_tokens(capsys, monkeypatch):
