@@ -167,7 +167,7 @@ def _add_product(out: Tensor, a: Tensor, b: Tensor, beta: float) -> None:
         torch.addmm(out, a, b, beta=beta, out=out)
     elif out.device.type != "cuda":  # there torch has no product of 16-bit matrices in fp32
         torch.addmm(out, a.float(), b.float(), beta=beta, out=out)
-    else:
+    else:  # sums in fp32 are taken since pytorch#167931, which is older than torch 2.11, the oldest we run on
         torch.addmm(out, a, b, out_dtype=out.dtype, beta=beta, out=out)
 
 
