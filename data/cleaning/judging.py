@@ -99,4 +99,4 @@ def read_judged(judged: Path) -> dict[str, np.ndarray]:
 
 def as_line(row: dict) -> bytes:
     """A row as a line of JSONL."""
-    return json.dumps(row, ensure_ascii=False, default=str).encode("utf-8", "replace") + b"\n"
+    return json.dumps(row, ensure_ascii=False).encode("utf-8", "replace") + b"\n"

@@ -106,7 +106,7 @@ def _mend(documents: list[dict], how: How) -> None:
 def write_rows(path: Path, rows: list[dict]) -> None:
     """JSONL, one object a line."""
     with path.open("w", encoding="utf-8", newline="\n") as file:
-        file.writelines(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
 def read_rows(path: Path) -> list[dict]:

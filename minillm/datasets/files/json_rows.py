@@ -79,7 +79,7 @@ def open_rows(path: Path, encoding: str = encodings.UTF_8) -> BinaryIO:
             return file
         else:
             rows = None
-        lines = stream if rows is None else (json.dumps(row, default=str).encode() + b"\n" for row in rows)
+        lines = stream if rows is None else (json.dumps(row).encode() + b"\n" for row in rows)
         with file:
             copy = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the rows are read
             copy.writelines(lines)

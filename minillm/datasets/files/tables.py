@@ -1,8 +1,11 @@
 """Rows of tables: .parquet, read by pyarrow, and .csv."""
 
 import csv
+import datetime
 import io
+import uuid
 from collections.abc import Iterator, Sequence
+from decimal import Decimal
 from pathlib import Path
 from typing import BinaryIO
 
@@ -12,10 +15,11 @@ PARQUET = b"PAR1"  # the first bytes of a parquet file
 SEPARATORS = {".csv": ",", ".tsv": "\t"}
 LONGEST_FIELD = 1 << 26  # bytes of one field of a .csv
 ROWS_AT_ONCE = 256
+AS_TEXT = (datetime.date, datetime.time, datetime.timedelta, uuid.UUID)  # what JSON has no kind for
 
 
 def parquet_rows(path: Path, column: str | None = None) -> Iterator[tuple[dict, float]]:
-    """(row, share of the file read by then) of each row; column: read this one alone.
+    """(row, share of the file read by then) of each row, its values as JSON has them; column: read this one alone.
 
     Raises UserError without pyarrow, ValueError with the reason for a file that is damaged or lacks the column.
     """
@@ -32,9 +36,29 @@ def parquet_rows(path: Path, column: str | None = None) -> Iterator[tuple[dict, 
         for batch in file.iter_batches(batch_size=ROWS_AT_ONCE, columns=None if column is None else [column]):
             for row in batch.to_pylist():
                 number += 1
-                yield row, number / file.metadata.num_rows
+                yield as_json(row), number / file.metadata.num_rows
     except ArrowException as error:
         raise ValueError(f"not a whole parquet file ({str(error).splitlines()[0]})") from None
+
+
+def as_json(value: object) -> object:
+    """A value of a table as JSON has it, at any depth.
+
+    Bytes are text, which Spark, Hive and Impala write without saying so; one that is not UTF-8 becomes the surrogate
+    U+DC00 + byte. A decimal is a number, or a text where no float is exactly it.
+    """
+    if isinstance(value, dict):
+        return {key: as_json(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [as_json(item) for item in value]
+    if isinstance(value, bytes):
+        return value.decode("utf-8", "surrogateescape")
+    if isinstance(value, Decimal):
+        if value == int(value):
+            return int(value)
+        number = float(value)
+        return number if Decimal(repr(number)) == value else str(value)
+    return str(value) if isinstance(value, AS_TEXT) else value
 
 
 def csv_rows(stream: BinaryIO, separator: str, names: Sequence[str] | None = None) -> Iterator[dict]:

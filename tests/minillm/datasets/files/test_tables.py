@@ -1,8 +1,10 @@
 """Instructions in tables, and files of other kinds, which are named."""
 
 import csv
+import datetime
 import gzip
 import json
+from decimal import Decimal
 
 import numpy as np
 import pyarrow
@@ -11,7 +13,10 @@ import torch
 from pyarrow import parquet
 
 from minillm.base.errors import UserError
+from minillm.datasets.files.json_rows import open_rows, parse_line
+from minillm.datasets.files.text_files import texts_of
 from minillm.datasets.instructions import InstructionRows
+from minillm.datasets.prompts import prompt_of
 from minillm.datasets.questions import read_questions
 from tests.minillm.datasets.test_instructions import Numbers, write_jsonl
 
@@ -41,6 +46,50 @@ def test_parquet_gives_the_batches_of_the_same_rows_in_jsonl(tmp_path, rows):
         parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / name)
         same_batches(InstructionRows(tmp_path / name, Numbers(), 32), expected)
     assert len(read_questions(tmp_path / "rows.parquet")) == len(rows)
+
+
+def in_binary(value):
+    """The value with each text in it as bytes."""
+    if isinstance(value, dict):
+        return {key: in_binary(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [in_binary(item) for item in value]
+    return value.encode() if isinstance(value, str) else value
+
+
+@pytest.mark.parametrize("rows", [ROWS, TALKS], ids=["pairs", "messages"])
+def test_columns_of_bytes_are_text_as_spark_writes_it(tmp_path, rows):
+    expected = InstructionRows(write_jsonl(tmp_path / "rows.jsonl", rows), Numbers(), 32)
+    parquet.write_table(pyarrow.Table.from_pylist(in_binary(rows)), tmp_path / "rows.parquet")
+    same_batches(InstructionRows(tmp_path / "rows.parquet", Numbers(), 32), expected)
+
+
+def test_texts_of_bytes_are_read_and_a_wrong_byte_is_named(tmp_path):
+    parquet.write_table(pyarrow.table({"text": ["你好".encode(), "a 🙂".encode(), b"a\xff"]}), tmp_path / "a.parquet")
+    texts = texts_of(tmp_path / "a.parquet", boundary="blank", field="text")
+    assert [next(texts)[0], next(texts)[0]] == ["你好", "a 🙂"]
+    with pytest.raises(UserError, match=r"record 3: not UTF-8 \(byte 0xFF"):
+        next(texts)
+
+
+def test_numbers_and_dates_of_a_table_are_those_of_json(tmp_path):
+    day = datetime.date(2024, 2, 29)
+    values = {
+        "whole": Decimal("72.00"),
+        "half": Decimal("0.50"),
+        "exact": Decimal("1234567890123456789.25"),  # no float is it
+        "nested": [{"day": day, "time": datetime.datetime(2024, 2, 29, 12), "for": datetime.timedelta(hours=1)}],
+        "float": 0.1,
+        "flag": True,
+        "none": None,
+    }
+    parquet.write_table(pyarrow.Table.from_pylist([values]), tmp_path / "a.parquet")
+    with open_rows(tmp_path / "a.parquet") as file:
+        row = parse_line(file.readline())
+    nested = [{"day": "2024-02-29", "for": "1:00:00", "time": "2024-02-29 12:00:00"}]
+    others = {"float": 0.1, "flag": True, "none": None}
+    assert row == {"whole": 72, "half": 0.5, "exact": "1234567890123456789.25", "nested": nested, **others}
+    assert isinstance(row["whole"], int) and prompt_of({"question": "?", "answer": row["whole"]})[1]["answer"] == "72"
 
 
 @pytest.mark.parametrize("form", ["csv", "CSV", "tsv", "csv.gz", "excel", "gbk"])
