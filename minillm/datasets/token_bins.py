@@ -16,6 +16,8 @@ SCANNED_TOKENS = 1 << 28  # bins up to this size are checked for bad ids when op
 NEWEST_FORMAT = 2
 MOST_META_BYTES = 1 << 26  # of meta.json, which has some hundred bytes for each group of input files
 SAMPLES = 1024  # evenly spaced tokens that go into a raw .bin's fingerprint: each may be a page to read
+FEWEST_PAIRS = 32  # of tokens, from which on a raw .bin of uint16 is looked at for halves of uint32
+HIGHEST_HALF = 3  # the upper half of an id of uint32 below 262,144, more than vocabularies have
 
 
 class Stream(NamedTuple):
@@ -41,6 +43,11 @@ class TokenBins:
             vocab_size = self.meta["vocab_size"]
         else:
             _check_raw(self.path, dtype, vocab_size)
+        if dtype == "uint16" and vocab_size > 1 << 16:
+            raise UserError(
+                f"{self.path}: {vocab_size:,} ids do not fit into uint16, which ends at 65,535; the data is uint32, or "
+                "its vocabulary smaller"
+            )
         self._open_files(split, np.dtype(dtype).newbyteorder("<"))
 
         self.vocab_size: int = vocab_size
@@ -63,6 +70,7 @@ class TokenBins:
         """Sets `arrays`, the tokens of each file, (n,) uint16 or uint32, and `names`."""
         if not self.meta:
             tokens = _open(self.path, None, dtype)
+            _refuse_halves(self.path, tokens)
             n_val = max(2, len(tokens) // 100)
             self.arrays = [tokens[-n_val:] if split == "val" else tokens[:-n_val]]
             self.names = [str(self.path)]
@@ -171,6 +179,22 @@ def _open(file: Path, n_tokens: int | None, dtype: np.dtype) -> np.ndarray:
     if size == 0 or size % dtype.itemsize:
         raise UserError(f"{file}: {size} bytes are not a whole number of {dtype.name} tokens; is the dtype right?")
     return np.asarray(np.memmap(file, dtype=dtype, mode="r"))  # a plain view: slicing a memmap object is slow
+
+
+def _refuse_halves(path: Path, tokens: np.ndarray) -> None:
+    """Raise UserError for uint16 that look like uint32 cut in two: every second is its upper half, 0 or little more.
+
+    No text has such ids at each second place, and seldom there alone; padding, a small id too, is at both.
+    """
+    pairs = tokens[: len(tokens) // 2 * 2].reshape(-1, 2)
+    if tokens.dtype.itemsize != 2 or len(pairs) < FEWEST_PAIRS:
+        return
+    lower, upper = pairs[:: max(1, len(pairs) // SAMPLES)].T
+    is_upper = upper.max() <= HIGHEST_HALF and upper.min() == 0
+    if is_upper and np.mean(lower > HIGHEST_HALF) > 0.5:
+        raise UserError(
+            f"{path}: looks like uint32: of its uint16 every second is at most {upper.max()}; give --data_dtype uint32"
+        )
 
 
 def read_meta(folder: Path) -> dict:

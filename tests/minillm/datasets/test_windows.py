@@ -290,6 +290,43 @@ def test_uint32(tmp_path):
     assert windows(folder, 4).batch(np.array([0])).x[0, 0] == 70000
 
 
+@pytest.mark.parametrize("highest", [300, 65_000, 100_277, 151_936])
+def test_a_foreign_bin_of_another_dtype_than_said_is_refused(tmp_path, highest):
+    ids = np.random.default_rng(0).integers(0, highest, 5000)
+    ids.astype("<u4").tofile(tmp_path / "32.bin")
+    assert TokenBins(tmp_path / "32.bin", "train", dtype="uint32", vocab_size=highest).n_tokens == 4950
+    with pytest.raises(UserError, match=r"32\.bin: looks like uint32: of its uint16 every second is at most [0-3]"):
+        TokenBins(tmp_path / "32.bin", "train", dtype="uint16", vocab_size=min(highest, 65_536))
+    if highest > 1 << 16:
+        with pytest.raises(UserError, match=f"{highest:,} ids do not fit into uint16"):
+            TokenBins(tmp_path / "32.bin", "train", dtype="uint16", vocab_size=highest)
+        return
+    ids.astype("<u2").tofile(tmp_path / "16.bin")
+    with pytest.raises(UserError, match="or has another dtype"):
+        TokenBins(tmp_path / "16.bin", "train", dtype="uint32", vocab_size=highest)
+
+
+@pytest.mark.parametrize("kind", ["text", "padded", "few ids", "tiny", "one-token documents", "zeros", "ones first"])
+def test_a_foreign_bin_of_uint16_is_read_whatever_is_in_it(tmp_path, kind):
+    draw = np.random.default_rng(0)
+    ids = draw.integers(0, 50_000, 3000)
+    if kind == "padded":
+        ids[20:] = 0
+        ids[1:20:2] = 0
+    elif kind == "few ids":
+        ids %= 5
+    elif kind == "tiny":
+        ids = np.array([500, 0, 600, 1, 700])
+    elif kind == "one-token documents":
+        ids[1::2] = 2
+    elif kind == "zeros":
+        ids[:] = 0
+    elif kind == "ones first":
+        ids[::2] = 1
+    ids.astype("<u2").tofile(tmp_path / "16.bin")
+    assert TokenBins(tmp_path / "16.bin", "train", dtype="uint16", vocab_size=50_000).arrays[0][0] == ids[0]
+
+
 def test_a_foreign_bin_is_described_on_the_command_line(tmp_path):
     np.arange(1000, dtype="<u2").tofile(tmp_path / "x.bin")
     train = TokenBins(tmp_path / "x.bin", "train", dtype="uint16", vocab_size=1000)
