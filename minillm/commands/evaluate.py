@@ -81,7 +81,13 @@ class Config(ModelOptions, TemplateOptions):
     limit: int | None = option(
         None, "ask only this many questions, the first; of preferences: prompts", at_least=1, group="questions"
     )
-    max_new_tokens: int = option(answers.LONGEST_ANSWER, "longest answer in tokens", at_least=1, group="questions")
+    max_new_tokens: int | None = option(
+        None,
+        f"longest answer in tokens; none: as the longest right answer, {answers.LONGEST_ANSWER} to "
+        f"{answers.LONGEST_OF_ALL}",
+        at_least=1,
+        group="questions",
+    )
     tasks: str | None = option(
         None, f"benchmarks, with commas between: {', '.join(BENCHMARKS)}; or {ALL}", group="benchmarks"
     )

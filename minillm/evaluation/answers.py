@@ -13,7 +13,8 @@ from minillm.tuning.adapter import merged
 from minillm.tuning.virtual_tokens import context_of
 
 QUESTIONS_PER_BATCH = 128
-LONGEST_ANSWER = 64  # tokens, unless the caller says otherwise
+LONGEST_ANSWER = 64  # tokens that an answer may have, if no right answer of the questions has more
+LONGEST_OF_ALL = 512  # tokens, whatever the right answers have: a batch waits for its longest answer
 
 
 def answers(
@@ -49,6 +50,11 @@ def answers(
     return texts
 
 
+def _lengths(tokenizer: Tokenizer, conversations: list[list[dict]], template: str, **how) -> list[int]:
+    """Tokens of each conversation as a template writes it. how: see `Tokenizer.encode_chat`."""
+    return [len(tokenizer.encode_chat(messages, template=template, **how)[0]) for messages in conversations]
+
+
 @torch.no_grad()
 def exact_match(
     model: Transformer,
@@ -56,14 +62,28 @@ def exact_match(
     questions: list[dict],
     *,
     template: str = "auto",
-    max_new_tokens: int = LONGEST_ANSWER,
+    max_new_tokens: int | None = None,
     say: Callable[[str], None] = print,
 ) -> dict[str, tuple[int, int]]:
     """(right answers, questions) for each family of questions (rows of `read_questions`), answered greedily.
 
-    A question that does not fit into the model's context counts as answered wrong; `say` says how many did not.
+    max_new_tokens: of an answer; None: as many as the longest right one has, from LONGEST_ANSWER to LONGEST_OF_ALL.
+    A question that does not fit into the model's context counts as answered wrong; `say` says how many did not, and
+    how many right answers are longer than an answer can be.
     """
     conversations = [row["messages"][:-1] for row in questions]
+    n_prompt = _lengths(tokenizer, conversations, template, add_generation_prompt=True)
+    n_whole = _lengths(tokenizer, [row["messages"] for row in questions], template)
+    n_right = [whole - prompt for whole, prompt in zip(n_whole, n_prompt, strict=True)]  # of a right answer and its end
+    if max_new_tokens is None:
+        max_new_tokens = min(LONGEST_OF_ALL, max([LONGEST_ANSWER, *n_right]))
+    rooms = [min(max_new_tokens, context_of(model) - prompt) for prompt in n_prompt]
+    n_cut = sum(0 < room < length for room, length in zip(rooms, n_right, strict=True))
+    if n_cut:
+        say(
+            f"{n_cut} of {len(questions)} right answers are longer than the {max_new_tokens} tokens that an answer may "
+            f"have, or than the context of {context_of(model)} has room for"
+        )
     texts = answers(model, tokenizer, conversations, template=template, max_new_tokens=max_new_tokens)
     n_too_long = texts.count(None)
     if n_too_long:

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from minillm.base.errors import UserError
+from minillm.datasets.fitting import encode_messages
 from minillm.datasets.questions import is_right, read_questions
 from minillm.distributed.ranks import Ranks
 from minillm.evaluation import answers
@@ -14,6 +15,7 @@ from minillm.evaluation.validation import Validation, read_text
 from minillm.generation.completion import Completion
 from minillm.model.config import ModelConfig
 from minillm.model.transformer import Transformer
+from minillm.tokenizer.tokenizer import Tokenizer
 
 ONE = Ranks(0, 1, torch.device("cpu"))
 
@@ -144,6 +146,43 @@ def test_exact_match_asks_the_model():
             tokens.append(int(built(torch.tensor([tokens]))[0, -1].argmax()))
         assert answer == Bytes().decode(tokens[-5:]).split("\0")[0]
     assert answers.exact_match(built, Bytes(), questions, max_new_tokens=5) == {"all": (2, 2)}
+
+
+def limit_for(monkeypatch, lengths, context, tokenizer=None, **how) -> tuple[int, str]:
+    """(max_new_tokens that questions are answered with whose right answers have these lengths, what is said)."""
+    limits, said = [], []
+
+    def generate(model, prompts, max_new_tokens, **_):
+        limits.append(max_new_tokens)
+        return [Completion([], "stop") for _ in prompts]
+
+    monkeypatch.setattr(answers, "generate", generate)
+    built = Transformer(ModelConfig(vocab_size=256, dim=16, n_layers=1, n_heads=2, max_seq_len=context))
+    texts = ["x" * length for length in lengths]
+    talks = [[{"role": "user", "content": "q"}, {"role": "assistant", "content": text}] for text in texts]
+    questions = [{"messages": messages} for messages in talks]
+    answers.exact_match(built, tokenizer or Bytes(), questions, say=said.append, **how)
+    (limit,) = limits
+    return limit, "".join(said)
+
+
+def test_an_answer_may_be_as_long_as_the_longest_right_one(monkeypatch):
+    assert limit_for(monkeypatch, [3, 64], 2000) == (64, "")  # no less, for answers that say more than the right one
+    assert limit_for(monkeypatch, [3, 200], 2000) == (200, "")
+    limit, said = limit_for(monkeypatch, [3, 512, 513, 1500], 2000)
+    assert limit == 512 and said.startswith("2 of 4 right answers are longer than the 512 tokens")
+    limit, said = limit_for(monkeypatch, [3, 200], 100)
+    assert limit == 200 and said.startswith("1 of 2 right answers") and said.endswith("context of 100 has room for")
+    limit, said = limit_for(monkeypatch, [3, 200], 2000, max_new_tokens=5)
+    assert limit == 5 and said.startswith("1 of 2 right answers are longer than the 5 tokens")
+
+
+@pytest.mark.parametrize("template", ["chat", "simple"])
+def test_the_longest_right_answer_has_room_for_its_end(monkeypatch, home, template):
+    tokenizer = Tokenizer.load(home.path / "tokenizer")
+    talk = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "x" * 300}]
+    learned = int(encode_messages(talk, tokenizer, template)[1].sum())  # its tokens, and the piece that ends it
+    assert limit_for(monkeypatch, [3, 300], 2000, tokenizer, template=template) == (learned, "") and learned > 64
 
 
 @pytest.mark.parametrize("name", ["t.txt", "t.jsonl", "t.json", "t.txt.gz"])
