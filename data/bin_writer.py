@@ -44,11 +44,19 @@ BY_KEY = re.compile(r"[0-9a-f]{32}-\d+\.(json|(train|val)\.(bin|sizes))")  # nam
 
 
 def read_json(file: Path) -> dict:
-    """The JSON object in a file; {} if it cannot be read."""
+    """The JSON object in a file; {} if it is missing or damaged. Raises UserError for one that is too large."""
     try:
-        return json_door.read_object(file, MOST_META_BYTES).values
+        size = json_door.file_size(file)
+        if size <= MOST_META_BYTES:
+            return json_door.read_object(file, MOST_META_BYTES).values
     except UserError:
         return {}
+    raise UserError(f"{file}: {size:,} bytes, more than are read (at most {MOST_META_BYTES:,}); join input files")
+
+
+def write_json(file: Path, values: dict) -> None:
+    """Write what `read_json` reads. Raises UserError for more than that."""
+    files.write_json_atomically(file, values, MOST_META_BYTES)
 
 
 def read_record(values: dict) -> dict:
@@ -144,7 +152,7 @@ class BinWriter:
                 file.close()
             self.record[split][SHA256[kind]] = files.sha256(path)
         self.open_files = {}
-        files.write_json_atomically(self.folder / f"{self.key}.json", self.record)
+        write_json(self.folder / f"{self.key}.json", self.record)
         return self.record
 
     def close(self) -> None:
@@ -225,7 +233,7 @@ class BinFolder:
             for split, kind, name in _files_of(record):
                 if (self.out / name).exists():
                     (self.out / name).replace(bin_path(self.unfinished, record["key"], split, kind))
-            files.write_json_atomically(self.unfinished / f"{record['key']}.json", record)
+            write_json(self.unfinished / f"{record['key']}.json", record)
         for path in (*self._numbered_bins(), self.out / "parts.json", numbers):  # parts.json: of an earlier version
             path.unlink(missing_ok=True)
 
@@ -255,7 +263,7 @@ class BinFolder:
 
     def put_together(self, meta: dict) -> None:
         """Number the bins as `meta` (of `meta_of`) says; then meta.json marks the folder as finished."""
-        files.write_json_atomically(self.unfinished / "meta.json", meta)
+        write_json(self.unfinished / "meta.json", meta)
         for record in meta["bins"]:
             for split, kind, name in _files_of(record):
                 bin_path(self.unfinished, record["key"], split, kind).replace(self.out / name)

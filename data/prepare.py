@@ -22,7 +22,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from data.bin_writer import SPLITS, BinFolder, meta_of, read_json
+from data.bin_writer import SPLITS, BinFolder, meta_of, read_json, write_json
 from data.choose_tokenizer import holds, learnt_tokenizer, usual_wrap, with_wrap
 from data.contamination import Benchmark, check_texts, read_benchmarks, table
 from data.held_out import NAME as HELD_OUT
@@ -140,7 +140,7 @@ def _make(folder: BinFolder, groups: list[Group], tokenizer: Tokenizer, about: d
         _refuse_bad_lines(records, about["options"])
         meta = meta_of(groups, records, tokenizer, about)
         if meta != read_json(folder.out / "meta.json"):
-            write_json_atomically(folder.out / "meta.json", meta)
+            write_json(folder.out / "meta.json", meta)
         folder.clean()
         return meta
 

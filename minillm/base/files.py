@@ -11,6 +11,7 @@ import contextlib
 import errno
 import hashlib
 import json
+import math
 import os
 import re
 import secrets
@@ -163,9 +164,15 @@ def _describe(file: Path) -> dict:
     return {"size": file.stat().st_size, "sha256": sha256(file)}
 
 
-def write_json_atomically(path: str | Path, value) -> None:
-    """Write `value` as JSON: a reader sees the old file or the new one, whole. Raises `UserError` naming the path."""
+def write_json_atomically(path: str | Path, value, most_bytes: float = math.inf) -> None:
+    """Write `value` as JSON: a reader sees the old file or the new one, whole. Raises `UserError` naming the path.
+
+    most_bytes: as many as the reader takes; a larger file is not written.
+    """
     text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    n_bytes = len(text.encode())
+    if n_bytes > most_bytes:
+        raise UserError(f"{path}: {n_bytes:,} bytes, more than are read (at most {most_bytes:,}); give fewer files")
     write_file(path, lambda scratch: scratch.write_text(text, encoding="utf-8"))
 
 

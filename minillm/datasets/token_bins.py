@@ -14,7 +14,7 @@ from minillm.base.json_door import file_size, path_inside, read_object
 
 SCANNED_TOKENS = 1 << 28  # bins up to this size are checked for bad ids when opened, larger ones as they are read
 NEWEST_FORMAT = 2
-MOST_META_BYTES = 1 << 26  # of meta.json, which has some hundred bytes for each group of input files
+MOST_META_BYTES = 1 << 30  # of meta.json, which has the path of each input file and some 220 bytes
 SAMPLES = 1024  # evenly spaced tokens that go into a raw .bin's fingerprint: each may be a page to read
 FEWEST_PAIRS = 32  # of tokens, from which on a raw .bin of uint16 is looked at for halves of uint32
 HIGHEST_HALF = 3  # the upper half of an id of uint32 below 262,144, more than vocabularies have

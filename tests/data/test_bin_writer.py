@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pytest
 
+from data import bin_writer, sources, tokenize_files
 from data import prepare as prepare_module
-from data import sources, tokenize_files
 from data.prepare import prepare
 from data.sources import checksum
 from minillm.base import files as files_module
 from minillm.base.errors import UserError
+from minillm.datasets import token_bins
 from minillm.datasets.token_bins import TokenBins
 from minillm.tokenizer.tokenizer import Tokenizer
 from minillm.tokenizer.train import train_tokenizer
@@ -405,6 +406,26 @@ def test_names_in_meta_json_lead_nowhere_else(texts, tok, out, tmp_path, where):
     prepare([texts], out, tokenizer=tok, **OPTIONS)
     assert outside.read_text() == "mine" and not (tmp_path / "outside.json").exists()
     assert contents(out)["meta.json"]["bins"] == fresh(texts, tok)["meta.json"]["bins"]
+
+
+def test_a_meta_json_that_could_not_be_read_is_not_written(texts, tok, tmp_path, seen, monkeypatch):
+    out, least = tmp_path / "out", tmp_path / "least"
+    prepare([texts], least, tokenizer=tok, **OPTIONS)
+    size = (least / "meta.json").stat().st_size
+    for module in (bin_writer, token_bins):
+        monkeypatch.setattr(module, "MOST_META_BYTES", size - 1)
+    with pytest.raises(UserError, match=rf"meta\.json: {size:,} bytes, more than are read \(at most {size - 1:,}\)"):
+        prepare([texts], out, tokenizer=tok, **OPTIONS)
+    with pytest.raises(UserError, match=rf"least/meta\.json: {size:,} bytes"):  # not "from elsewhere; delete it"
+        prepare([texts], least, tokenizer=tok, **OPTIONS)
+
+    # nothing of what was tokenized is lost
+    for module in (bin_writer, token_bins):
+        monkeypatch.setattr(module, "MOST_META_BYTES", size)
+    seen.files.clear()
+    prepare([texts], out, tokenizer=tok, **OPTIONS)
+    assert not seen.files and (out / "meta.json").stat().st_size == size
+    assert TokenBins(out, "train").n_tokens == TokenBins(least, "train").n_tokens
 
 
 def test_what_a_preparation_did_not_write_stays(texts, tok, out):
