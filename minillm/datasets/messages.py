@@ -18,6 +18,7 @@ ROLES = {
     **{"gpt": ASSISTANT, "chatgpt": ASSISTANT, "bot": ASSISTANT, "model": ASSISTANT},
 }
 LISTS = ("messages", "conversations")  # keys of a list of messages
+MAY_BE_EMPTY = (*LISTS, "instances", "history")  # lists that a table of several data sets has in every row
 QUESTIONS = ("instruction", "question", "query", "prompt", "input")  # the first of these that a row has
 ANSWERS = ("output", "response", "answer", "completion", "target")
 BELOW_QUESTION = ("input", "context")  # texts that belong to a question
@@ -52,16 +53,17 @@ def conversations(row: dict, unused: set[str] | None = None) -> list[list[dict]]
     Known are lists of messages (LISTS: role/content or from/value); a question and an answer under any of the names in
     QUESTIONS and ANSWERS, both texts or both lists of messages, of which the latter alone are learned; and such pairs
     nested in `instances`, each of them a conversation. A text in SYSTEMS and, before a pair of texts, earlier turns in
-    `history` ([[question, answer], …]) come first. null and NaN count as missing.
+    `history` ([[question, answer], …]) come first. null and NaN count as missing, as does an empty list where others are.
 
     unused: gets the names of keys that hold text and were not read.
     Raises UserError with the reason if something in the row is wrong, UnsupportedError if it has none of these forms.
     """
     if not isinstance(row, dict):
         raise UserError(f"a row is a JSON object, not {KINDS.get(type(row), 'null')}")
+    row = _without_empty(row)
     parts = [row]
     if "instances" in row and not list_of(row):
-        parts = [{**row, **instance} for instance in _objects(row, "instances")]
+        parts = [_without_empty({**row, **instance}) for instance in _objects(row, "instances")]
     return [_conversation(part, set() if unused is None else unused) for part in parts]
 
 
@@ -101,6 +103,13 @@ def _conversation(row: dict, unused: set[str]) -> list[dict]:
     return [{"role": SYSTEM, "content": opening}, *messages] if opening and not is_said else messages
 
 
+def _without_empty(row: dict) -> dict:
+    """The row without empty lists; a list of no messages stays if that is all there is."""
+    full = {key: value for key, value in row.items() if key not in MAY_BE_EMPTY or not is_absent(key, value)}
+    has_form = list_of(full) or "instances" in full or first_of(full, QUESTIONS)
+    return row if not has_form and any(row.get(key) == [] for key in LISTS) else full
+
+
 def list_of(row: dict) -> str | None:
     """The key of the list of messages, if there is one."""
     return next((key for key in LISTS if not is_missing(row.get(key))), None)
@@ -127,7 +136,7 @@ def _pair(row: dict, question: str, answer: str, below: list[str]) -> list[dict]
 
 def _history(row: dict) -> list[dict]:
     """The earlier turns, from a list of [question, answer]."""
-    history = [] if is_missing(row.get("history")) else row["history"]
+    history = row.get("history", [])
     if not isinstance(history, list) or not all(isinstance(turn, list) and len(turn) == 2 for turn in history):
         raise UserError("'history' is a list of [question, answer] pairs")
     turns = [{"question": question, "answer": answer} for question, answer in history]
@@ -232,6 +241,11 @@ def holds_text(value) -> bool:
 def is_missing(value) -> bool:
     """null, or NaN, which pandas writes for an empty field."""
     return value is None or (isinstance(value, float) and math.isnan(value))
+
+
+def is_absent(key: str, value) -> bool:
+    """Whether a key's value is missing, or an empty list or text where the key is of MAY_BE_EMPTY."""
+    return is_missing(value) or (key in MAY_BE_EMPTY and value in ([], ""))
 
 
 def first_of(row: dict, names: tuple[str, ...]) -> str | None:

@@ -27,6 +27,7 @@ from minillm.datasets.messages import (
     conversations,
     first_of,
     holds_text,
+    is_absent,
     is_missing,
     list_of,
     unlearned,
@@ -63,7 +64,7 @@ def preference(row: dict, unused: set[str] | None = None) -> Preference:
     if not isinstance(row, dict):
         raise UserError(f"a row is a JSON object, not {KINDS.get(type(row), 'null')}")
     unused = set() if unused is None else unused
-    row = {key: value for key, value in row.items() if not is_missing(value)}
+    row = {key: value for key, value in row.items() if not is_absent(key, value)}
     kind, margin = _kind(row.pop("kind", "")), row.pop("margin", None)
     scores = row.pop("scores", None)
     for key in ("instances", *NOT_READ):

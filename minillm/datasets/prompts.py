@@ -31,6 +31,7 @@ from minillm.datasets.messages import (
     SYSTEMS,
     conversations,
     first_of,
+    is_absent,
     is_missing,
     list_of,
 )
@@ -164,7 +165,7 @@ def prompt_of(row: object) -> tuple[list[dict], dict]:
     if not isinstance(row, dict):
         raise UserError(f"a row is a JSON object, not {KINDS.get(type(row), 'null')}")
     columns = {key: value for key, value in row.items() if not is_missing(value)}
-    in_prompt = {key: columns[key] for key in IN_PROMPT if key in columns}
+    in_prompt = {key: columns[key] for key in IN_PROMPT if key in columns and not is_absent(key, columns[key])}
     messages, reference = _messages(in_prompt, columns)
     if not messages or messages[-1]["role"] == ASSISTANT or not messages[-1]["content"].strip():
         raise UserError("its prompt is empty, or does not end with a question")

@@ -4,6 +4,7 @@ import csv
 import datetime
 import io
 import uuid
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from decimal import Decimal
 from pathlib import Path
@@ -30,6 +31,7 @@ def parquet_rows(path: Path, column: str | None = None) -> Iterator[tuple[dict, 
     try:
         file = parquet.ParquetFile(path)
         names = file.schema_arrow.names
+        _refuse_repeated(names)
         if column is not None and column not in names:
             raise ValueError(f"column {column!r} is missing (its columns: {', '.join(names)}; choose with --field)")
         number = 0
@@ -39,6 +41,13 @@ def parquet_rows(path: Path, column: str | None = None) -> Iterator[tuple[dict, 
                 yield as_json(row), number / file.metadata.num_rows
     except ArrowException as error:
         raise ValueError(f"not a whole parquet file ({str(error).splitlines()[0]})") from None
+
+
+def _refuse_repeated(names: Sequence[str]) -> None:
+    """Raises ValueError for a name of two columns, of which a row would keep the last; those without a name may be."""
+    for name, times in Counter(names).items():
+        if name and times > 1:
+            raise ValueError(f"{times} columns are named {name!r}; rename or take out all but one")
 
 
 def as_json(value: object) -> object:
@@ -70,6 +79,7 @@ def csv_rows(stream: BinaryIO, separator: str, names: Sequence[str] | None = Non
     text = io.TextIOWrapper(stream, encoding="utf-8", newline="")
     reader = csv.DictReader(text, names, delimiter=separator, strict=True)
     try:
+        _refuse_repeated(reader.fieldnames or ())
         for number, row in enumerate(reader, 1):
             if None in row:
                 raise ValueError(f"row {number} has more fields than the {len(reader.fieldnames)} names of columns")

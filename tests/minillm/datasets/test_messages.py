@@ -31,6 +31,14 @@ def talk(*contents, system=None) -> list[dict]:
         ({"instruction": "a", "input": float("nan"), "system": float("nan"), "output": "b"}, [talk("a", "b")]),
         ({"messages": None, "instruction": "a", "output": "b"}, [talk("a", "b")]),
         ({"prompt": None, "query": "a", "output": "b"}, [talk("a", "b")]),
+        *(
+            ({key: empty, "instruction": "a", "output": "b"}, [talk("a", "b")])
+            for key in ("messages", "conversations", "instances", "history")
+            for empty in ([], "", None, float("nan"))
+        ),
+        ({"messages": [], "conversations": talk("a", "b")}, [talk("a", "b")]),
+        ({"messages": [], "instruction": "a", "instances": [{"output": "b", "history": ""}]}, [talk("a", "b")]),
+        ({"messages": [], "id": 3, "instances": None}, [[]]),  # counted as one without an answer
         ({"prompt": "a", "response": "b", "history": [["c", "d"]]}, [talk("c", "d", "a", "b")]),
         (
             {"instruction": "a", "instances": [{"input": "i", "output": "b"}, {"input": "", "output": "c"}]},
@@ -131,6 +139,14 @@ def test_what_would_be_learned_wrongly_is_refused_by_name(row, reason):
     with pytest.raises(UserError) as error:
         conversations(row)
     assert reason in str(error.value) and not isinstance(error.value, UnsupportedError)
+
+
+@pytest.mark.parametrize(
+    "row", [{"instances": []}, {"instances": [], "instruction": "a"}, {"history": [], "text": "a"}]
+)
+def test_a_row_of_empty_lists_alone_is_refused(row):
+    with pytest.raises(UnsupportedError, match="known are messages"):
+        conversations(row)
 
 
 def test_an_empty_value_is_no_reason_to_refuse():

@@ -37,6 +37,7 @@ PAIRS = [
     ({"instruction": "p", "input": "i", "chosen": "w", "rejected": "l"}, ["p\ni"], None),
     ({"instruction": "p", "input": "", "output": "o", "chosen": "w", "rejected": "l"}, ["p"], None),
     ({"instruction": "p", "history": [["a", "b"]], "chosen": "w", "rejected": "l"}, ["a", "b", "p"], None),
+    ({"prompt": "p", "messages": [], "history": "", "instances": [], "chosen": "w", "rejected": "l"}, ["p"], None),
     (
         {"conversations": sharegpt("p"), "chosen": sharegpt("", "w")[1], "rejected": sharegpt("", "l")[1]},
         ["p"],

@@ -44,6 +44,7 @@ from tests.minillm.datasets.test_instructions import ASSISTANT, BOS, SYSTEM, USE
         ({"chosen": "Human: 1\n\nAssistant: 2", "rejected": "Human: 1\n\nAssistant: 3"}, "1", "2", "exact"),
         ({"prompt": talk("1"), "completion": [{"role": "assistant", "content": "2"}]}, "1", "2", "exact"),
         ({"prompt": "1", "answer": None}, "1", None, "exact"),
+        ({"messages": [], "prompt": "1", "answer": "2", "history": ""}, "1", "2", "exact"),
         ({"prompt": "1", "completion": "2", "label": True}, "1", "2", "exact"),
         ({"prompt": "1", "completion": "2", "label": False}, "1", None, "exact"),  # a bad answer is not the right one
         ({"question": "1", "answer": "2", "is_correct": "false"}, "1", None, "exact"),

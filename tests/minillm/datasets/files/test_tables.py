@@ -105,6 +105,15 @@ def test_csv_gives_the_batches_of_the_same_rows_in_jsonl(tmp_path, form):
     same_batches(InstructionRows(path, Numbers(), 32, encoding="gbk" if form == "gbk" else "utf-8"), expected)
 
 
+def test_columns_of_one_name_are_refused_and_those_without_are_not(tmp_path):
+    (tmp_path / "a.csv").write_text("instruction,output,,\n1,2,,\n")
+    assert InstructionRows(tmp_path / "a.csv", Numbers(), 16).counts["learned"] == 2
+    table = pyarrow.Table.from_arrays([["1"], ["2"], ["3"]], names=["instruction", "output", "output"])
+    parquet.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(UserError, match=r"a\.parquet: 2 columns are named 'output'"):
+        InstructionRows(tmp_path / "a.parquet", Numbers(), 16)
+
+
 def test_what_pandas_writes_for_an_empty_field_is_missing(tmp_path):
     rows = [{"instruction": "1", "input": None, "output": "2"}, {"instruction": "1", "input": "3", "output": "2"}]
     expected = InstructionRows(write_jsonl(tmp_path / "rows.jsonl", rows), Numbers(), 32)
@@ -125,6 +134,7 @@ def test_a_label_in_a_csv_is_read_by_its_text(tmp_path):
     ("name", "data", "reason"),
     [
         ("a.csv", b"instruction,output\n1,2,3\n", "row 1 has more fields than the 2 names of columns"),
+        ("a.csv", b"output,instruction,output\n1,2,3\n", "2 columns are named 'output'; rename or take out"),
         ("a.csv", b"text\nabc\n", "row 1: its keys are text; known are messages"),
         ("a.csv", b'instruction,output\n1,"2', "after line 1 comes no row of a .csv (unexpected end of data)"),
         ("a.csv", b"", "nothing left to learn from (0 rows"),
