@@ -53,7 +53,7 @@ def conversations(row: dict, unused: set[str] | None = None) -> list[list[dict]]
     Known are lists of messages (LISTS: role/content or from/value); a question and an answer under any of the names in
     QUESTIONS and ANSWERS, both texts or both lists of messages, of which the latter alone are learned; and such pairs
     nested in `instances`, each of them a conversation. A text in SYSTEMS and, before a pair of texts, earlier turns in
-    `history` ([[question, answer], …]) come first. null and NaN count as missing, as does an empty list where others are.
+    `history` ([[question, answer], …]) come first. null, NaN and an empty list count as missing.
 
     unused: gets the names of keys that hold text and were not read.
     Raises UserError with the reason if something in the row is wrong, UnsupportedError if it has none of these forms.

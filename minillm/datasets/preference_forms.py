@@ -28,7 +28,6 @@ from minillm.datasets.messages import (
     first_of,
     holds_text,
     is_absent,
-    is_missing,
     list_of,
     unlearned,
 )
