@@ -3,11 +3,11 @@
 A row has a prompt in any form that messages.py reads, with or without an answer. The answer is a reference for the
 reward function, never learned. All columns of the row reach the reward function; two of them in one form:
 
-    row["answer"]   the reference as a text, if there is one: the answer beside a prompt, what follows "####" in
-                    GSM8K's (Cobbe et al. 2021), `reward_model.ground_truth` in verl's rows, the last message of a
-                    conversation that ends with the assistant's, or a preference's chosen answer
-    row["check"]    how it is compared (questions.py); if the row does not say: number where "####" or verl gives a
-                    number, else exact
+    row["answer"]   the reference as a text, if there is one: the answer beside a prompt, what follows "####" on the
+                    last line of GSM8K's (Cobbe et al. 2021), `reward_model.ground_truth` in verl's rows, the last
+                    message of a conversation that ends with the assistant's, or a preference's chosen answer
+    row["check"]    how it is compared (questions.py); if the row does not say: number where the answer is one of JSON,
+                    or "####" or verl gives one, else exact
 """
 
 import math
@@ -213,13 +213,22 @@ def _answer(columns: dict, reference: str | None) -> tuple[str | None, str]:
     name = next((name for name in ("answer", *ANSWERS) if name in columns), None)
     if name is not None:
         answer = _as_text(columns[name], name)
-        if FINAL_ANSWER in answer:
-            answer = answer.rpartition(FINAL_ANSWER)[2].strip()
-            return answer, _check_of(answer)
-        return answer, "exact"
+        final = _final_answer(answer)
+        if final is not None:
+            return final, _check_of(final)
+        return answer, _check_of(answer) if isinstance(columns[name], int | float) else "exact"
     if isinstance(columns.get("chosen"), str):
         return (reference if reference else columns["chosen"]), "exact"
     return reference or None, "exact"
+
+
+def _final_answer(answer: str) -> str | None:
+    """What follows "####", if that begins the last line or only a number follows: elsewhere it is Markdown."""
+    before, mark, final = answer.rpartition(FINAL_ANSWER)
+    final = final.strip()
+    begins_line = not before or before.endswith("\n")
+    is_last = bool(mark and final) and "\n" not in final
+    return final if is_last and (begins_line or NUMBER.fullmatch(final)) else None
 
 
 def _check_of(answer: str) -> str:
@@ -227,9 +236,12 @@ def _check_of(answer: str) -> str:
 
 
 def _as_text(value: object, name: str) -> str:
-    """A right answer as a text: a number is written out, a list of messages is its last text."""
+    """A right answer as a text: a number is written out, a list of messages is its last text.
+
+    A whole number may be a float, which pandas makes of a column with a gap.
+    """
     if isinstance(value, list) and value and isinstance(value[-1], dict):
         return conversations({"messages": value[-1:]})[0][0]["content"]
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         raise UserError(f"{name!r} is {KINDS.get(type(value), 'null')}, not a right answer: a text or a number")
-    return str(value)
+    return str(int(value) if isinstance(value, float) and value.is_integer() else value)

@@ -46,7 +46,7 @@ def _questions_in(row: dict) -> list[dict]:
 # ---- Whether an answer is right.
 
 FINAL = ".。!！?？;；,，、"  # punctuation at the end of an answer does not count
-NUMBER = re.compile(r"-?\d+(?:,\d{3})*(?:\.\d+)?")
+NUMBER = re.compile(r"(?:(?<![0-9A-Za-z])-)?\d+(?:,\d{3})*(?:\.\d+)?")  # the hyphen of 10-12 is no minus
 BETWEEN_WORDS = re.compile(r"[\s,，、;；.。:：]+|和")
 
 

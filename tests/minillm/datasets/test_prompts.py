@@ -26,7 +26,17 @@ from tests.minillm.datasets.test_instructions import ASSISTANT, BOS, SYSTEM, USE
         ({"messages": talk("0", "9", "1")}, "1", None, "exact"),
         ({"conversations": [{"from": "human", "value": "1"}, {"from": "gpt", "value": "2"}]}, "1", "2", "exact"),
         ({"question": "1", "answer": "3 + 4 = <<3+4=7>>7.\n#### 1,072"}, "1", "1,072", "number"),
-        ({"question": "1", "answer": "so #### a cat"}, "1", "a cat", "exact"),
+        ({"question": "1", "answer": "so\n#### a cat\n"}, "1", "a cat", "exact"),
+        ({"question": "1", "answer": "7 of 3 + 4. #### 7"}, "1", "7", "number"),  # without its line breaks
+        ({"question": "1", "answer": "#### 7"}, "1", "7", "number"),
+        ({"question": "1", "answer": "# A\n#### Notes\nUse x"}, "1", "# A\n#### Notes\nUse x", "exact"),
+        ({"question": "1", "answer": "so #### a cat"}, "1", "so #### a cat", "exact"),
+        ({"question": "1", "answer": "a\n####"}, "1", "a\n####", "exact"),
+        ({"question": "1", "answer": 72.0}, "1", "72", "number"),
+        ({"question": "1", "answer": 72}, "1", "72", "number"),
+        ({"question": "1", "answer": -0.5}, "1", "-0.5", "number"),
+        ({"question": "1", "answer": "72"}, "1", "72", "exact"),
+        ({"prompt": "1", "reward_model": {"ground_truth": 72.0}}, "1", "72", "number"),
         (
             {
                 "data_source": "openai/gsm8k",
