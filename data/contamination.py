@@ -106,7 +106,7 @@ def _rows(path: Path, field: str | None) -> Iterator[object]:
 def _question_of(row: object, field: str | None) -> list[str]:
     """The question of a row, as one text or several."""
     if not isinstance(row, dict):
-        raise UserError("no object with names")
+        raise row if isinstance(row, UserError) else UserError("no object with names")
     key_of = {key.lower(): key for key in reversed(row) if row[key] is not None}
     if field is not None:
         key = field if row.get(field) is not None else None

@@ -214,7 +214,7 @@ def row_of(raw: Raw) -> dict:
         except (ValueError, RecursionError) as problem:
             raise Unreadable("unreadable", f"not JSON ({str(problem)[:80]})") from None
     if not isinstance(row, dict):
-        raise Unreadable("unreadable", "not a JSON object")
+        raise Unreadable("unreadable", str(row) if isinstance(row, UserError) else "not a JSON object")
     return row
 
 

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from functools import lru_cache
 
 from minillm.base.errors import UnsupportedError, UserError
+from minillm.datasets.files.json_rows import refuse_wrong_bytes
 
 SYSTEM, USER, ASSISTANT = "system", "user", "assistant"
 ROLES = {
@@ -262,6 +263,7 @@ def _text(row: dict, key: str, default: str | None = None) -> str:
     if not isinstance(value, str):
         kind = "empty (null or NaN)" if is_missing(value) else KINDS.get(type(value))
         raise UserError(f"{key!r} is {kind}, not a text" if key in row else f"{key!r} is missing")
+    refuse_wrong_bytes(value)
     return value
 
 

@@ -18,6 +18,7 @@ from typing import NamedTuple
 import numpy as np
 
 from minillm.base.errors import UnsupportedError, UserError
+from minillm.datasets.files.json_rows import refuse_wrong_bytes
 from minillm.datasets.files.row_files import PLACE, RowFiles
 from minillm.datasets.messages import (
     ANSWERS,
@@ -244,4 +245,7 @@ def _as_text(value: object, name: str) -> str:
         return conversations({"messages": value[-1:]})[0][0]["content"]
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         raise UserError(f"{name!r} is {KINDS.get(type(value), 'null')}, not a right answer: a text or a number")
+    if isinstance(value, str):
+        refuse_wrong_bytes(value)
+        return value
     return str(int(value) if isinstance(value, float) and value.is_integer() else value)

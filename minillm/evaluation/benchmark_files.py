@@ -154,7 +154,7 @@ def _questions(benchmark: Benchmark, files: Sequence[Path]) -> list[Question]:
         for number, row in enumerate(rows, 1):
             try:
                 if not isinstance(row, dict):
-                    raise UserError("no object with names")
+                    raise row if isinstance(row, UserError) else UserError("no object with names")
                 questions.append(benchmark.question({**row, "label": labels[number - 1]} if labels else row))
             except UserError as problem:
                 raise UserError(f"{path}, row {number}: {problem}") from None

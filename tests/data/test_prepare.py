@@ -219,7 +219,7 @@ def test_bad_utf8_in_a_text_names_the_line_in_the_document(tok_path, tmp_path):
 def test_bad_items_of_an_array_are_named_or_skipped(tok_path, tmp_path):
     file = tmp_path / "a.json"
     file.write_bytes(b'[{"text": "one"}, {"text": "\xff"}, 5, {"text": "two"}]')
-    with pytest.raises(UserError, match=r"a\.json, item 2: not UTF-8 \(byte 0xFF\); fix it, or leave"):
+    with pytest.raises(UserError, match=r"a\.json, item 2: not UTF-8 \(byte 0xFF, column 1\); fix it, or leave"):
         prepare([file], tmp_path / "out", tokenizer=tok_path, val_fraction=0)
     meta = prepare([file], tmp_path / "out", tokenizer=tok_path, val_fraction=0, on_bad_line="skip")
     assert documents(tmp_path / "out") == ["one", "two"]

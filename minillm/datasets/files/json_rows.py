@@ -7,6 +7,7 @@ that is broken is a UserError that names the file.
 """
 
 import codecs
+import contextlib
 import gzip
 import io
 import itertools
@@ -15,7 +16,6 @@ import re
 import tempfile
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -38,6 +38,7 @@ OTHER_KINDS = {  # the first bytes of files that are not read
     b"%PDF-": "a PDF; take out the text",
     b"SQLite format 3": "an SQLite database; save a table as .csv",
 }
+FAULT = "\0fault: "  # begins the line of a row that could not be read; JSON never begins so
 SPACE = re.compile(r"\s*")
 
 
@@ -79,12 +80,17 @@ def open_rows(path: Path, encoding: str = encodings.UTF_8) -> BinaryIO:
             return file
         else:
             rows = None
-        lines = stream if rows is None else (json.dumps(row).encode() + b"\n" for row in rows)
+        lines = stream if rows is None else map(_as_line, rows)
         with file:
             copy = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the rows are read
             copy.writelines(lines)
             copy.seek(0)
             return copy
+
+
+def _as_line(row: object) -> bytes:
+    """A row, or what is wrong with it, as `parse_line` reads it."""
+    return (FAULT + str(row) if isinstance(row, UserError) else json.dumps(row)).encode() + b"\n"
 
 
 def numbered_lines(file: BinaryIO) -> Iterator[tuple[int, int, bytes]]:
@@ -107,6 +113,8 @@ def parse_line(line: bytes) -> object:
     text = decoded(line.removeprefix(BOM)).rstrip()
     if not text:
         raise UserError("empty line")
+    if text.startswith(FAULT):
+        raise UserError(text.removeprefix(FAULT))
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -118,7 +126,7 @@ def parse_line(line: bytes) -> object:
 # ---- Parts of it that reading texts needs too.
 
 
-@contextmanager
+@contextlib.contextmanager
 def naming_file(path: Path) -> Iterator[None]:
     """Turns whatever a broken file raises into a UserError that names the file."""
     try:
@@ -163,6 +171,13 @@ def decoded(raw: bytes) -> str:
         name = encodings.guess(raw[error.start :][:READ_AT_ONCE])
         hint = f"; it seems to be {name}: --encoding {name}" if name else ""
         raise UserError(f"not UTF-8 (byte 0x{raw[error.start]:02X}, {further}column {column}){hint}") from None
+
+
+def refuse_wrong_bytes(text: str) -> None:
+    """Raises UserError, as `decoded` does, for a byte that was not UTF-8 and stands in the text as U+DC00 + byte."""
+    if encodings.ESCAPED.search(text):
+        with contextlib.suppress(UnicodeEncodeError):  # beside it half a character, which JSON can escape
+            decoded(text.encode("utf-8", "surrogateescape"))
 
 
 def opens_array(stream: BinaryIO) -> bool:

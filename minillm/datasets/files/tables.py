@@ -70,19 +70,20 @@ def as_json(value: object) -> object:
     return str(value) if isinstance(value, AS_TEXT) else value
 
 
-def csv_rows(stream: BinaryIO, separator: str, names: Sequence[str] | None = None) -> Iterator[dict]:
-    """Each row of a .csv in UTF-8 as an object, by the names in its first line. Raises ValueError with the reason.
+def csv_rows(stream: BinaryIO, separator: str, names: Sequence[str] | None = None) -> Iterator[dict | UserError]:
+    """Each row of a .csv in UTF-8 as an object, by the names in its first line, or what is wrong with the row.
+
+    A byte that is not UTF-8 becomes the surrogate U+DC00 + byte. Raises ValueError with the reason for a broken file.
 
     names: those of the columns where the first line is a row already.
     """
     csv.field_size_limit(LONGEST_FIELD)
-    text = io.TextIOWrapper(stream, encoding="utf-8", newline="")
+    text = io.TextIOWrapper(stream, encoding="utf-8", errors="surrogateescape", newline="")
     reader = csv.DictReader(text, names, delimiter=separator, strict=True)
     try:
         _refuse_repeated(reader.fieldnames or ())
-        for number, row in enumerate(reader, 1):
-            if None in row:
-                raise ValueError(f"row {number} has more fields than the {len(reader.fieldnames)} names of columns")
-            yield row
+        for row in reader:
+            has_more = None in row
+            yield UserError(f"more fields than the {len(reader.fieldnames)} names of columns") if has_more else row
     except csv.Error as error:
         raise ValueError(f"after line {reader.line_num} comes no row of a .csv ({error})") from None

@@ -23,6 +23,7 @@ from minillm.datasets.files.json_rows import (
     numbered_lines,
     opens_array,
     parse_line,
+    refuse_wrong_bytes,
     unpacked,
 )
 
@@ -218,10 +219,9 @@ def text_of(kind: str, raw, field: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError as error:  # JSON can escape a lone surrogate, UTF-8 cannot encode it
-        code = ord(text[error.start])
-        if kind == "value" and 0xDC80 <= code <= 0xDCFF:  # how `array_items` passes on a byte that is not UTF-8
-            raise UserError(f"not UTF-8 (byte 0x{code - 0xDC00:02X})") from None
-        raise UserError(f"lone surrogate U+{code:04X} in the text") from None
+        if kind == "value":
+            refuse_wrong_bytes(text)
+        raise UserError(f"lone surrogate U+{ord(text[error.start]):04X} in the text") from None
     return text
 
 

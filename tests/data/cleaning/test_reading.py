@@ -137,7 +137,7 @@ def test_a_broken_file_is_read_up_to_where_it_breaks(tmp_path):
     rows = "".join(json.dumps({"text": f"{ZH}这是第{i}篇。"}) + "\n" for i in range(2000))
     (folder / "a.jsonl.gz").write_bytes(gzip.compress(rows.encode())[:-500])
     (folder / "b.txt").write_bytes(b"PK\x03\x04 and so on")
-    (folder / "c.csv").write_text(f"id,text\n1,{ZH}\n2,{ZH},3\n", encoding="utf-8")
+    (folder / "c.csv").write_text(f'id,text\n1,{ZH}\n2,"{ZH}\n', encoding="utf-8")
     (folder / "d.json").write_text(json.dumps([{"text": MORE}, 5])[:-2], encoding="utf-8")
     (folder / "e.parquet").write_bytes(b"")
     (folder / "f.warc").write_text("no archive")
@@ -151,7 +151,7 @@ def test_a_broken_file_is_read_up_to_where_it_breaks(tmp_path):
     about = {Path(row["source"]).name: row["what"] for row in (json.loads(line)["cleaning"] for line in lines)}
     assert result["by_reason"]["broken_file"]["documents"] == len(about)
     assert list(about) == ["a.jsonl.gz", "b.txt", "c.csv", "d.json", "e.parquet", "f.warc", "g.jsonl.zst"]
-    assert "zip" in about["b.txt"] and "row 2 has more fields" in about["c.csv"]
+    assert "zip" in about["b.txt"] and "after line 2 comes no row of a .csv" in about["c.csv"]
     assert all(what.endswith("; nothing after it is read") for what in about.values())
     by_source = {Path(name).name: counts for name, counts in result["by_source"].items()}
     assert by_source["c.csv"]["read"] == by_source["d.json"]["read"] == 2

@@ -12,11 +12,12 @@ import pytest
 import torch
 from pyarrow import parquet
 
+from data.cleaning.reading import raw_documents
 from minillm.base.errors import UserError
 from minillm.datasets.files.json_rows import open_rows, parse_line
 from minillm.datasets.files.text_files import texts_of
 from minillm.datasets.instructions import InstructionRows
-from minillm.datasets.prompts import prompt_of
+from minillm.datasets.prompts import PromptRows, prompt_of
 from minillm.datasets.questions import read_questions
 from tests.minillm.datasets.test_instructions import Numbers, write_jsonl
 
@@ -72,6 +73,27 @@ def test_texts_of_bytes_are_read_and_a_wrong_byte_is_named(tmp_path):
         next(texts)
 
 
+@pytest.mark.parametrize("key", ["instruction", "output"])
+@pytest.mark.parametrize("form", ["jsonl", "json", "csv", "parquet"])
+def test_a_wrong_byte_is_named_in_a_row_of_any_form(tmp_path, form, key):
+    """Of a row that is read: a key that is not may hold what it likes, but in JSONL a line is decoded as a whole."""
+    path = tmp_path / f"rows.{form}"
+    rows = [{"instruction": b"1", "output": b"2", "note": "其余的都是对的。".encode() * 9} for _ in range(3)]
+    rows[1][key] = b"7 " + "你好，这是中文的文本。".encode("gbk")
+    lines = [b'{"instruction": "%s", "output": "%s", "note": "%s"}' % (*row.values(),) for row in rows]
+    if form == "parquet":
+        parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    else:
+        begin, between, end = {"jsonl": (b"", b"\n", b""), "json": (b"[", b",", b"]"), "csv": (b"", b"\n", b"")}[form]
+        lines = [b"instruction,output,note", *(b",".join(row.values()) for row in rows)] if form == "csv" else lines
+        path.write_bytes(begin + between.join(lines) + end)
+    for read in (InstructionRows, PromptRows):
+        with pytest.raises(UserError, match=r"row 2: not UTF-8 \(byte 0xC4, column \d+\)") as error:
+            read(path, Numbers(), 32)
+        assert form not in ("json", "csv") or "it seems to be gb18030: --encoding gb18030" in str(error.value)
+        assert read(path, Numbers(), 32, on_bad_line="skip").counts["bad rows"] == 1
+
+
 def test_numbers_and_dates_of_a_table_are_those_of_json(tmp_path):
     day = datetime.date(2024, 2, 29)
     values = {
@@ -105,6 +127,15 @@ def test_csv_gives_the_batches_of_the_same_rows_in_jsonl(tmp_path, form):
     same_batches(InstructionRows(path, Numbers(), 32, encoding="gbk" if form == "gbk" else "utf-8"), expected)
 
 
+def test_a_row_of_a_csv_with_too_many_fields_can_be_skipped(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text("instruction,output\n1,2\n3,4,5\n6,7\n")
+    rows = InstructionRows(path, Numbers(), 16, on_bad_line="skip")
+    assert (rows.counts["rows"], rows.counts["bad rows"]) == (2, 1)
+    kinds = [(raw.number, raw.kind, isinstance(raw.value, dict)) for raw in raw_documents(path, "blank")]
+    assert kinds == [(1, "row", True), (2, "row", False), (3, "row", True)]
+
+
 def test_columns_of_one_name_are_refused_and_those_without_are_not(tmp_path):
     (tmp_path / "a.csv").write_text("instruction,output,,\n1,2,,\n")
     assert InstructionRows(tmp_path / "a.csv", Numbers(), 16).counts["learned"] == 2
@@ -133,7 +164,7 @@ def test_a_label_in_a_csv_is_read_by_its_text(tmp_path):
 @pytest.mark.parametrize(
     ("name", "data", "reason"),
     [
-        ("a.csv", b"instruction,output\n1,2,3\n", "row 1 has more fields than the 2 names of columns"),
+        ("a.csv", b"instruction,output\n1,2,3\n", "row 1: more fields than the 2 names of columns; fix it, or give"),
         ("a.csv", b"output,instruction,output\n1,2,3\n", "2 columns are named 'output'; rename or take out"),
         ("a.csv", b"text\nabc\n", "row 1: its keys are text; known are messages"),
         ("a.csv", b'instruction,output\n1,"2', "after line 1 comes no row of a .csv (unexpected end of data)"),

@@ -101,7 +101,7 @@ def test_a_bad_byte_spoils_no_other_item(tmp_path):
     (tmp_path / "a.json").write_bytes(b'[{"text": "one"}, {"text": "tw\xe9"}, {"text": "three"}]')
     first, second, third = records(tmp_path / "a.json", boundary="blank", field="text")
     assert (first.raw, third.raw) == ("one", "three")
-    with pytest.raises(UserError, match=r"^not UTF-8 \(byte 0xE9\)$"):
+    with pytest.raises(UserError, match=r"^not UTF-8 \(byte 0xE9, column 3\)$"):
         text_of(second.kind, second.raw, "text")
     assert [value["text"] for value in values_of(tmp_path / "a.json")] == ["one", "tw\udce9", "three"]
 
