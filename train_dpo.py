@@ -183,6 +183,8 @@ def main() -> int:
     if run.finished:
         return run.say_finished(length_option)
     run.say(f"{summary(training_config)}\n{rows.summary()}")
+    if held_out.pairs:
+        run.say(f"held out: {held_out.pairs.summary()}")
 
     # the model: resumed, or started from another; what it can do now; training; what it can do then
     finish_kernel_check()

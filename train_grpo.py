@@ -116,6 +116,8 @@ def main() -> int:
     if run.finished:
         return run.say_finished()
     run.say("\n".join([summary(training_config), prompts.summary(), *rewards.remarks()]))
+    if held_out_prompts:
+        run.say(f"held out: {held_out_prompts.summary()}")
 
     # the model: resumed, or started from another; and the one that it stays near
     finish_kernel_check()

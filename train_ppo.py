@@ -108,6 +108,8 @@ def main() -> int:
     if run.finished:
         return run.say_finished()
     run.say(f"{summary(training_config)}\n{prompts.summary()}")
+    if held_out_prompts:
+        run.say(f"held out: {held_out_prompts.summary()}")
 
     # the four models, and those who judge the policy's answers
     finish_kernel_check()

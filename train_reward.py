@@ -123,6 +123,8 @@ def main() -> int:
     if run.finished:
         return run.say_finished(length_option)
     run.say(f"{summary(training_config)}\n{rows.summary()}")
+    if held_out_rows:
+        run.say(f"held out: {held_out_rows.summary()}")
 
     # the model: resumed, or started from another
     finish_kernel_check()

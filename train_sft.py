@@ -108,7 +108,8 @@ def main() -> int:
     if not held_out and is_bundled:
         held_out = f"{bundled.FOLDER}/sft_heldout.jsonl"
     held_out_rows = read_rows(training_config, [held_out], tokenizer) if held_out else None
-    questions = read_questions(held_out, training_config.eval_rows, training_config.encoding) if held_out else []
+    how = dict(on_bad_line=training_config.on_bad_line, encoding=training_config.encoding)
+    questions = read_questions(held_out, training_config.eval_rows, **how) if held_out else []
     tasks = tasks_to_ask(training_config, tokenizer, start.model_config, ranks)
 
     # the run: its folder, and the checkpoint to go on from
@@ -119,6 +120,8 @@ def main() -> int:
     if run.finished:
         return run.say_finished(length_option)
     run.say(f"{summary(training_config)}\n{rows.summary()}")
+    if held_out_rows:
+        run.say(f"held out, {len(questions):,} of them asked: {held_out_rows.summary()}")
 
     # the model: resumed, or started from another
     finish_kernel_check()

@@ -205,6 +205,15 @@ def test_a_signal_leaves_one_whole_checkpoint(folder):
     assert list(launch.losses(folder / "stopped")) == list(range(1, step + 1))
 
 
+def test_bad_held_out_rows_are_skipped_and_counted_too(folder):
+    lines = (folder / "held_out.jsonl").read_text().splitlines()
+    (folder / "holes.jsonl").write_text("\n".join([*lines[:3], "{not json", *lines[3:5]]))
+    text = train(folder, "holes", f"--steps 1 --eval_data {folder}/holes.jsonl --on_bad_line skip")
+    (line,) = (line for line in text.splitlines() if line.startswith("held out"))
+    assert line.startswith("held out, 5 of them asked: 5 rows, ") and "1 bad rows skipped" in line
+    assert "exact answers to 5 held-out questions" in text
+
+
 @pytest.mark.parametrize(
     ("more", "words"),
     [

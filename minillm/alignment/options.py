@@ -63,7 +63,8 @@ class AlignmentConfig(TuningConfig, TrainingConfig):
 
     def held_out_questions(self) -> list[dict]:
         """The first --eval_rows held-out instructions, as `read_questions` gives them; none without a file."""
-        return read_questions(self.held_out, self.eval_rows, self.encoding) if self.held_out else []
+        how = dict(on_bad_line=self.on_bad_line, encoding=self.encoding)
+        return read_questions(self.held_out, self.eval_rows, **how) if self.held_out else []
 
     def problems(self) -> list[str]:
         problems = super().problems()

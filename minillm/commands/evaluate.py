@@ -151,7 +151,7 @@ def _is_questions(path: Path, encoding: str) -> bool:
     if path.is_dir() or not path.name.lower().removesuffix(".gz").endswith(QUESTION_FILES):
         return False
     try:
-        return bool(read_questions(path, 1, encoding))
+        return bool(read_questions(path, 1, encoding=encoding))
     except UnsupportedError:  # a row without the keys of a conversation
         return False
 
@@ -159,7 +159,7 @@ def _is_questions(path: Path, encoding: str) -> bool:
 def _evaluate_answers(config: Config, loaded: Loaded, path: Path) -> None:
     """Print the share of questions that are answered exactly, family by family."""
     config.refuse_useless(path, "questions")
-    questions = read_questions(path, config.limit, config.encoding)
+    questions = read_questions(path, config.limit, encoding=config.encoding)
     texts = [message["content"] for question in questions for message in question["messages"]]
     check_round_trip(loaded.tokenizer, texts, str(path), config.allow_lossy)
     scores = answers.exact_match(

@@ -5,23 +5,25 @@ import unicodedata
 from pathlib import Path
 
 from minillm.base.errors import UserError
-from minillm.datasets.files import encodings, json_rows
+from minillm.datasets.files import json_rows
 from minillm.datasets.messages import conversations, is_learned
 
 
-def read_questions(path: str | Path, limit: int | None = None, encoding: str = encodings.UTF_8) -> list[dict]:
+def read_questions(path: str | Path, limit: int | None = None, **how) -> list[dict]:
     """Rows of an instruction file, each with an added key "messages", of which the last is the answer.
 
-    path: as `open_rows` reads. limit: at most this many rows, the first. Raises UserError with the row's number, and
-    UnsupportedError for a row without a conversation.
+    path: as `open_rows` reads. limit: at most this many rows, the first. how: on_bad_line and encoding, see `Reading`.
+    Raises UserError with the row's number, and UnsupportedError for a row without a conversation.
     """
     questions: list[dict] = []
-    with json_rows.open_rows(Path(path), encoding) as file:
+    reading = json_rows.Reading(**how)
+    with json_rows.open_rows(Path(path), reading.encoding) as file:
         for number, _, line in json_rows.numbered_lines(file):
             try:
                 questions += _questions_in(json_rows.parse_line(line))
             except UserError as problem:
-                raise type(problem)(f"{path}, row {number}: {problem}") from None
+                if reading.on_bad_line == "error":
+                    raise type(problem)(f"{path}, row {number}: {problem}") from None
             if limit is not None and len(questions) >= limit:
                 break
     if not questions:

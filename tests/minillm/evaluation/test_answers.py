@@ -109,6 +109,8 @@ def test_bad_questions_are_named(tmp_path, row, message):
     good = {"instruction": "a", "output": "b"}
     with pytest.raises(UserError, match=message):
         read_questions(write(tmp_path / "q.jsonl", [good, row]))
+    assert len(read_questions(tmp_path / "q.jsonl", on_bad_line="skip")) == 1
+    assert len(read_questions(write(tmp_path / "q.jsonl", [row, good, good]), 1, on_bad_line="skip")) == 1
 
 
 def test_exact_match_counts_by_family_in_any_order(monkeypatch, capsys):
