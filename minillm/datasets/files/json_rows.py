@@ -15,7 +15,7 @@ import json
 import re
 import tempfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -82,10 +82,31 @@ def open_rows(path: Path, encoding: str = encodings.UTF_8) -> BinaryIO:
             rows = None
         lines = stream if rows is None else map(_as_line, rows)
         with file:
-            copy = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the rows are read
-            copy.writelines(lines)
-            copy.seek(0)
-            return copy
+            return _copy_of(lines, path)
+
+
+def _copy_of(lines: Iterable[bytes], path: Path) -> BinaryIO:
+    """An unnamed temporary file of these lines, at its beginning. Raises UserError if there is no room for it."""
+    with _naming_full_disk(path):
+        copy = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the rows are read
+    for line in lines:  # what reading them raises is the file's fault
+        with _naming_full_disk(path):
+            copy.write(line)
+    with _naming_full_disk(path):
+        copy.seek(0)
+    return copy
+
+
+@contextlib.contextmanager
+def _naming_full_disk(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        place = tempfile.tempdir or "temporary files"
+        reason = error.strerror or error
+        raise UserError(
+            f"{place}: no room for an unpacked copy of {path} ({reason}); set TMPDIR, or unpack it"
+        ) from None
 
 
 def _as_line(row: object) -> bytes:

@@ -2,7 +2,9 @@
 
 import csv
 import datetime
+import errno
 import gzip
+import io
 import json
 from decimal import Decimal
 
@@ -125,6 +127,35 @@ def test_csv_gives_the_batches_of_the_same_rows_in_jsonl(tmp_path, form):
     if form == "csv.gz":
         path.write_bytes(gzip.compress(path.read_bytes()))
     same_batches(InstructionRows(path, Numbers(), 32, encoding="gbk" if form == "gbk" else "utf-8"), expected)
+
+
+@pytest.mark.parametrize("form", ["csv", "json", "jsonl.gz", "parquet"])
+@pytest.mark.parametrize("fails_at", ["open", "write", "seek"])
+def test_a_full_temporary_folder_is_no_fault_of_the_file(tmp_path, monkeypatch, form, fails_at):
+    path = tmp_path / f"rows.{form}"
+    if form == "csv":
+        write_csv(path, ROWS)
+    elif form == "parquet":
+        parquet.write_table(pyarrow.Table.from_pylist(ROWS), path)
+    else:
+        path.write_bytes(json.dumps(ROWS).encode() if form == "json" else gzip.compress(b'{"a": 1}\n'))
+
+    class FullDisk(io.BytesIO):
+        def write(self, line):
+            if fails_at == "write":
+                raise OSError(errno.ENOSPC, "No space left on device")
+
+        def seek(self, *_):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    def temporary_file():
+        if fails_at == "open":
+            raise FileNotFoundError(errno.ENOENT, "No usable temporary directory found")
+        return FullDisk()
+
+    monkeypatch.setattr("tempfile.TemporaryFile", temporary_file)
+    with pytest.raises(UserError, match=rf": no room for an unpacked copy of \S+rows\.{form} \(No .*; set TMPDIR"):
+        open_rows(path)
 
 
 def test_a_row_of_a_csv_with_too_many_fields_can_be_skipped(tmp_path):
