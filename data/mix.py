@@ -31,6 +31,7 @@ from minillm.datasets.token_bins import TokenBins, parse_mixture
 from minillm.datasets.windows import slots_of
 
 WORTH = 15.39  # R*, in epochs beyond the first
+TRIES, STEP = 1000, 0.99  # how often, and by what, a share is lowered that would be read too often
 MANY = 4  # epochs, up to which repeating costs nearly nothing
 
 
@@ -68,9 +69,14 @@ def main() -> None:
 
     # what training will really read: whole slots of a block
     slots = whole_slots(shares)
+    if config.max_epochs is not None:
+        slots = slots_up_to(shares, sizes * config.max_epochs / n_tokens)
     shares = slots / slots.sum()
     for line in table([path for path, _ in mixture], sizes, shares, n_tokens):
         print(line)
+    most = (shares * n_tokens / sizes).max()
+    if config.max_epochs is not None and most > config.max_epochs * (1 + 1e-6):
+        print(f"\nin whole slots of a block one is read {most:.3g} times; give fewer --tokens, or more data")
     parts = [f"{path}:{n_slots}" for (path, _), n_slots in zip(mixture, slots.tolist(), strict=True)]
     print(f"\n--data {','.join(parts)}")
 
@@ -83,6 +89,25 @@ def whole_slots(shares: np.ndarray) -> np.ndarray:
         slots = again
         again = np.diff(slots_of((slots / slots.sum()).tolist()))
     return slots
+
+
+def slots_up_to(shares: np.ndarray, most: np.ndarray) -> np.ndarray:
+    """Slots (n,) as `whole_slots` gives, rounded so that no source has a larger share than `most`, (n,).
+
+    A source that rounding gives too much gets less until it has not; the others share what it leaves. If nearly all are
+    needed as often as they may be read, that cannot be, and the slots are those that exceed `most` by the least.
+    """
+    best, least = whole_slots(shares), math.inf
+    for _ in range(TRIES):
+        slots = whole_slots(shares)
+        excess = slots / slots.sum() / most
+        if excess.max() < least:
+            best, least = slots, excess.max()
+        if least <= 1:
+            break
+        shares = np.where(excess > 1, STEP * shares, shares)
+        shares = shares / shares.sum()
+    return best
 
 
 def by_temperature(sizes: np.ndarray, alpha: float) -> np.ndarray:

@@ -36,6 +36,22 @@ def test_unimax_is_alike_up_to_the_cap():
         mix.unimax(SIZES, 600, 4)
 
 
+def test_unimax_in_whole_slots_reads_none_more_often():
+    """A share of half a slot is not rounded up to one, which would be twice as often."""
+    rng = np.random.default_rng(0)
+    for number in range(60):
+        sizes = 10 ** rng.uniform(5, 9, int(rng.integers(2, 8)))
+        n_tokens = 4 * sizes.sum() * rng.uniform(0.1, 0.8)
+        if number == 0:
+            sizes, n_tokens = np.array([1e6, 9e8, 9e8]), 2e9
+        shares, most = mix.unimax(sizes, n_tokens, 4), 4 * sizes / n_tokens
+        slots = mix.slots_up_to(shares, most)
+        assert (slots / slots.sum() <= most * (1 + 1e-9)).all(), sizes
+        read = np.diff(slots_of((slots / slots.sum()).tolist()))
+        assert np.array_equal(read * slots.sum(), slots * read.sum())  # training makes the same shares of it
+        assert (slots / slots.sum() >= 0.4 * shares).all()
+
+
 def test_what_repeating_is_worth():
     assert mix.worth(0.5) == 0.5 and mix.worth(1) == 1
     assert mix.worth(4) == pytest.approx(3.73, abs=0.01)  # of 4 passes nearly 4
