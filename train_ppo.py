@@ -90,7 +90,8 @@ def main() -> int:
     # prompts to learn from, held-out prompts, and held-out questions of all kinds
     prompts = read_prompts(training_config, training_config.data, tokenizer)
     held_out = training_config.held_out_prompts
-    held_out_prompts = read_prompts(training_config, held_out, tokenizer) if held_out else None
+    always_the_same = dataclasses.replace(training_config, seed=0)  # which of them are asked, whatever --seed
+    held_out_prompts = read_prompts(always_the_same, held_out, tokenizer) if held_out else None
     questions = training_config.held_out_questions()
     replay = Replay(training_config, tokenizer, prompts.families)
     tasks = tasks_to_ask(training_config, tokenizer, start.model_config, ranks)

@@ -10,6 +10,7 @@ model, whose head gives way to one number a text; it is read at the last token. 
 where it stopped.
 """
 
+import dataclasses
 import shlex
 import sys
 from dataclasses import dataclass
@@ -113,7 +114,8 @@ def main() -> int:
     rows = read_pairs(training_config, training_config.data, start.tokenizer)
     held_out_rows = None
     if training_config.held_out:
-        held_out_rows = read_pairs(training_config, training_config.held_out, start.tokenizer)
+        always_the_same = dataclasses.replace(training_config, seed=0)  # which pairs are scored, whatever --seed
+        held_out_rows = read_pairs(always_the_same, training_config.held_out, start.tokenizer)
     training_config, end, length_option = with_steps(training_config, rows.total_rows(training_config.epochs))
 
     # the run: its folder, and the checkpoint to go on from

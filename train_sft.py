@@ -107,7 +107,8 @@ def main() -> int:
     held_out = training_config.eval_data
     if not held_out and is_bundled:
         held_out = f"{bundled.FOLDER}/sft_heldout.jsonl"
-    held_out_rows = read_rows(training_config, [held_out], tokenizer) if held_out else None
+    always_the_same = dataclasses.replace(training_config, seed=0)  # which rows val_loss reads, whatever --seed
+    held_out_rows = read_rows(always_the_same, [held_out], tokenizer) if held_out else None
     how = dict(on_bad_line=training_config.on_bad_line, encoding=training_config.encoding)
     questions = read_questions(held_out, training_config.eval_rows, **how) if held_out else []
     tasks = tasks_to_ask(training_config, tokenizer, start.model_config, ranks)

@@ -205,6 +205,15 @@ def test_a_signal_leaves_one_whole_checkpoint(folder):
     assert list(launch.losses(folder / "stopped")) == list(range(1, step + 1))
 
 
+def test_the_rows_of_the_held_out_loss_do_not_depend_on_the_seed(folder):
+    once = f"--steps 1 --lr 0 --eval_data {folder}/held_out.jsonl --eval_every 1 --eval_tokens 64 --packing false"
+    for seed in (1, 2):
+        train(folder, f"seed-{seed}", f"{once} --seed {seed}")
+    first, second = (launch.rows(folder / f"seed-{seed}") for seed in (1, 2))
+    (first, second) = ([row["val_loss"] for row in rows if "val_loss" in row] for rows in (first, second))
+    assert first == second and len(first) == 1
+
+
 def test_bad_held_out_rows_are_skipped_and_counted_too(folder):
     lines = (folder / "held_out.jsonl").read_text().splitlines()
     (folder / "holes.jsonl").write_text("\n".join([*lines[:3], "{not json", *lines[3:5]]))
