@@ -54,6 +54,9 @@ class Config(Options):
 def main() -> None:
     config = parse(Config, __doc__)
     mixture = parse_mixture(config.data)
+    for path, _ in mixture:
+        if path.is_file():
+            raise UserError(f"--data {path}: a file; give folders of token bins, as data/prepare.py makes them")
     sizes = np.array([TokenBins(path, "train").n_tokens for path, _ in mixture])
     given = np.array([weight for _, weight in mixture])
     is_chosen = config.alpha is not None or config.max_epochs is not None

@@ -221,6 +221,11 @@ def _check_splits(out: Path, meta: dict) -> None:
         raise UserError(
             f"{out}: no document is left to train on ({meta['bad_lines']:,} bad lines left out); give other files"
         )
+    if not n_val and meta["val_source"]:
+        raise UserError(
+            f"{out}: --val_input {', '.join(meta['val_source'])} holds no document "
+            f"({meta['bad_lines']:,} bad lines left out); give another, or leave it out for a share of --input"
+        )
     if not n_val and meta["options"]["val_fraction"]:
         raise UserError(
             f"{out}: none of {n_train} documents fell into the validation split; raise --val_fraction, "

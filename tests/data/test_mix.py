@@ -92,7 +92,10 @@ def test_printed_weights_give_the_shares_that_were_printed():
             assert np.array_equal(read * slots.sum(), slots * read.sum())
 
 
-def test_bad_options(folders, capsys, monkeypatch):
+def test_bad_options(folders, capsys, monkeypatch, tmp_path):
+    np.arange(1000, dtype="<u2").tofile(tmp_path / "raw.bin")
+    with pytest.raises(UserError, match=r"--data \S+raw\.bin: a file; give folders of token bins"):
+        printed([*folders, str(tmp_path / "raw.bin")], capsys, monkeypatch)
     for options, message in (
         (("--alpha", "0.5", "--max_epochs", "4"), "give one"),
         (("--max_epochs", "4"), "give --tokens"),

@@ -370,6 +370,13 @@ def test_texts_of_control_pieces_are_counted_before_they_become_letters(tok, tmp
     assert f"encoded as letters like any other text: {piece} 40, </s> 20" in capsys.readouterr().out
 
 
+def test_an_empty_file_of_validation_is_said_to_be_so(tok_path, tmp_path):
+    train = write_lines(tmp_path / "a.jsonl", ["one apple", "two apples"])
+    (tmp_path / "b.jsonl").write_text('{"text": ""}\n')
+    with pytest.raises(UserError, match=r"out: --val_input \S+b\.jsonl holds no document \(0 bad lines left out\)"):
+        prepare([train], tmp_path / "out", tokenizer=tok_path, val_inputs=[tmp_path / "b.jsonl"])
+
+
 def test_no_copy_of_a_document_of_val_input_is_trained_on(tok_path, tmp_path):
     train = write_lines(tmp_path / "a.jsonl", ["one apple", "held apple", "two apples", "held apple"])
     val = write_lines(tmp_path / "b.jsonl", ["held apple"])

@@ -28,8 +28,8 @@ WORDS = {"gb18030": "GB18030 (or GBK)", "big5": "Big5", "cp1252": "cp1252 (Weste
 def check_encoding(name: str) -> None:
     """Raises UserError if Python does not know a text encoding of this name."""
     try:
-        "a".encode(name)
-        codecs.getincrementaldecoder(name)
+        data = "a".encode(name)
+        codecs.getincrementaldecoder(name)(errors="surrogateescape").decode(data, final=True)  # as `recoded` reads
     except (LookupError, UnicodeError, ValueError):
         raise UserError(f"--encoding {name}: no known encoding; choose one such as gb18030, big5, utf-16") from None
 

@@ -1,7 +1,10 @@
 """Texts that are not UTF-8: named by their encoding, and read in the one that is given."""
 
+import encodings
 import gzip
 import json
+import pkgutil
+from unittest.mock import ANY
 
 import numpy as np
 import pytest
@@ -72,10 +75,21 @@ def test_a_byte_that_the_encoding_does_not_know_spoils_its_own_document(tmp_path
     assert [text for text, _ in texts_of(path, boundary="blank", field="text", encoding="GBK")] == ["山上", "有庙"]
 
 
-@pytest.mark.parametrize("name", ["gbkk", "hex", "undefined", "", "base64", "\0"])
+@pytest.mark.parametrize("name", ["gbkk", "hex", "undefined", "", "base64", "\0", "idna", "punycode", "rot13"])
 def test_what_is_no_encoding_is_refused(tmp_path, name):
     with pytest.raises(UserError, match="no known encoding; choose one such as gb18030"):
         check_encoding(name)
+
+
+@pytest.mark.parametrize("name", sorted(module.name for module in pkgutil.iter_modules(encodings.__path__)))
+def test_an_encoding_that_is_taken_is_read(tmp_path, name):
+    try:
+        check_encoding(name)
+    except UserError:
+        assert name not in ("gb18030", "big5", "gbk", "utf_16", "utf_16_le", "utf_32", "cp1252", "shift_jis")
+        return
+    (tmp_path / "a.txt").write_bytes("abc".encode(name))
+    assert list(texts_of(tmp_path / "a.txt", boundary="blank", field="text", encoding=name)) == [("abc", ANY)]
 
 
 def test_instructions_and_questions_in_another_encoding(tmp_path):
