@@ -40,7 +40,7 @@ from minillm.alignment.reference import Reference
 from minillm.alignment.replay import Replay
 from minillm.base.command_line import parse
 from minillm.base.errors import UserError
-from minillm.base.options import option
+from minillm.base.options import option, unused
 from minillm.checkpoint.train_state import fingerprint
 from minillm.datasets.preferences import Answers, PreferenceRows, unpaired
 from minillm.distributed.hosts import once_a_host
@@ -124,6 +124,12 @@ class Config(ReplayConfig):
     bad_weight: float = _loss_option("bad_weight", 1.0, "weight of bad answers", at_least=0)
 
     @property
+    def held_out_pairs(self) -> str | None:
+        """The file(s) of held-out preferences, if there are any."""
+        is_bundled = self.data == Config.data
+        return self.eval_pairs or (f"{bundled.FOLDER}/preferences_heldout.jsonl" if is_bundled else None)
+
+    @property
     def n_models(self) -> tuple[int, int]:
         """The policy, and a reference for a loss that has one."""
         return 1, int(self.has_own_reference and LOSSES[self.loss].has_reference)
@@ -139,6 +145,8 @@ class Config(ReplayConfig):
         if LOSSES[self.loss].has_reference and (self.dropout or self.lora_dropout):
             name = "dropout" if self.dropout else "lora_dropout"
             problems.append(f"--{name}: must be 0 with --loss {self.loss}, whose reference has none to compare with")
+        if self.held_out_pairs is None and self.eval_tasks is None:
+            problems += unused(self, ("eval_every",), "--eval_pairs or --eval_tasks")
         return problems
 
     @property
@@ -160,14 +168,16 @@ def main() -> int:
     training_config, start = starting_model.find_start(training_config, ranks, share=1 / 80, adapter_share=1 / 10)
 
     # data: answers to prompts, and which is better
-    is_bundled = training_config.data == Config.data
-    if is_bundled:
+    if training_config.data == Config.data:
         once_a_host(ranks, bundled.build)
     rows = read_rows(training_config, training_config.data, start.tokenizer, training_config.label_noise)
     check_kind(training_config, rows)
     training_config, end, length_option = with_steps(training_config, rows.total_rows(training_config.epochs))
     replay = Replay(training_config, start.tokenizer, rows.families)
-    held_out = HeldOut(training_config, start.tokenizer, held_out_pairs(training_config, start.tokenizer))
+    pairs = None
+    if training_config.held_out_pairs:
+        pairs = read_rows(training_config, training_config.held_out_pairs, start.tokenizer)
+    held_out = HeldOut(training_config, start.tokenizer, pairs)
     tasks = tasks_to_ask(training_config, start.tokenizer, start.model_config, ranks)
 
     # the run: its folder, and the checkpoint to go on from
@@ -219,14 +229,6 @@ def check_kind(training_config: Config, rows: PreferenceRows) -> None:
 def read_rows(training_config: Config, data: str, tokenizer: Tokenizer, label_noise: float = 0.0) -> PreferenceRows:
     """Preference files as batches."""
     return read_preferences(training_config, data, tokenizer, room=training_config.room, label_noise=label_noise)
-
-
-def held_out_pairs(training_config: Config, tokenizer: Tokenizer) -> PreferenceRows | None:
-    """The preferences of --eval_pairs; None without."""
-    path = training_config.eval_pairs
-    if path is None and training_config.data == Config.data:
-        path = f"{bundled.FOLDER}/preferences_heldout.jsonl"
-    return None if path is None else read_rows(training_config, path, tokenizer)
 
 
 def next_command(out: str) -> str:

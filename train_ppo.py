@@ -70,7 +70,14 @@ class Config(PpoConfig):
         group="optimizer",
     )
     schedule: str = option("wsd", "shape of the learning rate", ("cosine", "wsd", "constant"), group="optimizer")
-    decay_share: float = option(1.0, "share of all steps in which wsd decays", at_least=0, at_most=1, group="optimizer")
+    decay_share: float = option(
+        1.0,
+        "share of all steps in which wsd decays",
+        at_least=0,
+        at_most=1,
+        only_with=("schedule", ("wsd",)),
+        group="optimizer",
+    )
 
 
 def main() -> int:

@@ -20,7 +20,7 @@ from pathlib import Path
 from data import bundled
 from minillm.base.command_line import parse
 from minillm.base.errors import UserError
-from minillm.base.options import option, optional_copy
+from minillm.base.options import option, optional_copy, unused
 from minillm.checkpoint import architectures, huggingface
 from minillm.checkpoint.train_state import ORDER, fingerprint
 from minillm.datasets.token_bins import TokenBins, parse_mixture
@@ -165,6 +165,11 @@ def open_windows(training_config: Config) -> tuple[Config, TokenWindows, TokenWi
     """The options with --document_attention decided, the windows of --data, and those of --decay_data if given."""
     bins = open_bins(training_config, training_config.data)
     decay_bins = open_bins(training_config, training_config.decay_data) if training_config.decay_data else []
+    without_raw = unused(
+        training_config, ("data_dtype", "data_vocab_size"), "a raw .bin (meta.json says it of a folder)"
+    )
+    if without_raw and all(part.meta for part, _ in bins + decay_bins):
+        raise UserError("; ".join(without_raw))
     is_packed = training_config.pack == "best_fit"
     documents = True if is_packed else training_config.document_attention
     if documents is None:

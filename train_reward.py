@@ -25,7 +25,7 @@ from minillm.alignment.pair_scores import early_pair_loss, measures, noise_floor
 from minillm.alignment.reward_model import all_scores, at_last, text_lengths
 from minillm.base.command_line import parse
 from minillm.base.errors import UserError
-from minillm.base.options import option
+from minillm.base.options import option, unused
 from minillm.datasets.preferences import PreferenceRows
 from minillm.distributed.hosts import once_a_host
 from minillm.distributed.parallelize import gradients_synced, marked_last, parallelize
@@ -100,6 +100,12 @@ class Config(AlignmentConfig):
     def held_out(self) -> str | None:
         is_bundled = self.data == Config.data
         return self.eval_data or (f"{bundled.FOLDER}/preferences_heldout.jsonl" if is_bundled else None)
+
+    def problems(self) -> list[str]:
+        problems = super().problems()
+        if self.held_out is None:
+            problems += unused(self, ("eval_every",), "--eval_data")
+        return problems
 
 
 def main() -> int:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from data import bundled
 from minillm.base.command_line import parse
 from minillm.base.errors import UserError
-from minillm.base.options import option
+from minillm.base.options import option, unused
 from minillm.datasets.instructions import InstructionRows
 from minillm.datasets.questions import read_questions
 from minillm.distributed import diloco
@@ -88,6 +88,20 @@ class Config(options.TuningConfig, diloco.DilocoOptions, TaskOptions, TrainingCo
     )
     eval_rows: int = option(800, "how many of them to answer", at_least=1, group="instructions")
 
+    @property
+    def held_out(self) -> str | None:
+        """The file of held-out instructions, if there is one."""
+        is_bundled = self.data == Config.data
+        return self.eval_data or (f"{bundled.FOLDER}/sft_heldout.jsonl" if is_bundled else None)
+
+    def problems(self) -> list[str]:
+        problems = super().problems()
+        if self.held_out is None:
+            problems += unused(self, ("eval_rows", "eval_tokens"), "--eval_data")
+            if self.eval_tasks is None:
+                problems += unused(self, ("eval_every",), "--eval_data or --eval_tasks")
+        return problems
+
 
 def main() -> int:
     training_config, ranks, finish_kernel_check = begin(choose_packing(parse(Config, __doc__)))
@@ -97,16 +111,13 @@ def main() -> int:
     tokenizer = start.tokenizer
 
     # data: rows of instructions, packed, with a mask on the targets that are learned
-    is_bundled = training_config.data == Config.data
-    if is_bundled:
+    if training_config.data == Config.data:
         once_a_host(ranks, bundled.build)
     rows = read_rows(training_config, listed_files(training_config.data), tokenizer)
     training_config, end, length_option = with_steps(training_config, rows.total_rows(training_config.epochs))
 
     # held-out questions: their answers' loss while training, and how many are answered exactly before and after
-    held_out = training_config.eval_data
-    if not held_out and is_bundled:
-        held_out = f"{bundled.FOLDER}/sft_heldout.jsonl"
+    held_out = training_config.held_out
     always_the_same = dataclasses.replace(training_config, seed=0)  # which rows val_loss reads, whatever --seed
     held_out_rows = read_rows(always_the_same, [held_out], tokenizer) if held_out else None
     how = dict(on_bad_line=training_config.on_bad_line, encoding=training_config.encoding)

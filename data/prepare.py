@@ -327,6 +327,10 @@ class Config(BaseOptions):
         problems = super().problems()
         if self.check_field is not None and not self.check_against:
             problems.append(f"--check_field {self.check_field}: is about benchmarks; give --check_against")
+        if self.val_input and self.val_fraction != type(self).val_fraction:
+            problems.append(
+                f"--val_fraction {self.val_fraction}: means nothing with --val_input; leave one of them out"
+            )
         return problems
 
 

@@ -26,7 +26,7 @@ from minillm.tokenizer.tokenizer import Tokenizer
 from minillm.training import starting_model
 from minillm.training.step import seed_step
 from tests import launch
-from train_pretrain import Config, notes
+from train_pretrain import Config, notes, open_windows
 
 OPTIONS = f"{launch.SMALL} --micro_batch_size 2"
 
@@ -320,6 +320,16 @@ def test_mixtures_documents_and_raw_bins(folder):
     for out in ("mixture", "documents", "raw"):
         assert list(launch.losses(folder / out)) == [1, 2] and launch.steps(folder / out) == [2]
     assert not (folder / "raw" / "step-00000002" / "tokenizer.model").exists()
+
+
+@pytest.mark.parametrize("more", ["--data_dtype uint32", "--data_vocab_size 7"])
+def test_what_describes_a_raw_bin_is_refused_where_there_is_none(folder, more):
+    text = train(folder, "described", f"--steps 2 {more}", status=2)
+    assert f"error: {more}: means nothing without a raw .bin" in text
+    raw = folder / "described.bin"
+    np.full(200, 5, dtype="<u2").tofile(raw)
+    config = parse(Config, "", ["--data", str(raw), "--data_dtype", "uint16", "--data_vocab_size", "7"])
+    assert open_windows(config)[1].sources[0].vocab_size == 7
 
 
 def test_data_of_the_decay_is_read_from_its_first_step_on_and_resumed_bit_for_bit(folder):

@@ -5,7 +5,7 @@ from typing import ClassVar
 
 from data import bundled
 from minillm.alignment.rollouts import RolloutConfig
-from minillm.base.options import option
+from minillm.base.options import option, unused
 from minillm.datasets.preferences import PreferenceRows
 from minillm.datasets.prompts import PromptRows
 from minillm.datasets.questions import read_questions
@@ -73,6 +73,9 @@ class AlignmentConfig(TuningConfig, TrainingConfig):
                 f"--seq_len {self.seq_len}: a row needs at least 1 position beside the virtual tokens of --n_virtual "
                 f"{self.n_virtual}; raise it"
             )
+        problems += unused(self, ("eval_tokens",), "a validation split of tokens")
+        if self.held_out is None:
+            problems += unused(self, ("eval_rows",), "--eval_data")
         return problems
 
 
@@ -183,6 +186,10 @@ class RewardedConfig(ReplayConfig):
             problems.append(
                 f"--max_new_tokens {self.max_new_tokens}: leaves no room for a prompt in --seq_len {self.seq_len}"
             )
+        if self.held_out_prompts is None:
+            problems += unused(self, ("eval_prompt_rows",), "--eval_prompts")
+            if self.eval_tasks is None:
+                problems += unused(self, ("eval_every",), "--eval_prompts or --eval_tasks")
         return problems
 
 

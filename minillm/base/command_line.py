@@ -115,7 +115,7 @@ def _help(its: Option, default) -> str:
     notes = []
     if its.only_with:
         other, values = its.only_with
-        notes.append(f"with --{other} {'|'.join(values)}")
+        notes.append(f"with --{other} {'|'.join(values)}".rstrip())
     if its.limits():
         notes.append(its.limits())
     if default is dataclasses.MISSING and not its.positional:

@@ -13,6 +13,7 @@ import json
 import math
 import types
 import typing
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from decimal import Decimal
 from pathlib import Path
@@ -31,7 +32,8 @@ class Option:
     choices: the values there are, if they are few.
     group: the heading under which `--help` shows it.
     at_least, at_most: limits that are allowed themselves; above, below: limits that are not.
-    only_with: (name of another option, its values) without which this one means nothing.
+    only_with: (name of another option, its values) without which this one means nothing; no values: any but none, 0
+    and false.
     may_be_blank: whether a text may be empty or of spaces alone.
     positional: given without --name.
     """
@@ -121,10 +123,25 @@ def without_meaning(config) -> list[str]:
             continue
         other, values_needed = its.only_with
         other_value = getattr(config, other)
-        if other_value not in values_needed:
-            remedy = f"leave it out, or choose {' or '.join(values_needed)}"
-            problems.append(f"--{name} {value}: means nothing with --{other} {other_value}; {remedy}")
+        is_on = other_value in values_needed if values_needed else bool(other_value)
+        if not is_on:
+            remedy = f"choose {' or '.join(values_needed)}" if values_needed else f"give another --{other}"
+            without = f"--{name} {spelled(value)}: means nothing with --{other} {spelled(other_value)}"
+            problems.append(f"{without}; leave it out, or {remedy}")
     return problems
+
+
+def unused(config, names: Iterable[str], without: str) -> list[str]:
+    """What is wrong with those of these options that were changed, since nothing reads them; a line each.
+
+    without: what they would be of, in words. A value of 0 or false, which switches something off, is not wrong.
+    """
+    lines = []
+    for name in names:
+        value = getattr(config, name)
+        if value and value != getattr(type(config), name):
+            lines.append(f"--{name} {spelled(value)}: means nothing without {without}; leave it out")
+    return lines
 
 
 class Options:

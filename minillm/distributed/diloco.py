@@ -36,9 +36,16 @@ class DilocoOptions(Options):
     diloco_steps: int = option(
         0, "steps that each rank takes alone between two exchanges; 0: gradients in every step", at_least=0, group=GROUP
     )
-    diloco_lr: float = option(0.7, "learning rate of the outer step", above=0, at_most=2, group=GROUP)
+    diloco_lr: float = option(
+        0.7, "learning rate of the outer step", above=0, at_most=2, only_with=("diloco_steps", ()), group=GROUP
+    )
     diloco_momentum: float = option(
-        0.9, "Nesterov momentum of the outer step; 0: none", at_least=0, below=1, group=GROUP
+        0.9,
+        "Nesterov momentum of the outer step; 0: none",
+        at_least=0,
+        below=1,
+        only_with=("diloco_steps", ()),
+        group=GROUP,
     )
 
 

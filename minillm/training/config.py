@@ -61,9 +61,21 @@ class TrainingConfig(Options):
     )
     schedule: str = option("cosine", "shape of the learning rate", ("cosine", "wsd", "constant"), group="optimizer")
     min_lr_ratio: float = option(
-        0.1, "final learning rate as a share of the peak", at_least=0, at_most=1, group="optimizer"
+        0.1,
+        "final learning rate as a share of the peak",
+        at_least=0,
+        at_most=1,
+        only_with=("schedule", ("cosine", "wsd")),
+        group="optimizer",
     )
-    decay_share: float = option(0.2, "share of all steps in which wsd decays", at_least=0, at_most=1, group="optimizer")
+    decay_share: float = option(
+        0.2,
+        "share of all steps in which wsd decays",
+        at_least=0,
+        at_most=1,
+        only_with=("schedule", ("wsd",)),
+        group="optimizer",
+    )
     weight_decay: float | None = option(
         None,
         "weight decay, on matrices only; none: 0.1, but 0 for ia3 and virtual tokens",
@@ -100,7 +112,7 @@ class TrainingConfig(Options):
     context_parallel: int = option(1, "ranks that divide the tokens of a row", at_least=1, group="machine")
     timeout_s: float = option(
         600.0,
-        "seconds without a finished step after which a hanging run is ended",
+        "of several ranks: seconds without a finished step after which a run that hangs is ended",
         at_least=1,
         at_most=1e6,
         group="machine",
@@ -195,4 +207,18 @@ def summary(cfg: TrainingConfig) -> str:
     line = f"{cfg.data} → {cfg.out}{start}: {size}; all options in {cfg.out}/options.toml"
     differing = f"not the defaults: {differences(cfg)}"
     wrapped = textwrap.fill(differing, 120, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
-    return f"{line}\n{wrapped}"
+    return "\n".join([line, wrapped, *_parts_that_never_come(cfg)])
+
+
+def _parts_that_never_come(cfg: TrainingConfig) -> list[str]:
+    """A line for a warm-up or a decay that the run is too short for; no refusal, since a trial may have few steps."""
+    lines = []
+    warmup, steps = cfg.warmup_steps, cfg.steps
+    if warmup and warmup >= steps:
+        reached = f"{100 * steps / warmup:.3g} % of the peak"
+        lines.append(f"--warmup_steps {warmup}: all {steps} steps are warm-up; the learning rate ends at {reached}")
+    if cfg.schedule == "wsd" and cfg.decay_share and round(cfg.decay_share * steps) == 0:
+        lines.append(
+            f"--decay_share {cfg.decay_share:g}: rounds to none of {steps} steps; the learning rate never falls"
+        )
+    return lines

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 from data import tokenize_files
-from data.prepare import main, prepare
+from data.prepare import Config, main, prepare
 from minillm.base import files
+from minillm.base.command_line import parse
 from minillm.base.errors import UserError
 from minillm.tokenizer.tokenizer import Tokenizer
 
@@ -232,6 +233,13 @@ def test_a_broken_file_cannot_be_skipped(tok_path, tmp_path):
     for name, reason in {"a.json": "after item 1 of the array", "b.jsonl.gz": "cannot be read"}.items():
         with pytest.raises(UserError, match=f"{name}: {reason}"):
             prepare([tmp_path / name], tmp_path / "out", tokenizer=tok_path, on_bad_line="skip")
+
+
+def test_a_share_for_validation_beside_files_for_it_is_refused():
+    files = ["--input", "a.txt", "--out", "b", "--tokenizer", "t", "--val_input", "c.txt"]
+    assert parse(Config, "", files).val_input == ("c.txt",)
+    with pytest.raises(UserError, match=r"--val_fraction 0.5: means nothing with --val_input"):
+        parse(Config, "", [*files, "--val_fraction", "0.5"])
 
 
 def test_finished_is_told_and_bins_from_elsewhere_are_refused(tok_path, tmp_path, capsys):

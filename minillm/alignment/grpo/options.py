@@ -71,7 +71,9 @@ class GroupConfig(RewardedConfig):
     optimum_prompts: int = option(
         32, "training prompts on which the best possible objective is estimated; 0: not", at_least=0, group="data"
     )
-    optimum_answers: int = option(64, "answers of the reference to each of them", at_least=2, group="data")
+    optimum_answers: int = option(
+        64, "answers of the reference to each of them", at_least=2, only_with=("optimum_prompts", ()), group="data"
+    )
 
     def problems(self) -> list[str]:
         problems = super().problems()

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from minillm.alignment.options import REQUESTS, RewardedConfig
-from minillm.base.options import option
+from minillm.base.options import option, unused
 from minillm.distributed.ranks import world_size
 
 TRUE_REWARD = "data/world/reader.py:reward"  # of the bundled requests
@@ -29,6 +29,7 @@ class PpoConfig(RewardedConfig):
         True,
         "learned rewards are scaled to mean 0 and spread 1 on answers of the reference, or to spread 1 alone where "
         "values begin as scores",
+        only_with=("reward_model", ()),
         group="reward",
     )
     missing_eos: str = option(
@@ -42,9 +43,19 @@ class PpoConfig(RewardedConfig):
     # PPO
     beta: float = option(0.15, "price of a nat of KL from the reference, in units of reward", at_least=0, group="PPO")
     target_kl: float | None = option(
-        None, "nats an answer that --beta is steered to; none: it stays as it is", above=0, group="PPO"
+        None,
+        "nats an answer that --beta is steered to; none: it stays as it is",
+        above=0,
+        only_with=("beta", ()),
+        group="PPO",
     )
-    kl_horizon: int = option(10_000, "answers in which --beta can change by a fifth", at_least=1, group="PPO")
+    kl_horizon: int = option(
+        10_000,
+        "answers in which --beta can change by a fifth",
+        at_least=1,
+        only_with=("target_kl", ()),
+        group="PPO",
+    )
     kl_warning: float = option(50.0, "nats an answer from which on a run says that it drifts", above=0, group="PPO")
     gamma: float = option(1.0, "discount of later rewards", at_least=0, at_most=1, group="PPO")
     lam: float = option(0.95, "λ: how far advantages trust rewards over values", at_least=0, at_most=1, group="PPO")
@@ -90,6 +101,10 @@ class PpoConfig(RewardedConfig):
                 "--value_start reward: needs a --reward_model, and --tune full or freeze, where values have a model of "
                 "their own"
             )
+        if self.true_reward is None:
+            problems += unused(self, ("reward_time_s",), "a --reward that is computed")
+        if self.updates == 1:
+            problems += unused(self, ("stop_at_kl",), "several --updates, which it ends early")
         return problems
 
     @property

@@ -122,6 +122,7 @@ class Rules(Options):
     share: float = option(0.5, "a share", at_least=0, below=1)
     cap: float | None = option(None, "a cap", above=0)
     bits: int | None = option(None, "bits", (16, 8), only_with=("kind", ("small", "smaller")))
+    slope: float | None = option(None, "of the cap", at_least=0, only_with=("cap", ()))
     kind: str = option("large", "a kind", ("large", "small", "smaller"))
 
 
@@ -135,6 +136,7 @@ class Rules(Options):
         (["m", "--cap", "nan"], "--cap nan: must be a finite number"),
         (["m", "--bits", "4"], "--bits 4: choose one of 16, 8"),
         (["m", "--bits", "8"], "--bits 8: means nothing with --kind large; leave it out, or choose small or smaller"),
+        (["m", "--slope", "0"], "--slope 0.0: means nothing with --cap none; leave it out, or give another --cap"),
         (
             ["m", "--share", "2", "--cap", "x", "--kind", "odd"],
             "--share 2.0: .*; --cap x: .*; --kind odd: choose",

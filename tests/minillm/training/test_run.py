@@ -10,9 +10,15 @@ import torch
 from torch import nn
 
 import train_dpo
+import train_grpo
+import train_ppo
+import train_pretrain
+import train_reward
+import train_sft
+from minillm.base.command_line import parse
 from minillm.base.device import autocast, pick_dtype
 from minillm.base.errors import UserError
-from minillm.base.options import declared, value_type
+from minillm.base.options import declared, value_type, write_toml
 from minillm.base.process import RunLock, run_script
 from minillm.checkpoint import train_state
 from minillm.distributed.ranks import Ranks
@@ -23,9 +29,9 @@ from minillm.model.transformer import Transformer
 from minillm.training import out_folder, run
 from minillm.training.config import TrainingConfig
 from minillm.training.step import TrainState
-from train_pretrain import Config as Pretrain
 
 CPU = torch.device("cpu")
+SCRIPTS = [train_pretrain, train_sft, train_reward, train_dpo, train_ppo, train_grpo]
 
 
 @pytest.fixture
@@ -102,12 +108,65 @@ def test_options_that_mean_nothing_are_listed_together():
     ]
 
 
-def test_every_number_has_a_range_or_choices():
-    from train_sft import Config as Sft
+NO_DECAY, OWN = "--schedule constant", "--data mine.jsonl"
 
-    for script in (Pretrain, Sft):
-        hints = typing.get_type_hints(script)
-        for name, its in declared(script).items():
+
+@pytest.mark.parametrize(
+    ("script", "given", "said"),
+    [
+        *((script, f"{NO_DECAY} --min_lr_ratio 0.5", "--min_lr_ratio 0.5: means nothing with") for script in SCRIPTS),
+        *((script, f"{NO_DECAY} --decay_share 0.5", "--decay_share 0.5: means nothing with") for script in SCRIPTS),
+        (train_sft, "--diloco_lr 0.1", "--diloco_lr 0.1: means nothing with --diloco_steps 0"),
+        (train_pretrain, "--diloco_momentum 0", "--diloco_momentum 0.0: means nothing with --diloco_steps 0"),
+        *(
+            (script, f"{OWN} --eval_rows 7", "--eval_rows 7: means nothing without --eval_data")
+            for script in SCRIPTS[1:]
+        ),
+        *((script, f"{OWN} --eval_tokens 7", "--eval_tokens 7: means nothing without") for script in SCRIPTS[1:]),
+        *((script, f"{OWN} --eval_every 7", "--eval_every 7: means nothing without --eval_") for script in SCRIPTS[1:]),
+        *(
+            (script, f"{OWN} --eval_prompt_rows 7", "--eval_prompt_rows 7: means nothing without")
+            for script in SCRIPTS[4:]
+        ),
+        (train_ppo, "--beta 0 --target_kl 3", "--target_kl 3.0: means nothing with --beta 0.0"),
+        (train_ppo, "--kl_horizon 3", "--kl_horizon 3: means nothing with --target_kl none"),
+        (train_ppo, "--reward_model none --normalize_reward false", "--normalize_reward false: means nothing with"),
+        (train_ppo, f"{OWN} --reward_time_s 3", "--reward_time_s 3.0: means nothing without"),
+        (train_ppo, "--stop_at_kl 3", "--stop_at_kl 3.0: means nothing without several --updates"),
+        (train_grpo, "--optimum_prompts 0 --optimum_answers 3", "--optimum_answers 3: means nothing with"),
+    ],
+)
+def test_options_that_nothing_reads_are_refused(script, given, said):
+    with pytest.raises(UserError) as refusal:
+        parse(script.Config, "", given.split())
+    assert said in str(refusal.value) and "leave it out" in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("script", "given"),
+    [
+        *((script, words) for script in SCRIPTS for words in ("", NO_DECAY, "--schedule wsd --decay_share 0.5")),
+        *((script, f"{OWN} --eval_every 0") for script in SCRIPTS),
+        (train_sft, f"{OWN} --eval_tasks arc_easy --eval_every 7"),
+        (train_sft, f"{OWN} --eval_data h.jsonl --eval_every 7 --eval_rows 7 --eval_tokens 7"),
+        (train_dpo, f"{OWN} --eval_pairs h.jsonl --eval_every 7"),
+        (train_ppo, f"{OWN} --reward number --eval_prompts h.jsonl --eval_every 7 --eval_prompt_rows 7"),
+        (train_ppo, "--target_kl 3 --kl_horizon 3"),
+        (train_sft, "--diloco_steps 3 --diloco_lr 0.1 --diloco_momentum 0"),
+    ],
+)
+def test_what_a_run_writes_down_is_read_back_whatever_has_a_meaning(script, given, tmp_path):
+    if script is train_ppo and OWN in given and "--reward " not in given:
+        given += " --reward number"  # or nothing would say what an answer is worth in truth
+    config = parse(script.Config, "", given.split())
+    write_toml(config, tmp_path / "options.toml")
+    assert parse(script.Config, "", ["--config", str(tmp_path / "options.toml")]) == config
+
+
+def test_every_number_has_a_range_or_choices():
+    for script in SCRIPTS:
+        hints = typing.get_type_hints(script.Config)
+        for name, its in declared(script.Config).items():
             if value_type(hints[name])[0] in (int, float):
                 assert its.limits() or its.choices, name
 

@@ -3,7 +3,7 @@ import dataclasses
 import pytest
 
 from minillm.base.errors import UserError
-from minillm.training.config import TrainingConfig
+from minillm.training.config import TrainingConfig, summary
 from minillm.training.schedule import Schedule, lr_at, rate_change, saved_schedule
 
 SCHEDULE = Schedule(lr=1.0, steps=100, warmup=10, shape="cosine", min_ratio=0.1, decay=0.2)
@@ -26,6 +26,38 @@ def test_schedules_at_known_points(shape, expected):
 def test_no_warmup_and_all_warmup():
     assert lr_at(0, dataclasses.replace(SCHEDULE, warmup=0)) == 1.0
     assert lr_at(99, dataclasses.replace(SCHEDULE, warmup=100)) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (
+            dict(steps=2, warmup_steps=500),
+            ["--warmup_steps 500: all 2 steps are warm-up; the learning rate ends at 0.4 %"],
+        ),
+        (dict(steps=4, warmup_steps=4), ["--warmup_steps 4: all 4 steps are warm-up; the learning rate ends at 100 %"]),
+        (
+            dict(steps=2, schedule="wsd"),
+            ["--decay_share 0.2: rounds to none of 2 steps; the learning rate never falls"],
+        ),
+        (dict(steps=2, schedule="wsd", decay_share=0.0), []),
+        (dict(steps=5, warmup_steps=4), []),
+        *((dict(steps=steps), []) for steps in (1, 2, 20)),
+    ],
+)
+def test_a_warm_up_or_decay_that_the_run_is_too_short_for_is_said(options, said):
+    options = TrainingConfig(lr=0.5, **options)
+    lines = summary(options).splitlines()
+    assert [line for line in lines if "learning rate" in line] == [line for line in lines if line.startswith("--")]
+    assert all(line.startswith(start) for line, start in zip(lines[2:], said, strict=True))
+
+    # which is what the rates of all steps say
+    rates = [lr_at(step, Schedule.of(options)) for step in range(options.steps)]
+    if options.warmup_steps and options.steps <= options.warmup_steps:
+        assert f"{100 * max(rates) / options.lr:.3g} % of the peak" in lines[2]
+    else:
+        assert max(rates) == options.lr
+    assert not said or rates == sorted(rates)
 
 
 def test_options_have_all_that_the_learning_rate_needs():
