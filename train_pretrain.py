@@ -22,7 +22,7 @@ from minillm.base.command_line import parse
 from minillm.base.errors import UserError
 from minillm.base.options import option, optional_copy, unused
 from minillm.checkpoint import architectures, huggingface
-from minillm.checkpoint.train_state import ORDER, fingerprint
+from minillm.checkpoint.train_state import CONTENT, ORDER, fingerprint
 from minillm.datasets.token_bins import TokenBins, parse_mixture
 from minillm.datasets.windows import TokenWindows
 from minillm.distributed import diloco
@@ -120,8 +120,8 @@ def main() -> int:
     order = (training_config.batch_size, seq_len, training_config.seed)
     order += (training_config.pack,) if windows.packed else ()
     fingerprints = {
-        "data": fingerprint(*windows.identity()),
-        **({resuming.DECAY_DATA: fingerprint(*decay_windows.identity())} if decay_windows else {}),
+        **data_fingerprints("data", windows, held_out),
+        **(data_fingerprints(resuming.DECAY_DATA, decay_windows) if decay_windows else {}),
         ORDER: fingerprint(*order),
         "tokenizer": first.meta.get("tokenizer_sha256", ""),
         **starting_model.fingerprints(training_config, model_config, init),
@@ -185,6 +185,12 @@ def open_windows(training_config: Config) -> tuple[Config, TokenWindows, TokenWi
         return training_config, windows, None
     n_before = Schedule.of(training_config).decay_begins * training_config.batch_size
     return training_config, windows, TokenWindows(decay_bins, seq_len, **order, after=(windows, n_before))
+
+
+def data_fingerprints(name: str, windows: TokenWindows, *others: TokenBins) -> dict[str, str]:
+    """Which data a run reads, and what stands in their files; others: bins that it reads beside."""
+    samples = [bins.sample() for bins in (*windows.sources, *others)]
+    return {name: fingerprint(*windows.identity()), f"{CONTENT}{name}": fingerprint(*samples)}
 
 
 def next_command(training_config: Config, tokenizer: Tokenizer | None) -> str:

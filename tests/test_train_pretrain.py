@@ -427,6 +427,36 @@ def test_a_raw_bin_that_changed_is_noticed_and_one_that_moved_is_not(folder):
     launch.finish("pretrain", f"{more} --allow_data_change", folder / "log" / "bin")
 
 
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_bins_whose_content_changed_beside_the_same_meta_json_are_noticed(folder, split):
+    data, out = folder / f"torn-{split}", f"of-torn-{split}"
+    shutil.copytree(folder / "data", data)
+    more = options(folder, out, f"--data {data} --save_every 2")
+    launch.finish("pretrain", f"{more} --steps 2", folder / "log" / out)
+    bin_file = data / f"{split}-00000.bin"
+    whole = bin_file.read_bytes()
+    bin_file.write_bytes(
+        whole[: len(whole) // 2] + bytes(len(whole) - len(whole) // 2)
+    )  # as of a copy that was cut short
+    text = launch.finish("pretrain", f"{more} --steps 4", folder / "log" / out, status=2)
+    assert "was made with another content of the data: choose" in text and "accept it by --allow_data_change" in text
+    bin_file.write_bytes(whole)
+    launch.finish("pretrain", f"{more} --steps 4", folder / "log" / out)
+
+
+def test_checkpoints_that_noted_no_content_of_the_data_go_on(folder):
+    train(folder, "noted", "--steps 2")
+    step = folder / "noted" / "step-00000002"
+    shutil.copytree(step, folder / "unnoted", ignore=shutil.ignore_patterns("manifest.json"))
+    state_file = folder / "unnoted" / "resume" / "train_state.json"
+    state = json.loads(state_file.read_text())
+    del state["fingerprints"]["content of the data"]
+    state_file.write_text(json.dumps(state))
+    files.write_folder(step, lambda scratch: shutil.copytree(folder / "unnoted", scratch, dirs_exist_ok=True))
+    train(folder, "noted", "--steps 3")
+    assert list(launch.losses(folder / "noted")) == [1, 2, 3]
+
+
 def test_tensorboard_holds_what_metrics_hold(folder):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

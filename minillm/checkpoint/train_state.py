@@ -53,6 +53,7 @@ KINDS = {  # of what a state may hold besides its step
 }
 ORDER = "batch size, sequence length or seed"  # the name of the fingerprint of the data's order
 OF_ORDER = ("seed", "seq_len", "packing", "pack", "group_size")  # options that are in it, besides the batch size
+CONTENT = "content of the "  # how the fingerprint of some bytes of data is called; earlier versions noted none
 FIXED = {"tokenizer", "architecture", "base model", "tuning"}  # fingerprints that no run may change
 MACHINE = {  # what rounding depends on: its name
     "threads": "threads",
@@ -238,8 +239,7 @@ def compare_fingerprints(
     mention them.
     """
     before, after = saved.get("fingerprints", {}), now.get("fingerprints", {})
-    names = sorted({*before, *after})
-    differing = [name for name in names if before.get(name) != after.get(name)]
+    differing = _differing(before, after)
     fatal = [name for name in differing if name in FIXED or not allow_data_change]
     changed = _changed_options(saved.get("config", {}), now.get("config", {}))
     if fatal:
@@ -251,14 +251,26 @@ def compare_fingerprints(
             f"{source} was made with another {what}{options}: choose another --out, or give what it was made with{flag}"
         )
     lines = [f"{name}: changed since the checkpoint, as --allow_data_change allows" for name in differing]
-    if "data" in differing or ORDER in differing:
-        lines.append(_changed_order(saved, now, other_data="data" in differing))
+    is_other = not {"data", f"{CONTENT}data"}.isdisjoint(differing)
+    if is_other or ORDER in differing:
+        lines.append(_changed_order(saved, now, other_data=is_other))
     lines += changed.values()
     for key, name in MACHINE.items():
         if key in saved and key in now and saved[key] != now[key]:
             change = f"{name}: {saved[key]} in the checkpoint, {now[key]} now"
             lines.append(f"{change}; results agree to rounding, not bit for bit")
     return lines
+
+
+def _differing(before: dict[str, str], after: dict[str, str]) -> list[str]:
+    """The names of the fingerprints that differ.
+
+    The content of data is compared where the checkpoint has noted it, and where these are not others altogether.
+    """
+    names = [name for name in sorted({*before, *after}) if before.get(name) != after.get(name)]
+    contents = [name for name in names if name.startswith(CONTENT)]
+    needless = [name for name in contents if name not in before or name.removeprefix(CONTENT) in names]
+    return [name for name in names if name not in needless]
 
 
 def _changed_order(saved: dict, now: dict, other_data: bool) -> str:

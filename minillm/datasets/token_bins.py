@@ -15,7 +15,7 @@ from minillm.base.json_door import file_size, path_inside, read_object
 SCANNED_TOKENS = 1 << 28  # bins up to this size are checked for bad ids when opened, larger ones as they are read
 NEWEST_FORMAT = 2
 MOST_META_BYTES = 1 << 30  # of meta.json, which has the path of each input file and some 220 bytes
-SAMPLES = 1024  # evenly spaced tokens that go into a raw .bin's fingerprint: each may be a page to read
+SAMPLES = 1024  # evenly spaced tokens that go into the fingerprint of a split: each may be a page to read
 FEWEST_PAIRS = 32  # of tokens, from which on a raw .bin of uint16 is looked at for halves of uint32
 HIGHEST_HALF = 3  # the upper half of an id of uint32 below 262,144, more than vocabularies have
 
@@ -142,9 +142,18 @@ class TokenBins:
         """What identifies the data: meta.json, or for a raw .bin the number of training tokens and a hash of some."""
         if self.meta:
             return {key: value for key, value in self.meta.items() if not key.startswith("bins")}
-        tokens = self.arrays[0]
-        some = tokens[:: max(1, len(tokens) // SAMPLES)].tobytes()
-        return {"tokens": len(tokens), "dtype": tokens.dtype.str, "sha256": hashlib.sha256(some).hexdigest()}
+        return {"tokens": self.n_tokens, "dtype": self.arrays[0].dtype.str, "sha256": self.sample()}
+
+    def sample(self) -> str:
+        """SHA-256 of evenly spaced tokens of the split: another one where a file was replaced, or only part-copied.
+
+        meta.json cannot tell, since it is a file of its own; and to read all of some terabytes would take hours.
+        """
+        step = max(1, self.n_tokens // SAMPLES)
+        digest = hashlib.sha256()
+        for begin, tokens in zip(self.begins, self.arrays, strict=False):
+            digest.update(tokens[-begin % step :: step].tobytes())
+        return digest.hexdigest()
 
     def _check_ids(self, tokens: np.ndarray, number: int, offset: int) -> None:
         """Raise UserError for an id beyond the vocabulary; `offset`: where `tokens` begin in file `number`."""

@@ -94,6 +94,7 @@ def _moved_decay(source: Path, step: int, before: Schedule, after: Schedule, all
 
 
 def _without(state: dict, name: str) -> dict:
-    """A training state without the fingerprint of this name."""
-    fingerprints = {key: value for key, value in state.get("fingerprints", {}).items() if key != name}
+    """A training state without the fingerprint of this name, and that of its content."""
+    left_out = (name, f"{train_state.CONTENT}{name}")
+    fingerprints = {key: value for key, value in state.get("fingerprints", {}).items() if key not in left_out}
     return {**state, "fingerprints": fingerprints}

@@ -297,6 +297,18 @@ def test_fingerprints(tmp_path):
         assert name in text and "--allow_data_change" not in text
     text = refused(lambda: compare(data="x", tokenizer="y", architecture="z"))
     assert all(name in text for name in ("data", "tokenizer", "architecture"))
+
+    # the content of data counts where it was noted, and says no more of data that are others anyway
+    content = f"{train_state.CONTENT}data"
+    assert compare(**{content: "x"}) == []
+    saved["fingerprints"][content] = "w"
+    assert refused(lambda: compare(**{content: "x"})).startswith(
+        "out/x/step-00000007 was made with another content of the data: choose"
+    )
+    assert len(compare(True, **{content: "x"})) == 2 and "another order begins" in compare(True, **{content: "x"})[1]
+    assert "with another data: choose" in refused(lambda: compare(**{content: "x", "data": "y"}))
+    del saved["fingerprints"][content]
+
     other = {"tuning": "x", "batch size, sequence length or seed": "y"}
     text = refused(lambda: compare(config={**config, "lora_rank": 4, "seed": 1, "steps": 20}, **other))
     assert "another batch size/sequence length/seed and another tuning (--seed: 0 in the checkpoint, 1 now; " in text

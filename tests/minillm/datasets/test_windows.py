@@ -1,3 +1,4 @@
+import hashlib
 import json
 
 import numpy as np
@@ -239,6 +240,23 @@ def test_the_validation_part_goes_on_over_the_files_of_a_split(tmp_path):
         assert (whole.rows == pieced.rows).all() and (whole.mask == pieced.mask).all(), n_tokens
         assert whole.n_documents == pieced.n_documents
     assert pieced.n_documents == 5
+
+
+def test_the_sample_of_a_split_tells_another_content_whatever_the_files(tmp_path):
+    """Of 5,000 tokens every fourth counts, over all files as of one; that is what a raw .bin's identity always held."""
+    tokens = np.random.default_rng(0).integers(3, 1000, 5000).astype("<u2")
+    expected = hashlib.sha256(tokens[::4].tobytes()).hexdigest()
+    for cuts in ([], [1], [2, 3, 5], [1000, 2001, 4998]):
+        folder = write_bins(tmp_path / f"{cuts}", {"train": np.split(tokens, cuts)})
+        assert TokenBins(folder, "train").sample() == expected
+    raw = tmp_path / "raw.bin"
+    np.append(tokens, np.ones(50, dtype="<u2")).tofile(raw)  # of which the last hundredth is for validation
+    assert TokenBins(raw, "train", dtype="uint16", vocab_size=1000).identity()["sha256"] == expected
+
+    # a file whose end never came has its size all the same, and the same meta.json
+    torn = np.where(np.arange(5000) < 4990, tokens, 0)
+    bins = TokenBins(write_bins(tmp_path / "torn", {"train": [torn]}), "train")
+    assert bins.sample() != expected and bins.identity() == TokenBins(tmp_path / "[]", "train").identity()
 
 
 def test_one_token_of_a_raw_bin_is_too_little_to_validate_on(tmp_path):
