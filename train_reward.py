@@ -223,7 +223,7 @@ def by_length(micro_batches: list[np.ndarray], rows: PreferenceRows) -> list[np.
     """
     positions = np.concatenate(micro_batches)
     order = np.argsort(rows.longest(positions), kind="stable")
-    return np.split(positions[order], len(micro_batches))
+    return np.array_split(positions[order], len(micro_batches))  # the last ones may hold one less
 
 
 def shared_measures(

@@ -191,6 +191,20 @@ def test_the_size_of_micro_batches_changes_nothing_but_rounding(folder, straight
     assert launch.losses(folder / "recomputed") == pytest.approx(first, abs=1e-6)
 
 
+def test_a_batch_that_no_number_divides_is_computed_in_few_parts(folder):
+    """Of 37 sequences 19 and 18, which is the step of one pass over all; and what it writes down is read back."""
+    more = f"--data {folder}/data {launch.SMALL} --batch_size 37 --schedule constant"
+    launch.finish("pretrain", f"{more} --steps 3 --out {folder}/prime", folder / "log" / "prime")
+    launch.finish("pretrain", f"{more} --steps 3 --micro_batch_size 37 --out {folder}/once", folder / "log" / "once")
+    assert launch.losses(folder / "prime") == pytest.approx(launch.losses(folder / "once"), abs=1e-5)
+    assert launch.norms(folder / "prime") == pytest.approx(launch.norms(folder / "once"), rel=1e-4)
+    told = folder / "prime" / "options.toml"
+    assert tomllib.loads(told.read_text())["micro_batch_size"] == 19
+    again = f"--config {told} --out {folder}/prime-again"
+    launch.finish("pretrain", again, folder / "log" / "prime-again")
+    assert launch.tensors(folder / "prime-again", 3) == launch.tensors(folder / "prime", 3)
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_lower_precision_trains_almost_alike_and_resumes(folder, straight, dtype):
     out = f"{dtype}"

@@ -7,6 +7,7 @@ torchrun --nnodes 2 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint HOST:
 
 import hashlib
 import json
+import math
 import os
 import socket
 from dataclasses import dataclass
@@ -212,10 +213,16 @@ def stop() -> None:
 
 
 def micro_batch(batch_size: int, micro_batch_size: int | None, world: int) -> int:
-    """Sequences per forward pass: the given number, or the most up to 32 that divide a rank's share evenly.
+    """Sequences per forward pass: the given number, or what cuts a rank's share into the fewest parts of up to 32.
 
-    Raises `UserError` for a batch that does not divide evenly, before anything is built.
+    The last part may be smaller: a share of 37 is computed as 19 and 18. Raises `UserError` for a batch that does not
+    divide evenly among ranks, or by the given number, before anything is built.
     """
+    share = batch_size // world
+    n_parts = max(1, math.ceil(share / MOST_AT_ONCE))
+    usual = math.ceil(share / n_parts)
+    if micro_batch_size == usual and share * world == batch_size > 0:
+        return usual  # as a run that was not given it has written it down
     given = micro_batch_size is not None
     smallest = max(1, micro_batch_size) * world if given else world  # batch
     divides = batch_size >= 1 and batch_size % smallest == 0
@@ -224,10 +231,7 @@ def micro_batch(batch_size: int, micro_batch_size: int | None, world: int) -> in
         raise UserError(
             f"--batch_size {batch_size} is no multiple of {micro}{world} rank(s): choose a multiple of {smallest}"
         )
-    if given:
-        return micro_batch_size
-    share = batch_size // world
-    return max(n for n in range(1, min(share, MOST_AT_ONCE) + 1) if share % n == 0)
+    return micro_batch_size if given else usual
 
 
 def _new_store(timeout: timedelta) -> dist.Store:

@@ -73,9 +73,35 @@ def test_a_batch_that_does_not_divide_is_refused_with_one_that_does(batch, micro
     assert micro_batch(3 * proposed, max(1, micro), world) == max(1, micro)
 
 
-@pytest.mark.parametrize(("batch", "world", "micro"), [(16, 1, 16), (16, 2, 8), (128, 1, 32), (80, 2, 20), (37, 1, 1)])
+@pytest.mark.parametrize(
+    ("batch", "world", "micro"),
+    [
+        (16, 1, 16),
+        (16, 2, 8),
+        (128, 1, 32),
+        (80, 2, 20),
+        (31, 1, 31),
+        (37, 1, 19),
+        (33, 1, 17),
+        (65, 1, 22),
+        (74, 2, 19),
+    ],
+)
 def test_a_micro_batch_not_asked_for_is_a_rank_s_share_up_to_32(batch, world, micro):
     assert micro_batch(batch, None, world) == micro
+    assert micro_batch(batch, micro, world) == micro  # as a run writes it down
+
+
+@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("share", [1, 2, 31, 32, 33, 37, 64, 65, 97, 127, 1021])
+def test_micro_batches_are_few_alike_and_hold_each_sample_once(share, world):
+    batch = share * world
+    micro = micro_batch(batch, None, world)
+    parts = [Ranks(rank, world, CPU).micro_batches(3, batch, micro) for rank in range(world)]
+    sizes = [[len(part) for part in of_rank] for of_rank in parts]
+    assert sizes[0] == sizes[-1]  # so ranks make the same passes, which shards need
+    assert len(sizes[0]) == math.ceil(share / 32) and set(sizes[0][:-1]) <= {micro} and sizes[0][-1] <= micro <= 32
+    assert np.concatenate([np.concatenate(of_rank) for of_rank in parts]).tolist() == list(range(3 * batch, 4 * batch))
 
 
 @pytest.mark.parametrize("name", ["tpu", "cuda:99", "", "meta:x", "meta"])
