@@ -199,7 +199,8 @@ def main() -> int:
     # the model: resumed, or started from another; what it can do now; training; what it can do then
     finish_kernel_check()
     model = run.make_model(start.model_config, start.init)
-    before = held_out.recall(run, run.once("before.json", lambda: held_out.examine(model, run)))
+    asked = {"exact": fingerprint(held_out.questions)}
+    before = held_out.recall(run, run.once("before.json", lambda: held_out.examine(model, run), asked))
     reference = Sums(run, model, start, rows, end)
     status = train(run, model, rows, end, Tools(reference, replay, held_out, before, tasks))
     if status == 0:

@@ -41,6 +41,7 @@ from minillm.alignment.replay import Replay
 from minillm.alignment.rewards import Rewards
 from minillm.base.command_line import parse
 from minillm.base.options import option
+from minillm.checkpoint.train_state import fingerprint
 from minillm.datasets.prompts import PromptRows
 from minillm.datasets.questions import CHECKS
 from minillm.distributed.hosts import once_a_host
@@ -135,7 +136,9 @@ def main() -> int:
         exact = answers.exact_match(model, tokenizer, questions, **how)
         return {"exact": exact, **held_out_reward(tools), **distance_to_optimum(training_config, tools, tokenizer)}
 
-    before = run.once("before.json", measure)
+    asked = {"exact": fingerprint(questions), **training_config.asked(held_out_prompts)}
+    asked |= dict.fromkeys(("objective", "optimum"), fingerprint(training_config.optimum_prompts, training_config.beta))
+    before = run.once("before.json", measure, asked)
     status = train(training_config, run, model, tools, before)
     if status == 0:
         conclude(run, before, measure())

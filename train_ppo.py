@@ -36,6 +36,7 @@ from minillm.alignment.rewards import Rewards
 from minillm.alignment.value import start_in_unit, value_loss
 from minillm.base.command_line import parse
 from minillm.base.options import option
+from minillm.checkpoint.train_state import fingerprint
 from minillm.datasets.prompts import Prompt
 from minillm.distributed.hosts import once_a_host
 from minillm.distributed.parallelize import gradients_synced, marked_last, parallelize
@@ -135,7 +136,8 @@ def main() -> int:
         exact = answers.exact_match(policy, tokenizer, questions, **how)
         return {"exact": exact, **held_out_reward(training_config, tools)}
 
-    before = run.once("before.json", lambda: measure_first(training_config, tools, measure))
+    asked = {"exact": fingerprint(questions), **training_config.asked(held_out_prompts)}
+    before = run.once("before.json", lambda: measure_first(training_config, tools, measure), asked)
     scale_reward(run, tools, before)
     status = train(training_config, run, roles, tools, before.get("optimum"))
     if status == 0:
@@ -336,7 +338,7 @@ def conclude(run: Run, before: dict, after: dict) -> None:
             if name in after and name in before:
                 run.say(f"  {words:<20} {before[name]:.3f} → {after[name]:.3f}")
         run.say(f"  KL an answer         {after['heldout_kl']:.2f} nats")
-    for line in answers.exact_lines(before["exact"], after["exact"]):
+    for line in answers.exact_lines(before.get("exact", {}), after["exact"]):
         run.say(line)
     run.say_result()
 

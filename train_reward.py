@@ -26,6 +26,7 @@ from minillm.alignment.reward_model import all_scores, at_last, text_lengths
 from minillm.base.command_line import parse
 from minillm.base.errors import UserError
 from minillm.base.options import option, unused
+from minillm.checkpoint.train_state import fingerprint
 from minillm.datasets.preferences import PreferenceRows
 from minillm.distributed.hosts import once_a_host
 from minillm.distributed.parallelize import gradients_synced, marked_last, parallelize
@@ -141,7 +142,12 @@ def main() -> int:
     # train, and look at held-out pairs before and after
     before = {}
     if held_out_rows:
-        before = run.once("before.json", lambda: shared_measures(training_config, run, model, held_out_rows))
+        asked = fingerprint(held_out_rows.fingerprint, len(watched_positions(training_config, held_out_rows)))
+        before = run.once(
+            "before.json",
+            lambda: shared_measures(training_config, run, model, held_out_rows),
+            {"heldout_accuracy": asked, "heldout_nll": asked},
+        )
     status = train(training_config, run, model, rows, end, held_out_rows)
     if status == 0:
         conclude(training_config, run, model, held_out_rows, before)
@@ -230,7 +236,7 @@ def shared_measures(
     training_config: Config, run: Run, model: Transformer, held_out_rows: PreferenceRows
 ) -> dict[str, float]:
     """Accuracy and NLL on the first held-out pairs, which the ranks share; under label noise the NLL's floor."""
-    positions = held_out_positions(training_config, held_out_rows)[:WHILE_TRAINING]
+    positions = watched_positions(training_config, held_out_rows)
     if not is_sharded_model(model):  # whose passes need every rank: then each scores all, and the means are the same
         positions = positions[run.ranks.rank :: run.ranks.world]
     sums = [0.0, 0.0, 0.0]
@@ -243,6 +249,11 @@ def shared_measures(
     if training_config.label_noise:
         scores["floor_nll"] = noise_floor(training_config.label_noise)
     return scores
+
+
+def watched_positions(training_config: Config, held_out_rows: PreferenceRows) -> np.ndarray:
+    """Those of `held_out_positions` that are looked at before the first step and between steps."""
+    return held_out_positions(training_config, held_out_rows)[:WHILE_TRAINING]
 
 
 def held_out_positions(training_config: Config, held_out_rows: PreferenceRows) -> np.ndarray:

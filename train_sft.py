@@ -18,6 +18,7 @@ from data import bundled
 from minillm.base.command_line import parse
 from minillm.base.errors import UserError
 from minillm.base.options import option, unused
+from minillm.checkpoint.train_state import fingerprint
 from minillm.datasets.instructions import InstructionRows
 from minillm.datasets.questions import read_questions
 from minillm.distributed import diloco
@@ -143,10 +144,10 @@ def main() -> int:
     def count_exact() -> dict[str, tuple[int, int]]:
         return answers.exact_match(model, tokenizer, questions, template=training_config.template, say=run.say)
 
-    before = run.once("before.json", count_exact)
+    before = run.once("before.json", lambda: {"exact": count_exact()}, {"exact": fingerprint(questions)})
     status = train(training_config, run, model, rows, end, held_out_rows, tasks)
     if status == 0:
-        conclude(run, before, count_exact())
+        conclude(run, before.get("exact", before), count_exact())  # earlier versions wrote the families alone
     return status
 
 

@@ -190,8 +190,11 @@ def test_a_resumed_run_may_look_at_other_pairs_or_have_lost_what_it_began_with(f
     said = train(folder, "other-pairs", f"{more} 3")
     assert "--eval_pairs: these were not looked at when the run began" in said and "not asked → " in said
     assert launch.rows(folder / "other-pairs")[-1].keys() >= {"val_plain_accuracy"}
+    assert "of other questions" not in said
+    asked = f"{more} 4 --eval_data {folder}/instructions.jsonl"
+    assert "of other questions than now, and so not compared: exact" in train(folder, "other-pairs", asked)
     (folder / "other-pairs" / "before.json").unlink()
-    assert "not asked → " in train(folder, "other-pairs", f"{more} 4")
+    assert "not asked → " in train(folder, "other-pairs", f"{more} 5")
 
 
 def test_another_reference_or_loss_is_refused_on_resuming(folder):

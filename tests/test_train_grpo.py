@@ -237,6 +237,13 @@ def test_a_run_ends_well_whose_first_measurement_is_lost(folder):
     assert "heldout_after" in last and "heldout_before" not in last and last["objective"] <= last["optimum"]
 
 
+def test_other_prompts_than_those_of_the_start_are_not_compared_with_them(folder):
+    train(folder, "others", "--steps 1")
+    said = train(folder, "others", "--steps 2 --eval_prompt_rows 5 --optimum_prompts 2")
+    assert "of other questions than now, and so not compared: heldout, heldout_best, objective, optimum" in said
+    assert "reward           not measured → " in said and "heldout_before" not in launch.rows(folder / "others")[-1]
+
+
 def test_benchmarks_are_asked_meanwhile_and_training_stays_the_same(folder, tmp_path):
     asking = f"--eval_tasks {write_all(tmp_path / 'eval')}/arc_easy --eval_limit 5"
     train(folder, "not-asked", "--steps 3")

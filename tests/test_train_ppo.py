@@ -141,6 +141,17 @@ def test_learned_rewards_before_and_after_have_one_scale(folder):
     assert last["heldout_learned_after"] == last["heldout_learned_before"] != 0
 
 
+def test_other_prompts_than_those_of_the_start_are_not_compared_with_them(folder):
+    train(folder, "others", "--steps 1")
+    said = train(folder, "others", f"--steps 2 --eval_prompt_rows 5 --eval_data {folder}/held_out_sft.jsonl")
+    assert (
+        "of other questions than now, and so not compared: exact, heldout" in said
+        and "  last             not asked" in said
+    )
+    last = launch.rows(folder / "others")[-1]
+    assert "heldout_after" in last and "heldout_before" not in last
+
+
 def test_a_run_whose_scale_of_rewards_is_gone_is_refused(folder):
     train(folder, "no-scale", "--steps 1")
     (folder / "no-scale" / "before.json").unlink()

@@ -134,11 +134,20 @@ def test_few_parameters_and_the_head_come_back_as_a_reward_model(tune, folder):
     assert "22 steps" in again and len(launch.losses(folder / out)) == 22
 
 
-def test_prompts_of_like_length_share_a_micro_batch(folder):
+def test_other_pairs_than_those_of_the_start_are_not_compared_with_them(folder):
+    train(folder, "others", "--steps 1")
+    assert "heldout_before" in launch.rows(folder / "others")[-1]
+    said = train(folder, "others", "--steps 2 --eval_rows 5")
+    assert "of other questions than now, and so not compared: heldout_accuracy, heldout_nll" in said
+    assert launch.rows(folder / "others")[-1].keys() & {"heldout_before", "heldout_after"} == {"heldout_after"}
+
+
+@pytest.mark.parametrize("sizes", [[4, 4, 4, 4], [6, 5, 5]])  # the latter as 16 prompts in parts of at most 6
+def test_prompts_of_like_length_share_a_micro_batch(folder, sizes):
     rows = PreferenceRows(folder / "train.jsonl", Tokenizer.load(folder / "data"), 63)
     positions = np.arange(40, 56)
-    parts = train_reward.by_length(np.split(positions, 4), rows)
-    assert sorted(np.concatenate(parts)) == positions.tolist() and [len(part) for part in parts] == [4] * 4
+    parts = train_reward.by_length(np.array_split(positions, len(sizes)), rows)
+    assert sorted(np.concatenate(parts)) == positions.tolist() and [len(part) for part in parts] == sizes
     longest = [rows.longest(part) for part in parts]
     assert (np.diff(np.concatenate(longest)) >= 0).all()
     for part, length in zip(parts, longest, strict=True):

@@ -196,6 +196,26 @@ def test_questions_first_asked_of_a_resumed_run_are_counted_after_alone(folder):
     assert "  last             not asked → " in text and "step-00000004" in text
 
 
+@pytest.mark.parametrize("more", ["--eval_rows 5", "--eval_data {folder}/others.jsonl"])
+def test_other_questions_than_those_of_the_start_are_not_compared_with_them(folder, more):
+    out = f"others-{len(more)}"
+    asked = f"--schedule constant --eval_data {folder}/held_out.jsonl"
+    assert "not asked" not in train(folder, out, f"--steps 1 {asked}")
+    assert "not asked" not in train(folder, out, f"--steps 2 {asked}")
+    lines = (folder / "held_out.jsonl").read_text().splitlines()
+    (folder / "others.jsonl").write_text("\n".join(lines[::-1][:6]))
+    text = train(folder, out, f"--steps 3 {asked} {more.format(folder=folder)}")
+    assert "  last             not asked → " in text and "of other questions than now" in text
+
+
+def test_what_an_earlier_version_asked_at_the_start_is_compared(folder):
+    asked = f"--schedule constant --eval_data {folder}/held_out.jsonl"
+    train(folder, "earlier", f"--steps 1 {asked}")
+    before = folder / "earlier" / "before.json"
+    before.write_text(json.dumps(json.loads(before.read_text())["exact"]))
+    assert "not asked" not in train(folder, "earlier", f"--steps 2 {asked}")
+
+
 def test_a_signal_leaves_one_whole_checkpoint(folder):
     (process,) = launch.start("sft", options(folder, "stopped", "--steps 1000"), folder / "log" / "stopped")
     process.wait_for("step 1/")

@@ -6,6 +6,7 @@ from typing import ClassVar
 from data import bundled
 from minillm.alignment.rollouts import RolloutConfig
 from minillm.base.options import option, unused
+from minillm.checkpoint.train_state import fingerprint
 from minillm.datasets.preferences import PreferenceRows
 from minillm.datasets.prompts import PromptRows
 from minillm.datasets.questions import read_questions
@@ -160,6 +161,13 @@ class RewardedConfig(ReplayConfig):
         if self.eval_prompts is None and self.data == REQUESTS:
             return f"{bundled.FOLDER}/requests_heldout.jsonl"
         return self.eval_prompts
+
+    def asked(self, prompts: PromptRows | None) -> dict[str, str]:
+        """Of each value that is measured on held-out prompts a fingerprint of these, as `Run.once` takes it."""
+        if prompts is None:
+            return {}
+        these = fingerprint(prompts.fingerprint, min(self.eval_prompt_rows, prompts.rows_per_epoch))
+        return dict.fromkeys((f"heldout{kind}" for kind in ("", "_best", "_learned", "_kl", "_cut")), these)
 
     @property
     def rows_at_once(self) -> int:

@@ -192,20 +192,26 @@ class Run:
         if not run_folder.note_user(init, self.folder):
             self.say(f"base: {init}; keep it: its run may delete old checkpoints, and the adapter needs this one")
 
-    def once(self, name: str, measure: Callable[[], dict]) -> dict:
+    def once(self, name: str, measure: Callable[[], dict], asked: dict[str, str] | None = None) -> dict:
         """What `measure()` found at the start of the run, on every rank; {} if that is lost.
 
-        A resumed run reads it from its folder. Every rank measures, since a forward pass of a sharded model needs all
-        of them; what rank 0 has found counts.
+        asked: of a value's name a fingerprint of what the model was asked for it. A resumed run reads the values from
+        its folder, less those for which it was asked something else. Every rank measures, since a forward pass of a
+        sharded model needs all of them; what rank 0 has found counts.
         """
-        file, value = self.folder / name, {}
+        file, value, asked = self.folder / name, {}, asked or {}
         if self.source is None:  # a new run: do not use what an earlier one may have left
-            text = json.dumps(measure(), indent=2, ensure_ascii=False) + "\n"
+            text = json.dumps({**measure(), "asked": asked}, indent=2, ensure_ascii=False) + "\n"
             if self.out:
                 self.out.write(name, lambda scratch: scratch.write_text(text, encoding="utf-8"))
         if self.out:
             value = read_json(file) if file.exists() else {}
-        return self.ranks.exchange(value)[0]
+        value = self.ranks.exchange(value)[0]
+        before = value.pop("asked", asked)  # earlier versions did not note it
+        others = [key for key in value if before.get(key) != asked.get(key)]
+        if others:
+            self.say(f"{file}: of other questions than now, and so not compared: {', '.join(others)}")
+        return {key: found for key, found in value.items() if key not in others}
 
     def start(self, state: TrainState) -> TrainState:
         """Give `state` what the checkpoint holds (its model has been loaded before), and start clock and watchdog.

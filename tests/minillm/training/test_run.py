@@ -362,6 +362,19 @@ def test_a_measurement_is_taken_once_and_read_by_a_run_that_goes_on(new_run):
     assert one.once("never.json", lambda: 1 / 0) == {}
 
 
+def test_what_was_measured_on_other_questions_is_left_out_and_said(new_run, capsys):
+    one = new_run()
+    found = {"exact": {"all": [1, 2]}, "reward": 0.5, "spread": 3}
+    assert one.once("before.json", lambda: found, {"exact": "a", "reward": "b"}) == found
+    one.source = one.folder / "step-00000001"
+    assert one.once("before.json", lambda: 1 / 0, {"exact": "a", "reward": "b"}) == found
+    capsys.readouterr()
+    assert one.once("before.json", lambda: 1 / 0, {"exact": "c"}) == {"spread": 3}
+    assert "before.json: of other questions than now, and so not compared: exact, reward" in capsys.readouterr().out
+    (one.folder / "before.json").write_text(json.dumps(found))  # as earlier versions wrote it
+    assert one.once("before.json", lambda: 1 / 0, {"exact": "c"}) == found
+
+
 def test_a_failing_curve_is_no_failing_run(new_run, monkeypatch):
     monkeypatch.setattr(run.plot, "draw", lambda *_: 1 / 0)
     assert new_run().draw() == "no curve: ZeroDivisionError: division by zero"
