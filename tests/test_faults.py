@@ -279,7 +279,7 @@ def test_two_runs_into_one_folder(folder):
         ("--qk_norm", ["another architecture"]),
         ("--batch_size 16", ["batch size", "--allow_data_change"]),
         ("--seed 1", ["seed", "--allow_data_change"]),
-        ("--optimizer adamw", ["was trained by Muon, now by AdamW"]),
+        ("--optimizer adamw", ["--optimizer: muon in the checkpoint, adamw now (layers.0."]),
         ("--resume none", ["--resume none", "already holds checkpoints", "choose another --out"]),
         (
             "--resume {folder}/run/step-00000003",

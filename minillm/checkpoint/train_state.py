@@ -161,7 +161,7 @@ def restore_optimizers(
 ) -> None:
     """Load a checkpoint's optimizer state, bit for bit; the optimizers' options stay as they are.
 
-    Of a sharded parameter's state each rank reads its own part alone. Raises `UserError` listing all that is missing,
+    Of a sharded parameter's state each rank reads its own part alone. Raises `UserError` for all that is missing,
     unexpected or of another shape, before anything is changed.
     """
     described = read_state(folder).get("optimizer", {})
@@ -171,19 +171,22 @@ def restore_optimizers(
 
     # is each parameter trained by the same kind of optimizer, and is all of its state there?
     trained_now = {names[p]: (type(optimizer).__name__, whole_shape(p)) for p, optimizer in parameters.items()}
-    problems = [f"{name} is not trained any more" for name in described if name not in trained_now]
+    faults = {"not trained any more": [name for name in described if name not in trained_now]}  # → of which parameters
     expected_shapes = {}
     for name, (kind, shape) in trained_now.items():
-        saved = described.get(name, {"kind": "nothing", "keys": []})
+        saved = described.get(name, {"kind": "", "keys": []})
         if saved["kind"] != kind:
-            problems.append(f"{name} was trained by {saved['kind']}, now by {kind}")
+            by_another = f"--optimizer: {saved['kind'].lower()} in the checkpoint, {kind.lower()} now"
+            faults.setdefault(by_another if saved["kind"] else "not trained before", []).append(name)
         for key in saved["keys"]:
             # a tensor of state is as large as its parameter, or one number (AdamW's count of steps)
             place = places.get(f"{name}/{key}")
             is_number = place is not None and place.shape == ()
             expected_shapes[f"{name}/{key}"] = () if is_number else shape
+    problems = [f"{fault} ({_some(which)})" for fault, which in faults.items() if which]
     if problems:
-        raise UserError(f"{folder}: its optimizer is of another set-up: {'; '.join(problems)}; choose another --out")
+        remedy = "give what it was made with, or choose another --out"
+        raise UserError(f"{folder}: its optimizer is of another set-up: {'; '.join(problems)}; {remedy}")
     match_tensors(
         expected_shapes, {name: place.shape for name, place in places.items()}, f"{folder}/{OPTIMIZER}.safetensors"
     )
@@ -199,6 +202,11 @@ def restore_optimizers(
         in_order = enumerate(_parameters(optimizer))
         state_dict["state"] = {number: states[p] for number, p in in_order if states[p]}  # none before the first step
         optimizer.load_state_dict(state_dict)  # torch knows which tensor belongs on which device
+
+
+def _some(names: list[str]) -> str:
+    """The first of them, and how many more there are."""
+    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1:,} more"
 
 
 def _read_for(parameter: Tensor, name: str, places: dict[str, Place]) -> Tensor:
