@@ -20,7 +20,7 @@ from minillm.base.errors import UserError
 from minillm.base.options import option, unused
 from minillm.checkpoint.train_state import fingerprint
 from minillm.datasets.instructions import InstructionRows
-from minillm.datasets.questions import read_questions
+from minillm.datasets.questions import read_questions_of
 from minillm.distributed import diloco
 from minillm.distributed.hosts import once_a_host
 from minillm.distributed.parallelize import gradients_synced, marked_last, parallelize
@@ -84,14 +84,14 @@ class Config(options.TuningConfig, diloco.DilocoOptions, TaskOptions, TrainingCo
     )
     eval_data: str | None = option(
         None,
-        "held-out instructions to answer before and after; none: the bundled ones, if used",
+        "held-out instructions to answer before and after, file(s) as of --data; none: the bundled ones, if used",
         group="instructions",
     )
     eval_rows: int = option(800, "how many of them to answer", at_least=1, group="instructions")
 
     @property
     def held_out(self) -> str | None:
-        """The file of held-out instructions, if there is one."""
+        """The file(s) of held-out instructions, if there are any."""
         is_bundled = self.data == Config.data
         return self.eval_data or (f"{bundled.FOLDER}/sft_heldout.jsonl" if is_bundled else None)
 
@@ -118,11 +118,11 @@ def main() -> int:
     training_config, end, length_option = with_steps(training_config, rows.total_rows(training_config.epochs))
 
     # held-out questions: their answers' loss while training, and how many are answered exactly before and after
-    held_out = training_config.held_out
+    held_out = listed_files(training_config.held_out, "eval_data") if training_config.held_out else []
     always_the_same = dataclasses.replace(training_config, seed=0)  # which rows val_loss reads, whatever --seed
-    held_out_rows = read_rows(always_the_same, [held_out], tokenizer) if held_out else None
+    held_out_rows = read_rows(always_the_same, held_out, tokenizer) if held_out else None
     how = dict(on_bad_line=training_config.on_bad_line, encoding=training_config.encoding)
-    questions = read_questions(held_out, training_config.eval_rows, **how) if held_out else []
+    questions = read_questions_of(held_out, training_config.eval_rows, **how)
     tasks = tasks_to_ask(training_config, tokenizer, start.model_config, ranks)
 
     # the run: its folder, and the checkpoint to go on from

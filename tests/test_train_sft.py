@@ -159,6 +159,15 @@ def test_several_files_and_what_makes_a_finished_run_longer(folder):
     assert "raise --epochs\n" in launch.finish("sft", given, folder / "log" / "two-files")
 
 
+def test_held_out_questions_may_lie_in_several_files_or_in_one_with_a_comma_in_its_name(folder):
+    two = f"{write_instructions(folder / 'two.jsonl', 2, seed=2)}, {folder}/held_out.jsonl"
+    one = str(write_instructions(folder / "one, of five.jsonl", 5, seed=3))
+    for number, (held_out, words) in enumerate([(two, "to 13 held-out"), (one, "to 5 held-out")]):
+        asked = ["--eval_data", held_out, "--eval_rows", "13", "--steps", "1"]
+        given = [*options(folder, f"several-{number}").split(), *asked]
+        assert f"exact answers {words} questions" in launch.finish("sft", given, folder / "log" / f"several-{number}")
+
+
 def test_the_bundled_instructions_are_written_where_they_are_asked_for(folder, monkeypatch):
     def build():
         raise UserError("the corpus is being written")

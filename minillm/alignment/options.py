@@ -9,7 +9,7 @@ from minillm.base.options import option, unused
 from minillm.checkpoint.train_state import fingerprint
 from minillm.datasets.preferences import PreferenceRows
 from minillm.datasets.prompts import PromptRows
-from minillm.datasets.questions import read_questions
+from minillm.datasets.questions import read_questions_of
 from minillm.evaluation.checks import row_check
 from minillm.evaluation.task_scores import TaskOptions
 from minillm.tokenizer.chat_template import TEMPLATES
@@ -41,7 +41,8 @@ class AlignmentConfig(TuningConfig, TrainingConfig):
     )
     eval_data: str | None = option(
         None,
-        "held-out instructions to answer before and after; none: the bundled ones, if bundled data is used",
+        "held-out instructions to answer before and after, file(s) as of train_sft.py; none: the bundled ones, if bundled "
+        "data is used",
         group="data",
     )
     eval_rows: int = option(800, "how many of them to answer", at_least=1, group="data")
@@ -58,14 +59,14 @@ class AlignmentConfig(TuningConfig, TrainingConfig):
 
     @property
     def held_out(self) -> str | None:
-        """The file of held-out instructions, if there is one."""
+        """The file(s) of held-out instructions, if there are any."""
         is_bundled = self.data.startswith(f"{bundled.FOLDER}/")
         return self.eval_data or (f"{bundled.FOLDER}/sft_heldout.jsonl" if is_bundled else None)
 
     def held_out_questions(self) -> list[dict]:
         """The first --eval_rows held-out instructions, as `read_questions` gives them; none without a file."""
-        how = dict(on_bad_line=self.on_bad_line, encoding=self.encoding)
-        return read_questions(self.held_out, self.eval_rows, **how) if self.held_out else []
+        paths = listed_files(self.held_out, "eval_data") if self.held_out else []
+        return read_questions_of(paths, self.eval_rows, on_bad_line=self.on_bad_line, encoding=self.encoding)
 
     def problems(self) -> list[str]:
         problems = super().problems()

@@ -2,11 +2,20 @@
 
 import re
 import unicodedata
+from collections.abc import Iterable
 from pathlib import Path
 
 from minillm.base.errors import UserError
 from minillm.datasets.files import json_rows
 from minillm.datasets.messages import conversations, is_learned
+
+
+def read_questions_of(paths: Iterable[str | Path], limit: int, **how) -> list[dict]:
+    """What `read_questions` finds in several files, one after the other; limit: of all of them together."""
+    questions: list[dict] = []
+    for path in paths:
+        questions += read_questions(path, max(1, limit - len(questions)), **how)
+    return questions[:limit]
 
 
 def read_questions(path: str | Path, limit: int | None = None, **how) -> list[dict]:

@@ -159,6 +159,8 @@ FREE = {field.name for field in dataclasses.fields(TrainingConfig)} - BOUND | LO
 
 def listed_files(data: str, name: str = "data") -> list[str]:
     """The files that --data names, separated by commas; name: that of another option. Raises `UserError` for none."""
+    if Path(data).exists():  # one file, perhaps with a comma in its name
+        return [data]
     paths = [path.strip() for path in data.split(",") if path.strip()]
     if not paths:
         raise UserError(f"--{name} {data}: names no file; give .jsonl or .json files, separated by commas")
@@ -169,9 +171,7 @@ def check_files(training_config) -> None:
     """Raise `UserError` for files beside --data that do not exist, before --data is read, which takes long."""
     for name in ("eval_data", "eval_pairs", "eval_prompts", "replay_data"):
         named = getattr(training_config, name, None)
-        if named is None or Path(named).exists():  # one file, perhaps with a comma in its name
-            continue
-        for path in listed_files(named, name):
+        for path in listed_files(named, name) if named is not None else ():
             if not Path(path).exists():
                 raise UserError(f"--{name} {path}: no such file")
 

@@ -8,7 +8,7 @@ import torch
 
 from minillm.base.errors import UserError
 from minillm.datasets.fitting import encode_messages
-from minillm.datasets.questions import is_right, read_questions
+from minillm.datasets.questions import is_right, read_questions, read_questions_of
 from minillm.distributed.ranks import Ranks
 from minillm.evaluation import answers
 from minillm.evaluation.validation import Validation, read_text
@@ -94,6 +94,11 @@ def test_questions_are_read_from_any_known_shape(tmp_path):
     assert [row["messages"][0]["content"] for row in rows] == ["Add\n1 2", "q", "Add\n1 2"]
     assert rows[0]["family"] == "sum"
     assert len(read_questions(tmp_path / "q.jsonl", 2)) == 2
+    write(tmp_path / "one.jsonl", [chat])
+    both = [tmp_path / "one.jsonl", tmp_path / "q.jsonl"]
+    for limit, expected in ((9, [rows[1], *rows]), (3, [rows[1], *rows[:2]]), (1, [rows[1]])):
+        assert read_questions_of(both, limit) == expected
+    assert read_questions_of([], 3) == []
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ from minillm.model.config import ModelConfig
 from minillm.model.size import n_parameters
 from minillm.model.transformer import Transformer
 from minillm.training import out_folder, run
-from minillm.training.config import TrainingConfig
+from minillm.training.config import TrainingConfig, listed_files
 from minillm.training.step import TrainState
 
 CPU = torch.device("cpu")
@@ -400,6 +400,17 @@ def test_files_to_look_at_that_are_not_there_are_refused_before_anything_is_read
     options = {name: f"{here},{tmp_path}/gone.jsonl", "out": str(tmp_path / "out"), "device": "cpu"}
     with pytest.raises(UserError, match=f"--{name} {tmp_path}/gone.jsonl: no such file"):
         run.begin(train_dpo.Config(**options))
+
+
+def test_files_are_listed_by_commas_unless_one_has_a_comma_in_its_name(tmp_path):
+    both = f"{tmp_path}/a.jsonl, {tmp_path}/b.jsonl"
+    assert listed_files(both) == [f"{tmp_path}/a.jsonl", f"{tmp_path}/b.jsonl"]
+    one = tmp_path / "a, b.jsonl"
+    one.write_text("{}")
+    assert listed_files(str(one)) == [str(one)]
+    run.check_files(train_dpo.Config(eval_data=str(one), eval_pairs=str(one), replay_data=str(one)))
+    with pytest.raises(UserError, match="--eval_data ,: names no file"):
+        listed_files(",", "eval_data")
 
 
 def test_the_place_of_a_lost_folder_may_be_taken(tmp_path):
