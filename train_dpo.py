@@ -126,7 +126,7 @@ class Config(ReplayConfig):
     @property
     def held_out_pairs(self) -> str | None:
         """The file(s) of held-out preferences, if there are any."""
-        is_bundled = self.data == Config.data
+        is_bundled = bundled.is_file(self.data, "preferences_train.jsonl")
         return self.eval_pairs or (f"{bundled.FOLDER}/preferences_heldout.jsonl" if is_bundled else None)
 
     @property
@@ -168,7 +168,7 @@ def main() -> int:
     training_config, start = starting_model.find_start(training_config, ranks, share=1 / 80, adapter_share=1 / 10)
 
     # data: answers to prompts, and which is better
-    if training_config.data == Config.data:
+    if bundled.is_used(training_config.data):
         once_a_host(ranks, bundled.build)
     rows = read_rows(training_config, training_config.data, start.tokenizer, training_config.label_noise)
     check_kind(training_config, rows)

@@ -89,7 +89,7 @@ def main() -> int:
     # the model to start from, its tokenizer, and the reward
     training_config, start = starting_model.find_start(training_config, ranks, share=1 / 8)
     tokenizer = start.tokenizer
-    if training_config.data == Config.data:
+    if bundled.is_used(training_config.data):
         once_a_host(ranks, bundled.build)
     device = sharding.loading_device(training_config, ranks)
     judged_by = (training_config.reward_time_s, device, training_config.template, training_config.room)

@@ -89,7 +89,7 @@ def main() -> int:
     training_config, start = starting_model.find_start(training_config, ranks, share=3 / 40)
     training_config = with_rates(training_config, given_lr)
     tokenizer = start.tokenizer
-    if training_config.data == Config.data:
+    if bundled.is_used(training_config.data):
         once_a_host(ranks, bundled.build)
 
     # what answers are worth: as a model has learned it, and in truth

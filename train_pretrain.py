@@ -97,7 +97,8 @@ def main() -> int:
     training_config, ranks, finish_kernel_check = begin(training_config)
 
     # data: token bins, and the tokenizer beside them
-    if training_config.data == bundled.FOLDER:
+    mixtures = filter(None, (training_config.data, training_config.decay_data))
+    if any(bundled.is_used(path) for mixture in mixtures for path, _ in parse_mixture(mixture)):
         once_a_host(ranks, bundled.build)
     training_config, windows, decay_windows = open_windows(training_config)
     first = windows.sources[0]

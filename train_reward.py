@@ -99,7 +99,7 @@ class Config(AlignmentConfig):
 
     @property
     def held_out(self) -> str | None:
-        is_bundled = self.data == Config.data
+        is_bundled = bundled.is_file(self.data, "preferences_train.jsonl")
         return self.eval_data or (f"{bundled.FOLDER}/preferences_heldout.jsonl" if is_bundled else None)
 
     def problems(self) -> list[str]:
@@ -116,7 +116,7 @@ def main() -> int:
     training_config, start = starting_model.find_start(training_config, ranks, share=1 / 8, score_head=True)
 
     # data: answers to the same prompts, and which of two is better
-    if training_config.data == Config.data:
+    if bundled.is_used(training_config.data):
         once_a_host(ranks, bundled.build)
     rows = read_pairs(training_config, training_config.data, start.tokenizer)
     held_out_rows = None

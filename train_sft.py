@@ -92,7 +92,7 @@ class Config(options.TuningConfig, diloco.DilocoOptions, TaskOptions, TrainingCo
     @property
     def held_out(self) -> str | None:
         """The file(s) of held-out instructions, if there are any."""
-        is_bundled = self.data == Config.data
+        is_bundled = bundled.is_file(self.data, "sft_train.jsonl")
         return self.eval_data or (f"{bundled.FOLDER}/sft_heldout.jsonl" if is_bundled else None)
 
     def problems(self) -> list[str]:
@@ -112,7 +112,7 @@ def main() -> int:
     tokenizer = start.tokenizer
 
     # data: rows of instructions, packed, with a mask on the targets that are learned
-    if training_config.data == Config.data:
+    if bundled.is_used(training_config.data):
         once_a_host(ranks, bundled.build)
     rows = read_rows(training_config, listed_files(training_config.data), tokenizer)
     training_config, end, length_option = with_steps(training_config, rows.total_rows(training_config.epochs))

@@ -69,6 +69,22 @@ SEEDS = {"train": 1, "val": 2}  # of the documents; all other rows are those of 
 GENERATOR = Path(__file__).parent / "world"  # the source of the texts and of the rows
 
 
+def is_used(data: str | Path, beginning: str = "") -> bool:
+    """Whether one of these paths, with commas between, is the bundled corpus or a file of it, however it is written.
+
+    beginning: of the file's name.
+    """
+    folder = Path(FOLDER).resolve()
+    known = {folder, *(folder / name for name in FILES)}
+    paths = [Path(path.strip()).resolve() for path in str(data).split(",")]
+    return any(path in known and path.name.startswith(beginning) for path in paths)
+
+
+def is_file(data: str, name: str) -> bool:
+    """Whether a path is that of this file in the bundled corpus, however it is written."""
+    return Path(data).resolve() == Path(FOLDER, name).resolve()
+
+
 def fingerprint() -> str:
     """SHA-256 over the sizes, the seeds and the generator's source: another value, another corpus.
 

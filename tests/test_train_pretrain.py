@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+import train_pretrain
 from minillm.base import files
 from minillm.base.command_line import parse
 from minillm.base.errors import UserError
@@ -319,6 +320,26 @@ def test_what_other_tools_would_read_otherwise_is_said(folder):
     assert "--wrap bos_eos" in line
     (line,) = notes(tokenizer, ModelConfig(**shape, qkv_bias=True), folder)
     assert "PreTrainedTokenizerFast" in line
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        ["--data", "data/bundled/"],
+        ["--data", "./data/bundled:1,nowhere:1"],
+        ["--data", "nowhere:1,data/bundled:1"],
+        ["--data", "nowhere", "--schedule", "wsd", "--decay_data", "data/bundled"],
+    ],
+)
+def test_the_bundled_corpus_is_written_however_its_folder_is_named(tmp_path, monkeypatch, given):
+    def build():
+        raise UserError("the corpus is being written")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train_pretrain.bundled, "build", build)
+    monkeypatch.setattr(sys, "argv", ["train_pretrain.py", "--device", "cpu", *given])
+    with pytest.raises(UserError, match="is being written"):
+        train_pretrain.main()
 
 
 def test_mixtures_documents_and_raw_bins(folder):

@@ -173,7 +173,12 @@ def test_the_bundled_instructions_are_written_where_they_are_asked_for(folder, m
         raise UserError("the corpus is being written")
 
     monkeypatch.setattr(train_sft.bundled, "build", build)
-    for data, words in ([], "is being written"), (["--data", "nowhere.jsonl"], "nowhere.jsonl"):
+    its_file = "data/bundled/sft_train.jsonl"
+    ways = (
+        [],
+        *(["--data", path] for path in (f"./{its_file}", str(Path(its_file).absolute()), f"mine.jsonl, {its_file}")),
+    )
+    for data, words in (*((way, "is being written") for way in ways), (["--data", "nowhere.jsonl"], "nowhere.jsonl")):
         start = ["--init_from", str(folder / "base"), "--seq_len", "64", "--device", "cpu"]
         monkeypatch.setattr(sys, "argv", ["train_sft.py", *start, *data])
         with pytest.raises(UserError, match=words):

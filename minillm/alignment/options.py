@@ -41,8 +41,8 @@ class AlignmentConfig(TuningConfig, TrainingConfig):
     )
     eval_data: str | None = option(
         None,
-        "held-out instructions to answer before and after, file(s) as of train_sft.py; none: the bundled ones, if bundled "
-        "data is used",
+        "held-out instructions to answer before and after, file(s) as of train_sft.py; none: the bundled ones, if "
+        "bundled data is used",
         group="data",
     )
     eval_rows: int = option(800, "how many of them to answer", at_least=1, group="data")
@@ -60,7 +60,7 @@ class AlignmentConfig(TuningConfig, TrainingConfig):
     @property
     def held_out(self) -> str | None:
         """The file(s) of held-out instructions, if there are any."""
-        is_bundled = self.data.startswith(f"{bundled.FOLDER}/")
+        is_bundled = bundled.is_used(self.data)
         return self.eval_data or (f"{bundled.FOLDER}/sft_heldout.jsonl" if is_bundled else None)
 
     def held_out_questions(self) -> list[dict]:
@@ -107,7 +107,7 @@ class ReplayConfig(TaskOptions, AlignmentConfig):
     @property
     def replayed_data(self) -> str | None:
         """The instructions' file(s), if there are any."""
-        if self.replay_data is None and self.data.startswith(f"{bundled.FOLDER}/requests"):
+        if self.replay_data is None and bundled.is_used(self.data.split(",")[0], "requests"):
             return f"{bundled.FOLDER}/sft_train.jsonl"
         return self.replay_data
 
@@ -159,7 +159,7 @@ class RewardedConfig(ReplayConfig):
     @property
     def held_out_prompts(self) -> str | None:
         """The file of held-out prompts, if there is one."""
-        if self.eval_prompts is None and self.data == REQUESTS:
+        if self.eval_prompts is None and bundled.is_file(self.data, "requests_train.jsonl"):
             return f"{bundled.FOLDER}/requests_heldout.jsonl"
         return self.eval_prompts
 

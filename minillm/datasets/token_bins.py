@@ -168,7 +168,10 @@ class TokenBins:
 def _check_raw(path: Path, dtype: str | None, vocab_size: int | None) -> None:
     """Raises UserError for a path that is no folder and no raw .bin with a description."""
     if not path.exists():
-        raise UserError(f"{path}: no such data; run `python data/prepare.py --input … --out {path}`")
+        raise UserError(
+            f"{path}: no such data; run `python data/prepare.py --input … --out {path}`, or for the bundled corpus "
+            "`python data/bundled.py`"
+        )
     if path.name.removesuffix(".gz").endswith((".txt", ".json", ".jsonl", ".parquet")):
         raise UserError(f"{path}: is text; make token bins: `python data/prepare.py --input {path} …`")
     if dtype not in ("uint16", "uint32") or vocab_size is None:

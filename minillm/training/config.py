@@ -6,6 +6,7 @@ import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 
+from data import bundled
 from minillm.base.errors import UserError
 from minillm.base.options import Options, differences, option
 from minillm.training.optim import OPTIMIZERS
@@ -172,8 +173,12 @@ def check_files(training_config) -> None:
     for name in ("eval_data", "eval_pairs", "eval_prompts", "replay_data"):
         named = getattr(training_config, name, None)
         for path in listed_files(named, name) if named is not None else ():
-            if not Path(path).exists():
+            if Path(path).exists():
+                continue
+            if not bundled.is_used(path):
                 raise UserError(f"--{name} {path}: no such file")
+            if not bundled.is_used(training_config.data):  # else it is written before it is read
+                raise UserError(f"--{name} {path}: is not written yet; run python data/bundled.py")
 
 
 def with_steps(training_config, n_of_epochs: int):

@@ -2,7 +2,8 @@
 
 from dataclasses import dataclass
 
-from minillm.alignment.options import REQUESTS, RewardedConfig
+from data import bundled
+from minillm.alignment.options import RewardedConfig
 from minillm.base.options import option, unused
 from minillm.distributed.ranks import world_size
 
@@ -120,4 +121,5 @@ class PpoConfig(RewardedConfig):
 
     @property
     def true_reward(self) -> str | None:
-        return TRUE_REWARD if self.reward is None and self.data == REQUESTS else self.reward
+        is_bundled = bundled.is_file(self.data, "requests_train.jsonl")
+        return TRUE_REWARD if self.reward is None and is_bundled else self.reward

@@ -38,7 +38,7 @@ class HeldOut:
         self.questions = training_config.held_out_questions()
         requests = Path(bundled.FOLDER) / "requests_heldout.jsonl"
         self.requests = []
-        if training_config.data.startswith(f"{bundled.FOLDER}/") and requests.exists():
+        if bundled.is_used(training_config.data) and requests.exists():
             room = {"room": min(LONGEST_STORY, training_config.room - 1)}
             rows = PromptRows(requests, tokenizer, training_config.room, template=training_config.template, **room)
             self.requests = rows.rows(np.arange(min(N_REQUESTS, rows.rows_per_epoch)))

@@ -402,6 +402,21 @@ def test_files_to_look_at_that_are_not_there_are_refused_before_anything_is_read
         run.begin(train_dpo.Config(**options))
 
 
+def test_files_of_the_bundled_corpus_need_not_be_there_if_it_will_be(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    file = "./data/bundled/sft_heldout.jsonl"
+    run.check_files(train_sft.Config(eval_data=file))
+    with pytest.raises(UserError, match=f"--eval_data {file}: is not written yet; run python data/bundled.py"):
+        run.check_files(train_sft.Config(data="mine.jsonl", eval_data=file))
+
+
+@pytest.mark.parametrize("script", SCRIPTS[1:])
+def test_what_goes_with_the_bundled_data_does_so_however_their_path_is_written(script):
+    usual, other = script.Config(), script.Config(data=f"./{script.Config.data}")
+    for name in ("held_out", "held_out_pairs", "held_out_prompts", "true_reward", "replayed_data"):
+        assert getattr(other, name, None) == getattr(usual, name, None), name
+
+
 def test_files_are_listed_by_commas_unless_one_has_a_comma_in_its_name(tmp_path):
     both = f"{tmp_path}/a.jsonl, {tmp_path}/b.jsonl"
     assert listed_files(both) == [f"{tmp_path}/a.jsonl", f"{tmp_path}/b.jsonl"]
