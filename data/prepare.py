@@ -222,10 +222,7 @@ def _check_splits(out: Path, meta: dict) -> None:
             f"{out}: no document is left to train on ({meta['bad_lines']:,} bad lines left out); give other files"
         )
     if not n_val and meta["val_source"]:
-        raise UserError(
-            f"{out}: --val_input {', '.join(meta['val_source'])} holds no document "
-            f"({meta['bad_lines']:,} bad lines left out); give another, or leave it out for a share of --input"
-        )
+        raise UserError(f"--val_input {', '.join(meta['val_source'])}: no document is in it; give another, or none")
     if not n_val and meta["options"]["val_fraction"]:
         raise UserError(
             f"{out}: none of {n_train} documents fell into the validation split; raise --val_fraction, "
@@ -319,18 +316,17 @@ class Config(BaseOptions):
         group="check",
     )
     check_field: str | None = option(
-        None, "key that holds a benchmark's question; none: the usual ones, such as question", group="check"
+        None,
+        "key that holds a benchmark's question; none: the usual ones, such as question",
+        only_with=("check_against", ()),
+        group="check",
     )
     workers: int | None = option(None, "processes; none: all cores", at_least=1, group="machine")
 
     def problems(self) -> list[str]:
         problems = super().problems()
-        if self.check_field is not None and not self.check_against:
-            problems.append(f"--check_field {self.check_field}: is about benchmarks; give --check_against")
         if self.val_input and self.val_fraction != type(self).val_fraction:
-            problems.append(
-                f"--val_fraction {self.val_fraction}: means nothing with --val_input; leave one of them out"
-            )
+            problems.append(f"--val_fraction {self.val_fraction}: means nothing with --val_input; leave one out")
         return problems
 
 

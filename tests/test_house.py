@@ -37,12 +37,12 @@ BUDGET = {
     "tokenizer": 18_300,  # what two files of one folder disagree on; forged turns
     "datasets": 24_400,  # data of the decay, best fit; values and faults of tables, a dtype that is not the one said
     "distributed": 12_000,  # sharding, tensor and context parallelism, exchanges, checks of a cluster
-    "checkpoint": 19_900,  # reward models' folders; files that all ranks write together
+    "checkpoint": 20_100,  # reward models' folders; files that all ranks write together; keys of GGUF, users of a step
     "data": 64_000,  # rows of benchmarks, cleaning of texts and instructions, near duplicates, mixing, a report
     "tuning": 11_850,  # an alpha for rslora; what PEFT's files leave out
     "generation": 10_300,  # many requests in one running batch
     "evaluation": 14_200,  # benchmarks, also in training, shared by ranks, read by families
-    "training": 18_300,  # sharding, saving in the background, bad steps of workers
+    "training": 18_600,  # sharding, saving in the background, bad steps of workers, bases and ends of runs
     "alignment": 23_100,  # models dealt out over ranks
     "serving": 11_000,  # the interface of OpenAI over HTTP, and the chat page's headers
     "commands": 30_500,  # judged answers, pairs, a server, other tools' speeds, plans, a cluster's checks, bits

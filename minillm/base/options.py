@@ -126,7 +126,7 @@ def without_meaning(config) -> list[str]:
         is_on = other_value in values_needed if values_needed else bool(other_value)
         if not is_on:
             remedy = f"choose {' or '.join(values_needed)}" if values_needed else f"give another --{other}"
-            without = f"--{name} {spelled(value)}: means nothing with --{other} {spelled(other_value)}"
+            without = f"--{name} {spelled(value)}: means nothing with --{other} {spelled(other_value) or NONE}"
             problems.append(f"{without}; leave it out, or {remedy}")
     return problems
 

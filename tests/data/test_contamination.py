@@ -64,7 +64,7 @@ def test_faults_are_named(tmp_path):
         read_benchmarks([write_lines(tmp_path / "notes.md", [])])
     with pytest.raises(UserError, match="gone: no such file or folder"):
         read_benchmarks([tmp_path / "gone"])
-    with pytest.raises(UserError, match="--check_field q: is about benchmarks; give --check_against"):
+    with pytest.raises(UserError, match="--check_field q: means nothing with --check_against none; leave it out"):
         main_with(tmp_path, "--check_field", "q")
 
 

@@ -222,7 +222,8 @@ def test_a_stale_tokenizer_json_beside_the_model_is_refused(change, class_name, 
     agree(tmp_path)
     change(described)
     (tmp_path / "tokenizer.json").write_text(json.dumps(described))
-    if class_name == "LlamaTokenizer" and change is not fewer_merges:  # which has normalizers of its own
+    # Llama's class has normalizers of its own; where spaces go is read from tokenizer.json
+    if change is no_space or (class_name == "LlamaTokenizer" and change is lower_case):
         agree(tmp_path)
         return
     with pytest.raises(UserError, match=r"it and the tokenizer\.json beside it cut .* differently, .*: remove the one"):
