@@ -329,7 +329,9 @@ def train(
     n_tokens = training_config.batch_size * training_config.seq_len  # of a step, over all ranks
     n_all = training_config.steps * n_tokens
     rows = f"{windows.n_windows:,} {'rows' if windows.packed else 'windows'} of {training_config.seq_len} tokens"
-    run.say(f"{rows}; {n_all:,} tokens to train on")
+    passes = n_all / (windows.n_windows * training_config.seq_len)
+    of_them = f", {passes:.3g} passes over them" if len(windows.sources) == 1 and not decay_windows else ""
+    run.say(f"{rows}; {n_all:,} tokens to train on{of_them}")
 
     def validate() -> dict[str, float]:
         return validation.scores(model, run.ranks, run.autocast())

@@ -250,7 +250,8 @@ def _no_meta_error(folder: Path) -> UserError:
     begun = (folder / "unfinished", folder / "parts.json")  # the latter by an earlier version
     if any(folder.glob("*.bin")) or any(path.exists() for path in begun):
         return UserError(
-            f"{folder}: holds no meta.json, so never finished; run `python data/prepare.py … --out {folder}` again"
+            f"{folder}: holds no meta.json, so it was never finished, or making it anew failed; run the "
+            f"`python data/prepare.py … --out {folder}` that made it again"
         )
     return UserError(
         f"{folder}: holds no token bins; make some of its texts: `python data/prepare.py --input {folder} …`"

@@ -22,6 +22,8 @@ def check_out(folder: Path) -> None:
             f"--out {folder}: is a checkpoint itself; give the folder of a run, which holds checkpoints by names like "
             "step-00000060"
         )
+    if (folder / "meta.json").exists():
+        raise UserError(f"--out {folder}: holds token bins (meta.json); choose another folder for the run")
     nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not nearest.is_dir():
         raise UserError(f"--out {folder}: {nearest} is a file; give a folder, which is made if it is missing")

@@ -1,7 +1,9 @@
 """What a run displays while it trains: a progress bar, or now and then a line."""
 
+import os
 import sys
 import time
+from typing import TextIO
 
 from tqdm import tqdm
 
@@ -14,7 +16,7 @@ class Progress:
         self.enabled, self.steps, self.every_s = enabled, steps, every_s
         self.last = 0.0
         self.bar = None
-        if enabled and sys.stderr.isatty():
+        if enabled and _has_room(sys.stderr):
             self.bar = tqdm(total=steps, initial=done, unit="step", dynamic_ncols=True, smoothing=0.1)
 
     def show(self, step: int, row: dict, left_s: float | None) -> None:
@@ -42,6 +44,16 @@ class Progress:
     def close(self) -> None:
         if self.bar is not None:
             self.bar.close()
+
+
+def _has_room(stream: TextIO) -> bool:
+    """Whether a stream is a terminal on which a bar can be seen: one of 0 columns shows none."""
+    if not stream.isatty():
+        return False
+    try:
+        return os.get_terminal_size(stream.fileno()).columns > 0
+    except (OSError, ValueError):  # its size is not known
+        return True
 
 
 def duration(seconds: float) -> str:

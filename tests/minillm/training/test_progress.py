@@ -1,4 +1,5 @@
 import io
+import os
 import sys
 
 import pytest
@@ -35,6 +36,18 @@ def test_a_pipe_gets_the_first_line_the_last_and_one_now_and_then(monkeypatch, c
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "step 1/100 loss 2.5000 lr 1.00e-03 grad 0.75 12,346 tok/s mfu 12.5% left 1:05"
     assert [line.split("/")[0] for line in lines] == ["step 1", "step 21", "step 41", "step 61", "step 81", "step 100"]
+
+
+def test_a_terminal_of_no_columns_gets_lines(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    monkeypatch.setattr(Terminal, "fileno", lambda self: 2)
+    for columns, has_bar in ((0, False), (80, True)):
+        monkeypatch.setattr(os, "get_terminal_size", lambda fd, columns=columns: os.terminal_size((columns, 24)))
+        progress = Progress(2, 0, enabled=True)
+        progress.show(1, ROW, left_s=None)
+        progress.close()
+        assert (progress.bar is not None) == has_bar
+    assert capsys.readouterr().out.count("step 1/2 loss") == 1
 
 
 def test_what_is_left_is_shown_once_it_is_known(capsys):

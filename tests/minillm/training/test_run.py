@@ -388,6 +388,10 @@ def test_an_out_in_which_no_run_can_be_is_refused_before_anything_is_read(tmp_pa
             run.begin(TrainingConfig(out=str(out), device="cpu"))
     out_folder.check_out(tmp_path / "not" / "there")
     out_folder.check_out(tmp_path)
+    (tmp_path / "bins").mkdir()
+    (tmp_path / "bins" / "meta.json").write_text("{}")
+    with pytest.raises(UserError, match=r"bins: holds token bins \(meta\.json\); choose another folder"):
+        out_folder.check_out(tmp_path / "bins")
     monkeypatch.setattr(out_folder.os, "access", lambda *_: False)
     with pytest.raises(UserError, match=f"nothing may be written into {tmp_path}; choose another"):
         out_folder.check_out(tmp_path / "not" / "there")
