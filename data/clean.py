@@ -14,6 +14,7 @@ your own (--good, --bad).
 the same command goes on after a kill, and another threshold takes seconds (--dry_run shows what it would do).
 """
 
+import re
 import sys
 from collections import Counter
 from dataclasses import asdict, dataclass
@@ -45,7 +46,9 @@ DRY_SHARE = 0.01  # of the documents, for a dry run without a run before
 NOT_REPORTED = ("out", "workers", "dry_run", "explain")  # the result does not depend on them
 NOT_OF_ROWS = ("field", "split", "rules", "languages", "recurring")  # options that --sft makes no use of
 DRY_FROM = 64 << 20  # bytes of input; less is read as a whole
-LONG_TEXT = 1 << 18  # bytes: a .txt of so many that is a single document may be many
+LONG_TEXT = 1 << 20  # bytes of a .txt in which blank lines are counted
+BLANK_LINE = re.compile(rb"\n[ \t\r]*\n")
+MANY_PARTS = 100  # which blank lines cut a .txt into, that may be as many documents
 
 
 @dataclass(frozen=True)
@@ -265,10 +268,18 @@ def _mended_and_flags(document: dict) -> list[str]:
     return [f"{name}: {', '.join(values)}" for name, values in named.items() if values]
 
 
-def one_text_of_many(config: Config, read: dict[str, int]) -> bool:
-    """Whether a long .txt was read as a single document, which leaves data/prepare.py none for validation."""
-    is_one = read["documents"] == 1 and read["bytes"] >= LONG_TEXT
-    return is_one and config.split == "file" and not config.sft
+def texts_of_many(config: Config) -> list[Path]:
+    """The .txt that were each read as a single document, though blank lines cut them into many parts."""
+    if config.split != "file" or config.sft:
+        return []
+    found = []
+    for path in find_files(config.input, suffixes=reading.SUFFIXES):
+        if path.suffix.lower() == ".txt":
+            with path.open("rb") as file:
+                beginning = file.read(LONG_TEXT)
+            if len(BLANK_LINE.findall(beginning)) >= MANY_PARTS:
+                found.append(path)
+    return found
 
 
 def main() -> None:
@@ -278,8 +289,11 @@ def main() -> None:
         return
     result = clean(config)
     print(reports.table(result))
-    if one_text_of_many(config, result["read"]):
-        print("all of it is one document: if it holds many, --split blank ends one at each empty line")
+    if whole := texts_of_many(config):
+        print(
+            f"{whole[0]} and {len(whole) - 1} more .txt are one document each: if they hold many, --split blank ends one "
+            "at each empty line"
+        )
     if not config.dry_run:
         print(f"{config.out}: kept-*.jsonl, dropped/, report.html; next: python data/prepare.py --input {config.out} …")
 

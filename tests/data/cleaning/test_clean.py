@@ -366,3 +366,12 @@ def test_half_a_character_anywhere_in_a_row_is_mended_and_ends_no_run(is_sft, tm
     assert result["mended_by"]["surrogates"] >= 3 and result["kept"]["documents"] and result["mended"]["documents"]
     written = sorted((tmp_path.parent / f"{tmp_path.name}-out").glob("**/*.jsonl"))
     assert written and all("\\ud8" not in json.dumps(file.read_text("utf-8")).lower() for file in written)
+
+
+def test_a_text_that_may_be_many_is_named(tmp_path):
+    """data/prepare.py ends a document at each empty line, data/clean.py at the end of a .txt unless it is told."""
+    for name, n_parts in (("many.txt", 300), ("one.txt", 20)):
+        (tmp_path / name).write_text("\n\n".join(f"Part {i} of it." for i in range(n_parts)))
+    given = dict(input=(str(tmp_path),), out=str(tmp_path / "out"))
+    assert clean.texts_of_many(clean.Config(**given)) == [tmp_path / "many.txt"]
+    assert clean.texts_of_many(clean.Config(**given, split="blank")) == []
