@@ -291,8 +291,8 @@ def main() -> None:
     print(reports.table(result))
     if whole := texts_of_many(config):
         print(
-            f"{whole[0]} and {len(whole) - 1} more .txt are one document each: if they hold many, --split blank ends one "
-            "at each empty line"
+            f"{whole[0]} and {len(whole) - 1} more .txt are one document each: if they hold many, "
+            "--split blank ends one at each empty line"
         )
     if not config.dry_run:
         print(f"{config.out}: kept-*.jsonl, dropped/, report.html; next: python data/prepare.py --input {config.out} …")
