@@ -17,6 +17,7 @@ from minillm.distributed.ranks import Ranks
 from minillm.generation import completion
 from minillm.model import config
 from minillm.model.transformer import Transformer
+from minillm.tokenizer.tokenizer import Tokenizer
 from minillm.tuning import peft_format
 from tests.forked_ranks import on_ranks
 from tests.minillm.evaluation.benchmark_rows import write_all
@@ -267,16 +268,31 @@ def test_alignment_beside_trl(capsys, monkeypatch):
     assert printed.count("tok/CPU s") == 4 and printed.count("x as fast") == 2
 
 
-def test_alignment_of_an_own_model_beside_trl(home, tmp_path, capsys):
-    pytest.importorskip("trl")
+@pytest.fixture
+def own(home, tmp_path) -> dict:
+    """A trained model and three prompts, as options of `bench align`."""
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text('{"prompt": "a"}\n{"prompt": "b c d"}\n{"prompt": "e"}\n')
-    given = dict(model=str(home.path / "out" / "sft"), data=str(prompts), group_size=2, max_new_tokens=6)
-    align.run(align.Config(prompts=2, **given))
+    return dict(model=str(home.path / "out" / "sft"), data=str(prompts), group_size=2, max_new_tokens=6)
+
+
+def test_both_sides_get_an_own_model_its_prompts_and_its_ends(own):
+    task = align.own_task(align.Config(prompts=2, **own))
+    tokenizer = Tokenizer.load(task.name)
+    assert "out/sft/step-" in task.name and task.ends == list(tokenizer.stop_ids()) and task.pad not in task.ends
+    messages = [[{"role": "user", "content": text}] for text in ("a", "b c d", "e")]
+    known = [tokenizer.encode_chat(message, add_generation_prompt=True)[0] for message in messages]
+    first, second = task.prompts
+    assert first != second and first in known and second in known
+    with pytest.raises(UserError, match=r"--prompts 4: .*prompts.jsonl has 3"):
+        align.own_task(align.Config(prompts=4, **own))
+
+
+def test_alignment_of_an_own_model_beside_trl(own, capsys):
+    pytest.importorskip("trl")
+    align.run(align.Config(prompts=2, **own))
     printed = capsys.readouterr().out
     assert "out/sft/step-" in printed and printed.count("tok/CPU s") == 4
-    with pytest.raises(UserError, match=r"--prompts 4: .*prompts.jsonl has 3"):
-        align.run(align.Config(prompts=4, **given))
 
 
 @pytest.mark.parametrize(
