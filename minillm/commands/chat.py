@@ -12,6 +12,7 @@ from minillm.commands.model_options import (
     ModelOptions,
     OutputOptions,
     TemplateOptions,
+    learned_texts_only,
     load_model,
     print_stream,
     template_of,
@@ -47,8 +48,11 @@ class Config(ModelOptions, TemplateOptions, Sampling, OutputOptions):
 def run(config: Config) -> None:
     loaded = load_model(config)
     print(f"{loaded.folder} ({n_parameters(loaded.model.config):,} parameters); an empty line ends, /new starts over")
+    trained = trained_with(loaded.folder)
+    if learned_texts_only(trained):
+        print("(its last training was on texts, so it goes on with yours: train_sft.py teaches it to answer)")
     turns = config.turns
-    if turns is None and trained_with(loaded.folder).get("turns") == 1:
+    if turns is None and trained.get("turns") == 1:
         turns = 1
         print("(it was taught single questions, so it is shown each alone; --turns N shows it the last N)")
     opening = [{"role": "system", "content": config.system}] if config.system else []  # of every conversation

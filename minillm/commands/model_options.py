@@ -97,6 +97,11 @@ def trained_with(folder: Path) -> dict:
     return train_state.read_state(folder) if (folder / "resume").is_dir() else {}
 
 
+def learned_texts_only(trained: dict) -> bool:
+    """Whether `trained_with` tells of a run on texts: train_pretrain.py alone has no prompt format."""
+    return "config" in trained and "template" not in trained["config"]
+
+
 def template_of(config: TemplateOptions, folder: Path) -> str:
     """The prompt format: --template, else the one that the checkpoint was trained with."""
     if config.template != "auto":

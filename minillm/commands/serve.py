@@ -8,7 +8,15 @@ from pathlib import Path
 from minillm.base.device import DTYPES
 from minillm.base.errors import UserError
 from minillm.base.options import option, part
-from minillm.commands.model_options import BitsOptions, TemplateOptions, load_folder, tell, template_of, trained_with
+from minillm.commands.model_options import (
+    BitsOptions,
+    TemplateOptions,
+    learned_texts_only,
+    load_folder,
+    tell,
+    template_of,
+    trained_with,
+)
 from minillm.generation.batching import Engine, EngineOptions
 from minillm.generation.load import find_model
 from minillm.model.size import n_parameters
@@ -123,9 +131,12 @@ def _load(config: Config, name: str, folder: Path, others: list[Transformer]) ->
         f"{name}: {folder} ({n_parameters(model.config):,} parameters{shared}), context {engine.context:,}, "
         f"{config.slots} slots, cache {engine.cache_bytes / 2**20:,.1f} MiB"
     )
-    turns = trained_with(folder).get("turns")
+    trained = trained_with(folder)
+    turns = trained.get("turns")
     if no_chat:
         print(f"{name}: no chats ({no_chat})")
+    elif learned_texts_only(trained):
+        print(f"{name}: its last training was on texts, so in a chat it goes on with them rather than answers")
     elif turns == 1:
         print(f"{name}: taught single questions, so of a longer conversation it will not make much")
     return Served(

@@ -47,6 +47,14 @@ def test_chat_shows_single_questions_to_a_model_that_was_taught_so(call, monkeyp
         assert asked == ["Tom", "MiaTom" if options else "Mia", last]
 
 
+def test_chat_says_that_a_model_of_texts_does_not_answer(call, monkeypatch):
+    """Other folders, such as a downloaded one, say nothing of their training."""
+    for trained, said in (({}, False), ({"config": {"template": "auto"}}, False), ({"config": {"lr": 1e-3}}, True)):
+        monkeypatch.setattr(chat_command, "trained_with", lambda folder, trained=trained: trained)
+        status, out, _ = call("chat", "--max_new_tokens", "2", typed="Who?\n\n")
+        assert status == 0 and ("teaches it to answer" in out) == said
+
+
 def test_chat_goes_on_after_a_line_that_is_too_long(call, monkeypatch):
     """And remembers what was said before it."""
     shown, stream = [], completion.stream

@@ -102,6 +102,12 @@ def test_a_model_that_was_taught_single_questions_says_so(call, started, monkeyp
     assert "taught single questions" in out and started[-1].models["sft"].entry["turns"] == 1
 
 
+def test_a_model_that_was_taught_texts_alone_says_so(call, started, monkeypatch):
+    monkeypatch.setattr(serve, "trained_with", lambda folder: {"config": {"lr": 1e-3}})
+    _, out, _ = call("serve")
+    assert "goes on with them rather than answers" in out
+
+
 def test_what_cannot_be_served_is_one_line(call, started):
     for options, words in (
         (["--context", "65"], "--context 65"),
