@@ -6,7 +6,7 @@ from pathlib import Path
 
 from data.bin_writer import BinFolder, read_json
 from data.sources import Source, check_unchanged
-from data.tokenize_files import is_val
+from data.tokenize_files import bad_line_error, fault, is_val
 from minillm.base.errors import UserError
 from minillm.base.files import sha256
 from minillm.datasets.files.text_files import text_of
@@ -70,7 +70,9 @@ def _sample(sources: list[Source]) -> Iterator[str]:
                 continue
             try:
                 text = text_of(record.kind, record.raw, options.field)
-            except UserError:
-                continue  # reported when it is tokenized
+            except UserError as error:
+                if options.on_bad_line == "error":
+                    raise bad_line_error(source.name, fault(record, error)) from None
+                continue  # counted when it is tokenized
             if not is_val(text.encode(), options):
                 yield text

@@ -38,7 +38,8 @@ from data.sources import (
     read_sources,
     tokenizer_key,
 )
-from data.tokenize_files import bad_line_error, tokenize
+from data.splits import check_files_of_each, share_for_validation
+from data.tokenize_files import refuse_bad_lines, tokenize
 from minillm.base.command_line import parse
 from minillm.base.errors import UserError
 from minillm.base.files import write_json_atomically
@@ -83,14 +84,7 @@ def prepare(
 
     # What can be wrong with the arguments is said before anything is written.
     options.check()
-    if (tokenizer is None) == (train_tokenizer is None):
-        raise UserError("tokenizer: give either --tokenizer PATH or --train_tokenizer N")
-    for name, count, least in (("workers", workers, 1), ("train_tokenizer", train_tokenizer, train.SMALLEST)):
-        if count is not None and count < least:
-            raise UserError(f"--{name} {count}: at least {least} is needed")
-    for folder in map(Path, inputs + val_inputs):
-        if folder.is_dir() and out.resolve().is_relative_to(folder.resolve()):
-            raise UserError(f"--out {out}: lies inside the input {folder} and would be read again; choose another")
+    _check_arguments(inputs + val_inputs, out, tokenizer, train_tokenizer, workers)
     left_out = Counter()
     n_train = len(find_files(inputs))
     files = find_files(inputs + val_inputs, left_out)
@@ -107,15 +101,22 @@ def prepare(
         run_folder.clean_stale(out)
         bin_folder = BinFolder(out)
         sources = read_sources(files, options, n_train if val_inputs else None)
+
+        # Which documents are for validation: a share of all, or those of files of their own, without copies elsewhere.
+        if not val_inputs:
+            options = replace(options, val_fraction=share_for_validation(sources, options.val_fraction))
+            sources = [source._replace(options=options) for source in sources]
         learnt_from = ""  # a tokenizer that is given was learnt elsewhere
-        if tokenizer is None:
+        if given is None:
             learnt_from = checksum([train_tokenizer, [(s.sha256, s.options.of(s.path)) for s in sources[:n_train]]])
-            tokenizer = learnt_tokenizer(bin_folder, train_tokenizer, sources[:n_train], learnt_from)
-            tokenizer = with_wrap(tokenizer, options.wrap)
         if val_inputs:
             held_out = write_hashes(sources[n_train:], out)
             for_train = replace(options, val_fraction=0.0, held_out=(held_out, checksum_of(held_out)))
             sources[:n_train] = [source._replace(options=for_train) for source in sources[:n_train]]
+            check_files_of_each(sources[:n_train], sources[n_train:])
+        if given is None:
+            tokenizer = learnt_tokenizer(bin_folder, train_tokenizer, sources[:n_train], learnt_from)
+            tokenizer = with_wrap(tokenizer, options.wrap)
         about = {
             "wrap": options.wrap,
             "options": options.recorded(),
@@ -131,13 +132,31 @@ def prepare(
         lock.release()
 
 
+def _check_arguments(
+    inputs: list[str | Path],
+    out: Path,
+    tokenizer: str | Path | None,
+    train_tokenizer: int | None,
+    workers: int | None,
+) -> None:
+    """Raises UserError for what does not go together, numbers that are too small, and an `out` inside the input."""
+    if (tokenizer is None) == (train_tokenizer is None):
+        raise UserError("tokenizer: give either --tokenizer PATH or --train_tokenizer N")
+    for name, count, least in (("workers", workers, 1), ("train_tokenizer", train_tokenizer, train.SMALLEST)):
+        if count is not None and count < least:
+            raise UserError(f"--{name} {count}: at least {least} is needed")
+    for folder in map(Path, inputs):
+        if folder.is_dir() and out.resolve().is_relative_to(folder.resolve()):
+            raise UserError(f"--out {out}: lies inside the input {folder} and would be read again; choose another")
+
+
 def _make(folder: BinFolder, groups: list[Group], tokenizer: Tokenizer, about: dict, workers: int) -> dict:
     """Make what is missing of the bins of these groups; returns meta.json."""
     # Nothing has changed, except perhaps the names of files or what happens to bad lines.
     records = folder.finished_records(groups, tokenizer.id_dtype.itemsize)
     if records is not None and holds(folder.out, tokenizer.sha256):
         print(f"{folder.out}: already prepared from the same input, nothing to do")
-        _refuse_bad_lines(records, about["options"])
+        refuse_bad_lines(records, about["options"])
         meta = meta_of(groups, records, tokenizer, about)
         if meta != read_json(folder.out / "meta.json"):
             write_json(folder.out / "meta.json", meta)
@@ -157,10 +176,9 @@ def _make(folder: BinFolder, groups: list[Group], tokenizer: Tokenizer, about: d
     whole = folder.whole_records(groups, tokenizer.id_dtype.itemsize)
     missing = [group for group in groups if group.key not in whole]
     _explain(folder, groups, missing, tokenizer)
-    _refuse_bad_lines(whole.values(), about["options"])
+    refuse_bad_lines(whole.values(), about["options"])
     whole |= tokenize(missing, folder, tokenizer, workers)
     meta = meta_of(groups, [whole[group.key] for group in groups], tokenizer, about)
-    _check_splits(folder.out, meta)
     folder.put_together(meta)
     return meta
 
@@ -203,31 +221,6 @@ def _reason(source: Source, earlier: dict | None, tokenizer: Tokenizer) -> str:
     if earlier["tokenizer"] != tokenizer_key(tokenizer):
         changes.append("tokenizer")
     return f"{' and '.join(changes)} changed" if changes else ""
-
-
-def _refuse_bad_lines(records: Iterable[dict], options: dict) -> None:
-    """Raises UserError for the first bad line on record, unless bad lines are skipped."""
-    if options["on_bad_line"] == "skip":
-        return
-    for record in records:
-        for source in record["sources"]:
-            for bad in source["first_bad"]:
-                raise bad_line_error(source["file"], bad)
-
-
-def _check_splits(out: Path, meta: dict) -> None:
-    n_train, n_val = (sum(file["documents"] for file in meta["files"][split]) for split in SPLITS)
-    if not n_train:
-        raise UserError(
-            f"{out}: no document is left to train on ({meta['bad_lines']:,} bad lines left out); give other files"
-        )
-    if not n_val and meta["val_source"]:
-        raise UserError(f"--val_input {', '.join(meta['val_source'])}: no document is in it; give another, or none")
-    if not n_val and meta["options"]["val_fraction"]:
-        raise UserError(
-            f"{out}: none of {n_train} documents fell into the validation split; raise --val_fraction, "
-            "name --val_input files, or cut the text into more documents (--split)"
-        )
 
 
 def _first_texts(sources: list[Source]) -> Iterator[str]:
@@ -350,16 +343,16 @@ def main() -> None:
     )
     report(meta)
     if benchmarks:
-        _check(config, benchmarks)
+        _check(config, benchmarks, meta["options"]["val_fraction"])
 
 
-def _check(config: Config, benchmarks: list[Benchmark]) -> None:
+def _check(config: Config, benchmarks: list[Benchmark], val_fraction: float) -> None:
     """Print how many rows of benchmarks stand in the training documents, and write down which."""
     options = Options(
         boundary=config.split,
         field=config.field,
         encoding=config.encoding,
-        val_fraction=0 if config.val_input else config.val_fraction,
+        val_fraction=0 if config.val_input else val_fraction,
     )
     if config.val_input:  # copies of its documents were left out of training
         held_out = str(Path(config.out) / HELD_OUT)

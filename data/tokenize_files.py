@@ -6,7 +6,7 @@ import signal
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import BrokenExecutor, Future, ProcessPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -64,8 +64,7 @@ def encode_piece(documents: list[Record], tokenizer: Tokenizer, options: Options
             text = text_of(record.kind, record.raw, options.field)
             data = text.encode()
         except UserError as error:
-            place = "item" if record.kind == "value" else "line"
-            bad.append(f"{place} {record.number}: {error}")
+            bad.append(fault(record, error))
             continue
         if not text:
             n_empty += 1
@@ -153,9 +152,25 @@ def tokenize(groups: list[Group], folder: BinFolder, tokenizer: Tokenizer, worke
     return records_made
 
 
+def fault(record: Record, error: UserError) -> str:
+    """What is wrong with a document that cannot be read, and its place in the file."""
+    place = "item" if record.kind == "value" else "line"
+    return f"{place} {record.number}: {error}"
+
+
 def bad_line_error(file: str, what: str) -> UserError:
     """The error for a document that cannot be read, where such are not skipped."""
     return UserError(f"{file}, {what}; fix it, or leave such documents out with --on_bad_line skip")
+
+
+def refuse_bad_lines(records: Iterable[dict], options: dict) -> None:
+    """Raises UserError for the first bad line on record, unless bad lines are skipped."""
+    if options["on_bad_line"] == "skip":
+        return
+    for record in records:
+        for source in record["sources"]:
+            for bad in source["first_bad"]:
+                raise bad_line_error(source["file"], bad)
 
 
 def _pieces(groups: list[Group]) -> Iterator[Piece]:
