@@ -8,13 +8,17 @@ tokens depend on is hashed into its key, and bins whose key is still asked for a
       val-00000.sizes …                      UTF-8 bytes of the text of each document, uint32, for bits per byte
       meta.json                              comes last: without it the folder is not finished
       unfinished/                            only while the folder is being prepared:
+        tokenizer/                             the tokenizer of the bins that are being made
         <key>.train.bin  <key>.val.bin  …      bins that have no number yet
         <key>.json                             their record, written after them: without it they are not whole
-        meta.json                              only while bins are being renamed: the number of each key
+        next.meta.json                              only while files are being put in place: the meta.json to come
+        meta.json                              only while old bins lose their numbers: their meta.json
 
-Preparing means: name the bins by their keys (`take_apart`), make those that are missing (`BinWriter`), number them all
-(`put_together`). Each of these can be killed at any moment and done again. A bin is never written over: a run that has
-it open goes on reading the old file.
+Preparing means: make the bins that are missing in unfinished/ (`BinWriter`), while what was finished before stays as it
+is; when all are there, put them in place (`put_together`), by renames alone: the old bins get the names of their keys,
+then all bins that are asked for get numbers. Each of these can be killed at any moment. Whatever command comes next
+puts in place what was ready, so the folder goes from one finished state to the next. A bin is never written over: a run
+that has it open goes on reading the old file.
 """
 
 import contextlib
@@ -32,6 +36,7 @@ from minillm.base import files, json_door
 from minillm.base.contents import Contents
 from minillm.base.errors import UserError
 from minillm.datasets.token_bins import MOST_META_BYTES
+from minillm.tokenizer.folder_files import COMPANIONS
 from minillm.tokenizer.tokenizer import Tokenizer
 
 SPLITS = ("train", "val")
@@ -41,6 +46,7 @@ SHA256 = {BIN: "sha256", SIZES: "sizes_sha256"}  # in a record, whose bins may b
 FIRST_BAD = 5  # bad lines quoted of each file, and of all
 NUMBERED = re.compile(r"(train|val)-\d{5}\.(bin|sizes)")
 BY_KEY = re.compile(r"[0-9a-f]{32}-\d+\.(json|(train|val)\.(bin|sizes))")  # names in unfinished/
+TOKENIZER = re.compile("|".join(map(re.escape, ("tokenizer.model", "tokenizer.vocab", *COMPANIONS))))
 
 
 def read_json(file: Path) -> dict:
@@ -184,104 +190,146 @@ def _naming_full_disk(path: Path, size: int) -> Iterator[None]:
 class BinFolder:
     """The folder `out`, finished or not."""
 
-    def __init__(self, out: Path):
-        """Raises UserError if `out` has bins or a model that were made elsewhere."""
+    def __init__(self, out: Path, tokenizer_sha256: str):
+        """Open it, or make it; what an earlier preparation was stopped from putting in place is put there first.
+
+        Nothing that is finished is changed until `put_together`. tokenizer_sha256: of the tokenizer to be taken, "" if
+        it is to be learnt. Raises UserError if `out` has bins, a model or another tokenizer that were made elsewhere.
+        """
         self.out = out
         self.unfinished = out / "unfinished"
+        self.new_tokenizer = self.unfinished / "tokenizer"
         files.refuse_link(self.unfinished)
-        meta_file = out / "meta.json"
+        files.refuse_link(self.new_tokenizer)
         is_earlier_version = (out / "parts.json").exists()
-        self.is_ours = "bins" in read_json(meta_file) or self.unfinished.exists() or is_earlier_version
-        if self.is_ours:
-            return
+        is_ours = "bins" in read_json(out / "meta.json") or self.unfinished.exists() or is_earlier_version
+        if not is_ours:
+            self._refuse_what_is_there(tokenizer_sha256)
+
+        files.own_folder(self.unfinished)
+        self._put_in_place()
+        self.finished = _records_in(out / "meta.json")  # of the bins that have numbers
+        if (out / "meta.json").exists() and not self.finished:
+            print(f"{out}: meta.json is damaged or of an earlier version, so everything is tokenized again")
+        _delete(TOKENIZER, self.new_tokenizer)
+        files.own_folder(self.new_tokenizer)
+
+    def _refuse_what_is_there(self, tokenizer_sha256: str) -> None:
+        """Raises UserError for bins, a model or another tokenizer in the folder."""
         bins = self._numbered_bins()
         if bins:
             raise UserError(
-                f"{bins[0]}: no meta.json tells what it was made from; choose another --out or delete {out}"
+                f"{bins[0]}: no meta.json tells what it was made from; choose another --out or delete {self.out}"
             )
-        for file in (meta_file, out / "config.json"):
-            if file.exists():
-                raise UserError(f"{file}: was not written by a preparation; choose another --out")
-
-    def refuse_other_tokenizer(self, sha256: str) -> None:
-        """Raises UserError for a tokenizer in the folder that is not this one and that no preparation put there."""
+        for name in ("meta.json", "config.json"):
+            if (self.out / name).exists():
+                raise UserError(f"{self.out / name}: was not written by a preparation; choose another --out")
         there = [self.out / name for name in ("tokenizer.model", "tokenizer.json") if (self.out / name).exists()]
-        if there and not self.is_ours and files.sha256(there[0]) != sha256:
+        if there and files.sha256(there[0]) != tokenizer_sha256:
             raise UserError(f"{there[0]}: another tokenizer, which would be overwritten; choose another --out")
 
     def finished_records(self, groups: list[Group], token_bytes: int) -> list[dict] | None:
         """The record of each group if the folder is finished, and of just these groups; else None."""
-        records = _records_in(self.out / "meta.json")
-        if [record["key"] for record in records] != [group.key for group in groups]:
+        if [record["key"] for record in self.finished] != [group.key for group in groups]:
             return None
-
-        def numbered(record: dict, split: str, kind: str) -> Path:
-            return (self.out / record[split]["name"]).with_suffix(kind)
-
-        return records if all(_check_bins(records, numbered, token_bytes)) else None
-
-    def take_apart(self) -> None:
-        """Name all bins by their keys. From now on the folder is not finished, and its bins are known to be ours."""
-        files.own_folder(self.unfinished)
-        self.is_ours = True
-        numbers = self.unfinished / "meta.json"
-        if (self.out / "meta.json").exists():
-            (self.out / "meta.json").replace(numbers)
-        if numbers.exists() and not _records_in(numbers):
-            print(f"{self.out}: meta.json is damaged or of an earlier version, so everything is tokenized again")
-        for record in _records_in(numbers):
-            for split, kind, name in _files_of(record):
-                if (self.out / name).exists():
-                    (self.out / name).replace(bin_path(self.unfinished, record["key"], split, kind))
-            write_json(self.unfinished / f"{record['key']}.json", record)
-        for path in (*self._numbered_bins(), self.out / "parts.json", numbers):  # parts.json: of an earlier version
-            path.unlink(missing_ok=True)
+        return self.finished if all(_check_bins(self.finished, self._numbered, token_bytes)) else None
 
     def whole_records(self, groups: list[Group], token_bytes: int) -> dict[str, dict]:
-        """Key → record of those groups whose bins are there and whole, once the folder is taken apart."""
-        records = [read_record(read_json(self.unfinished / f"{group.key}.json")) for group in groups]
-        records = [record for record, group in zip(records, groups, strict=True) if record.get("key") == group.key]
+        """Key → record of those groups whose bins are there and whole, with a number or without."""
+        keys = {group.key for group in groups}
+        numbered = [record for record in self.finished if record["key"] in keys]
+        checks = _check_bins(numbered, self._numbered, token_bytes)
+        whole = {record["key"]: record for record, is_whole in zip(numbered, checks, strict=True) if is_whole}
+        for path in self.unfinished.glob("*"):
+            if BY_KEY.fullmatch(path.name) and path.name.partition(".")[0] in whole:
+                files.discard(path)  # the numbered bins are taken, not these
 
-        def named_by_key(record: dict, split: str, kind: str) -> Path:
-            return bin_path(self.unfinished, record["key"], split, kind)
-
-        checks = _check_bins(records, named_by_key, token_bytes)
-        return {record["key"]: record for record, is_whole in zip(records, checks, strict=True) if is_whole}
-
-    def has_record(self, group: Group) -> bool:
-        """Whether the group's bins were made once, whole or not by now, once the folder is taken apart."""
-        return (self.unfinished / f"{group.key}.json").exists()
+        new = [read_record(read_json(self.unfinished / f"{key}.json")) for key in keys - whole.keys()]
+        new = [record for record in new if record.get("key") in keys - whole.keys()]
+        checks = _check_bins(new, self._named_by_key, token_bytes)
+        return whole | {record["key"]: record for record, is_whole in zip(new, checks, strict=True) if is_whole}
 
     def earlier_sources(self) -> dict[str, dict]:
-        """File → what its tokens were made from in earlier preparations, once the folder is taken apart."""
+        """File → what its tokens were made from in earlier preparations."""
+        records = [read_record(read_json(path)) for path in sorted(self.unfinished.glob("*-*.json"))]
         sources = {}
-        for path in sorted(self.unfinished.glob("*-*.json")):
-            record = read_record(read_json(path))
+        for record in (*records, *self.finished):
             for source in record.get("sources", []):
                 sources[source["file"]] = source | {"tokenizer": record["tokenizer"]}
         return sources
 
+    def earlier_keys(self) -> set[str]:
+        """The keys of bins that were made once, whole or not by now."""
+        return {path.stem for path in self.unfinished.glob("*-*.json")} | {record["key"] for record in self.finished}
+
     def put_together(self, meta: dict) -> None:
-        """Number the bins as `meta` (of `meta_of`) says; then meta.json marks the folder as finished."""
-        write_json(self.unfinished / "meta.json", meta)
-        for record in meta["bins"]:
-            for split, kind, name in _files_of(record):
-                bin_path(self.unfinished, record["key"], split, kind).replace(self.out / name)
-        files.sync(self.out)
-        (self.unfinished / "meta.json").replace(self.out / "meta.json")
-        files.sync(self.out)
+        """Finish the folder as `meta` (of `meta_of`) says, whose bins and tokenizer are whole."""
+        write_json(self.unfinished / "next.meta.json", meta)
+        self._put_in_place()
         self.clean()
 
+    def _put_in_place(self) -> None:
+        """Put in place what is ready, if anything is; killed at any moment, this goes on where it stopped."""
+        next_meta = self.unfinished / "next.meta.json"
+        last_meta = self.unfinished / "meta.json"
+        records = _records_in(next_meta)
+
+        # The old bins lose their numbers. Without meta.json the folder is not finished.
+        if records and (self.out / "meta.json").exists():
+            (self.out / "meta.json").replace(last_meta)
+        for record in _records_in(last_meta):
+            for split, kind, name in _files_of(record):
+                by_key = self._named_by_key(record, split, kind)
+                if (self.out / name).exists() and not by_key.exists():  # a damaged bin was made again
+                    (self.out / name).replace(by_key)
+        last_meta.unlink(missing_ok=True)
+        if not records:
+            return
+
+        # The new tokenizer, the new numbers, and meta.json last.
+        Tokenizer.load(self.new_tokenizer).save(self.out)
+        readable = self.new_tokenizer / "tokenizer.vocab"
+        if readable.exists():  # it was learnt
+            readable.replace(self.out / readable.name)
+        for record in records:
+            for split, kind, name in _files_of(record):
+                by_key = self._named_by_key(record, split, kind)
+                if by_key.exists():
+                    by_key.replace(self.out / name)
+        files.sync(self.out)
+        next_meta.replace(self.out / "meta.json")
+        files.sync(self.out)
+
     def clean(self) -> None:
-        """Delete what is left over: bins that are no longer asked for. What else lies there is not ours."""
-        for path in self.unfinished.glob("*"):
-            if BY_KEY.fullmatch(path.name) or files.SCRATCH.fullmatch(path.name):
-                files.discard(path)
-        with contextlib.suppress(OSError):
-            self.unfinished.rmdir()
+        """Delete what is left over, once the folder is finished: bins that are no longer asked for, and the like.
+
+        What has no name of ours stays.
+        """
+        asked_for = {name for record in _records_in(self.out / "meta.json") for _, _, name in _files_of(record)}
+        for path in self._numbered_bins():
+            if path.name not in asked_for:
+                path.unlink()
+        (self.out / "parts.json").unlink(missing_ok=True)  # of an earlier version
+        _delete(TOKENIZER, self.new_tokenizer)
+        _delete(BY_KEY, self.unfinished)
+
+    def _numbered(self, record: dict, split: str, kind: str) -> Path:
+        return (self.out / record[split]["name"]).with_suffix(kind)
+
+    def _named_by_key(self, record: dict, split: str, kind: str) -> Path:
+        return bin_path(self.unfinished, record["key"], split, kind)
 
     def _numbered_bins(self) -> list[Path]:
         return sorted(path for path in self.out.iterdir() if NUMBERED.fullmatch(path.name))
+
+
+def _delete(names: re.Pattern, folder: Path) -> None:
+    """Delete the files of these names in a folder, what was being written there, and the folder if it is then empty."""
+    for path in folder.glob("*"):
+        if names.fullmatch(path.name) or files.SCRATCH.fullmatch(path.name):
+            files.discard(path)
+    with contextlib.suppress(OSError):
+        folder.rmdir()
 
 
 def _files_of(record: dict) -> Iterator[tuple[str, str, str]]:

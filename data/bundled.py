@@ -172,7 +172,7 @@ def build(folder: str | Path = FOLDER) -> None:
 
         # An older corpus goes, and first of all the file that says that it is whole. Other files stay.
         bins = [path.name for path in folder.iterdir() if NUMBERED.fullmatch(path.name)]
-        for name in (*FILES, "tokenizer.model", "tokenizer.json", *bins):
+        for name in (*FILES, "tokenizer.model", "tokenizer.json", "unfinished/next.meta.json", *bins):
             (folder / name).unlink(missing_ok=True)
 
         # Texts with their bits, then instructions, requests and preferences.

@@ -45,10 +45,8 @@ def learnt_tokenizer(folder: BinFolder, size: int, sources: list[Source], learnt
     if meta.get("learnt_from") == learnt_from and holds(out, meta.get("tokenizer_sha256")):
         return Tokenizer.load(out)
     print(f"{out}: learning a tokenizer of {size:,} pieces", flush=True)
-    folder.refuse_other_tokenizer("")
-    folder.take_apart()  # a meta.json would not fit the new tokenizer
     how = {"sample_bytes": TOKENIZER_SAMPLE, "option": "--train_tokenizer"}
-    tokenizer = train.train_tokenizer(_sample(sources), size, out, **how)
+    tokenizer = train.train_tokenizer(_sample(sources), size, folder.new_tokenizer, **how)
     check_unchanged(sources)
     return tokenizer
 

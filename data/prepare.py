@@ -99,7 +99,7 @@ def prepare(
     lock = RunLock(out)
     try:
         run_folder.clean_stale(out)
-        bin_folder = BinFolder(out)
+        bin_folder = BinFolder(out, given.sha256 if given else "")
         sources = read_sources(files, options, n_train if val_inputs else None)
 
         # Which documents are for validation: a share of all, or those of files of their own, without copies elsewhere.
@@ -126,6 +126,10 @@ def prepare(
         }
         groups = [*grouped(sources[:n_train], tokenizer), *grouped(sources[n_train:], tokenizer)]
         return _make(bin_folder, groups, tokenizer, about, workers or _cores())
+    except (UserError, KeyboardInterrupt):
+        if (out / "meta.json").exists():
+            print(f"{out}: what was finished there before stays as it was")
+        raise
     except OSError as error:
         raise UserError(f"{error.filename or out}: {error.strerror}; fix that and run the same command again") from None
     finally:
@@ -169,10 +173,8 @@ def _make(folder: BinFolder, groups: list[Group], tokenizer: Tokenizer, about: d
     if found := control_texts(tokenizer, _first_texts(sources)):
         print(f"the first documents hold the text of control pieces, encoded as letters like any other text: {found}")
 
-    # Keep what is there of the bins, make the others, number them all.
-    folder.refuse_other_tokenizer(tokenizer.sha256)
-    folder.take_apart()
-    tokenizer.save(folder.out)
+    # Keep what is there of the bins and make the others. Only then is anything changed that was finished before.
+    tokenizer.save(folder.new_tokenizer)
     whole = folder.whole_records(groups, tokenizer.id_dtype.itemsize)
     missing = [group for group in groups if group.key not in whole]
     _explain(folder, groups, missing, tokenizer)
@@ -188,12 +190,13 @@ def _explain(folder: BinFolder, groups: list[Group], missing: list[Group], token
     earlier = folder.earlier_sources()
     if not earlier:
         return
+    made_once = folder.earlier_keys()
     files_of: dict[str, list[str]] = {}  # reason → files
     for group in missing:
         for source in group.sources:
             reason = _reason(source, earlier.get(source.name), tokenizer)
             if not reason:
-                reason = "damaged or lost" if folder.has_record(group) else "in one bin with a file that changed"
+                reason = "damaged or lost" if group.key in made_once else "in one bin with a file that changed"
             files_of.setdefault(reason, []).append(source.name)
     files = [source.name for group in groups for source in group.sources]
     gone = sorted(earlier.keys() - set(files))

@@ -111,14 +111,14 @@ class Piece(NamedTuple):
 def tokenize(groups: list[Group], folder: BinFolder, tokenizer: Tokenizer, workers: int) -> dict[str, dict]:
     """Make the bins of these groups; returns key → record. Raises UserError, e.g. for a bad line.
 
-    The folder holds the tokenizer, which worker processes load from there.
+    The folder holds it as the new tokenizer, which worker processes load from there.
     """
     # Processes, where there is enough to do; else this one, with the tokenizer's own threads.
     sources = [source for group in groups for source in group.sources]
     pool = None
     if workers > 1 and sum(source.text_size for source in sources) >= POOL_FROM:
         spawn = multiprocessing.get_context("spawn")
-        pool = ProcessPoolExecutor(workers, spawn, initializer=_start_worker, initargs=(folder.out,))
+        pool = ProcessPoolExecutor(workers, spawn, initializer=_start_worker, initargs=(folder.new_tokenizer,))
 
     n_bytes = sum(source.size for source in sources)
     bar = tqdm(total=n_bytes, unit="B", unit_scale=True, desc="tokenizing", mininterval=0.5)

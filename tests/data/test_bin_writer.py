@@ -1,13 +1,14 @@
 """Preparing again: only what changed is tokenized, damage is found, and the result is that of a fresh folder."""
 
 import contextlib
+import itertools
 import json
 import shutil
 from pathlib import Path
 
 import pytest
 
-from data import bin_writer, sources, tokenize_files
+from data import bin_writer, choose_tokenizer, sources, tokenize_files
 from data import prepare as prepare_module
 from data.prepare import prepare
 from data.sources import checksum
@@ -245,19 +246,107 @@ def test_a_learnt_tokenizer_is_learnt_again_only_from_other_text(texts, tok, tmp
     assert contents(tmp_path / "out") == contents(tmp_path / "fresh")
 
 
+# ---- what was finished before, when a later command does not come to its end
+
+
+def everything(out: Path) -> dict[str, bytes]:
+    """All that is in a folder, besides what is not finished."""
+    return {path.name: path.read_bytes() for path in out.iterdir() if path.is_file() and path.name != "lock"}
+
+
+@pytest.fixture(scope="module")
+def other_tok(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("other")
+    train_tokenizer(["two three apple 世界 documents, one File"] * 20, 371, folder)
+    return folder
+
+
+BROKEN = {  # a command that fails → its options
+    "a bad line": {},
+    "a bad line under another tokenizer": {"tokenizer": "other"},
+    "a missing field": {"field": "body"},
+    "a vocabulary too large for the text": {"tokenizer": None, "train_tokenizer": 5000, "on_bad_line": "skip"},
+    "a bad line after a tokenizer was learnt": {"tokenizer": None, "train_tokenizer": 380},
+    "an empty file for validation": {"val_fraction": 0, "val_inputs": "empty"},
+    "Ctrl-C": {"tokenizer": "other", "on_bad_line": "skip"},
+}
+
+
+@pytest.mark.parametrize("how", BROKEN)
+def test_a_command_that_fails_leaves_what_was_finished(
+    texts, tok, other_tok, out, tmp_path, monkeypatch, seen, capsys, how
+):
+    for i in (1, 2, 3, 8, 9):
+        (texts / f"{i}.jsonl").unlink()
+    prepare([texts], out, tokenizer=tok, **OPTIONS)
+    before = everything(out)
+    text = (texts / "6.jsonl").read_text(encoding="utf-8")
+    (texts / "6.jsonl").write_text(text + "{\n", encoding="utf-8")
+    (tmp_path / "empty.jsonl").write_text('{"text": ""}\n')
+    if how == "Ctrl-C":
+        encode = tokenize_files.encode_piece
+        calls = itertools.count()
+        monkeypatch.setattr(
+            tokenize_files, "encode_piece", lambda *rest: interrupt() if next(calls) == 15 else encode(*rest)
+        )
+    if how == "a bad line after a tokenizer was learnt":
+        monkeypatch.setattr(choose_tokenizer, "_sample", lambda sources: ["apple 世界, File 1 document one"] * 99)
+    options = OPTIONS | {"tokenizer": tok} | BROKEN[how]
+    options["tokenizer"] = other_tok if options["tokenizer"] == "other" else options["tokenizer"]
+    options |= {"val_inputs": [tmp_path / "empty.jsonl"]} if "val_inputs" in options else {}
+    with pytest.raises(KeyboardInterrupt if how == "Ctrl-C" else UserError):
+        prepare([texts], out, **options)
+    said = capsys.readouterr().out
+    assert {name: data for name, data in everything(out).items() if name in before} == before
+    for split in ("train", "val"):
+        TokenBins(out, split).check_tokenizer(Tokenizer.load(out))
+    assert "what was finished there before stays as it was" in said
+
+    # the earlier command has nothing to do, or goes on with what is there
+    (texts / "6.jsonl").write_text(text, encoding="utf-8")
+    seen.take()
+    prepare([texts], out, tokenizer=tok, **OPTIONS)
+    assert not seen.take() and {name: everything(out)[name] for name in before} == before
+    assert not (out / "unfinished").exists()
+
+
+def interrupt() -> None:
+    raise KeyboardInterrupt
+
+
+def test_a_torn_bin_does_not_take_the_place_of_a_whole_one(texts, tok, out, monkeypatch):
+    """A damaged bin is made again, this stops on the way, and then the bin comes back from a copy."""
+    before = contents(out)
+    damaged = out / "train-00004.bin"
+    whole = damaged.read_bytes()
+    damaged.write_bytes(whole[:-2])
+    with monkeypatch.context() as meanwhile:
+        meanwhile.setattr(bin_writer.BinWriter, "finish", lambda self: interrupt())
+        with pytest.raises(KeyboardInterrupt):
+            prepare([texts], out, tokenizer=tok, **OPTIONS)
+    assert list((out / "unfinished").glob("*.train.bin"))
+    damaged.write_bytes(whole)
+    write(texts / "z.jsonl", ["File z, new"] * 30)
+    prepare([texts], out, tokenizer=tok, **OPTIONS)
+    assert contents(out)[damaged.name] == before[damaged.name] and contents(out) == fresh(texts, tok)
+
+
 class Killed(BaseException):
     pass
 
 
-def test_killed_anywhere_while_redoing_it_goes_on(texts, tok, out, monkeypatch, seen):
-    """It dies before the n-th change to the disk, for every n; no folder that looks finished is anything but whole."""
+@pytest.mark.parametrize("change", ["text", "tokenizer"])
+def test_killed_anywhere_while_redoing_it_goes_on(texts, tok, other_tok, out, monkeypatch, seen, change):
+    """It dies before the n-th change to the disk, for every n; what is there then is the one or the other, whole."""
     for i in (0, 1, 2, 3, 8, 9):  # of ten files it would take long
         (texts / f"{i}.jsonl").unlink()
     prepare([texts], out, tokenizer=tok, **OPTIONS)
     before = contents(out)
     shutil.copytree(out, texts.parent / "start")
-    write(texts / "4.jsonl", ["File 4, changed: apple " * 3] * 9)
-    expected = fresh(texts, tok)
+    new_tok = tok if change == "text" else other_tok
+    if change == "text":
+        write(texts / "4.jsonl", ["File 4, changed: apple " * 3] * 9)
+    expected = fresh(texts, new_tok)
     monkeypatch.setattr(files_module, "sync", lambda path: None)
     left = [0]
 
@@ -272,23 +361,35 @@ def test_killed_anywhere_while_redoing_it_goes_on(texts, tok, out, monkeypatch, 
 
     for name in ("replace", "unlink", "mkdir", "rmdir"):
         monkeypatch.setattr(Path, name, dying(getattr(Path, name)))
+    n_between = 0  # times that it died where nothing was finished
     for n in range(1, 1000):
         left[0] = 0  # a live process again
         shutil.rmtree(out)
         shutil.copytree(texts.parent / "start", out)
         left[0] = n
         try:
-            prepare([texts], out, tokenizer=tok, **OPTIONS)
+            prepare([texts], out, tokenizer=new_tok, **OPTIONS)
         except Killed:
             left[0] = 0
             if (out / "meta.json").exists():
                 looks = {path.name: path.read_bytes() for path in out.glob("*.bin")}
                 whole = before if json.loads((out / "meta.json").read_text()) == before["meta.json"] else expected
-                assert looks == {name: data for name, data in whole.items() if name.endswith(".bin")}
-            prepare([texts], out, tokenizer=tok, **OPTIONS)
+                assert {name: looks[name] for name in whole if name.endswith(".bin")} == {
+                    name: data for name, data in whole.items() if name.endswith(".bin")
+                }
+                TokenBins(out, "train").check_tokenizer(Tokenizer.load(out))
+            else:
+                n_between += 1
+
+            # a command that fails leaves the folder finished, whatever the killed one was about
+            with pytest.raises(UserError, match="key 'body' is missing"):
+                prepare([texts], out, tokenizer=tok, field="body", **OPTIONS)
+            assert contents(out) in (before, expected), n
+            TokenBins(out, "train").check_tokenizer(Tokenizer.load(out))
+            prepare([texts], out, tokenizer=new_tok, **OPTIONS)
             assert contents(out) == expected and not (out / "unfinished").exists(), n
         else:
-            assert n > 20
+            assert n > 20 and n_between > 5
             return
 
 
