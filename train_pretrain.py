@@ -1,12 +1,13 @@
 """Pretrain a language model, from scratch or starting from another.
 
     python train_pretrain.py                                        the bundled corpus, a tiny model, minutes
-    python train_pretrain.py --data data/mine --preset 124m --out out/mine
-    torchrun --nproc_per_node 8 train_pretrain.py --data data/mine --preset 1b --batch_size 512 --micro_batch_size 8
+    python train_pretrain.py --data data/mine --preset 124m --seq_len 1024 --batch_size 512 --steps 4700 --out out/mine
+    torchrun --nproc_per_node 8 train_pretrain.py --data data/mine --preset 1b --seq_len 2048 --batch_size 512 \\
+        --micro_batch_size 8 --steps 21000 --out out/1b
     python train_pretrain.py --data data/mine --init_from DIR --tune freeze --train_layers embed,head --out out/stage1
 
-Run the same command again to go on where it stopped. Read from top to bottom: configuration, data, model,
-optimizer, the loop.
+Rows, batch and steps do not follow the preset: `python -m minillm plan --preset 124m --gpus 1` proposes them. Run the
+same command again to go on where it stopped. Read from top to bottom: configuration, data, model, optimizer, the loop.
 """
 
 import dataclasses
@@ -33,6 +34,7 @@ from minillm.evaluation.validation import Validation
 from minillm.generation.completion import generate
 from minillm.generation.sampling import Sampling
 from minillm.model import config
+from minillm.model.size import n_parameters
 from minillm.model.transformer import Transformer
 from minillm.tokenizer.sentencepiece_model import SentencePieceModel
 from minillm.tokenizer.tokenizer import Tokenizer
@@ -145,6 +147,8 @@ def main() -> int:
             run.say(note)
     if validation.no_bytes:
         run.say(f"no bits per byte: {validation.no_bytes}")
+    for line in too_little(training_config, model_config):
+        run.say(line)
 
     # the model: resumed, started from another, or new
     finish_kernel_check()
@@ -267,6 +271,25 @@ def notes(tokenizer: Tokenizer, model_config: config.ModelConfig, data: Path) ->
         lines.append(
             "--qkv_bias true: the checkpoints are Qwen2's for others, and transformers' AutoTokenizer cuts texts as "
             "Qwen2 does, whatever the folder says; load the tokenizer by PreTrainedTokenizerFast"
+        )
+    return lines
+
+
+def too_little(training_config: Config, model_config: config.ModelConfig) -> list[str]:
+    """A line for each default, made for the smallest preset, that is far too little for this model: rows, steps.
+
+    A length that was given is taken as it is meant.
+    """
+    lines = []
+    seq_len, steps = training_config.seq_len, training_config.steps
+    shortest = model_config.max_seq_len / 8
+    if seq_len == Config.seq_len and seq_len <= shortest:
+        lines.append(f"rows of {seq_len} tokens teach little of a context of {model_config.max_seq_len:,}: --seq_len")
+    a_parameter = steps * training_config.batch_size * seq_len / n_parameters(model_config)
+    if steps == Config.steps and training_config.init_from is None and a_parameter < 1:
+        lines.append(
+            f"{a_parameter:.2g} tokens a parameter, where 20 are usual (Hoffmann et al. 2022): see "
+            f"--steps and --batch_size; python -m minillm plan --preset {training_config.preset} proposes both"
         )
     return lines
 

@@ -21,13 +21,13 @@ from minillm.base.options import declared
 from minillm.datasets.token_bins import TokenBins
 from minillm.datasets.windows import TokenWindows
 from minillm.distributed.ranks import Ranks
-from minillm.model.config import ModelConfig
+from minillm.model.config import ModelConfig, preset
 from minillm.model.transformer import Transformer
 from minillm.tokenizer.tokenizer import Tokenizer
 from minillm.training import starting_model
 from minillm.training.step import seed_step
 from tests import launch
-from train_pretrain import Config, notes, open_windows
+from train_pretrain import Config, notes, open_windows, too_little
 
 OPTIONS = f"{launch.SMALL} --micro_batch_size 2"
 
@@ -556,3 +556,18 @@ def test_torchrun_told_to_end_leaves_one_whole_checkpoint_and_the_rerun_goes_on(
     assert list(losses) == list(range(1, step + 3))
     shared = {number: loss for number, loss in losses.items() if number in straight}
     assert shared == pytest.approx({number: straight[number] for number in shared}, abs=1e-5)
+
+
+def test_defaults_that_are_too_little_for_a_model_are_said():
+    """Those of the smallest preset; what was given is meant so, and a model to go on from has learnt already."""
+
+    def lines(name, max_seq_len, **given):
+        shape = preset(name, vocab_size=2048, max_seq_len=max_seq_len)
+        return too_little(Config(preset=name, **given), shape)
+
+    assert lines("tiny", 512) == []
+    rows, steps = lines("124m", 1024)
+    assert "rows of 128 tokens" in rows and steps.startswith("0.036 tokens a parameter")  # 1500·16·128 of 86.5 M
+    assert "plan --preset 124m" in steps
+    assert lines("124m", 1024, seq_len=1024, steps=10) == [] == lines("124m", 512, batch_size=512)
+    assert lines("124m", 1024, init_from="DIR") == [rows]
