@@ -34,12 +34,11 @@ from minillm.evaluation.validation import Validation
 from minillm.generation.completion import generate
 from minillm.generation.sampling import Sampling
 from minillm.model import config
-from minillm.model.size import n_parameters
 from minillm.model.transformer import Transformer
 from minillm.tokenizer.sentencepiece_model import SentencePieceModel
 from minillm.tokenizer.tokenizer import Tokenizer
 from minillm.training import resuming, sharding, starting_model
-from minillm.training.config import TrainingConfig, summary
+from minillm.training.config import TrainingConfig, summary, too_little
 from minillm.training.optim import optimizers_of
 from minillm.training.run import Run, begin, run_training
 from minillm.training.schedule import Schedule
@@ -137,7 +136,7 @@ def main() -> int:
     # a run that began before bos was left out of the loss goes on as it began
     windows.bos_is_target = run.saved.get("bos_is_target", run.start_step > 0)
     run.facts["bos_is_target"] = windows.bos_is_target
-    run.say(summary(training_config))
+    run.say("\n".join([summary(training_config), *too_little(training_config, model_config)]))
     if decay_windows is not None:
         decay_windows.bos_is_target = windows.bos_is_target
         begins = Schedule.of(training_config).decay_begins
@@ -147,8 +146,6 @@ def main() -> int:
             run.say(note)
     if validation.no_bytes:
         run.say(f"no bits per byte: {validation.no_bytes}")
-    for line in too_little(training_config, model_config):
-        run.say(line)
 
     # the model: resumed, started from another, or new
     finish_kernel_check()
@@ -271,25 +268,6 @@ def notes(tokenizer: Tokenizer, model_config: config.ModelConfig, data: Path) ->
         lines.append(
             "--qkv_bias true: the checkpoints are Qwen2's for others, and transformers' AutoTokenizer cuts texts as "
             "Qwen2 does, whatever the folder says; load the tokenizer by PreTrainedTokenizerFast"
-        )
-    return lines
-
-
-def too_little(training_config: Config, model_config: config.ModelConfig) -> list[str]:
-    """A line for each default, made for the smallest preset, that is far too little for this model: rows, steps.
-
-    A length that was given is taken as it is meant.
-    """
-    lines = []
-    seq_len, steps = training_config.seq_len, training_config.steps
-    shortest = model_config.max_seq_len / 8
-    if seq_len == Config.seq_len and seq_len <= shortest:
-        lines.append(f"rows of {seq_len} tokens teach little of a context of {model_config.max_seq_len:,}: --seq_len")
-    a_parameter = steps * training_config.batch_size * seq_len / n_parameters(model_config)
-    if steps == Config.steps and training_config.init_from is None and a_parameter < 1:
-        lines.append(
-            f"{a_parameter:.2g} tokens a parameter, where 20 are usual (Hoffmann et al. 2022): see "
-            f"--steps and --batch_size; python -m minillm plan --preset {training_config.preset} proposes both"
         )
     return lines
 

@@ -25,9 +25,10 @@ from minillm.model.config import ModelConfig, preset
 from minillm.model.transformer import Transformer
 from minillm.tokenizer.tokenizer import Tokenizer
 from minillm.training import starting_model
+from minillm.training.config import too_little
 from minillm.training.step import seed_step
 from tests import launch
-from train_pretrain import Config, notes, open_windows, too_little
+from train_pretrain import Config, notes, open_windows
 
 OPTIONS = f"{launch.SMALL} --micro_batch_size 2"
 

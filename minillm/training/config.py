@@ -9,6 +9,8 @@ from pathlib import Path
 from data import bundled
 from minillm.base.errors import UserError
 from minillm.base.options import Options, differences, option
+from minillm.model.config import ModelConfig
+from minillm.model.size import n_parameters
 from minillm.training.optim import OPTIMIZERS
 
 
@@ -225,5 +227,24 @@ def _parts_that_never_come(cfg: TrainingConfig) -> list[str]:
     if cfg.schedule == "wsd" and cfg.decay_share and round(cfg.decay_share * steps) == 0:
         lines.append(
             f"--decay_share {cfg.decay_share:g}: rounds to none of {steps} steps; the learning rate never falls"
+        )
+    return lines
+
+
+def too_little(cfg: TrainingConfig, model_config: ModelConfig) -> list[str]:
+    """A line for each default of pretraining, made for the smallest preset, that is far too little for this model.
+
+    A length that was given is taken as it is meant.
+    """
+    lines = []
+    seq_len, steps = cfg.seq_len, cfg.steps
+    shortest = model_config.max_seq_len / 8
+    if seq_len == TrainingConfig.seq_len and seq_len <= shortest:
+        lines.append(f"rows of {seq_len} tokens teach little of a context of {model_config.max_seq_len:,}: --seq_len")
+    a_parameter = steps * cfg.batch_size * seq_len / n_parameters(model_config)
+    if steps == TrainingConfig.steps and cfg.init_from is None and a_parameter < 1:
+        lines.append(
+            f"{a_parameter:.2g} tokens a parameter, where 20 are usual (Hoffmann et al. 2022): see "
+            f"--steps and --batch_size; python -m minillm plan --preset {cfg.preset} proposes both"
         )
     return lines
