@@ -274,6 +274,11 @@ def tokens_of(config: Config, step: Step) -> int:
     return config.tokens or TOKENS_PER_PARAMETER * n_parameters(step.shape)
 
 
+def steps_of(config: Config, step: Step) -> int:
+    """Steps of the whole run, the last one counted in full."""
+    return math.ceil(tokens_of(config, step) / step.n_tokens)
+
+
 def print_question(config: Config, step: Step, gpu: Gpu, efficiency: float) -> None:
     """What is planned, and on what assumptions."""
     n = n_parameters(step.shape)
@@ -288,7 +293,7 @@ def print_question(config: Config, step: Step, gpu: Gpu, efficiency: float) -> N
 
     tokens = tokens_of(config, step)
     a_step = f"{step.batch_size:,} × {step.seq_len:,} = {step.n_tokens:,} tokens a step"
-    print(f"{a_step}; {tokens / 1e9:,.1f} G tokens are {tokens / step.n_tokens:,.0f} steps")
+    print(f"{a_step}; {tokens / 1e9:,.1f} G tokens are {steps_of(config, step):,} steps")
 
 
 HEADINGS = {  # and the width of each column
@@ -314,7 +319,7 @@ def start_command(work: Work, config: Config, step: Step) -> str:
         "seq_len": step.seq_len,
         "batch_size": step.batch_size,
         "micro_batch_size": work.rows,
-        "steps": math.ceil(tokens_of(config, step) / step.n_tokens),
+        "steps": steps_of(config, step),
         "optimizer": config.optimizer,
         "shard": layout.shard,
         "context_parallel": layout.cp,

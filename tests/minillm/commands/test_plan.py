@@ -115,6 +115,7 @@ def test_the_command_it_tells_trains_in_the_first_layout(call, more, launcher):
     words = table(out)[0]
     assert (str(asked.micro_batch_size), "yes" if asked.checkpoint_activations else "no") == (words[7], words[8])
     assert asked.steps == math.ceil(20 * 8_030_261_248 / (asked.batch_size * 8192))
+    assert f"G tokens are {asked.steps:,} steps\n" in out
     assert asked.diloco_steps == (50 if "--diloco_steps" in more else 0)
 
 
