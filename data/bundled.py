@@ -47,7 +47,7 @@ SIZES = {
     "train_bytes": 10_000_000,
     "val_documents": 2_000,
     "sft_train": 50_000,
-    "sft_heldout": 960,  # 120 of each family
+    "sft_heldout": 960,  # 104 to 123 of each family
     "requests_train": 8_000,
     "requests_heldout": 600,
     "preferences_train": 20_000,
