@@ -255,7 +255,7 @@ def look_back(training_config: Config, run: Run, roles: Roles, judged: Judged, b
             values.append(roles.value(part.x))
     values = torch.cat(values)  # (N, T)
 
-    # ρ_t = −β k_t, and r at the last token, of which an answer that never ended has less
+    # r_t = −β k_t, and the score at the last token, of which an answer that never ended has less
     missing, penalty = training_config.missing_eos, training_config.missing_eos_penalty
     rewards = token_rewards.lowered_if_cut(judged.rewards, judged.rolled.ended, missing, penalty)
     rewards_of_tokens = token_rewards.token_rewards(rewards, kl, mask, beta)

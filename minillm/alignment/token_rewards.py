@@ -2,8 +2,8 @@
 
 An answer is judged as a whole, and its distance from the reference policy costs something at each token:
 
-    reward of token t     ρ_t = −β k_t + [t is the last] r                    (Ziegler et al. 2019; Ouyang et al. 2022)
-    surprise              δ_t = ρ_t + γ V_{t+1} − V_t
+    reward of token t     r_t = −β k_t + [t is the last] score                (Ziegler et al. 2019; Ouyang et al. 2022)
+    surprise              δ_t = r_t + γ V_{t+1} − V_t
     advantage             A_t = δ_t + γλ A_{t+1}                              (GAE: Schulman et al. 2015)
     return                R_t = A_t + V_t                                     what the value model learns
 
@@ -44,7 +44,7 @@ def kl_per_token(log_probs: Tensor, reference: Tensor, mask: Tensor, kind: str =
 
 
 def token_rewards(scores: Tensor, kl: Tensor, mask: Tensor, beta: float) -> Tensor:
-    """ρ (N, T): −β k at each token, and the answer's score r (N,) added at its last one.
+    """r (N, T): −β k at each token, and the answer's score (N,) added at its last one.
 
     The last one is the eos, if the answer ended by itself: it is a token of the answer and is learned as such. (trl's
     later PPO follows OpenAI's code and puts the score one place after the eos.)
@@ -57,7 +57,7 @@ def token_rewards(scores: Tensor, kl: Tensor, mask: Tensor, beta: float) -> Tens
 def advantages(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float = 1.0, lam: float = 0.95) -> Tensor:
     """Generalised advantage estimates A (N, T), not whitened; 0 outside the mask.
 
-    rewards: ρ (N, T). values: V (N, T), of the state before each token. gamma: the discount γ. lam: λ, from 0, where
+    rewards: r (N, T). values: V (N, T), of the state before each token. gamma: the discount γ. lam: λ, from 0, where
     only the next value is trusted, to 1, where only the rewards are (Schulman et al. 2015, equation 16).
     """
     rewards = rewards.masked_fill(~mask, 0.0)
