@@ -31,7 +31,7 @@ class NoNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return x
 
-    def after_adding(self, x: Tensor, delta: Tensor | None) -> tuple[Tensor, Tensor]:
+    def add_and_norm(self, x: Tensor, delta: Tensor | None) -> tuple[Tensor, Tensor]:
         x = x if delta is None else x + delta
         return x, x
 
@@ -39,11 +39,11 @@ class NoNorm(nn.Module):
 def without_residual(norm: nn.Module) -> None:
     """What a part computes takes the place of the stream, and is not added to it."""
 
-    def after_adding(x: Tensor, delta: Tensor | None) -> tuple[Tensor, Tensor]:
+    def add_and_norm(x: Tensor, delta: Tensor | None) -> tuple[Tensor, Tensor]:
         x = x if delta is None else delta
         return x, norm(x)
 
-    norm.after_adding = after_adding
+    norm.add_and_norm = add_and_norm
 
 
 def build(vocab_size: int, part: str, n_layers: int) -> Transformer:
@@ -59,7 +59,7 @@ def build(vocab_size: int, part: str, n_layers: int) -> Transformer:
             layer.input_layernorm = layer.post_attention_layernorm = NoNorm()
     if part == "residual stream":
         for module in model.modules():
-            if hasattr(module, "after_adding"):
+            if hasattr(module, "add_and_norm"):
                 without_residual(module)
     return model
 

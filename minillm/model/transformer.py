@@ -48,7 +48,7 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return ops.rms_norm(x, self.weight, self.eps)
 
-    def after_adding(self, x: Tensor, delta: Tensor | None) -> tuple[Tensor, Tensor]:
+    def add_and_norm(self, x: Tensor, delta: Tensor | None) -> tuple[Tensor, Tensor]:
         """(x + delta, its norm), in one pass over memory where there is a kernel for it. delta None: nothing to add."""
         return (x, self(x)) if delta is None else ops.add_rms_norm(x, delta, self.weight, self.eps)
 
@@ -124,7 +124,7 @@ class Block(nn.Module):
         x = x + attention(norm(x))
         x = x + mlp(norm(x))
 
-    Each addition waits for the next norm, since the two are one op: `after_adding` gives x + delta and the norm of
+    Each addition waits for the next norm, since the two are one op: `add_and_norm` gives x + delta and the norm of
     that. So a layer returns the stream x and what is still to be added to it, and the next layer, or the model's last
     norm, begins with that addition.
     """
@@ -139,11 +139,11 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, delta: Tensor | None, placement: Placement) -> tuple[Tensor, Tensor]:
         """x, delta: (B, T, C), delta not yet added (None: nothing). Returns the next x and delta, of chosen tokens."""
-        x, normed = self.input_layernorm.after_adding(x, delta)
+        x, normed = self.input_layernorm.add_and_norm(x, delta)
         delta = self.dropout(self.self_attn(normed, placement))
         if placement.chosen is not None:
             x = of_tokens(x, placement.chosen)  # (B, n, C)
-        x, normed = self.post_attention_layernorm.after_adding(x, delta)
+        x, normed = self.post_attention_layernorm.add_and_norm(x, delta)
         return x, self.dropout(self.mlp(normed))
 
 
@@ -303,7 +303,7 @@ class Transformer(nn.Module):
                 x, delta = layer(x, delta, placement)
         if cache is not None:
             cache.advance(length)
-        return self.norm.after_adding(x, delta)[1]
+        return self.norm.add_and_norm(x, delta)[1]
 
     def placement(self, length: int, documents: Tensor | None, cache: KVCache | None, dtype: torch.dtype) -> Placement:
         """The places of T tokens a row. dtype: of the states."""
