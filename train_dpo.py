@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from data import bundled
+from data.world.reader import reward
 from minillm.alignment import reference as reference_policy
 from minillm.alignment.log_probs import Policy
 from minillm.alignment.options import ReplayConfig, read_preferences
@@ -38,6 +39,7 @@ from minillm.alignment.preferences.step import (
 )
 from minillm.alignment.reference import Reference
 from minillm.alignment.replay import Replay
+from minillm.base import bundled_files
 from minillm.base.command_line import parse
 from minillm.base.errors import UserError
 from minillm.base.options import option, unused
@@ -67,7 +69,7 @@ class Config(ReplayConfig):
     USUAL_REPLAY_ROWS = 16
 
     data: str = option(
-        f"{bundled.FOLDER}/preferences_train.jsonl",
+        f"{bundled_files.FOLDER}/preferences_train.jsonl",
         "preference file(s), separated by commas: .jsonl .json (.gz) .parquet .csv",
         group="run",
     )
@@ -126,8 +128,8 @@ class Config(ReplayConfig):
     @property
     def held_out_pairs(self) -> str | None:
         """The file(s) of held-out preferences, if there are any."""
-        is_bundled = bundled.is_file(self.data, "preferences_train.jsonl")
-        return self.eval_pairs or (f"{bundled.FOLDER}/preferences_heldout.jsonl" if is_bundled else None)
+        is_bundled = bundled_files.is_file(self.data, "preferences_train.jsonl")
+        return self.eval_pairs or (f"{bundled_files.FOLDER}/preferences_heldout.jsonl" if is_bundled else None)
 
     @property
     def n_models(self) -> tuple[int, int]:
@@ -168,7 +170,7 @@ def main() -> int:
     training_config, start = starting_model.find_start(training_config, ranks, share=1 / 80, adapter_share=1 / 10)
 
     # data: answers to prompts, and which is better
-    if bundled.is_used(training_config.data):
+    if bundled_files.is_used(training_config.data):
         once_a_host(ranks, bundled.build)
     rows = read_rows(training_config, training_config.data, start.tokenizer, training_config.label_noise)
     check_kind(training_config, rows)
@@ -177,7 +179,7 @@ def main() -> int:
     pairs = None
     if training_config.held_out_pairs:
         pairs = read_rows(training_config, training_config.held_out_pairs, start.tokenizer)
-    held_out = HeldOut(training_config, start.tokenizer, pairs)
+    held_out = HeldOut(training_config, start.tokenizer, pairs, reward)
     tasks = tasks_to_ask(training_config, start.tokenizer, start.model_config, ranks)
 
     # the run: its folder, and the checkpoint to go on from

@@ -39,6 +39,7 @@ from minillm.alignment.options import REQUESTS, read_prompts
 from minillm.alignment.policy_loss import Experience, PolicyLoss, Seen, Watched
 from minillm.alignment.replay import Replay
 from minillm.alignment.rewards import Rewards
+from minillm.base import bundled_files
 from minillm.base.command_line import parse
 from minillm.base.options import option
 from minillm.checkpoint.train_state import fingerprint
@@ -89,7 +90,7 @@ def main() -> int:
     # the model to start from, its tokenizer, and the reward
     training_config, start = starting_model.find_start(training_config, ranks, share=1 / 8)
     tokenizer = start.tokenizer
-    if bundled.is_used(training_config.data):
+    if bundled_files.is_used(training_config.data):
         once_a_host(ranks, bundled.build)
     device = sharding.loading_device(training_config, ranks)
     judged_by = (training_config.reward_time_s, device, training_config.template, training_config.room)

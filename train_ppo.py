@@ -34,6 +34,7 @@ from minillm.alignment.replay import Replay
 from minillm.alignment.reward_model import load_reward_model
 from minillm.alignment.rewards import Rewards
 from minillm.alignment.value import start_in_unit, value_loss
+from minillm.base import bundled_files
 from minillm.base.command_line import parse
 from minillm.base.options import option
 from minillm.checkpoint.train_state import fingerprint
@@ -89,7 +90,7 @@ def main() -> int:
     training_config, start = starting_model.find_start(training_config, ranks, share=3 / 40)
     training_config = with_rates(training_config, given_lr)
     tokenizer = start.tokenizer
-    if bundled.is_used(training_config.data):
+    if bundled_files.is_used(training_config.data):
         once_a_host(ranks, bundled.build)
 
     # what answers are worth: as a model has learned it, and in truth

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data import bundled
+from minillm.base import bundled_files
 from minillm.base.command_line import parse
 from minillm.base.errors import UserError
 from minillm.base.options import option, optional_copy, unused
@@ -99,7 +100,7 @@ def main() -> int:
 
     # data: token bins, and the tokenizer beside them
     mixtures = filter(None, (training_config.data, training_config.decay_data))
-    if any(bundled.is_used(path) for mixture in mixtures for path, _ in parse_mixture(mixture)):
+    if any(bundled_files.is_used(path) for mixture in mixtures for path, _ in parse_mixture(mixture)):
         once_a_host(ranks, bundled.build)
     training_config, windows, decay_windows = open_windows(training_config)
     first = windows.sources[0]

@@ -23,6 +23,7 @@ from data import bundled
 from minillm.alignment.options import AlignmentConfig, read_preferences
 from minillm.alignment.pair_scores import early_pair_loss, measures, noise_floor, pair_loss, score_pairs, summary_lines
 from minillm.alignment.reward_model import all_scores, at_last, text_lengths
+from minillm.base import bundled_files
 from minillm.base.command_line import parse
 from minillm.base.errors import UserError
 from minillm.base.options import option, unused
@@ -46,7 +47,7 @@ WHILE_TRAINING = 400  # held-out prompts, at most, that are looked at between st
 @dataclass(frozen=True)
 class Config(AlignmentConfig):
     data: str = option(
-        f"{bundled.FOLDER}/preferences_train.jsonl",
+        f"{bundled_files.FOLDER}/preferences_train.jsonl",
         "preference file(s), separated by commas: .jsonl .json (.gz) .parquet .csv",
         group="run",
     )
@@ -99,8 +100,8 @@ class Config(AlignmentConfig):
 
     @property
     def held_out(self) -> str | None:
-        is_bundled = bundled.is_file(self.data, "preferences_train.jsonl")
-        return self.eval_data or (f"{bundled.FOLDER}/preferences_heldout.jsonl" if is_bundled else None)
+        is_bundled = bundled_files.is_file(self.data, "preferences_train.jsonl")
+        return self.eval_data or (f"{bundled_files.FOLDER}/preferences_heldout.jsonl" if is_bundled else None)
 
     def problems(self) -> list[str]:
         problems = super().problems()
@@ -116,7 +117,7 @@ def main() -> int:
     training_config, start = starting_model.find_start(training_config, ranks, share=1 / 8, score_head=True)
 
     # data: answers to the same prompts, and which of two is better
-    if bundled.is_used(training_config.data):
+    if bundled_files.is_used(training_config.data):
         once_a_host(ranks, bundled.build)
     rows = read_pairs(training_config, training_config.data, start.tokenizer)
     held_out_rows = None

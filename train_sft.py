@@ -15,6 +15,7 @@ import sys
 from dataclasses import dataclass
 
 from data import bundled
+from minillm.base import bundled_files
 from minillm.base.command_line import parse
 from minillm.base.errors import UserError
 from minillm.base.options import option, unused
@@ -42,7 +43,7 @@ from minillm.tuning import options
 @dataclass(frozen=True)
 class Config(options.TuningConfig, diloco.DilocoOptions, TaskOptions, TrainingConfig):
     data: str = option(
-        f"{bundled.FOLDER}/sft_train.jsonl",
+        f"{bundled_files.FOLDER}/sft_train.jsonl",
         "instruction file(s), separated by commas: .jsonl .json (.gz) .parquet .csv",
         group="run",
     )
@@ -92,8 +93,8 @@ class Config(options.TuningConfig, diloco.DilocoOptions, TaskOptions, TrainingCo
     @property
     def held_out(self) -> str | None:
         """The file(s) of held-out instructions, if there are any."""
-        is_bundled = bundled.is_file(self.data, "sft_train.jsonl")
-        return self.eval_data or (f"{bundled.FOLDER}/sft_heldout.jsonl" if is_bundled else None)
+        is_bundled = bundled_files.is_file(self.data, "sft_train.jsonl")
+        return self.eval_data or (f"{bundled_files.FOLDER}/sft_heldout.jsonl" if is_bundled else None)
 
     def problems(self) -> list[str]:
         problems = super().problems()
@@ -112,7 +113,7 @@ def main() -> int:
     tokenizer = start.tokenizer
 
     # data: rows of instructions, packed, with a mask on the targets that are learned
-    if bundled.is_used(training_config.data):
+    if bundled_files.is_used(training_config.data):
         once_a_host(ranks, bundled.build)
     rows = read_rows(training_config, listed_files(training_config.data), tokenizer)
     training_config, end, length_option = with_steps(training_config, rows.total_rows(training_config.epochs))

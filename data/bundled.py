@@ -34,6 +34,7 @@ from data.world.preferences import preferences
 from data.world.requests import requests
 from data.world.texts import documents
 from data.world.words import WORDS_ZH
+from minillm.base.bundled_files import FILES, FOLDER
 from minillm.base.command_line import parse
 from minillm.base.errors import UserError
 from minillm.base.files import refuse_link, write_file, write_json_atomically
@@ -42,7 +43,6 @@ from minillm.base.process import RunLock, run_script
 from minillm.datasets.token_bins import TokenBins
 from minillm.tokenizer.train import train_tokenizer
 
-FOLDER = "data/bundled"  # where the training scripts look for it
 SIZES = {
     "train_bytes": 10_000_000,
     "val_documents": 2_000,
@@ -59,30 +59,8 @@ ROWS = {
     "requests": requests,
     "preferences": preferences,
 }  # file → the endless rows of a seed and a split
-FILES = (
-    "meta.json",
-    "world.json",
-    "val_bits.npy",
-    *(f"{name}_{split}.jsonl" for name in ROWS for split in SPLITS),
-)
 SEEDS = {"train": 1, "val": 2}  # of the documents; all other rows are those of seed 0
 GENERATOR = Path(__file__).parent / "world"  # the source of the texts and of the rows
-
-
-def is_used(data: str | Path, beginning: str = "") -> bool:
-    """Whether one of these paths, with commas between, is the bundled corpus or a file of it, however it is written.
-
-    beginning: of the file's name.
-    """
-    folder = Path(FOLDER).resolve()
-    known = {folder, *(folder / name for name in FILES)}
-    paths = [Path(path.strip()).resolve() for path in str(data).split(",")]
-    return any(path in known and path.name.startswith(beginning) for path in paths)
-
-
-def is_file(data: str, name: str) -> bool:
-    """Whether a path is that of this file in the bundled corpus, however it is written."""
-    return Path(data).resolve() == Path(FOLDER, name).resolve()
 
 
 def fingerprint() -> str:

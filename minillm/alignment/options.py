@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from data import bundled
 from minillm.alignment.rollouts import RolloutConfig
+from minillm.base import bundled_files
 from minillm.base.options import option, unused
 from minillm.checkpoint.train_state import fingerprint
 from minillm.datasets.preferences import PreferenceRows
@@ -19,7 +19,7 @@ from minillm.training.config import TrainingConfig, listed_files
 from minillm.training.optim import OPTIMIZERS
 from minillm.tuning.options import TuningConfig
 
-REQUESTS = f"{bundled.FOLDER}/requests_train.jsonl"
+REQUESTS = f"{bundled_files.FOLDER}/requests_train.jsonl"
 
 
 @dataclass(frozen=True)
@@ -60,8 +60,8 @@ class AlignmentConfig(TuningConfig, TrainingConfig):
     @property
     def held_out(self) -> str | None:
         """The file(s) of held-out instructions, if there are any."""
-        is_bundled = bundled.is_used(self.data)
-        return self.eval_data or (f"{bundled.FOLDER}/sft_heldout.jsonl" if is_bundled else None)
+        is_bundled = bundled_files.is_used(self.data)
+        return self.eval_data or (f"{bundled_files.FOLDER}/sft_heldout.jsonl" if is_bundled else None)
 
     def held_out_questions(self) -> list[dict]:
         """The first --eval_rows held-out instructions, as `read_questions` gives them; none without a file."""
@@ -107,8 +107,8 @@ class ReplayConfig(TaskOptions, AlignmentConfig):
     @property
     def replayed_data(self) -> str | None:
         """The instructions' file(s), if there are any."""
-        if self.replay_data is None and bundled.is_used(self.data.split(",")[0], "requests"):
-            return f"{bundled.FOLDER}/sft_train.jsonl"
+        if self.replay_data is None and bundled_files.is_used(self.data.split(",")[0], "requests"):
+            return f"{bundled_files.FOLDER}/sft_train.jsonl"
         return self.replay_data
 
     @property
@@ -159,8 +159,8 @@ class RewardedConfig(ReplayConfig):
     @property
     def held_out_prompts(self) -> str | None:
         """The file of held-out prompts, if there is one."""
-        if self.eval_prompts is None and bundled.is_file(self.data, "requests_train.jsonl"):
-            return f"{bundled.FOLDER}/requests_heldout.jsonl"
+        if self.eval_prompts is None and bundled_files.is_file(self.data, "requests_train.jsonl"):
+            return f"{bundled_files.FOLDER}/requests_heldout.jsonl"
         return self.eval_prompts
 
     def asked(self, prompts: PromptRows | None) -> dict[str, str]:

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
-from data import bundled
 from minillm.alignment.pair_scores import score_pairs, summary_lines
 from minillm.alignment.reward_model import is_reward_model
+from minillm.base import bundled_files
 from minillm.base.errors import MissingError, UnsupportedError, UserError, naming
 from minillm.base.files import check_file, write_json_atomically
 from minillm.base.options import option
@@ -175,10 +175,10 @@ def _evaluate_answers(config: Config, loaded: Loaded, path: Path) -> None:
 def _evaluate_pairs(config: Config, loaded: Loaded) -> None:
     """Print the share of pairs whose chosen answer has the higher score, by kind of fault, and what goes with it."""
     model, tokenizer, folder = loaded
-    data = config.data or f"{bundled.FOLDER}/preferences_heldout.jsonl"
+    data = config.data or f"{bundled_files.FOLDER}/preferences_heldout.jsonl"
     config.refuse_useless(data, "preferences")
-    if config.data is None:
-        bundled.build()
+    if config.data is None and not Path(data).exists():
+        raise UserError(f"{data}: is not written yet; run python data/bundled.py, or give other pairs by --data")
     print(f"{folder} on {data}")
     rows = PreferenceRows(
         [data],

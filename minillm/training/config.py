@@ -6,7 +6,7 @@ import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 
-from data import bundled
+from minillm.base import bundled_files
 from minillm.base.errors import UserError
 from minillm.base.options import Options, differences, option
 from minillm.model.config import ModelConfig
@@ -177,9 +177,9 @@ def check_files(training_config) -> None:
         for path in listed_files(named, name) if named is not None else ():
             if Path(path).exists():
                 continue
-            if not bundled.is_used(path):
+            if not bundled_files.is_used(path):
                 raise UserError(f"--{name} {path}: no such file")
-            if not bundled.is_used(training_config.data):  # else it is written before it is read
+            if not bundled_files.is_used(training_config.data):  # else it is written before it is read
                 raise UserError(f"--{name} {path}: is not written yet; run python data/bundled.py")
 
 

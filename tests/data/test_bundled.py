@@ -160,17 +160,3 @@ def test_a_corpus_that_training_would_refuse_is_written_again(small, tmp_path, n
         (folder / name).unlink()
     bundled.build(folder)
     assert (folder / name).read_bytes() == before
-
-
-@pytest.mark.parametrize("absolute", [False, True])
-def test_the_corpus_is_known_however_its_path_is_written(tmp_path, monkeypatch, absolute):
-    monkeypatch.chdir(tmp_path)
-    here = f"{tmp_path}/" if absolute else ""
-    for written in ("data/bundled", "data/bundled/", "data//./bundled", "data/world/../bundled"):
-        assert bundled.is_used(here + written) and bundled.is_used(f"mine, {here}{written}")
-    for file in ("sft_train.jsonl", "requests_heldout.jsonl"):
-        assert bundled.is_used(f"mine.jsonl, {here}data/bundled/./{file}", file[:3])
-        assert bundled.is_file(f"{here}data/./bundled/{file}", file) and not bundled.is_file(f"{here}data/{file}", file)
-    assert not bundled.is_used(f"{here}data/bundled/sft_train.jsonl", "requests")
-    for other in ("data", "data/bundled2", "data/bundled/mine.jsonl", "bundled"):
-        assert not bundled.is_used(here + other)

@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
-from data import bundled
 from minillm.alignment.options import RewardedConfig
+from minillm.base import bundled_files
 from minillm.base.options import option, unused
 from minillm.distributed.ranks import world_size
 
@@ -121,5 +121,5 @@ class PpoConfig(RewardedConfig):
 
     @property
     def true_reward(self) -> str | None:
-        is_bundled = bundled.is_file(self.data, "requests_train.jsonl")
+        is_bundled = bundled_files.is_file(self.data, "requests_train.jsonl")
         return TRUE_REWARD if self.reward is None and is_bundled else self.reward

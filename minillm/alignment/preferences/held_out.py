@@ -6,15 +6,15 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data import bundled
-from data.world.reader import reward
 from minillm.alignment.log_probs import answer_log_probs
 from minillm.alignment.options import AlignmentConfig
 from minillm.alignment.rollouts import RolloutConfig, roll_out
+from minillm.base import bundled_files
 from minillm.datasets.preferences import PreferenceRows
 from minillm.datasets.prompts import PromptRows
 from minillm.distributed.ranks import Ranks
 from minillm.evaluation import answers
+from minillm.evaluation.checks import RewardFunction
 from minillm.model.transformer import Transformer
 from minillm.tokenizer.tokenizer import Tokenizer
 from minillm.training.run import Run
@@ -30,15 +30,22 @@ NEWEST = 0.1  # share of the newest step in that mean
 class HeldOut:
     """Held-out preferences, instructions and, of the bundled world, requests whose fulfilment is checked."""
 
-    def __init__(self, training_config: AlignmentConfig, tokenizer: Tokenizer, pairs: PreferenceRows | None):
-        """pairs: None where there are none; they may be single answers with labels."""
+    def __init__(
+        self,
+        training_config: AlignmentConfig,
+        tokenizer: Tokenizer,
+        pairs: PreferenceRows | None,
+        true_reward: RewardFunction,
+    ):
+        """pairs: None where there are none; they may be single answers with labels. true_reward: of the requests."""
         self.training_config, self.tokenizer, self.pairs = training_config, tokenizer, pairs
+        self.true_reward = true_reward
         self.u_chosen: float | None = None  # of training pairs, a running mean over about 1 / NEWEST steps
         self.warned = False
         self.questions = training_config.held_out_questions()
-        requests = Path(bundled.FOLDER) / "requests_heldout.jsonl"
+        requests = Path(bundled_files.FOLDER) / "requests_heldout.jsonl"
         self.requests = []
-        if bundled.is_used(training_config.data) and requests.exists():
+        if bundled_files.is_used(training_config.data) and requests.exists():
             room = {"room": min(LONGEST_STORY, training_config.room - 1)}
             rows = PromptRows(requests, tokenizer, training_config.room, template=training_config.template, **room)
             self.requests = rows.rows(np.arange(min(N_REQUESTS, rows.rows_per_epoch)))
@@ -87,7 +94,8 @@ class HeldOut:
         prompts = [prompt.ids for prompt in self.requests]
         rolled = roll_out(model, prompts, [prompt.number for prompt in self.requests], 0, rollout)
         texts = [self.tokenizer.decode(tokens) for tokens in rolled.answers]
-        rewards = reward([prompt.text for prompt in self.requests], texts, [prompt.row for prompt in self.requests])
+        questions = [prompt.text for prompt in self.requests]
+        rewards = self.true_reward(questions, texts, [prompt.row for prompt in self.requests])
         return sum(value >= ALL_WISHES for value in rewards)
 
     def _sums(self, model: Transformer, run: Run, ranks: Ranks) -> np.ndarray:

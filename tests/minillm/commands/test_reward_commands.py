@@ -62,6 +62,7 @@ def test_eval_judges_pairs_by_kind(home, reward_model, call):
     [
         ("eval --model out/reward --data pairs.jsonl --seq_len 8", "--seq_len 8: is about texts"),
         ("eval --model out/reward --data pairs.jsonl --field story", "--field story: is about texts"),
+        ("eval --model out/reward", "_heldout.jsonl: is not written yet; run python data/bundled.py, or give other"),
         ("eval --model out/reward --max_new_tokens 9", "_heldout.jsonl holds preferences; leave it out"),
         ("eval --model out/sft", "--data is needed"),
         ("eval --model out/sft --data nowhere", "no such file"),
