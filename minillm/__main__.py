@@ -39,7 +39,6 @@ COMMANDS = {
     "bench generate": "minillm.commands.bench.generate",
     "bench tune": "minillm.commands.bench.tune",
     "bench data": "minillm.commands.bench.data",
-    "bench clean": "minillm.commands.bench.clean",
     "bench align": "minillm.commands.bench.align",
     "bench eval": "minillm.commands.bench.evaluate",
     "bench busy": "minillm.commands.bench.busy",

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from data import bundled, clean, mix, prepare
+from data import bench_cleaning, bundled, clean, mix, prepare
 from docs.course import lesson
 from kernels import tune
 from kernels.bench import suite
@@ -118,6 +118,7 @@ def test_commands_and_options_are_known(path, monkeypatch):
     monkeypatch.setattr(lesson, "corpus", lambda quick: "data/bundled")
     parse = {name: partial(command_line.parse, config, "") for name, config in SCRIPTS.items()}
     parse["data/mix.py"] = partial(command_line.parse, mix.Config, "")
+    parse["data/bench_cleaning.py"] = partial(command_line.parse, bench_cleaning.Config, "")
     parse["data/clean.py"] = lambda: command_line.parse(clean.Config, "")
     parse |= {"data/prepare.py": prepare.main, "minillm": lambda: __main__.parse_command(sys.argv[1:])}
     parse |= {"kernels.bench": suite.build_parser().parse_args, "kernels.tune": tune.build_parser().parse_args}

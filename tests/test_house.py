@@ -110,6 +110,13 @@ def test_a_file_imports_from_its_own_folder_or_a_lower_floor(path):
         assert other != "kernels" or own == "kernels" or path.relative_to(ROOT).as_posix() in KERNEL_USERS, name
 
 
+@each_source
+def test_what_is_installed_does_without_what_is_not(path):
+    """`pip install .` brings minillm and kernels alone, and a user's folder may hold a data.py of its own."""
+    if path.relative_to(ROOT).parts[0] in ("minillm", "kernels"):
+        assert "data" not in {name.split(".")[0] for name in imports(path)}
+
+
 def test_every_script_ends_quietly_when_its_reader_has_gone():
     """`python … | head`: a script is run by what handles a closed pipe. The two that print to a parent need not."""
     ways = ("run_script(main)", "run_training(main)", "lesson.run(main)", "end_with_reader()\n")

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from minillm.base.errors import UserError
-from minillm.commands.bench import align, busy, clean, data, evaluate, generate, serve, train, tune
+from minillm.commands.bench import align, busy, data, evaluate, generate, serve, train, tune
 from minillm.commands.bench import on_ranks as of_ranks
 from minillm.commands.bench.measure import alone_on_gpu, transformers_twin
 from minillm.distributed.ranks import Ranks
@@ -349,16 +349,3 @@ def test_options_of_ranks_are_refused_on_one(monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     with pytest.raises(UserError, match="--shard 2 --compile true: for several ranks; start them by torchrun"):
         train.run(train.Config(shard="2", compile=True))
-
-
-OTHERS = ["datasketch,", "datatrove,", "datatrove,"]
-
-
-def test_cleaning_is_measured_step_by_step(tmp_path, capsys):
-    (tmp_path / "a.jsonl").write_text(
-        '{"text": "老周坐在码头的石阶上，慢慢地补一张旧网，雾便散了。"}\n' * 20, encoding="utf-8"
-    )
-    clean.run(clean.Config(data=str(tmp_path / "a.jsonl")))
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("20 documents")
-    assert [line.split()[0] for line in lines[1:]] == ["mending", "features", "signatures", "together", *OTHERS]
