@@ -104,8 +104,9 @@ def test_an_added_option_is_right_everywhere_or_refused_by_its_name(option, bins
     checks = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
     assert checks.returncode == 0, checks.stdout + checks.stderr
     assert checks.stdout.rstrip().endswith("export")
-    help_command = [sys.executable, "-P", tmp_path / "train_pretrain.py", "--help"]
-    help_text = subprocess.run(help_command, cwd=tmp_path, env=env, capture_output=True, text=True, check=True).stdout
-    assert f"--{option} " in help_text, "a field declared by option() is an option of the script by that"
+    for words in ([tmp_path / "train_pretrain.py"], ["-m", "minillm", "info"], ["-m", "minillm", "plan"]):
+        command = [sys.executable, "-P", *words, "--help"]
+        help_text = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=True).stdout
+        assert f"--{option} " in help_text, "a field declared by option() is an option there by that"
     with pytest.raises(UserError, match=f"{option}: this minillm has no such option"):
         huggingface.load_model(tmp_path / "saved")  # by the project as it is here

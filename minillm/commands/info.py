@@ -3,7 +3,7 @@
 import dataclasses
 from dataclasses import dataclass
 
-from minillm.base.options import Options, option
+from minillm.base.options import declared, option, optional_copy
 from minillm.checkpoint import huggingface, run_folder
 from minillm.commands.bench.measure import vocab_size_of
 from minillm.model import memory
@@ -14,8 +14,16 @@ from minillm.model.size import flops_per_token, n_parameters
 SIZES = {"float32": 4, "bfloat16": 2}  # bytes of a number
 
 
+# --dim, --n_layers and so on: ModelConfig's own fields, so that a field added there is an option here
+ShapeOptions = optional_copy(
+    ModelConfig,
+    group="what of that shape differs",
+    leave_out=("vocab_size", "dropout", "trained_seq_len"),
+)
+
+
 @dataclass(frozen=True)
-class ShapeChoice(Options):
+class ShapeChoice(ShapeOptions):
     """Whose sums are to be done."""
 
     preset: str | None = option(None, "a preset's shape", tuple(PRESETS))
@@ -30,9 +38,12 @@ class ShapeChoice(Options):
 
     def shape(self) -> ModelConfig:
         """The shape that is chosen."""
+        given = {name: getattr(self, name) for name in declared(ShapeOptions)}
+        changes = {name: value for name, value in given.items() if value is not None}
         if self.model:
-            return huggingface.load_config(run_folder.resolve_checkpoint(self.model))
-        return preset(self.preset, vocab_size=self.vocab_size or vocab_size_of(self.preset))
+            stored = huggingface.load_config(run_folder.resolve_checkpoint(self.model))
+            return dataclasses.replace(stored, **changes)
+        return preset(self.preset, vocab_size=self.vocab_size or vocab_size_of(self.preset), **changes)
 
 
 @dataclass(frozen=True)
