@@ -5,6 +5,7 @@ import math
 import textwrap
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 from minillm.base import bundled_files
 from minillm.base.errors import UserError
@@ -17,6 +18,8 @@ from minillm.training.optim import OPTIMIZERS
 @dataclass(frozen=True)
 class TrainingConfig(Options):
     """The options that every training script has; each script adds its own and changes defaults."""
+
+    tune: ClassVar[str] = "full"  # all weights are trained; `TuningConfig` makes it an option
 
     # the run
     data: str = option("data/bundled", "what to train on", group="run")

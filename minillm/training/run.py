@@ -174,7 +174,7 @@ class Run:
         self.say(f"next: {self.next_command}")
         return 0
 
-    def make_model(self, model_config: ModelConfig, init: Path | None) -> Transformer:
+    def make_model(self, model_config: ModelConfig, init: Path | None = None) -> Transformer:
         """The model to train: resumed, started from `init`, or new. See `starting_model.make_model`."""
         model = starting_model.make_model(self.training_config, model_config, init, self.source, self.ranks)
         if init is not None:

@@ -17,7 +17,9 @@ PAGE = launch.ROOT / "docs" / "en" / "changing.md"
 CHANGES = {}  # heading → (diff, command)
 for section in re.split(r"^## ", PAGE.read_text(encoding="utf-8"), flags=re.MULTILINE)[1:]:
     found = re.search(r"```diff\n(.*?)```.*?```\n(.*?)\n```", section, re.DOTALL)
-    CHANGES[section.partition("\n")[0]] = found.groups()
+    if found:
+        CHANGES[section.partition("\n")[0]] = found.groups()
+SCRIPT = re.search(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)[1]
 
 # what makes a command of the page small: its script → options
 SMALL_RUN = "--batch_size 8 --seq_len 64 --eval_every 0 --device cpu --dtype float32 --steps 2"
@@ -83,3 +85,25 @@ def test_a_change_applies_and_its_command_runs(name, start, tmp_path):
     done = run(tmp_path, *words)
     assert done.returncode == 0, done.stdout + done.stderr
     assert re.search(r"step 2/2|tokens, |1 passed", done.stdout), done.stdout
+
+
+@pytest.mark.slow
+def test_a_script_of_ones_own_goes_on_as_if_it_had_not_stopped(tmp_path):
+    usual = 'out="out/mine", steps=200, '
+    assert usual in SCRIPT
+    small = 'out=sys.argv[1], steps=int(sys.argv[2]), seq_len=32, batch_size=4, schedule="constant", device="cpu", '
+    (tmp_path / "mine.py").write_text(SCRIPT.replace(usual, small), encoding="utf-8")
+    for out, n_steps in (("straight", 4), ("stopped", 2), ("stopped", 4)):
+        command = [sys.executable, "mine.py", out, str(n_steps)]
+        env = {**os.environ, "PYTHONPATH": str(launch.ROOT), "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stdout + done.stderr
+    assert "weights from stopped/step-00000002" in done.stdout
+    assert launch.tensors(tmp_path / "stopped", 4) == launch.tensors(tmp_path / "straight", 4)
+    assert launch.losses(tmp_path / "stopped") == launch.losses(tmp_path / "straight")
+
+    other = (tmp_path / "mine.py").read_text(encoding="utf-8").replace("100_000", "90_000")
+    (tmp_path / "mine.py").write_text(other, encoding="utf-8")
+    command[-1] = "6"
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2 and "was made with another data" in done.stderr

@@ -23,6 +23,11 @@ def test_schedules_at_known_points(shape, expected):
         assert lr_at(step, schedule) == pytest.approx(value)
 
 
+def test_the_options_of_a_run_make_a_schedule():
+    schedule = Schedule.of(TrainingConfig(lr=1e-3, steps=100))
+    assert lr_at(0, schedule) == pytest.approx(1e-4) and lr_at(10, schedule) == pytest.approx(1e-3)
+
+
 def test_no_warmup_and_all_warmup():
     assert lr_at(0, dataclasses.replace(SCHEDULE, warmup=0)) == 1.0
     assert lr_at(99, dataclasses.replace(SCHEDULE, warmup=100)) == 1.0
