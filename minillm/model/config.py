@@ -53,7 +53,7 @@ class RopeScaling:
 class ModelConfig:
     """Shape and options of a decoder. Sizes are counts of elements; None means "derive it".
 
-    Each field declared by `option` is one of train_pretrain.py, `info` and `plan`, too, with the same help text and range.
+    Each field declared by `option` is an option of train_pretrain.py, `info` and `plan`, with the same help and range.
     """
 
     vocab_size: int = option(help="ids of the vocabulary", at_least=1, at_most=LARGEST)
