@@ -22,6 +22,7 @@ from minillm.base.files import write_file
 from minillm.base.json_door import read_file
 from minillm.tokenizer import added_tokens, around_text, byte_bpe, chat_template, folder_files
 from minillm.tokenizer.chat_template import JINJA, ROLES
+from minillm.tokenizer.copies import Copied
 from minillm.tokenizer.folder_files import read_object, to_json
 from minillm.tokenizer.sentencepiece_model import SPACE_MARK, SentencePieceModel, either_of
 from minillm.tokenizer.tokenizers_model import TokenizersModel
@@ -30,7 +31,7 @@ AFTER_EOS = "documents_begin_after_eos"  # our key in tokenizer_config.json: see
 PROBES = ("The cat sat on 42 mats.", "a  b\n\n c\t", "x = f(y)[0]; # é", "你好，世界", "Ｆ①ﬁ e\u0301 😀", " the")
 
 
-class Tokenizer:
+class Tokenizer(Copied):
     """A vocabulary with its special ids and the files beside it; this class: one of SentencePiece's.
 
     vocab_size, bos_id, eos_id, pad_id: int (a model without pad or bos uses eos for it). Tokens that the folder adds
