@@ -15,7 +15,7 @@ TALK = [{"role": "user", "content": "Who has the ball? 谁有球？"}, {"role": 
 def test_a_copy_of_either_kind_gives_the_same_ids(tmp_path, monkeypatch):
     (tmp_path / "model").mkdir()
     (tmp_path / "json").mkdir()
-    train_tokenizer(["Who has the ball? Tom has the ball."] * 30, 300, tmp_path / "model")
+    train_tokenizer(["Who has the ball? Tom has the ball."] * 30, 370, tmp_path / "model")
     write_folder(llama3(), tmp_path / "json")
     for name in ("model", "json"):
         tokenizer = Tokenizer.load(tmp_path / name)
@@ -25,11 +25,11 @@ def test_a_copy_of_either_kind_gives_the_same_ids(tmp_path, monkeypatch):
         copy = pickle.loads(data)
         assert type(copy) is type(tokenizer) and copy.identity == tokenizer.identity
         assert copy.encode_chat(TALK, template="simple") == tokenizer.encode_chat(TALK, template="simple")
-        assert jinja_template.STARTED == started
+        assert started == jinja_template.STARTED
 
 
 def test_the_identity_is_of_all_files_and_of_the_day_if_a_template_tells_it(tmp_path, monkeypatch):
-    train_tokenizer(["Who has the ball? Tom has the ball."] * 30, 300, tmp_path)
+    train_tokenizer(["Who has the ball? Tom has the ball."] * 30, 370, tmp_path)
     settings = tmp_path / "tokenizer_config.json"
     described = json.loads(settings.read_text())
 
