@@ -265,8 +265,8 @@ class PreferenceRows:
         self.counts["turns"] = max(
             self.counts["turns"], *(sum(message["role"] == "user" for message in talk) for talk in found.talks)
         )
-        self.files.keep_texts([message["content"] for message in found.talks[0]])
-        self.files.keep_texts([talk[-1]["content"] for talk in found.talks[1:]])
+        self.files.keep_texts([message["content"] for message in found.talks[0]], place[0])
+        self.files.keep_texts([talk[-1]["content"] for talk in found.talks[1:]], place[0])
         pairs = [pair for pair in found.pairs if self._is_kept(found, encoded, *pair[:2])]
         used = sorted({answer for pair in pairs for answer in pair[:2]})
         if has_label and self._is_kept(found, encoded, 0, 0):

@@ -144,7 +144,7 @@ class PromptRows:
         if self.check_row is not None:
             self.check_row(columns)
         n_tokens = len(self._encode(messages))
-        self.files.keep_texts([message["content"] for message in messages])
+        self.files.keep_texts([message["content"] for message in messages], place[0])
         if n_tokens + self.room > self.seq_len:
             self.counts["too long"] += 1
             return
