@@ -1,7 +1,7 @@
 """Rows of instruction files become samples: token ids and, for each, whether it is to be learned.
 
-Small files are tokenized at every start. Those of KEPT_FROM bytes and more are tokenized once, by several processes,
-and their tokens are kept on the disk (kept_arrays.py), where every rank and every later run maps them.
+Small files are tokenized at every start. Those of KEPT_FROM bytes and more are tokenized once, and their
+tokens are kept on the disk (kept_arrays.py), where every rank and every later run maps them.
 """
 
 import hashlib
@@ -22,11 +22,9 @@ from minillm.datasets.files.row_files import FIRST_TEXTS, RowFiles
 from minillm.datasets.fitting import fit
 from minillm.datasets.kept_arrays import Arrays, kept_arrays
 from minillm.datasets.messages import conversations
-from minillm.datasets.processes import n_processes, shared
 
 KEPT_FROM = 1 << 24  # bytes of files: a quarter of a minute's work; for less, a folder on the disk is not worth it
-SHARED_FROM = 1 << 26  # bytes of files; below, starting processes takes longer than the work
-PIECE_BYTES = 1 << 20  # of lines that a process gets at a time (one line may be more)
+PIECE_BYTES = 1 << 20  # of lines at a time (one line may be more)
 NO_ROOM = "no room for an answer"
 NOT_WANTED = "of a family that is left out"
 LIBRARIES = ("sentencepiece", "tokenizers", "jinja2")  # which make the ids
@@ -124,11 +122,11 @@ def tokens_of(files: RowFiles, how: Tokenizing) -> Arrays:
     """
     n_bytes = sum(file_size(path) for path in files.paths)
     if n_bytes < KEPT_FROM:
-        return _tokenized(files, how, 1)
+        return _tokenized(files, how)
     key = _key(files, how)
 
     def make() -> Arrays:
-        made = _tokenized(files, how, n_processes() if n_bytes >= SHARED_FROM else 1)
+        made = _tokenized(files, how)
         if _key(files, how) != key:
             raise UserError(f"{files.names}: changed while it was read; start again")
         return made
@@ -163,11 +161,11 @@ def _version(library: str) -> str:
         return "none"
 
 
-def _tokenized(files: RowFiles, how: Tokenizing, n: int) -> Arrays:
-    """The same, tokenized now, by n processes."""
+def _tokenized(files: RowFiles, how: Tokenizing) -> Arrays:
+    """The same, tokenized now."""
     ids, learn, lengths = bytearray(), bytearray(), bytearray()
     counts = files.counts
-    for samples in shared(how, _pieces(files), n):
+    for samples in map(how, _pieces(files)):
         for number, reason in samples.bad:
             files.report(samples.file_number, number, reason)
         files.keep_texts(samples.texts, samples.file_number)

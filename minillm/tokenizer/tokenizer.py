@@ -20,9 +20,8 @@ import numpy as np
 from minillm.base.errors import UserError
 from minillm.base.files import write_file
 from minillm.base.json_door import read_file
-from minillm.tokenizer import added_tokens, around_text, byte_bpe, chat_template, folder_files
+from minillm.tokenizer import added_tokens, around_text, byte_bpe, chat_template, folder_files, jinja_template
 from minillm.tokenizer.chat_template import JINJA, ROLES
-from minillm.tokenizer.copies import Copied
 from minillm.tokenizer.folder_files import read_object, to_json
 from minillm.tokenizer.sentencepiece_model import SPACE_MARK, SentencePieceModel, either_of
 from minillm.tokenizer.tokenizers_model import TokenizersModel
@@ -31,7 +30,7 @@ AFTER_EOS = "documents_begin_after_eos"  # our key in tokenizer_config.json: see
 PROBES = ("The cat sat on 42 mats.", "a  b\n\n c\t", "x = f(y)[0]; # é", "你好，世界", "Ｆ①ﬁ e\u0301 😀", " the")
 
 
-class Tokenizer(Copied):
+class Tokenizer:
     """A vocabulary with its special ids and the files beside it; this class: one of SentencePiece's.
 
     vocab_size, bos_id, eos_id, pad_id: int (a model without pad or bos uses eos for it). Tokens that the folder adds
@@ -188,6 +187,14 @@ class Tokenizer(Copied):
         said = {name for name in of_model if name in self._settings}  # perhaps that there is none
         named = folder_files.special_pieces(self._companions, self._source)
         return {name: piece for name, piece in of_model.items() if name not in said} | named
+
+    @property
+    def identity(self) -> str:
+        """Hex digest of all that `encode_chat` depends on: the files, and the day if a template may tell it."""
+        digest = hashlib.sha256(repr([self.data, sorted(self.files.items())]).encode())
+        if any(b"strftime_now" in data for data in self.files.values()):
+            digest.update(jinja_template.strftime_now("%Y-%m-%d").encode())
+        return digest.hexdigest()
 
     @property
     def parts_are_independent(self) -> bool:

@@ -13,10 +13,9 @@ import torch
 
 from minillm.base import files
 from minillm.base.errors import UserError
-from minillm.datasets import instruction_tokens, kept_arrays, processes
+from minillm.datasets import instruction_tokens, kept_arrays
 from minillm.datasets.files import row_files
 from minillm.datasets.instructions import InstructionRows
-from minillm.tokenizer.tokenizer import Tokenizer
 from tests.minillm.datasets.test_instruction_rows import TALKS, tokenizer  # noqa: F401
 from tests.minillm.datasets.test_instructions import Numbers, pair, talk, write_jsonl
 
@@ -292,10 +291,10 @@ def test_what_was_not_used_for_long_is_deleted(path, home):
     assert old not in folders(home) and other in folders(home) and len(folders(home)) == 2
 
 
-# ---- several processes
+# ---- pieces of files
 
 
-def test_several_processes_find_what_one_finds(monkeypatch, tmp_path, home, tokenizer):  # noqa: F811
+def test_a_file_gives_the_same_in_whatever_pieces(monkeypatch, tmp_path, home, tokenizer):  # noqa: F811
     paths = [
         write_jsonl(
             tmp_path / "a.jsonl", [*TALKS, {"messages": talk("1")}, pair("a b", "c " * 90, note="n"), pair("a", "")]
@@ -308,28 +307,8 @@ def test_several_processes_find_what_one_finds(monkeypatch, tmp_path, home, toke
     monkeypatch.setattr(instruction_tokens, "KEPT_FROM", 1 << 40)
     expected = InstructionRows(paths, tokenizer, 64, on_bad_line="skip")
     monkeypatch.setattr(instruction_tokens, "KEPT_FROM", 1)
-    monkeypatch.setattr(instruction_tokens, "SHARED_FROM", 1)
     monkeypatch.setattr(instruction_tokens, "PIECE_BYTES", 2000)
-    monkeypatch.setattr(instruction_tokens, "n_processes", lambda: 2)
     rows = InstructionRows(paths, tokenizer, 64, on_bad_line="skip")
     same(rows, expected)
     with pytest.raises(UserError, match=r"b.jsonl, row 32: a row is a JSON object"):
         InstructionRows(paths, tokenizer, 64)
-
-
-def end_at_once(_):
-    os._exit(1)
-
-
-def test_a_process_that_dies_is_said():
-    with pytest.raises(UserError, match="a process that shared the work died"):
-        list(processes.shared(end_at_once, range(9), 2))
-
-
-def test_a_tokenizer_is_copied_to_another_process(tokenizer):  # noqa: F811
-    (copied,) = processes.shared(same_tokenizer, [tokenizer], 2)
-    assert copied == (tokenizer.encode("Tom has 谁"), tokenizer.identity, tokenizer.sha256)
-
-
-def same_tokenizer(copy: Tokenizer) -> tuple:
-    return copy.encode("Tom has 谁"), copy.identity, copy.sha256
