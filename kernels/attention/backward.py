@@ -10,7 +10,8 @@ Two kernels, each the owner of what it writes, so nothing is added by atomics an
 walks for a block of keys over the queries that see it, of all heads of the group, and keeps dk and dv in registers;
 its products are transposed (sᵀ = k qᵀ), so that pᵀ and dsᵀ go from registers into the next product. The other walks
 for a block of queries over the keys it sees and keeps dq. The scores are thus computed twice: 7 products in place of
-5, which costs less than atomics on dq do (measured on an H100: 11 to 41 % above FlexAttention; with atomics below it).
+5, which costs less than atomics on dq do. (An earlier, throw-away version on an H100: 11 to 41 % above FlexAttention;
+with atomics below it. This version has not run on a GPU yet.)
 A small kernel before them makes delta, and from the log-sum-exp what is subtracted from q kᵀ before it is scaled.
 """
 

@@ -13,8 +13,9 @@ Memory traffic: q, k, v and o once each (k and v again for every block of querie
 Tq × Tk. Work: 4 D operations for each pair of a query and a key that it sees.
 
 Tiling: `mask.py` says which blocks of keys are skipped, taken whole, or compared element by element. Heavy
-blocks (late in a causal row) start first, so that light ones fill up the end. Measured on an H100 (causal, bf16, plain
-Triton): light blocks first cost 12 %, masking every block 10 %, all heads in one group up to 35 %.
+blocks (late in a causal row) start first, so that light ones fill up the end. An earlier, throw-away version was
+measured on an H100 (causal, bf16): light blocks first cost 12 %, masking every block 10 %, all heads in one group up to
+35 %. This version has not run on a GPU yet.
 """
 
 import torch

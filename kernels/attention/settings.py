@@ -5,7 +5,8 @@ A row is head size, padded to a power of two → (BLOCK_M queries, BLOCK_N keys,
 - Nothing may spill: a block's accumulators, (BLOCK_M or BLOCK_N) × D fp32, take D / (2 · warps / (rows / 16))
   registers a thread, of 255, and the backward kernel for keys has two of them.
 - Hopper multiplies 64 rows with four warps (wgmma), so 128 rows take eight. At head sizes 64 and 128 its forward blocks
-  are the best of those measured on an H100, and so are the queries' backward; the others are unmeasured.
+  were the best of those measured on an H100 with an earlier, throw-away version, and so were the queries' backward; the
+  others are unmeasured, and the kernels of today have not run on a GPU yet.
 - What threads fetch by addresses of their own ("ampere": sm_80, and tensors that the copy engine cannot read) takes
   registers for the addresses, so its blocks are smaller at 128; so are those of kernels with a window, documents or a
   soft cap ("more").

@@ -1,8 +1,9 @@
 """How attention's kernels read (rows, D) tiles of (B, T, H, D) tensors, and in which order blocks are computed.
 
-On Hopper and datacenter Blackwell a tile comes by a tensor descriptor: the copy engine computes the addresses (12 to
-24 % faster than the next best Triton kernel, measured on an H100). The tensor is described as a matrix of B·T rows, a
-head being a range of its columns. Elsewhere, and for tensors that are no such matrix, a tile comes by pointers.
+On Hopper and datacenter Blackwell a tile comes by a tensor descriptor: the copy engine computes the addresses. (An
+earlier, throw-away version of the forward kernel did so too and was 12 to 24 % faster than FlexAttention on an H100;
+this version has not run on a GPU yet.) The tensor is described as a matrix of B·T rows, a head being a range of its
+columns. Elsewhere, and for tensors that are no such matrix, a tile comes by pointers.
 
 Rows beyond T are zeros by pointers, by descriptors those of the batch's next sequence, which the kernels multiply by
 zeros. So no finite number of one sequence reaches another; but 0 · NaN and 0 · ∞ are NaN: where T is no multiple of
