@@ -215,7 +215,6 @@ def train(
         n_targets, n_tokens = team.sum(
             sum(batch.n_targets() for batch in batches), sum(batch.x.numel() for batch in batches)
         )
-        n_targets = max(1, n_targets)  # a rank that trains alone may have none in a short last batch
         for batch, last in marked_last(batches):
             batch = batch.to(run.device)
             with gradients_synced(parallel_model, last):

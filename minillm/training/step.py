@@ -137,8 +137,10 @@ class TrainState:
         """Add a micro-batch's share to the gradient of the mean loss over all targets of the step.
 
         loss: (), summed over the targets of the micro-batch. n_targets: how many the whole step has, in all
-        micro-batches of all ranks, so that the gradient does not depend on how the batch is cut.
+        micro-batches of all ranks, so that the gradient does not depend on how the batch is cut. A step may have none,
+        as when the only target is a bos: then loss and gradient are 0.
         """
+        n_targets = max(1, n_targets)
         share = loss * (1 / n_targets)  # the ranks' shares are added up, not averaged
         (share * self.loss_scale.factor).backward()
         self.loss_sum += loss.detach()

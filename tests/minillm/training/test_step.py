@@ -119,6 +119,16 @@ def test_a_step_that_is_not_finite_changes_nothing_and_the_next_one_counts_anew(
     assert not torch.equal(model.weight, before["weight"])
 
 
+def test_a_step_without_any_target_has_a_loss_of_0_and_moves_nothing():
+    """Such as a row whose only target is a bos."""
+    model = same_model()
+    state = new_state(model)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    state.backward(0.0 * model(ROWS).sum(), n_targets=0)
+    assert state.update(grad_clip=1.0) == 0.0 and state.loss == 0.0 and state.applied
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
 def test_a_step_s_dropout_depends_on_seed_step_and_rank_alone():
     def draw(*key):
         seed_step(*key)
