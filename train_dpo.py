@@ -194,15 +194,13 @@ def main() -> int:
     run = Run(training_config, ranks, fingerprints, tokenizer=start.tokenizer, next_command=command, **turns)
     if run.finished:
         return run.say_finished(length_option)
-    run.say(f"{summary(training_config)}\n{rows.summary()}")
-    if held_out.pairs:
-        run.say(f"held out: {held_out.pairs.summary()}")
+    run.say("\n".join([summary(training_config), rows.summary(), *held_out.summary()]))
 
     # the model: resumed, or started from another; what it can do now; training; what it can do then
     finish_kernel_check()
     model = run.make_model(start.model_config, start.init)
-    asked = {"exact": fingerprint(held_out.questions)}
-    before = held_out.recall(run, run.once("before.json", lambda: held_out.examine(model, run), asked))
+    before = run.once("before.json", lambda: held_out.examine(model, run), held_out.asked)
+    before = held_out.recall(run, before)
     reference = Sums(run, model, start, rows, end)
     status = train(run, model, rows, end, Tools(reference, replay, held_out, before, tasks))
     if status == 0:

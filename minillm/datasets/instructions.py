@@ -98,7 +98,8 @@ class InstructionRows:
         self.first_texts = self.files.first_texts
         self.fingerprint = self.files.fingerprint
         if not len(self.lengths):
-            raise UserError(f"{self.files.names}: nothing left to learn from ({self.summary()})")
+            remedy = "; raise --seq_len" if self.counts[NO_ROOM] else ""
+            raise UserError(f"{self.files.names}: nothing left to learn from ({self.summary()}){remedy}")
         self.epochs: dict[int, list[np.ndarray]] = {}  # the rows of the last two epochs asked for
         self.rows_per_epoch = len(self._epoch(0))
 

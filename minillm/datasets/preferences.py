@@ -121,7 +121,8 @@ class PreferenceRows:
         self._scan()
         self._add_noise()
         if not self.rows_per_epoch:
-            raise UserError(f"{self.files.names}: nothing left to compare ({self.summary()})")
+            remedy = "; raise --seq_len" if self.counts["too long"] else ""
+            raise UserError(f"{self.files.names}: nothing left to compare ({self.summary()}){remedy}")
         if self.has_labels and self.label.all() == self.label.any():
             only = "wanted" if self.label.all() else "unwanted"
             raise UserError(f"{self.files.names}: every answer is {only}; learning from labels needs both kinds")

@@ -101,7 +101,8 @@ class PromptRows:
         self.fingerprint = self.files.fingerprint
         self.rows_per_epoch = len(self.index)
         if not self.rows_per_epoch:
-            raise UserError(f"{self.files.names}: holds no prompt that can be asked ({self.summary()})")
+            remedy = "; lower --max_new_tokens or, in training, raise --seq_len" if self.counts["too long"] else ""
+            raise UserError(f"{self.files.names}: holds no prompt that can be asked ({self.summary()}){remedy}")
 
     def total_rows(self, epochs: float) -> int:
         """How many prompts these epochs have, rounded up: the `end` of a run."""

@@ -10,8 +10,9 @@ from minillm.alignment.log_probs import answer_log_probs
 from minillm.alignment.options import AlignmentConfig
 from minillm.alignment.rollouts import RolloutConfig, roll_out
 from minillm.base import bundled_files
+from minillm.checkpoint.train_state import fingerprint
 from minillm.datasets.preferences import PreferenceRows
-from minillm.datasets.prompts import PromptRows
+from minillm.datasets.prompts import Prompt, PromptRows
 from minillm.distributed.ranks import Ranks
 from minillm.evaluation import answers
 from minillm.evaluation.checks import RewardFunction
@@ -21,7 +22,8 @@ from minillm.training.run import Run
 from minillm.tuning.adapter import merged
 
 N_REQUESTS = 400  # requests that are answered at temperature 1
-LONGEST_STORY = 128  # tokens
+LONGEST_STORY = 128  # tokens of an answer to one, which takes half a row at most
+ANY_LENGTH = 1 << 30  # tokens
 ALL_WISHES = 1 - 1e-6  # the reward of an answer that fulfils all of them
 FALL = 1.0  # nats by which the chosen answers may become less likely before it is said
 NEWEST = 0.1  # share of the newest step in that mean
@@ -43,12 +45,40 @@ class HeldOut:
         self.u_chosen: float | None = None  # of training pairs, a running mean over about 1 / NEWEST steps
         self.warned = False
         self.questions = training_config.held_out_questions()
-        requests = Path(bundled_files.FOLDER) / "requests_heldout.jsonl"
-        self.requests = []
-        if bundled_files.is_used(training_config.data) and requests.exists():
-            room = {"room": min(LONGEST_STORY, training_config.room - 1)}
-            rows = PromptRows(requests, tokenizer, training_config.room, template=training_config.template, **room)
-            self.requests = rows.rows(np.arange(min(N_REQUESTS, rows.rows_per_epoch)))
+
+        # the requests that fit into a row together with their answers
+        self.longest_story = max(1, min(LONGEST_STORY, training_config.room // 2))
+        longest_request = training_config.room - self.longest_story
+        all_requests = self._read_requests()
+        self.requests = [prompt for prompt in all_requests if len(prompt.ids) <= longest_request]
+        self.n_too_long = len(all_requests) - len(self.requests)
+
+    def _read_requests(self) -> list[Prompt]:
+        """The first held-out requests of the bundled world; none with other data."""
+        path = Path(bundled_files.FOLDER) / "requests_heldout.jsonl"
+        if not bundled_files.is_used(self.training_config.data) or not path.exists():
+            return []
+        rows = PromptRows(path, self.tokenizer, ANY_LENGTH, template=self.training_config.template)
+        return rows.rows(np.arange(min(N_REQUESTS, rows.rows_per_epoch)))
+
+    def summary(self) -> list[str]:
+        """What is held out, and what of it is not asked, in lines."""
+        lines = []
+        if self.pairs is not None:
+            lines.append(f"held out: {self.pairs.summary()}")
+        if self.n_too_long:
+            seq_len, n_requests = self.training_config.seq_len, self.n_too_long + len(self.requests)
+            lines.append(
+                f"held-out requests: {self.n_too_long:,} of {n_requests:,} skipped, since with an answer of "
+                f"{self.longest_story} tokens they are longer than --seq_len {seq_len}"
+            )
+        return lines
+
+    @property
+    def asked(self) -> dict[str, str]:
+        """Of what `examine` finds by asking a fingerprint of what it asks, as `Run.once` takes it."""
+        requests = [prompt.ids for prompt in self.requests]
+        return {"exact": fingerprint(self.questions), "requests": fingerprint(requests, self.longest_story)}
 
     # ---- before and after
 
@@ -85,7 +115,7 @@ class HeldOut:
         """How many requests the model fulfils in every wish, answering each once at temperature 1."""
         rollout = RolloutConfig(
             group_size=1,
-            max_new_tokens=LONGEST_STORY,
+            max_new_tokens=self.longest_story,
             temperature=1.0,
             stop_ids=tuple(self.tokenizer.stop_ids(self.training_config.template)),
             pad_id=self.tokenizer.pad_id,

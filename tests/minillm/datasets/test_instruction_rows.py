@@ -70,6 +70,10 @@ def test_the_summary_names_what_was_cut_and_what_was_not_used(tmp_path):
     assert data.summary().splitlines()[0].endswith("; keys not used: note (2 rows), context (1 rows), source (1 rows)")
     data = InstructionRows(write_jsonl(tmp_path / "rows.jsonl", [rows[0], pair("", "2")]), Numbers(), 3)
     assert "1 dropped (no room for an answer)" in data.summary()
+    with pytest.raises(
+        UserError, match=r"nothing left to learn from .*1 dropped \(no room for an answer\).*; raise --seq"
+    ):
+        InstructionRows(write_jsonl(tmp_path / "rows.jsonl", rows[:1]), Numbers(), 1)
 
 
 ROWS = [pair(f"{i} 9", f"{i + 1} " * (i % 5 + 1)) for i in range(20, 60)]

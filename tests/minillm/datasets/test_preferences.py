@@ -155,6 +155,8 @@ def test_a_ranked_list_loses_only_what_does_not_fit(read):
     assert answers.batch.y[answers.batch.mask].tolist() == [2, EOS, 4, EOS] and answers.weight.tolist() == [1.0]
     assert "2 dropped (empty answers)" not in data.summary() and "3 dropped (empty answers)" in data.summary()
     assert "2 dropped (too long)" in data.summary()
+    with pytest.raises(UserError, match=r"nothing left to compare .*1 dropped \(too long\).*; raise --seq_len"):
+        read([pair("1", "2", "3 " * 13)])
 
 
 def test_duplicates_are_dropped_and_contradictions_counted(read):
