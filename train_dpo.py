@@ -265,7 +265,7 @@ def train(run: Run, model: Transformer, rows: PreferenceRows, end: int, tools: T
         n_losses, n_chosen_tokens, n_tokens = run.ranks.sum(*counts(batches, objective.of_pairs))
         totals = Totals(n_losses, n_chosen_tokens)
         z = tools.reference.point_of_kto(step)
-        measured = Measured(objective.options.beta)
+        measured = Measured(objective)
         tools.replay.learn(run, policy, state, step, totals.n_losses)  # instructions beside, if there are any
         for answers, last in marked_last(batches):
             answers = answers.to(run.device)

@@ -73,6 +73,9 @@ def test_a_run_from_start_to_end(folder):
     first = rows[0]
     assert first["rewards_chosen"] == first["margins"] == first["accuracy"] == 0  # policy and reference agree
     assert first["length_chosen"] >= 2 and first["logps_chosen"] < 0
+    assert first["preference_loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert first["loss"] == pytest.approx(first["preference_loss"] + first["sft_loss"], rel=1e-5)
+    assert f"loss {first['loss']:.4f} (preference 0.6931, sft {first['sft_loss']:.4f}) lr" in text
     assert {"val_accuracy", "val_plain_accuracy", "val_u_chosen", "val_u_rejected"} <= rows[5].keys()
     assert "held-out pairs whose chosen answer is likelier, before → after" in text
     assert "chat --model" in text

@@ -20,11 +20,15 @@ class Progress:
             self.bar = tqdm(total=steps, initial=done, unit="step", dynamic_ncols=True, smoothing=0.1)
 
     def show(self, step: int, row: dict, left_s: float | None) -> None:
-        """row: a row of metrics.jsonl; left_s: estimated seconds to the end, None if not known yet."""
+        """row: a row of metrics.jsonl, in which parts of the loss are called …_loss; left_s: estimated seconds to the
+        end, None if not known yet.
+        """
         if not self.enabled:
             return
         mfu = "" if row.get("mfu") is None else f" mfu {100 * row['mfu']:.1f}%"
-        numbers = f"loss {row['loss']:.4f} lr {row['lr']:.2e} grad {row['grad_norm']:.2f}"
+        parts = [f"{name.removesuffix('_loss')} {row[name]:.4f}" for name in row if name.endswith("_loss")]
+        of_parts = f" ({', '.join(parts)})" if parts else ""
+        numbers = f"loss {row['loss']:.4f}{of_parts} lr {row['lr']:.2e} grad {row['grad_norm']:.2f}"
         numbers += f" {row['tokens_per_s']:,.0f} tok/s{mfu}"
         if self.bar is not None:
             self.bar.set_postfix_str(numbers, refresh=False)

@@ -92,12 +92,12 @@ class Measured:
 
     NAMES = ("count", "u", "s", "length")
 
-    def __init__(self, beta: float):
-        self.beta = beta
-        self.sums = torch.zeros(11, dtype=torch.float64)
+    def __init__(self, objective: Objective):
+        self.objective = objective
+        self.sums = torch.zeros(12, dtype=torch.float64)
 
-    def add(self, answers: Answers, sums: Tensor, ref_sums: Tensor) -> None:
-        """sums, ref_sums: (N,)."""
+    def add(self, answers: Answers, sums: Tensor, ref_sums: Tensor, preference_loss: Tensor) -> None:
+        """sums, ref_sums: (N,). preference_loss: (), summed over pairs or answers, without the SFT term."""
         share = shares(answers)
         facts = torch.stack(
             [torch.ones_like(sums), sums - ref_sums, sums, answers.batch.mask.sum(1).to(sums.dtype)]
@@ -110,23 +110,31 @@ class Measured:
                 (pairs.chosen > pairs.rejected).float(),
             ]
         )  # (3, P)
-        added = torch.cat([facts @ share.chosen, facts @ share.rejected, of_pairs @ answers.weight])  # (11,)
+        added = [facts @ share.chosen, facts @ share.rejected, of_pairs @ answers.weight, preference_loss[None]]
+        added = torch.cat(added)  # (12,)
         self.sums += added.double().cpu()
 
     def means(self, sum_over_ranks: Callable[..., list[float]]) -> dict[str, float]:
         """Columns of a metrics row, without those that nothing is known of.
 
         rewards_*: β u, margins: their difference; accuracy: share of pairs with u_w > u_l (a tie is wrong, so it is 0
-        where policy and reference agree); plain_accuracy: with s_w > s_l; logps_*: s; length_*: tokens.
+        where policy and reference agree); plain_accuracy: with s_w > s_l; logps_*: s; length_*: tokens. Of a loss with
+        an SFT term both parts: preference_loss, and sft_loss, nats a token of the chosen answers, before its weight.
         """
         total = sum_over_ranks(*self.sums.tolist())
-        n_w, u_w, s_w, length_w, n_l, u_l, s_l, length_l, n_pairs, right, plainly_right = total
+        n_w, u_w, s_w, length_w, n_l, u_l, s_l, length_l, n_pairs, right, plainly_right, preference = total
 
         def mean(value: float, count: float) -> float:
             return value / count if count else math.nan
 
-        rewards_chosen, rewards_rejected = self.beta * mean(u_w, n_w), self.beta * mean(u_l, n_l)
+        parts = {}
+        if self.objective.sft_weight:
+            n_losses = n_w if self.objective.of_pairs else n_w + n_l
+            parts = {"preference_loss": mean(preference, n_losses), "sft_loss": mean(-s_w, length_w)}
+        beta = self.objective.options.beta
+        rewards_chosen, rewards_rejected = beta * mean(u_w, n_w), beta * mean(u_l, n_l)
         found = {
+            **parts,
             "rewards_chosen": rewards_chosen,
             "rewards_rejected": rewards_rejected,
             "margins": rewards_chosen - rewards_rejected,
@@ -153,8 +161,6 @@ def loss_of(
 
     def loss(log_probs: Tensor) -> Tensor:
         sums = log_probs.sum(1)  # (N,)
-        measured.add(answers, sums.detach(), ref_sums)
-
         # the loss of pairs, each prompt's weighing 1, or of answers
         if objective.of_pairs:
             losses = objective.loss.of_pairs(pairs_of(answers, sums, ref_sums), options)  # (P,)
@@ -162,6 +168,7 @@ def loss_of(
         else:
             losses = kto(sums - ref_sums, answers.label, z, objective.kto_weights, options.beta)  # (N,)
             total = (losses * (share.chosen + share.rejected)).sum()
+        measured.add(answers, sums.detach(), ref_sums, total.detach())
 
         # nats of the chosen answers, scaled so that the step's sum over n_losses is their mean over tokens
         nats = -(sums * share.chosen).sum()

@@ -25,6 +25,15 @@ def test_durations(seconds, words):
     assert duration(seconds) == words
 
 
+def test_parts_of_the_loss_stand_behind_it(capsys):
+    row = {**ROW, "preference_loss": 0.69314, "sft_loss": 1.80686, "accuracy": 0.0}
+    Progress(100, 0, enabled=True).show(1, row, left_s=None)
+    line = capsys.readouterr().out
+    assert (
+        line == "step 1/100 loss 2.5000 (preference 0.6931, sft 1.8069) lr 1.00e-03 grad 0.75 12,346 tok/s mfu 12.5%\n"
+    )
+
+
 def test_a_pipe_gets_the_first_line_the_last_and_one_now_and_then(monkeypatch, capsys):
     now = [0.0]
     monkeypatch.setattr(time, "monotonic", lambda: 1000.0 + now[0])

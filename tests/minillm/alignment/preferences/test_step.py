@@ -59,26 +59,47 @@ def test_values_of_a_step_in_one_and_in_two_micro_batches(name, sft_weight, valu
     totals = Totals(n_losses, n_chosen_tokens)
 
     leaf = log_probs.clone().requires_grad_()
-    whole = loss_of(objective, answers, ref_sums, totals, NO_Z, Measured(0.1))(leaf) / n_losses
+    whole = loss_of(objective, answers, ref_sums, totals, NO_Z, Measured(objective))(leaf) / n_losses
     assert whole.item() == pytest.approx(value, rel=1e-6)
     whole.backward()
 
     cut = 0.0
     gradients = []
+    measured = Measured(objective)
     for part, refs, values in parts_of(answers, ref_sums, log_probs):
         leaf_of_part = values.clone().requires_grad_()
-        loss = loss_of(objective, part, refs, totals, NO_Z, Measured(0.1))(leaf_of_part) / n_losses
+        loss = loss_of(objective, part, refs, totals, NO_Z, measured)(leaf_of_part) / n_losses
         loss.backward()
         cut += loss.item()
         gradients.append(leaf_of_part.grad)
     assert cut == pytest.approx(value, rel=1e-6)
     torch.testing.assert_close(torch.cat(gradients), leaf.grad)
 
+    # both parts of the loss are known, if it has two
+    facts = measured.means(lambda *values: list(values))
+    if sft_weight:
+        assert facts["sft_loss"] == pytest.approx(0.65, rel=1e-6)
+        assert facts["preference_loss"] + sft_weight * facts["sft_loss"] == pytest.approx(value, rel=1e-6)
+    else:
+        assert not {"sft_loss", "preference_loss"} & facts.keys()
+
+
+def test_parts_of_a_loss_of_single_answers():
+    answers, log_probs = fixture()
+    labelled = answers._replace(label=torch.tensor([True, False, True, False]))
+    objective = Objective(LOSSES["kto"], LOSSES["kto"].defaults, 0.5)
+    n_losses, n_chosen_tokens, _ = counts([labelled], of_pairs=False)
+    measured = Measured(objective)
+    loss = loss_of(objective, labelled, reference_sums(), Totals(n_losses, n_chosen_tokens), NO_Z, measured)
+    value = float(loss(log_probs)) / n_losses
+    facts = measured.means(lambda *values: list(values))
+    assert facts["preference_loss"] + 0.5 * facts["sft_loss"] == pytest.approx(value, rel=1e-6)
+
 
 def test_what_is_logged():
     answers, log_probs = fixture()
-    measured = Measured(0.1)
-    measured.add(answers, log_probs.sum(1), reference_sums())
+    measured = Measured(Objective(LOSSES["sigmoid"], LOSSES["sigmoid"].defaults, sft_weight=0.0))
+    measured.add(answers, log_probs.sum(1), reference_sums(), torch.tensor(1.0))
     facts = measured.means(lambda *values: list(values))
     wanted = {"rewards_chosen": 0.025, "rewards_rejected": 0.0, "margins": 0.025, "accuracy": 0.5}
     wanted |= {"plain_accuracy": 1.0, "logps_chosen": -1.625, "logps_rejected": -3.0}
