@@ -134,12 +134,8 @@ def main() -> int:
     if run.finished:
         return run.say_finished()
 
-    # a run that began before bos was left out of the loss goes on as it began
-    windows.bos_is_target = run.saved.get("bos_is_target", run.start_step > 0)
-    run.facts["bos_is_target"] = windows.bos_is_target
     run.say("\n".join([summary(training_config), *too_little(training_config, model_config)]))
     if decay_windows is not None:
-        decay_windows.bos_is_target = windows.bos_is_target
         begins = Schedule.of(training_config).decay_begins
         run.say(f"{training_config.decay_data}: read from step {begins + 1:,} on, while the learning rate falls")
     if tokenizer is not None and run.source is None:

@@ -201,8 +201,7 @@ class BinFolder:
         self.new_tokenizer = self.unfinished / "tokenizer"
         files.refuse_link(self.unfinished)
         files.refuse_link(self.new_tokenizer)
-        is_earlier_version = (out / "parts.json").exists()
-        is_ours = "bins" in read_json(out / "meta.json") or self.unfinished.exists() or is_earlier_version
+        is_ours = "bins" in read_json(out / "meta.json") or self.unfinished.exists()
         if not is_ours:
             self._refuse_what_is_there(tokenizer_sha256)
 
@@ -210,7 +209,7 @@ class BinFolder:
         self._put_in_place()
         self.finished = _records_in(out / "meta.json")  # of the bins that have numbers
         if (out / "meta.json").exists() and not self.finished:
-            print(f"{out}: meta.json is damaged or of an earlier version, so everything is tokenized again")
+            print(f"{out}: meta.json is damaged, so everything is tokenized again")
         _delete(TOKENIZER, self.new_tokenizer)
         files.own_folder(self.new_tokenizer)
 
@@ -309,7 +308,6 @@ class BinFolder:
         for path in self._numbered_bins():
             if path.name not in asked_for:
                 path.unlink()
-        (self.out / "parts.json").unlink(missing_ok=True)  # of an earlier version
         _delete(TOKENIZER, self.new_tokenizer)
         _delete(BY_KEY, self.unfinished)
 
@@ -341,7 +339,7 @@ def _files_of(record: dict) -> Iterator[tuple[str, str, str]]:
 
 
 def _records_in(meta_file: Path) -> list[dict]:
-    """The records of all bins; none if meta.json is missing, damaged or of an earlier version."""
+    """The records of all bins; none if meta.json is missing or damaged."""
     meta = read_json(meta_file)
     records = meta.get("bins")
     if not isinstance(records, list) or meta.get("bins_sha256") != checksum(records):

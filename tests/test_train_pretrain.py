@@ -14,7 +14,6 @@ import pytest
 import torch
 
 import train_pretrain
-from minillm.base import files
 from minillm.base.command_line import parse
 from minillm.base.errors import UserError
 from minillm.base.options import declared
@@ -149,32 +148,6 @@ def test_the_first_step_is_the_mean_over_the_global_batch(folder, straight):
     norm = torch.stack([p.grad.norm() for p in model.parameters()]).norm()
     assert straight[1] == pytest.approx(loss.item(), abs=1e-5)
     assert launch.norms(folder / "constant")[1] == pytest.approx(norm.item(), rel=1e-4)
-
-
-def test_a_run_that_began_with_bos_as_a_target_goes_on_so(folder):
-    """Its checkpoints do not say whether bos is one; at a learning rate of zero the losses do."""
-    more = "--lr 0 --schedule constant --steps"
-    train(folder, "earlier", f"{more} 1")
-    step = folder / "earlier" / "step-00000001"
-    shutil.copytree(step, folder / "copy", ignore=shutil.ignore_patterns("manifest.json"))
-    state_file = folder / "copy" / "resume" / "train_state.json"
-    state = json.loads(state_file.read_text())
-    assert state.pop("bos_is_target") is False
-    state_file.write_text(json.dumps(state))
-    files.write_folder(step, lambda scratch: shutil.copytree(folder / "copy", scratch, dirs_exist_ok=True))
-
-    config = ModelConfig(vocab_size=400, dim=32, n_layers=2, n_heads=2, n_kv_heads=1, ffn_dim=64, max_seq_len=512)
-    model = Transformer(config)
-    model.init_weights(seed=0)
-    windows = TokenWindows([(TokenBins(folder / "data", "train"), 1.0)], 32, seed=0)
-    for number in (2, 3):  # from that checkpoint, and from one that says it
-        train(folder, "earlier", f"{more} {number}")
-        batch = windows.batch(np.arange(8 * (number - 1), 8 * number))
-        with torch.no_grad():
-            mean_of_all = float(model(batch.x, batch.y)) / batch.y.numel()
-            mean_without = float(model(batch.x, batch.y, mask=batch.mask)) / batch.n_targets()
-        assert launch.losses(folder / "earlier")[number] == pytest.approx(mean_of_all, abs=1e-5)
-        assert abs(mean_of_all - mean_without) > 1e-4
 
 
 def test_going_on_with_another_number_of_ranks(folder, straight):
@@ -478,19 +451,6 @@ def test_bins_whose_content_changed_beside_the_same_meta_json_are_noticed(folder
     assert "was made with another content of the data: choose" in text and "accept it by --allow_data_change" in text
     bin_file.write_bytes(whole)
     launch.finish("pretrain", f"{more} --steps 4", folder / "log" / out)
-
-
-def test_checkpoints_that_noted_no_content_of_the_data_go_on(folder):
-    train(folder, "noted", "--steps 2")
-    step = folder / "noted" / "step-00000002"
-    shutil.copytree(step, folder / "unnoted", ignore=shutil.ignore_patterns("manifest.json"))
-    state_file = folder / "unnoted" / "resume" / "train_state.json"
-    state = json.loads(state_file.read_text())
-    del state["fingerprints"]["content of the data"]
-    state_file.write_text(json.dumps(state))
-    files.write_folder(step, lambda scratch: shutil.copytree(folder / "unnoted", scratch, dirs_exist_ok=True))
-    train(folder, "noted", "--steps 3")
-    assert list(launch.losses(folder / "noted")) == [1, 2, 3]
 
 
 def test_tensorboard_holds_what_metrics_hold(folder):

@@ -222,14 +222,6 @@ def test_other_questions_than_those_of_the_start_are_not_compared_with_them(fold
     assert "  last             not asked → " in text and "of other questions than now" in text
 
 
-def test_what_an_earlier_version_asked_at_the_start_is_compared(folder):
-    asked = f"--schedule constant --eval_data {folder}/held_out.jsonl"
-    train(folder, "earlier", f"--steps 1 {asked}")
-    before = folder / "earlier" / "before.json"
-    before.write_text(json.dumps(json.loads(before.read_text())["exact"]))
-    assert "not asked" not in train(folder, "earlier", f"--steps 2 {asked}")
-
-
 def test_a_signal_leaves_one_whole_checkpoint(folder):
     (process,) = launch.start("sft", options(folder, "stopped", "--steps 1000"), folder / "log" / "stopped")
     process.wait_for("step 1/")

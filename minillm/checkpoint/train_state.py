@@ -53,7 +53,7 @@ KINDS = {  # of what a state may hold besides its step
 }
 ORDER = "batch size, sequence length or seed"  # the name of the fingerprint of the data's order
 OF_ORDER = ("seed", "seq_len", "packing", "pack", "group_size")  # options that are in it, besides the batch size
-CONTENT = "content of the "  # how the fingerprint of some bytes of data is called; earlier versions noted none
+CONTENT = "content of the "  # how the fingerprint of some bytes of data is called
 FIXED = {"tokenizer", "architecture", "base model", "tuning"}  # fingerprints that no run may change
 MACHINE = {  # what rounding depends on: its name
     "threads": "threads",
@@ -273,11 +273,10 @@ def compare_fingerprints(
 def _differing(before: dict[str, str], after: dict[str, str]) -> list[str]:
     """The names of the fingerprints that differ.
 
-    The content of data is compared where the checkpoint has noted it, and where these are not others altogether.
+    The content of data is compared where these are not others altogether.
     """
     names = [name for name in sorted({*before, *after}) if before.get(name) != after.get(name)]
-    contents = [name for name in names if name.startswith(CONTENT)]
-    needless = [name for name in contents if name not in before or name.removeprefix(CONTENT) in names]
+    needless = {f"{CONTENT}{name}" for name in names}
     return [name for name in names if name not in needless]
 
 

@@ -247,8 +247,7 @@ def _check_file(file: Contents, folder: Path) -> None:
 
 
 def _no_meta_error(folder: Path) -> UserError:
-    begun = (folder / "unfinished", folder / "parts.json")  # the latter by an earlier version
-    if any(folder.glob("*.bin")) or any(path.exists() for path in begun):
+    if any(folder.glob("*.bin")) or (folder / "unfinished").exists():
         return UserError(
             f"{folder}: holds no meta.json, so it was never finished, or making it anew failed; run the "
             f"`python data/prepare.py … --out {folder}` that made it again"

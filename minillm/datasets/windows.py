@@ -75,7 +75,6 @@ class TokenWindows:
         self.seq_len = seq_len
         self.seed = seed
         self.documents = documents
-        self.bos_is_target = False
         for bins, streams in zip(self.sources, self.streams, strict=True):
             for stream in streams:
                 n_tokens = stream.end - stream.begin
@@ -181,7 +180,7 @@ class TokenWindows:
         for row, source, window in zip(rows, *self.locate(np.asarray(positions)), strict=True):
             row[:] = self._window(int(source), int(window))
         documents = documents_in(rows[:, :-1], self.sources[0].start_id) if self.documents else None  # (B, T)
-        mask = None if self.bos_is_target else is_target(rows, self.sources[0])  # (B, T)
+        mask = is_target(rows, self.sources[0])  # (B, T)
         return shifted(rows, mask, documents)
 
     def _packed_batch(self, positions: np.ndarray) -> Batch:

@@ -144,7 +144,7 @@ class Validation:
     def _sizes(self, bins: TokenBins, tokenizer: Tokenizer) -> np.ndarray | None:
         """Bytes of each document, (n,) int64, or (1,) of what is read of the first; None, and `no_bytes`, if not known.
 
-        Where they were not written down (bins of an earlier version, a document that is cut), they are those of the
+        Where they were not written down (bins made elsewhere, a document that is cut), they are those of the
         pieces: just as many, unless the tokenizer changes or loses text.
         """
         if self.part.n_documents and bins.document_bytes is not None:

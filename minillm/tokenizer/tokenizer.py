@@ -284,20 +284,9 @@ class Tokenizer:
     def begins_after_eos(self) -> bool:
         """Whether the model was trained here on documents without bos (`--wrap eos`), which begin after eos.
 
-        tokenizer_config.json says so. Before it had a key for this, the one of every such folder was `_earlier_config`.
+        tokenizer_config.json says so.
         """
-        is_earlier = "tokenizer.model" in self._own_file and "tokenizer_config.json" in self._companions
-        if AFTER_EOS in self.config or not is_earlier:
-            return self.config.get(AFTER_EOS) is True
-        written = {name: value for name, value in self.config.items() if name != "chat_template"}
-        return written == self._earlier_config
-
-    @cached_property
-    def _earlier_config(self) -> dict:
-        """What tokenizer_config.json said, but for the chat template, when this project wrote documents without bos."""
-        config = read_object(self.own_companions["tokenizer_config.json"], "the vocabulary's own settings")
-        del config["chat_template"], config[AFTER_EOS]
-        return config | {"add_bos_token": False}
+        return self.config.get(AFTER_EOS) is True
 
     @property
     def start_id(self) -> int:

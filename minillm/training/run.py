@@ -207,7 +207,7 @@ class Run:
         if self.out:
             value = read_json(file) if file.exists() else {}
         value = self.ranks.exchange(value)[0]
-        before = value.pop("asked", asked)  # earlier versions did not note it
+        before = value.pop("asked", {})
         others = [key for key in value if before.get(key) != asked.get(key)]
         if others:
             self.say(f"{file}: of other questions than now, and so not compared: {', '.join(others)}")

@@ -181,17 +181,12 @@ def test_other_damage_is_mended(texts, tok, out, seen, capsys, how):
     assert contents(out) == before and Tokenizer.load(out).sha256 == Tokenizer.load(tok).sha256
 
 
-def test_bins_of_an_earlier_version_are_made_again(texts, tok, out, seen, capsys):
-    expected = contents(out)
+def test_bins_whose_meta_json_does_not_tell_what_they_were_made_from_are_refused(texts, tok, out):
     meta = json.loads((out / "meta.json").read_text())
     del meta["bins"], meta["bins_sha256"]
     (out / "meta.json").write_text(json.dumps(meta | {"format": 1}))
     with pytest.raises(UserError, match=r"train-00000\.bin: no meta\.json tells what it was made from"):
         prepare([texts], out, tokenizer=tok, **OPTIONS)
-    (out / "parts.json").write_text("{}")  # such versions kept this
-    prepare([texts], out, tokenizer=tok, **OPTIONS)
-    assert "of an earlier version, so everything is tokenized again" in capsys.readouterr().out
-    assert contents(out) == expected and not (out / "parts.json").exists()
 
 
 def test_bins_without_a_meta_json_are_refused(texts, tok, out):

@@ -298,9 +298,8 @@ def test_fingerprints(tmp_path):
     text = refused(lambda: compare(data="x", tokenizer="y", architecture="z"))
     assert all(name in text for name in ("data", "tokenizer", "architecture"))
 
-    # the content of data counts where it was noted, and says no more of data that are others anyway
+    # the content of data counts, and says no more of data that are others anyway
     content = f"{train_state.CONTENT}data"
-    assert compare(**{content: "x"}) == []
     saved["fingerprints"][content] = "w"
     assert refused(lambda: compare(**{content: "x"})).startswith(
         "out/x/step-00000007 was made with another content of the data: choose"

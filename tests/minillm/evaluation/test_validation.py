@@ -126,7 +126,7 @@ def test_bytes_are_those_of_the_texts_whatever_the_tokenizer_does_to_them(tokeni
 
 
 def test_where_the_bytes_were_not_written_down_they_are_not_guessed(tokenizer, tmp_path):
-    """Bins of an earlier version, and a part of a document, have the bytes of their pieces, if these are the text's."""
+    """Bins made elsewhere, and a part of a document, have the bytes of their pieces, if these are the text's."""
     for kind, make in KINDS.items():
         own = make() or tokenizer
         ids = [i for text in DOCUMENTS for i in (*own.encode(text), own.eos_id)]

@@ -45,7 +45,6 @@ def test_the_weights_are_the_mean_of_workers_that_trained_alone(folder):
     checkpoint = folder / "mean" / "step-00000003"
     shape = huggingface.load_config(checkpoint)
     windows = TokenWindows([(TokenBins(folder / "data", "train"), 1.0)], 32, seed=0, documents=False)
-    windows.bos_is_target = False
     schedule = Schedule(lr=2e-3, steps=3, warmup=4, shape="cosine", min_ratio=0.1, decay=0.2)
 
     weights = []
