@@ -12,6 +12,7 @@ same command again to go on where it stopped.
 """
 
 import dataclasses
+import math
 import shlex
 import sys
 from dataclasses import dataclass
@@ -34,7 +35,7 @@ from minillm.alignment.grpo.advantages import (
 from minillm.alignment.grpo.options import GroupConfig
 from minillm.alignment.judging import Judge, Judged
 from minillm.alignment.log_probs import Policy
-from minillm.alignment.optimum import objective
+from minillm.alignment.optimum import objective, share_of_optimum
 from minillm.alignment.options import REQUESTS, read_prompts
 from minillm.alignment.policy_loss import Experience, PolicyLoss, Seen, Watched
 from minillm.alignment.replay import Replay
@@ -324,16 +325,19 @@ def conclude(run: Run, before: dict, after: dict) -> None:
     row = {f"{name}_before": before[name] for name in ("heldout", "heldout_best", "objective") if name in before}
     row |= {f"{name}_after": after[name] for name in ("heldout", "heldout_best") if name in after}
     if "objective" in after:  # both estimates of the optimum are too low, if anything
-        row |= {"objective": after["objective"], "optimum": max(before.get("optimum", 0.0), after["optimum"])}
+        row |= {"objective": after["objective"], "optimum": max(before.get("optimum", -math.inf), after["optimum"])}
     run.record(run.training_config.steps, **row)
     if "heldout" in after:
         run.say("held-out prompts, one answer each at --temperature, before → after:")
         run.say(f"  reward           {shown(before, 'heldout', '.3f')} → {after['heldout']:.3f}")
         run.say(f"  all as wanted    {shown(before, 'heldout_best', '6.1%')} → {after['heldout_best']:6.1%}")
     if "optimum" in row:
-        share = after["objective"] / max(row["optimum"], 1e-9)
         run.say(f"E[r] − β KL on training prompts, of which {row['optimum']:.3f} is the most that any policy has:")
-        run.say(f"  {shown(before, 'objective', '.3f')} → {after['objective']:.3f}   ({share:.1%} of it)")
+        line = f"  {shown(before, 'objective', '.3f')} → {after['objective']:.3f}"
+        if "objective" in before:
+            beta = run.training_config.beta
+            line += f"   ({share_of_optimum(before['objective'], after['objective'], row['optimum'], beta)})"
+        run.say(line)
     for line in answers.exact_lines(before.get("exact", {}), after["exact"]):
         run.say(line)
     run.say_result()

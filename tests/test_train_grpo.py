@@ -78,7 +78,12 @@ def test_rewards_rise_and_what_is_logged(folder):
     last = launch.rows(run)[-1]
     assert last["heldout_after"] > last["heldout_before"]
     assert last["objective_before"] < last["objective"] <= last["optimum"]
-    assert "held-out prompts" in said and "the most that any policy has" in said and "next: python -m" in said
+    assert (
+        "held-out prompts" in said
+        and "the most that any policy has" in said
+        and "% of it)" in said
+        and "next: python -m" in said
+    )
     assert load_model(run / "step-00000040").config.vocab_size == 400
 
 
@@ -168,6 +173,12 @@ def test_groups_without_spread_are_dropped_and_end_the_run_with_advice(folder, m
     assert "step 3: 3 rollouts in a row" in said and "--group_size" in said
     assert column(run, "zero_std_share") == [1, 1, 1]
     assert ("--beta 0" in more) == (column(run, "grad_norm") == [0, 0, 0])  # the price of the distance stays
+
+
+def test_a_reward_that_is_always_the_same_has_no_share_of_an_optimum(folder):
+    said = train(folder, "same", f"--reward {folder}/rewards.py:equal --no_spread_steps 9 --steps 2")
+    assert "  0.500 → 0." in said and "(no share of it: it is hardly above what the reference has" in said
+    assert "% of it" not in said
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,8 @@ import math
 import torch
 from torch import Tensor
 
+LEAST_DISTANCE = 0.1  # nats: a best policy that is nearer to the reference is no better for all one can measure
+
 
 def right_wrong_optimum(log_p: Tensor, beta: float) -> Tensor:
     """J* of a reward that is 1 for right answers and 0 for others, exact: β log(1 + p (e^{1/β} − 1)), in fp64.
@@ -44,3 +46,18 @@ def estimated_optimum(rewards: Tensor, beta: float, kl: Tensor | None = None) ->
 def objective(reward: float, kl: float, beta: float) -> float:
     """J = E[r] − β KL. kl: nats an answer, the sum over its tokens."""
     return reward - beta * kl
+
+
+def share_of_optimum(before: float, after: float, optimum: float, beta: float) -> str:
+    """J after training as a share of J*, in words, or why there is none. before: J of the reference, its E[r].
+
+    J* − E_ref[r] is β KL(π_ref ‖ π*), so it says how far the best policy is from the reference. Where that is next to
+    nothing, as with a reward that is always the same, J* is the reference's own value, and a share of it says nothing.
+    """
+    if optimum - before < LEAST_DISTANCE * beta:
+        return (
+            "no share of it: it is hardly above what the reference has, so this reward leaves next to nothing to learn"
+        )
+    if min(before, after) < 0:
+        return "no share of it: a value is below 0"
+    return f"{after / optimum:.1%} of it"

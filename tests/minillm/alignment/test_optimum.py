@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from minillm.alignment.optimum import estimated_optimum, objective, right_wrong_optimum
+from minillm.alignment.optimum import estimated_optimum, objective, right_wrong_optimum, share_of_optimum
 
 P_REFERENCE = torch.tensor([0.5, 0.2, 0.2, 0.06, 0.04], dtype=torch.float64)  # five answers that can be counted
 REWARDS = torch.tensor([0.2, 0.0, 1.0, 0.7, 0.0], dtype=torch.float64)
@@ -75,3 +75,29 @@ def test_the_estimate_is_too_low_and_rises_with_the_number_of_answers():
 
 def test_the_objective_is_reward_less_distance():
     assert objective(0.8, 2.0, 0.1) == pytest.approx(0.6)
+
+
+@pytest.mark.parametrize("beta", [0.02, 0.3, 2.0])
+def test_the_best_policy_is_as_far_from_the_reference_as_it_is_better(beta):
+    """J* − E_ref[r] = β KL(π_ref ‖ π*), by which it is told whether a share of J* says anything."""
+    best = beta * torch.log((P_REFERENCE * (REWARDS / beta).exp()).sum())
+    log_best = P_REFERENCE.log() + (REWARDS - best) / beta
+    distance = (P_REFERENCE * (P_REFERENCE.log() - log_best)).sum()
+    assert float(best - (P_REFERENCE * REWARDS).sum()) == pytest.approx(float(beta * distance), rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "optimum", "said"),
+    [
+        (0.285, 0.768, 0.852, "90.1% of it"),
+        (0.2, 0.1, 0.4, "25.0% of it"),
+        (0.0, -0.03, 0.0, "hardly above what the reference has"),  # a reward that is always 0
+        (0.0, -0.03, 0.0004, "hardly above what the reference has"),
+        (0.5, 0.47, 0.5, "hardly above what the reference has"),  # answers that are all worth the same
+        (0.0, -0.03, 0.1, "a value is below 0"),
+        (-5.0, -2.0, -1.0, "a value is below 0"),
+    ],
+)
+def test_a_share_of_the_optimum_is_said_where_it_means_something(before, after, optimum, said):
+    found = share_of_optimum(before, after, optimum, beta=0.02)
+    assert said in found and found.startswith("no share of it: ") == ("%" not in found)
