@@ -214,8 +214,9 @@ def train(training_config: Config, run: Run, model: Transformer, tools: Tools, b
 def experience(training_config: Config, run: Run, judged: Judged) -> tuple[Experience, np.ndarray]:
     """What there is to learn from answers, by their advantages, and in which groups some are better, (P,) bool.
 
-    Groups whose answers all have one advantage are left out. Where the price of the distance is part of the reward that
-    is hardly any: then a group in which no answer is better still moves the policy towards the reference.
+    Groups whose answers all have the same advantage are left out, since they teach nothing. With --kl_place reward the
+    KL penalty is part of the reward, and hardly any group is left out: where all answers are equally good, the penalty
+    still moves the policy towards the reference.
     """
     group_size = training_config.group_size
     batch = judged.rolled.batch

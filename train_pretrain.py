@@ -15,6 +15,7 @@ import math
 import shlex
 import sys
 import textwrap
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -107,7 +108,7 @@ def main() -> int:
     tokenizer = Tokenizer.load(first.path) if first.meta else None
     if tokenizer is not None:
         first.check_tokenizer(tokenizer)
-    held_out = TokenBins(first.path, "val", **foreign(training_config))
+    held_out = TokenBins(first.path, "val", **raw_bin_options(training_config))
     seq_len, documents = training_config.seq_len, training_config.document_attention
     validation = Validation(held_out, tokenizer, seq_len, training_config.eval_tokens, documents)
 
@@ -120,12 +121,12 @@ def main() -> int:
     tasks = tasks_to_ask(training_config, tokenizer, model_config, ranks)
 
     # the run: its folder, and the checkpoint to go on from
-    order = (training_config.batch_size, seq_len, training_config.seed)
-    order += (training_config.pack,) if windows.packed else ()
+    order_of_data = (training_config.batch_size, seq_len, training_config.seed)
+    order_of_data += (training_config.pack,) if windows.packed else ()
     fingerprints = {
         **data_fingerprints("data", windows, held_out),
         **(data_fingerprints(resuming.DECAY_DATA, decay_windows) if decay_windows else {}),
-        ORDER: fingerprint(*order),
+        ORDER: fingerprint(*order_of_data),
         "tokenizer": first.meta.get("tokenizer_sha256", ""),
         **starting_model.fingerprints(training_config, model_config, init),
     }
@@ -150,25 +151,25 @@ def main() -> int:
     return train(training_config, run, model, (windows, decay_windows), validation, tasks)
 
 
-def foreign(training_config: Config) -> dict:
-    """How to read a raw .bin made elsewhere."""
+def raw_bin_options(training_config: Config) -> dict:
+    """The options that say how to read a raw .bin made elsewhere, as `TokenBins` takes them."""
     return dict(dtype=training_config.data_dtype, vocab_size=training_config.data_vocab_size)
 
 
 def open_bins(training_config: Config, mixture: str) -> list[tuple[TokenBins, float]]:
     """The training split of the folders that a mixture names, with their shares."""
-    return [(TokenBins(path, "train", **foreign(training_config)), share) for path, share in parse_mixture(mixture)]
+    how = raw_bin_options(training_config)
+    return [(TokenBins(path, "train", **how), share) for path, share in parse_mixture(mixture)]
 
 
 def open_windows(training_config: Config) -> tuple[Config, TokenWindows, TokenWindows | None]:
     """The options with --document_attention decided, the windows of --data, and those of --decay_data if given."""
     bins = open_bins(training_config, training_config.data)
     decay_bins = open_bins(training_config, training_config.decay_data) if training_config.decay_data else []
-    without_raw = unused(
-        training_config, ("data_dtype", "data_vocab_size"), "a raw .bin (meta.json says it of a folder)"
-    )
-    if without_raw and all(part.meta for part, _ in bins + decay_bins):
-        raise UserError("; ".join(without_raw))
+    needs = "a raw .bin (meta.json says it of a folder)"
+    pointless_options = unused(training_config, ("data_dtype", "data_vocab_size"), needs)
+    if pointless_options and all(part.meta for part, _ in bins + decay_bins):
+        raise UserError("; ".join(pointless_options))
     is_packed = training_config.pack == "best_fit"
     documents = True if is_packed else training_config.document_attention
     if documents is None:
@@ -177,13 +178,13 @@ def open_windows(training_config: Config) -> tuple[Config, TokenWindows, TokenWi
     training_config = dataclasses.replace(training_config, document_attention=documents)
 
     # windows, and those that follow them from the first step of the decay on
-    seq_len, order = training_config.seq_len, dict(seed=training_config.seed)
-    order |= dict(documents=documents, best_fit=is_packed)
-    windows = TokenWindows(bins, seq_len, **order)
+    seq_len = training_config.seq_len
+    how = dict(seed=training_config.seed, documents=documents, best_fit=is_packed)
+    windows = TokenWindows(bins, seq_len, **how)
     if not decay_bins:
         return training_config, windows, None
     n_before = Schedule.of(training_config).decay_begins * training_config.batch_size
-    return training_config, windows, TokenWindows(decay_bins, seq_len, **order, after=(windows, n_before))
+    return training_config, windows, TokenWindows(decay_bins, seq_len, **how, after=(windows, n_before))
 
 
 def data_fingerprints(name: str, windows: TokenWindows, *others: TokenBins) -> dict[str, str]:
@@ -298,6 +299,18 @@ def check_row_fits(training_config: Config, model_config: config.ModelConfig, in
     )
 
 
+def describe_data(training_config: Config, windows: TokenWindows, decay_windows: TokenWindows | None) -> Iterator[str]:
+    """How much there is to read and how much of it a run reads, in lines."""
+    for packed in windows.packed + (decay_windows.packed if decay_windows else []):
+        yield packed.describe()
+    kind, seq_len = "rows" if windows.packed else "windows", training_config.seq_len
+    n_all = training_config.steps * training_config.batch_size * seq_len
+    line = f"{windows.n_windows:,} {kind} of {seq_len} tokens; {n_all:,} tokens to train on"
+    if len(windows.sources) == 1 and decay_windows is None:
+        line += f", {n_all / (windows.n_windows * seq_len):.3g} passes over them"
+    yield line
+
+
 def train(
     training_config: Config,
     run: Run,
@@ -321,15 +334,8 @@ def train(
     windows, decay_windows = data
     decay_begins = Schedule.of(training_config).decay_begins
 
-    # how much that is
-    for packed in windows.packed + (decay_windows.packed if decay_windows else []):
-        run.say(packed.describe())
+    run.say("\n".join(describe_data(training_config, windows, decay_windows)))
     n_tokens = training_config.batch_size * training_config.seq_len  # of a step, over all ranks
-    n_all = training_config.steps * n_tokens
-    rows = f"{windows.n_windows:,} {'rows' if windows.packed else 'windows'} of {training_config.seq_len} tokens"
-    passes = n_all / (windows.n_windows * training_config.seq_len)
-    of_them = f", {passes:.3g} passes over them" if len(windows.sources) == 1 and not decay_windows else ""
-    run.say(f"{rows}; {n_all:,} tokens to train on{of_them}")
 
     def validate() -> dict[str, float]:
         return validation.scores(model, run.ranks, run.autocast())

@@ -19,9 +19,10 @@ from torch import Tensor, nn
 
 from minillm.distributed import shards
 
-# What is called of a model, besides `forward` and `hidden`. With gradients it is called after these alone, which leave
-# the weights whole, and must not gather by itself: FSDP would take the gradient of its input as the sign that those of
-# the weights are complete, while that of a tied embedding is still to come.
+# Methods of a model besides `forward` and `hidden`. Without gradients each gathers the weights by itself. With
+# gradients it is called after `forward` or `hidden`, which leave the weights whole, and must not gather again: FSDP
+# would take the gradient of its input for the sign that all gradients of the weights are there, while that of a tied
+# embedding is still to come.
 WITHOUT_GRADIENT = ("logits", "scores", "through_layers")
 
 

@@ -16,9 +16,10 @@ operation on numbers is on plain tensors, the same as on one rank.
 A pass that stores keys and values is not divided: each rank has all tokens, and tensor parallelism adds up what its
 ranks computed. Virtual tokens, whose keys and values are there before, stand before the first part of a row.
 
-A loss that needs whole rows takes the numbers that it is a function of, one a token, from all ranks of a row: log π by
-`whole_rows`, scores from the model itself. Then each of these ranks computes the whole row's loss. In sums over all
-ranks losses and counts are both so many times too large, and their quotient, and its gradient, are right.
+Some losses need whole rows, such as DPO's. They depend on one number a token, log π or a score. All ranks of a row
+collect these numbers (log π by `whole_rows`, scores in the model itself), and each computes the loss of the whole row.
+So a sum over all ranks counts every row once for each of its ranks, in the loss and in the number of targets alike:
+their quotient is right, and so is its gradient.
 """
 
 from collections.abc import Callable

@@ -3,9 +3,10 @@
     q, k, v, gate, up   W (out, in) by rows: each rank computes some of the outputs, from all inputs
     o, down             by columns: each takes some of the inputs, and the ranks' outputs are added up
 
-What an adapter has beside a weight is divided with it where it belongs to those rows or columns (`divided_with`), and
-stays whole elsewhere: of W + BA by rows B alone, by columns A alone. So no exchange is needed that the base does not
-need. A whole tensor sees a part of what the layer computes, so its gradient is a part, and `fsdp.clip` adds up those.
+An adapter is divided like the weight it adapts. Of W + BA, B is cut where W is cut by rows, and A where W is cut by
+columns; the other one stays whole on every rank (`divided_with`). So an adapter needs no exchange that its base does
+not need. A tensor that stays whole takes part in only a part of the layer's work, so each rank has a part of its
+gradient; `fsdp.clip` adds up these parts.
 """
 
 import dataclasses

@@ -172,7 +172,7 @@ class AdamW(torch.optim.AdamW):
             by_step.setdefault(int(state["step"]) + 1, []).append(p)
         for step, members in sorted(by_step.items()):
             states = [self.state[p] for p in members]
-            # their counts are created all at once: adding one to each takes 2 µs, for which the GPU would wait
+            # make all step counts at once: adding 1 to each tensor takes 2 µs a parameter, and the GPU would wait
             counts = torch.full((len(states),), float(step)).unbind()
             for state, count in zip(states, counts, strict=True):
                 state["step"] = count
@@ -243,7 +243,7 @@ def build_optimizers(model: nn.Module, kind: str, *, lr: float, weight_decay: fl
     """
     if kind not in OPTIMIZERS:
         raise UserError(f"--optimizer {kind}: choose one of {', '.join(OPTIMIZERS)}")
-    settle(model)  # questions may have been asked before
+    settle(model)  # a sharded model lists its own parts again, also if it has answered questions before
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     if not trained:
         raise UserError("nothing to train: every parameter is frozen")

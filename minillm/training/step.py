@@ -69,9 +69,9 @@ class TrainState:
     ):
         """dtype: of the matrix products. With float16 the loss is scaled, since small gradients would become zero.
 
-        beside: name → state of a model that is trained along with this one and of use to training alone, as the value
-        model of PPO. Each takes its own `backward` and `update`; a checkpoint keeps them under resume/. outer: what the
-        workers of DiLoCo have in common; `ranks` is then this worker alone.
+        beside: extra models trained in the same run (PPO's value model), by name, each with a state of its own. Each
+        takes its own `backward` and `update`; a checkpoint keeps them under resume/. outer: what the workers of DiLoCo
+        have in common; `ranks` is then this worker alone.
         """
         self.model = model
         self.optimizers = optimizers
