@@ -178,13 +178,12 @@ def open_windows(training_config: Config) -> tuple[Config, TokenWindows, TokenWi
     training_config = dataclasses.replace(training_config, document_attention=documents)
 
     # windows, and those that follow them from the first step of the decay on
-    seq_len = training_config.seq_len
-    how = dict(seed=training_config.seed, documents=documents, best_fit=is_packed)
-    windows = TokenWindows(bins, seq_len, **how)
+    how = dict(seq_len=training_config.seq_len, seed=training_config.seed, documents=documents, best_fit=is_packed)
+    windows = TokenWindows(bins, **how)
     if not decay_bins:
         return training_config, windows, None
     n_before = Schedule.of(training_config).decay_begins * training_config.batch_size
-    return training_config, windows, TokenWindows(decay_bins, seq_len, **how, after=(windows, n_before))
+    return training_config, windows, TokenWindows(decay_bins, **how, after=(windows, n_before))
 
 
 def data_fingerprints(name: str, windows: TokenWindows, *others: TokenBins) -> dict[str, str]:
