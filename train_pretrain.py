@@ -353,7 +353,7 @@ def train(
                 state.backward(loss, n_targets)  # of the mean over all targets, of all micro-batches and ranks
         state.update(training_config.grad_clip)  # clips, then steps, unless loss or gradient is not finite
         run.exchange(state)  # with --diloco_steps, when it is due
-        run.log_step(state, n_tokens)
+        run.log_step(state, n_tokens, batches)
         if run.due(step, training_config.eval_every):
             scores = run.report(step, validate)
         tasks.watch(run, model, step)

@@ -223,7 +223,7 @@ def train(
                 state.backward(loss, n_targets)  # of the mean over all targets, of all micro-batches and ranks
         state.update(training_config.grad_clip)  # clips, then steps, unless loss or gradient is not finite
         run.exchange(state)  # with --diloco_steps, when it is due
-        run.log_step(state, n_tokens * run.rounds.n_teams)
+        run.log_step(state, n_tokens * run.rounds.n_teams, batches)
         if held_out_rows and run.due(step, training_config.eval_every):
             run.report(step, held_out_loss, of="held-out answers")
         tasks.watch(run, model, step)

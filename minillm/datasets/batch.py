@@ -1,5 +1,6 @@
 """What one forward pass reads: inputs, targets, a mask, and which document each token is in."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -88,6 +89,26 @@ def shifted(rows: np.ndarray, mask: np.ndarray | None = None, documents: np.ndar
         tokens[:, :-1].contiguous(),
         tokens[:, 1:].contiguous(),
         None if mask is None else torch.from_numpy(mask),
+def mean_span(batches: Sequence[Batch]) -> float:
+    """How many tokens the document of a token has in its row, on average over all tokens of batches with documents."""
+    n_tokens, n_pairs = 0, 0
+    for batch in batches:
+        documents = batch.documents.numpy()  # (B, T)
+        is_first = np.ones(documents.shape, dtype=bool)
+        is_first[:, 1:] = documents[:, 1:] != documents[:, :-1]
+        lengths = np.diff(np.flatnonzero(is_first), append=documents.size)
+        n_tokens += documents.size
+        n_pairs += int((lengths**2).sum())
+    return n_pairs / n_tokens
+
+
+def sent(tensor: Tensor | None, device: torch.device) -> Tensor | None:
+    """The tensor on a device. To a GPU it is copied from pinned memory, so that the host need not wait for the GPU."""
+    if tensor is None or device.type != "cuda":
+        return None if tensor is None else tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
         None if documents is None else torch.from_numpy(documents.astype(np.int32)),
     )
 

@@ -54,12 +54,12 @@ def layer_parameters(shape: ModelConfig) -> int:
     return two - one
 
 
-def flops_per_token(config: ModelConfig, seq_len: int) -> int:
+def flops_per_token(config: ModelConfig, seq_len: float) -> float:
     """Floating-point operations of forward and backward for one trained token.
 
     6 N + 12 L H D T, where N counts every parameter that multiplies (not the input embedding, which is looked up) and
-    attention is counted in full, as in PaLM's appendix B (Chowdhery et al. 2022, arXiv:2204.02311). `seq_len` is T in
-    tokens.
+    attention is counted in full, without the causal mask's half, as in PaLM's appendix B (Chowdhery et al. 2022,
+    arXiv:2204.02311). `seq_len` is T in tokens; where attention stays inside documents, their mean (`mean_span`).
     """
     _, n_multiplying = _counts(config)
     attention = 12 * config.n_layers * config.n_heads * config.head_dim * seq_len

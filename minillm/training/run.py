@@ -9,7 +9,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -23,6 +23,7 @@ from minillm.base.json_door import read_json, read_object
 from minillm.base.options import write_toml
 from minillm.base.process import StopSignals, advise_on_memory, run_script
 from minillm.checkpoint import run_folder
+from minillm.datasets.batch import Batch, mean_span
 from minillm.distributed import ranks as distributed
 from minillm.distributed.diloco import Rounds
 from minillm.distributed.hosts import check_options, differences
@@ -303,18 +304,20 @@ class Run:
             with self.watchdog.patient():  # a fast worker waits for the slow ones
                 state.outer.exchange()
 
-    def log_step(self, state: TrainState, n_tokens: float, **values: float | None) -> None:
+    def log_step(self, state: TrainState, n_tokens: float, batches: Sequence[Batch] = (), **values: float | None):
         """Log the step that `state` has taken, move the bar, tell the watchdog. n_tokens: computed by all ranks.
 
-        values: what else the step's row of metrics.jsonl holds.
+        batches: this rank's, on the host, if they may have documents, by which attention is counted; else it is counted
+        over --seq_len tokens. values: what else the step's row of metrics.jsonl holds.
         """
         now = time.monotonic()
         self.bad_steps.count(self.step, state)
         speed = n_tokens / (now - self.step_begun)
-        mfu = None
-        if self.peak is not None:  # measured or listed too low if a run does more
-            self.peak = max(self.peak, speed * self.flops / self.ranks.world)
-            mfu = speed * self.flops / (self.peak * self.ranks.world)
+        mfu, flops = None, self.flops  # of a token
+        if self.peak is not None:
+            if batches and batches[0].documents is not None:
+                flops = starting_model.flops_per_token(state.model, mean_span(batches))
+            mfu = speed * flops / (self.peak * self.ranks.world)
         row = {"step": self.step, "loss": state.loss, "lr": self.lr, "grad_norm": state.grad_norm}
         row |= {"tokens_per_s": speed, "mfu": mfu, "time_s": self.seconds(), **values}
         self.record(**row)

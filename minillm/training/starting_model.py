@@ -269,7 +269,7 @@ def describe_parameters(model: Transformer) -> str:
     return f"{n_trained(model):,} parameters trained, {n_trained(model) / n_all:.2%} of the base's {n_all:,}"
 
 
-def flops_per_token(model: Transformer, seq_len: int) -> int:
+def flops_per_token(model: Transformer, seq_len: float) -> float:
     """Floating-point operations of forward and backward for one token, as `size.flops_per_token` counts them.
 
     A frozen weight gets no gradient, so it takes 4 operations instead of 6; a new parameter takes 6.

@@ -290,7 +290,6 @@ def print_speeds(
         speed = n_tokens / seconds
         line = f"  {name:<38}{speed:12,.0f} tok/s"
         if peak:
-            peak = max(peak, speed * flops)  # measured or listed too low if a side does more
             line += f"   MFU {speed * flops / peak:6.1%}"
         if peak_bytes:
             line += f"   {peak_bytes / 2**30:6.1f} GiB"

@@ -21,6 +21,7 @@ from minillm.base.errors import UserError
 from minillm.base.options import declared, value_type, write_toml
 from minillm.base.process import RunLock, run_script
 from minillm.checkpoint import train_state
+from minillm.datasets.batch import Batch
 from minillm.distributed.ranks import Ranks
 from minillm.distributed.watchdog import LOADING
 from minillm.model.config import ModelConfig
@@ -225,8 +226,8 @@ def test_rows_of_metrics(new_run, state, tmp_path, monkeypatch):
     assert 0 <= row["time_s"] < 60
 
 
-def test_no_run_uses_more_than_its_machine_has(new_run, state, tmp_path, monkeypatch):
-    """A peak that other programs spoiled is below what the run reaches."""
+def test_one_short_step_changes_the_mfu_of_no_other(new_run, state, tmp_path, monkeypatch):
+    """Not even one that reaches more than the peak."""
     now = [100.0]
     monkeypatch.setattr(run.time, "monotonic", lambda: now[0])
     one = new_run(lr=0.1)
@@ -236,7 +237,23 @@ def test_no_run_uses_more_than_its_machine_has(new_run, state, tmp_path, monkeyp
         now[0] += took
         one.log_step(state, n_tokens=100)
     rows = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
-    assert [row["mfu"] for row in rows] == pytest.approx([50 / 75, 1.0, 0.25])
+    assert [row["mfu"] for row in rows] == pytest.approx([50 / 75, 100 / 75, 25 / 75])
+
+
+def test_attention_is_counted_inside_documents(new_run, state, tmp_path):
+    one = new_run()
+    one.flops, one.peak = run.starting_model.flops_per_token(state.model, 8), 1e9
+    documents = torch.tensor([[1, 1, 1, 2, 3, 3, 3, 3], [5, 5, 5, 5, 5, 5, 5, 5]], dtype=torch.int32)
+    tokens = torch.zeros(2, 8, dtype=torch.int64)
+    of_rows = Batch(tokens, tokens)
+    for step, batches in enumerate(([of_rows], [of_rows._replace(documents=documents)]), 1):
+        one.step = step
+        one.log_step(state, 100, batches)
+    whole, inside = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    a_token = 12 * 8  # 12 L H D
+    span = (9 + 1 + 16 + 64) / 16
+    flops = [row["mfu"] * 1e9 / row["tokens_per_s"] for row in (whole, inside)]
+    assert flops[0] - flops[1] == pytest.approx(a_token * (8 - span))
 
 
 @pytest.fixture
