@@ -9,7 +9,6 @@ Zhao et al. 2023, "PyTorch FSDP", arXiv:2304.11277.
 """
 
 import functools
-import math
 import warnings
 from collections.abc import Callable, Iterator
 
@@ -145,8 +144,8 @@ class _Passes:
 # ---- gradients
 
 
-def clip(parameters: list[Tensor], limit: float) -> float:
-    """Clip the norm of the whole gradient to `limit` (0: no clipping), and return it as it was before.
+def gradient_norm(parameters: list[Tensor]) -> Tensor:
+    """The norm of the whole gradient, (), in fp64.
 
     parameters: sharded ones, with gradients. Each number counts once, and the squares are added up in fp64, over the
     ranks as well.
@@ -159,10 +158,7 @@ def clip(parameters: list[Tensor], limit: float) -> float:
         norms = torch._foreach_norm(counted, dtype=torch.float64)
         square += torch.stack(norms).square().sum()
     dist.all_reduce(square)
-    norm = math.sqrt(float(square))
-    if 0 < limit < norm + 1e-6:  # as for a model that is not sharded
-        torch._foreach_mul_([shards.local(p.grad) for p in parameters], limit / (norm + 1e-6))
-    return norm
+    return square.sqrt()
 
 
 def _add_up_over_peers(parameters: list[Tensor]) -> None:

@@ -16,6 +16,7 @@ from datetime import timedelta
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from minillm.base import waiting
 from minillm.base.device import keep_freed_memory, keep_to_quota, pick_device
@@ -72,10 +73,19 @@ class Ranks:
         """Each value added over all ranks, in fp64, the same on every rank."""
         if self.world == 1:
             return list(values)
-        wide = torch.float32 if self.device.type == "mps" else torch.float64
-        total = torch.tensor(values, dtype=wide, device=self.device)
-        dist.all_reduce(total)
-        return total.tolist()
+        return self.summed(torch.tensor(values, dtype=self.wide, device=self.device)).tolist()
+
+    def summed(self, value: Tensor) -> Tensor:
+        """Numbers on the device added over all ranks, in fp64, the same on every rank; does not wait for the device."""
+        total = value.to(self.wide, copy=True)
+        if self.world > 1:
+            dist.all_reduce(total)
+        return total
+
+    @property
+    def wide(self) -> torch.dtype:
+        """The dtype of sums: fp64 where the device has it."""
+        return torch.float32 if self.device.type == "mps" else torch.float64
 
     def sum_of_rows(self, *values: float) -> list[float]:
         """Each value added over the ranks with rows of their own; those that share rows have the same values."""

@@ -153,13 +153,17 @@ class TrainState:
         grad_clip: the largest norm, 0 for no clipping. Raises `UserError` naming the parameters that got no gradient.
         """
         self._check_all_have_gradients()
-        self.grad_norm = clip(self.model, grad_clip, self.loss_scale.factor)
-        self.loss = self.ranks.sum(float(self.loss_sum))[0] / self.n_targets
+        norm = gradient_norm(self.model, self.loss_scale.factor)
+        loss_sum = self.ranks.summed(self.loss_sum)
+        # the one place of an update that waits for the GPU
+        self.grad_norm, loss_sum = torch.stack([norm.to(loss_sum.dtype), loss_sum]).tolist()
+        self.loss = loss_sum / self.n_targets
         self.applied = math.isfinite(self.loss) and math.isfinite(self.grad_norm)
         if self.applied:
             for optimizer in self.optimizers:
                 optimizer.step()
         else:
+            shorten(self.model, norm, self.grad_norm, grad_clip)
             self.refused = self.loss, self.grad_norm
         self.loss_scale.update(self.applied)
         self.model.zero_grad(set_to_none=True)
@@ -207,9 +211,24 @@ def clip(model: nn.Module, limit: float, loss_scale: float = 1.0) -> float:
     if loss_scale != 1:
         torch._foreach_mul_([local(p.grad) for p in trained], 1 / loss_scale)
     if any(is_sharded(p) for p in trained):
-        return fsdp.clip(trained, limit)
-    norm = torch.nn.utils.get_total_norm([p.grad for p in trained])
+        return fsdp.gradient_norm(trained)
+    return torch.nn.utils.get_total_norm([p.grad for p in trained])
+
+
+def shorten(model: nn.Module, norm: Tensor, norm_on_host: float, limit: float) -> None:
+    """Scale the gradient down to the norm `limit` (0: no clipping), if `norm`, which is its own, is larger."""
+    if not 0 < limit < norm_on_host + 1e-6:  # torch's clip_grad_norm_ would multiply all gradients by 1
+        return
+    trained = [p for p in model.parameters() if p.grad is not None]
+    if any(is_sharded(p) for p in trained):
+        torch._foreach_mul_([local(p.grad) for p in trained], limit / (norm_on_host + 1e-6))
+    else:
+        torch.nn.utils.clip_grads_with_norm_(trained, limit, norm)
+    norm = gradient_norm(model, loss_scale)
     norm_before = float(norm)
-    if 0 < limit < norm_before + 1e-6:  # else torch's clip_grad_norm_ would multiply all gradients by 1
-        torch.nn.utils.clip_grads_with_norm_(model.parameters(), limit, norm)
+    shorten(model, norm, norm_before, limit)
     return norm_before
+
+
+def gradient_norm(model: nn.Module, loss_scale: float) -> Tensor:
+    """Undo the loss scale, and return the gradient's norm, (), which the host does not know yet."""
