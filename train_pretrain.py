@@ -44,7 +44,7 @@ from minillm.training.config import TrainingConfig, summary, too_little
 from minillm.training.optim import optimizers_of
 from minillm.training.run import Run, begin, run_training
 from minillm.training.schedule import Schedule
-from minillm.training.step import TrainState
+from minillm.training.step import Ahead, TrainState
 from minillm.tuning import options
 
 SHAPE = "shape of the model (what is not given is the preset's, or that of --init_from)"  # heading in --help
@@ -333,16 +333,18 @@ def train(
     windows, decay_windows = data
     decay_begins = Schedule.of(training_config).decay_begins
 
+    def read(step: int) -> list:
+        """This rank's micro-batches of a step."""
+        source = decay_windows if decay_windows and step > decay_begins else windows
+        return [source.batch(positions).part(run.ranks.row_part) for positions in run.micro_batches(step)]
+
     run.say("\n".join(describe_data(training_config, windows, decay_windows)))
     n_tokens = training_config.batch_size * training_config.seq_len  # of a step, over all ranks
 
-    def validate() -> dict[str, float]:
-        return validation.scores(model, run.ranks, run.autocast())
-
     scores = {}
+    ahead = Ahead(read, training_config.steps)
     for step in run.steps(state):  # sets the learning rate; after the step saves what is due, stops at a signal
-        read = decay_windows if decay_windows and step > decay_begins else windows
-        batches = [read.batch(positions).part(run.ranks.row_part) for positions in run.micro_batches(step)]
+        batches = ahead.take(step)
         # all tokens but the bos that documents begin with; of all ranks, before the first backward pass
         (n_targets,) = team.sum(sum(batch.n_targets() for batch in batches))
         for batch, last in marked_last(batches):
@@ -351,15 +353,16 @@ def train(
                 with run.autocast():
                     loss = parallel_model(batch.x, batch.y, mask=batch.mask, documents=batch.documents)  # sum of nats
                 state.backward(loss, n_targets)  # of the mean over all targets, of all micro-batches and ranks
+        ahead.prepare(step + 1)  # while the GPU computes what was queued, for which the next line waits
         state.update(training_config.grad_clip)  # clips, then steps, unless loss or gradient is not finite
         run.exchange(state)  # with --diloco_steps, when it is due
         run.log_step(state, n_tokens, batches)
         if run.due(step, training_config.eval_every):
-            scores = run.report(step, validate)
+            scores = run.report(step, lambda: validation.scores(model, run.ranks, run.autocast()))
         tasks.watch(run, model, step)
 
     if run.status == 0:
-        conclude(run, model, scores or validate())
+        conclude(run, model, scores or validation.scores(model, run.ranks, run.autocast()))
     return run.status
 
 

@@ -38,7 +38,7 @@ from minillm.training import starting_model
 from minillm.training.config import summary, with_steps
 from minillm.training.optim import optimizers_of
 from minillm.training.run import Run, begin, run_training
-from minillm.training.step import TrainState
+from minillm.training.step import Ahead, TrainState
 
 SCALED_ON = 250  # prompts of the training data by whose answers the scale of the scores is measured
 WHILE_TRAINING = 400  # held-out prompts, at most, that are looked at between steps
@@ -189,15 +189,20 @@ def train(
     run.facts["score_scale"] = lambda: score_scale(run, model, rows)  # of the model that is saved
     parallel_model = parallelize(model, run.ranks, training_config.compile)
 
+    def read(step: int) -> list:
+        """This rank's micro-batches of a step."""
+        return [rows.batch(positions, end) for positions in by_length(run.micro_batches(step), rows)]
+
+    ahead = Ahead(read, training_config.steps)
     for step in run.steps(state):  # sets the learning rate; after the step saves what is due, stops at a signal
-        batches = [rows.batch(positions, end) for positions in by_length(run.micro_batches(step), rows)]
+        batches = ahead.take(step)
         # the pairs of a prompt weigh 1 together, so the mean is over prompts: count those of all ranks
         n_prompts, n_pairs, n_tokens = run.ranks.sum(
             sum(float(answers.weight.sum()) for answers in batches),
             sum(len(answers.chosen) for answers in batches),
             sum(answers.batch.x.numel() for answers in batches),
         )
-        n_right = total_difference = 0.0
+        rights, differences = [], []  # of each micro-batch, on the device: nothing reads them before the step's end
         for answers, last in marked_last(batches):
             answers = answers.to(run.device)
             with gradients_synced(parallel_model, last):
@@ -210,10 +215,12 @@ def train(
                     loss = torch.lerp(loss, early_pair_loss(scores_of_tokens, answers), training_config.early_share)
                 state.backward(loss, round(n_prompts))
             difference = (scores[answers.chosen] - scores[answers.rejected]).detach()  # (P,)
-            n_right += float((difference > 0).sum())
-            total_difference += float(difference.sum())
+            rights.append((difference > 0).sum())
+            differences.append(difference.sum())
+        ahead.prepare(step + 1)  # while the GPU computes what was queued, for which the next line waits
         state.update(training_config.grad_clip)  # clips, then steps, unless loss or gradient is not finite
-        n_right, total_difference = run.ranks.sum(n_right, total_difference)
+        found = torch.stack(rights).tolist(), torch.stack(differences).tolist()
+        n_right, total_difference = run.ranks.sum(*map(sum, found))
         facts = {"accuracy": n_right / n_pairs, "difference": total_difference / n_pairs}
         run.log_step(state, n_tokens / run.ranks.row_ranks, **facts)
 

@@ -36,7 +36,7 @@ from minillm.training import starting_model
 from minillm.training.config import TrainingConfig, listed_files, summary, with_steps
 from minillm.training.optim import optimizers_of
 from minillm.training.run import Run, begin, run_training
-from minillm.training.step import TrainState
+from minillm.training.step import Ahead, TrainState
 from minillm.tuning import options
 
 
@@ -206,11 +206,16 @@ def train(
     state = run.start(TrainState(model, optimizers, team, run.dtype, outer=outer))
     parallel_model = parallelize(model, team, training_config.compile)
 
+    def read(step: int) -> list:
+        """This rank's micro-batches of a step."""
+        return [rows.batch(positions, end).part(run.ranks.row_part) for positions in run.micro_batches(step)]
+
     def held_out_loss() -> dict[str, float]:
         return answer_loss(model, held_out_rows, training_config.eval_tokens, run.ranks, run.autocast())
 
+    ahead = Ahead(read, training_config.steps)
     for step in run.steps(state):  # sets the learning rate; after the step saves what is due, stops at a signal
-        batches = [rows.batch(positions, end).part(run.ranks.row_part) for positions in run.micro_batches(step)]
+        batches = ahead.take(step)
         # how many targets a step has differs: count those of all ranks before the first backward pass
         n_targets, n_tokens = team.sum(
             sum(batch.n_targets() for batch in batches), sum(batch.x.numel() for batch in batches)
@@ -221,6 +226,7 @@ def train(
                 with run.autocast():
                     loss = parallel_model(batch.x, batch.y, mask=batch.mask, documents=batch.documents)  # sum of nats
                 state.backward(loss, n_targets)  # of the mean over all targets, of all micro-batches and ranks
+        ahead.prepare(step + 1)  # while the GPU computes what was queued, for which the next line waits
         state.update(training_config.grad_clip)  # clips, then steps, unless loss or gradient is not finite
         run.exchange(state)  # with --diloco_steps, when it is due
         run.log_step(state, n_tokens * run.rounds.n_teams, batches)

@@ -1,7 +1,10 @@
-"""One optimizer step: the state that it changes, the seed of its dropout, and the clipping of its gradient."""
+"""One optimizer step: what it reads, the state that it changes, its dropout's seed, the clipping of its gradient."""
 
+import contextlib
 import math
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -160,10 +163,10 @@ class TrainState:
         self.loss = loss_sum / self.n_targets
         self.applied = math.isfinite(self.loss) and math.isfinite(self.grad_norm)
         if self.applied:
+            shorten(self.model, norm, self.grad_norm, grad_clip)
             for optimizer in self.optimizers:
                 optimizer.step()
         else:
-            shorten(self.model, norm, self.grad_norm, grad_clip)
             self.refused = self.loss, self.grad_norm
         self.loss_scale.update(self.applied)
         self.model.zero_grad(set_to_none=True)
@@ -199,6 +202,36 @@ class TrainState:
             )
 
 
+class Ahead:
+    """What steps read, made one step early, so that the GPU does not wait for it.
+
+        queue passes k  →  prepare(k + 1)  →  update: wait for the GPU, clip, step  →  take(k + 1), queue passes k + 1
+        GPU:  passes k ────────────────────────────────────────────→  clip, step
+
+    The host only queues the passes of a step, and waits for them in `TrainState.update`. What it makes before that
+    wait costs no time, and what it makes after the wait is time in which the GPU has nothing to do.
+    """
+
+    def __init__(self, make: Callable[[int], Any], last_step: int):
+        """make: from a step's number to what it reads. It must depend on nothing else, and not talk to other ranks.
+
+        last_step: of the run; nothing is made beyond it.
+        """
+        self.make = make
+        self.last_step = last_step
+        self.prepared: dict[int, Any] = {}
+
+    def take(self, step: int) -> Any:
+        """What the step reads. It is made now if it was not prepared, as before the first step of a run."""
+        return self.prepared.pop(step) if step in self.prepared else self.make(step)
+
+    def prepare(self, step: int) -> None:
+        """Make now what a later step reads. What fails here fails again in `take`, once the step before is saved."""
+        if step <= self.last_step:
+            with contextlib.suppress(Exception):
+                self.prepared[step] = self.make(step)
+
+
 def seed_step(seed: int, step: int, rank: int) -> None:
     """Make a step's dropout a function of (seed, step, rank), so that no random state has to be saved."""
     drawn = np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0]
@@ -207,6 +240,14 @@ def seed_step(seed: int, step: int, rank: int) -> None:
 
 def clip(model: nn.Module, limit: float, loss_scale: float = 1.0) -> float:
     """Undo the loss scale, clip the gradient's norm to `limit` (0: no clipping), and return the norm before that."""
+    norm = gradient_norm(model, loss_scale)
+    norm_before = float(norm)
+    shorten(model, norm, norm_before, limit)
+    return norm_before
+
+
+def gradient_norm(model: nn.Module, loss_scale: float) -> Tensor:
+    """Undo the loss scale, and return the gradient's norm, (), which the host does not know yet."""
     trained = [p for p in model.parameters() if p.grad is not None]
     if loss_scale != 1:
         torch._foreach_mul_([local(p.grad) for p in trained], 1 / loss_scale)
@@ -224,11 +265,3 @@ def shorten(model: nn.Module, norm: Tensor, norm_on_host: float, limit: float) -
         torch._foreach_mul_([local(p.grad) for p in trained], limit / (norm_on_host + 1e-6))
     else:
         torch.nn.utils.clip_grads_with_norm_(trained, limit, norm)
-    norm = gradient_norm(model, loss_scale)
-    norm_before = float(norm)
-    shorten(model, norm, norm_before, limit)
-    return norm_before
-
-
-def gradient_norm(model: nn.Module, loss_scale: float) -> Tensor:
-    """Undo the loss scale, and return the gradient's norm, (), which the host does not know yet."""

@@ -10,7 +10,7 @@ from torch import nn
 from minillm.base.errors import UserError
 from minillm.distributed.parallelize import gradients_synced, marked_last, parallelize
 from minillm.distributed.ranks import Ranks
-from minillm.training.step import LossScale, TrainState, clip, seed_step
+from minillm.training.step import Ahead, LossScale, TrainState, clip, seed_step
 from tests import launch
 
 CPU = torch.device("cpu")
@@ -127,6 +127,36 @@ def test_a_step_without_any_target_has_a_loss_of_0_and_moves_nothing():
     state.backward(0.0 * model(ROWS).sum(), n_targets=0)
     assert state.update(grad_clip=1.0) == 0.0 and state.loss == 0.0 and state.applied
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_what_is_made_ahead_is_made_once_and_never_for_a_step_beyond_the_last():
+    made = []
+
+    def make(step: int) -> int:
+        made.append(step)
+        return 10 * step
+
+    ahead = Ahead(make, last_step=5)
+    assert ahead.take(3) == 30  # the first step of a run that goes on
+    ahead.prepare(4)
+    assert made == [3, 4] and ahead.take(4) == 40 and made == [3, 4]
+    ahead.prepare(5)
+    assert ahead.take(5) == 50
+    ahead.prepare(6)
+    assert made == [3, 4, 5] and not ahead.prepared
+
+
+def test_what_cannot_be_made_fails_in_its_own_step():
+    def make(step: int) -> int:
+        if step == 2:
+            raise UserError("rows.jsonl: line 7 has changed")
+        return step
+
+    ahead = Ahead(make, last_step=5)
+    assert ahead.take(1) == 1
+    ahead.prepare(2)  # step 1 can still be saved
+    with pytest.raises(UserError, match="line 7"):
+        ahead.take(2)
 
 
 def test_a_step_s_dropout_depends_on_seed_step_and_rank_alone():
