@@ -55,7 +55,7 @@ from minillm.training import starting_model
 from minillm.training.config import summary, with_steps
 from minillm.training.optim import optimizers_of
 from minillm.training.run import Run, begin, run_training
-from minillm.training.step import TrainState
+from minillm.training.step import Ahead, TrainState
 
 
 def _loss_option(name: str, default, help: str, **rules):
@@ -256,17 +256,23 @@ def train(run: Run, model: Transformer, rows: PreferenceRows, end: int, tools: T
     state = run.start(TrainState(model, optimizers, run.ranks, run.dtype))
     policy = parallelize(Policy(model, training_config.compile), run.ranks, compile=False)
 
-    for step in run.steps(state):  # sets the learning rate; after the step saves what is due, stops at a signal
+    def read(step: int) -> tuple:
+        """This rank's micro-batches of a step, and instructions that are learned beside, if there are any."""
         batches = [rows.batch(positions, end) for positions in run.micro_batches(step)]
         if not objective.of_pairs:
             batches = [unpaired(answers) for answers in batches]
+        return [answers.with_places() for answers in batches], tools.replay.batch(step, run)
+
+    ahead = Ahead(read, training_config.steps)
+    for step in run.steps(state):  # sets the learning rate; after the step saves what is due, stops at a signal
+        batches, instructions = ahead.take(step)
 
         # what the step's means are over, and KTO's reference point, of all micro-batches and ranks
         n_losses, n_chosen_tokens, n_tokens = run.ranks.sum(*counts(batches, objective.of_pairs))
         totals = Totals(n_losses, n_chosen_tokens)
         z = tools.reference.point_of_kto(step)
         measured = Measured(objective)
-        tools.replay.learn(run, policy, state, step, totals.n_losses)  # instructions beside, if there are any
+        tools.replay.learn(run, policy, state, instructions, totals.n_losses)
         for answers, last in marked_last(batches):
             answers = answers.to(run.device)
             loss_function = loss_of(objective, answers, tools.reference.of(answers), totals, z, measured)
@@ -274,6 +280,7 @@ def train(run: Run, model: Transformer, rows: PreferenceRows, end: int, tools: T
                 with run.autocast():
                     loss = policy(answers.batch, loss_function)  # summed over pairs
                 state.backward(loss, totals.n_losses)  # of the mean over all pairs, of all micro-batches and ranks
+        ahead.prepare(step + 1)  # while the GPU computes what was queued, for which the next line waits
         state.update(training_config.grad_clip)  # clips, then steps, unless loss or gradient is not finite
 
         facts = measured.means(run.ranks.sum)

@@ -189,8 +189,9 @@ def train(training_config: Config, run: Run, model: Transformer, tools: Tools, b
         n_passes = most_of_ranks(model, max(1, len(parts)))
         parts += [judged.experience(judged.rewards).silent()] * (n_passes - len(parts))
         seen = []
+        instructions = tools.replay.batch(step, run)
         for _ in range(training_config.updates if n else 0):
-            tools.replay.learn(run, policy, state, step, n)
+            tools.replay.learn(run, policy, state, instructions, n)
             watched = [Watched(tools.loss, part) for part in parts]
             for rows, last in marked_last(watched):
                 with gradients_synced(policy, last), run.autocast():
@@ -267,7 +268,8 @@ def tell(
 ) -> dict[str, float]:
     """Log a step: how good the answers were, how far from the reference, what the clip held back. Returns its row."""
     sums = judged.step_sums(training_config.group_size)
-    sums |= {"seen": sum(s.n_tokens for s in seen), "clipped": sum(s.clipped_low + s.clipped_high for s in seen)}
+    sums |= {"seen": float(sum(s.n_tokens for s in seen))}
+    sums |= {"clipped": float(sum(s.clipped_low + s.clipped_high for s in seen))}
     sums = dict(zip(sums, run.ranks.sum(*sums.values()), strict=True))
     run.log_step(state, sums["read"] / run.ranks.row_ranks)
 

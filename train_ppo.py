@@ -277,9 +277,9 @@ def improve(
 ) -> None:
     """One update of policy and value model, by the mean over the tokens of all ranks' rows."""
     (n_tokens,) = run.ranks.sum(float(experience.batch.mask.sum()))
-    replay.learn(run, learners.policy, learners.policy_state, run.step, n_tokens)
-    for rows, last in marked_last(torch.arange(len(experience.returns)).split(training_config.rows_at_once)):
-        part = experience.rows(rows.to(run.device))
+    replay.learn(run, learners.policy, learners.policy_state, replay.batch(run.step, run), n_tokens)
+    parts = experience.split(training_config.rows_at_once)
+    for part, last in marked_last(parts):
         mask = part.batch.mask
 
         # the policy: log π again, and by it the clipped loss

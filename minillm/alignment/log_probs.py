@@ -132,10 +132,7 @@ def _answer_states(
         cache = FilledCache(*virtual.keys_values(model))
     hidden = pass_through(batch.x, documents=batch.documents, cache=cache)  # (B, T, C)
 
-    mask = torch.ones_like(batch.y, dtype=torch.bool) if batch.mask is None else batch.mask
-    where = mask.flatten().nonzero().squeeze(-1)
-    if not len(where):
-        where = where.new_zeros(1)
+    where = batch.with_places().places if batch.places is None else batch.places
     return hidden.flatten(0, 1)[where], batch.y.flatten()[where], where
 
 

@@ -70,7 +70,9 @@ class Experience(NamedTuple):
         ends = (self.batch.mask * columns).amax(1)  # (N,), one past the last token of each
         order = ends.argsort(stable=True)
         parts = [self.rows(order[begin : begin + n_rows]) for begin in range(0, len(order), n_rows)]
-        return [part._narrowed(int((part.batch.mask * columns).max())) for part in parts]
+        parts = [part._narrowed(int((part.batch.mask * columns).max())) for part in parts]
+        # where the answers are is asked now, before any pass is queued
+        return [part._replace(batch=part.batch.with_places()) for part in parts]
 
     def _narrowed(self, length: int) -> "Experience":
         """Without the columns from `length` on; at least one stays."""
@@ -87,11 +89,11 @@ class Experience(NamedTuple):
 
 
 class Seen(NamedTuple):
-    """What a loss has seen in passing: numbers of tokens, which add up over micro-batches and ranks."""
+    """What a loss has seen in passing: numbers of tokens, (), which add up over micro-batches and ranks."""
 
-    n_tokens: float
-    clipped_low: float  # whose ρ is below 1 − ε_low with A < 0, so that they have no gradient
-    clipped_high: float  # above 1 + ε_high with A > 0
+    n_tokens: Tensor
+    clipped_low: Tensor  # whose ρ is below 1 − ε_low with A < 0, so that they have no gradient
+    clipped_high: Tensor  # above 1 + ε_high with A > 0
 
 
 @dataclass(frozen=True)
@@ -194,7 +196,7 @@ class PolicyLoss:
         high = (ratio > 1 + self.clip_high) & (advantages > 0) & mask
         if self.kind == "cispo":
             low, high = torch.zeros_like(mask), (ratio > self.clip_high) & mask
-        return Seen(float(mask.sum()), float(low.sum()), float(high.sum()))
+        return Seen(mask.sum(), low.sum(), high.sum())
 
 
 class Watched:
@@ -203,7 +205,7 @@ class Watched:
     def __init__(self, loss: PolicyLoss, experience: Experience):
         self.loss = loss
         self.experience = experience
-        self.seen = Seen(0.0, 0.0, 0.0)
+        self.seen: Seen | None = None
 
     def __call__(self, log_probs: Tensor) -> Tensor:
         self.seen = self.loss.seen(log_probs, self.experience)

@@ -52,18 +52,20 @@ class Replay:
             return {}
         return {"instructions beside": fingerprint(self.rows.fingerprint, self.weight, self.n_rows)}
 
-    def batch(self, step: int, run: Run) -> Batch:
-        """This rank's rows of a step: those of one process, dealt out."""
+    def batch(self, step: int, run: Run) -> Batch | None:
+        """This rank's rows of a step, on the host: those of one process, dealt out. None: none are learned."""
+        if self.rows is None:
+            return None
         end = (step + 1) * self.n_rows
         own = np.arange(step * self.n_rows, end)[run.ranks.data_rank :: run.ranks.data_world]
-        return self.rows.batch(own if len(own) else np.array([end]), end)  # a row beyond the end is padding
+        rows = self.rows.batch(own if len(own) else np.array([end]), end)  # a row beyond the end is padding
+        return rows.with_places()
 
-    def learn(self, run: Run, policy: nn.Module, state: TrainState, step: int, n: float) -> None:
-        """Add its share to the gradient of an update whose other parts are divided by n."""
-        if self.rows is None:
+    def learn(self, run: Run, policy: nn.Module, state: TrainState, batch: Batch | None, n: float) -> None:
+        """Add its share to the gradient of an update whose other parts are divided by n. batch: see `batch`."""
+        if batch is None:
             return
-        batch = self.batch(step, run).to(run.device)
         (n_tokens,) = run.ranks.sum(float(batch.n_targets()))
         with gradients_synced(policy, last=False), run.autocast():
-            loss = policy(batch, lambda log_probs: -log_probs.sum())
+            loss = policy(batch.to(run.device), lambda log_probs: -log_probs.sum())
         state.backward(loss * (self.weight * n / n_tokens), n)

@@ -14,21 +14,28 @@ class Batch(NamedTuple):
 
     x, y: (B, T) int64, y[t] the token after x[t]. mask: (B, T) bool, True where y counts as a target
     (None: everywhere). documents: (B, T) int32, the number of the document that x[t] is in,
-    non-decreasing along a row (None: attention sees the whole row).
+    non-decreasing along a row (None: attention sees the whole row). places: see `with_places`.
     """
 
     x: Tensor
     y: Tensor
     mask: Tensor | None = None
     documents: Tensor | None = None
+    places: Tensor | None = None
 
     def to(self, device: torch.device) -> "Batch":
-        """On CUDA the copy is from pinned memory and does not block."""
-        if device.type != "cuda":
-            return Batch(*(None if tensor is None else tensor.to(device) for tensor in self))
-        return Batch(
-            *(None if tensor is None else tensor.pin_memory().to(device, non_blocking=True) for tensor in self)
-        )
+        """Without waiting for the device: see `sent`."""
+        return Batch(*(sent(tensor, device) for tensor in self))
+
+    def with_places(self) -> "Batch":
+        """The batch with the places among its B·T at which the mask is True, (N,) int64; without any, place 0.
+
+        How many they are a GPU would have to tell the host, which waits for that; so it is asked while the mask is on
+        the host, or between two passes. To be called last: rows taken of the batch have other places.
+        """
+        mask = torch.ones_like(self.y, dtype=torch.bool) if self.mask is None else self.mask
+        places = mask.flatten().nonzero().squeeze(-1)
+        return self._replace(places=places if len(places) else places.new_zeros(1))
 
     def tokens(self) -> Tensor:
         """Inputs and the last target: (B, T + 1) int64. A row's last token is in y alone."""
@@ -57,7 +64,7 @@ class Batch(NamedTuple):
 
     def without_targets(self) -> "Batch":
         """The batch with no position that counts."""
-        return self._replace(mask=torch.zeros_like(self.y, dtype=torch.bool))
+        return self._replace(mask=torch.zeros_like(self.y, dtype=torch.bool), places=None)
 
     def one_text_a_row(self) -> "Batch":
         """The batch with each document in a row of its own, as wide as the longest; rows end in padding, mask False."""
@@ -82,13 +89,6 @@ class Batch(NamedTuple):
         return [Batch(*(None if t is None else t[start : start + n_rows] for t in self)) for start in starts]
 
 
-def shifted(rows: np.ndarray, mask: np.ndarray | None = None, documents: np.ndarray | None = None) -> Batch:
-    """A Batch of X and Y from rows of T + 1 tokens, (B, T + 1) int64; mask and documents: (B, T)."""
-    tokens = torch.from_numpy(rows)
-    return Batch(
-        tokens[:, :-1].contiguous(),
-        tokens[:, 1:].contiguous(),
-        None if mask is None else torch.from_numpy(mask),
 def mean_span(batches: Sequence[Batch]) -> float:
     """How many tokens the document of a token has in its row, on average over all tokens of batches with documents."""
     n_tokens, n_pairs = 0, 0
@@ -109,6 +109,13 @@ def sent(tensor: Tensor | None, device: torch.device) -> Tensor | None:
     return tensor.pin_memory().to(device, non_blocking=True)
 
 
+def shifted(rows: np.ndarray, mask: np.ndarray | None = None, documents: np.ndarray | None = None) -> Batch:
+    """A Batch of X and Y from rows of T + 1 tokens, (B, T + 1) int64; mask and documents: (B, T)."""
+    tokens = torch.from_numpy(rows)
+    return Batch(
+        tokens[:, :-1].contiguous(),
+        tokens[:, 1:].contiguous(),
+        None if mask is None else torch.from_numpy(mask),
         None if documents is None else torch.from_numpy(documents.astype(np.int32)),
     )
 

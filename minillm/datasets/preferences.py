@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from minillm.base.errors import UserError
-from minillm.datasets.batch import Batch
+from minillm.datasets.batch import Batch, sent
 from minillm.datasets.files.row_files import RowFiles
 from minillm.datasets.fitting import encode_messages
 from minillm.datasets.instructions import collate
@@ -54,9 +54,11 @@ class Answers(NamedTuple):
     kinds: list[str]
 
     def to(self, device: torch.device) -> "Answers":
-        label = None if self.label is None else self.label.to(device)
-        tensors = (t.to(device) for t in (self.chosen, self.rejected, self.weight, self.margin))
-        return Answers(self.batch.to(device), *tensors, label, self.number.to(device), self.kinds)
+        return Answers(self.batch.to(device), *(sent(tensor, device) for tensor in self[1:-1]), self.kinds)
+
+    def with_places(self) -> "Answers":
+        """The answers with the places of their tokens: see `Batch.with_places`."""
+        return self._replace(batch=self.batch.with_places())
 
 
 def unpaired(answers: Answers) -> Answers:

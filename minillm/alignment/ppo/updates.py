@@ -28,6 +28,12 @@ class Experience(NamedTuple):
         batch = Batch(*(None if tensor is None else tensor[chosen] for tensor in self.batch))
         return Experience(batch, *(tensor[chosen] for tensor in self[1:]))
 
+    def split(self, n_rows: int) -> "list[Experience]":
+        """Parts of at most so many rows. Where their answers are is asked now, before any pass is queued."""
+        numbers = torch.arange(len(self.returns), device=self.returns.device).split(n_rows)
+        parts = [self.rows(rows) for rows in numbers]
+        return [part._replace(batch=part.batch.with_places()) for part in parts]
+
     def explained_variance(self, ranks: Ranks) -> float:
         return explained_variance(self.values, self.returns, self.batch.mask, ranks)
 

@@ -94,7 +94,7 @@ class Measured:
 
     def __init__(self, objective: Objective):
         self.objective = objective
-        self.sums = torch.zeros(12, dtype=torch.float64)
+        self.added: list[Tensor] = []  # (12,) of each micro-batch, which nothing reads before the step's end
 
     def add(self, answers: Answers, sums: Tensor, ref_sums: Tensor, preference_loss: Tensor) -> None:
         """sums, ref_sums: (N,). preference_loss: (), summed over pairs or answers, without the SFT term."""
@@ -111,8 +111,7 @@ class Measured:
             ]
         )  # (3, P)
         added = [facts @ share.chosen, facts @ share.rejected, of_pairs @ answers.weight, preference_loss[None]]
-        added = torch.cat(added)  # (12,)
-        self.sums += added.double().cpu()
+        self.added.append(torch.cat(added))
 
     def means(self, sum_over_ranks: Callable[..., list[float]]) -> dict[str, float]:
         """Columns of a metrics row, without those that nothing is known of.
@@ -121,7 +120,8 @@ class Measured:
         where policy and reference agree); plain_accuracy: with s_w > s_l; logps_*: s; length_*: tokens. Of a loss with
         an SFT term both parts: preference_loss, and sft_loss, nats a token of the chosen answers, before its weight.
         """
-        total = sum_over_ranks(*self.sums.tolist())
+        sums = sum(torch.stack(self.added).cpu().double())  # one after the other
+        total = sum_over_ranks(*sums.tolist())
         n_w, u_w, s_w, length_w, n_l, u_l, s_l, length_l, n_pairs, right, plainly_right, preference = total
 
         def mean(value: float, count: float) -> float:
@@ -206,7 +206,7 @@ def summed_u_of_mismatched(
 
     # shards gather weights from all ranks: one with nothing to compare makes the passes too, over a row of its own
     batch = _as_batch(texts, rows) if texts else rows.batch(positions[:1]).batch
-    batch = batch.to(model.norm.weight.device)
+    batch = batch.with_places().to(model.norm.weight.device)
     u = answer_log_probs(model, batch).sum(1) - reference.log_probs(batch).sum(1)  # (n,)
     return (float(u.sum()), len(u)) if texts else (0.0, 0)
 
