@@ -51,7 +51,7 @@ class Batch(NamedTuple):
         """
         if row_part.context * row_part.tensor == 1:
             return self
-        x, y, mask, documents = self
+        x, y, mask, documents = self[:4]
         n_missing = row_part.padded(x.shape[1]) - x.shape[1]
         if n_missing:
             mask = torch.ones_like(y, dtype=torch.bool) if mask is None else mask

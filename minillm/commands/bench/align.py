@@ -179,7 +179,7 @@ def compare_rollouts(config: Config, task: Task, trainer) -> Rollouts:
 
 def _check_log_probs(trainer, rollouts: Rollouts) -> None:
     """Raise `UserError` unless trl's trainer gives our answers the log-probabilities that we drew them with."""
-    x, y, mask, _ = rollouts.batch
+    x, y, mask, _ = rollouts.batch[:4]
     tokens = torch.cat((x, y[:, -1:]), 1)  # (N, T + 1)
     with torch.no_grad():
         found = trainer._get_per_token_logps_and_entropies(

@@ -49,7 +49,7 @@ def test_rows_hold_the_prompt_and_the_sampled_ids_with_their_end():
     assert rolled.prompt.tolist() == [0] * 4 + [1] * 4 + [2] * 4 + [3] * 4
     assert 0 < rolled.ended.sum() < 16  # some were cut
     for row in range(16):
-        x, y, mask, _ = (None if t is None else t[row] for t in rolled.batch)
+        x, y, mask, _ = (None if t is None else t[row] for t in rolled.batch[:4])
         prompt = PROMPTS[row // 4]
         learned = y[mask].tolist()
         assert x[: len(prompt)].tolist() == prompt

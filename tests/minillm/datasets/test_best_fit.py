@@ -65,7 +65,7 @@ def test_attention_stays_inside_one_document(tmp_path, with_bos):
 
     found = set()
     batch = data.batch(np.arange(data.n_windows))
-    for x, y, mask, numbers in zip(*batch, strict=True):
+    for x, y, mask, numbers in zip(*batch[:4], strict=True):
         assert (numbers.diff() >= 0).all()
         for number in numbers.unique():
             targets = mask & (numbers == number)
@@ -118,7 +118,7 @@ def test_order_mixtures_and_the_decay_are_those_of_windows(tmp_path):
     assert set(rows[sources == 1]) == set(range(n_rows))
     whole = data.batch(np.arange(20))
     part = data.batch(np.arange(5, 9))
-    assert all((one[5:9] == other).all() for one, other in zip(whole, part, strict=True))
+    assert all((one[5:9] == other).all() for one, other in zip(whole[:4], part[:4], strict=True))
     later = TokenWindows([(b, 1.0)], T, seed=1, best_fit=True, after=(data, 256))
     assert later.turns_done.tolist() == [64] and later.batch(np.arange(256, 260)).x.shape == (4, T)
 

