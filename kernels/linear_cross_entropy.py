@@ -1,11 +1,11 @@
 """Linear layer and cross-entropy in one, a chunk of rows at a time: the N × V logits never exist together.
 
-Forward, for each row i of z = cap(x Wᵀ), with targets y, smoothing s, z-loss coefficient ζ and row weights m:
-    L_i = lse_i − (1 − s) z_i,y − s mean_v(z_iv) + ζ lse_i²        lse_i = log Σ_v exp z_iv        loss = Σ m_i L_i
+Forward, for each row i of z = cap(x Wᵀ), with targets y, z-loss coefficient ζ and row weights m:
+    L_i = lse_i − z_i,y + ζ lse_i²        lse_i = log Σ_v exp z_iv        loss = Σ m_i L_i
 Backward, with p_iv = exp(z_iv − lse_i) and the soft cap z = c tanh(u / c):
-    g_iv = ∂loss/∂u_iv = m_i (p_iv (1 + 2 ζ lse_i) − (1 − s) [v = y_i] − s / V) (1 − (z_iv / c)²)
+    g_iv = ∂loss/∂u_iv = m_i (p_iv (1 + 2 ζ lse_i) − [v = y_i]) (1 − (z_iv / c)²)
     dx = g W        dW = gᵀ x
-(smoothing: Szegedy et al. 2016, arXiv:1512.00567; z-loss: Chowdhery et al. 2022, arXiv:2204.02311, section 5.)
+(z-loss: Chowdhery et al. 2022, arXiv:2204.02311, section 5.)
 
 The loss is the last thing a model computes, so g is known up to one scalar as soon as z is: a chunk of logits is turned
 into its gradient at once, in its own memory, and both gradients are made from it. Backward only multiplies by the
@@ -56,8 +56,8 @@ def _logits(Logits, row, column, live, vocabulary, stride, softcap, beyond, CAPP
 
 
 @triton.jit(do_not_specialize=["n_rows"])  # one binary for all lengths
-def _loss_and_gradient(Logits, Targets, Weights, Scales, Losses, n_rows, vocabulary, stride, softcap, smoothing, z_loss,
-                       CAPPED: tl.constexpr, SMOOTHED: tl.constexpr, GRADIENT: tl.constexpr,
+def _loss_and_gradient(Logits, Targets, Weights, Scales, Losses, Penalties, n_rows, vocabulary, stride, softcap, z_loss,
+                       CAPPED: tl.constexpr, GRADIENT: tl.constexpr,
                        ROWS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)  # (ROWS,), as all that follows
     target = tl.load(Targets + row, mask=row < n_rows, other=-1)
@@ -74,7 +74,6 @@ def _loss_and_gradient(Logits, Targets, Weights, Scales, Losses, n_rows, vocabul
     # First reading of the rows: log-sum-exp, a block of columns at a time, and with it the loss.
     largest = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)  # Σ exp(z − largest)
-    plain = tl.zeros([ROWS], tl.float32)  # Σ z
     columns = tl.where(tl.max(live.to(tl.int32), axis=0) > 0, vocabulary, 0)
     for begin in range(0, columns, BLOCK):
         column = begin + tl.arange(0, BLOCK)
@@ -82,16 +81,13 @@ def _loss_and_gradient(Logits, Targets, Weights, Scales, Losses, n_rows, vocabul
         larger = tl.maximum(largest, tl.max(z, axis=1))
         total = total * tl.exp(largest - larger) + tl.sum(tl.exp(z - larger[:, None]), axis=1)
         largest = larger
-        if SMOOTHED:
-            plain += tl.sum(tl.where((column < vocabulary)[None, :], z, 0.0), axis=1)
     largest = tl.where(live, largest, 0.0)
     total = tl.where(live, total, 1.0)
     lse = largest + tl.log(total)
-    loss = lse - (1.0 - smoothing) * picked + z_loss * lse * lse
-    if SMOOTHED:
-        loss -= smoothing / vocabulary * plain
-    tl.static_assert(loss.dtype == tl.float32)  # Python's floats have come as fp32
-    tl.store(Losses + row, tl.where(live, weight * loss, 0.0), mask=row < n_rows)
+    penalty = z_loss * lse * lse
+    tl.static_assert(penalty.dtype == tl.float32)  # Python's floats have come as fp32
+    tl.store(Losses + row, tl.where(live, weight * (lse - picked), 0.0), mask=row < n_rows)
+    tl.store(Penalties + row, tl.where(live, weight * penalty, 0.0), mask=row < n_rows)
 
     # Second reading: each logit makes place for its gradient.
     if GRADIENT:
@@ -102,9 +98,7 @@ def _loss_and_gradient(Logits, Targets, Weights, Scales, Losses, n_rows, vocabul
             column = (blocks - 1 - block) * BLOCK + tl.arange(0, BLOCK)
             z = _logits(Logits, row, column, live, vocabulary, stride, softcap, 0.0, CAPPED)  # (ROWS, BLOCK)
             g = tl.exp(z - largest[:, None]) * share[:, None]  # closer than exp(z − lse): no rounded logarithm
-            g -= tl.where(column[None, :] == target[:, None], 1.0 - smoothing, 0.0)
-            if SMOOTHED:
-                g -= smoothing / vocabulary
+            g -= tl.where(column[None, :] == target[:, None], 1.0, 0.0)
             if CAPPED:
                 t = z * (1.0 / softcap)
                 g *= 1.0 - t * t
@@ -172,10 +166,10 @@ def _add_product(out: Tensor, a: Tensor, b: Tensor, beta: float) -> None:
 
 
 def forward(
-    x: Tensor, weight: Tensor, targets: Tensor, mask: Tensor | None, softcap: float | None, smoothing: float,
-    z_loss: float, dtype: torch.dtype, need_x: bool, need_weight: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """The loss, and its gradients by x and weight, in `waiting_dtype`, empty unless needed."""
+    x: Tensor, weight: Tensor, targets: Tensor, mask: Tensor | None, softcap: float | None, z_loss: float,
+    dtype: torch.dtype, need_x: bool, need_weight: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """The loss, the z-loss in it, and the loss's gradients by x and weight, in `waiting_dtype`, empty unless needed."""
     n, width = x.shape
     vocabulary = weight.shape[0]
     device = x.device
@@ -183,7 +177,7 @@ def forward(
     targets = targets.contiguous()
     weights, scales, unit = row_weights(targets, mask, dtype)
 
-    # What the chunks are written to: the gradients, and each row's loss.
+    # What the chunks are written to: the gradients, and each row's cross-entropy and z-loss.
     rows_a_chunk = min(n, chunk_rows(n, width, vocabulary, launch.multiprocessors(device)))
     dx = torch.empty((n, width) if need_x else 0, dtype=waiting_dtype(x.dtype, dtype), device=device)
     # One chunk needs no sum over chunks; no chunk at all writes nothing.
@@ -191,6 +185,7 @@ def forward(
     make = torch.empty if n else torch.zeros
     dw = make((vocabulary, width) if need_weight else 0, dtype=dw_dtype, device=device)
     losses = torch.empty(n, dtype=torch.float32, device=device)
+    penalties = torch.empty_like(losses)
 
     # One buffer for the logits of each chunk in turn, rows padded so that they begin at multiples of 128 bytes.
     stride = launch.cdiv(vocabulary, 64) * 64
@@ -204,9 +199,9 @@ def forward(
         _add_product(z, x_part, w.T, 0.0)
         launch.run(
             _loss_and_gradient, (launch.cdiv(len(z), settings["ROWS"]),),
-            logits, targets[part], weights[part], scales[part], losses[part], len(z), vocabulary, stride,
-            float(softcap or 1.0), float(smoothing), float(z_loss),
-            CAPPED=softcap is not None, SMOOTHED=smoothing != 0.0, GRADIENT=need_x or need_weight, **settings,
+            logits, targets[part], weights[part], scales[part], losses[part], penalties[part], len(z), vocabulary,
+            stride, float(softcap or 1.0), float(z_loss),
+            CAPPED=softcap is not None, GRADIENT=need_x or need_weight, **settings,
         )  # fmt: skip
         # z now holds the gradient of the logits
         if need_x:
@@ -218,7 +213,8 @@ def forward(
     if unit is not None:
         dx = dx.mul_(unit)
         dw = dw.mul_(unit)
-    return losses.sum(), dx, dw.to(waiting_dtype(weight.dtype, dtype))
+    penalty = penalties.sum()
+    return losses.sum() + penalty, penalty, dx, dw.to(waiting_dtype(weight.dtype, dtype))
 
 
 def row_weights(targets: Tensor, mask: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -260,10 +256,10 @@ _backward_op = torch.library.custom_op("minillm::linear_cross_entropy_backward",
 
 
 @_op.register_fake
-def _(x, weight, targets, mask, softcap, smoothing, z_loss, dtype, need_x, need_weight):
+def _(x, weight, targets, mask, softcap, z_loss, dtype, need_x, need_weight):
     dx = x.new_empty(x.shape if need_x else 0, dtype=waiting_dtype(x.dtype, dtype))
     dw = weight.new_empty(weight.shape if need_weight else 0, dtype=waiting_dtype(weight.dtype, dtype))
-    return x.new_empty((), dtype=torch.float32), dx, dw
+    return x.new_empty((), dtype=torch.float32), x.new_empty((), dtype=torch.float32), dx, dw
 
 
 @_backward_op.register_fake
@@ -275,22 +271,22 @@ _loss_backward = launch.op(_backward_op, backward)
 
 
 def _setup(ctx, inputs, output):
-    _, dx, dw = output
-    ctx.mark_non_differentiable(dx, dw)
+    _, penalty, dx, dw = output
+    ctx.mark_non_differentiable(penalty, dx, dw)
     ctx.set_materialize_grads(False)
     ctx.dtypes = inputs[0].dtype, inputs[1].dtype
     ctx.needs = inputs[-2:]
     ctx.save_for_backward(dx, dw)
 
 
-def _gradient(ctx, grad_loss, _, __):
+def _gradient(ctx, grad_loss, *_):
     if grad_loss is None:
-        return (None,) * 10
+        return (None,) * 9
     if torch.is_grad_enabled():  # dx and dw are numbers here: a second derivative would lack what they depend on
         raise RuntimeError("linear_cross_entropy has no second derivative (create_graph=True): use the reference")
     dx, dw = _loss_backward(grad_loss, *ctx.saved_tensors, *ctx.dtypes)
     need_x, need_weight = ctx.needs
-    no_gradient = [None] * 8  # of the other arguments
+    no_gradient = [None] * 7  # of the other arguments
     return dx if need_x else None, dw if need_weight else None, *no_gradient
 
 
@@ -315,19 +311,18 @@ def linear_cross_entropy(
     targets: Tensor,
     mask: Tensor | None = None,
     softcap: float | None = None,
-    *,
-    smoothing: float = 0.0,
-    z_loss: float = 0.0,
-) -> Tensor:
+    z_loss: float | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
     """As `kernels.reference.linear_cross_entropy`, in memory for one chunk of logits and both gradients.
 
     x: (N, C), weight: (V, C), fp32, bf16 or fp16, any strides; targets: (N,) int64; mask: (N,) bool or float.
-    Under autocast the products run in its dtype; the loss, log-sum-exp and sums over rows are in fp32. Returns a
-    scalar in fp32, NaN if a row that counts has a target outside 0…V − 1; raises `ValueError` for other shapes, dtypes.
+    Under autocast the products run in its dtype; the loss, log-sum-exp and sums over rows are in fp32. Scalars are in
+    fp32, NaN if a row that counts has a target outside 0…V − 1; raises `ValueError` for other shapes, dtypes.
     """
     _check(x, weight, targets, mask)
     dtype = launch.product_dtype(x)
     training = torch.is_grad_enabled()
     need_x = training and x.requires_grad
     need_weight = training and weight.requires_grad
-    return _loss(x, weight, targets, mask, softcap, smoothing, z_loss, dtype, need_x, need_weight)[0]
+    loss, penalty, *_ = _loss(x, weight, targets, mask, softcap, z_loss or 0.0, dtype, need_x, need_weight)
+    return loss if z_loss is None else (loss, penalty)

@@ -132,17 +132,15 @@ def linear_cross_entropy(
     targets: Tensor,
     mask: Tensor | None = None,
     softcap: float | None = None,
-    *,
-    smoothing: float = 0.0,
-    z_loss: float = 0.0,
-) -> Tensor:
+    z_loss: float | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
     """Weighted sum over rows of the cross-entropy of softmax(x weightᵀ), in nats.
 
     x: (N, C); weight: (V, C); targets: (N,) int64, −100 where none counts. mask: (N,) bool, True where the target
     counts, or float, each row's weight (1 / their number gives the mean). softcap: logits become
-    softcap · tanh(logits / softcap). smoothing s: the target is (1 − s) one-hot + s / V everywhere (Szegedy et al.
-    2016, arXiv:1512.00567). z_loss ζ: each row adds ζ · logsumexp² (Chowdhery et al. 2022, arXiv:2204.02311).
-    Returns a scalar, at least fp32.
+    softcap · tanh(logits / softcap). Returns a scalar, at least fp32.
+    z_loss ζ: each row adds ζ · logsumexp² (Chowdhery et al. 2022, arXiv:2204.02311, section 5). With it, and be it 0,
+    returns two: the whole loss, and the part of it that was added, through which no gradient goes.
     """
     logits = x @ weight.to(x.dtype).T  # (N, V)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
@@ -153,9 +151,12 @@ def linear_cross_entropy(
     left_out = row_weights == 0
     target = targets.masked_fill(left_out, 0)[:, None]  # (N, 1): any index will do where nothing counts
     lse = torch.logsumexp(logits, dim=-1)
-    nats = lse - (1 - smoothing) * logits.gather(-1, target).squeeze(-1) - smoothing * logits.mean(-1)
-    losses = (nats + z_loss * lse.square()).masked_fill(left_out, 0.0)  # NaN · 0 would be NaN
-    return (losses * row_weights).sum()
+    nats = lse - logits.gather(-1, target).squeeze(-1)
+    loss = (nats.masked_fill(left_out, 0.0) * row_weights).sum()  # NaN · 0 would be NaN
+    if z_loss is None:
+        return loss
+    penalty = (z_loss * lse.square().masked_fill(left_out, 0.0) * row_weights).sum()
+    return loss + penalty, penalty.detach()
 
 
 def adamw(

@@ -27,15 +27,16 @@ def rows_at_once(weight: Tensor) -> int:
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """loss = Σ_i m_i (logsumexp_v z_iv − z_i,y), z = cap(x Wᵀ), a chunk of rows i at a time.
+    """loss = Σ_i m_i (log Z_i − z_i,y + ζ log² Z_i), z = cap(x Wᵀ), Z_i = Σ_v exp z_iv, a chunk of rows i at a time.
 
-    ∂loss/∂z_iv = m_i (softmax(z_i)_v − [v = y_i]); a soft cap z = c tanh(u / c) multiplies it by 1 − (z / c)².
+    ∂loss/∂z_iv = m_i (softmax(z_i)_v (1 + 2 ζ log Z_i) − [v = y_i]); a soft cap z = c tanh(u / c) multiplies it by
+    1 − (z / c)². The third term is the z-loss (Chowdhery et al. 2022, arXiv:2204.02311, section 5).
     The m_i, over the largest of them, are multiplied into the narrow side of each product.
     """
 
     @staticmethod
-    def forward(ctx, x, weight, labels, mask, softcap, dtype, trained):
-        """x (N, C), weight (V, C), labels (N,) int64, mask (N,) or None → the summed loss, a scalar in fp32."""
+    def forward(ctx, x, weight, labels, mask, softcap, z_loss, dtype, trained):
+        """x (N, C), weight (V, C), labels (N,) int64, mask (N,) or None → the loss, and the z-loss in it; fp32."""
         n = x.shape[0]
 
         # how much each row counts; one that does not may hold any label
@@ -49,6 +50,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_x = torch.empty_like(x) if trained and x.requires_grad else None
         grad_w = torch.zeros_like(w, dtype=torch.float32) if trained and weight.requires_grad else None
         total = torch.zeros((), dtype=torch.float32, device=x.device)
+        penalty = torch.zeros((), dtype=torch.float32, device=x.device)
         rows = rows_at_once(weight)
         for begin in range(0, n, rows):
             part = slice(begin, begin + rows)
@@ -62,11 +64,18 @@ class _LinearCrossEntropy(torch.autograd.Function):
             nats = -log_p.gather(-1, labels_part)  # (rows, 1)
             # no `+=`: torch 2.11, compiling, gives an output changed in place no gradient
             total = total + (nats.masked_fill(counts[part] == 0, 0.0) * counts[part]).sum()
+            if z_loss:
+                log_z = logits.gather(-1, labels_part) + nats  # (rows, 1)
+                squares = log_z.square().masked_fill(counts[part] == 0, 0.0)
+                penalty = penalty + (z_loss * squares * counts[part]).sum()
             if not trained:
                 continue
 
             # backward: softmax minus one at the label, through the soft cap, then both products
-            grad = log_p.exp_().scatter_add_(-1, labels_part, torch.full_like(nats, -1.0))  # (rows, V)
+            grad = log_p.exp_()  # (rows, V)
+            if z_loss:
+                grad = grad.mul_(1 + 2 * z_loss * log_z)
+            grad = grad.scatter_add_(-1, labels_part, torch.full_like(nats, -1.0))
             if softcap is not None:
                 grad = grad.mul_(1 - (logits / softcap).square())
             grad = grad.to(dtype)
@@ -78,10 +87,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 grad_w += grad.float().T @ x_part.float() if dtype == torch.float16 else grad.T @ x_part  # (V, C)
         ctx.save_for_backward(grad_x, grad_w, largest)
         ctx.weight_dtype = weight.dtype
-        return total
+        ctx.mark_non_differentiable(penalty)
+        return total + penalty, penalty
 
     @staticmethod
-    def backward(ctx, grad_output):
+    def backward(ctx, grad_output, _):
         grad_x, grad_w, largest = ctx.saved_tensors
         factor = grad_output * largest
         if grad_x is not None:
@@ -89,17 +99,24 @@ class _LinearCrossEntropy(torch.autograd.Function):
             grad_x = (grad_x.to(wide) * factor).to(grad_x.dtype)
         if grad_w is not None:
             grad_w = (grad_w * factor).to(ctx.weight_dtype)
-        return grad_x, grad_w, None, None, None, None, None
+        return grad_x, grad_w, None, None, None, None, None, None
 
 
 def linear_cross_entropy(
-    x: Tensor, weight: Tensor, targets: Tensor, mask: Tensor | None = None, softcap: float | None = None
-) -> Tensor:
+    x: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    mask: Tensor | None = None,
+    softcap: float | None = None,
+    z_loss: float | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
     """As `kernels.reference.linear_cross_entropy`, in memory for one chunk of logits and both gradients.
 
     Under autocast the products run in its dtype; the softmax and the sums are in fp32, for fp64 inputs too.
     """
-    return _LinearCrossEntropy.apply(x, weight, targets, mask, softcap, product_dtype(x), torch.is_grad_enabled())
+    how = softcap, z_loss or 0.0, product_dtype(x), torch.is_grad_enabled()
+    loss, penalty = _LinearCrossEntropy.apply(x, weight, targets, mask, *how)
+    return loss if z_loss is None else (loss, penalty)
 
 
 @torch.no_grad()

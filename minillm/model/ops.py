@@ -328,14 +328,19 @@ def _cached_attention(q: Tensor, k: Tensor, v: Tensor, ends: Tensor, options: di
 
 
 def linear_cross_entropy(
-    x: Tensor, weight: Tensor, targets: Tensor, mask: Tensor | None = None, softcap: float | None = None
-) -> Tensor:
+    x: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    mask: Tensor | None = None,
+    softcap: float | None = None,
+    z_loss: float | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
     """See `kernels.reference.linear_cross_entropy`."""
     if fused(x):
-        return _triton.linear_cross_entropy.linear_cross_entropy(x, weight, targets, mask, softcap)
+        return _triton.linear_cross_entropy.linear_cross_entropy(x, weight, targets, mask, softcap, z_loss)
     if _selected == "reference":
-        return reference.linear_cross_entropy(x, weight, targets, mask, softcap)
-    return loss.linear_cross_entropy(x, weight, targets, mask, softcap)
+        return reference.linear_cross_entropy(x, weight, targets, mask, softcap, z_loss)
+    return loss.linear_cross_entropy(x, weight, targets, mask, softcap, z_loss)
 
 
 def matrices(layer: nn.Module) -> list[tuple[Tensor, Tensor | None]] | None:

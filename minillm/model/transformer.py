@@ -239,12 +239,14 @@ class Transformer(nn.Module):
         mask: Tensor | None = None,
         documents: Tensor | None = None,
         cache: KVCache | None = None,
-    ) -> Tensor:
+        z_loss: float | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """Logits (B, T, V), or, with targets, the summed loss in nats; of a model with a score head its `scores`.
 
         tokens, targets: (B, T) int64. mask: (B, T) bool, True where a target counts (None: everywhere).
         documents: (B, T) int32, non-decreasing along a row; attention and positions stay inside a document.
         cache: keys and values of the tokens before each row; it grows by these T tokens.
+        z_loss: weight ζ of ζ log² Z, which is added for each target; then returns two: the loss, and what was added.
         """
         hidden = self.hidden(tokens, documents=documents, cache=cache)
         if self.config.score_head:
@@ -255,9 +257,11 @@ class Transformer(nn.Module):
             return self.logits(hidden)
         flat_mask = None if mask is None else mask.flatten()  # (B·T,)
         if isinstance(self.lm_head, PackedLinear):
+            if z_loss is not None:
+                raise ValueError("z_loss is for training, and a head packed for generation is not trained")
             return cross_entropy_of(hidden.flatten(0, 1), self.logits, targets.flatten(), flat_mask)
         return ops.linear_cross_entropy(
-            hidden.flatten(0, 1), self.lm_head.weight, targets.flatten(), flat_mask, self.config.softcap
+            hidden.flatten(0, 1), self.lm_head.weight, targets.flatten(), flat_mask, self.config.softcap, z_loss
         )
 
     def hidden(

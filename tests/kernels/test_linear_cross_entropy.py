@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from kernels import linear_cross_entropy, reference
 from kernels.linear_cross_entropy import _op, chunk_rows
 from kernels.shared import launch
-from tests.kernels.check import DEVICE, DTYPES, compare, draw, error, layouts, poisoned, run, trying  # noqa: F401
+from tests.kernels.check import DEVICE, DTYPES, FORWARD, compare, draw, error, layouts, poisoned, run, trying  # noqa: F401
 
 # Interpreted: whatever lies in a row's padding.
 pytestmark = pytest.mark.filterwarnings(r"ignore:(overflow|invalid value) encountered in \w+:RuntimeWarning")
@@ -20,14 +20,18 @@ pytestmark = pytest.mark.filterwarnings(r"ignore:(overflow|invalid value) encoun
 OPTIONS = {
     "plain": {},
     "capped": dict(softcap=3.0),
-    "smoothed": dict(smoothing=0.1),
     "z-loss": dict(z_loss=0.01),
-    "all": dict(softcap=5.0, smoothing=0.2, z_loss=0.02),
+    "all": dict(softcap=5.0, z_loss=0.02),
 }
 
 
 def ours(x, w, *rest, **options):
-    return linear_cross_entropy.linear_cross_entropy(x, w, *rest, **options)
+    """The whole loss, without that part of it beside it."""
+    return loss_of(linear_cross_entropy.linear_cross_entropy(x, w, *rest, **options))
+
+
+def loss_of(result):
+    return result[0] if isinstance(result, tuple) else result
 
 
 def labels(n, vocabulary, seed=0):
@@ -35,13 +39,18 @@ def labels(n, vocabulary, seed=0):
 
 
 def hold(x, w, targets, mask=None, grad=0.3, **options):
-    """Loss and both gradients against the reference."""
+    """Loss and both gradients against the reference, and the z-loss in it."""
     compare(
         lambda x, w: ours(x, w, targets, mask, **options),
-        lambda x, w: reference.linear_cross_entropy(x, w, targets, mask, **options),
+        lambda x, w: loss_of(reference.linear_cross_entropy(x, w, targets, mask, **options)),
         [x, w],
         [torch.tensor(grad, device=x.device)],
     )
+    if "z_loss" in options:
+        _, penalty = linear_cross_entropy.linear_cross_entropy(x, w, targets, mask, **options)
+        _, exact = reference.linear_cross_entropy(x.double(), w.double(), targets, mask, **options)
+        assert not penalty.requires_grad and penalty.dtype == torch.float32
+        assert error(penalty, exact) <= FORWARD[x.dtype]
 
 
 @pytest.fixture
@@ -64,7 +73,7 @@ def test_agrees_with_the_reference(vocabulary, options, dtype, poisoned, chunks_
 def test_a_real_vocabulary_by_the_blocks_a_gpu_runs(n, dtype, poisoned):  # noqa: F811
     x, w = draw(n, 16, dtype=dtype), draw(32000, 16, dtype=dtype, seed=1, scale=0.5)
     with trying("linear_cross_entropy", {"ROWS": 1, "BLOCK": 8192, "num_warps": 16}):
-        hold(x, w, labels(n, 32000), softcap=30.0, smoothing=0.1)
+        hold(x, w, labels(n, 32000), softcap=30.0, z_loss=0.01)
 
 
 @pytest.mark.parametrize("rows", [1, 2])
@@ -229,9 +238,9 @@ def test_any_shape(n, width, vocabulary, dtype, options, masked, seed):
 def test_is_a_sound_torch_op():
     x, w, y = draw(6, 8).requires_grad_(), draw(50, 8, seed=1).requires_grad_(), labels(6, 50)
     mask = draw(6, seed=2).abs()
-    torch.library.opcheck(_op, (x, w, y, None, None, 0.0, 0.0, torch.float32, True, True))
-    torch.library.opcheck(_op, (x, w, y, mask, 3.0, 0.1, 0.1, torch.bfloat16, True, True))
-    torch.library.opcheck(_op, (x, w.detach(), y, mask, 3.0, 0.1, 0.1, torch.float32, True, False))
+    torch.library.opcheck(_op, (x, w, y, None, None, 0.0, torch.float32, True, True))
+    torch.library.opcheck(_op, (x, w, y, mask, 3.0, 0.1, torch.bfloat16, True, True))
+    torch.library.opcheck(_op, (x, w.detach(), y, mask, 3.0, 0.1, torch.float32, True, False))
 
 
 @pytest.mark.parametrize("options", ["plain", "all"])
@@ -250,11 +259,30 @@ def test_compiles_without_a_graph_break_with_ignored_labels(options):
         assert torch.equal(compiled(x, w), function(x, w))
 
 
+@pytest.mark.parametrize("softcap", [None, 3.0])
+def test_the_z_loss_is_palms_formula(softcap, chunks_of_16):
+    """Σ m (−log p + ζ log² Z) and its gradients, written out in fp64; beside it the second term alone."""
+    x, w, y, m = draw(40, 24), draw(100, 24, seed=1), labels(40, 100), draw(40, seed=2).abs()
+    a, b = (tensor.double().requires_grad_() for tensor in (x, w))
+    z = a @ b.T if softcap is None else softcap * torch.tanh(a @ b.T / softcap)
+    log_z = z.exp().sum(-1).log()
+    added = 0.01 * (m * log_z**2).sum()
+    exact = (m * (log_z - z[torch.arange(40), y])).sum() + added
+    x.requires_grad_(), w.requires_grad_()
+    loss, penalty = linear_cross_entropy.linear_cross_entropy(x, w, y, m, softcap, 0.01)
+    assert error(loss, exact) < 1e-6 and error(penalty, added) < 1e-6
+    for ours_, theirs in zip(torch.autograd.grad(loss, (x, w)), torch.autograd.grad(exact, (a, b)), strict=True):
+        assert error(ours_, theirs) < 1e-5
+    plain = linear_cross_entropy.linear_cross_entropy(x, w, y, m, softcap)
+    loss, penalty = linear_cross_entropy.linear_cross_entropy(x, w, y, m, softcap, 0.0)
+    assert torch.equal(loss, plain) and penalty == 0
+
+
 def test_compiled_with_options_that_change():
     x, w, y = draw(6, 8), draw(50, 8, seed=1), labels(6, 50)
-    compiled = torch.compile(lambda s: ours(x, w, y, smoothing=s, z_loss=s), fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(lambda s: ours(x, w, y, z_loss=s), fullgraph=True, backend="aot_eager")
     for s in (0.1, 0.2, 0.3):
-        assert torch.equal(compiled(s), ours(x, w, y, smoothing=s, z_loss=s))
+        assert torch.equal(compiled(s), ours(x, w, y, z_loss=s))
 
 
 def test_says_what_is_wrong():
@@ -316,14 +344,13 @@ def test_the_specification_is_torchs_and_its_gradient_true():
     x, w = (draw(n, 4, seed=n).double().requires_grad_() for n in (5, 6))
     y = labels(5, 6)
     y[2] = -100
-    theirs = torch.nn.functional.cross_entropy(x @ w.T, y, reduction="sum", label_smoothing=0.1)
+    theirs = torch.nn.functional.cross_entropy(x @ w.T, y, reduction="sum")
     square = torch.logsumexp(x @ w.T, -1).square()[y >= 0].sum()
-    torch.testing.assert_close(
-        reference.linear_cross_entropy(x, w, y, smoothing=0.1, z_loss=0.2), theirs + 0.2 * square
-    )
+    torch.testing.assert_close(reference.linear_cross_entropy(x, w, y), theirs)
+    torch.testing.assert_close(reference.linear_cross_entropy(x, w, y, z_loss=0.2), (theirs + 0.2 * square, 0.2 * square))
     weights = draw(5, seed=9).double()
     assert torch.autograd.gradcheck(
-        lambda x, w: reference.linear_cross_entropy(x, w, y, weights, 2.0, smoothing=0.1, z_loss=0.2), (x, w)
+        lambda x, w: reference.linear_cross_entropy(x, w, y, weights, 2.0, z_loss=0.2)[0], (x, w)
     )
 
 
@@ -344,7 +371,7 @@ def test_a_chunk_and_the_weights_gradient_in_its_own_dtype_are_not_held_together
     n, width, vocabulary = 256, 2048, 1000
     x, w = (torch.ones(rows, width, dtype=torch.bfloat16) for rows in (n, vocabulary))
     targets = torch.zeros(n, dtype=torch.int64)
-    options = (None, None, 0.0, 0.0, torch.bfloat16, True, True)
+    options = (None, None, 0.0, torch.bfloat16, True, True)
     held = peak_bytes(lambda: linear_cross_entropy.forward(x, w, targets, *options), tmp_path)
     gradients = (4 + 2) * vocabulary * width + 2 * n * width  # the sums over chunks in fp32, and what is returned
     assert gradients <= held < gradients + 128 * vocabulary
