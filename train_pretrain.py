@@ -40,7 +40,7 @@ from minillm.model.transformer import Transformer
 from minillm.tokenizer.sentencepiece_model import SentencePieceModel
 from minillm.tokenizer.tokenizer import Tokenizer
 from minillm.training import resuming, sharding, starting_model
-from minillm.training.config import TrainingConfig, summary, too_little
+from minillm.training.config import NextTokenOptions, TrainingConfig, summary, too_little
 from minillm.training.optim import optimizers_of
 from minillm.training.run import Run, begin, run_training
 from minillm.training.schedule import Schedule
@@ -53,7 +53,7 @@ ShapeOptions = optional_copy(config.ModelConfig, group=SHAPE, leave_out=("vocab_
 
 
 @dataclass(frozen=True)
-class Config(ShapeOptions, options.TuningConfig, diloco.DilocoOptions, TaskOptions, TrainingConfig):
+class Config(ShapeOptions, options.TuningConfig, diloco.DilocoOptions, TaskOptions, NextTokenOptions, TrainingConfig):
     data: str = option("data/bundled", "folder of token bins, or a mixture FOLDER:WEIGHT,FOLDER:WEIGHT,…", group="run")
     decay_data: str | None = option(
         None, "folder or mixture to read instead of --data while the rate of --schedule wsd falls", group="run"
@@ -351,8 +351,9 @@ def train(
             batch = batch.to(run.device)
             with gradients_synced(parallel_model, last):
                 with run.autocast():
-                    loss = parallel_model(batch.x, batch.y, mask=batch.mask, documents=batch.documents)  # sum of nats
-                state.backward(loss, n_targets)  # of the mean over all targets, of all micro-batches and ranks
+                    how = dict(mask=batch.mask, documents=batch.documents, z_loss=training_config.z_loss)
+                    loss, z_loss = parallel_model(batch.x, batch.y, **how)  # sum of nats, and what of it is z-loss
+                state.backward(loss, n_targets, z_loss)  # of the mean over all targets, of all micro-batches and ranks
         ahead.prepare(step + 1)  # while the GPU computes what was queued, for which the next line waits
         state.update(training_config.grad_clip)  # clips, then steps, unless loss or gradient is not finite
         run.exchange(state)  # with --diloco_steps, when it is due

@@ -33,7 +33,7 @@ from minillm.tokenizer.chat_template import TEMPLATES
 from minillm.tokenizer.measure import check_round_trip
 from minillm.tokenizer.tokenizer import Tokenizer
 from minillm.training import starting_model
-from minillm.training.config import TrainingConfig, listed_files, summary, with_steps
+from minillm.training.config import NextTokenOptions, TrainingConfig, listed_files, summary, with_steps
 from minillm.training.optim import optimizers_of
 from minillm.training.run import Run, begin, run_training
 from minillm.training.step import Ahead, TrainState
@@ -41,7 +41,7 @@ from minillm.tuning import options
 
 
 @dataclass(frozen=True)
-class Config(options.TuningConfig, diloco.DilocoOptions, TaskOptions, TrainingConfig):
+class Config(options.TuningConfig, diloco.DilocoOptions, TaskOptions, NextTokenOptions, TrainingConfig):
     data: str = option(
         f"{bundled_files.FOLDER}/sft_train.jsonl",
         "instruction file(s), separated by commas: .jsonl .json (.gz) .parquet .csv",
@@ -224,8 +224,9 @@ def train(
             batch = batch.to(run.device)
             with gradients_synced(parallel_model, last):
                 with run.autocast():
-                    loss = parallel_model(batch.x, batch.y, mask=batch.mask, documents=batch.documents)  # sum of nats
-                state.backward(loss, n_targets)  # of the mean over all targets, of all micro-batches and ranks
+                    how = dict(mask=batch.mask, documents=batch.documents, z_loss=training_config.z_loss)
+                    loss, z_loss = parallel_model(batch.x, batch.y, **how)  # sum of nats, and what of it is z-loss
+                state.backward(loss, n_targets, z_loss)  # of the mean over all targets, of all micro-batches and ranks
         ahead.prepare(step + 1)  # while the GPU computes what was queued, for which the next line waits
         state.update(training_config.grad_clip)  # clips, then steps, unless loss or gradient is not finite
         run.exchange(state)  # with --diloco_steps, when it is due

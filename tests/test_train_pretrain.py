@@ -166,6 +166,79 @@ def test_the_size_of_micro_batches_changes_nothing_but_rounding(folder, straight
     assert launch.losses(folder / "recomputed") == pytest.approx(first, abs=1e-6)
 
 
+def z_losses(run: Path) -> dict[int, float]:
+    return {row["step"]: row["z_loss"] for row in launch.rows(run) if "z_loss" in row}
+
+
+@pytest.fixture(scope="module")
+def with_z_loss(folder) -> tuple[dict, dict, dict]:
+    """Loss, z-loss and gradient norm of 5 steps with --z_loss, in one micro-batch of 8."""
+    train(folder, "z", "--steps 5 --schedule constant --z_loss 0.01 --micro_batch_size 8")
+    return launch.losses(folder / "z"), z_losses(folder / "z"), launch.norms(folder / "z")
+
+
+def test_the_z_loss_is_palms_and_the_logged_loss_is_the_cross_entropy_alone(folder, straight, with_z_loss):
+    """The first step computed here from the pieces, by autograd of the formula in fp64."""
+    config = ModelConfig(
+        vocab_size=400, dim=32, n_layers=2, n_heads=2, n_kv_heads=1, ffn_dim=64, max_seq_len=512, tie_embeddings=True
+    )
+    model = Transformer(config)
+    model.init_weights(seed=0)
+    model.double()
+    windows = TokenWindows([(TokenBins(folder / "data", "train"), 1.0)], 32, seed=0)
+    batch = windows.batch(np.arange(8))
+    z = model(batch.x)[batch.mask]
+    log_z = z.exp().sum(-1).log()
+    cross_entropy = (log_z - z[torch.arange(len(z)), batch.y[batch.mask]]).mean()
+    z_loss = 0.01 * log_z.square().mean()
+    (cross_entropy + z_loss).backward()
+    norm = torch.stack([p.grad.norm() for p in model.parameters()]).norm()
+
+    logged, added, norms = with_z_loss
+    assert logged[1] == pytest.approx(cross_entropy.item(), abs=1e-5) == pytest.approx(straight[1], abs=1e-5)
+    assert added[1] == pytest.approx(z_loss.item(), rel=1e-5)
+    assert norms[1] == pytest.approx(norm.item(), rel=1e-4)
+    assert abs(norms[1] - launch.norms(folder / "constant")[1]) > 1e-3 * norms[1]
+    assert added[5] < added[1] and not z_losses(folder / "constant")
+    assert [row["val_loss"] < 6 for row in launch.rows(folder / "z") if "val_loss" in row] == [True]
+
+
+@pytest.mark.parametrize(
+    ("more", "ranks"),
+    [
+        ("--micro_batch_size 1", 1),
+        ("--micro_batch_size 2", 1),
+        ("--micro_batch_size 4", 1),
+        ("--impl reference", 1),
+        ("--micro_batch_size 4", 2),
+        ("--shard 2", 2),
+        ("--tensor_parallel 2", 2),
+        ("--context_parallel 2", 2),
+    ],
+)
+def test_the_z_loss_is_the_same_however_a_batch_is_cut(folder, with_z_loss, more, ranks):
+    out = f"z {more} {ranks}".replace(" ", "-")
+    # tensor parallelism divides heads, so there must be two of each
+    shape = "--n_kv_heads 2" if "tensor" in more else ""
+    logged, added, norms = with_z_loss
+    if shape:
+        train(folder, "z-heads", f"--steps 5 --schedule constant --z_loss 0.01 {shape}")
+        logged, added = launch.losses(folder / "z-heads"), z_losses(folder / "z-heads")
+        norms = launch.norms(folder / "z-heads")
+    train(folder, out, f"--steps 5 --schedule constant --z_loss 0.01 {more} {shape}", ranks=ranks)
+    assert launch.losses(folder / out) == pytest.approx(logged, abs=1e-5)
+    assert z_losses(folder / out) == pytest.approx(added, rel=1e-4)
+    assert launch.norms(folder / out) == pytest.approx(norms, rel=1e-3)
+
+
+def test_a_run_goes_on_with_the_z_loss_that_it_began_with(folder, with_z_loss):
+    for other in ("", "--z_loss 0.1"):
+        text = train(folder, "z", f"--steps 6 --schedule constant {other}", status=2)
+        assert "made with another loss (--z_loss: 0.01 in the checkpoint" in text
+    train(folder, "z", "--steps 6 --schedule constant --z_loss 0.01")
+    assert sorted(z_losses(folder / "z")) == [1, 2, 3, 4, 5, 6]
+
+
 def test_a_batch_that_no_number_divides_is_computed_in_few_parts(folder):
     """Of 37 sequences 19 and 18, which is the step of one pass over all; and what it writes down is read back."""
     more = f"--data {folder}/data {launch.SMALL} --batch_size 37 --schedule constant"

@@ -103,6 +103,15 @@ def test_two_ranks_take_the_same_steps_as_one_to_the_last_short_batch(folder, pa
     assert len(one) == -(-rows // 8)
 
 
+def test_the_z_loss_is_logged_beside_the_cross_entropy_alone(folder):
+    for out, more in (("plain", ""), ("z", "--z_loss 0.01"), ("z-lora", "--z_loss 0.01 --tune lora --lora_rank 2")):
+        train(folder, out, f"--steps 2 {more}")
+    first, added, adapted = (launch.rows(folder / out)[0] for out in ("plain", "z", "z-lora"))
+    assert "z_loss" not in first and added["z_loss"] == pytest.approx(adapted["z_loss"], rel=1e-5) != 0
+    assert added["loss"] == pytest.approx(first["loss"], abs=1e-6) == pytest.approx(adapted["loss"], abs=1e-5)
+    assert added["grad_norm"] != pytest.approx(first["grad_norm"], rel=1e-3)
+
+
 def test_going_on_with_another_number_of_ranks(folder):
     for steps, ranks in ((4, 1), (8, 2), (12, 1)):
         train(folder, "changing", f"--steps {steps} --schedule constant", ranks=ranks)

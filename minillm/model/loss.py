@@ -35,9 +35,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, weight, labels, mask, softcap, z_loss, dtype, trained):
+    def forward(ctx, x, weight, labels, mask, softcap, z_loss, trained):
         """x (N, C), weight (V, C), labels (N,) int64, mask (N,) or None → the loss, and the z-loss in it; fp32."""
         n = x.shape[0]
+        dtype = product_dtype(x)
 
         # how much each row counts; one that does not may hold any label
         counts = torch.ones(n, dtype=torch.float32, device=x.device) if mask is None else mask.float()
@@ -99,7 +100,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             grad_x = (grad_x.to(wide) * factor).to(grad_x.dtype)
         if grad_w is not None:
             grad_w = (grad_w * factor).to(ctx.weight_dtype)
-        return grad_x, grad_w, None, None, None, None, None, None
+        return grad_x, grad_w, None, None, None, None, None
 
 
 def linear_cross_entropy(
@@ -114,8 +115,8 @@ def linear_cross_entropy(
 
     Under autocast the products run in its dtype; the softmax and the sums are in fp32, for fp64 inputs too.
     """
-    how = softcap, z_loss or 0.0, product_dtype(x), torch.is_grad_enabled()
-    loss, penalty = _LinearCrossEntropy.apply(x, weight, targets, mask, *how)
+    trained = torch.is_grad_enabled()
+    loss, penalty = _LinearCrossEntropy.apply(x, weight, targets, mask, softcap, z_loss or 0.0, trained)
     return loss if z_loss is None else (loss, penalty)
 
 

@@ -328,12 +328,7 @@ def _cached_attention(q: Tensor, k: Tensor, v: Tensor, ends: Tensor, options: di
 
 
 def linear_cross_entropy(
-    x: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    mask: Tensor | None = None,
-    softcap: float | None = None,
-    z_loss: float | None = None,
+    x: Tensor, weight: Tensor, targets: Tensor, mask: Tensor | None, softcap: float | None, z_loss: float | None = None
 ) -> Tensor | tuple[Tensor, Tensor]:
     """See `kernels.reference.linear_cross_entropy`."""
     if fused(x):

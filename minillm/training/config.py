@@ -10,6 +10,7 @@ from typing import ClassVar
 from minillm.base import bundled_files
 from minillm.base.errors import UserError
 from minillm.base.options import Options, differences, option
+from minillm.checkpoint.train_state import fingerprint
 from minillm.model.config import ModelConfig
 from minillm.model.size import n_parameters
 from minillm.training.optim import OPTIMIZERS
@@ -155,6 +156,23 @@ class TrainingConfig(Options):
     def n_models(self) -> tuple[int, int]:
         """How many models of one size the run trains, and how many more it holds only to read them."""
         return 1, 0
+
+
+@dataclass(frozen=True)
+class NextTokenOptions(Options):
+    """What is added to the loss of next tokens, for the scripts that train on that alone."""
+
+    z_loss: float = option(
+        0.0,
+        "weight of log² Z of each token, added to the loss so that logits do not drift; usually 1e-4; 0: none",
+        at_least=0,
+        group="optimizer",
+    )
+
+    @property
+    def loss_fingerprints(self) -> dict[str, str]:
+        """For a run's fingerprints: it goes on with the loss that it began with."""
+        return {"loss": fingerprint(self.z_loss)} if self.z_loss else {}
 
 
 # Options that a resumed run may change: all but those that go into a fingerprint, and scripts' own about looking.

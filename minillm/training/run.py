@@ -319,6 +319,8 @@ class Run:
                 flops = starting_model.flops_per_token(state.model, mean_span(batches))
             mfu = speed * flops / (self.peak * self.ranks.world)
         row = {"step": self.step, "loss": state.loss, "lr": self.lr, "grad_norm": state.grad_norm}
+        if state.z_loss:
+            row["z_loss"] = state.z_loss
         row |= {"tokens_per_s": speed, "mfu": mfu, "time_s": self.seconds(), **values}
         self.record(**row)
 

@@ -19,6 +19,7 @@ from minillm.model.config import ModelConfig
 from minillm.model.transformer import Transformer
 from minillm.tokenizer.tokenizer import Tokenizer
 from minillm.training import sharding
+from minillm.training.config import NextTokenOptions
 from minillm.training.optim import default_lr
 from minillm.tuning import folders
 from minillm.tuning.adapter import active_adapter, attach
@@ -191,9 +192,10 @@ def choose_optimizer(training_config, dim: int, share: float = 1.0, adapter_shar
 
 
 def fingerprints(training_config, model_config: ModelConfig, init: Path | None) -> dict[str, str]:
-    """What must not change of the model while a run goes on: its architecture and, with --tune, base and method."""
+    """What must not change while a run goes on: architecture, with --tune base and method, and what the loss adds."""
+    of_loss = training_config.loss_fingerprints if isinstance(training_config, NextTokenOptions) else {}
     architecture = train_state.fingerprint(architectures.to_hf(dataclasses.replace(model_config, trained_seq_len=None)))
-    return {"architecture": architecture, **folders.fingerprints(training_config, init)}
+    return {"architecture": architecture, **of_loss, **folders.fingerprints(training_config, init)}
 
 
 # ---- the model itself

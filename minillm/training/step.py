@@ -84,9 +84,11 @@ class TrainState:
         self.loss_scale = LossScale(enabled=dtype == torch.float16)
         # of the step under way
         self.loss_sum = torch.zeros((), device=ranks.device)
+        self.z_loss_sum = torch.zeros((), device=ranks.device)
         self.n_targets = 0.0
         # of the last step
         self.loss = math.nan
+        self.z_loss = 0.0
         self.grad_norm = math.nan
         self.applied = False
         self.refused: tuple[float, float] | None = None  # loss and norm of an update of it that was not applied
@@ -136,17 +138,19 @@ class TrainState:
         others = {name: other.loss_scale.state_dict() for name, other in self.beside.items()}
         return {"scaler": self.loss_scale.state_dict()} | ({"scalers": others} if others else {})
 
-    def backward(self, loss: Tensor, n_targets: float) -> None:
+    def backward(self, loss: Tensor, n_targets: float, z_loss: Tensor | float = 0.0) -> None:
         """Add a micro-batch's share to the gradient of the mean loss over all targets of the step.
 
         loss: (), summed over the targets of the micro-batch. n_targets: how many the whole step has, in all
         micro-batches of all ranks, so that the gradient does not depend on how the batch is cut. A step may have none,
-        as when the only target is a bos: then loss and gradient are 0.
+        as when the only target is a bos: then loss and gradient are 0. z_loss: what of `loss` is z-loss; it is told
+        apart, so that the state's `loss` stays comparable with that of a run without.
         """
         n_targets = max(1, n_targets)
         share = loss * (1 / n_targets)  # the ranks' shares are added up, not averaged
         (share * self.loss_scale.factor).backward()
-        self.loss_sum += loss.detach()
+        self.loss_sum += loss.detach() - z_loss
+        self.z_loss_sum += z_loss
         self.n_targets = n_targets
 
     def update(self, grad_clip: float) -> float:
@@ -157,10 +161,11 @@ class TrainState:
         """
         self._check_all_have_gradients()
         norm = gradient_norm(self.model, self.loss_scale.factor)
-        loss_sum = self.ranks.summed(self.loss_sum)
+        sums = self.ranks.summed(torch.stack([self.loss_sum, self.z_loss_sum]))
         # the one place of an update that waits for the GPU
-        self.grad_norm, loss_sum = torch.stack([norm.to(loss_sum.dtype), loss_sum]).tolist()
+        self.grad_norm, loss_sum, z_loss_sum = torch.cat([norm.to(sums.dtype)[None], sums]).tolist()
         self.loss = loss_sum / self.n_targets
+        self.z_loss = z_loss_sum / self.n_targets
         self.applied = math.isfinite(self.loss) and math.isfinite(self.grad_norm)
         if self.applied:
             shorten(self.model, norm, self.grad_norm, grad_clip)
@@ -171,6 +176,7 @@ class TrainState:
         self.loss_scale.update(self.applied)
         self.model.zero_grad(set_to_none=True)
         self.loss_sum.zero_()
+        self.z_loss_sum.zero_()
         return self.grad_norm
 
     def take_refused(self) -> list[str]:

@@ -160,6 +160,8 @@ def test_the_loss_is_that_of_the_logits(bits):
     assert torch.allclose(model(tokens, targets), rows.sum(), rtol=1e-5)
     assert torch.allclose(model(tokens, targets.masked_fill(~mask, -100)), rows[mask].sum(), rtol=1e-5)
     assert torch.allclose(model(tokens, targets, mask=mask), rows[mask].sum(), rtol=1e-5)
+    with pytest.raises(ValueError, match=r"z_loss .* packed for generation"):
+        model(tokens, targets, z_loss=1e-4)
 
 
 @pytest.mark.parametrize("bits", BITS)

@@ -245,8 +245,9 @@ def test_compiled_whole_and_equal():
     model, tokens = build(qk_norm=True), tokens_of(2, 16)
     documents = torch.tensor([[0] * 6 + [1] * 10] * 2, dtype=torch.int32)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    a, b = model(tokens, tokens, documents=documents), compiled(tokens, tokens, documents=documents)
-    torch.testing.assert_close(a, b)
+    for how in ({}, {"z_loss": 0.0}, {"z_loss": 0.01}):
+        a, b = (called(tokens, tokens, documents=documents, **how) for called in (model, compiled))
+        torch.testing.assert_close(a, b)
 
 
 def test_too_long_a_sequence_is_refused():
