@@ -5,6 +5,7 @@ from setuptools import find_packages, setup
 EXTRAS = {
     "plot": ["matplotlib"],
     "tensorboard": ["tensorboard"],
+    "wandb": ["wandb>=0.31"],
     "parquet": ["pyarrow"],
     "clean": ["trafilatura", "lxml_html_clean", "warcio", "zstandard"],
     "gguf": ["gguf"],

@@ -151,6 +151,7 @@ class TrainingConfig(Options):
         group="validation and checkpoints",
     )
     tensorboard: bool = option(False, "also write TensorBoard events", group="validation and checkpoints")
+    wandb: str | None = option(None, "also log to this project of Weights & Biases", group="validation and checkpoints")
 
     @property
     def n_models(self) -> tuple[int, int]:

@@ -1,15 +1,27 @@
-"""What a run logs: metrics.jsonl, one row a line, and the same numbers for TensorBoard."""
+"""What a run logs: metrics.jsonl, one row a line, and the same numbers for TensorBoard and Weights & Biases."""
 
+import contextlib
 import errno
 import json
 import math
 import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Protocol
 
 from minillm.base import files
 from minillm.base.contents import Contents
 from minillm.base.errors import UserError
 from minillm.base.json_door import file_size, parse_json
+
+WAIT_S = 30.0  # for Weights & Biases, at the start and at the end of a run
+
+
+class Log(Protocol):
+    """Where rows go. One that has a method `finish` as well is told the end of the run."""
+
+    def write(self, row: dict) -> None:
+        """row: "step", and a number (or None) for each other name."""
 
 
 class MetricsLog:
@@ -70,3 +82,51 @@ class TensorBoard:
         for name, value in row.items():
             if name != "step" and value is not None:
                 self.writer.add_scalar(name, value, row["step"])
+
+
+class WeightsAndBiases:
+    """The rows of metrics.jsonl as a run of Weights & Biases (extra `wandb`), whose troubles end no training."""
+
+    def __init__(self, project: str, folder: Path, options: dict, run_id: str | None, say: Callable[[str], None]):
+        """folder: of the run; its files lie in wandb/ there. run_id: of a run to go on with, None for a new one.
+
+        Raises `UserError` without the package.
+        """
+        try:
+            import wandb
+        except ImportError:
+            raise UserError('--wandb needs its package: pip install -e ".[wandb]"') from None
+        files.own_folder(folder / "wandb")
+        self.say = say
+        self.run = None
+        with self._going_on():
+            # its package would else take the output in hand, and wait for the network without end
+            how = wandb.Settings(console="off", init_timeout=WAIT_S, finish_timeout=WAIT_S)
+            name = folder.absolute().name
+            run = wandb.init(project=project, name=name, dir=folder, id=run_id, resume="allow", settings=how)
+            run.config.update(options, allow_val_change=True)
+            self.run = run
+
+    def write(self, row: dict) -> None:
+        """Each value of a row at its step, unless the run has sent that step before it was killed."""
+        if self.run is None or row["step"] < self.run.starting_step:
+            return
+        values = {name: value for name, value in row.items() if name != "step" and value is not None}
+        with self._going_on():
+            self.run.log(values, step=row["step"])
+
+    def finish(self) -> None:
+        """Send what is left, as far as the network takes it in time; the files keep it for `wandb sync`."""
+        if self.run is not None:
+            with self._going_on():
+                self.run.finish()
+                self.run = None
+
+    @contextlib.contextmanager
+    def _going_on(self) -> Iterator[None]:
+        """Whatever goes wrong inside is said, once, and nothing is sent any more."""
+        try:
+            yield
+        except Exception as problem:
+            self.run = None
+            self.say(f"--wandb: {problem or type(problem).__name__}; the run goes on and logs to metrics.jsonl alone")

@@ -4,15 +4,21 @@ Somebody may delete the folder, or move it, while the run trains. Its files are 
 again with all that was in it, except the checkpoints: the run saves the next one at once.
 """
 
+import dataclasses
+import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from minillm.base import files
 from minillm.base.errors import UserError
+from minillm.base.json_door import read_object
 from minillm.base.process import RunLock
 from minillm.checkpoint import run_folder, train_state
-from minillm.training.metrics import MetricsLog, TensorBoard
+from minillm.training.metrics import Log, MetricsLog, TensorBoard, WeightsAndBiases
+
+CONCLUDED = "concluded.json"  # after which step all that follows the last one was done
+WANDB = "wandb.json"  # the id of the run at Weights & Biases
 
 
 def check_out(folder: Path) -> None:
@@ -39,7 +45,8 @@ class OutFolder:
         self.path = path
         self.lock = RunLock(path)
         self.contents: dict[str, Callable[[Path], None]] = {}  # name → what writes the file
-        self.logs: list[MetricsLog | TensorBoard] = []
+        self.logs: list[Log] = []
+        self.more_logs: list[Log] = []  # those that stay as they are when the folder is made again
         self.has_tensorboard = False
 
     def open_logs(self, step: int, tensorboard: bool) -> None:
@@ -49,11 +56,50 @@ class OutFolder:
         self.logs = [self.metrics]
         if tensorboard:
             self.logs.append(TensorBoard(self.path / "tensorboard", step))
+        self.logs += self.more_logs
+
+    def add_logs(self, training_config, logs: Sequence[Log], *, is_resumed: bool, say: Callable[[str], None]) -> None:
+        """Give the rows from here on to Weights & Biases too, if --wandb asks for it, and to these logs.
+
+        A new run becomes a new one there, and one that is resumed goes on with its own.
+        """
+        self.more_logs = list(logs)
+        if training_config.wandb is not None:
+            noted = self.path / WANDB
+            run_id = read_object(noted).get("id", str) if is_resumed and noted.exists() else None
+            options = dataclasses.asdict(training_config)
+            log = WeightsAndBiases(training_config.wandb, self.path, options, run_id, say)
+            if log.run is not None:
+                self._write_json(WANDB, {"id": log.run.id})
+            self.more_logs.append(log)
+        self.logs += self.more_logs
+
+    def finish_logs(self) -> None:
+        """Tell those that want to know that no row follows."""
+        for log in self.logs:
+            if hasattr(log, "finish"):
+                log.finish()
+
+    def was_concluded(self, step: int) -> bool:
+        """Whether what follows the last step was done after this one, from which the run goes on."""
+        try:
+            return read_object(self.path / CONCLUDED).get("step", int) == step
+        except UserError:  # not there, or damaged: then it is done again
+            return False
+
+    def conclude(self, step: int) -> None:
+        """Note that all is done that follows the last step, and that no row follows."""
+        self._write_json(CONCLUDED, {"step": step})
+        self.finish_logs()
 
     def write(self, name: str, write: Callable[[Path], None]) -> None:
         """Write a file, now and whenever the folder is made again; write(scratch): writes it."""
         self.contents[name] = write
         files.write_file(self.path / name, write)
+
+    def _write_json(self, name: str, value: dict) -> None:
+        text = json.dumps(value) + "\n"
+        self.write(name, lambda scratch: scratch.write_text(text, encoding="utf-8"))
 
     def make_again_if_lost(self, step: int) -> bool:
         """Whether the folder, or a file that is open in it, was gone and has been made again. step: the last one.

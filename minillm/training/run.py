@@ -19,7 +19,7 @@ import torch
 from minillm.base import waiting
 from minillm.base.device import autocast, peak_flops, pick_dtype
 from minillm.base.errors import UserError
-from minillm.base.json_door import read_json, read_object
+from minillm.base.json_door import read_json
 from minillm.base.options import write_toml
 from minillm.base.process import StopSignals, advise_on_memory, run_script
 from minillm.checkpoint import run_folder
@@ -36,6 +36,7 @@ from minillm.tokenizer.tokenizer import Tokenizer
 from minillm.training import kernel_check, plot, resuming, saving, sharding, starting_model
 from minillm.training.bad_steps import BadSteps
 from minillm.training.config import TrainingConfig, check_files, for_later
+from minillm.training.metrics import Log
 from minillm.training.out_folder import OutFolder, check_out
 from minillm.training.progress import Progress, duration
 from minillm.training.schedule import Schedule, lr_at, set_lr
@@ -43,7 +44,6 @@ from minillm.training.step import TrainState, seed_step
 from minillm.tuning.options import TuningConfig
 
 SIGPIPE = 13  # also where the system has no such signal
-CONCLUDED = "concluded.json"  # after which step all that follows the last one was done
 
 
 def run_training(main: Callable[[], int]) -> int:
@@ -100,12 +100,14 @@ class Run:
         *,
         tokenizer: Tokenizer | None = None,
         next_command: str = "",
+        logs: Sequence[Log] = (),
         **facts: object,
     ):
         """Take the folder and find the checkpoint to go on from, if any.
 
         fingerprints: of tokenizer, data, its order and architecture. tokenizer: is saved with the model. next_command:
-        what to try after this run. facts: what else to record in checkpoints; a function is asked when one is saved.
+        what to try after this run. logs: your own, whose `write` gets each row of metrics.jsonl on rank 0. facts: what
+        else to record in checkpoints; a function is asked when one is saved.
         Raises `UserError` if another run has locked the folder, if its checkpoint has other fingerprints, or if there
         are any despite `--resume none`.
         """
@@ -137,7 +139,7 @@ class Run:
             for line in resuming.changes(self.source, self.saved, self._describe(0), training_config):
                 self.say(line)
         self.start_step: int = self.saved["step"]
-        (self.is_concluded, *_) = ranks.exchange(ranks.main and self._was_concluded())
+        (self.is_concluded, *_) = ranks.exchange(ranks.main and self.out.was_concluded(self.start_step))
 
         # what it logs and shows
         self.step, self.lr = self.start_step, math.nan
@@ -150,6 +152,7 @@ class Run:
             self.out.open_logs(self.start_step, training_config.tensorboard)
             if not self.finished:
                 self.out.write("options.toml", partial(write_toml, for_later(training_config)))
+                self.out.add_logs(training_config, logs, is_resumed=self.source is not None, say=self.say)
         self.saver = saving.Saver(ranks, training_config, tokenizer)
         self.progress = Progress(training_config.steps, self.start_step, ranks.main)
         self.watchdog = Watchdog(ranks.rank, ranks.world, training_config.timeout_s)
@@ -161,13 +164,6 @@ class Run:
         """Whether nothing is left to do: no step, nor what follows the last one (see `say_result`)."""
         steps_left = self.training_config.steps - self.start_step
         return steps_left < 0 or (steps_left == 0 and self.is_concluded)
-
-    def _was_concluded(self) -> bool:
-        """Whether what follows the last step was done after the step that the run goes on from."""
-        try:
-            return read_object(self.folder / CONCLUDED).get("step", int) == self.start_step
-        except UserError:  # not there, or damaged: then it is done again
-            return False
 
     def say_finished(self, length: str = "steps") -> int:
         """What to print instead of training; length: the option that would make the run longer; returns 0, a status."""
@@ -256,6 +252,8 @@ class Run:
                 self._meet(state, step)
             if self.stop_signal:
                 self.say(f"stopped by signal {self.stop_signal} after step {step}; the same command goes on from there")
+                if self.out:
+                    self.out.finish_logs()
                 return
         self.close()
 
@@ -319,8 +317,7 @@ class Run:
                 flops = starting_model.flops_per_token(state.model, mean_span(batches))
             mfu = speed * flops / (self.peak * self.ranks.world)
         row = {"step": self.step, "loss": state.loss, "lr": self.lr, "grad_norm": state.grad_norm}
-        if state.z_loss:
-            row["z_loss"] = state.z_loss
+        row |= {"z_loss": state.z_loss} if state.z_loss else {}
         row |= {"tokens_per_s": speed, "mfu": mfu, "time_s": self.seconds(), **values}
         self.record(**row)
 
@@ -334,7 +331,7 @@ class Run:
         self.watchdog.tick(self.step)
 
     def record(self, step: int, **values: float | None) -> None:
-        """Append a row to metrics.jsonl (and TensorBoard)."""
+        """Append a row to metrics.jsonl, and give it to all other logs."""
         for log in self.out.logs if self.out else ():
             log.write({"step": step, **values})
 
@@ -394,8 +391,7 @@ class Run:
         started again.
         """
         if self.out:
-            concluded = json.dumps({"step": self.step}) + "\n"
-            self.out.write(CONCLUDED, lambda scratch: scratch.write_text(concluded, encoding="utf-8"))
+            self.out.conclude(self.step)
         checkpoint = self.folder / run_folder.step_name(self.step)
         self.say(f"trained for {duration(self.took)}; checkpoint {checkpoint}; {self.draw()}")
         self.say(f"next: {self.next_command}")

@@ -4,6 +4,7 @@ import math
 import shutil
 import typing
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -40,9 +41,9 @@ def new_run(tmp_path, monkeypatch):
     """Makes a run in tmp_path/out on one rank; its signal handlers and its lock are given back in the end."""
     made = []
 
-    def make(**options) -> run.Run:
+    def make(logs=(), **options) -> run.Run:
         cfg = dataclasses.replace(TrainingConfig(out=str(tmp_path / "out"), steps=10), **options)
-        made.append(run.Run(cfg, Ranks(0, 1, CPU), {"data": "d"}))
+        made.append(run.Run(cfg, Ranks(0, 1, CPU), {"data": "d"}, logs=logs))
         return made[-1]
 
     yield make
@@ -464,6 +465,47 @@ def test_the_place_of_a_lost_folder_may_be_taken(tmp_path):
     (tmp_path / "out" / "step-00000007").mkdir(parents=True)  # of a run that has ended meanwhile
     with pytest.raises(UserError, match="another run lies there now"):
         folder.make_again_if_lost(1)
+
+
+class Rows(list):
+    """A log of a script's own."""
+
+    write = list.append
+    is_finished = False
+
+    def finish(self) -> None:
+        self.is_finished = True
+
+
+def test_a_log_of_ones_own_gets_each_row_also_when_the_folder_is_made_again(new_run, tmp_path):
+    rows = Rows()
+    one = new_run(logs=[rows])
+    one.record(1, loss=2.0)
+    shutil.rmtree(tmp_path / "out")
+    assert one.out.make_again_if_lost(1)
+    one.record(2, val_loss=3.0)
+    one.took = 1.0
+    one.say_result()
+    assert rows == [{"step": 1, "loss": 2.0}, {"step": 2, "val_loss": 3.0}] and rows.is_finished
+    assert [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()] == rows
+
+
+def test_a_resumed_run_goes_on_with_its_run_at_weights_and_biases(new_run, tmp_path, monkeypatch):
+    given = []
+
+    class Log(Rows):
+        def __init__(self, project, folder, options, run_id, say):
+            given.append((project, options["lr"], run_id))
+            self.run = SimpleNamespace(id=run_id or f"id-{len(given)}")
+
+    monkeypatch.setattr(out_folder, "WeightsAndBiases", Log)
+    one = new_run(wandb="mine", lr=0.5)
+    one.record(1, loss=2.0)
+    assert one.out.logs[-1] == [{"step": 1, "loss": 2.0}]
+    for is_resumed in (True, False):  # a new run in the same folder, which had no checkpoint yet, is a new one there
+        one.out.add_logs(one.training_config, (), is_resumed=is_resumed, say=print)
+    assert given == [("mine", 0.5, None), ("mine", 0.5, "id-1"), ("mine", 0.5, None)]
+    assert json.loads((tmp_path / "out" / "wandb.json").read_text()) == {"id": "id-3"}
 
 
 @pytest.mark.parametrize(
