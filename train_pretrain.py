@@ -249,7 +249,7 @@ def shape(training_config: Config, vocab_size: int, init: Path | None, context_b
             f"--init_from {init}: its embedding has {model_config.vocab_size} ids, fewer than {training_config.data} "
             f"({vocab_size}); give data made with the model's own tokenizer"
         )
-    check_row_fits(training_config, model_config, init)
+    starting_model.check_row_fits(training_config, model_config, init)
     return model_config
 
 
@@ -280,22 +280,6 @@ def check_shape_options(training_config: Config, shape_options: list[str], init:
         raise UserError(
             f"--preset {training_config.preset}: the model of --init_from has its shape already; leave it out"
         )
-
-
-def check_row_fits(training_config: Config, model_config: config.ModelConfig, init: Path | None) -> None:
-    """Raise `UserError` for rows longer than the context, since a single document may fill a row."""
-    seq_len = training_config.seq_len
-    n_virtual = training_config.virtual_positions
-    if seq_len + n_virtual <= model_config.max_seq_len:
-        return
-    virtual = f" and --n_virtual {n_virtual}" if n_virtual else ""
-    remedy = "raise --max_seq_len"
-    if init:
-        remedy = f"extend the context by --max_seq_len {seq_len} (see --rope_scaling)"
-    raise UserError(
-        f"--seq_len {seq_len}{virtual}: the model's longest context is {model_config.max_seq_len} tokens, "
-        f"and a row may be all one document; lower it, or {remedy}"
-    )
 
 
 def describe_data(training_config: Config, windows: TokenWindows, decay_windows: TokenWindows | None) -> Iterator[str]:

@@ -151,7 +151,25 @@ class TrainingConfig(Options):
         group="validation and checkpoints",
     )
     tensorboard: bool = option(False, "also write TensorBoard events", group="validation and checkpoints")
+    profile: str | None = option(
+        None,
+        "record these steps, FIRST:LAST, by torch's profiler: a table of ops, and a trace in the run's folder",
+        group="validation and checkpoints",
+    )
     wandb: str | None = option(None, "also log to this project of Weights & Biases", group="validation and checkpoints")
+
+    def problems(self) -> list[str]:
+        problems = super().problems()
+        if self.resume not in ("auto", "none"):
+            step, out = Path(self.resume), Path(self.out)
+            way = f"copy it there and begin with --resume auto: mkdir -p {out} && cp -r {step} {out}/"
+            if step.parent.absolute() == out.absolute():  # it lies in --out already
+                way = f"copy it there, with that folder as --out: mkdir -p {out}-2 && cp -r {step} {out}-2/"
+            problems.append(
+                f"--resume {step}: choose auto, which goes on from the newest checkpoint in --out, or none; to go on "
+                f"from that step in another folder, {way}"
+            )
+        return problems
 
     @property
     def n_models(self) -> tuple[int, int]:

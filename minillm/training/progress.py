@@ -1,11 +1,20 @@
-"""What a run displays while it trains: a progress bar, or now and then a line."""
+"""What a run displays while it trains: a progress bar, or now and then a line; with --profile, where time goes."""
 
 import os
 import sys
 import time
+from collections.abc import Callable
+from pathlib import Path
 from typing import TextIO
 
+import torch
+from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
+
+from minillm.base.errors import UserError
+from minillm.distributed.ranks import Ranks
+
+SHOWN = 12  # ops in the table that the profiler prints
 
 
 class Progress:
@@ -65,3 +74,59 @@ def duration(seconds: float) -> str:
     whole = int(seconds)
     hours, minutes, rest = whole // 3600, whole // 60 % 60, whole % 60
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+# ---- `--profile FIRST:LAST`: in which ops some steps spend their time, by torch's profiler
+
+
+def steps_to_record(text: str, n_steps: int) -> tuple[int, int]:
+    """`10:13` → (10, 13), the first and the last step. n_steps: of the run. Raises `UserError` for anything else."""
+    first, _, last = text.partition(":")
+    if not (first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last) <= n_steps):
+        raise UserError(f"--profile {text}: expected FIRST:LAST, such as 10:13, steps of the run's {n_steps:,}")
+    return int(first), int(last)
+
+
+class StepProfiler:
+    """Records the steps that `--profile` names; without it, and on all ranks but the first, does nothing.
+
+    Recording slows these steps down, so their tokens/s and MFU say little.
+    """
+
+    def __init__(self, training_config, ranks: Ranks, say: Callable[[str], None]):
+        """Raises `UserError`, on all ranks, for steps that the run does not have."""
+        asked = training_config.profile
+        self.first, self.last = steps_to_record(asked, training_config.steps) if asked else (0, 0)
+        self.records = ranks.main and asked is not None
+        self.folder = Path(training_config.out)
+        self.is_cuda = ranks.device.type == "cuda"
+        self.say = say
+        self.profiler: profile | None = None
+
+    def before(self, step: int) -> None:
+        """Begin to record with the first step named, or with a later one, where a resumed run begins with that."""
+        if self.records and step > self.last:
+            self.say(f"--profile: steps {self.first} to {self.last} were done before, so nothing is recorded")
+            self.records = False
+        if self.records and self.first <= step <= self.last and self.profiler is None:
+            activities = [ProfilerActivity.CPU]
+            if self.is_cuda:
+                activities.append(ProfilerActivity.CUDA)
+            self.begun = step
+            self.profiler = profile(activities=activities)
+            self.profiler.start()
+
+    def after(self, step: int, *, is_end: bool = False) -> None:
+        """Write what was recorded, if this step is the last one named, or the run ends with it."""
+        if self.profiler is None or (step < self.last and not is_end):
+            return
+        if self.is_cuda:
+            torch.cuda.synchronize()  # kernels of the step may still run
+        self.profiler.stop()
+        file = self.folder / f"profile-{self.begun}-{step}.json"
+        self.profiler.export_chrome_trace(str(file))
+        column = "self_device_time_total" if self.is_cuda else "self_cpu_time_total"
+        self.say(self.profiler.key_averages().table(sort_by=column, row_limit=SHOWN, max_name_column_width=40))
+        self.say(f"{file}: steps {self.begun} to {step}, to be opened in https://ui.perfetto.dev")
+        self.profiler = None
+        self.records = False

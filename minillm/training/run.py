@@ -38,7 +38,7 @@ from minillm.training.bad_steps import BadSteps
 from minillm.training.config import TrainingConfig, check_files, for_later
 from minillm.training.metrics import Log
 from minillm.training.out_folder import OutFolder, check_out
-from minillm.training.progress import Progress, duration
+from minillm.training.progress import Progress, StepProfiler, duration
 from minillm.training.schedule import Schedule, lr_at, set_lr
 from minillm.training.step import TrainState, seed_step
 from minillm.tuning.options import TuningConfig
@@ -64,15 +64,6 @@ def begin(training_config: TrainingConfig) -> tuple[TrainingConfig, Ranks, Calla
     must be called before the first of them runs. Raises `UserError` on every rank if their options differ, and on rank
     0 for an --out in which no run can be, and for files to look at that are not there.
     """
-    if training_config.resume not in ("auto", "none"):
-        step, out = Path(training_config.resume), Path(training_config.out)
-        way = f"copy it there and begin with --resume auto: mkdir -p {out} && cp -r {step} {out}/"
-        if step.parent.absolute() == out.absolute():  # it lies in --out already
-            way = f"copy it there, with that folder as --out: mkdir -p {out}-2 && cp -r {step} {out}-2/"
-        raise UserError(
-            f"--resume {step}: choose auto, which goes on from the newest checkpoint in --out, or none; to go on from "
-            f"that step in another folder, {way}"
-        )
     row_ranks = sharding.row_ranks(training_config)
     data_world = distributed.world_size() // row_ranks
     size = distributed.micro_batch(training_config.batch_size, training_config.micro_batch_size, data_world)
@@ -118,6 +109,7 @@ class Run:
         self.tokenizer, self.next_command = tokenizer, next_command
         self.folder = Path(training_config.out)
         self.rounds = Rounds(training_config, ranks, self.dtype)
+        self.profiler = StepProfiler(training_config, ranks, self.say)
         self.progress: Progress | None = None
         self.out = OutFolder(self.folder) if ranks.main else None
         self.signals = StopSignals()
@@ -246,11 +238,14 @@ class Run:
             set_lr(state.optimizers, self.lr)
             seed_step(self.training_config.seed, step, self.ranks.rank)
 
+            self.profiler.before(step)
             yield step
+            self.profiler.after(step)
 
             if self.rounds.end_at(step):
                 self._meet(state, step)
             if self.stop_signal:
+                self.profiler.after(step, is_end=True)
                 self.say(f"stopped by signal {self.stop_signal} after step {step}; the same command goes on from there")
                 if self.out:
                     self.out.finish_logs()

@@ -157,6 +157,22 @@ def init_is_gone(training_config) -> bool:
     return bool(training_config.init_from) and not Path(training_config.init_from).exists()
 
 
+def check_row_fits(training_config, model_config: ModelConfig, init: Path | None) -> None:
+    """Raise `UserError` for rows longer than the context, since a single document may fill a row."""
+    seq_len = training_config.seq_len
+    n_virtual = training_config.virtual_positions
+    if seq_len + n_virtual <= model_config.max_seq_len:
+        return
+    virtual = f" and --n_virtual {n_virtual}" if n_virtual else ""
+    remedy = "raise --max_seq_len"
+    if init:
+        remedy = f"extend the context by --max_seq_len {seq_len} (see --rope_scaling)"
+    raise UserError(
+        f"--seq_len {seq_len}{virtual}: the model's longest context is {model_config.max_seq_len} tokens, "
+        f"and a row may be all one document; lower it, or {remedy}"
+    )
+
+
 def check_tokenizer(model: Path, data: str) -> None:
     """Raise `UserError` unless the data was prepared with the model folder's tokenizer; a raw .bin is not checked."""
     first_folder, _ = parse_mixture(data)[0]
