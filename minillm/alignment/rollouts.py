@@ -10,6 +10,7 @@ step, the answer's number in the run, token), so neither the number of ranks nor
 rows draw the same answers together.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -25,7 +26,7 @@ from minillm.distributed.rows import from_first
 from minillm.distributed.shards import without_gradients
 from minillm.generation.completion import check_prompts, is_recorded, prefill
 from minillm.generation.recorded_step import RecordedStep, next_logits
-from minillm.generation.sampling import draw, random_numbers
+from minillm.generation.sampling import draw, not_finite, random_numbers
 from minillm.model.kv_cache import KVCache
 from minillm.model.transformer import Transformer
 from minillm.tuning.virtual_tokens import context_of
@@ -113,6 +114,7 @@ class _Answers:
         """Draw a token at each of B places, (B,) int64, add it to its answer, and note in `goes_on` which ended.
 
         logits: (B, V). answer_at: (B,), the answer at each place. goes_on: (B,) bool; False: its token is not used.
+        Raises UserError for a token whose log-probability is not finite, as of logits with NaN or infinity.
         """
         positions = [len(self.tokens[answer]) if on else 0 for answer, on in zip(answer_at, goes_on, strict=True)]
         uniform = self.uniform[answer_at, positions].to(logits.device)  # (B,)
@@ -122,6 +124,8 @@ class _Answers:
         for place, (answer, token, log_prob) in enumerate(found):
             if goes_on[place]:
                 tokens = self.tokens[answer]
+                if not math.isfinite(log_prob):
+                    raise not_finite(len(tokens))
                 tokens.append(token)
                 self.log_probs[answer].append(log_prob)
                 goes_on[place] = token not in self.config.stop_ids and len(tokens) < self.limits[answer]

@@ -28,7 +28,7 @@ from minillm.generation.completion import check_prompts
 from minillm.generation.passes import Passes
 from minillm.generation.requests import Closed, End, PromptRead, QueueFull, Request, Ticket, Token, TokenLogProbs
 from minillm.generation.running import Running, log_probs_of
-from minillm.generation.sampling import pick_each
+from minillm.generation.sampling import not_finite, pick_each
 from minillm.generation.slots import Slot, Slots, common_prefix
 from minillm.model.transformer import Transformer
 from minillm.tuning.virtual_tokens import context_of
@@ -313,8 +313,9 @@ class Engine:
         # a row ends whose logits are not finite, of which their sum tells
         is_finite = torch.isfinite(logits.float().sum(-1)).tolist()
         if not all(is_finite):
-            failed = [running for running, fine in zip(rows, is_finite, strict=True) if not fine]
-            self._fail(failed, UserError("the model's logits are not finite: its weights may be damaged"))
+            for running, fine in zip(rows, is_finite, strict=True):
+                if not fine:
+                    self._fail([running], not_finite(running.n_new))
             rows = [running for running, fine in zip(rows, is_finite, strict=True) if fine]
             logits = logits[is_finite]
             if not rows:

@@ -6,6 +6,7 @@ Row r of a batch draws with its own random numbers, a pure function of (seed, r)
 depend on the other rows. See docs/en/generation.md.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import NamedTuple
@@ -18,7 +19,7 @@ from minillm.distributed.lockstep import Lockstep
 from minillm.distributed.shards import without_gradients
 from minillm.generation.pieces import Pieces
 from minillm.generation.recorded_step import RecordedStep, next_logits
-from minillm.generation.sampling import GREEDY, Sampling, pick, random_numbers
+from minillm.generation.sampling import GREEDY, Sampling, not_finite, pick, random_numbers
 from minillm.model import ops
 from minillm.model.kv_cache import KVCache
 from minillm.model.transformer import Transformer
@@ -85,8 +86,6 @@ def prefill(model: Transformer, prompts: Sequence[Sequence[int]], max_len: int) 
     # logits where each prompt ends
     last = torch.tensor(lengths, device=device) - 1  # (B,)
     logits = model.logits(hidden[torch.arange(n_prompts, device=device), last])  # (B, V)
-    if not torch.isfinite(logits).all():
-        raise UserError("the model's logits are not finite: its weights are damaged or its dtype too narrow")
     return cache, logits
 
 
@@ -96,20 +95,28 @@ def is_recorded(cache: KVCache) -> bool:
 
 
 class _HostCopy:
-    """A copy of a step's tokens (B,) on the host, begun at once, so that the GPU can go on with the next step."""
+    """A copy on the host of a step's tokens (B,), and of the sums that tell whether the logits they were drawn from
+    are finite; begun at once, so that the GPU can go on with the next step.
+    """
 
-    def __init__(self, tokens: Tensor):
+    def __init__(self, tokens: Tensor, logits: Tensor):
+        """logits: (B, V)."""
+        sums = logits.sum(-1, dtype=torch.float32)  # (B,), finite if all logits of the row are
         self.tokens = tokens.to("cpu", non_blocking=True)  # on a CPU: the same tensor
+        self.sums = sums.to("cpu", non_blocking=True)
         self.event: torch.cuda.Event | None = None  # the end of the copy
         if tokens.is_cuda:
             self.event = torch.cuda.Event()
             self.event.record()
 
-    def wait(self) -> list[int]:
-        """The tokens, once they are here; does not wait for work that was queued after them."""
+    def wait(self) -> list[tuple[int, bool]]:
+        """Each row's token, and whether its logits are finite, once they are here; does not wait for work that was
+        queued after them.
+        """
         if self.event is not None:
             self.event.synchronize()
-        return self.tokens.tolist()
+        is_finite = [math.isfinite(total) for total in self.sums.tolist()]
+        return list(zip(self.tokens.tolist(), is_finite, strict=True))
 
 
 class _Drawing:
@@ -162,7 +169,8 @@ def steps(
 
     Call it under `without_gradients(model)`, which a generator cannot cheaply enter by itself at each step.
     ended(row, token): called once for every new token; True ends the row. A row also ends when its context
-    is full. Ended rows are dropped from the cache once they are half of it.
+    is full. Ended rows are dropped from the cache once they are half of it. Raises UserError as `check_prompts` does,
+    and where the logits of a row that has not ended are not finite.
     """
     check_prompts(model, prompts, max_new_tokens)
     context = context_of(model)
@@ -185,14 +193,17 @@ def steps(
         for number in range(n_steps):
             # draw a token for each row; on a GPU the next step begins before the host has them
             tokens = drawing.tokens(logits, number)  # (B,)
-            host_copy = _HostCopy(tokens)
+            host_copy = _HostCopy(tokens, logits)
             is_early = runs_ahead and number + 1 < n_steps and cache.longest < cache.max_len
             if is_early:
                 lockstep.before_pass()
                 logits = step(tokens)
 
             # hand the tokens out, and see which rows end with them
-            pairs = [(row, token) for row, token in zip(rows, host_copy.wait(), strict=True) if row in alive]
+            drawn = [(row, *found) for row, found in zip(rows, host_copy.wait(), strict=True) if row in alive]
+            if not all(is_finite for _, _, is_finite in drawn):
+                raise not_finite(number)
+            pairs = [(row, token) for row, token, _ in drawn]
             yield pairs
             for row, token in pairs:
                 if ended(row, token) or number + 1 == limits[row]:

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from minillm.base.errors import UserError
 from minillm.base.options import Options, option
 
 
@@ -127,9 +128,23 @@ def pick(
     p, ids = filtered(logits.float(), sampling)
     cumulated = p.cumsum(-1)  # (B, n), unnormalised
     threshold = uniform[:, None] * cumulated[:, -1:]  # (B, 1)
-    column = torch.searchsorted(cumulated, threshold, right=True)  # (B, 1)
+    column = _column(cumulated, threshold)  # (B, 1)
     token = column if ids is None else ids.gather(-1, column)  # (B, 1)
     return token.squeeze(-1)
+
+
+def _column(cumulated: Tensor, threshold: Tensor) -> Tensor:
+    """The first column of each row (B, n) above its threshold (B, 1), (B, 1) int64; of a row of NaN the last one."""
+    column = torch.searchsorted(cumulated, threshold, right=True)  # n where no column is above it: with NaN
+    return column.clamp_(max=cumulated.shape[-1] - 1)
+
+
+def not_finite(n_new: int) -> UserError:
+    """What to raise where a row's logits are not finite after so many new tokens: what is drawn of them is no text."""
+    return UserError(
+        f"the model's logits are not finite after {n_new} new tokens: its weights are damaged, or --dtype float16 is "
+        "too narrow; choose bfloat16 or float32"
+    )
 
 
 def draw(logits: Tensor, temperature: float, uniform: Tensor) -> tuple[Tensor, Tensor]:
@@ -142,7 +157,7 @@ def draw(logits: Tensor, temperature: float, uniform: Tensor) -> tuple[Tensor, T
     p = torch.softmax(logits if temperature == 1 else logits / temperature, dim=-1)  # (B, V)
     cumulated = p.cumsum(-1, dtype=torch.float64)  # (B, V)
     threshold = uniform[:, None] * cumulated[:, -1:]  # (B, 1)
-    column = torch.searchsorted(cumulated, threshold, right=True)  # (B, 1)
+    column = _column(cumulated, threshold)  # (B, 1)
     return column[:, 0], p.gather(-1, column)[:, 0].log()
 
 

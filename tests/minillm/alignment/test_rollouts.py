@@ -1,4 +1,5 @@
 import dataclasses
+import itertools
 
 import pytest
 import torch
@@ -126,6 +127,19 @@ def test_answers_are_those_of_one_token_at_a_time_without_cache():
                 tokens.pop()
                 break
         assert rolled.answers[row] == tokens[len(PROMPTS[row // 4]) :]
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_logits_that_are_not_finite_end_the_run(value):
+    """By a token of an answer whose embedding is damaged; the first one that any answer holds."""
+    model = build()
+    answers = roll_out(model, PROMPTS, range(4), 1, CONFIG).answers
+    damaged = next(token for token in answers[3] if token not in (*STOPS, *itertools.chain(*PROMPTS)))
+    n_fine = min(answer.index(damaged) + 1 for answer in answers if damaged in answer[:-1])
+    with torch.no_grad():
+        model.embed_tokens.weight[damaged] = value
+    with pytest.raises(UserError, match=f"logits are not finite after {n_fine} new tokens: its weights are damaged"):
+        roll_out(model, PROMPTS, range(4), 1, CONFIG)
 
 
 def test_an_answer_ends_where_the_context_is_full():

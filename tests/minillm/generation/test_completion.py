@@ -268,8 +268,58 @@ def test_prompts_that_cannot_be_are_refused():
             generate.generate(model, prompts, new)
     with torch.no_grad():
         model.norm.weight[0] = float("nan")
-    with pytest.raises(UserError, match="not finite"):
+    with pytest.raises(UserError, match="not finite after 0 new tokens"):
         generate.generate(model, [[1]], 1)
+
+
+DRAWN = Sampling(temperature=1.0, seed=3)
+WAYS = [GREEDY, DRAWN, Sampling(temperature=1.0, seed=3, top_k=5), Sampling(temperature=1.0, seed=3, top_p=0.9)]
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("sampling", WAYS, ids=["greedy", "drawn", "top_k", "top_p"])
+def test_logits_that_are_not_finite_end_the_text_where_they_come(sampling, value):
+    """By a token of the answer whose embedding is damaged: what was drawn from such logits, to the end, was token 0 or
+    no token at all.
+    """
+    model = build(tie_embeddings=False)
+    text = generate.generate(model, [prompt(5)], 12, sampling=sampling)[0].tokens
+    n_fine = next(i + 1 for i, token in enumerate(text) if token not in prompt(5))
+    with torch.no_grad():
+        model.embed_tokens.weight[text[n_fine - 1]] = value
+    message = f"not finite after {n_fine} new tokens: its weights are damaged, or --dtype float16 is too narrow"
+    with pytest.raises(UserError, match=message):
+        generate.generate(model, [prompt(5)], 12, sampling=sampling)
+    assert generate.generate(model, [prompt(5)], n_fine, sampling=sampling)[0].tokens == text[:n_fine]
+    pieces = []
+    with pytest.raises(UserError, match=message):
+        for piece in generate.stream(model, Bytes(), prompt(5), 12, sampling=sampling):
+            pieces.append(piece)
+    assert "".join(pieces) == bytes(text[:n_fine]).decode()
+
+
+def test_logits_beyond_float16_end_the_text():
+    """Weights that float16 holds, whose products it does not."""
+    model = build()
+    with torch.no_grad():
+        model.layers[0].mlp.up_proj.weight *= 1e5
+    assert len(generate.generate(model, [prompt(5)], 3)[0].tokens) == 3
+    with pytest.raises(UserError, match=r"after 0 new tokens: .* --dtype float16 is too narrow; choose bfloat16 or"):
+        generate.generate(model.half(), [prompt(5)], 3)
+
+
+@pytest.mark.parametrize("sampling", WAYS, ids=["greedy", "drawn", "top_k", "top_p"])
+def test_a_row_that_has_ended_spoils_no_other(sampling):
+    """The row ends with a token that is damaged, and is read on beside three others until half of them have ended."""
+    model = build(tie_embeddings=False)
+    prompts = [prompt(n, seed=n) for n in (12, 3, 7, 1)]
+    texts = [c.tokens for c in generate.generate(model, prompts, 12, sampling=sampling)]
+    others = {token for tokens in (*prompts, *texts[1:]) for token in tokens}
+    end = next(token for token in texts[0] if token not in others)
+    with torch.no_grad():
+        model.embed_tokens.weight[end] = torch.nan
+    done = generate.generate(model, prompts, 12, sampling=sampling, stop_ids=[end])
+    assert [c.tokens for c in done] == [texts[0][: texts[0].index(end)], *texts[1:]]
 
 
 def test_the_model_is_left_as_it_was():

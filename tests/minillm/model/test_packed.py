@@ -73,6 +73,17 @@ def test_the_number_of_steps_is_one_whose_products_are_exact():
     assert packed.activation_steps() in (63, 127)
 
 
+@pytest.mark.parametrize("n_rows", [1, 3])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("matrix", [Float16Matrix, Int8Matrix, Int4Matrix])
+def test_a_row_that_is_not_finite_gives_nothing_finite(matrix, value, n_rows):
+    """So that logits show it: rounded to whole numbers it could look like any other row. The others stay finite."""
+    x = normal(n_rows, 64)
+    x[0, 5] = value
+    y = matrix(normal(32, 64, seed=1))(x)
+    assert not y[0].isfinite().any() and y[1:].isfinite().all()
+
+
 ROWS = normal(40, 128, seed=1) * torch.logspace(-2, 2, 40)[:, None]
 
 
