@@ -3,11 +3,12 @@
 import dataclasses
 from dataclasses import dataclass
 
+from minillm.base.errors import UserError
 from minillm.base.options import declared, option, optional_copy
 from minillm.checkpoint import huggingface, run_folder
 from minillm.commands.bench.measure import vocab_size_of
 from minillm.model import memory
-from minillm.model.config import PRESETS, ModelConfig, preset
+from minillm.model.config import LARGEST_CONTEXT, PRESETS, ModelConfig, preset
 from minillm.model.quant import BITS
 from minillm.model.size import flops_per_token, n_parameters
 
@@ -29,21 +30,28 @@ class ShapeChoice(ShapeOptions):
     preset: str | None = option(None, "a preset's shape", tuple(PRESETS))
     model: str | None = option(None, "a run or model folder's shape, in place of a preset's")
     vocab_size: int | None = option(None, "ids; none: GPT-2's 50257, small presets less", at_least=1)
-    seq_len: int | None = option(None, "tokens of a sequence; none: the model's context", at_least=1)
+    seq_len: int | None = option(
+        None, "tokens of a sequence; none: the model's context", at_least=1, at_most=LARGEST_CONTEXT
+    )
 
     def problems(self) -> list[str]:
         if bool(self.preset) == bool(self.model):
             return ["give either --preset NAME or --model DIR"]
+        if self.model and self.vocab_size:
+            return [f"--vocab_size {self.vocab_size}: the model of --model has its own; leave it out"]
         return []
 
     def shape(self) -> ModelConfig:
-        """The shape that is chosen."""
+        """The shape that is chosen. Raises `UserError` for rows longer than its learned positions."""
         given = {name: getattr(self, name) for name in declared(ShapeOptions)}
         changes = {name: value for name, value in given.items() if value is not None}
-        if self.model:
-            stored = huggingface.load_config(run_folder.resolve_checkpoint(self.model))
-            return dataclasses.replace(stored, **changes)
-        return preset(self.preset, vocab_size=self.vocab_size or vocab_size_of(self.preset), **changes)
+        if not self.model:
+            return preset(self.preset, vocab_size=self.vocab_size or vocab_size_of(self.preset), **changes)
+        stored = huggingface.load_config(run_folder.resolve_checkpoint(self.model))
+        shape = dataclasses.replace(stored, **changes)
+        if shape.positions == "learned" and (self.seq_len or 0) > shape.max_seq_len:
+            raise UserError(f"--seq_len {self.seq_len}: the model has learned {shape.max_seq_len} positions; lower it")
+        return shape
 
 
 @dataclass(frozen=True)

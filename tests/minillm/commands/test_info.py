@@ -1,5 +1,8 @@
 import dataclasses
 
+import pytest
+
+from minillm.checkpoint import huggingface
 from minillm.model.config import preset
 from minillm.model.size import n_parameters
 
@@ -19,3 +22,16 @@ def test_info_and_plan_take_the_options_of_a_shape(home, call):
     assert f"{n_parameters(dataclasses.replace(home.model.config, n_layers=5)):,}" in out
     status, whole, _ = call("plan", "--preset", "124m")
     assert status == 0 and call("plan", "--preset", "124m", "--n_layers", "6")[1] != whole
+
+
+@pytest.mark.parametrize("command", ["info", "plan"])
+def test_what_would_be_ignored_or_cannot_be_trained_is_refused(home, call, command, tmp_path):
+    status, _, err = call(command, "--model", "out/sft", "--vocab_size", "500")
+    assert status == 2 and "--vocab_size 500: the model of --model has its own; leave it out" in err
+    status, _, err = call(command, "--preset", "tiny", "--seq_len", str((1 << 21) + 1))
+    assert status == 2 and "--seq_len 2097153" in err
+    learned = dataclasses.replace(home.model.config, positions="learned")
+    huggingface.write_config(learned, tmp_path, {}, home.model.norm.weight.dtype)
+    status, _, err = call(command, "--model", str(tmp_path), "--seq_len", "65")
+    assert status == 2 and "--seq_len 65: the model has learned 64 positions; lower it" in err
+    assert call(command, "--model", "out/sft", "--seq_len", "128")[0] == 0
