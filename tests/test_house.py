@@ -42,10 +42,10 @@ BUDGET = {
     "tuning": 11_850,  # an alpha for rslora; what PEFT's files leave out
     "generation": 10_300,  # many requests in one running batch
     "evaluation": 14_200,  # benchmarks, also in training, shared by ranks, read by families
-    "training": 20_500,  # sharding, saving in the background, names given, a step ahead, z-loss, several logs, a profile
+    "training": 20_500,  # sharding, saving in the background, names given, a step ahead, z-loss, logs, a profile
     "alignment": 23_100,  # models dealt out over ranks
     "serving": 11_000,  # the interface of OpenAI over HTTP, and the chat page's headers
-    "commands": 30_500,  # judged answers, pairs, a server, other tools' speeds, plans, a cluster's checks, bits
+    "commands": 30_620,  # judged answers, pairs, a server, other tools' speeds, plans, a cluster's checks, bits
     "scripts": 15_200,
 }
 MOST_FILES = 15  # of one folder, besides its __init__.py

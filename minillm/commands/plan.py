@@ -15,6 +15,7 @@ from minillm.base.errors import UserError
 from minillm.base.json_door import read_object
 from minillm.base.options import option
 from minillm.commands.info import ShapeChoice
+from minillm.distributed.layout import RowPart
 from minillm.model.config import ModelConfig
 from minillm.model.layouts import EFFICIENCY, OVERLAPPED, WAITED_FOR, Gpu, Layout, Work, step_seconds
 from minillm.model.memory import gpu_memory
@@ -39,12 +40,13 @@ GPUS = {
 USUAL_TOKENS = 1 << 22  # of a step, unless --batch_size says otherwise
 TOKENS_PER_PARAMETER = 20  # of a whole run, unless --tokens says otherwise: Hoffmann et al. 2022, arXiv:2203.15556
 MOST_ROWS = 64  # of a forward pass
+MOST_GPUS = 1 << 20
 MOST_DOUBLINGS = 12  # of the number of GPUs, to find one that is enough
 
 
 @dataclass(frozen=True)
 class Config(ShapeChoice):
-    gpus: int = option(8, "how many GPUs", at_least=1, at_most=1 << 20, group="machines")
+    gpus: int = option(8, "how many GPUs", at_least=1, at_most=MOST_GPUS, group="machines")
     gpu: str = option("h100", "which", tuple(GPUS), group="machines")
     gpus_per_host: int = option(8, "GPUs of a machine", at_least=1, at_most=1024, group="machines")
     memory: float | None = option(None, "GB of a GPU; none: the usual", above=0, group="machines")
@@ -88,7 +90,7 @@ class Config(ShapeChoice):
         problems = super().problems()
         if self.efficiency is not None and self.measured is not None:
             problems.append(f"--efficiency {self.efficiency}: --measured gives it already; leave one out")
-        if self.gpus > self.gpus_per_host and self.gpus % self.gpus_per_host:
+        if self.gpus != in_hosts(self.gpus, self.gpus_per_host):
             problems.append(f"--gpus {self.gpus}: is no multiple of --gpus_per_host {self.gpus_per_host}")
         return problems
 
@@ -147,7 +149,7 @@ def run(config: Config) -> None:
     # the question, and the answer
     n_layouts = len({plan.work.layout for plan in plans})
     print_question(config, step, gpu, efficiency)
-    print(f"{len(best)} of {n_layouts} layouts fit {usable / 1e9:.1f} GB; each with its best rows a forward pass\n")
+    print(f"{len(best)} of {n_layouts} layouts fit {giga(usable)} GB; each with its best rows a forward pass\n")
     print_plans(list(best.values())[: config.top or None], config, step, gpu)
     first = fitting[0].seconds
     parts = [f"{name} {seconds:.2f}" for name, seconds in first.items() if name != "step"]
@@ -230,14 +232,15 @@ class Step(NamedTuple):
     def layouts(self, n_gpus: int, per_host: int) -> Iterator[Layout]:
         """The layouts that model and batch allow: tensor parallelism stays inside a host, and divides heads and MLP.
 
-        Rows of a model with learned positions are not divided.
+        Rows that would have to be padded are not divided, nor those of a model with learned positions.
         """
         shape = self.shape
         for tp in divisors(n_gpus):
             if tp > per_host or shape.n_kv_heads % tp or shape.ffn_dim % tp:
                 continue
             for cp in divisors(n_gpus // tp):
-                if self.seq_len % (cp * tp) or (cp * tp > 1 and shape.positions == "learned"):
+                is_padded = RowPart(0, cp, tp).padded(self.seq_len) > self.seq_len
+                if is_padded or (cp * tp > 1 and shape.positions == "learned"):
                     continue
                 n_data = n_gpus // (tp * cp)  # ranks that read sequences of their own
                 if self.batch_size % n_data == 0:
@@ -245,6 +248,11 @@ class Step(NamedTuple):
                         layout = Layout(n_data // shard, shard, cp, tp)
                         if layout.n_holding == 1 or not self.diloco_steps:
                             yield layout
+
+
+def in_hosts(n_gpus: int, per_host: int) -> int:
+    """The least number of GPUs, n_gpus or more, that are of one host or of whole hosts."""
+    return n_gpus if n_gpus <= per_host else math.ceil(n_gpus / per_host) * per_host
 
 
 def divisors(number: int) -> list[int]:
@@ -256,10 +264,17 @@ def _nothing_fits(config: Config, step: Step, plans: list[Plan], gpu: Gpu) -> st
     """What an error says: what the least layout takes, and how many GPUs would be enough."""
     usable = config.usable * gpu.memory
     least = min(plan.n_bytes for plan in plans)
-    said = f"--gpus {config.gpus}: no layout fits {usable / 1e9:.1f} GB of each {config.gpu}"
-    said += f"; the least takes {least / 1e9:.1f}"
+    said = f"--gpus {config.gpus}: no layout fits {giga(usable)} GB of each {config.gpu}"
+    said += f"; the least takes {giga(least)}"
+    if step.diloco_steps:
+        return (
+            f"{said}: with --diloco_steps each GPU holds a whole copy; leave it out to divide one, or take shorter "
+            "sequences (--seq_len) or a smaller model"
+        )
     for doublings in range(1, MOST_DOUBLINGS):
-        n_gpus = config.gpus << doublings
+        n_gpus = in_hosts(config.gpus << doublings, gpu.per_host)
+        if n_gpus > MOST_GPUS:
+            break
         works = step.works(n_gpus, gpu.per_host)
         if any(sum(gpu_memory(step.shape, work).values()) <= usable for work in works):
             return f"{said}: take {n_gpus}, or shorter sequences (--seq_len)"
@@ -267,6 +282,11 @@ def _nothing_fits(config: Config, step: Step, plans: list[Plan], gpu: Gpu) -> st
 
 
 # ---- what is printed
+
+
+def giga(number: float) -> str:
+    """A number in units of 10⁹, also where it is less than a tenth of one."""
+    return f"{number / 1e9:,.1f}" if number >= 1e8 else f"{number / 1e9:.2g}"
 
 
 def tokens_of(config: Config, step: Step) -> int:
@@ -283,7 +303,7 @@ def print_question(config: Config, step: Step, gpu: Gpu, efficiency: float) -> N
     """What is planned, and on what assumptions."""
     n = n_parameters(step.shape)
     flops = flops_per_token(step.shape, step.seq_len)
-    print(f"{n:,} parameters, {flops / 1e9:,.1f} GFLOP a token at {step.seq_len:,} tokens, {config.optimizer}")
+    print(f"{n:,} parameters, {giga(flops)} GFLOP a token at {step.seq_len:,} tokens, {config.optimizer}")
 
     source = "measured" if config.measured else "given" if config.efficiency else "assumed"
     machines = f"{config.gpus:,} × {config.gpu} of {gpu.memory / 1e9:g} GB, {gpu.per_host} a host"
@@ -291,9 +311,8 @@ def print_question(config: Config, step: Step, gpu: Gpu, efficiency: float) -> N
     links = f"{gpu.link / 1e9:g} GB/s in a host, {gpu.network / 1e9:g} beyond"
     print(f"{machines}: {speeds}; {links}")
 
-    tokens = tokens_of(config, step)
     a_step = f"{step.batch_size:,} × {step.seq_len:,} = {step.n_tokens:,} tokens a step"
-    print(f"{a_step}; {tokens / 1e9:,.1f} G tokens are {steps_of(config, step):,} steps")
+    print(f"{a_step}; {giga(tokens_of(config, step))} G tokens are {steps_of(config, step):,} steps")
 
 
 HEADINGS = {  # and the width of each column
@@ -317,6 +336,7 @@ def start_command(work: Work, config: Config, step: Step) -> str:
     model = f"--preset {config.preset}" if config.preset else f"--init_from {shlex.quote(config.model)}"
     options = {
         "seq_len": step.seq_len,
+        "max_seq_len": max(step.seq_len, step.shape.max_seq_len),
         "batch_size": step.batch_size,
         "micro_batch_size": work.rows,
         "steps": steps_of(config, step),
@@ -327,7 +347,13 @@ def start_command(work: Work, config: Config, step: Step) -> str:
         "checkpoint_activations": str(work.recompute).lower(),
         "diloco_steps": work.diloco_steps,
     }
-    usual = {"context_parallel": 1, "tensor_parallel": 1, "checkpoint_activations": "false", "diloco_steps": 0}
+    usual = {
+        "max_seq_len": step.shape.max_seq_len,
+        "context_parallel": 1,
+        "tensor_parallel": 1,
+        "checkpoint_activations": "false",
+        "diloco_steps": 0,
+    }
     given = " ".join(f"--{name} {value}" for name, value in options.items() if usual.get(name) != value)
     launcher = "python"
     if layout.n_gpus > 1:
@@ -349,7 +375,7 @@ def print_plans(plans: list[Plan], config: Config, step: Step, gpu: Gpu) -> None
 def cells_of(plan: Plan, config: Config, step: Step, gpu: Gpu) -> list[str]:
     """A line of the table."""
     layout = plan.work.layout
-    sizes = " + ".join(f"{n_bytes / 1e9:.1f}" for n_bytes in plan.memory.values())
+    sizes = " + ".join(giga(n_bytes) for n_bytes in plan.memory.values())
 
     # speed, and what follows from it for the whole run
     speed = step.n_tokens / plan.seconds["step"] / config.gpus  # tokens a second and GPU
@@ -359,7 +385,7 @@ def cells_of(plan: Plan, config: Config, step: Step, gpu: Gpu) -> list[str]:
         f"{layout.replicate} × {layout.shard} × {layout.cp} × {layout.tp}",
         f"{plan.work.rows}",
         "yes" if plan.work.recompute else "no",
-        f"{sizes} = {plan.n_bytes / 1e9:.1f}",
+        f"{sizes} = {giga(plan.n_bytes)}",
         f"{plan.seconds['compute']:.2f}",
         f"{plan.overlapped:.2f}",
         f"{plan.waited:.2f}",

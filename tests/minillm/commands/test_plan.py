@@ -8,11 +8,15 @@ from pathlib import Path
 
 import pytest
 
+import train_pretrain
 from minillm.base import command_line
+from minillm.checkpoint import run_folder
 from minillm.commands import plan
 from minillm.commands.bench import train
+from minillm.distributed import layout as parts
 from minillm.model.config import ModelConfig, preset
 from minillm.model.layouts import Layout
+from minillm.training import sharding
 from train_pretrain import Config as Pretrain
 
 LLAMA = ("--preset", "8b", "--vocab_size", "128256")
@@ -65,9 +69,55 @@ def test_what_does_not_fit_is_refused_with_what_would(call):
     assert status and "give either --preset NAME or --model DIR" in err
 
 
+@pytest.mark.parametrize("per_host", ["8", "5"])
+@pytest.mark.parametrize("gpus", ["1", "3", "5"])
+def test_the_number_of_gpus_it_tells_to_take_is_enough(call, gpus, per_host):
+    small = ("--preset", "3b", "--memory", "10", "--batch_size", "240", "--gpus_per_host", per_host)
+    status, _, err = call("plan", *small, "--gpus", gpus)
+    more = re.search(r"take (\d+), or shorter", err)
+    assert status and more, err
+    status, out, err = call("plan", *small, "--gpus", more[1])
+    assert status == 0 and layouts(out), err
+
+
+def test_copies_that_train_alone_are_to_be_left_out_where_they_do_not_fit(call):
+    """Neither more GPUs nor a larger batch makes a whole copy smaller."""
+    status, _, err = call("plan", "--preset", "3b", "--gpus", "4", "--memory", "40", "--diloco_steps", "50")
+    assert status and "with --diloco_steps each GPU holds a whole copy; leave it out" in err and "batch" not in err
+    assert call("plan", "--preset", "3b", "--gpus", "4", "--memory", "40")[0] == 0
+
+
+@pytest.mark.parametrize("tokens", ["3e5", "3.1e5", "9e5"])
+def test_a_small_run_has_its_numbers_too(call, tokens):
+    """What is not zero is not told as 0.0, and the steps are those of the command."""
+    rows = ("--gpus", "2", "--batch_size", "64", "--seq_len", "512", "--memory", "0.05", "--tokens", tokens)
+    status, out, err = call("plan", "--preset", "tiny", *rows)
+    assert status == 0, err
+    assert not re.search(r"\b0\.0\b", out)
+    (steps,) = re.findall(r"tokens are (\d+) steps", out)
+    assert int(steps) == math.ceil(float(tokens) / (64 * 512)) and f"--steps {steps} " in out
+
+
 def test_a_model_of_a_folder_is_planned_too(call):
     status, out, _ = call("plan", "--model", "out/sft", "--gpus", "2", "--batch_size", "4")
     assert status == 0 and set(layouts(out)) == {(2, 1, 1, 1), (1, 2, 1, 1), (1, 1, 2, 1), (1, 1, 1, 2)}
+    assert "--max_seq_len" not in out
+
+
+@pytest.mark.parametrize("seq_len", ["64", "66", "80"])
+def test_every_layout_of_a_model_trains_rows_of_that_length(call, home, monkeypatch, seq_len):
+    """In rows that are longer than the model's context, or that ranks divide: what training checks before it begins."""
+    chosen = ("--model", "out/sft", "--gpus", "4", "--batch_size", "8", "--seq_len", seq_len)
+    status, out, err = call("plan", *chosen, "--top", "0")
+    assert status == 0, err
+    command = out.partition("the first begins by: ")[2]
+    asked = command_line.parse(Pretrain, "", command.partition("train_pretrain.py ")[2].split())
+    monkeypatch.setattr(train_pretrain.starting_model, "check_tokenizer", lambda *_: None)
+    model_config = train_pretrain.shape(asked, 400, run_folder.resolve_checkpoint("out/sft"), 0)
+    assert model_config.max_seq_len == max(64, int(seq_len)) == (asked.max_seq_len or 64)
+    for replicate, shard, cp, tp in layouts(out):
+        assert replicate * shard * cp * tp == 4
+        sharding._check_rows_fit(asked, model_config, parts.Layout(shard, cp, tp))
 
 
 def test_tensor_parallelism_divides_heads_and_stays_inside_a_host():
@@ -76,7 +126,9 @@ def test_tensor_parallelism_divides_heads_and_stays_inside_a_host():
     assert {layout.tp for layout in found} == {1, 2, 3}  # 4 does not divide 6 heads, 6 is more than a host
     assert {layout.cp for layout in found if layout.tp == 1} == {1, 2, 3, 4, 6, 8, 12, 24}
     odd = plan.Step(step.shape, 50, 24, muon=False)
-    assert {layout.cp for layout in odd.layouts(24, per_host=4)} == {1, 2}  # 50 tokens in equal parts
+    assert {layout.cp for layout in odd.layouts(24, per_host=4)} == {1}  # 50 tokens are not 4 equal chunks
+    even = plan.Step(step.shape, 52, 24, muon=False)
+    assert {layout.cp for layout in even.layouts(24, per_host=4)} == {1, 2}
     learned = plan.Step(dataclasses.replace(step.shape, positions="learned"), 144, 24, muon=False)
     assert {(layout.cp, layout.tp) for layout in learned.layouts(24, per_host=4)} == {(1, 1)}
     assert Layout(24, 1, 1, 1) in found and all(layout.n_gpus == 24 for layout in found)
