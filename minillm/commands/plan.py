@@ -267,16 +267,12 @@ def _nothing_fits(config: Config, step: Step, plans: list[Plan], gpu: Gpu) -> st
     said = f"--gpus {config.gpus}: no layout fits {giga(usable)} GB of each {config.gpu}"
     said += f"; the least takes {giga(least)}"
     if step.diloco_steps:
-        return (
-            f"{said}: with --diloco_steps each GPU holds a whole copy; leave it out to divide one, or take shorter "
-            "sequences (--seq_len) or a smaller model"
-        )
+        remedy = "leave it out to divide one, or take shorter sequences (--seq_len) or a smaller model"
+        return f"{said}: with --diloco_steps each GPU holds a whole copy; {remedy}"
     for doublings in range(1, MOST_DOUBLINGS):
         n_gpus = in_hosts(config.gpus << doublings, gpu.per_host)
-        if n_gpus > MOST_GPUS:
-            break
         works = step.works(n_gpus, gpu.per_host)
-        if any(sum(gpu_memory(step.shape, work).values()) <= usable for work in works):
+        if n_gpus <= MOST_GPUS and any(sum(gpu_memory(step.shape, work).values()) <= usable for work in works):
             return f"{said}: take {n_gpus}, or shorter sequences (--seq_len)"
     return f"{said}: take shorter sequences (--seq_len), a larger --batch_size or a smaller model"
 
@@ -334,9 +330,10 @@ def start_command(work: Work, config: Config, step: Step) -> str:
     """The command that trains so; on several hosts each also needs the address of one (--rdzv_endpoint)."""
     layout = work.layout
     model = f"--preset {config.preset}" if config.preset else f"--init_from {shlex.quote(config.model)}"
+    if step.seq_len > step.shape.max_seq_len:
+        model += f" --max_seq_len {step.seq_len}"
     options = {
         "seq_len": step.seq_len,
-        "max_seq_len": max(step.seq_len, step.shape.max_seq_len),
         "batch_size": step.batch_size,
         "micro_batch_size": work.rows,
         "steps": steps_of(config, step),
@@ -347,13 +344,7 @@ def start_command(work: Work, config: Config, step: Step) -> str:
         "checkpoint_activations": str(work.recompute).lower(),
         "diloco_steps": work.diloco_steps,
     }
-    usual = {
-        "max_seq_len": step.shape.max_seq_len,
-        "context_parallel": 1,
-        "tensor_parallel": 1,
-        "checkpoint_activations": "false",
-        "diloco_steps": 0,
-    }
+    usual = {"context_parallel": 1, "tensor_parallel": 1, "checkpoint_activations": "false", "diloco_steps": 0}
     given = " ".join(f"--{name} {value}" for name, value in options.items() if usual.get(name) != value)
     launcher = "python"
     if layout.n_gpus > 1:
