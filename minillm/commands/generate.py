@@ -34,7 +34,10 @@ class Config(ModelOptions, TemplateOptions, Sampling, OutputOptions):
     max_new_tokens: int = option(200, "at most this many new tokens", at_least=1, group="text")
 
     best_of: int | None = option(
-        None, "ask the text as a question so many times; print the answer with the highest --reward", at_least=1
+        None,
+        "ask the text as a question so many times; print the answer with the highest --reward",
+        at_least=1,
+        at_most=1 << 16,
     )
     reward: str | None = option(
         None, "what judges the answers, as of train_grpo.py: a reward model's folder, a function, or a weighted sum"

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from minillm.base.errors import UserError
 from minillm.distributed.lockstep import Lockstep
-from minillm.distributed.shards import without_gradients
+from minillm.distributed.shards import is_sharded_model, without_gradients
 from minillm.generation.pieces import Pieces
 from minillm.generation.recorded_step import RecordedStep, next_logits
 from minillm.generation.sampling import GREEDY, Sampling, not_finite, pick, random_numbers
@@ -24,6 +24,8 @@ from minillm.model import ops
 from minillm.model.kv_cache import KVCache
 from minillm.model.transformer import Transformer
 from minillm.tuning.virtual_tokens import context_of, virtual_tokens
+
+ROWS_AT_ONCE = 512  # prompts that are continued together, which bounds the cache
 
 
 class Completion(NamedTuple):
@@ -37,13 +39,15 @@ class Completion(NamedTuple):
     reason: str
 
 
-def check_prompts(model: Transformer, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
-    """Raise UserError for prompts that nothing can be generated from."""
+def check_prompts(
+    model: Transformer, prompts: Sequence[Sequence[int]], max_new_tokens: int, first_row: int = 0
+) -> None:
+    """Raise UserError for prompts that nothing can be generated from. first_row: the number of the first."""
     if max_new_tokens < 1:
         raise UserError(f"--max_new_tokens {max_new_tokens}: must be at least 1")
     vocab_size = model.config.vocab_size
     context = context_of(model)
-    for row, prompt in enumerate(prompts):
+    for row, prompt in enumerate(prompts, first_row):
         if not len(prompt):
             raise UserError(f"prompt {row}: is empty; begin it with the tokenizer's bos")
         if len(prompt) >= context:
@@ -122,13 +126,16 @@ class _HostCopy:
 class _Drawing:
     """Draws the next token of each row still in the cache: `pick`, with the row's own numbers and history."""
 
-    def __init__(self, sampling: Sampling, prompts: Sequence[Sequence[int]], n_steps: int, logits: Tensor):
+    def __init__(
+        self, sampling: Sampling, prompts: Sequence[Sequence[int]], first_row: int, n_steps: int, logits: Tensor
+    ):
         self.sampling = sampling
         self.uniform: Tensor | None = None  # (B, n_steps), what each row draws with at each step
         self.history: Tensor | None = None  # (B, V) bool, ids in prompt or answer
         self.counts: Tensor | None = None  # (B, V) fp32, how often each answer holds each id
         if sampling.temperature > 0:
-            self.uniform = random_numbers(sampling.seed, range(len(prompts)), n_steps, logits.device)
+            numbers = range(first_row, first_row + len(prompts))
+            self.uniform = random_numbers(sampling.seed, numbers, n_steps, logits.device)
         if sampling.needs_counts:
             self.counts = torch.zeros_like(logits, dtype=torch.float32)
         if sampling.needs_history:
@@ -163,28 +170,33 @@ def steps(
     max_new_tokens: int,
     *,
     sampling: Sampling = GREEDY,
+    first_row: int = 0,
     ended=lambda row, token: False,
 ) -> Iterator[list[tuple[int, int]]]:
     """Yield the new (row, token) pairs of each step, until every row has ended.
 
     Call it under `without_gradients(model)`, which a generator cannot cheaply enter by itself at each step.
-    ended(row, token): called once for every new token; True ends the row. A row also ends when its context
-    is full. Ended rows are dropped from the cache once they are half of it. Raises UserError as `check_prompts` does,
-    and where the logits of a row that has not ended are not finite.
+    first_row: the number that the first of these rows has among more, from which its random numbers follow.
+    ended(row, token): called once for every new token, with the row's number among more; True ends the row. A row also
+    ends when its context is full. Ended rows are dropped from the cache once they are half of it. Raises UserError as
+    `check_prompts` does, and where the logits of a row that has not ended are not finite.
     """
-    check_prompts(model, prompts, max_new_tokens)
+    check_prompts(model, prompts, max_new_tokens, first_row)
+    lockstep = Lockstep(model)
+    if not prompts:
+        lockstep.end()
+        return
     context = context_of(model)
     limits = [min(max_new_tokens, context - len(prompt)) for prompt in prompts]  # new tokens of each row
     n_steps = max(limits)
     max_len = max(len(prompt) + limit for prompt, limit in zip(prompts, limits, strict=True))
     was_training = model.training
     model.eval()
-    lockstep = Lockstep(model)
     try:
         # read the prompts
         lockstep.before_pass()
         cache, logits = prefill(model, prompts, max_len)
-        drawing = _Drawing(sampling, prompts, n_steps, logits)
+        drawing = _Drawing(sampling, prompts, first_row, n_steps, logits)
         runs_ahead = is_recorded(cache)  # a GPU computes the next step while the CPU looks at this one
         step = RecordedStep(model, cache).step if runs_ahead else partial(next_logits, model, cache)
         rows = list(range(len(prompts)))  # the cache's; those that ended are no longer in `alive`
@@ -206,7 +218,7 @@ def steps(
             pairs = [(row, token) for row, token, _ in drawn]
             yield pairs
             for row, token in pairs:
-                if ended(row, token) or number + 1 == limits[row]:
+                if ended(first_row + row, token) or number + 1 == limits[row]:
                     alive.remove(row)
             if not alive:
                 return
@@ -243,7 +255,8 @@ def generate(
 ) -> list[Completion]:
     """Continue each prompt until it ends; the completions are in the order of the prompts.
 
-    prompts: token ids, at least one each; one that fills the model's context (max_seq_len) is refused.
+    prompts: token ids, at least one each; one that fills the model's context (max_seq_len) is refused. ROWS_AT_ONCE
+    of them are continued together, then the next.
     max_new_tokens: at most this many each; fewer (reason "context") where prompt and new tokens fill the context.
     stop_ids: a row ends at one of these, which is left out. stop_strings: a row ends with the token that
     completes one of these in its text, decoded by `tokenizer`, as `stream` does; `text_before` removes it.
@@ -265,10 +278,14 @@ def generate(
             is_stopped[row] = texts[row].is_stopped
         return is_stopped[row]
 
-    # all steps, whose tokens `ended` collects
+    # all steps, whose tokens `ended` collects; those of a sharded model at once, since ranks make them together
+    n_prompts = max(1, len(prompts))
+    n_at_once = n_prompts if is_sharded_model(model) else ROWS_AT_ONCE
     with without_gradients(model):
-        for _ in steps(model, prompts, max_new_tokens, sampling=sampling, ended=ended):
-            pass
+        for begin in range(0, n_prompts, n_at_once):
+            how = dict(sampling=sampling, first_row=begin, ended=ended)
+            for _ in steps(model, prompts[begin : begin + n_at_once], max_new_tokens, **how):
+                pass
 
     # why each row ended
     completions = []

@@ -173,6 +173,7 @@ def test_a_reward_model_must_read_the_longest_answer_there_can_be(home, reward_m
         ("--best_of 4 --reward out/reward --temperature 0", "--temperature 0: all answers would be the same"),
         ("--template simple", "--template simple: is for --best_of"),
         ("--best_of 4 --reward out/sft", "is a language model (LlamaForCausalLM) and no reward model"),
+        ("--best_of 65537 --reward out/reward", "--best_of 65537"),
         ("--best_of 4 --reward best", "is neither one of"),
     ],
 )

@@ -241,6 +241,29 @@ def test_a_row_says_the_same_alone_and_among_others(sampling):
         assert completion.reason == ("length" if len(said) == 40 else "stop")
 
 
+@pytest.mark.parametrize("at_once", [1, 3, 4, 512])
+@pytest.mark.parametrize("sampling", [GREEDY, Sampling(temperature=1.0, seed=3)])
+def test_rows_that_wait_for_others_say_the_same(sampling, at_once, monkeypatch):
+    model = build()
+    prompts = [prompt(n, seed=n) for n in (12, 3, 7, 1)]
+    how = dict(sampling=sampling, stop_ids=[5, 6, 7])
+    together = generate.generate(model, prompts, 40, **how)
+    begun = []
+    prefill = generate.prefill
+    monkeypatch.setattr(generate, "prefill", lambda *args: begun.append(len(args[1])) or prefill(*args))
+    monkeypatch.setattr(generate, "ROWS_AT_ONCE", at_once)
+    assert generate.generate(model, prompts, 40, **how) == together
+    assert sum(begun) == 4 and max(begun) == min(at_once, 4)
+    if at_once < 4:
+        with pytest.raises(UserError, match="prompt 3: is empty"):
+            generate.generate(model, [*prompts[:3], []], 40)
+
+
+def test_no_prompts_have_no_answers():
+    model = build().train()
+    assert generate.generate(model, [], 5) == [] and model.training
+
+
 @pytest.mark.parametrize("plain", [True, False])
 def test_generation_ends_where_the_context_is_full_and_says_so(plain):
     model = build(max_seq_len=16)
@@ -369,7 +392,7 @@ class Bytes:
 def says(monkeypatch, text: bytes):
     """Let every model say these bytes."""
 
-    def steps(model, prompts, max_new_tokens, *, sampling, ended=lambda row, token: False):
+    def steps(model, prompts, max_new_tokens, *, sampling, first_row=0, ended=lambda row, token: False):
         for token in text[:max_new_tokens]:
             yield [(0, token)]
             if ended(0, token):
