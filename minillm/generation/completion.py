@@ -182,16 +182,13 @@ def steps(
     `check_prompts` does, and where the logits of a row that has not ended are not finite.
     """
     check_prompts(model, prompts, max_new_tokens, first_row)
-    lockstep = Lockstep(model)
-    if not prompts:
-        lockstep.end()
-        return
     context = context_of(model)
     limits = [min(max_new_tokens, context - len(prompt)) for prompt in prompts]  # new tokens of each row
     n_steps = max(limits)
     max_len = max(len(prompt) + limit for prompt, limit in zip(prompts, limits, strict=True))
     was_training = model.training
     model.eval()
+    lockstep = Lockstep(model)
     try:
         # read the prompts
         lockstep.before_pass()
@@ -263,6 +260,10 @@ def generate(
     """
     if stop_strings and tokenizer is None:
         raise ValueError("stop_strings need the tokenizer that makes text of the tokens")
+    if not prompts:
+        with without_gradients(model):
+            Lockstep(model).end()  # where the model is sharded, the other ranks' passes are made with them
+        return []
     new_tokens: list[list[int]] = [[] for _ in prompts]
     is_stopped = [False] * len(prompts)
     texts = [Pieces(tokenizer, stop_strings) for _ in prompts] if stop_strings else []
@@ -279,10 +280,9 @@ def generate(
         return is_stopped[row]
 
     # all steps, whose tokens `ended` collects; those of a sharded model at once, since ranks make them together
-    n_prompts = max(1, len(prompts))
-    n_at_once = n_prompts if is_sharded_model(model) else ROWS_AT_ONCE
+    n_at_once = len(prompts) if is_sharded_model(model) else ROWS_AT_ONCE
     with without_gradients(model):
-        for begin in range(0, n_prompts, n_at_once):
+        for begin in range(0, len(prompts), n_at_once):
             how = dict(sampling=sampling, first_row=begin, ended=ended)
             for _ in steps(model, prompts[begin : begin + n_at_once], max_new_tokens, **how):
                 pass
