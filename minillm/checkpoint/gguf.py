@@ -124,7 +124,7 @@ def open_file(path: str | Path) -> tuple[StoredModel, dict]:
 
     def read(key: str, dtype: torch.dtype) -> Tensor:
         tensor = by_key[key].read(dtype)
-        tensor_files.check_finite(key, tensor, path)
+        tensor_files.check_finite(key, tensor, path, by_key[key].read)
         if is_interleaved and key.endswith(ROTATED):
             return half_split(tensor, config.head_dim)
         return tensor

@@ -4,6 +4,7 @@ import dataclasses
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -207,7 +208,7 @@ def open_folder(folder: str | Path) -> StoredModel:
 
     def read(key: str, dtype: torch.dtype) -> Tensor:
         tensor = places[key].read(dtype)
-        tensor_files.check_finite(key, tensor, folder)
+        tensor_files.check_finite(key, tensor, folder, places[key].read)
         return tensor
 
     written = read_config(folder)
@@ -225,8 +226,9 @@ def fill_model(model: Transformer, folder: str | Path) -> None:
     places = _find_weights(folder, model.config)
     for name, parameter in model.named_parameters():
         key = export_name(name)
-        numbers = places[key].read(parameter.dtype, shards.place_of(parameter))
-        tensor_files.check_finite(key, numbers, folder)
+        read = partial(places[key].read, part=shards.place_of(parameter))
+        numbers = read(parameter.dtype)
+        tensor_files.check_finite(key, numbers, folder, read)
         shards.local(parameter).copy_(numbers)
 
 
@@ -257,7 +259,7 @@ def load_model(
     for name in model.state_dict():
         if (key := export_name(name)) in places:
             tensor = places[key].read(dtype)
-            tensor_files.check_finite(key, tensor, folder)
+            tensor_files.check_finite(key, tensor, folder, places[key].read)
             tensor = tensor.to(device)
             if base_bits is None or not quant.take_weight(model, name, tensor, base_bits):
                 loaded[name] = tensor

@@ -8,7 +8,7 @@ import itertools
 import math
 import operator
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from io import FileIO
@@ -252,8 +252,13 @@ def _read_header(path: Path) -> dict[str, Place]:
 # ---- checks
 
 
-def check_finite(name: str, tensor: Tensor, source: str | Path) -> None:
-    """Raise `UserError` naming the tensor if it holds NaN or infinity, or whole numbers."""
+def check_finite(
+    name: str, tensor: Tensor, source: str | Path, read: Callable[[torch.dtype], Tensor] | None = None
+) -> None:
+    """Raise `UserError` naming the tensor if it holds NaN or infinity, or whole numbers.
+
+    read: gives its values in another dtype, which tells whether the stored ones are finite and float16 is too narrow.
+    """
     if not tensor.is_floating_point():
         raise UserError(
             f"{source}: {name} holds whole numbers ({tensor.dtype}), not those of a model; get a whole copy"
@@ -264,6 +269,11 @@ def check_finite(name: str, tensor: Tensor, source: str | Path) -> None:
             piece = piece.float()
         n_finite += int(torch.isfinite(piece).sum())
     n_bad = tensor.numel() - n_finite
+    if n_bad and tensor.dtype == torch.float16 and read and read(torch.float32).isfinite().all():
+        raise UserError(
+            f"{source}: {name} holds {n_bad:,} of {tensor.numel():,} values beyond float16's 65,504; choose --dtype "
+            "bfloat16 or float32"
+        )
     if n_bad:
         raise UserError(
             f"{source}: {name} holds {n_bad:,} of {tensor.numel():,} values that are not finite; "

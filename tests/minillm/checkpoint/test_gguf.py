@@ -51,6 +51,27 @@ def tokens() -> torch.Tensor:
     return torch.randint(0, 96, (2, 40), generator=torch.Generator().manual_seed(2))
 
 
+def test_weights_beyond_float16_are_told_from_damaged_ones(tmp_path):
+    """However they are read: a folder by tensors, as a model or into one, and a GGUF file."""
+    weights = {key: torch.full(shape, 0.5) for key, shape in huggingface.shapes_of(BASE).items()}
+    weights["model.norm.weight"][3] = 1e5
+    wide = StoredModel(BASE, torch.float32, lambda key, dtype: weights[key].to(dtype))
+    model = load(wide, tmp_path)
+    write_file(wide, None, tmp_path / "m.gguf", torch.float32)
+    half = torch.float16
+    ways = [
+        lambda: huggingface.load_model(tmp_path, dtype=half),
+        lambda: huggingface.fill_model(model.half(), tmp_path),
+        lambda: huggingface.open_folder(tmp_path).read("model.norm.weight", half),
+        lambda: open_file(tmp_path / "m.gguf")[0].read("model.norm.weight", half),
+    ]
+    for way in ways:
+        with pytest.raises(
+            UserError, match=r"model\.norm\.weight holds 1 of 64 values beyond float16's 65,504; choose"
+        ):
+            way()
+
+
 @pytest.mark.parametrize("case", CASES)
 @torch.no_grad()
 def test_transformers_computes_the_same_from_our_file(case, tmp_path):

@@ -179,6 +179,16 @@ def test_nan_is_named_by_tensor(dtype):
     assert "out/x: ids holds whole numbers (torch.int64)" in text
 
 
+def test_float16_that_is_too_narrow_is_not_called_damage():
+    stored = torch.tensor([1.0, 1e5, -7e4])
+    text = refused(lambda: tensor_files.check_finite("w", stored.half(), "out/x", stored.to))
+    assert text == "out/x: w holds 2 of 3 values beyond float16's 65,504; choose --dtype bfloat16 or float32"
+    stored[0] = torch.nan
+    for dtype in (torch.float16, torch.bfloat16):
+        text = refused(lambda dtype=dtype: tensor_files.check_finite("w", stored.to(dtype), "out/x", stored.to))
+        assert "values that are not finite; take an earlier checkpoint" in text
+
+
 def test_tensors_that_do_not_match_are_all_listed():
     expected = {"a": torch.Size([2, 3]), "b": (4,), "c": (5,)}
     text = refused(lambda: tensor_files.match_tensors(expected, {"a": (3, 2), "b": (4,), "d": (1,)}, "m"))
