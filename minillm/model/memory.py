@@ -41,11 +41,16 @@ def weights(shape: ModelConfig, bits: int | None = None) -> dict[str, int]:
     linears = linear_shapes(shape).values()
     n_linear = shape.n_layers * sum(n_in * n_out for n_in, n_out in linears)
     base = shape.n_layers * sum(_stored(n_in, n_out, bits) for n_in, n_out in linears)
-    n_rotary = shape.max_seq_len * shape.head_dim if shape.positions == "rope" else 0  # tables of cosines and sines
+    rest = FP32 * (n_parameters(shape) - n_linear)
     return {
         f"base, {bits or 32} bits": base,
-        "embedding, norms, head": FP32 * (n_parameters(shape) - n_linear + n_rotary),
+        "embedding, norms, head": rest + rotary_tables(shape, shape.max_seq_len),
     }
+
+
+def rotary_tables(shape: ModelConfig, n_positions: int) -> int:
+    """Cosines and sines of so many positions."""
+    return FP32 * n_positions * shape.head_dim if shape.positions == "rope" else 0
 
 
 def adapter_parameters(shape: ModelConfig, rank: int) -> int:
@@ -66,16 +71,17 @@ def activations(shape: ModelConfig, rows: int, seq_len: int, size: int) -> dict[
 
     Of a layer, for attention that never stores its scores: the inputs of two norms (the residual stream) and their
     outputs, queries, keys and values before and after rotation, attention's output, and gate, up, SiLU(gate) and the
-    product. Autocast keeps each weight of a layer once more in numbers of `size` bytes. Of the loss: see `loss_memory`.
+    product; and with qk_norm what goes into the norms of queries and keys, and those normed. Autocast keeps each weight
+    of a layer once more in numbers of `size` bytes. Of the loss: see `loss_memory`.
 
-    In fp32 this is what PyTorch keeps on a CPU within 5 %; under autocast its own ops keep up to a quarter more there.
+    In fp32 this is what PyTorch keeps on a CPU within 5 %; under autocast its own ops keep up to a third more there.
     """
     tokens = rows * seq_len
     q = shape.n_heads * shape.head_dim
     kv = shape.n_kv_heads * shape.head_dim
     # numbers a token that a layer keeps: in fp32, and of `size` bytes
     stream = 2 * shape.dim
-    inner = 2 * shape.dim + 3 * q + 3 * kv + 4 * shape.ffn_dim
+    inner = 2 * shape.dim + 3 * q + 3 * kv + 4 * shape.ffn_dim + 2 * head_norms(shape)
     last_norm = shape.dim * (FP32 + size)
     return {
         "activations of all layers": tokens * (shape.n_layers * (FP32 * stream + size * inner) + last_norm),
@@ -93,9 +99,9 @@ def recomputed_activations(
 
     A layer keeps two inputs: the stream and what is to be added to it. At its peak a layer holds in addition two
     states of the stream, two normed ones, queries, keys, values and attention's output, and six tensors as wide as
-    the feed-forward network: gate, up, their product, and the gradient of each; and the largest of its weights once
-    more in numbers of `size` bytes, unless they are stored so. Autocast keeps its copies of trained weights to the end
-    of the forward pass, which is the loss.
+    the feed-forward network: gate, up, their product, and the gradient of each; what goes into qk_norm's norms; and the
+    largest of its weights once more in numbers of `size` bytes, unless they are stored so. Autocast keeps its
+    copies of trained weights to the end of the forward pass, which is the loss.
     """
     tokens = rows * seq_len
     q = shape.n_heads * shape.head_dim
@@ -105,7 +111,7 @@ def recomputed_activations(
     converted = 0
     if (bits or 32) != 8 * size:
         converted = size * max(n_in * n_out for n_in, n_out in linear_shapes(shape).values())
-    inner = 2 * shape.dim + 2 * q + 2 * kv + 6 * shape.ffn_dim
+    inner = 2 * shape.dim + 2 * q + 2 * kv + 6 * shape.ffn_dim + head_norms(shape)
     layer = tokens * (2 * FP32 * shape.dim + size * inner) + converted
 
     # the loss, beside autocast's copies of trained weights
@@ -116,6 +122,11 @@ def recomputed_activations(
         "inputs of all layers": tokens * shape.n_layers * shape.dim * (FP32 + size),
         "one layer, or the loss": max(layer, loss),
     }
+
+
+def head_norms(shape: ModelConfig) -> int:
+    """Numbers a token that go into the norms of a layer's queries and keys; none without such norms."""
+    return (shape.n_heads + shape.n_kv_heads) * shape.head_dim if shape.qk_norm else 0
 
 
 def autocast_weights(shape: ModelConfig, size: int) -> int:
@@ -152,10 +163,11 @@ def adapter_training(
 def gpu_memory(shape: ModelConfig, work: Work) -> dict[str, int]:
     """Bytes that each GPU of a layout takes at its peak, all parameters being trained, in bfloat16.
 
-    Weights, gradients and moments are divided among the GPUs that hold a copy together. A layer's weights are whole
-    only while it computes: those of two layers at a time, the second on its way. The head is whole in float32 from the
-    forward to the backward pass. With them comes one layer's gradient in float32 beside what is sent of it, and that of
-    the head. A single copy has what one device has: weights and gradients of its own, and what autocast converts.
+    Weights, gradients and moments are divided among the GPUs that hold a copy together; each has the rotary tables. A
+    layer's weights are whole only while it computes: those of two layers at a time, the second on its way. The head is
+    whole in float32 from the forward to the backward pass. With them comes one layer's gradient in float32 beside what
+    is sent of it, and that of the head. A single copy has what one device has: weights and gradients of its own, and
+    what autocast converts.
     """
     n_state = work.layout.n_holding
     n_trained = n_parameters(shape)
@@ -163,7 +175,7 @@ def gpu_memory(shape: ModelConfig, work: Work) -> dict[str, int]:
     if work.muon:  # one moment for the matrices of the layers
         moments -= FP32 * shape.n_layers * sum(n_in * n_out for n_in, n_out in linear_shapes(shape).values())
     common = 2 * FP32 * n_trained if work.diloco_steps else 0  # weights of the last exchange, outer momentum
-    state = sum(weights(shape).values()) + FP32 * n_trained + moments + common
+    state = 2 * FP32 * n_trained + moments + common
 
     if n_state == 1:
         gathered = autocast_weights(shape, WEIGHT)
@@ -186,7 +198,7 @@ def gpu_memory(shape: ModelConfig, work: Work) -> dict[str, int]:
         heads = shape.n_kv_heads / min(work.layout.tp, shape.n_kv_heads)
         items["keys and values"] = round(n_layers * 2 * WEIGHT * work.rows * work.seq_len * heads * shape.head_dim)
     return {
-        "state": state // n_state,
+        "state": state // n_state + rotary_tables(shape, max(shape.max_seq_len, work.seq_len)),
         "gathered": gathered,
         "gradients": gradients,
         "activations": sum(items.values()),

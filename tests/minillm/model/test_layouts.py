@@ -115,6 +115,13 @@ def test_one_gpu_takes_what_info_counts():
     assert sum(one.values()) == sum(state.values()) + sum(activations.values())
 
 
+@pytest.mark.parametrize(("seq_len", "n_positions"), [(1024, 8192), (16384, 16384)])
+def test_rotary_tables_are_whole_on_each_gpu(seq_len, n_positions):
+    shape = SHAPES["8b"]
+    work = Work(Layout(shard=8), rows=1, seq_len=seq_len, n_tokens=8 * seq_len)
+    assert gpu_memory(shape, work)["state"] == 16 * n_parameters(shape) // 8 + 4 * 128 * n_positions
+
+
 def test_muon_keeps_one_moment_for_the_matrices_of_the_layers():
     shape = SHAPES["8b"]
     work = work_of((1, 8, 1, 1), 4, 0)

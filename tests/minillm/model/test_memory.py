@@ -50,10 +50,17 @@ def test_a_model_beyond_the_machine_s_memory_is_refused(monkeypatch):
     check_memory(Pretrain(), shape, torch.device("cuda"))  # a GPU says so itself
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 0.1), (torch.bfloat16, 0.3)])
-def test_activations_are_what_the_backward_pass_keeps(dtype, tolerance):
+@pytest.mark.parametrize(
+    "change",
+    [{}, dict(qk_norm=True), dict(qk_norm=True, head_dim=48, n_kv_heads=1), dict(qk_norm=True, positions="learned")],
+    ids=["rope", "qk_norm", "qk_norm, wide heads", "qk_norm, learned"],
+)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 0.06), (torch.bfloat16, 0.35)])
+def test_activations_are_what_the_backward_pass_keeps(dtype, tolerance, change):
     """The formula against the bytes that autograd really keeps, for a shape where the loss hardly counts."""
-    shape = ModelConfig(vocab_size=16, dim=128, n_layers=4, n_heads=4, n_kv_heads=2, max_seq_len=256)
+    shape = ModelConfig(
+        **{**dict(vocab_size=16, dim=128, n_layers=4, n_heads=4, n_kv_heads=2, max_seq_len=256), **change}
+    )
     model, kept = Transformer(shape), {}
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
 

@@ -343,11 +343,16 @@ def with_lora(config: ModelConfig, bits: int | None, rank: int) -> Transformer:
 
 
 @pytest.mark.parametrize(
-    ("layers", "bits", "ffn"), [(4, None, 384), (4, 16, 384), (4, 8, 384), (4, 4, 384), (8, 4, 256), (2, 4, 768)]
+    ("layers", "bits", "ffn", "more"),
+    [
+        *((4, None, 384, {}), (4, 16, 384, {}), (4, 8, 384, {}), (4, 4, 384, {}), (8, 4, 256, {}), (2, 4, 768, {})),
+        (4, None, 384, dict(qk_norm=True)),
+        (4, 8, 384, dict(qk_norm=True, head_dim=48, n_kv_heads=1)),
+    ],
 )
-def test_training_takes_the_memory_that_is_estimated(layers, bits, ffn):
+def test_training_takes_the_memory_that_is_estimated(layers, bits, ffn, more):
     """Within 4 %: what lies there (weights, codes, adapters, moments), and a step's largest moment."""
-    shape = ModelConfig(vocab_size=64, dim=128, n_layers=layers, n_heads=4, ffn_dim=ffn, max_seq_len=256)
+    shape = ModelConfig(vocab_size=64, dim=128, n_layers=layers, n_heads=4, ffn_dim=ffn, max_seq_len=256, **more)
     model = with_lora(shape, bits, 8)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer, tokens = torch.optim.AdamW(trained), torch.randint(0, 64, (4, 256))
