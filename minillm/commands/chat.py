@@ -80,7 +80,7 @@ def run(config: Config) -> None:
             end = len(conversation) - 2 * turns + 1
             del conversation[len(opening) : max(len(opening), end)]
         answer = _answer(config, loaded, conversation, len(opening))
-        if answer is not None:
+        if answer and answer.strip():  # Ctrl-C may come before it begins, and templates refuse a blank one
             messages = [*conversation, {"role": "assistant", "content": answer}]
 
 

@@ -55,6 +55,28 @@ def test_chat_says_that_a_model_of_texts_does_not_answer(call, monkeypatch):
         assert status == 0 and ("teaches it to answer" in out) == said
 
 
+def test_chat_remembers_no_blank_answer(call, monkeypatch):
+    """As where Ctrl-C comes before the first piece: some templates refuse a message without text."""
+    shown = []
+
+    def interrupted(model, tokenizer, ids, *args, **options):
+        shown.append(tokenizer.decode(ids))
+        if len(shown) == 1:
+            raise KeyboardInterrupt
+        yield " \n" if len(shown) == 2 else "Yes."
+        return SimpleNamespace(reason="stop")
+
+    monkeypatch.setattr(completion, "stream", interrupted)
+    status, _, err = call("chat", typed="Tom?\nMia?\nAnn?\nWho?\n\n")
+    assert status == 0, err
+    assert [[name for name in ("Tom", "Mia", "Ann", "Who") if name in text] for text in shown] == [
+        ["Tom"],
+        ["Mia"],
+        ["Ann"],
+        ["Ann", "Who"],
+    ]
+
+
 def test_chat_goes_on_after_a_line_that_is_too_long(call, monkeypatch):
     """And remembers what was said before it."""
     shown, stream = [], completion.stream
