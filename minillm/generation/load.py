@@ -64,8 +64,12 @@ def load(
         waiting.of_this_process()
     base_bits = None
     if is_adapter:
-        _, facts = peft_format.read_config(folder)
+        written, facts = peft_format.read_config(folder)
         base_bits = facts["bits"]
+        if bits and written["peft_type"] == "MINILLM_ADAPTER":  # the other methods leave the layers as they were
+            raise UserError(
+                f"--bits {bits}: {folder} is an adapter of kind adapter, which cannot be merged; leave --bits out"
+            )
     if bits and base_bits:
         raise UserError(f"--bits {bits}: the base of {folder} is in {base_bits} bits already; leave --bits out")
     check_kernels(torch_device, bits or base_bits)

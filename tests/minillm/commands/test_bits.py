@@ -8,6 +8,9 @@ from minillm.checkpoint import huggingface
 from minillm.generation.completion import generate
 from minillm.model import packed
 from minillm.model.quant import quantize_for_generation
+from minillm.tuning.adapter import attach
+from minillm.tuning.options import TuningConfig
+from minillm.tuning.peft_format import save_adapter
 
 pytestmark = pytest.mark.skipif(not packed.can_pack(8), reason="torch lacks these products here")
 
@@ -42,6 +45,21 @@ def test_benchmarks_that_are_remembered_are_not_taken_for_those_of_other_bits(ho
         assert status == 0, err
     lines = (home.path / "scores.json.done.jsonl").read_text(encoding="utf-8").splitlines()
     assert len([line for line in lines if line]) == 2
+
+
+@pytest.mark.parametrize("kind", ["adapter", "prompt", "prefix", "lora"])
+def test_adapters_that_are_not_merged_have_bits_unless_they_stand_between_the_layers(home, call, kind, tmp_path):
+    base = home.path / "out" / "sft" / "step-00000003"
+    model = huggingface.load_model(base)
+    save_adapter(attach(model, TuningConfig(tune=kind)), tmp_path)
+    status, _, err = call(
+        *("generate", "--model", str(tmp_path), "--base", str(base), "--prompt", "Tom", "--bits", "8"),
+        *("--max_new_tokens", "3"),
+    )
+    if kind == "adapter":
+        assert status == 2 and f"--bits 8: {tmp_path} is an adapter of kind adapter, which cannot be merged" in err
+    else:
+        assert status == 0, err
 
 
 def test_what_has_no_bits_is_refused(home, call):
