@@ -14,6 +14,7 @@ from tqdm import tqdm
 from minillm.base.errors import UserError
 from minillm.distributed.ranks import Ranks
 
+PARTS = {"preference_loss": "preference", "sft_loss": "sft"}  # column with a part of the loss → how it is shown
 SHOWN = 12  # ops in the table that the profiler prints
 
 
@@ -29,13 +30,11 @@ class Progress:
             self.bar = tqdm(total=steps, initial=done, unit="step", dynamic_ncols=True, smoothing=0.1)
 
     def show(self, step: int, row: dict, left_s: float | None) -> None:
-        """row: a row of metrics.jsonl, in which parts of the loss are called …_loss; left_s: estimated seconds to the
-        end, None if not known yet.
-        """
+        """row: a row of metrics.jsonl; left_s: estimated seconds to the end, None if not known yet."""
         if not self.enabled:
             return
         mfu = "" if row.get("mfu") is None else f" mfu {100 * row['mfu']:.1f}%"
-        parts = [f"{name.removesuffix('_loss')} {row[name]:.4f}" for name in row if name.endswith("_loss")]
+        parts = [f"{words} {row[name]:.4f}" for name, words in PARTS.items() if name in row]
         of_parts = f" ({', '.join(parts)})" if parts else ""
         numbers = f"loss {row['loss']:.4f}{of_parts} lr {row['lr']:.2e} grad {row['grad_norm']:.2f}"
         numbers += f" {row['tokens_per_s']:,.0f} tok/s{mfu}"

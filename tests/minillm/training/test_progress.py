@@ -26,7 +26,7 @@ def test_durations(seconds, words):
 
 
 def test_parts_of_the_loss_stand_behind_it(capsys):
-    row = {**ROW, "preference_loss": 0.69314, "sft_loss": 1.80686, "accuracy": 0.0}
+    row = {**ROW, "preference_loss": 0.69314, "sft_loss": 1.80686, "accuracy": 0.0, "z_loss": 0.01}  # z: beside it
     Progress(100, 0, enabled=True).show(1, row, left_s=None)
     line = capsys.readouterr().out
     assert (
