@@ -41,10 +41,14 @@ class ShapeChoice(ShapeOptions):
             return [f"--vocab_size {self.vocab_size}: the model of --model has its own; leave it out"]
         return []
 
+    def changes(self) -> dict[str, object]:
+        """What was given of the shape by options of its own, such as --n_layers."""
+        given = {name: getattr(self, name) for name in declared(ShapeOptions)}
+        return {name: value for name, value in given.items() if value is not None}
+
     def shape(self) -> ModelConfig:
         """The shape that is chosen. Raises `UserError` for rows longer than its learned positions."""
-        given = {name: getattr(self, name) for name in declared(ShapeOptions)}
-        changes = {name: value for name, value in given.items() if value is not None}
+        changes = self.changes()
         if not self.model:
             return preset(self.preset, vocab_size=self.vocab_size or vocab_size_of(self.preset), **changes)
         stored = huggingface.load_config(run_folder.resolve_checkpoint(self.model))

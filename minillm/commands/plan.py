@@ -13,7 +13,7 @@ from typing import NamedTuple
 from minillm.base.device import GPU_PEAKS
 from minillm.base.errors import UserError
 from minillm.base.json_door import read_object
-from minillm.base.options import option
+from minillm.base.options import option, spelled
 from minillm.commands.info import ShapeChoice
 from minillm.distributed.layout import RowPart
 from minillm.model.config import ModelConfig
@@ -330,9 +330,10 @@ def start_command(work: Work, config: Config, step: Step) -> str:
     """The command that trains so; on several hosts each also needs the address of one (--rdzv_endpoint)."""
     layout = work.layout
     model = f"--preset {config.preset}" if config.preset else f"--init_from {shlex.quote(config.model)}"
+    options = config.changes()  # of the shape
     if step.seq_len > step.shape.max_seq_len:
-        model += f" --max_seq_len {step.seq_len}"
-    options = {
+        options["max_seq_len"] = step.seq_len
+    options |= {
         "seq_len": step.seq_len,
         "batch_size": step.batch_size,
         "micro_batch_size": work.rows,
@@ -341,11 +342,11 @@ def start_command(work: Work, config: Config, step: Step) -> str:
         "shard": layout.shard,
         "context_parallel": layout.cp,
         "tensor_parallel": layout.tp,
-        "checkpoint_activations": str(work.recompute).lower(),
+        "checkpoint_activations": work.recompute,
         "diloco_steps": work.diloco_steps,
     }
-    usual = {"context_parallel": 1, "tensor_parallel": 1, "checkpoint_activations": "false", "diloco_steps": 0}
-    given = " ".join(f"--{name} {value}" for name, value in options.items() if usual.get(name) != value)
+    usual = {"context_parallel": 1, "tensor_parallel": 1, "checkpoint_activations": False, "diloco_steps": 0}
+    given = " ".join(f"--{name} {spelled(value)}" for name, value in options.items() if usual.get(name) != value)
     launcher = "python"
     if layout.n_gpus > 1:
         launcher = f"torchrun --nproc_per_node {min(layout.n_gpus, config.gpus_per_host)}"

@@ -104,6 +104,15 @@ def test_a_model_of_a_folder_is_planned_too(call):
     assert "--max_seq_len" not in out
 
 
+def test_the_command_trains_the_shape_that_was_planned(call):
+    shape = ["--n_layers", "3", "--qkv_bias", "true", "--tie_embeddings", "false", "--max_seq_len", "256"]
+    _, out, _ = call("plan", "--preset", "tiny", "--gpus", "1", *shape)
+    command = out.partition("the first begins by: ")[2]
+    asked = command_line.parse(Pretrain, "", command.partition("train_pretrain.py ")[2].split())
+    given = (asked.preset, asked.n_layers, asked.qkv_bias, asked.tie_embeddings, asked.max_seq_len, asked.seq_len)
+    assert given == ("tiny", 3, True, False, 256, 256) and asked.checkpoint_activations is False
+
+
 @pytest.mark.parametrize("seq_len", ["64", "66", "80"])
 def test_every_layout_of_a_model_trains_rows_of_that_length(call, home, monkeypatch, seq_len):
     """In rows that are longer than the model's context, or that ranks divide: what training checks before it begins."""
