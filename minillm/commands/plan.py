@@ -37,7 +37,9 @@ GPUS = {
     "4090": ("RTX 4090", 24, 32, 1.25),
     "3090": ("RTX 3090", 24, 32, 1.25),
 }
-USUAL_TOKENS = 1 << 22  # of a step, unless --batch_size says otherwise
+# Parameters at most → tokens of a step, unless --batch_size says otherwise. To 3 billion: GPT-3's (Brown et al. 2020,
+# arXiv:2005.14165, table 2.1), beyond: Llama 2's (Touvron et al. 2023, arXiv:2307.09288, section 2.2).
+USUAL_TOKENS = {1e9: 1 << 19, 3e9: 1 << 20, math.inf: 1 << 22}
 TOKENS_PER_PARAMETER = 20  # of a whole run, unless --tokens says otherwise: Hoffmann et al. 2022, arXiv:2203.15556
 MOST_ROWS = 64  # of a forward pass
 MOST_GPUS = 1 << 20
@@ -72,7 +74,7 @@ class Config(ShapeChoice):
     )
     price: float | None = option(None, "dollars of a GPU for an hour; none: no cost is told", above=0, group="machines")
     batch_size: int | None = option(
-        None, "sequences of a step, over all GPUs; none: 4 Mi tokens", at_least=1, group="run"
+        None, "sequences of a step, over all GPUs; none: 0.5 Mi tokens, large models 1 or 4", at_least=1, group="run"
     )
     tokens: int | None = option(
         None, f"of the whole run; none: {TOKENS_PER_PARAMETER} a parameter", at_least=1, at_most=10**18, group="run"
@@ -126,7 +128,8 @@ class Plan(NamedTuple):
 def run(config: Config) -> None:
     shape = config.shape()
     seq_len = config.seq_len or shape.max_seq_len
-    batch_size = config.batch_size or max(1, USUAL_TOKENS // seq_len)
+    usual_tokens = next(tokens for most, tokens in USUAL_TOKENS.items() if n_parameters(shape) <= most)
+    batch_size = config.batch_size or max(config.gpus, usual_tokens // seq_len)
     gpu = gpu_of(config)
     efficiency = measured_efficiency(config, gpu) if config.measured else config.efficiency or EFFICIENCY
 
