@@ -133,7 +133,7 @@ def describe(device: torch.device) -> str:
     return f"ops: torch (attention: scaled_dot_product_attention; norm: rms_norm; loss: cross_entropy in chunks){why}"
 
 
-def _is_step(x: Tensor) -> bool:
+def _is_cpu_step(x: Tensor) -> bool:
     """Whether x (B, 1, …) is one token a row of generation in fp32 on a CPU.
 
     There some ops have a form with fewer calls: see one_token.py.
@@ -143,8 +143,8 @@ def _is_step(x: Tensor) -> bool:
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """See `kernels.reference.rms_norm`."""
-    if _is_step(x):
+    """x / √(mean(x²) + eps) · weight over the last dimension, as `kernels.reference.rms_norm` has it."""
+    if _is_cpu_step(x):
         return one_token.rms_norm(x, weight, eps)
     if fused(x):
         return _triton.rms_norm.rms_norm(x, weight, eps, product_dtype(x))
@@ -154,7 +154,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def add_rms_norm(x: Tensor, delta: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """See `kernels.reference.add_rms_norm`."""
+    """(x + delta, its `rms_norm`), as `kernels.reference.add_rms_norm` has it."""
     if fused(x):
         return _triton.rms_norm.add_rms_norm(x, delta, weight, eps, product_dtype(x))
     x = x + delta
@@ -167,7 +167,7 @@ def rotation(cos: Tensor, sin: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]
     cos, sin: (T, D/2) or (B, T, D/2), fp32, of the tokens' positions. dtype: of queries and keys. Usually returns
     (cos, sin) themselves; for a step of generation the one matrix, or one for each row, of `one_token.rotation`.
     """
-    if dtype != torch.float32 or not _is_step(cos if cos.dim() == 3 else cos[None]):
+    if dtype != torch.float32 or not _is_cpu_step(cos if cos.dim() == 3 else cos[None]):
         return cos, sin
     return (one_token.rotation(cos, sin),)
 
@@ -180,7 +180,10 @@ def rope(
     k_weight: Tensor | None = None,
     eps: float = 1e-6,
 ) -> tuple[Tensor, Tensor]:
-    """See `kernels.reference.rope`; angles: from `rotation`. With weights, queries and keys are normed first."""
+    """Queries and keys turned by their positions' angles, as `kernels.reference.rope` has it.
+
+    angles: from `rotation`. With weights, queries and keys are normed first.
+    """
     if fused(q):
         return _triton.rope.rope(q, k, *angles, q_weight, k_weight, eps)
     if q_weight is not None:
@@ -194,14 +197,14 @@ def rope(
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """See `kernels.reference.swiglu`."""
+    """silu(gate) · up, as `kernels.reference.swiglu` has it."""
     if not torch.is_grad_enabled() and gate.is_cpu and _selected not in ("reference", "triton"):
         return F.silu(gate).mul_(up)  # new memory costs a CPU as much as the product
     return _triton.swiglu.swiglu(gate, up) if fused(gate) else reference.swiglu(gate, up)
 
 
 def document_spans(documents: Tensor) -> Tensor:
-    """See `kernels.reference.document_spans`."""
+    """First and one past the last position of each token's document, as `kernels.reference.document_spans` has it."""
     return reference.document_spans(documents)
 
 
@@ -218,7 +221,7 @@ def attention(
     ends: Tensor | None = None,
     seen: Tensor | None = None,
 ) -> Tensor:
-    """See `kernels.reference.attention`; the output alone.
+    """softmax(q kᵀ · scale) v over the keys that each query sees: the output of `kernels.reference.attention`.
 
     ends: (B,) int64, where k and v are a cache whose rows differ in length: row b's keys are the slots j < ends[b],
     and its queries belong to the last of them. Or what `visible_keys` made of it. Causal, with no spans or gradient.
@@ -230,7 +233,7 @@ def attention(
         return _torch_attention(q, k, v, seen[:, None])
     if ends is not None and ends.dim() == 4:
         return _torch_attention(q, k, v, ends, scale=scale)
-    if ends is None and spans is None and softcap is None and _is_step(q) and (window or k.shape[1]) >= k.shape[1]:
+    if ends is None and spans is None and softcap is None and _is_cpu_step(q) and (window or k.shape[1]) >= k.shape[1]:
         return _torch_attention(q, k, v, scale=scale)  # the newest token sees every key
     options = dict(causal=causal, window=window, spans=spans, softcap=softcap, scale=scale)
     if ends is not None:
@@ -330,7 +333,7 @@ def _cached_attention(q: Tensor, k: Tensor, v: Tensor, ends: Tensor, options: di
 def linear_cross_entropy(
     x: Tensor, weight: Tensor, targets: Tensor, mask: Tensor | None, softcap: float | None, z_loss: float | None = None
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """See `kernels.reference.linear_cross_entropy`."""
+    """Summed cross-entropy of softmax(x weightᵀ), in nats, as `kernels.reference.linear_cross_entropy` has it."""
     if fused(x):
         return _triton.linear_cross_entropy.linear_cross_entropy(x, weight, targets, mask, softcap, z_loss)
     if _selected == "reference":
@@ -353,7 +356,7 @@ def matrices(layer: nn.Module) -> list[tuple[Tensor, Tensor | None]] | None:
 
 def linear(x: Tensor, layer: nn.Module) -> Tensor:
     """layer(x); x (B, T, C)."""
-    return one_token.linear(x, layer) if _is_step(x) else layer(x)
+    return one_token.linear(x, layer) if _is_cpu_step(x) else layer(x)
 
 
 def linears(x: Tensor, *layers: nn.Module) -> tuple[Tensor, ...]:
@@ -361,7 +364,7 @@ def linears(x: Tensor, *layers: nn.Module) -> tuple[Tensor, ...]:
     outputs_of_one_product = packed.products(x, layers)
     if outputs_of_one_product is not None:
         return outputs_of_one_product
-    if _is_step(x):
+    if _is_cpu_step(x):
         return tuple([one_token.linear(x, layer) for layer in layers])
     if not fused(x) or not torch.is_grad_enabled():
         return tuple(layer(x) for layer in layers)
@@ -405,7 +408,10 @@ class _QuantMatmul(torch.autograd.Function):
 
 
 def quant_matmul(x: Tensor, weight: list[Tensor]) -> Tensor:
-    """See `kernels.reference.quant_matmul`; under autocast in its dtype. No gradient goes to the quantized weight."""
+    """x Wᵀ of a quantized W, as `kernels.reference.quant_matmul` has it; under autocast in its dtype.
+
+    No gradient goes to W.
+    """
     dtype = product_dtype(x)
     if weight[0].dtype == dtype:  # a base in 16 bits: nothing to dequantize
         return F.linear(x.to(dtype), *weight)
