@@ -123,9 +123,13 @@ class StepProfiler:
             torch.cuda.synchronize()  # kernels of the step may still run
         self.profiler.stop()
         file = self.folder / f"profile-{self.begun}-{step}.json"
-        self.profiler.export_chrome_trace(str(file))
+        where = f"{file}: steps {self.begun} to {step}, to be opened in https://ui.perfetto.dev"
+        try:
+            self.profiler.export_chrome_trace(str(file))
+        except (OSError, RuntimeError) as problem:  # such as a full disk; the run is worth more than its recording
+            where = f"{file}: could not be written ({problem})"
         column = "self_device_time_total" if self.is_cuda else "self_cpu_time_total"
         self.say(self.profiler.key_averages().table(sort_by=column, row_limit=SHOWN, max_name_column_width=40))
-        self.say(f"{file}: steps {self.begun} to {step}, to be opened in https://ui.perfetto.dev")
+        self.say(where)
         self.profiler = None
         self.records = False

@@ -49,6 +49,15 @@ def test_steps_that_were_done_before_are_said_once_and_without_the_option_nothin
     assert profiled(tmp_path, None, range(1, 12)) == [] == list(tmp_path.iterdir())
 
 
+def test_a_recording_that_cannot_be_written_ends_no_run(tmp_path, monkeypatch):
+    def full(self, path):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch.profiler.profile, "export_chrome_trace", full)
+    table, line = profiled(tmp_path, "6:7", range(4, 10))
+    assert "aten::sin" in table and "could not be written ([Errno 28] No space left on device)" in line
+
+
 @pytest.mark.parametrize("asked", ["", "3", "3:", ":3", "0:3", "5:3", "a:b", "3:21", "-1:3", "3:4:5"])
 def test_what_names_no_steps_of_the_run_is_refused(asked):
     with pytest.raises(UserError, match=f"--profile {asked}: expected FIRST:LAST, .* steps of the run's 20"):
