@@ -209,40 +209,18 @@ def document_spans(documents: Tensor) -> Tensor:
 
 
 def attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    causal: bool = True,
-    window: int | None = None,
-    spans: Tensor | None = None,
-    softcap: float | None = None,
-    scale: float | None = None,
-    ends: Tensor | None = None,
-    seen: Tensor | None = None,
+    q: Tensor, k: Tensor, v: Tensor, *, causal: bool = True, window: int | None = None, spans: Tensor | None = None
 ) -> Tensor:
-    """softmax(q kᵀ · scale) v over the keys that each query sees: the output of `kernels.reference.attention`.
-
-    ends: (B,) int64, where k and v are a cache whose rows differ in length: row b's keys are the slots j < ends[b],
-    and its queries belong to the last of them. Or what `visible_keys` made of it. Causal, with no spans or gradient.
-    seen: (B, Tq, Tk) bool, which keys each query sees, at least one; in place of all the rules.
-    """
-    if seen is not None:
-        if _selected == "reference":
-            return reference.attention(q, k, v, seen=seen)[0]
-        return _torch_attention(q, k, v, seen[:, None])
-    if ends is not None and ends.dim() == 4:
-        return _torch_attention(q, k, v, ends, scale=scale)
-    if ends is None and spans is None and softcap is None and _is_cpu_step(q) and (window or k.shape[1]) >= k.shape[1]:
-        return _torch_attention(q, k, v, scale=scale)  # the newest token sees every key
-    options = dict(causal=causal, window=window, spans=spans, softcap=softcap, scale=scale)
-    if ends is not None:
-        return _cached_attention(q, k, v, ends, options)
+    """softmax(q kᵀ / √D) v over the keys that each query sees: the output of `kernels.reference.attention`."""
+    if spans is None and _is_cpu_step(q) and (window or k.shape[1]) >= k.shape[1]:
+        return _torch_attention(q, k, v)  # the newest token sees every key
     if fused(q):
         dtype = product_dtype(q)
-        return _triton.attention.attention(q.to(dtype), k.to(dtype), v.to(dtype), **options)
-    if _selected == "reference" or softcap is not None:
-        return reference.attention(q, k, v, **options)[0]
+        return _triton.attention.attention(
+            q.to(dtype), k.to(dtype), v.to(dtype), causal=causal, window=window, spans=spans
+        )
+    if _selected == "reference":
+        return reference.attention(q, k, v, causal=causal, window=window, spans=spans)[0]
 
     # torch's op takes a flag for plain causal attention; anything else needs a mask
     q_len = q.shape[1]
@@ -256,11 +234,44 @@ def attention(
     is_causal = causal and mask is None
     if q_len == 1:  # not by `and` above: with torch.compile's symbolic lengths that would make is_causal symbolic
         is_causal = False
-    return _torch_attention(q, k, v, mask, is_causal=is_causal, scale=scale)
+    return _torch_attention(q, k, v, mask, is_causal=is_causal)
+
+
+def masked_attention(q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Tensor:
+    """`attention` by no rule but a mask. seen: (B, Tq, Tk) bool, which keys each query sees, at least one."""
+    if _selected == "reference":
+        return reference.attention(q, k, v, seen=seen)[0]
+    return _torch_attention(q, k, v, seen[:, None])
+
+
+# the limits of our decode kernel
+MOST_QUERIES = 16
+LARGEST_HEAD = 256
+
+
+def cached_attention(q: Tensor, k: Tensor, v: Tensor, ends: Tensor, *, window: int | None = None) -> Tensor:
+    """Causal `attention` over a cache whose rows differ in length. What changes from step to step is on the device.
+
+    ends: (B,) int64. Row b's keys are the slots j < ends[b], and its queries belong to the last of them. Or what
+    `visible_keys` made of it.
+    """
+    if ends.dim() == 4:
+        return _torch_attention(q, k, v, ends)
+    n_queries = q.shape[1]
+    if fused(q) and n_queries <= MOST_QUERIES and q.shape[3] <= LARGEST_HEAD:
+        return _triton.decode_attention.decode_attention(q.to(k.dtype), k, v, end=ends, window=window)
+    if _selected == "reference":
+        outputs = []
+        for row, end in enumerate(ends.tolist()):
+            keys = k[row : row + 1, :end]  # (1, end, K, D)
+            values = v[row : row + 1, :end]
+            outputs.append(reference.attention(q[row : row + 1], keys, values, window=window)[0])
+        return torch.cat(outputs)
+    return _torch_attention(q, k, v, _cache_mask(ends, n_queries, k.shape[1], window))
 
 
 def visible_keys(ends: Tensor, n_queries: int, n_keys: int, window: int | None, dtype: torch.dtype) -> Tensor:
-    """The ends (B,) of a cache's rows in the form that is quickest for `attention`, made once for all layers.
+    """The ends (B,) of a cache's rows in the form that is quickest for `cached_attention`, made once for all layers.
 
     Usually returns `ends` itself. For torch's own op on a CPU it is what to add to the scores in `dtype`, (B, 1, Tq,
     Tk): 0 for a key that a query sees, and −∞.
@@ -279,9 +290,7 @@ def _cache_mask(ends: Tensor, n_queries: int, n_keys: int, window: int | None) -
     return mask if window is None else mask & (key_slots > query_slots - window)
 
 
-def _torch_attention(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, *, is_causal: bool = False, scale: float | None = None
-) -> Tensor:
+def _torch_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, *, is_causal: bool = False) -> Tensor:
     """torch's fused attention on (B, T, H, D). mask: bool or to be added, broadcast to (B, H, Tq, Tk)."""
     groups = q.shape[2] // k.shape[2]
     if mask is not None and groups > 1 and q.is_cuda:  # torch has no fused CUDA kernel for a mask and grouped heads
@@ -289,7 +298,7 @@ def _torch_attention(
         v = v.repeat_interleave(groups, dim=2)
     if q.shape[1] == 1 and groups > 1 and q.is_cpu:  # heads that share keys as queries of one head: read once
         queries = q.reshape(len(q), k.shape[2], groups, q.shape[3])  # (B, K, H/K, D)
-        out = F.scaled_dot_product_attention(queries, k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask, scale=scale)
+        out = F.scaled_dot_product_attention(queries, k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask)
         return out.reshape(q.shape)
     out = F.scaled_dot_product_attention(
         q.transpose(1, 2),  # (B, H, Tq, D)
@@ -297,37 +306,9 @@ def _torch_attention(
         v.transpose(1, 2),
         attn_mask=mask,
         is_causal=is_causal,
-        scale=scale,
         enable_gqa=bool(q.shape[2] != k.shape[2]),
     )
     return out.transpose(1, 2)  # (B, Tq, H, D)
-
-
-# the limits of our decode kernel
-MOST_QUERIES = 16
-LARGEST_HEAD = 256
-
-
-def _cached_attention(q: Tensor, k: Tensor, v: Tensor, ends: Tensor, options: dict) -> Tensor:
-    """`attention` where each row's keys end at another slot. What changes from step to step is on the device."""
-    if options["spans"] is not None or not options["causal"]:
-        raise ValueError("attention over a cache whose rows end at slots of their own is causal, and has no spans")
-    window = options["window"]
-    softcap = options["softcap"]
-    scale = options["scale"]
-    n_queries = q.shape[1]
-    if fused(q) and n_queries <= MOST_QUERIES and q.shape[3] <= LARGEST_HEAD:
-        return _triton.decode_attention.decode_attention(
-            q.to(k.dtype), k, v, end=ends, window=window, softcap=softcap, scale=scale
-        )
-    if _selected == "reference" or softcap is not None:
-        outputs = []
-        for row, end in enumerate(ends.tolist()):
-            keys = k[row : row + 1, :end]  # (1, end, K, D)
-            values = v[row : row + 1, :end]
-            outputs.append(reference.attention(q[row : row + 1], keys, values, **options)[0])
-        return torch.cat(outputs)
-    return _torch_attention(q, k, v, _cache_mask(ends, n_queries, k.shape[1], window), scale=scale)
 
 
 def linear_cross_entropy(

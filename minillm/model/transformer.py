@@ -96,12 +96,14 @@ class Attention(nn.Module):
         if seen is None:
             out = self.attend(q, k, v, spans, ends)  # (B, T, H, D)
         else:
-            out = ops.attention(q if chosen is None else of_tokens(q, chosen), k, v, seen=seen)  # (B, T or n, H, D)
+            out = ops.masked_attention(q if chosen is None else of_tokens(q, chosen), k, v, seen)  # (B, T or n, H, D)
         return ops.linears(out.flatten(2), self.o_proj)[0]  # (B, T, H·D) → (B, T, C)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, spans: Tensor | None, ends: Tensor | None) -> Tensor:
-        """`ops.attention`, causal: the queries are those of the last T of the Tk keys."""
-        return ops.attention(q, k, v, causal=True, window=self.config.window, spans=spans, ends=ends)
+        """Causal attention, the queries being those of the last T of the Tk keys; ends: where rows differ in length."""
+        if ends is not None:
+            return ops.cached_attention(q, k, v, ends, window=self.config.window)
+        return ops.attention(q, k, v, causal=True, window=self.config.window, spans=spans)
 
 
 class MLP(nn.Module):

@@ -279,5 +279,5 @@ def test_attention_over_rows_of_different_lengths_is_that_of_each_row(window, n_
     assert seen.shape == (4, 1, n_queries, 9) and seen.dtype == dtype
     with torch.inference_mode():
         for form in (ends, seen):
-            out = ops.attention(q, k, v, window=window, ends=form)
+            out = ops.cached_attention(q, k, v, form, window=window)
             assert error(out.double(), torch.cat(rows)) < (1e-5 if dtype == torch.float32 else 0.02)
