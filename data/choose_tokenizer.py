@@ -4,7 +4,8 @@ import random
 from collections.abc import Iterator
 from pathlib import Path
 
-from data.bin_writer import BinFolder, read_json
+from data.bin_folder import BinFolder
+from data.bin_writer import read_json
 from data.sources import Source, check_unchanged
 from data.tokenize_files import bad_line_error, fault, is_val
 from minillm.base.errors import UserError

@@ -22,7 +22,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from data.bin_writer import SPLITS, BinFolder, meta_of, read_json, write_json
+from data.bin_folder import BinFolder, meta_of
+from data.bin_writer import SPLITS, read_json, write_json
 from data.choose_tokenizer import holds, learnt_tokenizer, usual_wrap, with_wrap
 from data.contamination import Benchmark, check_texts, read_benchmarks, table
 from data.held_out import NAME as HELD_OUT

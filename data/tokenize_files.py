@@ -14,7 +14,8 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from data.bin_writer import SPLITS, BinFolder, BinWriter
+from data.bin_folder import BinFolder
+from data.bin_writer import SPLITS, BinWriter
 from data.held_out import document_hash, is_held_out
 from data.sources import Group, Options, Source
 from minillm.base.errors import UserError
