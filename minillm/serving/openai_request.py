@@ -84,7 +84,8 @@ class Asked:
     """What a request asks for.
 
     messages: of a chat, else None. prompts: of completions: texts, or lists of ids. max_tokens: None: as many as fit.
-    log_probs: None: none; k: of each token and of the k likeliest in its place. echo: a text begins with its prompt.
+    is_seeded: whether the client chose the seed. log_probs: None: none; k: of each token and of the k likeliest in its
+    place. echo: a text begins with its prompt.
     """
 
     model: str | None
@@ -93,6 +94,7 @@ class Asked:
     n: int
     max_tokens: int | None
     sampling: Sampling
+    is_seeded: bool
     stop_strings: tuple[str, ...]
     log_probs: int | None
     echo: bool
@@ -183,6 +185,7 @@ def _asked(fields: Fields, limits: Limits, **own) -> Asked:
         n=n,
         max_tokens=max_tokens,
         sampling=_sampling(fields),
+        is_seeded=fields.values.get("seed") is not None,
         stop_strings=_stop_strings(fields),
         log_probs=own["log_probs"],
         echo=own.get("echo", False),

@@ -117,7 +117,8 @@ class Served:
                 prompt=ids,
                 max_new_tokens=min(asked.max_tokens or self.most_tokens, self.most_tokens),
                 sampling=asked.sampling,
-                choice=choice,
+                # with a seed each prompt is continued as it is alone; without one no two answers draw alike
+                choice=choice if asked.is_seeded else number,
                 stop_ids=self._stop_ids if asked.is_chat else self.tokenizer.end_ids,
                 log_probs=asked.log_probs,
                 prompt_log_probs=asked.echo and asked.log_probs is not None,

@@ -127,6 +127,21 @@ def test_without_a_seed_answers_differ_and_with_one_they_do_not(here):
     assert ask(seed=1, extra_body={"min_p": 1}) == ask(temperature=0)
 
 
+def test_without_a_seed_no_two_answers_of_a_request_draw_alike(here, home):
+    """Nor do those to equal prompts; with a seed each of these is continued as it is alone."""
+    ids = home.tokenizer.prompt_ids("Who has")
+    rows = alone(home, ids, 20, rows=2, temperature=2.0, seed=3)
+    for seed, prompts, n, expected in (
+        (None, ["Who has"] * 4, 1, None),
+        (None, [ids] * 2, 2, None),
+        (3, ["Who has"] * 2, 2, rows * 2),
+    ):
+        options = {"model": "tom", "max_tokens": 20, "temperature": 2.0, "seed": seed}
+        answer = here.client().completions.create(prompt=prompts, n=n, **options)
+        texts = [choice.text for choice in answer.choices]
+        assert texts == expected if expected else len(set(texts)) == 4
+
+
 def test_a_stop_string_cuts_the_text_and_none_of_it_is_shown(here, home):
     (text,) = alone(home, prompt_of(home), 30, temperature=0.0)
     stop = text[6:9]
