@@ -5,7 +5,7 @@ An empty line or Ctrl-D ends, /new starts a new conversation.
 
 import contextlib
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from minillm.base.options import option, part
 from minillm.commands.model_options import (
@@ -57,6 +57,7 @@ def run(config: Config) -> None:
         print("(it was taught single questions, so it is shown each alone; --turns N shows it the last N)")
     opening = [{"role": "system", "content": config.system}] if config.system else []  # of every conversation
     messages = list(opening)
+    sampling = part(config, Sampling)
     sys.stdin.reconfigure(errors="replace")  # one line that is not UTF-8 must not end the chat
     while True:
         # read a question, or a command
@@ -79,12 +80,14 @@ def run(config: Config) -> None:
         if turns is not None:  # of the earlier messages only the last turns - 1 questions and answers
             end = len(conversation) - 2 * turns + 1
             del conversation[len(opening) : max(len(opening), end)]
-        answer = _answer(config, loaded, conversation, len(opening))
+        answer = _answer(config, loaded, conversation, len(opening), sampling)
+        # the next one draws with other random numbers, so that a question asked again can get another answer
+        sampling = replace(sampling, seed=(sampling.seed + 1) % (1 << 64))
         if answer and answer.strip():  # Ctrl-C may come before it begins, and templates refuse a blank one
             messages = [*conversation, {"role": "assistant", "content": answer}]
 
 
-def _answer(config: Config, loaded: Loaded, messages: list[dict], opening: int) -> str | None:
+def _answer(config: Config, loaded: Loaded, messages: list[dict], opening: int, sampling: Sampling) -> str | None:
     """Print the model's answer to the last message, and return it; None if that message is too long to be asked.
 
     Messages that no longer fit are dropped from the list; opening: how many at its beginning must stay.
@@ -107,7 +110,7 @@ def _answer(config: Config, loaded: Loaded, messages: list[dict], opening: int) 
         tokenizer,
         ids,
         config.max_new_tokens,
-        sampling=part(config, Sampling),
+        sampling=sampling,
         stop_ids=tokenizer.stop_ids(template),
     )
     pieces: list[str] = []

@@ -77,6 +77,20 @@ def test_chat_remembers_no_blank_answer(call, monkeypatch):
     ]
 
 
+def test_chat_draws_each_answer_anew_and_a_whole_chat_alike_by_its_seed(call):
+    """A question asked again, here in a conversation of its own, gets another answer."""
+    asked = "Who?\n/new\n" * 6
+
+    def chat(*options) -> list[str]:
+        out = call("chat", "--max_new_tokens", "6", *options, typed=asked)[1]
+        return [line for line in out.removeprefix(out.splitlines()[0]).split("> ") if line.strip()]
+
+    first = chat("--temperature", "2")
+    assert len(first) == 6 and len(set(first)) == 6
+    assert chat("--temperature", "2") == first != chat("--temperature", "2", "--seed", str((1 << 64) - 1))
+    assert len(set(chat("--temperature", "0"))) == 1
+
+
 def test_chat_goes_on_after_a_line_that_is_too_long(call, monkeypatch):
     """And remembers what was said before it."""
     shown, stream = [], completion.stream
