@@ -99,7 +99,8 @@ def _answer(config: Config, loaded: Loaded, messages: list[dict], opening: int, 
     template = template_of(config, folder)
     ids, n_forgotten = _fit(tokenizer, messages, template, context, opening)
     if len(ids) >= context:
-        print(f"(not asked: its {len(ids)} tokens fill the context of {context}; say it in fewer words)")
+        remedy = "say it in fewer words" + (", or shorten --system" if opening else "")
+        print(f"(not asked: its {len(ids)} tokens fill the context of {context}; {remedy})")
         return None
     if n_forgotten:
         print(f"(the context of {context} tokens is full: {n_forgotten} earlier messages forgotten)")

@@ -109,6 +109,13 @@ def test_chat_goes_on_after_a_line_that_is_too_long(call, monkeypatch):
     assert with_it == shown and len(shown) == 2 and len(shown[1]) > len(shown[0])
 
 
+def test_what_is_too_long_may_be_the_system_message(call):
+    long = "Tom " * 200
+    for system, typed, is_named in ((long, "Who?\n", True), ("Tom.", long + "\n", True), ("", long + "\n", False)):
+        status, out, _ = call("chat", "--system", system, typed=typed)
+        assert status == 0 and "say it in fewer words" in out and ("shorten --system" in out) == is_named
+
+
 def test_chat_goes_on_after_a_line_that_is_not_utf_8(call):
     status, out, _ = call("chat", "--max_new_tokens", "2", typed=b"Who?\n\xff\xfe?\nTom?\n")
     assert status == 0 and out.count("> ") == 4 and out.count("is not UTF-8") == 1
