@@ -81,9 +81,9 @@ class App:
         if path in READERS:
             return path, {"POST": self._complete}
         if path.startswith("/v1/models/"):
-            return "/v1/models/…", {"GET": self._model}
+            return "/v1/models/…", _read_by(self._model)
         gets = {"/": self._page, "/health": self._health, "/metrics": self._metrics, "/v1/models": self._models}
-        return (path, {"GET": gets[path]}) if path in gets else ("elsewhere", {})
+        return (path, _read_by(gets[path])) if path in gets else ("elsewhere", {})
 
     async def _act(self, call: Call, route: str, actions: dict[str, Callable[[Call], Coroutine]]) -> None:
         """Let in whoever may, and do what is asked."""
@@ -220,6 +220,11 @@ class App:
                 if answer.end and ticket.ended is None:  # by a stop string, of which the engine knows nothing
                     ticket.cancel()
             going = [item for item in going if item.answer.end is None]
+
+
+def _read_by(action: Callable[[Call], Coroutine]) -> dict[str, Callable[[Call], Coroutine]]:
+    """What can be read, or by HEAD be asked about: then the answer's body is left out (by uvicorn)."""
+    return {"GET": action, "HEAD": action}
 
 
 def _submit(served: Served, asked: Asked, prompts: list[list[int]], owner: str, wake: asyncio.Event) -> list[Work]:

@@ -357,7 +357,7 @@ def test_other_paths_and_methods(here):
         status, _, data = here.raw("GET", path)
         assert status == 404 and json.loads(data)["error"]["message"]
     assert b"/v1/chat/completions" in here.raw("POST", "/v1/responses", {})[2]
-    for method, path, allowed in (("GET", "/v1/completions", "POST"), ("DELETE", "/v1/models", "GET")):
+    for method, path, allowed in (("GET", "/v1/completions", "POST"), ("DELETE", "/v1/models", "GET, HEAD")):
         status, headers, _ = here.raw(method, path)
         assert status == 405 and headers["Allow"] == allowed
     status, _, _ = here.raw("OPTIONS", "/v1/models", headers={"Origin": "http://localhost:3000"})
@@ -387,6 +387,15 @@ def test_models_say_what_they_are(here):
     assert client.models.retrieve("tom") == entry
     with pytest.raises(openai.NotFoundError):
         client.models.retrieve("jerry")
+
+
+def test_head_says_what_get_would_without_its_body(here):
+    for path in ("/", "/health", "/v1/models", "/v1/models/tom", "/v1/models/jerry"):
+        (status, headers, data), (of_get, headers_of_get, _) = (here.raw(method, path) for method in ("HEAD", "GET"))
+        assert (status, data) == (of_get, b""), path
+        assert {**headers, "date": ""} == {**headers_of_get, "date": ""}, path
+    assert here.raw("HEAD", "/metrics")[0] == 200
+    assert here.raw("HEAD", "/v1/completions")[0] == 405
 
 
 def test_health_and_the_page(here):
