@@ -51,7 +51,7 @@ class Config(BitsOptions, TemplateOptions, EngineOptions):
 def run(config: Config) -> None:
     # who may ask, and where; before models are loaded, which takes longer
     check_installed()
-    keys = config.api_key or tuple(os.environ.get(KEY_VARIABLE, "").split())
+    keys = config.api_key or keys_of_environment()
     door = Door(keys, config.cors)
     listener = listening_socket(config.host, config.port, has_key=bool(keys))
 
@@ -69,6 +69,16 @@ def run(config: Config) -> None:
         f"{address} (chat page), {address}/v1 (OpenAI's API{', with a key' if keys else ''}); Ctrl-C ends", flush=True
     )
     server.run(sockets=[listener])
+
+
+def keys_of_environment() -> tuple[str, ...]:
+    """The keys in the environment. A blank variable is refused: whoever set it would be served without a key."""
+    text = os.environ.get(KEY_VARIABLE)
+    if text is None:
+        return ()
+    if not text.strip():
+        raise UserError(f"{KEY_VARIABLE}: is set, but to no key; set it to one, or unset it to serve without a key")
+    return tuple(text.split())
 
 
 def set_apart_what_stays() -> None:

@@ -27,7 +27,9 @@ class Door:
             raise UserError(f"--cors {self.cors}: not an origin as browsers write it, such as {written}, or *")
         for key in self.keys:
             if not key.isascii() or not key.isprintable() or " " in key or not key:
-                raise UserError("--api_key: letters, digits and signs of ASCII alone, without spaces")
+                raise UserError(
+                    "--api_key or MINILLM_API_KEY: letters, digits and signs of ASCII alone, without spaces"
+                )
 
     def owner(self, headers: dict[str, str]) -> str:
         """Whose request it is: a name for the key that it shows, "" where none is needed. Raises `Refusal`."""

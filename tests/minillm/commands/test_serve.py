@@ -50,6 +50,15 @@ def test_keys_come_from_the_command_line_or_the_environment(call, started, monke
     assert started[-1].door.keys == ("three",) and started[-1].door.cors == "https://chat.example.org"
 
 
+@pytest.mark.parametrize("text", ["", " \n"])
+def test_a_blank_key_in_the_environment_opens_no_door(call, started, monkeypatch, text):
+    monkeypatch.setenv(serve.KEY_VARIABLE, text)
+    status, _, err = call("serve")
+    assert status == 2 and f"{serve.KEY_VARIABLE}: is set, but to no key" in err and not started
+    status, _, _ = call("serve", "--api_key", "one")
+    assert status == 0 and started[-1].door.keys == ("one",)
+
+
 def test_models_have_the_names_that_are_given(call, started, home):
     call("serve", "--model", "a=out/sft", "out/sft", "out/sft/step-00000003")
     assert "two models have the name sft" in call("serve", "--model", "out/sft", "out/sft/step-00000003")[2]
