@@ -70,6 +70,12 @@ class VisibleOutput:
         return getattr(self.stream, name)
 
 
+def tell(line: str) -> None:
+    """Print a line beside the output proper. It is dropped where nobody can read it any more: a remark ends nothing."""
+    with contextlib.suppress(OSError):  # the program behind a pipe has ended, the disk of a log is full
+        print(visible(line), file=sys.stderr, flush=True)
+
+
 def print_text(text: str, raw: bool = False) -> None:
     """Print a piece of a model's text: to a pipe or a file as it is, to a terminal visibly unless `raw`."""
     raw = raw or not sys.stdout.isatty()

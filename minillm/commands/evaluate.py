@@ -15,12 +15,12 @@ from minillm.base import bundled_files
 from minillm.base.errors import MissingError, UnsupportedError, UserError, naming
 from minillm.base.files import check_file, write_json_atomically
 from minillm.base.options import option
+from minillm.base.printing import tell
 from minillm.commands.model_options import (
     ModelOptions,
     TemplateOptions,
     load_model,
     load_reward_model,
-    tell,
     template_of,
     trained_with,
 )

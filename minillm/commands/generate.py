@@ -8,7 +8,7 @@ import sys
 from dataclasses import dataclass
 
 from minillm.base.options import option, part
-from minillm.base.printing import print_text
+from minillm.base.printing import print_text, tell
 from minillm.commands.best_of import Asking, best_of, load_judge, prompt_of
 from minillm.commands.model_options import (
     ModelOptions,
@@ -16,7 +16,6 @@ from minillm.commands.model_options import (
     TemplateOptions,
     load_model,
     print_stream,
-    tell,
     template_of,
 )
 from minillm.generation import completion

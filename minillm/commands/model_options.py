@@ -1,6 +1,5 @@
 """The options of all commands that use a trained model, and loading the model that they name."""
 
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +10,7 @@ from minillm.alignment.reward_model import open_reward_model
 from minillm.base.device import DTYPES, pick_device
 from minillm.base.errors import UserError
 from minillm.base.options import Options, option
-from minillm.base.printing import print_text, visible
+from minillm.base.printing import print_text, tell
 from minillm.checkpoint import train_state
 from minillm.distributed.ranks import Ranks
 from minillm.generation import load
@@ -85,11 +84,6 @@ def load_reward_model(config: ModelOptions, folder: Path) -> load.Loaded:
 
 def _check_kernels(device: torch.device, base_bits: int | None) -> None:
     kernel_check.check_kernels(Ranks(0, 1, device), tell, base_bits=base_bits)
-
-
-def tell(line: str) -> None:
-    """Print a line beside the output proper."""
-    print(visible(line), file=sys.stderr)
 
 
 def trained_with(folder: Path) -> dict:

@@ -20,7 +20,8 @@ from minillm.alignment.rollouts import RolloutConfig, roll_out
 from minillm.base.errors import UserError
 from minillm.base.files import check_file, refuse_link, write_file
 from minillm.base.options import option
-from minillm.commands.model_options import ModelOptions, TemplateOptions, load_model, tell, template_of
+from minillm.base.printing import tell
+from minillm.commands.model_options import ModelOptions, TemplateOptions, load_model, template_of
 from minillm.datasets.prompts import Prompt, PromptRows
 from minillm.evaluation.checks import row_check
 from minillm.generation.load import Loaded

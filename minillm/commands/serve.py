@@ -8,12 +8,12 @@ from pathlib import Path
 from minillm.base.device import DTYPES
 from minillm.base.errors import UserError
 from minillm.base.options import option, part
+from minillm.base.printing import tell
 from minillm.commands.model_options import (
     BitsOptions,
     TemplateOptions,
     learned_texts_only,
     load_folder,
-    tell,
     template_of,
     trained_with,
 )

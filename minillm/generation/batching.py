@@ -11,7 +11,6 @@ A request's tokens are those of `generate` alone, up to rounding: each row compu
 draws with numbers of its own. See docs/en/generation.md.
 """
 
-import sys
 import threading
 import time
 from collections import Counter, deque
@@ -23,6 +22,7 @@ from torch import Tensor
 
 from minillm.base.errors import UserError
 from minillm.base.options import Options, option
+from minillm.base.printing import tell
 from minillm.distributed.shards import is_sharded_model
 from minillm.generation.completion import check_prompts
 from minillm.generation.passes import Passes
@@ -69,7 +69,7 @@ class Engine:
         self.slots = Slots(model, options.slots, self.context)
         self.passes = Passes(model, self.slots)
         self.cache_bytes = self.slots.n_bytes
-        self.log = log or (lambda line: print(line, file=sys.stderr, flush=True))
+        self.log = log or tell
 
         # requests, from their arrival to their end
         self.waiting: deque[Ticket] = deque()

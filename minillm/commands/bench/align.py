@@ -24,8 +24,9 @@ from minillm.alignment.log_probs import answer_log_probs, loss_through_log_probs
 from minillm.alignment.rollouts import RolloutConfig, Rollouts, roll_out
 from minillm.base.errors import UserError
 from minillm.base.options import Options, option
+from minillm.base.printing import tell
 from minillm.commands.bench.measure import REPEATS, machine, medians, random_model, transformers_twin
-from minillm.commands.model_options import load_folder, tell
+from minillm.commands.model_options import load_folder
 from minillm.datasets.batch import Batch
 from minillm.datasets.prompts import PromptRows
 from minillm.generation.load import find_model

@@ -16,9 +16,10 @@ import torch
 from minillm.base.device import pick_device
 from minillm.base.errors import MissingError, UserError
 from minillm.base.options import Options, option
+from minillm.base.printing import tell
 from minillm.commands.bench.measure import import_transformers, machine
 from minillm.commands.evaluate import ALL, benchmarks_named
-from minillm.commands.model_options import load_folder, tell
+from minillm.commands.model_options import load_folder
 from minillm.evaluation.benchmark_files import read_tasks
 from minillm.evaluation.benchmarks import BENCHMARKS
 from minillm.evaluation.loglikelihood import Request, loglikelihoods

@@ -1,7 +1,9 @@
 """Many requests at once get what each gets alone: `generate` is the oracle."""
 
+import io
 import random
 import resource
+import sys
 import threading
 from pathlib import Path
 
@@ -401,6 +403,26 @@ def test_a_request_for_whose_numbers_there_is_no_memory_ends_alone(monkeypatch):
         else:
             assert told(ticket) == alone(model, ticket.request)
     assert its.counters()["free_slots"] == 2 == len(lines)
+
+
+def test_a_log_that_nobody_reads_any_more_costs_no_other_request(monkeypatch):
+    """As with `2>&1 | tee serve.log` once tee has ended. The engine's log is standard error unless told otherwise."""
+
+    class Gone(io.StringIO):
+        def write(self, text):
+            raise BrokenPipeError
+
+    model = build()
+    its = engine(model)
+    monkeypatch.setattr(sys, "stderr", Gone())
+    lost = its.submit(Request(prompt(5), 4))
+    with monkeypatch.context() as patch:
+        patch.setattr(model, "hidden", lambda *_, **__: 1 / 0)
+        its.step()
+    assert lost.ended == End("error", "division by zero") and its.counters()["free_slots"] == 4
+    other = its.submit(Request(prompt(5), 4))
+    run(its)
+    assert told(other) == alone(model, other.request)
 
 
 def test_a_listener_that_fails_loses_its_request_alone():

@@ -164,6 +164,20 @@ def test_a_signal_lets_answers_under_way_finish_and_a_second_one_does_not(home):
         assert server.wait(20) == -signal.SIGTERM
 
 
+@pytest.mark.slow
+def test_a_signal_lets_answers_finish_where_nobody_reads_the_log(home):
+    """Ctrl-C ends `serve 2>&1 | tee serve.log` on both sides of the pipe at once."""
+    with process(home, "--slots", "1") as (server, port, _):
+        client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="any", max_retries=0, timeout=20)
+        streams = [client.chat.completions.create(model="tom", messages=HI, stream=True) for _ in range(3)]
+        server.stdout.close()
+        server.send_signal(signal.SIGINT)
+        for stream in streams:
+            *_, last = stream
+            assert last.choices[0].finish_reason in ("stop", "length")
+        server.wait(20)
+
+
 def test_nothing_is_left_of_connections_that_clients_broke_off(here):
     def n_connections() -> int:
         return sum(type(thing).__name__ == "Connection" for thing in gc.get_objects()) - len(open_ones)
