@@ -352,7 +352,7 @@ def test_a_busy_and_a_vanished_server_are_told(server, visit):
     server.answer = busy
     page = visit(server.url)
     ask(page, "Hello")
-    assert "too many requests" in captions(page)
+    assert "cannot answer at the moment. (queue full)" in captions(page)
     page.context.set_offline(True)
     with page.expect_event("requestfailed"):
         page.click("[data-action=again]:visible")
