@@ -68,7 +68,10 @@ def find_base(folder: Path, given: str | None, recorded: dict, written: dict) ->
     for place in places:
         if (place / "config.json").exists():
             return run_folder.resolve_checkpoint(os.path.normpath(place))
-    raise UserError(f"{folder}: its base {named or '(not named)'} is not there; give its folder by --base")
+    raise UserError(
+        f"{folder}: its base {named or '(not named)'} is not there; give its folder by --base, or name it in "
+        f"{CONFIG} (base_model_name_or_path)"
+    )
 
 
 def load_adapted(

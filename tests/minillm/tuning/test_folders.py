@@ -64,8 +64,11 @@ def test_the_base_is_found_beside_a_moved_adapter_or_named(adapter, tmp_path):
     gone = shutil.copytree(adapter / "lora", tmp_path / "gone")
     written = json.loads((gone / "adapter_config.json").read_text()) | {"base_model_name_or_path": "meta/none"}
     (gone / "adapter_config.json").write_text(json.dumps(written))
-    with pytest.raises(UserError, match=r"its base meta/none is not there; give its folder by --base"):
+    with pytest.raises(UserError, match=r"its base meta/none is not there; .* or name it in adapter_config.json"):
         folders.load_adapted(gone)
+    written["base_model_name_or_path"] = str(adapter / "base")  # as the error says
+    (gone / "adapter_config.json").write_text(json.dumps(written))
+    assert folders.load_adapted(gone)[1] == adapter / "base"
 
 
 def test_a_run_stands_for_its_newest_adapter(adapter, tmp_path):
