@@ -9,6 +9,7 @@ import asyncio
 import time
 import traceback
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 from minillm.base.errors import UserError
@@ -55,7 +56,9 @@ class App:
     async def close(self, seconds: float) -> None:
         """Take no more requests, let the engines finish those they have within so many seconds, and end them."""
         engines = [model.engine for model in self.models.values()]
-        await asyncio.gather(*(asyncio.to_thread(engine.close, True, seconds) for engine in engines))
+        loop = asyncio.get_running_loop()
+        with ThreadPoolExecutor(len(engines)) as threads:  # of their own: asyncio's are few, and read requests
+            await asyncio.gather(*(loop.run_in_executor(threads, engine.close, True, seconds) for engine in engines))
 
     # ---- any request
 

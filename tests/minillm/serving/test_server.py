@@ -7,6 +7,7 @@ import json
 import socket
 import threading
 import time
+from types import SimpleNamespace
 
 import openai
 import pytest
@@ -16,6 +17,9 @@ from minillm.generation.completion import generate
 from minillm.generation.requests import Request
 from minillm.generation.sampling import Sampling
 from minillm.serving import app as app_module
+from minillm.serving.app import App
+from minillm.serving.door import Door
+from minillm.serving.openai_request import Limits
 from minillm.serving.served import share_weights
 from tests.minillm.serving.conftest import running, serve_home
 
@@ -589,6 +593,16 @@ def test_an_answer_that_is_not_there_when_the_server_ends_is_told_so(home, strea
         assert b"shutting down" in data and status == (200 if streams else 503)
         assert streams == data.startswith(b"data: ") and (streams or headers["Retry-After"])
         assert here.post("/v1/chat/completions", {"messages": HI})[0] == 503
+
+
+def test_all_engines_are_told_at_once_that_the_server_ends():
+    """However many there are: each counts the seconds that are left from when it is told."""
+    n = 40  # asyncio has 32 threads at most
+    all_told = threading.Barrier(n)
+    engine = SimpleNamespace(close=lambda drain, seconds: all_told.wait(seconds))
+    models = [SimpleNamespace(name=str(i), engine=engine, limits=Limits(1, 1)) for i in range(n)]
+    asyncio.run(App(models, Door(), print).close(5.0))
+    assert not all_told.broken
 
 
 def test_a_fault_of_the_server_tells_the_client_nothing(home, monkeypatch):
