@@ -49,7 +49,10 @@ def listening_socket(host: str, port: int, has_key: bool) -> socket.socket:
     try:
         return socket.create_server(address[:2], family=family, backlog=BACKLOG)
     except OSError as problem:
-        raise UserError(f"--host {host} --port {port}: cannot listen there ({os.strerror(problem.errno)})") from None
+        raise UserError(
+            f"--host {host} --port {port}: cannot listen there ({os.strerror(problem.errno)}); choose another, "
+            "--port 0 for any free one"
+        ) from None
 
 
 def build_server(app: App, drain_s: float, log: Callable[[str], None]):
