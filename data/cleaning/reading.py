@@ -6,12 +6,11 @@ broken, what stands before the break is read, and the rest counts as one.
 """
 
 import codecs
-import gzip
 import io
 import json
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -38,6 +37,8 @@ ARCHIVES = (".warc",)
 SUFFIXES = tuple(f"{kind}{packing}" for kind in (*PLAIN, *PAGES, *ROWS, *TABLES, *ARCHIVES) for packing in PACKINGS)
 SUFFIXES += (".parquet",)
 ZSTD = b"\x28\xb5\x2f\xfd"
+TO_SKIP = b"\x2a\x4d\x18"  # behind one byte: a part of zstd without contents, with which pzstd begins
+PACKED_AT_ONCE = 1 << 12  # bytes, which may be a thousand times as many unpacked, and of zstd more
 HEAD = 1 << 16  # bytes from which an encoding is told
 LARGEST = 2 * LONGEST_TEXT  # bytes of a document; one takes ten times its size while it is described
 TOO_LARGE = ("too_large", f"more than {LARGEST >> 20} MB in one document; cut it")
@@ -135,14 +136,13 @@ def _opened(path: Path, file: BinaryIO) -> BinaryIO:
     stream = file
     magic = file.peek(4)[:4]
     if magic[:2] == GZIP:
-        stream = io.BufferedReader(gzip.GzipFile(fileobj=file), UNPACKED_AT_ONCE)
-    elif magic == ZSTD:
+        stream = _unpacked(file, lambda: zlib.decompressobj(zlib.MAX_WBITS | 16))
+    elif magic == ZSTD or magic[1:] == TO_SKIP:
         try:
             import zstandard
         except ImportError:
             raise UserError(f"{path}: reading .zst needs zstandard; {EXTRA}") from None
-        unpacked = zstandard.ZstdDecompressor().stream_reader(file, read_across_frames=True)
-        stream = io.BufferedReader(unpacked, UNPACKED_AT_ONCE)
+        stream = _unpacked(file, zstandard.ZstdDecompressor().decompressobj)
     head = stream.peek()[:HEAD]
     for first_bytes, what in OTHER_KINDS.items():
         if head.startswith(first_bytes):
@@ -153,6 +153,54 @@ def _opened(path: Path, file: BinaryIO) -> BinaryIO:
     if stream.peek(3)[:3] == BOM:
         stream.read(3)
     return stream
+
+
+class _Unpacked(io.RawIOBase):
+    """What is packed in a stream. A break in it is raised only when all that stands before it has been read.
+
+    Python's own reader of gzip gives up what it holds at a break, and zstandard's takes one for the end of the file.
+    """
+
+    def __init__(self, stream: BinaryIO, new_part: Callable):
+        """new_part: makes what unpacks one part, since a file may be several, one after another."""
+        self.stream = stream
+        self.new_part = new_part
+        self.part = new_part()
+        self.has_begun = False  # whether the part has been given some bytes
+        self.ready = memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer) -> int:
+        while not self.ready and self._unpack_more():
+            pass
+        n_bytes = min(len(buffer), len(self.ready))
+        buffer[:n_bytes] = self.ready[:n_bytes]
+        self.ready = self.ready[n_bytes:]
+        return n_bytes
+
+    def _unpack_more(self) -> bool:
+        """Unpack the next bytes into `ready`; False at the end of the file. Raises EOFError in the middle of a part."""
+        packed = self.part.unused_data  # what stands behind the end of a part
+        if self.part.eof:
+            self.part = self.new_part()
+            self.has_begun = False
+        packed = packed or self.stream.read(PACKED_AT_ONCE)
+        if not packed:
+            if self.has_begun:
+                raise EOFError("the packed file ends in the middle")
+            return False
+        if not self.has_begun:
+            packed = packed.lstrip(b"\0")  # zeros may fill up a block of a disk or tape
+        if packed:
+            self.ready = memoryview(self.part.decompress(packed))
+            self.has_begun = True
+        return True
+
+
+def _unpacked(stream: BinaryIO, new_part: Callable) -> BinaryIO:
+    return io.BufferedReader(_Unpacked(stream, new_part), UNPACKED_AT_ONCE)
 
 
 def _as_utf_8(stream: BinaryIO) -> BinaryIO:

@@ -91,6 +91,31 @@ def test_zst_is_unpacked_frame_by_frame(tmp_path):
     assert texts(file) == [f"{ZH}{i}" for i in range(3)]
 
 
+@pytest.mark.parametrize("packing", ["gz", "zst"])
+def test_a_packed_file_that_is_cut_off_gives_what_stands_before_and_says_so(tmp_path, packing):
+    pack = gzip.compress if packing == "gz" else pytest.importorskip("zstandard").compress
+    rows = [json.dumps({"text": f"{ZH}{i}"}).encode() + b"\n" for i in range(9)]
+    first, second = pack(b"".join(rows[:4])), pack(b"".join(rows[4:]))
+    file = tmp_path / f"rows.jsonl.{packing}"
+    for n_bytes, n_rows in ((20, 0), (len(first) - 1, 0), (len(first) + 1, 4), (len(first + second) - 1, 4)):
+        file.write_bytes((first + second)[:n_bytes])
+        *raws, last = raw_documents(file, "file")
+        assert [raw.value for raw in raws[:n_rows]] == rows[:n_rows]  # of the part that is cut some may be known too
+        assert last.kind == "fault" and "ends in the middle; nothing after it is read" in last.value[1]
+    for whole in (first, first + second, first + b"\0" * 5000, pack(b"")):
+        file.write_bytes(whole)
+        assert all(raw.kind == "line" for raw in raw_documents(file, "file"))
+
+
+def test_zst_may_begin_with_a_part_to_be_skipped(tmp_path):
+    zstandard = pytest.importorskip("zstandard")
+    to_skip = b"\x50\x2a\x4d\x18\x04\0\0\0size"  # as pzstd writes before each part
+    file = tmp_path / "rows.jsonl.zst"
+    parts = [zstandard.compress(json.dumps({"text": text}).encode() + b"\n") for text in (ZH, "b")]
+    file.write_bytes(b"".join(to_skip + part for part in parts))
+    assert texts(file) == [ZH, "b"]
+
+
 def test_pages_of_an_archive_bring_their_address(tmp_path):
     pytest.importorskip("trafilatura")
     warcwriter = pytest.importorskip("warcio.warcwriter")
