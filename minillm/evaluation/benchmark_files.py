@@ -18,8 +18,9 @@ from minillm.evaluation.benchmarks import BENCHMARKS, VALIDATION, Benchmark, Que
 from minillm.evaluation.loglikelihood import Request
 
 KINDS = (".jsonl", ".json", ".csv", ".parquet", ".jsonl.gz", ".json.gz")
+TRAINING = "train"  # in the name of a folder whose files are of no other split, whatever they are called
 DRAWN_FROM = 1234  # the seed of examples
-SHARD = re.compile(r"-\d{5}-of-\d{5}$")  # the part of a split in a file's name, from Hugging Face
+PART = re.compile(r"-(?P<number>\d{5})-of-(?P<of>\d{5})$")  # the part of a split in a file's name, from Hugging Face
 
 
 class Task(NamedTuple):
@@ -110,15 +111,26 @@ def _files_of_split(benchmark: Benchmark, folder: Path, splits: Sequence[str]) -
             if subject is not None:
                 found.setdefault(subject if benchmark.subjects else "", []).append(path)
         for subject, paths in found.items():
-            shards = [path for path in paths if SHARD.search(_stem(path))]
-            if len(paths) > 1 and (len(shards) < len(paths) or len({path.parent for path in paths}) > 1):
-                names = ", ".join(str(path.relative_to(folder)) for path in paths)
-                raise UserError(
-                    f"{folder}: {names} all seem to be the split {split} {subject}; leave one of them there"
-                )
+            _refuse_ambiguous(paths, f"{split} {subject}".strip(), folder)
         if found:
             return found
     return {}
+
+
+def _refuse_ambiguous(paths: Sequence[Path], split: str, folder: Path) -> None:
+    """Raises `UserError` unless these are one file, or each of the parts of one split once."""
+    parts = [PART.search(_stem(path)) for path in paths]
+    n_parts = int(parts[0]["of"]) if parts[0] else 1
+    is_of_it = all(part and int(part["of"]) == n_parts for part in parts) and len({path.parent for path in paths}) == 1
+    numbers = [int(part["number"]) for part in parts if part]
+    if len(paths) > 1 and (not is_of_it or len(set(numbers)) < len(paths)):
+        names = ", ".join(str(path.relative_to(folder)) for path in paths)
+        raise UserError(f"{folder}: {names} all seem to be the split {split}; leave one of them there")
+    if len(paths) < n_parts:
+        there = ", ".join(path.name for path in paths)
+        raise UserError(
+            f"{paths[0].parent}: of {n_parts} parts of the split {split} only {there} is there; add the others"
+        )
 
 
 def _subject_in(path: Path, split: str) -> str | None:
@@ -126,13 +138,18 @@ def _subject_in(path: Path, split: str) -> str | None:
 
     anatomy_test.csv, test/anatomy.csv and anatomy/test-00000-of-00001.parquet are about anatomy.
     """
-    stem = SHARD.sub("", _stem(path))
-    words = [word.lower() for word in re.split(r"[^A-Za-z0-9]+", stem)]
+    stem = PART.sub("", _stem(path))
     folder = path.parent.name
-    if split in words:
+    if TRAINING in _words(folder) and split not in _words(folder):  # auxiliary_train/mc_test.csv of MMLU
+        return None
+    if split in _words(stem):
         name = re.sub(rf"[-_.]?{split}$", "", stem, flags=re.IGNORECASE)
         return name or folder
     return stem if folder.lower() == split else None
+
+
+def _words(name: str) -> list[str]:
+    return re.split(r"[^a-z0-9]+", name.lower())
 
 
 def _stem(path: Path) -> str:
@@ -163,7 +180,7 @@ def _questions(benchmark: Benchmark, files: Sequence[Path]) -> list[Question]:
 
 def _rows(path: Path, columns: tuple[str, ...] | None) -> list[dict]:
     """The rows of a file. columns: the names of those of a CSV whose first line is a row already."""
-    if columns and path.suffix == ".csv":
+    if columns and path.suffix.lower() == ".csv":
         with json_rows.naming_file(path), path.open("rb") as file:
             return list(tables.csv_rows(json_rows.unpacked(file), ",", columns))
     rows = []
@@ -179,4 +196,7 @@ def _rows(path: Path, columns: tuple[str, ...] | None) -> list[dict]:
 def _labels_beside(path: Path) -> list[str]:
     """The right choices that PIQA publishes in a file of their own: valid.jsonl and valid-labels.lst."""
     file = path.with_name(f"{_stem(path)}-labels.lst")
-    return file.read_text(encoding="utf-8").split() if file.is_file() else []
+    if not file.is_file():
+        return []
+    with json_rows.naming_file(file):
+        return file.read_text(encoding="utf-8-sig").split()

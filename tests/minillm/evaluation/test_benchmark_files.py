@@ -66,6 +66,11 @@ def test_labels_in_a_file_of_their_own(tmp_path):
     labels.write_text("1\n0\n")
     (task,) = read_tasks("piqa", tmp_path, 0, None)
     assert [question.right for question in task.questions] == [1, 0]
+    labels.write_bytes(b"\xef\xbb\xbf0\r\n1\r\n")
+    assert [question.right for question in read_tasks("piqa", tmp_path, 0, None)[0].questions] == [0, 1]
+    labels.write_bytes(b"\xff1\n")
+    with pytest.raises(UserError, match=r"valid-labels\.lst: .*can't decode"):
+        read_tasks("piqa", tmp_path, 0, None)
     labels.write_text("1\n")
     with pytest.raises(UserError, match="2 rows, but 1 labels"):
         read_tasks("piqa", tmp_path, 0, None)
@@ -96,6 +101,36 @@ def test_what_could_be_read_in_two_ways_is_refused(tmp_path):
     write_table(tmp_path / "ceval" / "val" / "cooking_val.csv", EXAMS["test"], ["question", *"ABCD", "answer"])
     with pytest.raises(UserError, match="'cooking' is no subject"):
         read_tasks("ceval", tmp_path, 0, None)
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["test-00001-of-00002.jsonl"], "of 2 parts of the split test.* only test-00001-of-00002.jsonl is there"),
+        (["test-00000-of-00003.jsonl", "test-00001-of-00003.jsonl"], "of 3 parts .* add the others"),
+        (["test-00000-of-00001.jsonl", "test-00000-of-00002.jsonl", "test-00001-of-00002.jsonl"], "all seem to be"),
+        (["test-00000-of-00001.jsonl", "test-00000-of-00001.json"], "all seem to be"),
+        (["test-00000-of-00001.jsonl", "test.jsonl"], "all seem to be"),
+        (["test-00000-of-00002.jsonl", "more/test-00001-of-00002.jsonl"], "all seem to be"),
+    ],
+)
+@pytest.mark.parametrize("folder", ["arc_easy", "mmlu/virology"])
+def test_a_split_is_read_whole_and_once(tmp_path, folder, names, message):
+    for name in names:
+        write_rows(tmp_path / folder / name, ROWS[:1])
+    if folder != "arc_easy" and "more" in names[-1]:
+        return  # a folder is a subject of its own
+    with pytest.raises(UserError, match=message):
+        read_tasks(folder.partition("/")[0], tmp_path, 0, None)
+
+
+def test_what_a_folder_of_training_holds_is_no_test(tmp_path):
+    """MMLU's data.tar has auxiliary_train/mc_test.csv, which is no subject."""
+    for name in ("test/anatomy_test.csv", "dev/anatomy_dev.csv", "auxiliary_train/mc_test.csv", "train/my_dev.csv"):
+        write_table(tmp_path / "mmlu" / name, EXAMS["test"], None)
+    assert [task.name for task in read_tasks("mmlu", tmp_path, 1, None)] == ["mmlu_anatomy"]
+    write_rows(tmp_path / "arc_easy" / "train_test" / "ARC-Easy-Test.jsonl", ROWS)
+    assert len(read_tasks("arc_easy", tmp_path, 0, None)) == 1
 
 
 def test_a_wrong_row_is_named(tmp_path):
