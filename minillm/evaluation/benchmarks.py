@@ -70,13 +70,24 @@ def text_of(row: dict, *names: str) -> str:
     return value
 
 
+def texts_of(row: dict, name: str) -> list[str]:
+    """The list of texts under a name. Raises `UserError` for a text, of which each character would be a choice."""
+    values = value_of(row, name)
+    if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
+        raise UserError(f"{name} is {values!r:.40}, not a list of texts (a .csv has none; take .jsonl or .parquet)")
+    return values
+
+
 def number_of(row: dict, *names: str) -> int:
     """The number of the right choice, from 0: 1, "1" or true."""
     value = value_of(row, *names)
     try:
-        return int(value)
-    except (TypeError, ValueError):
-        raise UserError(f"{names[0]} is {value!r:.40}, not the number of a choice") from None
+        number = int(value)
+    except (TypeError, ValueError, OverflowError):
+        number = None
+    if number is None or (isinstance(value, float) and number != value):
+        raise UserError(f"{names[0]} is {value!r:.40}, not the number of a choice")
+    return number
 
 
 def labelled_choices(row: dict) -> tuple[str, list[str], int]:
@@ -87,13 +98,18 @@ def labelled_choices(row: dict) -> tuple[str, list[str], int]:
     """
     inner = row["question"] if isinstance(row.get("question"), dict) else row
     choices = value_of(inner, "choices")
-    if isinstance(choices, list):
-        choices = {key: [text_of(choice, key) for choice in choices] for key in ("text", "label")}
-    texts = [text_of({"choice": text}, "choice") for text in value_of(choices, "text")]
-    labels = list(value_of(choices, "label"))
-    key = text_of(row, "answerKey").strip()
+    if isinstance(choices, list) and all(isinstance(choice, dict) for choice in choices):
+        choices = {key: [value_of(choice, key) for choice in choices] for key in ("text", "label")}
+    if not isinstance(choices, dict):
+        raise UserError(f"choices is {choices!r:.40}, neither a list of objects nor lists of texts and labels")
+    texts = texts_of(choices, "text")
+    labels = value_of(choices, "label")
+    if not isinstance(labels, list) or len(labels) != len(texts):
+        raise UserError(f"its {len(texts)} choices have the labels {labels!r:.40}, not one each")
+    labels = [str(label) for label in labels]  # 1 or "1"
+    key = str(value_of(row, "answerKey")).strip()
     if key not in labels:
-        raise UserError(f"answerKey {key!r:.20} is none of its labels {', '.join(map(str, labels))}")
+        raise UserError(f"answerKey {key!r:.20} is none of its labels {', '.join(labels)}")
     return text_of(inner, "stem", "question_stem", "question"), texts, labels.index(key)
 
 
@@ -131,7 +147,7 @@ def commonsense_qa(row: dict) -> Question:
 
 def hellaswag(row: dict) -> Question:
     context = f"{text_of(row, 'activity_label')}: {text_of(row, 'ctx_a')} {str(row.get('ctx_b') or '').capitalize()}"
-    endings = [_without_marks(str(ending)) for ending in value_of(row, "endings")]
+    endings = [_without_marks(ending) for ending in texts_of(row, "endings")]
     return chosen(_without_marks(context), endings, number_of(row, "label"))
 
 
@@ -172,8 +188,8 @@ def copa(row: dict) -> Question:
 
 
 def mmlu(row: dict) -> Question:
-    if isinstance(row.get("choices"), list):
-        return lettered(text_of(row, "question"), row["choices"], number_of(row, "answer"), "Answer:")
+    if "choices" in row:
+        return lettered(text_of(row, "question"), texts_of(row, "choices"), number_of(row, "answer"), "Answer:")
     return _four_columns(row, "Answer:")
 
 

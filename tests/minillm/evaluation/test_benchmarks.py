@@ -1,5 +1,7 @@
 """Rows become the prompts that lm-evaluation-harness makes of them, in each form in which a set is published."""
 
+import math
+
 import pytest
 
 from minillm.base.errors import UserError
@@ -92,12 +94,44 @@ WRONG = {
     "empty choice": ("piqa", {"goal": "g", "sol1": "", "sol2": "b", "label": 0}, "is empty"),
     "no text": ("lambada_openai", {"text": 3}, "not a text"),
     "other joint": ("copa", {**HUB["copa"][1][0], "question": "why"}, "neither cause nor effect"),
+    "a text, as in a table": ("arc_easy", {"question": "q", "choices": str(LABELS), "answerKey": "A"}, "choices is"),
+    "fewer labels": (
+        "openbookqa",
+        {"question_stem": "q", "choices": {**LABELS, "label": ["A", "B"]}, "answerKey": "B"},
+        "its 3 choices have the labels",
+    ),
+    "half a number": ("piqa", {"goal": "g", "sol1": "a", "sol2": "b", "label": 0.5}, "label is 0.5, not the number"),
+    "no end": ("piqa", {"goal": "g", "sol1": "a", "sol2": "b", "label": math.inf}, "label is inf, not the number"),
     "a bare list": (
         "commonsense_qa",
         {"question": "q", "choices": {"text": FIVE["text"]}, "answerKey": "A"},
         "'label'",
     ),
 }
+
+
+@pytest.mark.parametrize(
+    "wrong", ["abcd", "['a', 'b', 'c', 'd']", {"a": 1, "b": 2, "c": 3}, ["a", None, "c"], [1, 2, 3], 3]
+)
+@pytest.mark.parametrize("name", ["arc_easy", "openbookqa", "commonsense_qa", "hellaswag", "mmlu"])
+def test_choices_are_a_list_of_texts(name, wrong):
+    """Of a text each character would be a choice, and of null the word "None"."""
+    rows = {
+        "hellaswag": {**HUB["hellaswag"][1][0], "endings": wrong},
+        "mmlu": {"question": "Who?", "choices": wrong, "answer": 1},
+    }
+    row = {"question": "q", "choices": {"text": wrong, "label": list("ABCD")[: len(LABELS["label"])]}, "answerKey": "B"}
+    with pytest.raises(UserError, match="not a list of texts"):
+        question(name, rows.get(name, row))
+
+
+def test_labels_may_be_numbers():
+    row = {"question": "Who?", "choices": {"text": ["a", "b"], "label": [1, 2]}}
+    assert (
+        question("arc_easy", {**row, "answerKey": 2}).right
+        == question("arc_easy", {**row, "answerKey": "2"}).right
+        == 1
+    )
 
 
 @pytest.mark.parametrize("case", WRONG)
