@@ -44,6 +44,7 @@ from minillm.tokenizer.tokenizer import Tokenizer
 from minillm.tuning.virtual_tokens import context_of
 
 UNKNOWN_LENGTH = 1024  # tokens of a window, at most, for a model that does not say at which length it was trained
+USUAL_TOKENS = 1 << 20  # of texts that are scored
 ALL = "all"  # the benchmarks whose files are there
 OF_DATA = ("max_tokens", "split", "field", "encoding", "allow_lossy", "max_new_tokens", "template")  # no benchmark's
 # What an option is about, and which options say nothing of a kind of data.
@@ -202,14 +203,15 @@ def _evaluate_texts(config: Config, loaded: Loaded, path: Path) -> None:
     config.refuse_useless(path, "token bins" if _holds_bins(path) else "texts")
     model, tokenizer, folder = loaded
 
-    texts = _read_texts(config, tokenizer, path)
+    max_tokens = config.max_tokens or USUAL_TOKENS
+    texts = _read_texts(config, tokenizer, path, max_tokens)
 
     # windows as in training: as long, and each document on its own unless trained otherwise
     options = trained_with(folder).get("config", {})
     seq_len, is_as_trained = _length(config, loaded, UNKNOWN_LENGTH)
     context = context_of(model)
     documents_alone = options.get("document_attention", True)
-    validation = Validation(texts, tokenizer, seq_len, config.max_tokens or 1 << 20, documents_alone)
+    validation = Validation(texts, tokenizer, seq_len, max_tokens, documents_alone)
     ranks = Ranks(0, 1, next(model.parameters()).device)
     scores = validation.scores(model, ranks, contextlib.nullcontext())
     if not math.isfinite(scores["val_loss"]):
@@ -219,7 +221,8 @@ def _evaluate_texts(config: Config, loaded: Loaded, path: Path) -> None:
     print(f"  windows         {seq_len:,} tokens{as_trained}; the context is {context:,} (--seq_len)")
     n_targets = int(validation.part.mask.sum())
     perplexity = math.exp(min(scores["val_loss"], 700))
-    print(f"  documents       {validation.part.n_documents:,} ({n_targets:,} tokens)")
+    of_more = "" if validation.part.n_documents == texts.n_documents else ", the first of more (--max_tokens)"
+    print(f"  documents       {validation.part.n_documents:,} ({n_targets:,} tokens){of_more}")
     if config.bits is not None:
         print(f"  weights         of linear layers in {config.bits} bits")
     print(f"  loss            {scores['val_loss']:.4f} nats a token")
@@ -252,11 +255,12 @@ def _holds_bins(path: Path) -> bool:
     return path.is_dir() and (path / "meta.json").is_file()
 
 
-def _read_texts(config: Config, tokenizer: Tokenizer, path: Path) -> TokenBins | TextTokens:
-    """The validation split of a folder of token bins, or the texts of a file, tokenized."""
+def _read_texts(config: Config, tokenizer: Tokenizer, path: Path, max_tokens: int) -> TokenBins | TextTokens:
+    """The validation split of a folder of token bins, or the texts of a file, tokenized as far as they are scored."""
     if not _holds_bins(path):
         how = {name: getattr(config, name) for name in ("split", "field", "encoding", "allow_lossy")}
-        return read_text(path, tokenizer, **how)
+        # beside each target there may be a bos; one token more tells that not all is scored
+        return read_text(path, tokenizer, **how, max_tokens=2 * max_tokens + 1)
     bins = TokenBins(path, "val")
     if bins.meta.get("tokenizer_sha256") != tokenizer.sha256:
         raise UserError(f"--data {path}: prepared with another tokenizer than the model's; evaluate the text itself")

@@ -10,6 +10,7 @@ average.
 import math
 from collections import Counter
 from collections.abc import Iterable
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,7 +31,7 @@ from minillm.tokenizer.tokenizer import Tokenizer
 from minillm.tuning.virtual_tokens import virtual_tokens
 
 ROWS = 16  # rows per batch
-FIRST_DOCUMENTS = 100  # that are encoded and decoded first, to see whether the tokenizer loses some of a text
+DOCUMENTS = 100  # that are encoded together, the first of them decoded too, to see whether the tokenizer loses some
 
 
 class TextTokens(NamedTuple):
@@ -42,6 +43,10 @@ class TextTokens(NamedTuple):
     path: Path
     document_bytes: np.ndarray  # (n documents,) int64: UTF-8 bytes of the text of each
 
+    @property
+    def n_documents(self) -> int:
+        return len(self.document_bytes)
+
 
 def read_text(
     path: Path,
@@ -51,29 +56,38 @@ def read_text(
     field: str = "text",
     encoding: str = "utf-8",
     allow_lossy: bool = False,
+    max_tokens: int | None = None,
 ) -> TextTokens:
     """Tokenize the documents of a .txt, .jsonl, .json or .parquet file (also .gz) as `data/prepare.py` would.
 
     split: where documents of a .txt end: "blank" lines, every one of its "lines", or with the "file".
-    allow_lossy: see `check_round_trip`.
+    allow_lossy: see `check_round_trip`. max_tokens: read no further once there are so many; None: all.
     """
-    documents = []
     left_out: Counter[str] = Counter()
-    for file in text_files.find_files([path], left_out):
-        texts = text_files.texts_of(file, boundary=split, field=field, encoding=encoding)
-        documents += [text for text, _ in texts if text]
+    files = text_files.find_files([path], left_out)
     text_files.say_left_out(left_out)
-    if not documents:
-        raise UserError(f"{path}: holds no text")
-    check_round_trip(tokenizer, documents[:FIRST_DOCUMENTS], str(path), allow_lossy)
-    n_bytes = np.array([len(text.encode()) for text in documents], dtype=np.int64)
+    texts = (
+        text
+        for file in files
+        for text, _ in text_files.texts_of(file, boundary=split, field=field, encoding=encoding)
+        if text
+    )
     start_id = tokenizer.start_id
     eos_id = tokenizer.eos_id
     begin = [start_id] if start_id != eos_id else []
-    ids: list[int] = []
-    for tokens in tokenizer.encode_many(documents):
-        ids += [*begin, *tokens, eos_id]
-    return TextTokens([np.array(ids, dtype=np.int64)], eos_id, start_id, Path(path), n_bytes)
+    parts: list[np.ndarray] = []
+    n_bytes: list[int] = []
+    while (max_tokens is None or sum(map(len, parts)) < max_tokens) and (some := list(islice(texts, DOCUMENTS))):
+        if not parts:
+            check_round_trip(tokenizer, some, str(path), allow_lossy)
+        n_bytes += [len(text.encode()) for text in some]
+        ids: list[int] = []
+        for tokens in tokenizer.encode_many(some):
+            ids += [*begin, *tokens, eos_id]
+        parts.append(np.array(ids, dtype=np.int64))
+    if not parts:
+        raise UserError(f"{path}: holds no text")
+    return TextTokens([np.concatenate(parts)], eos_id, start_id, Path(path), np.array(n_bytes, dtype=np.int64))
 
 
 # ---- the loss on some batches

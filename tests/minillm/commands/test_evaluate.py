@@ -27,6 +27,14 @@ def test_eval_scores_bins_and_the_text_they_hold_alike(home, call):
         assert numbers(call("eval", "--data", name, "--seq_len", "16")[1], "loss", "bits per byte") == [loss, bits]
 
 
+@pytest.mark.parametrize("name", ["bins", "texts.jsonl"])
+def test_eval_says_that_there_are_more_documents_than_it_scores(home, call, name):
+    whole = call("eval", "--data", name, "--seq_len", "16")[1]
+    part = call("eval", "--data", name, "--seq_len", "16", "--max_tokens", "20")[1]
+    assert "the first of more (--max_tokens)" in part and "of more" not in whole
+    assert numbers(part, "documents") < numbers(whole, "documents")
+
+
 def test_eval_counts_answers(call):
     status, out, _ = call("eval", "--data", "questions.jsonl", "--max_new_tokens", "4")
     assert status == 0

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from data.choose_tokenizer import with_wrap
 from data.prepare import prepare
 from minillm.base.errors import UserError
 from minillm.datasets.batch import shifted
@@ -96,6 +97,22 @@ KINDS = {
     "normalizing, without bytes": lambda: train_foreign("unigram", vocab_size=90),
     "dummy prefix": train_llama,
 }
+
+
+@pytest.mark.parametrize("wrap", ["eos", "bos_eos"])
+@pytest.mark.parametrize("max_tokens", [1, 300, 2000])
+def test_no_more_of_a_text_is_read_than_is_scored(tokenizer, tmp_path, wrap, max_tokens):
+    own = with_wrap(tokenizer, wrap)
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps({"text": f"Ana ran {n} times."}) + "\n" for n in range(1000)))
+    whole = Validation(read_text(path, own, allow_lossy=True), own, 8, max_tokens)
+    path.write_text(path.read_text() + "{broken")  # so far it is not read
+    first = read_text(path, own, allow_lossy=True, max_tokens=2 * max_tokens + 1)
+    part = Validation(first, own, 8, max_tokens)
+    assert first.n_documents < 1000 and part.part.n_documents < first.n_documents
+    for ours, theirs in zip(part.part, whole.part, strict=True):
+        assert np.array_equal(ours, theirs)
+    assert part.n_bytes == whole.n_bytes
 
 
 @pytest.mark.parametrize("kind", KINDS)
