@@ -35,7 +35,7 @@ BUDGET = {
     "base": 11_300,  # folders that several processes fill
     "model": 18_800,  # memory and time of layouts of many GPUs; weights packed for generation in three kinds; z-loss
     "tokenizer": 18_300,  # what two files of one folder disagree on; forged turns
-    "datasets": 26_200,  # data of the decay, best fit; values and faults of tables; tokens kept; places, spans
+    "datasets": 26_250,  # data of the decay, best fit; values and faults of tables; tokens kept; places, spans
     "distributed": 12_000,  # sharding, tensor and context parallelism, exchanges, checks of a cluster
     "checkpoint": 20_100,  # reward models' folders; files that all ranks write together; keys of GGUF, users of a step
     "data": 64_000,  # rows of benchmarks, cleaning of texts and instructions, near duplicates, mixing, a report

@@ -48,8 +48,10 @@ def _questions_in(row: dict) -> list[dict]:
             raise UserError("does not end with an assistant's answer after a question")
         if messages[-1]["content"].strip() and not is_learned(messages[-1]):
             raise UserError("its answer is marked as not to be learned, so it is not the right one")
-        if row.get("check", "exact") not in list(CHECKS):  # a list, since the value may have no hash
-            raise UserError(f"check {row['check']!r}: choose one of {', '.join(CHECKS)}")
+        check = row.get("check", "exact")
+        if check not in list(CHECKS):  # a list, since the value may have no hash
+            raise UserError(f"check {check!r}: choose one of {', '.join(CHECKS)}")
+        refuse_incomparable(check, messages[-1]["content"])
         questions.append({**row, "messages": messages})
     return questions
 
@@ -80,6 +82,12 @@ def _words(text: str) -> set[str]:
 
 
 CHECKS = {"exact": _plain, "number": _last_number, "words": _words}  # name → what is compared
+
+
+def refuse_incomparable(check: str, right_answer: str) -> None:
+    """Raises UserError for a right answer in which a rule finds nothing to compare: no answer could equal it."""
+    if CHECKS[check](right_answer) is None:
+        raise UserError(f"its right answer {right_answer!r:.40} has no number, which the check {check!r} compares")
 
 
 def is_right(row: dict, answer: str) -> bool:

@@ -29,7 +29,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from minillm.base.errors import UserError
-from minillm.datasets.questions import CHECKS, agrees
+from minillm.datasets.questions import CHECKS, agrees, refuse_incomparable
 
 RewardFunction = Callable[[list[str], list[str], list[dict]], list[float]]
 TIME_LIMIT_S = 60.0  # of one call
@@ -79,8 +79,7 @@ def row_check(spec: str) -> Callable[[dict], None]:
 
     def check(row: dict) -> None:
         for name in comparing:
-            _rule(name, row)
-            _right_answer(row)
+            refuse_incomparable(_rule(name, row), _right_answer(row))
 
     return check
 

@@ -106,6 +106,9 @@ def test_a_bad_row_is_named_or_counted(tmp_path, row, reason):
         ("exact", "the row has no right answer"),
         ("0.5*length:9,0.5*number", "the row has no right answer"),
         ("check", "check 'sounds' is none of"),
+        ("number", "its right answer 'two' has no number"),
+        ("0.5*length:9,check", "its right answer 'two' has no number"),
+        ("words", None),
         ("length:9", None),
         ("rewards.py:mine", None),
     ],
@@ -114,6 +117,8 @@ def test_a_row_that_a_reward_cannot_judge_is_found_when_it_is_read(tmp_path, rew
     rows = [{"prompt": "1", "answer": "1"}, {"prompt": "2"}]
     if reward == "check":
         rows[1] |= {"answer": "2", "check": "sounds"}
+    elif reward in ("number", "0.5*length:9,check", "words"):
+        rows[1] |= {"answer": "two", "check": "number"}
     path = write_jsonl(tmp_path / "rows.jsonl", rows)
     if reason is None:
         assert PromptRows(path, Numbers(), 16, check_row=row_check(reward)).rows_per_epoch == 2

@@ -105,6 +105,7 @@ def test_questions_are_read_from_any_known_shape(tmp_path):
     "row, message",
     [
         ({"text": "x"}, "row 2: its keys are text"),
+        ({"instruction": "a", "output": "b", "check": "number"}, "row 2: its right answer 'b' has no number, which"),
         ({"instruction": "a", "output": "b", "check": "vibes"}, "row 2: check 'vibes': choose one of exact"),
         ({"instruction": "a", "output": "b", "check": ["exact"]}, r"row 2: check \['exact'\]: choose one of exact"),
         ({"messages": [{"role": "user", "content": "q"}]}, "row 2: does not end with"),
