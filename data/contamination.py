@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
-from data.decontaminate import SHORTEST, Index, Match, build_index, found_in
+from data.decontaminate import MOST_ROWS, SHORTEST, Index, Match, build_index, found_in
 from data.held_out import is_held_out
 from data.sources import Options
 from data.tokenize_files import is_val
@@ -232,7 +232,9 @@ def table(report: dict) -> str:
             f"{share:>7.2%} {entry['documents']:>10,}"
         )
     if any(entry["too_short"] for entry in report["files"]):
-        lines.append(f"  too short: of fewer than {SHORTEST} tokens, so not looked for")
+        lines.append(
+            f"  too short: fewer than {SHORTEST} tokens, or only runs that {MOST_ROWS} others have; not looked for"
+        )
     shown = Counter()
     for row in report["rows"]:
         shown[row["file"]] += 1

@@ -2,7 +2,7 @@
 
 A token is a word, or a single character of Chinese or Japanese; case, punctuation and the width of letters do not
 count. A row of fewer than 13 tokens is found where all of them stand in a text; one of fewer than 5 is never looked
-for, since such texts are found everywhere.
+for, since such texts are found everywhere, nor is a run that more than 50 rows have: it is how a task is put.
 
     index = build_index(["What is the boiling point of water at sea level in degrees Celsius on Earth?", …])
     found_in(index, texts)   → for each text the rows found in it, with the place
@@ -25,6 +25,7 @@ import numpy as np
 
 RUN = 13  # tokens
 SHORTEST = 5  # tokens of a row that can be looked for
+MOST_ROWS = 50  # that a run may be from
 CHARACTERS_AT_ONCE = 1 << 19
 OVERLAP = 1 << 12  # characters that two parts of a long text share
 TOKEN_BASE = 0x9E3779B97F4A7C15  # odd numbers, of no meaning
@@ -38,7 +39,8 @@ class Index(NamedTuple):
     """The runs of some rows.
 
     hashes: (N,) uint64, sorted; rows: (N,) int64, the row that each run is from. lengths: how many tokens runs have.
-    filter: (2^FILTER_BITS,) bool, which first bits occur. n_rows: in all; too_short: rows that cannot be looked for.
+    filter: (2^FILTER_BITS,) bool, which first bits occur. n_rows: in all; too_short: rows without a run that
+    could be looked for.
     """
 
     hashes: np.ndarray
@@ -61,27 +63,29 @@ def build_index(rows: Iterable[str | Sequence[str]]) -> Index:
     hashes: list[np.ndarray] = []
     row_of: list[np.ndarray] = []
     lengths = set()
-    too_short = []
     number = -1
     for number, row in enumerate(rows):
-        is_too_short = True
         for text in [row] if isinstance(row, str) else row:
             tokens = tokens_of(text)
             length = min(RUN, len(tokens.hashes))
             if length < SHORTEST:
                 continue
-            is_too_short = False
             lengths.add(length)
             runs = np.unique(_runs(running_sums(tokens.hashes, RUN_BASE), length))
             hashes.append(runs)
             row_of.append(np.full(len(runs), number))
-        if is_too_short:
-            too_short.append(number)
 
     all_hashes = np.concatenate([np.empty(0, dtype=np.uint64), *hashes])
     order = np.argsort(all_hashes, kind="stable")
     all_hashes = all_hashes[order]
     all_rows = np.concatenate([np.empty(0, dtype=np.int64), *row_of])[order]
+
+    # the words of a task, which all its rows begin with, tell of none of them
+    _, number_of, times = np.unique(all_hashes, return_inverse=True, return_counts=True)
+    is_telling = times[number_of] <= MOST_ROWS
+    all_hashes, all_rows = all_hashes[is_telling], all_rows[is_telling]
+    too_short = np.setdiff1d(np.arange(number + 1), all_rows).tolist()
+
     is_first_bits = np.zeros(1 << FILTER_BITS, dtype=bool)
     is_first_bits[all_hashes >> np.uint64(64 - FILTER_BITS)] = True
     return Index(all_hashes, all_rows, sorted(lengths), is_first_bits, number + 1, too_short)

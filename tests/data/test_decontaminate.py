@@ -52,6 +52,18 @@ def test_tokens_are_words_and_single_chinese_characters():
     assert words("") == words(" …") == []
 
 
+@pytest.mark.parametrize("task", [f"{EN}.", ZH * 2])
+def test_what_all_rows_begin_with_tells_of_none_of_them(task):
+    """It would call every row found, and each text that has it would be compared with all of them."""
+    few, many = decontaminate.MOST_ROWS, decontaminate.MOST_ROWS + 1
+    rows = [f"{task} What did number {n} do on the last day of all, and with whom, and why?" for n in range(many)]
+    index = build_index(rows)
+    asked = f"A text. {rows[7]} And more."
+    assert [[match.row for match in found] for found in found_in(index, [task, asked, ""])] == [[], [7], []]
+    assert index.too_short == [] and build_index([task] * many).too_short == list(range(many))
+    assert len(found_in(build_index(rows[:few]), [task])[0]) == few  # the questions about one passage
+
+
 @pytest.mark.parametrize("at_once", [64, 1 << 19])
 def test_found_is_what_plain_sets_of_words_find(monkeypatch, at_once):
     monkeypatch.setattr(decontaminate, "CHARACTERS_AT_ONCE", at_once)
