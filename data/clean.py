@@ -295,7 +295,10 @@ def main() -> None:
             "--split blank ends one at each empty line"
         )
     if not config.dry_run:
-        print(f"{config.out}: kept-*.jsonl, dropped/, report.html; next: python data/prepare.py --input {config.out} …")
+        step = f"data/prepare.py --input {config.out} …"
+        if config.sft:
+            step = f"train_sft.py --data {config.out}/kept-00000.jsonl"
+        print(f"{config.out}: kept-*.jsonl, dropped/, report.html; next: python {step}")
 
 
 if __name__ == "__main__":

@@ -129,6 +129,15 @@ def test_options_that_conversations_make_no_use_of_are_refused(name, value, said
         clean.Config(sft=True, **more, **{name: value})
 
 
+def test_the_next_step_is_that_of_rows(tmp_path, monkeypatch, capsys):
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"instruction": "Name a river.", "output": "The Nile."}))
+    out = str(tmp_path / "out")
+    monkeypatch.setattr("sys.argv", ["", "--sft", "true", "--input", str(tmp_path / "rows.jsonl"), "--out", out])
+    clean.main()
+    assert capsys.readouterr().out.endswith(f"next: python train_sft.py --data {out}/kept-00000.jsonl\n")
+    assert (tmp_path / "out" / "kept-00000.jsonl").exists()
+
+
 def test_a_row_is_explained(tmp_path):
     rows = [row("写寄件备注。", "电话13900000001，&lt;轻放。"), row("写一个标题。", ""), row("谢谢", "不客气。")]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
