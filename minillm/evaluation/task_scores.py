@@ -127,6 +127,8 @@ def tasks_to_ask(training_config, tokenizer: Tokenizer | None, model_config: Mod
                 f"--eval_tasks {place}: {folder.name!r} is no benchmark; give a folder by one of the names "
                 f"{', '.join(BENCHMARKS)}"
             )
+        if folder.name in tasks:
+            raise UserError(f"--eval_tasks {place}: {folder.name} is given twice; its curve can be of one folder alone")
         tasks[folder.name] = read_tasks(folder.name, folder.parent, None, limit)
     asked = TaskScores(tasks, tokenizer, max_len)
     questions = [task.questions for its_tasks in tasks.values() for task in its_tasks]

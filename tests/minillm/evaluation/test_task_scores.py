@@ -66,6 +66,7 @@ def test_what_cannot_be_asked_is_refused_before_training(home, tmp_path):
 
     refused(r"'arc_hard' is no benchmark; give a folder by one of the names arc_easy, ", f"{folder}/arc_hard")
     refused(r"no file of the split test in nowhere.arc_easy; put it there from https", "nowhere/arc_easy")
+    refused(r"arc_easy is given twice", f"{folder}/arc_easy, {write_all(tmp_path / 'other')}/arc_easy")
     refused(r"needs a tokenizer", "arc_easy", tokenizer=None)
     refused(r"--eval_tasks gsm8k: --seq_len 64: an answer may have 256 tokens", f"{folder}/gsm8k")
     with pytest.raises(UserError, match=r"--eval_tasks hellaswag: a continuation of \d+ tokens is longer"):
