@@ -336,7 +336,7 @@ def _evaluate_tasks(config: Config, folder: Path) -> None:
             with naming(task.name):
                 scores = benchmark_scores.ask(model, tokenizer, task, max_len, done)
             values = benchmark_scores.values_of(task.questions, scores, task.benchmark.metrics)
-            asked[name].append((task, values))
+            asked[name].append((task, values, benchmark_scores.n_cut(tokenizer, task, max_len)))
     results = benchmark_scores.results_of(asked, str(folder), config.limit, max_len)
     print(benchmark_scores.table(results))
     if out is not None:

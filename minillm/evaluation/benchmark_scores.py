@@ -17,8 +17,15 @@ import torch
 from minillm.base.files import open_own
 from minillm.evaluation.benchmark_files import Task
 from minillm.evaluation.benchmarks import BENCHMARKS, Question
-from minillm.evaluation.loglikelihood import Request, Score, loglikelihoods
-from minillm.evaluation.worked_answers import continued, last_number, marked_number, same_number
+from minillm.evaluation.loglikelihood import Request, Score, fits, loglikelihoods, pairs_of
+from minillm.evaluation.worked_answers import (
+    continued,
+    ids_of,
+    last_number,
+    marked_number,
+    room_for_prompt,
+    same_number,
+)
 from minillm.model.quant import QuantLinear
 from minillm.model.transformer import Transformer
 from minillm.tokenizer.tokenizer import Tokenizer
@@ -116,6 +123,16 @@ def ask(
     return [done.known[done.digest(question)] for question in task.questions]
 
 
+def n_cut(tokenizer: Tokenizer, task: Task, max_len: int) -> int:
+    """How many questions are longer than what the model reads, so that they lose their beginning."""
+    if task.benchmark.in_words:
+        prompts = ids_of(tokenizer, [question.requests[0].context for question in task.questions])
+        return sum(len(ids) > room_for_prompt(max_len) for ids in prompts)
+    requests: list[Request] = [request for question in task.questions for request in question.requests]
+    fit = iter([fits(pair, max_len) for pair in pairs_of(tokenizer, requests)])
+    return sum(False in [next(fit) for _ in question.requests] for question in task.questions)
+
+
 # ---- shares
 
 
@@ -195,24 +212,27 @@ def pooled(parts: Sequence[Values], sizes: Sequence[int]) -> Values:
 # ---- shown
 
 
-def results_of(asked: dict[str, list[tuple[Task, Values]]], model: str, limit: int | None, max_len: int) -> dict:
+def results_of(asked: dict[str, list[tuple[Task, Values, int]]], model: str, limit: int | None, max_len: int) -> dict:
     """The results as lm-evaluation-harness writes them: {"results": {task: {"acc,none": …, "acc_stderr,none": …}}, …}.
 
-    asked: for each benchmark its tasks with their values. A benchmark of several subjects is a group.
+    asked: for each benchmark its tasks, with their values and how many questions were cut, of which the harness writes
+    nothing ("n-cut"). A benchmark of several subjects is a group.
     """
-    results = {"results": {}, "groups": {}, "group_subtasks": {}, "n-shot": {}, "n-samples": {}, "higher_is_better": {}}
+    parts = ("results", "groups", "group_subtasks", "n-shot", "n-samples", "n-cut", "higher_is_better")
+    results = {part: {} for part in parts}
     for benchmark, tasks in asked.items():
-        for task, values in tasks:
+        for task, values, n_cut_of_it in tasks:
             name = _harness_name(benchmark, task.name)
             results["results"][name] = _entry(name, values)
             results["n-shot"][name] = task.shots
             results["n-samples"][name] = {"original": task.n_all, "effective": len(task.questions)}
+            results["n-cut"][name] = n_cut_of_it
             results["higher_is_better"][name] = {metric.partition(",")[0]: metric != "perplexity" for metric in values}
         if BENCHMARKS[benchmark].subjects:
             name = _harness_name(benchmark, benchmark)
-            of_all = pooled([values for _, values in tasks], [len(task.questions) for task, _ in tasks])
+            of_all = pooled([values for _, values, _ in tasks], [len(task.questions) for task, *_ in tasks])
             results["groups"][name] = results["results"][name] = _entry(name, of_all)
-            results["group_subtasks"][name] = [_harness_name(benchmark, task.name) for task, _ in tasks]
+            results["group_subtasks"][name] = [_harness_name(benchmark, task.name) for task, *_ in tasks]
     results["config"] = {"model": "minillm", "model_args": model, "limit": limit, "max_length": max_len}
     return results
 
@@ -233,16 +253,21 @@ def _entry(name: str, values: Values) -> dict:
 def table(results: dict) -> str:
     """The results as lines for the terminal, a line a metric; groups after their subjects."""
     width = max(len(name) for name in results["results"])
-    lines = [f"  {'task':<{width}}  shots  questions  metric"]
+    lines = [f"  {'task':<{width}}  shots  questions       cut  metric"]
     for name, entry in results["results"].items():
         subjects = results["group_subtasks"].get(name, [name])
         shots = results["n-shot"][subjects[0]]
         n_questions = sum(results["n-samples"][subject]["effective"] for subject in subjects)
+        n_cut_of_it = sum(results["n-cut"][subject] for subject in subjects)
         for key, value in entry.items():
             metric, _, kind = key.partition(",")
             if kind and not metric.endswith("_stderr"):
                 error = entry[f"{metric}_stderr,{kind}"]
                 shown = metric if kind == "none" else key
                 shown_error = "" if error == "N/A" else f" ± {error:.2g}"
-                lines.append(f"  {name:<{width}}  {shots:>5}  {n_questions:>9,}  {shown:<28} {value:.5g}{shown_error}")
+                counts = f"{shots:>5}  {n_questions:>9,}  {n_cut_of_it:>8,}"
+                lines.append(f"  {name:<{width}}  {counts}  {shown:<28} {value:.5g}{shown_error}")
+    if any(results["n-cut"].values()):
+        longest = results["config"]["max_length"]
+        lines.append(f"  cut: longer than {longest:,} tokens, so they lost their beginning, where the examples are")
     return "\n".join(lines)

@@ -135,8 +135,13 @@ def pairs_of(tokenizer: Tokenizer, requests: Sequence[Request]) -> list[Pair]:
     return pairs
 
 
+def fits(pair: Pair, max_len: int) -> bool:
+    """Whether the pair is no longer than `max_len` ids; the last one of the continuation is not read."""
+    return len(pair.context) + len(pair.continuation) - 1 <= max_len
+
+
 def fitted(pair: Pair, max_len: int) -> Pair:
-    """The pair with a context short enough for `max_len` ids, since the last id of the continuation is not read."""
+    """The pair with a context short enough for `max_len` ids."""
     n_continuation = len(pair.continuation)
     if n_continuation > max_len:
         raise UserError(f"a continuation of {n_continuation} tokens is longer than --seq_len {max_len}; raise it")

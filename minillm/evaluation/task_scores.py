@@ -12,7 +12,7 @@ from minillm.base.errors import UserError
 from minillm.base.options import Options, option
 from minillm.distributed.ranks import Ranks
 from minillm.evaluation.benchmark_files import Task, read_tasks
-from minillm.evaluation.benchmark_scores import pooled, values_of
+from minillm.evaluation.benchmark_scores import n_cut, pooled, values_of
 from minillm.evaluation.benchmarks import BENCHMARKS
 from minillm.evaluation.loglikelihood import Pair, Request, fitted, pairs_of, scores_of
 from minillm.evaluation.worked_answers import continued, room_for_prompt
@@ -134,4 +134,9 @@ def tasks_to_ask(training_config, tokenizer: Tokenizer | None, model_config: Mod
     questions = [task.questions for its_tasks in tasks.values() for task in its_tasks]
     if not ranks.agree([questions, asked.pairs]):
         raise UserError("--eval_tasks: the machines hold different files; start again with the same everywhere")
+    for name, its_tasks in tasks.items():
+        n_questions = sum(len(task.questions) for task in its_tasks)
+        n_too_long = sum(n_cut(tokenizer, task, max_len) for task in its_tasks)
+        if n_too_long and ranks.main:
+            print(f"--eval_tasks {name}: {n_too_long} of {n_questions} are longer than {max_len} tokens: cut in front")
     return asked

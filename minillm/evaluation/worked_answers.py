@@ -27,8 +27,7 @@ def continued(
     `room_for_prompt` does.
     """
     room = room_for_prompt(max_len, longest)
-    start = [tokenizer.bos_id] if tokenizer.begins_with_bos else []
-    ids = [[*start, *tokens][-room:] for tokens in tokenizer.encode_many(list(prompts))]
+    ids = [of_prompt[-room:] for of_prompt in ids_of(tokenizer, prompts)]
 
     # prompts of like length together, so that they need little padding
     texts = [""] * len(ids)
@@ -47,6 +46,12 @@ def continued(
         for i, completion in zip(batch, completions, strict=True):
             texts[i] = text_before(tokenizer, completion.tokens, ENDS)
     return texts
+
+
+def ids_of(tokenizer: Tokenizer, prompts: Sequence[str]) -> list[list[int]]:
+    """The ids of each prompt, behind a bos if the tokenizer puts one there."""
+    start = [tokenizer.bos_id] if tokenizer.begins_with_bos else []
+    return [[*start, *tokens] for tokens in tokenizer.encode_many(list(prompts))]
 
 
 def room_for_prompt(max_len: int, longest: int = LONGEST) -> int:

@@ -6,9 +6,10 @@ import torch
 
 from minillm.evaluation import benchmark_scores
 from minillm.evaluation.benchmark_files import Task, read_tasks
-from minillm.evaluation.benchmark_scores import Done, ask, pooled, results_of, table, values_of
+from minillm.evaluation.benchmark_scores import Done, ask, n_cut, pooled, results_of, table, values_of
 from minillm.evaluation.benchmarks import BENCHMARKS, Question
-from minillm.evaluation.loglikelihood import Request, Score
+from minillm.evaluation.loglikelihood import Request, Score, pairs_of
+from minillm.evaluation.worked_answers import LONGEST
 from minillm.model.quant import quantize_base
 from minillm.tuning.adapter import attach, set_adapter
 from minillm.tuning.options import TuningConfig
@@ -65,7 +66,9 @@ def test_answers_in_words_count_by_their_number():
     metrics = BENCHMARKS["gsm8k"].metrics
     values = values_of([worked] * 4, texts, metrics)
     assert [values[metric][0] for metric in metrics] == [0.25, 0.75]
-    results = results_of({"gsm8k": [(Task("gsm8k", BENCHMARKS["gsm8k"], [worked] * 4, 5, 4), values)]}, "m", None, 512)
+    results = results_of(
+        {"gsm8k": [(Task("gsm8k", BENCHMARKS["gsm8k"], [worked] * 4, 5, 4), values, 0)]}, "m", None, 512
+    )
     entry = results["results"]["gsm8k"]
     assert (entry["exact_match,strict-match"], entry["exact_match,flexible-extract"]) == (0.25, 0.75)
     assert "exact_match,strict-match" in table(results) and "0.25 ± 0.25" in table(results)
@@ -86,14 +89,30 @@ def test_texts_are_remembered_too(home, tmp_path, monkeypatch):
 def test_the_results_have_the_form_of_the_harness():
     task = Task("ceval_law", BENCHMARKS["ceval"], [LONG] * 2, 5, 9)
     values = values_of(task.questions, [scores(-3, -2), scores(-1, -2)], ("acc",))
-    results = results_of({"ceval": [(task, values)]}, "out/mine", 2, 64)
+    results = results_of({"ceval": [(task, values, 1)]}, "out/mine", 2, 64)
     entry = {"alias": "ceval-valid_law", "acc,none": 0.5, "acc_stderr,none": 0.5}
     assert results["results"]["ceval-valid_law"] == entry
     assert results["groups"]["ceval-valid"]["acc,none"] == 0.5
     assert results["group_subtasks"] == {"ceval-valid": ["ceval-valid_law"]}
     assert results["n-samples"]["ceval-valid_law"] == {"original": 9, "effective": 2}
     lines = table(results).splitlines()
-    assert len(lines) == 3 and lines[1].split() == ["ceval-valid_law", "5", "2", "acc", "0.5", "±", "0.5"]
+    assert len(lines) == 4 and lines[1].split() == ["ceval-valid_law", "5", "2", "1", "acc", "0.5", "±", "0.5"]
+    assert lines[3] == "  cut: longer than 64 tokens, so they lost their beginning, where the examples are"
+
+
+@pytest.mark.parametrize("name", ["arc_easy", "gsm8k"])
+def test_questions_that_lose_their_beginning_are_counted(home, tmp_path, name):
+    """Those of which the model is given less than there is: by as little as one token, and by any of their choices."""
+    (task,) = read_tasks(name, write_all(tmp_path / "eval"), 0, None)
+    lengths = []  # ids of each question's longest input
+    for question in task.questions:
+        pairs = pairs_of(home.tokenizer, [(request.context, request.continuation) for request in question.requests])
+        if task.benchmark.in_words:
+            lengths.append(len(pairs[0].context) + LONGEST)
+        else:
+            lengths.append(max(len(pair.context + pair.continuation) - 1 for pair in pairs))
+    for max_len in (min(lengths) - 1, min(lengths), max(lengths) - 1, max(lengths)):
+        assert n_cut(home.tokenizer, task, max_len) == sum(length > max_len for length in lengths)
 
 
 # ---- what is known already

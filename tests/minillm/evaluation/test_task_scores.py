@@ -1,6 +1,7 @@
 """Benchmarks asked while a model is trained: the numbers of `eval`, the same on all ranks, and refused early."""
 
 import math
+import re
 
 import pytest
 import torch
@@ -74,6 +75,13 @@ def test_what_cannot_be_asked_is_refused_before_training(home, tmp_path):
     with pytest.raises(UserError, match="--eval_limit 3: is about benchmarks; give --eval_tasks"):
         configured(None, eval_limit=3)
     assert not tasks_to_ask(configured(None), home.tokenizer, home.model.config, ALONE).tasks
+
+
+def test_questions_that_are_cut_are_told_of_before_training(home, tmp_path, capsys):
+    folder = write_all(tmp_path / "eval")
+    tasks_to_ask(configured(f"{folder}/arc_easy,{folder}/mmlu"), home.tokenizer, home.model.config, ALONE)
+    (told,) = capsys.readouterr().out.splitlines()  # ARC's are short
+    assert re.fullmatch(r"--eval_tasks mmlu: (\d+) of \1 are longer than 64 tokens: cut in front", told)
 
 
 def asked(run) -> list[dict]:
