@@ -181,6 +181,8 @@ def _refuse_unsupported(written: dict) -> None:
         "partial_rotary_factor": rope_values(written).get("partial_rotary_factor", 1.0) != 1.0,
         "hidden_act": written.get("hidden_act", "silu") not in ("silu", "swish"),
         "is_causal": not written.get("is_causal", True),
+        "layer_types": _layers_differ(written),
+        "per_layer_config": written.get("per_layer_config"),
     }
     wrong = [name for name, is_set in unsupported.items() if is_set]
     if kind != OWN:  # an option of ours has no place under another architecture
@@ -188,6 +190,16 @@ def _refuse_unsupported(written: dict) -> None:
         wrong += [name for name in _special_names() if name in written and written[name] != expected[name]]
     if wrong:
         raise UserError(f"{', '.join(wrong)} as set there is not supported")
+
+
+def _layers_differ(written: dict) -> bool:
+    """Whether layer_types names layers that attend otherwise than ours, which are all alike: with a window or without.
+
+    transformers takes a Mistral model for a Ministral where there is that list, and then goes by it.
+    """
+    has_window = written["model_type"] == "mistral" and written.get("sliding_window", 0) is not None
+    ours = "sliding_attention" if has_window else "full_attention"
+    return any(kind != ours for kind in written.get("layer_types") or ())
 
 
 def _read_own(written: dict, values: dict) -> ModelConfig:

@@ -20,6 +20,8 @@ KINDS = {
     "mlp_bias": bool,
     "use_sliding_window": bool,
     "is_causal": bool,
+    "layer_types": list[str],
+    "per_layer_config": dict,
     "original_max_position_embeddings": int,
     "partial_rotary_factor": float,
     "sliding_window": int,

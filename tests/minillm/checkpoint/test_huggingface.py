@@ -181,6 +181,7 @@ def test_our_own_options_get_a_name_that_others_refuse(change, tmp_path):
         (dict(attention_bias=True), "attention_bias"),
         (dict(hidden_act="gelu"), "hidden_act"),
         (dict(is_causal=False), "is_causal"),
+        (dict(per_layer_config={"1": {"rms_norm_eps": 1.0}}), "per_layer_config"),
         (dict(partial_rotary_factor=0.5), "partial_rotary_factor"),
         (dict(rope_parameters={"partial_rotary_factor": 0.5, "rope_theta": 1e4}), "partial_rotary_factor"),
         (dict(rope_parameters={"rope_type": "longrope", "rope_theta": 1e4}), "longrope"),
@@ -189,6 +190,26 @@ def test_our_own_options_get_a_name_that_others_refuse(change, tmp_path):
 def test_what_we_would_compute_wrongly_is_refused(change, named):
     with pytest.raises(UserError, match=named):
         from_hf({**to_hf(BASE), **change})
+
+
+@pytest.mark.parametrize("case", ["llama", "qwen2", "qwen3", "mistral"])
+@pytest.mark.parametrize("kinds", [["full"] * 2, ["sliding"] * 2, ["full", "sliding"], ["chunked", "full"], None])
+@torch.no_grad()
+def test_kinds_of_layers_are_computed_as_transformers_does_or_refused(case, kinds, tmp_path):
+    """With layer_types, transformers makes of a Mistral model a Ministral, whose layers differ."""
+    save_model(random_model(CASES[case]), tmp_path)
+    written = json.loads((tmp_path / "config.json").read_text())
+    written |= {"layer_types": kinds and [f"{kind}_attention" for kind in kinds], "sliding_window": 8}
+    (tmp_path / "config.json").write_text(json.dumps(written))
+    try:
+        ours = load_model(tmp_path)
+    except UserError as problem:
+        assert "layer_types as set there is not supported" in str(problem)
+        assert kinds is not None  # what most folders have
+        return
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager")
+    tokens = tokens_of(2, 40)
+    torch.testing.assert_close(ours(tokens), theirs(tokens).logits, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("name", OPTIONS)
