@@ -5,6 +5,7 @@ pieces they are encoded, shown, exported, merged and resized like all others: a 
 text is encoded as, another as a piece that is cut out of a text before anything else.
 """
 
+import dataclasses
 from dataclasses import dataclass
 
 from sentencepiece import sentencepiece_model_pb2 as proto
@@ -22,46 +23,59 @@ SPECIAL_LISTS = ("additional_special_tokens", "extra_special_tokens")  # in toke
 
 @dataclass(frozen=True)
 class Added:
-    """One added token: its text; whether it is special, so that no text is encoded as it; and whether it takes the
-    spaces before it (lstrip) or after it (rstrip) with it.
+    """One added token: its text; whether it is special, so that no text is encoded as it; whether it takes the spaces
+    before it (lstrip) or after it (rstrip) with it; and whether it is looked for in the normalized text.
     """
 
     text: str
     special: bool
     lstrip: bool = False
     rstrip: bool = False
+    normalized: bool = False
+
+
+FLAGS = ("special", "lstrip", "rstrip", "normalized")
 
 
 def named(files: dict[str, bytes], source: str) -> dict[int, Added]:
-    """The tokens that a folder's files add, by id. Raises `UserError` naming what is damaged."""
+    """The tokens that a folder's files add, by id.
+
+    Special are those that one of the files flags so, and those that have a role, such as eos_token. The lists of
+    special tokens count only where there are no flags: transformers writes others into them, too. Raises `UserError`
+    naming what is damaged.
+    """
     where = f"{source}: tokenizer_config.json beside it"
     config = Contents(read_object(files.get("tokenizer_config.json", b"{}"), where), where)
     tokens: dict[int, Added] = {}
+    special = set(special_pieces(files, source).values())
     if "tokenizer.json" in files:
         described = read_object(files["tokenizer.json"], f"{source}: tokenizer.json beside it")
         for entry in described.get("added_tokens") or []:
             fields = Contents(entry, f"{source}: tokenizer.json beside it: added_tokens")
-            tokens[fields.need("id", int)] = _added(fields)
+            tokens[fields.need("id", int)] = token = _added(fields)
+            special.update({token.text} if token.special else ())
+
+    # what tokenizer_config.json says of them counts more
     decoder = config.get("added_tokens_decoder", dict)
     if decoder is None:  # as in folders written before there was that list
-        special = _special(files, config, source)
         added = read_object(files.get("added_tokens.json", b"{}"), f"{source}: added_tokens.json beside it")
         written = Contents(added, f"{source}: added_tokens.json beside it")
-        return tokens | {written.need(text, int): Added(text, text in special) for text in written.values}
-    for number, entry in decoder.items():
+        listed = _special(files, config, source)
+        tokens |= {written.need(text, int): Added(text, text in listed) for text in written.values}
+    for number, entry in (decoder or {}).items():
         if not str(number).isdecimal():
             raise UserError(f"{where}: damaged, {number!r:.40} in added_tokens_decoder is no id")
         tokens[int(number)] = _added(Contents(entry, f"{where}: added_tokens_decoder"))
-    return tokens
+    return {
+        i: dataclasses.replace(token, special=token.special or token.text in special) for i, token in tokens.items()
+    }
 
 
 def _added(fields: Contents) -> Added:
     if fields.get("single_word", bool, False):
         text = fields.need("content", str)
         raise UserError(f"{fields.source}: {text!r:.80} counts as a single word only (single_word), not supported")
-    return Added(
-        fields.need("content", str), *(fields.get(name, bool, False) for name in ("special", "lstrip", "rstrip"))
-    )
+    return Added(fields.need("content", str), *(fields.get(name, bool, False) for name in FLAGS))
 
 
 def _special(files: dict[str, bytes], config: Contents, source: str) -> set[str]:
@@ -150,16 +164,19 @@ def open_json(files: dict[str, bytes], source: str) -> TokenizersModel:
     if around_text.is_llama(files, config):
         rules = around_text.llama_rules(around_text.space_before(files, config, False, source))
     pieces = TokenizersModel(files["tokenizer.json"], source, rules)
-    more = beyond(named(files, source), pieces.ids, pieces.vocab_size, source)
-    if not more:
-        return pieces
-    entries = [
-        {"id": i, "content": token.text, "single_word": False, "normalized": False}
-        | {name: getattr(token, name) for name in ("special", "lstrip", "rstrip")}
-        for i, token in enumerate(more, pieces.vocab_size)
-    ]
+    tokens = named(files, source)
+    first = pieces.vocab_size
+    tokens |= enumerate(beyond(tokens, pieces.ids, first, source), first)
     described = read_object(pieces.data, source)
-    described["added_tokens"] = [*(described.get("added_tokens") or []), *entries]
+    written = {entry["id"]: entry for entry in described.get("added_tokens") or []}
+    entries = {
+        i: written.get(i, {"id": i, "content": token.text, "single_word": False})
+        | {name: getattr(token, name) for name in FLAGS}
+        for i, token in tokens.items()
+    }
+    if entries == written:
+        return pieces
+    described["added_tokens"] = list(entries.values())
     return TokenizersModel(to_json(described), source, rules)
 
 

@@ -28,6 +28,7 @@ COMPANIONS = (
     "added_tokens.json",
     "chat_template.jinja",
 )
+SPECIAL = tuple(f"{role}_token" for role in ("bos", "eos", "pad", "unk", "sep", "cls", "mask"))
 LLAMA_CLASSES = ("LlamaTokenizer", "CodeLlamaTokenizer")  # of transformers, with rules of their own about spaces
 PLAIN_CLASS = "PreTrainedTokenizerFast"  # without any
 
@@ -94,7 +95,8 @@ def to_json(value: dict) -> bytes:
 
 
 def special_pieces(files: dict[str, bytes], source: str) -> dict[str, str]:
-    """The text of bos_token, eos_token, pad_token and unk_token, as far as the folder's files name them.
+    """The text of bos_token, eos_token and the like, as far as the folder's files name them; also of those that it has
+    names of its own for (`extra_special_tokens`), such as image_token.
 
     files: as `read_companions` gives them; tokenizer_config.json counts more than special_tokens_map.json.
     """
@@ -102,9 +104,10 @@ def special_pieces(files: dict[str, bytes], source: str) -> dict[str, str]:
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
         if name in files:
             named |= read_object(files[name], f"{source}: {name} beside it")
+    own = named.get("extra_special_tokens")  # else a list of pieces
+    values = (own if isinstance(own, dict) else {}) | {key: named.get(key) for key in SPECIAL}
     pieces = {}
-    for key in ("bos_token", "eos_token", "pad_token", "unk_token"):
-        value = named.get(key)
+    for key, value in values.items():
         if isinstance(value, dict):  # {"content": "<s>", "lstrip": false, …}
             value = value.get("content", value)
         if value is None:

@@ -374,7 +374,7 @@ class JsonTokenizer(Tokenizer):
 
     @cached_property
     def special_pieces(self) -> dict[str, str]:
-        """The text of bos_token, eos_token, pad_token and unk_token, as far as the folder names them."""
+        """The text of bos_token, eos_token and the like, as far as the folder names them."""
         return folder_files.special_pieces(self._companions, self._source)
 
     @property

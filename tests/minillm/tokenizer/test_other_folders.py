@@ -290,6 +290,51 @@ def test_tokens_of_the_older_file_and_those_beside_a_tokenizer_json_are_added(tm
     )
 
 
+ALL_FLAGS = ["special", "lstrip", "rstrip", "normalized"]
+NAMED_SPECIAL = [
+    *({f"{role}_token": "<x>"} for role in ("bos", "eos", "pad", "sep", "cls", "mask")),
+    {"extra_special_tokens": {"image_token": "<x>"}},
+    {"added_tokens_decoder": token(300, "<x>", True)},
+]
+
+
+def folder_with_token(folder, written: dict, settings: dict) -> None:
+    """A folder with "<x>" in its tokenizer.json, flagged as `written`; in lower case, so that `normalized` counts."""
+    json_folder(folder, None, **settings)
+    described = json.loads((folder / "tokenizer.json").read_text())
+    described["normalizer"] = {"type": "Lowercase"}
+    described["added_tokens"] += token(300, "<x>", **written).values()
+    described["added_tokens"][-1]["id"] = 300
+    (folder / "tokenizer.json").write_text(json.dumps(described))
+
+
+@pytest.mark.parametrize("flag", ALL_FLAGS[1:])
+@pytest.mark.parametrize("value", [True, False])
+def test_flags_in_the_settings_count_more_than_those_in_tokenizer_json(flag, value, tmp_path):
+    folder_with_token(tmp_path, {flag: not value}, {"added_tokens_decoder": token(300, "<x>", **{flag: value})})
+    ours, theirs = Tokenizer.load(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    for text in ("<x> a", "a <x>", "a<X>b", "a  <x>  b", *texts()):
+        assert ours.encode(text) == theirs(text, add_special_tokens=False)["input_ids"], text
+    ours.save(tmp_path / "again")
+    assert Tokenizer.load(tmp_path / "again").sha256 == ours.sha256
+
+
+@pytest.mark.parametrize("settings", NAMED_SPECIAL)
+def test_a_token_with_a_role_is_special_whatever_tokenizer_json_says(settings, tmp_path):
+    folder_with_token(tmp_path, {}, settings)
+    ours, theirs = Tokenizer.load(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    assert theirs.decode([300], skip_special_tokens=True) == ours.decode([300]) == ""
+    assert ours.control["<x>"] == 300 and 300 not in ours.encode("a <x> b")
+
+
+def test_a_template_has_the_pieces_of_every_role(tmp_path):
+    named = {"sep_token": BOS, "cls_token": "<x>", "extra_special_tokens": {"image_token": "<x>"}}
+    template = "{{ sep_token }}{{ cls_token }}{{ mask_token }}{{ image_token }}" + CHATML.replace("<|im_end|>", EOS)
+    folder_with_token(tmp_path, {}, named | {"chat_template": template})
+    theirs = AutoTokenizer.from_pretrained(tmp_path).apply_chat_template(CHAT[:1], add_generation_prompt=True)
+    assert Tokenizer.load(tmp_path).encode_chat(CHAT[:1], add_generation_prompt=True)[0] == theirs["input_ids"]
+
+
 ENDS_NAMED = {
     "nowhere": ({}, None, [1]),
     "in a list": ({"eos_token_id": [1, 5]}, None, [1, 5]),
