@@ -182,9 +182,10 @@ class SentencePieceModel:
     def transformers_config(self, special: dict[str, int]) -> dict:
         """Contents of tokenizer_config.json. special: ids of "bos", "eos" and "pad", which the model may lack."""
         names = special | {"unk": self.processor.unk_id()}
+        is_bpe = self.proto.trainer_spec.model_type == proto.TrainerSpec.BPE
         return {
-            # Transformers' own Llama class adds no dummy prefix before a text that starts with a space.
-            "tokenizer_class": "PreTrainedTokenizerFast" if self.dummy_prefix else "LlamaTokenizer",
+            # Transformers' own Llama class is BPE, and adds no dummy prefix before a text that starts with a space.
+            "tokenizer_class": "LlamaTokenizer" if is_bpe and not self.dummy_prefix else "PreTrainedTokenizerFast",
             "add_bos_token": self.processor.bos_id() >= 0,  # every document begins with it, if there is one
             "add_eos_token": False,
             "add_prefix_space": self.dummy_prefix,

@@ -13,6 +13,7 @@ from minillm.base.errors import UserError
 from minillm.tokenizer import edit
 from minillm.tokenizer.stream_decoder import StreamDecoder
 from minillm.tokenizer.tokenizer import Tokenizer
+from minillm.tokenizer.train import Kind, train_tokenizer
 from tests.minillm.tokenizer.test_tokenizer import CORPUS, train_foreign, train_llama
 
 PIECES = [*"an bT", "the ", "  ", "\n", "\t", "é", "中", "你好，", "42", "<x>", " <x> ", "the <x>", "<y>"]
@@ -111,6 +112,14 @@ def test_a_sentencepiece_folder_gives_the_ids_of_transformers(kind, maker, model
     agree(tmp_path / "theirs")
     shutil.copy(tmp_path / "ours" / "tokenizer.model", tmp_path / "theirs")  # both, as most folders have
     agree(tmp_path / "theirs")
+
+
+@pytest.mark.parametrize("model_type", ["bpe", "unigram"])
+@pytest.mark.parametrize("pieces", [(), ("<x>", "<y>")])
+def test_a_vocabulary_of_ours_gives_transformers_the_same_ids(model_type, pieces, tmp_path):
+    """transformers' class for Llama's tokenizers is BPE, whatever the model is."""
+    train_tokenizer(CORPUS * 20, 370, tmp_path, kind=Kind(model_type, user_defined=pieces)).save(tmp_path)
+    agree(tmp_path)
 
 
 BOS, EOS = "<|begin|>", "<|end|>"
