@@ -23,7 +23,7 @@ PRINTABLE = "".join(map(chr, range(33, 127)))  # ASCII, which every vocabulary h
 SMALLEST = 263 + len(PRINTABLE) + 3  # pieces: the special ones, the bytes, ASCII, and two or three to learn
 COVERAGE = 0.9995  # of the text by characters that have a piece of their own, if the vocabulary is large enough
 ESCAPED = str.maketrans({"\n": "\\n", "\r": "\\r", "\t": "\\t"})  # how a piece is shown to people
-TAKEN = {"<unk>", "<s>", "</s>", "<pad>", *ROLES.values(), *(f"<0x{byte:02X}>" for byte in range(256))}
+TAKEN = {" ", "<unk>", "<s>", "</s>", "<pad>", *ROLES.values(), *(f"<0x{byte:02X}>" for byte in range(256))}
 UNKNOWN_MARK = "▅"  # what SentencePiece puts in place of a character without a piece
 
 
@@ -65,6 +65,8 @@ class Kind:
             for piece in pieces:
                 if not piece or UNKNOWN_MARK in piece or "\0" in piece:
                     raise UserError(f"{name} {piece!r}: a piece must not be empty or hold {UNKNOWN_MARK} or NUL")
+                if SPACE_MARK in piece and name == "--user_defined":  # ▁ in a text would become a space
+                    raise UserError(f"{name} {piece!r}: {SPACE_MARK} is SentencePiece's own mark; write a space")
                 if piece in pieces_so_far:
                     raise UserError(f"{name} {piece!r}: given twice, or in every vocabulary already; leave it out")
                 pieces_so_far.add(piece)
