@@ -57,6 +57,7 @@ def run(config: Config) -> None:
     print(f"inputs of up to {max_len:,} ids, {config.shots} examples; {clock}, medians of {config.repeats} in turns")
 
     print(f"  {'task':<16} requests  minillm  lm-eval  ratio  largest difference")
+    n_requests, all_ours, all_theirs = 0, 0.0, 0.0
     for name, of_task in requests.items():
         sides = {
             "minillm": lambda of_task=of_task: [
@@ -69,8 +70,17 @@ def run(config: Config) -> None:
         if difference > LARGEST_DIFFERENCE:
             raise UserError(f"{name}: the two sides differ by {difference:.2g} nats, so their speed does not compare")
         ours, theirs = times.values()
-        line = f"  {name:<16} {len(of_task):>8,} {ours:>8.2f} {theirs:>8.2f} {theirs / ours:>5.1f}x"
-        print(f"{line}  {difference:.1e} nats", flush=True)
+        print(f"{_line(name, len(of_task), ours, theirs)}  {difference:.1e} nats", flush=True)
+        n_requests += len(of_task)
+        all_ours += ours
+        all_theirs += theirs
+    if len(requests) > 1:
+        print(_line("together", n_requests, all_ours, all_theirs))
+
+
+def _line(name: str, n_requests: int, ours: float, theirs: float) -> str:
+    """A line of the table. ours, theirs: seconds."""
+    return f"  {name:<16} {n_requests:>8,} {ours:>8.2f} {theirs:>8.2f} {theirs / ours:>5.1f}x"
 
 
 def _requests(config: Config) -> dict[str, list[Request]]:

@@ -238,8 +238,10 @@ def test_benchmarks_stand_beside_the_harness(home, tmp_path, capsys, monkeypatch
         device="cpu",
     )
     evaluate.run(given)
-    rows = [line.split() for line in capsys.readouterr().out.splitlines()[-2:]]
-    assert [row[:2] for row in rows] == [["arc_easy", "10"], ["copa", "4"]]
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()[-3:]]
+    assert [row[:2] for row in rows] == [["arc_easy", "10"], ["copa", "4"], ["together", "14"]]
+    seconds = [[float(value) for value in row[2:4]] for row in rows]
+    assert seconds[2] == pytest.approx([sum(side[:2]) for side in zip(*seconds, strict=True)], abs=0.011)
     monkeypatch.setattr(evaluate, "LARGEST_DIFFERENCE", -1)
     with pytest.raises(UserError, match="arc_easy: the two sides differ by"):
         evaluate.run(given)
