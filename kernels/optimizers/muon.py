@@ -42,8 +42,8 @@ def _gather(Table, U, Squares, Scale, size, momentum,
     tl.static_assert(CHUNK % BLOCK == 0)  # a whole chunk has no mask
     matrix = tl.program_id(1).to(tl.int64)
     first = tl.program_id(0).to(tl.int64) * CHUNK
-    G = tensor_lists.pointer(Table + 3 * matrix, GRADIENT, ALIGNED)
-    M = tensor_lists.pointer(Table + 3 * matrix + 1, PARAMETER, ALIGNED)
+    G = tensor_lists.pointer(Table + 2 * matrix, GRADIENT, ALIGNED)
+    M = tensor_lists.pointer(Table + 2 * matrix + 1, PARAMETER, ALIGNED)
     U += matrix * size
     scale = tl.load(Scale) if SCALED else 1.0
     squares = tl.zeros([BLOCK], tl.float32)
@@ -71,7 +71,7 @@ def _apply(Table, U, size, decay, rate,
     tl.static_assert(CHUNK % BLOCK == 0)  # a whole chunk has no mask
     matrix = tl.program_id(1).to(tl.int64)
     first = tl.program_id(0).to(tl.int64) * CHUNK
-    W = tensor_lists.pointer(Table + 3 * matrix + 2, PARAMETER, ALIGNED)
+    W = tensor_lists.pointer(Table + matrix, PARAMETER, ALIGNED)
     U += matrix * size
     if first + CHUNK <= size:
         for begin in range(first, first + CHUNK, BLOCK):
@@ -102,6 +102,64 @@ def _check(params: list[Tensor], grads: list[Tensor], buffers: list[Tensor]) -> 
         raise ValueError(f"muon: {dtype} parameters with {grad_dtype} gradients; both may be fp32, fp16 or bf16")
 
 
+def look_ahead(
+    params: list[Tensor], grads: list[Tensor], buffers: list[Tensor], momentum: float, grad_scale: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The first part of `muon`: m ← β m + s g, in place.
+
+    Returns u = s g + β m, (n, rows, columns) in bf16, and the matrices' norms, (n,) fp32: what `newton_schulz` takes.
+    """
+    _check(params, grads, buffers)
+    device = params[0].device
+    size = params[0].numel()
+    n_matrices = len(params)
+
+    # The table: addresses of gradient and momentum of each matrix. Where one is not contiguous, of a copy.
+    gradients = [x.contiguous() for x in grads]
+    written_to = [x.contiguous() for x in buffers]
+    addresses = [x.data_ptr() for of_one in zip(gradients, written_to, strict=True) for x in of_one]
+    table = tensor_lists.table(tuple(addresses), device)
+
+    # u, with the sum of u² of each chunk
+    settings = kernel_settings(device)
+    grid = launch.cdiv(size, settings["CHUNK"]), n_matrices
+    # on a CPU, in fp32: the interpreter computes in bf16 wrongly
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    u = torch.empty(n_matrices, *params[0].shape, dtype=dtype, device=device)
+    squares = torch.empty(n_matrices, grid[0], dtype=torch.float32, device=device)
+    launch.run(
+        _gather, grid, table, u, squares, squares if grad_scale is None else grad_scale, size, momentum,
+        PARAMETER=tensor_lists.TYPES[params[0].dtype], GRADIENT=tensor_lists.TYPES[grads[0].dtype],
+        ALIGNED=tensor_lists.aligned(addresses), SCALED=grad_scale is not None, **settings,
+    )  # fmt: skip
+    _note_written(buffers, written_to)
+    return u, squares.sum(1).sqrt()
+
+
+def apply(params: list[Tensor], u: Tensor, rate: float, decay: float) -> None:
+    """The last part of `muon`: w ← w − decay w − rate u, in place; u: (n, rows, columns), contiguous."""
+    device = params[0].device
+    size = params[0].numel()
+    written_to = [x.contiguous() for x in params]
+    addresses = [x.data_ptr() for x in written_to]
+    table = tensor_lists.table(tuple(addresses), device)
+    settings = kernel_settings(device)
+    grid = launch.cdiv(size, settings["CHUNK"]), len(params)
+    launch.run(
+        _apply, grid, table, u, size, decay, rate,
+        PARAMETER=tensor_lists.TYPES[params[0].dtype], ALIGNED=tensor_lists.aligned(addresses), **settings,
+    )  # fmt: skip
+    _note_written(params, written_to)
+
+
+def _note_written(originals: list[Tensor], written_to: list[Tensor]) -> None:
+    """Give tensors that are not contiguous what a kernel has written to their copies, and let autograd know."""
+    for original, copy in zip(originals, written_to, strict=True):
+        if original.data_ptr() != copy.data_ptr():
+            original.copy_(copy)
+    torch.autograd.graph.increment_version(originals)
+
+
 def update(
     params: list[Tensor],
     grads: list[Tensor],
@@ -116,37 +174,9 @@ def update(
     """See `muon`."""
     if not params or not params[0].numel():
         return
-    _check(params, grads, buffers)
-    device = params[0].device
-    size = params[0].numel()
-    n_matrices = len(params)
-
-    # The table: addresses of gradient, momentum and parameter of each matrix. Where one is not contiguous, of a copy.
-    gradients = [x.contiguous() for x in grads]
-    written_to = [x.contiguous() for x in (*buffers, *params)]
-    columns = gradients, written_to[:n_matrices], written_to[n_matrices:]
-    addresses = [x.data_ptr() for of_one in zip(*columns, strict=True) for x in of_one]
-    table = tensor_lists.table(tuple(addresses), device)
-
-    # Momentum and the look-ahead u (n, rows, columns), with the sum of u² of each chunk.
-    settings = kernel_settings(device)
-    grid = launch.cdiv(size, settings["CHUNK"]), n_matrices
-    # on a CPU, in fp32: the interpreter computes in bf16 wrongly
-    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-    u = torch.empty(n_matrices, *params[0].shape, dtype=dtype, device=device)
-    squares = torch.empty(n_matrices, grid[0], dtype=torch.float32, device=device)
-    types = dict(PARAMETER=tensor_lists.TYPES[params[0].dtype], ALIGNED=tensor_lists.aligned(addresses))
-    launch.run(
-        _gather, grid, table, u, squares, squares if grad_scale is None else grad_scale, size, momentum,
-        GRADIENT=tensor_lists.TYPES[grads[0].dtype], SCALED=grad_scale is not None, **types, **settings,
-    )  # fmt: skip
-
-    norms = squares.sum(1).sqrt()  # (n,)
+    u, norms = look_ahead(params, grads, buffers, momentum, grad_scale)
     u = newton_schulz(u, steps, tuple(coefficients), norms)
-    launch.run(_apply, grid, table, u, size, decay, rate, **types, **settings)
-    for original, copy in zip((*buffers, *params), written_to, strict=True):
-        if original.data_ptr() != copy.data_ptr():
-            original.copy_(copy)
+    apply(params, u, rate, decay)
 
 
 _op = torch.library.custom_op("minillm::muon", update, mutates_args=("params", "buffers"))
@@ -180,4 +210,3 @@ def muon(
         _op(*arguments)
     else:  # without the dispatcher, as in `adamw.py`
         update(*arguments)
-        torch.autograd.graph.increment_version([*params, *buffers])
