@@ -171,18 +171,26 @@ def replica_seconds(shape: ModelConfig, work: Work, gpu: Gpu) -> float:
     return 2 * GRADIENT * n_parameters(shape) / n_sharing * (1 - 1 / n_copies) / (LINK_SHARE * rate)
 
 
+def orthogonalizing(rows: int, columns: int) -> int:
+    """Operations that Muon takes for a matrix: 4 m² n + 2 m³ an iteration, m ≤ n."""
+    m, n = sorted((rows, columns))
+    return MUON_STEPS * (4 * m * m * n + 2 * m**3)
+
+
 def muon_seconds(shape: ModelConfig, work: Work, gpu: Gpu, efficiency: float) -> float:
     """Muon's matrices: each is sent to an owner among the GPUs that hold a copy, orthogonalized, and sent back.
 
-    An iteration of an m × n matrix, m ≤ n, takes 4 m² n + 2 m³ operations.
+    Where each GPU holds a copy, those of a host share the work, and only results are sent, to all of them.
     """
     n_owners = work.layout.n_holding
+    ways = 2 / n_owners  # of each number, for a GPU
+    if n_owners == 1 and not work.diloco_steps:
+        n_owners, ways = min(work.layout.n_gpus, gpu.per_host), 1
     operations = 0
     numbers = 0
     for n_in, n_out in linear_shapes(shape).values():
-        m, n = sorted((n_in, n_out))
-        operations += shape.n_layers * MUON_STEPS * (4 * m * m * n + 2 * m**3)
-        numbers += shape.n_layers * m * n
-    sent = 2 * WEIGHT * numbers / n_owners * (n_owners - 1) / n_owners
+        operations += shape.n_layers * orthogonalizing(n_in, n_out)
+        numbers += shape.n_layers * n_in * n_out
+    sent = ways * WEIGHT * numbers * (n_owners - 1) / n_owners
     rate = gpu.link if n_owners <= gpu.per_host else gpu.network
     return operations / (n_owners * gpu.peak * efficiency) + sent / (LINK_SHARE * rate)

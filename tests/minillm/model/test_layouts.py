@@ -175,6 +175,19 @@ def test_muon_s_products_are_shared_out_among_owners():
     assert seconds[64] - sent / 40e9 == pytest.approx(0.026, abs=0.001)
 
 
+def test_gpus_of_a_host_with_a_copy_each_share_muon_s_products():
+    """The results of all matrices travel in bfloat16; another host, or workers that train alone, change nothing."""
+    shape = SHAPES["8b"]
+    n_matrices = 32 * (2 * 4096 * 4096 + 2 * 1024 * 4096 + 3 * 14336 * 4096)
+
+    def seconds(n_copies: int, **more) -> float:
+        return step_seconds(shape, work_of((n_copies, 1, 1, 1), 8, 0, muon=True, **more), H100)["muon"]
+
+    assert seconds(8) == pytest.approx(seconds(1) / 8 + 2 * n_matrices * (7 / 8) / 360e9)
+    assert seconds(16) == seconds(8)
+    assert seconds(8, diloco_steps=100) == seconds(1)
+
+
 def test_diloco_exchanges_every_so_many_steps_and_keeps_two_copies_more():
     shape = SHAPES["8b"]
     alone = dataclasses.replace(H100, per_host=1)
