@@ -95,12 +95,19 @@ class Process:
         return self.output.read_text() if self.output.exists() else ""
 
 
-def start(script: str, arguments: str | list[str], output: Path, ranks: int = 1, **how) -> list[Process]:
+def start(
+    script: str,
+    arguments: str | list[str],
+    output: Path,
+    ranks: int = 1,
+    environment: dict[str, str] | None = None,
+    **how,
+) -> list[Process]:
     """Start train_<script>.py with these arguments on so many ranks; their output goes to <output>-<rank>.txt.
 
-    how: `hidden`, packages that shall seem not to be installed (by default matplotlib: a run then draws no curve,
-    which takes longer than its training); `limit`, the largest file in bytes; `stdout`, a file or pipe of its own;
-    `closed`, numbers of standard streams that are closed at the start.
+    environment: more variables of each. how: `hidden`, packages that shall seem not to be installed (by default
+    matplotlib: a run then draws no curve, which takes longer than its training); `limit`, the largest file in bytes;
+    `stdout`, a file or pipe of its own; `closed`, numbers of standard streams that are closed at the start.
     """
     arguments = arguments.split() if isinstance(arguments, str) else arguments
     port = str(free_port())
@@ -110,7 +117,7 @@ def start(script: str, arguments: str | list[str], output: Path, ranks: int = 1,
             f"train_{script}.py",
             arguments,
             Path(f"{output}-{rank}.txt"),
-            {} if ranks == 1 else {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            {} if ranks == 1 else {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} | (environment or {}),
             **how,
         )
         for rank in range(ranks)

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from minillm.distributed import fsdp, rows, shards, slices
+from minillm.distributed import fsdp, owners, rows, shards, slices
 from minillm.distributed.layout import Layout
 from minillm.distributed.ranks import Ranks
 
@@ -94,6 +94,7 @@ def parallelize(model: nn.Module, ranks: Ranks, compile: bool) -> nn.Module:
     parallel_model.register_comm_hook(None, _summed)
     parallel_model().backward()  # settles the order of adding: see `Replica`
     model.zero_grad(set_to_none=True)
+    owners.share_work(model, ranks)
     return parallel_model
 
 

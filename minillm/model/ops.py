@@ -11,7 +11,7 @@ import os
 import shutil
 import sysconfig
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import torch
 import torch.nn.functional as F
@@ -408,6 +408,6 @@ def adamw(
     _triton.adamw.adamw(params, grads, exp_avgs, exp_avg_sqs, **options)
 
 
-def muon(params: list[Tensor], grads: list[Tensor], buffers: list[Tensor], **options) -> None:
-    """One step for matrices of one shape on a device where `fused`, in place: see `kernels.optimizers.muon.muon`."""
-    _triton.muon.muon(params, grads, buffers, **options)
+def muon() -> ModuleType:
+    """The parts of Muon's step where `fused`: `look_ahead`, `newton_schulz`, `apply` of `kernels.optimizers.muon`."""
+    return _triton.muon

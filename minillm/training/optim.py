@@ -5,17 +5,19 @@ torch's and Muon is written here. The state is the same, so a checkpoint can mov
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
 from minillm.base.errors import UserError
-from minillm.distributed.owners import on_owners
+from minillm.distributed.owners import deal, group_of_copies, on_owners, results_of_all
 from minillm.distributed.shards import cut_of, is_sharded, local, settle, whole_shape
 from minillm.model import ops
+from minillm.model.layouts import orthogonalizing
 from minillm.tuning.options import TUNING_LR
 
 # Coefficients of the quintic iteration, chosen by its author for speed: singular values end in about
@@ -32,7 +34,7 @@ def orthogonalize(matrices: Tensor, steps: int = NEWTON_SCHULZ_STEPS) -> Tensor:
     matrices: (n, rows, columns), any float dtype; returns the same shape and dtype. Works in bf16 on
     CUDA (the iteration is stable there) and in fp32 on a CPU.
     """
-    x = matrices.bfloat16() if matrices.is_cuda else matrices.float()  # (n, rows, columns)
+    x = matrices.to(_iterated_in(matrices))  # (n, rows, columns)
     is_tall = x.shape[1] > x.shape[2]
     if is_tall:
         x = x.mT  # the Gram matrix of the shorter side is the smaller one
@@ -44,6 +46,11 @@ def orthogonalize(matrices: Tensor, steps: int = NEWTON_SCHULZ_STEPS) -> Tensor:
     if is_tall:
         x = x.mT
     return x.to(matrices.dtype)
+
+
+def _iterated_in(matrices: Tensor) -> torch.dtype:
+    """The dtype that holds all of an orthogonalized matrix, and in which it is sent: see `orthogonalize`."""
+    return torch.bfloat16 if matrices.is_cuda else torch.float32
 
 
 class Muon(torch.optim.Optimizer):
@@ -60,43 +67,29 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure=None):
         for group in self.param_groups:
-            # matrices of one shape go through one batch of products
-            by_shape: dict[tuple, list[Tensor]] = {}
-            for p in group["params"]:
-                if p.grad is not None:
-                    by_shape.setdefault((*whole_shape(p), cut_of(p).dim), []).append(p)
-            for (*shape, _), params in by_shape.items():
-                if is_sharded(params[0]) and len(shape) == 2:
-                    self._update_parts(params, group)
-                    continue
-                n_at_once = max(1, MUON_ELEMENTS // math.prod(shape))
-                for begin in range(0, len(params), n_at_once):
-                    self._update(params[begin : begin + n_at_once], group)
+            params = [p for p in group["params"] if p.grad is not None]
 
-    def _update(self, params: list[Tensor], group: dict) -> None:
-        """Step parameters of one shape; group: their learning rate, momentum and weight decay.
+            # of a sharded matrix each rank has some rows; of a sharded stack some matrices, each of them whole
+            cut = [p for p in params if is_sharded(p) and p.dim() == 2]
+            for kind in dict.fromkeys(map(_kind, cut)):
+                self._update_parts([p for p in cut if _kind(p) == kind], group)
+            whole = [p for p in params if not (is_sharded(p) and p.dim() == 2)]
+            if whole:
+                self._update_whole(whole, group)
 
-        Of a sharded stack each rank holds some matrices, each of them whole.
-        """
-        grads = matrices_of([local(p.grad) for p in params])
-        buffers = matrices_of(self._buffers(params))
-        params = matrices_of([local(p) for p in params])
-        if not params:
+    def _update_whole(self, params: list[Tensor], group: dict) -> None:
+        """Step matrices, and stacks of them, that are here as wholes."""
+        matrices = Matrices(
+            matrices_of([local(p) for p in params]),
+            matrices_of([local(p.grad) for p in params]),
+            matrices_of(self._buffers(params)),
+        )
+        copies = group_of_copies(params[0])
+        if copies is not None and pays_to_share(matrices.params):
+            _step_together(matrices, group, copies)
             return
-        momentum = group["momentum"]
-        decay = group["lr"] * group["weight_decay"]
-        rate = group["lr"] * 0.2 * math.sqrt(max(params[0].shape))
-
-        if ops.fused(params[0]):
-            iteration = dict(steps=NEWTON_SCHULZ_STEPS, coefficients=NEWTON_SCHULZ)
-            ops.muon(params, grads, buffers, rate=rate, momentum=momentum, decay=decay, **iteration)
-            return
-
-        # the same by torch's ops, each over all of these parameters
-        updates = _look_ahead(grads, buffers, momentum)
-        updates = orthogonalize(torch.stack(updates))  # (n, rows, columns)
-        torch._foreach_mul_(params, 1 - decay)
-        torch._foreach_add_(params, list(updates.unbind(0)), alpha=-rate)
+        for batch in matrices.batches(range(len(matrices.params))):
+            batch.apply(_orthogonalized(*batch.look_ahead(group["momentum"])), group)
 
     def _update_parts(self, params: list[Tensor], group: dict) -> None:
         """Step sharded parameters of one shape, each rank its own parts.
@@ -106,9 +99,7 @@ class Muon(torch.optim.Optimizer):
         """
         parts = [local(p) for p in params]
         updates = _look_ahead([local(p.grad) for p in params], self._buffers(params), group["momentum"])
-        # where the iteration runs in bf16, so do its input and output travel
-        dtype = torch.bfloat16 if parts[0].is_cuda else parts[0].dtype
-        updates = [update.to(dtype) for update in updates]
+        updates = [update.to(_iterated_in(update)) for update in updates]  # as what is done there, so it travels
         updates = on_owners(params, updates, lambda matrix: orthogonalize(matrix[None])[0])
         updates = [update.to(parts[0].dtype) for update in updates]
         torch._foreach_mul_(parts, 1 - group["lr"] * group["weight_decay"])
@@ -122,9 +113,54 @@ class Muon(torch.optim.Optimizer):
         return [self.state[p]["momentum_buffer"] for p in params]
 
 
+class Matrices(NamedTuple):
+    """Matrices with gradients and momentum. Those of a batch have one shape, and are computed on as one tensor."""
+
+    params: list[Tensor]
+    grads: list[Tensor]
+    buffers: list[Tensor]
+
+    def batches(self, numbers: Iterable[int]) -> "Iterator[Matrices]":
+        """Some of them by shape, each time so many that the iteration has memory for its copies."""
+        by_shape: dict[torch.Size, list[int]] = {}
+        for number in numbers:
+            by_shape.setdefault(self.params[number].shape, []).append(number)
+        for shape, alike in by_shape.items():
+            n_at_once = max(1, MUON_ELEMENTS // max(1, shape.numel()))
+            for begin in range(0, len(alike), n_at_once):
+                members = alike[begin : begin + n_at_once]
+                yield Matrices(*([column[number] for number in members] for column in self))
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(n, rows, columns) of a batch."""
+        return len(self.params), *self.params[0].shape
+
+    def look_ahead(self, momentum: float) -> tuple[Tensor, Tensor | None]:
+        """m ← βm + g of a batch; returns g + βm, (n, rows, columns), and from our kernels the norms (n,) of these."""
+        if ops.fused(self.params[0]):
+            return ops.muon().look_ahead(*self, momentum)
+        return torch.stack(_look_ahead(self.grads, self.buffers, momentum)), None
+
+    def apply(self, updates: Tensor, group: dict) -> None:
+        """Step a batch by its orthogonalized updates (n, rows, columns)."""
+        decay = group["lr"] * group["weight_decay"]
+        rate = group["lr"] * 0.2 * math.sqrt(max(self.params[0].shape))
+        if ops.fused(self.params[0]):
+            ops.muon().apply(self.params, updates, rate, decay)
+        else:
+            torch._foreach_mul_(self.params, 1 - decay)
+            torch._foreach_add_(self.params, list(updates.to(self.params[0].dtype).unbind(0)), alpha=-rate)
+
+
 def matrices_of(tensors: list[Tensor]) -> list[Tensor]:
     """The matrices of a list, and those of which its stacks (n, rows, columns) consist, sharing their memory."""
     return [matrix for tensor in tensors for matrix in ([tensor] if tensor.dim() == 2 else tensor.unbind(0))]
+
+
+def _kind(p: Tensor) -> tuple:
+    """What sharded matrices must have in common to be stepped at once: their shape, and how they are cut."""
+    return whole_shape(p), cut_of(p).dim
 
 
 def _look_ahead(grads: list[Tensor], buffers: list[Tensor], momentum: float) -> list[Tensor]:
@@ -132,6 +168,58 @@ def _look_ahead(grads: list[Tensor], buffers: list[Tensor], momentum: float) -> 
     torch._foreach_mul_(buffers, momentum)
     torch._foreach_add_(buffers, grads)
     return torch._foreach_add(grads, buffers, alpha=momentum)
+
+
+def _orthogonalized(updates: Tensor, norms: Tensor | None) -> Tensor:
+    """`orthogonalize`, by our kernels where these have given the norms."""
+    if norms is None:
+        return orthogonalize(updates)
+    return ops.muon().newton_schulz(updates, NEWTON_SCHULZ_STEPS, NEWTON_SCHULZ, norms)
+
+
+# ---- ranks with copies of the same matrices
+
+# Sharing pays from so many operations for each byte of a result on: about what a rank computes while it sends a byte.
+# cpu: measured with two gloo ranks on one core, CPU time of both for a step, shared and not: 396 operations a byte
+# (width 64) 8.4 and 8.0 ms, 753 (preset tiny) 54 and 93 ms, 1,522 (5m) 468 and 870 ms. cuda: calculated, 128 TFLOP/s
+# over the 25.6 GB/s of a card with PCIe; with NVLink a quarter would do, but matrices as small as that take no time.
+OPERATIONS_A_BYTE = {"cpu": 400, "cuda": 5000}
+
+
+def pays_to_share(matrices: list[Tensor]) -> bool:
+    """Whether orthogonalizing takes longer than sending the results: a matter of sizes alone, so alike on all ranks.
+
+    An m × n matrix takes 20 m + 10 m²/n operations a number, m ≤ n; so the shorter sides decide, and the factors of an
+    adapter, of 8 rows, stay with all ranks. What R ranks save is (1 − 1/R) of both.
+    """
+    operations = sum(orthogonalizing(*matrix.shape) for matrix in matrices)
+    n_bytes = sum(matrix.numel() for matrix in matrices) * _iterated_in(matrices[0]).itemsize
+    return operations > OPERATIONS_A_BYTE.get(matrices[0].device.type, math.inf) * n_bytes
+
+
+def _step_together(matrices: Matrices, group: dict, copies) -> None:
+    """Step matrices of which all ranks of a group have copies: each rank orthogonalizes some of them for all.
+
+    That takes from each rank 1 − 1/R of these products, and sends b N/R bytes of it, where b is 2 in bfloat16. Results
+    are all here at once: b N bytes, as much as autocast's copies of the matrices took before. Momentum is kept by all:
+    a checkpoint is what it is on one rank, for 14 of the 24 bytes of memory traffic a number.
+    """
+    # the same momentum on all ranks; the update of each batch from its owner
+    costs = tuple(orthogonalizing(*matrix.shape) for matrix in matrices.params)
+    batches = [list(matrices.batches(numbers)) for numbers in deal(costs, copies.size())]  # of each owner
+    own = []
+    for owner, of_owner in enumerate(batches):
+        for batch in of_owner:
+            ahead = batch.look_ahead(group["momentum"])
+            if owner == copies.rank():
+                own.append(_orthogonalized(*ahead))
+
+    # all updates on all ranks
+    like = matrices.params[0].new_empty(0, dtype=_iterated_in(matrices.params[0]))
+    results = results_of_all(own, [[batch.shape for batch in of_owner] for of_owner in batches], like, copies)
+    for of_owner, updates_of_owner in zip(batches, results, strict=True):
+        for batch, updates in zip(of_owner, updates_of_owner, strict=True):
+            batch.apply(updates, group)
 
 
 class AdamW(torch.optim.AdamW):
