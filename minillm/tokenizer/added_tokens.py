@@ -150,7 +150,8 @@ def open_model(model_bytes: bytes, files: dict[str, bytes], source: str) -> Sent
     model.space = space
     for token in named(files, source).values():
         if (piece := spelt(token)) in model.user_defined:
-            model.whole[token.text] = model.user_defined[piece]
+            text = token.text.replace(SPACE_MARK, " ") if token.normalized else token.text
+            model.whole[text] = model.user_defined[piece]
         for side, texts in model.eats_spaces.items():
             if getattr(token, side):
                 texts.add(token.text)

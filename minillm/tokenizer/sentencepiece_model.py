@@ -182,10 +182,12 @@ class SentencePieceModel:
     def transformers_config(self, special: dict[str, int]) -> dict:
         """Contents of tokenizer_config.json. special: ids of "bos", "eos" and "pad", which the model may lack."""
         names = special | {"unk": self.processor.unk_id()}
+        # Transformers' own Llama class is BPE, adds no dummy prefix before a text that starts with a space, and does
+        # not find user-defined pieces that hold one.
         is_bpe = self.proto.trainer_spec.model_type == proto.TrainerSpec.BPE
+        is_llama = is_bpe and not self.dummy_prefix and not self._user_defined_has_space
         return {
-            # Transformers' own Llama class is BPE, and adds no dummy prefix before a text that starts with a space.
-            "tokenizer_class": "LlamaTokenizer" if is_bpe and not self.dummy_prefix else "PreTrainedTokenizerFast",
+            "tokenizer_class": "LlamaTokenizer" if is_llama else "PreTrainedTokenizerFast",
             "add_bos_token": self.processor.bos_id() >= 0,  # every document begins with it, if there is one
             "add_eos_token": False,
             "add_prefix_space": self.dummy_prefix,
@@ -205,6 +207,10 @@ class SentencePieceModel:
         return {p.piece: i for i, p in enumerate(self.proto.pieces) if p.type == p.USER_DEFINED}
 
     @property
+    def _user_defined_has_space(self) -> bool:
+        return any(SPACE_MARK in piece for piece in self.user_defined)
+
+    @property
     def parts_are_independent(self) -> bool:
         """Whether each part of a text beside a control piece is encoded as it is alone."""
         spaces = not self.space.before or (self.space.each_part and not self.space.spared)
@@ -216,12 +222,17 @@ class SentencePieceModel:
         return i if self.proto.pieces[i].piece == piece else None
 
     def _added_tokens(self) -> list[dict]:
-        flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
-        return [
-            {"id": i, "content": p.piece, "special": p.type != p.USER_DEFINED, **flags}
-            for i, p in enumerate(self.proto.pieces)
-            if p.type in (p.UNKNOWN, p.CONTROL, p.USER_DEFINED)
-        ]
+        flags = {"single_word": False, "lstrip": False, "rstrip": False}
+        # A space in a piece is written as its mark. So the piece is looked for in the text that has marks, and with it
+        # all others, since the longest of those at one place counts. A dummy prefix would be put before the piece, too.
+        normalized = self._user_defined_has_space and not self.dummy_prefix
+        added = []
+        for i, p in enumerate(self.proto.pieces):
+            if p.type in (p.UNKNOWN, p.CONTROL, p.USER_DEFINED):
+                is_special = p.type != p.USER_DEFINED
+                how = {"special": is_special, **flags, "normalized": normalized and not is_special}
+                added.append({"id": i, "content": p.piece, **how})
+        return added
 
     def tokenizers_file(self) -> dict:
         """Contents of tokenizer.json, for the `tokenizers` library, whose BPE has merges instead of scores."""

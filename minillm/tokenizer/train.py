@@ -122,7 +122,7 @@ def train_tokenizer(
     tokenizer = Tokenizer(model, "trained model")
     tokenizer.save(out_folder)
     write_readable(tokenizer, Path(out_folder))
-    return tokenizer
+    return Tokenizer.load(out_folder)  # with the rules by which all others will read it
 
 
 def write_readable(tokenizer: Tokenizer, folder: Path) -> None:

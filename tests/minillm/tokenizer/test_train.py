@@ -1,10 +1,12 @@
 """Learning a tokenizer: reproducible, nothing dropped, bounded memory, clear limits."""
 
+import random
 import re
 
 import pytest
 
 from minillm.base.errors import UserError
+from minillm.tokenizer.tokenizer import Tokenizer
 from minillm.tokenizer.train import MAX_LINE, Kind, _sample_lines, train_tokenizer
 
 TEXTS = ["the cat sat on the mat and the dog sat on the log\nhello hello world 2024"] * 30
@@ -94,6 +96,34 @@ def test_pieces_of_all_sorts(tmp_path):
     assert made.decode(made.encode(text)) == text
     rows = [row.split("\t") for row in (tmp_path / "tokenizer.vocab").read_text(encoding="utf-8").splitlines()]
     assert len(rows) == 400 and all(len(row) == 3 for row in rows) and "\\n" in [row[1] for row in rows]
+
+
+@pytest.mark.parametrize("model_type", ["bpe", "unigram"])
+@pytest.mark.parametrize(
+    "pieces", [("  ",), (" x ", "x"), (" <y>", "<y>"), ("    ", "  ", "\t"), ("cat ",), (" the", "the cat"), ("<t>",)]
+)
+def test_pieces_with_spaces_are_cut_out_by_us_and_by_transformers(tmp_path, pieces, model_type):
+    """As trained, as loaded, and as transformers reads the folder; the longest at a place counts."""
+    transformers = pytest.importorskip("transformers")
+    kind = Kind(model_type=model_type, user_defined=pieces)
+    draw = random.Random(0)
+    more = ["".join(draw.choices("abcdefghijklm nopqrstuvwxyz", k=200)) for _ in range(200)]
+    made = train_tokenizer([*TEXTS, *more], 400, tmp_path, kind=kind)
+    loaded = Tokenizer.load(tmp_path)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    for text in (
+        *pieces,
+        "a  b",
+        "     c",
+        " x  x  x x",
+        "a <y><y> <y>",
+        "the cat the  cat the cat ",
+        "\t\t  \n  e<t>",
+    ):
+        ids = loaded.encode(text)
+        assert loaded.decode(ids) == text
+        assert ids == made.encode(text) == theirs(text, add_special_tokens=False)["input_ids"]
+    assert [loaded.encode(piece) for piece in pieces] == [[made.model.id_of(p.replace(" ", "▁"))] for p in pieces]
 
 
 def test_character_coverage_is_what_was_asked_for(tmp_path):
