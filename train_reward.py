@@ -168,10 +168,13 @@ def read_pairs(training_config: Config, data: str, tokenizer: Tokenizer) -> Pref
 
 
 def next_command(training_config: Config) -> str:
-    """The command to try after this run."""
-    if training_config.out == Config.out:
-        return "python train_ppo.py"
-    return f"python train_ppo.py --reward_model {shlex.quote(training_config.out)}"
+    """The command to try after this run: PPO of the policy that it began with, on the prompts of its pairs."""
+    command = ["python", "train_ppo.py"]
+    for ppo_option, name in (("--reward_model", "out"), ("--init_from", "init_from"), ("--data", "data")):
+        value = getattr(training_config, name)
+        if value != getattr(Config, name):
+            command += [ppo_option, value]
+    return shlex.join(command)
 
 
 def train(

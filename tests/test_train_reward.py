@@ -2,6 +2,7 @@
 
 import json
 import random
+import shlex
 import signal
 from pathlib import Path
 
@@ -10,9 +11,11 @@ import pytest
 import torch
 import transformers
 
+import train_ppo
 import train_reward
 from minillm.alignment.pair_scores import noise_floor, score_pairs
 from minillm.alignment.reward_model import load_reward_model, score_scale, text_lengths
+from minillm.base.command_line import parse
 from minillm.checkpoint import run_folder
 from minillm.datasets.preferences import PreferenceRows
 from minillm.tokenizer.tokenizer import Tokenizer
@@ -83,6 +86,14 @@ def test_held_out_pairs_are_learned_and_transformers_reads_the_scores(folder):
     mean, std = score_scale(folder / "learned")
     pairs = score_pairs(load_reward_model(step), PreferenceRows(folder / "train.jsonl", Tokenizer.load(step), 63))
     assert pairs.chosen.mean() == pytest.approx(mean, abs=1e-5) and pairs.scores.std() == pytest.approx(std, abs=1e-5)
+
+
+def test_the_command_to_try_next_trains_the_policy_and_prompts_of_this_run():
+    assert train_reward.next_command(train_reward.Config()) == "python train_ppo.py"
+    run = train_reward.Config(init_from="my sft", out="我的 奖励", data="a.jsonl,b.jsonl")
+    words = shlex.split(train_reward.next_command(run))
+    ppo = parse(train_ppo.Config, None, words[2:])
+    assert (ppo.init_from, ppo.reward_model, ppo.data) == (run.init_from, run.out, run.data)
 
 
 def test_stopped_and_resumed_is_bit_for_bit_the_run_never_stopped(folder):
