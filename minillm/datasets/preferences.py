@@ -219,7 +219,10 @@ class PreferenceRows:
                 line += f"; {n_margins:,} with a margin"
         if self.label_noise:
             line += f"; {self.n_swapped:,} labels swapped (--label_noise {self.label_noise:g})"
-        return line + self.files.keys_not_used()
+        line += self.files.keys_not_used()
+        if self.rows_per_epoch and counts["too long"] > (self.n_pairs or self.n_answers):
+            line += "\nmore are too long than are kept: in training, a longer --seq_len keeps more"
+        return line
 
     # ---- The first pass.
 

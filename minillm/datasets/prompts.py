@@ -122,10 +122,16 @@ class PromptRows:
         dropped = dropped if counts["too long"] else ["0 dropped"]
         if counts["bad rows"]:
             dropped.append(f"{counts['bad rows']:,} bad rows skipped")
-        return (
+        line = (
             f"{counts['rows']:,} rows: {len(self.index):,} prompts kept, {', '.join(dropped)}; {counts['tokens']:,} "
             f"tokens, the longest has {counts['longest']:,}; {counts['answers']:,} with a right answer"
         )
+        if 0 < len(self.index) < counts["too long"]:
+            line += (
+                "\nmore prompts are too long than are kept: a lower --max_new_tokens keeps more, or, in training, a "
+            )
+            line += "longer --seq_len"
+        return line
 
     def _prompt_at(self, position: int) -> Prompt:
         epoch, row = divmod(position, self.rows_per_epoch)

@@ -144,6 +144,23 @@ def test_what_cannot_be_compared_is_dropped_on_both_sides(read, why, row):
         read([row])
 
 
+@pytest.mark.parametrize(
+    ("good", "too_long"),
+    [
+        ([pair("4", "5", "6")], pair("{}", "2 " * 13, "3")),
+        ([labelled("4", "5", True), labelled("4", "6", False)], labelled("{}", "2 " * 13, True)),
+    ],
+)
+def test_it_is_said_when_more_is_too_long_than_is_kept(read, good, too_long):
+    longer = [too_long | {"prompt": str(number)} for number in range(1, len(good) + 2)]
+    said = "\nmore are too long than are kept: in training, a longer --seq_len keeps more"
+    assert read([*longer, *good]).summary().endswith(said)
+    assert said not in read([*longer[:-1], *good]).summary()
+    with pytest.raises(UserError) as refusal:
+        read(longer)
+    assert "\n" not in str(refusal.value)
+
+
 def test_the_longest_answer_that_fits_is_whole(read):
     y, mask = read([pair("1", "2 " * 12, "3")]).batch([0]).batch[1:3]  # bos, role, 1, role, 12 tokens, eos: 16 + 1
     assert y.shape == (2, 16) and mask[0].sum() == 13 and y[0, -1] == EOS

@@ -160,6 +160,11 @@ def test_a_prompt_that_leaves_no_room_is_dropped_and_counted(tmp_path):
         PromptRows(path, Numbers(), 12, room=9)
     with pytest.raises(UserError, match="--seq_len 4: an answer needs 4 positions"):
         PromptRows(path, Numbers(), 4, room=4)
+    most_dropped = PromptRows(path, Numbers(), 12, room=8).summary()  # one of 4 prompts is kept
+    assert most_dropped.endswith(
+        "\nmore prompts are too long than are kept: a lower --max_new_tokens keeps more, or, in "
+        "training, a longer --seq_len"
+    )
 
 
 def test_a_file_that_changes_is_noticed(tmp_path):
