@@ -15,6 +15,7 @@ the same command goes on after a kill, and another threshold takes seconds (--dr
 """
 
 import re
+import shlex
 import sys
 from collections import Counter
 from dataclasses import asdict, dataclass
@@ -295,9 +296,9 @@ def main() -> None:
             "--split blank ends one at each empty line"
         )
     if not config.dry_run:
-        step = f"data/prepare.py --input {config.out} …"
+        step = f"data/prepare.py --input {shlex.quote(config.out)} …"
         if config.sft:
-            step = f"train_sft.py --data {config.out}/kept-00000.jsonl"
+            step = f"train_sft.py --data {shlex.quote(f'{config.out}/kept-00000.jsonl')}"
         print(f"{config.out}: kept-*.jsonl, dropped/, report.html; next: python {step}")
 
 

@@ -1,5 +1,6 @@
 """config.json of a model folder, in Hugging Face's format: read, and each value checked for its kind."""
 
+import shlex
 import types
 import typing
 from pathlib import Path
@@ -53,7 +54,7 @@ def read_config(folder: str | Path) -> dict:
         if (Path(folder) / "adapter_config.json").exists():
             raise UserError(
                 f"{folder}: an adapter, and no model; merge it into its base first: "
-                f"python -m minillm merge --model BASE --adapter {folder} --out DIR"
+                f"python -m minillm merge --model BASE --adapter {shlex.quote(str(folder))} --out DIR"
             ) from None
         raise UserError(f"{folder}: no config.json there, so it is no model folder") from None
 

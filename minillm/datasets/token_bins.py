@@ -1,6 +1,7 @@
 """Token bins: raw files of ids with a meta.json, opened through a memory map and checked."""
 
 import hashlib
+import shlex
 from bisect import bisect_right
 from itertools import accumulate
 from pathlib import Path
@@ -169,11 +170,13 @@ def _check_raw(path: Path, dtype: str | None, vocab_size: int | None) -> None:
     """Raises UserError for a path that is no folder and no raw .bin with a description."""
     if not path.exists():
         raise UserError(
-            f"{path}: no such data; run `python data/prepare.py --input … --out {path}`, or for the bundled corpus "
-            "`python data/bundled.py`"
+            f"{path}: no such data; run `python data/prepare.py --input … --out {shlex.quote(str(path))}`, or for the "
+            "bundled corpus `python data/bundled.py`"
         )
     if path.name.removesuffix(".gz").endswith((".txt", ".json", ".jsonl", ".parquet")):
-        raise UserError(f"{path}: is text; make token bins: `python data/prepare.py --input {path} …`")
+        raise UserError(
+            f"{path}: is text; make token bins: `python data/prepare.py --input {shlex.quote(str(path))} …`"
+        )
     if dtype not in ("uint16", "uint32") or vocab_size is None:
         raise UserError(f"{path}: a raw .bin needs --data_dtype uint16|uint32 and --data_vocab_size N")
 
@@ -250,10 +253,11 @@ def _no_meta_error(folder: Path) -> UserError:
     if any(folder.glob("*.bin")) or (folder / "unfinished").exists():
         return UserError(
             f"{folder}: holds no meta.json, so it was never finished, or making it anew failed; run the "
-            f"`python data/prepare.py … --out {folder}` that made it again"
+            f"`python data/prepare.py … --out {shlex.quote(str(folder))}` that made it again"
         )
     return UserError(
-        f"{folder}: holds no token bins; make some of its texts: `python data/prepare.py --input {folder} …`"
+        f"{folder}: holds no token bins; make some of its texts: "
+        f"`python data/prepare.py --input {shlex.quote(str(folder))} …`"
     )
 
 

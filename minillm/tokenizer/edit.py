@@ -7,6 +7,7 @@ inside itself; if all of these stay, it is formed as before, and a piece that is
 """
 
 import itertools
+import shlex
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -247,3 +248,8 @@ def save(tokenizer: Tokenizer, out: str | Path, old: Tokenizer | None = None, id
             files.write_json_atomically(folder / "id_map.json", described)
 
     files.write_folder(out, fill)
+
+
+def next_command(out: str) -> str:
+    """The command that gives a model the changed vocabulary in `out`."""
+    return f"next: python -m minillm resize --model MODEL --tokenizer {shlex.quote(out)} --out DIR"

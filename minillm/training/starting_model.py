@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import os
+import shlex
 from pathlib import Path
 from typing import NamedTuple
 
@@ -181,7 +182,7 @@ def check_tokenizer(model: Path, data: str) -> None:
     if Tokenizer.load(first_folder).sha256 != Tokenizer.load(model).sha256:
         raise UserError(
             f"--init_from {model} has another tokenizer than {data}; prepare the data with the model's own: "
-            f"data/prepare.py --tokenizer {model}"
+            f"data/prepare.py --tokenizer {shlex.quote(str(model))}"
         )
 
 

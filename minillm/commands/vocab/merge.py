@@ -55,7 +55,8 @@ def run(config: Config) -> None:
     print(f"characters per token {density_before:.3f} → {density_after:.3f}")
 
     edit.save(merged.tokenizer, config.out, base, merged.id_map)
-    print(f"{config.out}: {merged.tokenizer.vocab_size:,} pieces, id_map.json; next: python -m minillm resize")
+    print(f"{config.out}: {merged.tokenizer.vocab_size:,} pieces, id_map.json")
+    print(edit.next_command(config.out))
 
 
 def _texts(config: Config, base: Tokenizer, more: Tokenizer) -> Iterable[str]:

@@ -36,3 +36,4 @@ def run(config: Config) -> None:
         f"{config.out}: {pruned.vocab_size:,} of {base.vocab_size:,} pieces stay; "
         f"{n_lines:,} texts and lines, 0 changed"
     )
+    print(edit.next_command(config.out))

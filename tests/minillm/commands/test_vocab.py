@@ -37,6 +37,7 @@ def test_train_merge_inspect_prune(call, tmp_path):
     assert said.count("characters per token") == 2
     said = call("merge", "--base", "en", "--add", "zh", "--out", "both", "--corpus", "en.txt", "zh.txt")
     assert "0 of these changed" in said and "unreachable 0" in said
+    assert said.endswith("\nnext: python -m minillm resize --model MODEL --tokenizer both --out DIR\n")
     said = call("merge", "--base", "en", "--add", "zh", "--out", "again")
     assert "the pieces of both vocabularies" in said and "0 of these changed" in said and "characters per token" in said
     said = call("inspect", "both", "--text", "明月 the", "--corpus", "zh.txt")
