@@ -261,15 +261,15 @@ def test_bad_held_out_rows_are_skipped_and_counted_too(folder):
 @pytest.mark.parametrize(
     ("more", "words"),
     [
-        ("--init_from {folder}/nowhere", ["nowhere: no such folder"]),
-        ("--init_from none", ["none: no such folder"]),
+        ("--init_from {folder}/nowhere", ["--init_from {folder}/nowhere: no such folder"]),
+        ("--init_from none", ["--init_from none: no such folder"]),
         ("--data {folder}/nowhere.jsonl", ["nowhere.jsonl"]),
         ("--data ,", ["--data ,: names no file"]),
         ("--data {folder}/broken.jsonl", ["broken.jsonl, row 2", "--on_bad_line skip"]),
         ("--eval_data {folder}/nowhere.jsonl", ["nowhere.jsonl"]),
         ("--tune prefix --packing true", ["--packing true: the virtual tokens of --tune prefix stand before one text"]),
         ("--tune prompt --n_virtual 64", ["--seq_len 64", "beside the virtual tokens of --n_virtual 64"]),
-        ("--seq_len 1000", ["--seq_len 1000", "longest context is 128"]),
+        ("--seq_len 1000", ["--seq_len 1000", "longest context is 128; lower it"]),
         ("--epochs 0", ["--epochs 0"]),
         ("--epochs 3", ["--epochs 3: are", "steps, and --steps says 2; leave one of them out"]),
         ("--template none", ["--template none"]),
@@ -286,7 +286,7 @@ def test_what_cannot_be_is_refused_in_one_line(folder, more, words):
     text = train(folder, "refused", "--steps 2 " + more.format(folder=folder), status=2)
     (line,) = (line for line in text.splitlines() if line.startswith("error: "))
     assert text.endswith(line + "\n") and "Traceback" not in text
-    assert all(word in line for word in words), line
+    assert all(word.format(folder=folder) in line for word in words), line
 
 
 @pytest.mark.parametrize(

@@ -87,7 +87,8 @@ def find_start(
     training_config = choose_optimizer(training_config, model_config.dim, share, adapter_share)
     if training_config.seq_len > model_config.max_seq_len:
         raise UserError(
-            f"--seq_len {training_config.seq_len}: the model's longest context is {model_config.max_seq_len}"
+            f"--seq_len {training_config.seq_len}: the model's longest context is {model_config.max_seq_len}; lower "
+            "it, or take a model pretrained with a longer --max_seq_len"
         )
     return training_config, Start(init, model_config, tokenizer)
 
@@ -108,6 +109,8 @@ def find_init(training_config, ranks: Ranks) -> Path | None:
         init = _begun_with(training_config, own, ranks)
         if init == own:
             return own
+    if not ranks.max(int(Path(init).exists())):  # else the machines that lack it are named
+        raise UserError(f"--init_from {init}: no such folder; give a run, a checkpoint or a Hugging Face model folder")
     init = run_folder.resolve_checkpoint(init, ranks=ranks)
     if ranks.world > 1:
         lines = differences(ranks, {"weights": folders.base_sha256(init)[:12]})
