@@ -154,6 +154,9 @@ def _check_mapping(mapping: IdMap, old: Tokenizer, new: Tokenizer, *, names: tup
     old_name, new_name, mapping_name = names
     for tokenizer, sha256, name in ((old, mapping.old_sha256, old_name), (new, mapping.new_sha256, new_name)):
         if tokenizer.sha256 != sha256:
-            raise UserError(f"{name}: its tokenizer is not the one that {mapping_name} was written for")
+            raise UserError(
+                f"{name}: its tokenizer is not the one that {mapping_name} was written for; `vocab merge` or `prune` "
+                "with the model as --base makes a vocabulary that can follow the model's"
+            )
     if len(mapping.new_of_old) != old.vocab_size or max(mapping.new_of_old) >= new.vocab_size:
         raise UserError(f"{mapping_name}: does not fit vocabularies of {old.vocab_size} and {new.vocab_size} pieces")
