@@ -246,6 +246,8 @@ def _described(problem: BaseException) -> str:
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
     place = f" in line {trace.tb_lineno} of {Path(trace.tb_frame.f_code.co_filename).name}" if trace else ""
+    if isinstance(problem, SyntaxError):  # was raised by Python's own reader, and says where it stands itself
+        place = ""
     text = " ".join(str(problem).split())[:200]
     return f"it raised {type(problem).__name__}: {text}{place}"
 

@@ -173,7 +173,8 @@ def test_a_function_can_be_called_from_another_thread():
         ("a, b, c", "import no_such_module", "the file cannot be run (it raised ModuleNotFoundError: No module named"),
         ("a, b, c", "raise SystemExit(0)", "the file cannot be run (it raised SystemExit: 0 in line 2 of own.py)"),
         ("a, b, c", "time.sleep(9)", "the file cannot be run (it took more than 0.1 s)"),
-        ("a, b, c", "def (", "the file cannot be run (it raised SyntaxError: "),
+        ("a, b, c", "def (", "SyntaxError: invalid syntax (own.py, line 2))"),
+        ("a, b, c", "if True:\nx = 1", "line 2 (own.py, line 3))"),
     ],
 )
 def test_a_file_that_cannot_be_used_is_refused_at_once(own, arguments, before, reason):
