@@ -81,6 +81,8 @@ class Config(ShapeOptions, options.TuningConfig, diloco.DilocoOptions, TaskOptio
         group=SHAPE,
     )
 
+    rows_are_full = True
+
     def problems(self) -> list[str]:
         problems = super().problems()
         if self.decay_data and Schedule.of(self).decay_begins >= self.steps:

@@ -220,8 +220,8 @@ def generation(shape: ModelConfig, seq_len: int, size: int) -> dict[str, int]:
 def check_memory(training_config, shape: ModelConfig, device: torch.device, holders: int = 1) -> None:
     """Refuse a model that this machine's memory cannot hold, since the system would end the run without a message.
 
-    On a CPU, and without activations: the weights alone for a frozen base, else also gradients and one moment.
-    holders: how many ranks hold one copy of it together.
+    On a CPU: the weights alone for a frozen base, else also gradients and one moment. Then what a step keeps for its
+    backward pass, where it is known that all rows are full. holders: how many ranks hold one copy of it together.
     """
     if device.type != "cpu":
         return  # on a GPU torch raises an error
@@ -234,9 +234,12 @@ def check_memory(training_config, shape: ModelConfig, device: torch.device, hold
         needed += sum(optimizer_state(n_parameters(shape), moments=1).values())
         what = "weights, gradients and optimizer"
     is_whole = training_config.base_bits is not None  # a quantized base is not divided
-    needed *= int(os.environ.get("LOCAL_WORLD_SIZE", 1)) / (1 if is_whole else holders)
+    n_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    needed *= n_here / (1 if is_whole else holders)
     present = files.memory_bytes()
     if needed <= present:
+        if trains_all and training_config.rows_are_full:
+            _check_step(training_config, shape, n_here, present - needed)
         return
 
     remedy = "choose a smaller model"
@@ -246,3 +249,20 @@ def check_memory(training_config, shape: ModelConfig, device: torch.device, hold
         f"{n_parameters(shape):,} parameters need at least {needed / 1e9:.1f} GB ({what}), but this machine has "
         f"{present / 1e9:.1f}, swap included: {remedy}"
     )
+
+
+def _check_step(training_config, shape: ModelConfig, n_here: int, room: float) -> None:
+    """Refuse rows whose activations do not fit. n_here: ranks on this machine. room: bytes that are left for them."""
+    size = 2 if training_config.dtype in ("bfloat16", "float16") else FP32
+    kept = recomputed_activations if training_config.checkpoint_activations else activations
+    rows, seq_len = training_config.micro_batch_size or training_config.batch_size, training_config.seq_len
+    needed = sum(kept(shape, rows, seq_len, size).values())
+    needed *= n_here / (training_config.context_parallel * training_config.tensor_parallel)
+    if needed > room:
+        remedy = "lower --micro_batch_size" if rows > 1 else "lower --seq_len"
+        if not training_config.checkpoint_activations:
+            remedy += ", or set --checkpoint_activations true"
+        raise UserError(
+            f"a pass over {rows} × {seq_len:,} tokens needs at least {needed / 1e9:.1f} GB beside the model, but this "
+            f"machine has {max(0.0, room) / 1e9:.1f} for it, swap included: {remedy}"
+        )

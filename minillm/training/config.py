@@ -171,6 +171,8 @@ class TrainingConfig(Options):
             )
         return problems
 
+    rows_are_full = False  # whether each row has seq_len tokens, so that the memory of a step is known
+
     @property
     def n_models(self) -> tuple[int, int]:
         """How many models of one size the run trains, and how many more it holds only to read them."""

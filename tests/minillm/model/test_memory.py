@@ -11,6 +11,7 @@ from minillm.model.memory import activations, check_memory, generation, recomput
 from minillm.model.size import n_parameters
 from minillm.model.transformer import Transformer
 from train_pretrain import Config as Pretrain
+from train_sft import Config as Instructions
 
 
 @pytest.mark.parametrize("change", [{}, dict(positions="learned"), dict(qkv_bias=True, tie_embeddings=False)])
@@ -32,7 +33,7 @@ def test_a_model_beyond_the_machine_s_memory_is_refused(monkeypatch):
 
     def check(memory: float, **options) -> None:
         monkeypatch.setattr(files, "memory_bytes", lambda: memory)
-        check_memory(Pretrain(**options), shape, torch.device("cpu"))
+        check_memory(Instructions(**options), shape, torch.device("cpu"))  # whose rows may be short
 
     check(12 * n + rotary)
     check(in_4_bits, tune="lora", base_bits=4)
@@ -48,6 +49,26 @@ def test_a_model_beyond_the_machine_s_memory_is_refused(monkeypatch):
     with pytest.raises(UserError, match="need at least"):
         check(12 * n + rotary)
     check_memory(Pretrain(), shape, torch.device("cuda"))  # a GPU says so itself
+
+
+@pytest.mark.parametrize("recomputed", [False, True])
+def test_rows_beyond_the_machine_s_memory_are_refused(monkeypatch, recomputed):
+    """By one byte; those of instructions may be shorter than --seq_len, and are not."""
+    shape = ModelConfig(vocab_size=50, dim=8, n_layers=2, n_heads=2, max_seq_len=10**6)
+    options = dict(seq_len=10**5, micro_batch_size=2, checkpoint_activations=recomputed)
+    model = sum(weights(shape).values()) + 8 * n_parameters(shape)
+    kept = recomputed_activations if recomputed else activations
+    rows = sum(kept(shape, 2, 10**5, 4).values())
+    for more, allowed in ((0, True), (-1, False)):
+        monkeypatch.setattr(files, "memory_bytes", lambda more=more: model + rows + more)
+        check_memory(Instructions(**options), shape, torch.device("cpu"))
+        if allowed:
+            check_memory(Pretrain(**options), shape, torch.device("cpu"))
+            continue
+        remedy = "lower --micro_batch_size$" if recomputed else "or set --checkpoint_activations true"
+        with pytest.raises(UserError, match=rf"a pass over 2 × 100,000 tokens needs at least .*{remedy}"):
+            check_memory(Pretrain(**options), shape, torch.device("cpu"))
+    check_memory(Pretrain(**options, context_parallel=2), shape, torch.device("cpu"))
 
 
 @pytest.mark.parametrize(
