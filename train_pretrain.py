@@ -119,6 +119,7 @@ def main() -> int:
     context_before = starting_model.context_before(training_config, ranks)
     model_config = shape(training_config, first.vocab_size, init, context_before)
     training_config = sharding.choose_layout(training_config, model_config, ranks)
+    lr_is_usual = training_config.lr is None and training_config.tune == "full"
     training_config = starting_model.choose_optimizer(training_config, model_config.dim)
     tasks = tasks_to_ask(training_config, tokenizer, model_config, ranks)
 
@@ -138,6 +139,8 @@ def main() -> int:
         return run.say_finished()
 
     run.say("\n".join([summary(training_config), *too_little(training_config, model_config)]))
+    if init is not None and run.source is None and lr_is_usual:
+        run.say(f"--lr: {training_config.lr:.2g}, as for a new model; a lower one keeps more of what {init} has learnt")
     if decay_windows is not None:
         begins = Schedule.of(training_config).decay_begins
         run.say(f"{training_config.decay_data}: read from step {begins + 1:,} on, while the learning rate falls")

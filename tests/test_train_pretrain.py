@@ -317,10 +317,13 @@ def test_metrics_have_the_promised_columns_and_the_end_says_where_all_is(folder)
 
 
 def test_continuing_from_a_model_starts_at_its_loss_and_at_step_1(folder, straight):
-    train(folder, "onward", f"--steps 2 --init_from {folder}/constant --lr 1e-4")
+    said = "a lower one keeps more of what"
+    assert said not in train(folder, "onward", f"--steps 2 --init_from {folder}/constant --lr 1e-4")
     losses = launch.losses(folder / "onward")
     assert list(losses) == [1, 2]
     assert losses[1] < straight[1] - 0.5 and losses[1] == pytest.approx(straight[20], abs=0.5)
+    without_lr = options(folder, "as_new", f"--steps 1 --init_from {folder}/constant").replace("--lr 2e-3", "")
+    assert said in launch.finish("pretrain", without_lr, folder / "log" / "as_new")
 
 
 def test_a_continued_run_needs_the_model_it_began_from_no_more(folder, straight):
