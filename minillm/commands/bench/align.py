@@ -6,6 +6,9 @@
 Both sides have the same weights, prompts and number of answers. trl's side is its own GRPOTrainer with transformers'
 `generate`, and its own DPOTrainer's loss; the reference's log-probabilities are known on both. First both must compute
 the same, then they are timed in turns, in seconds of the processor's time.
+
+Our answers come with their log-probabilities. trl finds these by a pass of its own where answers serve more than one
+step (`num_iterations`, `steps_per_generation`), so its side is timed without that pass and with it ("log p").
 """
 
 import tempfile
@@ -143,17 +146,20 @@ def compare_rollouts(config: Config, task: Task, trainer) -> Rollouts:
     model, prompts = task.model, task.prompts
     drawing = RolloutConfig(config.group_size, config.max_new_tokens, 1.0, tuple(task.ends), task.pad, seed=0)
     texts = [_text(prompt) for prompt in prompts for _ in range(config.group_size)]
-    n_tokens = {"minillm": [], "trl": []}
+    n_tokens = {"minillm": [], "trl": [], "trl, log p": []}
 
     def ours() -> Rollouts:
         rollouts = roll_out(model, prompts, range(len(prompts)), len(n_tokens["minillm"]), drawing)
         n_tokens["minillm"].append(int(rollouts.batch.mask.sum()))
         return rollouts
 
-    def theirs() -> tuple[list[list[int]], list[list[int]]]:
+    def theirs(name: str = "trl") -> tuple[list[list[int]], list[list[int]]]:
         prompt_ids, answers, *_ = trainer._generate(texts)
-        n_tokens["trl"].append(sum(map(len, answers)))
+        n_tokens[name].append(sum(map(len, answers)))
         return prompt_ids, answers
+
+    def theirs_with_log_probs() -> None:
+        _their_log_probs(trainer, task.pad, *theirs("trl, log p"))
 
     # do both read the same prompts, and give the same probabilities to the same answers?
     rollouts = ours()
@@ -164,7 +170,8 @@ def compare_rollouts(config: Config, task: Task, trainer) -> Rollouts:
 
     for counts in n_tokens.values():
         counts.clear()
-    seconds = medians({"minillm": ours, "trl": theirs}, clock=time.process_time)
+    sides = {"minillm": ours, "trl": theirs, "trl, log p": theirs_with_log_probs}
+    seconds = medians(sides, clock=time.process_time)
     mean_length = sum(map(len, prompts)) / len(prompts)
     print(f"{config.prompts} × {config.group_size} answers to prompts of {mean_length:.0f} tokens")
     speed = {}
@@ -172,10 +179,25 @@ def compare_rollouts(config: Config, task: Task, trainer) -> Rollouts:
         mean = sum(counts) / len(counts)
         speed[name] = mean / seconds[name]
         length = mean / len(texts)
-        ratio = speed[name] / speed["minillm"] if name == "minillm" else speed["minillm"] / speed[name]
-        note = "with log-probabilities" if name == "minillm" else f"minillm is {ratio:.2f} x as fast"
+        note = "with log-probabilities"
+        if name != "minillm":
+            note = f"minillm is {speed['minillm'] / speed[name]:.2f} x as fast"
         print(f"  {name:<10}{speed[name]:10,.0f} tok/CPU s   {length:5.1f} tokens an answer   {note}", flush=True)
     return rollouts
+
+
+def _their_log_probs(trainer, pad: int, prompts: list[list[int]], answers: list[list[int]]) -> None:
+    """The pass by which trl's trainer finds the log-probabilities of answers that serve more than one step."""
+    n_before = max(map(len, prompts))
+    n_after = max(map(len, answers))
+    tokens = torch.full((len(prompts), n_before + n_after), pad)  # prompts end where all answers begin
+    seen = torch.zeros_like(tokens)
+    for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
+        place = slice(n_before - len(prompt), n_before + len(answer))
+        tokens[row, place] = torch.tensor(prompt + answer)
+        seen[row, place] = 1
+    with torch.no_grad():
+        trainer._get_per_token_logps_and_entropies(trainer.model, tokens, seen, n_after)
 
 
 def _check_log_probs(trainer, rollouts: Rollouts) -> None:

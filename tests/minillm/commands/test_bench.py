@@ -267,7 +267,7 @@ def test_alignment_beside_trl(capsys, monkeypatch):
     monkeypatch.setattr(align, "ENDING", 10)
     align.run(align.Config(prompts=2, group_size=2, prompt_len=5, max_new_tokens=6))
     printed = capsys.readouterr().out
-    assert printed.count("tok/CPU s") == 4 and printed.count("x as fast") == 2
+    assert printed.count("tok/CPU s") == 5 and printed.count("x as fast") == 3
 
 
 @pytest.fixture
@@ -294,7 +294,7 @@ def test_alignment_of_an_own_model_beside_trl(own, capsys):
     pytest.importorskip("trl")
     align.run(align.Config(prompts=2, **own))
     printed = capsys.readouterr().out
-    assert "out/sft/step-" in printed and printed.count("tok/CPU s") == 4
+    assert "out/sft/step-" in printed and printed.count("tok/CPU s") == 5
 
 
 @pytest.mark.parametrize(
