@@ -148,6 +148,8 @@ def open_model(model_bytes: bytes, files: dict[str, bytes], source: str) -> Sent
     if space.before != model.dummy_prefix:
         model = SentencePieceModel(with_dummy_prefix(data, space.before), source)
     model.space = space
+    if around_text.is_llama(files, config):  # for which transformers makes them added tokens, listed or not
+        model.whole |= {piece: i for piece, i in model.user_defined.items() if SPACE_MARK not in piece}
     for token in named(files, source).values():
         if (piece := spelt(token)) in model.user_defined:
             text = token.text.replace(SPACE_MARK, " ") if token.normalized else token.text

@@ -114,6 +114,28 @@ def test_a_sentencepiece_folder_gives_the_ids_of_transformers(kind, maker, model
     agree(tmp_path / "theirs")
 
 
+UNLISTED = ("nothing said", "a class and no more", "no bos", "no space in front", "the fast class")
+
+
+@pytest.mark.parametrize("legacy", [None, False, True])
+@pytest.mark.parametrize("prefix", [True, False])
+@pytest.mark.parametrize("kind", UNLISTED)
+def test_user_defined_pieces_that_no_settings_list_are_cut_out_as_by_transformers(kind, prefix, legacy, tmp_path):
+    """What stands beside such a piece is encoded as beside an added token: spaces in front of a part, or none."""
+    plain = dict(byte_fallback=True, normalization_rule_name="identity", remove_extra_whitespaces=False)
+    made = train_foreign(
+        "bpe", vocab_size=420, add_dummy_prefix=prefix, user_defined_symbols=["<x>", "<y>", "the <x>"], **plain
+    )
+    (tmp_path / "tokenizer.model").write_bytes(made.data)
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    config = SETTINGS[kind]
+    if config is not None:
+        config = config if legacy is None else config | {"legacy": legacy}
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    agree(tmp_path).save(tmp_path / "ours")
+    agree(tmp_path / "ours")
+
+
 @pytest.mark.parametrize("model_type", ["bpe", "unigram"])
 @pytest.mark.parametrize("pieces", [(), ("<x>", "<y>")])
 def test_a_vocabulary_of_ours_gives_transformers_the_same_ids(model_type, pieces, tmp_path):
