@@ -135,6 +135,8 @@ def main() -> int:
     run.say(f"{summary(training_config)}\n{rows.summary()}")
     if held_out_rows:
         run.say(f"held out: {held_out_rows.summary()}")
+    else:
+        run.say("held out: nothing, so only the pairs that it learns from are compared; see --eval_data")
 
     # the model: resumed, or started from another
     finish_kernel_check()

@@ -136,6 +136,8 @@ def main() -> int:
     run.say(f"{summary(training_config)}\n{rows.summary()}")
     if held_out_rows:
         run.say(f"held out, {len(questions):,} of them asked: {held_out_rows.summary()}")
+    else:
+        run.say("held out: nothing, so only the loss on what it learns from is known; see --eval_data")
 
     # the model: resumed, or started from another
     finish_kernel_check()

@@ -164,7 +164,8 @@ def test_loss_falls_and_answers_are_counted_before_and_after(folder):
 def test_several_files_and_what_makes_a_finished_run_longer(folder):
     both = ["--data", f" {folder}/train.jsonl , {folder}/held_out.jsonl"]
     given = [*options(folder, "two-files", "--epochs 0.05").split(), *both]
-    assert "412 rows, 412 examples" in launch.finish("sft", given, folder / "log" / "two-files")
+    printed = launch.finish("sft", given, folder / "log" / "two-files")
+    assert "412 rows, 412 examples" in printed and "held out: nothing" in printed
     assert "raise --epochs\n" in launch.finish("sft", given, folder / "log" / "two-files")
 
 
@@ -174,7 +175,8 @@ def test_held_out_questions_may_lie_in_several_files_or_in_one_with_a_comma_in_i
     for number, (held_out, words) in enumerate([(two, "to 13 held-out"), (one, "to 5 held-out")]):
         asked = ["--eval_data", held_out, "--eval_rows", "13", "--steps", "1"]
         given = [*options(folder, f"several-{number}").split(), *asked]
-        assert f"exact answers {words} questions" in launch.finish("sft", given, folder / "log" / f"several-{number}")
+        printed = launch.finish("sft", given, folder / "log" / f"several-{number}")
+        assert f"exact answers {words} questions" in printed and "held out: nothing" not in printed
 
 
 def test_the_bundled_instructions_are_written_where_they_are_asked_for(folder, monkeypatch):
