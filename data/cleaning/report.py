@@ -84,6 +84,11 @@ def table(result: dict) -> str:
             lines.append(f"  {name:<20}{counts['documents']:>12,} {limit:<24} {hits}".rstrip())
     if n_broken := result["by_reason"].get("broken_file", {}).get("documents"):
         lines.append(f"broken files: {n_broken:,}, read up to where they break; dropped/broken_file.jsonl names them")
+    n_without = result["by_reason"].get("no_text", {}).get("documents", 0)
+    if n_without > n_read / 10:
+        lines.append(
+            f"no text in {n_without:,}: dropped/no_text.jsonl says why, as where rows have other keys than --field"
+        )
     for title, key in (("flagged, and kept", "flagged"), ("mended", "mended_by")):
         named = ", ".join(f"{name} {n:,}" for name, n in sorted(result[key].items(), key=lambda item: -item[1]) if n)
         lines += [f"{title}: {named}"] if named else []

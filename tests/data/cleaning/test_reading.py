@@ -185,6 +185,16 @@ def test_a_broken_file_is_read_up_to_where_it_breaks(tmp_path):
     assert f"broken files: {len(about)}, read up to" in report.table(result)
 
 
+@pytest.mark.parametrize(("n_other", "is_told"), [(1, False), (3, True)])
+def test_rows_of_another_key_are_told_of_where_they_are_many(tmp_path, n_other, is_told):
+    """A folder of several sources may have the text under several keys, of which --field names one."""
+    rows = [{"text": f"Row {n} has a text."} for n in range(17)] + [{"content": "Other."}] * n_other
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    result = clean.clean(clean.Config(input=(str(tmp_path / "a.jsonl"),), out=str(tmp_path / "out"), workers=1))
+    assert (f"no text in {n_other}: dropped/no_text.jsonl" in report.table(result)) == is_told
+    assert "key 'text' is missing; there are content" in (tmp_path / "out" / "dropped" / "no_text.jsonl").read_text()
+
+
 def test_what_the_system_cannot_read_stops(tmp_path):
     file = tmp_path / "a.txt"
     file.mkdir()
