@@ -9,6 +9,7 @@ import torch
 from minillm.base import waiting
 from minillm.base.device import DTYPES, keep_to_quota, pick_device
 from minillm.base.errors import UserError
+from minillm.base.huge_pages import use_huge_pages
 from minillm.checkpoint import huggingface, run_folder
 from minillm.model.quant import quantize_for_generation
 from minillm.model.transformer import Transformer
@@ -87,5 +88,7 @@ def load(
     huggingface.check_vocabulary(model.config, tokenizer, folder)
     if bits:
         quantize_for_generation(model, bits)
+    elif torch_device.type == "cpu":
+        use_huge_pages()
     model.eval()
     return Loaded(model, tokenizer, folder)

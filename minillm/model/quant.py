@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minillm.base.errors import UserError
+from minillm.base.huge_pages import use_huge_pages
 from minillm.model import ops, packed
 from minillm.model.packed import PackedLinear
 from minillm.model.transformer import Transformer
@@ -294,6 +295,7 @@ def quantize_for_generation(model: Transformer, bits: int) -> None:
         is_quicker = bits != 4 or not packed.can_pack(8)  # 4 bits are no quicker for a head than 8
         packed.pack_layers(model, ("lm_head",), bits if is_quicker else 8)
     model.requires_grad_(False)
+    use_huge_pages()
 
 
 def _check_float16(model: Transformer) -> None:

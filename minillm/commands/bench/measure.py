@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 import torch
 
 from minillm.base.errors import UserError
+from minillm.base.huge_pages import use_huge_pages
 from minillm.checkpoint import architectures, huggingface
 from minillm.model import config
 from minillm.model.transformer import Transformer
@@ -85,6 +86,8 @@ def print_ratios(speeds: dict[str, float], beside: str) -> None:
 def random_model(preset: str, device: torch.device = CPU) -> Transformer:
     """A model with weights from N(0, 0.1²): wide enough that a wrong computation shows in the chosen tokens."""
     model = drawn(config.preset(preset, vocab_size=vocab_size_of(preset)), device, 0.1)
+    if device.type == "cpu":
+        use_huge_pages()  # as where a model is loaded
     return model.eval()
 
 
