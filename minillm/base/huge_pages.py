@@ -21,10 +21,11 @@ ANONYMOUS = re.compile(r"([0-9a-f]+)-([0-9a-f]+) rw-p 00000000 00:00 0 *(?:\[hea
 def use_huge_pages() -> None:
     """Ask for large pages for all memory that the process has by now, such as weights that were just loaded."""
     with contextlib.suppress(OSError, AttributeError):  # no /proc, or no madvise: another system
+        lines = Path("/proc/self/maps").read_text().splitlines()  # first, since Windows knows no CDLL(None) either
         madvise = ctypes.CDLL(None).madvise
         madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
         room = MOST
-        for line in Path("/proc/self/maps").read_text().splitlines():
+        for line in lines:
             if found := ANONYMOUS.fullmatch(line):
                 begin = -(-int(found[1], 16) // PAGE) * PAGE
                 n_bytes = int(found[2], 16) // PAGE * PAGE - begin

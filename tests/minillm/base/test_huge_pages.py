@@ -60,10 +60,16 @@ def test_only_private_memory_without_a_file_is_meant(line, is_meant):
     assert bool(ANONYMOUS.fullmatch(line)) == is_meant
 
 
-@pytest.mark.parametrize("lacking", ["maps", "madvise"])
-def test_other_systems_go_on_without(lacking, monkeypatch):
-    if lacking == "maps":
+def no_library(name: None):
+    raise TypeError("LoadLibrary() argument 1 must be str, not None")
+
+
+@pytest.mark.parametrize(
+    ("has_maps", "library"), [(False, no_library), (False, ctypes.CDLL), (True, lambda _: object())]
+)
+def test_other_systems_go_on_without(has_maps, library, monkeypatch):
+    """Windows, macOS, and a system without madvise."""
+    if not has_maps:
         monkeypatch.setattr(huge_pages, "Path", lambda name: Path("/nowhere") / name.lstrip("/"))
-    else:
-        monkeypatch.setattr(ctypes, "CDLL", lambda name: object())
+    monkeypatch.setattr(ctypes, "CDLL", library)
     use_huge_pages()
