@@ -269,5 +269,5 @@ def table(results: dict) -> str:
                 lines.append(f"  {name:<{width}}  {counts}  {shown:<28} {value:.5g}{shown_error}")
     if any(results["n-cut"].values()):
         longest = results["config"]["max_length"]
-        lines.append(f"  cut: longer than {longest:,} tokens, so they lost their beginning, where the examples are")
+        lines.append(f"  cut: longer than {longest:,} tokens (--seq_len), so they lost their beginning, examples first")
     return "\n".join(lines)

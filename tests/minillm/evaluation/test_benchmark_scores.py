@@ -97,7 +97,7 @@ def test_the_results_have_the_form_of_the_harness():
     assert results["n-samples"]["ceval-valid_law"] == {"original": 9, "effective": 2}
     lines = table(results).splitlines()
     assert len(lines) == 4 and lines[1].split() == ["ceval-valid_law", "5", "2", "1", "acc", "0.5", "±", "0.5"]
-    assert lines[3] == "  cut: longer than 64 tokens, so they lost their beginning, where the examples are"
+    assert lines[3] == "  cut: longer than 64 tokens (--seq_len), so they lost their beginning, examples first"
 
 
 @pytest.mark.parametrize("name", ["arc_easy", "gsm8k"])
