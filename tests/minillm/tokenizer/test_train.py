@@ -4,6 +4,7 @@ import random
 import re
 
 import pytest
+from transformers import AutoTokenizer
 
 from minillm.base.errors import UserError
 from minillm.tokenizer.tokenizer import Tokenizer
@@ -104,13 +105,12 @@ def test_pieces_of_all_sorts(tmp_path):
 )
 def test_pieces_with_spaces_are_cut_out_by_us_and_by_transformers(tmp_path, pieces, model_type):
     """As trained, as loaded, and as transformers reads the folder; the longest at a place counts."""
-    transformers = pytest.importorskip("transformers")
     kind = Kind(model_type=model_type, user_defined=pieces)
     draw = random.Random(0)
     more = ["".join(draw.choices("abcdefghijklm nopqrstuvwxyz", k=200)) for _ in range(200)]
     made = train_tokenizer([*TEXTS, *more], 400, tmp_path, kind=kind)
     loaded = Tokenizer.load(tmp_path)
-    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
     for text in (
         *pieces,
         "a  b",
