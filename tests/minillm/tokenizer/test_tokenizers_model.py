@@ -3,11 +3,12 @@
 import json
 import random
 import sys
+import unicodedata
 
 import numpy as np
 import pytest
 import tokenizers
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
@@ -122,10 +123,16 @@ def test_ids_of_plain_text_are_those_of_transformers(kind):
 
 
 @given(text=st.text(st.characters(exclude_categories=["Cs"]), max_size=40))
+@example("<|im_end|>")
+@example("a <s> b</s> c<|im_end|> <unk>")
 @settings(max_examples=100, deadline=None, derandomize=True)
 def test_ids_of_any_text_are_those_of_transformers(kind, text):
+    """But for control pieces written out, which are text here: texts come from constants in the sources as well."""
     _, ours, theirs, _ = kind
-    assert ours.encode(text) == theirs(text, add_special_tokens=False)["input_ids"]
+    ids = ours.encode(text)
+    assert not {i for piece, i in ours.control.items() if piece != "<unk>"} & set(ids)
+    if not any(piece in unicodedata.normalize("NFKC", text) for piece in SPECIAL):
+        assert ids == theirs(text, add_special_tokens=False)["input_ids"]
 
 
 def test_decoding_gives_what_transformers_gives(kind):
