@@ -40,7 +40,7 @@ BUDGET = {
     "checkpoint": 20_100,  # reward models' folders; files that all ranks write together; keys of GGUF, users of a step
     "data": 64_000,  # rows of benchmarks, cleaning of texts and instructions, near duplicates, mixing, a report
     "tuning": 11_850,  # an alpha for rslora; what PEFT's files leave out
-    "generation": 10_300,  # many requests in one running batch
+    "generation": 11_650,  # many requests in one running batch; a compiled step
     "evaluation": 14_300,  # benchmarks, also in training, shared by ranks, read by families
     "training": 21_200,  # sharding, saving in the background, a step ahead, z-loss, logs, a profile, Muon by owners
     "alignment": 23_100,  # models dealt out over ranks

@@ -9,11 +9,13 @@ from dataclasses import dataclass, replace
 
 from minillm.base.options import option, part
 from minillm.commands.model_options import (
+    CompileOptions,
     ModelOptions,
     OutputOptions,
     TemplateOptions,
     learned_texts_only,
     load_model,
+    prepare_steps,
     print_stream,
     template_of,
     trained_with,
@@ -29,7 +31,7 @@ REASONS = {"length": "--max_new_tokens reached", "context": "the context is full
 
 
 @dataclass(frozen=True)
-class Config(ModelOptions, TemplateOptions, Sampling, OutputOptions):
+class Config(ModelOptions, CompileOptions, TemplateOptions, Sampling, OutputOptions):
     system: str | None = option(
         None,
         "what the model is told before the first question",
@@ -47,6 +49,7 @@ class Config(ModelOptions, TemplateOptions, Sampling, OutputOptions):
 
 def run(config: Config) -> None:
     loaded = load_model(config)
+    prepare_steps(config, loaded.model)
     print(f"{loaded.folder} ({n_parameters(loaded.model.config):,} parameters); an empty line ends, /new starts over")
     trained = trained_with(loaded.folder)
     if learned_texts_only(trained):

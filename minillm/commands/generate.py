@@ -11,10 +11,12 @@ from minillm.base.options import option, part
 from minillm.base.printing import print_text, tell
 from minillm.commands.best_of import Asking, best_of, load_judge, prompt_of
 from minillm.commands.model_options import (
+    CompileOptions,
     ModelOptions,
     OutputOptions,
     TemplateOptions,
     load_model,
+    prepare_steps,
     print_stream,
     template_of,
 )
@@ -25,7 +27,7 @@ from minillm.tuning.virtual_tokens import context_of
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(ModelOptions, TemplateOptions, Sampling, OutputOptions):
+class Config(ModelOptions, CompileOptions, TemplateOptions, Sampling, OutputOptions):
     prompt: str = option(
         help="the text to continue; -: standard input less a last newline", may_be_blank=True, group="text"
     )
@@ -52,6 +54,8 @@ class Config(ModelOptions, TemplateOptions, Sampling, OutputOptions):
             problems.append("--best_of and --reward: each needs the other; give both, or neither")
         elif self.best_of is None and self.template != "auto":
             problems.append(f"--template {self.template}: is for --best_of; without it the text is continued as it is")
+        elif self.best_of is not None and self.compile:
+            problems.append("--compile: is for one answer, and --best_of computes several at once; leave one out")
         elif self.best_of is not None and self.temperature == 0:
             problems.append("--temperature 0: all answers would be the same; give --best_of a temperature above 0")
         return problems
@@ -67,6 +71,7 @@ def run(config: Config) -> None:
         _print_best(config, loaded, prompt)
         return
     model, tokenizer, _ = loaded
+    prepare_steps(config, model)
     stream = completion.stream(
         model,
         tokenizer,

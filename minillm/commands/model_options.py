@@ -14,7 +14,9 @@ from minillm.base.printing import print_text, tell
 from minillm.checkpoint import train_state
 from minillm.distributed.ranks import Ranks
 from minillm.generation import load
+from minillm.generation.compiled_step import CompiledStep
 from minillm.model.quant import GENERATION_BITS
+from minillm.model.transformer import Transformer
 from minillm.tokenizer.chat_template import TEMPLATES
 from minillm.training import kernel_check
 
@@ -25,6 +27,15 @@ class BitsOptions(Options):
 
     bits: int | None = option(
         None, "put the weights of linear layers into so many bits; none: not", GENERATION_BITS, group="model"
+    )
+
+
+@dataclass(frozen=True)
+class CompileOptions(Options):
+    """How one answer's tokens are computed."""
+
+    compile: bool = option(
+        False, "compile a step of one answer for a CPU; half a minute at first, seconds later", group="model"
     )
 
 
@@ -71,6 +82,13 @@ def load_model(config: ModelOptions) -> load.Loaded:
 def load_folder(folder: Path, base: str | None, device: str, dtype: str | None, bits: int | None = None) -> load.Loaded:
     """The model of a folder, once the kernels have been checked on its device."""
     return load.load(folder, base=base, device=device, dtype=dtype, bits=bits, check_kernels=_check_kernels)
+
+
+def prepare_steps(config: CompileOptions, model: Transformer) -> None:
+    """Compile the model's step of one row, if --compile asks for it."""
+    if config.compile:
+        tell("compiling a step ...")
+        model.compiled_step = CompiledStep(model)
 
 
 def load_reward_model(config: ModelOptions, folder: Path) -> load.Loaded:

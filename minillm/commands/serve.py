@@ -11,9 +11,11 @@ from minillm.base.options import option, part
 from minillm.base.printing import tell
 from minillm.commands.model_options import (
     BitsOptions,
+    CompileOptions,
     TemplateOptions,
     learned_texts_only,
     load_folder,
+    prepare_steps,
     template_of,
     trained_with,
 )
@@ -30,7 +32,7 @@ KEY_VARIABLE = "MINILLM_API_KEY"
 
 
 @dataclass(frozen=True)
-class Config(BitsOptions, TemplateOptions, EngineOptions):
+class Config(BitsOptions, CompileOptions, TemplateOptions, EngineOptions):
     model: tuple[str, ...] = option(
         (), "run or model folders, or NAME=FOLDER; none: the newest of out/sft, else of out/pretrain", group="model"
     )
@@ -135,6 +137,7 @@ def _load(config: Config, name: str, folder: Path, others: list[Transformer]) ->
     template = template_of(config, folder)
     no_chat = why_no_chat(tokenizer, template)
     n_shared = share_weights(model, others)
+    prepare_steps(config, model)
     engine = Engine(model, part(config, EngineOptions), log=tell)
     shared = f", {n_shared / 2**20:,.1f} MiB of them shared with models before it" if others else ""
     print(

@@ -113,5 +113,7 @@ class RecordedStep:
 
 def next_logits(model: Transformer, cache: KVCache, tokens: Tensor) -> Tensor:
     """Logits (B, V) after one more token a row, (B,) int64, without a recording. The cache grows by one."""
+    if model.compiled_step is not None and len(tokens) == 1:  # compiled_step.py
+        return model.compiled_step(cache, tokens)
     hidden = model.hidden(tokens[:, None], cache=cache)  # (B, 1, C)
     return model.logits(hidden)[:, 0]

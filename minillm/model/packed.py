@@ -62,13 +62,15 @@ class Int8Matrix:
 
     def __call__(self, x: Tensor) -> Tensor:
         """x (…, K) fp32 → (…, N) fp32."""
-        steps = activation_steps()
-        if x.numel() == x.shape[-1]:  # one row, whose scale can be a number: three calls, not five
-            largest = x.abs().max().item() or 1.0
-            return _product(x, largest, steps, self.packed)
+        if x.numel() == x.shape[-1] and not torch.compiler.is_compiling():
+            largest = x.abs().max().item() or 1.0  # of one row a number: three calls, not five
+            return _product(x, largest, activation_steps(), self.packed)
         largest = x.abs().amax(-1, keepdim=True)  # (…, 1)
-        y = _product(x / largest, 1, steps, self.packed)  # of a row of zeros: of 0/0, finite and then times 0
-        return y.mul_(largest)
+        return self.of_unit_rows(x / largest).mul_(largest)  # of a row of zeros: of 0/0, finite and then times 0
+
+    def of_unit_rows(self, x: Tensor) -> Tensor:
+        """x (…, K) fp32 within ±1 → (…, N) fp32."""
+        return _product(x, 1, activation_steps(), self.packed)
 
 
 def _packed(codes: Tensor, scale: Tensor):

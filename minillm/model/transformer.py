@@ -9,7 +9,7 @@ Modules have the names of Hugging Face's Llama, so that a state dict can be save
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -167,6 +167,7 @@ class Transformer(nn.Module):
             self.lm_head = nn.Linear(config.dim, config.vocab_size, bias=False)
         self.cache_config = config  # of the layers whose keys and values a cache holds
         self.checkpoint_activations = False  # True: recompute each layer in the backward pass, to save memory
+        self.compiled_step: Callable[[KVCache, Tensor], Tensor] | None = None  # for one row of generation
         self.tie()
         self.build_rotation()
 

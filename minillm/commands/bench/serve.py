@@ -28,9 +28,10 @@ import torch
 
 from minillm.base.device import pick_device, pick_dtype
 from minillm.base.errors import UserError
-from minillm.base.options import Options, option
+from minillm.base.options import option
 from minillm.checkpoint import gguf, huggingface
 from minillm.commands.bench.measure import machine, random_model, transformers_twin
+from minillm.commands.model_options import CompileOptions, prepare_steps
 from minillm.generation.batching import Engine, EngineOptions
 from minillm.generation.completion import generate
 from minillm.generation.requests import End, Request, Token
@@ -46,7 +47,7 @@ PERCENTILES = (50, 95, 99)
 
 
 @dataclass(frozen=True)
-class Config(Options):
+class Config(CompileOptions):
     preset: str = option("tiny", "the model's shape", tuple(PRESETS))
     device: str = option("auto", "auto, cpu, cuda or cuda:N")
     requests: int = option(48, "requests of one measurement", at_least=1)
@@ -273,10 +274,12 @@ def run(config: Config) -> None:
         rare = dict([transformers_side(model)]) if config.transformers else {}
         if config.bits:
             quantize_for_generation(model, config.bits)
+        prepare_steps(config, model)
 
         # the head of the table
-        bits = f", ours in {config.bits} bits" if config.bits else ""
-        print(f"{config.preset}: {n_parameters(model.config):,} parameters, {dtype}{bits}, {machine(device)}")
+        ours_is = f", ours in {config.bits} bits" if config.bits else ""
+        ours_is += ", one row compiled" if config.compile else ""
+        print(f"{config.preset}: {n_parameters(model.config):,} parameters, {dtype}{ours_is}, {machine(device)}")
         lengths = f"{SHORTEST} to {config.longest_prompt} tokens and answers of {SHORTEST} to {config.longest_answer}"
         print(f"{config.requests} requests, prompts of {lengths}, {torch.get_num_threads()} thread(s),", end=" ")
         print(f"medians of {config.repeats}; ms that {', '.join(f'{p} %' for p in PERCENTILES)} stay below")

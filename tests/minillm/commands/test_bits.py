@@ -1,10 +1,11 @@
-"""`--bits` of the commands that use a trained model."""
+"""`--bits` and `--compile` of the commands that use a trained model."""
 
 import json
 
 import pytest
 
 from minillm.checkpoint import huggingface
+from minillm.generation import compiled_step
 from minillm.generation.completion import generate
 from minillm.model import packed
 from minillm.model.quant import quantize_for_generation
@@ -21,6 +22,16 @@ def test_generate_computes_with_rounded_weights(home, call):
     asked = ["generate", "--prompt", "Tom has", "--max_new_tokens", "12", "--temperature", "0", "--bits", "8"]
     (expected,) = generate(model, [[1, *home.tokenizer.encode("Tom has")]], 12, stop_ids=[2])
     assert call(*asked)[1] == home.tokenizer.decode(expected.tokens) + "\n"
+
+
+def test_a_compiled_step_gives_the_same_text(home, call, monkeypatch):
+    monkeypatch.setattr(compiled_step, "BACKEND", "aot_eager")
+    asked = ["generate", "--prompt", "Tom has", "--max_new_tokens", "12", "--temperature", "0"]
+    _, plain, _ = call(*asked)
+    status, text, remarks = call(*asked, "--compile")
+    assert status == 0 and text == plain and "compiling a step" in remarks
+    status, _, error = call(*asked[:3], "--best_of", "2", "--reward", "length", "--compile")
+    assert status == 2 and "--compile: is for one answer" in error
 
 
 def test_eval_prints_their_price(home, call):
