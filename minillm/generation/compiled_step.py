@@ -38,8 +38,9 @@ class CompiledStep:
         """Compiles, which takes seconds. Raises `UserError` where there is no compiler, or the model is on a GPU."""
         weight = model.norm.weight
         if weight.device.type != "cpu" or weight.dtype != torch.float32:
-            raise UserError(f"--compile: is for float32 on a CPU, and the model is {weight.dtype} on {weight.device}")
-        if not (os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")):
+            kind = f"{weight.dtype} on {weight.device}"
+            raise UserError(f"--compile: is for float32 on a CPU, and the model is {kind}; leave --compile out")
+        if not (os.environ.get("CXX") or any(shutil.which(name) for name in ("g++", "clang++", "cl"))):
             raise UserError("--compile: torch needs a C++ compiler, and there is none (apt install g++)")
         self.context = model.config.max_seq_len
         self.positions = torch.arange(self.context)  # (T_max,)
