@@ -30,7 +30,11 @@ except ImportError as problem:  # PyPI has another package of that name
     ) from None
 
 IMPLEMENTATIONS = ("auto", "triton", "torch", "reference")
-OLDEST_GPU = (8, 0)  # compute capability: what the kernels are compiled for and tested against
+
+# the limits of our kernels, beyond which torch computes
+OLDEST_GPU = (8, 0)  # compute capability: what they are compiled for and tested against
+LARGEST_HEAD = 256  # of attention
+MOST_QUERIES = 16  # of attention over a cache
 
 _selected = "auto"
 _triton: SimpleNamespace | None = None  # the kernels' modules, once they are imported
@@ -87,13 +91,16 @@ def _import_kernels() -> None:
     )
 
 
-def _gpu_is_supported() -> bool:
-    nvidia = torch.version.cuda is not None and torch.cuda.is_available()
-    return nvidia and torch.cuda.get_device_capability() >= OLDEST_GPU
+def _has_nvidia_gpu() -> bool:
+    return torch.version.cuda is not None and torch.cuda.is_available()
 
 
 def _lacking() -> str:
     """What this machine lacks for the kernels, whose launchers Triton compiles in C; "" if nothing."""
+    capability = torch.cuda.get_device_capability() if torch.cuda.is_available() else OLDEST_GPU
+    if capability < OLDEST_GPU:
+        needed, present = (f"{major}.{minor}" for major, minor in (OLDEST_GPU, capability))
+        return f"the kernels need a GPU of compute capability {needed} or more, and this one has {present}"
     has_compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
     if not has_compiler:
         return "the kernels need a C compiler, and there is none (apt install gcc)"
@@ -101,8 +108,7 @@ def _lacking() -> str:
         return "the kernels need Python's headers, and Python.h is not there (apt install python3-dev)"
     # on datacenter Blackwell older versions leave out a fence (triton#9610) and a barrier (triton#9615), so that some
     # results are wrong
-    affected = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] in (10, 11)
-    if affected and importlib.util.find_spec("triton"):
+    if capability[0] in (10, 11) and importlib.util.find_spec("triton"):
         from kernels.shared import proxy_fence
 
         if proxy_fence.LEFT_OUT_BY_TRITON:
@@ -111,7 +117,7 @@ def _lacking() -> str:
 
 
 # At import, not inside an op: torch.compile cannot trace an import.
-if _gpu_is_supported() and importlib.util.find_spec("triton") is not None and not _lacking():
+if _has_nvidia_gpu() and importlib.util.find_spec("triton") is not None and not _lacking():
     _import_kernels()
 
 
@@ -216,7 +222,7 @@ def attention(
     """softmax(q kᵀ / √D) v over the keys that each query sees: the output of `kernels.reference.attention`."""
     if spans is None and _is_cpu_step(q) and (window or k.shape[1]) >= k.shape[1]:
         return _torch_attention(q, k, v)  # the newest token sees every key
-    if fused(q):
+    if fused(q) and q.shape[3] <= LARGEST_HEAD:
         dtype = product_dtype(q)
         return _triton.attention.attention(
             q.to(dtype), k.to(dtype), v.to(dtype), causal=causal, window=window, spans=spans
@@ -244,11 +250,6 @@ def masked_attention(q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Tensor:
     if _selected == "reference":
         return reference.attention(q, k, v, seen=seen)[0]
     return _torch_attention(q, k, v, seen[:, None])
-
-
-# the limits of our decode kernel
-MOST_QUERIES = 16
-LARGEST_HEAD = 256
 
 
 def cached_attention(q: Tensor, k: Tensor, v: Tensor, ends: Tensor, *, window: int | None = None) -> Tensor:

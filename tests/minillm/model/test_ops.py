@@ -231,8 +231,28 @@ def test_where_triton_cannot_build_torch_is_taken_and_the_remedy_said(lacking, m
     ops._import_kernels()
     monkeypatch.setattr(ops._triton.launch, "INTERPRETED", False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     with pytest.raises(UserError, match=f"implementation triton: .*apt install {lacking}.*--impl torch"):
         ops.select("triton")
+
+
+def test_a_gpu_too_old_for_the_kernels_is_named(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    monkeypatch.setattr(ops, "_triton", None)
+    why = "compute capability 8.0 or more, and this one has 7.5"
+    assert why in ops.describe(torch.device("cuda"))
+    ops._import_kernels()
+    monkeypatch.setattr(ops._triton.launch, "INTERPRETED", False)
+    with pytest.raises(UserError, match=f"implementation triton: .*{why}.*--impl torch"):
+        ops.select("triton")
+
+
+def test_heads_too_large_for_the_kernels_are_left_to_torch():
+    model = build(head_dim=320).to(DEVICE)
+    ours, torchs = (loss_and_gradients(model, name) for name in ("triton", "torch"))
+    for a, b in zip(ours, torchs, strict=True):
+        assert error(a, b) < 2e-5
 
 
 @pytest.mark.parametrize(("capability", "old", "taken"), [((10, 0), True, False), ((10, 0), False, True),
