@@ -121,6 +121,11 @@ if _has_nvidia_gpu() and importlib.util.find_spec("triton") is not None and not 
     _import_kernels()
 
 
+def tuned_file() -> Path:
+    """Where settings that `python -m kernels.tune` has found for the kernels are kept."""
+    return _triton.launch.tuned_file()
+
+
 def fused(x: Tensor) -> bool:
     """Whether our own kernels compute on x."""
     return _selected == "triton" or (_selected == "auto" and x.is_cuda and _triton is not None)

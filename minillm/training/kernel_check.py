@@ -4,7 +4,8 @@ There are more combinations of GPU, driver and compiler than anyone can test. So
 model computed by our kernels with the same model computed by torch: loss, every gradient, an optimizer's step, and
 generated tokens. This runs in another process, since a kernel that fails can break its process's CUDA context, or
 hang; if the GPU accepts no second process, it runs in the training process. If anything differs, the run uses torch's
-ops and says so. A success is remembered for this GPU, these versions and this source; `--impl triton` skips the check.
+ops and says so. A success is remembered for this GPU, these versions, this source and the settings that `kernels.tune`
+has found; `--impl triton` skips the check. It is made in bf16, and once more by the first run in another dtype.
 Products with a quantized base are compared by the first run that has one.
 """
 
@@ -41,28 +42,40 @@ QUANTIZED = {8: quant.quantize_int8, 4: quant.quantize_nf4}  # bits → format
 ROWS = (1, 16, 100, 300)  # multiplied by a quantized weight: smallest and largest tile, and W in a scratch buffer
 
 
-def check_kernels(ranks: Ranks, say: Callable[[str], None] = print, base_bits: int | None = None) -> None:
+def check_kernels(
+    ranks: Ranks,
+    say: Callable[[str], None] = print,
+    base_bits: int | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+) -> None:
     """On all ranks: where `auto` means our kernels, check once that they are right, else select torch's ops.
 
     say: prints a line; called on the first rank of a machine. base_bits: of the run's frozen base, if it has one.
+    dtype: of the run's matrix products.
     """
-    begin(ranks, say, base_bits).settle()
+    begin(ranks, say, base_bits, dtype).settle()
 
 
-def begin(ranks: Ranks, say: Callable[[str], None] = print, base_bits: int | None = None) -> "Check":
+def begin(
+    ranks: Ranks,
+    say: Callable[[str], None] = print,
+    base_bits: int | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+) -> "Check":
     """`check_kernels` in two parts: this starts the comparison, and `settle` of the result waits for the answer.
 
     In between the caller can prepare data and model, but must not run a kernel. All ranks call both.
     """
-    return Check(ranks, say, base_bits)
+    return Check(ranks, say, base_bits, dtype)
 
 
 class Check:
     """One comparison, in another process. None is started where the answer is known, or no kernel is used."""
 
-    def __init__(self, ranks: Ranks, say: Callable[[str], None], base_bits: int | None):
+    def __init__(self, ranks: Ranks, say: Callable[[str], None], base_bits: int | None, dtype: torch.dtype):
         self.ranks = ranks
         self.say = say
+        self.dtype = dtype
         self.quantized = base_bits in QUANTIZED
         self.process: subprocess.Popen | None = None
         # the same on all ranks, unlike whether a machine has what the kernels need
@@ -97,12 +110,15 @@ class Check:
         name = _identity(self.ranks.device)
         if self.quantized:
             name += "-quantized"
+        if self.dtype != torch.bfloat16:
+            name += f"-{name_of(self.dtype)}"
         return cache / "minillm" / "checked" / name
 
     def _start(self) -> None:
         """Start the process that compares; see the end of this file."""
         self.say("ops: compiling the kernels and comparing them with torch on this GPU, once")
         command = [sys.executable, "-m", "minillm.training.kernel_check", str(self.ranks.device.index or 0)]
+        command.append(name_of(self.dtype))
         if self.quantized:
             command.append("quantized")
         self.process = subprocess.Popen(
@@ -127,7 +143,8 @@ class Check:
             # it got no CUDA context (compute mode EXCLUSIVE_PROCESS: this process has the GPU), or no memory
             if problem and (not out or "out of memory" in problem):
                 self.say(f"ops: no second process can compare them ({problem}); comparing in this one")
-                problem = (compare(self.ranks.device, quantized=self.quantized) or [""])[0]
+                problems = compare(self.ranks.device, quantized=self.quantized, dtype=self.dtype)
+                problem = (problems or [""])[0]
         except Exception as raised:
             self.process.kill()
             return f"could not be compared ({' '.join(str(raised).split())[:200]})"
@@ -140,18 +157,27 @@ class Check:
 
 
 def _identity(device: torch.device) -> str:
-    """A hash of what the result depends on: GPU, versions, and the source of kernels and model."""
+    """A hash of what the result depends on: GPU, versions, the source of kernels and model, and tuned settings."""
     import triton
 
     gpu_and_versions = [torch.cuda.get_device_name(device), torch.__version__, triton.__version__, torch.version.cuda]
     digest = hashlib.sha256(repr(gpu_and_versions).encode())
     for file in sorted([*(ROOT / "kernels").rglob("*.py"), *(ROOT / "minillm").rglob("*.py")]):
         digest.update(file.read_bytes())
+    with contextlib.suppress(OSError):  # other settings make other kernels
+        digest.update(ops.tuned_file().read_bytes())
     return digest.hexdigest()[:24]
 
 
-def compare(device: torch.device, ours: str = "auto", quantized: bool = False) -> list[str]:
-    """The differences, one line each, between implementation `ours` and torch's ops, in bf16; [] if there are none.
+def name_of(dtype: torch.dtype) -> str:
+    """float16, as --dtype has it."""
+    return str(dtype).removeprefix("torch.")
+
+
+def compare(
+    device: torch.device, ours: str = "auto", quantized: bool = False, dtype: torch.dtype = torch.bfloat16
+) -> list[str]:
+    """The differences, one line each, between implementation `ours` and torch's ops, in dtype; [] if there are none.
 
     quantized: products with a quantized base, too. A result may differ from fp32's by twice torch's error plus 0.01 of
     its norm; an optimizer's step by 0.03, since Newton–Schulz iterates in bf16.
@@ -161,12 +187,13 @@ def compare(device: torch.device, ours: str = "auto", quantized: bool = False) -
     if quantized:
         cases += [(f"{bits} bits", _product_results, _weight(device, make)) for bits, make in QUANTIZED.items()]
     selected_before = ops.selected()
+    rounded = None if dtype == torch.float32 else dtype  # what products are rounded to
     problems = []
     try:
         for name, results_of, subject in cases:
             exact = results_of(subject, "torch", None)
-            by_torch = results_of(subject, "torch", torch.bfloat16)
-            by_us = results_of(subject, ours, torch.bfloat16)
+            by_torch = results_of(subject, "torch", rounded)
+            by_us = results_of(subject, ours, rounded)
             for result, value in exact.items():
                 tolerance = 0.03 if result.startswith("update") else 0.01
                 allowed = 2 * _error(by_torch[result], value) + tolerance
@@ -264,8 +291,9 @@ def _product_results(weight: list[Tensor], implementation: str, dtype: torch.dty
     return results
 
 
-if __name__ == "__main__":  # the process that `Check` starts: arguments are the GPU's number and perhaps "quantized"
+if __name__ == "__main__":  # the process that `Check` starts: the GPU's number, a dtype, and perhaps "quantized"
     device = torch.device("cuda", int(sys.argv[1]))
     print("comparing on", torch.empty(1, device=device).device, flush=True)
-    problems = compare(device, quantized="quantized" in sys.argv)
+    dtype = getattr(torch, sys.argv[2])
+    problems = compare(device, quantized="quantized" in sys.argv, dtype=dtype)
     sys.exit("\n".join(reversed(problems)) or 0)  # the first one last, which the caller reads

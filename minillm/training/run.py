@@ -76,7 +76,7 @@ def begin(training_config: TrainingConfig) -> tuple[TrainingConfig, Ranks, Calla
     check_options(ranks, dataclasses.asdict(training_config) | {"dtype": dtype})
     ops.select(training_config.impl)
     base_bits = training_config.base_bits if isinstance(training_config, TuningConfig) else None
-    check = kernel_check.begin(ranks, base_bits=base_bits)
+    check = kernel_check.begin(ranks, base_bits=base_bits, dtype=dtype)
     return dataclasses.replace(training_config, micro_batch_size=size), ranks, check.settle
 
 

@@ -43,6 +43,12 @@ def test_the_kernels_are_found_right(short):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_they_are_found_right_in_other_dtypes(dtype, short):
+    assert kernel_check.compare(torch.device(DEVICE), "triton", dtype=dtype) == []
+
+
+@pytest.mark.slow
 def test_a_wrong_kernel_is_found(monkeypatch, short):
     ops.select("triton")  # imports the kernels
     right = ops._triton.swiglu.swiglu
@@ -98,6 +104,7 @@ class Gpu:
     """What `check_kernels` sees of a GPU, and how often it asked a process."""
 
     def __init__(self, monkeypatch, folder):
+        ops._import_kernels()
         self.asked, self.lines = 0, []
         self.answer = subprocess.CompletedProcess([], 0, BEGUN, "")
         monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
@@ -108,7 +115,7 @@ class Gpu:
 
     def start(self, command, **_):
         assert command[1:4] == ["-m", "minillm.training.kernel_check", "1"]
-        self.named = command[4:]
+        self.dtype, *self.named = command[4:]
         self.asked, self.killed = self.asked + 1, False
         return self
 
@@ -122,8 +129,8 @@ class Gpu:
     def kill(self):
         self.killed = True
 
-    def check(self, base_bits: int | None = None) -> str:
-        kernel_check.check_kernels(Ranks(0, 1, torch.device("cuda", 1)), self.lines.append, base_bits)
+    def check(self, base_bits: int | None = None, **how) -> str:
+        kernel_check.check_kernels(Ranks(0, 1, torch.device("cuda", 1)), self.lines.append, base_bits, **how)
         return ops.selected()
 
 
@@ -144,10 +151,21 @@ def test_a_quantized_base_is_asked_about_by_itself(monkeypatch, tmp_path):
         assert gpu.asked == 2 and gpu.named == ["quantized"]
 
 
+def test_another_dtype_and_tuned_settings_are_asked_about_anew(monkeypatch, tmp_path):
+    gpu = Gpu(monkeypatch, tmp_path)
+    for n_asked, dtype in enumerate((torch.bfloat16, torch.float16, torch.float32), 1):
+        for _ in range(2):
+            assert gpu.check(dtype=dtype) == "auto" and gpu.asked == n_asked
+        assert gpu.dtype == str(dtype).removeprefix("torch.")
+    ops.tuned_file().write_text('{"a GPU": {"adamw": {"CHUNK": 4096}}}')
+    assert gpu.check() == "auto" and gpu.asked == 4
+
+
 @pytest.mark.parametrize(("said", "why"), [("", BUSY), (BEGUN, FULL)])
 @pytest.mark.parametrize("problems", [[], ["loss is off by 3e-1", "and more"], RuntimeError("CUDA error: no\n memory")])
 def test_where_a_second_process_has_no_room_the_run_itself_compares(problems, said, why, monkeypatch, tmp_path):
-    def compare(device, quantized):
+    def compare(device, quantized, dtype):
+        assert dtype == torch.bfloat16
         assert device == torch.device("cuda", 1) and quantized
         if isinstance(problems, Exception):
             raise problems
@@ -169,7 +187,7 @@ def test_where_a_second_process_has_no_room_the_run_itself_compares(problems, sa
 
 def test_a_process_that_is_not_let_onto_a_gpu_says_nothing_but_why():
     """So one that said something has begun."""
-    command = [sys.executable, "-m", "minillm.training.kernel_check", "0"]
+    command = [sys.executable, "-m", "minillm.training.kernel_check", "0", "bfloat16"]
     env = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, env=env, cwd=kernel_check.ROOT, capture_output=True, text=True, timeout=50)
     assert done.returncode == 1 and done.stdout == "" and "Error: " in done.stderr
@@ -179,7 +197,7 @@ class Asked(Exception):
     """Ends a command where it asks, and says about which base."""
 
 
-def ask(*_, base_bits):
+def ask(*_, base_bits, **how):
     raise Asked(base_bits)
 
 
@@ -244,6 +262,7 @@ import os, sys, time, torch
 from minillm.distributed.ranks import Ranks
 from minillm.model import ops
 from minillm.training import kernel_check
+ops._import_kernels()
 ops.fused = lambda x: True
 torch.empty = lambda *_, **__: None
 torch.cuda.get_device_name = lambda _: "a GPU"
