@@ -59,8 +59,10 @@ def flops_per_token(config: ModelConfig, seq_len: float) -> float:
 
     6 N + 12 L H D T, where N counts every parameter that multiplies (not the input embedding, which is looked up) and
     attention is counted in full, without the causal mask's half, as in PaLM's appendix B (Chowdhery et al. 2022,
-    arXiv:2204.02311). `seq_len` is T in tokens; where attention stays inside documents, their mean (`mean_span`).
+    arXiv:2204.02311). `seq_len` is T in tokens; where attention stays inside documents, their mean (`mean_span`). A
+    sliding window is the most that counts of it.
     """
     _, n_multiplying = _counts(config)
-    attention = 12 * config.n_layers * config.n_heads * config.head_dim * seq_len
+    n_keys = min(seq_len, config.window or seq_len)  # that a token's query is multiplied by
+    attention = 12 * config.n_layers * config.n_heads * config.head_dim * n_keys
     return 6 * n_multiplying + attention

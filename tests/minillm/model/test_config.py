@@ -1,3 +1,4 @@
+import dataclasses
 import math
 
 import pytest
@@ -51,6 +52,13 @@ def test_flops_by_formula_are_those_that_torch_counts():
         ops.select("auto")
     norms = (2 * config.n_layers + 1) * config.dim * 6  # counted by 6 N, but no matrix product
     assert counter.get_total_flops() / 128 == flops_per_token(config, 64) - norms
+
+
+def test_a_window_is_the_most_that_counts_of_attention():
+    config = ModelConfig(vocab_size=512, dim=64, n_layers=2, n_heads=4, ffn_dim=128, max_seq_len=4096)
+    windowed = dataclasses.replace(config, window=32)
+    assert flops_per_token(windowed, 4096) == flops_per_token(config, 32) < flops_per_token(config, 4096)
+    assert flops_per_token(windowed, 16) == flops_per_token(config, 16)
 
 
 def test_presets_have_the_sizes_of_their_names():
