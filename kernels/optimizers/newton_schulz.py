@@ -128,7 +128,7 @@ def tile_settings(x: Tensor, regular: bool) -> dict:
         default = dict(STACK=1, BLOCK=64, STEP=32, num_warps=8, num_stages=3)
     elif architecture == 90:  # 192 KB of shared memory: one program a multiprocessor
         default = dict(STACK=2, BLOCK=128, STEP=64, num_warps=8, num_stages=4)
-    elif architecture == 100:  # 96 KB: two
+    elif architecture in (100, 103):  # 96 KB: two
         default = dict(STACK=1, BLOCK=128, STEP=64, num_warps=8, num_stages=3)
     else:  # 48 KB: two, of the 99 KB that most GPUs have
         default = dict(STACK=1, BLOCK=128, STEP=32, num_warps=8, num_stages=4)

@@ -23,7 +23,8 @@ if INTERPRETED:
     interpreter.correct()
 
 # Shared memory a block may use, in bytes, by compute capability (CUDA C programming guide, "Technical specifications").
-SHARED_MEMORY = {80: 163 << 10, 86: 99 << 10, 87: 163 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
+SHARED_MEMORY = dict.fromkeys((80, 87), 163 << 10) | dict.fromkeys((86, 89, 120), 99 << 10)
+SHARED_MEMORY |= dict.fromkeys((90, 100, 103), 227 << 10)  # 103: B300
 
 PLAIN = {Tensor, nn.Parameter}  # types without a dispatch of their own
 

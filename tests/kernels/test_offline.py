@@ -17,10 +17,10 @@ import triton
 from kernels.shared import launch, proxy_fence
 from tests.kernels import offline
 
-ARCHITECTURES = (80, 86, 89, 90, 100, 120)
+ARCHITECTURES = (80, 86, 89, 90, 100, 103, 120)
 # Bytes of stack that are known to be needed, by call or kernel: fp32 has no tensor cores, and wide heads take all
 # registers; of the Hopper backward's few bytes see its file.
-SPILLS = {"attention float32 256 backward": 160, "attention float32 128 backward": 8, "backward_sm90": 40}
+SPILLS = {"attention float32 256 backward": 176, "attention float32 128 backward": 8, "backward_sm90": 40}
 SPILLS |= {"attention float32 64 backward": 8, "attention float32 128": 8}
 LEAST = 0
 if triton.__version__.startswith("3.6."):  # some more there: once a program, and not in a loop
@@ -73,7 +73,7 @@ def test_products_behind_unfenced_copies_are_counted():
 
 @pytest.mark.slow
 # `minillm.ops` takes no kernels on datacenter Blackwell with a Triton that leaves out the fence
-@pytest.mark.parametrize("architecture", [90] if proxy_fence.LEFT_OUT_BY_TRITON else [90, 100])
+@pytest.mark.parametrize("architecture", [90] if proxy_fence.LEFT_OUT_BY_TRITON else [90, 100, 103])
 def test_copies_are_fenced_from_the_products_that_read_them(architecture):
     assert {name(k): k["unfenced"] for k in compiled()[architecture] if k["unfenced"]} == {}
 
