@@ -132,7 +132,7 @@ def backward(
     next_tile = torch.zeros(1, dtype=torch.int32, device=device)
 
     launch.run(
-        prepare, (padded // 64, batch * heads),
+        prepare, (batch * heads, padded // 64),
         out, dout, lse.contiguous(), delta if dlse is None else dlse.contiguous(), delta, lse2, dq_sum, heads, length,
         padded, *out.stride()[:3], *dout.stride()[:3], DLSE=dlse is not None, D=size, ROWS=64, num_warps=4,
     )  # fmt: skip
@@ -156,6 +156,6 @@ def backward(
     )  # fmt: skip
 
     launch.run(
-        from_fragments, (padded // 64, batch * heads), dq_sum, dq, heads, length, padded, scale, D=size, num_warps=4
+        from_fragments, (batch * heads, padded // 64), dq_sum, dq, heads, length, padded, scale, D=size, num_warps=4
     )
     return dq, dk[:, :length].contiguous(), dv[:, :length].contiguous()

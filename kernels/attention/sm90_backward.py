@@ -70,8 +70,8 @@ def prepare(Out, DO, Lse, DLse, Delta, Lse2, DQ, heads, length, padded, o_b, o_t
 
     Queries in the padding have a log-sum-exp of +inf: whatever their scores are, every probability is 0.
     """
-    bh = tl.program_id(1)
-    b, h, row = bh // heads, bh % heads, tl.program_id(0) * ROWS
+    bh = tl.program_id(0)  # in x, since y ends at 65,535
+    b, h, row = bh // heads, bh % heads, tl.program_id(1) * ROWS
     o = load_tile(Out, b, row, h, length, o_b, o_t, o_h, ROWS, D, D, False).to(tl.float32)
     do = load_tile(DO, b, row, h, length, do_b, do_t, do_h, ROWS, D, D, False).to(tl.float32)
     t = row + tl.arange(0, ROWS)
@@ -89,7 +89,7 @@ def prepare(Out, DO, Lse, DLse, Delta, Lse2, DQ, heads, length, padded, o_b, o_t
 @triton.jit
 def from_fragments(Sum, DQ, heads, length, padded, scale, D: tl.constexpr):
     """64 rows of dq, from the order in which `_add` left them, to a contiguous (B, T, H, D)."""
-    bh, row = tl.program_id(1), tl.program_id(0) * 64
+    bh, row = tl.program_id(0), tl.program_id(1) * 64
     x = tl.load(Sum + (bh.to(tl.int64) * padded + row) * D + tl.arange(0, 64 * D))
     x = tl.reshape(x, [2, D // 16, 4, 8, 4, 2, 2])  # half of the columns, 8 of them, warp, row, lane, 8 rows, pair
     x = tl.permute(x, [2, 5, 3, 0, 1, 4, 6])  # warp, 8 rows, row; half of the columns, 8 of them, lane, pair
