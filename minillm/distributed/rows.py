@@ -132,11 +132,18 @@ def _attend_of(plain: Callable, parts: RowParts) -> Callable:
         for number, queries in zip(parts.row_part.chunks, q.chunk(2, 1), strict=True):
             end = (number + 1) * queries.shape[1]
             k, v = torch.cat((before, row[:, :end]), 1).chunk(2, -1)
-            seen = None if spans is None else spans[:, :end].clamp(max=end)
+            seen = None if spans is None else _up_to(end, queries.shape[1], spans)
             outputs.append(plain(queries.contiguous(), k.contiguous(), v.contiguous(), seen, ends))
         return torch.cat(outputs, 1)  # (B, T/context, H, D)
 
     return attend
+
+
+def _up_to(end: int, n_queries: int, spans: Tensor) -> Tensor:
+    """What the last n_queries of a row's first `end` tokens see of these; spans: of the row's documents, or a mask."""
+    if spans.dim() == 4:  # (B, 1, T, T)
+        return spans[:, :, end - n_queries : end, :end]
+    return spans[:, :end].clamp(max=end)  # (B, end, 2)
 
 
 def _gathered(parts: RowParts, x: Tensor, *others) -> tuple:

@@ -216,15 +216,30 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     return _triton.swiglu.swiglu(gate, up) if fused(gate) else reference.swiglu(gate, up)
 
 
-def document_spans(documents: Tensor) -> Tensor:
-    """First and one past the last position of each token's document, as `kernels.reference.document_spans` has it."""
-    return reference.document_spans(documents)
+def document_spans(documents: Tensor, window: int | None, dtype: torch.dtype) -> Tensor:
+    """What `attention` needs of documents (B, T) in the form that is best for it, made once for all layers.
+
+    Usually the spans (B, T, 2) int32 of `kernels.reference.document_spans`. For torch's own op it is what to add to the
+    scores, (B, 1, T, T): 0 for a key that a query sees, and −∞; the op would else make and keep one in each layer.
+    dtype: of the states.
+    """
+    spans = reference.document_spans(documents)
+    if fused(documents) or _selected == "reference":
+        return spans
+    length = documents.shape[1]
+    seen = reference.visible(length, length, window=window, spans=spans, device=documents.device)  # (B, T, T)
+    return _to_add(seen[:, None], product_dtype(documents.new_empty(0, dtype=dtype)))
 
 
 def attention(
     q: Tensor, k: Tensor, v: Tensor, *, causal: bool = True, window: int | None = None, spans: Tensor | None = None
 ) -> Tensor:
-    """softmax(q kᵀ / √D) v over the keys that each query sees: the output of `kernels.reference.attention`."""
+    """softmax(q kᵀ / √D) v over the keys that each query sees: the output of `kernels.reference.attention`.
+
+    spans: of `document_spans`, with the same window.
+    """
+    if spans is not None and spans.dim() == 4:  # what to add to the scores
+        return _torch_attention(q, k, v, spans)
     if spans is None and _is_cpu_step(q) and (window or k.shape[1]) >= k.shape[1]:
         return _torch_attention(q, k, v)  # the newest token sees every key
     if fused(q) and q.shape[3] <= LARGEST_HEAD:
@@ -286,8 +301,12 @@ def visible_keys(ends: Tensor, n_queries: int, n_keys: int, window: int | None, 
     """
     if not ends.is_cpu or _selected in ("reference", "triton"):
         return ends
-    mask = _cache_mask(ends, n_queries, n_keys, window)
-    return torch.zeros(mask.shape, dtype=dtype).masked_fill_(~mask, -torch.inf)
+    return _to_add(_cache_mask(ends, n_queries, n_keys, window), dtype)
+
+
+def _to_add(seen: Tensor, dtype: torch.dtype) -> Tensor:
+    """What to add to scores so that only keys that are seen count: 0 for them, and −∞."""
+    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, -torch.inf)
 
 
 def _cache_mask(ends: Tensor, n_queries: int, n_keys: int, window: int | None) -> Tensor:

@@ -29,7 +29,7 @@ class Placement(NamedTuple):
     """The places of a forward pass's tokens: what every layer has to know of them besides their states."""
 
     rotation: tuple[Tensor, ...] | None  # the angles of their positions, by which queries and keys are turned
-    spans: Tensor | None  # (B, T, 2), first and one past the last token of each token's document; None: one text a row
+    spans: Tensor | None  # where each token's document is, as `ops.document_spans` says it; None: one text a row
     cache: KVCache | None  # keys and values of the tokens before them; None: there are none
     positions: slice | Tensor | None = None  # in place of angles: of learned vectors, which are added to the states
     seen: Tensor | None = None  # (B, T, Tk) bool, which keys each token sees; None: its own and all before it
@@ -315,7 +315,7 @@ class Transformer(nn.Module):
     def placement(self, length: int, documents: Tensor | None, cache: KVCache | None, dtype: torch.dtype) -> Placement:
         """The places of T tokens a row. dtype: of the states."""
         positions = self._positions(length, documents, cache)  # (B, T), or (T,) if all rows have the same
-        spans = None if documents is None else ops.document_spans(documents)
+        spans = None if documents is None else ops.document_spans(documents, self.config.window, dtype)
         seen = ends = None
         if cache is not None:
             seen = cache.seen

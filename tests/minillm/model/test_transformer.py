@@ -168,6 +168,27 @@ def test_positions_restart_with_each_document():
     assert positions_within(documents).tolist() == [[0, 1, 2, 0, 1, 0], [0, 0, 1, 2, 3, 4]]
 
 
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+@pytest.mark.parametrize("name", OPTIONS)
+def test_layers_share_the_mask_of_documents(name, dtype):
+    """Each would else keep T × T numbers a row for its backward pass."""
+    length = 48
+    documents = (torch.arange(length) // 16).expand(2, -1).int()
+    kept = {}  # address → bytes
+
+    def keep(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    model, tokens = build(**OPTIONS[name] | {"n_layers": 5}), tokens_of(2, length)
+    rounded = torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), rounded:
+        loss = model(tokens, tokens, documents=documents)
+    loss.backward()
+    n_bytes = 2 * length * length * (dtype or torch.float32).itemsize
+    assert list(kept.values()).count(n_bytes) == 1
+
+
 def test_learned_positions_are_the_first_formula_of_gpt():
     """h0 = U W_e + W_p and p = softmax(h_n W_eᵀ) (Radford et al. 2018, equations 2): checked with no layers' effect."""
     model = build(positions="learned")
