@@ -35,8 +35,9 @@ from minillm.training import optim
 
 ROOT = Path(__file__).parents[2]
 SECONDS = 300  # some 30 kernels are compiled, on a slow machine
-# a cap as small as the logits themselves: a kernel that ignores it is far off
-MODELS = {"plain": {}, "QK-norm, window and cap": {"qk_norm": True, "window": 40, "softcap": 0.5}}
+# heads of both sizes that published models have, since each takes kernels of its own; a cap as small as the logits
+# themselves: a kernel that ignores it is far off
+MODELS = {"plain": {}, "QK-norm, window and cap": {"head_dim": 128, "qk_norm": True, "window": 40, "softcap": 0.5}}
 LENGTHS = (130, 62)  # tokens of the documents in a row: block edges inside and outside
 QUANTIZED = {8: quant.quantize_int8, 4: quant.quantize_nf4}  # bits → format
 ROWS = (1, 16, 100, 300)  # multiplied by a quantized weight: smallest and largest tile, and W in a scratch buffer
@@ -208,7 +209,7 @@ def compare(
 def _small(device: torch.device, **options) -> Transformer:
     """A small model with these options."""
     shape = dict(dim=256, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=64, ffn_dim=512, max_seq_len=256)
-    model = Transformer(ModelConfig(vocab_size=1000, tie_embeddings=False, **shape, **options))
+    model = Transformer(ModelConfig(vocab_size=1000, tie_embeddings=False, **(shape | options)))
     model.init_weights(0)
     return model.to(device)
 
