@@ -18,6 +18,7 @@ NEWEST_FORMAT = 2
 MOST_META_BYTES = 1 << 30  # of meta.json, which has the path of each input file and some 220 bytes
 SAMPLES = 1024  # evenly spaced tokens that go into the fingerprint of a split: each may be a page to read
 FEWEST_PAIRS = 32  # of tokens, from which on a raw .bin of uint16 is looked at for halves of uint32
+MADE_HOW = ("bins", "bins_sha256", "source", "val_source", "options", "learnt_from", "first_bad")  # keys of meta.json
 HIGHEST_HALF = 3  # the upper half of an id of uint32 below 262,144, more than vocabularies have
 
 
@@ -140,9 +141,13 @@ class TokenBins:
         return self.vocab_size, self.eos_id, self.start_id, self.meta.get("tokenizer_sha256")
 
     def identity(self) -> dict:
-        """What identifies the data: meta.json, or for a raw .bin the number of training tokens and a hash of some."""
+        """What identifies the data: of meta.json, or for a raw .bin the number of training tokens and a hash of some.
+
+        Where the texts lay, and by which options they were read, is left out: `made_from` has all of it that the tokens
+        depend on. So bins of texts that have moved since, or that lie elsewhere on another machine, are the same data.
+        """
         if self.meta:
-            return {key: value for key, value in self.meta.items() if not key.startswith("bins")}
+            return {key: value for key, value in self.meta.items() if key not in MADE_HOW}
         return {"tokens": self.n_tokens, "dtype": self.arrays[0].dtype.str, "sha256": self.sample()}
 
     def sample(self) -> str:

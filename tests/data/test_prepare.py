@@ -15,6 +15,7 @@ from data.prepare import Config, main, prepare
 from minillm.base import files
 from minillm.base.command_line import parse
 from minillm.base.errors import UserError
+from minillm.datasets.token_bins import TokenBins
 from minillm.tokenizer.tokenizer import Tokenizer
 
 TEXTS = ["One apple.\nTwo  apples.", "你好，世界。", "\ttab and NUL \0 here", "emoji 😀 and ▁", "  last one  "]
@@ -261,6 +262,32 @@ def test_finished_is_told_and_bins_from_elsewhere_are_refused(tok_path, tmp_path
             prepare([file], tmp_path / "theirs", val_fraction=0, **kind)
     found = {path.name: path.read_bytes() for path in (tmp_path / "theirs").iterdir() if path.name != "lock"}
     assert found == dict.fromkeys(("train-00000.bin", "meta.json", "tokenizer.model"), b"precious")
+
+
+def test_texts_that_moved_or_are_read_by_other_options_give_the_same_data(tok_path, tmp_path):
+    """A run that goes on compares what identifies its data, and so do the machines of a run."""
+    out = tmp_path / "out"
+    names = [TEXTS[0], TEXTS[1], "a bad line follows"]
+    file = write_lines(tmp_path / "a.jsonl", names)
+    bad = tmp_path / "b.jsonl"
+    bad.write_text("{")
+    how = dict(val_fraction=0, on_bad_line="skip")
+    prepare([file, bad], out, tokenizer=tok_path, **how)
+    before = TokenBins(out, "train").identity()
+    (tmp_path / "elsewhere").mkdir()
+    moved = [path.rename(tmp_path / "elsewhere" / path.name) for path in (file, bad)]
+    again = prepare(moved, out, tokenizer=tok_path, boundary="lines", **how)  # of a .txt, of which there is none
+    assert "elsewhere" in again["source"][0] and "elsewhere" in again["first_bad"][0]
+    assert TokenBins(out, "train").identity() == before
+
+    # on another machine; by an option that changes tokens; from other texts
+    identities = []
+    for name, more in {"machine": {}, "wrapped": {"wrap": "eos"}, "changed": {}}.items():
+        if name == "changed":
+            write_lines(moved[0], names[::-1])
+        prepare(moved, tmp_path / name, tokenizer=tok_path, **how, **more)
+        identities.append(TokenBins(tmp_path / name, "train").identity())
+    assert identities[0] == before and before not in identities[1:]
 
 
 def test_a_run_gives_the_tokenizer_of_its_newest_checkpoint(tok, tmp_path):
