@@ -1,6 +1,7 @@
 """Our options ↔ the architectures that config.json names.
 
-qk_norm → Qwen3, qkv_bias → Qwen2, window → Mistral, none of them → Llama. A model with any other option, or with one
+qk_norm → Qwen3, qkv_bias → Qwen2, window → Mistral, none of them → Llama, or Mistral without a window where the heads
+do not divide the width, since transformers takes no such Llama. A model with any other option, or with one
 that was added to `ModelConfig` after this file was written, goes under a name of our own, with all its options: other
 loaders refuse it rather than compute something wrong. How positions are rotated is written in the style of
 transformers 5, and read in that of 4 as well.
@@ -75,7 +76,9 @@ def _defaults() -> dict:
 
 
 def computes(kind: str, config: ModelConfig) -> bool:
-    """Whether the Hugging Face architecture `kind` computes exactly what this config does."""
+    """Whether the Hugging Face architecture `kind` takes this config and computes exactly what it does."""
+    if kind == "llama" and config.dim % config.n_heads:  # Mistral computes the same, and takes it
+        return False
     expected = {**_defaults(), **COMPUTES[kind]}
     return all(expected[name] in (ANY, value) for name, value in special_options(config).items())
 

@@ -25,6 +25,7 @@ CASES = {
     "qwen3": dataclasses.replace(BASE, qk_norm=True, head_dim=32),
     "qwen3-untied": dataclasses.replace(BASE, qk_norm=True, tie_embeddings=False, norm_eps=1e-6),
     "mistral": dataclasses.replace(BASE, window=8, tie_embeddings=False),
+    "mistral-without-window": dataclasses.replace(BASE, dim=60, n_heads=8, head_dim=16),  # no Llama of transformers
     "linear": dataclasses.replace(BASE, rope_scaling=RopeScaling("linear", 2.0, 128)),
     "yarn": dataclasses.replace(BASE, rope_scaling=RopeScaling("yarn", 4.0, 32)),
     "yarn-long": dataclasses.replace(
