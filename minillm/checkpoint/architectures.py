@@ -79,7 +79,7 @@ def computes(kind: str, config: ModelConfig) -> bool:
     """Whether the Hugging Face architecture `kind` takes this config and computes exactly what it does."""
     if kind == "llama" and config.dim % config.n_heads:  # Mistral computes the same, and takes it
         return False
-    expected = {**_defaults(), **COMPUTES[kind]}
+    expected = _defaults() | COMPUTES[kind]
     return all(expected[name] in (ANY, value) for name, value in special_options(config).items())
 
 
@@ -189,7 +189,7 @@ def _refuse_unsupported(written: dict) -> None:
     }
     wrong = [name for name, is_set in unsupported.items() if is_set]
     if kind != OWN:  # an option of ours has no place under another architecture
-        expected = {**_defaults(), **COMPUTES[kind]}
+        expected = _defaults() | COMPUTES[kind]
         wrong += [name for name in _special_names() if name in written and written[name] != expected[name]]
     if wrong:
         raise UserError(f"{', '.join(wrong)} as set there is not supported")
