@@ -35,11 +35,10 @@ def mark_near(found: Outcomes, judged: list[Path], folder: Path) -> None:
     if not len(numbers):
         return
     file = folder / "signatures.scratch"
-    signatures = np.memmap(file, np.uint32, "w+", shape=(len(numbers), near_duplicates.ENTRIES))
-    n_before = 0
-    for arrays in _of_those_left(found, judged, ("signatures",)):
-        signatures[n_before : n_before + len(arrays["signatures"])] = arrays["signatures"]
-        n_before += len(arrays["signatures"])
+    with file.open("wb") as stream:  # written as any file: through a map a full disk would end the process
+        for arrays in _of_those_left(found, judged, ("signatures",)):
+            stream.write(arrays["signatures"].tobytes())
+    signatures = np.memmap(file, np.uint32, "r", shape=(len(numbers), near_duplicates.ENTRIES))
 
     first = near_duplicates.clusters(signatures, near_duplicates.LEAST)
     of = _to_keep(first, found.size[numbers], found.is_val[numbers])

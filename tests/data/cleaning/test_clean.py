@@ -8,8 +8,10 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from data import clean
@@ -120,6 +122,24 @@ def test_a_killed_run_goes_on_and_makes_no_piece_again(pile, tmp_path, monkeypat
     run(pile, tmp_path / "straight")
     assert len(set(made)) == len(made)  # none twice in the first folder, and the second's are of another
     assert kept(tmp_path / "out") == kept(tmp_path / "straight")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full here")
+def test_a_disk_that_fills_up_by_signatures_is_an_error_of_one_line(pile, tmp_path, monkeypatch):
+    """A file of which only the size was set has no place on the disk: to write it through a map ends the process."""
+    working = tmp_path / "out" / ".cleaning"
+    working.mkdir(parents=True)
+    (working / "signatures.scratch").symlink_to("/dev/full")
+    with pytest.raises(UserError, match="out: No space left on device; fix that and run the same command again"):
+        run(pile, tmp_path / "out")
+    (working / "signatures.scratch").unlink()
+    monkeypatch.setattr(np, "memmap", partial(map_to_read, np.memmap))
+    assert run(pile, tmp_path / "out")["kept"]["documents"] > 0
+
+
+def map_to_read(memmap, file, dtype, mode, **how):
+    assert mode == "r"
+    return memmap(file, dtype, mode, **how)
 
 
 def test_pieces_depend_on_all_code_that_makes_them():
