@@ -9,6 +9,7 @@ is broken is a UserError that names the file.
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -60,7 +61,7 @@ def find_files(
         else:
             refuse_unfinished(path)
             files.append(path)
-    for path, times in Counter(file.resolve() for file in files).items():
+    for path, times in Counter(_own_places(files)).items():
         if times > 1:
             raise UserError(f"{path}: given {times} times; name each file once")
     return files
@@ -158,16 +159,25 @@ def _files_in(folder: Path, left_out: Counter[str], suffixes: tuple[str, ...]) -
 
 def _each_once(files: list[Path], left_out: Counter[str]) -> list[Path]:
     """The files without links to others of them."""
-    own_places: set[str] = set()
+    seen: set[str] = set()
     different = []
-    for path in sorted(files, key=lambda path: (path.is_symlink(), path)):  # a link after what it may lead to
-        own_place = os.path.realpath(path)
-        if own_place in own_places:
+    files = sorted(files, key=lambda path: (path.is_symlink(), path))  # a link after what it may lead to
+    for path, own_place in zip(files, _own_places(files), strict=True):
+        if own_place in seen:
             left_out["files linked again"] += 1
         else:
-            own_places.add(own_place)
+            seen.add(own_place)
             different.append(path)
     return different
+
+
+def _own_places(files: Iterable[Path]) -> Iterator[str]:
+    """Where each file lies itself, through whatever links. The way to a folder is looked up once for all its files: to
+    look at every step of a hundred thousand ways takes long, on a network disk most of all.
+    """
+    place_of = cache(os.path.realpath)
+    for file in files:
+        yield place_of(file) if file.is_symlink() else f"{place_of(file.parent)}{os.sep}{file.name}"
 
 
 # ---- Documents.

@@ -2,7 +2,9 @@
 
 import gzip
 import json
+import os
 import pickle
+from collections import Counter
 
 import pytest
 from hypothesis import given, settings
@@ -180,3 +182,20 @@ def test_broken_files(tmp_path):
         open_rows(tmp_path / "cut.jsonl.gz")
     with pytest.raises(UserError, match=r"none: no such file"):
         open_rows(tmp_path / "none")
+
+
+def test_the_way_to_a_folder_is_looked_up_once_for_all_its_files(tmp_path, monkeypatch):
+    """On a network disk each step of a way is a question to the server."""
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        for number in range(50):
+            (tmp_path / name / f"{number}.txt").write_text("text")
+    (tmp_path / "b" / "again.txt").symlink_to(tmp_path / "a" / "7.txt")
+    asked = []
+    plain = os.path.realpath
+    monkeypatch.setattr(os.path, "realpath", lambda path, **how: asked.append(path) or plain(path, **how))
+    left_out = Counter()
+    assert len(find_files([tmp_path], left_out)) == 100 and left_out == {"files linked again": 1}
+    assert len(asked) < 20
+    with pytest.raises(UserError, match=r"a/7\.txt: given 2 times"):
+        find_files([tmp_path / "a", tmp_path / "b" / "again.txt"])
