@@ -73,7 +73,7 @@ class Config(GroupConfig):
     )
     micro_batch_size: int | None = option(
         2,
-        "prompts whose answers go through one forward pass: few suit a CPU's caches; none: a rank's share, at most 32",
+        "most prompts whose answers go through one forward pass: few suit a CPU's caches; none: 32",
         at_least=1,
         group="length and batch",
     )

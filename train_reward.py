@@ -66,7 +66,7 @@ class Config(AlignmentConfig):
     )
     micro_batch_size: int | None = option(
         4,
-        "prompts per forward pass and rank, those of like length together; none: a rank's share, at most 32",
+        "most prompts per forward pass and rank, those of like length together; none: 32",
         at_least=1,
         group="length and batch",
     )

@@ -406,8 +406,8 @@ def test_an_option_that_means_nothing_is_refused_in_one_line(folder, more, words
 
 
 def test_a_batch_that_does_not_divide_by_the_ranks(folder):
-    text = launch.finish("pretrain", options(folder, "odd", "--batch_size 6"), folder / "log" / "odd", 2, status=2)
-    assert "--batch_size 6 is no multiple of --micro_batch_size 2 × 2 rank(s): choose a multiple of 4" in text
+    text = launch.finish("pretrain", options(folder, "odd", "--batch_size 5"), folder / "log" / "odd", 2, status=2)
+    assert "--batch_size 5 is no multiple of 2 rank(s): choose a multiple of 2" in text
     assert not (folder / "odd").exists()
 
 

@@ -222,26 +222,17 @@ def stop() -> None:
         dist.destroy_process_group()
 
 
-def micro_batch(batch_size: int, micro_batch_size: int | None, world: int) -> int:
-    """Sequences per forward pass: the given number, or what cuts a rank's share into the fewest parts of up to 32.
+def micro_batch(batch_size: int, most: int | None, world: int) -> int:
+    """Sequences per forward pass: what cuts a rank's share into the fewest parts of at most `most` (None: 32).
 
     The last part may be smaller: a share of 37 is computed as 19 and 18. Raises `UserError` for a batch that does not
-    divide evenly among ranks, or by the given number, before anything is built.
+    divide evenly among ranks, before anything is built.
     """
-    share = batch_size // world
-    n_parts = max(1, math.ceil(share / MOST_AT_ONCE))
-    usual = math.ceil(share / n_parts)
-    if micro_batch_size == usual and share * world == batch_size > 0:
-        return usual  # as a run that was not given it has written it down
-    given = micro_batch_size is not None
-    smallest = max(1, micro_batch_size) * world if given else world  # batch
-    divides = batch_size >= 1 and batch_size % smallest == 0
-    if not divides or (given and micro_batch_size < 1):
-        micro = f"--micro_batch_size {micro_batch_size} × " if given else ""
-        raise UserError(
-            f"--batch_size {batch_size} is no multiple of {micro}{world} rank(s): choose a multiple of {smallest}"
-        )
-    return micro_batch_size if given else usual
+    share, rest = divmod(batch_size, world)
+    if rest or share < 1:
+        raise UserError(f"--batch_size {batch_size} is no multiple of {world} rank(s): choose a multiple of {world}")
+    n_parts = math.ceil(share / (MOST_AT_ONCE if most is None else most))
+    return math.ceil(share / n_parts)
 
 
 def _new_store(timeout: timedelta) -> dist.Store:

@@ -43,7 +43,7 @@ class TrainingConfig(Options):
     batch_size: int = option(16, "sequences per optimizer step, over all ranks", at_least=1, group="length and batch")
     micro_batch_size: int | None = option(
         None,
-        "sequences per forward pass and rank; none: a rank's share, at most 32; lower it when memory runs out",
+        "most sequences per forward pass and rank; none: 32; lower it when memory runs out",
         at_least=1,
         group="length and batch",
     )

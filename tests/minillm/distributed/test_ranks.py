@@ -64,13 +64,21 @@ def test_ranks_tell_one_another_values_and_the_largest_numbers(tmp_path):
     on_ranks(3, tmp_path, _tell_one_another)
 
 
-@pytest.mark.parametrize(("batch", "micro", "world"), [(8, 2, 3), (6, 4, 1), (0, 1, 1), (8, 0, 1), (4, 4, 2)])
-def test_a_batch_that_does_not_divide_is_refused_with_one_that_does(batch, micro, world):
+@pytest.mark.parametrize(("batch", "most", "world"), [(8, 2, 3), (0, 1, 1), (1, 4, 2)])
+def test_a_batch_that_does_not_divide_by_the_ranks_is_refused_with_one_that_does(batch, most, world):
     with pytest.raises(UserError, match=f"--batch_size {batch} ") as refusal:
-        micro_batch(batch, micro, world)
+        micro_batch(batch, most, world)
     proposed = int(str(refusal.value).rpartition(" ")[2])
-    assert micro_batch(proposed, max(1, micro), world) == max(1, micro)
-    assert micro_batch(3 * proposed, max(1, micro), world) == max(1, micro)
+    assert micro_batch(3 * proposed, most, world) <= most
+
+
+@pytest.mark.parametrize(
+    ("batch", "most", "world", "micro"),
+    [(16, 4, 8, 2), (16, 2, 16, 1), (16, 4, 2, 4), (5, 2, 1, 2), (6, 4, 1, 3), (1, 2, 1, 1), (128, 64, 1, 64)],
+)
+def test_a_micro_batch_is_what_was_asked_for_at_most(batch, most, world, micro):
+    assert micro_batch(batch, most, world) == micro
+    assert micro_batch(batch, micro, world) == micro  # as a run writes it down
 
 
 @pytest.mark.parametrize(
