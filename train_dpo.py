@@ -27,7 +27,7 @@ from minillm.alignment import reference as reference_policy
 from minillm.alignment.log_probs import Policy
 from minillm.alignment.options import ReplayConfig, read_preferences
 from minillm.alignment.preferences.held_out import HeldOut
-from minillm.alignment.preferences.losses import DIVERGENCES, LOSSES, SORTS_THE_STEP, losses_knowing
+from minillm.alignment.preferences.losses import DIVERGENCES, LOSSES, losses_knowing
 from minillm.alignment.preferences.step import (
     Measured,
     Objective,
@@ -211,7 +211,7 @@ def main() -> int:
 
 def check_cut(training_config: Config, ranks: Ranks) -> None:
     """Raise `UserError` for a loss that sorts all pairs of a step, if the step is cut."""
-    if training_config.loss in SORTS_THE_STEP and training_config.batch_size != training_config.micro_batch_size:
+    if LOSSES[training_config.loss].sorts and training_config.batch_size != training_config.micro_batch_size:
         raise UserError(
             f"--loss {training_config.loss}: sorts all pairs of a step, so they must be in one forward pass; give "
             f"--micro_batch_size {training_config.batch_size}, on one process (there are {ranks.world})"

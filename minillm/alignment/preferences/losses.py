@@ -55,15 +55,18 @@ class LossOptions:
 
 
 DIVERGENCES = ("reverse_kl", "forward_kl", "js")
+FARTHEST = 40.0  # nats: e^40 as a gradient has still a norm in fp32
 
 
 def divergent_delta(pairs: Pairs, divergence: str) -> Tensor:
     """Δ under another f-divergence than the reverse KL: f'(π/π_r) in place of u (Wang et al. 2023, arXiv:2309.16240).
 
-    For the reverse KL f' is u up to a constant, for the forward KL −e^(−u), for Jensen–Shannon log σ(u).
+    For the reverse KL f' is u up to a constant, for the forward KL −e^(−u), for Jensen–Shannon log σ(u). A u below
+    −FARTHEST counts as that.
     """
     if divergence == "forward_kl":
-        return torch.exp(-pairs.u_rejected) - torch.exp(-pairs.u_chosen)
+        chosen, rejected = (u.clamp(min=-FARTHEST) for u in (pairs.u_chosen, pairs.u_rejected))
+        return torch.exp(-rejected) - torch.exp(-chosen)
     if divergence == "js":
         return logsigmoid(pairs.u_chosen) - logsigmoid(pairs.u_rejected)
     return pairs.delta
@@ -175,7 +178,10 @@ def discopop(pairs: Pairs, options: LossOptions) -> Tensor:
     """DiscoPOP: (1−m)(−log σ(z)) + m e^(−z), z = βΔ, m = σ(z/τ) (Lu et al. 2024, arXiv:2406.08414, LRML)."""
     z = options.beta * pairs.delta
     share = (z / options.tau).sigmoid()
-    return -(1 - share) * logsigmoid(z) + share * torch.exp(-z)
+    exponential = torch.exp(
+        logsigmoid(z / options.tau) - z
+    )  # m e^(−z), whose factors are 0 and ∞ where z is far below 0
+    return -(1 - share) * logsigmoid(z) + exponential
 
 
 # ---- of pairs, without a reference
@@ -251,6 +257,7 @@ class Loss:
     has_reference: bool = True
     sft_weight: float = 1.0  # of the SFT term, unless --sft_weight says otherwise
     defaults: LossOptions = LossOptions()
+    sorts: bool = False  # whether it sorts the pairs of a step, so that a loss is of a place in an order and of no pair
 
 
 _DIVERGENT = ("beta", "divergence")
@@ -269,8 +276,8 @@ LOSSES = {
     "sppo_hard": Loss(sppo_hard),
     "apo_zero": Loss(apo_zero),
     "apo_down": Loss(apo_down),
-    "aot": Loss(aot),
-    "aot_unpaired": Loss(aot_unpaired),
+    "aot": Loss(aot, sorts=True),
+    "aot_unpaired": Loss(aot_unpaired, sorts=True),
     "discopop": Loss(discopop, ("beta", "tau")),
     "sft": Loss(sft, (), has_reference=False),
     "cpo": Loss(cpo, ("beta", "label_smoothing"), has_reference=False, defaults=_UNSMOOTHED),
@@ -279,7 +286,6 @@ LOSSES = {
     "kto": Loss(None, ("beta", "good_weight", "bad_weight"), sft_weight=0.0),
     "apo_zero_unpaired": Loss(None, ("beta", "good_weight", "bad_weight"), sft_weight=0.0),  # KTO with z = 0
 }
-SORTS_THE_STEP = ("aot", "aot_unpaired")
 
 
 def losses_knowing(option: str) -> tuple[str, ...]:

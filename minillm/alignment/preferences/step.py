@@ -161,10 +161,11 @@ def loss_of(
 
     def loss(log_probs: Tensor) -> Tensor:
         sums = log_probs.sum(1)  # (N,)
-        # the loss of pairs, each prompt's weighing 1, or of answers
+        # the loss of pairs, each prompt's weighing 1 (all alike where they are sorted), or of answers
         if objective.of_pairs:
             losses = objective.loss.of_pairs(pairs_of(answers, sums, ref_sums), options)  # (P,)
-            total = (losses * answers.weight).sum()
+            weight = answers.weight.mean() if objective.loss.sorts else answers.weight
+            total = (losses * weight).sum()
         else:
             losses = kto(sums - ref_sums, answers.label, z, objective.kto_weights, options.beta)  # (N,)
             total = (losses * (share.chosen + share.rejected)).sum()

@@ -119,6 +119,26 @@ def test_ranked_answers_weigh_as_one_prompt():
     assert counts([ranked], of_pairs=True)[0] == pytest.approx(1.0)
 
 
+@pytest.mark.parametrize("name", LOSSES)
+def test_the_order_of_ranked_pairs_does_not_matter(name):
+    if LOSSES[name].of_pairs is None:
+        return
+    answers, _ = fixture()
+    batch = Batch(*(None if tensor is None else tensor.repeat(2, 1)[:5] for tensor in answers.batch))
+    # the answers 0 > 1 > 2 to one prompt, 3 > 4 to another
+    better, worse = torch.tensor([0, 0, 1, 3]), torch.tensor([1, 2, 2, 4])
+    weight = torch.tensor([1 / 3, 1 / 3, 1 / 3, 1])
+    log_probs, ref_sums = torch.rand(5, 4, generator=torch.Generator().manual_seed(0)) - 2, torch.zeros(5)
+    objective = Objective(LOSSES[name], LOSSES[name].defaults, sft_weight=0.0)
+    found = []
+    for order in ([0, 1, 2, 3], [3, 2, 0, 1]):
+        ranked = Answers(
+            batch, better[order], worse[order], weight[order], torch.zeros(4), None, torch.arange(5), [""] * 4
+        )
+        found.append(loss_of(objective, ranked, ref_sums, Totals(2, 1), NO_Z, Measured(objective))(log_probs).item())
+    assert found[0] == pytest.approx(found[1], rel=1e-6)
+
+
 def test_padding_counts_as_no_answer():
     answers, _ = fixture()
     labelled = answers._replace(label=torch.tensor([True, False, True, False]), number=torch.tensor([0, 1, 2, -1]))
