@@ -38,10 +38,9 @@ from minillm.datasets.messages import (
 )
 from minillm.datasets.packing import shuffled
 from minillm.datasets.preference_forms import PAIR, preference
-from minillm.datasets.questions import NUMBER
+from minillm.datasets.questions import check_of, final_answer, number_as_text
 
 IN_PROMPT = (*LISTS, *QUESTIONS, *BELOW_QUESTION, *SYSTEMS, "history", "tools", "images", "videos", "audios")
-FINAL_ANSWER = "####"  # before the answer, in GSM8K
 VERL = "reward_model"
 
 
@@ -215,39 +214,25 @@ def _answer(columns: dict, reference: str | None) -> tuple[str | None, str]:
     of_verl = columns.get(VERL)
     if isinstance(of_verl, dict) and not is_missing(of_verl.get("ground_truth")):
         answer = _as_text(of_verl["ground_truth"], f"{VERL}.ground_truth")
-        return answer, _check_of(answer)
+        return answer, check_of(answer)
     if any(SWITCH.get(str(columns[key]).lower()) is False for key in GOOD_IF if key in columns):
         return None, "exact"
     name = next((name for name in ("answer", *ANSWERS) if name in columns), None)
     if name is not None:
         answer = _as_text(columns[name], name)
-        final = _final_answer(answer)
-        if final is not None:
-            return final, _check_of(final)
-        return answer, _check_of(answer) if isinstance(columns[name], int | float) else "exact"
-    if isinstance(columns.get("chosen"), str):
-        return (reference if reference else columns["chosen"]), "exact"
-    return reference or None, "exact"
-
-
-def _final_answer(answer: str) -> str | None:
-    """What follows "####", if that begins the last line or only a number follows: elsewhere it is Markdown."""
-    before, mark, final = answer.rpartition(FINAL_ANSWER)
-    final = final.strip()
-    begins_line = not before or before.endswith("\n")
-    is_last = bool(mark and final) and "\n" not in final
-    return final if is_last and (begins_line or NUMBER.fullmatch(final)) else None
-
-
-def _check_of(answer: str) -> str:
-    return "number" if NUMBER.fullmatch(answer.strip()) else "exact"
+    else:
+        answer = reference or (columns["chosen"] if isinstance(columns.get("chosen"), str) else None)
+    if answer is None:
+        return None, "exact"
+    final = final_answer(answer)
+    if final is not None:
+        return final, check_of(final)
+    is_number = name is not None and isinstance(columns[name], int | float)
+    return answer, check_of(answer) if is_number else "exact"
 
 
 def _as_text(value: object, name: str) -> str:
-    """A right answer as a text: a number is written out, a list of messages is its last text.
-
-    A whole number may be a float, which pandas makes of a column with a gap.
-    """
+    """A right answer as a text: a number is written out, a list of messages is its last text."""
     if isinstance(value, list) and value and isinstance(value[-1], dict):
         return conversations({"messages": value[-1:]})[0][0]["content"]
     if isinstance(value, bool) or not isinstance(value, str | int | float):
@@ -255,4 +240,4 @@ def _as_text(value: object, name: str) -> str:
     if isinstance(value, str):
         refuse_wrong_bytes(value)
         return value
-    return str(int(value) if isinstance(value, float) and value.is_integer() else value)
+    return number_as_text(value)

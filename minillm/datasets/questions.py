@@ -7,7 +7,7 @@ from pathlib import Path
 
 from minillm.base.errors import UserError
 from minillm.datasets.files import json_rows
-from minillm.datasets.messages import conversations, is_learned
+from minillm.datasets.messages import ANSWERS, conversations, first_of, is_learned, is_missing, list_of
 
 
 def read_questions_of(paths: Iterable[str | Path], limit: int, **how) -> list[dict]:
@@ -19,9 +19,10 @@ def read_questions_of(paths: Iterable[str | Path], limit: int, **how) -> list[di
 
 
 def read_questions(path: str | Path, limit: int | None = None, **how) -> list[dict]:
-    """Rows of an instruction file, each with an added key "messages", of which the last is the answer.
+    """Rows of an instruction file, each with a key "messages", of which the last is the answer, and a key "check".
 
-    path: as `open_rows` reads. limit: at most this many rows, the first. how: on_bad_line and encoding, see `Reading`.
+    That is number, unless the row says another, where the answer is one or ends in one behind "####". path: as
+    `open_rows` reads. limit: at most this many rows, the first. how: on_bad_line and encoding, see `Reading`.
     Raises UserError with the row's number, and UnsupportedError for a row without a conversation.
     """
     questions: list[dict] = []
@@ -43,21 +44,60 @@ def read_questions(path: str | Path, limit: int | None = None, **how) -> list[di
 def _questions_in(row: dict) -> list[dict]:
     """The row once for each conversation in it. Raises UserError with the reason if one is not a question."""
     questions = []
+    row, is_number = _with_answer_as_text(row)
     for messages in conversations(row):
         if len(messages) < 2 or messages[-1]["role"] != "assistant":
             raise UserError("does not end with an assistant's answer after a question")
         if messages[-1]["content"].strip() and not is_learned(messages[-1]):
             raise UserError("its answer is marked as not to be learned, so it is not the right one")
-        check = row.get("check", "exact")
+        right_answer = messages[-1]["content"]
+        check = row.get("check")
+        if is_missing(check):  # the last number of both is compared: what leads to it may be said otherwise
+            check = "number" if is_number else check_of(final_answer(right_answer) or "")
         if check not in list(CHECKS):  # a list, since the value may have no hash
             raise UserError(f"check {check!r}: choose one of {', '.join(CHECKS)}")
-        refuse_incomparable(check, messages[-1]["content"])
-        questions.append({**row, "messages": messages})
+        refuse_incomparable(check, right_answer)
+        questions.append({**row, "messages": messages, "check": check})
     return questions
+
+
+def _with_answer_as_text(row: dict) -> tuple[dict, bool]:
+    """The row with the answer to its question as a text, and whether it was a number of JSON."""
+    name = first_of(row, ANSWERS) if isinstance(row, dict) and not list_of(row) else None
+    value = row[name] if name else None
+    if type(value) not in (int, float) or is_missing(value):
+        return row, False
+    return {**row, name: number_as_text(value)}, True
+
+
+# ---- What the right answer is.
+
+
+def final_answer(answer: str) -> str | None:
+    """What follows "####", if that begins the last line or only a number follows: elsewhere it is Markdown.
+
+    So GSM8K ends its answers, each of which tells first how one comes to it (Cobbe et al. 2021).
+    """
+    before, mark, final = answer.rpartition(FINAL_ANSWER)
+    final = final.strip()
+    begins_line = not before or before.endswith("\n")
+    is_last = bool(mark and final) and "\n" not in final
+    return final if is_last and (begins_line or NUMBER.fullmatch(final)) else None
+
+
+def check_of(answer: str) -> str:
+    """The usual rule for an answer that is given by itself."""
+    return "number" if NUMBER.fullmatch(answer.strip()) else "exact"
+
+
+def number_as_text(value: float) -> str:
+    """A whole number may be a float, which pandas makes of a column with a gap."""
+    return str(int(value) if isinstance(value, float) and value.is_integer() else value)
 
 
 # ---- Whether an answer is right.
 
+FINAL_ANSWER = "####"  # stands before it
 FINAL = ".。!！?？;；,，、"  # punctuation at the end of an answer does not count
 NUMBER = re.compile(r"(?:(?<![0-9A-Za-z])-)?\d+(?:,\d{3})*(?:\.\d+)?")  # the hyphen of 10-12 is no minus
 BETWEEN_WORDS = re.compile(r"[\s,，、;；.。:：]+|和")

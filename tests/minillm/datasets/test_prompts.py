@@ -26,6 +26,8 @@ from tests.minillm.datasets.test_instructions import ASSISTANT, BOS, SYSTEM, USE
         ({"messages": talk("0", "9", "1")}, "1", None, "exact"),
         ({"conversations": [{"from": "human", "value": "1"}, {"from": "gpt", "value": "2"}]}, "1", "2", "exact"),
         ({"question": "1", "answer": "3 + 4 = <<3+4=7>>7.\n#### 1,072"}, "1", "1,072", "number"),
+        ({"messages": talk("1", "so\n#### 7")}, "1", "7", "number"),
+        ({"prompt": "1", "chosen": "so\n#### 7", "rejected": "so\n#### 8"}, "1", "7", "number"),
         ({"question": "1", "answer": "so\n#### a cat\n"}, "1", "a cat", "exact"),
         ({"question": "1", "answer": "7 of 3 + 4. #### 7"}, "1", "7", "number"),  # without its line breaks
         ({"question": "1", "answer": "#### 7"}, "1", "7", "number"),

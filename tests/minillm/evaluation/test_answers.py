@@ -8,7 +8,8 @@ import torch
 
 from minillm.base.errors import UserError
 from minillm.datasets.fitting import encode_messages
-from minillm.datasets.questions import is_right, read_questions, read_questions_of
+from minillm.datasets.prompts import prompt_of
+from minillm.datasets.questions import agrees, is_right, read_questions, read_questions_of
 from minillm.distributed.ranks import Ranks
 from minillm.evaluation import answers
 from minillm.evaluation.validation import Validation, read_text
@@ -99,6 +100,33 @@ def test_questions_are_read_from_any_known_shape(tmp_path):
     for limit, expected in ((9, [rows[1], *rows]), (3, [rows[1], *rows[:2]]), (1, [rows[1]])):
         assert read_questions_of(both, limit) == expected
     assert read_questions_of([], 3) == []
+
+
+WORKED = "3 + 4 = <<3+4=7>>7.\n#### 7"
+
+
+@pytest.mark.parametrize(
+    ("row", "answer", "right"),
+    [
+        ({"question": "q", "answer": WORKED}, "7 apples", True),
+        ({"question": "q", "answer": WORKED}, "There are 3 and 4, so #### 7", True),
+        ({"question": "q", "answer": WORKED}, "8", False),
+        ({"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": WORKED}]}, "7", True),
+        ({"question": "q", "answer": WORKED, "check": "exact"}, "7", False),
+        ({"question": "q", "answer": WORKED, "check": None}, "7", True),
+        ({"question": "q", "answer": "so\n#### a cat"}, "so\n#### a cat", True),
+        ({"question": "q", "answer": 7}, "It is 7.", True),
+        ({"question": "q", "answer": 7.0}, "8", False),
+        ({"question": "q", "answer": 7.5, "check": "exact"}, "7.5", True),
+        ({"question": "q", "answer": "7"}, "It is 7.", False),
+    ],
+)
+def test_the_right_answer_is_that_of_a_reward(tmp_path, row, answer, right):
+    (question,) = read_questions(write(tmp_path / "q.jsonl", [row]))
+    assert is_right(question, answer) == right
+    if question["check"] == "number":
+        _, columns = prompt_of(row)
+        assert agrees(columns["check"], columns["answer"], answer) == right
 
 
 @pytest.mark.parametrize(
