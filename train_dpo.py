@@ -77,8 +77,12 @@ class Config(ReplayConfig):
     steps: int | None = option(
         None, "optimizer steps; none: as many as --epochs need", at_least=1, group="length and batch"
     )
-    epochs: float = option(
-        0.25, "passes over the data, if --steps is not given", at_least=0.001, at_most=1e6, group="length and batch"
+    epochs: float | None = option(
+        None,
+        "passes over the data, if --steps is not given; none: 1, over the bundled pairs 0.25",
+        at_least=0.001,
+        at_most=1e6,
+        group="length and batch",
     )
     batch_size: int = option(16, "prompts per optimizer step, over all ranks", at_least=1, group="length and batch")
     optimizer: str | None = option("adamw", "adamw, or muon for matrices", ("adamw", "muon"), group="optimizer")
@@ -126,10 +130,18 @@ class Config(ReplayConfig):
     bad_weight: float = _loss_option("bad_weight", 1.0, "weight of bad answers", at_least=0)
 
     @property
+    def is_bundled(self) -> bool:
+        return bundled_files.is_file(self.data, "preferences_train.jsonl")
+
+    @property
+    def passes(self) -> float:
+        """--epochs, decided."""
+        return self.epochs or (0.25 if self.is_bundled else 1.0)
+
+    @property
     def held_out_pairs(self) -> str | None:
         """The file(s) of held-out preferences, if there are any."""
-        is_bundled = bundled_files.is_file(self.data, "preferences_train.jsonl")
-        return self.eval_pairs or (f"{bundled_files.FOLDER}/preferences_heldout.jsonl" if is_bundled else None)
+        return self.eval_pairs or (f"{bundled_files.FOLDER}/preferences_heldout.jsonl" if self.is_bundled else None)
 
     @property
     def n_models(self) -> tuple[int, int]:
@@ -174,7 +186,7 @@ def main() -> int:
         once_a_host(ranks, bundled.build)
     rows = read_rows(training_config, training_config.data, start.tokenizer, training_config.label_noise)
     check_kind(training_config, rows)
-    training_config, end, length_option = with_steps(training_config, rows.total_rows(training_config.epochs))
+    training_config, end, length_option = with_steps(training_config, rows.total_rows(training_config.passes))
     replay = Replay(training_config, start.tokenizer, rows.families)
     pairs = None
     if training_config.held_out_pairs:

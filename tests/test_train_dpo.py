@@ -265,6 +265,12 @@ def test_one_kind_of_label_alone_is_refused(folder):
     assert "needs both kinds" in train(folder, "one-kind", "--loss kto", "good", status=2)
 
 
+def test_own_pairs_are_all_read_and_of_the_bundled_ones_a_quarter():
+    assert train_dpo.Config().passes == 0.25
+    assert train_dpo.Config(data="pairs.jsonl").passes == 1
+    assert train_dpo.Config(data="pairs.jsonl", epochs=0.5).passes == 0.5
+
+
 def test_every_loss_has_its_numbers():
     for loss in train_dpo.LOSSES:
         config = train_dpo.Config(loss=loss)

@@ -126,8 +126,10 @@ class PreferenceRows:
             remedy = "; raise --seq_len" if self.counts["too long"] else ""
             raise UserError(f"{self.files.names}: nothing left to compare ({self.summary()}){remedy}")
         if self.has_labels and self.label.all() == self.label.any():
-            only = "wanted" if self.label.all() else "unwanted"
-            raise UserError(f"{self.files.names}: every answer is {only}; learning from labels needs both kinds")
+            only, other = ("wanted", "unwanted") if self.label.all() else ("unwanted", "wanted")
+            raise UserError(
+                f"{self.files.names}: every answer is {only}; learning from labels needs both kinds, add {other} ones"
+            )
 
     @property
     def n_answers(self) -> int:
