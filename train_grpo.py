@@ -139,7 +139,7 @@ def main() -> int:
         return {"exact": exact, **held_out_reward(tools), **distance_to_optimum(training_config, tools, tokenizer)}
 
     asked = {"exact": fingerprint(questions), **training_config.asked(held_out_prompts)}
-    asked |= dict.fromkeys(("objective", "optimum"), fingerprint(training_config.optimum_prompts, training_config.beta))
+    asked |= dict.fromkeys(("objective", "optimum"), training_config.optimum_of)
     before = run.once("before.json", measure, asked)
     status = train(training_config, run, model, tools, before)
     if status == 0:

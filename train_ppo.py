@@ -138,6 +138,7 @@ def main() -> int:
         return {"exact": exact, **held_out_reward(training_config, tools)}
 
     asked = {"exact": fingerprint(questions), **training_config.asked(held_out_prompts)}
+    asked |= {"optimum": fingerprint(training_config.beta, training_config.drawing)}
     before = run.once("before.json", lambda: measure_first(training_config, tools, measure), asked)
     scale_reward(run, tools, before)
     status = train(training_config, run, roles, tools, before.get("optimum"))

@@ -255,6 +255,12 @@ def test_other_prompts_than_those_of_the_start_are_not_compared_with_them(folder
     assert "reward           not measured → " in said and "heldout_before" not in launch.rows(folder / "others")[-1]
 
 
+def test_answers_drawn_otherwise_than_those_of_the_start_are_not_compared_with_them(folder):
+    train(folder, "warm", "--steps 1")
+    said = train(folder, "warm", "--steps 2 --temperature 0.5")
+    assert "of other questions than now, and so not compared: heldout, heldout_best, objective, optimum" in said
+
+
 def test_benchmarks_are_asked_meanwhile_and_training_stays_the_same(folder, tmp_path):
     asking = f"--eval_tasks {write_all(tmp_path / 'eval')}/arc_easy --eval_limit 5"
     train(folder, "not-asked", "--steps 3")

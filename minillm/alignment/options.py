@@ -163,11 +163,16 @@ class RewardedConfig(ReplayConfig):
             return f"{bundled_files.FOLDER}/requests_heldout.jsonl"
         return self.eval_prompts
 
+    @property
+    def drawing(self) -> tuple[float, int]:
+        """What answers depend on besides model, prompt and seed."""
+        return self.temperature, self.max_new_tokens
+
     def asked(self, prompts: PromptRows | None) -> dict[str, str]:
         """Of each value that is measured on held-out prompts a fingerprint of these, as `Run.once` takes it."""
         if prompts is None:
             return {}
-        these = fingerprint(prompts.fingerprint, min(self.eval_prompt_rows, prompts.rows_per_epoch))
+        these = fingerprint(prompts.fingerprint, min(self.eval_prompt_rows, prompts.rows_per_epoch), self.drawing)
         return dict.fromkeys((f"heldout{kind}" for kind in ("", "_best", "_learned", "_kl", "_cut")), these)
 
     @property

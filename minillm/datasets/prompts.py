@@ -97,8 +97,10 @@ class PromptRows:
         self.families: set[str] = set()  # what the rows say under "family"
         self.files.scan(self._read, "prompts")
         self.index = np.frombuffer(self.index, dtype=PLACE)
-        self.fingerprint = self.files.fingerprint
         self.rows_per_epoch = len(self.index)
+        self.fingerprint = self.files.fingerprint
+        if self.counts["too long"]:  # which of the lines are prompts then depends on the room that answers take
+            self.fingerprint += f" {self.rows_per_epoch}"
         if not self.rows_per_epoch:
             remedy = "; lower --max_new_tokens or, in training, raise --seq_len" if self.counts["too long"] else ""
             raise UserError(f"{self.files.names}: holds no prompt that can be asked ({self.summary()}){remedy}")

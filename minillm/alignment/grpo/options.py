@@ -6,6 +6,7 @@ from minillm.alignment.grpo.advantages import OF_TOKENS, SCALED
 from minillm.alignment.options import RewardedConfig
 from minillm.alignment.policy_loss import CLIPS, CORRECTIONS, KL_TERMS, PolicyLoss
 from minillm.base.options import option
+from minillm.checkpoint.train_state import fingerprint
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,11 @@ class GroupConfig(RewardedConfig):
         if self.kl != "auto":
             return self.kl
         return "k3" if self.loss in SCALED else "reward"
+
+    @property
+    def optimum_of(self) -> str:
+        """A fingerprint of what the best objective depends on, as `Run.once` takes it."""
+        return fingerprint(self.optimum_prompts, self.optimum_answers, self.beta, self.drawing)
 
     def policy_loss(self) -> PolicyLoss:
         low, high = CLIPS[self.loss]

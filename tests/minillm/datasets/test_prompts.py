@@ -151,6 +151,15 @@ def test_each_epoch_has_every_prompt_once_in_an_order_of_its_own(tmp_path):
     assert data.total_rows(1.5) == 75 and data.fingerprint == again.fingerprint
 
 
+def test_another_room_that_drops_other_prompts_is_other_data(tmp_path):
+    path = write_jsonl(tmp_path / "rows.jsonl", [{"prompt": "1"}, {"prompt": "2 3 4 5 6 7"}])
+
+    def fingerprint(room: int) -> str:
+        return PromptRows(path, Numbers(), 16, room=room).fingerprint
+
+    assert fingerprint(1) == fingerprint(2) != fingerprint(10)
+
+
 def test_a_prompt_that_leaves_no_room_is_dropped_and_counted(tmp_path):
     rows = [{"prompt": "1 " * n} for n in (1, 5, 6, 9)]  # 3 more tokens each
     path = write_jsonl(tmp_path / "rows.jsonl", rows)
