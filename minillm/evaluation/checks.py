@@ -69,7 +69,10 @@ def load_term(term: str, time_limit_s: float = TIME_LIMIT_S) -> RewardFunction:
     elif path.endswith(".py"):
         function = _users(Path(path), function_name, time_limit_s)
     else:
-        raise UserError(f"--reward {term}: is neither one of {', '.join(NAMES)} nor file.py:function")
+        raise UserError(
+            f"--reward {term}: is neither one of {', '.join(NAMES)} nor file.py:function, nor a reward model's folder; "
+            "in a sum with one give each term its weight: 0.5*number,0.5*out/reward"
+        )
     return _checked(function, term, time_limit_s)
 
 
@@ -259,6 +262,7 @@ class TimeUp(BaseException):
 @contextlib.contextmanager
 def time_limit(seconds: float) -> Iterator[None]:
     """Raises TimeUp in the body when it has run so long, and every second from then on, if it goes on nevertheless.
+    And once more at its end, since a function with a bare `except:` takes it for a fault of the answer at hand.
 
     A timer of the system interrupts Python's own loops, waits, and regular expressions, but no other long call in C.
     Only the main thread can be interrupted, and not on Windows: elsewhere there is no limit.
@@ -267,8 +271,11 @@ def time_limit(seconds: float) -> Iterator[None]:
         yield
         return
 
+    raised: list[TimeUp] = []
+
     def interrupt(number, frame):
-        raise TimeUp(f"it took more than {seconds:g} s")
+        raised.append(TimeUp(f"it took more than {seconds:g} s"))
+        raise raised[-1]
 
     old_handler = signal.signal(signal.SIGALRM, interrupt)
     signal.setitimer(signal.ITIMER_REAL, seconds, 1.0)
@@ -277,3 +284,5 @@ def time_limit(seconds: float) -> Iterator[None]:
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, old_handler)
+    if raised:
+        raise raised[-1]

@@ -145,6 +145,7 @@ def test_whatever_it_does_wrong_is_said(own, body, reason):
         "while True: pass",
         "\n    try:\n        time.sleep(60)\n    except Exception:\n        return [0, 0]",
         "\n    try:\n        time.sleep(60)\n    except:\n        time.sleep(60)",
+        "\n    try:\n        time.sleep(60)\n    except:\n        return [0, 0]",
     ],
 )
 def test_one_that_never_returns_is_stopped(own, body):
