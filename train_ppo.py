@@ -28,11 +28,11 @@ from minillm.alignment.optimum import objective
 from minillm.alignment.options import REQUESTS, read_prompts
 from minillm.alignment.ppo.measures import Tools, alarms, held_out_reward, measure_first, scale_reward
 from minillm.alignment.ppo.options import PpoConfig
-from minillm.alignment.ppo.roles import LearnedReward, Roles, cast_roles, reward_fingerprint
+from minillm.alignment.ppo.roles import Roles, cast_roles, reward_fingerprint
 from minillm.alignment.ppo.updates import ClippedLoss, Experience, Seen, minibatches
 from minillm.alignment.replay import Replay
 from minillm.alignment.reward_model import load_reward_model
-from minillm.alignment.rewards import Rewards
+from minillm.alignment.rewards import LearnedReward, Rewards
 from minillm.alignment.value import start_in_unit, value_loss
 from minillm.base import bundled_files
 from minillm.base.command_line import parse
@@ -126,7 +126,9 @@ def main() -> int:
     policy = run.make_model(start.model_config, start.init)
     roles = cast_roles(training_config, start, policy, reward_model, ranks)
     run.say(roles.describe())
-    reward = true_reward if reward_model is None else LearnedReward(reward_model, training_config.rows_at_once)
+    reward = true_reward
+    if reward_model is not None:  # whose scale is measured below
+        reward = LearnedReward(reward_model, rows_at_once=training_config.rows_at_once)
     drawing = training_config.rollout(tokenizer)
     judge = Judge(policy, reward, roles.reference, drawing, training_config.rows_at_once, run.autocast)
     tools = Tools(prompts, held_out_prompts, judge, true_reward, replay, tasks)

@@ -51,10 +51,14 @@ class Rewards:
         how = dict(device=device, tokenizer=tokenizer, template=template, longest=longest, remedy=remedy)
         self.tokenizer = tokenizer
         self.models: list[tuple[float, LearnedReward]] = []
+        self.without_scale: list[str] = []  # folders of reward models that record none
         functions, weights = [], []
         for weight, term in split_terms(spec):
             if Path(term).is_dir():
-                self.models.append((weight, LearnedReward(term, load_reward_model(term, **how))))
+                # less the mean, over the standard deviation, that its training has recorded
+                scale = score_scale(term)
+                self.models.append((weight, LearnedReward(load_reward_model(term, **how), *(scale or ()))))
+                self.without_scale += [term] * (scale is None)
                 weights.append(weights_fingerprint(term))
             else:
                 functions.append((weight, load_term(term, time_limit_s)))
@@ -69,9 +73,8 @@ class Rewards:
     def remarks(self) -> list[str]:
         """What a user should know of it, in lines."""
         return [
-            f"{model.folder}: records no scale of its scores, so they are the reward as they are"
-            for _, model in self.models
-            if not model.has_scale
+            f"{folder}: records no scale of its scores, so they are the reward as they are"
+            for folder in self.without_scale
         ]
 
     def __call__(self, rolled: Rollouts, prompts: list[Prompt]) -> Tensor:
@@ -92,18 +95,21 @@ class Rewards:
 
 
 class LearnedReward:
-    """A reward model's scores, less the mean and over the standard deviation that its training recorded, if it did."""
+    """A reward model as a judge of answers, its scores shifted and scaled: (r − mean) / std."""
 
-    def __init__(self, folder: str, model: Transformer):
+    def __init__(self, model: Transformer, mean: float = 0.0, std: float = 1.0, rows_at_once: int = ROWS_AT_ONCE):
         self.model = model
-        scale = score_scale(folder)
-        self.folder, self.has_scale = folder, scale is not None
-        self.mean, self.std = scale or (0.0, 1.0)
+        self.mean, self.std = mean, std
+        self.rows_at_once = rows_at_once
+
+    def __call__(self, rolled: Rollouts, prompts: list[Prompt]) -> Tensor:
+        """The reward of each answer, (N,) fp32 on the CPU: of the ids that were drawn, not of a text."""
+        return self.scores(rolled.batch)
 
     @torch.no_grad()
     def scores(self, batch: Batch) -> Tensor:
         """The score of each row at the last token of its answer, (N,) fp32 on the CPU."""
-        parts = batch.split(ROWS_AT_ONCE)
+        parts = batch.split(self.rows_at_once)
         scores = torch.cat([last_scores(self.model, part, text_lengths(part)) for part in parts])  # (N,)
         settle(self.model)
         return ((scores - self.mean) / self.std).cpu()

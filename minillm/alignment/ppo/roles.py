@@ -4,18 +4,15 @@ import dataclasses
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 from minillm.alignment import reference
 from minillm.alignment.ppo.options import PpoConfig
 from minillm.alignment.reference import Reference
-from minillm.alignment.reward_model import last_scores, text_lengths, weights_fingerprint
-from minillm.alignment.rollouts import Rollouts
+from minillm.alignment.reward_model import weights_fingerprint
 from minillm.alignment.value import make_value_model, share_equal_weights
 from minillm.checkpoint.train_state import fingerprint
-from minillm.datasets.prompts import Prompt
 from minillm.distributed.ranks import Ranks
-from minillm.distributed.shards import is_sharded_model, local, settle
+from minillm.distributed.shards import is_sharded_model, local
 from minillm.model.transformer import Transformer
 from minillm.training import sharding, starting_model
 
@@ -75,20 +72,3 @@ def reward_fingerprint(training_config: PpoConfig) -> str:
     if training_config.reward_model is None:
         return fingerprint(training_config.true_reward)
     return weights_fingerprint(training_config.reward_model)
-
-
-class LearnedReward:
-    """The reward model as a judge of answers, its scores shifted and scaled: (r − mean) / std."""
-
-    def __init__(self, model: Transformer, rows_at_once: int):
-        self.model = model
-        self.rows_at_once = rows_at_once
-        self.mean, self.std = 0.0, 1.0
-
-    @torch.no_grad()
-    def __call__(self, rolled: Rollouts, prompts: list[Prompt]) -> Tensor:
-        """The reward of each answer, (N,) fp32, read at its last token: of the ids that were drawn, not of a text."""
-        parts = rolled.batch.split(self.rows_at_once)
-        scores = torch.cat([last_scores(self.model, part, text_lengths(part)) for part in parts])
-        settle(self.model)
-        return (scores - self.mean) / self.std
