@@ -15,7 +15,8 @@ Answers y ~ π_old have advantages A. With the ratio ρ_t = π(y_t) / π_old(y_t
     reinforce A_t of tokens                                        all tokens of the step               Hu 2025
 
 "All tokens of the step" are those of every micro-batch on every rank, so that all losses but bnpo have the same
-gradient however the step is cut up. On the first update after sampling ρ is 1 and the loss says little: for A of mean 0
+gradient however the step is cut up. Answers that are not learned from, as those of a group with equal rewards, count in
+none of these numbers. On the first update after sampling ρ is 1 and the loss says little: for A of mean 0
 it is near 0, while its gradient is −A ∇log π.
 """
 
