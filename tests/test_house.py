@@ -35,7 +35,7 @@ BUDGET = {
     "base": 11_300,  # folders that several processes fill
     "model": 19_150,  # memory and time of layouts of many GPUs; weights packed for generation in three kinds; a mask
     "tokenizer": 18_400,  # what two files of one folder disagree on; forged turns
-    "datasets": 26_450,  # data of the decay, best fit; tables; tokens kept; places, spans; numbers as right answers
+    "datasets": 26_550,  # data of the decay, best fit; tables; tokens kept; places, spans; numbers as right answers
     "distributed": 12_500,  # sharding, tensor and context parallelism, exchanges, work shared by ranks with copies
     "checkpoint": 20_100,  # reward models' folders; files that all ranks write together; keys of GGUF, users of a step
     "data": 64_000,  # rows of benchmarks, cleaning of texts and instructions, near duplicates, mixing, a report
