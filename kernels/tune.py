@@ -13,13 +13,17 @@ from pathlib import Path
 
 import torch
 
+from kernels.shared.pipes import end_with_reader, need_triton
+
+if __name__ == "__main__":
+    need_triton()
+
 from kernels.attention import backward
 from kernels.bench import measure, optimizers, quant
 from kernels.bench.attention import CACHE, cached, causal
 from kernels.bench.case import Function, Place, Update
 from kernels.bench.rows import ELEMENTS, gated, linear_loss, normed, turned
 from kernels.shared import launch
-from kernels.shared.pipes import end_with_reader
 
 MOST_CANDIDATES = 40
 WORTH_KEEPING = 0.98  # of the shipped settings' time

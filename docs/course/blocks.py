@@ -12,10 +12,16 @@ os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton is imported
 import lesson
 import torch
 import torch.nn.functional as F
-import triton
-import triton.language as tl
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from kernels.shared.pipes import need_triton
+
+if __name__ == "__main__":
+    need_triton()
+
+import triton
+import triton.language as tl
 
 EPS = 1e-5
 

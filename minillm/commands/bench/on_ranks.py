@@ -5,7 +5,6 @@ and what of it computing does not hide. The shares come from torch's profiler, o
 timed, since it slows them.
 """
 
-import resource
 import statistics
 import sys
 import time
@@ -128,9 +127,13 @@ def slowest(ranks: Ranks, step: Callable[[], None]) -> float:
 
 
 def peak_memory(device: torch.device) -> int:
-    """The most bytes that this rank has had: on a GPU in tensors, else of the whole process."""
+    """The most bytes that this rank has had: on a GPU in tensors, else of the whole process (0 on Windows: unknown)."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
     unit = 1 if sys.platform == "darwin" else 1024  # see getrusage(2)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
@@ -184,5 +187,6 @@ def table(of_all: list[tuple[int, float, float]]) -> list[str]:
         shown = sorted({choose(shown, key=lambda r, c=c: of_all[r][c]) for c in range(3) for choose in (min, max)})
     for rank in shown:
         n_bytes, talking, exposed = of_all[rank]
-        lines.append(f"  {rank:>6}{n_bytes / 2**30:>10.2f} GiB{talking:>16.1%}{exposed:>13.1%}")
+        memory = f"{n_bytes / 2**30:.2f} GiB" if n_bytes else "unknown"
+        lines.append(f"  {rank:>6}{memory:>14}{talking:>16.1%}{exposed:>13.1%}")
     return lines
