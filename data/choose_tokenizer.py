@@ -1,6 +1,7 @@
-"""Which tokenizer a preparation takes, the one in its folder or one learnt from the texts, and how it begins texts."""
+"""Which tokenizer a preparation takes, how it begins texts, and which command trains on the result."""
 
 import random
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from data.sources import Source, check_unchanged
 from data.tokenize_files import bad_line_error, fault, is_val
 from minillm.base.errors import UserError
 from minillm.base.files import sha256
+from minillm.checkpoint import run_folder
 from minillm.datasets.files.text_files import text_of
 from minillm.tokenizer import train
 from minillm.tokenizer.tokenizer import Tokenizer
@@ -75,3 +77,11 @@ def _sample(sources: list[Source]) -> Iterator[str]:
                 continue  # counted when it is tokenized
             if not is_val(text.encode(), options):
                 yield text
+
+
+def next_command(out: str, tokenizer: str | None) -> str:
+    """The command that trains on the bins in `out`: a new model, or the one whose folder or run `tokenizer` names."""
+    command = f"python train_pretrain.py --data {shlex.quote(out)}"
+    if tokenizer and (run_folder.tokenizer_folder(tokenizer) / "config.json").is_file():
+        command += f" --init_from {shlex.quote(tokenizer)}"
+    return f"{command} --out {shlex.quote(f'out/{Path(out).resolve().name}')}"

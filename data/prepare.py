@@ -24,7 +24,7 @@ from pathlib import Path
 
 from data.bin_folder import BinFolder, meta_of
 from data.bin_writer import SPLITS, read_json, write_json
-from data.choose_tokenizer import holds, learnt_tokenizer, usual_wrap, with_wrap
+from data.choose_tokenizer import holds, learnt_tokenizer, next_command, usual_wrap, with_wrap
 from data.contamination import Benchmark, check_texts, read_benchmarks, table
 from data.held_out import NAME as HELD_OUT
 from data.held_out import checksum_of, write_hashes
@@ -348,6 +348,7 @@ def main() -> None:
     report(meta)
     if benchmarks:
         _check(config, benchmarks, meta["options"]["val_fraction"])
+    print(f"{config.out}: next: {next_command(config.out, config.tokenizer)}")
 
 
 def _check(config: Config, benchmarks: list[Benchmark], val_fraction: float) -> None:

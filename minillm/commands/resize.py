@@ -1,5 +1,6 @@
 """Give a model another vocabulary: embedding and head follow the mapping of ids, new pieces get a start."""
 
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,3 +37,4 @@ def run(config: Config) -> None:
         multiple=config.pad_to_multiple,
     )
     print(report)
+    print(f"next: python data/prepare.py --input … --tokenizer {shlex.quote(config.out)} --out DIR")

@@ -423,3 +423,18 @@ def test_no_copy_of_a_document_of_val_input_is_trained_on(tok_path, tmp_path):
     write_lines(val, ["two apples"])
     meta = prepare([train], tmp_path / "out", tokenizer=tok_path, val_inputs=[val])
     assert meta["copies_of_validation"] == 1 and meta["files"]["train"][0]["documents"] == 3
+
+
+@pytest.mark.parametrize("of_a_model", [False, True])
+def test_the_next_command_trains_on_what_was_prepared(tmp_path, monkeypatch, capsys, of_a_model):
+    monkeypatch.chdir(tmp_path)
+    write_lines(Path("a.jsonl"), many(20))
+    prepare(["a.jsonl"], "model", train_tokenizer=380)
+    capsys.readouterr()
+    if of_a_model:
+        Path("model/config.json").write_text("{}")
+    monkeypatch.setattr(sys, "argv", ["prepare.py", "--input", "a.jsonl", "--tokenizer", "model", "--out", "my bins"])
+    main()
+    init = "--init_from model " if of_a_model else ""
+    command = f"python train_pretrain.py --data 'my bins' {init}--out 'out/my bins'"
+    assert capsys.readouterr().out.endswith(f"\nmy bins: next: {command}\n")

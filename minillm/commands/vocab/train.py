@@ -4,6 +4,7 @@ A fiftieth of the text is held out, to show how many characters a token has on t
 """
 
 import random
+import shlex
 import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -97,6 +98,10 @@ def run(config: Config) -> None:
     print(f"{config.out}: {tokenizer.vocab_size:,} pieces")
     show_scripts(tokenizer)
     _compare(texts, {config.out: tokenizer, **others})
+    folder = shlex.quote(config.out)
+    print("next, for a new model and for one that exists:")
+    print(f"  python data/prepare.py --input … --tokenizer {folder} --out DIR")
+    print(f"  python -m minillm vocab merge --base MODEL --add {folder} --out DIR")
 
 
 def _compare(texts: HeldOut, tokenizers: dict[str, Tokenizer]) -> None:

@@ -33,6 +33,7 @@ def call(tmp_path, monkeypatch, capsys):
 def test_train_merge_inspect_prune(call, tmp_path):
     said = call("train", "--input", "en.txt", "--vocab_size", "390", "--out", "en")
     assert "en: 390 pieces" in said and "characters per token" in said
+    assert said.endswith("  python -m minillm vocab merge --base MODEL --add en --out DIR\n")
     said = call("train", "--input", "zh.txt", "--vocab_size", "400", "--out", "zh", "--compare", "en")
     assert said.count("characters per token") == 2
     said = call("merge", "--base", "en", "--add", "zh", "--out", "both", "--corpus", "en.txt", "zh.txt")
