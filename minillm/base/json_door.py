@@ -46,7 +46,7 @@ def file_size(path: str | Path) -> int:
     except (OSError, ValueError) as problem:  # links in a circle, or a NUL in the path
         raise UserError(f"{path}: cannot be read ({_reason(problem)})") from None
     if not stat.S_ISREG(status.st_mode):
-        raise UserError(f"{path}: not a file but {_kind_of(status.st_mode)}; put the file itself there")
+        raise UserError(f"{path}: not a file but {_kind_of(status.st_mode)}; a file is needed here")
     return status.st_size
 
 

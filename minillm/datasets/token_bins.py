@@ -260,6 +260,11 @@ def _no_meta_error(folder: Path) -> UserError:
             f"{folder}: holds no meta.json, so it was never finished, or making it anew failed; run the "
             f"`python data/prepare.py … --out {shlex.quote(str(folder))}` that made it again"
         )
+    if (folder / "tokenizer.model").exists() or (folder / "tokenizer.json").exists():
+        return UserError(
+            f"{folder}: holds a tokenizer and no token bins; make some by it: "
+            f"`python data/prepare.py --input … --tokenizer {shlex.quote(str(folder))} --out DIR`"
+        )
     return UserError(
         f"{folder}: holds no token bins; make some of its texts: "
         f"`python data/prepare.py --input {shlex.quote(str(folder))} …`"

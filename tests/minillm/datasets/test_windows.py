@@ -407,6 +407,12 @@ def test_absent_data_names_the_remedy(tmp_path):
         TokenBins(tmp_path / "nowhere", "train")
 
 
+def test_a_vocabulary_is_no_data(tmp_path):
+    (tmp_path / "tokenizer.model").touch()
+    with pytest.raises(UserError, match=r"holds a tokenizer and no token bins; .* --input … --tokenizer "):
+        TokenBins(tmp_path, "train")
+
+
 @pytest.mark.parametrize("name", ["mine.txt", "mine.jsonl.gz", "folder"])
 def test_text_in_place_of_token_bins_is_sent_to_prepare(tmp_path, name):
     if name == "folder":
