@@ -15,7 +15,18 @@ from minillm.base.printing import clipped, visible
 # Colours that stay apart for colour-blind readers (Okabe & Ito 2008)
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 FLOOR = "#777777"
-CHINESE_FONTS = ("Noto Sans CJK SC", "Source Han Sans SC", "WenQuanYi Micro Hei", "PingFang SC", "SimHei")
+# Linux's, Windows's and macOS's; the last holds all characters too, and is the only face of Noto's file of several that
+# matplotlib below 3.11 knows
+CHINESE_FONTS = (
+    "Noto Sans CJK SC",
+    "Source Han Sans SC",
+    "WenQuanYi Micro Hei",
+    "Microsoft YaHei",
+    "SimHei",
+    "PingFang SC",
+    "Hiragino Sans GB",
+    "Noto Sans CJK JP",
+)
 PANELS = {
     "loss": "training loss",
     "val_bpb": "validation (bits per byte)",
@@ -164,6 +175,7 @@ def draw(runs: list[str | Path], out: str | Path, language: str = "en") -> Path:
         raise UserError('drawing needs matplotlib: pip install -e ".[plot]"') from None
     matplotlib.use("Agg")
     from matplotlib import pyplot
+    from matplotlib.ticker import MaxNLocator
 
     pyplot.rcParams["font.family"] = _fonts(language)
     words = LANGUAGES[language]
@@ -201,6 +213,7 @@ def draw(runs: list[str | Path], out: str | Path, language: str = "en") -> Path:
             floor_name = "optimum" if panel in RISING else "floor"
             _draw_floors(axis, floors.get(panel, {}), words.get(floor_name, floor_name))
             _dress(axis)
+        by_steps.xaxis.set_major_locator(MaxNLocator(integer=True))  # there is no step 1.25
         name = PANELS[panel] + (" (nats a token)" if panel == "loss" and IN_NATS & {*panels} else "")
         by_steps.set_ylabel(words.get(name, name))
         values = [value for column in columns[panel].values() for value in column.values]
