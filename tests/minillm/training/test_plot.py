@@ -207,3 +207,11 @@ def test_each_benchmark_of_each_run_is_a_curve(tmp_path, monkeypatch):
     assert [line.get_label() for line in together.lines] == ["a, arc_easy", "a, mmlu", "b, arc_easy"]
     with pytest.raises(UserError, match="line 1: not a row of metrics"):
         plot.read_metrics(run(tmp_path / "c", [{"step": 1, "acc/arc_easy": "high"}, {"step": 2, "loss": 1.0}]))
+
+
+@pytest.mark.parametrize("name", ["Microsoft YaHei", "Hiragino Sans GB", "Noto Sans CJK JP"])
+def test_a_chinese_font_of_each_system_will_do(monkeypatch, name):
+    from matplotlib import font_manager
+
+    monkeypatch.setattr(font_manager.fontManager, "ttflist", [font_manager.FontEntry(name=name)])
+    assert plot._fonts("zh") == ["DejaVu Sans", name]
