@@ -178,9 +178,8 @@ def discopop(pairs: Pairs, options: LossOptions) -> Tensor:
     """DiscoPOP: (1−m)(−log σ(z)) + m e^(−z), z = βΔ, m = σ(z/τ) (Lu et al. 2024, arXiv:2406.08414, LRML)."""
     z = options.beta * pairs.delta
     share = (z / options.tau).sigmoid()
-    exponential = torch.exp(
-        logsigmoid(z / options.tau) - z
-    )  # m e^(−z), whose factors are 0 and ∞ where z is far below 0
+    # m e^(−z) as one power: far below 0 its factors are 0 and ∞
+    exponential = torch.exp(logsigmoid(z / options.tau) - z)
     return -(1 - share) * logsigmoid(z) + exponential
 
 
