@@ -2,6 +2,8 @@
 
 import gc
 import shutil
+import sysconfig
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,7 +20,10 @@ from minillm.model.transformer import Transformer
 from minillm.tuning.virtual_tokens import attach_virtual
 from tests.minillm.generation.test_completion import OPTIONS, build, prompt
 
-pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+HEADER = Path(sysconfig.get_path("include"), "Python.h")
+pytestmark = pytest.mark.skipif(
+    not (shutil.which("g++") and HEADER.exists()), reason="torch.compile needs a C++ compiler and Python's headers"
+)
 MORE = {
     "as many keys as queries": dict(n_kv_heads=4),
     "multi-query, learned": dict(n_kv_heads=1, positions="learned"),
