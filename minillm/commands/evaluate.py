@@ -35,7 +35,6 @@ from minillm.evaluation.benchmark_files import read_tasks
 from minillm.evaluation.benchmarks import BENCHMARKS
 from minillm.evaluation.rolling import text_batches
 from minillm.evaluation.validation import TextTokens, Validation, read_text, token_loss
-from minillm.evaluation.worked_answers import room_for_prompt
 from minillm.generation import load
 from minillm.generation.load import Loaded
 from minillm.model.quant import quantize_for_generation
@@ -306,10 +305,11 @@ def _evaluate_tasks(config: Config, folder: Path) -> None:
     print(f"{folder} on benchmarks in {config.task_data}")
     print(f"  longest input   {max_len:,} tokens{as_trained}; the context is {context_of(model):,} (--seq_len)")
 
-    # a model may be too short for answers in words
-    for name in [name for name in benchmarks if BENCHMARKS[name].in_words]:
+    # a model may be too short for answers in words, or for the longest choice
+    n_cut = {}  # of each task's questions
+    for name in list(benchmarks):
         try:
-            room_for_prompt(max_len)
+            n_cut |= {task.name: benchmark_scores.n_cut(tokenizer, task, max_len) for task in benchmarks[name]}
         except UserError as problem:
             if config.tasks != ALL:
                 raise UserError(f"{name}: {problem}") from None
@@ -336,7 +336,7 @@ def _evaluate_tasks(config: Config, folder: Path) -> None:
             with naming(task.name):
                 scores = benchmark_scores.ask(model, tokenizer, task, max_len, done)
             values = benchmark_scores.values_of(task.questions, scores, task.benchmark.metrics)
-            asked[name].append((task, values, benchmark_scores.n_cut(tokenizer, task, max_len)))
+            asked[name].append((task, values, n_cut[task.name]))
     results = benchmark_scores.results_of(asked, str(folder), config.limit, max_len)
     print(benchmark_scores.table(results))
     if out is not None:

@@ -17,7 +17,7 @@ import torch
 from minillm.base.files import open_own
 from minillm.evaluation.benchmark_files import Task
 from minillm.evaluation.benchmarks import BENCHMARKS, Question
-from minillm.evaluation.loglikelihood import Request, Score, fits, loglikelihoods, pairs_of
+from minillm.evaluation.loglikelihood import Request, Score, fitted, loglikelihoods, pairs_of
 from minillm.evaluation.worked_answers import (
     continued,
     ids_of,
@@ -124,13 +124,16 @@ def ask(
 
 
 def n_cut(tokenizer: Tokenizer, task: Task, max_len: int) -> int:
-    """How many questions are longer than what the model reads, so that they lose their beginning."""
+    """How many questions are longer than what the model reads, so that they lose their beginning.
+
+    Raises `UserError` if not even an answer fits.
+    """
     if task.benchmark.in_words:
         prompts = ids_of(tokenizer, [question.requests[0].context for question in task.questions])
         return sum(len(ids) > room_for_prompt(max_len) for ids in prompts)
     requests: list[Request] = [request for question in task.questions for request in question.requests]
-    fit = iter([fits(pair, max_len) for pair in pairs_of(tokenizer, requests)])
-    return sum(False in [next(fit) for _ in question.requests] for question in task.questions)
+    is_cut = iter([fitted(pair, max_len) != pair for pair in pairs_of(tokenizer, requests)])
+    return sum(True in [next(is_cut) for _ in question.requests] for question in task.questions)
 
 
 # ---- shares

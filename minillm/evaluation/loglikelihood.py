@@ -135,16 +135,14 @@ def pairs_of(tokenizer: Tokenizer, requests: Sequence[Request]) -> list[Pair]:
     return pairs
 
 
-def fits(pair: Pair, max_len: int) -> bool:
-    """Whether the pair is no longer than `max_len` ids; the last one of the continuation is not read."""
-    return len(pair.context) + len(pair.continuation) - 1 <= max_len
-
-
 def fitted(pair: Pair, max_len: int) -> Pair:
-    """The pair with a context short enough for `max_len` ids."""
+    """The pair with a context short enough for `max_len` ids; the last one of the continuation is not read."""
     n_continuation = len(pair.continuation)
     if n_continuation > max_len:
-        raise UserError(f"a continuation of {n_continuation} tokens is longer than --seq_len {max_len}; raise it")
+        raise UserError(
+            f"a continuation of {n_continuation} tokens is longer than --seq_len {max_len}; raise it, or take a model "
+            "with a longer context"
+        )
     return pair._replace(context=pair.context[-(max_len + 1 - n_continuation) :])
 
 

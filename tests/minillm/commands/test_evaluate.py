@@ -81,6 +81,21 @@ def test_all_benchmarks_with_examples_leaves_out_those_that_have_too_few(home, c
     assert asked["lambada_openai"] == asked["arc_easy"] == asked["mmlu"] == "2" and "piqa" not in asked
 
 
+def test_all_benchmarks_leaves_out_one_with_a_choice_longer_than_the_input(home, call):
+    """One such choice refuses its benchmark before anything is computed, and the others are asked."""
+    question, several = HUB["piqa"][1], HUB["arc_easy"][1]
+    write_rows(home.path / "long" / "piqa" / "valid.jsonl", [{**question[0], "sol2": "the ball " * 40}, question[1]])
+    write_rows(home.path / "long" / "arc_easy" / "test.jsonl", several)
+    given = ["eval", "--task_data", "long", "--tasks"]
+    status, out, _ = call(*given, "all")
+    assert status == 0 and out.splitlines()[-1].split()[0] == "arc_easy"
+    (line,) = (line for line in out.splitlines() if "piqa: left out" in line)
+    assert "a continuation of " in line and "longer than --seq_len 64; raise it" in line
+    for named in ("piqa", "arc_easy,piqa"):
+        status, out, said = call(*given, named)
+        assert status == 2 and "piqa: a continuation of " in said and "  task " not in out
+
+
 def test_benchmarks_without_files_are_named(home, call):
     write_rows(home.path / "few" / "piqa" / "valid.jsonl", HUB["piqa"][1])
     status, out, _ = call("eval", "--tasks", "all", "--task_data", "few", "--limit", "1")
