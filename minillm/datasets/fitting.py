@@ -21,16 +21,9 @@ def encode_messages(messages: list[dict], tokenizer, template: str = "auto") -> 
 
     Learned are the tokens of the answers for which `is_learned` is true, and the piece that ends each.
     """
-    ids, learn = tokenizer.encode_chat(messages, template=template)
-    ids = np.array(ids, dtype=np.int32)
-    learn = np.array(learn, dtype=bool)
-
-    # Each answer is a run of learned tokens, with some of a prompt before it: number the runs 0, 1, …
-    begins_answer = learn & ~np.r_[False, learn[:-1]]
-    answer_number = np.cumsum(begins_answer) - 1  # (n,); -1 before the first answer
-    answer_is_learned = [is_learned(message) for message in messages if message["role"] == "assistant"]
-    learn &= np.array([*answer_is_learned, False])[answer_number]
-    return _without_tail(ids, learn)
+    marked = [message | {"learn": is_learned(message)} for message in messages]
+    ids, learn = tokenizer.encode_chat(marked, template=template)
+    return _without_tail(np.array(ids, dtype=np.int32), np.array(learn, dtype=bool))
 
 
 def _without_tail(ids: np.ndarray, learn: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

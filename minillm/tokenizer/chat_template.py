@@ -121,7 +121,7 @@ def write_chat(tokenizer, messages: list[dict], add_generation_prompt: bool) -> 
         sequence.add([tokenizer.roles[message["role"]]])
         content = tokenizer.encode(message["content"])
         if message["role"] == "assistant":
-            sequence.add([*content, tokenizer.eos_id], learned=True)
+            sequence.add([*content, tokenizer.eos_id], learned=message.get("learn", True))
         else:
             sequence.add(content)
     if add_generation_prompt:
@@ -138,7 +138,8 @@ def write_simple(tokenizer, messages: list[dict], add_generation_prompt: bool) -
             prompt.append(message["content"])
             continue
         sequence.add([*tokenizer.encode("\n".join(prompt)), tokenizer.bos_id])
-        sequence.add([*tokenizer.encode(message["content"]), tokenizer.eos_id], learned=True)
+        answer = [*tokenizer.encode(message["content"]), tokenizer.eos_id]
+        sequence.add(answer, learned=message.get("learn", True))
         prompt = []
     sequence.add(tokenizer.encode("\n".join(prompt)))
     if add_generation_prompt:

@@ -72,7 +72,8 @@ def render(text: str, messages: list[dict], pieces: dict[str, str], add_generati
     Raises `UserError` if the template refuses the conversation, or cannot write it.
     """
     template = compile_template(text)
-    variables = {"messages": messages, "tools": None, "documents": None, **pieces}
+    said = [{key: message[key] for key in ("role", "content")} for message in messages]  # not whether it is learned
+    variables = {"messages": said, "tools": None, "documents": None, **pieces}
     try:
         return template.render(**variables, add_generation_prompt=add_generation_prompt)
     except Exception as problem:  # whatever that program does wrong
@@ -118,16 +119,16 @@ def encode(tokenizer, messages: list[dict], text: str, add_generation_prompt: bo
 
 
 def answer_spans(write, messages: list[dict], control_pattern: re.Pattern) -> list[tuple[int, int]]:
-    """(start, end) of each answer in the text of the conversation, in characters: its text and the piece that ends it.
+    """(start, end) in the text of the conversation, in characters, of each answer to learn and the piece that ends it.
 
     write(messages, prompt): fills the template in. The text up to an answer must be the same whatever follows it, or
-    the model would be taught after other words than those it is asked with: templates that drop earlier thoughts are
-    refused.
+    the model would be taught after other words than those it is asked with: of templates that drop earlier thoughts
+    (Qwen3's) only the last answer can be learned.
     """
     whole = write(messages)
     spans = []
     for i, message in enumerate(messages):
-        if message["role"] != "assistant":
+        if message["role"] != "assistant" or not message.get("learn", True):
             continue
         prompt = write(messages[:i], True)
         answered = write(messages[: i + 1])
@@ -141,7 +142,10 @@ def answer_spans(write, messages: list[dict], control_pattern: re.Pattern) -> li
         if end_piece is None:
             raise UserError(f"chat template: it writes no control piece after an answer to end it; {REMEDY}")
         if not whole.startswith(answered[: end_piece.end()]):
-            raise UserError(f"chat template: it rewrites an answer when others follow; {REMEDY}")
+            raise UserError(
+                'chat template: it rewrites an answer when others follow; mark all but the last "learn": false, with '
+                f"rows of their own for earlier ones, or {REMEDY}"
+            )
         spans.append((len(prompt), end_piece.end()))
     return spans
 

@@ -149,7 +149,8 @@ class Tokenizer:
     ) -> tuple[list[int], list[bool]]:
         """Tokens of a conversation, and which of them are to be learned.
 
-        messages: [{"role": "system" | "user" | "assistant", "content": str}, …]
+        messages: [{"role": "system" | "user" | "assistant", "content": str}, …]; "learn": False in an answer that is
+        only read.
         template: a name in `chat_template.TEMPLATES`; "auto" takes the folder's own chat template if it has one, else
         "chat" if the model has the role pieces, else "simple".
         add_generation_prompt: end with what precedes an answer: the assistant piece, or `<s>`.

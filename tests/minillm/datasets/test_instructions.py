@@ -26,11 +26,12 @@ class Numbers:
         for message in messages:
             content = [int(word) for word in message["content"].split()]
             answer = message["role"] == "assistant"
+            learned = answer and message.get("learn", True)
             roles = {"system": [SYSTEM], "user": [USER], "assistant": [ASSISTANT]}
             opener = [BOS] * answer if template == "simple" else roles[message["role"]]
             content += [EOS] * answer
             ids += opener + content
-            learn += [False] * len(opener) + [answer] * len(content)
+            learn += [False] * len(opener) + [learned] * len(content)
         if add_generation_prompt:
             ids = [*ids, BOS if template == "simple" else ASSISTANT]
             learn = [*learn, False]

@@ -373,6 +373,26 @@ def test_templates_that_teach_nothing_right_are_refused(level, template, words):
         tokenizer.encode_chat(CHATS[1])
 
 
+def test_of_a_template_that_drops_thoughts_the_last_answer_can_be_learned(level):
+    """As Qwen3's does: the last answer has thoughts, earlier ones have none, and so are no answers to be learned."""
+    thoughts = "('<think>\\n' if loop.last and message.role == 'assistant' else '') + message.content +"
+    tokenizer = with_template(level, CHATML.replace("message.content +", thoughts))
+    chat = [dict(message) for message in CHATS[1]]
+    with pytest.raises(UserError, match=r'rewrites an answer when others follow; mark all but the last "learn": false'):
+        encode_messages(chat, tokenizer)
+    chat[2]["learn"] = False
+    ids, learn = encode_messages(chat, tokenizer)
+    assert ids.tolist() == theirs_of(level, CHATS[1])[: len(ids)]
+    assert learned_texts(tokenizer, ids.tolist(), learn.tolist()) == ["<think>\n- on\n- 12 mats<|im_end|>"]
+    assert ids[~learn].tolist() == tokenizer.encode_chat(chat[:-1], add_generation_prompt=True)[0]
+
+
+def test_a_template_is_not_told_what_is_learned(level):
+    tokenizer = with_template(level, CHATML.replace("message.content +", "message | tojson +"))
+    asked = [CHATS[0][0], CHATS[0][1] | {"learn": False}]
+    assert tokenizer.encode_chat(asked)[0] == theirs_of(level, CHATS[0])
+
+
 def test_a_template_that_drops_thoughts_can_be_asked(level):
     """What cannot be trained on is prompted by all the same."""
     text = CHATML.replace("message.content +", "(message.content if loop.last else message.content[3:]) +")
