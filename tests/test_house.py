@@ -34,15 +34,15 @@ BUDGET = {
     "kernels": 71_900,
     "base": 11_300,  # folders that several processes fill
     "model": 19_150,  # memory and time of layouts of many GPUs; weights packed for generation in three kinds; a mask
-    "tokenizer": 18_400,  # what two files of one folder disagree on; forged turns
+    "tokenizer": 18_430,  # what two files of one folder disagree on; forged turns
     "datasets": 26_550,  # data of the decay, best fit; tables; tokens kept; places, spans; numbers as right answers
     "distributed": 12_500,  # sharding, tensor and context parallelism, exchanges, work shared by ranks with copies
-    "checkpoint": 20_100,  # reward models' folders; files that all ranks write together; keys of GGUF, users of a step
+    "checkpoint": 20_110,  # reward models' folders; files that all ranks write together; keys of GGUF, users of a step
     "data": 64_000,  # rows of benchmarks, cleaning of texts and instructions, near duplicates, mixing, a report
     "tuning": 11_850,  # an alpha for rslora; what PEFT's files leave out
     "generation": 11_650,  # many requests in one running batch; a compiled step
     "evaluation": 14_300,  # benchmarks, also in training, shared by ranks, read by families
-    "training": 21_300,  # sharding, saving in the background, a step ahead, z-loss, logs, a profile, Muon by owners
+    "training": 21_410,  # sharding, saving in the background, a step ahead, z-loss, logs, a profile, Muon by owners
     "alignment": 23_100,  # models dealt out over ranks
     "serving": 11_000,  # the interface of OpenAI over HTTP, and the chat page's headers
     "commands": 30_620,  # judged answers, pairs, a server, other tools' speeds, plans, a cluster's checks, bits

@@ -43,6 +43,7 @@ KINDS = {  # of what a state may hold besides its step
     "beta": float,  # of PPO, if it follows a target
     "fingerprints": dict[str, str],
     "config": dict,
+    "day": int,  # on which the run began; templates that write the day write this one
     "threads": int,
     "turns": int,
     "started_from": str,  # the folder of the model that the run began with, seen from the run's folder

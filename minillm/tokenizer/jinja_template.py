@@ -62,8 +62,17 @@ def to_json(value: object, ensure_ascii: bool = False, indent=None, separators=N
 
 
 def strftime_now(form: str) -> str:
-    """The time that some templates tell the model: when this program started, so that all its texts agree."""
+    """The time that some templates tell the model (Llama 3's the day).
+
+    It is when this program started, so that all its texts agree; of a training run the day on which that began.
+    """
     return STARTED.strftime(form)
+
+
+def tell_day(number: int) -> None:
+    """From now on templates are told this day, at midnight. number: counted from 1 January of year 1, as day 1."""
+    global STARTED
+    STARTED = datetime.datetime.fromordinal(number)
 
 
 def render(text: str, messages: list[dict], pieces: dict[str, str], add_generation_prompt: bool) -> str:

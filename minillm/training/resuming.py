@@ -1,5 +1,7 @@
 """Going on from a checkpoint: which one it is, what it says of the run before, and what has changed since."""
 
+import contextlib
+import datetime
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -31,6 +33,15 @@ def find_source(training_config: TrainingConfig, ranks: Ranks, say: Callable[[st
             "or go on with --resume auto"
         )
     return run_folder.newest_checkpoint(folder, say, ranks)
+
+
+def first_day(folder: Path) -> int:
+    """The day on which the run in this folder began, by any of its checkpoints; today's if it has none."""
+    today = datetime.date.today().toordinal()
+    for source in run_folder.step_folders(folder):
+        with contextlib.suppress(UserError):  # a damaged one
+            return train_state.read_state(source).get("day", today)
+    return today
 
 
 def read_saved(source: Path, training_config: TrainingConfig, ranks: Ranks) -> dict:

@@ -32,6 +32,7 @@ from minillm.distributed.watchdog import Watchdog
 from minillm.model import ops
 from minillm.model.config import ModelConfig
 from minillm.model.transformer import Transformer
+from minillm.tokenizer import jinja_template
 from minillm.tokenizer.tokenizer import Tokenizer
 from minillm.training import kernel_check, plot, resuming, saving, sharding, starting_model
 from minillm.training.bad_steps import BadSteps
@@ -74,6 +75,8 @@ def begin(training_config: TrainingConfig) -> tuple[TrainingConfig, Ranks, Calla
         check_files(training_config)
     dtype = pick_dtype(training_config.dtype, ranks.device)  # what auto means is up to the GPU
     check_options(ranks, dataclasses.asdict(training_config) | {"dtype": dtype})
+    day = resuming.first_day(Path(training_config.out)) if ranks.main else 0
+    jinja_template.tell_day(ranks.max(day))  # the same tokens on all ranks, and when the run goes on another day
     ops.select(training_config.impl)
     base_bits = training_config.base_bits if isinstance(training_config, TuningConfig) else None
     check = kernel_check.begin(ranks, base_bits=base_bits, dtype=dtype)
@@ -356,6 +359,7 @@ class Run:
             "time_s": round(self.seconds(), 3) if step else 0.0,
             "fingerprints": self.fingerprints,
             "config": dataclasses.asdict(self.training_config),
+            "day": jinja_template.STARTED.toordinal(),
             "threads": torch.get_num_threads(),
             "world": self.ranks.world,
             "torch": torch.__version__,

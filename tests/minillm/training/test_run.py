@@ -1,4 +1,5 @@
 import dataclasses
+import datetime
 import json
 import math
 import shutil
@@ -28,6 +29,7 @@ from minillm.distributed.watchdog import LOADING
 from minillm.model.config import ModelConfig
 from minillm.model.size import n_parameters
 from minillm.model.transformer import Transformer
+from minillm.tokenizer import jinja_template
 from minillm.training import out_folder, run
 from minillm.training.config import TrainingConfig, listed_files
 from minillm.training.step import TrainState
@@ -74,6 +76,18 @@ def test_fingerprints_tell_apart_and_do_not_depend_on_the_order_of_keys():
         len({one, train_state.fingerprint({"a": 1}), train_state.fingerprint({"a": "1"}), train_state.fingerprint(1)})
         == 4
     )
+
+
+def test_templates_tell_the_day_on_which_a_run_began(new_run, tmp_path, monkeypatch):
+    """Whenever it goes on; else its texts, their lengths and so their places in rows would change."""
+    monkeypatch.setattr(jinja_template, "STARTED", datetime.datetime(2026, 1, 31, 23, 59))
+    day = new_run()._describe(2)["day"]
+    for name, text in ("step-00000001", "{"), ("step-00000002", json.dumps({"format": 1, "step": 2, "day": day})):
+        (tmp_path / "out" / name / "resume").mkdir(parents=True)
+        (tmp_path / "out" / name / "resume" / "train_state.json").write_text(text)
+    for out, told in ("new", datetime.date.today()), ("out", datetime.date(2026, 1, 31)):
+        run.begin(TrainingConfig(out=str(tmp_path / out), device="cpu"))[2]()
+        assert jinja_template.strftime_now("%Y-%m-%d") == told.isoformat()
 
 
 def test_precision():
