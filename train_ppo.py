@@ -128,7 +128,8 @@ def main() -> int:
     run.say(roles.describe())
     reward = true_reward
     if reward_model is not None:  # whose scale is measured below
-        reward = LearnedReward(reward_model, rows_at_once=training_config.rows_at_once)
+        folder, rows_at_once = training_config.reward_model, training_config.rows_at_once
+        reward = LearnedReward(reward_model, folder, rows_at_once=rows_at_once)
     drawing = training_config.rollout(tokenizer)
     judge = Judge(policy, reward, roles.reference, drawing, training_config.rows_at_once, run.autocast)
     tools = Tools(prompts, held_out_prompts, judge, true_reward, replay, tasks)

@@ -49,15 +49,17 @@ def write_folder(here: Path, shape: str) -> Path:
     (here / "beside.jsonl").write_text(others)
     (here / "rewards.py").write_text(REWARDS)
     write_reward_model(here / "base", here / "reward")
+    write_reward_model(here / "base", here / "flat", size=0.0)
+    write_reward_model(here / "base", here / "huge", size=1e38)
     return here
 
 
-def write_reward_model(base: Path, folder: Path, seed: int = 1) -> None:
-    """The base with a score head that likes some tokens more than others."""
+def write_reward_model(base: Path, folder: Path, seed: int = 1, size: float = 1.0) -> None:
+    """The base with a score head that likes some tokens more than others. size: standard deviation of its weights."""
     source = run_folder.resolve_checkpoint(base)
     model = huggingface.load_model(source)
     model.give_score_head(0)
-    torch.nn.init.normal_(model.score.weight, generator=torch.Generator().manual_seed(seed))
+    torch.nn.init.normal_(model.score.weight, std=size, generator=torch.Generator().manual_seed(seed))
     tokenizer = Tokenizer.load(source)
     folder.mkdir()
     huggingface.save_model(model, folder, special_ids=tokenizer.special_ids)
@@ -222,6 +224,11 @@ def test_what_goes_astray_is_said(folder):
         ("--reward_model none --reward {folder}/rewards.py:broken", "nan"),
         ("--reward {folder}/rewards.py:absent", "no such function"),
         ("--reward_model {folder}/nowhere", "nowhere"),
+        (
+            "--reward_model {folder}/flat",
+            "gives all 32 answers of the reference the same score, 0, so there is nothing",
+        ),
+        ("--reward_model {folder}/huge", "huge: this reward model gives an answer the score"),
         ("--minibatches 3", "--batch_size 4 is no multiple"),
         ("--dropout 0.1", "--dropout: must be 0"),
         ("--max_new_tokens 64", "leaves no room for a prompt"),

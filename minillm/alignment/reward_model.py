@@ -96,12 +96,20 @@ def score_scale(folder: str | Path) -> tuple[float, float] | None:
 
     The mean is that of the answers that were preferred, so (r − mean) / std is 0 for the usual good answer, whatever
     constant training, which sees differences alone, has left in r (Ouyang et al. 2022, arXiv:2203.02155, section 3.5).
+    Raises `UserError` for scores without a spread, by which nothing can be divided.
     """
     folder = run_folder.resolve_checkpoint(folder)
     if not (folder / "resume").is_dir():
         return None
     scale = train_state.read_state(folder).get("score_scale")
-    return None if scale is None else (scale["mean"], scale["std"])
+    if scale is None:
+        return None
+    if not scale["std"] > 0:
+        raise UserError(
+            f"{folder}: this reward model gives all answers of its training data the same score, {scale['mean']:g}; "
+            "train it again, on other pairs or with another --lr"
+        )
+    return scale["mean"], scale["std"]
 
 
 def weights_fingerprint(folder: str | Path) -> str:

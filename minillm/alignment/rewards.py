@@ -18,6 +18,7 @@ from minillm.alignment.reward_model import (
     weights_fingerprint,
 )
 from minillm.alignment.rollouts import Rollouts
+from minillm.base.errors import UserError
 from minillm.checkpoint.train_state import fingerprint
 from minillm.datasets.batch import Batch
 from minillm.datasets.prompts import Prompt
@@ -57,7 +58,7 @@ class Rewards:
             if Path(term).is_dir():
                 # less the mean, over the standard deviation, that its training has recorded
                 scale = score_scale(term)
-                self.models.append((weight, LearnedReward(load_reward_model(term, **how), *(scale or ()))))
+                self.models.append((weight, LearnedReward(load_reward_model(term, **how), term, *(scale or ()))))
                 self.without_scale += [term] * (scale is None)
                 weights.append(weights_fingerprint(term))
             else:
@@ -97,8 +98,12 @@ class Rewards:
 class LearnedReward:
     """A reward model as a judge of answers, its scores shifted and scaled: (r − mean) / std."""
 
-    def __init__(self, model: Transformer, mean: float = 0.0, std: float = 1.0, rows_at_once: int = ROWS_AT_ONCE):
+    def __init__(
+        self, model: Transformer, folder: str, mean: float = 0.0, std: float = 1.0, rows_at_once: int = ROWS_AT_ONCE
+    ):
+        """folder: the model's, for errors."""
         self.model = model
+        self.folder = folder
         self.mean, self.std = mean, std
         self.rows_at_once = rows_at_once
 
@@ -108,8 +113,16 @@ class LearnedReward:
 
     @torch.no_grad()
     def scores(self, batch: Batch) -> Tensor:
-        """The score of each row at the last token of its answer, (N,) fp32 on the CPU."""
+        """The score of each row at the last token of its answer, (N,) fp32 on the CPU.
+
+        Raises `UserError` if one is no finite number, from which the policy would learn nothing but NaN.
+        """
         parts = batch.split(self.rows_at_once)
         scores = torch.cat([last_scores(self.model, part, text_lengths(part)) for part in parts])  # (N,)
         settle(self.model)
+        if not torch.isfinite(scores).all():
+            raise UserError(
+                f"{self.folder}: this reward model gives an answer the score {scores[~torch.isfinite(scores)][0]}: its "
+                "weights are damaged or too large; train it again, or give another"
+            )
         return ((scores - self.mean) / self.std).cpu()

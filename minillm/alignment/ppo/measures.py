@@ -17,6 +17,7 @@ from minillm.datasets.prompts import PromptRows
 from minillm.evaluation.task_scores import TaskScores
 from minillm.training.run import Run
 
+SMALLEST_SPREAD = 1e-6  # of the scores of a reward model that tells anything apart
 MANY_CUT = 0.5  # share of answers that never ended from which on it is said
 
 
@@ -59,7 +60,14 @@ def measure_reference(training_config: PpoConfig, tools: Tools) -> dict[str, flo
     if training_config.normalize_reward and tools.judge.rewards is not tools.true_reward:
         # values that begin as scores know their zero; a shift of the reward alone would be an error in all of them
         mean = 0.0 if training_config.values_are_scores else float(rewards.mean())
-        found = {"reward_mean": mean, "reward_std": max(float(rewards.std()), 1e-6)}
+        std = float(rewards.std())
+        if std < SMALLEST_SPREAD:
+            raise UserError(
+                f"--reward_model {training_config.reward_model}: gives all {len(rewards):,} answers of the reference "
+                f"the same score, {float(rewards.mean()):g}, so there is nothing to learn from; train it again, or "
+                "raise --temperature if the answers are all the same"
+            )
+        found = {"reward_mean": mean, "reward_std": std}
     if training_config.beta:
         scaled = judged._replace(rewards=(rewards - found["reward_mean"]) / found["reward_std"])
         found["optimum"] = judging.optimum_of(scaled, training_config.reference_answers, training_config.beta)

@@ -1,5 +1,8 @@
 """What --reward means: functions, learned reward models, and sums of both."""
 
+import json
+import shutil
+
 import pytest
 import torch
 
@@ -65,6 +68,29 @@ def test_a_folder_is_a_reward_model_read_at_the_last_token(tokenizers, reward_fo
     assert rewards.remarks() == [f"{reward_folder}: records no scale of its scores, so they are the reward as they are"]
     both = rewards(answers, prompts)
     torch.testing.assert_close(both, 2 * scores + torch.tensor([0.5, 0, 0.5, 0]))
+
+
+def test_scores_that_are_no_numbers_end_the_run(tokenizers, reward_folder):
+    """NaN in one advantage is NaN in every weight of the policy."""
+    rewards = Rewards(f"{reward_folder},0.5*exact", tokenizers[0])
+    with torch.no_grad():
+        rewards.models[0][1].model.score.weight[0, 0] = float("nan")
+    with pytest.raises(
+        UserError, match=f"{reward_folder}: this reward model gives an answer the score nan: its weights"
+    ):
+        rewards(*rolled(tokenizers[0], ANSWERS))
+
+
+def test_a_recorded_scale_by_which_nothing_can_be_divided_is_refused(tokenizers, reward_folder, tmp_path):
+    """As of a reward model that gives every answer the same score."""
+    folder = shutil.copytree(reward_folder, tmp_path / "reward")
+    (folder / "resume").mkdir()
+    state = {"format": 1, "step": 1, "score_scale": {"mean": 2.0, "std": 0.0}}
+    (folder / "resume" / "train_state.json").write_text(json.dumps(state))
+    with pytest.raises(
+        UserError, match=r"reward: this reward model gives all answers of .* the same score, 2; train it"
+    ):
+        Rewards(str(folder), tokenizers[0])
 
 
 def test_what_is_no_reward_is_refused(tokenizers, reward_folder, tmp_path):
