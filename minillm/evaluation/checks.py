@@ -18,6 +18,7 @@ did it and at which row: a reward that is silently wrong is learned as willingly
 """
 
 import contextlib
+import copy
 import importlib.util
 import inspect
 import math
@@ -202,7 +203,8 @@ def _checked(function: RewardFunction, term: str, time_limit_s: float) -> Reward
         source = f"reward {term}"
         try:
             with time_limit(time_limit_s):
-                values = function(prompts, answers, rows)
+                # copies, since answers to one prompt share its row, and the next term reads the same lists
+                values = function(list(prompts), list(answers), [copy.deepcopy(row) for row in rows])
         except UserError as problem:
             raise UserError(f"{source}: {problem}") from None
         except (Exception, TimeUp, SystemExit) as problem:

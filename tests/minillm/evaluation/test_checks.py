@@ -101,6 +101,19 @@ def test_a_function_of_the_user_gets_all_it_needs(own, tmp_path):
     assert values(f"0.5*{spec},length:9", ["ab"], n=0) == [0.5 * 4 + 1]
 
 
+def test_what_it_changes_changes_nothing_for_other_answers_and_terms(own):
+    """Answers to one prompt share its row."""
+    spec = own(
+        "taken = [(answers.pop(0), row['tags'].append(1), len(row['tags'])) for row in rows]\n"
+        "    prompts.clear()\n"
+        "    return [tags for *_, tags in taken]"
+    )
+    row = {"answer": "a", "tags": []}
+    for _ in range(2):
+        assert load_reward(f"{spec},0.5*exact")(["q", "q"], ["a", "b"], [row, row]) == [1.5, 1]
+    assert row == {"answer": "a", "tags": []}
+
+
 def test_its_file_may_have_dataclasses(own):
     kept = "from dataclasses import dataclass\n@dataclass\nclass Kept:\n    n: 'int' = 2"
     assert values(own("return [Kept().n] * 2", before=kept), ["a", "b"]) == [2, 2]
