@@ -26,7 +26,7 @@ from minillm.alignment.reward_model import all_scores, at_last, text_lengths
 from minillm.base import bundled_files
 from minillm.base.command_line import parse
 from minillm.base.errors import UserError
-from minillm.base.options import option, unused
+from minillm.base.options import option, spelled, unused
 from minillm.checkpoint.train_state import fingerprint
 from minillm.datasets.preferences import PreferenceRows
 from minillm.distributed.hosts import once_a_host
@@ -172,10 +172,11 @@ def read_pairs(training_config: Config, data: str, tokenizer: Tokenizer) -> Pref
 def next_command(training_config: Config) -> str:
     """The command to try after this run: PPO of the policy that it began with, on the prompts of its pairs."""
     command = ["python", "train_ppo.py"]
-    for ppo_option, name in (("--reward_model", "out"), ("--init_from", "init_from"), ("--data", "data")):
+    as_here = ("init_from", "data", "template", "encoding", "allow_lossy", "on_bad_line")
+    for ppo_option, name in (("reward_model", "out"), *zip(as_here, as_here, strict=True)):
         value = getattr(training_config, name)
         if value != getattr(Config, name):
-            command += [ppo_option, value]
+            command += [f"--{ppo_option}", spelled(value)]
     return shlex.join(command)
 
 

@@ -90,10 +90,12 @@ def test_held_out_pairs_are_learned_and_transformers_reads_the_scores(folder):
 
 def test_the_command_to_try_next_trains_the_policy_and_prompts_of_this_run():
     assert train_reward.next_command(train_reward.Config()) == "python train_ppo.py"
-    run = train_reward.Config(init_from="my sft", out="我的 奖励", data="a.jsonl,b.jsonl")
+    how = dict(template="simple", encoding="gb18030", allow_lossy=True, on_bad_line="skip")  # the data are to be read
+    run = train_reward.Config(init_from="my sft", out="我的 奖励", data="a.jsonl,b.jsonl", **how)
     words = shlex.split(train_reward.next_command(run))
     ppo = parse(train_ppo.Config, None, words[2:])
     assert (ppo.init_from, ppo.reward_model, ppo.data) == (run.init_from, run.out, run.data)
+    assert {name: getattr(ppo, name) for name in how} == how
 
 
 def test_stopped_and_resumed_is_bit_for_bit_the_run_never_stopped(folder):
