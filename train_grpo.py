@@ -332,11 +332,11 @@ def conclude(run: Run, before: dict, after: dict) -> None:
     run.record(run.training_config.steps, **row)
     if "heldout" in after:
         run.say("held-out prompts, one answer each at --temperature, before → after:")
-        run.say(f"  reward           {shown(before, 'heldout', '.3f')} → {after['heldout']:.3f}")
+        run.say(f"  reward           {shown(before, 'heldout', 'z.3f')} → {after['heldout']:z.3f}")
         run.say(f"  all as wanted    {shown(before, 'heldout_best', '6.1%')} → {after['heldout_best']:6.1%}")
     if "optimum" in row:
-        run.say(f"E[r] − β KL on training prompts, of which {row['optimum']:.3f} is the most that any policy has:")
-        line = f"  {shown(before, 'objective', '.3f')} → {after['objective']:.3f}"
+        run.say(f"E[r] − β KL on training prompts, of which {row['optimum']:z.3f} is the most that any policy has:")
+        line = f"  {shown(before, 'objective', 'z.3f')} → {after['objective']:z.3f}"
         if "objective" in before:
             beta = run.training_config.beta
             line += f"   ({share_of_optimum(before['objective'], after['objective'], row['optimum'], beta)})"

@@ -341,8 +341,8 @@ def conclude(run: Run, before: dict, after: dict) -> None:
         run.say("held-out prompts, one answer each at --temperature, before → after:")
         for name, words in names.items():
             if name in after and name in before:
-                run.say(f"  {words:<20} {before[name]:.3f} → {after[name]:.3f}")
-        run.say(f"  KL an answer         {after['heldout_kl']:.2f} nats")
+                run.say(f"  {words:<20} {before[name]:z.3f} → {after[name]:z.3f}")
+        run.say(f"  KL an answer         {after['heldout_kl']:z.2f} nats")
     for line in answers.exact_lines(before.get("exact", {}), after["exact"]):
         run.say(line)
     run.say_result()

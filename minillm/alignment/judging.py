@@ -95,9 +95,9 @@ def means(sums: dict[str, float]) -> dict[str, float]:
 
 
 def say_row(run: Run, row: dict[str, float], names: tuple[str, ...]) -> None:
-    """Print these of a step's numbers, of the first step and then now and then."""
+    """Print these of a step's numbers, of the first step and then now and then; z: no sign before 0.000."""
     if run.due(run.step, SAY_EVERY) or run.step == 1:
-        run.say(f"step {run.step}: " + ", ".join(f"{name} {row[name]:.3f}" for name in names if name in row))
+        run.say(f"step {run.step}: " + ", ".join(f"{name} {row[name]:z.3f}" for name in names if name in row))
 
 
 class Judge:

@@ -2,11 +2,12 @@
 
 import contextlib
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from minillm.alignment.judging import Judge, optimum_by_answers
+from minillm.alignment.judging import Judge, optimum_by_answers, say_row
 from minillm.alignment.reference import Reference
 from minillm.alignment.rollouts import RolloutConfig
 from minillm.datasets.prompts import Prompt
@@ -63,3 +64,11 @@ def test_the_optimum_by_right_answers_is_that_of_their_probability(tokenizer, ta
             continue
         p = probability(model, tokenizer, prompt, prompt.row["answer"])
         assert value == pytest.approx(BETA * math.log1p(p * (math.exp(1 / BETA) - 1)), rel=1e-4)
+
+
+def test_what_rounds_to_zero_is_said_without_a_sign():
+    """The KL of the first step, of a policy that is still the reference, is rounding of either sign."""
+    said = []
+    run = SimpleNamespace(step=1, due=lambda step, every: False, say=said.append)
+    say_row(run, {"kl": -1e-7, "reward": -0.25}, ("kl", "reward", "absent"))
+    assert said == ["step 1: kl 0.000, reward -0.250"]
