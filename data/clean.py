@@ -291,9 +291,9 @@ def main() -> None:
     result = clean(config)
     print(reports.table(result))
     if whole := texts_of_many(config):
+        more = f" and {len(whole) - 1:,} more .txt" if len(whole) > 1 else ""
         print(
-            f"{whole[0]} and {len(whole) - 1} more .txt are one document each: if they hold many, "
-            "--split blank ends one at each empty line"
+            f"{whole[0]}{more}: read as one document each; if they hold many, --split blank ends one at each empty line"
         )
     if not config.dry_run:
         step = f"data/prepare.py --input {shlex.quote(config.out)} …"

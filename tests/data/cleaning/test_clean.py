@@ -388,10 +388,17 @@ def test_half_a_character_anywhere_in_a_row_is_mended_and_ends_no_run(is_sft, tm
     assert written and all("\\ud8" not in json.dumps(file.read_text("utf-8")).lower() for file in written)
 
 
-def test_a_text_that_may_be_many_is_named(tmp_path):
+def test_a_text_that_may_be_many_is_named(tmp_path, monkeypatch, capsys):
     """data/prepare.py ends a document at each empty line, data/clean.py at the end of a .txt unless it is told."""
     for name, n_parts in (("many.txt", 300), ("one.txt", 20)):
         (tmp_path / name).write_text("\n\n".join(f"Part {i} of it." for i in range(n_parts)))
     given = dict(input=(str(tmp_path),), out=str(tmp_path / "out"))
     assert clean.texts_of_many(clean.Config(**given)) == [tmp_path / "many.txt"]
     assert clean.texts_of_many(clean.Config(**given, split="blank")) == []
+
+    monkeypatch.setattr("sys.argv", ["clean.py", "--input", str(tmp_path), "--out", "nowhere", "--dry_run"])
+    for more in ("", " and 1 more .txt", " and 2 more .txt"):
+        clean.main()
+        (line,) = (line for line in capsys.readouterr().out.splitlines() if "--split blank" in line)
+        assert line.startswith(f"{tmp_path / 'many.txt'}{more}: read as one document each; ")
+        shutil.copy(tmp_path / "many.txt", tmp_path / f"more{more}.txt")
