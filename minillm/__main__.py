@@ -47,9 +47,12 @@ COMMANDS = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a command line, by default that of the process; returns the exit status."""
+    """Run a command line, by default that of the process; returns the exit status. Without words all are listed."""
     words = sys.argv[1:] if argv is None else argv
-    if words and words[-1] in ("-h", "--help") and not _split(words[:-1])[0]:
+    if not words:
+        print(overview())
+        return 2  # nothing was asked for, which a script should notice
+    if words[-1] in ("-h", "--help") and not _split(words[:-1])[0]:
         print(overview(" ".join(words[:-1])))
         return 0
     run, config = parse_command(words)
@@ -77,8 +80,6 @@ def _split(words: list[str]) -> tuple[str, list[str]]:
 def _what_to_give(words: list[str]) -> str:
     """What is wrong with a line that begins with no command."""
     listed = "(python -m minillm --help lists them)"
-    if not words:
-        return f"COMMAND is needed {listed}"
     below = [name for name in COMMANDS if name.startswith(f"{words[0]} ")]
     if below and len(words) == 1:
         return f"{words[0]}: choose one of {', '.join(below)}"
