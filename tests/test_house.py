@@ -45,7 +45,7 @@ BUDGET = {
     "training": 21_410,  # sharding, saving in the background, a step ahead, z-loss, logs, a profile, Muon by owners
     "alignment": 23_100,  # models dealt out over ranks
     "serving": 11_000,  # the interface of OpenAI over HTTP, and the chat page's headers
-    "commands": 30_620,  # judged answers, pairs, a server, other tools' speeds, plans, a cluster's checks, bits
+    "commands": 30_650,  # judged answers, pairs, a server, other tools' speeds, plans, a cluster's checks, bits
     "scripts": 15_200,
 }
 MOST_FILES = 15  # of one folder, besides its __init__.py
