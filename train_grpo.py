@@ -14,9 +14,13 @@ same command again to go on where it stopped.
 import dataclasses
 import math
 import shlex
+import signal
 import sys
 from dataclasses import dataclass
 from typing import NamedTuple
+
+if __name__ == "__main__":  # while the imports below take their time, Ctrl-C ends the process without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import numpy as np
 import torch

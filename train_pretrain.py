@@ -13,11 +13,15 @@ same command again to go on where it stopped. Read from top to bottom: configura
 import dataclasses
 import math
 import shlex
+import signal
 import sys
 import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+
+if __name__ == "__main__":  # while the imports below take their time, Ctrl-C ends the process without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 from data import bundled
 from minillm.base import bundled_files

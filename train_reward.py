@@ -12,9 +12,13 @@ where it stopped.
 
 import dataclasses
 import shlex
+import signal
 import sys
 from dataclasses import dataclass
 from functools import partial
+
+if __name__ == "__main__":  # while the imports below take their time, Ctrl-C ends the process without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import numpy as np
 import torch

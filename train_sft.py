@@ -11,8 +11,12 @@ the end of an answer) are learned. Run the same command again to go on where it 
 
 import dataclasses
 import shlex
+import signal
 import sys
 from dataclasses import dataclass
+
+if __name__ == "__main__":  # while the imports below take their time, Ctrl-C ends the process without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 from data import bundled
 from minillm.base import bundled_files

@@ -8,9 +8,13 @@ import ast
 import difflib
 import importlib
 import importlib.util
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
+
+if __name__ == "__main__":  # while the imports below take their time, Ctrl-C ends the process without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 from minillm.base.command_line import parse
 from minillm.base.errors import UserError

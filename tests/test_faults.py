@@ -2,6 +2,8 @@ import os
 import random
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -12,7 +14,9 @@ from safetensors.torch import load_file, save_file
 from minillm.base import files
 from tests import launch
 
+ROOT = Path(__file__).parents[1]
 OPTIONS = f"{launch.SMALL} --micro_batch_size 2"
+SCRIPTS = [*(path.name for path in sorted(ROOT.glob("train_*.py"))), "-m minillm info --model x"]
 
 
 @pytest.fixture(scope="module")
@@ -88,6 +92,18 @@ def test_a_signal_leaves_one_whole_checkpoint_and_the_same_command_goes_on(folde
     more = f"--steps {step + 2} --schedule constant"
     launch.finish("pretrain", options(folder, out, more), folder / "log" / out, ranks)
     assert list(launch.losses(folder / out)) == list(range(1, step + 3))
+
+
+@pytest.mark.parametrize("imported", ["tomllib", "torch"])
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_ctrl_c_while_a_script_imports_ends_it_without_a_traceback(script, imported, tmp_path):
+    fake = "import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(60)\n"
+    (tmp_path / f"{imported}.py").write_text(fake)
+    env = os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    how = dict(cwd=ROOT, env=env, capture_output=True, text=True, timeout=50)
+    ended = subprocess.run([sys.executable, *script.split()], check=False, **how)
+    assert ended.returncode in (130, -signal.SIGINT)  # of both a shell says 130
+    assert not ended.stdout + ended.stderr
 
 
 def test_a_signal_to_one_rank_alone_stops_both_at_the_same_step(folder):

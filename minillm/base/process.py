@@ -140,6 +140,8 @@ def run_script(main: Callable[[], int | None]) -> int:
     without permission, output that cannot be written, or when memory runs out.
     """
     _open_missing_streams()
+    if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # a script's, while it imported
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     if not faulthandler.is_enabled():
         faulthandler.enable()  # a file that is cut while it is mapped ends the process: this says where
     if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
