@@ -4,7 +4,7 @@ import numpy as np
 
 from data.cleaning import scores
 from data.cleaning.judging import read_judged
-from data.cleaning.outcomes import COPIES, STATUSES, Outcomes
+from data.cleaning.outcomes import STATUSES, Outcomes
 from data.cleaning.passes import Piece
 from data.cleaning.rules import Rule
 from data.cleaning.text.features import FEATURES, LANGUAGES, NAMES
@@ -156,8 +156,3 @@ def samples(found: Outcomes, reason: str, most: int) -> list[int]:
     """Up to `most` documents dropped for a reason, chosen by their hashes, in the order of the input."""
     numbers = np.flatnonzero(found.reason == found.reasons.index(reason))
     return sorted(numbers[np.argsort(found.hash[numbers], kind="stable")[:most]].tolist())
-
-
-def is_copy(reason: str) -> bool:
-    """Whether a reason is that a document copies another."""
-    return reason in COPIES

@@ -40,7 +40,6 @@ CLIPS = {
     "reinforce": (0.2, 0.2),
     "reinforce_baseline": (0.2, 0.2),
 }
-OF_ANSWERS = ("gspo", "rloo")  # one ratio for a whole answer
 KL_TERMS = ("k3", "k3_ratio")
 CORRECTIONS = ("none", "token_truncate", "token_mask", "sequence_mask")
 

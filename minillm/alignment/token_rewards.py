@@ -74,21 +74,17 @@ def advantages(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float = 1.0
     return result
 
 
-def whitened(values: Tensor, mask: Tensor, moments: Tensor | None = None, keep_mean: bool = False) -> Tensor:
+def whitened(values: Tensor, mask: Tensor, moments: Tensor | None = None) -> Tensor:
     """Values (N, T) with mean 0 and variance 1 over all tokens of the mask; 0 outside it.
 
     The variance is the unbiased one. moments: of `moments_of`, added up over ranks, if others hold more of the tokens.
-    keep_mean: scale alone (as is done with rewards, whose sign means something).
     """
     count, total, squares = (moments_of(values, mask) if moments is None else moments).tolist()
     if count < 2:  # one token has no spread
-        return values.masked_fill(~mask, 0.0) if keep_mean else torch.zeros_like(values)
+        return torch.zeros_like(values)
     mean = total / count
     variance = max(0.0, squares - count * mean**2) / (count - 1)
-    result = (values - mean) / math.sqrt(variance + SMALLEST_VARIANCE)
-    if keep_mean:
-        result = result + mean
-    return result.masked_fill(~mask, 0.0)
+    return ((values - mean) / math.sqrt(variance + SMALLEST_VARIANCE)).masked_fill(~mask, 0.0)
 
 
 def moments_of(values: Tensor, mask: Tensor) -> Tensor:

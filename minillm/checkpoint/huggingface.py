@@ -86,17 +86,14 @@ def _refuse_quantized(model: Transformer) -> None:
         raise UserError("a quantized base is not saved: save its adapter, or call quant.dequantize_base first")
 
 
-def weights_of(model: Transformer, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+def weights_of(model: Transformer) -> dict[str, Tensor]:
     """The tensors to save, under Hugging Face's keys.
 
     Raises `UserError` for a quantized model, since other loaders do not know its format.
     """
     _refuse_quantized(model)
     state = {export_name(name): tensor.detach() for name, tensor in model.state_dict().items()}
-    weights = {}
-    for key in shapes_of(model.config):
-        weights[key] = state[key].to(dtype or state[key].dtype).contiguous()
-    return weights
+    return {key: state[key].contiguous() for key in shapes_of(model.config)}
 
 
 def weights_to_write(model: Transformer) -> list[ToWrite]:
@@ -118,12 +115,10 @@ def write_config(config: ModelConfig, folder: Path, special_ids: dict[str, int],
     (folder / "config.json").write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
 
 
-def save_model(
-    model: Transformer, folder: Path, *, special_ids: dict[str, int] | None = None, dtype: torch.dtype | None = None
-) -> None:
-    """Write config.json and model.safetensors into an existing folder. dtype: of the file; None: the model's."""
+def save_model(model: Transformer, folder: Path, *, special_ids: dict[str, int] | None = None) -> None:
+    """Write config.json and model.safetensors into an existing folder, in the model's dtype."""
     weights = weights_of(model)
-    dtype = dtype or model.embed_tokens.weight.dtype
+    dtype = model.embed_tokens.weight.dtype
     in_memory = StoredModel(model.config, dtype, lambda key, dtype: weights[key].to(dtype), special_ids or {})
     write_folder(in_memory, folder)
 

@@ -64,18 +64,18 @@ def old_pieces_of(new: Tokenizer, old: Tokenizer, new_of_old: list[int]) -> list
     return old_ids
 
 
-def resize_rows(table: Tensor, old_ids: list[list[int]], n_rows: int, start: str = "mean", seed: int = 0) -> Tensor:
+def resize_rows(table: Tensor, old_ids: list[list[int]], n_rows: int, start: str) -> Tensor:
     """A table (n_rows, C) for the new ids from the old one (V, C), in its dtype.
 
     old_ids: for each new id the old ids it is made of: one is copied, several (start "mean") are averaged. start
     "mean_all": every new piece gets the mean of all old rows; "normal": it is drawn from a normal distribution with
-    their mean and standard deviation, by seed. Rows beyond len(old_ids) are padding and get the mean of all.
+    their mean and standard deviation. Rows beyond len(old_ids) are padding and get the mean of all.
     """
     old_rows = table.float()  # (V, C)
     mean = old_rows.mean(0)  # (C,)
     spread = old_rows.std(0)  # (C,)
     new_rows = mean.repeat(n_rows, 1)  # (n_rows, C)
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     for new_id, ids in enumerate(old_ids):
         if len(ids) == 1:
             new_rows[new_id] = old_rows[ids[0]]

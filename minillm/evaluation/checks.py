@@ -4,7 +4,7 @@ A reward function takes the prompts' texts, the answers and the data's rows, all
 
     def reward(prompts: list[str], answers: list[str], rows: list[dict]) -> list[float]: ...
 
-`load_reward` makes one from a text, such as --reward takes:
+`load_term` makes one from a text, such as --reward takes; `weighted_sum` adds those that `split_terms` finds:
 
     exact, number, words    1 if the answer agrees with row["answer"] by that rule (datasets/questions.py), else 0
     check                   the same by the rule in row["check"]
@@ -41,14 +41,6 @@ WEIGHT = re.compile(r"\s*(-?(?:\d+\.?\d*|\.\d+))\s*\*\s*(.*)", re.DOTALL)
 BETWEEN_TERMS = re.compile(rf",(?=\s*-?[\d.]+\s*\*|\s*(?:{'|'.join(NAMES)})\s*(?:,|:|$)|[^,]*\.py:)")
 
 
-def load_reward(spec: str, time_limit_s: float = TIME_LIMIT_S) -> RewardFunction:
-    """The reward function that a text means, see above. time_limit_s: of one call of each of its terms.
-
-    Raises UserError for a text that means none. So does the function, for whatever goes wrong in it.
-    """
-    return weighted_sum([(weight, load_term(term, time_limit_s)) for weight, term in split_terms(spec)])
-
-
 def split_terms(spec: str) -> list[tuple[float, str]]:
     """(weight, term) of each term of a weighted sum; the weight is 1 if none is given."""
     terms = []
@@ -62,7 +54,10 @@ def split_terms(spec: str) -> list[tuple[float, str]]:
 
 
 def load_term(term: str, time_limit_s: float = TIME_LIMIT_S) -> RewardFunction:
-    """The reward function of one term without its weight, its calls limited and its values checked."""
+    """The reward function of one term without its weight. time_limit_s: of one of its calls.
+
+    Raises UserError for a text that means none. So does the function, for whatever goes wrong in it.
+    """
     name, _, argument = term.partition(":")
     path, _, function_name = term.rpartition(":")
     if name in NAMES:

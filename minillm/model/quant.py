@@ -13,8 +13,7 @@ entry alone would set the step size of the whole row. (LLM.int8, Dettmers et al.
 by the size of the inputs, which it rounds as well; here inputs are not rounded, so the weights decide. Of 45 million
 normal numbers 0.09 lie beyond 6.)
 
-Quantized weights stay rounded: an adapter is merged into what `dequantize_base` gives, a plain model in fp32 or 16
-bits.
+Quantized weights stay rounded: `merge` (tuning/adapter.py) adds an adapter to what they stand for, in plain layers.
 """
 
 from collections.abc import Iterator

@@ -26,15 +26,13 @@ def vocab_size_of(preset: str) -> int:
     return VOCABULARY.get(preset, GPT2_VOCABULARY)
 
 
-def medians(
-    sides: dict[str, Callable[[], object]], repeats: int = REPEATS, clock: Callable[[], float] = time.perf_counter
-) -> dict[str, float]:
+def medians(sides: dict[str, Callable[[], object]], clock: Callable[[], float] = time.perf_counter) -> dict[str, float]:
     """Median seconds of each side, called in turns, so that a slow moment of the machine slows all of them.
 
     clock: `time.process_time` counts the processor's time, which other programs do not take away.
     """
     times: dict[str, list[float]] = {name: [] for name in sides}
-    for _ in range(repeats):
+    for _ in range(REPEATS):
         for name, run in sides.items():
             begin = clock()
             run()

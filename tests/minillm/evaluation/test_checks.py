@@ -5,7 +5,12 @@ import threading
 import pytest
 
 from minillm.base.errors import UserError
-from minillm.evaluation.checks import load_reward, split_terms
+from minillm.evaluation.checks import RewardFunction, load_term, split_terms, weighted_sum
+
+
+def load_reward(spec: str, time_limit_s: float = 60.0) -> RewardFunction:
+    """The function that `spec` means, as `Rewards` makes it of terms that are no models."""
+    return weighted_sum([(weight, load_term(term, time_limit_s)) for weight, term in split_terms(spec)])
 
 
 def values(spec: str, answers: list[str], right: str | None = None, time_limit_s: float = 60.0, **row) -> list[float]:
