@@ -54,26 +54,24 @@ def check_kernels(
     say: prints a line; called on the first rank of a machine. base_bits: of the run's frozen base, if it has one.
     dtype: of the run's matrix products.
     """
-    begin(ranks, say, base_bits, dtype).settle()
+    KernelCheck(ranks, say, base_bits, dtype).settle()
 
 
-def begin(
-    ranks: Ranks,
-    say: Callable[[str], None] = print,
-    base_bits: int | None = None,
-    dtype: torch.dtype = torch.bfloat16,
-) -> "Check":
-    """`check_kernels` in two parts: this starts the comparison, and `settle` of the result waits for the answer.
+class KernelCheck:
+    """`check_kernels` in two parts: making it starts the comparison in another process, `settle` waits for the answer.
 
-    In between the caller can prepare data and model, but must not run a kernel. All ranks call both.
+    In between the caller can prepare data and model, but must not run a kernel. All ranks call both. No process is
+    started where the answer is known, or no kernel is used.
     """
-    return Check(ranks, say, base_bits, dtype)
 
-
-class Check:
-    """One comparison, in another process. None is started where the answer is known, or no kernel is used."""
-
-    def __init__(self, ranks: Ranks, say: Callable[[str], None], base_bits: int | None, dtype: torch.dtype):
+    def __init__(
+        self,
+        ranks: Ranks,
+        say: Callable[[str], None] = print,
+        base_bits: int | None = None,
+        dtype: torch.dtype = torch.bfloat16,
+    ):
+        """The arguments are those of `check_kernels`."""
         self.ranks = ranks
         self.say = say
         self.dtype = dtype
@@ -292,7 +290,7 @@ def _product_results(weight: list[Tensor], implementation: str, dtype: torch.dty
     return results
 
 
-if __name__ == "__main__":  # the process that `Check` starts: the GPU's number, a dtype, and perhaps "quantized"
+if __name__ == "__main__":  # the process that `KernelCheck` starts: the GPU's number, a dtype, and perhaps "quantized"
     device = torch.device("cuda", int(sys.argv[1]))
     print("comparing on", torch.empty(1, device=device).device, flush=True)
     dtype = getattr(torch, sys.argv[2])

@@ -79,7 +79,7 @@ def begin(training_config: TrainingConfig) -> tuple[TrainingConfig, Ranks, Calla
     jinja_template.tell_day(ranks.max(day))  # the same tokens on all ranks, and when the run goes on another day
     ops.select(training_config.impl)
     base_bits = training_config.base_bits if isinstance(training_config, TuningConfig) else None
-    check = kernel_check.begin(ranks, base_bits=base_bits, dtype=dtype)
+    check = kernel_check.KernelCheck(ranks, base_bits=base_bits, dtype=dtype)
     return dataclasses.replace(training_config, micro_batch_size=size), ranks, check.settle
 
 

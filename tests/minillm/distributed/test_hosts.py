@@ -113,7 +113,7 @@ def _without_kernels_on_host2(rank: int) -> None:
     """Rank 2 alone has no compiler; before, the others waited for it for ever."""
     ranks = Ranks(rank, 3, CPU)
     name, lines = on_host(ranks.rank), []
-    check = kernel_check.begin(ranks, lines.append)
+    check = kernel_check.KernelCheck(ranks, lines.append)
     check.is_automatic, check.are_there = True, name == "host1"  # as on GPUs
     check.settle()
     assert kernel_check.ops.selected() == "torch"
@@ -127,7 +127,7 @@ def test_where_one_machine_lacks_the_kernels_all_use_torchs(tmp_path):
 
 def _without_kernels(rank: int) -> None:
     ranks = Ranks(rank, 2, CPU)
-    check = kernel_check.begin(ranks, on_host)
+    check = kernel_check.KernelCheck(ranks, on_host)
     check.is_automatic = True
     check.settle()
     assert kernel_check.ops.selected() == "auto"  # which is torch's there, and `ops.describe` says why
@@ -140,7 +140,7 @@ def test_where_no_machine_has_the_kernels_nothing_is_said(tmp_path):
 def _wrong_on_host2(rank: int) -> None:
     ranks = Ranks(rank, 3, CPU)
     name, lines = on_host(ranks.rank), []
-    check = kernel_check.begin(ranks, lines.append)
+    check = kernel_check.KernelCheck(ranks, lines.append)
     check.is_automatic = check.are_there = True
     check.process = name == "host2"  # its first rank has compared
     check._problem = lambda: "are not right on this GPU (loss is off)"

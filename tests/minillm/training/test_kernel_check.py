@@ -204,7 +204,7 @@ def ask(*_, base_bits, **how):
 @pytest.mark.parametrize("bits", [None, 8, 4])
 @pytest.mark.parametrize("script", [train_pretrain, train_sft])
 def test_training_on_a_quantized_base_asks_about_it(script, bits, monkeypatch):
-    monkeypatch.setattr(kernel_check, "begin", ask)
+    monkeypatch.setattr(kernel_check, "KernelCheck", ask)
     quantized = ["--tune", "lora", "--base_bits", str(bits)] if bits else []
     monkeypatch.setattr(sys, "argv", ["train", "--device", "cpu", *quantized])
     with pytest.raises(Asked, match=str(bits)):
@@ -267,7 +267,7 @@ ops.fused = lambda x: True
 torch.empty = lambda *_, **__: None
 torch.cuda.get_device_name = lambda _: "a GPU"
 sys.executable = {str(path)!r}
-kernel_check.begin(Ranks(0, 1, torch.device("cuda", 1)))
+kernel_check.KernelCheck(Ranks(0, 1, torch.device("cuda", 1)))
 while not (os.path.exists({str(begun)!r}) and os.path.getsize({str(begun)!r})):
     time.sleep(0.01)
 sys.exit("the data are not there")
