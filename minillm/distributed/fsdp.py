@@ -92,9 +92,9 @@ def _with_what_it_leaves(forward: Callable) -> Callable:
     """
 
     @functools.wraps(forward)
-    def showing(x, delta, placement):
-        outputs = forward(x, delta, placement)
-        cache = placement.cache
+    def showing(x, delta, metadata):
+        outputs = forward(x, delta, metadata)
+        cache = metadata.cache
         if cache is None or not cache.stores or not torch.is_grad_enabled():
             return outputs
         return *outputs, cache.keys[-1], cache.values[-1]

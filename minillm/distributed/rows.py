@@ -80,7 +80,7 @@ def share_rows(model: nn.Module, parts: RowParts) -> None:
     One with a score head is given whole rows, and gives the scores of whole rows.
     """
     model.row_parts = parts
-    model.placement = MethodType(_placement_of(model.placement, parts), model)
+    model.attention_metadata = MethodType(_metadata_of(model.attention_metadata, parts), model)
     if model.config.score_head:
         model.forward = _scores_of_whole_rows(model.forward, parts)
     for layer in model.layers:
@@ -93,12 +93,14 @@ def share_rows(model: nn.Module, parts: RowParts) -> None:
                 module.register_forward_hook(lambda module, args, output: _summed(parts, output))
 
 
-def _placement_of(plain: Callable, parts: RowParts) -> Callable:
-    """The places of a rank's tokens: those of the whole row, of the angles the ones of its context, and of learned
-    positions, which are added before the layers, its own.
+def _metadata_of(plain: Callable, parts: RowParts) -> Callable:
+    """`Transformer.attention_metadata` for a rank's part of each row.
+
+    It is that of the whole row, with the angles of the rank's context. Learned positions, which are added before the
+    layers, are those of the rank's own tokens.
     """
 
-    def placement(model, length: int, documents: Tensor | None, cache, dtype: torch.dtype):
+    def attention_metadata(model, length: int, documents: Tensor | None, cache, dtype: torch.dtype):
         parts.are_divided = cache is None or not cache.stores
         if not parts.are_divided:
             return plain(length, documents, cache, dtype)
@@ -112,7 +114,7 @@ def _placement_of(plain: Callable, parts: RowParts) -> Callable:
         rotation = tuple(part.of_context(angles, -2) for angles in whole.rotation)  # (…, T/context, D/2)
         return whole._replace(rotation=rotation)
 
-    return placement
+    return attention_metadata
 
 
 def _attend_of(plain: Callable, parts: RowParts) -> Callable:

@@ -25,8 +25,8 @@ from minillm.model.packed import PackedLinear
 from minillm.model.rope import rotary_tables
 
 
-class Placement(NamedTuple):
-    """The places of a forward pass's tokens: what every layer has to know of them besides their states."""
+class AttentionMetadata(NamedTuple):
+    """What every layer has to know of a forward pass's tokens besides their states; made once for all layers."""
 
     rotation: tuple[Tensor, ...] | None  # the angles of their positions, by which queries and keys are turned
     spans: Tensor | None  # where each token's document is, as `ops.document_spans` says it; None: one text a row
@@ -71,9 +71,9 @@ class Attention(nn.Module):
             self.q_norm = RMSNorm(config.head_dim, config.norm_eps)
             self.k_norm = RMSNorm(config.head_dim, config.norm_eps)
 
-    def forward(self, x: Tensor, placement: Placement) -> Tensor:
+    def forward(self, x: Tensor, metadata: AttentionMetadata) -> Tensor:
         batch, length, _ = x.shape
-        rotation, spans, cache, _, seen, chosen, ends = placement
+        rotation, spans, cache, _, seen, chosen, ends = metadata
         q, k, v = ops.linears(x, self.q_proj, self.k_proj, self.v_proj)
         q = q.view(batch, length, self.config.n_heads, self.config.head_dim)  # (B, T, H, D)
         k = k.view(batch, length, self.config.n_kv_heads, self.config.head_dim)  # (B, T, K, D)
@@ -139,12 +139,12 @@ class Block(nn.Module):
         self.mlp = MLP(config)
         self.dropout = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
 
-    def forward(self, x: Tensor, delta: Tensor | None, placement: Placement) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, delta: Tensor | None, metadata: AttentionMetadata) -> tuple[Tensor, Tensor]:
         """x, delta: (B, T, C), delta not yet added (None: nothing). Returns the next x and delta, of chosen tokens."""
         x, normed = self.input_layernorm.add_and_norm(x, delta)
-        delta = self.dropout(self.self_attn(normed, placement))
-        if placement.chosen is not None:
-            x = of_tokens(x, placement.chosen)  # (B, n, C)
+        delta = self.dropout(self.self_attn(normed, metadata))
+        if metadata.chosen is not None:
+            x = of_tokens(x, metadata.chosen)  # (B, n, C)
         x, normed = self.post_attention_layernorm.add_and_norm(x, delta)
         return x, self.dropout(self.mlp(normed))
 
@@ -292,9 +292,9 @@ class Transformer(nn.Module):
     ) -> Tensor:
         """`hidden` of embeddings x (B, T, C) in place of tokens."""
         length = x.shape[1]
-        placement = self.placement(length, documents, cache, x.dtype)
-        if placement.positions is not None:
-            x = x + self.embed_positions.weight[placement.positions]  # (B, T, C) + (B, T, C) or (T, C)
+        metadata = self.attention_metadata(length, documents, cache, x.dtype)
+        if metadata.positions is not None:
+            x = x + self.embed_positions.weight[metadata.positions]  # (B, T, C) + (B, T, C) or (T, C)
 
         # through the layers, each of which leaves its last addition to the next norm
         x = self.dropout(x)
@@ -303,17 +303,19 @@ class Transformer(nn.Module):
         recompute = self.checkpoint_activations and self.training and not (cache is not None and cache.stores)
         for layer in self.layers:
             if chosen is not None and layer is self.layers[-1]:
-                placement = placement._replace(seen=cache.seen_by(chosen), chosen=chosen)
+                metadata = metadata._replace(seen=cache.seen_by(chosen), chosen=chosen)
             if recompute:
-                x, delta = checkpoint(layer, x, delta, placement, use_reentrant=False)
+                x, delta = checkpoint(layer, x, delta, metadata, use_reentrant=False)
             else:
-                x, delta = layer(x, delta, placement)
+                x, delta = layer(x, delta, metadata)
         if cache is not None:
             cache.advance(length)
         return self.norm.add_and_norm(x, delta)[1]
 
-    def placement(self, length: int, documents: Tensor | None, cache: KVCache | None, dtype: torch.dtype) -> Placement:
-        """The places of T tokens a row. dtype: of the states."""
+    def attention_metadata(
+        self, length: int, documents: Tensor | None, cache: KVCache | None, dtype: torch.dtype
+    ) -> AttentionMetadata:
+        """What the layers need to know of T tokens a row. dtype: of the states."""
         positions = self._positions(length, documents, cache)  # (B, T), or (T,) if all rows have the same
         spans = None if documents is None else ops.document_spans(documents, self.config.window, dtype)
         seen = ends = None
@@ -322,9 +324,9 @@ class Transformer(nn.Module):
             if cache.ends is not None:
                 ends = ops.visible_keys(cache.ends, length, cache.n_read, self.config.window, dtype)
         if self.config.positions == "learned":
-            return Placement(None, spans, cache, positions, seen, None, ends)
+            return AttentionMetadata(None, spans, cache, positions, seen, None, ends)
         rotation = ops.rotation(self.cos[positions], self.sin[positions], dtype)
-        return Placement(rotation, spans, cache, None, seen, None, ends)
+        return AttentionMetadata(rotation, spans, cache, None, seen, None, ends)
 
     def _positions(self, length: int, documents: Tensor | None, cache: KVCache | None) -> slice | Tensor:
         """Position of each of T tokens in its text: (B, T) int64, or a slice where all rows have the same.
