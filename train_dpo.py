@@ -209,8 +209,8 @@ def main() -> int:
     turns = start.turns(rows.counts["turns"])  # so that `chat` knows how many it may show
     run = Run(training_config, ranks, fingerprints, tokenizer=start.tokenizer, next_command=command, **turns)
     if run.finished:
-        return run.say_finished(length_option)
-    run.say("\n".join([summary(training_config), rows.summary(), *held_out.summary()]))
+        return run.print_finished(length_option)
+    run.print("\n".join([summary(training_config), rows.summary(), *held_out.summary()]))
 
     # the model: resumed, or started from another; what it can do now; training; what it can do then
     finish_kernel_check()
@@ -221,7 +221,7 @@ def main() -> int:
     status = train(run, model, rows, end, Tools(reference, replay, held_out, before, tasks))
     if status == 0:
         held_out.conclude(run, before, held_out.examine(model, run))
-        run.say_result()
+        run.print_result()
     return status
 
 

@@ -122,10 +122,10 @@ def main() -> int:
     turns = start.turns(prompts.counts["turns"])  # so that `chat` knows how many it may show
     run = Run(training_config, ranks, fingerprints, tokenizer=tokenizer, next_command=what_next, **turns)
     if run.finished:
-        return run.say_finished()
-    run.say("\n".join([summary(training_config), prompts.summary(), *rewards.remarks()]))
+        return run.print_finished()
+    run.print("\n".join([summary(training_config), prompts.summary(), *rewards.remarks()]))
     if held_out_prompts:
-        run.say(f"held out: {held_out_prompts.summary()}")
+        run.print(f"held out: {held_out_prompts.summary()}")
 
     # the model: resumed, or started from another; and the one that it stays near
     finish_kernel_check()
@@ -138,7 +138,7 @@ def main() -> int:
 
     # measure, train, measure again
     def measure() -> dict:
-        how = dict(template=training_config.template, say=run.say)
+        how = dict(template=training_config.template, log=run.print)
         exact = answers.exact_match(model, tokenizer, questions, **how)
         return {"exact": exact, **held_out_reward(tools), **distance_to_optimum(training_config, tools, tokenizer)}
 
@@ -285,7 +285,7 @@ def tell(
     row["clip_share"] = sums["clipped"] / max(1.0, sums["seen"])
     row["zero_std_share"] = sums["no_spread"] / sums["groups"]
     run.record(run.step, **row)
-    judging.say_row(run, row, ("reward", "best_share", "kl", "entropy", "length", "zero_std_share", "cut_share"))
+    judging.print_row(run, row, ("reward", "best_share", "kl", "entropy", "length", "zero_std_share", "cut_share"))
     return row
 
 
@@ -335,19 +335,19 @@ def conclude(run: Run, before: dict, after: dict) -> None:
         row |= {"objective": after["objective"], "optimum": max(before.get("optimum", -math.inf), after["optimum"])}
     run.record(run.training_config.steps, **row)
     if "heldout" in after:
-        run.say("held-out prompts, one answer each at --temperature, before → after:")
-        run.say(f"  reward           {shown(before, 'heldout', 'z.3f')} → {after['heldout']:z.3f}")
-        run.say(f"  all as wanted    {shown(before, 'heldout_best', '6.1%')} → {after['heldout_best']:6.1%}")
+        run.print("held-out prompts, one answer each at --temperature, before → after:")
+        run.print(f"  reward           {shown(before, 'heldout', 'z.3f')} → {after['heldout']:z.3f}")
+        run.print(f"  all as wanted    {shown(before, 'heldout_best', '6.1%')} → {after['heldout_best']:6.1%}")
     if "optimum" in row:
-        run.say(f"E[r] − β KL on training prompts, of which {row['optimum']:z.3f} is the most that any policy has:")
+        run.print(f"E[r] − β KL on training prompts, of which {row['optimum']:z.3f} is the most that any policy has:")
         line = f"  {shown(before, 'objective', 'z.3f')} → {after['objective']:z.3f}"
         if "objective" in before:
             beta = run.training_config.beta
             line += f"   ({share_of_optimum(before['objective'], after['objective'], row['optimum'], beta)})"
-        run.say(line)
+        run.print(line)
     for line in answers.exact_lines(before.get("exact", {}), after["exact"]):
-        run.say(line)
-    run.say_result()
+        run.print(line)
+    run.print_result()
 
 
 if __name__ == "__main__":

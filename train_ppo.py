@@ -120,16 +120,16 @@ def main() -> int:
     turns = start.turns(prompts.counts["turns"])  # so that `chat` knows how many it may show
     run = Run(training_config, ranks, fingerprints, tokenizer=tokenizer, next_command=what_next, **turns)
     if run.finished:
-        return run.say_finished()
-    run.say(f"{summary(training_config)}\n{prompts.summary()}")
+        return run.print_finished()
+    run.print(f"{summary(training_config)}\n{prompts.summary()}")
     if held_out_prompts:
-        run.say(f"held out: {held_out_prompts.summary()}")
+        run.print(f"held out: {held_out_prompts.summary()}")
 
     # the four models, and those who judge the policy's answers
     finish_kernel_check()
     policy = run.make_model(start.model_config, start.init)
     roles = cast_roles(training_config, start, policy, reward_model, ranks)
-    run.say(roles.describe())
+    run.print(roles.describe())
     reward = true_reward
     if reward_model is not None:  # whose scale is measured below
         folder, rows_at_once = training_config.reward_model, training_config.rows_at_once
@@ -140,7 +140,7 @@ def main() -> int:
 
     # measure, train, measure again
     def measure() -> dict:
-        how = dict(template=training_config.template, say=run.say)
+        how = dict(template=training_config.template, log=run.print)
         exact = answers.exact_match(policy, tokenizer, questions, **how)
         return {"exact": exact, **held_out_reward(training_config, tools)}
 
@@ -327,7 +327,7 @@ def tell(
         row["zero_std_share"] = sums["no_spread"] / sums["groups"]
     if "true_reward" in sums:
         row["true_reward"] = sums["true_reward"] / sums["answers"]
-    judging.say_row(run, row, ("reward", "true_reward", "kl", "entropy", "length", "cut_share", "clip_share"))
+    judging.print_row(run, row, ("reward", "true_reward", "kl", "entropy", "length", "cut_share", "clip_share"))
     return row
 
 
@@ -342,14 +342,14 @@ def conclude(run: Run, before: dict, after: dict) -> None:
     }
     run.record(run.training_config.steps, **row)
     if "heldout_learned" in after:
-        run.say("held-out prompts, one answer each at --temperature, before → after:")
+        run.print("held-out prompts, one answer each at --temperature, before → after:")
         for name, words in names.items():
             if name in after and name in before:
-                run.say(f"  {words:<20} {before[name]:z.3f} → {after[name]:z.3f}")
-        run.say(f"  KL an answer         {after['heldout_kl']:z.2f} nats")
+                run.print(f"  {words:<20} {before[name]:z.3f} → {after[name]:z.3f}")
+        run.print(f"  KL an answer         {after['heldout_kl']:z.2f} nats")
     for line in answers.exact_lines(before.get("exact", {}), after["exact"]):
-        run.say(line)
-    run.say_result()
+        run.print(line)
+    run.print_result()
 
 
 if __name__ == "__main__":

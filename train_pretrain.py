@@ -140,19 +140,20 @@ def main() -> int:
     what_next = next_command(training_config, tokenizer)
     run = Run(training_config, ranks, fingerprints, tokenizer=tokenizer, next_command=what_next)
     if run.finished:
-        return run.say_finished()
+        return run.print_finished()
 
-    run.say("\n".join([summary(training_config), *too_little(training_config, model_config)]))
+    run.print("\n".join([summary(training_config), *too_little(training_config, model_config)]))
     if init is not None and run.source is None and lr_is_usual:
-        run.say(f"--lr: {training_config.lr:.2g}, as for a new model; a lower one keeps more of what {init} has learnt")
+        usual = f"{training_config.lr:.2g}, as for a new model"
+        run.print(f"--lr: {usual}; a lower one keeps more of what {init} has learnt")
     if decay_windows is not None:
         begins = Schedule.of(training_config).decay_begins
-        run.say(f"{training_config.decay_data}: read from step {begins + 1:,} on, while the learning rate falls")
+        run.print(f"{training_config.decay_data}: read from step {begins + 1:,} on, while the learning rate falls")
     if tokenizer is not None and run.source is None:
         for note in notes(tokenizer, model_config, first.path):
-            run.say(note)
+            run.print(note)
     if validation.no_bytes:
-        run.say(f"no bits per byte: {validation.no_bytes}")
+        run.print(f"no bits per byte: {validation.no_bytes}")
 
     # the model: resumed, started from another, or new
     finish_kernel_check()
@@ -331,7 +332,7 @@ def train(
         source = decay_windows if decay_windows and step > decay_begins else windows
         return [source.batch(positions).part(run.ranks.row_part) for positions in run.micro_batches(step)]
 
-    run.say("\n".join(describe_data(training_config, windows, decay_windows)))
+    run.print("\n".join(describe_data(training_config, windows, decay_windows)))
     n_tokens = training_config.batch_size * training_config.seq_len  # of a step, over all ranks
 
     scores = {}
@@ -371,11 +372,11 @@ def conclude(run: Run, model: Transformer, scores: dict[str, float]) -> None:
         summary += f", {scores['val_bpb']:.3f} bits per byte"
     if "floor_bpb" in scores:
         summary += f"; floor {scores['floor_bpb']:.3f} ± {scores['floor_error']:.3f}"
-    run.say(summary)
+    run.print(summary)
     if run.tokenizer is not None:
         text = sample(model, run.tokenizer) or "(nothing: the first token already ended the text)"
-        run.say(f"a sample:\n{textwrap.indent(text, '  ')}")
-    run.say_result()
+        run.print(f"a sample:\n{textwrap.indent(text, '  ')}")
+    run.print_result()
 
 
 def sample(model: Transformer, tokenizer: Tokenizer) -> str:

@@ -135,12 +135,12 @@ def main() -> int:
     what_next = next_command(training_config)
     run = Run(training_config, ranks, fingerprints, tokenizer=start.tokenizer, next_command=what_next)
     if run.finished:
-        return run.say_finished(length_option)
-    run.say(f"{summary(training_config)}\n{rows.summary()}")
+        return run.print_finished(length_option)
+    run.print(f"{summary(training_config)}\n{rows.summary()}")
     if held_out_rows:
-        run.say(f"held out: {held_out_rows.summary()}")
+        run.print(f"held out: {held_out_rows.summary()}")
     else:
-        run.say("held out: nothing, so only the pairs that it learns from are compared; see --eval_data")
+        run.print("held out: nothing, so only the pairs that it learns from are compared; see --eval_data")
 
     # the model: resumed, or started from another
     finish_kernel_check()
@@ -300,10 +300,10 @@ def conclude(
         run.record(
             run.training_config.steps, **found, **{name: value for name, value in ends.items() if value is not None}
         )
-        run.say(f"held-out pairs in which the chosen answer has the higher score ({training_config.held_out}):")
+        run.print(f"held-out pairs in which the chosen answer has the higher score ({training_config.held_out}):")
         for line in summary_lines(pairs, training_config.label_noise):
-            run.say(line)
-    run.say_result()
+            run.print(line)
+    run.print_result()
 
 
 if __name__ == "__main__":

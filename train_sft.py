@@ -136,12 +136,12 @@ def main() -> int:
     turns = rows.counts["turns"]  # so that `chat` knows how many were trained
     run = Run(training_config, ranks, fingerprints, tokenizer=tokenizer, next_command=what_next, turns=turns)
     if run.finished:
-        return run.say_finished(length_option)
-    run.say(f"{summary(training_config)}\n{rows.summary()}")
+        return run.print_finished(length_option)
+    run.print(f"{summary(training_config)}\n{rows.summary()}")
     if held_out_rows:
-        run.say(f"held out, {len(questions):,} of them asked: {held_out_rows.summary()}")
+        run.print(f"held out, {len(questions):,} of them asked: {held_out_rows.summary()}")
     else:
-        run.say("held out: nothing, so only the loss on what it learns from is known; see --eval_data")
+        run.print("held out: nothing, so only the loss on what it learns from is known; see --eval_data")
 
     # the model: resumed, or started from another
     finish_kernel_check()
@@ -149,7 +149,7 @@ def main() -> int:
 
     # answer the held-out questions, train, answer them again
     def count_exact() -> dict[str, tuple[int, int]]:
-        return answers.exact_match(model, tokenizer, questions, template=training_config.template, say=run.say)
+        return answers.exact_match(model, tokenizer, questions, template=training_config.template, log=run.print)
 
     before = run.once("before.json", lambda: {"exact": count_exact()}, {"exact": fingerprint(questions)})
     status = train(training_config, run, model, rows, end, held_out_rows, tasks)
@@ -249,8 +249,8 @@ def conclude(run: Run, before: dict, after: dict) -> None:
         n_right, n_questions = answers.total(after)
         run.record(run.training_config.steps, exact_match=n_right / n_questions)
         for line in answers.exact_lines(before, after):
-            run.say(line)
-    run.say_result()
+            run.print(line)
+    run.print_result()
 
 
 if __name__ == "__main__":

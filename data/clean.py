@@ -41,7 +41,7 @@ from minillm.base.files import own_folder, write_file, write_json_atomically
 from minillm.base.options import Options, option
 from minillm.base.printing import clipped, visible
 from minillm.base.process import RunLock, run_script
-from minillm.datasets.files.text_files import BOUNDARIES, CLEANED, REPORT, find_files, say_left_out
+from minillm.datasets.files.text_files import BOUNDARIES, CLEANED, REPORT, find_files, print_left_out
 
 DRY_SHARE = 0.01  # of the documents, for a dry run without a run before
 NOT_REPORTED = ("out", "workers", "dry_run", "explain")  # the result does not depend on them
@@ -144,7 +144,7 @@ def clean(config: Config) -> dict:
     left_out: Counter[str] = Counter()
     val_files = find_files(config.val_input, suffixes=reading.SUFFIXES)
     files = val_files + find_files(config.input, left_out, reading.SUFFIXES)
-    say_left_out(left_out, reading.SUFFIXES)
+    print_left_out(left_out, reading.SUFFIXES)
     out = Path(config.out)
     for folder in map(Path, (*config.input, *config.val_input)):
         if folder.is_dir() and out.resolve().is_relative_to(folder.resolve()):

@@ -49,7 +49,7 @@ from minillm.base.options import option
 from minillm.base.printing import visible
 from minillm.base.process import RunLock, run_script
 from minillm.checkpoint import run_folder
-from minillm.datasets.files.text_files import BOUNDARIES, find_files, say_left_out, text_of
+from minillm.datasets.files.text_files import BOUNDARIES, find_files, print_left_out, text_of
 from minillm.tokenizer import train
 from minillm.tokenizer.measure import TRIED, check_round_trip, control_texts
 from minillm.tokenizer.tokenizer import Tokenizer
@@ -89,7 +89,7 @@ def prepare(
     left_out = Counter()
     files = find_files(inputs + val_inputs, left_out)
     n_train = len(find_files(inputs)) if val_inputs else len(files)
-    say_left_out(left_out)
+    print_left_out(left_out)
     given = None if tokenizer is None else Tokenizer.load(run_folder.tokenizer_folder(tokenizer))
     options = replace(options, wrap=options.wrap or usual_wrap(out, given))
     if given is not None:

@@ -5,16 +5,16 @@ from minillm.training.run import Run
 
 
 class Alarm:
-    """Says that a measure has reached its limit: once, and again when it has become twice as large."""
+    """Prints a line when a measure reaches its limit: once, and again when it has become twice as large."""
 
-    def __init__(self, run: Run, limit: float, told: str):
-        """told: what to say, with {value} in it."""
-        self.run, self.limit, self.told = run, limit, told
+    def __init__(self, run: Run, limit: float, message: str):
+        """message: what to print, with {value} in it."""
+        self.run, self.limit, self.message = run, limit, message
 
     def look_at(self, value: float) -> None:
         if value >= self.limit:
             self.limit = 2 * value
-            self.run.say(f"step {self.run.step}: {self.told.format(value=value)}")
+            self.run.print(f"step {self.run.step}: {self.message.format(value=value)}")
 
 
 def distance_alarm(run: Run, limit: float, remedy: str) -> Alarm:
@@ -38,7 +38,7 @@ class Idle:
     def __init__(self, run: Run, most: int):
         self.run, self.most = run, most
         self.in_a_row = run.saved.get("idle", 0)
-        self.told = self.in_a_row > 0
+        self.has_warned = self.in_a_row > 0
 
     def count(self, n_useful: float, why: tuple[str, str] = EQUAL) -> None:
         """n_useful: groups of a rollout, on all ranks, from which something is learned. why: what is amiss if there are
@@ -48,8 +48,8 @@ class Idle:
         self.run.facts["idle"] = self.in_a_row
         amiss, remedy = why
         step = self.run.step
-        if self.in_a_row and not self.told:
-            self.told = True
-            self.run.say(f"step {step}: {amiss}: nothing to learn")
+        if self.in_a_row and not self.has_warned:
+            self.has_warned = True
+            self.run.print(f"step {step}: {amiss}: nothing to learn")
         if self.in_a_row >= self.most:
             raise UserError(f"step {step}: {self.in_a_row} rollouts in a row with nothing to learn ({amiss}): {remedy}")

@@ -26,7 +26,7 @@ from minillm.tokenizer.tokenizer import Tokenizer
 from minillm.training.run import Run
 from minillm.tuning.adapter import merged
 
-SAY_EVERY = 10  # steps
+PRINT_EVERY = 10  # steps
 BEST = 1 - 1e-6  # a reward from here on counts as all that was wanted
 
 
@@ -94,10 +94,10 @@ def means(sums: dict[str, float]) -> dict[str, float]:
     }
 
 
-def say_row(run: Run, row: dict[str, float], names: tuple[str, ...]) -> None:
-    """Print these of a step's numbers, of the first step and then now and then; z: no sign before 0.000."""
-    if run.due(run.step, SAY_EVERY) or run.step == 1:
-        run.say(f"step {run.step}: " + ", ".join(f"{name} {row[name]:z.3f}" for name in names if name in row))
+def print_row(run: Run, row: dict[str, float], names: tuple[str, ...]) -> None:
+    """Print these of a step's numbers, of the first step and then now and then."""
+    if run.due(run.step, PRINT_EVERY) or run.step == 1:
+        run.print(f"step {run.step}: " + ", ".join(f"{name} {row[name]:z.3f}" for name in names if name in row))
 
 
 class Judge:

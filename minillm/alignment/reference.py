@@ -115,7 +115,7 @@ def precomputed_sums(run: Run, rows, n_samples: int, reference: Callable[[], Ref
         begun = time.monotonic()
         sums = _compute(run, rows, n_samples, reference())
         took = time.monotonic() - begun
-        run.say(f"answers to {n_samples:,} prompts by the reference policy: {took:.1f} s, kept in {path}")
+        run.print(f"answers to {n_samples:,} prompts by the reference policy: {took:.1f} s, kept in {path}")
         if run.ranks.main:
             write_file(path, lambda scratch: _write(scratch, sums))
         run.ranks.barrier()

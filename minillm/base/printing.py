@@ -70,7 +70,7 @@ class VisibleOutput:
         return getattr(self.stream, name)
 
 
-def tell(line: str) -> None:
+def log_line(line: str) -> None:
     """Print a line beside the output proper. It is dropped where nobody can read it any more: a remark ends nothing."""
     with contextlib.suppress(OSError):  # the program behind a pipe has ended, the disk of a log is full
         print(visible(line), file=sys.stderr, flush=True)

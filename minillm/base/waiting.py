@@ -63,8 +63,8 @@ class Waiting:
     def __init__(self, openmp: ctypes.CDLL):
         """openmp: the library of the teams (`gnu_openmp`)."""
         self.openmp = openmp
-        self.say: Callable[[str], None] = lambda line: None  # is told of the first change in each direction
-        self.said: set[str] = set()
+        self.log: Callable[[str], None] = lambda line: None  # prints the first change in each direction
+        self.logged: set[str] = set()
         self.choosing = threading.Lock()
         self.end_idle_team: threading.Event | None = None  # None: there is no such team, threads wait awake
         self.all_cores: set[int] = set()  # of a team that has moved together; empty: it is on all its cores
@@ -119,9 +119,9 @@ class Waiting:
             before, seen = seen, Reading.now()
             words = self.words
             self.look(before, seen)
-            if self.words != words and self.words not in self.said:
-                self.said.add(self.words)
-                self.say(f"the threads now {self.words}")
+            if self.words != words and self.words not in self.logged:
+                self.logged.add(self.words)
+                self.log(f"the threads now {self.words}")
 
     def meet(self, n_threads: int) -> None:
         """Let so many threads of the calling thread's team meet once. It is made if it does not exist, and stays."""
@@ -189,20 +189,20 @@ def of_this_process() -> Waiting | None:
     return waiting
 
 
-def tell(say: Callable[[str], None]) -> None:
-    """Say how many threads compute and how they wait, and from now on how that changes.
+def report(log: Callable[[str], None]) -> None:
+    """Print how many threads compute and how they wait, and from now on how that changes.
 
-    say: prints a line. Where the way of waiting cannot be chosen, it is told the number of threads alone.
+    log: prints a line. Where the way of waiting cannot be chosen, it is the number of threads alone.
     """
     n_threads = torch.get_num_threads()
     threads = f"{n_threads} CPU thread{'s' if n_threads > 1 else ''}"
     waiting = of_this_process()
     if waiting is None or n_threads == 1:
-        say(threads)
+        log(threads)
         return
     waiting.try_out()
-    waiting.say, waiting.said = say, {waiting.words}
-    say(f"{threads}, which {waiting.words}")
+    waiting.log, waiting.logged = log, {waiting.words}
+    log(f"{threads}, which {waiting.words}")
 
 
 def gnu_openmp(n_threads: int) -> ctypes.CDLL | None:

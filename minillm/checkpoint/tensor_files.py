@@ -121,12 +121,12 @@ def has_own_head(folder: str | Path) -> bool:
     head, embedding = places.get(HEAD), places.get(EMBEDDING)
     if head is None or embedding is None or are_equal(head, embedding):
         return False
-    _say_untied(str(folder))
+    _print_untied(str(folder))
     return True
 
 
 @cache
-def _say_untied(folder: str) -> None:
+def _print_untied(folder: str) -> None:
     print(f"{folder}: tied in its config.json, but its head is not its embedding: loaded untied", file=sys.stderr)
 
 

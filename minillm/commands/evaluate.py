@@ -15,7 +15,7 @@ from minillm.base import bundled_files
 from minillm.base.errors import MissingError, UnsupportedError, UserError, naming
 from minillm.base.files import check_file, write_json_atomically
 from minillm.base.options import option
-from minillm.base.printing import tell
+from minillm.base.printing import log_line
 from minillm.commands.model_options import (
     ModelOptions,
     TemplateOptions,
@@ -128,7 +128,7 @@ class Config(ModelOptions, TemplateOptions):
 def run(config: Config) -> None:
     if config.data is not None and not Path(config.data).exists():
         raise UserError(f"--data {config.data}: no such file or folder")
-    folder = load.find_model(config.model, log=tell)
+    folder = load.find_model(config.model, log=log_line)
     if config.tasks is not None:
         _evaluate_tasks(config, folder)
         return

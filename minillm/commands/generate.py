@@ -8,7 +8,7 @@ import sys
 from dataclasses import dataclass
 
 from minillm.base.options import option, part
-from minillm.base.printing import print_text, tell
+from minillm.base.printing import log_line, print_text
 from minillm.commands.best_of import Asking, best_of, load_judge, prompt_of
 from minillm.commands.model_options import (
     CompileOptions,
@@ -84,7 +84,7 @@ def run(config: Config) -> None:
     end = print_stream(stream, [], config.raw)
     print()
     if end.reason == "context":
-        tell(f"(stopped: the model's context of {context_of(model)} tokens is full)")
+        log_line(f"(stopped: the model's context of {context_of(model)} tokens is full)")
 
 
 def _print_best(config: Config, loaded: Loaded, question: str) -> None:
@@ -95,12 +95,13 @@ def _print_best(config: Config, loaded: Loaded, question: str) -> None:
     prompt = prompt_of(question, tokenizer, asking)
     rewards = load_judge(config.reward, prompt, model, tokenizer, asking)
     for line in rewards.remarks():
-        tell(line)
+        log_line(line)
     found = best_of(config.best_of, prompt, model, tokenizer, rewards, asking)
     print_text(found[0].text, config.raw)
     print()
     values = [candidate.reward for candidate in found]
     mean = sum(values) / len(values)
-    tell(f"(reward {values[0]:.3f}, the highest of {len(values)}; their mean {mean:.3f}, the lowest {values[-1]:.3f})")
+    others = f"their mean {mean:.3f}, the lowest {values[-1]:.3f}"
+    log_line(f"(reward {values[0]:.3f}, the highest of {len(values)}; {others})")
     if found[0].reason != "stop":
-        tell(f"(stopped by its length: {found[0].reason})")
+        log_line(f"(stopped by its length: {found[0].reason})")

@@ -10,7 +10,7 @@ from minillm.alignment.reward_model import open_reward_model
 from minillm.base.device import DTYPES, pick_device
 from minillm.base.errors import UserError
 from minillm.base.options import Options, option
-from minillm.base.printing import print_text, tell
+from minillm.base.printing import log_line, print_text
 from minillm.checkpoint import train_state
 from minillm.distributed.ranks import Ranks
 from minillm.generation import load
@@ -75,7 +75,7 @@ class OutputOptions(Options):
 
 def load_model(config: ModelOptions) -> load.Loaded:
     """The model of --model, or the newest checkpoint, once the kernels have been checked on its device."""
-    folder = load.find_model(config.model, log=tell)
+    folder = load.find_model(config.model, log=log_line)
     return load_folder(folder, config.base, config.device, config.dtype, config.bits)
 
 
@@ -87,7 +87,7 @@ def load_folder(folder: Path, base: str | None, device: str, dtype: str | None, 
 def prepare_steps(config: CompileOptions, model: Transformer) -> None:
     """Compile the model's step of one row, if --compile asks for it."""
     if config.compile:
-        tell("compiling a step ...")
+        log_line("compiling a step ...")
         model.compiled_step = CompiledStep(model)
 
 
@@ -101,7 +101,7 @@ def load_reward_model(config: ModelOptions, folder: Path) -> load.Loaded:
 
 
 def _check_kernels(device: torch.device, base_bits: int | None) -> None:
-    kernel_check.check_kernels(Ranks(0, 1, device), tell, base_bits=base_bits)
+    kernel_check.check_kernels(Ranks(0, 1, device), log_line, base_bits=base_bits)
 
 
 def trained_with(folder: Path) -> dict:

@@ -20,7 +20,7 @@ from minillm.alignment.rollouts import RolloutConfig, roll_out
 from minillm.base.errors import UserError
 from minillm.base.files import check_file, refuse_link, write_file
 from minillm.base.options import option
-from minillm.base.printing import tell
+from minillm.base.printing import log_line
 from minillm.commands.model_options import ModelOptions, TemplateOptions, load_model, template_of
 from minillm.datasets.prompts import Prompt, PromptRows
 from minillm.evaluation.checks import row_check
@@ -67,14 +67,14 @@ def run(config: Config) -> None:
         on_bad_line=config.on_bad_line,
         encoding=config.encoding,
     )
-    tell(rows.summary())
+    log_line(rows.summary())
     n_asked = min(config.prompts or rows.rows_per_epoch, rows.rows_per_epoch)
     pairs, stop = _as_many_as_come(own_pairs(config, loaded, template, rows, np.arange(n_asked)))
     if stop is not None:  # what took hours is kept, under a name that is not taken for the whole
         if pairs:
             part = out.with_name(f"{out.stem}.part{out.suffix}")
             _write(part, pairs)
-            tell(f"{part}: the {len(pairs):,} pairs made before it stopped; {out} is as it was")
+            log_line(f"{part}: the {len(pairs):,} pairs made before it stopped; {out} is as it was")
         raise stop
     if not pairs:
         raise UserError(
@@ -83,7 +83,7 @@ def run(config: Config) -> None:
         )
     _write(out, pairs)
     rest = n_asked - len(pairs)
-    tell(f"{out}: {len(pairs):,} pairs; to {rest:,} prompts all answers that ended had the same reward")
+    log_line(f"{out}: {len(pairs):,} pairs; to {rest:,} prompts all answers that ended had the same reward")
 
 
 def _as_many_as_come(pairs: Iterator[dict]) -> tuple[list[dict], BaseException | None]:

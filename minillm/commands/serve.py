@@ -8,7 +8,7 @@ from pathlib import Path
 from minillm.base.device import DTYPES
 from minillm.base.errors import UserError
 from minillm.base.options import option, part
-from minillm.base.printing import tell
+from minillm.base.printing import log_line
 from minillm.commands.model_options import (
     BitsOptions,
     CompileOptions,
@@ -60,8 +60,8 @@ def run(config: Config) -> None:
     models = []
     for name, folder in named_folders(config.model):
         models.append(_load(config, name, folder, [model.engine.model for model in models]))
-    app = App(models, door, tell)
-    server = build_server(app, config.drain_s, tell)
+    app = App(models, door, log_line)
+    server = build_server(app, config.drain_s, log_line)
     for model in models:
         model.engine.start()
     set_apart_what_stays()
@@ -100,7 +100,7 @@ def named_folders(given: tuple[str, ...]) -> list[tuple[str, Path]]:
     folders: dict[str, Path] = {}
     for text in given or (None,):
         name, path = split_name(text)
-        folder = find_model(path, log=tell)
+        folder = find_model(path, log=log_line)
         if not name:
             place = folder.absolute()  # "." is no name
             if ".." in place.parts:
@@ -138,7 +138,7 @@ def _load(config: Config, name: str, folder: Path, others: list[Transformer]) ->
     no_chat = why_no_chat(tokenizer, template)
     n_shared = share_weights(model, others)
     prepare_steps(config, model)
-    engine = Engine(model, part(config, EngineOptions), log=tell)
+    engine = Engine(model, part(config, EngineOptions), log=log_line)
     shared = f", {n_shared / 2**20:,.1f} MiB of them shared with models before it" if others else ""
     print(
         f"{name}: {folder} ({n_parameters(model.config):,} parameters{shared}), context {engine.context:,}, "

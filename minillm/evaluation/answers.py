@@ -63,13 +63,13 @@ def exact_match(
     *,
     template: str = "auto",
     max_new_tokens: int | None = None,
-    say: Callable[[str], None] = print,
+    log: Callable[[str], None] = print,
 ) -> dict[str, tuple[int, int]]:
     """(right answers, questions) for each family of questions (rows of `read_questions`), answered greedily.
 
     max_new_tokens: of an answer; None: as many as the longest right one has, from LONGEST_ANSWER to LONGEST_OF_ALL.
-    A question that does not fit into the model's context counts as answered wrong; `say` says how many did not, and
-    how many right answers are longer than an answer can be.
+    A question that does not fit into the context of the model counts as answered wrong. `log` prints how many did not,
+    and how many right answers are longer than an answer can be.
     """
     conversations = [row["messages"][:-1] for row in questions]
     n_prompt = _lengths(tokenizer, conversations, template, add_generation_prompt=True)
@@ -80,14 +80,14 @@ def exact_match(
     rooms = [min(max_new_tokens, context_of(model) - prompt) for prompt in n_prompt]
     n_cut = sum(0 < room < length for room, length in zip(rooms, n_right, strict=True))
     if n_cut:
-        say(
+        log(
             f"{n_cut} of {len(questions)} right answers are longer than the {max_new_tokens} tokens that an answer may "
             f"have, or than the context of {context_of(model)} has room for"
         )
     texts = answers(model, tokenizer, conversations, template=template, max_new_tokens=max_new_tokens)
     n_too_long = texts.count(None)
     if n_too_long:
-        say(f"{n_too_long} of {len(texts)} questions fill the context of {context_of(model)} tokens: counted as wrong")
+        log(f"{n_too_long} of {len(texts)} questions fill the context of {context_of(model)} tokens: counted as wrong")
 
     # count by family
     scores: dict[str, tuple[int, int]] = {}

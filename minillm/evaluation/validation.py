@@ -65,7 +65,7 @@ def read_text(
     """
     left_out: Counter[str] = Counter()
     files = text_files.find_files([path], left_out)
-    text_files.say_left_out(left_out)
+    text_files.print_left_out(left_out)
     texts = (
         text
         for file in files

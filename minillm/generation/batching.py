@@ -22,7 +22,7 @@ from torch import Tensor
 
 from minillm.base.errors import UserError
 from minillm.base.options import Options, option
-from minillm.base.printing import tell
+from minillm.base.printing import log_line
 from minillm.distributed.shards import is_sharded_model
 from minillm.generation.completion import check_prompts
 from minillm.generation.passes import Passes
@@ -69,7 +69,7 @@ class Engine:
         self.slots = Slots(model, options.slots, self.context)
         self.passes = Passes(model, self.slots)
         self.cache_bytes = self.slots.n_bytes
-        self.log = log or tell
+        self.log = log or log_line
 
         # requests, from their arrival to their end
         self.waiting: deque[Ticket] = deque()

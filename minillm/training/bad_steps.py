@@ -13,21 +13,21 @@ from minillm.training.step import TrainState
 class BadSteps:
     """Counts a run's bad steps in a row. The ranks of a team see the same ones; with --diloco_steps each its own."""
 
-    def __init__(self, limit: int, ranks: Ranks, rounds: Rounds, say: Callable[[str], None]):
-        """limit: so many in a row are too many. say: prints on rank 0."""
-        self.limit, self.ranks, self.rounds, self.say = limit, ranks, rounds, say
+    def __init__(self, limit: int, ranks: Ranks, rounds: Rounds, log: Callable[[str], None]):
+        """limit: so many in a row are too many. log: prints a line, on rank 0."""
+        self.limit, self.ranks, self.rounds, self.log = limit, ranks, rounds, log
         self.in_a_row = 0
         self.problem = ""  # once there were too many
 
     def count(self, step: int, state: TrainState) -> None:
-        """Note whether a step was applied, and tell if it was not."""
+        """Note whether a step was applied, and print a line if it was not."""
         refused = state.take_refused()
         self.in_a_row = self.in_a_row + 1 if refused else 0
         for what in refused:
             line = f"step {step}: {what}: not applied ({self.in_a_row} in a row)"
             if self.rounds.is_unheard:
                 print(f"rank {self.ranks.rank}: {line}", flush=True)
-            self.say(line)
+            self.log(line)
         if self.in_a_row >= self.limit and not self.problem:
             who = f"rank {self.ranks.rank}: " if self.rounds.n_teams > 1 else ""
             self.problem = f"{who}step {step}: {self.in_a_row} steps in a row were not finite"

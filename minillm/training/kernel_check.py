@@ -45,16 +45,16 @@ ROWS = (1, 16, 100, 300)  # multiplied by a quantized weight: smallest and large
 
 def check_kernels(
     ranks: Ranks,
-    say: Callable[[str], None] = print,
+    log: Callable[[str], None] = print,
     base_bits: int | None = None,
     dtype: torch.dtype = torch.bfloat16,
 ) -> None:
     """On all ranks: where `auto` means our kernels, check once that they are right, else select torch's ops.
 
-    say: prints a line; called on the first rank of a machine. base_bits: of the run's frozen base, if it has one.
+    log: prints a line; called on the first rank of a machine. base_bits: of the run's frozen base, if it has one.
     dtype: of the run's matrix products.
     """
-    KernelCheck(ranks, say, base_bits, dtype).settle()
+    KernelCheck(ranks, log, base_bits, dtype).settle()
 
 
 class KernelCheck:
@@ -67,13 +67,13 @@ class KernelCheck:
     def __init__(
         self,
         ranks: Ranks,
-        say: Callable[[str], None] = print,
+        log: Callable[[str], None] = print,
         base_bits: int | None = None,
         dtype: torch.dtype = torch.bfloat16,
     ):
         """The arguments are those of `check_kernels`."""
         self.ranks = ranks
-        self.say = say
+        self.log = log
         self.dtype = dtype
         self.quantized = base_bits in QUANTIZED
         self.process: subprocess.Popen | None = None
@@ -100,7 +100,7 @@ class KernelCheck:
             if not are_there:
                 what = "cannot be used, so torch's are, on all machines; python -m minillm check_cluster says why"
             if self.ranks.main:
-                self.say(f"ops: the kernels{where} {what}")
+                self.log(f"ops: the kernels{where} {what}")
             return
 
     def _right_before(self) -> Path:
@@ -115,7 +115,7 @@ class KernelCheck:
 
     def _start(self) -> None:
         """Start the process that compares; see the end of this file."""
-        self.say("ops: compiling the kernels and comparing them with torch on this GPU, once")
+        self.log("ops: compiling the kernels and comparing them with torch on this GPU, once")
         command = [sys.executable, "-m", "minillm.training.kernel_check", str(self.ranks.device.index or 0)]
         command.append(name_of(self.dtype))
         if self.quantized:
@@ -141,7 +141,7 @@ class KernelCheck:
 
             # it got no CUDA context (compute mode EXCLUSIVE_PROCESS: this process has the GPU), or no memory
             if problem and (not out or "out of memory" in problem):
-                self.say(f"ops: no second process can compare them ({problem}); comparing in this one")
+                self.log(f"ops: no second process can compare them ({problem}); comparing in this one")
                 problems = compare(self.ranks.device, quantized=self.quantized, dtype=self.dtype)
                 problem = (problems or [""])[0]
         except Exception as raised:

@@ -87,7 +87,7 @@ class TensorBoard:
 class WeightsAndBiases:
     """The rows of metrics.jsonl as a run of Weights & Biases (extra `wandb`), whose troubles end no training."""
 
-    def __init__(self, project: str, folder: Path, options: dict, run_id: str | None, say: Callable[[str], None]):
+    def __init__(self, project: str, folder: Path, options: dict, run_id: str | None, log: Callable[[str], None]):
         """folder: of the run; its files lie in wandb/ there. run_id: of a run to go on with, None for a new one.
 
         Raises `UserError` without the package.
@@ -97,7 +97,7 @@ class WeightsAndBiases:
         except ImportError:
             raise UserError('--wandb needs its package: pip install -e ".[wandb]"') from None
         files.own_folder(folder / "wandb")
-        self.say = say
+        self.log = log
         self.run = None
         with self._going_on():
             # its package would else take the output in hand, and wait for the network without end
@@ -129,4 +129,4 @@ class WeightsAndBiases:
             yield
         except Exception as problem:
             self.run = None
-            self.say(f"--wandb: {problem or type(problem).__name__}; the run goes on and logs to metrics.jsonl alone")
+            self.log(f"--wandb: {problem or type(problem).__name__}; the run goes on and logs to metrics.jsonl alone")

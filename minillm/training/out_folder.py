@@ -58,7 +58,7 @@ class OutFolder:
             self.logs.append(TensorBoard(self.path / "tensorboard", step))
         self.logs += self.more_logs
 
-    def add_logs(self, training_config, logs: Sequence[Log], *, is_resumed: bool, say: Callable[[str], None]) -> None:
+    def add_logs(self, training_config, logs: Sequence[Log], *, is_resumed: bool, log: Callable[[str], None]) -> None:
         """Give the rows from here on to Weights & Biases too, if --wandb asks for it, and to these logs.
 
         A new run becomes a new one there, and one that is resumed goes on with its own.
@@ -68,10 +68,10 @@ class OutFolder:
             noted = self.path / WANDB
             run_id = read_object(noted).get("id", str) if is_resumed and noted.exists() else None
             options = dataclasses.asdict(training_config)
-            log = WeightsAndBiases(training_config.wandb, self.path, options, run_id, say)
-            if log.run is not None:
-                self._write_json(WANDB, {"id": log.run.id})
-            self.more_logs.append(log)
+            wandb_log = WeightsAndBiases(training_config.wandb, self.path, options, run_id, log)
+            if wandb_log.run is not None:
+                self._write_json(WANDB, {"id": wandb_log.run.id})
+            self.more_logs.append(wandb_log)
         self.logs += self.more_logs
 
     def finish_logs(self) -> None:

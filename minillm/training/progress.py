@@ -46,7 +46,7 @@ class Progress:
             left = "" if left_s is None else f" left {duration(left_s)}"
             print(f"step {step}/{self.steps} {numbers}{left}", flush=True)
 
-    def say(self, text: str) -> None:
+    def print(self, text: str) -> None:
         """Print a line without tearing the bar."""
         if self.bar is not None:
             self.bar.write(text)
@@ -92,20 +92,20 @@ class StepProfiler:
     Recording slows these steps down, so their tokens/s and MFU say little.
     """
 
-    def __init__(self, training_config, ranks: Ranks, say: Callable[[str], None]):
+    def __init__(self, training_config, ranks: Ranks, log: Callable[[str], None]):
         """Raises `UserError`, on all ranks, for steps that the run does not have."""
         asked = training_config.profile
         self.first, self.last = steps_to_record(asked, training_config.steps) if asked else (0, 0)
         self.records = ranks.main and asked is not None
         self.folder = Path(training_config.out)
         self.is_cuda = ranks.device.type == "cuda"
-        self.say = say
+        self.log = log
         self.profiler: profile | None = None
 
     def before(self, step: int) -> None:
         """Begin to record with the first step named, or with a later one, where a resumed run begins with that."""
         if self.records and step > self.last:
-            self.say(f"--profile: steps {self.first} to {self.last} were done before, so nothing is recorded")
+            self.log(f"--profile: steps {self.first} to {self.last} were done before, so nothing is recorded")
             self.records = False
         if self.records and self.first <= step <= self.last and self.profiler is None:
             activities = [ProfilerActivity.CPU]
@@ -129,7 +129,7 @@ class StepProfiler:
         except (OSError, RuntimeError) as problem:  # such as a full disk; the run is worth more than its recording
             where = f"{file}: could not be written ({problem})"
         column = "self_device_time_total" if self.is_cuda else "self_cpu_time_total"
-        self.say(self.profiler.key_averages().table(sort_by=column, row_limit=SHOWN, max_name_column_width=40))
-        self.say(where)
+        self.log(self.profiler.key_averages().table(sort_by=column, row_limit=SHOWN, max_name_column_width=40))
+        self.log(where)
         self.profiler = None
         self.records = False

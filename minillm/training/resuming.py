@@ -18,7 +18,7 @@ from minillm.training.schedule import Schedule, rate_change, saved_schedule
 DECAY_DATA = "data of the decay"  # the name of its fingerprint
 
 
-def find_source(training_config: TrainingConfig, ranks: Ranks, say: Callable[[str], None]) -> Path | None:
+def find_source(training_config: TrainingConfig, ranks: Ranks, log: Callable[[str], None]) -> Path | None:
     """The newest whole checkpoint in the run's folder, which rank 0 finds and all verify together; None for a new run.
 
     Raises `UserError` if there is any despite `--resume none`.
@@ -32,7 +32,7 @@ def find_source(training_config: TrainingConfig, ranks: Ranks, say: Callable[[st
             f"--resume none: {folder} already holds checkpoints; choose another --out, delete it, "
             "or go on with --resume auto"
         )
-    return run_folder.newest_checkpoint(folder, say, ranks)
+    return run_folder.newest_checkpoint(folder, log, ranks)
 
 
 def first_day(folder: Path) -> int:
@@ -53,7 +53,7 @@ def read_saved(source: Path, training_config: TrainingConfig, ranks: Ranks) -> d
     return saved
 
 
-def take_recorded_threads(saved: dict, ranks: Ranks, say: Callable[[str], None]) -> None:
+def take_recorded_threads(saved: dict, ranks: Ranks, log: Callable[[str], None]) -> None:
     """Compute on as many threads as the checkpoint's run, since results depend on them in their last bits.
 
     The user's OMP_NUM_THREADS comes first. torchrun sets it as well, so another number of ranks takes its own.
@@ -62,7 +62,7 @@ def take_recorded_threads(saved: dict, ranks: Ranks, say: Callable[[str], None])
     same_ranks = saved.get("world") == ranks.world
     if ranks.device.type == "cpu" and same_ranks and "OMP_NUM_THREADS" not in os.environ and 0 < recorded < usual:
         torch.set_num_threads(recorded)
-        say(f"threads: {recorded} of {usual}, as in the checkpoint; OMP_NUM_THREADS={usual} would take all")
+        log(f"threads: {recorded} of {usual}, as in the checkpoint; OMP_NUM_THREADS={usual} would take all")
 
 
 def changes(source: Path, saved: dict, described: dict, training_config: TrainingConfig) -> list[str]:

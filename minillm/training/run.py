@@ -112,7 +112,7 @@ class Run:
         self.tokenizer, self.next_command = tokenizer, next_command
         self.folder = Path(training_config.out)
         self.rounds = Rounds(training_config, ranks, self.dtype)
-        self.profiler = StepProfiler(training_config, ranks, self.say)
+        self.profiler = StepProfiler(training_config, ranks, self.print)
         self.progress: Progress | None = None
         self.out = OutFolder(self.folder) if ranks.main else None
         self.signals = StopSignals()
@@ -127,27 +127,27 @@ class Run:
 
         # the checkpoint to go on from
         self.saved: dict = {"step": 0, "time_s": 0.0}
-        self.source = resuming.find_source(training_config, ranks, self.say)
+        self.source = resuming.find_source(training_config, ranks, self.print)
         if self.source is not None:
             self.saved |= resuming.read_saved(self.source, training_config, ranks)
-            resuming.take_recorded_threads(self.saved, ranks, self.say)
+            resuming.take_recorded_threads(self.saved, ranks, self.print)
             for line in resuming.changes(self.source, self.saved, self._describe(0), training_config):
-                self.say(line)
+                self.print(line)
         self.start_step: int = self.saved["step"]
         (self.is_concluded, *_) = ranks.exchange(ranks.main and self.out.was_concluded(self.start_step))
 
         # what it logs and shows
         self.step, self.lr = self.start_step, math.nan
-        self.bad_steps = BadSteps(training_config.max_bad_steps, ranks, self.rounds, self.say)
+        self.bad_steps = BadSteps(training_config.max_bad_steps, ranks, self.rounds, self.print)
         self.begun = self.step_begun = time.monotonic()  # again when all is loaded (`start`)
         self.first_ended: float | None = None  # the first step compiles and warms up, so it says little of the others
         self.flops, self.peak = 0, None
         if self.out:
-            run_folder.set_aside_later(self.folder, self.start_step, log=self.say)
+            run_folder.set_aside_later(self.folder, self.start_step, log=self.print)
             self.out.open_logs(self.start_step, training_config.tensorboard)
             if not self.finished:
                 self.out.write("options.toml", partial(write_toml, for_later(training_config)))
-                self.out.add_logs(training_config, logs, is_resumed=self.source is not None, say=self.say)
+                self.out.add_logs(training_config, logs, is_resumed=self.source is not None, log=self.print)
         self.saver = saving.Saver(ranks, training_config, tokenizer)
         self.progress = Progress(training_config.steps, self.start_step, ranks.main)
         self.watchdog = Watchdog(ranks.rank, ranks.world, training_config.timeout_s)
@@ -156,14 +156,14 @@ class Run:
 
     @property
     def finished(self) -> bool:
-        """Whether nothing is left to do: no step, nor what follows the last one (see `say_result`)."""
+        """Whether nothing is left to do: no step, nor what follows the last one (see `print_result`)."""
         steps_left = self.training_config.steps - self.start_step
         return steps_left < 0 or (steps_left == 0 and self.is_concluded)
 
-    def say_finished(self, length: str = "steps") -> int:
+    def print_finished(self, length: str = "steps") -> int:
         """What to print instead of training; length: the option that would make the run longer; returns 0, a status."""
-        self.say(f"{self.folder} has finished its {self.start_step} steps; to go on, raise --{length}\n{self.draw()}")
-        self.say(f"next: {self.next_command}")
+        self.print(f"{self.folder} has finished its {self.start_step} steps; to go on, raise --{length}\n{self.draw()}")
+        self.print(f"next: {self.next_command}")
         return 0
 
     def make_model(self, model_config: ModelConfig, init: Path | None = None) -> Transformer:
@@ -173,7 +173,7 @@ class Run:
             self._note_init(init)
         weights = self.source or init
         if weights is not None:
-            self.say(f"weights from {weights}")
+            self.print(f"weights from {weights}")
         return model
 
     def _note_init(self, init: Path) -> None:
@@ -182,7 +182,7 @@ class Run:
         if self.training_config.tune == "full" or not self.ranks.main:
             return
         if not run_folder.note_user(init, self.folder):
-            self.say(f"base: {init}; keep it: its run may delete old checkpoints, and the adapter needs this one")
+            self.print(f"base: {init}; keep it: its run may delete old checkpoints, and the adapter needs this one")
 
     def once(self, name: str, measure: Callable[[], dict], asked: dict[str, str] | None = None) -> dict:
         """What `measure()` found at the start of the run, on every rank; {} if that is lost.
@@ -202,7 +202,7 @@ class Run:
         before = value.pop("asked", {})
         others = [key for key in value if before.get(key) != asked.get(key)]
         if others:
-            self.say(f"{file}: of other questions than now, and so not compared: {', '.join(others)}")
+            self.print(f"{file}: of other questions than now, and so not compared: {', '.join(others)}")
         return {key: found for key, found in value.items() if key not in others}
 
     def start(self, state: TrainState) -> TrainState:
@@ -213,7 +213,7 @@ class Run:
         if self.source is not None:
             state.restore(self.source, self.saved)
         if self.device.type == "cpu":
-            waiting.tell(self.say)
+            waiting.report(self.print)
         if self.out:
             saving.check(state, self.folder, self.training_config, self.tokenizer, self._describe(0))
         advise_on_memory(saving.memory_remedy(self.training_config))
@@ -221,7 +221,7 @@ class Run:
         self.flops = starting_model.flops_per_token(state.model, self.training_config.seq_len)
         self.peak = peak_flops(self.device, self.dtype)
         size = f"{starting_model.describe_parameters(state.model)}, {self.flops / 1e6:.1f} MFLOP a token"
-        self.say(f"{size}; {self.training_config.steps:,} steps; {ops.describe(self.device)}")
+        self.print(f"{size}; {self.training_config.steps:,} steps; {ops.describe(self.device)}")
         self.watchdog.tick(self.start_step)  # everything is loaded: from here on steps must come in time
         return state
 
@@ -249,7 +249,8 @@ class Run:
                 self._meet(state, step)
             if self.stop_signal:
                 self.profiler.after(step, is_end=True)
-                self.say(f"stopped by signal {self.stop_signal} after step {step}; the same command goes on from there")
+                stopped = f"stopped by signal {self.stop_signal} after step {step}"
+                self.print(f"{stopped}; the same command goes on from there")
                 if self.out:
                     self.out.finish_logs()
                 return
@@ -278,7 +279,8 @@ class Run:
     def _folder_was_lost(self, step: int) -> bool:
         if self.out is None or not self.out.make_again_if_lost(step):
             return False
-        self.say(f"{self.folder}: was deleted or moved, so it is made again, with the metrics and a checkpoint of now")
+        made_again = "was deleted or moved, so it is made again, with the metrics and a checkpoint of now"
+        self.print(f"{self.folder}: {made_again}")
         return True
 
     def micro_batches(self, step: int) -> list[np.ndarray]:
@@ -339,7 +341,7 @@ class Run:
             scores = measure()
         self.record(step, **scores)
         listed = ", ".join(f"{name} {score:.4f}" for name, score in scores.items())
-        self.say(f"step {step}: {of}{' ' if of else ''}{listed}")
+        self.print(f"step {step}: {of}{' ' if of else ''}{listed}")
         return scores
 
     def save(self, state: TrainState) -> None:
@@ -383,7 +385,7 @@ class Run:
         """The script's exit status: 0, or 128 + the signal that stopped it."""
         return 128 + self.stop_signal if self.stop_signal else 0
 
-    def say_result(self) -> None:
+    def print_result(self) -> None:
         """The last lines of a run: how long it took, where things are, what to do next.
 
         Whatever a script does after its steps it does before this: a run that is ended sooner does it when it is
@@ -392,8 +394,8 @@ class Run:
         if self.out:
             self.out.conclude(self.step)
         checkpoint = self.folder / run_folder.step_name(self.step)
-        self.say(f"trained for {duration(self.took)}; checkpoint {checkpoint}; {self.draw()}")
-        self.say(f"next: {self.next_command}")
+        self.print(f"trained for {duration(self.took)}; checkpoint {checkpoint}; {self.draw()}")
+        self.print(f"next: {self.next_command}")
 
     def draw(self) -> str:
         """Draw the run's curves into its folder. Returns where, or why not."""
@@ -401,11 +403,11 @@ class Run:
 
     # ---- at any time
 
-    def say(self, text: str) -> None:
+    def print(self, text: str) -> None:
         """Print on rank 0, without tearing the bar."""
         with self._printing():
             if self.progress is not None:
-                self.progress.say(text)
+                self.progress.print(text)
             elif self.ranks.main:
                 print(text, flush=True)
 

@@ -92,7 +92,7 @@ def scale_reward(run: Run, tools: Tools, before: dict) -> None:
     use_scale(tools, mean, std)
     if run.training_config.normalize_reward and tools.judge.rewards is not tools.true_reward:
         scaled = "spread 1" if run.training_config.values_are_scores else "mean 0 and spread 1"
-        run.say(f"learned reward of the reference's answers: spread {std:.3f}; scaled to {scaled}")
+        run.print(f"learned reward of the reference's answers: spread {std:.3f}; scaled to {scaled}")
 
 
 def use_scale(tools: Tools, mean: float, std: float) -> None:

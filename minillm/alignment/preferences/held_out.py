@@ -92,7 +92,7 @@ class HeldOut:
         found = {"exact": {}, "requests": [0, 0], "sums": [], "pairs": None}
         template = self.training_config.template
         with merged(model):
-            how = dict(template=template, say=run.say)
+            how = dict(template=template, log=run.print)
             found["exact"] = answers.exact_match(model, self.tokenizer, self.questions, **how)
             if self.requests:
                 found["requests"] = [self._fulfilled(model), len(self.requests)]
@@ -108,7 +108,7 @@ class HeldOut:
         """
         if self.pairs is None or before.get("pairs") == self.pairs.answers_fingerprint:
             return before
-        run.say("--eval_pairs: these were not looked at when the run began, so how they have moved is not known")
+        run.print("--eval_pairs: these were not looked at when the run began, so how they have moved is not known")
         return {name: value for name, value in before.items() if name != "sums"}
 
     def _fulfilled(self, model: Transformer) -> int:
@@ -148,7 +148,7 @@ class HeldOut:
             n_right, n_questions = answers.total(after["exact"])
             facts["exact_match"] = n_right / n_questions
             for line in answers.exact_lines(before.get("exact", {}), after["exact"]):
-                run.say(line)
+                run.print(line)
         if after["sums"]:
             known = np.array(before["sums"]) if "sums" in before else None
             self._conclude_pairs(run, known, np.array(after["sums"]))
@@ -159,7 +159,7 @@ class HeldOut:
                 facts["heldout_before"] = before["requests"][0] / before["requests"][1]
                 share_before = f"{facts['heldout_before']:.1%}"
             facts["heldout_after"] = met / n
-            run.say(f"held-out requests fulfilled at temperature 1: {share_before} → {met / n:.1%}   ({met}/{n})")
+            run.print(f"held-out requests fulfilled at temperature 1: {share_before} → {met / n:.1%}   ({met}/{n})")
         if facts:
             run.record(run.training_config.steps, **facts)
 
@@ -168,12 +168,13 @@ class HeldOut:
         pairs = self.pairs
         if not pairs.has_labels:
             scores_before = {} if before is None else self._right_by_kind(before)
-            run.say("held-out pairs whose chosen answer is likelier, before → after:")
+            run.print("held-out pairs whose chosen answer is likelier, before → after:")
             for line in answers.before_and_after(scores_before, self._right_by_kind(after)):
-                run.say(line)
+                run.print(line)
         if before is not None:
             scores = self.pair_scores(after, before)
-            run.say("held-out pairs, beside the model before: " + ", ".join(f"{k} {v:.4f}" for k, v in scores.items()))
+            listed = ", ".join(f"{name} {score:.4f}" for name, score in scores.items())
+            run.print(f"held-out pairs, beside the model before: {listed}")
 
     def _right_by_kind(self, sums: np.ndarray) -> dict[str, tuple[int, int]]:
         """kind of fault → (pairs with s_w > s_l, pairs)."""
@@ -229,7 +230,7 @@ class HeldOut:
         """Say once that the chosen answers become less likely, too. u_chosen: nats, on average."""
         if not self.warned and not math.isnan(u_chosen) and u_chosen < -FALL:
             self.warned = True
-            run.say(
+            run.print(
                 f"step {run.step}: the chosen answers have become less likely by {-u_chosen:.1f} nats on average; "
                 "answers to other questions suffer first: raise --sft_weight, or lower --lr or --epochs"
             )

@@ -27,7 +27,7 @@ from minillm.alignment.log_probs import answer_log_probs, loss_through_log_probs
 from minillm.alignment.rollouts import RolloutConfig, Rollouts, roll_out
 from minillm.base.errors import UserError
 from minillm.base.options import Options, option
-from minillm.base.printing import tell
+from minillm.base.printing import log_line
 from minillm.commands.bench.measure import REPEATS, machine, medians, random_model, transformers_twin
 from minillm.commands.model_options import load_folder
 from minillm.datasets.batch import Batch
@@ -114,7 +114,7 @@ def random_task(config: Config) -> Task:
 
 def own_task(config: Config) -> Task:
     """A trained model and prompts for it, in its prompt format."""
-    model, tokenizer, folder = load_folder(find_model(config.model, log=tell), None, "cpu", "float32")
+    model, tokenizer, folder = load_folder(find_model(config.model, log=log_line), None, "cpu", "float32")
     seq_len = context_of(model)
     if config.max_new_tokens >= seq_len:
         raise UserError(f"--max_new_tokens {config.max_new_tokens}: leaves no room for a prompt in {seq_len}")

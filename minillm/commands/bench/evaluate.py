@@ -16,7 +16,7 @@ import torch
 from minillm.base.device import pick_device
 from minillm.base.errors import MissingError, UserError
 from minillm.base.options import Options, option
-from minillm.base.printing import tell
+from minillm.base.printing import log_line
 from minillm.commands.bench.measure import import_transformers, machine
 from minillm.commands.evaluate import ALL, benchmarks_named
 from minillm.commands.model_options import load_folder
@@ -46,7 +46,7 @@ class Config(Options):
 def run(config: Config) -> None:
     device = pick_device(config.device)
     requests = _requests(config)
-    folder = load.find_model(config.model, log=tell)
+    folder = load.find_model(config.model, log=log_line)
     if is_adapter(folder):
         raise UserError(f"--model {folder}: is an adapter; merge it into its base first (python -m minillm merge)")
     loaded = load_folder(folder, None, config.device, "float32")

@@ -9,7 +9,7 @@ from tqdm import tqdm
 from minillm.base.options import Options, option
 from minillm.checkpoint import run_folder
 from minillm.datasets.files import encodings
-from minillm.datasets.files.text_files import BOUNDARIES, find_files, say_left_out, texts_of
+from minillm.datasets.files.text_files import BOUNDARIES, find_files, print_left_out, texts_of
 from minillm.tokenizer import measure
 from minillm.tokenizer.tokenizer import Tokenizer
 
@@ -37,7 +37,7 @@ def read_texts(paths: Iterable[str], options: TextOptions, what: str) -> Iterato
     """All documents of the files, with a progress bar by bytes. Raises `UserError` naming file and place."""
     left_out: Counter[str] = Counter()
     files = find_files(list(paths), left_out)
-    say_left_out(left_out)
+    print_left_out(left_out)
     n_bytes = sum(file.stat().st_size for file in files)
     with tqdm(total=n_bytes, unit="B", unit_scale=True, desc=what, leave=False, disable=None) as bar:
         n_before = 0  # bytes of the files before this one

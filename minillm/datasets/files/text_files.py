@@ -46,7 +46,7 @@ def find_files(
 
     A folder that `data/clean.py` wrote holds more than texts to read: of it, only what was kept counts.
 
-    left_out: counts the files in the folders that are not read, by ending (see `say_left_out`). suffixes: the kinds
+    left_out: counts the files in the folders that are not read, by ending (see `print_left_out`). suffixes: the kinds
     that are known.
     Raises UserError for a path that does not exist, a kind not known, a folder without any, a file given twice.
     """
@@ -109,7 +109,7 @@ def is_txt(path: Path) -> bool:
     return ending(path).startswith(".txt")
 
 
-def say_left_out(left_out: Counter[str], suffixes: tuple[str, ...] = SUFFIXES) -> None:
+def print_left_out(left_out: Counter[str], suffixes: tuple[str, ...] = SUFFIXES) -> None:
     """Print in one line how many files in the folders are not read. suffixes: the kinds that are known."""
     if left_out:
         kinds = ", ".join(f"{kind} {count:,}" for kind, count in left_out.most_common())

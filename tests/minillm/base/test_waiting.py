@@ -157,7 +157,7 @@ def test_a_run_is_told_how_its_threads_wait(monkeypatch):
     monkeypatch.setattr(waiting.Reading, "now", lambda: waiting.Reading(time.perf_counter(), {}, {}))
     said = []
     for _ in range(2):  # a second run of this process
-        waiting.tell(said.append)
+        waiting.report(said.append)
     assert said == ["2 CPU threads, which wait for one another asleep: other programs need their cores too"] * 2
     assert set(openmp.teams) == {2}
     waiting.of_this_process().stop()
@@ -179,7 +179,7 @@ def test_each_change_is_said_once(monkeypatch):
             return self.left < 0
 
     said = []
-    one.over, one.say = SixLooks(), said.append
+    one.over, one.log = SixLooks(), said.append
     one._watch()
     assert [line.split(":")[0] for line in said] == [
         "the threads now wait for one another asleep",
@@ -243,7 +243,7 @@ def test_where_nothing_can_be_chosen_nothing_is_said_of_it(monkeypatch, platform
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     said = []
-    waiting.tell(said.append)
+    waiting.report(said.append)
     assert said == [f"{n_threads} CPU thread{'s' * (n_threads > 1)}"]
 
 

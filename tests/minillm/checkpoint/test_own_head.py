@@ -32,7 +32,7 @@ def folder(request, tmp_path):
 
 def test_a_head_of_its_own_counts_more_than_the_config(folder, tmp_path, capsys):
     kind, path, head = folder
-    tensor_files._say_untied.cache_clear()
+    tensor_files._print_untied.cache_clear()
     model = huggingface.load_model(path)
     untied = kind == "another"
     assert model.config.tie_embeddings == (not untied)

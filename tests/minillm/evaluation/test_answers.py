@@ -203,7 +203,7 @@ def limit_for(monkeypatch, lengths, context, tokenizer=None, **how) -> tuple[int
     texts = ["x" * length for length in lengths]
     talks = [[{"role": "user", "content": "q"}, {"role": "assistant", "content": text}] for text in texts]
     questions = [{"messages": messages} for messages in talks]
-    answers.exact_match(built, tokenizer or Bytes(), questions, say=said.append, **how)
+    answers.exact_match(built, tokenizer or Bytes(), questions, log=said.append, **how)
     (limit,) = limits
     return limit, "".join(said)
 

@@ -82,7 +82,7 @@ def test_other_ranks_say_nothing(capsys, monkeypatch):
     monkeypatch.setattr(sys, "stderr", Terminal())
     progress = Progress(2, 0, enabled=False)
     progress.show(1, ROW, 0)
-    progress.say("hello")
+    progress.print("hello")
     progress.close()
     assert capsys.readouterr().out == "" and sys.stderr.getvalue() == ""
 

@@ -499,7 +499,7 @@ def test_a_log_of_ones_own_gets_each_row_also_when_the_folder_is_made_again(new_
     assert one.out.make_again_if_lost(1)
     one.record(2, val_loss=3.0)
     one.took = 1.0
-    one.say_result()
+    one.print_result()
     assert rows == [{"step": 1, "loss": 2.0}, {"step": 2, "val_loss": 3.0}] and rows.is_finished
     assert [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()] == rows
 
@@ -517,7 +517,7 @@ def test_a_resumed_run_goes_on_with_its_run_at_weights_and_biases(new_run, tmp_p
     one.record(1, loss=2.0)
     assert one.out.logs[-1] == [{"step": 1, "loss": 2.0}]
     for is_resumed in (True, False):  # a new run in the same folder, which had no checkpoint yet, is a new one there
-        one.out.add_logs(one.training_config, (), is_resumed=is_resumed, say=print)
+        one.out.add_logs(one.training_config, (), is_resumed=is_resumed, log=print)
     assert given == [("mine", 0.5, None), ("mine", 0.5, "id-1"), ("mine", 0.5, None)]
     assert json.loads((tmp_path / "out" / "wandb.json").read_text()) == {"id": "id-3"}
 
