@@ -183,7 +183,7 @@ def main() -> int:
     check_cut(training_config, ranks)
 
     # the model to start from, and its tokenizer
-    training_config, start = starting_model.find_start(training_config, ranks, share=1 / 80, adapter_share=1 / 10)
+    training_config, start = starting_model.find_start(training_config, ranks, lr_scale=1 / 80, adapter_lr_scale=1 / 10)
 
     # data: answers to prompts, and which is better
     if bundled_files.is_used(training_config.data):
@@ -215,7 +215,7 @@ def main() -> int:
     # the model: resumed, or started from another; what it can do now; training; what it can do then
     finish_kernel_check()
     model = run.make_model(start.model_config, start.init)
-    before = run.once("before.json", lambda: held_out.examine(model, run), held_out.asked)
+    before = run.baseline("before.json", lambda: held_out.examine(model, run), held_out.asked)
     before = held_out.recall(run, before)
     reference = Sums(run, model, start, rows, end)
     status = train(run, model, rows, end, Tools(reference, replay, held_out, before, tasks))

@@ -93,7 +93,7 @@ def main() -> int:
     training_config, ranks, finish_kernel_check = begin(parse(Config, __doc__))
 
     # the model to start from, its tokenizer, and the reward
-    training_config, start = starting_model.find_start(training_config, ranks, share=1 / 8)
+    training_config, start = starting_model.find_start(training_config, ranks, lr_scale=1 / 8)
     tokenizer = start.tokenizer
     if bundled_files.is_used(training_config.data):
         once_a_host(ranks, bundled.build)
@@ -144,7 +144,7 @@ def main() -> int:
 
     asked = {"exact": fingerprint(questions), **training_config.asked(held_out_prompts)}
     asked |= dict.fromkeys(("objective", "optimum"), training_config.optimum_of)
-    before = run.once("before.json", measure, asked)
+    before = run.baseline("before.json", measure, asked)
     status = train(training_config, run, model, tools, before)
     if status == 0:
         conclude(run, before, measure())

@@ -91,7 +91,7 @@ def main() -> int:
 
     # the model to start from, and its tokenizer
     given_lr = training_config.lr
-    training_config, start = starting_model.find_start(training_config, ranks, share=3 / 40)
+    training_config, start = starting_model.find_start(training_config, ranks, lr_scale=3 / 40)
     training_config = with_rates(training_config, given_lr)
     tokenizer = start.tokenizer
     if bundled_files.is_used(training_config.data):
@@ -146,7 +146,7 @@ def main() -> int:
 
     asked = {"exact": fingerprint(questions), **training_config.asked(held_out_prompts)}
     asked |= {"optimum": fingerprint(training_config.beta, training_config.drawing)}
-    before = run.once("before.json", lambda: measure_first(training_config, tools, measure), asked)
+    before = run.baseline("before.json", lambda: measure_first(training_config, tools, measure), asked)
     scale_reward(run, tools, before)
     status = train(training_config, run, roles, tools, before.get("optimum"))
     if status == 0:

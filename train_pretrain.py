@@ -318,10 +318,10 @@ def train(
     """
     # the optimizers, their state if the run goes on, and the model on all ranks
     optimizers = optimizers_of(training_config, model)
-    team = run.rounds.team  # the ranks that take a step together; with --diloco_steps each is alone
+    step_ranks = run.rounds.step_ranks  # the ranks that take a step together; with --diloco_steps each is alone
     outer = diloco.workers(training_config, model, optimizers, run.ranks)
-    state = run.start(TrainState(model, optimizers, team, run.dtype, outer=outer))
-    parallel_model = parallelize(model, team, training_config.compile)
+    state = run.start(TrainState(model, optimizers, step_ranks, run.dtype, outer=outer))
+    parallel_model = parallelize(model, step_ranks, training_config.compile)
 
     # what steps read: the windows of --data, and after so many steps those of --decay_data
     windows, decay_windows = data
@@ -340,7 +340,7 @@ def train(
     for step in run.steps(state):  # sets the learning rate; after the step saves what is due, stops at a signal
         batches = ahead.take(step)
         # all tokens but the bos that documents begin with; of all ranks, before the first backward pass
-        (n_targets,) = team.sum(sum(batch.n_targets() for batch in batches))
+        (n_targets,) = step_ranks.sum(sum(batch.n_targets() for batch in batches))
         for batch, last in marked_last(batches):
             batch = batch.to(run.device)
             with gradients_synced(parallel_model, last):

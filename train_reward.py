@@ -118,7 +118,7 @@ def main() -> int:
     training_config, ranks, finish_kernel_check = begin(parse(Config, __doc__))
 
     # the model to start from, with a score head in place of its own, and its tokenizer
-    training_config, start = starting_model.find_start(training_config, ranks, share=1 / 8, score_head=True)
+    training_config, start = starting_model.find_start(training_config, ranks, lr_scale=1 / 8, score_head=True)
 
     # data: answers to the same prompts, and which of two is better
     if bundled_files.is_used(training_config.data):
@@ -150,7 +150,7 @@ def main() -> int:
     before = {}
     if held_out_rows:
         asked = fingerprint(held_out_rows.fingerprint, len(watched_positions(training_config, held_out_rows)))
-        before = run.once(
+        before = run.baseline(
             "before.json",
             lambda: shared_measures(training_config, run, model, held_out_rows),
             {"heldout_accuracy": asked, "heldout_nll": asked},

@@ -113,7 +113,7 @@ def main() -> int:
     training_config, ranks, finish_kernel_check = begin(choose_packing(parse(Config, __doc__)))
 
     # the model to start from, and its tokenizer
-    training_config, start = starting_model.find_start(training_config, ranks, share=1 / 4)
+    training_config, start = starting_model.find_start(training_config, ranks, lr_scale=1 / 4)
     tokenizer = start.tokenizer
 
     # data: rows of instructions, packed, with a mask on the targets that are learned
@@ -151,7 +151,7 @@ def main() -> int:
     def count_exact() -> dict[str, tuple[int, int]]:
         return answers.exact_match(model, tokenizer, questions, template=training_config.template, log=run.print)
 
-    before = run.once("before.json", lambda: {"exact": count_exact()}, {"exact": fingerprint(questions)})
+    before = run.baseline("before.json", lambda: {"exact": count_exact()}, {"exact": fingerprint(questions)})
     status = train(training_config, run, model, rows, end, held_out_rows, tasks)
     if status == 0:
         conclude(run, before.get("exact", {}), count_exact())
@@ -207,10 +207,10 @@ def train(
     """Train to the last step, or to a signal; returns the script's exit status. end: how many rows the run has."""
     # the optimizers, their state if the run goes on, and the model on all ranks
     optimizers = optimizers_of(training_config, model)
-    team = run.rounds.team  # the ranks that take a step together; with --diloco_steps each is alone
+    step_ranks = run.rounds.step_ranks  # the ranks that take a step together; with --diloco_steps each is alone
     outer = diloco.workers(training_config, model, optimizers, run.ranks)
-    state = run.start(TrainState(model, optimizers, team, run.dtype, outer=outer))
-    parallel_model = parallelize(model, team, training_config.compile)
+    state = run.start(TrainState(model, optimizers, step_ranks, run.dtype, outer=outer))
+    parallel_model = parallelize(model, step_ranks, training_config.compile)
 
     def read(step: int) -> list:
         """This rank's micro-batches of a step."""
@@ -223,7 +223,7 @@ def train(
     for step in run.steps(state):  # sets the learning rate; after the step saves what is due, stops at a signal
         batches = ahead.take(step)
         # how many targets a step has differs: count those of all ranks before the first backward pass
-        n_targets, n_tokens = team.sum(
+        n_targets, n_tokens = step_ranks.sum(
             sum(batch.n_targets() for batch in batches), sum(batch.x.numel() for batch in batches)
         )
         for batch, last in marked_last(batches):
@@ -236,7 +236,7 @@ def train(
         ahead.prepare(step + 1)  # while the GPU computes what was queued, for which the next line waits
         state.update(training_config.grad_clip)  # clips, then steps, unless loss or gradient is not finite
         run.exchange(state)  # with --diloco_steps, when it is due
-        run.log_step(state, n_tokens * run.rounds.n_teams, batches)
+        run.log_step(state, n_tokens * run.rounds.n_workers, batches)
         if held_out_rows and run.due(step, training_config.eval_every):
             run.report(step, held_out_loss, of="held-out answers")
         tasks.watch(run, model, step)

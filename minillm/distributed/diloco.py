@@ -100,9 +100,10 @@ class Rounds:
         check_options(training_config, dtype)
         self.n_steps = training_config.steps
         self.length = _steps_alone(training_config) or 1  # of a round, in steps
-        self.team = Ranks(0, 1, ranks.device) if _steps_alone(training_config) else ranks  # that take a step together
-        self.n_teams = ranks.world // self.team.world
-        self.is_unheard = self.team.main and not ranks.main  # a worker of whose steps rank 0 knows nothing
+        # the ranks that take a step together: all of them, or this one alone, which is then one of several workers
+        self.step_ranks = Ranks(0, 1, ranks.device) if _steps_alone(training_config) else ranks
+        self.n_workers = ranks.world // self.step_ranks.world
+        self.is_unheard = self.step_ranks.main and not ranks.main  # a worker of whose steps rank 0 knows nothing
 
     def end_at(self, step: int) -> bool:
         """Whether the ranks meet after this step; they do after the last."""

@@ -11,7 +11,10 @@ from minillm.training.step import TrainState
 
 
 class BadSteps:
-    """Counts a run's bad steps in a row. The ranks of a team see the same ones; with --diloco_steps each its own."""
+    """Counts a run's bad steps in a row.
+
+    Ranks that step together see the same ones; with --diloco_steps each has its own.
+    """
 
     def __init__(self, limit: int, ranks: Ranks, rounds: Rounds, log: Callable[[str], None]):
         """limit: so many in a row are too many. log: prints a line, on rank 0."""
@@ -29,7 +32,7 @@ class BadSteps:
                 print(f"rank {self.ranks.rank}: {line}", flush=True)
             self.log(line)
         if self.in_a_row >= self.limit and not self.problem:
-            who = f"rank {self.ranks.rank}: " if self.rounds.n_teams > 1 else ""
+            who = f"rank {self.ranks.rank}: " if self.rounds.n_workers > 1 else ""
             self.problem = f"{who}step {step}: {self.in_a_row} steps in a row were not finite"
 
     def end_run(self, folder: Path) -> None:

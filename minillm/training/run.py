@@ -184,8 +184,8 @@ class Run:
         if not run_folder.note_user(init, self.folder):
             self.print(f"base: {init}; keep it: its run may delete old checkpoints, and the adapter needs this one")
 
-    def once(self, name: str, measure: Callable[[], dict], asked: dict[str, str] | None = None) -> dict:
-        """What `measure()` found at the start of the run, on every rank; {} if that is lost.
+    def baseline(self, name: str, measure: Callable[[], dict], asked: dict[str, str] | None = None) -> dict:
+        """What `measure()` found before the first step of the run, on every rank; {} if that is lost.
 
         asked: of a value's name a fingerprint of what the model was asked for it. A resumed run reads the values from
         its folder, less those for which it was asked something else. Every rank measures, since a forward pass of a

@@ -67,14 +67,14 @@ class Start(NamedTuple):
 def find_start(
     training_config,
     ranks: Ranks,
-    share: float,
-    adapter_share: float = 1.0,
+    lr_scale: float,
+    adapter_lr_scale: float = 1.0,
     score_head: bool = False,
 ):
     """(the options with optimizer, learning rate and weight decay filled in, the `Start`) of a run from --init_from.
 
-    share, adapter_share: of the learning rates that are known, see `choose_optimizer`. score_head: whether a reward
-    model is trained, from a language model or from another reward model, which is refused without.
+    lr_scale, adapter_lr_scale: see `choose_optimizer`. score_head: whether a reward model is trained, from a language
+    model or from another reward model, which is refused without.
     Raises `UserError` if model and tokenizer do not belong together, if the machine cannot hold what is trained, or if
     --seq_len is beyond the model's context.
     """
@@ -84,7 +84,7 @@ def find_start(
     tokenizer = Tokenizer.load(init)
     huggingface.check_vocabulary(model_config, tokenizer, init)
     training_config = sharding.choose_layout(training_config, model_config, ranks)
-    training_config = choose_optimizer(training_config, model_config.dim, share, adapter_share)
+    training_config = choose_optimizer(training_config, model_config.dim, lr_scale, adapter_lr_scale)
     if training_config.seq_len > model_config.max_seq_len:
         raise UserError(
             f"--seq_len {training_config.seq_len}: the model's longest context is {model_config.max_seq_len}; lower "
@@ -189,12 +189,14 @@ def check_tokenizer(model: Path, data: str) -> None:
         )
 
 
-def choose_optimizer(training_config, dim: int, share: float = 1.0, adapter_share: float = 1.0):
+def choose_optimizer(training_config, dim: int, lr_scale: float = 1.0, adapter_lr_scale: float = 1.0):
     """A script's options with optimizer, peak learning rate and weight decay filled in where they are None.
 
-    Existing weights are trained as in pretraining, at `share` of its rate; an adapter at `adapter_share` of its own for
-    instructions. New parameters are trained by AdamW: Muon makes all directions of an update equally large, which has
-    no meaning for a matrix that is one factor of a product.
+    lr_scale: what the learning rate of pretraining is multiplied by for existing weights; adapter_lr_scale: what an
+    adapter's rate for instructions is multiplied by.
+
+    New parameters are trained by AdamW: Muon makes all directions of an update equally large, which has no meaning for
+    a matrix that is one factor of a product.
     Weight decay pulls towards zero, where LoRA and adapters equal the base; IA3 does so at one, virtual tokens nowhere.
     """
     tune = training_config.tune
@@ -205,7 +207,7 @@ def choose_optimizer(training_config, dim: int, share: float = 1.0, adapter_shar
     if kind is None:
         kind = "muon" if existing_weights else "adamw"
     if lr is None:
-        lr = default_lr(kind, tune, dim) * (share if existing_weights else adapter_share)
+        lr = default_lr(kind, tune, dim) * (lr_scale if existing_weights else adapter_lr_scale)
     if decay is None:
         decay = 0.0 if tune in ("ia3", *VIRTUAL) else 0.1
     return dataclasses.replace(training_config, optimizer=kind, lr=lr, weight_decay=decay)

@@ -388,20 +388,20 @@ def test_steps_are_awaited_from_the_start_to_closing(new_run, state):
 def test_a_measurement_is_taken_once_and_read_by_a_run_that_goes_on(new_run):
     one = new_run()
     (one.folder / "before.json").write_text("17")  # left by an earlier start that saved nothing
-    assert one.once("before.json", lambda: {"a": [1, 2]}) == {"a": [1, 2]}
+    assert one.baseline("before.json", lambda: {"a": [1, 2]}) == {"a": [1, 2]}
     one.source = one.folder / "step-00000001"
-    assert one.once("before.json", lambda: 1 / 0) == {"a": [1, 2]}
-    assert one.once("never.json", lambda: 1 / 0) == {}
+    assert one.baseline("before.json", lambda: 1 / 0) == {"a": [1, 2]}
+    assert one.baseline("never.json", lambda: 1 / 0) == {}
 
 
 def test_what_was_measured_on_other_questions_is_left_out_and_said(new_run, capsys):
     one = new_run()
     found = {"exact": {"all": [1, 2]}, "reward": 0.5, "spread": 3}
-    assert one.once("before.json", lambda: found, {"exact": "a", "reward": "b"}) == found
+    assert one.baseline("before.json", lambda: found, {"exact": "a", "reward": "b"}) == found
     one.source = one.folder / "step-00000001"
-    assert one.once("before.json", lambda: 1 / 0, {"exact": "a", "reward": "b"}) == found
+    assert one.baseline("before.json", lambda: 1 / 0, {"exact": "a", "reward": "b"}) == found
     capsys.readouterr()
-    assert one.once("before.json", lambda: 1 / 0, {"exact": "c"}) == {"spread": 3}
+    assert one.baseline("before.json", lambda: 1 / 0, {"exact": "c"}) == {"spread": 3}
     assert "before.json: of other questions than now, and so not compared: exact, reward" in capsys.readouterr().out
 
 

@@ -176,7 +176,7 @@ def _one_worker_goes_wrong(rank: int, home: str) -> str:
     model.init_weights(0)
     optimizers = [torch.optim.AdamW(model.parameters())]
     outer = workers(run.training_config, model, optimizers, ranks)
-    state = run.start(TrainState(model, optimizers, run.rounds.team, torch.float32, outer=outer))
+    state = run.start(TrainState(model, optimizers, run.rounds.step_ranks, torch.float32, outer=outer))
     try:
         for step in run.steps(state):
             state.skip()

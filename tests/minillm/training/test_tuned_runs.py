@@ -269,7 +269,7 @@ def test_pretraining_a_part_needs_a_base_and_keeps_its_shape(folder, more, words
 
 def test_optimizer_and_learning_rate_where_they_are_left_open():
     def chosen(**options):
-        cfg = starting_model.choose_optimizer(Sft(**options), 128, share=0.25)
+        cfg = starting_model.choose_optimizer(Sft(**options), 128, lr_scale=0.25)
         return cfg.optimizer, cfg.lr
 
     assert chosen() == chosen(tune="freeze", train_layers="last:1") == ("muon", pytest.approx(0.09 / 128**0.5 / 4))
