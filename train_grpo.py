@@ -41,7 +41,7 @@ from minillm.alignment.judging import Judge, Judged
 from minillm.alignment.log_probs import Policy
 from minillm.alignment.optimum import objective, share_of_optimum
 from minillm.alignment.options import REQUESTS, read_prompts
-from minillm.alignment.policy_loss import Experience, PolicyLoss, Seen, Watched
+from minillm.alignment.policy_loss import ClipCounts, Experience, PolicyLoss, Watched
 from minillm.alignment.replay import Replay
 from minillm.alignment.rewards import Rewards
 from minillm.base import bundled_files
@@ -192,7 +192,7 @@ def train(training_config: Config, run: Run, model: Transformer, tools: Tools, b
         # makes as many passes as any other
         n_passes = most_of_ranks(model, max(1, len(parts)))
         parts += [judged.experience(judged.rewards).silent()] * (n_passes - len(parts))
-        seen = []
+        clip_counts = []
         instructions = tools.replay.batch(step, run)
         for _ in range(training_config.updates if n else 0):
             tools.replay.learn(run, policy, state, instructions, n)
@@ -203,10 +203,10 @@ def train(training_config: Config, run: Run, model: Transformer, tools: Tools, b
                 state.backward(loss, n)  # of the mean over all of the step, of all micro-batches and ranks
             state.update(training_config.grad_clip)
             parts = [rows.experience for rows in watched]
-            seen += [rows.seen for rows in watched]
+            clip_counts += [rows.clip_counts for rows in watched]
         if not n:
             state.skip()
-        row = tell(training_config, run, state, judged, seen, before)
+        row = log_rollout(training_config, run, state, judged, clip_counts, before)
         drift.look_at(row.get("kl", 0.0))
         is_cut = training_config.overlong == "mask" and row["cut_share"] == 1
         idle.count(n_useful if n else 0, Idle.CUT if is_cut or n_useful else Idle.EQUAL)
@@ -267,13 +267,13 @@ def ask(tools: Tools, positions: np.ndarray, step: int) -> Judged:
     return judged.first(len(positions) * tools.judge.rollout.group_size)
 
 
-def tell(
-    training_config: Config, run: Run, state: TrainState, judged: Judged, seen: list[Seen], before: dict
+def log_rollout(
+    training_config: Config, run: Run, state: TrainState, judged: Judged, clip_counts: list[ClipCounts], before: dict
 ) -> dict[str, float]:
     """Log a step: how good the answers were, how far from the reference, what the clip held back. Returns its row."""
     sums = judged.step_sums(training_config.group_size)
-    sums |= {"seen": float(sum(s.n_tokens for s in seen))}
-    sums |= {"clipped": float(sum(s.clipped_low + s.clipped_high for s in seen))}
+    sums |= {"updated_tokens": float(sum(s.n_tokens for s in clip_counts))}
+    sums |= {"clipped": float(sum(s.clipped_low + s.clipped_high for s in clip_counts))}
     sums = dict(zip(sums, run.ranks.sum(*sums.values()), strict=True))
     run.log_step(state, sums["read"] / run.ranks.row_ranks)
 
@@ -282,7 +282,7 @@ def tell(
     row["optimum"] = before.get("optimum")
     if judged.kl is None:  # without a reference nothing is known of it
         del row["kl"]
-    row["clip_share"] = sums["clipped"] / max(1.0, sums["seen"])
+    row["clip_share"] = sums["clipped"] / max(1.0, sums["updated_tokens"])
     row["zero_std_share"] = sums["no_spread"] / sums["groups"]
     run.record(run.step, **row)
     judging.print_row(run, row, ("reward", "best_share", "kl", "entropy", "length", "zero_std_share", "cut_share"))

@@ -33,7 +33,7 @@ from minillm.alignment.options import REQUESTS, read_prompts
 from minillm.alignment.ppo.measures import Tools, alarms, held_out_reward, measure_first, scale_reward
 from minillm.alignment.ppo.options import PpoConfig
 from minillm.alignment.ppo.roles import Roles, cast_roles, reward_fingerprint
-from minillm.alignment.ppo.updates import ClippedLoss, Experience, Seen, minibatches
+from minillm.alignment.ppo.updates import ClippedLoss, Experience, UpdateStats, minibatches
 from minillm.alignment.replay import Replay
 from minillm.alignment.reward_model import load_reward_model
 from minillm.alignment.rewards import LearnedReward, Rewards
@@ -212,14 +212,14 @@ def train(training_config: Config, run: Run, roles: Roles, tools: Tools, optimum
         experience = look_back(training_config, run, roles, judged, controller.beta)
 
         # 5. some passes over them, as long as the policy stays near the one that gave the answers
-        seen = Seen()
+        stats = UpdateStats()
         for last_of_pass, rows in minibatches(training_config, run.ranks, step):
-            improve(training_config, run, learners, experience.rows(rows), seen, tools.replay)
-            if last_of_pass and seen.moved > (training_config.stop_at_kl or math.inf):
+            improve(training_config, run, learners, experience.rows(rows), stats, tools.replay)
+            if last_of_pass and stats.moved > (training_config.stop_at_kl or math.inf):
                 break
 
         # 6. the price of the distance follows its target
-        row = tell(run, state, judged, tools, prompts, seen)
+        row = log_rollout(run, state, judged, tools, prompts, stats)
         row |= {"objective": objective(row["reward"], row["kl"], controller.beta), "beta": controller.beta}
         row |= {"optimum": optimum, "explained_variance": experience.explained_variance(run.ranks)}
         run.record(step, **row)
@@ -281,7 +281,7 @@ def look_back(training_config: Config, run: Run, roles: Roles, judged: Judged, b
 
 
 def improve(
-    training_config: Config, run: Run, learners: Learners, experience: Experience, seen: Seen, replay: Replay
+    training_config: Config, run: Run, learners: Learners, experience: Experience, stats: UpdateStats, replay: Replay
 ) -> None:
     """One update of policy and value model, by the mean over the tokens of all ranks' rows."""
     (n_tokens,) = run.ranks.sum(float(experience.batch.mask.sum()))
@@ -293,7 +293,7 @@ def improve(
         # the policy: log π again, and by it the clipped loss
         with gradients_synced(learners.policy, last):
             with run.autocast():
-                loss_of = ClippedLoss(part, training_config.clip, seen)
+                loss_of = ClippedLoss(part, training_config.clip, stats)
                 loss = learners.policy(part.batch, loss_of, training_config.temperature)
             learners.policy_state.backward(loss, n_tokens)
 
@@ -303,15 +303,15 @@ def improve(
                 values = learners.value(part.batch.x)  # (n, T)
             loss, n_clipped = value_loss(values, part.values, part.returns, mask, training_config.value_clip)
             learners.value_state.backward(loss, n_tokens)
-        seen.note(value_loss=loss.detach(), value_clipped=n_clipped)
+        stats.note(value_loss=loss.detach(), value_clipped=n_clipped)
 
     learners.policy_state.update(training_config.grad_clip)
     learners.value_state.update(training_config.grad_clip)
-    seen.end_update(run.ranks, n_tokens)
+    stats.end_update(run.ranks, n_tokens)
 
 
-def tell(
-    run: Run, state: TrainState, judged: Judged, tools: Tools, prompts: list[Prompt], seen: Seen
+def log_rollout(
+    run: Run, state: TrainState, judged: Judged, tools: Tools, prompts: list[Prompt], stats: UpdateStats
 ) -> dict[str, float]:
     """Log the step; returns what to record of it: means over the answers of all ranks."""
     group_size = run.training_config.group_size
@@ -322,7 +322,7 @@ def tell(
         sums["true_reward"] = float(true.sum())
     sums = dict(zip(sums, run.ranks.sum(*sums.values()), strict=True))
     run.log_step(state, sums["read"] / run.ranks.row_ranks)
-    row = judging.means(sums) | seen.shares()
+    row = judging.means(sums) | stats.shares()
     if group_size > 1:
         row["zero_std_share"] = sums["no_spread"] / sums["groups"]
     if "true_reward" in sums:

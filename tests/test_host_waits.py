@@ -64,12 +64,14 @@ def test_a_pass_over_answers_that_were_sampled_waits_for_nothing(folder):
     options = "--updates 2 --replay_data {folder}/beside.jsonl --micro_batch_size 1"
     found = waits(folder, "grpo", test_train_grpo.options(folder, "grpo", options))
     before = {"judging.answers", "batch.with_places", "policy_loss.<genexpr>", "policy_loss.<listcomp>"}
-    script = {"train_grpo.experience", "train_grpo.tell", "ranks: train_grpo.train", "ranks: train_grpo.tell"}
+    script = {"train_grpo.experience", "train_grpo.log_rollout"}
+    script |= {"ranks: train_grpo.train", "ranks: train_grpo.log_rollout"}
     assert found.keys() == STEP | SAMPLING | JUDGING | before | script | {"ranks: replay.learn"}
     assert found["step.update"] == found["ranks: replay.learn"] == 2  # the updates
 
 
 def test_the_passes_of_ppo_wait_for_nothing(folder):
     found = waits(folder, "ppo", test_train_ppo.options(folder, "ppo", "--micro_batch_size 1"))
-    assert not found.keys() & {"log_probs._answer_states", "policy_loss.seen", "updates.note", "value.value_loss"}
+    passes = {"log_probs._answer_states", "policy_loss.clip_counts", "updates.note", "value.value_loss"}
+    assert not found.keys() & passes
     assert found["step.update"] == 2 * found["train_ppo.improve"] == 4  # of policy and value model, in two updates

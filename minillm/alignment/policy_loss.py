@@ -88,8 +88,8 @@ class Experience(NamedTuple):
         return row._replace(batch=row.batch._replace(mask=torch.zeros_like(row.batch.mask)))
 
 
-class Seen(NamedTuple):
-    """What a loss has seen in passing: numbers of tokens, (), which add up over micro-batches and ranks."""
+class ClipCounts(NamedTuple):
+    """Numbers of tokens of a forward pass, (), which add up over micro-batches and ranks."""
 
     n_tokens: Tensor
     clipped_low: Tensor  # whose ρ is below 1 − ε_low with A < 0, so that they have no gradient
@@ -187,7 +187,7 @@ class PolicyLoss:
         return torch.where(weight <= self.correction_cap, weight, 0.0)
 
     @torch.no_grad()
-    def seen(self, log_probs: Tensor, experience: Experience) -> Seen:
+    def clip_counts(self, log_probs: Tensor, experience: Experience) -> ClipCounts:
         """How many tokens there are, and how many of them the clip holds back."""
         mask = experience.batch.mask
         ratio = self.ratio(log_probs, experience)
@@ -196,19 +196,19 @@ class PolicyLoss:
         high = (ratio > 1 + self.clip_high) & (advantages > 0) & mask
         if self.kind == "cispo":
             low, high = torch.zeros_like(mask), (ratio > self.clip_high) & mask
-        return Seen(mask.sum(), low.sum(), high.sum())
+        return ClipCounts(mask.sum(), low.sum(), high.sum())
 
 
 class Watched:
-    """A loss of some rows, to be called once with their log-probabilities, that notes what it sees."""
+    """A loss of some rows, to be called once with their log-probabilities, that counts what the clip holds back."""
 
     def __init__(self, loss: PolicyLoss, experience: Experience):
         self.loss = loss
         self.experience = experience
-        self.seen: Seen | None = None
+        self.clip_counts: ClipCounts | None = None
 
     def __call__(self, log_probs: Tensor) -> Tensor:
-        self.seen = self.loss.seen(log_probs, self.experience)
+        self.clip_counts = self.loss.clip_counts(log_probs, self.experience)
         loss = self.loss(log_probs, self.experience)
         if self.experience.old is None:  # the first pass over these rows: later ones are compared with it
             self.experience = self.experience._replace(old=log_probs.detach())

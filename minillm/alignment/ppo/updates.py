@@ -64,10 +64,10 @@ class ClippedLoss:
     No entropy bonus (c_e = 0), as usual for language models.
     """
 
-    def __init__(self, experience: Experience, clip: float, seen: "Seen"):
+    def __init__(self, experience: Experience, clip: float, stats: "UpdateStats"):
         self.experience = experience
         self.clip = clip
-        self.seen = seen
+        self.stats = stats
 
     def __call__(self, log_probs: Tensor) -> Tensor:
         """log_probs: (n, T) fp32 of the tokens now. Returns the sum over the mask."""
@@ -75,12 +75,12 @@ class ClippedLoss:
         log_ratio = (log_probs - self.experience.log_probs).masked_fill(~mask, 0.0)
         ratio = log_ratio.exp()
         too_far = torch.where(advantages > 0, ratio > 1 + self.clip, ratio < 1 - self.clip) & mask
-        self.seen.note(clipped=too_far.sum(), moved=log_ratio.detach().square().sum() / 2)
+        self.stats.note(clipped=too_far.sum(), moved=log_ratio.detach().square().sum() / 2)
         return clipped_loss(ratio, advantages, self.clip, self.clip).masked_fill(~mask, 0.0).sum()
 
 
-class Seen:
-    """Sums that the losses of a step have seen in passing."""
+class UpdateStats:
+    """Sums over the tokens of a step, which its losses add up."""
 
     NAMES = ("clipped", "moved", "value_clipped", "value_loss")
 

@@ -160,20 +160,20 @@ def test_a_batch_in_parts_has_the_same_gradient(kind, n_rows):
 
 
 def test_the_clip_shares_are_those_of_trl():
-    seen = policy_loss("dapo").seen(NEW, experience())
-    assert (seen.n_tokens, seen.clipped_low, seen.clipped_high) == (10, 3, 2)
-    assert policy_loss("dapo").seen(NEW, experience(None))[1:] == (0, 0)
+    counts = policy_loss("dapo").clip_counts(NEW, experience())
+    assert (counts.n_tokens, counts.clipped_low, counts.clipped_high) == (10, 3, 2)
+    assert policy_loss("dapo").clip_counts(NEW, experience(None))[1:] == (0, 0)
 
 
 def test_the_first_pass_is_noted_as_the_old_policy():
     watched = Watched(policy_loss("dapo"), experience(None))
     leaf = OLD.clone().requires_grad_()
     watched(leaf)
-    assert watched.seen == (10, 0, 0)
+    assert watched.clip_counts == (10, 0, 0)
     assert torch.equal(watched.experience.old, OLD) and not watched.experience.old.requires_grad
     again = Watched(policy_loss("dapo"), watched.experience)
     assert float(again(NEW)) / 10 == pytest.approx(-0.1433626656, abs=1e-6)
-    assert again.seen == (10, 3, 2) and torch.equal(again.experience.old, OLD)
+    assert again.clip_counts == (10, 3, 2) and torch.equal(again.experience.old, OLD)
 
 
 @pytest.mark.parametrize("kind", list(CLIPS))
