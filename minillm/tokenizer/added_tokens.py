@@ -13,7 +13,7 @@ from sentencepiece import sentencepiece_model_pb2 as proto
 from minillm.base.contents import Contents
 from minillm.base.errors import UserError
 from minillm.tokenizer import around_text
-from minillm.tokenizer.folder_files import read_object, special_pieces, to_json
+from minillm.tokenizer.folder_files import read_beside, read_object, special_pieces, to_json
 from minillm.tokenizer.sentencepiece_model import SPACE_MARK, SentencePieceModel, parse, with_dummy_prefix
 from minillm.tokenizer.tokenizers_model import TokenizersModel
 
@@ -45,11 +45,11 @@ def named(files: dict[str, bytes], source: str) -> dict[int, Added]:
     naming what is damaged.
     """
     where = f"{source}: tokenizer_config.json beside it"
-    config = Contents(read_object(files.get("tokenizer_config.json", b"{}"), where), where)
+    config = Contents(read_beside(files, "tokenizer_config.json", source), where)
     tokens: dict[int, Added] = {}
     special = set(special_pieces(files, source).values())
     if "tokenizer.json" in files:
-        described = read_object(files["tokenizer.json"], f"{source}: tokenizer.json beside it")
+        described = read_beside(files, "tokenizer.json", source)
         for entry in described.get("added_tokens") or []:
             fields = Contents(entry, f"{source}: tokenizer.json beside it: added_tokens")
             tokens[fields.need("id", int)] = token = _added(fields)
@@ -58,7 +58,7 @@ def named(files: dict[str, bytes], source: str) -> dict[int, Added]:
     # what tokenizer_config.json says of them counts more
     decoder = config.get("added_tokens_decoder", dict)
     if decoder is None:  # as in folders written before there was that list
-        added = read_object(files.get("added_tokens.json", b"{}"), f"{source}: added_tokens.json beside it")
+        added = read_beside(files, "added_tokens.json", source)
         written = Contents(added, f"{source}: added_tokens.json beside it")
         listed = _special(files, config, source)
         tokens |= {written.need(text, int): Added(text, text in listed) for text in written.values}
@@ -138,7 +138,7 @@ def open_model(model_bytes: bytes, files: dict[str, bytes], source: str) -> Sent
     """
     data = into_sentencepiece(model_bytes, files, source)
     model = SentencePieceModel(data, source)
-    config = read_object(files.get("tokenizer_config.json", b"{}"), f"{source}: tokenizer_config.json beside it")
+    config = read_beside(files, "tokenizer_config.json", source)
     space = around_text.space_before(files, config, model.dummy_prefix, source)
     if around_text.is_llama(files, config) and model.rewrites:
         raise UserError(
@@ -162,7 +162,7 @@ def open_model(model_bytes: bytes, files: dict[str, bytes], source: str) -> Sent
 
 def open_json(files: dict[str, bytes], source: str) -> TokenizersModel:
     """The tokenizer.json of a folder, with the tokens that only the files beside it add; see `open_model`."""
-    config = read_object(files.get("tokenizer_config.json", b"{}"), f"{source}: tokenizer_config.json beside it")
+    config = read_beside(files, "tokenizer_config.json", source)
     rules = None
     if around_text.is_llama(files, config):
         rules = around_text.llama_rules(around_text.space_before(files, config, False, source))

@@ -7,7 +7,7 @@ refused by name, since a text would begin or end otherwise here than there.
 
 from minillm.base.contents import Contents
 from minillm.base.errors import UserError
-from minillm.tokenizer.folder_files import is_llama_class, read_object
+from minillm.tokenizer.folder_files import is_llama_class, read_beside
 from minillm.tokenizer.sentencepiece_model import SPACE_MARK, Space
 from minillm.tokenizer.tokenizers_model import steps
 
@@ -40,7 +40,7 @@ def first_id(files: dict[str, bytes], config: dict, bos_id: int | None, source: 
     if class_name == WITHOUT_BOS:
         return None
     if "tokenizer.json" in files:
-        described = read_object(files["tokenizer.json"], f"{source}: tokenizer.json beside it")
+        described = read_beside(files, "tokenizer.json", source)
         before, after = _around(described.get("post_processor"), source)
     else:
         is_missing = "bos_token" in config and config["bos_token"] is None
@@ -85,7 +85,7 @@ def space_before(files: dict[str, bytes], config: dict, of_model: bool, source: 
     if "tokenizer.json" not in files:
         legacy = settings.get("legacy", bool, True)
         return Space(of_model, legacy, not legacy)
-    described = read_object(files["tokenizer.json"], f"{source}: tokenizer.json beside it")
+    described = read_beside(files, "tokenizer.json", source)
     normalizers = steps(described.get("normalizer"), "normalizers")
     if any(step["type"] == "Prepend" for step in normalizers):
         return Space(True, True, False)

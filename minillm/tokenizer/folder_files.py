@@ -61,9 +61,7 @@ def end_ids(files: dict[str, bytes], source: str) -> set[int]:
     """
     ids: set[int] = set()
     for name in (MODEL_CONFIG, GENERATION_CONFIG):
-        if name not in files:
-            continue
-        named = read_object(files[name], f"{source}: {name} beside it").get("eos_token_id")
+        named = read_beside(files, name, source).get("eos_token_id")
         listed = named if isinstance(named, list) else [] if named is None else [named]
         wrong = [i for i in listed if not is_of_kind(i, int) or not 0 <= i < LARGEST_ID]
         if wrong:
@@ -84,6 +82,14 @@ def read_object(data: bytes, source: str) -> dict:
     return Contents(parse_json(data, source), source).values
 
 
+def read_beside(files: dict[str, bytes], name: str, source: str) -> dict:
+    """The JSON object in one of the files beside a vocabulary, empty if there is none. source: the vocabulary's file.
+
+    Raises as `read_object` does.
+    """
+    return read_object(files.get(name, b"{}"), f"{source}: {name} beside it")
+
+
 @functools.lru_cache(maxsize=1)
 def _large_object(data: bytes) -> dict:
     return Contents(parse_json(data, ""), "").values
@@ -102,8 +108,7 @@ def special_pieces(files: dict[str, bytes], source: str) -> dict[str, str]:
     """
     named = {}
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
-        if name in files:
-            named |= read_object(files[name], f"{source}: {name} beside it")
+        named |= read_beside(files, name, source)
     own = named.get("extra_special_tokens")  # else a list of pieces
     values = (own if isinstance(own, dict) else {}) | {key: named.get(key) for key in SPECIAL}
     pieces = {}

@@ -22,7 +22,7 @@ from minillm.base.files import write_file
 from minillm.base.json_door import read_file
 from minillm.tokenizer import added_tokens, around_text, byte_bpe, chat_template, folder_files, jinja_template
 from minillm.tokenizer.chat_template import JINJA, ROLES
-from minillm.tokenizer.folder_files import read_object, to_json
+from minillm.tokenizer.folder_files import read_beside, read_object, to_json
 from minillm.tokenizer.sentencepiece_model import SPACE_MARK, SentencePieceModel, either_of
 from minillm.tokenizer.tokenizers_model import TokenizersModel
 
@@ -53,9 +53,7 @@ class Tokenizer:
         self._source = source
         self._companions = {name: data for name, data in companions.items() if name in folder_files.COMPANIONS}
         self.files = companions  # with the model's config.json
-        self._settings = read_object(
-            companions.get("tokenizer_config.json", b"{}"), f"{source}: tokenizer_config.json beside it"
-        )
+        self._settings = read_beside(companions, "tokenizer_config.json", source)
         self.data = pieces.data
         self.sha256 = hashlib.sha256(pieces.data).hexdigest()
         self.vocab_size = pieces.vocab_size
@@ -277,9 +275,7 @@ class Tokenizer:
     @cached_property
     def config(self) -> dict:
         """What tokenizer_config.json says, as `save` writes it."""
-        return read_object(
-            self._beside.get("tokenizer_config.json", b"{}"), f"{self._source}: tokenizer_config.json beside it"
-        )
+        return read_beside(self._beside, "tokenizer_config.json", self._source)
 
     @cached_property
     def begins_after_eos(self) -> bool:
@@ -308,8 +304,7 @@ class Tokenizer:
     @property
     def generation_config(self) -> dict:
         """What generation_config.json says; empty if there is none."""
-        name = folder_files.GENERATION_CONFIG
-        return read_object(self._companions.get(name, b"{}"), f"{self._source}: {name} beside it")
+        return read_beside(self._companions, folder_files.GENERATION_CONFIG, self._source)
 
     @cached_property
     def chat_template(self) -> str | None:
@@ -338,7 +333,7 @@ class Tokenizer:
         if ends and len(ends) > 1:
             files[folder_files.GENERATION_CONFIG] = to_json(self.generation_config | {"eos_token_id": ends})
         if "tokenizer.json" in files:
-            described = read_object(files["tokenizer.json"], f"{self._source}: tokenizer.json beside it")
+            described = read_beside(files, "tokenizer.json", self._source)
             files["tokenizer.json"] = to_json(self._beginning(described, add_bos))
         return Tokenizer(self.model.data, "the new vocabulary", files)
 
