@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minillm.base.errors import UserError
+from minillm.base.errors import UserError, naming
 from minillm.base.json_door import file_size
 from minillm.checkpoint import gguf_blocks, tensor_files
 
@@ -191,10 +191,8 @@ def _stored(name: str, tensor: Tensor, kind: str) -> Tensor:
     """The bytes of a tensor in a type, uint8."""
     if kind in FLOATS:
         return tensor.to(FLOATS[kind]).contiguous().view(torch.uint8)
-    try:
+    with naming(name):
         return gguf_blocks.PACK[kind](tensor.contiguous())
-    except UserError as problem:
-        raise UserError(f"{name}: {problem}") from None
 
 
 def _add_value(writer, name: str, value: Any) -> None:

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from minillm.base.contents import Contents
-from minillm.base.errors import MissingError, UserError
+from minillm.base.errors import MissingError, UserError, naming
 from minillm.base.json_door import file_size, parse_json, path_inside, read_json
 
 WEIGHTS = "model"  # how the names of a model's files begin
@@ -198,10 +198,8 @@ def find_weights(folder: str | Path) -> dict[str, Place]:
 
 def _read_single(folder: Path) -> dict[str, Place]:
     """Where the tensors of a folder with a single file of weights are."""
-    try:
+    with naming(f"{folder}: its weights cannot be used"):
         return _read_header(folder / SINGLE)
-    except UserError as problem:
-        raise UserError(f"{folder}: its weights cannot be used: {problem}") from None
 
 
 def _read_index(folder: Path) -> dict[str, set[str]]:

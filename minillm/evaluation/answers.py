@@ -1,11 +1,11 @@
 """A model's answers to questions, and how many are exactly right."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 
 from minillm.datasets.questions import is_right
-from minillm.generation.completion import generate
+from minillm.generation.completion import Completion, generate
 from minillm.generation.sampling import GREEDY
 from minillm.model.transformer import Transformer
 from minillm.tokenizer.tokenizer import Tokenizer
@@ -34,20 +34,30 @@ def answers(
         ids, _ = tokenizer.encode_chat(messages, template=template, add_generation_prompt=True)
         prompts.append(ids)
     texts: list[str | None] = [None] * len(prompts)
-    stop_ids = tokenizer.stop_ids(template)
-
-    # in order of length, so that the prompts of a batch need little padding
     context = context_of(model)
-    indices = [i for i, prompt in enumerate(prompts) if len(prompt) < context]
-    indices.sort(key=lambda i: len(prompts[i]))
-    how = dict(sampling=GREEDY, stop_ids=stop_ids)
+    fitting = [i for i, prompt in enumerate(prompts) if len(prompt) < context]
+    how = dict(n_at_once=QUESTIONS_PER_BATCH, stop_ids=tokenizer.stop_ids(template))
     with merged(model):
-        for begin in range(0, len(indices), QUESTIONS_PER_BATCH):
-            batch = indices[begin : begin + QUESTIONS_PER_BATCH]
-            completions = generate(model, [prompts[i] for i in batch], max_new_tokens, **how)
-            for i, completion in zip(batch, completions, strict=True):
-                texts[i] = tokenizer.decode(completion.tokens)
+        completions = greedy_completions(model, [prompts[i] for i in fitting], max_new_tokens, **how)
+    for i, completion in zip(fitting, completions, strict=True):
+        texts[i] = tokenizer.decode(completion.tokens)
     return texts
+
+
+def greedy_completions(
+    model: Transformer, prompts: Sequence[Sequence[int]], max_new_tokens: int, *, n_at_once: int, **how
+) -> list[Completion]:
+    """The greedy completion of each prompt, in their order. how: see `generate`.
+
+    So many at once are generated together, prompts of like length, so that they need little padding.
+    """
+    by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    completions: dict[int, Completion] = {}
+    for begin in range(0, len(by_length), n_at_once):
+        batch = by_length[begin : begin + n_at_once]
+        made = generate(model, [prompts[i] for i in batch], max_new_tokens, sampling=GREEDY, **how)
+        completions.update(zip(batch, made, strict=True))
+    return [completions[i] for i in range(len(prompts))]
 
 
 def _lengths(tokenizer: Tokenizer, conversations: list[list[dict]], template: str, **how) -> list[int]:

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from minillm.base.errors import MissingError, UserError
+from minillm.base.errors import MissingError, UserError, naming
 from minillm.datasets.files import json_rows, tables
 from minillm.evaluation.benchmarks import BENCHMARKS, VALIDATION, Benchmark, Question
 from minillm.evaluation.loglikelihood import Request
@@ -169,12 +169,10 @@ def _questions(benchmark: Benchmark, files: Sequence[Path]) -> list[Question]:
         if labels and len(labels) != len(rows):
             raise UserError(f"{path}: {len(rows)} rows, but {len(labels)} labels in the file beside it")
         for number, row in enumerate(rows, 1):
-            try:
+            with naming(f"{path}, row {number}"):
                 if not isinstance(row, dict):
                     raise row if isinstance(row, UserError) else UserError("no object with names")
                 questions.append(benchmark.question({**row, "label": labels[number - 1]} if labels else row))
-            except UserError as problem:
-                raise UserError(f"{path}, row {number}: {problem}") from None
     return questions
 
 
@@ -186,10 +184,8 @@ def _rows(path: Path, columns: tuple[str, ...] | None) -> list[dict]:
     rows = []
     with json_rows.open_rows(path) as file:
         for number, _, line in json_rows.numbered_lines(file):
-            try:
+            with naming(f"{path}, row {number}"):
                 rows.append(json_rows.parse_line(line))
-            except UserError as problem:
-                raise UserError(f"{path}, row {number}: {problem}") from None
     return rows
 
 

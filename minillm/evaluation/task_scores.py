@@ -8,7 +8,7 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from minillm.base.errors import UserError
+from minillm.base.errors import UserError, naming
 from minillm.base.options import Options, option
 from minillm.distributed.ranks import Ranks
 from minillm.evaluation.benchmark_files import Task, read_tasks
@@ -59,12 +59,12 @@ class TaskScores:
         self.pairs: dict[str, list[Pair]] = {}  # of each task, for all choices of all questions
         for name, its_tasks in tasks.items():
             for task in its_tasks:
-                if task.benchmark.in_words:
-                    _fit(name, room_for_prompt, max_len)
-                    continue
-                requests: list[Request] = [request for question in task.questions for request in question.requests]
-                pairs = _fit(name, pairs_of, tokenizer, requests)
-                self.pairs[task.name] = [_fit(name, fitted, pair, max_len) for pair in pairs]
+                with naming(f"--eval_tasks {name}"):
+                    if task.benchmark.in_words:
+                        room_for_prompt(max_len)
+                        continue
+                    requests: list[Request] = [request for question in task.questions for request in question.requests]
+                    self.pairs[task.name] = [fitted(pair, max_len) for pair in pairs_of(tokenizer, requests)]
 
     def scores(self, model: Transformer, ranks: Ranks) -> dict[str, float]:
         """Each metric and its standard error by names such as acc/arc_easy; the ranks share the choices."""
@@ -94,14 +94,6 @@ class TaskScores:
             return [[text] for text in continued(model, self.tokenizer, prompts, self.max_len)]
         scores = iter(scores_of(model, self.pairs[task.name], ranks))
         return [[next(scores) for _ in question.requests] for question in task.questions]
-
-
-def _fit(name: str, function, *arguments):
-    """function(*arguments); what it raises names the benchmark."""
-    try:
-        return function(*arguments)
-    except UserError as problem:
-        raise UserError(f"--eval_tasks {name}: {problem}") from None
 
 
 def tasks_to_ask(training_config, tokenizer: Tokenizer | None, model_config: ModelConfig, ranks: Ranks) -> TaskScores:

@@ -4,9 +4,8 @@ import re
 from collections.abc import Sequence
 
 from minillm.base.errors import UserError
-from minillm.generation.completion import generate
+from minillm.evaluation.answers import greedy_completions
 from minillm.generation.pieces import text_before
-from minillm.generation.sampling import GREEDY
 from minillm.model.transformer import Transformer
 from minillm.tokenizer.tokenizer import Tokenizer
 
@@ -28,24 +27,9 @@ def continued(
     """
     room = room_for_prompt(max_len, longest)
     ids = [of_prompt[-room:] for of_prompt in ids_of(tokenizer, prompts)]
-
-    # prompts of like length together, so that they need little padding
-    texts = [""] * len(ids)
-    order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
-    for begin in range(0, len(order), PROMPTS_AT_ONCE):
-        batch = order[begin : begin + PROMPTS_AT_ONCE]
-        completions = generate(
-            model,
-            [ids[i] for i in batch],
-            longest,
-            sampling=GREEDY,
-            stop_ids=tokenizer.end_ids,
-            stop_strings=ENDS,
-            tokenizer=tokenizer,
-        )
-        for i, completion in zip(batch, completions, strict=True):
-            texts[i] = text_before(tokenizer, completion.tokens, ENDS)
-    return texts
+    how = dict(stop_ids=tokenizer.end_ids, stop_strings=ENDS, tokenizer=tokenizer)
+    completions = greedy_completions(model, ids, longest, n_at_once=PROMPTS_AT_ONCE, **how)
+    return [text_before(tokenizer, completion.tokens, ENDS) for completion in completions]
 
 
 def ids_of(tokenizer: Tokenizer, prompts: Sequence[str]) -> list[list[int]]:

@@ -13,7 +13,7 @@ from functools import cache
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-from minillm.base.errors import UserError
+from minillm.base.errors import UserError, naming
 from minillm.base.json_door import file_size, read_json
 from minillm.base.printing import visible
 from minillm.datasets.files import encodings, tables
@@ -238,10 +238,8 @@ def text_of(kind: str, raw, field: str) -> str:
 def texts_of(path: Path, *, boundary: str, field: str, encoding: str = encodings.UTF_8) -> Iterator[tuple[str, int]]:
     """(text, bytes of the file read so far) of each document of a file. Raises UserError naming file and record."""
     for record in records(path, boundary=boundary, field=field, encoding=encoding):
-        try:
+        with naming(f"{path}, record {record.number}"):
             text = text_of(record.kind, record.raw, field)
-        except UserError as problem:
-            raise UserError(f"{path}, record {record.number}: {problem}") from None
         yield text, record.position
 
 
