@@ -41,9 +41,9 @@ GPU_PEAKS = (
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
     """Peak floating-point operations a second of a device, or None where it is not known.
 
-    A GPU's comes from the table above. A CPU's is measured on one thread and taken times the cores that torch's threads
-    have. What is measured is the time that the thread ran, so that other programs do not count; what they do to its
-    caches and clock does, so that the true peak is at least what is found.
+    A GPU's comes from the table above. A CPU's is measured on one thread and multiplied by the cores that torch's
+    threads have. Only the time in which the thread ran counts, not that of other programs. They still disturb its
+    caches and slow its clock, so the true peak may be higher than what is found.
     """
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
@@ -144,8 +144,8 @@ def pick_device(name: str) -> torch.device:
 def keep_to_quota() -> None:
     """Let torch compute on no more threads than the container may use cores, unless OMP_NUM_THREADS says how many.
 
-    torch starts one for each core of the machine, and a container's quota takes the cores from all of
-    them for the rest of each tenth of a second in which they have used it up.
+    torch starts a thread for each core of the machine. Once they have used up a container's quota, all of them stand
+    still for the rest of that tenth of a second.
     """
     quota = cpu_quota()
     if "OMP_NUM_THREADS" not in os.environ and quota < torch.get_num_threads():

@@ -169,8 +169,10 @@ def run_script(main: Callable[[], int | None]) -> int:
 
 
 def _open_missing_streams() -> None:
-    """Open standard streams that were closed, to nothing: else the next file would get the number of one of them, and
-    with it what is printed."""
+    """Open the null device for each standard stream that is closed.
+
+    Else the next file to be opened would get the stream's number, and what is printed would go into that file.
+    """
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):  # in the order of their numbers
         if getattr(sys, name) is None:
             setattr(sys, name, Path(os.devnull).open(mode))  # noqa: SIM115  (as long as the process)

@@ -89,7 +89,8 @@ def best_of(
 def _end_of_answer(tokenizer: Tokenizer, messages: list[dict], template: str) -> int:
     """The id that ends an answer in this prompt format, as reward models have seen it."""
     ids, learn = tokenizer.encode_chat([*messages, {"role": "assistant", "content": "."}], template=template)
-    return max(zip(range(len(ids)), ids, learn, strict=True), key=lambda item: (item[2], item[0]))[1]
+    learned = [i for i, is_learned in zip(ids, learn, strict=True) if is_learned]
+    return (learned or ids)[-1]
 
 
 def _end(completion: Completion, end: int) -> list[int]:

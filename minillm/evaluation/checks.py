@@ -258,8 +258,9 @@ class TimeUp(BaseException):
 
 @contextlib.contextmanager
 def time_limit(seconds: float) -> Iterator[None]:
-    """Raises TimeUp in the body when it has run so long, and every second from then on, if it goes on nevertheless.
-    And once more at its end, since a function with a bare `except:` takes it for a fault of the answer at hand.
+    """Raises TimeUp in the body once it has run for so many seconds, then every second if it goes on, and at its end.
+
+    Once is not enough: a function with a bare `except:` would take TimeUp for a fault of the answer at hand.
 
     A timer of the system interrupts Python's own loops, waits, and regular expressions, but no other long call in C.
     Only the main thread can be interrupted, and not on Windows: elsewhere there is no limit.

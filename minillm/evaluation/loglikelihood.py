@@ -1,7 +1,7 @@
 """How likely a model finds texts after other texts: log-likelihoods as lm-evaluation-harness counts them.
 
 A request is a context and a continuation, "Question: … Answer:" and " Paris". Its score is the sum of ln p over the ids
-of the continuation, in nats, each predicted from all ids before it. What requests begin with alike is read once:
+of the continuation, in nats, each predicted from all ids before it. A beginning that requests share is read once:
 
     family    ^ examples                         what many contexts begin with (the examples of an exam), in a cache
     trees       question 1 ┬ a ball ┬ of glass   what is left of requests that share much of it: a row in which a token
@@ -150,7 +150,7 @@ def fitted(pair: Pair, max_len: int) -> Pair:
 
 
 class Family(NamedTuple):
-    """Pairs whose contexts begin with n_alike equal ids, less than any of them has."""
+    """Pairs whose contexts begin with the same n_alike ids; each context has more ids than these."""
 
     n_alike: int
     pairs: list[Pair]
@@ -175,7 +175,7 @@ def _families(pairs: Sequence[Pair]) -> list[Family]:
 
 
 def _n_alike(first: Sequence[int], second: Sequence[int]) -> int:
-    """With how many equal ids both begin."""
+    """How many ids both begin with that are the same."""
     both = zip(first, second, strict=False)
     return next((n for n, (a, b) in enumerate(both) if a != b), min(len(first), len(second)))
 

@@ -193,7 +193,7 @@ class KVCache:
 
 
 class TreeCache(KVCache):
-    """A cache for rows that hold several texts, of which what they begin with alike is there once.
+    """A cache for rows that hold several texts each; a beginning that some of them share is stored once.
 
         a b c d     tokens  a b c d e f     c and e follow b, f follows a
         a b e       depths  0 1 2 3 2 1

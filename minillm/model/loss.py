@@ -17,12 +17,12 @@ from minillm.model.linears import product_dtype
 # products stay large enough to fill it (not measured).
 CHUNK_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 26}
 
-ROWS_AT_ONCE = 128  # of logits, in `cross_entropy_of`
+PACKED_ROWS = 128  # rows of logits held at a time in `cross_entropy_of`
 IGNORED = -100  # the target of a row that never counts, as in torch
 
 
 def rows_at_once(weight: Tensor) -> int:
-    """Of logits, by a head's weight (V, C)."""
+    """How many rows of logits are held at a time, by a head's weight (V, C)."""
     return max(16, CHUNK_ELEMENTS.get(weight.device.type, 1 << 24) // len(weight))
 
 
@@ -128,11 +128,10 @@ def cross_entropy_of(
     counts = torch.ones(len(x), device=x.device) if mask is None else mask.float()  # (N,)
     targets = targets.masked_fill(counts == 0, IGNORED)
     total = torch.zeros((), device=x.device)
-    for x_part, targets_part, counts_part in zip(
-        x.split(ROWS_AT_ONCE), targets.split(ROWS_AT_ONCE), counts.split(ROWS_AT_ONCE), strict=True
-    ):
-        nats = F.cross_entropy(logits_of(x_part).float(), targets_part, ignore_index=IGNORED, reduction="none")
-        total += (nats * counts_part).sum()
+    for begin in range(0, len(x), PACKED_ROWS):
+        part = slice(begin, begin + PACKED_ROWS)
+        nats = F.cross_entropy(logits_of(x[part]).float(), targets[part], ignore_index=IGNORED, reduction="none")
+        total += (nats * counts[part]).sum()
     return total
 
 

@@ -24,9 +24,7 @@ def _stored(n_in: int, n_out: int, bits: int | None) -> int:
     """Bytes of a weight as it is stored; bits None: in fp32."""
     if bits == 8:  # a byte a number, and an fp32 scale for each row
         return n_out * (n_in + FP32)
-    if (
-        bits == 4
-    ):  # half a byte a number, a scale of a byte for each block, fp32: one for each group of blocks, one mean
+    if bits == 4:  # half a byte a number, a byte for each block's scale; in fp32 one number a group, and one mean
         n_blocks = n_out * math.ceil(n_in / BLOCK)
         n_groups = math.ceil(n_blocks / GROUP)
         return n_blocks * (BLOCK // 2 + 1) + FP32 * n_groups + FP32

@@ -128,14 +128,19 @@ def tuned_file() -> Path:
 
 def fused(x: Tensor) -> bool:
     """Whether our own kernels compute on x."""
-    return _selected == "triton" or (_selected == "auto" and x.is_cuda and _triton is not None)
+    return _kernels_run(x.is_cuda)
+
+
+def _kernels_run(is_cuda: bool) -> bool:
+    """Whether our own kernels compute on a GPU, or on another device."""
+    return _selected == "triton" or (_selected == "auto" and is_cuda and _triton is not None)
 
 
 def describe(device: torch.device) -> str:
     """One line for a run's start: which implementation each op uses on the device."""
     if _selected == "reference":
         return "ops: reference (plain torch) for all"
-    if _selected == "triton" or (_selected == "auto" and device.type == "cuda" and _triton is not None):
+    if _kernels_run(device.type == "cuda"):
         how = ", interpreted on the CPU" if _triton.launch.INTERPRETED else ""
         return f"ops: triton{how} (attention, norm with residual, rope, swiglu, loss in chunks, optimizers)"
     why = ""
@@ -217,11 +222,11 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 
 
 def document_spans(documents: Tensor, window: int | None, dtype: torch.dtype) -> Tensor:
-    """What `attention` needs of documents (B, T) in the form that is best for it, made once for all layers.
+    """What `attention` needs to know of documents (B, T), in the form that suits it best; made once for all layers.
 
-    Usually the spans (B, T, 2) int32 of `kernels.reference.document_spans`. For torch's own op it is what to add to the
-    scores, (B, 1, T, T): 0 for a key that a query sees, and −∞; the op would else make and keep one in each layer.
-    dtype: of the states.
+    Usually the spans (B, T, 2) int32 of `kernels.reference.document_spans`. For torch's own op it is a mask to add to
+    the scores, (B, 1, T, T): 0 where a query sees a key, −∞ elsewhere. From spans that op would make and keep a mask in
+    each layer. dtype: of the states.
     """
     spans = reference.document_spans(documents)
     if fused(documents) or _selected == "reference":
@@ -296,8 +301,8 @@ def cached_attention(q: Tensor, k: Tensor, v: Tensor, ends: Tensor, *, window: i
 def visible_keys(ends: Tensor, n_queries: int, n_keys: int, window: int | None, dtype: torch.dtype) -> Tensor:
     """The ends (B,) of a cache's rows in the form that is quickest for `cached_attention`, made once for all layers.
 
-    Usually returns `ends` itself. For torch's own op on a CPU it is what to add to the scores in `dtype`, (B, 1, Tq,
-    Tk): 0 for a key that a query sees, and −∞.
+    Usually returns `ends` itself. For torch's own op on a CPU it is a mask to add to the scores, in `dtype`, (B, 1, Tq,
+    Tk): 0 where a query sees a key, −∞ elsewhere.
     """
     if not ends.is_cpu or _selected in ("reference", "triton"):
         return ends
@@ -305,7 +310,7 @@ def visible_keys(ends: Tensor, n_queries: int, n_keys: int, window: int | None, 
 
 
 def _to_add(seen: Tensor, dtype: torch.dtype) -> Tensor:
-    """What to add to scores so that only keys that are seen count: 0 for them, and −∞."""
+    """A mask to add to scores, so that only keys that are seen count: 0 for these, −∞ for others."""
     return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, -torch.inf)
 
 

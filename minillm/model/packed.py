@@ -91,8 +91,8 @@ def _product(x: Tensor, largest: float, steps: int, packed) -> Tensor:
 def activation_steps() -> int:
     """Steps from 0 to a row's largest magnitude: 127, or 63 where the products are not exact with 127.
 
-    Processors without VNNI add two products in 16 bits, where 2 · 254 · 127 has no room but 2 · 126 · 127 has. Which
-    kind this is shows a product of the largest numbers.
+    Processors without VNNI add two products in 16 bits, where 2 · 254 · 127 has no room but 2 · 126 · 127 has. A
+    product of the largest numbers shows which kind this one is.
     """
     ones = torch.ones(1, 64)
     codes = torch.full((16, 64), 127, dtype=torch.int8)

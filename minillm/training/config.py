@@ -21,6 +21,7 @@ class TrainingConfig(Options):
     """The options that every training script has; each script adds its own and changes defaults."""
 
     tune: ClassVar[str] = "full"  # all weights are trained; `TuningConfig` makes it an option
+    rows_are_full: ClassVar[bool] = False  # whether each row has seq_len tokens, so that a step's memory is known
 
     # the run
     data: str = option("data/bundled", "what to train on", group="run")
@@ -171,8 +172,6 @@ class TrainingConfig(Options):
             )
         return problems
 
-    rows_are_full = False  # whether each row has seq_len tokens, so that the memory of a step is known
-
     @property
     def n_models(self) -> tuple[int, int]:
         """How many models of one size the run trains, and how many more it holds only to read them."""
@@ -226,11 +225,11 @@ def check_files(training_config) -> None:
 
 
 def with_steps(training_config, n_of_epochs: int):
-    """(the options with --steps filled in, how many samples the run reads, the option that says how long it is).
+    """(the options with --steps filled in, how many samples the run reads, the option that sets its length).
 
-    The samples are those of --epochs, or of whole batches. n_of_epochs: how many --epochs are. If --steps is the number
-    that follows from --epochs, as in a run's options.toml, the last batch is short as well. Raises `UserError` if both
-    are given and say different things.
+    n_of_epochs: samples in --epochs passes. By --epochs a run reads just these, so that its last batch may be short; so
+    too where --steps is the number that follows from --epochs, as in a run's options.toml. By any other --steps it
+    reads whole batches. Raises `UserError` if both are given and do not agree.
     """
     length_option = "epochs" if training_config.steps is None else "steps"
     steps_of_epochs = math.ceil(n_of_epochs / training_config.batch_size)

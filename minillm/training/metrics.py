@@ -124,7 +124,7 @@ class WeightsAndBiases:
 
     @contextlib.contextmanager
     def _going_on(self) -> Iterator[None]:
-        """Whatever goes wrong inside is said, once, and nothing is sent any more."""
+        """A context in which an error is printed, and ends the sending of rows, but not the run."""
         try:
             yield
         except Exception as problem:

@@ -200,9 +200,10 @@ def pays_to_share(matrices: list[Tensor]) -> bool:
 def _step_together(matrices: Matrices, group: dict, copies) -> None:
     """Step matrices of which all ranks of a group have copies: each rank orthogonalizes some of them for all.
 
-    That takes from each rank 1 − 1/R of these products, and sends b N/R bytes of it, where b is 2 in bfloat16. Results
-    are all here at once: b N bytes, as much as autocast's copies of the matrices took before. Momentum is kept by all:
-    a checkpoint is what it is on one rank, for 14 of the 24 bytes of memory traffic a number.
+    Of R ranks each is spared 1 − 1/R of these products. For N numbers of b bytes (2 in bfloat16) it sends b N/R bytes,
+    and holds all results at once, b N bytes: as much as autocast's copies of the matrices took before. Every rank keeps
+    the whole momentum, so that a checkpoint is the same as on one rank; that is 14 of the step's 24 bytes of memory
+    traffic a number.
     """
     # the same momentum on all ranks; the update of each batch from its owner
     costs = tuple(orthogonalizing(*matrix.shape) for matrix in matrices.params)

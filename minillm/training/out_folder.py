@@ -75,7 +75,7 @@ class OutFolder:
         self.logs += self.more_logs
 
     def finish_logs(self) -> None:
-        """Tell those that want to know that no row follows."""
+        """No row follows: call `finish` of each log that has it."""
         for log in self.logs:
             if hasattr(log, "finish"):
                 log.finish()

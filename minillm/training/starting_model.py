@@ -56,8 +56,8 @@ class Start(NamedTuple):
     def turns(self, n_turns: int) -> dict[str, int]:
         """What a checkpoint records of the turns that its model knows, after prompts of at most `n_turns`.
 
-        It learns from its own answers or from pairs, and forgets no conversations by that: those that it was taught
-        before count too. Nothing is recorded for a model of others, of which they are not known.
+        Learning from its own answers or from pairs makes a model forget no conversations, so the turns that it was
+        taught before count too. Nothing is recorded for a model made elsewhere, whose turns are not known.
         """
         if not (self.init / "resume").is_dir():
             return {}

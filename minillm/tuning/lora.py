@@ -57,7 +57,7 @@ class _Lora(nn.Module):
 class LoraLinear(_Lora):
     """x → W x + s · B A dropout(x), with `dora` each output times m / ‖W + s·BA‖; then the bias."""
 
-    # of a sum over the inputs, where ranks have a part of them each (minillm/distributed/slices.py)
+    # completes a sum over the inputs where each rank has a part of them (minillm/distributed/slices.py)
     added_up = staticmethod(lambda total: total)
 
     def __init__(
