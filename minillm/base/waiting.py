@@ -1,19 +1,19 @@
 """How the threads of a CPU wait for one another: awake while the cores are free, asleep while others want them too.
 
-torch cuts an op into parts, one for each thread of its *team*, and goes on when the last part is done; a small model's
-step has hundreds of such meetings. A thread can wait in two ways:
+torch cuts an op into parts, one for each thread of its *team*, and goes on when the last part is done (a *barrier*); a
+small model's step has hundreds of these. A thread can wait at a barrier in two ways:
 
 - awake: it looks again and again (spinning), goes on within a microsecond, and keeps its core busy meanwhile.
 - asleep: the system gives the core to others, and wakes the thread later, which takes some ten microseconds.
 
 On a free machine awake is faster by a fifth. Where other programs want the cores it is ruinous: the one that waits
-holds the very core that the awaited one needs, until the system takes it away some milliseconds later, meeting after
-meeting. So neither is right for all of a run, and the choice is made while it goes on.
+holds the very core that the awaited one needs, until the system takes it away some milliseconds later, barrier after
+barrier. So neither is right for all of a run, and the choice is made while it goes on.
 
 The team of torch's Linux wheels is GNU OpenMP's (libgomp). A thread waits awake for 300,000 looks, about 3 ms, then
 asleep; in a process with more OpenMP threads than cores it sleeps after 1,000 looks already
 (gcc.gnu.org/onlinedocs/libgomp/GOMP_005fSPINCOUNT.html). The threads are counted at each wait. So one more team, which
-does nothing, sends the others to sleep at their next meeting, and when it ends they wait awake again. Results depend on
+does nothing, sends the others to sleep at their next barrier, and when it ends they wait awake again. Results depend on
 the number of threads alone: how they wait changes no bit.
 
 A thread that is woken still has to get a core. Where several want one, Linux lets each have it for turns of about 3 ms,
@@ -93,12 +93,12 @@ class Waiting:
         return f"{asleep}, so they share {n_cores} of {len(self.all_cores)}" if self.left_cores else asleep
 
     def try_out(self) -> None:
-        """A first look: torch's team meets again and again, to see whether its threads get their cores."""
+        """A first look: torch's team passes one barrier after another, to see whether its threads get their cores."""
         with self.choosing:
             self.wake()  # the number of threads may have changed since they were sent to sleep
         before = Reading.now()
         while time.perf_counter() < before.at_s + TRY_S:
-            self.meet(torch.get_num_threads())
+            self.run_nothing(torch.get_num_threads())
         self.look(before, Reading.now())
 
     def look(self, before: "Reading", now: "Reading") -> None:
@@ -123,13 +123,13 @@ class Waiting:
                 self.logged.add(self.words)
                 self.log(f"the threads now {self.words}")
 
-    def meet(self, n_threads: int) -> None:
-        """Let so many threads of the calling thread's team meet once. It is made if it does not exist, and stays."""
+    def run_nothing(self, n_threads: int) -> None:
+        """Run an empty parallel region of so many threads, with a barrier at its end. Its team stays."""
         nothing_to_do = self.openmp.omp_get_num_threads  # any function of the library will do
         self.openmp.GOMP_parallel(nothing_to_do, None, n_threads, 0)
 
     def sleep(self) -> None:
-        """From the next meeting on, threads wait asleep."""
+        """From the next barrier on, threads wait asleep."""
         if self.end_idle_team is not None:
             return
         self.n_quiet = 0
@@ -138,7 +138,7 @@ class Waiting:
         n_idle = max(2, self.openmp.omp_get_num_procs() - torch.get_num_threads() + 2)
 
         def keep_idle_team() -> None:
-            self.meet(n_idle)
+            self.run_nothing(n_idle)
             made.set()
             end.wait()  # a team lives as long as the thread that has made it
 
@@ -148,7 +148,7 @@ class Waiting:
         ask_for_turns(TURN_NS)
 
     def wake(self) -> None:
-        """From the next meeting on, threads wait awake."""
+        """From the next barrier on, threads wait awake."""
         if self.end_idle_team is not None:
             self.end_idle_team.set()
             self.end_idle_team = None

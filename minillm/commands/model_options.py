@@ -101,7 +101,7 @@ def load_reward_model(config: ModelOptions, folder: Path) -> load.Loaded:
 
 
 def _check_kernels(device: torch.device, base_bits: int | None) -> None:
-    kernel_check.check_kernels(Ranks(0, 1, device), log_line, base_bits=base_bits)
+    kernel_check.KernelCheck(Ranks(0, 1, device), log_line, base_bits=base_bits).settle()
 
 
 def trained_with(folder: Path) -> dict:

@@ -43,25 +43,12 @@ QUANTIZED = {8: quant.quantize_int8, 4: quant.quantize_nf4}  # bits → format
 ROWS = (1, 16, 100, 300)  # multiplied by a quantized weight: smallest and largest tile, and W in a scratch buffer
 
 
-def check_kernels(
-    ranks: Ranks,
-    log: Callable[[str], None] = print,
-    base_bits: int | None = None,
-    dtype: torch.dtype = torch.bfloat16,
-) -> None:
-    """On all ranks: where `auto` means our kernels, check once that they are right, else select torch's ops.
-
-    log: prints a line; called on the first rank of a machine. base_bits: of the run's frozen base, if it has one.
-    dtype: of the run's matrix products.
-    """
-    KernelCheck(ranks, log, base_bits, dtype).settle()
-
-
 class KernelCheck:
-    """`check_kernels` in two parts: making it starts the comparison in another process, `settle` waits for the answer.
+    """Where `auto` means our kernels: a check, once, that they are right, else torch's ops are selected.
 
-    In between the caller can prepare data and model, but must not run a kernel. All ranks call both. No process is
-    started where the answer is known, or no kernel is used.
+    Making it starts the comparison in another process, and `settle` waits for the answer. In between the caller can
+    prepare data and model, but must not run a kernel. All ranks do both. No process is started where the answer is
+    known, or no kernel is used.
     """
 
     def __init__(
@@ -71,7 +58,9 @@ class KernelCheck:
         base_bits: int | None = None,
         dtype: torch.dtype = torch.bfloat16,
     ):
-        """The arguments are those of `check_kernels`."""
+        """log: prints a line, on the first rank of a machine. base_bits: of the frozen base of the run, if it has one.
+        dtype: of the run's matrix products.
+        """
         self.ranks = ranks
         self.log = log
         self.dtype = dtype

@@ -175,7 +175,6 @@ def draw(runs: list[str | Path], out: str | Path, language: str = "en") -> Path:
         raise UserError('drawing needs matplotlib: pip install -e ".[plot]"') from None
     matplotlib.use("Agg")
     from matplotlib import pyplot
-    from matplotlib.ticker import MaxNLocator
 
     pyplot.rcParams["font.family"] = _fonts(language)
     words = LANGUAGES[language]
@@ -202,26 +201,10 @@ def draw(runs: list[str | Path], out: str | Path, language: str = "en") -> Path:
         squeeze=False,
         layout="constrained",
     )
-    for (by_steps, by_time), panel in zip(axes, panels, strict=True):
-        for colour, (label, column) in zip(cycle(COLOURS), columns[panel].items(), strict=False):
-            times = [time / seconds for time in column.seconds]
-            width = len(column.values) // (10 if panel in NOISY else RAW_POINTS) + 1  # of what is averaged
-            width = 0 if panel not in EVERY_STEP else width
-            _line(by_steps, column.steps, column.values, colour, label, width)
-            _line(by_time, times, column.values, colour, label, width)
-        for axis in (by_steps, by_time):
-            floor_name = "optimum" if panel in RISING else "floor"
-            _draw_floors(axis, floors.get(panel, {}), words.get(floor_name, floor_name))
-            _dress(axis)
-        by_steps.xaxis.set_major_locator(MaxNLocator(integer=True))  # there is no step 1.25
+    for pair_of_axes, panel in zip(axes, panels, strict=True):
         name = PANELS[panel] + (" (nats a token)" if panel == "loss" and IN_NATS & {*panels} else "")
-        by_steps.set_ylabel(words.get(name, name))
-        values = [value for column in columns[panel].values() for value in column.values]
-        values += floors.get(panel, {})
-        _limit(by_steps, sorted(values), share=0.98 if panel == "loss" else 1.0)
-        if by_steps.get_legend_handles_labels()[0]:
-            corner = "lower right" if panel in RISING else "upper right"
-            by_steps.legend(frameon=False, loc="upper left" if panel == "tasks" else corner)
+        pair_of_axes[0].set_ylabel(words.get(name, name))
+        _draw_panel(pair_of_axes, panel, columns[panel], floors.get(panel, {}), seconds, words)
     time = f"training time ({unit})"
     axes[-1][0].set_xlabel(words.get("steps", "steps"))
     axes[-1][1].set_xlabel(words.get(time, time))
@@ -234,6 +217,31 @@ def draw(runs: list[str | Path], out: str | Path, language: str = "en") -> Path:
     finally:
         pyplot.close(figure)
     return out
+
+
+def _draw_panel(
+    axes, panel: str, columns: dict[str, Series], floors: dict[float, tuple[float, str]], seconds: int, words: dict
+) -> None:
+    """One score of all runs on two axes, by steps and by time. seconds: of the unit of time. words: of the language."""
+    from matplotlib.ticker import MaxNLocator
+
+    by_steps, by_time = axes
+    for colour, (label, column) in zip(cycle(COLOURS), columns.items(), strict=False):
+        times = [time / seconds for time in column.seconds]
+        width = len(column.values) // (10 if panel in NOISY else RAW_POINTS) + 1  # of what is averaged
+        width = 0 if panel not in EVERY_STEP else width
+        _line(by_steps, column.steps, column.values, colour, label, width)
+        _line(by_time, times, column.values, colour, label, width)
+    floor_name = "optimum" if panel in RISING else "floor"
+    for axis in axes:
+        _draw_floors(axis, floors, words.get(floor_name, floor_name))
+        _dress(axis)
+    by_steps.xaxis.set_major_locator(MaxNLocator(integer=True))  # there is no step 1.25
+    values = [value for column in columns.values() for value in column.values]
+    _limit(by_steps, sorted([*values, *floors]), share=0.98 if panel == "loss" else 1.0)
+    if by_steps.get_legend_handles_labels()[0]:
+        corner = "lower right" if panel in RISING else "upper right"
+        by_steps.legend(frameon=False, loc="upper left" if panel == "tasks" else corner)
 
 
 def _fonts(language: str) -> list[str]:

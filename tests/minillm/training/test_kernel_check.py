@@ -101,7 +101,7 @@ FULL = "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 MiB."
 
 
 class Gpu:
-    """What `check_kernels` sees of a GPU, and how often it asked a process."""
+    """What `KernelCheck` sees of a GPU, and how often it asked a process."""
 
     def __init__(self, monkeypatch, folder):
         ops._import_kernels()
@@ -130,7 +130,7 @@ class Gpu:
         self.killed = True
 
     def check(self, base_bits: int | None = None, **how) -> str:
-        kernel_check.check_kernels(Ranks(0, 1, torch.device("cuda", 1)), self.lines.append, base_bits, **how)
+        kernel_check.KernelCheck(Ranks(0, 1, torch.device("cuda", 1)), self.lines.append, base_bits, **how).settle()
         return ops.selected()
 
 
@@ -213,7 +213,7 @@ def test_training_on_a_quantized_base_asks_about_it(script, bits, monkeypatch):
 
 @pytest.mark.parametrize("bits", [None, 8, 4])
 def test_an_adapter_on_a_quantized_base_asks_about_it(bits, monkeypatch, tmp_path):
-    monkeypatch.setattr(kernel_check, "check_kernels", ask)
+    monkeypatch.setattr(kernel_check, "KernelCheck", ask)
     (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 2}')
     (tmp_path / "minillm_base.json").write_text(json.dumps({"bits": bits}))
     with pytest.raises(Asked, match=str(bits)):
@@ -221,7 +221,7 @@ def test_an_adapter_on_a_quantized_base_asks_about_it(bits, monkeypatch, tmp_pat
 
 
 def test_a_model_of_its_own_has_no_quantized_base(monkeypatch, tmp_path):
-    monkeypatch.setattr(kernel_check, "check_kernels", ask)
+    monkeypatch.setattr(kernel_check, "KernelCheck", ask)
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(Asked, match="None"):
         load_model(ModelOptions(model=str(tmp_path), device="cpu"))
@@ -288,7 +288,7 @@ sys.exit("the data are not there")
 
 def test_nothing_is_asked_where_no_kernels_run(monkeypatch, tmp_path):
     gpu = Gpu(monkeypatch, tmp_path)
-    kernel_check.check_kernels(Ranks(0, 1, torch.device("cpu")), gpu.lines.append)
+    kernel_check.KernelCheck(Ranks(0, 1, torch.device("cpu")), gpu.lines.append).settle()
     ops.select("torch")
     gpu.check()
     assert gpu.asked == 0 and not gpu.lines
