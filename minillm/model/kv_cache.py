@@ -10,6 +10,8 @@ A text can leave (`free`) and another can take its row (`rows`, then a forward p
 on.
 """
 
+import copy
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -125,20 +127,24 @@ class KVCache:
 
     # ---- rows come and go
 
+    def _copy_lengths(self) -> None:
+        """Let the device know the lengths that the host has set."""
+        self.lengths.copy_(torch.from_numpy(self.host_lengths))
+
     def shorten(self, lengths: list[int]) -> None:
         """Forget the tokens of each row beyond its new length, for example the padding of a shorter prompt."""
         self.host_lengths[:] = lengths
-        self.lengths.copy_(torch.from_numpy(self.host_lengths))
+        self._copy_lengths()
 
     def free(self, row: int | np.ndarray) -> None:
         """Forget a row's text, or those of several rows, so that others can take their places."""
         self.host_lengths[row] = 0
-        self.lengths.copy_(torch.from_numpy(self.host_lengths))
+        self._copy_lengths()
 
     def copy_rows(self, rows: np.ndarray, source: "KVCache", source_rows: np.ndarray) -> None:
         """Let these rows, (n,), hold the texts that rows `source_rows`, (n,), of another cache hold."""
         self.host_lengths[rows] = source.host_lengths[source_rows]
-        self.lengths.copy_(torch.from_numpy(self.host_lengths))
+        self._copy_lengths()
         longest = int(source.host_lengths[source_rows].max())
         to = torch.from_numpy(rows).to(self.lengths.device)
         from_ = torch.from_numpy(source_rows).to(self.lengths.device)
@@ -151,7 +157,7 @@ class KVCache:
         pair = [first, second]
         longest = int(self.host_lengths[pair].max())
         self.host_lengths[pair] = self.host_lengths[[second, first]]
-        self.lengths.copy_(torch.from_numpy(self.host_lengths))
+        self._copy_lengths()
         for tensors in (self.keys, self.values):
             for tensor in tensors:  # (B, K, T_max, D)
                 kept = tensor[first, :, :longest].clone()
@@ -161,7 +167,7 @@ class KVCache:
     def begin_row(self, row: int, source_row: int, length: int) -> None:
         """Let a row hold the first `length` tokens of the text that `source_row` holds; both may be the same row."""
         self.host_lengths[row] = length
-        self.lengths.copy_(torch.from_numpy(self.host_lengths))
+        self._copy_lengths()
         if row == source_row:
             return
         for tensors in (self.keys, self.values):
@@ -170,16 +176,14 @@ class KVCache:
 
     def rows(self, begin: int, end: int) -> "KVCache":
         """Rows `begin` to `end` as another cache over the same memory: what it stores, these rows hold."""
-        part = KVCache.__new__(KVCache)
+        part = copy.copy(self)
         part.keys = [keys[begin:end] for keys in self.keys]
         part.values = [values[begin:end] for values in self.values]
         part.lengths = self.lengths[begin:end]
         part.host_lengths = self.host_lengths[begin:end]
-        part.max_len = self.max_len
         part.recordable = False
         part.ends = None
         part.seen = None
-        part.window = self.window
         return part
 
     def keep(self, rows: Tensor) -> None:
