@@ -204,7 +204,7 @@ def test_no_step_is_awaited_while_a_model_is_loaded_and_questions_are_asked(fold
 
     note(train_sft.starting_model, "make_model", SimpleNamespace())
     note(Watchdog, "tick")
-    note(train_sft.Run, "once", {})
+    note(train_sft.Run, "baseline", {})
     note(train_sft, "train", value=1)
     more = f"--steps 2 --eval_data {folder}/held_out.jsonl"
     monkeypatch.setattr(sys, "argv", ["train_sft.py", *options(folder, "ticks", more).split()])
@@ -212,7 +212,7 @@ def test_no_step_is_awaited_while_a_model_is_loaded_and_questions_are_asked(fold
     assert train_sft.main() == 1
     for number, handler in zip((signal.SIGTERM, signal.SIGINT), before, strict=True):
         signal.signal(number, handler)
-    assert happened == ["make_model", "once", "train"]
+    assert happened == ["make_model", "baseline", "train"]
 
 
 def test_questions_first_asked_of_a_resumed_run_are_counted_after_alone(folder):
