@@ -275,7 +275,7 @@ def test_bad_held_out_rows_are_skipped_and_counted_too(folder):
         ("--epochs 0", ["--epochs 0"]),
         ("--epochs 3", ["--epochs 3: are", "steps, and --steps says 2; leave one of them out"]),
         ("--template none", ["--template none"]),
-        ("--batch_size 7", ["--batch_size 7", "a multiple of 2"]),
+        ("--batch_size 0", ["--batch_size 0", "at least 1"]),
         ("--init_from {folder}/narrow", ["narrow: its tokenizer has", "more than the model's 50"]),
     ],
 )

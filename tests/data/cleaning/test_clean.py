@@ -396,7 +396,8 @@ def test_a_text_that_may_be_many_is_named(tmp_path, monkeypatch, capsys):
     assert clean.texts_of_many(clean.Config(**given)) == [tmp_path / "many.txt"]
     assert clean.texts_of_many(clean.Config(**given, split="blank")) == []
 
-    monkeypatch.setattr("sys.argv", ["clean.py", "--input", str(tmp_path), "--out", "nowhere", "--dry_run"])
+    out = str(tmp_path.parent / f"{tmp_path.name}-out")
+    monkeypatch.setattr("sys.argv", ["clean.py", "--input", str(tmp_path), "--out", out, "--dry_run"])
     for more in ("", " and 1 more .txt", " and 2 more .txt"):
         clean.main()
         (line,) = (line for line in capsys.readouterr().out.splitlines() if "--split blank" in line)

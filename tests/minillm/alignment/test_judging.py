@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from minillm.alignment.judging import Judge, optimum_by_answers, say_row
+from minillm.alignment.judging import Judge, optimum_by_answers, print_row
 from minillm.alignment.reference import Reference
 from minillm.alignment.rollouts import RolloutConfig
 from minillm.datasets.prompts import Prompt
@@ -66,9 +66,9 @@ def test_the_optimum_by_right_answers_is_that_of_their_probability(tokenizer, ta
         assert value == pytest.approx(BETA * math.log1p(p * (math.exp(1 / BETA) - 1)), rel=1e-4)
 
 
-def test_what_rounds_to_zero_is_said_without_a_sign():
+def test_what_rounds_to_zero_is_printed_without_a_sign():
     """The KL of the first step, of a policy that is still the reference, is rounding of either sign."""
-    said = []
-    run = SimpleNamespace(step=1, due=lambda step, every: False, say=said.append)
-    say_row(run, {"kl": -1e-7, "reward": -0.25}, ("kl", "reward", "absent"))
-    assert said == ["step 1: kl 0.000, reward -0.250"]
+    printed = []
+    run = SimpleNamespace(step=1, due=lambda step, every: False, print=printed.append)
+    print_row(run, {"kl": -1e-7, "reward": -0.25}, ("kl", "reward", "absent"))
+    assert printed == ["step 1: kl 0.000, reward -0.250"]
