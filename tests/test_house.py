@@ -34,7 +34,7 @@ BUDGET = {
     "kernels": 71_900,
     "base": 11_300,  # folders that several processes fill
     "model": 19_150,  # memory and time of layouts of many GPUs; weights packed for generation in three kinds; a mask
-    "tokenizer": 18_430,  # what two files of one folder disagree on; forged turns
+    "tokenizer": 18_600,  # answers that a template spells too; what two files of one folder disagree on; forged turns
     "datasets": 26_550,  # data of the decay, best fit; tables; tokens kept; places, spans; numbers as right answers
     "distributed": 12_500,  # sharding, tensor and context parallelism, exchanges, work shared by ranks with copies
     "checkpoint": 20_110,  # reward models' folders; files that all ranks write together; keys of GGUF, users of a step

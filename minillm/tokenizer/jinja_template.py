@@ -145,6 +145,8 @@ def answer_spans(write, messages: list[dict], control_pattern: re.Pattern) -> li
             raise UserError(f"chat template: it rewrites what came before an answer once it is there; {REMEDY}")
         content = message["content"].strip()
         begin = answered.find(content, len(prompt))
+        if answered.count(content, len(prompt)) > 1:  # the template has it in what it writes around the answer, too
+            begin = answered.find(content, _place_of_answer(write, messages[: i + 1], answered))
         if begin < 0:
             raise UserError(f"chat template: it changes the text of an answer ({content[:40]!r}); {REMEDY}")
         end_piece = control_pattern.search(answered, begin + len(content))
@@ -157,6 +159,16 @@ def answer_spans(write, messages: list[dict], control_pattern: re.Pattern) -> li
             )
         spans.append((len(prompt), end_piece.end()))
     return spans
+
+
+def _place_of_answer(write, messages: list[dict], answered: str) -> int:
+    """From where in the text `answered` of these messages the last one's content is to be looked for.
+
+    A character that stands nowhere in the text is written in its place, to see how much the template puts before it.
+    """
+    mark = next(chr(number) for number in itertools.count(FIRST_MARK) if chr(number) not in answered)
+    before = write([*messages[:-1], messages[-1] | {"content": mark}]).partition(mark)[0]
+    return len(before) if answered.startswith(before) else len(write(messages[:-1], True))
 
 
 def end_of_answer(tokenizer, text: str) -> int | None:

@@ -387,6 +387,20 @@ def test_of_a_template_that_drops_thoughts_the_last_answer_can_be_learned(level)
     assert ids[~learn].tolist() == tokenizer.encode_chat(chat[:-1], add_generation_prompt=True)[0]
 
 
+@pytest.mark.parametrize("answer", ["final", "f", "finally", "<|im_end|>"])
+def test_an_answer_that_the_template_spells_too_is_learned_to_its_end(level, answer):
+    """A template may write words before an answer, with a control piece behind them, as gpt-oss's does."""
+    template = CHATML.replace(
+        "message.content +", "('final<|im_start|>' if message.role == 'assistant' else '') + message.content +"
+    )
+    tokenizer = with_template(level, template)
+    chat = [CHATS[0][0], {"role": "assistant", "content": answer}]
+    ids, learn = encode_messages(chat, tokenizer)
+    assert learned_texts(tokenizer, ids.tolist(), learn.tolist()) == [
+        f"final{answer}<|im_start|><|im_end|>"
+    ]  # control pieces last
+
+
 def test_a_template_is_not_told_what_is_learned(level):
     tokenizer = with_template(level, CHATML.replace("message.content +", "message | tojson +"))
     asked = [CHATS[0][0], CHATS[0][1] | {"learn": False}]
