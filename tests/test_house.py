@@ -42,7 +42,7 @@ BUDGET = {
     "tuning": 11_850,  # an alpha for rslora; what PEFT's files leave out
     "generation": 11_650,  # many requests in one running batch; a compiled step
     "evaluation": 14_300,  # benchmarks, also in training, shared by ranks, read by families
-    "training": 21_410,  # sharding, saving in the background, a step ahead, z-loss, logs, a profile, Muon by owners
+    "training": 21_550,  # sharding, saving in the background, a step ahead, z-loss, logs, a profile, Muon by owners
     "alignment": 23_100,  # models dealt out over ranks
     "serving": 11_000,  # the interface of OpenAI over HTTP, and the chat page's headers
     "commands": 30_650,  # judged answers, pairs, a server, other tools' speeds, plans, a cluster's checks, bits

@@ -1,5 +1,6 @@
 """Curves of one or several runs, from their metrics.jsonl to one PNG: `python -m minillm plot RUN… --out FILE`."""
 
+import contextlib
 import warnings
 from functools import partial
 from itertools import accumulate, cycle
@@ -246,15 +247,30 @@ def _draw_panel(
 
 def _fonts(language: str) -> list[str]:
     """Fonts by preference; the Chinese ones of this machine are for names of runs, too."""
-    from matplotlib import font_manager
-
-    installed = {font.name for font in font_manager.fontManager.ttflist}
-    chinese = [name for name in CHINESE_FONTS if name in installed]
+    chinese = chinese_fonts()
     if language == "zh" and not chinese:
         raise UserError(
             f"--language zh needs one of these fonts: {', '.join(CHINESE_FONTS)}; install one, or draw in en"
         )
     return ["DejaVu Sans", *chinese]
+
+
+def chinese_fonts() -> list[str]:
+    """The names of this machine's Chinese fonts, by preference.
+
+    matplotlib looks for fonts when it is used for the first time, and keeps the list. Where no Chinese one is on it,
+    the fonts that were installed since then are added.
+    """
+    from matplotlib import font_manager
+
+    fonts = font_manager.fontManager
+    if not {font.name for font in fonts.ttflist}.intersection(CHINESE_FONTS):
+        known = {font.fname for font in fonts.ttflist}
+        for path in sorted(set(font_manager.findSystemFonts()) - known):
+            with contextlib.suppress(OSError, RuntimeError):  # a damaged file
+                fonts.addfont(path)
+    installed = {font.name for font in fonts.ttflist}
+    return [name for name in CHINESE_FONTS if name in installed]
 
 
 def _unit(metrics: dict[str, list[dict]]) -> tuple[str, int]:

@@ -8,13 +8,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import matplotlib
-from matplotlib import font_manager
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image, PngImagePlugin  # matplotlib needs it, too
 
 from minillm.base.errors import UserError
-from minillm.training.plot import CHINESE_FONTS
+from minillm.training.plot import CHINESE_FONTS, chinese_fonts
 
 ROOT = Path(__file__).parents[3]
 PAGES = ROOT / "docs" / "en" / "course"
@@ -86,8 +85,7 @@ def state_of(draw: Draw, name: str) -> str:
 def draw(function: Draw, language: str, folder: Path) -> Path:
     """Write one picture; returns where. function: named as the lesson."""
     name = function.__name__
-    installed = {font.name for font in font_manager.fontManager.ttflist}
-    chinese = [font for font in CHINESE_FONTS if font in installed]
+    chinese = chinese_fonts()
     if language == "zh" and not chinese:
         raise UserError(f"no Chinese font is there; install one of {', '.join(CHINESE_FONTS)}")
     style = {"font.family": ["DejaVu Sans", *chinese], "font.size": 9, "axes.titlesize": 10, "axes.edgecolor": GREY}

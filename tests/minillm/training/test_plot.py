@@ -1,6 +1,7 @@
 import json
 import sys
 import warnings
+from pathlib import Path
 
 import pytest
 
@@ -207,6 +208,17 @@ def test_each_benchmark_of_each_run_is_a_curve(tmp_path, monkeypatch):
     assert [line.get_label() for line in together.lines] == ["a, arc_easy", "a, mmlu", "b, arc_easy"]
     with pytest.raises(UserError, match="line 1: not a row of metrics"):
         plot.read_metrics(run(tmp_path / "c", [{"step": 1, "acc/arc_easy": "high"}, {"step": 2, "loss": 1.0}]))
+
+
+def test_a_font_that_was_installed_since_matplotlib_looked_is_found(monkeypatch):
+    import matplotlib
+    from matplotlib import font_manager
+
+    new = Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")
+    monkeypatch.setattr(plot, "CHINESE_FONTS", ("DejaVu Sans",))
+    monkeypatch.setattr(font_manager.fontManager, "ttflist", [])
+    monkeypatch.setattr(font_manager, "findSystemFonts", lambda: [str(new), str(Path(__file__))])
+    assert plot.chinese_fonts() == ["DejaVu Sans"]
 
 
 @pytest.mark.parametrize("name", ["Microsoft YaHei", "Hiragino Sans GB", "Noto Sans CJK JP"])
