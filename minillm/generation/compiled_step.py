@@ -52,7 +52,7 @@ class CompiledStep:
             return twin.logits(hidden)[:, 0]
 
         # torch.compile finds what it compiled by the code object, and checks by hundreds of guards whether it was for
-        # this model, which takes as long as a layer. With a code object of its own only the sizes are left to check.
+        # this model, which takes as long as two layers. With a code object of its own only the sizes are left to check.
         own = types.FunctionType(step.__code__.replace(), step.__globals__, closure=step.__closure__)
         self.step = torch.compile(own, fullgraph=True, backend=BACKEND, options={"guard_filter_fn": _about_sizes})
         lengths = [min(3, self.context)]
@@ -132,11 +132,15 @@ class _Row:
 _products: weakref.WeakValueDictionary[int, Product] = weakref.WeakValueDictionary()  # by their numbers
 _numbers = itertools.count()
 
-# not by `torch.library.custom_op`, whose ops take longer to call than a small product
-_library = torch.library.Library("minillm", "FRAGMENT")
-_library.define("hidden_product(Tensor x, int number, int width) -> Tensor")
-_library.impl("hidden_product", lambda x, number, width: _products[number](x), "CPU")
-_library._register_fake("hidden_product", lambda x, number, width: x.new_empty(*x.shape[:-1], width))
+
+@torch.library.custom_op("minillm::hidden_product", mutates_args=())
+def _hidden_product(x: Tensor, number: int, width: int) -> Tensor:
+    return _products[number](x)
+
+
+@_hidden_product.register_fake
+def _shape_of_product(x: Tensor, number: int, width: int) -> Tensor:
+    return x.new_empty(*x.shape[:-1], width)
 
 
 class _Hidden(nn.Module):
@@ -151,7 +155,7 @@ class _Hidden(nn.Module):
         _products[self.number] = product
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.ops.minillm.hidden_product(x, self.number, self.width)
+        return _hidden_product(x, self.number, self.width)
 
 
 def _twin(model: Transformer) -> Transformer:
